@@ -1,0 +1,1 @@
+"""Qwen3 language models on ordinary CPUs, from plain Python."""

@@ -1,0 +1,153 @@
+"""The shape of a Qwen3 model: what its `config.json` says, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npqwen.errors import CheckpointError
+
+MODEL_TYPES = ("qwen3",)
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (Peng et al. 2023), config key `rope_scaling` or `rope_parameters`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A Qwen3 text model's dimensions, under the names of its `config.json`."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    yarn: Yarn | None
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> Config:
+        """Read a parsed `config.json`, of the hub's style or of transformers 5's.
+
+        Raises CheckpointError for another architecture, a missing or impossible value.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise CheckpointError(
+                f"{where}: model_type {model_type!r} is not supported; npqwen runs {', '.join(MODEL_TYPES)}"
+            )
+        if raw.get("attention_bias"):
+            raise CheckpointError(f"{where}: attention_bias is set, which no Qwen3 model has")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        if raw.get("use_sliding_window"):
+            raise CheckpointError(f"{where}: use_sliding_window is set, which no Qwen3 model uses")
+        rope = raw.get("rope_parameters") or {}
+        scaling = raw.get("rope_scaling") or rope
+        heads = _count(raw, "num_attention_heads", where)
+        config = cls(
+            model_type=model_type,
+            hidden_size=_count(raw, "hidden_size", where),
+            intermediate_size=_count(raw, "intermediate_size", where),
+            num_hidden_layers=_count(raw, "num_hidden_layers", where),
+            num_attention_heads=heads,
+            num_key_value_heads=_count(raw, "num_key_value_heads", where, default=heads),
+            head_dim=_count(raw, "head_dim", where, default=128),
+            vocab_size=_count(raw, "vocab_size", where),
+            max_position_embeddings=_count(raw, "max_position_embeddings", where),
+            rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6),
+            rope_theta=_positive({**rope, **raw}, "rope_theta", where, default=1e6),
+            yarn=_yarn(scaling, raw, where),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        )
+        if heads % config.num_key_value_heads:
+            raise CheckpointError(
+                f"{where}: num_attention_heads {heads} is no multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        if config.head_dim % 16:
+            raise CheckpointError(f"{where}: head_dim {config.head_dim} is no multiple of 16")
+        return config
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Config:
+        """Read `directory/config.json`."""
+        return cls.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if it is missing or is not one."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is {path.parent} a whole model directory?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return raw
+
+
+def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None) -> float:
+    value = raw.get(key, default)
+    if value is None:
+        value = default
+    if value is None:
+        raise CheckpointError(f"{where}: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"{where}: {key} is {value!r}, not a positive number")
+    return value
+
+
+def _positive(raw: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    return float(_number(raw, key, where, default))
+
+
+def _count(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = _number(raw, key, where, default)
+    if value != int(value) or value > 2**31:
+        raise CheckpointError(f"{where}: {key} is {value!r}, not a whole number in range")
+    return int(value)
+
+
+def _yarn(scaling: Any, raw: Mapping[str, Any], where: str) -> Yarn | None:
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"{where}: rope_scaling is {scaling!r}, not an object")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise CheckpointError(f"{where}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
+    original = _count(
+        scaling,
+        "original_max_position_embeddings",
+        where,
+        default=raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings"),
+    )
+    attention_factor = scaling.get("attention_factor")
+    return Yarn(
+        factor=_positive(scaling, "factor", where),
+        original_max_position_embeddings=original,
+        attention_factor=None if attention_factor is None else float(attention_factor),
+        beta_fast=_positive(scaling, "beta_fast", where, default=32.0),
+        beta_slow=_positive(scaling, "beta_slow", where, default=1.0),
+        truncate=bool(scaling.get("truncate", True)),
+    )

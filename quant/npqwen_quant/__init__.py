@@ -1,0 +1,1 @@
+"""Makes npqwen models from Hugging Face checkpoints."""
