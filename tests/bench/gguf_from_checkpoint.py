@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Write llama.cpp's GGUF files of a Hugging Face Qwen3 checkpoint, to run both engines on the same weights.
+
+    python tests/bench/gguf_from_checkpoint.py CHECKPOINT OUT.gguf --type q4_0 [--pure]
+
+bf16 and f16 are written by the `gguf` package, tensor by tensor; q4_0 and q8_0 are then made by llama.cpp's
+own quantizer, by its default recipe (a tied embedding becomes Q6_K beside Q4_0) or with every matrix in the
+one format (--pure).  Dense and MoE models; Qwen3's rotary embedding needs no reordering of q and k.
+Needs `pip install npqwen[bench]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+FLOATS = {
+    "bf16": gguf.GGMLQuantizationType.BF16,
+    "f16": gguf.GGMLQuantizationType.F16,
+}
+FILE_TYPES = {
+    "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+    "f16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+}
+# ggml's number of each tensor format, for --pure's embedding and output matrix.
+TENSOR_TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+SOURCE_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(\w+\.weight)")
+
+# llama.cpp logs to one C callback per process, which must outlive every call.
+_LOG: deque[str] = deque(maxlen=5)
+
+
+def _log(level: int, text: bytes, user_data: object) -> None:
+    _LOG.append(text.decode("utf-8", "replace"))
+
+
+_LOGGER = llama_cpp.llama_log_callback(_log)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a safetensors file."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> npt.NDArray[Any]:
+        """The stored values, mapped; bf16 as its 16 bits."""
+        dtype = SOURCE_DTYPES[self.dtype]
+        return np.memmap(self.path, dtype, "r", self.offset, self.shape)
+
+
+def sources(checkpoint: Path) -> dict[str, Source]:
+    """Every tensor of a checkpoint's safetensors files, by its name."""
+    found = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start = 8 + size + entry["data_offsets"][0]
+            found[name] = Source(path, start, entry["dtype"], tuple(entry["shape"]))
+    if not found:
+        raise SystemExit(
+            f"{checkpoint} holds no .safetensors files; give a Hugging Face checkpoint directory"
+        )
+    return found
+
+
+def encode(values: npt.NDArray[Any], dtype: str, kind: str) -> npt.NDArray[Any]:
+    """Values of safetensors type `dtype` as "f32", "f16" or (its 16 bits) "bf16"."""
+    if (dtype, kind) in {("BF16", "bf16"), ("F16", "f16"), ("F32", "f32")}:
+        return values
+    out = np.empty(values.shape, {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}[kind])
+    step = max(1, (1 << 22) // max(1, values[0].size))
+    for row in range(0, len(values), step):
+        part = values[row : row + step]
+        single = (
+            (part.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else part.astype(np.float32)
+        )
+        if kind == "bf16":
+            bits = single.view(np.uint32)
+            bits += 0x7FFF + (bits >> 16 & 1)  # round to nearest, ties to even
+            out[row : row + step] = bits >> 16
+        else:
+            out[row : row + step] = single
+    return out
+
+
+def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[str, list[Source]]]:
+    """GGUF name of every tensor, and what it is made of: one source, or an expert matrix's per expert."""
+    arch = gguf.MODEL_ARCH.QWEN3MOE if moe else gguf.MODEL_ARCH.QWEN3
+    names = gguf.get_tensor_name_map(arch, layers)
+    stacks: dict[str, dict[int, Source]] = {}
+    for name, source in found.items():
+        match = EXPERT.fullmatch(name)
+        key = match[1] + match[3] if match else name
+        stacks.setdefault(key, {})[int(match[2]) if match else 0] = source
+    for name, stack in stacks.items():
+        target = names.get_name(name, try_suffixes=(".weight",))
+        if target is None:
+            raise SystemExit(
+                f"{name}: no tensor of a Qwen3 model; is this another architecture's checkpoint?"
+            )
+        yield target, [stack[index] for index in range(len(stack))]
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> None:
+    """The model's dimensions, from its config.json."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = config.get("rope_theta") or rope.get("rope_theta", 1e6)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(float(theta))
+    if rope.get("rope_type", rope.get("type", "default")) == "yarn":
+        original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if config["model_type"] == "qwen3_moe":
+        writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, Any]) -> None:
+    """The byte-level BPE of tokenizer.json; embedding rows beyond it are named [PADn], as llama.cpp's do."""
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens = [f"[PAD{index}]" for index in range(config["vocab_size"])]
+    types = [gguf.TokenType.UNUSED] * config["vocab_size"]
+    for token, index in tokenizer["model"]["vocab"].items():
+        tokens[index], types[index] = token, gguf.TokenType.NORMAL
+    for added in tokenizer["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        types[added["id"]] = special
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(False)
+    if isinstance(settings.get("chat_template"), str):
+        writer.add_chat_template(settings["chat_template"])
+
+
+def write_float(checkpoint: Path, out: Path, kind: str = "bf16") -> None:
+    """Write `out`, matrices in `kind` ("bf16" or "f16"), vectors in f32.  Takes the memory of one tensor."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    moe = config["model_type"] == "qwen3_moe"
+    plan = list(tensors(sources(checkpoint), config["num_hidden_layers"], moe))
+    part = out.with_name(out.name + ".part")
+    writer = gguf.GGUFWriter(part, "qwen3moe" if moe else "qwen3")
+    add_metadata(writer, config, kind)
+    add_tokenizer(writer, checkpoint, config)
+    kinds = []
+    for name, stack in plan:
+        shape = stack[0].shape if len(stack) == 1 else (len(stack), *stack[0].shape)
+        # llama.cpp keeps the router in f32
+        exact = len(shape) == 1 or ".ffn_gate_inp." in name
+        stored = gguf.GGMLQuantizationType.F32 if exact else FLOATS[kind]
+        size = int(np.prod(shape)) * (4 if exact else 2)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32 if exact else np.float16), size, stored)
+        kinds.append("f32" if exact else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for (_, stack), stored_kind in zip(plan, kinds, strict=True):
+        arrays = [encode(source.read(), source.dtype, stored_kind) for source in stack]
+        writer.write_tensor_data(arrays[0] if len(arrays) == 1 else np.stack(arrays))
+    writer.close()
+    part.replace(out)
+
+
+def quantize(source: Path, out: Path, kind: str, *, pure: bool = False, threads: int = 0) -> float:
+    """Quantize a float GGUF with llama.cpp; returns the seconds it took.  `threads` 0 means all."""
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = FILE_TYPES[kind]
+    options.nthread = threads
+    options.pure = pure
+    if pure:
+        options.token_embedding_type = options.output_tensor_type = TENSOR_TYPES[kind]
+    part = out.with_name(out.name + ".part")
+    llama_cpp.llama_log_set(_LOGGER, ctypes.c_void_p(0))
+    start = time.perf_counter()
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(options))
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"llama.cpp's quantizer failed on {source}:\n{''.join(_LOG)}")
+    part.replace(out)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--type", choices=FILE_TYPES, default="bf16")
+    parser.add_argument("--pure", action="store_true", help="every matrix in the one format")
+    parser.add_argument("--threads", type=int, default=0, help="of the quantizer; all by default")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    if options.type in FLOATS:
+        write_float(options.checkpoint, options.out, options.type)
+    else:
+        between = options.out.with_suffix(".bf16.gguf")
+        write_float(options.checkpoint, between, "bf16")
+        print(f"{between}  {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        seconds = quantize(between, options.out, options.type, pure=options.pure, threads=options.threads)
+        print(f"llama.cpp's quantizer took {seconds:.1f} s", file=sys.stderr)
+        between.unlink()
+    print(f"{options.out}  {options.out.stat().st_size / 1e9:.2f} GB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
