@@ -1,8 +1,8 @@
 """Qwen3 in plain NumPy float32: the oracle that the tests compare npqwen with.
 
 It reads a Hugging Face checkpoint's own safetensors and shares nothing with the package but `Config`,
-`Tokenizer` and the generation loop, which it can drive as a `Model` does.  Slow on purpose: one line of code for
-each line of the paper.
+`Tokenizer` and the generation loop, which can drive it in place of a `Model`.  Slow on purpose: one line of
+code for each line of the paper.
 """
 
 from __future__ import annotations

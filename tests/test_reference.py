@@ -19,7 +19,8 @@ GOLDEN = np.load(ROOT / "tests" / "data" / "tiny-qwen3.npz")
 
 @pytest.fixture(scope="module")
 def model() -> ReferenceModel:
-    return ReferenceModel(Config.from_directory(CHECKPOINT), read_safetensors(CHECKPOINT / "model.safetensors"))
+    weights = read_safetensors(CHECKPOINT / "model.safetensors")
+    return ReferenceModel(Config.from_directory(CHECKPOINT), weights)
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -43,7 +44,8 @@ def test_greedy_continuation_is_that_of_transformers(model: ReferenceModel, k: i
 def test_cached_steps_equal_one_pass(model: ReferenceModel) -> None:
     ids = GOLDEN["ids_3"]
     cache = model.new_cache()
-    steps = np.concatenate([model.forward(part, cache, all_logits=True) for part in np.split(ids, [1, 2, 20])])
+    parts = np.split(ids, [1, 2, 20])
+    steps = np.concatenate([model.forward(part, cache, all_logits=True) for part in parts])
     assert np.abs(steps - model.logits(ids)).max() < 1e-4
     assert cache.length == len(ids)
     cache.truncate(5)

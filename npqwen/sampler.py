@@ -1,0 +1,184 @@
+"""Logits to the next token: penalties, temperature, top-k, top-p, min-p, and one draw.
+
+The order is that of Hugging Face transformers: repetition penalty, presence penalty, temperature, top-k,
+top-p, min-p, each on what the one before it left.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.errors import FormatError, OptionError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The values are checked; OptionError names one that is out of range."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token every time (greedy)."""
+    top_k: int = 0
+    """Only the k likeliest tokens (and those that tie with the k-th); 0 takes all."""
+    top_p: float = 1.0
+    """Only the fewest likeliest tokens that together reach this probability; 1 takes all."""
+    min_p: float = 0.0
+    """Only tokens at least this many times as likely as the likeliest; 0 takes all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated; 1 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated so far, the prompt not counted; 0 is none."""
+    seed: int | None = None
+    """The same seed, prompt and options give the same text again; None draws anew every time."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 100)
+        _check_whole("top_k", self.top_k)
+        _check_number("top_p", self.top_p, 0, 1)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_number("presence_penalty", self.presence_penalty, -100, 100)
+        if self.seed is not None:
+            _check_whole("seed", self.seed)
+
+    def override(self, options: Mapping[str, Any]) -> Sampling:
+        """These options with the given ones put in their place; a value of None keeps what is here.
+
+        Raises OptionError for a name that is no sampling option, for a value out of range, and for a filter
+        that greedy choice would ignore.
+        """
+        names = [field.name for field in fields(self)]
+        for name in options:
+            if name not in names:
+                known = ["max_tokens", "stop", *names]
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise OptionError(f"unknown option {name!r}; {hint}")
+        given = {name: value for name, value in options.items() if value is not None}
+        merged = replace(self, **given)
+        idle = [name for name in ("top_k", "top_p", "min_p") if name in given]
+        if merged.temperature == 0 and "temperature" not in given and idle:
+            raise OptionError(f"{idle[0]} alone has no effect on a greedy model; give a temperature too")
+        return merged
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise OptionError(f"{name} is {value!r}; it must be a number from {low} to {high}")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number, 0 or more")
+
+
+class Sampler:
+    """Draws tokens for one text.
+
+    prompt: the ids before it, for the repetition penalty.
+    forbidden: ids that are never drawn, such as embedding rows without a token.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompt: Iterable[int] = (), forbidden: NDArray[np.intp] | None = None
+    ) -> None:
+        self.sampling = sampling
+        self._forbidden = forbidden
+        self._seen = set(prompt)
+        self._generated: set[int] = set()
+        self._random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """The next id, from (vocab,) logits, which stay as they are; it counts as generated from now on.
+
+        Raises FormatError if the logits hold NaN or infinity, as damaged weights make them.
+        """
+        id = self._choose(self._adjusted(logits))
+        self._seen.add(id)
+        self._generated.add(id)
+        return id
+
+    def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        s = self.sampling
+        logits = logits.copy()
+        if s.repetition_penalty != 1 and self._seen:
+            seen = np.fromiter(self._seen, np.intp, len(self._seen))
+            x = logits[seen]
+            logits[seen] = np.where(x < 0, x * s.repetition_penalty, x / s.repetition_penalty)
+        if s.presence_penalty and self._generated:
+            logits[np.fromiter(self._generated, np.intp, len(self._generated))] -= s.presence_penalty
+        if self._forbidden is not None:
+            logits[self._forbidden] = -np.inf
+        return logits
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        s = self.sampling
+        best = int(logits.argmax())  # NaN counts as the greatest
+        top = float(logits[best])
+        if not math.isfinite(top):
+            raise FormatError(f"the model computed a logit of {top}: damaged weights; convert it again")
+        if s.temperature == 0 or s.top_k == 1:
+            return best
+        if s.top_k:
+            ids = _greatest(logits, s.top_k)
+            p = self._weights(logits[ids], top)
+            total = p.sum()
+        else:
+            p = self._weights(logits, top)
+            total = p.sum()
+            ids = _at_least(p, s.top_p * total) if s.top_p < 1 else np.arange(len(p))
+            p = p[ids]
+        if s.top_p < 1:
+            order = np.argsort(-p, kind="stable")
+            order = order[: np.searchsorted(np.cumsum(p[order]), s.top_p * total) + 1]
+            ids, p = ids[order], p[order]
+        if s.min_p:
+            likely = p >= s.min_p
+            ids, p = ids[likely], p[likely]
+        mass = np.cumsum(p)
+        # random() < 1, so this never runs past the end, and never hits a token of no mass.
+        return int(ids[np.searchsorted(mass, self._random.random() * mass[-1], side="right")])
+
+    def _weights(self, logits: NDArray[np.float32], top: float) -> NDArray[np.float64]:
+        """Probabilities up to a common factor; the likeliest token's, whose logit is `top`, is 1."""
+        with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) is the 0 that is meant
+            return np.exp((logits.astype(np.float64) - top) / self.sampling.temperature)
+
+
+def _greatest(values: NDArray[Any], k: int) -> NDArray[np.intp]:
+    """The indices, ascending, of the k greatest values, and of those equal to the k-th.
+
+    The k-th greatest of the columns' maxima is at most the k-th greatest of all, and one vectorized pass
+    finds it: only what reaches it needs to be partitioned.
+    """
+    if k >= len(values):
+        return np.arange(len(values))
+    width = 64
+    columns = len(values) // width
+    bound = -np.inf
+    if columns > 4 * k:
+        maxima = values[: columns * width].reshape(width, columns).max(axis=0)
+        bound = np.partition(maxima, columns - k)[columns - k]
+    ids = np.flatnonzero(values >= bound)
+    candidates = values[ids]
+    kth = np.partition(candidates, len(ids) - k)[len(ids) - k]
+    greatest: NDArray[np.intp] = ids[candidates >= kth]
+    return greatest
+
+
+def _at_least(p: NDArray[np.float64], mass: float) -> NDArray[np.intp]:
+    """Indices, ascending, of the greatest of `p`, enough to hold `mass`: so that not all need sorting."""
+    k = 256
+    while k < len(p):
+        ids = _greatest(p, k)
+        if p[ids].sum() >= mass:
+            return ids
+        k *= 8
+    return np.arange(len(p))

@@ -1,0 +1,43 @@
+"""Ends a text before the first of some strings, wherever the tokens' borders are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from npqwen.errors import OptionError
+
+
+class StopStrings:
+    """Passes text on until one of `strings` is complete, and holds back what could still become one.
+
+    The string that is complete first ends the text; of two complete at once, the longer one. So the result
+    does not depend on how the text was cut into pieces.
+    """
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._strings = list(strings)
+        for string in self._strings:
+            if not isinstance(string, str) or not string:
+                raise OptionError(f"stop has {string!r}; each must be a string of at least one character")
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text that is now known to stand before any stop string. `found` is set once one is complete."""
+        text = self._held + text
+        complete = [(text.index(s) + len(s), -len(s), s) for s in self._strings if s in text]
+        if complete:
+            end, minus_length, self.found = min(complete)
+            self._held = ""
+            return text[: end + minus_length]
+        held = 0
+        for string in self._strings:
+            longest = min(len(string) - 1, len(text))
+            held = max(held, next((k for k in range(longest, 0, -1) if text.endswith(string[:k])), 0))
+        border = len(text) - held
+        self._held = text[border:]
+        return text[:border]
+
+    def finish(self, text: str) -> str:
+        """`push` for the last piece: nothing is held back any more."""
+        return self.push(text) + self._held
