@@ -1,1 +1,5 @@
 """Makes npqwen models from Hugging Face checkpoints."""
+
+from npqwen_quant.conversion import convert
+
+__all__ = ["convert"]
