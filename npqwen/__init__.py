@@ -1,1 +1,116 @@
-"""Qwen3 language models on ordinary CPUs, from plain Python."""
+"""Qwen3 language models on ordinary CPUs, from plain Python.
+
+    import npqwen
+    model = npqwen.load("Qwen/Qwen3-0.6B", bits=4)
+    for piece in model.stream("Once upon a time", max_tokens=100):
+        print(piece, end="", flush=True)
+
+Importing this is cheap: Numba, the tokenizer and the hub's client are loaded when they are first needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from npqwen.errors import (
+    CheckpointError,
+    ClosedError,
+    ContextLengthError,
+    FormatError,
+    ModelNotFoundError,
+    NpqwenError,
+    OptionError,
+    OutputError,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from npqwen.generation import Completion as Completion
+    from npqwen.generation import Stream as Stream
+    from npqwen.generation import Usage as Usage
+    from npqwen.model import Model as Model
+    from npqwen.sampler import Sampler as Sampler
+    from npqwen.sampler import Sampling as Sampling
+    from npqwen.tokenizer import Tokenizer as Tokenizer
+
+    __version__: str
+
+__all__ = [
+    "CheckpointError",
+    "ClosedError",
+    "Completion",
+    "ContextLengthError",
+    "FormatError",
+    "Model",
+    "ModelNotFoundError",
+    "NpqwenError",
+    "OptionError",
+    "OutputError",
+    "Sampler",
+    "Sampling",
+    "Stream",
+    "Tokenizer",
+    "Usage",
+    "__version__",
+    "load",
+]
+
+_LAZY = {
+    "Completion": "npqwen.generation",
+    "Model": "npqwen.model",
+    "Sampler": "npqwen.sampler",
+    "Sampling": "npqwen.sampler",
+    "Stream": "npqwen.generation",
+    "Tokenizer": "npqwen.tokenizer",
+    "Usage": "npqwen.generation",
+}
+
+
+def load(
+    model: str | os.PathLike[str],
+    bits: int | None = None,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_compile: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Map a model into memory, converted first if it has not been yet.
+
+    model: a hub id ("Qwen/Qwen3-0.6B"), a checkpoint directory, or a converted directory.
+    bits: 4, 8 or 16 (bf16) bits a weight; None is what a converted directory has, else 4.
+    threads: how many compute; None is one for each core. context: room for so many tokens, prompt and answer
+    together; None is the model's own limit.
+
+    It prints nothing. notice(line) is told what is found, downloaded or converted, and where;
+    progress(bytes_done, bytes_total) follows the conversion, on_compile(done, total) the compilation
+    of the kernels on first use.
+
+    Raises ModelNotFoundError, CheckpointError, FormatError, OptionError or OutputError.
+    """
+    from npqwen import hub
+
+    path = hub.resolve(model, bits, notice=notice, progress=progress)
+
+    from npqwen import model as engine
+
+    return engine.load(path, threads=threads, context=context, on_compile=on_compile)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("npqwen")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

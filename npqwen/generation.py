@@ -108,7 +108,7 @@ class Stream(Iterator[str]):
     """The pieces of a text, as they are generated.
 
     Iterate to generate; `close()`, or no longer iterating, ends it early. `text`, `ids` and `usage` tell at
-    any time what there is so far; `finish_reason` is None until the text is finished, and `stop_string` is the
+    any time what there is so far; `finish_reason` is None until the text is finished, `stop_string` is the
     stop string that finished it, if one did.
 
     ids: the prompt. max_tokens, stop: see `stream`. sampling: fields of `Sampling`.
@@ -127,18 +127,18 @@ class Stream(Iterator[str]):
         progress: Callable[[int, int], None] | None = None,
         **sampling: Any,
     ) -> None:
-        if max_tokens is not None:
-            check_max_tokens(max_tokens)
+        _check_max_tokens(max_tokens)
         self.prompt_ids = [int(id) for id in ids]
         room = _room(model, self.prompt_ids)
         if cache is not None and cache.length >= len(ids):
             raise OptionError(f"the cache holds {cache.length} tokens, no fewer than the prompt's {len(ids)}")
         self._model = model
         self._limit = room if max_tokens is None else min(room, max_tokens)
-        self._stop = StopStrings([stop] if isinstance(stop, str) else stop)
+        self._stop = _stop_strings(stop)
         self._sampling = model.generation.sampling.override(sampling)
         self._cache = model.new_cache(len(ids) + self._limit) if cache is None else cache
         self._progress = progress
+        self.max_tokens = max_tokens
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._emitted: list[str] = []
@@ -242,10 +242,27 @@ def generate(model: Model, prompt: str, **options: Any) -> Completion:
     return stream(model, prompt, **options).completion()
 
 
-def check_max_tokens(value: object) -> None:
-    """OptionError unless it is a whole number, 1 or more."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+def check_options(
+    prompt: str, *, max_tokens: int | None = None, stop: str | Iterable[str] = (), **sampling: Any
+) -> None:
+    """Raise the OptionError that `stream` would raise with any model: to know before one is loaded."""
+    if not isinstance(prompt, str):
+        raise OptionError(f"the prompt is {type(prompt).__name__}, not a string")
+    if not prompt:
+        raise OptionError("the prompt is empty, and Qwen3 has no token to begin with; give it some text")
+    _check_max_tokens(max_tokens)
+    _stop_strings(stop)
+    Sampling().override(sampling)
+
+
+def _check_max_tokens(value: object) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if value is not None and (not whole or value < 1):  # type: ignore[operator]
         raise OptionError(f"max_tokens is {value!r}; it must be a whole number, 1 or more")
+
+
+def _stop_strings(stop: str | Iterable[str]) -> StopStrings:
+    return StopStrings([stop] if isinstance(stop, str) else stop)
 
 
 def _room(model: Model, ids: list[int]) -> int:

@@ -1,0 +1,5 @@
+"""`python -m npqwen`."""
+
+from npqwen.cli import main
+
+main()

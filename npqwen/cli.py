@@ -1,0 +1,219 @@
+"""The `npqwen` command. Each command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from npqwen.errors import NpqwenError, OptionError
+
+if TYPE_CHECKING:
+    from npqwen.console import Console
+    from npqwen.generation import Stream
+    from npqwen.model import Model
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+READER_GONE = 141
+
+
+class _Commands(click.Group):
+    """Ends a command that fails in one line, and one that is interrupted, or whose reader left, in none."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NpqwenError as error:
+            raise _Failure(str(error)) from None
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                click.echo(err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            from npqwen.console import discard_output
+
+            discard_output()
+            raise click.exceptions.Exit(READER_GONE) from None
+
+
+class _Failure(click.ClickException):
+    exit_code = 2
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; exit status 2 and one line on stderr for every expected error."""
+    try:
+        status = cli.main(args, prog_name="npqwen", standalone_mode=False)
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f" (see {error.ctx.command_path} --help)"
+        click.echo(f"npqwen: error: {' '.join(error.format_message().split())}{hint}", err=True)
+        status = 2
+    except click.exceptions.Abort:
+        status = INTERRUPTED
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from npqwen import __version__
+
+        click.echo(f"npqwen {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
+def cli() -> None:
+    """Qwen3 language models on ordinary CPUs.
+
+    MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, or a converted directory. The
+    first two are converted once into a cache, then reused.
+    """
+
+
+def model_options(command: Command) -> Command:
+    """--bits, --threads, --context and --quiet, for commands that load a model."""
+    for option in (
+        click.option("--quiet", "-q", is_flag=True, help="No notices, progress or statistics."),
+        click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's."),
+        click.option("--threads", type=int, metavar="N", help="Threads that compute; default: one a core."),
+        click.option("--bits", type=int, metavar="4|8|16", help="Bits a weight; 4, unless converted already."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """The options of `npqwen.sampler.Sampling`; those left out are the model's own."""
+    for option in (
+        click.option("--seed", type=int, help="The same seed gives the same text again."),
+        click.option("--presence-penalty", type=float, help="Subtracted for tokens generated so far."),
+        click.option("--repetition-penalty", type=float, help="Divides for tokens in prompt and text."),
+        click.option("--min-p", type=float, help="Only tokens so many times as likely as the best."),
+        click.option("--top-p", type=float, help="Only the likeliest tokens that sum to this."),
+        click.option("--top-k", type=int, help="Only the k likeliest tokens; 0: all."),
+        click.option("--temperature", type=float, help="0: always the likeliest token."),
+    ):
+        command = option(command)
+    return command
+
+
+def open_model(
+    model: str, bits: int | None, threads: int | None, context: int | None, console: Console
+) -> Model:
+    """The model, converted if need be, with what is going on told on the console."""
+    from npqwen import hub
+
+    path = hub.resolve(
+        model, bits, notice=console.notice, progress=console.converting, download_bars=console.bars
+    )
+
+    from npqwen.model import load
+
+    return load(path, threads=threads, context=context, on_compile=console.compiling)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-tokens", type=int, metavar="N", help="At most so many; default: until the text's end.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@sampling_options
+@model_options
+def generate(
+    model: str,
+    prompt: str,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    quiet: bool,
+    **sampling: Any,
+) -> None:
+    """Continue PROMPT: the text to stdout, statistics to stderr.
+
+    PROMPT is raw text, without a chat template; - reads it from stdin, less one line break at its end.
+    Sampling options that are not given are those the model's authors recommend (generation_config.json).
+    """
+    from npqwen.console import Console
+    from npqwen.generation import check_options, stream
+
+    prompt = _stdin() if prompt == "-" else _argument(prompt)
+    options = {"max_tokens": max_tokens, "stop": [_argument(text) for text in stop], **sampling}
+    check_options(prompt, **options)
+    console = Console(quiet=quiet)
+    loaded = open_model(model, bits, threads, context, console)
+    try:
+        pieces = stream(loaded, prompt, progress=console.reading, **options)
+        for piece in pieces:
+            console.text(piece)
+        console.end_line()
+        console.notice(_statistics(pieces))
+    finally:
+        loaded.close()
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", required=False)
+@click.option("--bits", type=int, default=4, show_default=True, metavar="4|8|16", help="Bits a weight.")
+@click.option("--force", is_flag=True, help="Replace a converted model that is there already.")
+@click.option("--quiet", "-q", is_flag=True, help="No notices and no progress.")
+def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -> None:
+    """Convert SOURCE, a checkpoint directory or Hugging Face id, into the directory OUT.
+
+    Without OUT it goes into the cache, where the other commands look for it. Its place is printed.
+    """
+    from npqwen import hub
+    from npqwen.console import Console
+
+    console = Console(quiet=quiet)
+    place = hub.convert(
+        source,
+        out,
+        bits,
+        force=force,
+        notice=console.notice,
+        progress=console.converting,
+        download_bars=console.bars,
+    )
+    console.text(f"{place}\n")
+
+
+def _stdin() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"the prompt on stdin is not UTF-8 (at byte {error.start})") from None
+    return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+def _argument(text: str) -> str:
+    """An argument as the UTF-8 it was typed in, whatever the locale made of it."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise OptionError(f"{text!r} is not valid UTF-8") from None
+
+
+def _statistics(stream: Stream) -> str:
+    usage = stream.usage
+    if stream.stop_string is not None:
+        end = f"stopped at {stream.stop_string!r}"
+    elif stream.finish_reason == "stop":
+        end = "the text ended"
+    else:
+        end = "--max-tokens reached" if stream.max_tokens == usage.generated_tokens else "the context is full"
+    return (
+        f"prompt: {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens, "
+        f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
+    )
