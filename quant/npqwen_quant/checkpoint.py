@@ -76,7 +76,7 @@ def read(tensor: StoredTensor, first: int, count: int) -> npt.NDArray[Any]:
     row_shape = tensor.shape[1:]
     out = np.empty((count, *row_shape), {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[tensor.dtype])
     row_bytes = math.prod(row_shape) * ITEM_BYTES[tensor.dtype]
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     try:
         with open(tensor.path, "rb", buffering=0) as file:
             file.seek(tensor.offset + first * row_bytes)
