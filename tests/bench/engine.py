@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""One engine in a process of its own, measured on request: the child of versus_llama.py.
+
+    engine.py serve {npqwen,llama} MODEL --threads N --context TOKENS
+    engine.py first {npqwen,llama} MODEL --threads N --prompt TEXT
+
+`serve` reads one JSON request a line and answers each with one JSON line; between requests it sleeps on its
+pipe, so that another engine has the machine.  `first` generates one token from the prompt and prints it.
+
+Both engines see the same token ids: a fixed random stream, of which a depth of d means the first d.  A cache
+is cut back rather than refilled where it already holds enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+class Engine(Protocol):
+    """What a measurement needs of an engine."""
+
+    def about(self) -> dict[str, str]:
+        """Versions and settings, for the record."""
+
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+
+    def length(self) -> int:
+        """Tokens in the cache."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    def run(self, ids: Ids, *, every: bool) -> None:
+        """Forward pass after the cached tokens, up to the logits: every token's, or the last one's."""
+
+
+class Llama:
+    """llama.cpp by its C interface, with or without its flash attention."""
+
+    def __init__(self, path: Path, threads: int, context: int, flash: str) -> None:
+        import llama_cpp
+
+        self._c = llama_cpp
+        llama_cpp.llama_backend_init()
+        self._log = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+        llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        if not self._model:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = context
+        settings.n_batch = 2048
+        settings.n_ubatch = 512
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.flash_attn_type = {
+            "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+        }[flash]
+        self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise SystemExit(f"llama.cpp cannot make a context of {context} tokens, flash attention {flash}")
+        self._length = 0
+
+    def about(self) -> dict[str, str]:
+        return {
+            "llama-cpp-python": self._c.__version__,
+            "llama.cpp system": self._c.llama_print_system_info().decode(),
+        }
+
+    def vocabulary(self) -> int:
+        return int(self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model)))
+
+    def length(self) -> int:
+        return self._length
+
+    def truncate(self, length: int) -> None:
+        memory = self._c.llama_get_memory(self._context)
+        if not self._c.llama_memory_seq_rm(memory, 0, length, -1):
+            raise SystemExit(f"llama.cpp cannot cut its cache back to {length} tokens")
+        self._length = length
+
+    def run(self, ids: Ids, *, every: bool) -> None:
+        for start in range(0, len(ids), 2048):
+            part = ids[start : start + 2048]
+            batch = self._c.llama_batch_init(len(part), 0, 1)
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part.tolist()):
+                batch.token[i] = token
+                batch.pos[i] = self._length + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = every or start + i == len(ids) - 1
+            status = self._c.llama_decode(self._context, batch)
+            self._c.llama_batch_free(batch)
+            if status:
+                raise SystemExit(f"llama_decode of {len(part)} tokens after {self._length} returned {status}")
+            self._length += len(part)
+        if not self._c.llama_get_logits_ith(self._context, -1):
+            raise SystemExit("llama.cpp gave no logits")
+
+
+class Npqwen:
+    """This package, by the steps that its own generation takes."""
+
+    def __init__(self, path: Path, threads: int, context: int, flash: str) -> None:
+        from npqwen.model import load
+
+        self._model = load(path, threads=threads)
+        self._cache = self._model.new_cache(context)
+        self._length = 0
+
+    def about(self) -> dict[str, str]:
+        import numba
+
+        import npqwen
+
+        return {"npqwen": npqwen.__version__, "numba": numba.__version__, "numpy": np.__version__}
+
+    def vocabulary(self) -> int:
+        return int(self._model.config.vocab_size)
+
+    def length(self) -> int:
+        return self._length
+
+    def truncate(self, length: int) -> None:
+        self._cache.truncate(length)
+        self._length = length
+
+    def run(self, ids: Ids, *, every: bool) -> None:
+        if every or len(ids) == 1:
+            self._model.forward(ids, self._cache, all_logits=every)
+        else:
+            self._model.prefill(ids, self._cache)
+        self._length += len(ids)
+
+
+def stream(vocabulary: int, count: int) -> Ids:
+    """The `count` token ids that every engine is fed."""
+    return np.random.default_rng(0).integers(0, vocabulary, count, dtype=np.int32)
+
+
+def seek(engine: Engine, ids: Ids, depth: int) -> None:
+    """Make the cache hold exactly the stream's first `depth` tokens."""
+    if engine.length() > depth:
+        engine.truncate(depth)
+    if engine.length() < depth:
+        engine.run(ids[engine.length() : depth], every=False)
+
+
+def prefill(engine: Engine, ids: Ids, tokens: int) -> float:
+    """Seconds to read `tokens` tokens into an empty cache, up to the last one's logits."""
+    seek(engine, ids, 0)
+    start = time.perf_counter()
+    engine.run(ids[:tokens], every=False)
+    return time.perf_counter() - start
+
+
+def decode(engine: Engine, ids: Ids, tokens: int, depth: int) -> float:
+    """Seconds for `tokens` tokens one by one, the first at position `depth`."""
+    seek(engine, ids, depth)
+    start = time.perf_counter()
+    for position in range(depth, depth + tokens):
+        engine.run(ids[position : position + 1], every=False)
+    return time.perf_counter() - start
+
+
+def batch(engine: Engine, ids: Ids, tokens: int, depth: int, passes: int) -> float:
+    """Mean seconds of one pass over `tokens` tokens with every one's logits, as a draft's check makes it."""
+    seconds = 0.0
+    for _ in range(passes):
+        seek(engine, ids, depth)
+        start = time.perf_counter()
+        engine.run(ids[depth : depth + tokens], every=True)
+        seconds += time.perf_counter() - start
+    return seconds / passes
+
+
+def peak_memory() -> int | None:
+    """Most memory that this process has had resident, in bytes; None where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+MEASURES: dict[str, Callable[..., float]] = {"prefill": prefill, "decode": decode, "batch": batch}
+ENGINES: dict[str, Callable[..., Engine]] = {"npqwen": Npqwen, "llama": Llama}
+
+
+def serve(kind: str, path: Path, threads: int, context: int, flash: str) -> None:
+    """Answer requests until the input ends: {"measure": name, ...its arguments} with {"seconds": s}."""
+    start = time.perf_counter()
+    engine = ENGINES[kind](path, threads, context, flash)
+    ids = stream(engine.vocabulary(), context)
+    answer: dict[str, Any] = {"about": engine.about(), "load_seconds": time.perf_counter() - start}
+    while True:
+        print(json.dumps(answer), flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        request = json.loads(line)
+        measure = request.pop("measure")
+        if measure == "memory":
+            answer = {"bytes": peak_memory()}
+        else:
+            answer = {"seconds": MEASURES[measure](engine, ids, **request)}
+
+
+def first(kind: str, path: Path, threads: int, prompt: str) -> None:
+    """Load a model and print one greedy token after the prompt, as an application of either library would."""
+    if kind == "npqwen":
+        import npqwen
+
+        with npqwen.load(str(path), threads=threads) as model:
+            print(model.generate(prompt, max_tokens=1, temperature=0).text, flush=True)
+    else:
+        import llama_cpp
+
+        llama: Any = llama_cpp.Llama(str(path), n_ctx=4096, n_threads=threads, verbose=False)
+        print(llama(prompt, max_tokens=1, temperature=0)["choices"][0]["text"], flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("action", choices=("serve", "first"))
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--flash", choices=("on", "off"), default="on", help="llama.cpp's flash attention")
+    parser.add_argument("--prompt", default="Once upon a time")
+    options = parser.parse_args(arguments)
+    if options.action == "serve":
+        serve(options.engine, options.model, options.threads, options.context, options.flash)
+    else:
+        first(options.engine, options.model, options.threads, options.prompt)
+
+
+if __name__ == "__main__":
+    main()

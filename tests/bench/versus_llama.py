@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Compare npqwen's speed with llama.cpp's, on one checkpoint, in one interleaved run.
+
+    python tests/bench/versus_llama.py CHECKPOINT --threads 1,2 --prefill 512,4096 --depth 0,4096 --bits 4,8
+
+Both sides convert the checkpoint where the work directory does not hold it already.  Each engine is loaded
+in a process of its own; they take turns at every measurement, one asleep while another works, so that a
+machine whose speed drifts slows all alike.  llama.cpp runs with its flash attention on and off, and the
+faster of the two is its result.  Prints a Markdown table of medians (and ranges) in tokens a second.
+
+Needs `pip install npqwen[bench]`.  llama-cpp-python is compiled by that for this machine; the system line
+in the report says which instructions it uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from npqwen.machine import processor
+
+ENGINE = Path(__file__).with_name("engine.py")
+ROOT = Path(__file__).resolve().parents[2]
+# bits of ours -> the format of llama.cpp with the same bits and block size
+FORMATS = {4: "q4_0", 8: "q8_0", 16: "bf16"}
+# long enough for a finished engine's spinning threads to fall asleep
+SETTLE_SECONDS = 0.05
+
+
+@dataclass
+class Result:
+    """One row: a measure, and each contender's seconds in every round."""
+
+    bits: int
+    threads: int
+    name: str
+    tokens: int
+    seconds: dict[str, list[float]]
+
+    def speeds(self, contender: str) -> list[float]:
+        """Tokens a second in each round."""
+        return [self.tokens / value for value in self.seconds[contender]]
+
+    def fastest_llama(self) -> str:
+        """The llama.cpp contender with the best median."""
+        rivals = [name for name in self.seconds if name != "npqwen"]
+        return min(rivals, key=lambda name: median(self.seconds[name]))
+
+    def ratio(self) -> float:
+        """npqwen's median speed over llama.cpp's."""
+        return median(self.seconds[self.fastest_llama()]) / median(self.seconds["npqwen"])
+
+
+class Child:
+    """An engine in its own process, asked by one JSON line at a time."""
+
+    def __init__(self, kind: str, model: Path, threads: int, context: int, flash: str = "on") -> None:
+        command = [sys.executable, str(ENGINE), "serve", kind, str(model)]
+        command += ["--threads", str(threads), "--context", str(context), "--flash", flash]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
+        self._name = kind
+        self.about = self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the {self._name} engine ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: bool) -> tuple[Path, Path]:
+    """Both engines' files of a checkpoint, made if they are missing."""
+    import gguf_from_checkpoint as gguf
+
+    kind = FORMATS[bits]
+    theirs = work / f"{kind}{'-pure' if pure else ''}.gguf"
+    ours = work / f"npqwen-{bits}"
+    work.mkdir(parents=True, exist_ok=True)
+    if not theirs.exists():
+        start = time.perf_counter()
+        floats = work / "bf16.gguf"
+        if not floats.exists():
+            gguf.write_float(checkpoint, floats, "bf16")
+        if theirs != floats:
+            gguf.quantize(floats, theirs, kind, pure=pure)
+        progress(f"{theirs} written in {time.perf_counter() - start:.1f} s")
+    if not (ours / "config.json").exists() and not llama_only:
+        from npqwen_quant import convert
+
+        start = time.perf_counter()
+        convert(checkpoint, ours, bits=bits)
+        progress(f"{ours} written in {time.perf_counter() - start:.1f} s")
+    return ours, theirs
+
+
+@contextmanager
+def contenders(
+    ours: Path, theirs: Path, threads: int, context: int, options: argparse.Namespace
+) -> Iterator[dict[str, Child]]:
+    """A running child for each contender."""
+    with ExitStack() as stack:
+        children: dict[str, Child] = {}
+        if not options.llama_only:
+            children["npqwen"] = Child("npqwen", ours, threads, context)
+            stack.callback(children["npqwen"].close)
+        for flash in ("on", "off") if options.flash == "both" else (options.flash,):
+            name = f"llama.cpp, flash attention {flash}"
+            children[name] = Child("llama", theirs, threads, context, flash)
+            stack.callback(children[name].close)
+        yield children
+
+
+def measures(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """Name, tokens, request and smaller warm-up request of each row; ordered to refill caches least."""
+    depth = min(options.depth, default=0)
+    for tokens in sorted(options.prefill):
+        request = {"measure": "prefill", "tokens": tokens}
+        yield f"prefill {tokens}", tokens, request, request | {"tokens": min(tokens, 512)}
+    for at in sorted(options.depth, reverse=True) if options.decode else []:
+        request = {"measure": "decode", "tokens": options.decode, "depth": at}
+        yield f"decode {options.decode} at {at}", options.decode, request, request | {"tokens": 4}
+    for tokens in options.batch:
+        request = {"measure": "batch", "tokens": tokens, "depth": depth, "passes": 16}
+        yield f"one pass of {tokens} at {depth}", tokens, request, request | {"passes": 2}
+
+
+def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
+    """Every measurement, and what the engines say of themselves."""
+    results: list[Result] = []
+    about: dict[str, Any] = {}
+    memory: dict[str, int | None] = {}
+    context = max([*options.prefill, *(depth + options.decode for depth in options.depth)], default=0)
+    context = max(context + max(options.batch, default=0), 512)
+    for bits in options.bits:
+        ours, theirs = prepare(options.checkpoint, options.work, bits, options.pure, options.llama_only)
+        for threads in options.threads:
+            with contenders(ours, theirs, threads, context, options) as children:
+                for child in children.values():
+                    about |= child.about["about"]
+                for name, tokens, request, warmup in measures(options):
+                    result = Result(bits, threads, name, tokens, {child: [] for child in children})
+                    for child in children.values():
+                        child.ask(**warmup)
+                    for round_number in range(options.repeat):
+                        # every other round backwards: nobody always runs after the same rival
+                        for contender in list(children)[:: -1 if round_number % 2 else 1]:
+                            time.sleep(SETTLE_SECONDS)
+                            answer = children[contender].ask(**request)
+                            result.seconds[contender].append(answer["seconds"])
+                    results.append(result)
+                    progress(text_row(result))
+                for contender, child in children.items():
+                    memory[f"{bits} bits, {contender}"] = child.ask(measure="memory")["bytes"]
+        if options.start:
+            results.append(start_to_first_token(ours, theirs, bits, max(options.threads), options))
+            progress(text_row(results[-1]))
+    return results, about | {"peak memory, bytes": memory}
+
+
+def start_to_first_token(
+    ours: Path, theirs: Path, bits: int, threads: int, options: argparse.Namespace
+) -> Result:
+    """Seconds from starting a process to its first token, its files in the page cache."""
+    models = {"llama.cpp": ("llama", theirs)}
+    if not options.llama_only:
+        models = {"npqwen": ("npqwen", ours)} | models
+    result = Result(bits, threads, "process start to first token", 1, {name: [] for name in models})
+    for round_number in range(options.repeat + 1):
+        for name, (kind, model) in models.items():
+            command = [sys.executable, str(ENGINE), "first", kind, str(model), "--threads", str(threads)]
+            time.sleep(SETTLE_SECONDS)
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            if round_number:  # the first is the warm-up
+                result.seconds[name].append(time.perf_counter() - start)
+    return result
+
+
+def cell(result: Result, contender: str) -> str:
+    """Median and range: tokens a second, or seconds for the start."""
+    if contender not in result.seconds:
+        return "-"
+    seconds = "start" in result.name
+    values = result.seconds[contender] if seconds else result.speeds(contender)
+    return f"{median(values):.4g} ({min(values):.4g}-{max(values):.4g}){' s' if seconds else ''}"
+
+
+def text_row(result: Result) -> str:
+    """A Markdown table row."""
+    rival = result.fastest_llama()
+    ratio = f"{result.ratio():.2f}" if "npqwen" in result.seconds else "-"
+    flash = rival.rpartition(" ")[2] if "flash" in rival else ""
+    row = [
+        f"int{result.bits} / {FORMATS[result.bits].upper()}" if result.bits < 16 else "bf16",
+        str(result.threads),
+        result.name,
+        cell(result, "npqwen"),
+        cell(result, rival),
+        flash,
+        ratio,
+    ]
+    return "| " + " | ".join(row) + " |"
+
+
+def report(results: Sequence[Result], about: dict[str, Any], options: argparse.Namespace) -> str:
+    """The Markdown page: what ran where, and the table."""
+    lines = [
+        f"Model: {options.checkpoint.name}. CPU: {processor()}, {os.cpu_count()} logical cores. "
+        f"{platform.system()}, Python {platform.python_version()}.",
+        *(f"{key}: {value}. " for key, value in about.items() if isinstance(value, str)),
+        f"Median (range) of {options.repeat} rounds in tokens/s. The ratio is of medians: above 1, npqwen is "
+        "faster.",
+        "",
+        "| weights | threads | measure | npqwen | llama.cpp | flash attention | ratio |",
+        "|---|---|---|---|---|---|---|",
+        *map(text_row, results),
+    ]
+    return "\n".join(lines)
+
+
+def progress(line: str) -> None:
+    """A line to whoever watches."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def counts(text: str) -> list[int]:
+    """A comma-separated list of whole numbers; an empty text is none."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a Hugging Face Qwen3 checkpoint directory")
+    parser.add_argument("--work", type=Path, help="keeps the converted models (build/bench/NAME)")
+    parser.add_argument("--bits", type=counts, default=[4])
+    parser.add_argument("--threads", type=counts, default=[os.cpu_count() or 1])
+    parser.add_argument("--prefill", type=counts, default=[512], help="prompt lengths")
+    parser.add_argument("--decode", type=int, default=64, help="tokens to decode; 0 for none")
+    parser.add_argument("--depth", type=counts, default=[0], help="tokens already in the cache")
+    parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
+    parser.add_argument("--start", action="store_true", help="also time a process's start to its first token")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--flash", choices=("both", "on", "off"), default="both", help="llama.cpp's")
+    parser.add_argument("--pure", action="store_true", help="llama.cpp's embedding in the same format too")
+    parser.add_argument("--llama-only", action="store_true")
+    parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
+    options = parser.parse_args(arguments)
+    if set(options.bits) - set(FORMATS):
+        parser.error("--bits takes 4, 8 and 16")
+    if min([options.repeat, *options.threads]) < 1:
+        parser.error("--repeat and --threads start at 1")
+    if options.work is None:
+        options.work = ROOT / "build" / "bench" / options.checkpoint.resolve().name
+    results, about = run(options)
+    print(report(results, about, options))
+    if options.json:
+        record = {
+            "checkpoint": options.checkpoint.name,
+            "cpu": processor(),
+            "about": about,
+            "results": [asdict(result) for result in results],
+        }
+        options.json.write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
