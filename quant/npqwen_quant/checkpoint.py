@@ -90,6 +90,14 @@ def read(tensor: StoredTensor, first: int, count: int) -> npt.NDArray[Any]:
     return out
 
 
+def read_small(path: Path) -> bytes:
+    """A small file whole; CheckpointError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def _refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
     quantization = raw.get("quantization_config") or raw.get("compression_config")
     if not quantization:

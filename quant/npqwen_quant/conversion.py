@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen_quant import blocks
-from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read
-from npqwen_quant.output import FORMAT_VERSION, Output, Shard, header, shards, sync, write_file, writing
+from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read, read_small
+from npqwen_quant.output import FORMAT_VERSION, Output, Shard, header, shards
 from npqwen_quant.plan import Matrix, Part, Vector, plan
 
 Progress = Callable[[int, int], None]
@@ -85,10 +85,11 @@ def convert(
     }
     with output:
         for path in copied:
-            write_file(output.partial / path.name, path.read_bytes())
-        _write_tensors(output.partial, files, stored, threads or _cpus(), progress)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        write_file(output.partial / "config.json", text.encode())
+            with output.create(path.name) as write:
+                write(read_small(path))
+        _write_tensors(output, files, stored, threads or _cpus(), progress)
+        with output.create("config.json") as write:  # the last: without it nobody takes this for a model
+            write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         output.complete()
 
 
@@ -122,7 +123,7 @@ def _cpus() -> int:
 
 
 def _write_tensors(
-    directory: Path,
+    output: Output,
     files: Sequence[Shard],
     stored: dict[str, StoredTensor],
     threads: int,
@@ -138,21 +139,21 @@ def _write_tensors(
                 shard = f"model-{i:05d}-of-{len(files):05d}.safetensors"
                 name = "model.safetensors" if len(files) == 1 else shard
                 weight_map |= {tensor.name: name for tensor in tensors}
-                with writing(directory / name), open(directory / name, "wb") as file:
-                    file.write(header(tensors))
+                with output.create(name) as write:
+                    write(header(tensors))
                     for piece, read_bytes in _pieces(pool, threads, tensors, stored):
-                        file.write(piece.data)
+                        write(piece.data)
                         done += read_bytes
                         if progress:
                             progress(done, total)
-                    sync(file)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if len(files) > 1:
         size = sum(tensor.nbytes for tensors in files for tensor in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_file(directory / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+        with output.create("model.safetensors.index.json") as write:
+            write(json.dumps(index, indent=2).encode())
 
 
 _Piece = tuple[npt.NDArray[Any], int]

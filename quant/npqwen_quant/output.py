@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -23,17 +23,6 @@ else:
     import fcntl
 
 FORMAT_VERSION = 1
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path} does not fit: no room is left on the disk") from error
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 Shard = list[Matrix | Vector]
@@ -79,7 +68,8 @@ class Output:
         """Raises OutputError if `path` exists; with `force`, if it holds anything but a converted model."""
         self.path = path.resolve()
         self.force = force
-        self._check()
+        with self._writing():
+            self._check()
         unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.partial = self.path.with_name(f".{self.path.name}.partial-{unique}")
         self._old = self.path.with_name(f".{self.path.name}.old-{unique}")
@@ -110,7 +100,7 @@ class Output:
             )
 
     def __enter__(self) -> Output:
-        with writing(self.path):
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
             # Locked before the directory exists, so that nobody finds that abandoned.
@@ -128,9 +118,36 @@ class Output:
         with contextlib.suppress(OSError):
             _lock_of(self.partial).unlink()
 
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[Callable[[memoryview | bytes], None]]:
+        """A file of this name, given by the function that appends to it; synced when left."""
+        with self._writing():
+            file = open(self.partial / name, "wb", buffering=0)  # noqa: SIM115
+
+        def write(data: memoryview | bytes) -> None:
+            rest = memoryview(data).cast("B")
+            with self._writing():
+                while rest:
+                    rest = rest[file.write(rest) :]
+
+        with file:
+            yield write
+            with self._writing():
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn the operating system's refusals into OutputError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(f"{self.path} does not fit: no room is left on the disk") from error
+            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
     def complete(self) -> None:
-        """Give the directory its name, once all in it is synced."""
-        with writing(self.path):
+        """Give the directory its name, once every file in it is synced."""
+        with self._writing():
             _sync_directory(self.partial)
             self._check()
             if not os.path.lexists(self.path):
@@ -163,19 +180,6 @@ class Output:
                 if abandoned:
                     shutil.rmtree(entry, ignore_errors=True)
                     _lock_of(entry).unlink(missing_ok=True)
-
-
-def sync(file: BinaryIO) -> None:
-    """Make what was written last through a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file, synced."""
-    with writing(path), open(path, "wb") as file:
-        file.write(data)
-        sync(file)
 
 
 def _is_converted(directory: Path) -> bool:
