@@ -52,8 +52,9 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         hint = ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
-            hint = f" (see {error.ctx.command_path} --help)"
-        click.echo(f"npqwen: error: {' '.join(error.format_message().split())}{hint}", err=True)
+            hint = f"; see {error.ctx.command_path} --help"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        click.echo(f"npqwen: error: {message}{hint}", err=True)
         status = 2
     except click.exceptions.Abort:
         status = INTERRUPTED
@@ -84,7 +85,7 @@ def model_options(command: Command) -> Command:
         click.option("--quiet", "-q", is_flag=True, help="No notices, progress or statistics."),
         click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's."),
         click.option("--threads", type=int, metavar="N", help="Threads that compute; default: one a core."),
-        click.option("--bits", type=int, metavar="4|8|16", help="Bits a weight; 4, unless converted already."),
+        click.option("--bits", type=int, metavar="4|8|16", help="Bits a weight, if not converted yet."),
     ):
         command = option(command)
     return command
@@ -123,7 +124,7 @@ def open_model(
 @cli.command()
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--max-tokens", type=int, metavar="N", help="At most so many; default: until the text's end.")
+@click.option("--max-tokens", type=int, metavar="N", help="At most N tokens; default: until the text ends.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @sampling_options
 @model_options

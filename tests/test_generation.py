@@ -1,0 +1,315 @@
+"""The generation loop, driven by the NumPy reference model and by a model that recites."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import ReferenceModel
+
+from npqwen.errors import CheckpointError, ContextLengthError, OptionError
+from npqwen.generation import Completion, GenerationConfig, Stream, check_options, generate, stream
+from npqwen.sampler import Sampling
+from npqwen.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "examples" / "tiny-qwen3"
+GOLDEN = np.load(ROOT / "tests" / "data" / "tiny-qwen3.npz")
+SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> ReferenceModel:
+    return ReferenceModel.from_directory(TINY)
+
+
+class Reciter:
+    """A model whose likeliest next token is always the next one of `script`, then eos."""
+
+    def __init__(self, tokenizer: Tokenizer, script: list[int], context: int = 1000) -> None:
+        self.tokenizer = tokenizer
+        self.script = [*script, 4098]
+        self.context = context
+        self.path = TINY
+        self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=2048)
+        self.generation = GenerationConfig(frozenset({4098}), Sampling(temperature=0))
+        self.calls: list[int] = []
+
+    def new_cache(self, room: int | None = None) -> SimpleNamespace:
+        assert room is not None
+        assert room <= self.context
+        self.room = room
+        return SimpleNamespace(length=0)
+
+    def forward(self, ids: np.ndarray, cache: SimpleNamespace) -> np.ndarray:
+        assert ids.dtype == np.int32
+        cache.length += len(ids)
+        assert cache.length <= self.room
+        logits = np.zeros((1, 4128), np.float32)
+        logits[0, self.script[len(self.calls)]] = 1
+        self.calls.append(len(ids))
+        return logits
+
+    def prefill(self, ids: np.ndarray, cache: SimpleNamespace, progress: Any = None) -> np.ndarray:
+        if progress:
+            progress(len(ids), len(ids))
+        return self.forward(ids, cache)[0]
+
+
+@pytest.fixture
+def recite(model: ReferenceModel) -> Any:
+    return lambda text, **options: Reciter(model.tokenizer, model.tokenizer.encode(text), **options)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_greedy_text_is_that_of_transformers_up_to_eos(model: ReferenceModel, k: int) -> None:
+    prompt = model.tokenizer.decode(GOLDEN[f"ids_{k}"], special=True)
+    greedy = GOLDEN[f"greedy_{k}"].tolist()
+    ends = [i for i, id in enumerate(greedy) if id in (4096, 4098)]
+    result = model.generate(prompt, temperature=0, max_tokens=48)
+    assert result.ids == greedy[: ends[0] + 1]
+    assert result.text == model.tokenizer.decode(greedy[: ends[0]])
+    assert result.finish_reason == "stop"
+
+
+def test_pieces_make_the_text_and_think_marks_are_text(model: ReferenceModel) -> None:
+    pieces = list(model.stream(SUM, temperature=0))
+    assert "".join(pieces) == "<think>\n17 + 20 = 37. 37 + 5 = 42.\n</think>\n\n17 + 25 = 42"
+    assert len(pieces) > 30
+    assert all(pieces)
+
+
+def test_the_checkpoints_own_sampling_is_the_default(model: ReferenceModel) -> None:
+    assert model.generation.sampling == Sampling(temperature=0.6, top_k=20, top_p=0.95)
+    texts = {model.generate("A river is", seed=seed, max_tokens=8).text for seed in range(6)}
+    assert len(texts) > 1
+    first, second = (model.generate("A river is", seed=5, max_tokens=8) for _ in range(2))
+    assert first.ids == second.ids
+
+
+def test_max_tokens_ends_with_length(model: ReferenceModel) -> None:
+    result = generate(model, SUM, temperature=0, max_tokens=5)
+    assert len(result.ids) == 5
+    assert result.finish_reason == "length"
+    assert result.usage.prompt_tokens == 20
+    assert result.usage.generated_tokens == 5
+
+
+def test_eos_as_the_last_allowed_token_is_a_stop(recite: Any) -> None:
+    result = generate(recite("1 2"), "x", max_tokens=4)  # "1", " ", "2", eos
+    assert (result.text, result.finish_reason) == ("1 2", "stop")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "found"),
+    [
+        ("37. 3", "<think>\n17 + 20 = ", "37. 3"),  # across tokens
+        (["nowhere", "+ 2", "7 +"], "<think>\n1", "7 +"),  # the first to be complete
+        (["= 42 and no more"], "<think>\n17 + 20 = 37. 37 + 5 = 42.\n</think>\n\n17 + 25 = 42", None),
+    ],
+)
+def test_stop_strings(model: ReferenceModel, stop: Any, text: str, found: str | None) -> None:
+    pieces = stream(model, SUM, temperature=0, stop=stop)
+    assert "".join(pieces) == text
+    assert pieces.stop_string == found
+    assert pieces.finish_reason == "stop"
+    assert model.tokenizer.decode(pieces.ids).startswith(text)
+
+
+def test_a_stop_string_at_the_limit_is_a_stop_and_held_text_is_let_go(recite: Any) -> None:
+    cut = generate(recite("1234"), "x", max_tokens=2, stop="12")
+    assert (cut.text, cut.finish_reason) == ("", "stop")
+    released = generate(recite("1234"), "x", max_tokens=2, stop="23")
+    assert (released.text, released.finish_reason) == ("12", "length")
+    at_eos = generate(recite("12"), "x", stop="23")
+    assert (at_eos.text, at_eos.finish_reason) == ("12", "stop")
+
+
+def test_no_half_character_is_ever_emitted(recite: Any) -> None:
+    text = "é東🎉"
+    assert list(stream(recite(text), "x")) == list(text)
+    assert generate(recite("🎉"), "x", max_tokens=1).text == "\ufffd"
+
+
+def test_the_context_ends_the_text(recite: Any) -> None:
+    model = recite("1234567", context=6)
+    result = generate(model, "abc")
+    prompt = result.usage.prompt_tokens
+    assert result.finish_reason == "length"
+    assert prompt + len(result.ids) == 6
+
+
+def test_a_prompt_as_long_as_the_context_is_refused(model: ReferenceModel, recite: Any) -> None:
+    with pytest.raises(ContextLengthError, match=r"prompt's 20 tokens .* context of 20; .*longer context"):
+        stream(recite("1", context=20), SUM)
+    assert generate(recite("1", context=21), SUM).finish_reason == "length"
+    with pytest.raises(ContextLengthError, match=r"context of 2048; shorten it$"):
+        model.stream("a b " * 2000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 2.5}, r"max_tokens is 2\.5"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"stop": [""]}, "stop has ''"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"max_token": 3}, r"unknown option 'max_token'; did you mean max_tokens\?"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    model: ReferenceModel, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        stream(model, "x", **options)
+    with pytest.raises(OptionError, match=message):
+        check_options("x", **options)
+
+
+def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
+    for check in (lambda: stream(model, ""), lambda: check_options("")):
+        with pytest.raises(OptionError, match=r"prompt is empty.*give it some text"):
+            check()
+    with pytest.raises(OptionError, match="bytes, not a string"):
+        stream(model, b"x")  # type: ignore[arg-type]
+
+
+def test_a_foreign_tokenizers_ids_are_refused(model: ReferenceModel) -> None:
+    with pytest.raises(CheckpointError, match="token id 4128 but the model has 4128 embeddings"):
+        Stream(model, [1, 4128])
+
+
+def test_embedding_rows_without_a_token_are_never_drawn(model: ReferenceModel, recite: Any) -> None:
+    reciter = recite("")
+    reciter.script = [4125]  # the likeliest, but there is no such token
+    assert generate(reciter, "x", max_tokens=1).ids != [4125]
+
+
+def test_a_stream_can_be_left_at_any_point(model: ReferenceModel) -> None:
+    for taken in range(3):
+        pieces = model.stream(SUM, temperature=0)
+        text = "".join(next(pieces) for _ in range(taken))
+        pieces.close()
+        assert list(pieces) == []
+        assert pieces.text == text
+        assert pieces.finish_reason is None
+        with pytest.raises(OptionError, match="closed before its end"):
+            pieces.completion()
+    assert generate(model, SUM, temperature=0).text.endswith("17 + 25 = 42")
+
+
+def test_an_interrupt_in_the_model_comes_through_and_keeps_the_text(recite: Any) -> None:
+    model = recite("12345")
+    forward = model.forward
+
+    def interrupted(ids: np.ndarray, cache: Any) -> np.ndarray:
+        if len(model.calls) == 3:
+            raise KeyboardInterrupt
+        return forward(ids, cache)
+
+    model.forward = interrupted
+    pieces = stream(model, "x")
+    with pytest.raises(KeyboardInterrupt):
+        list(pieces)
+    assert pieces.text == "123"
+    assert pieces.finish_reason is None
+
+
+def test_a_cache_with_a_prefix_saves_its_prefill(recite: Any, model: ReferenceModel) -> None:
+    ids = GOLDEN["ids_1"].tolist()
+    cache = model.new_cache()
+    model.prefill(ids[:15], cache)
+    with_prefix = Stream(model, ids, temperature=0, cache=cache).completion()
+    assert with_prefix.text == generate(model, SUM, temperature=0).text
+    assert cache.length == len(ids) + len(with_prefix.ids) - 1
+
+    reciter = recite("12")
+    reciter.room = 100
+    Stream(reciter, ids, cache=SimpleNamespace(length=15)).completion()
+    assert reciter.calls[0] == len(ids) - 15
+    with pytest.raises(OptionError, match="cache holds 20 tokens, no fewer than the prompt's 20"):
+        Stream(reciter, ids, cache=SimpleNamespace(length=20))
+
+
+def test_usage_counts_the_models_time_and_not_the_callers(
+    recite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("npqwen.generation.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    model = recite("1234")
+    forward = model.forward
+
+    def slow(ids: np.ndarray, cache: Any) -> np.ndarray:
+        clock.now += 0.5 * len(ids)
+        return forward(ids, cache)
+
+    model.forward = slow
+    pieces = stream(model, "1 + 1")
+    for _ in pieces:
+        clock.now += 100  # the caller takes its time
+    usage = pieces.usage
+    assert (usage.prompt_tokens, usage.generated_tokens) == (4, 5)
+    assert usage.prefill_seconds == usage.first_token_seconds == 2.0
+    assert usage.decode_seconds == 2.0
+    assert usage.prefill_rate == 2.0
+    assert usage.decode_rate == 2.0
+
+
+def test_progress_is_told_of_the_prompt(model: ReferenceModel) -> None:
+    told: list[tuple[int, int]] = []
+    generate(model, "a " * 100, max_tokens=1, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] >= 100
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def write_generation(tmp_path: Path, generation: dict | None, eos: Any = 7) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos_ids", "sampling"),
+    [
+        (None, {7}, Sampling(0.6, 20, 0.95)),
+        ({}, {7}, Sampling(0.0, 50)),
+        ({"eos_token_id": 3}, {3}, Sampling(0.0, 50)),
+        ({"eos_token_id": [3, 4], "do_sample": True}, {3, 4}, Sampling(1.0, 50)),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {7}, Sampling(0.0, 20)),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": None, "repetition_penalty": 1.05},
+            {7},
+            Sampling(0.7, 50, 0.8, repetition_penalty=1.05),
+        ),
+    ],
+)
+def test_generation_config(tmp_path: Path, generation: Any, eos_ids: set[int], sampling: Sampling) -> None:
+    found = GenerationConfig.from_directory(write_generation(tmp_path, generation))
+    assert found == GenerationConfig(frozenset(eos_ids), sampling)
+
+
+@pytest.mark.parametrize(
+    "generation", [{"eos_token_id": "x"}, {"eos_token_id": [1, None]}, {"do_sample": True, "top_p": 7}]
+)
+def test_a_bad_generation_config_is_named(tmp_path: Path, generation: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: (eos_token_id|top_p) is"):
+        GenerationConfig.from_directory(write_generation(tmp_path, generation))
+
+
+def test_a_model_without_eos_runs_to_its_limit(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        shutil.copy(TINY / name, tmp_path / name)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"eos_token_id": None}))
+    model = ReferenceModel.from_directory(tmp_path)
+    result = model.generate(SUM, temperature=0, max_tokens=48)
+    assert isinstance(result, Completion)
+    assert result.ids == GOLDEN["greedy_1"].tolist()
+    assert "<|im_end|>" not in result.text

@@ -1,0 +1,198 @@
+"""Sampling, against a twin that sorts the whole vocabulary as the definitions say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from npqwen.errors import FormatError, OptionError
+from npqwen.sampler import Sampler, Sampling, _greatest
+
+
+def distribution(
+    logits: np.ndarray, s: Sampling, prompt: list[int], generated: list[int], forbidden: list[int]
+) -> np.ndarray:
+    """The probability of every id, float64, step by step on whole arrays."""
+    x = logits.astype(np.float64)
+    for id in set(prompt) | set(generated):
+        x[id] = x[id] * s.repetition_penalty if x[id] < 0 else x[id] / s.repetition_penalty
+    for id in set(generated):
+        x[id] -= s.presence_penalty
+    x[forbidden] = -np.inf
+
+    def softmax() -> np.ndarray:
+        e = np.exp(x - x.max())
+        return e / e.sum()
+
+    if s.temperature == 0:
+        return np.eye(len(x))[x.argmax()]
+    x /= s.temperature
+    if s.top_k:
+        x[x < np.sort(x)[-min(s.top_k, len(x))]] = -np.inf
+    p = softmax()
+    order = np.argsort(-p, kind="stable")
+    above = np.cumsum(p[order]) - p[order]  # the mass of likelier tokens
+    if s.top_p < 1:
+        x[order[above >= s.top_p]] = -np.inf
+    p = softmax()
+    x[p < s.min_p * p.max()] = -np.inf
+    return softmax()
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0, "top_k": 7},
+    {"top_k": 1000},
+    {"top_p": 0.6},
+    {"top_p": 0.999},
+    {"min_p": 0.2},
+    {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    {"temperature": 1.5, "top_k": 30, "top_p": 0.8, "min_p": 0.1},
+    {"temperature": 1.5, "repetition_penalty": 1.7, "presence_penalty": 1.5},
+    {"temperature": 1.5, "repetition_penalty": 0.5, "presence_penalty": -1.0, "top_k": 5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_have_the_twins_distribution(options: dict[str, Any]) -> None:
+    logits = np.random.default_rng(0).normal(0, 2, 60).astype(np.float32)
+    best = np.argsort(-logits)
+    prompt, generated, forbidden = best[:6:2].tolist(), best[2:8:2].tolist(), best[[1, 9]].tolist()
+    sampling = Sampling(**options, seed=3)
+    expected = distribution(logits, sampling, prompt, generated, forbidden)
+    draws = 4000
+    sampler = Sampler(sampling, prompt, np.array(forbidden))
+    counts = np.zeros(60)
+    for _ in range(draws):
+        sampler._seen, sampler._generated = {*prompt, *generated}, set(generated)  # each draw is the next one
+        counts[sampler(logits)] += 1
+    assert not counts[expected == 0].any()
+    deviation = np.sqrt(draws * expected * (1 - expected))
+    assert np.all(np.abs(counts - draws * expected) < 5 * deviation + 1)
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
+def test_only_the_twins_ids_are_drawn_from_a_large_vocabulary(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 3, 151_936).astype(np.float32)
+    forbidden = np.arange(151_669, 151_936)
+    logits[forbidden[0]] = 100
+    sampling = Sampling(**options, seed=4)
+    expected = distribution(logits, sampling, [], [], forbidden.tolist())
+    for seed in range(20):
+        id = Sampler(Sampling(**options, seed=seed), (), forbidden)(logits)
+        assert expected[id] > 0
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 5000, 64 * 500 + 17])
+@pytest.mark.parametrize("k", [1, 2, 20, 100])
+def test_the_greatest_values_with_ties(n: int, k: int) -> None:
+    rng = np.random.default_rng(n + k)
+    for values in (
+        rng.normal(size=n),
+        rng.integers(0, 5, n).astype(float),  # ties
+        np.zeros(n),
+        np.arange(n) - n / 2,
+        np.where(rng.random(n) < 0.99, -np.inf, 1.0),
+    ):
+        kth = np.sort(values)[-min(k, n)]
+        assert _greatest(values.astype(np.float32), k).tolist() == np.flatnonzero(values >= kth).tolist()
+
+
+def test_temperature_0_is_the_likeliest_with_penalties_applied() -> None:
+    logits = np.array([1.0, 3.0, 2.9, -1.0], np.float32)
+    assert Sampler(Sampling(temperature=0))(logits) == 1
+    assert Sampler(Sampling(temperature=0, repetition_penalty=1.1), [1])(logits) == 2
+    assert Sampler(Sampling(temperature=0), (), np.array([1]))(logits) == 2
+
+
+def test_presence_penalty_leaves_the_prompt_alone() -> None:
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    sampler = Sampler(Sampling(temperature=0, presence_penalty=1.5), prompt=[1])
+    assert [sampler(logits) for _ in range(3)] == [1, 2, 1]  # 3; then 1.5 against 2; then 1.5 against 0.5
+    assert logits.tolist() == [1.0, 3.0, 2.0]
+
+
+def test_top_p_takes_the_likeliest_even_alone() -> None:
+    logits = np.array([0.0, 9.0, 0.0], np.float32)
+    assert {Sampler(Sampling(top_p=p, seed=i))(logits) for i in range(50) for p in (0, 1e-9, 0.5)} == {1}
+
+
+def test_a_tiny_temperature_is_greedy_without_warnings() -> None:
+    logits = np.array([3.0, 2.9, -np.inf], np.float32)
+    for temperature in (1e-3, 1e-300, 5e-324):
+        assert Sampler(Sampling(temperature=temperature))(logits) == 0
+
+
+def test_a_seed_repeats_and_none_does_not() -> None:
+    logits = np.zeros(10_000, np.float32)
+
+    def draws(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(seed=seed))
+        return [sampler(logits) for _ in range(8)]
+
+    assert draws(7) == draws(7)
+    assert draws(7) != draws(8)
+    assert draws(None) != draws(None)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {}])
+def test_logits_that_are_no_numbers_are_refused(bad: float, options: dict[str, Any]) -> None:
+    logits = np.zeros(1000, np.float32)
+    logits[500] = bad
+    with pytest.raises(FormatError, match="damaged weights"):
+        Sampler(Sampling(**options))(logits)
+
+
+def test_nothing_left_to_draw_is_refused() -> None:
+    with pytest.raises(FormatError, match="-inf"):
+        Sampler(Sampling())(np.full(5, -np.inf, np.float32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "1"},
+        {"temperature": True},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_p": 1.1},
+        {"top_p": -0.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"presence_penalty": float("inf")},
+        {"seed": -1},
+        {"seed": 1.0},
+    ],
+    ids=str,
+)
+def test_impossible_values_are_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=rf"^{name} is .*must be"):
+        Sampling(**options)
+
+
+def test_options_over_the_models_own() -> None:
+    own = Sampling(temperature=0.6, top_k=20, top_p=0.95)
+    assert own.override({}) == own
+    assert own.override({"top_k": 5, "seed": 1, "top_p": None}) == Sampling(0.6, 5, 0.95, seed=1)
+    with pytest.raises(OptionError, match=r"unknown option 'temprature'; did you mean temperature\?"):
+        own.override({"temprature": 1})
+    with pytest.raises(OptionError, match="unknown option 'xyzzy'; there are max_tokens, stop, temperature"):
+        own.override({"xyzzy": 1})
+
+
+def test_a_filter_that_a_greedy_model_would_ignore_is_refused() -> None:
+    greedy = Sampling(temperature=0, top_k=20)
+    with pytest.raises(OptionError, match="give a temperature"):
+        greedy.override({"top_p": 0.9})
+    assert greedy.override({"top_p": 0.9, "temperature": 0.7}) == Sampling(0.7, 20, 0.9)
+    assert greedy.override({"top_p": 0.9, "temperature": 0}).temperature == 0
+    assert greedy.override({"presence_penalty": 1.0}).presence_penalty == 1.0
