@@ -1,0 +1,60 @@
+"""What a forward pass writes on its way through the layers, allocated once for the largest piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.kernels.attention import scratch_floats
+from npqwen.kernels.matmul import UNIT_COLS
+from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
+from npqwen.weights import Weights
+
+_CUTS = 8
+"""Tasks a thread that attention makes at most when it splits positions."""
+
+
+class Buffers:
+    """The team's shared arrays for up to `most` tokens.
+
+    They are zeroed, so that the padding of every row stays zero, and take memory only where they are written.
+    """
+
+    def __init__(self, weights: Weights, threads: int, most: int) -> None:
+        model = weights.model[0]
+        layers = weights.layers
+        dim = int(model["head_dim"])
+        hidden = int(model["embed_tokens"]["cols"])
+        attended = int(layers["o_proj"]["cols"].max())
+        inner = int(layers["down_proj"]["cols"].max())
+        most = -(-most // WIDTHS[-1]) * WIDTHS[-1]
+        self._hidden = np.zeros((most, hidden), np.float32)
+        self._packed = _aligned(packed_bytes(most, max(hidden, attended, inner)))
+        self._qkv = np.zeros((most, int(layers["qkv_proj"]["rows"].max())), np.float32)
+        self._attended = np.zeros((most, attended), np.float32)
+        self._gate_up = np.zeros((most, 2 * inner), np.float32)
+        self._parts = np.zeros(_CUTS * threads * WIDTHS[-1] * (dim + 2), np.float32)
+        self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
+        self.scratches = np.zeros((threads, max(scratch_floats(dim), hidden, inner)), np.float32)
+        """A row for each thread."""
+
+    @property
+    def shared(self) -> tuple[NDArray[Any], ...]:
+        """hidden, packed, qkv, attended, gate_up, parts, as `forward` takes them."""
+        return self._hidden, self._packed, self._qkv, self._attended, self._gate_up, self._parts
+
+    def logits(self, rows: int) -> NDArray[np.float32]:
+        """Room for logits, rounded up to whole tiles of tokens: (>= rows, padded vocabulary)."""
+        width = tile_width.py_func(rows) if rows else 1
+        rows = -(-rows // width) * width
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self._logits.shape[1]), np.float32)
+        return self._logits
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]

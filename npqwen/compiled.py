@@ -1,0 +1,114 @@
+"""Compiled kernels kept on disk, so that a machine compiles them once.
+
+Numba's own cache does not notice a change in a function that the cached one calls.  So the directory is
+named after everything the machine code depends on: the kernels' sources, the versions that
+compiled them, the instruction set and the processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import caching, event
+from numba.core.registry import cpu_target
+
+from npqwen.cache_directory import cache_directory
+from npqwen.simd.isa import ISA
+
+_SOURCES = ("simd", "kernels", "team.py", "forward.py")
+FUNCTIONS = 36
+"""About how many functions are compiled, for the progress shown."""
+
+
+@cache
+def kernel_directory() -> Path:
+    """Where this version's kernels for this processor are kept."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for source in _SOURCES:
+        for path in sorted((here / source).glob("*.py")) if (here / source).is_dir() else [here / source]:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    codegen = cpu_target.target_context.codegen().magic_tuple()
+    for part in (numba.__version__, llvmlite.__version__, platform.python_version(), ISA.name, codegen):
+        digest.update(repr(part).encode())
+    return cache_directory() / "kernels" / f"{ISA.name}-{digest.hexdigest()[:20]}"
+
+
+class _Locator(caching._CacheLocator):  # type: ignore[misc]
+    """Puts every function's cache into the kernel directory."""
+
+    def get_cache_path(self) -> str:
+        return str(kernel_directory())
+
+    def get_source_stamp(self) -> str:
+        return kernel_directory().name
+
+    def get_disambiguator(self) -> str:
+        return "0"
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator:
+        return cls()
+
+
+class _Entries(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
+class KernelCache(caching.FunctionCache):  # type: ignore[misc]
+    """A function's compiled code on disk.  A damaged entry, or no place to write, only means compiling anew."""
+
+    _impl_class = _Entries
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling a damaged file raises
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            self.disable()
+
+
+class _Counter(event.Listener):  # type: ignore[misc]
+    """Reports each function as Numba begins to compile it."""
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self.count = 0
+        self.report = report
+
+    def on_start(self, event: Any) -> None:
+        self.count += 1
+        self.report(min(self.count, FUNCTIONS) - 1, FUNCTIONS)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def compile_kernel(function: Any, args: tuple[Any, ...], on_compile: Callable[[int, int], None] | None) -> None:
+    """Load `function` for arguments of these types from disk, or compile it and put it there.
+
+    on_compile(done, total) is called only if there is something to compile.
+    """
+    signature = tuple(numba.typeof(arg) for arg in args)
+    if signature in function.overloads:
+        return
+    function._cache = KernelCache(function.py_func)
+    if on_compile is None:
+        function.compile(signature)
+        return
+    counter = _Counter(on_compile)
+    with event.install_listener("numba:compile", counter):
+        function.compile(signature)
+    if counter.count > 1:
+        on_compile(FUNCTIONS, FUNCTIONS)

@@ -1,0 +1,273 @@
+"""Causal attention over a float16 KV cache, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
+
+The query heads that share a key/value head are rows of one product, and so are neighbouring tokens: each key and
+value is read once for all of them.  Row r of a key/value head is query head `r % group` of token
+`r // group`, group being query heads per key/value head.
+
+The cache comes in pages of `PAGE` positions.  A page holds, layer by layer and head by head, keys and then
+values.  Keys lie in groups of 16 positions, (16 positions, head_dim) turned to (head_dim, 16): a vector holds
+one coordinate of many positions, and scores need no sums across a vector.  Values lie as (position, head_dim).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.kernels.packing import WIDTHS, tile_width
+from npqwen.simd.isa import ISA
+from npqwen.simd.scalar import FAST, exp, half, memory
+from npqwen.simd.tile import LANES, add, multiply_f16, store, zeros
+from npqwen.team import MEMBERS, acquire, barrier, take
+
+PAGE = 256
+BLOCK = 64
+"""Positions whose scores are computed before they are used."""
+TILE = 16
+_LOWEST = np.float32(-3.0e38)
+_LONG = 512
+"""Positions that are worth a task of their own when there are fewer heads than threads."""
+
+
+def page_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
+    """Size of a page of the cache."""
+    return layers * 2 * kv_heads * PAGE * head_dim * 2
+
+
+@njit(nogil=True)
+def _head(pages: Any, position: int, which: int, head_dim: int) -> Any:
+    """The keys or values of one head in the page that holds a position: uint16 (PAGE * head_dim,)."""
+    size = PAGE * head_dim
+    return memory(pages[position // PAGE] + 2 * which * size, size, np.uint16)
+
+
+@njit(nogil=True)
+def store_key(pages: Any, which: int, position: int, key: Any) -> None:
+    """Put one head's key (head_dim,) float32 into the cache; which = (layer * 2) * kv_heads + head."""
+    place = position % PAGE
+    keys = _head(pages, position, which, key.size)
+    at = place // TILE * TILE * key.size + place % TILE
+    for i in range(key.size):
+        keys[at + i * TILE] = half(key[i])
+
+
+@njit(nogil=True)
+def store_value(pages: Any, which: int, position: int, value: Any) -> None:
+    """Put one head's value (head_dim,) float32 into the cache; which = (layer * 2 + 1) * kv_heads + head."""
+    at = position % PAGE * value.size
+    values = _head(pages, position, which, value.size)
+    for i in range(value.size):
+        values[at + i] = half(value[i])
+
+
+def scratch_floats(head_dim: int) -> int:
+    """float32 that one thread's attention needs."""
+    return WIDTHS[-1] * (2 * head_dim + BLOCK + 2)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def _softmax_step(scores: Any, visible: int, count: int, sums: Any, t: int, top: Any, total: Any) -> None:
+    """Turn one row's scores into weights relative to its largest so far; zero those it may not see."""
+    peak = top[t]
+    for i in range(visible):
+        peak = max(peak, scores[i])
+    if peak > top[t]:
+        shrink = exp(top[t] - peak)
+        total[t] *= shrink
+        for i in range(sums.size):
+            sums[i] *= shrink
+        top[t] = peak
+    weight_sum = np.float32(0.0)
+    for i in range(visible):
+        weight = exp(scores[i] - peak)
+        scores[i] = weight
+        weight_sum += weight
+    total[t] += weight_sum
+    for i in range(visible, count):
+        scores[i] = np.float32(0.0)
+
+
+def _attend(tokens: int, vectors: int) -> Any:
+    """The kernel for tiles of `tokens` rows of queries by `vectors` vectors."""
+    lanes = vectors * LANES
+
+    @njit(nogil=True)
+    def attend(
+        queries: Any, pages: Any, keys_of: int, values_of: int, low: int, high: int, start: int,
+        first_row: int, group: int, scratch: Any,
+    ) -> None:  # fmt: skip
+        """Attention of `tokens` rows over positions low to high; sums, top and total are left in scratch.
+
+        queries: scratch's first part, (head_dim, tokens).
+        """
+        dim = queries.size // tokens
+        scores = scratch[: tokens * BLOCK]
+        sums = scratch[tokens * BLOCK : tokens * (BLOCK + dim)]
+        top = scratch[tokens * (BLOCK + dim) : tokens * (BLOCK + dim + 1)]
+        total = scratch[tokens * (BLOCK + dim + 1) : tokens * (BLOCK + dim + 2)]
+        sums[:] = np.float32(0.0)
+        top[:] = _LOWEST
+        total[:] = np.float32(0.0)
+        for block in range(low, high, BLOCK):
+            count = (min(BLOCK, high - block) + TILE - 1) // TILE * TILE
+            keys = _head(pages, block, keys_of, dim)
+            at = block % PAGE * dim
+            for place in range(0, count, TILE):
+                for row in range(0, TILE, lanes):
+                    even, odd = zeros(tokens, vectors), zeros(tokens, vectors)
+                    k = at + place * dim + row
+                    for i in range(0, dim, 2):
+                        even = multiply_f16(even, tokens, keys, k, queries, i * tokens, 1)
+                        odd = multiply_f16(odd, tokens, keys, k + TILE, queries, (i + 1) * tokens, 1)
+                        k += 2 * TILE
+                    store(even, scores, place + row, vectors, BLOCK)
+                    add(odd, scores, place + row, vectors, BLOCK)
+            for t in range(tokens):
+                visible = max(0, min(count, start + (first_row + t) // group + 1 - block))
+                line = scores[t * BLOCK : t * BLOCK + BLOCK]
+                _softmax_step(line, visible, count, sums[t * dim : (t + 1) * dim], t, top, total)
+            values = _head(pages, block, values_of, dim)
+            for column in range(0, dim, lanes):
+                outs = zeros(tokens, vectors)
+                v = at + column
+                for i in range(count):
+                    outs = multiply_f16(outs, tokens, values, v, scores, i, BLOCK)
+                    v += dim
+                add(outs, sums, column, vectors, dim)
+
+    return attend
+
+
+def _of_any_width(widths: tuple[int, ...]) -> Any:
+    """One function that calls the kernel made for the width it is given."""
+    width = widths[0]
+    kernel = _attend(width, ISA.tiles[width])
+    if len(widths) == 1:
+
+        @njit(nogil=True)
+        def only(width: int, *args: Any) -> None:
+            kernel(*args)
+
+        return only
+    others = _of_any_width(widths[1:])
+
+    @njit(nogil=True)
+    def rows(given: int, *args: Any) -> None:
+        if given == width:
+            kernel(*args)
+        else:
+            others(given, *args)
+
+    return rows
+
+
+_attend_rows = _of_any_width(tuple(ISA.tiles))
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def _gather(q: Any, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any) -> None:
+    """The queries of some rows as (head_dim, width); zeros past the last row."""
+    for t in range(width):
+        row = first_row + t
+        if row < rows:
+            at = (head * group + row % group) * dim
+            line = q[row // group]
+            for i in range(dim):
+                out[i * width + t] = line[at + i]
+        else:
+            for i in range(dim):
+                out[i * width + t] = np.float32(0.0)
+
+
+@njit(nogil=True)
+def splits(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
+    """Into how many parts the positions are cut, so that all threads have work at one token's decode."""
+    rows = tokens * (heads // kv_heads)
+    width = tile_width(rows)
+    tasks = kv_heads * ((rows + width - 1) // width)
+    members = acquire(team, MEMBERS)
+    if tasks >= 4 * members or members == 1:
+        return 1
+    return max(1, min((4 * members + tasks - 1) // tasks, end // _LONG))
+
+
+@njit(nogil=True)
+def attention(
+    team: Any, q: Any, tokens: int, pages: Any, layer: int, heads: int, kv_heads: int, dim: int, start: int,
+    parts: Any, scratch: Any, out: Any,
+) -> None:  # fmt: skip
+    """out[t, head] = softmax(q[t, head] @ keys.T) @ values over positions 0 to start + t.
+
+    q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim).  out: float32 (tokens, heads * dim).
+    scratch: this thread's float32 (scratch_floats(dim),).  parts: float32 shared by the team, for what a split leaves.
+    """
+    group = heads // kv_heads
+    rows = tokens * group
+    width = tile_width(rows)
+    tiles = (rows + width - 1) // width
+    end = start + tokens
+    cuts = splits(team, tokens, heads, kv_heads, end)
+    span = ((end + cuts - 1) // cuts + BLOCK - 1) // BLOCK * BLOCK
+    size = width * (dim + 2)
+    tasks = kv_heads * tiles * cuts
+    while True:
+        task = take(team, 1)
+        if task >= tasks:
+            break
+        # The last tiles see the most positions: they go first.
+        cut, tile, head = task % cuts, tiles - 1 - task // cuts // kv_heads, task // cuts % kv_heads
+        first_row = tile * width
+        last_seen = start + (min(first_row + width, rows) - 1) // group + 1
+        queries = scratch[: width * dim]
+        rest = scratch[width * dim :]
+        _gather(q, head, group, rows, first_row, width, dim, queries)
+        keys_of = 2 * layer * kv_heads + head
+        low, high = cut * span, min((cut + 1) * span, last_seen)
+        _attend_rows(
+            width, queries, pages, keys_of, keys_of + kv_heads, low, high, start, first_row, group, rest
+        )
+        left = rest[width * BLOCK : width * BLOCK + size]
+        if cuts == 1:
+            _finish(left, width, dim, rows, first_row, group, head, out)
+        else:
+            parts[task * size : (task + 1) * size] = left
+    if cuts > 1:
+        barrier(team)
+        while True:
+            task = take(team, 1)
+            if task >= kv_heads * tiles:
+                break
+            tile, head = tiles - 1 - task // kv_heads, task % kv_heads
+            whole = parts[task * cuts * size : (task * cuts + 1) * size]
+            for cut in range(1, cuts):
+                _merge(whole, parts[(task * cuts + cut) * size : (task * cuts + cut + 1) * size], width, dim)
+            _finish(whole, width, dim, rows, tile * width, group, head, out)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def _merge(whole: Any, part: Any, width: int, dim: int) -> None:
+    """Add the attention over other positions to one over some: sums, then top, then total."""
+    tops, totals = width * dim, width * (dim + 1)
+    for t in range(width):
+        top = max(whole[tops + t], part[tops + t])
+        a, b = exp(whole[tops + t] - top), exp(part[tops + t] - top)
+        for i in range(t * dim, (t + 1) * dim):
+            whole[i] = whole[i] * a + part[i] * b
+        whole[tops + t] = top
+        whole[totals + t] = whole[totals + t] * a + part[totals + t] * b
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def _finish(
+    left: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any
+) -> None:
+    """Divide by the softmax's total, and put each row where its token and head belong."""
+    for t in range(min(width, rows - first_row)):
+        row = first_row + t
+        line = out[row // group]
+        at = (head * group + row % group) * dim
+        scale = np.float32(1.0) / left[width * (dim + 1) + t]
+        for i in range(dim):
+            line[at + i] = left[t * dim + i] * scale

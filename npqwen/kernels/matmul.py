@@ -1,0 +1,209 @@
+"""out = weight @ x for every encoding of the format: the kernels that do nearly all of the work.
+
+A thread takes some groups of 16 rows at a time and multiplies each, a tile of tokens after the other, while the
+sums stay in registers.  With one token that reads every weight once, at the memory's speed; with many,
+each weight is unpacked once a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.kernels.packing import BLOCK_BYTES
+from npqwen.simd.isa import ISA
+from npqwen.simd.scalar import bits_float, memory, unhalf
+from npqwen.simd.tile import LANES, ROWS, add, multiply_bf16, multiply_int4, multiply_int8, store, zeros
+from npqwen.team import MEMBERS, acquire, take
+
+MATRIX = np.dtype([("address", np.int64), ("bits", np.int64), ("rows", np.int64), ("cols", np.int64)])
+"""A mapped matrix: where its units lie, its encoding (4, 8 or 16 bits), its padded size."""
+UNIT_COLS = 64
+UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
+_UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
+_CHUNK_BYTES = 1 << 17
+
+
+def _int4_rows(tokens: int, vectors: int) -> Any:
+    """The kernel for int4 weights and tiles of `tokens` tokens by `vectors` vectors of rows."""
+    rows = vectors * LANES
+
+    @njit(nogil=True)
+    def int4_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
+        stride = out.shape[1]
+        flat = out.reshape(-1)
+        for tile in range(tiles):
+            for group in range(first, last):
+                for row in range(0, ROWS, rows):
+                    sums = zeros(tokens, vectors)
+                    at = group * units * _UNIT4
+                    x_at = tile * units * 2 * BLOCK_BYTES * tokens
+                    for _ in range(units):
+                        scales = at + 2 * row
+                        block = at + 64 + 4 * row
+                        sums = multiply_int4(sums, tokens, w, block, scales, x, x_at)
+                        x_at += BLOCK_BYTES * tokens
+                        sums = multiply_int4(sums, tokens, w, block + 256, scales + 32, x, x_at)
+                        x_at += BLOCK_BYTES * tokens
+                        at += _UNIT4
+                    if plus:
+                        add(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
+                    else:
+                        store(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
+
+    return int4_rows
+
+
+def _int8_rows(tokens: int, vectors: int) -> Any:
+    """The same for int8 weights."""
+    rows = vectors * LANES
+
+    @njit(nogil=True)
+    def int8_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
+        stride = out.shape[1]
+        flat = out.reshape(-1)
+        for tile in range(tiles):
+            for group in range(first, last):
+                for row in range(0, ROWS, rows):
+                    sums = zeros(tokens, vectors)
+                    at = group * units * _UNIT8
+                    x_at = tile * units * 2 * BLOCK_BYTES * tokens
+                    for _ in range(units):
+                        scales = at + 2 * row
+                        block = at + 64 + 4 * row
+                        sums = multiply_int8(sums, tokens, w, block, scales, x, x_at)
+                        x_at += BLOCK_BYTES * tokens
+                        sums = multiply_int8(sums, tokens, w, block + 512, scales + 32, x, x_at)
+                        x_at += BLOCK_BYTES * tokens
+                        at += _UNIT8
+                    if plus:
+                        add(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
+                    else:
+                        store(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
+
+    return int8_rows
+
+
+def _bf16_rows(tokens: int, vectors: int) -> Any:
+    """The same for bf16 weights and float32 activations."""
+    rows = vectors * LANES
+
+    @njit(nogil=True)
+    def bf16_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
+        stride = out.shape[1]
+        flat = out.reshape(-1)
+        halves, floats = w.view(np.uint16), x.view(np.float32)
+        cols = units * UNIT_COLS
+        for tile in range(tiles):
+            for group in range(first, last):
+                for row in range(0, ROWS, rows):
+                    even, odd = zeros(tokens, vectors), zeros(tokens, vectors)
+                    at = group * cols * ROWS + row
+                    x_at = tile * cols * tokens
+                    for _ in range(cols // 2):
+                        even = multiply_bf16(even, tokens, halves, at, floats, x_at, 1)
+                        odd = multiply_bf16(odd, tokens, halves, at + ROWS, floats, x_at + tokens, 1)
+                        at += 2 * ROWS
+                        x_at += 2 * tokens
+                    place = tile * tokens * stride + group * ROWS + row
+                    if plus:
+                        add(even, flat, place, vectors, stride)
+                    else:
+                        store(even, flat, place, vectors, stride)
+                    add(odd, flat, place, vectors, stride)
+
+    return bf16_rows
+
+
+def _of_any_width(kernel_of: Any, widths: tuple[int, ...]) -> Any:
+    """One function that calls the kernel made for the width it is given."""
+    width = widths[0]
+    kernel = kernel_of(width, ISA.tiles[width])
+    if len(widths) == 1:
+
+        @njit(nogil=True)
+        def only(width: int, *args: Any) -> None:
+            kernel(*args)
+
+        return only
+    others = _of_any_width(kernel_of, widths[1:])
+
+    @njit(nogil=True)
+    def rows(given: int, *args: Any) -> None:
+        if given == width:
+            kernel(*args)
+        else:
+            others(given, *args)
+
+    return rows
+
+
+_widths = tuple(ISA.tiles)
+_int4 = _of_any_width(_int4_rows, _widths)
+_int8 = _of_any_width(_int8_rows, _widths)
+_bf16 = _of_any_width(_bf16_rows, _widths)
+
+
+@njit(nogil=True)
+def matmul(team: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: bool) -> None:
+    """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if plus, for t < tokens.
+
+    matrix is a MATRIX record; x is packed (uint8, `width` tokens a tile); out is float32 (tokens rounded up to a
+    multiple of width, at least matrix.rows).  All members of the team call it, and share the rows.
+    """
+    units = matrix.cols // UNIT_COLS
+    unit = _UNIT4 if matrix.bits == 4 else (_UNIT8 if matrix.bits == 8 else _UNIT16)
+    groups = matrix.rows // ROWS
+    w = memory(matrix.address, groups * units * unit, np.uint8)
+    tiles = (tokens + width - 1) // width
+    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), _CHUNK_BYTES // (units * unit)))
+    while True:
+        first = take(team, chunk)
+        if first >= groups:
+            return
+        last = min(first + chunk, groups)
+        if matrix.bits == 4:
+            _int4(width, w, units, first, last, x, tiles, out, plus)
+        elif matrix.bits == 8:
+            _int8(width, w, units, first, last, x, tiles, out, plus)
+        else:
+            _bf16(width, w, units, first, last, x, tiles, out, plus)
+
+
+@njit(nogil=True)
+def read_row(matrix: Any, row: int, out: Any) -> None:
+    """Row `row` of a MATRIX as float32: out (cols,).  An embedding's look-up."""
+    units = matrix.cols // UNIT_COLS
+    group, r = row // ROWS, row % ROWS
+    unit = _UNIT4 if matrix.bits == 4 else (_UNIT8 if matrix.bits == 8 else _UNIT16)
+    w = memory(matrix.address + group * units * unit, units * unit, np.uint8)
+    for u in range(units):
+        if matrix.bits == 16:
+            _read_bf16(w[u * unit : (u + 1) * unit], r, out[u * UNIT_COLS : (u + 1) * UNIT_COLS])
+        else:
+            _read_integers(
+                w[u * unit : (u + 1) * unit], matrix.bits, r, out[u * UNIT_COLS : (u + 1) * UNIT_COLS]
+            )
+
+
+@njit(nogil=True)
+def _read_bf16(unit: Any, r: int, out: Any) -> None:
+    halves = unit.view(np.uint16)
+    for c in range(UNIT_COLS):
+        out[c] = bits_float(np.int32(halves[c * ROWS + r]) << np.int32(16))
+
+
+@njit(nogil=True)
+def _read_integers(unit: Any, bits: int, r: int, out: Any) -> None:
+    scales = unit.view(np.uint16)
+    for c in range(UNIT_COLS):
+        block, quad, k = c // 32, c % 32 // 4, c % 4
+        scale = unhalf(scales[ROWS * block + r])
+        if bits == 4:
+            pair = np.int32(unit[64 + 256 * block + 64 * (quad % 4) + 4 * r + k])
+            q = (pair & np.int32(15) if quad < 4 else pair >> np.int32(4)) - np.int32(8)
+        else:
+            q = np.int32(np.int8(unit[64 + 512 * block + 64 * quad + 4 * r + k]))
+        out[c] = np.float32(q) * scale

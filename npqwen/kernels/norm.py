@@ -1,0 +1,40 @@
+"""RMSNorm, rotary embedding and SiLU, each for one token's vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.simd.scalar import FAST, exp
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def rms_norm(x: Any, weight: Any, eps: np.float32, out: Any) -> None:
+    """out = x / sqrt(mean(x**2) + eps) * weight, float32, over weight.size (Zhang & Sennrich 2019)."""
+    total = np.float32(0.0)
+    for i in range(weight.size):
+        total += x[i] * x[i]
+    scale = np.float32(1.0) / np.sqrt(total / np.float32(weight.size) + eps)
+    for i in range(weight.size):
+        out[i] = x[i] * scale * weight[i]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def rotate(x: Any, cos: Any, sin: Any) -> None:
+    """Rotary position embedding in place: pairs (i, i + head_dim/2) turn by their angle (Su et al. 2021)."""
+    half = cos.size
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i] = a * cos[i] - b * sin[i]
+        x[i + half] = b * cos[i] + a * sin[i]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def silu_times(gate_up: Any, out: Any) -> None:
+    """out = silu(gate) * up; gate_up alternates 16 of gate and 16 of up, out holds half as many."""
+    for i in range(0, gate_up.size // 2, 16):
+        for j in range(16):
+            gate = gate_up[2 * i + j]
+            out[i + j] = gate / (np.float32(1.0) + exp(-gate)) * gate_up[2 * i + 16 + j]

@@ -1,0 +1,73 @@
+"""Activations in the order in which the matrix kernels read them.
+
+`width` tokens lie together, a *tile*.  For integer weights each block of 32 columns of a tile is `width` x 32
+int8, `width` float32 scales and `width` int32 products of the weights' zero point with the sum of the block:
+40 bytes a token.  For bf16 weights each column of a tile is `width` float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.simd.isa import ISA
+from npqwen.simd.scalar import FAST, bits_float, float_bits, round_even
+
+BLOCK = 32
+BLOCK_BYTES = 40
+WIDTHS = tuple(sorted(ISA.tiles))
+ZERO_POINT = {4: 8, 8: ISA.int8_zero, 16: 0}
+_ZERO4, _ZERO8 = ZERO_POINT[4], ZERO_POINT[8]
+_WIDEST = WIDTHS[-1]
+_MIDDLE = 4
+
+
+@njit(nogil=True)
+def tile_width(tokens: int) -> int:
+    """How many tokens the matrix kernels multiply at once, the best width for so many."""
+    for width in WIDTHS:
+        if width >= tokens and width <= _MIDDLE:
+            return width
+    return _MIDDLE if tokens <= 3 * _MIDDLE else _WIDEST
+
+
+def packed_bytes(tokens: int, columns: int) -> int:
+    """Bytes that hold so many tokens in either way, whatever the width; columns is a multiple of 64."""
+    return -(-tokens // _WIDEST) * _WIDEST * columns * 4
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def pack(x: Any, token: int, width: int, bits: int, packed: Any) -> None:
+    """Put the activations of one token, float32 x (columns, a multiple of 64), into uint8 `packed`."""
+    tile, lane = token // width, token % width
+    if bits == 16:
+        floats = packed.view(np.float32)
+        at = tile * x.size * width + lane
+        for i in range(x.size):
+            floats[at + i * width] = x[i]
+    else:
+        zero = _ZERO4 if bits == 4 else _ZERO8
+        floats, words, bytes_ = packed.view(np.float32), packed.view(np.int32), packed.view(np.int8)
+        for block in range(x.size // BLOCK):
+            at = (tile * (x.size // BLOCK) + block) * BLOCK_BYTES * width
+            scale, total = _quantize(x[block * BLOCK : (block + 1) * BLOCK], bytes_, at + BLOCK * lane)
+            floats[at // 4 + 8 * width + lane] = scale
+            words[at // 4 + 9 * width + lane] = -zero * total
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def _quantize(x: Any, out: Any, at: int) -> Any:
+    """int8 of one block and its scale and sum: the largest magnitude becomes 127."""
+    largest = np.int32(0)
+    for i in range(BLOCK):
+        largest = max(largest, float_bits(x[i]) & np.int32(0x7FFFFFFF))
+    peak = bits_float(largest)
+    inverse = np.float32(127.0) / peak if peak > np.float32(1e-30) else np.float32(0.0)
+    total = np.int32(0)
+    for i in range(BLOCK):
+        q = np.int32(round_even(x[i] * inverse))
+        out[at + i] = q
+        total += q
+    return peak * np.float32(1.0 / 127.0), total

@@ -1,0 +1,54 @@
+"""Keys and values of the tokens so far, in pages that are added as they are needed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.config import Config
+from npqwen.errors import ContextLengthError, OptionError
+from npqwen.kernels.attention import PAGE, page_bytes
+
+_ALIGN = 64
+
+
+class KVCache:
+    """The cache of one sequence: float16, PAGE positions a page (kernels/attention.py has the layout).
+
+    A page is allocated zeroed, and the operating system lends memory only for what is written.  Growing never
+    copies.  Not safe for two threads at once: give each sequence its own.
+    """
+
+    def __init__(self, config: Config, limit: int) -> None:
+        self.length = 0
+        """Tokens whose keys and values are in."""
+        self.limit = limit
+        """Tokens it may hold."""
+        self.page_bytes = page_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        self.addresses: NDArray[np.int64] = np.zeros(-(-limit // PAGE), np.int64)
+        self._pages: list[NDArray[np.uint8]] = []
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more; ContextLengthError if the limit forbids it, MemoryError if there is none."""
+        need = self.length + tokens
+        if need > self.limit:
+            raise ContextLengthError(
+                f"{self.length} tokens in the cache and {tokens} more are over the limit of {self.limit}; "
+                "shorten the prompt, or raise the context if the model allows more"
+            )
+        while len(self._pages) * PAGE < need:
+            page = np.zeros(self.page_bytes + _ALIGN, np.uint8)
+            start = -page.ctypes.data % _ALIGN
+            self.addresses[len(self._pages)] = page.ctypes.data + start
+            self._pages.append(page)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens; OptionError if there are fewer."""
+        if not 0 <= length <= self.length:
+            raise OptionError(f"cannot cut a cache of {self.length} tokens to {length}")
+        self.length = length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages there are."""
+        return len(self._pages) * self.page_bytes

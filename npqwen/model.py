@@ -1,0 +1,170 @@
+"""A loaded model: tokens in, logits out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from npqwen.buffers import Buffers
+from npqwen.compiled import compile_kernel
+from npqwen.config import Config
+from npqwen.errors import ContextLengthError, OptionError
+from npqwen.forward import forward
+from npqwen.generation import Completion, GenerationConfig, Stream
+from npqwen.kv_cache import KVCache
+from npqwen.machine import default_threads
+from npqwen.rope import Rope
+from npqwen.team import Team
+from npqwen.tokenizer import Tokenizer
+from npqwen.weights import Weights
+
+CHUNK = 256
+"""Tokens of a prompt that go through the layers together."""
+
+
+class Model:
+    """A converted Qwen3 model, mapped into memory.
+
+    Use it from any number of threads: one forward pass runs at a time, on all of the model's own threads, the
+    others wait.  Close it, or use it in a `with` statement, to end those threads and unmap the files.
+    """
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, context: int | None = None,
+        on_compile: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Map the converted directory `path`; see `load`."""
+        self.path = path
+        self.config = Config.from_directory(path)
+        self.context = _context(self.config, context)
+        """Tokens that a prompt and its continuation may have together."""
+        self.weights = Weights(path, self.config)
+        self.bits = self.weights.bits
+        self.tokenizer = Tokenizer.from_directory(path)
+        self.generation = GenerationConfig.from_directory(path)
+        self.threads = default_threads() if threads is None else threads
+        self._rope = Rope(self.config)
+        self._team = Team(self.threads)
+        self._buffers = Buffers(self.weights, self.threads, CHUNK)
+        self._turn = threading.Lock()
+        compile_kernel(forward, (self._team.state, 0, *self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)), on_compile)
+
+    def new_cache(self, room: int | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `room` tokens (default: the context)."""
+        if room is not None and not 0 < room <= self.context:
+            raise ContextLengthError(f"a cache for {room} tokens: the model's context is {self.context}")
+        return KVCache(self.config, self.context if room is None else room)
+
+    def forward(self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False) -> NDArray[np.float32]:
+        """Run `ids` after what is in the cache, and put them in.
+
+        Returns logits (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits.  Long inputs
+        go in pieces of CHUNK; if interrupted, the cache holds the pieces that were done.  Raises
+        ContextLengthError before computing, OptionError for ids the model does not have.
+        """
+        tokens = self._check(ids)
+        cache.reserve(tokens.size)
+        pieces = [
+            self._pass(tokens[at : at + CHUNK], cache, all_logits or at + CHUNK >= tokens.size, all_logits)
+            for at in range(0, tokens.size, CHUNK)
+        ]
+        return np.concatenate(pieces) if all_logits else pieces[-1]
+
+    def prefill(
+        self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Run a prompt after what is in the cache: logits (vocab_size,) of its last token.
+
+        progress(done, total) is called after every piece of CHUNK tokens.
+        """
+        tokens = self._check(ids)
+        cache.reserve(tokens.size)
+        logits = np.empty((0, self.config.vocab_size), np.float32)
+        for at in range(0, tokens.size, CHUNK):
+            last = at + CHUNK >= tokens.size
+            logits = self._pass(tokens[at : at + CHUNK], cache, last, False)
+            if progress is not None:
+                progress(min(at + CHUNK, tokens.size), tokens.size)
+        return logits[0]
+
+    def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Logits (tokens, vocab_size) of every position of a text."""
+        count = np.asarray(ids).size
+        return self.forward(ids, self.new_cache(max(1, min(count, self.context))), all_logits=True)
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """Generate, piece by piece as the text comes.  options: see `generation.stream`."""
+        return Stream(self, self.tokenizer.encode(prompt), **options)
+
+    def generate(self, prompt: str, **options: Any) -> Completion:
+        """Generate a whole text.  options: see `generation.stream`."""
+        raise NotImplementedError
+
+    def _pass(self, ids: NDArray[np.int64], cache: KVCache, wanted: bool, every: bool) -> NDArray[np.float32]:
+        """One forward pass of at most CHUNK tokens; rows of logits for all of them, the last or none."""
+        rows = 0 if not wanted else ids.size if every else 1
+        with self._turn:
+            logits = self._buffers.logits(rows)
+            self._team.run(forward, *self._arguments(ids, cache, rows))
+            cache.length += ids.size
+            return logits[:rows, : self.config.vocab_size].copy()
+
+    def _arguments(self, ids: NDArray[np.int64], cache: KVCache, rows: int) -> tuple[Any, ...]:
+        """What `forward` takes after the team's state and the member."""
+        cos, sin = self._rope.tables(cache.length, ids.size)
+        b = self._buffers
+        return (
+            self.weights.model[0], self.weights.layers, ids, cache.length, cos, sin, cache.addresses,
+            b.shared, b.scratches, rows, b.logits(rows),
+        )  # fmt: skip
+
+    def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
+        tokens = np.ascontiguousarray(ids, np.int64).reshape(-1)
+        if not tokens.size:
+            raise OptionError("no tokens to run; give at least one")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
+            raise OptionError(f"token id {wrong} is outside the model's 0 to {self.config.vocab_size - 1}")
+        return tokens
+
+    def close(self) -> None:
+        """End the threads, after the pass under way, and let the files go.  The model computes no more."""
+        self._team.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    path: Path, *, threads: int | None = None, context: int | None = None,
+    on_compile: Callable[[int, int], None] | None = None,
+) -> Model:  # fmt: skip
+    """Map a converted directory.
+
+    threads: default, this machine's performance cores.  context: the most tokens a sequence may have, default the
+    model's own.  on_compile(done, total): called while kernels are compiled, on the first use on a machine.
+    Raises CheckpointError or FormatError for a directory that is none, OptionError for impossible options.
+    """
+    return Model(Path(path), threads=threads, context=context, on_compile=on_compile)
+
+
+def _context(config: Config, wanted: int | None) -> int:
+    most = config.max_position_embeddings
+    if config.yarn is not None:
+        most = max(most, int(config.yarn.factor * config.yarn.original_max_position_embeddings))
+    if wanted is None:
+        return most
+    if not 0 < wanted <= most:
+        raise OptionError(f"context is {wanted}; this model's is 1 to {most} tokens")
+    return wanted

@@ -1,0 +1,113 @@
+"""What a kernel needs from an instruction set: a width, and products of small integers.
+
+Weights come in blocks of 16 rows by 32 columns (quant/FORMAT.md).  One vector of weights holds `lanes` rows by
+4 neighbouring columns, a *quad*, as bytes; a block's 8 quads cover its 32 columns.  A product multiplies
+each quad by the 4 activations of its columns and adds up the 32 products of each row in an int32 lane.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from llvmlite import ir
+
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+HALF = ir.HalfType()
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    """The LLVM vector type."""
+    return ir.VectorType(element, lanes)
+
+
+def constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
+    """A vector of one value."""
+    return ir.Constant(vector(element, lanes), [ir.Constant(element, value)] * lanes)
+
+
+def splat(b: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """A scalar in every lane."""
+    kind = vector(value.type, lanes)
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), constant(I32, lanes, 0))
+
+
+def call(b: ir.IRBuilder, name: str, returns: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic."""
+    kind = ir.FunctionType(returns, [a.type for a in args])
+    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    return b.call(function, args)
+
+
+def address(b: ir.IRBuilder, base: ir.Value, count: int, to: ir.Type) -> ir.Value:
+    """The address `count` bytes past base, as a pointer to `to`."""
+    byte = b.bitcast(base, I8.as_pointer())
+    return b.bitcast(b.gep(byte, [ir.IntType(64)(count)]), to.as_pointer())
+
+
+class InstructionSet:
+    """One way to compile the kernels; this base class runs on any processor LLVM knows.
+
+    `tiles` maps the number of tokens a matrix kernel multiplies at once to the number of vectors of rows
+    it multiplies them with; accumulators are their product, and have to fit the registers.
+    """
+
+    name: ClassVar[str] = "portable"
+    lanes: ClassVar[int] = 8
+    features: ClassVar[frozenset[str]] = frozenset()
+    int8_zero: ClassVar[int] = 0
+    """What `int8` adds to the stored values; products are corrected by it times the sum of the activations."""
+    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
+
+    def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
+        """`lanes` rows x 4 columns of stored bytes, <4 * lanes x i8>."""
+        kind = vector(I8, 4 * self.lanes)
+        return b.load(address(b, block, 64 * quad, kind), align=1)
+
+    def int4(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
+        """The 8 quads of an int4 block, values 0 to 15 (zero point 8)."""
+        packed = [self.bytes(b, block, quad) for quad in range(4)]
+        low = [b.and_(p, constant(I8, 4 * self.lanes, 15)) for p in packed]
+        return low + [b.lshr(p, constant(I8, 4 * self.lanes, 4)) for p in packed]
+
+    def int8(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
+        """The 8 quads of an int8 block, values raised by `int8_zero`."""
+        return [self.bytes(b, block, quad) for quad in range(8)]
+
+    def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
+        """start + quads @ x: <lanes x i32>, for quads of `int4` and 32 int8 (-127..127) at x."""
+        return self.dot8(b, quads, x, start)
+
+    def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
+        """The same for quads of `int8`."""
+        wide = vector(I32, self.lanes)
+        total = start
+        for i, quad in enumerate(quads):
+            words = b.bitcast(quad, wide)
+            for k in range(4):
+                up = b.shl(words, constant(I32, self.lanes, 24 - 8 * k))
+                column = b.ashr(up, constant(I32, self.lanes, 24))
+                value = b.sext(b.load(address(b, x, 4 * i + k, I8), align=1), I32)
+                total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
+        return total
+
+    def from_half(self, b: ir.IRBuilder, half: ir.Value) -> ir.Value:
+        """<n x i16> holding finite f16 to <n x float>."""
+        n = half.type.count
+        bits = b.zext(half, vector(I32, n))
+        magnitude = b.shl(b.and_(bits, constant(I32, n, 0x7FFF)), constant(I32, n, 13))
+        scaled = b.fmul(b.bitcast(magnitude, vector(F32, n)), constant(F32, n, 2.0**112))
+        sign = b.shl(b.and_(bits, constant(I32, n, 0x8000)), constant(I32, n, 16))
+        return b.bitcast(b.or_(b.bitcast(scaled, vector(I32, n)), sign), vector(F32, n))
+
+    def broadcast(self, b: ir.IRBuilder, x: ir.Value, quad: int) -> ir.Value:
+        """The 4 activations of a quad, repeated for every row: <lanes x i32>."""
+        return splat(b, b.load(address(b, x, 4 * quad, I32), align=1), self.lanes)
+
+
+class NativeHalf(InstructionSet):
+    """An instruction set that converts f16 by itself."""
+
+    def from_half(self, b: ir.IRBuilder, half: ir.Value) -> ir.Value:
+        n = half.type.count
+        return b.fpext(b.bitcast(half, vector(HALF, n)), vector(F32, n))

@@ -1,0 +1,180 @@
+"""A converted model's files, mapped into memory and checked against its config (quant/FORMAT.md)."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.config import Config, read_json
+from npqwen.errors import FormatError
+from npqwen.forward import LAYER, MODEL
+from npqwen.kernels.matmul import ROWS, UNIT_BYTES, UNIT_COLS
+
+FORMAT_VERSION = 1
+_ALIGN = 64
+_BITS = {size: bits for bits, size in UNIT_BYTES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A mapped tensor: where it is, and what the file says it is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    path: Path
+
+
+def pad(n: int, multiple: int) -> int:
+    """n rounded up."""
+    return -(-n // multiple) * multiple
+
+
+def format_of(directory: Path) -> dict[str, Any]:
+    """The `quantization_config` of a converted directory; FormatError if it is none, or a newer one."""
+    found = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != "npqwen":
+        raise FormatError(f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT")
+    version = found.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{directory} has format version {version!r}, this npqwen reads {FORMAT_VERSION}; "
+            "upgrade npqwen, or convert the checkpoint again"
+        )
+    return found
+
+
+class Weights:
+    """A model's weights where they lie in its files, which stay mapped as long as this lives.
+
+    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records.
+    """
+
+    def __init__(self, directory: Path, config: Config) -> None:
+        """Raises FormatError, naming the file and the tensor, unless all is there in the right shape."""
+        self.bits: int = format_of(directory)["bits"]
+        self.tensors: dict[str, Tensor] = {}
+        for path in _files(directory):
+            for name, tensor in _mapped(path):
+                if name in self.tensors:
+                    raise FormatError(f"{path}: tensor {name} is in another file too")
+                self.tensors[name] = tensor
+        self.directory = directory
+        self.model = np.zeros(1, MODEL)
+        self.layers = np.zeros(config.num_hidden_layers, LAYER)
+        self._fill(config)
+
+    def _fill(self, c: Config) -> None:
+        hidden, dim = c.hidden_size, c.head_dim
+        queries, keys = c.num_attention_heads * dim, c.num_key_value_heads * dim
+        model = self.model[0]
+        for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
+            model[key] = getattr(c, key)
+        model["embed_tokens"] = self._matrix("model.embed_tokens.weight", c.vocab_size, hidden)
+        model["norm"] = self._vector("model.norm.weight", hidden)
+        head = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+        model["lm_head"] = self._matrix(head, c.vocab_size, hidden)
+        for i in range(c.num_hidden_layers):
+            prefix = f"model.layers.{i}."
+            layer = self.layers[i]
+            for key in ("input_layernorm", "post_attention_layernorm"):
+                layer[key] = self._vector(f"{prefix}{key}.weight", hidden)
+            for key in ("q_norm", "k_norm"):
+                layer[key] = self._vector(f"{prefix}self_attn.{key}.weight", dim)
+            attention, mlp = prefix + "self_attn.", prefix + "mlp."
+            inner = pad(c.intermediate_size, ROWS)
+            layer["qkv_proj"] = self._matrix(f"{attention}qkv_proj.weight", queries + 2 * keys, hidden)
+            layer["o_proj"] = self._matrix(f"{attention}o_proj.weight", hidden, queries)
+            layer["gate_up_proj"] = self._matrix(f"{mlp}gate_up_proj.weight", 2 * inner, hidden)
+            layer["down_proj"] = self._matrix(f"{mlp}down_proj.weight", hidden, c.intermediate_size)
+
+    def _find(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise FormatError(f"{self.directory}: tensor {name} is missing; convert the checkpoint again")
+        return self.tensors[name]
+
+    def _vector(self, name: str, size: int) -> int:
+        tensor = self._find(name)
+        if tensor.dtype != "F32" or tensor.shape != (pad(size, ROWS),):
+            raise FormatError(
+                f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"config.json asks for F32 [{pad(size, ROWS)}]"
+            )
+        return tensor.data.ctypes.data
+
+    def _matrix(self, name: str, rows: int, cols: int) -> tuple[int, int, int, int]:
+        tensor = self._find(name)
+        units = pad(rows, ROWS) // ROWS, pad(cols, UNIT_COLS) // UNIT_COLS
+        if tensor.dtype != "U8" or tensor.shape[:2] != units or tensor.shape[2:] not in [(b,) for b in _BITS]:
+            raise FormatError(
+                f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"config.json asks for U8 {[*units]} units of {' or '.join(map(str, _BITS))} bytes"
+            )
+        return tensor.data.ctypes.data, _BITS[tensor.shape[2]], units[0] * ROWS, units[1] * UNIT_COLS
+
+
+def _files(directory: Path) -> list[Path]:
+    """The safetensors files, in order; FormatError if one of the index is not there."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        single = directory / "model.safetensors"
+        if not single.exists():
+            raise FormatError(f"{single} is missing; convert the checkpoint again")
+        return [single]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise FormatError(f"{index} has no weight_map; convert the checkpoint again")
+    paths = [directory / Path(name).name for name in sorted(set(names.values()))]
+    for path in paths:
+        if not path.exists():
+            raise FormatError(f"{path} is missing, {index.name} names it; copy or convert the model again")
+    return paths
+
+
+def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file, mapped read-only; FormatError for whatever a reader cannot trust."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):
+            raise FormatError(f"{path} is truncated or no safetensors file; copy or convert it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise FormatError(f"{path}: the header is damaged; copy or convert it again") from None
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: the header is damaged; copy or convert it again")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or metadata.get("format") != "npqwen":
+        raise FormatError(f"{path} was not made by npqwen; convert the checkpoint again")
+    for name, entry in header.items():
+        yield name, _tensor(path, name, entry, data, 8 + length)
+
+
+def _tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8], start: int) -> Tensor:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+        begin, end = (int(n) for n in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(f"{path}: the entry of tensor {name} is damaged; convert it again") from None
+    count = 1
+    for n in shape:
+        count *= n
+    item = {"F32": 4, "U8": 1}.get(dtype)
+    if item is None:
+        raise FormatError(f"{path}: tensor {name} has dtype {dtype}, the format has F32 and U8 only")
+    if min(shape, default=0) <= 0 or begin < 0 or end - begin != count * item:
+        raise FormatError(f"{path}: tensor {name} has impossible sizes; copy or convert it again")
+    if end > data.size:
+        raise FormatError(f"{path} is truncated: tensor {name} ends {end - data.size} bytes past the file")
+    if (start + begin) % _ALIGN:
+        raise FormatError(f"{path}: tensor {name} is not aligned to {_ALIGN} bytes; convert it again")
+    return Tensor(dtype, shape, data[begin:end], path)
