@@ -1,4 +1,4 @@
-"""The packed units of FORMAT.md, read byte by byte: the twin that converter and kernels are tested against."""
+"""The packed units of FORMAT.md, read byte by byte: the twin of the converter and of the kernels."""
 
 from __future__ import annotations
 

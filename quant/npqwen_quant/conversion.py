@@ -250,7 +250,9 @@ def _not_finite(source: StoredTensor, name: str) -> CheckpointError:
 def _widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """float32 of f16, f32 or bf16's bits."""
     if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        wide = stored.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return stored.astype(np.float32, copy=False)
 
 
