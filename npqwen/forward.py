@@ -46,9 +46,10 @@ MODEL = np.dtype(
 @njit(nogil=True)
 def forward(
     team: Any, member: int, model: Any, layers: Any, ids: Any, start: int, cos: Any, sin: Any, pages: Any,
-    buffers: Any, scratches: Any, wanted: int, logits: Any,
+    like: Any, buffers: Any, scratches: Any, wanted: int, logits: Any,
 ) -> None:  # fmt: skip
-    """Run `ids` (tokens,) int64 at positions `start` and up; their keys and values go into the cache's `pages`.
+    """Run `ids` (tokens,) int64 at positions `start` and up; their keys and values go into the cache's
+    `pages`, in like's dtype.
 
     cos, sin: float32 (tokens, head_dim / 2).  logits: float32, a row for each of the last `wanted`
     tokens, rounded up to whole tiles.  buffers: what the threads share, see Buffers; scratches: a row a thread.
@@ -67,10 +68,10 @@ def forward(
         barrier(team)
         matmul(team, layer.qkv_proj, packed, tokens, width, qkv, False)
         barrier(team)
-        rotate_and_store(team, model, layer, i, qkv, tokens, start, cos, sin, pages)
+        rotate_and_store(team, model, layer, i, qkv, tokens, start, cos, sin, pages, like)
         barrier(team)
         attention(
-            team, qkv, tokens, pages, i, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
+            team, qkv, tokens, pages, like, i, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
             start, parts, scratch, attended,
         )  # fmt: skip
         barrier(team)
@@ -151,8 +152,9 @@ def silu_and_pack(team: Any, gate_up: Any, tokens: int, bits: int, scratch: Any,
 
 @njit(nogil=True)
 def rotate_and_store(
-    team: Any, model: Any, layer: Any, i: int, qkv: Any, tokens: int, start: int, cos: Any, sin: Any, pages: Any
-) -> None:
+    team: Any, model: Any, layer: Any, i: int, qkv: Any, tokens: int, start: int, cos: Any, sin: Any, pages: Any,
+    like: Any,
+) -> None:  # fmt: skip
     """Norm and rotate queries and keys; keys and values go into the cache, queries stay, scaled by 1/sqrt(dim)."""
     dim, heads, kv_heads = model.head_dim, model.num_attention_heads, model.num_key_value_heads
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
@@ -169,7 +171,7 @@ def rotate_and_store(
                 for k in range(dim):
                     x[k] *= scale
             else:
-                store_key(pages, 2 * i * kv_heads + head - heads, start + t, x)
+                store_key(pages, like, 2 * i * kv_heads + head - heads, start + t, x)
         for head in range(kv_heads):
             at = (heads + kv_heads + head) * dim
-            store_value(pages, (2 * i + 1) * kv_heads + head, start + t, qkv[t, at : at + dim])
+            store_value(pages, like, (2 * i + 1) * kv_heads + head, start + t, qkv[t, at : at + dim])

@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from npqwen.cache_directory import cache_directory
 from npqwen.config import read_json
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, OutputError
 
@@ -35,17 +35,6 @@ _FINGERPRINTED = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-
-
-def cache_directory() -> Path:
-    """Where conversions are kept: $NPQWEN_CACHE, or `npqwen` in the platform's directory for caches."""
-    if own := os.environ.get("NPQWEN_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "npqwen"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "npqwen"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npqwen"
 
 
 def is_converted(directory: Path) -> bool:

@@ -7,24 +7,27 @@ from numpy.typing import NDArray
 
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, OptionError
-from npqwen.kernels.attention import PAGE, page_bytes
+from npqwen.kernels.attention import PAGE, page_items
 
 _ALIGN = 64
 
 
 class KVCache:
-    """The cache of one sequence: float16, PAGE positions a page (kernels/attention.py has the layout).
+    """The cache of one sequence, PAGE positions a page (kernels/attention.py has the layout).
 
     A page is allocated zeroed, and the operating system lends memory only for what is written.  Growing never
     copies.  Not safe for two threads at once: give each sequence its own.
     """
 
-    def __init__(self, config: Config, limit: int) -> None:
+    def __init__(self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32]) -> None:
         self.length = 0
         """Tokens whose keys and values are in."""
         self.limit = limit
         """Tokens it may hold."""
-        self.page_bytes = page_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        items = page_items(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        self.like = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
+        """An array of the pages' dtype, for kernels; they see float16 as its bits."""
+        self.page_bytes = items * self.like.itemsize
         self.addresses: NDArray[np.int64] = np.zeros(-(-limit // PAGE), np.int64)
         self._pages: list[NDArray[np.uint8]] = []
 

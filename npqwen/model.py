@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from npqwen import generation
 from npqwen.buffers import Buffers
 from npqwen.compiled import compile_kernel
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.forward import forward
-from npqwen.generation import Completion, GenerationConfig, Stream
+from npqwen.generation import Completion, GenerationConfig
 from npqwen.kv_cache import KVCache
 from npqwen.machine import default_threads
 from npqwen.rope import Rope
@@ -46,6 +47,8 @@ class Model:
         """Tokens that a prompt and its continuation may have together."""
         self.weights = Weights(path, self.config)
         self.bits = self.weights.bits
+        self.cache_dtype = np.float32 if self.bits == 16 else np.float16
+        """bf16 weights are the exact baseline: there nothing is rounded further."""
         self.tokenizer = Tokenizer.from_directory(path)
         self.generation = GenerationConfig.from_directory(path)
         self.threads = default_threads() if threads is None else threads
@@ -59,7 +62,7 @@ class Model:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
         if room is not None and not 0 < room <= self.context:
             raise ContextLengthError(f"a cache for {room} tokens: the model's context is {self.context}")
-        return KVCache(self.config, self.context if room is None else room)
+        return KVCache(self.config, self.context if room is None else room, self.cache_dtype)
 
     def forward(self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False) -> NDArray[np.float32]:
         """Run `ids` after what is in the cache, and put them in.
@@ -100,11 +103,11 @@ class Model:
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Generate, piece by piece as the text comes.  options: see `generation.stream`."""
-        return Stream(self, self.tokenizer.encode(prompt), **options)
+        return generation.stream(self, prompt, **options)
 
     def generate(self, prompt: str, **options: Any) -> Completion:
         """Generate a whole text.  options: see `generation.stream`."""
-        raise NotImplementedError
+        return generation.generate(self, prompt, **options)
 
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, wanted: bool, every: bool) -> NDArray[np.float32]:
         """One forward pass of at most CHUNK tokens; rows of logits for all of them, the last or none."""
@@ -121,7 +124,7 @@ class Model:
         b = self._buffers
         return (
             self.weights.model[0], self.weights.layers, ids, cache.length, cos, sin, cache.addresses,
-            b.shared, b.scratches, rows, b.logits(rows),
+            cache.like, b.shared, b.scratches, rows, b.logits(rows),
         )  # fmt: skip
 
     def _check(self, ids: ArrayLike) -> NDArray[np.int64]:

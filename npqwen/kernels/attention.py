@@ -1,10 +1,10 @@
-"""Causal attention over a float16 KV cache, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
+"""Causal attention over a KV cache of float16 or float32, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
 
 The query heads that share a key/value head are rows of one product, and so are neighbouring tokens: each key and
 value is read once for all of them.  Row r of a key/value head is query head `r % group` of token
 `r // group`, group being query heads per key/value head.
 
-The cache comes in pages of `PAGE` positions.  A page holds, layer by layer and head by head, keys and then
+The cache comes in pages of `PAGE` positions, float16 (uint16 to Numba) or float32, as the array `like` is.  A page holds, layer by layer and head by head, keys and then
 values.  Keys lie in groups of 16 positions, (16 positions, head_dim) turned to (head_dim, 16): a vector holds
 one coordinate of many positions, and scores need no sums across a vector.  Values lie as (position, head_dim).
 """
@@ -14,12 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from npqwen.kernels.packing import WIDTHS, tile_width
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
-from npqwen.simd.tile import LANES, add, multiply_f16, store, zeros
+from npqwen.simd.tile import LANES, add, multiply_cached, store, zeros
 from npqwen.team import MEMBERS, acquire, barrier, take
 
 PAGE = 256
@@ -31,35 +32,47 @@ _LONG = 512
 """Positions that are worth a task of their own when there are fewer heads than threads."""
 
 
-def page_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Size of a page of the cache."""
-    return layers * 2 * kv_heads * PAGE * head_dim * 2
+def page_items(layers: int, kv_heads: int, head_dim: int) -> int:
+    """Numbers in a page of the cache."""
+    return layers * 2 * kv_heads * PAGE * head_dim
+
+
+def _stored(value, like):  # type: ignore[no-untyped-def]  # Numba wants the very same signature below
+    """A float32 as the cache holds it: as it is, or as the bits of a float16."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_stored)  # type: ignore[misc]
+def _compiled_stored(value, like):  # type: ignore[no-untyped-def]
+    if like.dtype == types.float32:
+        return lambda value, like: value
+    return lambda value, like: half(value)
 
 
 @njit(nogil=True)
-def _head(pages: Any, position: int, which: int, head_dim: int) -> Any:
-    """The keys or values of one head in the page that holds a position: uint16 (PAGE * head_dim,)."""
+def _head(pages: Any, like: Any, position: int, which: int, head_dim: int) -> Any:
+    """The keys or values of one head in the page that holds a position: (PAGE * head_dim,) of like's dtype."""
     size = PAGE * head_dim
-    return memory(pages[position // PAGE] + 2 * which * size, size, np.uint16)
+    return memory(pages[position // PAGE] + like.itemsize * which * size, size, like.dtype)
 
 
 @njit(nogil=True)
-def store_key(pages: Any, which: int, position: int, key: Any) -> None:
+def store_key(pages: Any, like: Any, which: int, position: int, key: Any) -> None:
     """Put one head's key (head_dim,) float32 into the cache; which = (layer * 2) * kv_heads + head."""
     place = position % PAGE
-    keys = _head(pages, position, which, key.size)
+    keys = _head(pages, like, position, which, key.size)
     at = place // TILE * TILE * key.size + place % TILE
     for i in range(key.size):
-        keys[at + i * TILE] = half(key[i])
+        keys[at + i * TILE] = _stored(key[i], like)
 
 
 @njit(nogil=True)
-def store_value(pages: Any, which: int, position: int, value: Any) -> None:
+def store_value(pages: Any, like: Any, which: int, position: int, value: Any) -> None:
     """Put one head's value (head_dim,) float32 into the cache; which = (layer * 2 + 1) * kv_heads + head."""
     at = position % PAGE * value.size
-    values = _head(pages, position, which, value.size)
+    values = _head(pages, like, position, which, value.size)
     for i in range(value.size):
-        values[at + i] = half(value[i])
+        values[at + i] = _stored(value[i], like)
 
 
 def scratch_floats(head_dim: int) -> int:
@@ -95,7 +108,7 @@ def _attend(tokens: int, vectors: int) -> Any:
 
     @njit(nogil=True)
     def attend(
-        queries: Any, pages: Any, keys_of: int, values_of: int, low: int, high: int, start: int,
+        queries: Any, pages: Any, like: Any, keys_of: int, values_of: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch: Any,
     ) -> None:  # fmt: skip
         """Attention of `tokens` rows over positions low to high; sums, top and total are left in scratch.
@@ -112,15 +125,15 @@ def _attend(tokens: int, vectors: int) -> Any:
         total[:] = np.float32(0.0)
         for block in range(low, high, BLOCK):
             count = (min(BLOCK, high - block) + TILE - 1) // TILE * TILE
-            keys = _head(pages, block, keys_of, dim)
+            keys = _head(pages, like, block, keys_of, dim)
             at = block % PAGE * dim
             for place in range(0, count, TILE):
                 for row in range(0, TILE, lanes):
                     even, odd = zeros(tokens, vectors), zeros(tokens, vectors)
                     k = at + place * dim + row
                     for i in range(0, dim, 2):
-                        even = multiply_f16(even, tokens, keys, k, queries, i * tokens, 1)
-                        odd = multiply_f16(odd, tokens, keys, k + TILE, queries, (i + 1) * tokens, 1)
+                        even = multiply_cached(even, tokens, keys, k, queries, i * tokens, 1)
+                        odd = multiply_cached(odd, tokens, keys, k + TILE, queries, (i + 1) * tokens, 1)
                         k += 2 * TILE
                     store(even, scores, place + row, vectors, BLOCK)
                     add(odd, scores, place + row, vectors, BLOCK)
@@ -128,12 +141,12 @@ def _attend(tokens: int, vectors: int) -> Any:
                 visible = max(0, min(count, start + (first_row + t) // group + 1 - block))
                 line = scores[t * BLOCK : t * BLOCK + BLOCK]
                 _softmax_step(line, visible, count, sums[t * dim : (t + 1) * dim], t, top, total)
-            values = _head(pages, block, values_of, dim)
+            values = _head(pages, like, block, values_of, dim)
             for column in range(0, dim, lanes):
                 outs = zeros(tokens, vectors)
                 v = at + column
                 for i in range(count):
-                    outs = multiply_f16(outs, tokens, values, v, scores, i, BLOCK)
+                    outs = multiply_cached(outs, tokens, values, v, scores, i, BLOCK)
                     v += dim
                 add(outs, sums, column, vectors, dim)
 
@@ -195,7 +208,7 @@ def splits(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
 
 @njit(nogil=True)
 def attention(
-    team: Any, q: Any, tokens: int, pages: Any, layer: int, heads: int, kv_heads: int, dim: int, start: int,
+    team: Any, q: Any, tokens: int, pages: Any, like: Any, layer: int, heads: int, kv_heads: int, dim: int, start: int,
     parts: Any, scratch: Any, out: Any,
 ) -> None:  # fmt: skip
     """out[t, head] = softmax(q[t, head] @ keys.T) @ values over positions 0 to start + t.
@@ -226,7 +239,7 @@ def attention(
         keys_of = 2 * layer * kv_heads + head
         low, high = cut * span, min((cut + 1) * span, last_seen)
         _attend_rows(
-            width, queries, pages, keys_of, keys_of + kv_heads, low, high, start, first_row, group, rest
+            width, queries, pages, like, keys_of, keys_of + kv_heads, low, high, start, first_row, group, rest
         )
         left = rest[width * BLOCK : width * BLOCK + size]
         if cuts == 1:

@@ -133,13 +133,21 @@ def multiply_int8(_: Any, tile: Any, tokens: Any, w: Any, at: Any, scales_at: An
     return tile(tile, tokens, w, i64, i64, x, i64), _quantized(ISA.int8, ISA.dot8)
 
 
-def _from_bfloat(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    wide = b.shl(b.zext(bits, vector(I32, LANES)), constant(I32, LANES, 16))
-    return b.bitcast(wide, FLOATS)
+def _load_bfloat(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:
+    bits = b.load(address(b, column, 2 * LANES * r, vector(I16, LANES)), align=2)
+    return b.bitcast(b.shl(b.zext(bits, vector(I32, LANES)), constant(I32, LANES, 16)), FLOATS)
 
 
-def _floating(widen: Any) -> Any:
-    """The step of a product for one column of 16-bit floats."""
+def _load_half(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:
+    return ISA.from_half(b, b.load(address(b, column, 2 * LANES * r, vector(I16, LANES)), align=2))
+
+
+def _load_float(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:
+    return b.load(address(b, column, 4 * LANES * r, FLOATS), align=4)
+
+
+def _floating(load: Any) -> Any:
+    """The step of a product for one column of floats."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         tile, tokens, w, at, x, x_at, stride = args
@@ -153,7 +161,7 @@ def _floating(widen: Any) -> Any:
             value = b.load(_pointer(context, b, sig.args[4], x, place, F32), align=4)
             values.append(splat(b, value, LANES))
         for r in range(rows):
-            weights = widen(b, b.load(address(b, column, 2 * LANES * r, vector(I16, LANES)), align=2))
+            weights = load(b, column, r)
             for t in range(tokens):
                 tile[t * rows + r] = _multiply_add(b, values[t], weights, tile[t * rows + r])
         return cgutils.pack_array(b, tile)
@@ -165,11 +173,12 @@ def _floating(widen: Any) -> Any:
 def multiply_bf16(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
     """tile + one column of bfloat16 (uint16 w[at:], a row each) times float32 x[x_at + t * stride]."""
     i64 = types.int64
-    return tile(tile, tokens, w, i64, x, i64, i64), _floating(_from_bfloat)
+    return tile(tile, tokens, w, i64, x, i64, i64), _floating(_load_bfloat)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[misc]
-def multiply_f16(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
-    """tile + one column of float16 (uint16 w[at:], a row each) times float32 x[x_at + t * stride]."""
+def multiply_cached(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
+    """The same with a column of the KV cache: float16 (uint16 w), or float32."""
     i64 = types.int64
-    return tile(tile, tokens, w, i64, x, i64, i64), _floating(ISA.from_half)
+    load = _load_float if w.dtype == types.float32 else _load_half
+    return tile(tile, tokens, w, i64, x, i64, i64), _floating(load)
