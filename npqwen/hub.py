@@ -118,8 +118,8 @@ def convert(
     if out is None and not force:
         return _converted_once(directory, target, bits, tell, progress)
     target = target if out is None else Path(out)
-    tell(f"converting {source} to {_ENCODINGS[bits]}, into {target}")
-    convert_directory(directory, target, bits, force=force, progress=progress)
+    started = _announced(f"converting {source} to {_ENCODINGS[bits]}, into {target}", tell, progress)
+    convert_directory(directory, target, bits, force=force, progress=started)
     return target
 
 
@@ -199,13 +199,27 @@ def _converted_once(
         return out
     from npqwen_quant import convert as convert_directory
 
-    tell(f"converting {source} to {_ENCODINGS[bits]}, once, into {out}")
+    started = _announced(f"converting {source} to {_ENCODINGS[bits]}, once, into {out}", tell, progress)
     try:
-        convert_directory(source, out, bits, progress=progress)
+        convert_directory(source, out, bits, progress=started)
     except OutputError as error:
         if not is_converted(out):  # else another process was faster, and its result is as good
             raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
     return out
+
+
+def _announced(line: str, tell: Notice, progress: Progress | None) -> Progress:
+    """`progress`, with a notice before its first call: the converter has then refused what it refuses."""
+
+    def announced(done: int, total: int) -> None:
+        nonlocal line
+        if line:
+            tell(line)
+            line = ""
+        if progress is not None:
+            progress(done, total)
+
+    return announced
 
 
 def _latest_commit(repository: str) -> tuple[str | None, str]:

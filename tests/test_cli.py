@@ -1,0 +1,326 @@
+"""The command line: what it writes where, and how it ends. The NumPy reference stands in for the engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from reference import ReferenceModel
+
+import npqwen.model
+from npqwen import cli
+from npqwen.errors import NpqwenError
+
+TESTS = Path(__file__).parent
+TINY = TESTS.parent / "examples" / "tiny-qwen3"
+SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
+ANSWER = "<think>\n17 + 20 = 37. 37 + 5 = 42.\n</think>\n\n17 + 25 = 42"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NPQWEN_CACHE", str(place))
+        yield place
+
+
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: status, out, err, and the model that was loaded."""
+    done = SimpleNamespace(model=None)
+
+    def load(path: Path, *, threads: Any, context: int | None, on_compile: Any) -> ReferenceModel:
+        on_compile(0, 3)
+        on_compile(3, 3)
+        done.threads = threads
+        done.model = ReferenceModel.from_directory(TINY, context)
+        return done.model
+
+    monkeypatch.setattr(npqwen.model, "load", load)
+
+    def command(*args: str) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(list(args))
+        done.status = exit.value.code
+        done.out, done.err = capsys.readouterr()
+        return done
+
+    return command
+
+
+def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(run: Run) -> None:
+    done = run("generate", str(TINY), SUM, "--temperature", "0")
+    assert (done.status, done.out) == (0, ANSWER)
+    converting, compiling, statistics = done.err.splitlines()
+    assert converting.startswith(f"converting {TINY} to int4, once, into ")
+    assert compiling == "compiling 3 kernels (once for this machine)"
+    assert statistics.startswith("prompt: 20 tokens in ")
+    assert "text: 37 tokens" in statistics
+    assert statistics.endswith("; the text ended")
+
+
+def test_quiet_leaves_stderr_empty(run: Run) -> None:
+    done = run("generate", str(TINY), SUM, "--temperature", "0", "--quiet")
+    assert (done.out, done.err) == (ANSWER, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "end"),
+    [
+        (["--max-tokens", "4"], "<think>\n17", "--max-tokens reached"),
+        (["--stop", " = 3", "--stop", "nowhere"], "<think>\n17 + 20", "stopped at ' = 3'"),
+        (["--context", "22"], "<think>\n", "the context is full"),
+    ],
+)
+def test_how_a_text_ends_is_told(run: Run, options: list[str], text: str, end: str) -> None:
+    done = run("generate", str(TINY), SUM, "--temperature", "0", *options)
+    assert done.out == text
+    assert done.err.splitlines()[-1].endswith(f"; {end}")
+
+
+def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def sampler(sampling: Any, *rest: Any) -> Any:
+        given.append(sampling)
+        return lambda logits: 4098
+
+    monkeypatch.setattr("npqwen.generation.Sampler", sampler)
+    options = "--temperature 0.7 --top-k 3 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.1"
+    more = "--presence-penalty -0.5 --seed 9 --threads 3"
+    done = run("generate", str(TINY), "x", *options.split(), *more.split())
+    assert (done.status, done.out, done.threads) == (0, "", 3)
+    assert given == [npqwen.Sampling(0.7, 3, 0.8, 0.1, 1.1, -0.5, 9)]
+
+
+def test_a_seed_repeats_the_text(run: Run) -> None:
+    command = ["generate", str(TINY), "A river is", "--max-tokens", "9", "--seed"]
+    texts = [run(*command, seed).out for seed in "112"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
+    done = run("convert", str(TINY), str(tmp_path / "out"), "--bits", "16")
+    assert (done.status, done.out) == (0, f"{tmp_path / 'out'}\n")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    again = run("convert", str(TINY), str(tmp_path / "out"))
+    assert again.status == 2
+    assert again.err.startswith("npqwen: error: ")
+    assert "--force" in again.err
+    assert run("convert", str(TINY), str(tmp_path / "out"), "--force").status == 0
+    assert Path(run("convert", str(TINY)).out.strip()).is_relative_to(cache)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "/no/such", "x"], "there is no directory '/no/such', nor is it a hub id like Qwen/"),
+        (["generate", str(TINY), ""], "the prompt is empty, and Qwen3 has no token to begin with; give"),
+        (["generate", "/no/such", "x", "--top-p", "3"], "top_p is 3.0; it must be a number from 0 to 1"),
+        (["generate", "/no/such", "x", "--max-tokens", "0"], "max_tokens is 0; it must be a whole number"),
+        (["generate", str(TINY), SUM, "--context", "20"], "the prompt's 20 tokens leave no room in the"),
+        (["generate", str(TINY), "x", "--bits", "5"], "bits is 5; it can be 4, 8 or 16"),
+        (["generate", str(TINY), "x", "--temprature", "1"], "No such option '--temprature'"),
+        (["generate", str(TINY)], "Missing argument 'PROMPT'; see npqwen generate --help"),
+        (["generate", str(TINY), "x", "--top-k", "many"], "Invalid value for '--top-k'"),
+        (["convert", "/no/such", "/tmp/out"], "there is no directory '/no/such'"),
+        (["speak"], "No such command 'speak'; see npqwen --help"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(run: Run, args: list[str], message: str) -> None:
+    done = run(*args)
+    assert done.status == 2
+    assert done.out == ""
+    line = done.err.splitlines()[-1]
+    assert line.startswith(f"npqwen: error: {message}")
+    assert "Traceback" not in done.err
+
+
+def test_any_error_of_ours_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise NpqwenError("first\nsecond")
+
+    monkeypatch.setattr("npqwen.hub.resolve", fail)
+    done = run("generate", str(TINY), "x")
+    assert (done.status, done.err) == (2, "npqwen: error: first second\n")
+
+
+def test_an_error_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("npqwen.hub.resolve", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate", str(TINY), "x"])
+
+
+def test_help_and_version(run: Run) -> None:
+    assert run("--version").out == f"npqwen {npqwen.__version__}\n"
+    done = run("--help")
+    assert done.status == 0
+    assert "generate" in done.out
+    assert "convert" in done.out
+    for command in ("generate", "convert"):
+        assert run(command, "-h").status == 0
+
+
+# In processes of their own: signals, pipes, encodings.
+
+CHILD = f"""
+import sys, time
+sys.path.insert(0, {str(TESTS)!r})
+from reference import Path, ReferenceModel
+import npqwen.model
+
+class Slow(ReferenceModel):
+    def forward(self, *args, **options):
+        time.sleep(float(sys.argv[1]))
+        return super().forward(*args, **options)
+
+npqwen.model.load = lambda path, **options: Slow.from_directory(Path({str(TINY)!r}))
+from npqwen.cli import main
+main(sys.argv[2:])
+"""
+
+
+# Its likeliest continuation is the prompt once more.
+PARROT = """
+class Parrot(Slow):
+    def prefill(self, ids, cache, progress=None):
+        self.script = [*ids, 4098]
+        return self.forward(ids, cache)[-1]
+
+    def forward(self, ids, cache):
+        logits = super().forward(ids, cache)
+        logits[-1, self.script.pop(0)] = 1e6
+        return logits
+"""
+
+
+def child(*args: str, delay: float = 0, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", CHILD, str(delay), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def ascii_locale() -> dict[str, str]:
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    return os.environ | plain
+
+
+def test_text_comes_piece_by_piece_and_ctrl_c_keeps_it() -> None:
+    if sys.platform == "win32":
+        pytest.skip("sends SIGINT")
+    process = child("generate", str(TINY), SUM, "--temperature", "0", delay=0.1)
+    assert process.stdout is not None
+    first = process.stdout.read(3)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=20)
+    text = (first + rest).decode()
+    assert process.returncode == 130
+    assert ANSWER.startswith(text)
+    assert 3 <= len(text) < len(ANSWER)
+    assert b"Traceback" not in errors
+    assert b"error" not in errors
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    process = child("generate", str(TINY), SUM, "--temperature", "0", "--quiet", delay=0.02)
+    assert process.stdout is not None
+    assert process.stdout.read(3) == b"<th"
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(20) == 141
+    assert errors == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", CHILD, "0", "generate", str(TINY), SUM, "--quiet"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=20)
+    assert done.returncode == 2
+    assert done.stderr == "npqwen: error: the text cannot be written to stdout: No space left on device\n"
+
+
+def test_stdout_and_stdin_are_utf8_in_any_locale() -> None:
+    command = ["generate", str(TINY), "-", "--max-tokens", "3", "--stop", "é"]
+    process = child(*command, stdin=subprocess.PIPE, env=ascii_locale())
+    out, errors = process.communicate("\ufeffA café — 東\r\nis\r\n".encode(), timeout=20)
+    assert process.returncode == 0, errors
+    out.decode()
+    # without the mark, the last line's end and the carriage returns
+    prompt = len(ReferenceModel.from_directory(TINY).tokenizer.encode("A café — 東\nis"))
+    assert f"prompt: {prompt} tokens".encode() in errors
+
+
+def test_an_argument_is_utf8_in_any_locale_and_so_is_the_text() -> None:
+    script = CHILD.replace("npqwen.model.load =", f"{PARROT}\nnpqwen.model.load =")
+    script = script.replace("Slow.from_directory", "Parrot.from_directory")
+    command = [sys.executable, "-c", script, "0", "generate", str(TINY), "naïve 東京 🎉", "--quiet"]
+    done = subprocess.run(command, capture_output=True, env=ascii_locale(), timeout=20)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "naïve 東京 🎉", b"")
+
+
+def test_stdin_that_is_not_utf8_is_refused() -> None:
+    process = child("generate", str(TINY), "-", stdin=subprocess.PIPE)
+    _, errors = process.communicate(b"caf\xe9", timeout=20)
+    assert process.returncode == 2
+    assert errors.decode().strip() == "npqwen: error: the prompt on stdin is not UTF-8 (at byte 3)"
+
+
+def test_progress_bars_only_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quiet = run("convert", str(TINY), str(tmp_path / "a"))
+    assert "%" not in quiet.err
+    monkeypatch.setattr("npqwen.console.Console.__init__", _on_a_terminal)
+    shown = run("convert", str(TINY), str(tmp_path / "b"))
+    assert "converting: " in shown.err
+    long = run("generate", str(TINY), "a " * 400, "--max-tokens", "1")
+    assert "reading the prompt: " in long.err
+    assert "compiling kernels (once for this machine): " in long.err
+
+
+def _on_a_terminal(self: Any, *, quiet: bool = False) -> None:
+    self.quiet, self.bars, self._bar, self._doing = quiet, True, None, ""
+
+
+def test_the_package_imports_fast_and_help_too() -> None:
+    heavy = {"numpy", "numba", "tokenizers", "huggingface_hub", "tqdm", "npqwen_quant", "npqwen.model"}
+    for code, more in (
+        ("import npqwen", {"click"}),
+        ("import npqwen; npqwen.OptionError, npqwen.__version__, dir(npqwen)", {"click"}),
+        ("from npqwen.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass", set()),
+    ):
+        check = f"{code}\nimport sys\nfound = {heavy | more!r} & set(sys.modules)\nassert not found, found"
+        command = [sys.executable, "-c", check]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20)
+        assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there() -> None:
+    assert all(getattr(npqwen, name) is not None for name in npqwen.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        npqwen.nonsense  # noqa: B018
+
+
+def test_load_resolves_then_loads(run: Run, tmp_path: Path) -> None:
+    notices: list[str] = []
+    compiled: list[tuple[int, int]] = []
+    model = npqwen.load(
+        TINY, bits=8, context=99, notice=notices.append, on_compile=lambda *state: compiled.append(state)
+    )
+    assert model.context == 99
+    assert "to int8, once, into" in notices[0]
+    assert compiled == [(0, 3), (3, 3)]
