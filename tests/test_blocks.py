@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from checkpoints import TINY, decode, read_safetensors
 from npqwen_quant import blocks
+from numba.core import caching
 from units import UNIT_BYTES, integers, scales, unpack
 
 QUANTIZE = {
@@ -168,6 +170,13 @@ def test_what_is_not_finite_is_reported(encoding, bad):
     assert function(rows, out, 0, 1, targets) < blocks.INFINITY
     rows[18, 97] = bad
     assert function(rows, out, 0, 1, targets) >= blocks.INFINITY
+
+
+def test_compiles_where_nothing_can_be_cached(monkeypatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(lambda x: x + x)
+    assert blocks._jit(lambda x: x + x)(21) == 42
 
 
 @pytest.mark.parametrize("encoding", QUANTIZE)

@@ -106,12 +106,19 @@ class Output:
             # Locked before the directory exists, so that nobody finds that abandoned.
             self._lock = open(_lock_of(self.partial), "wb")
             _try_lock(self._lock)
-            self.partial.mkdir()
+            try:
+                self.partial.mkdir()
+            except OSError:
+                self._discard()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
@@ -179,7 +186,8 @@ class Output:
                     abandoned = False
                 if abandoned:
                     shutil.rmtree(entry, ignore_errors=True)
-                    _lock_of(entry).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        _lock_of(entry).unlink()
 
 
 def _is_converted(directory: Path) -> bool:

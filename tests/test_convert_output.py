@@ -1,0 +1,177 @@
+"""A conversion's output: whole or not there, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+from checkpoints import make_config, write_checkpoint
+from npqwen_quant import convert
+
+from npqwen.errors import OutputError
+
+
+def test_output_and_source_must_lie_apart(tmp_path):
+    source = tmp_path / "a" / "in"
+    write_checkpoint(source)
+    places = [source, source / "out", source / "x" / "y", tmp_path / "a", source / ".." / "in"]
+    if sys.platform != "win32":  # where links need a privilege
+        (tmp_path / "link").symlink_to(source, target_is_directory=True)
+        places += [tmp_path / "link", tmp_path / "link" / "x" / "y"]
+    before = sorted(tmp_path.rglob("*"))
+    for out in places:
+        for force in (False, True):
+            with pytest.raises(OutputError, match="choose another place"):
+                convert(source, out, force=force)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_exists(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    out = tmp_path / "deep" / "er" / "out"
+    convert(tmp_path / "in", out, 4)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
+        convert(tmp_path / "in", out, 8)
+    with pytest.raises(ZeroDivisionError):
+        convert(tmp_path / "in", out, 8, force=True, progress=lambda done, total: 1 // 0)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    convert(tmp_path / "in", out, 8, force=True)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 8
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_force_replaces_nothing_but_models(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    for name in ("home", "file"):
+        with pytest.raises(OutputError, match="exists already"):
+            convert(tmp_path / "in", tmp_path / name, force=True)
+    assert (tmp_path / "home" / "thesis").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    convert(tmp_path / "in", tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_output_appears_in_the_meantime(tmp_path):
+    write_checkpoint(tmp_path / "in")
+
+    def intrude(done: int, total: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("")
+
+    with pytest.raises(OutputError, match="exists already"):
+        convert(tmp_path / "in", tmp_path / "out", progress=intrude)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 50_000, 50_000))
+    with pytest.raises(OutputError, match=r"would take .* GB, but only 0.00 GB is free"):
+        convert(tmp_path / "in", tmp_path / "out", progress=lambda done, total: pytest.fail("started"))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_room_runs_out(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in", shards=2)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"out does not fit: no room is left"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
+def test_a_write_that_the_system_refuses(tmp_path):
+    """A real one: a limit on the size of files, reached in the middle of a shard."""
+    write_checkpoint(tmp_path / "in")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from npqwen.errors import OutputError
+from npqwen_quant import convert
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    convert(Path({str(tmp_path / "in")!r}), Path({str(tmp_path / "out")!r}), 16)
+except OutputError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "out cannot be written: File too large" in done.stdout
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_place_that_is_not_writable(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="cannot be written"):
+        convert(tmp_path / "in", tmp_path / "locked" / "out")
+
+
+def test_parent_is_a_file(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        convert(tmp_path / "in", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_ctrl_c(tmp_path, bits):
+    write_checkpoint(tmp_path / "in", make_config(vocab_size=20000, hidden_size=256))
+
+    def interrupt(done: int, total: int) -> None:
+        assert not (tmp_path / "out").exists()
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "in", tmp_path / "out", bits, progress=interrupt)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_kill(tmp_path):
+    """What a killed process leaves is no model, is left alone while it lives, and is removed by the next."""
+    write_checkpoint(tmp_path / "in")
+    code = f"""
+import sys
+from pathlib import Path
+from npqwen_quant import convert
+def wait(done, total):
+    if done > total // 2:
+        print("half", flush=True)
+        sys.stdin.read()
+convert(Path({str(tmp_path / "in")!r}), Path({str(tmp_path / "out")!r}), progress=wait)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        assert process.stdout.readline().strip() == b"half"
+        (partial,) = (path for path in tmp_path.iterdir() if path.is_dir() and path.name != "in")
+        assert partial.name.startswith(".out.partial-")
+        convert(tmp_path / "in", tmp_path / "out")
+        assert (partial / "model.safetensors").exists()
+        process.kill()
+        process.wait()
+    assert not (partial / "config.json").exists()
+    shutil.rmtree(tmp_path / "out")
+    convert(tmp_path / "in", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]

@@ -1,0 +1,191 @@
+"""Checkpoints that cannot be converted: foreign, incomplete, damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import make_config, random_tensors, write_checkpoint, write_safetensors
+from npqwen_quant import convert
+
+from npqwen.errors import CheckpointError, ModelNotFoundError
+
+
+def change(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(directory: Path, name: str, values: np.ndarray | None) -> None:
+    """Replace, add or (None) remove a tensor of an unsharded checkpoint."""
+    tensors = random_tensors(json.loads((directory / "config.json").read_text()))
+    tensors |= {} if values is None else {name: values}
+    if values is None:
+        del tensors[name]
+    write_safetensors(directory / "model.safetensors", tensors)
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+REFUSED = {
+    "another architecture": (lambda d: change(d, model_type="llama"), "llama"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "a converted model": (lambda d: change(d, quantization_config={"quant_method": "npqwen"}), "already"),
+    "fp8": (lambda d: change(d, quantization_config={"quant_method": "fp8"}), "fp8"),
+    "gptq": (lambda d: change(d, quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
+    "missing tensor": (lambda d: rewrite(d, K_PROJ, None), K_PROJ),
+    "missing norm": (lambda d: rewrite(d, "model.norm.weight", None), "model.norm.weight"),
+    "missing lm_head": (lambda d: change(d, tie_word_embeddings=False), "no lm_head.weight.*tie_word"),
+    "wrong shape": (
+        lambda d: change(d, intermediate_size=99),
+        r"gate_proj.weight has shape \[100, 72\], .* \[99, 72\]",
+    ),
+    "transposed": (lambda d: rewrite(d, K_PROJ, np.ones((72, 64), np.float32)), rf"{K_PROJ} has shape"),
+    "fewer layers": (lambda d: change(d, num_hidden_layers=1), r"model\.layers\.1\."),
+    "unknown tensor": (
+        lambda d: rewrite(d, "model.layers.0.self_attn.q_proj.bias", np.ones(128, np.float32)),
+        "bias",
+    ),
+    "integers": (lambda d: rewrite(d, K_PROJ, np.ones((64, 72), np.int64)), f"{K_PROJ} is stored as I64"),
+    "float8": (lambda d: rewrite(d, K_PROJ, np.ones((64, 72), np.uint8)), f"{K_PROJ} is stored as F8_E4M3"),
+    "nan": (lambda d: rewrite(d, K_PROJ, np.full((64, 72), np.nan, np.float32)), f"{K_PROJ} holds NaN"),
+    "infinity": (lambda d: rewrite(d, K_PROJ, np.full((64, 72), -np.inf, np.float32)), f"{K_PROJ} holds NaN"),
+    "nan norm": (
+        lambda d: rewrite(d, "model.norm.weight", np.full(72, np.nan, np.float32)),
+        "model.norm.weight holds NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_checkpoints(tmp_path, bits, case):
+    damage, message = REFUSED[case]
+    write_checkpoint(tmp_path / "in")
+    damage(tmp_path / "in")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert(tmp_path / "in", tmp_path / "out", bits)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_one_weight_in_many(tmp_path, bits):
+    """The last weight of a padded, interleaved matrix, alone."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = random_tensors(make_config())
+    tensors[name][-1, -1] = np.inf
+    write_checkpoint(tmp_path / "in", tensors=tensors)
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+        convert(tmp_path / "in", tmp_path / "out", bits)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 6e5), (8, 9e6), (16, 3.4e38)])
+def test_weights_too_large_for_the_encoding(tmp_path, bits, size):
+    tensors = random_tensors(make_config(), "F32")
+    tensors[K_PROJ][3, 4] = size
+    write_checkpoint(tmp_path / "in", tensors=tensors, dtype="F32")
+    with pytest.raises(CheckpointError, match=f"{K_PROJ} holds a weight .*too large"):
+        convert(tmp_path / "in", tmp_path / "out", bits)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_refused_shards(tmp_path):
+    write_checkpoint(tmp_path / "in", shards=3)
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    second = tmp_path / "in" / "model-00002-of-00003.safetensors"
+    moved = second.rename(tmp_path / "in" / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
+        convert(tmp_path / "in", tmp_path / "out")
+    shutil.copy(tmp_path / "in" / "model-00001-of-00003.safetensors", second)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors has no tensor"):
+        convert(tmp_path / "in", tmp_path / "out")
+    moved.replace(second)
+    whole = index.read_text()
+    for bad in ("../in/model-00002-of-00003.safetensors", "/etc/passwd", "..", "C:model", "a\\b", ""):
+        raw = json.loads(whole)
+        raw["weight_map"][K_PROJ] = bad
+        index.write_text(json.dumps(raw))
+        with pytest.raises(CheckpointError, match="no file name"):
+            convert(tmp_path / "in", tmp_path / "out")
+    for bad in ("", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', whole[:-9]):
+        index.write_text(bad)
+        with pytest.raises(CheckpointError, match="index"):
+            convert(tmp_path / "in", tmp_path / "out")
+    index.write_text(whole)
+    convert(tmp_path / "in", tmp_path / "out")
+
+
+def hostile(edit) -> bytes:
+    """A file of two tensors whose header `edit` has changed."""
+    header = {
+        "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+        "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]},
+    }
+    text = edit(header)
+    text = text if isinstance(text, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(24)
+
+
+GOOD = hostile(lambda h: None)
+HOSTILE = {
+    "empty": b"",
+    "short": b"\x05\0\0",
+    "header longer than the file": struct.pack("<Q", 10**6) + GOOD[8:],
+    "huge header": struct.pack("<Q", 2**64 - 1) + GOOD[8:],
+    "header of nothing": struct.pack("<Q", 0) + GOOD[8:],
+    "truncated data": GOOD[:-1],
+    "data after the end": GOOD + b"\0",
+    "not json": hostile(lambda h: b"{" * 60),
+    "deep json": hostile(lambda h: b'{"a":' + b"[" * 100_000),
+    "huge number": hostile(lambda h: b'{"a":' + b"9" * 10_000 + b"}"),
+    "not utf-8": hostile(lambda h: b'{"\xff": {}}'),
+    "a list": hostile(lambda h: b"[1, 2]"),
+    "entry is a list": hostile(lambda h: h.update(a=[1])),
+    "no dtype": hostile(lambda h: h["a"].pop("dtype")),
+    "no shape": hostile(lambda h: h["a"].pop("shape")),
+    "negative shape": hostile(lambda h: h["a"].update(shape=[-2, -2])),
+    "fractional shape": hostile(lambda h: h["a"].update(shape=[2.0, 2])),
+    "boolean shape": hostile(lambda h: h["a"].update(shape=[True, 4])),
+    "huge shape": hostile(lambda h: h["a"].update(shape=[2**40, 2**40])),
+    "wrong size": hostile(lambda h: h["a"].update(shape=[2, 3])),
+    "one offset": hostile(lambda h: h["a"].update(data_offsets=[0])),
+    "offsets beyond the end": hostile(lambda h: h["b"].update(data_offsets=[16, 2**62])),
+    "offsets backwards": hostile(lambda h: h["b"].update(data_offsets=[24, 16])),
+    "overlap": hostile(lambda h: h["b"].update(data_offsets=[8, 16])),
+    "same place": hostile(lambda h: h.update(c=h["b"])),
+    "hole": hostile(lambda h: h.pop("a")),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_damaged_files(tmp_path, case):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "in" / "model.safetensors").write_bytes(HOSTILE[case])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or truncated"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_hostile_files_are_hostile(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "in" / "model.safetensors").write_bytes(GOOD)
+    with pytest.raises(CheckpointError, match=r"no tensor model\.embed_tokens\.weight"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_source_cut_while_it_is_read(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    file = tmp_path / "in" / "model.safetensors"
+    with pytest.raises(CheckpointError, match="shorter"):
+        convert(tmp_path / "in", tmp_path / "out", progress=lambda done, total: os.truncate(file, 4000))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_source_is_no_directory(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
