@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
+Seconds = tuple[float, float]
 
 
 class Engine(Protocol):
@@ -162,32 +163,48 @@ def seek(engine: Engine, ids: Ids, depth: int) -> None:
         engine.run(ids[engine.length() : depth], every=False)
 
 
-def prefill(engine: Engine, ids: Ids, tokens: int) -> float:
-    """Seconds to read `tokens` tokens into an empty cache, up to the last one's logits."""
+class Stopwatch:
+    """Wall-clock and CPU seconds (of all this process's threads) since it was made.
+
+    An engine that computes all the time has CPU seconds of about wall times threads; where it got
+    fewer, others had the machine.
+    """
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> Seconds:
+        """(wall, CPU) so far."""
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
+def prefill(engine: Engine, ids: Ids, tokens: int) -> Seconds:
+    """What it takes to read `tokens` tokens into an empty cache, up to the last one's logits."""
     seek(engine, ids, 0)
-    start = time.perf_counter()
+    watch = Stopwatch()
     engine.run(ids[:tokens], every=False)
-    return time.perf_counter() - start
+    return watch.seconds()
 
 
-def decode(engine: Engine, ids: Ids, tokens: int, depth: int) -> float:
-    """Seconds for `tokens` tokens one by one, the first at position `depth`."""
+def decode(engine: Engine, ids: Ids, tokens: int, depth: int) -> Seconds:
+    """What `tokens` tokens take one by one, the first at position `depth`."""
     seek(engine, ids, depth)
-    start = time.perf_counter()
+    watch = Stopwatch()
     for position in range(depth, depth + tokens):
         engine.run(ids[position : position + 1], every=False)
-    return time.perf_counter() - start
+    return watch.seconds()
 
 
-def batch(engine: Engine, ids: Ids, tokens: int, depth: int, passes: int) -> float:
-    """Mean seconds of one pass over `tokens` tokens with every one's logits, as a draft's check makes it."""
-    seconds = 0.0
+def batch(engine: Engine, ids: Ids, tokens: int, depth: int, passes: int) -> Seconds:
+    """The mean of passes over `tokens` tokens with every one's logits, as a draft's check makes them."""
+    wall = cpu = 0.0
     for _ in range(passes):
         seek(engine, ids, depth)
-        start = time.perf_counter()
+        watch = Stopwatch()
         engine.run(ids[depth : depth + tokens], every=True)
-        seconds += time.perf_counter() - start
-    return seconds / passes
+        took = watch.seconds()
+        wall, cpu = wall + took[0], cpu + took[1]
+    return wall / passes, cpu / passes
 
 
 def peak_memory() -> int | None:
@@ -200,12 +217,12 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-MEASURES: dict[str, Callable[..., float]] = {"prefill": prefill, "decode": decode, "batch": batch}
+MEASURES: dict[str, Callable[..., Seconds]] = {"prefill": prefill, "decode": decode, "batch": batch}
 ENGINES: dict[str, Callable[..., Engine]] = {"npqwen": Npqwen, "llama": Llama}
 
 
 def serve(kind: str, path: Path, threads: int, context: int, flash: str) -> None:
-    """Answer requests until the input ends: {"measure": name, ...its arguments} with {"seconds": s}."""
+    """Answer requests until the input ends: {"measure": name, ...its arguments} with what it took."""
     start = time.perf_counter()
     engine = ENGINES[kind](path, threads, context, flash)
     ids = stream(engine.vocabulary(), context)
@@ -220,7 +237,8 @@ def serve(kind: str, path: Path, threads: int, context: int, flash: str) -> None
         if measure == "memory":
             answer = {"bytes": peak_memory()}
         else:
-            answer = {"seconds": MEASURES[measure](engine, ids, **request)}
+            wall, cpu = MEASURES[measure](engine, ids, **request)
+            answer = {"seconds": wall, "cpu_seconds": cpu}
 
 
 def first(kind: str, path: Path, threads: int, prompt: str) -> None:

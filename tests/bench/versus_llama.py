@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ class Result:
     name: str
     tokens: int
     seconds: dict[str, list[float]]
+    cpu_seconds: dict[str, list[float]]
 
     def speeds(self, contender: str) -> list[float]:
         """Tokens a second in each round."""
@@ -56,6 +57,11 @@ class Result:
         """The llama.cpp contender with the best median."""
         rivals = [name for name in self.seconds if name != "npqwen"]
         return min(rivals, key=lambda name: median(self.seconds[name]))
+
+    def cpu_share(self, contender: str) -> float:
+        """Part of its threads' time that it had a CPU, in the median round: below 1, others took some."""
+        pairs = zip(self.cpu_seconds[contender], self.seconds[contender], strict=True)
+        return median(cpu / (wall * self.threads) for cpu, wall in pairs)
 
     def ratio(self) -> float:
         """npqwen's median speed over llama.cpp's."""
@@ -168,7 +174,7 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
                 for child in children.values():
                     about |= child.about["about"]
                 for name, tokens, request, warmup in measures(options):
-                    result = Result(bits, threads, name, tokens, {child: [] for child in children})
+                    result = new_result(bits, threads, name, tokens, children)
                     for child in children.values():
                         child.ask(**warmup)
                     for round_number in range(options.repeat):
@@ -177,6 +183,7 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
                             time.sleep(SETTLE_SECONDS)
                             answer = children[contender].ask(**request)
                             result.seconds[contender].append(answer["seconds"])
+                            result.cpu_seconds[contender].append(answer["cpu_seconds"])
                     results.append(result)
                     progress(text_row(result))
                 for contender, child in children.items():
@@ -187,6 +194,12 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
     return results, about | {"peak memory, bytes": memory}
 
 
+def new_result(bits: int, threads: int, name: str, tokens: int, contenders: Iterable[str]) -> Result:
+    """A row without rounds yet."""
+    names = list(contenders)
+    return Result(bits, threads, name, tokens, {key: [] for key in names}, {key: [] for key in names})
+
+
 def start_to_first_token(
     ours: Path, theirs: Path, bits: int, threads: int, options: argparse.Namespace
 ) -> Result:
@@ -194,7 +207,7 @@ def start_to_first_token(
     models = {"llama.cpp": ("llama", theirs)}
     if not options.llama_only:
         models = {"npqwen": ("npqwen", ours)} | models
-    result = Result(bits, threads, "process start to first token", 1, {name: [] for name in models})
+    result = new_result(bits, threads, "process start to first token", 1, models)
     for round_number in range(options.repeat + 1):
         for name, (kind, model) in models.items():
             command = [sys.executable, str(ENGINE), "first", kind, str(model), "--threads", str(threads)]
@@ -220,6 +233,9 @@ def text_row(result: Result) -> str:
     rival = result.fastest_llama()
     ratio = f"{result.ratio():.2f}" if "npqwen" in result.seconds else "-"
     flash = rival.rpartition(" ")[2] if "flash" in rival else ""
+    shares = "/".join(
+        f"{result.cpu_share(name):.2f}" for name in ("npqwen", rival) if result.cpu_seconds.get(name)
+    )
     row = [
         f"int{result.bits} / {FORMATS[result.bits].upper()}" if result.bits < 16 else "bf16",
         str(result.threads),
@@ -228,6 +244,7 @@ def text_row(result: Result) -> str:
         cell(result, rival),
         flash,
         ratio,
+        shares,
     ]
     return "| " + " | ".join(row) + " |"
 
@@ -239,10 +256,10 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
         f"{platform.system()}, Python {platform.python_version()}.",
         *(f"{key}: {value}. " for key, value in about.items() if isinstance(value, str)),
         f"Median (range) of {options.repeat} rounds in tokens/s. The ratio is of medians: above 1, npqwen is "
-        "faster.",
+        "faster. A CPU share (npqwen/llama.cpp) well below 1 means that other programs were running.",
         "",
-        "| weights | threads | measure | npqwen | llama.cpp | flash attention | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| weights | threads | measure | npqwen | llama.cpp | flash attention | ratio | CPU share |",
+        "|---|---|---|---|---|---|---|---|",
         *map(text_row, results),
     ]
     return "\n".join(lines)
