@@ -275,7 +275,8 @@ def _hub_errors(repository: str, problem: str = "") -> Iterator[None]:
 
 
 def _missing(error: Exception) -> bool:
-    from huggingface_hub.errors import RepositoryNotFoundError
+    # huggingface_hub.errors has it only since 0.25.
+    from huggingface_hub.utils import RepositoryNotFoundError  # type: ignore[attr-defined]
 
     return isinstance(error, RepositoryNotFoundError)
 

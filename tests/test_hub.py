@@ -17,7 +17,7 @@ import npqwen_quant.output
 import pytest
 from checkpoints import write_checkpoint
 from fake_hub import FakeHub
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import LocalEntryNotFoundError
 
 from npqwen import hub, weights
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
