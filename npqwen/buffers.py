@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.kernels.attention import scratch_floats
-from npqwen.kernels.matmul import UNIT_COLS
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
 from npqwen.weights import Weights
 
@@ -44,6 +43,11 @@ class Buffers:
     def shared(self) -> tuple[NDArray[Any], ...]:
         """hidden, packed, qkv, attended, gate_up, parts, as `forward` takes them."""
         return self._hidden, self._packed, self._qkv, self._attended, self._gate_up, self._parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that may come to be used, logits of all positions left out."""
+        return sum(array.nbytes for array in (*self.shared, self.scratches))
 
     def logits(self, rows: int) -> NDArray[np.float32]:
         """Room for logits, rounded up to whole tiles of tokens: (>= rows, padded vocabulary)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -77,6 +78,20 @@ def cli() -> None:
     MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, or a converted directory. The
     first two are converted once into a cache, then reused.
     """
+
+
+class _Counts(click.ParamType):  # type: ignore[type-arg]
+    """Numbers of tokens, separated by commas."""
+
+    name = "N,N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers such as 128,512", param, ctx)
 
 
 def model_options(command: Command) -> Command:
@@ -218,3 +233,58 @@ def _statistics(stream: Stream) -> str:
         f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens, "
         f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
     )
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--bits", type=int, metavar="4|8|16", help="Bits a weight, if not converted yet.")
+@click.option(
+    "--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(model: str, bits: int | None, context: int | None, as_json: bool) -> None:
+    """What MODEL is: shapes, bits per weight, bytes by part, memory needed, and the kernels that will run."""
+    from npqwen import hub
+    from npqwen.console import Console
+    from npqwen.info import describe, inspect
+
+    console = Console()
+    path = hub.resolve(
+        model, bits, notice=console.notice, progress=console.converting, download_bars=console.bars
+    )
+    found = inspect(path, context)
+    console.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found)) + "\n")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--prefill", type=_Counts(), default="512", show_default=True, help="Prompt lengths: 512,4096.")
+@click.option("--decode", type=_Counts(), default="64", show_default=True, help="Tokens to generate.")
+@click.option("--depth", type=_Counts(), default="0", show_default=True, help="Tokens in the cache before.")
+@click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@model_options
+def bench(
+    model: str,
+    prefill: list[int],
+    decode: list[int],
+    depth: list[int],
+    repeat: int,
+    as_json: bool,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    quiet: bool,
+) -> None:
+    """Tokens a second of MODEL here, and the share of the memory's read bandwidth that decoding reaches."""
+    from npqwen.console import Console
+
+    console = Console(quiet=quiet)
+    loaded = open_model(model, bits, threads, context, console)
+    from npqwen.bench import benchmark
+
+    try:
+        report = benchmark(loaded, prefill, decode, depth, repeat, progress=console.measuring)
+    finally:
+        loaded.close()
+    console.text((json.dumps(report.as_dict(), indent=2) if as_json else report.as_markdown()) + "\n")

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite
 import numba
@@ -22,7 +22,7 @@ from numba.core.registry import cpu_target
 from npqwen.cache_directory import cache_directory
 from npqwen.simd.isa import ISA
 
-_SOURCES = ("simd", "kernels", "team.py", "forward.py")
+_SOURCES = ("simd", "kernels", "team.py", "forward.py", "bandwidth.py")
 FUNCTIONS = 36
 """About how many functions are compiled, for the progress shown."""
 
@@ -41,7 +41,7 @@ def kernel_directory() -> Path:
     return cache_directory() / "kernels" / f"{ISA.name}-{digest.hexdigest()[:20]}"
 
 
-class _Locator(caching._CacheLocator):  # type: ignore[misc]
+class _Locator(caching._CacheLocator):
     """Puts every function's cache into the kernel directory."""
 
     def get_cache_path(self) -> str:
@@ -58,11 +58,11 @@ class _Locator(caching._CacheLocator):  # type: ignore[misc]
         return cls()
 
 
-class _Entries(caching.CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = (_Locator,)
+class _Entries(caching.CompileResultCacheImpl):
+    _locator_classes: ClassVar[list[type]] = [_Locator]
 
 
-class KernelCache(caching.FunctionCache):  # type: ignore[misc]
+class KernelCache(caching.FunctionCache):
     """A function's compiled code on disk.  A damaged entry, or no place to write, only means compiling anew."""
 
     _impl_class = _Entries
@@ -80,7 +80,7 @@ class KernelCache(caching.FunctionCache):  # type: ignore[misc]
             self.disable()
 
 
-class _Counter(event.Listener):  # type: ignore[misc]
+class _Counter(event.Listener):
     """Reports each function as Numba begins to compile it."""
 
     def __init__(self, report: Callable[[int, int], None]) -> None:

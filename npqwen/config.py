@@ -11,6 +11,8 @@ from typing import Any
 from npqwen.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3",)
+FORMAT_VERSION = 1
+"""Of the files a conversion makes (quant/FORMAT.md)."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Console:
         if total > 256:
             self._progress("reading the prompt", " tokens", done, total)
 
+    def measuring(self, done: int, total: int) -> None:
+        """Progress in runs of a benchmark."""
+        self._progress("measuring", " runs", done, total)
+
     def compiling(self, done: int, total: int) -> None:
         """Progress in kernels; without a terminal, one line that tells why nothing happens for a while."""
         if self.bars:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from npqwen.cache_directory import cache_directory
-from npqwen.config import read_json
+from npqwen.config import FORMAT_VERSION, read_json
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, OutputError
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
-FORMAT_VERSION = 1
 DEFAULT_BITS = 4
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)

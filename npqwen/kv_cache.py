@@ -51,6 +51,10 @@ class KVCache:
             raise OptionError(f"cannot cut a cache of {self.length} tokens to {length}")
         self.length = length
 
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes of the pages that so many tokens take."""
+        return -(-tokens // PAGE) * self.page_bytes
+
     @property
     def nbytes(self) -> int:
         """Bytes of the pages there are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from npqwen.compiled import compile_kernel
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.forward import forward
-from npqwen.generation import Completion, GenerationConfig
+from npqwen.generation import Completion, GenerationConfig, Stream
 from npqwen.kv_cache import KVCache
 from npqwen.machine import default_threads
 from npqwen.rope import Rope
@@ -37,18 +37,21 @@ class Model:
     """
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, context: int | None = None,
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
         on_compile: Callable[[int, int], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Map the converted directory `path`; see `load`."""
         self.path = path
         self.config = Config.from_directory(path)
-        self.context = _context(self.config, context)
+        self.context = context_of(self.config, context)
         """Tokens that a prompt and its continuation may have together."""
         self.weights = Weights(path, self.config)
         self.bits = self.weights.bits
-        self.cache_dtype = np.float32 if self.bits == 16 else np.float16
-        """bf16 weights are the exact baseline: there nothing is rounded further."""
+        self.cache_dtype = cache_dtype(self.bits)
         self.tokenizer = Tokenizer.from_directory(path)
         self.generation = GenerationConfig.from_directory(path)
         self.threads = default_threads() if threads is None else threads
@@ -56,7 +59,8 @@ class Model:
         self._team = Team(self.threads)
         self._buffers = Buffers(self.weights, self.threads, CHUNK)
         self._turn = threading.Lock()
-        compile_kernel(forward, (self._team.state, 0, *self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)), on_compile)
+        sample = self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)
+        compile_kernel(forward, (self._team.state, 0, *sample), on_compile)
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
@@ -77,7 +81,8 @@ class Model:
             self._pass(tokens[at : at + CHUNK], cache, all_logits or at + CHUNK >= tokens.size, all_logits)
             for at in range(0, tokens.size, CHUNK)
         ]
-        return np.concatenate(pieces) if all_logits else pieces[-1]
+        whole: NDArray[np.float32] = np.concatenate(pieces)
+        return whole
 
     def prefill(
         self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
@@ -88,7 +93,7 @@ class Model:
         """
         tokens = self._check(ids)
         cache.reserve(tokens.size)
-        logits = np.empty((0, self.config.vocab_size), np.float32)
+        logits: NDArray[np.float32] = np.empty((0, self.config.vocab_size), np.float32)
         for at in range(0, tokens.size, CHUNK):
             last = at + CHUNK >= tokens.size
             logits = self._pass(tokens[at : at + CHUNK], cache, last, False)
@@ -101,7 +106,7 @@ class Model:
         count = np.asarray(ids).size
         return self.forward(ids, self.new_cache(max(1, min(count, self.context))), all_logits=True)
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str, **options: Any) -> Stream:
         """Generate, piece by piece as the text comes.  options: see `generation.stream`."""
         return generation.stream(self, prompt, **options)
 
@@ -120,12 +125,19 @@ class Model:
 
     def _arguments(self, ids: NDArray[np.int64], cache: KVCache, rows: int) -> tuple[Any, ...]:
         """What `forward` takes after the team's state and the member."""
-        cos, sin = self._rope.tables(cache.length, ids.size)
-        b = self._buffers
         return (
-            self.weights.model[0], self.weights.layers, ids, cache.length, cos, sin, cache.addresses,
-            cache.like, b.shared, b.scratches, rows, b.logits(rows),
-        )  # fmt: skip
+            self.weights.model[0],
+            self.weights.layers,
+            ids,
+            cache.length,
+            *self._rope.tables(cache.length, ids.size),
+            cache.addresses,
+            cache.like,
+            self._buffers.shared,
+            self._buffers.scratches,
+            rows,
+            self._buffers.logits(rows),
+        )
 
     def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
         tokens = np.ascontiguousarray(ids, np.int64).reshape(-1)
@@ -138,7 +150,9 @@ class Model:
 
     def close(self) -> None:
         """End the threads, after the pass under way, and let the files go.  The model computes no more."""
-        self._team.close()
+        with self._turn:
+            self._team.close()
+            self.weights.close()
 
     def __enter__(self) -> Model:
         return self
@@ -150,9 +164,12 @@ class Model:
 
 
 def load(
-    path: Path, *, threads: int | None = None, context: int | None = None,
+    path: Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
     on_compile: Callable[[int, int], None] | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """Map a converted directory.
 
     threads: default, this machine's performance cores.  context: the most tokens a sequence may have, default the
@@ -162,7 +179,13 @@ def load(
     return Model(Path(path), threads=threads, context=context, on_compile=on_compile)
 
 
-def _context(config: Config, wanted: int | None) -> int:
+def cache_dtype(bits: int) -> type[np.float16] | type[np.float32]:
+    """What the KV cache holds: bf16 weights are the exact baseline, so there nothing is rounded further."""
+    return np.float32 if bits == 16 else np.float16
+
+
+def context_of(config: Config, wanted: int | None) -> int:
+    """The most tokens a sequence may have: what is wanted, or all the model can; OptionError beyond that."""
     most = config.max_position_embeddings
     if config.yarn is not None:
         most = max(most, int(config.yarn.factor * config.yarn.original_max_position_embeddings))

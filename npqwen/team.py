@@ -49,21 +49,21 @@ def _slot(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
     return b.gep(context.make_array(sig.args[0])(context, b, args[0]).data, [args[1]])
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def fetch_add(_: Any, state: Any, slot: Any, n: Any) -> Any:
     """Add n to a slot in one indivisible step; what was there before."""
     sig = types.int64(state, types.int64, types.int64)
     return sig, lambda context, b, sig, a: b.atomic_rmw("add", _slot(context, b, sig, a), a[2], "acq_rel")
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def acquire(_: Any, state: Any, slot: Any) -> Any:
     """Read a slot, and see all that was written before it was released."""
     sig = types.int64(state, types.int64)
     return sig, lambda context, b, sig, a: b.load_atomic(_slot(context, b, sig, a), "acquire", 8)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def release(_: Any, state: Any, slot: Any, n: Any) -> Any:
     """Write a slot, after all that was written before it."""
 
@@ -74,7 +74,7 @@ def release(_: Any, state: Any, slot: Any, n: Any) -> Any:
     return types.void(state, types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def pause(_: Any) -> Any:
     """The processor's hint that this thread is only waiting."""
 
@@ -92,7 +92,7 @@ def pause(_: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def give_way(_: Any) -> Any:
     """Let another thread run."""
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.config import Config, read_json
+from npqwen.config import FORMAT_VERSION, Config, read_json
 from npqwen.errors import FormatError
 from npqwen.forward import LAYER, MODEL
-from npqwen.kernels.matmul import ROWS, UNIT_BYTES, UNIT_COLS
+from npqwen.kernels.matmul import UNIT_BYTES, UNIT_COLS
+from npqwen.simd.tile import ROWS
 
-FORMAT_VERSION = 1
 _ALIGN = 64
 _BITS = {size: bits for bits, size in UNIT_BYTES.items()}
 
@@ -41,7 +41,9 @@ def format_of(directory: Path) -> dict[str, Any]:
     """The `quantization_config` of a converted directory; FormatError if it is none, or a newer one."""
     found = read_json(directory / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != "npqwen":
-        raise FormatError(f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT")
+        raise FormatError(
+            f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT"
+        )
     version = found.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatError(
@@ -70,6 +72,10 @@ class Weights:
         self.model = np.zeros(1, MODEL)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
         self._fill(config)
+
+    def close(self) -> None:
+        """Let the files go.  Kernels must not read these weights any more."""
+        self.tensors.clear()
 
     def _fill(self, c: Config) -> None:
         hidden, dim = c.hidden_size, c.head_dim

@@ -55,10 +55,6 @@ def bits_of(directory: Path) -> int:
     return json.loads((directory / "config.json").read_text())["quantization_config"]["bits"]
 
 
-def test_the_format_version_is_one() -> None:
-    assert hub.FORMAT_VERSION == weights.FORMAT_VERSION == npqwen_quant.output.FORMAT_VERSION
-
-
 def test_a_checkpoint_is_converted_once_into_the_cache(
     checkpoint: Path, cache: Path, conversions: list[Path]
 ) -> None:

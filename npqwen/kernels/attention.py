@@ -1,12 +1,13 @@
-"""Causal attention over a KV cache of float16 or float32, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
+"""Causal attention over a KV cache, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
 
 The query heads that share a key/value head are rows of one product, and so are neighbouring tokens: each key and
-value is read once for all of them.  Row r of a key/value head is query head `r % group` of token
-`r // group`, group being query heads per key/value head.
+value is read once for all of them.  Row r of a key/value head is query head `r % group` of token `r // group`,
+group being query heads per key/value head.
 
-The cache comes in pages of `PAGE` positions, float16 (uint16 to Numba) or float32, as the array `like` is.  A page holds, layer by layer and head by head, keys and then
-values.  Keys lie in groups of 16 positions, (16 positions, head_dim) turned to (head_dim, 16): a vector holds
-one coordinate of many positions, and scores need no sums across a vector.  Values lie as (position, head_dim).
+The cache comes in pages of `PAGE` positions, of float16 (uint16 to Numba) or float32, as the array `like` is.  A
+page holds, layer by layer, the keys of each head and then the values of each.  Keys lie in groups of 16
+positions, (16 positions, head_dim) turned to (head_dim, 16): a vector holds one coordinate of many positions,
+and scores need no sums across a vector.  Values lie as (position, head_dim).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _stored(value, like):  # type: ignore[no-untyped-def]  # Numba wants the ver
     raise NotImplementedError("compiled code only")
 
 
-@overload(_stored)  # type: ignore[misc]
+@overload(_stored)
 def _compiled_stored(value, like):  # type: ignore[no-untyped-def]
     if like.dtype == types.float32:
         return lambda value, like: value

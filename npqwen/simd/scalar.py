@@ -16,19 +16,19 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}
 """The liberties kernels take with float32: never `nnan` or `ninf`, which would break masks and checks."""
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def float_bits(_: Any, value: Any) -> Any:
     """The bits of a float32, as int32."""
     return types.int32(types.float32), lambda context, b, sig, args: b.bitcast(args[0], ir.IntType(32))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def bits_float(_: Any, value: Any) -> Any:
     """The float32 of these bits."""
     return types.float32(types.int32), lambda context, b, sig, args: b.bitcast(args[0], ir.FloatType())
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def round_even(_: Any, value: Any) -> Any:
     """A float32 rounded to a whole number, halves to even."""
 
@@ -38,7 +38,7 @@ def round_even(_: Any, value: Any) -> Any:
     return types.float32(types.float32), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _voidptr(_: Any, address: Any) -> Any:
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         return b.inttoptr(args[0], cgutils.voidptr_t)

@@ -24,7 +24,7 @@ ROWS = 16
 """Rows of weights in a unit of the format, whatever the width of a vector."""
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """`LANES` float32 in a register."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class VectorModel(models.PrimitiveModel):
     """Passed on and held as an LLVM vector."""
 
     def __init__(self, manager: Any, numba_type: Vector) -> None:
@@ -51,7 +51,7 @@ def _multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.
     return call(b, f"llvm.fma.v{LANES}f32", FLOATS, x, y, z)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def zeros(_: Any, tokens: Any, rows: Any) -> Any:
     """A tile of zeros; tokens and rows are constants."""
     kind = types.UniTuple(f32s, tokens.literal_value * rows.literal_value)
@@ -74,14 +74,14 @@ def _spread(context: Any, b: ir.IRBuilder, sig: Any, args: Any, plus: bool) -> A
     return context.get_dummy_value()
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def store(_: Any, tile: Any, out: Any, at: Any, rows: Any, stride: Any) -> Any:
     """Write a tile to float32 out[at + t * stride + r * LANES:]; rows (vectors a token) is a constant."""
     sig = types.void(tile, out, types.int64, rows, types.int64)
     return sig, lambda context, b, sig, args: _spread(context, b, sig, args, plus=False)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def add(_: Any, tile: Any, out: Any, at: Any, rows: Any, stride: Any) -> Any:
     """Add a tile to what stands there."""
     sig = types.void(tile, out, types.int64, rows, types.int64)
@@ -115,7 +115,7 @@ def _quantized(quads_of: Any, dot: Any) -> Any:
     return generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def multiply_int4(_: Any, tile: Any, tokens: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any) -> Any:
     """tile + an int4 block (nibbles at w[at:], f16 scales at w[scales_at:]) @ x.
 
@@ -126,7 +126,7 @@ def multiply_int4(_: Any, tile: Any, tokens: Any, w: Any, at: Any, scales_at: An
     return tile(tile, tokens, w, i64, i64, x, i64), _quantized(ISA.int4, ISA.dot4)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def multiply_int8(_: Any, tile: Any, tokens: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any) -> Any:
     """tile + an int8 block (bytes at w[at:], f16 scales at w[scales_at:]) @ x; otherwise as multiply_int4."""
     i64 = types.int64
@@ -169,14 +169,14 @@ def _floating(load: Any) -> Any:
     return generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def multiply_bf16(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
     """tile + one column of bfloat16 (uint16 w[at:], a row each) times float32 x[x_at + t * stride]."""
     i64 = types.int64
     return tile(tile, tokens, w, i64, x, i64, i64), _floating(_load_bfloat)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def multiply_cached(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
     """The same with a column of the KV cache: float16 (uint16 w), or float32."""
     i64 = types.int64

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from llvmlite import ir
 
-from npqwen.simd.instructions import I8, I16, I32, NativeHalf, call, constant, splat, vector
+from npqwen.simd.instructions import I8, I16, I32, NativeHalf, call, constant, vector
 
 
 class Avx2(NativeHalf):

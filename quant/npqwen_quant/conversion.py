@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npqwen.config import FORMAT_VERSION
 from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen_quant import blocks
 from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read, read_small
-from npqwen_quant.output import FORMAT_VERSION, Output, Shard, header, shards
+from npqwen_quant.output import Output, Shard, header, shards
 from npqwen_quant.plan import Matrix, Part, Vector, plan
 
 Progress = Callable[[int, int], None]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from npqwen.config import FORMAT_VERSION
 from npqwen.errors import OutputError
 from npqwen_quant.plan import Matrix, Vector
 
@@ -22,7 +23,6 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-FORMAT_VERSION = 1
 
 
 Shard = list[Matrix | Vector]

@@ -1,0 +1,45 @@
+"""How fast this machine reads memory: the limit of decoding, which reads every weight once a token."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.compiled import compile_kernel
+from npqwen.team import Team, barrier, take
+
+_PIECE = 1 << 17
+"""int64 a thread reads at a time: 1 MiB."""
+
+
+@njit(nogil=True)
+def read(team: Any, member: int, data: Any, sums: Any) -> None:
+    """Add up int64 `data`, for the sake of reading it."""
+    total = 0
+    while True:
+        first = take(team, _PIECE)
+        if first >= data.size:
+            break
+        for item in data[first : first + _PIECE]:
+            total += item
+    sums[member] += total
+    barrier(team)
+
+
+def read_bandwidth(threads: int, size: int = 1 << 28, repeat: int = 7) -> float:
+    """Bytes a second that `threads` threads read from `size` bytes of memory: the median of `repeat` times."""
+    data, sums = np.ones(size // 8, np.int64), np.zeros(threads, np.int64)
+    team = Team(threads)
+    try:
+        compile_kernel(read, (team.state, 0, data, sums), None)
+        times = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            team.run(read, data, sums)
+            times.append(time.perf_counter() - start)
+    finally:
+        team.close()
+    return float(data.nbytes / np.median(times))

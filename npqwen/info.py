@@ -1,0 +1,147 @@
+"""What a converted model is, what its parts weigh, and what it takes to run it here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from npqwen import machine
+from npqwen.buffers import Buffers
+from npqwen.config import Config
+from npqwen.errors import OptionError
+from npqwen.kv_cache import KVCache
+from npqwen.model import CHUNK, cache_dtype, context_of
+from npqwen.simd.isa import ISA, available
+from npqwen.weights import Weights
+
+PARTS = {
+    "embedding": ("embed_tokens",),
+    "attention": ("qkv_proj", "o_proj"),
+    "feed-forward": ("gate_up_proj", "down_proj"),
+    "norms": ("norm",),
+    "output": ("lm_head",),
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """A model and this machine; sizes in bytes."""
+
+    path: str
+    config: Config
+    bits: int
+    parameters: int
+    bits_per_weight: float
+    """Of the matrices: bits in the file for each weight of the checkpoint."""
+    parts: dict[str, int]
+    weights: int
+    """Mapped from the files; the system may keep less of it in memory."""
+    context: int
+    cache: int
+    """Keys and values of a full context."""
+    working: int
+    """What the forward pass writes to, at most."""
+    available_memory: int | None
+    processor: str
+    threads: int
+    kernels: str
+    kernels_available: list[str]
+
+    @property
+    def needed(self) -> int:
+        """Bytes for everything at this context."""
+        return self.weights + self.cache + self.working
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"needed": self.needed}
+
+
+def inspect(directory: Path, context: int | None = None) -> Info:
+    """Look at a converted directory.
+
+    context: tokens to count memory for, default the model's own.  Raises FormatError and CheckpointError as
+    loading does, OptionError for an impossible context.
+    """
+
+    config = Config.from_directory(directory)
+    context = context_of(config, context)
+    weights = Weights(directory, config)
+    parts = {
+        part: sum(
+            tensor.data.size for name, tensor in weights.tensors.items() if name.split(".")[-2].endswith(ends)
+        )
+        for part, ends in PARTS.items()
+    }
+    matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
+    threads = machine.default_threads()
+    return Info(
+        path=str(directory),
+        config=config,
+        bits=weights.bits,
+        parameters=parameters(config),
+        bits_per_weight=8 * matrices / weights_in_matrices(config),
+        parts={part: size for part, size in parts.items() if size},
+        weights=sum(parts.values()),
+        context=context,
+        cache=KVCache(config, context, cache_dtype(weights.bits)).bytes_for(context),
+        working=Buffers(weights, threads, CHUNK).nbytes,
+        available_memory=machine.available_memory(),
+        processor=machine.processor(),
+        threads=threads,
+        kernels=ISA.name,
+        kernels_available=[isa.name for isa in available()],
+    )
+
+
+def weights_in_matrices(c: Config) -> int:
+    """Weights of a checkpoint's matrices, a tied embedding counted once."""
+    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    layer = attention + 3 * c.hidden_size * c.intermediate_size
+    return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+
+
+def parameters(c: Config) -> int:
+    """All of a checkpoint's parameters."""
+    norms = c.num_hidden_layers * (2 * c.hidden_size + 2 * c.head_dim) + c.hidden_size
+    return weights_in_matrices(c) + norms
+
+
+def size(count: float) -> str:
+    """Bytes for people: 335 MB, 4.7 GB (powers of ten)."""
+    if count < 0:
+        raise OptionError(f"a size of {count} bytes")
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def describe(info: Info) -> str:
+    """The same for people, a line a fact."""
+    c = info.config
+    heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
+    lines = [
+        ("model", info.path),
+        ("type", f"{c.model_type}, {info.parameters / 1e6:.1f}M parameters"),
+        ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
+        ("attention", heads),
+        ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
+        (
+            "positions",
+            f"up to {context_of(c, None)}, rope_theta {c.rope_theta:g}{', YaRN' if c.yarn else ''}",
+        ),
+        ("encoding", f"{info.bits} bits, {info.bits_per_weight:.2f} bits per weight"),
+        *((f"  {part}", size(count)) for part, count in info.parts.items()),
+        ("weights", f"{size(info.weights)}, mapped from the files"),
+        ("cache", f"{size(info.cache)} at {info.context} tokens of context"),
+        ("working", f"{size(info.working)} at most, for {info.threads} threads"),
+        ("needed", size(info.needed)),
+    ]
+    if info.available_memory is not None:
+        lines.append(("available", size(info.available_memory)))
+    offers = ", ".join(info.kernels_available)
+    lines += [("processor", info.processor), ("kernels", f"{info.kernels} (this processor offers {offers})")]
+    return "\n".join(f"{name:14}{value}" for name, value in lines)
