@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 
+import llvmlite.binding as llvm
 from numba.core.registry import cpu_target
 
 from npqwen.errors import OptionError
@@ -20,9 +20,11 @@ def available() -> list[type[InstructionSet]]:
 
     Asks Numba, not the processor: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can narrow it.
     """
-    features = _features()
-    arm = platform.machine().lower() in ("aarch64", "arm64")
-    return [isa for isa in BEST_FIRST if isa.features <= features and (isa is not Neon or arm)]
+    triple, cpu, listed = cpu_target.target_context.codegen().magic_tuple()
+    features = {f[1:] for f in listed.split(",") if f.startswith("+")}
+    if has_dot_product(triple, cpu, listed):
+        features.add("dotprod")
+    return [isa for isa in BEST_FIRST if isa.features <= features]
 
 
 def choose(name: str | None) -> InstructionSet:
@@ -35,10 +37,26 @@ def choose(name: str | None) -> InstructionSet:
     return names[name]()
 
 
-def _features() -> frozenset[str]:
-    codegen = cpu_target.target_context.codegen()
-    listed = codegen.magic_tuple()[-1]
-    return frozenset(f[1:] for f in listed.split(",") if f.startswith("+"))
+_SUM_OF_BYTES = """
+declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+define i32 @sum(<16 x i8> %bytes) {
+  %wide = zext <16 x i8> %bytes to <16 x i32>
+  %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %wide)
+  ret i32 %sum
+}
+"""
+
+
+def has_dot_product(triple: str, cpu: str, features: str) -> bool:
+    """Whether LLVM may use AArch64's `sdot` and `udot` for this processor.
+
+    The features LLVM finds on an Arm host leave them out (none at all are found on macOS); it derives them
+    from the core's name.  It can't be asked, but it sums bytes with `udot` where it may.
+    """
+    if not triple.startswith(("aarch64", "arm64")):
+        return False
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    return "udot" in machine.emit_assembly(llvm.parse_assembly(_SUM_OF_BYTES))
 
 
 ISA = choose(os.environ.get("NPQWEN_ISA"))
