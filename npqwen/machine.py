@@ -28,9 +28,13 @@ def default_threads() -> int:
 
 def processor() -> str:
     """The processor's name, as the system tells it."""
+    facts = {}
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        if line.lower().startswith(("model name", "model\t")):
-            return line.split(":", 1)[1].strip()
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    for name in ("model name", "Model"):  # x86; a Raspberry Pi's board
+        if facts.get(name):
+            return facts[name]
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()

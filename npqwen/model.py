@@ -93,13 +93,13 @@ class Model:
         """
         tokens = self._check(ids)
         cache.reserve(tokens.size)
-        logits: NDArray[np.float32] = np.empty((0, self.config.vocab_size), np.float32)
+        logits = np.empty((0, self.config.vocab_size), np.float32)
         for at in range(0, tokens.size, CHUNK):
             last = at + CHUNK >= tokens.size
             logits = self._pass(tokens[at : at + CHUNK], cache, last, False)
             if progress is not None:
                 progress(min(at + CHUNK, tokens.size), tokens.size)
-        return logits[0]
+        return logits.reshape(-1)
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Logits (tokens, vocab_size) of every position of a text."""

@@ -21,7 +21,7 @@ from numba.extending import overload
 from npqwen.kernels.packing import WIDTHS, tile_width
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
-from npqwen.simd.tile import LANES, add, multiply_cached, store, zeros
+from npqwen.simd.tile import LANES, add, chains, fold, multiply_cached, softmax_block, store, zeros
 from npqwen.team import MEMBERS, acquire, barrier, take
 
 PAGE = 256
@@ -81,40 +81,22 @@ def scratch_floats(head_dim: int) -> int:
     return WIDTHS[-1] * (2 * head_dim + BLOCK + 2)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _softmax_step(scores: Any, visible: int, count: int, sums: Any, t: int, top: Any, total: Any) -> None:
-    """Turn one row's scores into weights relative to its largest so far; zero those it may not see."""
-    peak = top[t]
-    for i in range(visible):
-        peak = max(peak, scores[i])
-    if peak > top[t]:
-        shrink = exp(top[t] - peak)
-        total[t] *= shrink
-        for i in range(sums.size):
-            sums[i] *= shrink
-        top[t] = peak
-    weight_sum = np.float32(0.0)
-    for i in range(visible):
-        weight = exp(scores[i] - peak)
-        scores[i] = weight
-        weight_sum += weight
-    total[t] += weight_sum
-    for i in range(visible, count):
-        scores[i] = np.float32(0.0)
+def _attend(tokens: int) -> Any:
+    """The kernel for tiles of `tokens` rows of queries."""
+    # Scores: a vector holds positions.  Sums: it holds coordinates, `wide` of them where there are so many.
+    score_rows = max(1, min(TILE // LANES, ISA.accumulators // tokens))
+    columns = chains(tokens * score_rows)
+    sum_rows = max(1, ISA.accumulators // tokens)
+    wide, narrow = sum_rows * LANES, TILE // LANES
 
-
-def _attend(tokens: int, vectors: int) -> Any:
-    """The kernel for tiles of `tokens` rows of queries by `vectors` vectors."""
-    lanes = vectors * LANES
-
-    @njit(nogil=True)
+    @njit(nogil=True, error_model="numpy", fastmath=FAST)
     def attend(
         queries: Any, pages: Any, like: Any, keys_of: int, values_of: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch: Any,
     ) -> None:  # fmt: skip
-        """Attention of `tokens` rows over positions low to high; sums, top and total are left in scratch.
+        """Attention of `tokens` rows over positions low to high: sums, top and total are left in scratch.
 
-        queries: scratch's first part, (head_dim, tokens).
+        queries: (head_dim, tokens).
         """
         dim = queries.size // tokens
         scores = scratch[: tokens * BLOCK]
@@ -129,27 +111,43 @@ def _attend(tokens: int, vectors: int) -> Any:
             keys = _head(pages, like, block, keys_of, dim)
             at = block % PAGE * dim
             for place in range(0, count, TILE):
-                for row in range(0, TILE, lanes):
-                    even, odd = zeros(tokens, vectors), zeros(tokens, vectors)
+                for row in range(0, TILE, score_rows * LANES):
+                    products = zeros(tokens, score_rows, columns)
                     k = at + place * dim + row
-                    for i in range(0, dim, 2):
-                        even = multiply_cached(even, tokens, keys, k, queries, i * tokens, 1)
-                        odd = multiply_cached(odd, tokens, keys, k + TILE, queries, (i + 1) * tokens, 1)
-                        k += 2 * TILE
-                    store(even, scores, place + row, vectors, BLOCK)
-                    add(odd, scores, place + row, vectors, BLOCK)
+                    q = 0
+                    for _ in range(dim // columns):
+                        products = multiply_cached(products, tokens, columns, keys, k, TILE, queries, q, tokens, 1)
+                        k += columns * TILE
+                        q += columns * tokens
+                    store(fold(products, columns), scores, place + row, score_rows, BLOCK)
             for t in range(tokens):
                 visible = max(0, min(count, start + (first_row + t) // group + 1 - block))
-                line = scores[t * BLOCK : t * BLOCK + BLOCK]
-                _softmax_step(line, visible, count, sums[t * dim : (t + 1) * dim], t, top, total)
+                peak, weight = softmax_block(scores, t * BLOCK, BLOCK, visible, top[t])
+                if peak > top[t]:
+                    shrink = exp(top[t] - peak)
+                    total[t] *= shrink
+                    for i in range(t * dim, (t + 1) * dim):
+                        sums[i] *= shrink
+                    top[t] = peak
+                total[t] += weight
             values = _head(pages, like, block, values_of, dim)
-            for column in range(0, dim, lanes):
-                outs = zeros(tokens, vectors)
+            column = 0
+            while column + wide <= dim:
+                outs = zeros(tokens, sum_rows, 1)
                 v = at + column
                 for i in range(count):
-                    outs = multiply_cached(outs, tokens, values, v, scores, i, BLOCK)
+                    outs = multiply_cached(outs, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
                     v += dim
-                add(outs, sums, column, vectors, dim)
+                add(outs, sums, column, sum_rows, dim)
+                column += wide
+            while column < dim:
+                rest = zeros(tokens, narrow, 1)
+                v = at + column
+                for i in range(count):
+                    rest = multiply_cached(rest, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
+                    v += dim
+                add(rest, sums, column, narrow, dim)
+                column += TILE
 
     return attend
 
@@ -157,7 +155,7 @@ def _attend(tokens: int, vectors: int) -> Any:
 def _of_any_width(widths: tuple[int, ...]) -> Any:
     """One function that calls the kernel made for the width it is given."""
     width = widths[0]
-    kernel = _attend(width, ISA.tiles[width])
+    kernel = _attend(width)
     if len(widths) == 1:
 
         @njit(nogil=True)

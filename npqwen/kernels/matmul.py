@@ -15,7 +15,18 @@ from numba import njit
 from npqwen.kernels.packing import BLOCK_BYTES
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import bits_float, memory, unhalf
-from npqwen.simd.tile import LANES, ROWS, add, multiply_bf16, multiply_int4, multiply_int8, store, zeros
+from npqwen.simd.tile import (
+    LANES,
+    ROWS,
+    add,
+    chains,
+    fold,
+    multiply_bf16,
+    multiply_int4,
+    multiply_int8,
+    store,
+    zeros,
+)
 from npqwen.team import MEMBERS, acquire, take
 
 MATRIX = np.dtype([("address", np.int64), ("bits", np.int64), ("rows", np.int64), ("cols", np.int64)])
@@ -37,7 +48,7 @@ def _int4_rows(tokens: int, vectors: int) -> Any:
         for tile in range(tiles):
             for group in range(first, last):
                 for row in range(0, ROWS, rows):
-                    sums = zeros(tokens, vectors)
+                    sums = zeros(tokens, vectors, 1)
                     at = group * units * _UNIT4
                     x_at = tile * units * 2 * BLOCK_BYTES * tokens
                     for _ in range(units):
@@ -67,7 +78,7 @@ def _int8_rows(tokens: int, vectors: int) -> Any:
         for tile in range(tiles):
             for group in range(first, last):
                 for row in range(0, ROWS, rows):
-                    sums = zeros(tokens, vectors)
+                    sums = zeros(tokens, vectors, 1)
                     at = group * units * _UNIT8
                     x_at = tile * units * 2 * BLOCK_BYTES * tokens
                     for _ in range(units):
@@ -89,6 +100,7 @@ def _int8_rows(tokens: int, vectors: int) -> Any:
 def _bf16_rows(tokens: int, vectors: int) -> Any:
     """The same for bf16 weights and float32 activations."""
     rows = vectors * LANES
+    columns = chains(tokens * vectors)
 
     @njit(nogil=True)
     def bf16_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
@@ -99,20 +111,18 @@ def _bf16_rows(tokens: int, vectors: int) -> Any:
         for tile in range(tiles):
             for group in range(first, last):
                 for row in range(0, ROWS, rows):
-                    even, odd = zeros(tokens, vectors), zeros(tokens, vectors)
+                    sums = zeros(tokens, vectors, columns)
                     at = group * cols * ROWS + row
                     x_at = tile * cols * tokens
-                    for _ in range(cols // 2):
-                        even = multiply_bf16(even, tokens, halves, at, floats, x_at, 1)
-                        odd = multiply_bf16(odd, tokens, halves, at + ROWS, floats, x_at + tokens, 1)
-                        at += 2 * ROWS
-                        x_at += 2 * tokens
-                    place = tile * tokens * stride + group * ROWS + row
+                    for _ in range(cols // columns):
+                        sums = multiply_bf16(sums, tokens, columns, halves, at, ROWS, floats, x_at, tokens, 1)
+                        at += columns * ROWS
+                        x_at += columns * tokens
+                    total = fold(sums, columns)
                     if plus:
-                        add(even, flat, place, vectors, stride)
+                        add(total, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
                     else:
-                        store(even, flat, place, vectors, stride)
-                    add(odd, flat, place, vectors, stride)
+                        store(total, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
 
     return bf16_rows
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.simd.scalar import FAST, exp
+from npqwen.simd.scalar import FAST
+from npqwen.simd.tile import ROWS, silu_times_block
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -34,7 +35,5 @@ def rotate(x: Any, cos: Any, sin: Any) -> None:
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def silu_times(gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up; gate_up alternates 16 of gate and 16 of up, out holds half as many."""
-    for i in range(0, gate_up.size // 2, 16):
-        for j in range(16):
-            gate = gate_up[2 * i + j]
-            out[i + j] = gate / (np.float32(1.0) + exp(-gate)) * gate_up[2 * i + 16 + j]
+    for i in range(0, gate_up.size // 2, ROWS):
+        silu_times_block(gate_up, 2 * i, out, i)

@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from npqwen.simd.isa import ISA
-from npqwen.simd.scalar import FAST, bits_float, float_bits, round_even
+from npqwen.simd.scalar import FAST
+from npqwen.simd.tile import quantize_block
 
 BLOCK = 32
 BLOCK_BYTES = 40
@@ -52,22 +53,6 @@ def pack(x: Any, token: int, width: int, bits: int, packed: Any) -> None:
         floats, words, bytes_ = packed.view(np.float32), packed.view(np.int32), packed.view(np.int8)
         for block in range(x.size // BLOCK):
             at = (tile * (x.size // BLOCK) + block) * BLOCK_BYTES * width
-            scale, total = _quantize(x[block * BLOCK : (block + 1) * BLOCK], bytes_, at + BLOCK * lane)
+            scale, total = quantize_block(x, block * BLOCK, bytes_, at + BLOCK * lane)
             floats[at // 4 + 8 * width + lane] = scale
             words[at // 4 + 9 * width + lane] = -zero * total
-
-
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _quantize(x: Any, out: Any, at: int) -> Any:
-    """int8 of one block and its scale and sum: the largest magnitude becomes 127."""
-    largest = np.int32(0)
-    for i in range(BLOCK):
-        largest = max(largest, float_bits(x[i]) & np.int32(0x7FFFFFFF))
-    peak = bits_float(largest)
-    inverse = np.float32(127.0) / peak if peak > np.float32(1e-30) else np.float32(0.0)
-    total = np.int32(0)
-    for i in range(BLOCK):
-        q = np.int32(round_even(x[i] * inverse))
-        out[at + i] = q
-        total += q
-    return peak * np.float32(1.0 / 127.0), total

@@ -15,6 +15,7 @@ class Neon(NativeHalf):
     name: ClassVar[str] = "neon"
     lanes: ClassVar[int] = 4
     features: ClassVar[frozenset[str]] = frozenset({"dotprod"})
+    accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 4, 4: 2}
 
     def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:

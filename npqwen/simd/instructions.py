@@ -58,6 +58,8 @@ class InstructionSet:
     int8_zero: ClassVar[int] = 0
     """What `int8` adds to the stored values; products are corrected by it times the sum of the activations."""
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
+    accumulators: ClassVar[int] = 8
+    """Vectors of sums that fit the registers beside what is multiplied."""
 
     def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
         """`lanes` rows x 4 columns of stored bytes, <4 * lanes x i8>."""

@@ -51,15 +51,20 @@ def _multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.
     return call(b, f"llvm.fma.v{LANES}f32", FLOATS, x, y, z)
 
 
+def chains(vectors: int) -> int:
+    """How many independent sums of each of so many accumulators keep the processor busy: 4, 2 or 1."""
+    return max(1, min(4, ISA.accumulators // vectors))
+
+
 @intrinsic(prefer_literal=True)
-def zeros(_: Any, tokens: Any, rows: Any) -> Any:
-    """A tile of zeros; tokens and rows are constants."""
-    kind = types.UniTuple(f32s, tokens.literal_value * rows.literal_value)
+def zeros(_: Any, tokens: Any, rows: Any, columns: Any) -> Any:
+    """A tile of zeros of tokens * rows * columns vectors, all constants."""
+    kind = types.UniTuple(f32s, tokens.literal_value * rows.literal_value * columns.literal_value)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         return cgutils.pack_array(b, [constant(F32, LANES, 0.0)] * sig.return_type.count)
 
-    return kind(tokens, rows), generate
+    return kind(tokens, rows, columns), generate
 
 
 def _spread(context: Any, b: ir.IRBuilder, sig: Any, args: Any, plus: bool) -> Any:
@@ -147,38 +152,158 @@ def _load_float(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:
 
 
 def _floating(load: Any) -> Any:
-    """The step of a product for one column of floats."""
+    """The step of a product for some columns of floats."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        tile, tokens, w, at, x, x_at, stride = args
-        tokens = sig.args[1].literal_value
+        tile, _, _, w, at, pitch, x, x_at, step, stride = args
+        tokens, columns = sig.args[1].literal_value, sig.args[2].literal_value
         tile = cgutils.unpack_tuple(b, tile)
-        rows = len(tile) // tokens
-        column = _pointer(context, b, sig.args[2], w, at, I8)
-        values = []
-        for t in range(tokens):
-            place = b.add(x_at, b.mul(stride, stride.type(t)))
-            value = b.load(_pointer(context, b, sig.args[4], x, place, F32), align=4)
-            values.append(splat(b, value, LANES))
-        for r in range(rows):
-            weights = load(b, column, r)
+        rows = len(tile) // (tokens * columns)
+        for c in range(columns):
+            column = _pointer(context, b, sig.args[3], w, b.add(at, b.mul(pitch, pitch.type(c))), I8)
+            first = b.add(x_at, b.mul(step, step.type(c)))
+            values = []
             for t in range(tokens):
-                tile[t * rows + r] = _multiply_add(b, values[t], weights, tile[t * rows + r])
+                place = b.add(first, b.mul(stride, stride.type(t)))
+                value = b.load(_pointer(context, b, sig.args[6], x, place, F32), align=4)
+                values.append(splat(b, value, LANES))
+            for r in range(rows):
+                weights = load(b, column, r)
+                for t in range(tokens):
+                    n = (c * tokens + t) * rows + r
+                    tile[n] = _multiply_add(b, values[t], weights, tile[n])
         return cgutils.pack_array(b, tile)
 
     return generate
 
 
 @intrinsic(prefer_literal=True)
-def multiply_bf16(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
-    """tile + one column of bfloat16 (uint16 w[at:], a row each) times float32 x[x_at + t * stride]."""
+def multiply_bf16(
+    _: Any, tile: Any, tokens: Any, columns: Any, w: Any, at: Any, pitch: Any, x: Any, x_at: Any, step: Any, stride: Any
+) -> Any:
+    """Multiply some columns of bfloat16 and float32 activations, in a tile for each of the columns.
+
+    Column c is uint16 w[at + c * pitch:], a row each; its activations are x[x_at + c * step + t * stride].  tokens and
+    columns are constants; the tile has tokens * columns * rows vectors, which `fold` adds up to tokens * rows.
+    """
     i64 = types.int64
-    return tile(tile, tokens, w, i64, x, i64, i64), _floating(_load_bfloat)
+    return tile(tile, tokens, columns, w, i64, i64, x, i64, i64, i64), _floating(_load_bfloat)
 
 
 @intrinsic(prefer_literal=True)
-def multiply_cached(_: Any, tile: Any, tokens: Any, w: Any, at: Any, x: Any, x_at: Any, stride: Any) -> Any:
-    """The same with a column of the KV cache: float16 (uint16 w), or float32."""
+def multiply_cached(
+    _: Any, tile: Any, tokens: Any, columns: Any, w: Any, at: Any, pitch: Any, x: Any, x_at: Any, step: Any, stride: Any
+) -> Any:
+    """The same with columns of the KV cache: float16 (uint16 w), or float32."""
     i64 = types.int64
     load = _load_float if w.dtype == types.float32 else _load_half
-    return tile(tile, tokens, w, i64, x, i64, i64), _floating(load)
+    return tile(tile, tokens, columns, w, i64, i64, x, i64, i64, i64), _floating(load)
+
+
+@intrinsic(prefer_literal=True)
+def fold(_: Any, tile: Any, columns: Any) -> Any:
+    """Add up the tiles of `columns` (a constant) columns: independent sums keep the processor busy, one is wanted."""
+    kind = types.UniTuple(f32s, tile.count // columns.literal_value)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        parts = cgutils.unpack_tuple(b, args[0])
+        count = sig.return_type.count
+        sums = parts[:count]
+        for n, part in enumerate(parts[count:]):
+            sums[n % count] = b.fadd(sums[n % count], part)
+        return cgutils.pack_array(b, sums)
+
+    return kind(tile, columns), generate
+
+
+@intrinsic
+def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any) -> Any:
+    """Round 32 float32 x[at:] to int8 out[out_at:], the largest magnitude to 127: (scale float32, sum int32)."""
+    sig = types.Tuple((types.float32, types.int32))(x, types.int64, out, types.int64)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        floats, words, bytes_ = vector(F32, 32), vector(I32, 32), vector(I8, 32)
+        values = b.load(_pointer(context, b, sig.args[0], args[0], args[1], floats), align=4)
+        sizes = b.and_(b.bitcast(values, words), constant(I32, 32, 0x7FFFFFFF))
+        peak = b.bitcast(call(b, "llvm.vector.reduce.umax.v32i32", I32, sizes), F32)
+        some = b.fcmp_ordered(">", peak, ir.Constant(F32, 1e-30))
+        inverse = b.select(some, b.fdiv(ir.Constant(F32, 127.0), peak), ir.Constant(F32, 0.0))
+        whole = call(b, "llvm.rint.v32f32", floats, b.fmul(values, splat(b, inverse, 32)))
+        integers = b.fptosi(whole, words)
+        b.store(
+            b.trunc(integers, bytes_), _pointer(context, b, sig.args[2], args[2], args[3], bytes_), align=1
+        )
+        total = call(b, "llvm.vector.reduce.add.v32i32", I32, integers)
+        return context.make_tuple(b, sig.return_type, [b.fmul(peak, ir.Constant(F32, 1 / 127)), total])
+
+    return sig, generate
+
+
+def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """e**x for a vector of float32, within about 2 ulp; clamped to about 1e-38 and 1e38."""
+    kind = x.type
+    n = kind.count
+
+    def const(value: float) -> ir.Constant:
+        return constant(F32, n, value)
+
+    y = b.fmul(x, const(1.44269504))
+    y = call(b, f"llvm.minnum.v{n}f32", kind, call(b, f"llvm.maxnum.v{n}f32", kind, y, const(-126.0)), const(126.0))
+    whole = call(b, f"llvm.rint.v{n}f32", kind, y)
+    f = b.fsub(y, whole)
+    p = const(1.5403530e-4)
+    for term in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+        p = call(b, f"llvm.fma.v{n}f32", kind, p, f, const(term))
+    words = vector(I32, n)
+    power = b.shl(b.add(b.fptosi(whole, words), constant(I32, n, 127)), constant(I32, n, 23))
+    return b.fmul(p, b.bitcast(power, kind))
+
+
+@intrinsic
+def silu_times_block(_: Any, gate_up: Any, at: Any, out: Any, out_at: Any) -> Any:
+    """out[out_at:] = silu(gate) * up for 16 of gate at gate_up[at:] and 16 of up after them, float32."""
+    sig = types.void(gate_up, types.int64, out, types.int64)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        kind = vector(F32, ROWS)
+        gate, up = (
+            b.load(_pointer(context, b, sig.args[0], args[0], b.add(args[1], args[1].type(n)), kind), align=4)
+            for n in (0, ROWS)
+        )
+        below = b.fadd(constant(F32, ROWS, 1.0), _exp(b, b.fsub(constant(F32, ROWS, -0.0), gate)))
+        place = _pointer(context, b, sig.args[2], args[2], args[3], kind)
+        b.store(b.fmul(b.fdiv(gate, below), up), place, align=4)
+        return context.get_dummy_value()
+
+    return sig, generate
+
+
+@intrinsic(prefer_literal=True)
+def softmax_block(_: Any, scores: Any, at: Any, count: Any, visible: Any, top: Any) -> Any:
+    """Turn `count` (a constant) scores into weights exp(score - largest), zero from the `visible`-th on.
+
+    scores: float32, scores[at:] is overwritten.  top: the row's largest so far.  Returns (largest, sum of weights).
+    """
+    sig = types.Tuple((types.float32, types.float32))(scores, types.int64, count, types.int64, types.float32)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        n = sig.args[2].literal_value
+        kind, words = vector(F32, n), vector(I32, n)
+        place = _pointer(context, b, sig.args[0], args[0], args[1], kind)
+        values = b.load(place, align=4)
+        numbers = ir.Constant(words, list(range(n)))
+        seen = b.icmp_signed("<", numbers, splat(b, b.trunc(args[3], I32), n))
+        masked = b.select(seen, values, constant(F32, n, -3.0e38))
+        name = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(F32, [kind]), f"llvm.vector.reduce.fmax.v{n}f32"
+        )
+        largest = call(b, "llvm.maxnum.f32", F32, b.call(name, [masked], fastmath=("nnan",)), args[4])
+        weights = b.select(seen, _exp(b, b.fsub(values, splat(b, largest, n))), constant(F32, n, 0.0))
+        b.store(weights, place, align=4)
+        adder = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(F32, [F32, kind]), f"llvm.vector.reduce.fadd.v{n}f32"
+        )
+        total = b.call(adder, [ir.Constant(F32, 0.0), weights], fastmath=("reassoc",))
+        return context.make_tuple(b, sig.return_type, [largest, total])
+
+    return sig, generate

@@ -75,4 +75,5 @@ class Avx512(AvxVnni):
     features: ClassVar[frozenset[str]] = frozenset(
         {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
     )
+    accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 1, 2: 1, 4: 1, 16: 1}
