@@ -77,7 +77,7 @@ class InstructionSet:
         return [self.bytes(b, block, quad) for quad in range(8)]
 
     def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        """start + quads @ x: <lanes x i32>, for quads of `int4` and 32 int8 (-127..127) at x."""
+        """start + quads @ x: <lanes x i32> for `to_float`, of quads of `int4` and 32 int8 (-127..127) at x."""
         return self.dot8(b, quads, x, start)
 
     def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
@@ -92,6 +92,10 @@ class InstructionSet:
                 value = b.sext(b.load(address(b, x, 4 * i + k, I8), align=1), I32)
                 total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
         return total
+
+    def to_float(self, b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
+        """What `dot4` or `dot8` returned, as <lanes x float>."""
+        return b.sitofp(sums, vector(F32, self.lanes))
 
     def from_half(self, b: ir.IRBuilder, half: ir.Value) -> ir.Value:
         """<n x i16> holding finite f16 to <n x float>."""

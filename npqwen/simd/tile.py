@@ -112,9 +112,10 @@ def _quantized(quads_of: Any, dot: Any) -> Any:
                 x_scale = b.load(address(b, xs, 32 * tokens + 4 * t, F32), align=4)
                 start = b.load(address(b, xs, 36 * tokens + 4 * t, I32), align=4)
                 sums = dot(b, quads, address(b, xs, 32 * t, I8), splat(b, start, LANES))
-                both = b.fmul(scale, splat(b, x_scale, LANES))
+                # Not the scales first: LLVM would make that product early, and have no register for it.
+                scaled = b.fmul(ISA.to_float(b, sums), splat(b, x_scale, LANES))
                 n = t * rows + r
-                tile[n] = _multiply_add(b, b.sitofp(sums, FLOATS), both, tile[n])
+                tile[n] = _multiply_add(b, scaled, scale, tile[n])
         return cgutils.pack_array(b, tile)
 
     return generate
