@@ -28,7 +28,7 @@ def default_threads() -> int:
 
 def processor() -> str:
     """The processor's name, as the system tells it."""
-    facts = {}
+    facts: dict[str, str] = {}
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())

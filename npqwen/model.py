@@ -121,7 +121,8 @@ class Model:
             logits = self._buffers.logits(rows)
             self._team.run(forward, *self._arguments(ids, cache, rows))
             cache.length += ids.size
-            return logits[:rows, : self.config.vocab_size].copy()
+            result: NDArray[np.float32] = logits[:rows, : self.config.vocab_size].copy()
+            return result
 
     def _arguments(self, ids: NDArray[np.int64], cache: KVCache, rows: int) -> tuple[Any, ...]:
         """What `forward` takes after the team's state and the member."""
