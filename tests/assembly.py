@@ -1,0 +1,146 @@
+"""The inner loops of the kernels as assembly for any processor LLVM knows, whatever this machine is.
+
+A loop is built around the very steps of npqwen/simd/tile.py, with pointers in place of Numba's arrays, and compiled
+by LLVM as Numba does it.  Nothing of it is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from npqwen.simd import tile
+from npqwen.simd.instructions import F32, I8, InstructionSet, vector
+
+CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
+ZEN4 = "x86_64-unknown-linux-gnu", "znver4"
+ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
+HASWELL = "x86_64-unknown-linux-gnu", "haswell"
+
+I64 = ir.IntType(64)
+UNIT, BLOCK = {4: 576, 8: 1088}, {4: 256, 8: 512}
+
+_CONTEXT = SimpleNamespace(
+    make_array=lambda kind: lambda context, b, pointer: SimpleNamespace(data=pointer), get_dummy_value=lambda: None
+)
+
+
+def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens: int, vectors: int) -> list[str]:
+    """The instructions of the loop over the units of an int4 or int8 matrix: two blocks of 32 columns each."""
+
+    def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
+        quads, dot = (isa.int4, isa.dot4) if bits == 4 else (isa.int8, isa.dot8)
+        sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), None, None, None, None, None])
+        for block in range(2):
+            values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))
+            step = tile._quantized(quads, dot)
+            tile_value = step(_CONTEXT, b, sig, [tile_value, None, w, values, scales, x, x_at])
+            x_at = b.add(x_at, I64(40 * tokens))
+        return tile_value
+
+    return _loop(isa, target, tokens * vectors, UNIT[bits], 80 * tokens, I8, I8, body)
+
+
+def floating_loop(
+    isa: InstructionSet, target: tuple[str, str], kind: str, tokens: int, vectors: int, columns: int
+) -> list[str]:
+    """The loop over columns of floats: kind "bf16" for a matrix's, "half" or "float" for those of the KV cache."""
+    element = F32 if kind == "float" else ir.IntType(16)
+    load = {"bf16": tile._load_bfloat, "half": tile._load_half, "float": tile._load_float}[kind]
+
+    def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
+        literals = [SimpleNamespace(literal_value=n) for n in (tokens, columns)]
+        sig = SimpleNamespace(args=[None, *literals, *[None] * 7])
+        args = [tile_value, None, None, w, at, I64(16), x, x_at, I64(tokens), I64(1)]
+        return tile._floating(load)(_CONTEXT, b, sig, args)
+
+    return _loop(isa, target, tokens * vectors * columns, 16 * columns, tokens * columns, element, F32, body)
+
+
+def _loop(
+    isa: InstructionSet,
+    target: tuple[str, str],
+    count: int,
+    step: int,
+    x_step: int,
+    weight: ir.Type,
+    activation: ir.Type,
+    body: Callable[..., Any],
+) -> list[str]:
+    """Compile a loop that carries `count` vectors, and w and x onward by `step` and `x_step` elements a turn."""
+    floats = vector(F32, isa.lanes)
+    module = ir.Module()
+    module.triple, _ = target
+    pointers = [kind.as_pointer() for kind in (weight, activation, F32)]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*pointers, I64]), "rows")
+    w, x, out, turns = function.args
+    entry, turn, end = (function.append_basic_block(name) for name in ("entry", "turn", "end"))
+    ir.IRBuilder(entry).branch(turn)
+    b = ir.IRBuilder(turn)
+    carried = ir.ArrayType(floats, count)
+    i, at, x_at, sums = (b.phi(kind) for kind in (I64, I64, I64, carried))
+    with mock.patch.multiple(tile, ISA=isa, LANES=isa.lanes, FLOATS=floats):
+        after = body(b, sums, w, x, at, x_at)
+    for phi, first, following in (
+        (i, I64(0), b.add(i, I64(1))),
+        (at, I64(0), b.add(at, I64(step))),
+        (x_at, I64(0), b.add(x_at, I64(x_step))),
+        (sums, ir.Constant(carried, None), after),
+    ):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(following, turn)
+    b.cbranch(b.icmp_signed("<", b.add(i, I64(1)), turns), turn, end)
+    b = ir.IRBuilder(end)
+    for n in range(count):
+        place = b.bitcast(b.gep(out, [I64(n * isa.lanes)]), floats.as_pointer())
+        b.store(b.extract_value(after, n), place, align=4)
+    b.ret_void()
+    return innermost_loop(assembly(str(module), target))
+
+
+def assembly(module: str, target: tuple[str, str]) -> str:
+    """LLVM IR optimized and compiled for a (triple, processor)."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple, cpu = target
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    parsed = llvm.parse_assembly(module)
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(parsed, builder)
+    return str(machine.emit_assembly(parsed))
+
+
+def innermost_loop(text: str, holding: str = "") -> list[str]:
+    """The instructions of the longest loop with no branch inside, among those that hold a given one."""
+    best: list[str] = []
+    label, body = "", list[str]()
+    for line in (line.split("//")[0].rstrip() for line in text.splitlines()):
+        start = re.match(r"(\.?L\w+):", line)
+        if start:
+            label, body = start[1], []
+        elif line.startswith("\t") and not line.lstrip().startswith((".", "#")):
+            body.append(line.strip())
+            if re.match(rf"(b\.\w+|cbn?z|tbn?z|j\w+)\s.*{re.escape(label)}$", body[-1]) and label:
+                if len(body) > len(best) and holding in " ".join(body):
+                    best = body
+                label, body = "", []
+    assert best, "no loop found"
+    return best
+
+
+def mnemonics(loop: list[str]) -> list[str]:
+    """The names of the instructions alone."""
+    return [line.split()[0] for line in loop]
+
+
+def spills(loop: list[str]) -> list[str]:
+    """The instructions that read or write the stack."""
+    return [line for line in loop if re.search(r"\[sp\b|%[er]sp|%rbp", line)]

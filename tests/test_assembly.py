@@ -1,0 +1,132 @@
+"""What LLVM makes of the inner loops, on processors that need not be here: the instructions the kernels live by."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+from assembly import (
+    ALDER_LAKE,
+    CORTEX_A76,
+    HASWELL,
+    ZEN4,
+    assembly,
+    floating_loop,
+    innermost_loop,
+    integer_loop,
+    mnemonics,
+    spills,
+)
+from llvmlite import ir
+from numba import types
+
+from npqwen import team
+from npqwen.kernels.matmul import _int4_rows, _int8_rows
+from npqwen.simd.arm import Neon
+from npqwen.simd.instructions import InstructionSet
+from npqwen.simd.isa import ISA, has_dot_product
+from npqwen.simd.x86 import Avx2, Avx512, AvxVnni
+
+DOT = {"neon": "sdot", "avx512": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmaddubsw"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", Neon.tiles)
+def test_neon(bits: int, tokens: int) -> None:
+    vectors = Neon.tiles[tokens]
+    loop = integer_loop(Neon(), CORTEX_A76, bits, tokens, vectors)
+    names = mnemonics(loop)
+    dots = [line for line in loop if line.startswith("sdot")]
+    # Two blocks of 32 columns, 4 columns an instruction; each takes its activations by a lane index.
+    assert len(dots) == 2 * 8 * tokens * vectors
+    assert all(line.rstrip("]")[:-1].endswith(".4b[") for line in dots)
+    assert names.count("fcvtl") == 2 * vectors
+    assert not {"scvtf", "tbl", "ext", "zip1", "uzp1", "ins"} & set(names)
+    # One pair goes to the stack where four tokens meet int4: a hundredth of the loop.
+    assert len(spills(loop)) <= (4 if (bits, tokens) == (4, 4) else 0)
+    # A block takes, a vector of rows: 4 loads and 8 masks and shifts (int4) or 8 loads, scales' load and conversion;
+    # a token: 2 loads of activations, loads of scale and start, an addition, a spread;
+    # each pair of them: 8 dot products, a copy of the start, subtraction, scaling, multiply-add.
+    # Ten more count the loop and make constants.
+    weights = 14 if bits == 4 else 10
+    assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10
+
+
+@pytest.mark.parametrize("kind", ["bf16", "half", "float"])
+@pytest.mark.parametrize(("tokens", "vectors"), [(1, 4), (4, 1), (4, 4)])
+def test_neon_floats(kind: str, tokens: int, vectors: int) -> None:
+    columns = max(1, min(4, Neon.accumulators // (tokens * vectors)))
+    loop = floating_loop(Neon(), CORTEX_A76, kind, tokens, vectors, columns)
+    names = mnemonics(loop)
+    assert names.count("fmla") == tokens * vectors * columns
+    assert names.count("fcvtl") + names.count("fcvtl2") == (vectors * columns if kind == "half" else 0)
+    assert not {"fmul", "fadd", "bl"} & set(names)
+    assert not spills(loop)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("isa", "target", "instruction", "register"),
+    [
+        (Avx512(), ZEN4, "vpdpbusd", "%zmm"),
+        (AvxVnni(), ALDER_LAKE, "vpdpbusd", "%ymm"),
+        (Avx2(), HASWELL, "vpmaddubsw", "%ymm"),
+    ],
+    ids=["avx512", "avxvnni", "avx2"],
+)
+def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, register: str, bits: int) -> None:
+    for tokens, vectors in isa.tiles.items():
+        loop = integer_loop(isa, target, bits, tokens, vectors)
+        names = mnemonics([line.removeprefix("{vex}").strip() for line in loop])
+        assert names.count(instruction) == 2 * 8 * tokens * vectors
+        assert all(re.search(register + r"\d+$", line) for line in loop if instruction in line)
+        assert names.count("vcvtph2ps") == 2 * vectors
+        assert "callq" not in names
+        # Sixteen registers do not hold four tokens' sums and the eight quads of a block.
+        assert len(spills(loop)) <= len(loop) // (20 if register == "%zmm" else 4)
+
+
+@pytest.mark.skipif(ISA.name not in DOT, reason="the portable instruction set has no such instruction")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_this_machine(bits: int) -> None:
+    """Numba's own compilation, of the kernel as a whole, for this very processor."""
+    kernel = {4: _int4_rows, 8: _int8_rows}[bits](1, ISA.tiles[1])
+    data, out = types.Array(types.uint8, 1, "C"), types.Array(types.float32, 2, "C")
+    i64 = types.int64
+    kernel.compile((data, i64, i64, i64, data, i64, out, types.boolean))
+    (text,) = kernel.inspect_asm().values()
+    loop = innermost_loop(text, DOT[ISA.name])
+    assert len([line for line in loop if DOT[ISA.name] in line]) == 2 * 8 * ISA.tiles[1]
+    assert not spills(loop)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"), [(CORTEX_A76, "yield"), (ZEN4, "pause"), (("riscv64-unknown-linux-gnu", ""), None)]
+)
+def test_a_waiting_thread_tells_the_processor(target: tuple[str, str], instruction: str | None) -> None:
+    module = ir.Module()
+    module.triple = target[0]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "wait")
+    b = ir.IRBuilder(function.append_basic_block())
+    with mock.patch("llvmlite.binding.get_process_triple", return_value=target[0]):
+        sig, generate = team.pause._defn(None)
+        generate(SimpleNamespace(get_dummy_value=lambda: None), b, sig, [])
+    b.ret_void()
+    if instruction is None:
+        assert "call" not in str(function)
+    else:
+        assert f"\t{instruction}\n" in assembly(str(module), target)
+
+
+def test_the_dot_product_of_arm_cores() -> None:
+    """LLVM's list of a Raspberry Pi 5's features, as of LLVM 20, does not name it; of a Mac it lists none."""
+    listed = "+aes,+crc,+fp-armv8,+lse,+neon,-rand,+sha2,-sve"
+    assembly('target triple = "aarch64-unknown-linux-gnu"', CORTEX_A76)  # all targets are there
+    assert has_dot_product(*CORTEX_A76, listed)
+    assert has_dot_product("arm64-apple-darwin23.1.0", "apple-m1", "")
+    assert has_dot_product(CORTEX_A76[0], "generic", "+neon,+dotprod")
+    assert not has_dot_product(CORTEX_A76[0], "cortex-a72", listed)
+    assert not has_dot_product(CORTEX_A76[0], "generic", "+neon")
+    assert not has_dot_product(*ZEN4, "+avx512vnni")
