@@ -19,6 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from npqwen.kernels.packing import WIDTHS, tile_width
+from npqwen.kernels.variant import variant
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
 from npqwen.simd.tile import LANES, add, chains, fold, multiply_cached, softmax_block, store, zeros
@@ -89,7 +90,7 @@ def _attend(tokens: int) -> Any:
     sum_rows = max(1, ISA.accumulators // tokens)
     wide, narrow = sum_rows * LANES, TILE // LANES
 
-    @njit(nogil=True, error_model="numpy", fastmath=FAST)
+    @variant(tokens, error_model="numpy", fastmath=FAST)
     def attend(
         queries: Any, pages: Any, like: Any, keys_of: int, values_of: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch: Any,
@@ -158,14 +159,14 @@ def _of_any_width(widths: tuple[int, ...]) -> Any:
     kernel = _attend(width)
     if len(widths) == 1:
 
-        @njit(nogil=True)
+        @variant(width)
         def only(width: int, *args: Any) -> None:
             kernel(*args)
 
         return only
     others = _of_any_width(widths[1:])
 
-    @njit(nogil=True)
+    @variant(*widths)
     def rows(given: int, *args: Any) -> None:
         if given == width:
             kernel(*args)

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from npqwen.kernels.packing import BLOCK_BYTES
+from npqwen.kernels.variant import variant
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import bits_float, memory, unhalf
 from npqwen.simd.tile import (
@@ -41,7 +42,7 @@ def _int4_rows(tokens: int, vectors: int) -> Any:
     """The kernel for int4 weights and tiles of `tokens` tokens by `vectors` vectors of rows."""
     rows = vectors * LANES
 
-    @njit(nogil=True)
+    @variant(tokens, vectors)
     def int4_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
         stride = out.shape[1]
         flat = out.reshape(-1)
@@ -71,7 +72,7 @@ def _int8_rows(tokens: int, vectors: int) -> Any:
     """The same for int8 weights."""
     rows = vectors * LANES
 
-    @njit(nogil=True)
+    @variant(tokens, vectors)
     def int8_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
         stride = out.shape[1]
         flat = out.reshape(-1)
@@ -102,7 +103,7 @@ def _bf16_rows(tokens: int, vectors: int) -> Any:
     rows = vectors * LANES
     columns = chains(tokens * vectors)
 
-    @njit(nogil=True)
+    @variant(tokens, vectors)
     def bf16_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
         stride = out.shape[1]
         flat = out.reshape(-1)
@@ -133,14 +134,14 @@ def _of_any_width(kernel_of: Any, widths: tuple[int, ...]) -> Any:
     kernel = kernel_of(width, ISA.tiles[width])
     if len(widths) == 1:
 
-        @njit(nogil=True)
+        @variant(kernel_of.__name__, width)
         def only(width: int, *args: Any) -> None:
             kernel(*args)
 
         return only
     others = _of_any_width(kernel_of, widths[1:])
 
-    @njit(nogil=True)
+    @variant(kernel_of.__name__, *widths)
     def rows(given: int, *args: Any) -> None:
         if given == width:
             kernel(*args)
