@@ -1,0 +1,40 @@
+"""What the whole session shares: compiled kernels, and the example model in every encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import TINY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep compiled kernels in pytest's own cache: each is compiled once for this checkout, not for each run.
+
+    Child processes find them by NPQWEN_CACHE.
+    """
+    kept = request.config.cache
+    place = tmp_path_factory.mktemp("cache") if kept is None else kept.mkdir("npqwen")
+    from npqwen.compiled import kernel_directory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NPQWEN_CACHE", str(place))
+        yield kernel_directory()  # It stays there for this process, whatever a test makes of NPQWEN_CACHE.
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """tiny(bits): the example model, converted once."""
+    from npqwen_quant import convert
+
+    place = tmp_path_factory.mktemp("tiny")
+
+    def converted(bits: int) -> Path:
+        out = place / f"tiny-qwen3-{bits}"
+        if not out.exists():
+            convert(TINY, out, bits=bits)
+        return out
+
+    return converted

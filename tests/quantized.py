@@ -1,0 +1,109 @@
+"""The NumPy oracle with a converted model's weights, and with everything rounded that the engine rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import read_safetensors
+from reference import ReferenceCache, ReferenceModel
+from units import UNIT_BYTES, unpack
+
+from npqwen.config import Config
+
+
+def int8_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 (tokens, blocks, 32) and float32 scales (tokens, blocks) of activations x (tokens, columns)."""
+    blocks = x.reshape(len(x), -1, 32)
+    peak = np.abs(blocks).max(2)
+    usable = peak > 1e-30
+    inverse = np.where(usable, np.float32(127) / np.where(usable, peak, 1), 0).astype(np.float32)
+    return np.rint(blocks * inverse[:, :, None]).astype(np.int8), peak * np.float32(1 / 127)
+
+
+class Matrix:
+    """A matrix that rounds what it is multiplied with, as the kernels do for its encoding."""
+
+    __array_ufunc__ = None  # x @ matrix comes here.
+
+    def __init__(self, weights: np.ndarray, cols: int, rounds: bool) -> None:
+        """weights: float32 (rows, cols rounded up to 64)."""
+        self.weights, self.cols, self.rounds = weights, cols, rounds
+
+    @property
+    def T(self) -> Matrix:
+        return self
+
+    def __getitem__(self, ids: Any) -> np.ndarray:
+        return self.weights[ids, : self.cols]
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        x = np.pad(x, ((0, 0), (0, self.weights.shape[1] - x.shape[1])))
+        if self.rounds:
+            q, scale = int8_blocks(x)
+            x = (q * scale[:, :, None]).reshape(x.shape)
+        return x @ self.weights.T
+
+
+class _Halves(list[np.ndarray]):
+    def __setitem__(self, i: Any, value: Any) -> None:
+        super().__setitem__(i, value.astype(np.float16).astype(np.float32))
+
+
+class QuantizedReference(ReferenceModel):
+    """The reference model of a converted directory."""
+
+    @classmethod
+    def from_directory(cls, path: Path, context: int | None = None) -> QuantizedReference:
+        config = Config.from_directory(path)
+        weights: dict[str, Any] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            for name, stored in read_safetensors(file).items():
+                weights |= _parts(config, name, stored)
+        model = cls(config, weights)
+        model.bits = read_bits(path)
+        return model
+
+    def new_cache(self, room: int | None = None) -> ReferenceCache:
+        cache = ReferenceCache(self.config)
+        if self.bits != 16:
+            cache.keys, cache.values = _Halves(cache.keys), _Halves(cache.values)
+        return cache
+
+
+def read_bits(path: Path) -> int:
+    """What a converted directory says of itself."""
+    from npqwen.config import read_json
+
+    return int(read_json(path / "config.json")["quantization_config"]["bits"])
+
+
+def _parts(c: Config, name: str, stored: np.ndarray) -> dict[str, Any]:
+    """A converted tensor under the checkpoint's names, without padding."""
+    part = name.split(".")[-2]
+    if stored.ndim == 1:
+        size = c.head_dim if part in ("q_norm", "k_norm") else c.hidden_size
+        return {name: stored[:size].astype(np.float32)}
+    weights, rounds = unpack(stored), stored.shape[2] != UNIT_BYTES["bf16"]
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    cols = {"o_proj": queries, "down_proj": c.intermediate_size}.get(part, c.hidden_size)
+
+    def matrix(rows: np.ndarray) -> Matrix:
+        return Matrix(rows, cols, rounds)
+
+    if part == "qkv_proj":
+        q, k, v, _ = np.split(weights, np.cumsum([queries, keys, keys]))
+        return {
+            name.replace("qkv", which): matrix(rows) for which, rows in zip("qkv", (q, k, v), strict=True)
+        }
+    if part == "gate_up_proj":
+        both = weights.reshape(-1, 2, 16, weights.shape[1])
+        return {
+            name.replace("gate_up", which): matrix(
+                both[:, i].reshape(-1, weights.shape[1])[: c.intermediate_size]
+            )
+            for i, which in enumerate(("gate", "up"))
+        }
+    rows = c.hidden_size if part in ("o_proj", "down_proj") else c.vocab_size
+    return {name: matrix(weights[:rows])}

@@ -1,0 +1,428 @@
+"""Every kernel against a NumPy twin of a few lines, for the instruction set of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from converted import pack_bf16, pack_int4, pack_int8, random_units
+from numba import njit
+from quantized import int8_blocks
+from units import unpack
+
+from npqwen.compiled import compile_kernel
+from npqwen.kernels.attention import (
+    PAGE,
+    attention,
+    page_items,
+    scratch_floats,
+    splits,
+    store_key,
+    store_value,
+)
+from npqwen.kernels.matmul import MATRIX, matmul, read_row
+from npqwen.kernels.norm import rms_norm, rotate, silu_times
+from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, packed_bytes, tile_width
+from npqwen.simd import scalar
+from npqwen.team import Team
+
+BITS = (4, 8, 16)
+TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)
+
+
+def run(kernel: Any, *args: Any) -> Any:
+    """Call a kernel, kept compiled like those of the package."""
+    compile_kernel(kernel, args, None)
+    return kernel(*args)
+
+
+def together(members: int, kernel: Any, args: Callable[[int], tuple[Any, ...]]) -> None:
+    """kernel(state, *args(member)) in so many threads at once."""
+    compile_kernel(kernel, (np.zeros(80, np.int64), *args(0)), None)
+    team = Team(members)
+    try:
+        team.run(lambda state, member: kernel(state, *args(member)))
+    finally:
+        team.close()
+
+
+def readonly(data: np.ndarray) -> np.ndarray:
+    """A copy that cannot be written, and behind which, where the system lets us, nothing can even be read."""
+    copy = np.array(data)
+    copy.flags.writeable = False
+    if sys.platform == "win32":
+        return copy
+    size = -(-data.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    memory[size - data.nbytes : size] = data.reshape(-1).view(np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(memory.ctypes.data, size, mmap.PROT_READ) == 0
+    assert protect(memory.ctypes.data + size, mmap.PAGESIZE, 0) == 0
+    return memory[size - data.nbytes : size].view(data.dtype).reshape(data.shape)
+
+
+def matrix(units: np.ndarray) -> Any:
+    """The record by which kernels know a matrix."""
+    record = np.zeros(1, MATRIX)[0]
+    record["address"] = units.ctypes.data
+    record["bits"] = {576: 4, 1088: 8, 2048: 16}[units.shape[2]]
+    record["rows"], record["cols"] = 16 * units.shape[0], 64 * units.shape[1]
+    return record
+
+
+def packed(x: np.ndarray, bits: int, width: int) -> np.ndarray:
+    """Activations x (tokens, cols) as kernels/packing.py describes them, uint8."""
+    x = np.pad(x, ((0, -len(x) % width), (0, 0)))
+    tiles, cols = len(x) // width, x.shape[1]
+    if bits == 16:
+        return (
+            np.ascontiguousarray(x.reshape(tiles, width, cols).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
+        )
+    q, scales = (part.reshape(tiles, width, cols // 32, -1).swapaxes(1, 2) for part in int8_blocks(x))
+    starts = -ZERO_POINT[bits] * q.sum(3, dtype=np.int32)
+    parts = (np.ascontiguousarray(part) for part in (q, scales, starts.astype(np.int32)))
+    return np.concatenate([part.view(np.uint8).reshape(tiles, cols // 32, -1) for part in parts], 2).reshape(
+        -1
+    )
+
+
+def product(units: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """weight @ x for every row of x, in float64, with the activations rounded as the encoding asks."""
+    if units.shape[2] != 2048:
+        q, scales = int8_blocks(x)
+        x = (q * scales[:, :, None].astype(np.float64)).reshape(x.shape)
+    return np.asarray(x.astype(np.float64) @ unpack(units).T.astype(np.float64))
+
+
+def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, more: int = 0) -> None:
+    """matmul against the twin; `more` columns and the rows past the last tile stay as they are."""
+    rows, tokens = 16 * units.shape[0], len(x)
+    width = run(tile_width, tokens)
+    whole = -(-tokens // width) * width
+    before = np.random.default_rng(1).standard_normal((whole + 1, rows + more)).astype(np.float32)
+    out = before.copy()
+    weights = readonly(units)
+    record = matrix(weights)
+    together(
+        members, matmul, lambda _: (record, packed(x, int(record["bits"]), width), tokens, width, out, plus)
+    )
+    expected = product(units, x) + (before[:tokens, :rows] if plus else 0)
+    # The sum of the magnitudes bounds what rounding can do to a sum.
+    error = np.abs(out[:tokens, :rows] - expected) / (
+        np.abs(x) @ np.abs(unpack(units)).T + np.abs(expected) + 1e-30
+    )
+    assert error.max() < 2e-6
+    assert np.array_equal(out[:, rows:], before[:, rows:])
+    assert np.array_equal(out[whole:], before[whole:])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_matmul(bits: int, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    for (rows, cols), plus in itertools.product([(16, 64), (48, 192), (203, 80)], [False, True]):
+        units = random_units(bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
+        x = rng.standard_normal((tokens, 64 * units.shape[1])).astype(np.float32)
+        x[:, cols:] = 0
+        check_matmul(units, x, 1, plus, more=rows % 32)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("members", [2, 3, 7])
+def test_matmul_shared_by_threads(bits: int, members: int) -> None:
+    rng = np.random.default_rng(members)
+    for rows, tokens in [(16, 1), (32, 5), (1040, 1), (1040, 19)]:
+        units = random_units(bits, np.ones(rows, bool), 256, rng)
+        check_matmul(units, rng.standard_normal((tokens, 256)).astype(np.float32), members, True)
+
+
+@pytest.mark.parametrize("q", [-127, 127])
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_matmul_at_the_ends_of_the_integers(q: int, tokens: int) -> None:
+    """Nothing saturates where all of a block's weights and activations are as large as they can be."""
+    for sign in (-1, 1):
+        x = np.full((tokens, 128), sign * 3.0, np.float32)
+        check_matmul(pack_int8(np.full((16, 128), q, np.int8), np.ones((16, 4))), x, 1, False)
+        four = pack_int4(np.full((16, 128), 15 if q > 0 else 0, np.uint8), np.ones((16, 4)))
+        check_matmul(four, x, 1, False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matmul_with_any_finite_scale(bits: int) -> None:
+    """Every f16 that is finite, subnormal ones and both zeros among them."""
+    rng = np.random.default_rng(0)
+    patterns = np.arange(1 << 16).astype(np.uint16)
+    scale = patterns[patterns & 0x7C00 != 0x7C00].view(np.float16)
+    scale = scale[rng.permutation(len(scale))].reshape(-1, 2)
+    q = rng.integers(0, 16, (len(scale), 64)) if bits == 4 else rng.integers(-127, 128, (len(scale), 64))
+    units = pack_int4(q.astype(np.uint8), scale) if bits == 4 else pack_int8(q.astype(np.int8), scale)
+    check_matmul(units, rng.standard_normal((2, 64)).astype(np.float32), 2, False)
+
+
+def test_matmul_with_large_and_tiny_bfloat16() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((16, 64)) * 10.0 ** rng.integers(-37, 30, (16, 64))
+    check_matmul(
+        pack_bf16(weights.astype(np.float32)), rng.standard_normal((3, 64)).astype(np.float32), 1, False
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_read_row(bits: int) -> None:
+    units = random_units(bits, np.arange(48) < 37, 150, np.random.default_rng(3))
+    weights = readonly(units)
+    for row, expected in enumerate(unpack(units)):
+        out = np.full(192, np.nan, np.float32)
+        run(read_row, matrix(weights), row, out)
+        assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pack(bits: int, width: int) -> None:
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((2 * width + 1, 128)).astype(np.float32)
+    x[:, 32:64] *= 10.0 ** rng.integers(-35, 35, (len(x), 1))
+    x[0, 64:96] = 0
+    x[-1, 64:96] = 1e-31
+    x[1 % len(x), 96] = 3.4e38
+    x[:, 97] = -0.0
+    out = np.zeros(packed_bytes(3 * width, 128), np.uint8)
+    for token, values in enumerate(x):
+        run(pack, values, token, width, bits, out)
+    expected = packed(x, bits, width)
+    assert np.array_equal(out[: len(expected)], expected)
+
+
+def test_packed_activations_fit_their_buffer() -> None:
+    for tokens, bits in itertools.product(range(1, 70), BITS):
+        width = run(tile_width, tokens)
+        assert width in WIDTHS
+        assert len(packed(np.zeros((tokens, 64), np.float32), bits, width)) <= packed_bytes(tokens, 64)
+
+
+@pytest.mark.parametrize("size", [16, 72, 128, 1000])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_rms_norm(size: int, scale: float) -> None:
+    rng = np.random.default_rng(size)
+    x = (scale * rng.standard_normal(size + 8)).astype(np.float32)
+    weight = rng.standard_normal(size).astype(np.float32)
+    out = np.full(size + 8, 7, np.float32)
+    run(rms_norm, x, weight, np.float32(1e-6), out)
+    wide = x[:size].astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean() + np.float32(1e-6)) * weight
+    assert np.allclose(out[:size], expected, rtol=3e-6, atol=0)
+    assert np.all(out[size:] == 7)
+    run(rms_norm, x, weight, np.float32(1e-6), x)
+    assert np.array_equal(x[:size], out[:size])  # in place
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_rotate(dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    x = rng.standard_normal(dim).astype(np.float32)
+    angle = rng.uniform(0, 6, dim // 2)
+    turned = (x[: dim // 2] + 1j * x[dim // 2 :]) * np.exp(1j * angle)
+    run(rotate, x, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+    assert np.allclose(x, np.concatenate([turned.real, turned.imag]), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 112, 256])
+def test_silu_times(size: int) -> None:
+    rng = np.random.default_rng(size)
+    gate = np.concatenate([[0, -0.0, 80, -80, 87, -87, 200, -200], rng.uniform(-30, 30, size - 8)])
+    up = rng.standard_normal(size)
+    gate_up = np.stack([gate.reshape(-1, 16), up.reshape(-1, 16)], 1).reshape(-1).astype(np.float32)
+    out = np.empty(size, np.float32)
+    run(silu_times, gate_up, out)
+    gate, up = (part.astype(np.float32).astype(np.float64) for part in (gate, up))
+    assert np.allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=1e-30)
+
+
+@njit(nogil=True)
+def _exp(x: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = scalar.exp(x[i])
+
+
+@njit(nogil=True)
+def _half(x: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = scalar.half(x[i])
+
+
+@njit(nogil=True)
+def _unhalf(x: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = scalar.unhalf(x[i])
+
+
+def test_exp() -> None:
+    x = np.linspace(-87, 87, 200_001).astype(np.float32)
+    x = np.concatenate([x, np.float32([0, -0.0, 1e-20, -1e-20, 0.5, -0.5, np.log(2) / 2])])
+    out = np.empty_like(x)
+    run(_exp, x, out)
+    # One ulp is at most 1.2e-7 of the value; the argument's own rounding costs x's share of another.
+    assert np.all(np.abs(out / np.exp(x.astype(np.float64)) - 1) < 3e-7 + 1e-7 * np.abs(x))
+    ends = np.float32([-1e4, -100, -3e38, 100, 1e4, 3e38])
+    out = np.empty_like(ends)
+    run(_exp, ends, out)
+    assert np.all((out[:3] >= 0) & (out[:3] < 2e-38))
+    assert np.all((out[3:] > 5e37) & np.isfinite(out[3:]))
+
+
+def test_unhalf_knows_every_finite_float16() -> None:
+    patterns = np.arange(1 << 16).astype(np.uint16)
+    patterns = patterns[patterns & 0x7C00 != 0x7C00]
+    out = np.empty(len(patterns), np.float32)
+    run(_unhalf, patterns, out)
+    assert np.array_equal(out.view(np.uint32), patterns.view(np.float16).astype(np.float32).view(np.uint32))
+    back = np.empty_like(patterns)
+    run(_half, out, back)
+    assert np.array_equal(back, patterns)
+
+
+def test_half_rounds_to_nearest_even() -> None:
+    rng = np.random.default_rng(0)
+    patterns = np.arange(0x7C00).astype(np.uint16).view(np.float16).astype(np.float32)
+    middles = (patterns[1:] + patterns[:-1]) / 2
+    x = np.concatenate(
+        [
+            patterns,
+            middles,
+            np.nextafter(middles, np.float32(0)),
+            np.nextafter(middles, np.float32(np.inf)),
+            10.0 ** rng.uniform(-45, 38, 100_000),
+            [1e-45, 65504, 65519.996, 65520, 65536, 1e38, 3.4e38, np.inf],
+        ]
+    ).astype(np.float32)
+    x = np.concatenate([x, -x])
+    out = np.empty(len(x), np.uint16)
+    run(_half, x, out)
+    assert np.array_equal(out, np.clip(x, -65504, 65504).astype(np.float16).view(np.uint16))
+
+
+class Cache:
+    """Pages of the cache, filled by the words of kernels/attention.py; what is past `length` is old."""
+
+    def __init__(self, dtype: Any, length: int, layers: int, kv_heads: int, dim: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        pages = -(-length // PAGE)
+        shape = pages * PAGE, layers, kv_heads, dim
+        self.keys = rng.standard_normal(shape).astype(dtype)
+        self.values = rng.standard_normal(shape).astype(dtype)
+        self.keys[length:] *= dtype(100)
+        self.values[length:] *= dtype(100)
+        keys = self.keys.reshape(pages, PAGE // 16, 16, layers, kv_heads, dim).transpose(0, 3, 4, 1, 5, 2)
+        values = self.values.reshape(pages, PAGE, layers, kv_heads, dim).transpose(0, 2, 3, 1, 4)
+        flat = [part.reshape(pages, layers, 1, kv_heads, -1) for part in (keys, values)]
+        whole = np.ascontiguousarray(np.concatenate(flat, axis=2)).reshape(pages, -1)
+        assert whole.shape[1] == page_items(layers, kv_heads, dim)
+        # Apart from each other, as the cache's pages are.
+        self.pages = [np.array(page) for page in whole]
+        self.addresses = np.array([page.ctypes.data for page in self.pages])
+        self.like = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dim", [16, 128])
+def test_store_key_and_value(dtype: Any, dim: int) -> None:
+    layers, kv_heads, length = 2, 3, PAGE + 20
+    expected = Cache(dtype, length, layers, kv_heads, dim)
+    found = Cache(dtype, length, layers, kv_heads, dim)
+    for page in found.pages:
+        page[:] = 0
+    which = list(itertools.product(range(layers), range(kv_heads)))
+    for position in range(2 * PAGE):
+        for layer, head in which:
+            key = expected.keys[position, layer, head].astype(np.float32)
+            value = expected.values[position, layer, head].astype(np.float32)
+            at = 2 * layer * kv_heads + head
+            run(store_key, found.addresses, found.like, at, position, key)
+            run(store_value, found.addresses, found.like, at + kv_heads, position, value)
+    for mine, theirs in zip(found.pages, expected.pages, strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def attended(q: np.ndarray, cache: Cache, layer: int, start: int) -> np.ndarray:
+    """softmax(q @ keys.T) @ values of every token and head in float64: q (tokens, heads, dim)."""
+    tokens, heads, dim = q.shape
+    end = start + tokens
+    group = heads // cache.keys.shape[2]
+    keys, values = (
+        np.repeat(part[:end, layer], group, axis=1).astype(np.float64) for part in (cache.keys, cache.values)
+    )
+    scores = np.einsum("thd,phd->htp", q, keys)
+    scores[:, np.arange(end) > start + np.arange(tokens)[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(2, keepdims=True))
+    out = np.einsum("htp,phd->thd", weights / weights.sum(2, keepdims=True), values)
+    return np.asarray(out.reshape(tokens, heads * dim))
+
+
+def check_attention(
+    dtype: Any, tokens: int, group: int, kv_heads: int, dim: int, start: int, members: int, size: float = 1.0
+) -> None:
+    layers, layer, heads = 2, 1, group * kv_heads
+    cache = Cache(dtype, start + tokens, layers, kv_heads, dim, seed=start)
+    rng = np.random.default_rng(tokens)
+    q = np.zeros((tokens + 2, (heads + 2 * kv_heads) * dim), np.float32)
+    q[:] = rng.standard_normal(q.shape) * size / np.sqrt(dim)
+    out = np.full((tokens + 1, heads * dim), 7, np.float32)
+    parts = np.full(8 * members * WIDTHS[-1] * (dim + 2), 9, np.float32)
+    scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
+    together(
+        members,
+        attention,
+        lambda member: (
+            q, tokens, cache.addresses, cache.like, layer, heads, kv_heads, dim, start, parts, scratches[member], out,
+        ),
+    )  # fmt: skip
+    expected = attended(q[:tokens, : heads * dim].reshape(tokens, heads, dim), cache, layer, start)
+    assert np.abs(out[:tokens] - expected).max() < 1e-5 * max(1, size / 10)
+    assert np.all(out[tokens:] == 7)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [np.float16, np.float32])
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16, 17, 33])
+def test_attention_of_tokens_and_groups(dtype: Any, tokens: int, group: int) -> None:
+    check_attention(dtype, tokens, group, 2, 16, 0, 1)
+    check_attention(dtype, tokens, group, 1, 32, 77, 2)
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [16, 48, 64, 128])
+@pytest.mark.parametrize("start", [0, 15, 63, 64, 250, 256, 511, 700])
+def test_attention_across_blocks_and_pages(dtype: Any, dim: int, start: int) -> None:
+    for tokens in (1, 9):
+        check_attention(dtype, tokens, 2, 2, dim, start, 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("members", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("tokens", "group", "kv_heads"), [(1, 1, 1), (1, 2, 2), (1, 5, 1), (2, 3, 1), (3, 1, 2)]
+)
+def test_attention_split_over_positions(
+    dtype: Any, members: int, tokens: int, group: int, kv_heads: int
+) -> None:
+    start = 2300
+    state = np.full(80, members, np.int64)
+    assert run(splits, state, tokens, group * kv_heads, kv_heads, start + tokens) > 1
+    check_attention(dtype, tokens, group, kv_heads, 64, start, members)
+
+
+@DTYPES
+def test_attention_with_sharp_scores(dtype: Any) -> None:
+    """Scores in the hundreds: one position takes it all, and nothing overflows."""
+    check_attention(dtype, 5, 2, 2, 64, 300, 1, size=200.0)
