@@ -10,7 +10,7 @@ from typing import Any
 
 from npqwen.errors import CheckpointError
 
-MODEL_TYPES = ("qwen3",)
+MODEL_TYPES = ("qwen3", "qwen3_moe")
 FORMAT_VERSION = 1
 """Of the files a conversion makes (quant/FORMAT.md)."""
 
@@ -25,6 +25,20 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a `qwen3_moe` model, under the names of its `config.json`."""
+
+    num_experts: int
+    """`num_local_experts` in transformers 5."""
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    """Whether the chosen experts' probabilities are divided by their sum."""
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,16 @@ class Config:
     rope_theta: float
     yarn: Yarn | None
     tie_word_embeddings: bool
+    mixture: Mixture | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a mixture of experts."""
+        mixture = self.mixture
+        return (
+            mixture is not None
+            and layer not in mixture.mlp_only_layers
+            and (layer + 1) % mixture.decoder_sparse_step == 0
+        )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> Config:
@@ -79,6 +103,7 @@ class Config:
             rope_theta=_positive({**rope, **raw}, "rope_theta", where, default=1e6),
             yarn=_yarn(scaling, raw, where),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            mixture=_mixture(raw, where) if model_type == "qwen3_moe" else None,
         )
         if heads % config.num_key_value_heads:
             raise CheckpointError(
@@ -128,6 +153,27 @@ def _count(raw: Mapping[str, Any], key: str, where: str, default: int | None = N
     if value != int(value) or value > 2**31:
         raise CheckpointError(f"{where}: {key} is {value!r}, not a whole number in range")
     return int(value)
+
+
+def _mixture(raw: Mapping[str, Any], where: str) -> Mixture:
+    """What transformers' Qwen3MoeConfig takes for keys that are left out: 128 experts, 8 a token, not normalized."""
+    only = raw.get("mlp_only_layers") or []
+    if not isinstance(only, list) or not all(isinstance(i, int) for i in only):
+        raise CheckpointError(f"{where}: mlp_only_layers is {only!r}, not a list of layers")
+    experts = raw.get("num_experts") or raw.get("num_local_experts")
+    mixture = Mixture(
+        num_experts=_count({"num_experts": experts}, "num_experts", where, default=128),
+        num_experts_per_tok=_count(raw, "num_experts_per_tok", where, default=8),
+        moe_intermediate_size=_count(raw, "moe_intermediate_size", where, default=768),
+        norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+        decoder_sparse_step=_count(raw, "decoder_sparse_step", where, default=1),
+        mlp_only_layers=tuple(only),
+    )
+    if mixture.num_experts_per_tok > mixture.num_experts:
+        raise CheckpointError(
+            f"{where}: num_experts_per_tok {mixture.num_experts_per_tok} is more than the {mixture.num_experts} experts"
+        )
+    return mixture
 
 
 def _yarn(scaling: Any, raw: Mapping[str, Any], where: str) -> Yarn | None:

@@ -19,7 +19,7 @@ from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen_quant import blocks
 from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read, read_small
 from npqwen_quant.output import Output, Shard, header, shards
-from npqwen_quant.plan import Matrix, Part, Vector, plan
+from npqwen_quant.plan import Matrix, Part, Tensor, Vector, plan
 
 Progress = Callable[[int, int], None]
 
@@ -94,7 +94,7 @@ def convert(
         output.complete()
 
 
-def _find(checkpoint: Checkpoint, tensors: Sequence[Matrix | Vector]) -> dict[str, StoredTensor]:
+def _find(checkpoint: Checkpoint, tensors: Sequence[Tensor]) -> dict[str, StoredTensor]:
     """The checkpoint's tensors that the plan needs; CheckpointError for one missing, misshapen or unknown."""
     stored = {
         name: checkpoint.tensor(name, shape) for tensor in tensors for name, shape in tensor.sources.items()
@@ -163,7 +163,7 @@ _Piece = tuple[npt.NDArray[Any], int]
 def _pieces(
     pool: ThreadPoolExecutor,
     threads: int,
-    tensors: Sequence[Matrix | Vector],
+    tensors: Sequence[Tensor],
     stored: dict[str, StoredTensor],
 ) -> Iterator[_Piece]:
     """The packed bytes of the tensors, in order, and how many of the checkpoint's each was made of.
@@ -174,12 +174,13 @@ def _pieces(
     for tensor in tensors:
         if isinstance(tensor, Vector):
             ahead.append(pool.submit(_pack_vector, tensor, stored))
-        else:
-            group = max(part.stride for part in tensor.parts)
-            step = max(1, _SLICE // (blocks.UNIT_ROWS * tensor.columns * group)) * group
-            tiles = tensor.shape[0]
+            continue
+        for matrix in tensor.matrices:
+            group = max(part.stride for part in matrix.parts)
+            step = max(1, _SLICE // (blocks.UNIT_ROWS * matrix.columns * group)) * group
+            tiles = matrix.shape[0]
             for first in range(0, tiles, step):
-                ahead.append(pool.submit(_pack_tiles, tensor, first, min(first + step, tiles), stored))
+                ahead.append(pool.submit(_pack_tiles, matrix, first, min(first + step, tiles), stored))
                 while len(ahead) > threads + 2:
                     yield ahead.popleft().result()
     while ahead:

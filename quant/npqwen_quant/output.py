@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from npqwen.config import FORMAT_VERSION
 from npqwen.errors import OutputError
-from npqwen_quant.plan import Matrix, Vector
+from npqwen_quant.plan import Tensor
 
 if sys.platform == "win32":
     import msvcrt
@@ -25,10 +25,10 @@ else:
 
 
 
-Shard = list[Matrix | Vector]
+Shard = list[Tensor]
 
 
-def shards(tensors: Iterable[Matrix | Vector], shard_bytes: int) -> list[Shard]:
+def shards(tensors: Iterable[Tensor], shard_bytes: int) -> list[Shard]:
     """Deal the tensors out, in order, to files of at most `shard_bytes`, or of one tensor."""
     shards: list[Shard] = [[]]
     size = 0
