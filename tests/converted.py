@@ -79,7 +79,7 @@ def pad(n: int, multiple: int) -> int:
 
 
 def tensors(config: Mapping[str, Any], bits: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of a converted model; `bits` gives each matrix's encoding, by "qkv_proj" and the like."""
+    """Random tensors of a converted model; `bits`: each matrix's encoding, by "qkv_proj" and the like."""
     rng = np.random.default_rng(seed)
     hidden, dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
@@ -114,7 +114,7 @@ def tensors(config: Mapping[str, Any], bits: Mapping[str, int], seed: int = 0) -
 
 
 def write_safetensors(path: Path, values: Mapping[str, np.ndarray], **header: Any) -> dict[str, Any]:
-    """Write F32 and U8 tensors as the format asks, and return the header, in which `header` replaces entries."""
+    """Write F32 and U8 tensors as the format asks, and return the header; `header` replaces entries of it."""
     head: dict[str, Any] = {"__metadata__": {"format": "npqwen", "format_version": "1"}}
     end = 0
     for name, value in values.items():

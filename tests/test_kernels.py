@@ -381,9 +381,10 @@ def check_attention(
         members,
         attention,
         lambda member: (
-            q, tokens, cache.addresses, cache.like, layer, heads, kv_heads, dim, start, parts, scratches[member], out,
+            *(q, tokens, cache.addresses, cache.like, layer, heads, kv_heads, dim, start),
+            *(parts, scratches[member], out),
         ),
-    )  # fmt: skip
+    )
     expected = attended(q[:tokens, : heads * dim].reshape(tokens, heads, dim), cache, layer, start)
     assert np.abs(out[:tokens] - expected).max() < 1e-5 * max(1, size / 10)
     assert np.all(out[tokens:] == 7)

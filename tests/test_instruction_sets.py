@@ -1,0 +1,72 @@
+"""Kernels and logits once more, for every other instruction set that this processor offers.
+
+Which one is compiled is chosen when npqwen is imported: so each has a pytest of its own, side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from npqwen.errors import OptionError
+from npqwen.simd.isa import ISA, available, choose
+
+HERE = Path(__file__).parent
+OTHERS = [isa.name for isa in available() if isa.name != ISA.name]
+TESTS = [
+    "test_kernels.py",
+    "test_parity.py::test_logits_of_transformers",
+    "test_parity.py::test_tokens_of_the_quantized_oracle",
+    "test_parity.py::test_prompts_of_the_quantized_oracle",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, list]]:
+    """The processes and where they write, by instruction set."""
+    kept = request.config.cache
+    started = {}
+    for name in OTHERS:
+        out = tmp_path_factory.mktemp(name)
+        cache = out / "cache" if kept is None else kept.mkdir(f"npqwen-{name}")
+        command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *TESTS]
+        with open(out / "log", "wb") as log:
+            environment = {**os.environ, "NPQWEN_ISA": name}
+            process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=log, stderr=log)
+        started[name] = [process, out / "log"]
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_instruction_set(runs: dict[str, list], name: str) -> None:
+    process, log = runs[name]
+    status = process.wait(timeout=500)
+    assert status == 0, log.read_text(encoding="utf-8", errors="replace")[-3000:]
+
+
+def test_the_portable_kernels_run_anywhere() -> None:
+    assert available()[-1].name == "portable"
+    assert choose("").name == choose(None).name == available()[0].name
+    assert choose("portable").name == "portable"
+
+
+def test_an_instruction_set_that_is_not_here_is_refused() -> None:
+    with pytest.raises(
+        OptionError, match=r"NPQWEN_ISA=mmx cannot run here; this processor offers .*portable"
+    ):
+        choose("mmx")
+    code = "import npqwen.simd.isa"
+    environment = {**os.environ, "NPQWEN_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "NPQWEN_ISA=mmx cannot run here" in done.stderr
