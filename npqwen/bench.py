@@ -140,12 +140,18 @@ def benchmark(
 
 
 def bytes_per_token(model: Model, depth: int) -> int:
-    """Bytes that decoding one token reads: every weight once (of an untied embedding one row), and the cache."""
-    weights = sum(
-        tensor.data.size
-        for name, tensor in model.weights.tensors.items()
-        if model.config.tie_word_embeddings or name != "model.embed_tokens.weight"
-    )
+    """Bytes that decoding one token reads: each weight it uses once, and the cache.
+
+    Of a mixture it uses the chosen experts, of an untied embedding one row.
+    """
     c = model.config
+    weights = 0.0
+    for name, tensor in model.weights.tensors.items():
+        if name == "model.embed_tokens.weight" and not c.tie_word_embeddings:
+            continue
+        share = 1.0
+        if c.mixture is not None and name.endswith("experts.weight"):
+            share = c.mixture.num_experts_per_tok / c.mixture.num_experts
+        weights += share * tensor.data.size
     per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return weights + depth * per_position * np.dtype(model.cache_dtype).itemsize
+    return int(weights) + depth * per_position * np.dtype(model.cache_dtype).itemsize

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from npqwen.kernels.attention import attention, store_key, store_value
+from npqwen.kernels.experts import arrange, combine, experts_matmul, pack_choices, route, silu_and_pack_slots
 from npqwen.kernels.matmul import MATRIX, matmul, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import pack, tile_width
@@ -24,9 +25,15 @@ LAYER = np.dtype(
         ("post_attention_layernorm", np.int64),
         ("gate_up_proj", MATRIX),
         ("down_proj", MATRIX),
+        ("router", MATRIX),
+        ("expert_bytes", np.int64),
     ]
 )
-"""A layer's weights where they are mapped: vectors are addresses of float32."""
+"""A layer's weights where they are mapped: vectors are addresses of float32.
+
+In a sparse layer gate_up_proj and down_proj are the first expert's, the others follow every expert_bytes; in a
+dense one expert_bytes is 0.
+"""
 
 MODEL = np.dtype(
     [
@@ -38,6 +45,7 @@ MODEL = np.dtype(
         ("num_key_value_heads", np.int64),
         ("head_dim", np.int64),
         ("rms_norm_eps", np.float32),
+        ("norm_topk_prob", np.bool_),
     ]
 )
 """What is outside the layers, and the dimensions the kernels need, under the names of config.json."""
@@ -46,13 +54,14 @@ MODEL = np.dtype(
 @njit(nogil=True)
 def forward(
     team: Any, member: int, model: Any, layers: Any, ids: Any, start: int, cos: Any, sin: Any, pages: Any,
-    like: Any, buffers: Any, scratches: Any, wanted: int, logits: Any,
+    like: Any, buffers: Any, mixture: Any, scratches: Any, wanted: int, logits: Any,
 ) -> None:  # fmt: skip
     """Run `ids` (tokens,) int64 at positions `start` and up; their keys and values go into the cache's
     `pages`, in like's dtype.
 
     cos, sin: float32 (tokens, head_dim / 2).  logits: float32, a row for each of the last `wanted`
-    tokens, rounded up to whole tiles.  buffers: what the threads share, see Buffers; scratches: a row a thread.
+    tokens, rounded up to whole tiles.  buffers, mixture: what the threads share, see Buffers; scratches: a row
+    a thread.
     """
     hidden, packed, qkv, attended, gate_up, parts = buffers
     scratch = scratches[member]
@@ -80,21 +89,74 @@ def forward(
         matmul(team, layer.o_proj, packed, tokens, width, hidden, True)
         barrier(team)
 
-        norm_and_pack(
-            team, hidden, 0, tokens, layer.post_attention_layernorm, model, layer.gate_up_proj.bits, scratch, packed
-        )
-        barrier(team)
-        matmul(team, layer.gate_up_proj, packed, tokens, width, gate_up, False)
-        barrier(team)
-        silu_and_pack(team, gate_up, tokens, layer.down_proj.bits, scratch, packed)
-        barrier(team)
-        matmul(team, layer.down_proj, packed, tokens, width, hidden, True)
-        barrier(team)
+        if mixture is None:  # noqa: SIM114  Numba then leaves out the other branches.
+            feed_forward(team, layer, model, tokens, hidden, packed, gate_up, scratch)
+        elif layer.expert_bytes == 0:
+            feed_forward(team, layer, model, tokens, hidden, packed, gate_up, scratch)
+        else:
+            sparse_feed_forward(team, layer, model, tokens, hidden, packed, mixture, scratch)
 
     first = tokens - wanted
     norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.bits, scratch, packed)
     barrier(team)
     matmul(team, model.lm_head, packed, wanted, tile_width(wanted), logits, False)
+    barrier(team)
+
+
+@njit(nogil=True)
+def feed_forward(
+    team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, gate_up: Any, scratch: Any
+) -> None:
+    """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
+    width = tile_width(tokens)
+    weight = layer.post_attention_layernorm
+    norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.bits, scratch, packed)
+    barrier(team)
+    matmul(team, layer.gate_up_proj, packed, tokens, width, gate_up, False)
+    barrier(team)
+    silu_and_pack(team, gate_up, tokens, layer.down_proj.bits, scratch, packed)
+    barrier(team)
+    matmul(team, layer.down_proj, packed, tokens, width, hidden, True)
+    barrier(team)
+
+
+@njit(nogil=True)
+def sparse_feed_forward(
+    team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, mixture: Any, scratch: Any
+) -> None:
+    """hidden += the weighted sum of what the chosen experts make of the normed hidden."""
+    normed, scores, chosen, weights, counts, slots, segments, made, gate_up, results = mixture
+    cols = hidden.shape[1]
+    norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
+    width = tile_width(tokens)
+    bits = layer.gate_up_proj.bits
+    while True:
+        t = take(team, 1)
+        if t >= tokens:
+            break
+        rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
+        pack(normed[t], t, width, layer.router.bits, packed)
+    barrier(team)
+    matmul(team, layer.router, packed, tokens, width, scores, False)
+    barrier(team)
+    while True:
+        t = take(team, 1)
+        if t >= tokens:
+            break
+        route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
+    barrier(team)
+    if take(team, 1) == 0:
+        made[0] = arrange(chosen[:tokens], counts, slots, segments)
+    barrier(team)
+    pack_choices(team, normed, slots[:tokens], segments, made[0], bits, packed)
+    barrier(team)
+    experts_matmul(team, layer.gate_up_proj, layer.expert_bytes, segments, made[0], packed, tokens == 1, gate_up)
+    barrier(team)
+    silu_and_pack_slots(team, gate_up, segments, made[0], layer.down_proj.bits, scratch, packed)
+    barrier(team)
+    experts_matmul(team, layer.down_proj, layer.expert_bytes, segments, made[0], packed, False, results)
+    barrier(team)
+    combine(team, results[:, :cols], slots[:tokens], weights, hidden)
     barrier(team)
 
 

@@ -19,6 +19,8 @@ PARTS = {
     "embedding": ("embed_tokens",),
     "attention": ("qkv_proj", "o_proj"),
     "feed-forward": ("gate_up_proj", "down_proj"),
+    "experts": ("experts",),
+    "routers": ("gate",),
     "norms": ("norm",),
     "output": ("lm_head",),
 }
@@ -86,7 +88,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         weights=sum(parts.values()),
         context=context,
         cache=KVCache(config, context, cache_dtype(weights.bits)).bytes_for(context),
-        working=Buffers(weights, threads, CHUNK).nbytes,
+        working=Buffers(config, weights, threads, CHUNK).nbytes,
         available_memory=machine.available_memory(),
         processor=machine.processor(),
         threads=threads,
@@ -98,14 +100,34 @@ def inspect(directory: Path, context: int | None = None) -> Info:
 def weights_in_matrices(c: Config) -> int:
     """Weights of a checkpoint's matrices, a tied embedding counted once."""
     attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    layer = attention + 3 * c.hidden_size * c.intermediate_size
-    return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    total = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    for layer in range(c.num_hidden_layers):
+        total += attention + feed_forward_weights(c, layer, active=False)
+    return total
+
+
+def feed_forward_weights(c: Config, layer: int, active: bool) -> int:
+    """Weights of a layer's feed-forward; if active, only of what one token uses of a mixture."""
+    if c.mixture is None or not c.is_sparse(layer):
+        return 3 * c.hidden_size * c.intermediate_size
+    experts = c.mixture.num_experts_per_tok if active else c.mixture.num_experts
+    return c.mixture.num_experts * c.hidden_size + experts * 3 * c.hidden_size * c.mixture.moe_intermediate_size
 
 
 def parameters(c: Config) -> int:
     """All of a checkpoint's parameters."""
     norms = c.num_hidden_layers * (2 * c.hidden_size + 2 * c.head_dim) + c.hidden_size
     return weights_in_matrices(c) + norms
+
+
+def active_parameters(c: Config) -> int:
+    """The parameters that one token uses: of a mixture only the chosen experts, of an untied embedding one row."""
+    idle = sum(
+        feed_forward_weights(c, layer, active=False) - feed_forward_weights(c, layer, active=True)
+        for layer in range(c.num_hidden_layers)
+    )
+    unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    return parameters(c) - idle - unread
 
 
 def size(count: float) -> str:
@@ -119,15 +141,23 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def _parameters(info: Info) -> str:
+    total, active = info.parameters, active_parameters(info.config)
+    return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
+
+
 def describe(info: Info) -> str:
     """The same for people, a line a fact."""
     c = info.config
     heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
+    mixture = c.mixture
+    experts = "" if mixture is None else f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
     lines = [
         ("model", info.path),
-        ("type", f"{c.model_type}, {info.parameters / 1e6:.1f}M parameters"),
+        ("type", f"{c.model_type}, {_parameters(info)}"),
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
         ("attention", heads),
+        *([("mixture", f"{experts}, {mixture.num_experts_per_tok} a token")] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         (
             "positions",
@@ -144,4 +174,4 @@ def describe(info: Info) -> str:
         lines.append(("available", size(info.available_memory)))
     offers = ", ".join(info.kernels_available)
     lines += [("processor", info.processor), ("kernels", f"{info.kernels} (this processor offers {offers})")]
-    return "\n".join(f"{name:14}{value}" for name, value in lines)
+    return "\n".join(f"{name:16}{value}" for name, value in lines)

@@ -57,7 +57,7 @@ class Model:
         self.threads = default_threads() if threads is None else threads
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
-        self._buffers = Buffers(self.weights, self.threads, CHUNK)
+        self._buffers = Buffers(self.config, self.weights, self.threads, CHUNK)
         self._turn = threading.Lock()
         sample = self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)
         compile_kernel(forward, (self._team.state, 0, *sample), on_compile)
@@ -135,6 +135,7 @@ class Model:
             cache.addresses,
             cache.like,
             self._buffers.shared,
+            self._buffers.mixture,
             self._buffers.scratches,
             rows,
             self._buffers.logits(rows),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.config import FORMAT_VERSION, Config, read_json
+from npqwen.config import FORMAT_VERSION, Config, Mixture, read_json
 from npqwen.errors import FormatError
 from npqwen.forward import LAYER, MODEL
 from npqwen.kernels.matmul import UNIT_BYTES, UNIT_COLS
@@ -95,11 +95,17 @@ class Weights:
             for key in ("q_norm", "k_norm"):
                 layer[key] = self._vector(f"{prefix}self_attn.{key}.weight", dim)
             attention, mlp = prefix + "self_attn.", prefix + "mlp."
-            inner = pad(c.intermediate_size, ROWS)
             layer["qkv_proj"] = self._matrix(f"{attention}qkv_proj.weight", queries + 2 * keys, hidden)
             layer["o_proj"] = self._matrix(f"{attention}o_proj.weight", hidden, queries)
-            layer["gate_up_proj"] = self._matrix(f"{mlp}gate_up_proj.weight", 2 * inner, hidden)
-            layer["down_proj"] = self._matrix(f"{mlp}down_proj.weight", hidden, c.intermediate_size)
+            if c.mixture is not None and c.is_sparse(i):
+                layer["router"] = self._matrix(f"{mlp}gate.weight", c.mixture.num_experts, hidden)
+                self._experts(layer, f"{mlp}experts.weight", c.mixture, hidden)
+            else:
+                inner = pad(c.intermediate_size, ROWS)
+                layer["gate_up_proj"] = self._matrix(f"{mlp}gate_up_proj.weight", 2 * inner, hidden)
+                layer["down_proj"] = self._matrix(f"{mlp}down_proj.weight", hidden, c.intermediate_size)
+        if c.mixture is not None:
+            model["norm_topk_prob"] = c.mixture.norm_topk_prob
 
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -115,15 +121,32 @@ class Weights:
             )
         return tensor.data.ctypes.data
 
+    def _experts(self, layer: np.void, name: str, mixture: Mixture, hidden: int) -> None:
+        tensor = self._find(name)
+        inner = mixture.moe_intermediate_size
+        shapes = [(2 * pad(inner, ROWS), pad(hidden, UNIT_COLS)), (pad(hidden, ROWS), pad(inner, UNIT_COLS))]
+        units = [rows // ROWS * (cols // UNIT_COLS) for rows, cols in shapes]
+        expected = mixture.num_experts, sum(units)
+        if tensor.dtype != "U8" or tensor.shape[:2] != expected or tensor.shape[2:] not in [(b,) for b in _BITS]:
+            raise FormatError(_mismatch(tensor, name, [*expected]))
+        unit, place = tensor.shape[2], tensor.data.ctypes.data
+        layer["gate_up_proj"] = place, _BITS[unit], *shapes[0]
+        layer["down_proj"] = place + units[0] * unit, _BITS[unit], *shapes[1]
+        layer["expert_bytes"] = sum(units) * unit
+
     def _matrix(self, name: str, rows: int, cols: int) -> tuple[int, int, int, int]:
         tensor = self._find(name)
         units = pad(rows, ROWS) // ROWS, pad(cols, UNIT_COLS) // UNIT_COLS
         if tensor.dtype != "U8" or tensor.shape[:2] != units or tensor.shape[2:] not in [(b,) for b in _BITS]:
-            raise FormatError(
-                f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"config.json asks for U8 {[*units]} units of {' or '.join(map(str, _BITS))} bytes"
-            )
+            raise FormatError(_mismatch(tensor, name, [*units]))
         return tensor.data.ctypes.data, _BITS[tensor.shape[2]], units[0] * ROWS, units[1] * UNIT_COLS
+
+
+def _mismatch(tensor: Tensor, name: str, units: list[int]) -> str:
+    return (
+        f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+        f"config.json asks for U8 {units} units of {' or '.join(map(str, _BITS))} bytes"
+    )
 
 
 def _files(directory: Path) -> list[Path]:

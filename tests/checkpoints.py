@@ -54,7 +54,7 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
-        layer = {
+        layer: dict[str, tuple[int, ...]] = {
             "input_layernorm": (hidden,),
             "mlp.down_proj": (hidden, inner),
             "mlp.gate_proj": (inner, hidden),
@@ -67,11 +67,24 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             "self_attn.q_proj": (queries, hidden),
             "self_attn.v_proj": (keys, hidden),
         }
+        if config["model_type"] == "qwen3_moe" and _is_sparse(config, i):
+            small, count = config["moe_intermediate_size"], config.get("num_experts") or config["num_local_experts"]
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                del layer[f"mlp.{name}"]
+            layer["mlp.gate"] = (count, hidden)
+            for e in range(count):
+                layer[f"mlp.experts.{e}.gate_proj"] = layer[f"mlp.experts.{e}.up_proj"] = (small, hidden)
+                layer[f"mlp.experts.{e}.down_proj"] = (hidden, small)
         out |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     out["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         out["lm_head.weight"] = (config["vocab_size"], hidden)
     return out
+
+
+def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    only = config.get("mlp_only_layers") or []
+    return layer not in only and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

@@ -159,13 +159,31 @@ class ReferenceModel:
             out = np.einsum("hqk,khd->qhd", scores, values).reshape(n, -1)
             h = h + out @ w[attn + "o_proj.weight"].T
             x = rms_norm(h, w[layer + "post_attention_layernorm.weight"], c.rms_norm_eps)
-            gate = x @ w[mlp + "gate_proj.weight"].T
-            up = x @ w[mlp + "up_proj.weight"].T
-            h = h + (gate / (1 + np.exp(-gate)) * up) @ w[mlp + "down_proj.weight"].T
+            h = h + (self._mixture(x, mlp) if c.is_sparse(i) else self._feed_forward(x, mlp))
         if not all_logits:
             h = h[-1:]
         head = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
         return rms_norm(h, w["model.norm.weight"], c.rms_norm_eps) @ w[head].T
+
+    def _feed_forward(self, x: np.ndarray, mlp: str) -> np.ndarray:
+        w = self.weights
+        gate, up = x @ w[mlp + "gate_proj.weight"].T, x @ w[mlp + "up_proj.weight"].T
+        return (gate / (1 + np.exp(-gate)) * up) @ w[mlp + "down_proj.weight"].T
+
+    def _mixture(self, x: np.ndarray, mlp: str) -> np.ndarray:
+        """Softmax over all experts, then the top k, then (norm_topk_prob) divided by their sum."""
+        mixture = self.config.mixture
+        assert mixture is not None
+        scores = x @ self.weights[mlp + "gate.weight"].T
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out = np.zeros_like(x)
+        for t, row in enumerate(weights):
+            chosen = np.argsort(-row, kind="stable")[: mixture.num_experts_per_tok]
+            total = row[chosen].sum() if mixture.norm_topk_prob else 1.0
+            for e in chosen:
+                out[t] += row[e] / total * self._feed_forward(x[t : t + 1], f"{mlp}experts.{e}.")[0]
+        return out
 
     def prefill(
         self, ids: Any, cache: ReferenceCache, progress: Callable[[int, int], None] | None = None

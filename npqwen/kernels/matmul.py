@@ -35,7 +35,7 @@ MATRIX = np.dtype([("address", np.int64), ("bits", np.int64), ("rows", np.int64)
 UNIT_COLS = 64
 UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
 _UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
-_CHUNK_BYTES = 1 << 17
+CHUNK_BYTES = 1 << 17
 
 
 def _int4_rows(tokens: int, vectors: int) -> Any:
@@ -158,6 +158,25 @@ _bf16 = _of_any_width(_bf16_rows, _widths)
 
 
 @njit(nogil=True)
+def unit_bytes(bits: int) -> int:
+    """Bytes of a unit of an encoding."""
+    return _UNIT4 if bits == 4 else (_UNIT8 if bits == 8 else _UNIT16)
+
+
+@njit(nogil=True)
+def matmul_rows(
+    bits: int, width: int, w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool
+) -> None:
+    """The product for groups of 16 rows first to last - 1 of a matrix, `tiles` tiles of `width` tokens."""
+    if bits == 4:
+        _int4(width, w, units, first, last, x, tiles, out, plus)
+    elif bits == 8:
+        _int8(width, w, units, first, last, x, tiles, out, plus)
+    else:
+        _bf16(width, w, units, first, last, x, tiles, out, plus)
+
+
+@njit(nogil=True)
 def matmul(team: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: bool) -> None:
     """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if plus, for t < tokens.
 
@@ -165,22 +184,16 @@ def matmul(team: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, pl
     multiple of width, at least matrix.rows).  All members of the team call it, and share the rows.
     """
     units = matrix.cols // UNIT_COLS
-    unit = _UNIT4 if matrix.bits == 4 else (_UNIT8 if matrix.bits == 8 else _UNIT16)
+    unit = unit_bytes(matrix.bits)
     groups = matrix.rows // ROWS
     w = memory(matrix.address, groups * units * unit, np.uint8)
     tiles = (tokens + width - 1) // width
-    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), _CHUNK_BYTES // (units * unit)))
+    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), CHUNK_BYTES // (units * unit)))
     while True:
         first = take(team, chunk)
         if first >= groups:
             return
-        last = min(first + chunk, groups)
-        if matrix.bits == 4:
-            _int4(width, w, units, first, last, x, tiles, out, plus)
-        elif matrix.bits == 8:
-            _int8(width, w, units, first, last, x, tiles, out, plus)
-        else:
-            _bf16(width, w, units, first, last, x, tiles, out, plus)
+        matmul_rows(matrix.bits, width, w, units, first, min(first + chunk, groups), x, tiles, out, plus)
 
 
 @njit(nogil=True)
@@ -188,7 +201,7 @@ def read_row(matrix: Any, row: int, out: Any) -> None:
     """Row `row` of a MATRIX as float32: out (cols,).  An embedding's look-up."""
     units = matrix.cols // UNIT_COLS
     group, r = row // ROWS, row % ROWS
-    unit = _UNIT4 if matrix.bits == 4 else (_UNIT8 if matrix.bits == 8 else _UNIT16)
+    unit = unit_bytes(matrix.bits)
     w = memory(matrix.address + group * units * unit, units * unit, np.uint8)
     for u in range(units):
         if matrix.bits == 16:

@@ -21,7 +21,7 @@ BLOCK_BYTES = 40
 WIDTHS = tuple(sorted(ISA.tiles))
 ZERO_POINT = {4: 8, 8: ISA.int8_zero, 16: 0}
 _ZERO4, _ZERO8 = ZERO_POINT[4], ZERO_POINT[8]
-_WIDEST = WIDTHS[-1]
+WIDEST = WIDTHS[-1]
 _MIDDLE = 4
 
 
@@ -31,12 +31,12 @@ def tile_width(tokens: int) -> int:
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
-    return _MIDDLE if tokens <= 3 * _MIDDLE else _WIDEST
+    return _MIDDLE if tokens <= 3 * _MIDDLE else WIDEST
 
 
 def packed_bytes(tokens: int, columns: int) -> int:
     """Bytes that hold so many tokens in either way, whatever the width; columns is a multiple of 64."""
-    return -(-tokens // _WIDEST) * _WIDEST * columns * 4
+    return -(-tokens // WIDEST) * WIDEST * columns * 4
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

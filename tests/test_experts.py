@@ -1,0 +1,135 @@
+"""Mixtures of experts: the routing kernels against NumPy, whole models against transformers and the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import make_config, write_checkpoint
+from npqwen_quant import convert
+from reference import ReferenceModel
+
+from npqwen.kernels import experts
+from npqwen.model import load
+
+DATA = Path(__file__).parent / "data"
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.fixture(scope="module")
+def golden() -> Any:
+    return np.load(DATA / "tiny-qwen3-moe.npz")
+
+
+@pytest.fixture(scope="module")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("moe") / "model"
+    convert(DATA / "tiny-qwen3-moe", out, bits=16)
+    return out
+
+
+def test_the_logits_are_those_of_transformers(tiny_moe: Path, golden: Any) -> None:
+    with load(tiny_moe) as model:
+        for k in range(4):
+            ids, logits = golden[f"ids_{k}"], golden[f"logits_{k}"]
+            assert np.abs(model.logits(ids) - logits).max() < 1e-3
+            cache = model.new_cache()
+            stepped = np.concatenate([model.forward([id], cache) for id in ids])
+            assert np.abs(stepped - logits).max() < 1e-3
+
+
+def test_greedy_continuations_are_those_of_transformers(tiny_moe: Path, golden: Any) -> None:
+    with load(tiny_moe) as model:
+        for k in range(4):
+            cache = model.new_cache()
+            logits = model.prefill(golden[f"ids_{k}"], cache)
+            drawn = []
+            for _ in golden[f"greedy_{k}"]:
+                drawn.append(int(logits.argmax()))
+                logits = model.forward([drawn[-1]], cache)[0]
+            assert drawn == golden[f"greedy_{k}"].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_topk_prob": False},
+        {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False},
+        {"num_experts": None, "num_local_experts": 20, "num_experts_per_tok": 8, "moe_intermediate_size": 16},
+        {"num_experts": 160, "num_experts_per_tok": 1},
+        {"num_experts": 3, "num_experts_per_tok": 3, "moe_intermediate_size": 200},
+    ],
+    ids=["plain", "not normalized", "mixed with dense layers", "the newer key", "160 experts", "all chosen"],
+)
+def test_a_random_mixture_is_the_references(tmp_path: Path, changes: dict[str, Any]) -> None:
+    source = tmp_path / "source"
+    write_checkpoint(source, make_config(vocab_size=4130, **(MOE | changes)), tokenizer=True)
+    convert(source, tmp_path / "out", bits=16)
+    reference = ReferenceModel.from_directory(source)
+    rng = np.random.default_rng(0)
+    with load(tmp_path / "out", threads=3) as model:
+        for count in (1, 2, 7, 40, 150):
+            ids = rng.integers(0, 4130, count)
+            want = reference.logits(ids)
+            assert np.abs(model.logits(ids) - want).max() < 1e-3
+        cache = model.new_cache()
+        pieces = [model.forward(ids[a:b], cache, all_logits=True) for a, b in ((0, 33), (33, 34), (34, 38), (38, 150))]
+        assert np.abs(np.concatenate(pieces) - want).max() < 1e-3
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route_is_softmax_then_the_largest(normalize: bool) -> None:
+    rng = np.random.default_rng(1)
+    for count, chosen in ((1, 1), (8, 2), (128, 8), (160, 8), (5, 5)):
+        scores = rng.standard_normal(count).astype(np.float32) * 3
+        probabilities = np.exp(scores.astype(np.float64) - scores.max())
+        probabilities /= probabilities.sum()
+        want = np.argsort(-probabilities, kind="stable")[:chosen]
+        total = probabilities[want].sum() if normalize else 1.0
+        found, weights = np.empty(chosen, np.int64), np.empty(chosen, np.float32)
+        experts.route(scores.copy(), normalize, found, weights)
+        assert found.tolist() == want.tolist()
+        np.testing.assert_allclose(weights, probabilities[want] / total, rtol=1e-5)
+
+
+def test_of_equal_experts_the_first_is_taken() -> None:
+    found, weights = np.empty(2, np.int64), np.empty(2, np.float32)
+    experts.route(np.array([1, 3, 3, 3], np.float32), True, found, weights)
+    assert found.tolist() == [1, 2]
+    np.testing.assert_allclose(weights, [0.5, 0.5])
+
+
+@pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 8, 2), (5, 4, 3), (64, 128, 8), (300, 3, 1)])
+def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(tokens: int, count: int, chosen: int) -> None:
+    rng = np.random.default_rng(2)
+    choice = np.array([rng.permutation(count)[:chosen] for _ in range(tokens)])
+    slots = np.full_like(choice, -1)
+    segments = np.zeros((experts.most_segments(tokens, count, chosen), 4), np.int64)
+    made = experts.arrange(choice, np.empty(count, np.int64), slots, segments)
+    assert made <= len(segments)
+    assert len(set(slots.ravel().tolist())) == tokens * chosen
+    end = 0
+    covered = 0
+    for s in range(made):
+        expert, first, size, width = segments[s]
+        assert first == end
+        end = first + -(-size // width) * width
+        inside = (slots >= first) & (slots < first + size)
+        assert (choice[inside] == expert).all()
+        assert inside.sum() == size
+        covered += size
+        for slot in slots[inside]:
+            assert experts.find_segment(segments, made, slot) == s
+    assert covered == tokens * chosen
+    assert end <= experts.most_slots(tokens, count, chosen)
