@@ -11,7 +11,7 @@ from npqwen.buffers import Buffers
 from npqwen.config import Config
 from npqwen.errors import OptionError
 from npqwen.kv_cache import KVCache
-from npqwen.model import CHUNK, cache_dtype, context_of
+from npqwen.model import CHUNK, SPARSE_CHUNK, cache_dtype, context_of
 from npqwen.simd.isa import ISA, available
 from npqwen.weights import Weights
 
@@ -88,7 +88,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         weights=sum(parts.values()),
         context=context,
         cache=KVCache(config, context, cache_dtype(weights.bits)).bytes_for(context),
-        working=Buffers(config, weights, threads, CHUNK).nbytes,
+        working=Buffers(config, weights, threads, CHUNK if config.mixture is None else SPARSE_CHUNK).nbytes,
         available_memory=machine.available_memory(),
         processor=machine.processor(),
         threads=threads,

@@ -25,6 +25,7 @@ from npqwen.simd.tile import (
     multiply_bf16,
     multiply_int4,
     multiply_int8,
+    prefetch,
     store,
     zeros,
 )
@@ -36,11 +37,14 @@ UNIT_COLS = 64
 UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
 _UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
 CHUNK_BYTES = 1 << 17
+STREAMED = 4
+"""Tokens up to which memory is the limit, so that weights are worth asking for early."""
 
 
 def _int4_rows(tokens: int, vectors: int) -> Any:
     """The kernel for int4 weights and tiles of `tokens` tokens by `vectors` vectors of rows."""
     rows = vectors * LANES
+    streamed = tokens <= STREAMED
 
     @variant(tokens, vectors)
     def int4_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
@@ -55,6 +59,8 @@ def _int4_rows(tokens: int, vectors: int) -> Any:
                     for _ in range(units):
                         scales = at + 2 * row
                         block = at + 64 + 4 * row
+                        if streamed:
+                            prefetch(w, at, _UNIT4)
                         sums = multiply_int4(sums, tokens, w, block, scales, x, x_at)
                         x_at += BLOCK_BYTES * tokens
                         sums = multiply_int4(sums, tokens, w, block + 256, scales + 32, x, x_at)
@@ -71,6 +77,7 @@ def _int4_rows(tokens: int, vectors: int) -> Any:
 def _int8_rows(tokens: int, vectors: int) -> Any:
     """The same for int8 weights."""
     rows = vectors * LANES
+    streamed = tokens <= STREAMED
 
     @variant(tokens, vectors)
     def int8_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
@@ -85,6 +92,8 @@ def _int8_rows(tokens: int, vectors: int) -> Any:
                     for _ in range(units):
                         scales = at + 2 * row
                         block = at + 64 + 4 * row
+                        if streamed:
+                            prefetch(w, at, _UNIT8)
                         sums = multiply_int8(sums, tokens, w, block, scales, x, x_at)
                         x_at += BLOCK_BYTES * tokens
                         sums = multiply_int8(sums, tokens, w, block + 512, scales + 32, x, x_at)

@@ -51,6 +51,28 @@ def _multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.
     return call(b, f"llvm.fma.v{LANES}f32", FLOATS, x, y, z)
 
 
+LINE = 64
+AHEAD = 8192
+"""Bytes between what is read and what is asked for: further than a processor's own prefetching goes."""
+
+
+@intrinsic(prefer_literal=True)
+def prefetch(_: Any, array: Any, at: Any, size: Any) -> Any:
+    """Ask for the `size` (a constant) bytes that lie AHEAD of array[at:]; they need not exist."""
+    sig = types.void(array, types.int64, size)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        place = _pointer(context, b, sig.args[0], args[0], args[1], I8)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        for line in range(0, sig.args[2].literal_value, LINE):
+            # Read, keep in the nearest cache, data.
+            b.call(function, [address(b, place, AHEAD + line, I8), I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return sig, generate
+
+
 def chains(vectors: int) -> int:
     """How many independent sums of each of so many accumulators keep the processor busy: 4, 2 or 1."""
     return max(1, min(4, ISA.accumulators // vectors))
