@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from npqwen import generation
 from npqwen.buffers import Buffers
 from npqwen.compiled import compile_kernel
 from npqwen.config import Config
-from npqwen.errors import ContextLengthError, OptionError
+from npqwen.errors import ContextLengthError, NpqwenError, OptionError
 from npqwen.forward import forward
 from npqwen.generation import Completion, GenerationConfig, Stream
 from npqwen.kv_cache import KVCache
@@ -27,6 +28,8 @@ from npqwen.weights import Weights
 
 CHUNK = 256
 """Tokens of a prompt that go through the layers together."""
+SPARSE_CHUNK = 512
+"""The same for a mixture of experts: each expert gets but a part of them."""
 
 
 class Model:
@@ -45,6 +48,19 @@ class Model:
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `load`."""
+        with ThreadPoolExecutor(1) as reader:
+            # A real tokenizer takes as long to read as all the rest: they go on side by side.
+            tokenizer = reader.submit(Tokenizer.from_directory, path)
+            self._open(path, threads, context, on_compile)
+            try:
+                self.tokenizer = tokenizer.result()
+            except NpqwenError:
+                self.close()
+                raise
+
+    def _open(
+        self, path: Path, threads: int | None, context: int | None, on_compile: Callable[[int, int], None] | None
+    ) -> None:
         self.path = path
         self.config = Config.from_directory(path)
         self.context = context_of(self.config, context)
@@ -52,12 +68,12 @@ class Model:
         self.weights = Weights(path, self.config)
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
-        self.tokenizer = Tokenizer.from_directory(path)
         self.generation = GenerationConfig.from_directory(path)
         self.threads = default_threads() if threads is None else threads
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
-        self._buffers = Buffers(self.config, self.weights, self.threads, CHUNK)
+        self.chunk = CHUNK if self.config.mixture is None else SPARSE_CHUNK
+        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk)
         self._turn = threading.Lock()
         sample = self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)
         compile_kernel(forward, (self._team.state, 0, *sample), on_compile)
@@ -72,14 +88,14 @@ class Model:
         """Run `ids` after what is in the cache, and put them in.
 
         Returns logits (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits.  Long inputs
-        go in pieces of CHUNK; if interrupted, the cache holds the pieces that were done.  Raises
+        go in pieces of `chunk`; if interrupted, the cache holds the pieces that were done.  Raises
         ContextLengthError before computing, OptionError for ids the model does not have.
         """
         tokens = self._check(ids)
         cache.reserve(tokens.size)
         pieces = [
-            self._pass(tokens[at : at + CHUNK], cache, all_logits or at + CHUNK >= tokens.size, all_logits)
-            for at in range(0, tokens.size, CHUNK)
+            self._pass(tokens[at : at + self.chunk], cache, all_logits or at + self.chunk >= tokens.size, all_logits)
+            for at in range(0, tokens.size, self.chunk)
         ]
         whole: NDArray[np.float32] = np.concatenate(pieces)
         return whole
@@ -89,16 +105,16 @@ class Model:
     ) -> NDArray[np.float32]:
         """Run a prompt after what is in the cache: logits (vocab_size,) of its last token.
 
-        progress(done, total) is called after every piece of CHUNK tokens.
+        progress(done, total) is called after every piece of `chunk` tokens.
         """
         tokens = self._check(ids)
         cache.reserve(tokens.size)
         logits = np.empty((0, self.config.vocab_size), np.float32)
-        for at in range(0, tokens.size, CHUNK):
-            last = at + CHUNK >= tokens.size
-            logits = self._pass(tokens[at : at + CHUNK], cache, last, False)
+        for at in range(0, tokens.size, self.chunk):
+            last = at + self.chunk >= tokens.size
+            logits = self._pass(tokens[at : at + self.chunk], cache, last, False)
             if progress is not None:
-                progress(min(at + CHUNK, tokens.size), tokens.size)
+                progress(min(at + self.chunk, tokens.size), tokens.size)
         return logits.reshape(-1)
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
@@ -115,7 +131,7 @@ class Model:
         return generation.generate(self, prompt, **options)
 
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, wanted: bool, every: bool) -> NDArray[np.float32]:
-        """One forward pass of at most CHUNK tokens; rows of logits for all of them, the last or none."""
+        """One forward pass of at most `chunk` tokens; rows of logits for all of them, the last or none."""
         rows = 0 if not wanted else ids.size if every else 1
         with self._turn:
             logits = self._buffers.logits(rows)
