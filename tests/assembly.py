@@ -14,7 +14,9 @@ from unittest import mock
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba import types
 
+from npqwen.kernels.matmul import STREAMED, UNIT_BYTES
 from npqwen.simd import tile
 from npqwen.simd.instructions import F32, I8, InstructionSet, vector
 
@@ -24,7 +26,7 @@ ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
 
 I64 = ir.IntType(64)
-UNIT, BLOCK = {4: 576, 8: 1088}, {4: 256, 8: 512}
+BLOCK = {4: 256, 8: 512}
 
 _CONTEXT = SimpleNamespace(
     make_array=lambda kind: lambda context, b, pointer: SimpleNamespace(data=pointer), get_dummy_value=lambda: None
@@ -36,6 +38,10 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
 
     def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
         quads, dot = (isa.int4, isa.dot4) if bits == 4 else (isa.int8, isa.dot8)
+        if tokens <= STREAMED:
+            data = types.Array(types.uint8, 1, "C")
+            sig, prefetch = tile.prefetch._defn(None, data, types.int64, types.literal(UNIT_BYTES[bits]))
+            prefetch(_CONTEXT, b, sig, [w, at, None])
         sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), None, None, None, None, None])
         for block in range(2):
             values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))
@@ -44,7 +50,7 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
             x_at = b.add(x_at, I64(40 * tokens))
         return tile_value
 
-    return _loop(isa, target, tokens * vectors, UNIT[bits], 80 * tokens, I8, I8, body)
+    return _loop(isa, target, tokens * vectors, UNIT_BYTES[bits], 80 * tokens, I8, I8, body)
 
 
 def floating_loop(

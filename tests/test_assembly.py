@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import types
 
 from npqwen import team
-from npqwen.kernels.matmul import _int4_rows, _int8_rows
+from npqwen.kernels.matmul import UNIT_BYTES, _int4_rows, _int8_rows
 from npqwen.simd.arm import Neon
 from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.isa import ISA, has_dot_product
@@ -44,14 +44,15 @@ def test_neon(bits: int, tokens: int) -> None:
     assert all(line.rstrip("]")[:-1].endswith(".4b[") for line in dots)
     assert names.count("fcvtl") == 2 * vectors
     assert not {"scvtf", "tbl", "ext", "zip1", "uzp1", "ins"} & set(names)
-    # One pair goes to the stack where four tokens meet int4: a hundredth of the loop.
-    assert len(spills(loop)) <= (4 if (bits, tokens) == (4, 4) else 0)
+    # Where four tokens meet int4, LLVM puts two or three vectors of 150 instructions' on the stack and takes them back.
+    assert len(spills(loop)) <= (6 if (bits, tokens) == (4, 4) else 0)
     # A block takes, a vector of rows: 4 loads and 8 masks and shifts (int4) or 8 loads, scales' load and conversion;
     # a token: 2 loads of activations, loads of scale and start, an addition, a spread;
     # each pair of them: 8 dot products, a copy of the start, subtraction, scaling, multiply-add.
-    # Ten more count the loop and make constants.
+    # Ten more count the loop and make constants; each 64 bytes of the unit are asked for early.
     weights = 14 if bits == 4 else 10
-    assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10
+    assert names.count("prfm") == UNIT_BYTES[bits] // 64
+    assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10 + UNIT_BYTES[bits] // 64
 
 
 @pytest.mark.parametrize("kind", ["bf16", "half", "float"])
