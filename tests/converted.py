@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from checkpoints import TINY, make_config, to_bf16
+
+MATRICES = ("embed_tokens", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
 def pack_int4(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -78,14 +80,19 @@ def pad(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def tensors(config: Mapping[str, Any], bits: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+def tensors(
+    config: Mapping[str, Any],
+    bits: Mapping[str, int],
+    seed: int = 0,
+    units: Callable[[int, np.ndarray, int, np.random.Generator], np.ndarray] = random_units,
+) -> dict[str, np.ndarray]:
     """Random tensors of a converted model; `bits`: each matrix's encoding, by "qkv_proj" and the like."""
     rng = np.random.default_rng(seed)
     hidden, dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
 
     def matrix(part: str, rows: int, cols: int) -> np.ndarray:
-        return random_units(bits[part], np.arange(pad(rows, 16)) < rows, cols, rng)
+        return units(bits[part], np.arange(pad(rows, 16)) < rows, cols, rng)
 
     gate_up = np.tile((np.arange(pad(inner, 16)) < inner).reshape(-1, 1, 16), (1, 2, 1)).ravel()
 
@@ -104,7 +111,7 @@ def tensors(config: Mapping[str, Any], bits: Mapping[str, int], seed: int = 0) -
             layer + "self_attn.k_norm.weight": vector(dim),
             layer + "self_attn.o_proj.weight": matrix("o_proj", hidden, queries),
             layer + "post_attention_layernorm.weight": vector(hidden),
-            layer + "mlp.gate_up_proj.weight": random_units(bits["gate_up_proj"], gate_up, hidden, rng),
+            layer + "mlp.gate_up_proj.weight": units(bits["gate_up_proj"], gate_up, hidden, rng),
             layer + "mlp.down_proj.weight": matrix("down_proj", hidden, inner),
         }
     out["model.norm.weight"] = vector(hidden)
@@ -147,5 +154,4 @@ def write_model(
 def small_model(directory: Path, bits: int = 4, **changes: Any) -> Path:
     """A random converted model with all matrices in one encoding."""
     config = make_config(**changes)
-    parts = ("embed_tokens", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
-    return write_model(directory, config, tensors(config, dict.fromkeys(parts, bits)), bits)
+    return write_model(directory, config, tensors(config, dict.fromkeys(MATRICES, bits)), bits)
