@@ -87,6 +87,8 @@ class Config:
         if raw.get("use_sliding_window"):
             raise CheckpointError(f"{where}: use_sliding_window is set, which no Qwen3 model uses")
         rope = raw.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"{where}: rope_parameters is {rope!r}, not an object")
         scaling = raw.get("rope_scaling") or rope
         heads = _count(raw, "num_attention_heads", where)
         config = cls(
@@ -126,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a whole model directory?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -139,7 +141,7 @@ def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None)
         value = default
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise CheckpointError(f"{where}: {key} is {value!r}, not a positive number")
     return value
 
@@ -190,11 +192,12 @@ def _yarn(scaling: Any, raw: Mapping[str, Any], where: str) -> Yarn | None:
         where,
         default=raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings"),
     )
-    attention_factor = scaling.get("attention_factor")
     return Yarn(
         factor=_positive(scaling, "factor", where),
         original_max_position_embeddings=original,
-        attention_factor=None if attention_factor is None else float(attention_factor),
+        attention_factor=None
+        if scaling.get("attention_factor") is None
+        else _positive(scaling, "attention_factor", where),
         beta_fast=_positive(scaling, "beta_fast", where, default=32.0),
         beta_slow=_positive(scaling, "beta_slow", where, default=1.0),
         truncate=bool(scaling.get("truncate", True)),

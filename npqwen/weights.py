@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ def format_of(directory: Path) -> dict[str, Any]:
             f"{directory} has format version {version!r}, this npqwen reads {FORMAT_VERSION}; "
             "upgrade npqwen, or convert the checkpoint again"
         )
+    if found.get("bits") not in (4, 8, 16):
+        raise FormatError(
+            f"{directory}: quantization_config has bits {found.get('bits')!r}, not 4, 8 or 16; convert it again"
+        )
     return found
 
 
@@ -70,6 +75,8 @@ class Weights:
                 self.tensors[name] = tensor
         self.directory = directory
         self.model = np.zeros(1, MODEL)
+        # A number of layers that the files do not have may be too large to allocate.
+        self._find(f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight")
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
         self._fill(config)
 
@@ -169,16 +176,18 @@ def _files(directory: Path) -> list[Path]:
 
 def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file, mapped read-only; FormatError for whatever a reader cannot trust."""
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise FormatError(f"{path} is truncated or no safetensors file; copy or convert it again")
-        try:
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise FormatError(f"{path} is truncated or no safetensors file; copy or convert it again")
             header = json.loads(file.read(length))
-        except ValueError:
-            raise FormatError(f"{path}: the header is damaged; copy or convert it again") from None
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+    except (ValueError, RecursionError):
+        raise FormatError(f"{path}: the header is damaged; copy or convert it again") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the header is damaged; copy or convert it again")
     metadata = header.pop("__metadata__", None)
@@ -190,8 +199,8 @@ def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8], start: int) -> Tensor:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
+        begin, end = map(operator.index, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise FormatError(f"{path}: the entry of tensor {name} is damaged; convert it again") from None
     count = 1
