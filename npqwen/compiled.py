@@ -27,14 +27,23 @@ FUNCTIONS = 36
 """About how many functions are compiled, for the progress shown."""
 
 
-@cache
-def kernel_directory() -> Path:
-    """Where this version's kernels for this processor are kept."""
+def _digest_of_sources() -> bytes:
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for source in _SOURCES:
         for path in sorted((here / source).glob("*.py")) if (here / source).is_dir() else [here / source]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.digest()
+
+
+_DIGEST = _digest_of_sources()
+"""Taken when they are imported: an upgrade may change them before the first kernel is compiled."""
+
+
+@cache
+def kernel_directory() -> Path:
+    """Where this version's kernels for this processor are kept."""
+    digest = hashlib.sha256(_DIGEST)
     codegen = cpu_target.target_context.codegen().magic_tuple()
     for part in (numba.__version__, llvmlite.__version__, platform.python_version(), ISA.name, codegen):
         digest.update(repr(part).encode())
@@ -78,6 +87,12 @@ class KernelCache(caching.FunctionCache):
             super().save_overload(sig, data)
         except OSError:
             self.disable()
+        except Exception:  # the index is damaged: begin a new one
+            try:
+                self.flush()
+                super().save_overload(sig, data)
+            except OSError:
+                self.disable()
 
 
 class _Counter(event.Listener):
