@@ -1,0 +1,195 @@
+"""Compiled kernels on disk: kept, found again, told apart, and done without where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import npqwen
+from npqwen.compiled import FUNCTIONS, kernel_directory
+from npqwen.model import load
+
+# A small kernel that shares the package's helpers, compiled as models' are.
+SMALL = """
+import sys
+import numpy as np
+from npqwen.bandwidth import read
+from npqwen.compiled import compile_kernel, kernel_directory
+from npqwen.team import Team
+calls = []
+team = Team(1)
+data, sums = np.ones(100_000, np.int64), np.zeros(1, np.int64)
+compile_kernel(read, (team.state, 0, data, sums), lambda done, total: calls.append((done, total)))
+team.run(read, data, sums)
+assert sums.tolist() == [100_000], sums
+print(kernel_directory())
+print(*calls)
+"""
+LOAD = """
+import sys
+from pathlib import Path
+from npqwen.model import load
+calls = []
+with load(Path(sys.argv[1]), threads=1, on_compile=lambda done, total: calls.append((done, total))) as model:
+    model.logits([1, 2, 3])
+print(calls)
+"""
+
+
+def start(code: str, *args: object, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    """The lines of a process that ends well and without a word on stderr."""
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    return out.splitlines()
+
+
+def small(cache: Path) -> tuple[Path, list[tuple[int, int]]]:
+    """Where the small kernel is kept, and what was told of its compilation."""
+    directory, calls = finish(start(SMALL, NPQWEN_CACHE=str(cache)))
+    return Path(directory), [(int(done), int(of)) for done, of in re.findall(r"\((\d+), (\d+)\)", calls)]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the small kernel."""
+    cache = tmp_path_factory.mktemp("filled") / "not" / "there" / "yet"
+    directory, calls = small(cache)
+    assert directory.parent == cache / "kernels"
+    assert len(list(directory.iterdir())) == 2  # numba's index and code
+    assert calls[0] == (0, FUNCTIONS)
+    assert calls[-1] == (FUNCTIONS, FUNCTIONS)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    return cache
+
+
+@pytest.fixture
+def cache(filled: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
+def test_a_second_process_compiles_nothing(cache: Path) -> None:
+    assert small(cache)[1] == []
+
+
+def test_a_second_process_loads_a_model_without_compiling(tiny: Callable[[int], Path]) -> None:
+    with load(tiny(4), threads=1):
+        pass
+    assert finish(start(LOAD, tiny(4))) == ["[]"]
+
+
+def test_what_names_the_kernels_directory(tmp_path: Path) -> None:
+    """Each kernel's source, the versions and the processor: any change, and others' code is not run."""
+    copy = Path(shutil.copytree(Path(npqwen.__file__).parent, tmp_path / "npqwen"))
+    code = (
+        "from npqwen.compiled import kernel_directory as d; import npqwen; print(npqwen.__file__, d().name)"
+    )
+
+    def name(**environment: str) -> str:
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        (line,) = finish(start(code, PYTHONPATH=path, **environment))
+        file, name = line.split()
+        assert Path(file).is_relative_to(tmp_path)
+        return name
+
+    assert name() == kernel_directory().name
+    names = {name()}
+    changed = ["forward.py", "team.py", "kernels/norm.py", "simd/scalar.py"]
+    for source in changed:
+        with open(copy / source, "a", encoding="utf-8") as file:
+            file.write("\n# changed\n")
+        names.add(name())
+    assert len(names) == len(changed) + 1
+    (copy / "kernels" / "new.py").write_text("")
+    names.add(name())
+    names.add(name(NPQWEN_ISA="portable"))
+    names.add(name(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
+    assert len(names) >= len(changed) + 3  # a machine may have no other instruction set than the portable one
+    with open(copy / "cli.py", "a", encoding="utf-8") as file:
+        file.write("\n# no kernel\n")
+    assert name() in names
+
+
+def unwritable(tmp_path: Path) -> Path:
+    """A cache directory that nobody, not even root, can make: its parent is a file."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "cache"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    cache = unwritable(tmp_path)
+    for _ in range(2):
+        assert small(cache)[1][-1] == (FUNCTIONS, FUNCTIONS)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_is_read(cache: Path, tmp_path: Path) -> None:
+    directory = next((cache / "kernels").iterdir())
+    try:
+        directory.chmod(0o555)
+        assert small(cache)[1] == []
+        for file in list(directory.iterdir()):
+            directory.chmod(0o755)
+            file.unlink()
+            directory.chmod(0o555)
+        assert small(cache)[1] != []
+    finally:
+        directory.chmod(0o755)
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("damage", ["empty", "short", "other", "random"])
+def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, damage: str) -> None:
+    (file,) = next((cache / "kernels").iterdir()).glob(pattern)
+    good = file.read_bytes()
+    bad = {
+        "empty": b"",
+        "short": good[: len(good) // 2],
+        "other": b"no pickle at all" * 100,
+        "random": good[:100] + np.random.default_rng(0).bytes(len(good) - 100),
+    }
+    file.write_bytes(bad[damage])
+    assert small(cache)[1] != []
+    assert small(cache)[1] == []
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    both = [start(SMALL, NPQWEN_CACHE=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        assert len(finish(process)) == 2
+    assert small(tmp_path)[1] == []
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path]) -> None:
+    """Their linker tells functions by name, types and a number that starts anew in every process.
+
+    Where the number alone tells two of ours apart, code that two processes compiled does not fit together.
+    """
+    for bits in (4, 16):
+        with load(tiny(bits), threads=1):
+            pass
+    code = [file.read_bytes() for file in kernel_directory().glob("forward.*.nbc")]
+    assert len(code) == 2  # with a cache of float16 and of float32
+    for whole in code:
+        numbers = defaultdict(set)
+        for symbol in re.findall(rb"_ZN6npqwen[\w.]+", whole):
+            name, number, rest = re.split(rb"B\d+(v\d+)B", symbol, maxsplit=1)
+            numbers[name, rest].add(number)
+        assert len(numbers) > 20
+        assert [name for name, found in numbers.items() if len(found) > 1] == []
