@@ -103,7 +103,7 @@ def forward(
     barrier(team)
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def feed_forward(
     team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, gate_up: Any, scratch: Any
 ) -> None:

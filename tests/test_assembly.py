@@ -93,7 +93,7 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
 @pytest.mark.parametrize("bits", [4, 8])
 def test_this_machine(bits: int) -> None:
     """Numba's own compilation, of the kernel as a whole, for this very processor."""
-    kernel = {4: _int4_rows, 8: _int8_rows}[bits](1, ISA.tiles[1])
+    kernel = {4: _int4_rows, 8: _int8_rows}[bits](1)
     data, out = types.Array(types.uint8, 1, "C"), types.Array(types.float32, 2, "C")
     i64 = types.int64
     kernel.compile((data, i64, i64, i64, data, i64, out, types.boolean))

@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from npqwen.kernels.matmul import of_any_width
 from npqwen.kernels.packing import WIDTHS, tile_width
 from npqwen.kernels.variant import variant
 from npqwen.simd.isa import ISA
@@ -153,30 +154,7 @@ def _attend(tokens: int) -> Any:
     return attend
 
 
-def _of_any_width(widths: tuple[int, ...]) -> Any:
-    """One function that calls the kernel made for the width it is given."""
-    width = widths[0]
-    kernel = _attend(width)
-    if len(widths) == 1:
-
-        @variant(width)
-        def only(width: int, *args: Any) -> None:
-            kernel(*args)
-
-        return only
-    others = _of_any_width(widths[1:])
-
-    @variant(*widths)
-    def rows(given: int, *args: Any) -> None:
-        if given == width:
-            kernel(*args)
-        else:
-            others(given, *args)
-
-    return rows
-
-
-_attend_rows = _of_any_width(tuple(ISA.tiles))
+_attend_rows = of_any_width(_attend)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.kernels.packing import BLOCK_BYTES
+from npqwen.kernels.packing import BLOCK_BYTES, WIDTHS
 from npqwen.kernels.variant import variant
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import bits_float, memory, unhalf
@@ -41,8 +41,9 @@ STREAMED = 4
 """Tokens up to which memory is the limit, so that weights are worth asking for early."""
 
 
-def _int4_rows(tokens: int, vectors: int) -> Any:
-    """The kernel for int4 weights and tiles of `tokens` tokens by `vectors` vectors of rows."""
+def _int4_rows(tokens: int) -> Any:
+    """The kernel for int4 weights and tiles of `tokens` tokens."""
+    vectors = ISA.tiles[tokens]
     rows = vectors * LANES
     streamed = tokens <= STREAMED
 
@@ -74,8 +75,9 @@ def _int4_rows(tokens: int, vectors: int) -> Any:
     return int4_rows
 
 
-def _int8_rows(tokens: int, vectors: int) -> Any:
+def _int8_rows(tokens: int) -> Any:
     """The same for int8 weights."""
+    vectors = ISA.tiles[tokens]
     rows = vectors * LANES
     streamed = tokens <= STREAMED
 
@@ -107,8 +109,9 @@ def _int8_rows(tokens: int, vectors: int) -> Any:
     return int8_rows
 
 
-def _bf16_rows(tokens: int, vectors: int) -> Any:
+def _bf16_rows(tokens: int) -> Any:
     """The same for bf16 weights and float32 activations."""
+    vectors = ISA.tiles[tokens]
     rows = vectors * LANES
     columns = chains(tokens * vectors)
 
@@ -137,33 +140,31 @@ def _bf16_rows(tokens: int, vectors: int) -> Any:
     return bf16_rows
 
 
-def _of_any_width(kernel_of: Any, widths: tuple[int, ...]) -> Any:
-    """One function that calls the kernel made for the width it is given."""
-    width = widths[0]
-    kernel = kernel_of(width, ISA.tiles[width])
-    if len(widths) == 1:
+def of_any_width(kernel_of: Any) -> Any:
+    """One function that calls the kernel made for the width it is given.
 
-        @variant(kernel_of.__name__, width)
-        def only(width: int, *args: Any) -> None:
-            kernel(*args)
+    All in one step: LLVM goes over everything again at each function around it.
+    """
+    kernels = [kernel_of(width) for width in WIDTHS]
+    # An instruction set has at most three; the last stands in for those it lacks.
+    width_0, width_1 = (WIDTHS + WIDTHS[-1:])[:2]
+    kernel_0, kernel_1, kernel_2 = (kernels + kernels[-1:] * 2)[:3]
 
-        return only
-    others = _of_any_width(kernel_of, widths[1:])
-
-    @variant(kernel_of.__name__, *widths)
-    def rows(given: int, *args: Any) -> None:
-        if given == width:
-            kernel(*args)
+    @variant(kernel_of.__name__, *WIDTHS)
+    def rows(width: int, *args: Any) -> None:
+        if width == width_0:
+            kernel_0(*args)
+        elif width == width_1:
+            kernel_1(*args)
         else:
-            others(given, *args)
+            kernel_2(*args)
 
     return rows
 
 
-_widths = tuple(ISA.tiles)
-_int4 = _of_any_width(_int4_rows, _widths)
-_int8 = _of_any_width(_int8_rows, _widths)
-_bf16 = _of_any_width(_bf16_rows, _widths)
+_int4 = of_any_width(_int4_rows)
+_int8 = of_any_width(_int8_rows)
+_bf16 = of_any_width(_bf16_rows)
 
 
 @njit(nogil=True)
@@ -172,7 +173,7 @@ def unit_bytes(bits: int) -> int:
     return _UNIT4 if bits == 4 else (_UNIT8 if bits == 8 else _UNIT16)
 
 
-@njit(nogil=True)
+@njit(nogil=True, inline="always")
 def matmul_rows(
     bits: int, width: int, w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool
 ) -> None:

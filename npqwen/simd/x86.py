@@ -15,7 +15,7 @@ class Avx2(NativeHalf):
     name: ClassVar[str] = "avx2"
     lanes: ClassVar[int] = 8
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
-    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 1, 4: 1}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
         # 15 * 127 * 2 * 8 = 30480 < 32767: all eight quads add up in int16.
@@ -49,7 +49,7 @@ class AvxVnni(NativeHalf):
     lanes: ClassVar[int] = 8
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c", "avxvnni"})
     int8_zero: ClassVar[int] = 128
-    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 1, 4: 1}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def int8(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
         flip = constant(I8, 4 * self.lanes, 0x80)
@@ -76,4 +76,4 @@ class Avx512(AvxVnni):
         {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
     )
     accumulators: ClassVar[int] = 16
-    tiles: ClassVar[dict[int, int]] = {1: 1, 2: 1, 4: 1, 16: 1}
+    tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
