@@ -1,0 +1,213 @@
+"""`npqwen info` and `npqwen bench`: numbers counted by hand, and the shape of the output."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import make_config
+from converted import MATRICES, small_model, tensors, write_model
+
+from npqwen import OptionError, cli
+from npqwen.bandwidth import read_bandwidth
+from npqwen.bench import benchmark, bytes_per_token
+from npqwen.info import inspect, size
+from npqwen.model import load
+from npqwen.simd.isa import ISA
+
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command: what it writes to stdout and stderr."""
+
+    def command(*args: object, status: int = 0) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        assert exit.value.code == status, err
+        return out, err
+
+    return command
+
+
+def data_bytes(directory: Path) -> int:
+    """Of model.safetensors, the header left out."""
+    raw = (directory / "model.safetensors").read_bytes()
+    return len(raw) - 8 - int(struct.unpack("<Q", raw[:8])[0])
+
+
+def test_parts_of_a_model_counted_by_hand(tmp_path: Path) -> None:
+    """Untied, every matrix in another encoding: 576, 1088 or 2048 bytes for 16 x 64 weights."""
+    config = make_config(
+        tie_word_embeddings=False
+    )  # hidden 72, inner 100, heads 4 + 2 of 32, vocab 203, 2 layers
+    bits = dict(zip(MATRICES, (8, 4, 16, 8, 4, 16), strict=True))
+    path = write_model(tmp_path / "model", config, tensors(config, bits), 4)
+    info = inspect(path)
+    vocabulary, hidden, queries = (
+        13 * 2,
+        5,
+        2,
+    )  # groups of rows times units across; groups of rows; units across
+    assert info.parts == {
+        "embedding": vocabulary * 1088,
+        "attention": 2 * (16 * 2 * 576 + hidden * queries * 2048),
+        "feed-forward": 2 * (14 * 2 * 1088 + hidden * 2 * 576),
+        "norms": 4 * (80 + 2 * (80 + 32 + 32 + 80)),
+        "output": vocabulary * 2048,
+    }
+    assert info.weights == sum(info.parts.values()) == data_bytes(path)
+    weights = 2 * 203 * 72 + 2 * (72 * 32 * (4 + 2 + 2) + 4 * 32 * 72 + 3 * 72 * 100)
+    assert info.parameters == weights + 72 + 2 * (72 + 72 + 32 + 32)
+    assert info.bits_per_weight == pytest.approx(8 * (info.weights - info.parts["norms"]) / weights)
+    assert info.bits == 4
+
+
+@pytest.mark.parametrize(("bits", "per_weight"), [(4, 4.5), (8, 8.5), (16, 16.0)])
+def test_bits_per_weight(tiny: Callable[[int], Path], bits: int, per_weight: float) -> None:
+    """All of the example's sizes are multiples of 64: 18 bytes for 32 weights, 34, or 64."""
+    info = inspect(tiny(bits))
+    assert info.bits_per_weight == per_weight
+    assert info.weights == sum(info.parts.values()) == data_bytes(tiny(bits))
+    assert "output" not in info.parts  # tied
+    # 4 layers of 2 heads of 128, keys and values, float16 or for bf16 float32.
+    assert info.cache == 2048 * 4 * 2 * 2 * 128 * (4 if bits == 16 else 2)
+    assert inspect(tiny(bits), context=100).cache == info.cache // 8  # a page of 256
+    assert info.needed == info.weights + info.cache + info.working
+
+
+def test_info_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
+    out, err = run("info", tiny(4), "--context", "512", "--json")
+    assert err == ""
+    found = json.loads(out)
+    assert found["path"] == str(tiny(4))
+    assert found["config"]["hidden_size"] == 256
+    assert (found["bits"], found["bits_per_weight"], found["context"]) == (4, 4.5, 512)
+    assert sum(found["parts"].values()) == found["weights"] == data_bytes(tiny(4))
+    assert found["needed"] == found["weights"] + found["cache"] + found["working"]
+    assert found["kernels"] == ISA.name
+    assert "portable" in found["kernels_available"]
+    assert found["threads"] >= 1
+
+
+def test_info_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
+    out, err = run("info", tiny(8))
+    assert err == ""
+    lines = [line.strip().split(None, 1) for line in out.splitlines()]
+    for expected in (
+        ["type", "qwen3, 5.0M parameters"],
+        ["layers", "4 of width 256, feed-forward 768"],
+        ["attention", "4 query and 2 key/value heads of 128"],
+        ["encoding", "8 bits, 8.50 bits per weight"],
+        ["embedding", "1.1 MB"],
+        ["weights", "5.3 MB, mapped from the files"],
+        ["cache", "8.4 MB at 2048 tokens of context"],
+    ):
+        assert expected in lines
+    assert lines[-1][1].startswith(f"{ISA.name} (this processor offers ")
+    assert all(len(line) < 200 for line in out.splitlines())
+
+
+def test_info_of_a_checkpoint_converts_it_first(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from checkpoints import write_checkpoint
+
+    monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
+    write_checkpoint(tmp_path / "checkpoint", tokenizer=True)
+    out, err = run("info", tmp_path / "checkpoint", "--bits", "8", "--json")
+    assert json.loads(out)["bits"] == 8
+    assert err.startswith(f"converting {tmp_path / 'checkpoint'} to int8")
+
+
+@pytest.mark.parametrize(
+    "options", [["--context", "0"], ["--context", "99999"], ["--bits", "8"], ["--nonsense"]]
+)
+def test_info_refuses(run: Run, tiny: Callable[[int], Path], options: list[str]) -> None:
+    out, err = run("info", tiny(4), *options, status=2)
+    assert out == ""
+    assert re.fullmatch(r"npqwen: error: .*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (335_000_000, "335 MB"), (4_700_000_000, "4.7 GB"),
+        (999_499, "999 kB"), (999_600, "1.0 MB"), (1_234_000_000_000, "1.23 TB"),
+    ],
+)  # fmt: skip
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_bench_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
+    args = ["--prefill", "8,300", "--decode", "3", "--depth", "0,20", "--repeat", "2", "--threads", "2"]
+    out, err = run("bench", tiny(4), *args, "--json")
+    assert err == ""
+    report = json.loads(out)
+    assert report["model"] == str(tiny(4))
+    assert (report["bits"], report["threads"], report["kernels"]) == (4, 2, ISA.name)
+    assert report["weights"] == data_bytes(tiny(4))
+    assert 1e8 < report["read_bandwidth"] < 1e13
+    tests = [(m["test"], m["tokens"], m["depth"]) for m in report["measures"]]
+    at = [[("prefill", 8, d), ("prefill", 300, d)] for d in (0, 20)]
+    assert sorted(tests) == sorted([*at[0], *at[1], ("decode", 3, 0), ("decode", 3, 20)])
+    for measure in report["measures"]:
+        assert len(measure["rates"]) == 2
+        assert min(measure["rates"]) > 0
+        assert min(measure["rates"]) <= measure["median"] <= max(measure["rates"])
+        share = measure["median"] * measure["bytes_per_token"] / report["read_bandwidth"]
+        assert measure["bandwidth_share"] == pytest.approx(share)
+    # A token at position 21 reads all weights, and 21 positions of float16 keys and values.
+    (deep,) = (m for m in report["measures"] if (m["test"], m["depth"]) == ("decode", 20))
+    assert deep["bytes_per_token"] == report["weights"] + 21 * 4 * 2 * 2 * 128 * 2
+
+
+def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
+    out, _ = run("bench", tiny(16), "--prefill", "5", "--decode", "2", "--repeat", "1", "--threads", "1")
+    lines = out.splitlines()
+    assert lines[0] == f"{tiny(16)}: bf16"
+    assert f"1 threads, {ISA.name} kernels" in lines[1]
+    assert re.fullmatch(r"memory reads \d+\.\d GB/s", lines[2])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert len({len(row) for row in rows}) == 1  # a table of Markdown has as many cells in every row
+    assert [row[:2] for row in rows[2:]] == [["prefill 5", "0"], ["decode 2", "0"]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--repeat", "0"], ["--prefill", "-1"], ["--prefill", "99999"], ["--depth", "2048"], ["--decode", "a"]],
+)
+def test_bench_refuses(run: Run, tiny: Callable[[int], Path], options: list[str]) -> None:
+    out, err = run("bench", tiny(4), "--threads", "1", *options, status=2)
+    assert out == ""
+    assert re.fullmatch(r"npqwen: error: .*\n", err)
+
+
+def test_bench_tells_its_progress(tiny: Callable[[int], Path]) -> None:
+    calls: list[tuple[int, int]] = []
+    with load(tiny(4), threads=2) as model:
+        benchmark(model, [4], [2], [0], 2, progress=lambda done, total: calls.append((done, total)))
+        assert calls == [(n, 6) for n in range(1, 7)]
+        with pytest.raises(OptionError):
+            benchmark(model, [4], repeat=0)
+
+
+def test_bytes_per_token_of_an_untied_embedding(tmp_path: Path) -> None:
+    """Its table is not read whole for one row; the output's is."""
+    path = small_model(tmp_path / "model", 8, tie_word_embeddings=False)
+    with load(path, threads=1) as model:
+        assert bytes_per_token(model, 0) == data_bytes(path) - 13 * 2 * 1088
+
+
+def test_read_bandwidth() -> None:
+    found = [read_bandwidth(threads, size=1 << 24, repeat=3) for threads in (1, 2)]
+    assert all(1e8 < rate < 1e13 for rate in found)
+    assert np.isfinite(found).all()
