@@ -129,7 +129,7 @@ def benchmark(
     return Report(
         model=str(model.path),
         bits=model.bits,
-        weights=sum(tensor.data.size for tensor in model.weights.tensors.values()),
+        weights=model.weights.nbytes,
         threads=model.threads,
         kernels=ISA.name,
         processor=processor(),

@@ -22,7 +22,7 @@ from numba.core.registry import cpu_target
 from npqwen.cache_directory import cache_directory
 from npqwen.simd.isa import ISA
 
-_SOURCES = ("simd", "kernels", "team.py", "forward.py", "bandwidth.py")
+_SOURCES = ("simd", "kernels", "team.py", "paging.py", "forward.py", "bandwidth.py")
 FUNCTIONS = 36
 """About how many functions are compiled, for the progress shown."""
 

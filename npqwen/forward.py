@@ -8,10 +8,19 @@ import numpy as np
 from numba import njit
 
 from npqwen.kernels.attention import attention, store_key, store_value
-from npqwen.kernels.experts import arrange, combine, experts_matmul, pack_choices, route, silu_and_pack_slots
+from npqwen.kernels.experts import (
+    EXPERT,
+    arrange,
+    combine,
+    experts_matmul,
+    pack_choices,
+    route,
+    silu_and_pack_slots,
+)
 from npqwen.kernels.matmul import MATRIX, matmul, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import pack, tile_width
+from npqwen.paging import ask_for
 from npqwen.simd.scalar import memory
 from npqwen.team import barrier, take
 
@@ -46,9 +55,13 @@ MODEL = np.dtype(
         ("head_dim", np.int64),
         ("rms_norm_eps", np.float32),
         ("norm_topk_prob", np.bool_),
+        ("short_of_memory", np.bool_),
     ]
 )
-"""What is outside the layers, and the dimensions the kernels need, under the names of config.json."""
+"""What is outside the layers, and the dimensions the kernels need, under the names of config.json.
+
+short_of_memory: the weights are more than memory holds, so that experts are asked for as soon as they are chosen.
+"""
 
 
 @njit(nogil=True)
@@ -147,6 +160,9 @@ def sparse_feed_forward(
     barrier(team)
     if take(team, 1) == 0:
         made[0] = arrange(chosen[:tokens], counts, slots, segments)
+        if model.short_of_memory:
+            for s in range(made[0]):
+                ask_for(layer.gate_up_proj.address + segments[s, EXPERT] * layer.expert_bytes, layer.expert_bytes)
     barrier(team)
     pack_choices(team, normed, slots[:tokens], segments, made[0], bits, packed)
     barrier(team)

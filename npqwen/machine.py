@@ -42,13 +42,24 @@ def processor() -> str:
 
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, the page cache counted; None if the system does not tell."""
+    found = []
     for line in (_read(Path("/proc/meminfo")) or "").splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    if sys.platform == "darwin":
-        total = _sysctl("hw.memsize")
-        return int(total) if total else None
-    return None
+            found.append(int(line.split()[1]) * 1024)
+    limit = _read(_own_cgroup() / "memory.max") or ""
+    if limit.isdigit():
+        found.append(int(limit))
+    if sys.platform == "darwin" and (total := _sysctl("hw.memsize")):
+        found.append(int(total))
+    return min(found, default=None)
+
+
+def _own_cgroup() -> Path:
+    """This process's control group (version 2): a container's limits."""
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        if line.startswith("0::"):
+            return Path("/sys/fs/cgroup") / line[3:].lstrip("/")
+    return Path("/sys/fs/cgroup")
 
 
 def _read(path: Path) -> str | None:
@@ -69,7 +80,7 @@ def _capacity(cpu: int) -> int:
 
 def _quota() -> int:
     """Cores that a container's limit leaves."""
-    words = (_read(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
+    words = (_read(_own_cgroup() / "cpu.max") or "max").split()
     if words[0] == "max":
         return 1 << 20
     return max(1, int(words[0]) // int(words[1]))

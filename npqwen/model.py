@@ -20,7 +20,8 @@ from npqwen.errors import ContextLengthError, NpqwenError, OptionError
 from npqwen.forward import forward
 from npqwen.generation import Completion, GenerationConfig, Stream
 from npqwen.kv_cache import KVCache
-from npqwen.machine import default_threads
+from npqwen.machine import available_memory, default_threads
+from npqwen.paging import can_ask
 from npqwen.rope import Rope
 from npqwen.team import Team
 from npqwen.tokenizer import Tokenizer
@@ -66,6 +67,9 @@ class Model:
         self.context = context_of(self.config, context)
         """Tokens that a prompt and its continuation may have together."""
         self.weights = Weights(path, self.config)
+        available = available_memory()
+        if available is not None:
+            self.weights.model[0]["short_of_memory"] = can_ask() and self.weights.nbytes > 0.9 * available
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
         self.generation = GenerationConfig.from_directory(path)

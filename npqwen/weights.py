@@ -80,6 +80,11 @@ class Weights:
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
         self._fill(config)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.data.size for tensor in self.tensors.values())
+
     def close(self) -> None:
         """Let the files go.  Kernels must not read these weights any more."""
         self.tensors.clear()
