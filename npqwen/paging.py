@@ -23,10 +23,12 @@ def can_ask() -> bool:
 
 
 def _madvise() -> int:
-    """The address of the system's madvise, or of a function that does nothing."""
-    if can_ask():
-        return ctypes.cast(ctypes.CDLL(None).madvise, ctypes.c_void_p).value or 0
-    return ctypes.cast(ctypes.windll.kernel32.GetLastError, ctypes.c_void_p).value or 0
+    """The address of the system's madvise, or of something never called where there is none."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.GetLastError
+    else:
+        function = ctypes.CDLL(None).madvise
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 llvmlite.binding.add_symbol("npqwen_madvise", _madvise())
