@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,9 +78,11 @@ class Model:
         self.threads = default_threads() if threads is None else threads
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
+        # The threads of a model that nobody closed end with it; at exit they are daemons.
+        weakref.finalize(self, self._team.close).atexit = False
         self.chunk = CHUNK if self.config.mixture is None else SPARSE_CHUNK
         self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk)
-        self._turn = threading.Lock()
+        self._turns: dict[int, threading.Lock] = {}
         sample = self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)
         compile_kernel(forward, (self._team.state, 0, *sample), on_compile)
 
@@ -137,12 +141,16 @@ class Model:
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, wanted: bool, every: bool) -> NDArray[np.float32]:
         """One forward pass of at most `chunk` tokens; rows of logits for all of them, the last or none."""
         rows = 0 if not wanted else ids.size if every else 1
-        with self._turn:
+        with self._turn():
             logits = self._buffers.logits(rows)
             self._team.run(forward, *self._arguments(ids, cache, rows))
             cache.length += ids.size
             result: NDArray[np.float32] = logits[:rows, : self.config.vocab_size].copy()
             return result
+
+    def _turn(self) -> threading.Lock:
+        """Held by the thread whose pass runs.  A forked process has its own: its holder is not there."""
+        return self._turns.setdefault(os.getpid(), threading.Lock())
 
     def _arguments(self, ids: NDArray[np.int64], cache: KVCache, rows: int) -> tuple[Any, ...]:
         """What `forward` takes after the team's state and the member."""
@@ -179,7 +187,7 @@ class Model:
 
     def close(self) -> None:
         """End the threads, after the pass under way, and let the files go.  The model computes no more."""
-        with self._turn:
+        with self._turn():
             self._team.close()
             self.weights.close()
 

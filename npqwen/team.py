@@ -225,8 +225,11 @@ class Team:
 
     def close(self) -> None:
         """End the workers, after the call under way.  A second close does nothing."""
+        if self._process != os.getpid():
+            self._closed = True
+            return
         with self._turn:
-            if not self._closed and self._process == os.getpid():
+            if not self._closed:
                 self._job = None
                 self._go[0].release()
             self._closed = True
