@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -273,6 +274,19 @@ def test_threads_end_with_the_model(tiny: Callable[[int], Path]) -> None:
     assert threading.active_count() == before
 
 
+def test_threads_of_a_dropped_model_end(tiny: Callable[[int], Path]) -> None:
+    before = set(threading.enumerate())
+    model = load(tiny(4), threads=3)
+    model.logits([1])
+    workers = set(threading.enumerate()) - before
+    assert len(workers) == 3
+    del model
+    gc.collect()
+    for thread in workers:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 FORK = """
 import os, sys, warnings
 import numpy as np
@@ -309,6 +323,40 @@ print("done")
 @posix
 def test_fork_after_use(tiny: Callable[[int], Path]) -> None:
     done = python(FORK, tiny(4))
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+FORK_IN_USE = """
+import os, sys, threading, time, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from npqwen.model import load
+model = load(Path(sys.argv[1]), threads=2)
+expected = model.logits([1, 2]).tolist()
+running = True
+def compute():
+    while running:
+        model.logits(range(256))
+thread = threading.Thread(target=compute)
+thread.start()
+for i in range(6):
+    time.sleep(0.02)
+    pid = os.fork()
+    if pid == 0:
+        same = i % 3 == 2 or model.logits([1, 2]).tolist() == expected
+        model.close()
+        os._exit(0 if same else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+running = False
+thread.join()
+print("done")
+"""
+
+
+@posix
+def test_fork_during_use(tiny: Callable[[int], Path]) -> None:
+    """The child finds a lock that a thread held which it does not have."""
+    done = python(FORK_IN_USE, tiny(4))
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
