@@ -45,10 +45,10 @@ print(calls)
 """
 
 
-def start(code: str, *args: object, **environment: str) -> subprocess.Popen[str]:
+def start(code: str, *args: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *map(str, args)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    pipe, env = subprocess.PIPE, {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env)
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:
@@ -102,7 +102,7 @@ def test_what_names_the_kernels_directory(tmp_path: Path) -> None:
 
     def name(**environment: str) -> str:
         path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-        (line,) = finish(start(code, PYTHONPATH=path, **environment))
+        (line,) = finish(start(code, cwd=tmp_path, PYTHONPATH=path, **environment))
         file, name = line.split()
         assert Path(file).is_relative_to(tmp_path)
         return name
