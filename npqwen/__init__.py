@@ -20,6 +20,7 @@ from npqwen.errors import (
     ModelNotFoundError,
     NpqwenError,
     OptionError,
+    OutOfMemoryError,
     OutputError,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "ModelNotFoundError",
     "NpqwenError",
     "OptionError",
+    "OutOfMemoryError",
     "OutputError",
     "Sampler",
     "Sampling",

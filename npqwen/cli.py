@@ -131,9 +131,19 @@ def open_model(
         model, bits, notice=console.notice, progress=console.converting, download_bars=console.bars
     )
 
+    from npqwen.machine import available_memory
     from npqwen.model import load
 
-    return load(path, threads=threads, context=context, on_compile=console.compiling)
+    loaded = load(path, threads=threads, context=context, on_compile=console.compiling)
+    available = available_memory()
+    if available is not None and loaded.weights.nbytes > available:
+        from npqwen.info import size
+
+        console.notice(
+            f"the weights are {size(loaded.weights.nbytes)} and {size(available)} of memory are available: "
+            "the rest is read from disk again and again"
+        )
+    return loaded
 
 
 @cli.command()

@@ -31,3 +31,7 @@ class ContextLengthError(NpqwenError, ValueError):
 
 class ClosedError(NpqwenError):
     """The model was closed and can compute no more."""
+
+
+class OutOfMemoryError(NpqwenError, MemoryError):
+    """The machine has too little memory left for what was asked; said before it starts to swap."""

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.config import Config
-from npqwen.errors import ContextLengthError, OptionError
+from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.kernels.attention import PAGE, page_items
+from npqwen.machine import available_memory
 
 _ALIGN = 64
 
@@ -32,18 +33,33 @@ class KVCache:
         self._pages: list[NDArray[np.uint8]] = []
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more; ContextLengthError if the limit forbids it, MemoryError if there is none."""
+        """Make room for `tokens` more.
+
+        Raises ContextLengthError if the limit forbids it, OutOfMemoryError if the machine has no memory for it.
+        """
         need = self.length + tokens
         if need > self.limit:
             raise ContextLengthError(
                 f"{self.length} tokens in the cache and {tokens} more are over the limit of {self.limit}; "
                 "shorten the prompt, or raise the context if the model allows more"
             )
+        if len(self._pages) * PAGE < need:
+            self._check_memory(need)
         while len(self._pages) * PAGE < need:
             page = np.zeros(self.page_bytes + _ALIGN, np.uint8)
             start = -page.ctypes.data % _ALIGN
             self.addresses[len(self._pages)] = page.ctypes.data + start
             self._pages.append(page)
+
+    def _check_memory(self, need: int) -> None:
+        available = available_memory()
+        wanted = self.bytes_for(need) - self.nbytes
+        if available is not None and wanted > available:
+            fits = (available // self.page_bytes + len(self._pages)) * PAGE
+            raise OutOfMemoryError(
+                f"a cache of {need} tokens takes {wanted / 1e9:.1f} GB more, and {available / 1e9:.1f} GB of memory are "
+                f"left, enough for {fits} tokens; shorten the prompt, or close other programs"
+            )
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; OptionError if there are fewer."""
