@@ -57,7 +57,7 @@ class KVCache:
         if available is not None and wanted > available:
             fits = (available // self.page_bytes + len(self._pages)) * PAGE
             raise OutOfMemoryError(
-                f"a cache of {need} tokens takes {wanted / 1e9:.1f} GB more, and {available / 1e9:.1f} GB of memory are "
+                f"a cache of {need} tokens takes {wanted / 1e9:.1f} GB more, {available / 1e9:.1f} GB of memory are "
                 f"left, enough for {fits} tokens; shorten the prompt, or close other programs"
             )
 
