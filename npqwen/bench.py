@@ -129,7 +129,7 @@ def benchmark(
     return Report(
         model=str(model.path),
         bits=model.bits,
-        weights=model.weights.nbytes,
+        weights=model.weight_bytes,
         threads=model.threads,
         kernels=ISA.name,
         processor=processor(),

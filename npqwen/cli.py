@@ -136,11 +136,11 @@ def open_model(
 
     loaded = load(path, threads=threads, context=context, on_compile=console.compiling)
     available = available_memory()
-    if available is not None and loaded.weights.nbytes > available:
+    if available is not None and loaded.weight_bytes > available:
         from npqwen.info import size
 
         console.notice(
-            f"the weights are {size(loaded.weights.nbytes)} and {size(available)} of memory are available: "
+            f"the weights are {size(loaded.weight_bytes)} and {size(available)} of memory are available: "
             "the rest is read from disk again and again"
         )
     return loaded

@@ -69,9 +69,11 @@ class Model:
         self.context = context_of(self.config, context)
         """Tokens that a prompt and its continuation may have together."""
         self.weights = Weights(path, self.config)
+        self.weight_bytes = self.weights.nbytes
+        """Bytes of the mapped weights."""
         available = available_memory()
         if available is not None:
-            self.weights.model[0]["short_of_memory"] = can_ask() and self.weights.nbytes > 0.9 * available
+            self.weights.model[0]["short_of_memory"] = can_ask() and self.weight_bytes > 0.9 * available
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
         self.generation = GenerationConfig.from_directory(path)

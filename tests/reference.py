@@ -101,6 +101,7 @@ class ReferenceModel:
     """
 
     bits = 32
+    weight_bytes = 0
 
     def __init__(
         self,
