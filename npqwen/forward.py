@@ -88,7 +88,7 @@ def forward(
 
         norm_and_pack(team, hidden, 0, tokens, layer.input_layernorm, model, layer.qkv_proj.bits, scratch, packed)
         barrier(team)
-        matmul(team, layer.qkv_proj, packed, tokens, width, qkv, False)
+        matmul(team, layer.qkv_proj, packed, tokens, width, qkv, 0)
         barrier(team)
         rotate_and_store(team, model, layer, i, qkv, tokens, start, cos, sin, pages, like)
         barrier(team)
@@ -99,7 +99,7 @@ def forward(
         barrier(team)
         pack_all(team, attended, tokens, layer.o_proj.bits, packed)
         barrier(team)
-        matmul(team, layer.o_proj, packed, tokens, width, hidden, True)
+        matmul(team, layer.o_proj, packed, tokens, width, hidden, 1)
         barrier(team)
 
         if mixture is None:  # noqa: SIM114  Numba then leaves out the other branches.
@@ -112,7 +112,7 @@ def forward(
     first = tokens - wanted
     norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.bits, scratch, packed)
     barrier(team)
-    matmul(team, model.lm_head, packed, wanted, tile_width(wanted), logits, False)
+    matmul(team, model.lm_head, packed, wanted, tile_width(wanted), logits, 0)
     barrier(team)
 
 
@@ -125,11 +125,11 @@ def feed_forward(
     weight = layer.post_attention_layernorm
     norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, layer.gate_up_proj, packed, tokens, width, gate_up, False)
+    matmul(team, layer.gate_up_proj, packed, tokens, width, gate_up, 0)
     barrier(team)
     silu_and_pack(team, gate_up, tokens, layer.down_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, layer.down_proj, packed, tokens, width, hidden, True)
+    matmul(team, layer.down_proj, packed, tokens, width, hidden, 1)
     barrier(team)
 
 
@@ -150,7 +150,7 @@ def sparse_feed_forward(
         rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.bits, packed)
     barrier(team)
-    matmul(team, layer.router, packed, tokens, width, scores, False)
+    matmul(team, layer.router, packed, tokens, width, scores, 0)
     barrier(team)
     while True:
         t = take(team, 1)

@@ -173,7 +173,7 @@ def experts_matmul(
         w = memory(matrix.address + expert * stride, groups * units * unit, np.uint8)
         tiles = (count + width - 1) // width
         matmul_rows(
-            matrix.bits, width, w, units, first, min(first + chunk, groups), x[slot * size :], tiles, out[slot:], False
+            matrix.bits, width, w, units, first, min(first + chunk, groups), x[slot * size :], tiles, out[slot:], 0
         )
 
 

@@ -48,7 +48,7 @@ def _int4_rows(tokens: int) -> Any:
     streamed = tokens <= STREAMED
 
     @variant(tokens, vectors)
-    def int4_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
+    def int4_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int) -> None:
         stride = out.shape[1]
         flat = out.reshape(-1)
         for tile in range(tiles):
@@ -82,7 +82,7 @@ def _int8_rows(tokens: int) -> Any:
     streamed = tokens <= STREAMED
 
     @variant(tokens, vectors)
-    def int8_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
+    def int8_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int) -> None:
         stride = out.shape[1]
         flat = out.reshape(-1)
         for tile in range(tiles):
@@ -116,7 +116,7 @@ def _bf16_rows(tokens: int) -> Any:
     columns = chains(tokens * vectors)
 
     @variant(tokens, vectors)
-    def bf16_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool) -> None:
+    def bf16_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int) -> None:
         stride = out.shape[1]
         flat = out.reshape(-1)
         halves, floats = w.view(np.uint16), x.view(np.float32)
@@ -175,7 +175,7 @@ def unit_bytes(bits: int) -> int:
 
 @njit(nogil=True, inline="always")
 def matmul_rows(
-    bits: int, width: int, w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: bool
+    bits: int, width: int, w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int
 ) -> None:
     """The product for groups of 16 rows first to last - 1 of a matrix, `tiles` tiles of `width` tokens."""
     if bits == 4:
@@ -187,8 +187,8 @@ def matmul_rows(
 
 
 @njit(nogil=True)
-def matmul(team: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: bool) -> None:
-    """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if plus, for t < tokens.
+def matmul(team: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: int) -> None:
+    """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if plus (0 or 1), for t < tokens.
 
     matrix is a MATRIX record; x is packed (uint8, `width` tokens a tile); out is float32 (tokens rounded up to a
     multiple of width, at least matrix.rows).  All members of the team call it, and share the rows.
