@@ -12,10 +12,10 @@ from npqwen.compiled import compile_kernel
 from npqwen.simd.tile import prefetch
 from npqwen.team import Team, barrier, take
 
-_PIECE = 1 << 17
-"""int64 a thread reads at a time: 1 MiB."""
-_PAGE_BYTES = 4096
-_PAGE = _PAGE_BYTES // 8
+_PIECE = 1 << 14
+"""int64 a thread takes at a time: 128 KiB."""
+_STEP_BYTES = 512
+_STEP = _STEP_BYTES // 8
 """int64 that it asks for ahead at a time."""
 
 
@@ -27,9 +27,9 @@ def read(team: Any, member: int, data: Any, sums: Any) -> None:
         first = take(team, _PIECE)
         if first >= data.size:
             break
-        for at in range(first, min(first + _PIECE, data.size), _PAGE):
-            prefetch(data, at, _PAGE_BYTES)
-            for item in data[at : at + _PAGE]:
+        for at in range(first, min(first + _PIECE, data.size), _STEP):
+            prefetch(data, at, _STEP_BYTES)
+            for item in data[at : at + _STEP]:
                 total += item
     sums[member] += total
     barrier(team)
