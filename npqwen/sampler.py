@@ -90,8 +90,8 @@ class Sampler:
         self, sampling: Sampling, prompt: Iterable[int] = (), forbidden: NDArray[np.intp] | None = None
     ) -> None:
         self.sampling = sampling
-        self._forbidden = forbidden
-        self._seen = set(prompt)
+        self._forbidden = np.zeros(0, np.intp) if forbidden is None else np.sort(forbidden)
+        self._seen = set(prompt).difference(self._forbidden.tolist())
         self._generated: set[int] = set()
         self._random = np.random.default_rng(sampling.seed)
 
@@ -106,16 +106,20 @@ class Sampler:
         return id
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        s = self.sampling
-        logits = logits.copy()
+        s, forbidden = self.sampling, self._forbidden
+        # Rows without a token are the embedding's last: then they are cut off, not overwritten in a copy.
+        if len(forbidden) and forbidden[0] == len(logits) - len(forbidden):
+            logits, forbidden = logits[: forbidden[0]], forbidden[:0]
+        if len(forbidden) or (s.repetition_penalty != 1 and self._seen) or (s.presence_penalty and self._generated):
+            logits = logits.copy()
         if s.repetition_penalty != 1 and self._seen:
             seen = np.fromiter(self._seen, np.intp, len(self._seen))
             x = logits[seen]
             logits[seen] = np.where(x < 0, x * s.repetition_penalty, x / s.repetition_penalty)
         if s.presence_penalty and self._generated:
             logits[np.fromiter(self._generated, np.intp, len(self._generated))] -= s.presence_penalty
-        if self._forbidden is not None:
-            logits[self._forbidden] = -np.inf
+        if len(forbidden):
+            logits[forbidden] = -np.inf
         return logits
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
