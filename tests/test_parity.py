@@ -166,3 +166,19 @@ def test_logits_of_the_oracle_for_other_quantized_shapes(name: str, bits: int, t
         difference = np.abs(model.logits(ids) - expected)
         assert difference.max() < 0.05 * np.abs(expected).max()
         assert difference.mean() < 0.005 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cached_decoding_is_one_full_pass_to_the_bit(bits: int, tiny: Callable[[int], Path]) -> None:
+    """Whatever the number of tokens a pass, every sum is added up in the same order."""
+    ids = np.random.default_rng(3).integers(0, 4096, 150)
+    with load(tiny(bits), threads=2) as model:
+        full = model.logits(ids)
+        cache = model.new_cache()
+        ends = [1, 2, 5, 9, 40, 41, 70, 150]
+        pieces = [
+            model.forward(ids[a:b], cache, all_logits=True) for a, b in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+        assert np.array_equal(np.concatenate(pieces), full)
+        cache.truncate(0)
+        assert np.array_equal(np.concatenate([model.forward([id], cache) for id in ids]), full)

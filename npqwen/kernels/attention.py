@@ -23,7 +23,7 @@ from npqwen.kernels.packing import WIDTHS, tile_width
 from npqwen.kernels.variant import variant
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
-from npqwen.simd.tile import LANES, add, chains, fold, multiply_cached, softmax_block, store, zeros
+from npqwen.simd.tile import LANES, add, chains, multiply_cached, softmax_block, store_apart, zeros
 from npqwen.team import MEMBERS, acquire, barrier, take
 
 PAGE = 256
@@ -87,7 +87,7 @@ def _attend(tokens: int) -> Any:
     """The kernel for tiles of `tokens` rows of queries."""
     # Scores: a vector holds positions.  Sums: it holds coordinates, `wide` of them where there are so many.
     score_rows = max(1, min(TILE // LANES, ISA.accumulators // tokens))
-    columns = chains(tokens * score_rows)
+    together = chains(tokens * score_rows)
     sum_rows = max(1, ISA.accumulators // tokens)
     wide, narrow = sum_rows * LANES, TILE // LANES
 
@@ -112,16 +112,17 @@ def _attend(tokens: int) -> Any:
             count = (min(BLOCK, high - block) + TILE - 1) // TILE * TILE
             keys = _head(pages, like, block, keys_of, dim)
             at = block % PAGE * dim
-            for place in range(0, count, TILE):
+            # Several groups of keys at a time, not several sums a score: decoding adds in the order of prefill.
+            for place in range(0, count, together * TILE):
                 for row in range(0, TILE, score_rows * LANES):
-                    products = zeros(tokens, score_rows, columns)
+                    products = zeros(tokens, score_rows, together)
                     k = at + place * dim + row
-                    q = 0
-                    for _ in range(dim // columns):
-                        products = multiply_cached(products, tokens, columns, keys, k, TILE, queries, q, tokens, 1)
-                        k += columns * TILE
-                        q += columns * tokens
-                    store(fold(products, columns), scores, place + row, score_rows, BLOCK)
+                    for i in range(0, queries.size, tokens):
+                        products = multiply_cached(
+                            products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1
+                        )
+                        k += TILE
+                    store_apart(products, together, scores, place + row, TILE, score_rows, BLOCK)
             for t in range(tokens):
                 visible = max(0, min(count, start + (first_row + t) // group + 1 - block))
                 peak, weight = softmax_block(scores, t * BLOCK, BLOCK, visible, top[t])

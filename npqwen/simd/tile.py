@@ -109,6 +109,26 @@ def store(_: Any, tile: Any, out: Any, at: Any, rows: Any, stride: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def store_apart(_: Any, tile: Any, columns: Any, out: Any, at: Any, pitch: Any, rows: Any, stride: Any) -> Any:
+    """Write the tiles of `columns` (a constant) columns, each where `store` would, `pitch` after the one before."""
+    i64 = types.int64
+    sig = types.void(tile, columns, out, i64, i64, rows, i64)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        tile, _, out, at, pitch, _, stride = args
+        rows, parts = sig.args[5].literal_value, cgutils.unpack_tuple(b, tile)
+        tokens = len(parts) // (sig.args[1].literal_value * rows)
+        for n, value in enumerate(parts):
+            (c, t), r = divmod(n // rows, tokens), n % rows
+            place = b.add(at, b.add(b.mul(pitch, pitch.type(c)), b.mul(stride, stride.type(t))))
+            where = _pointer(context, b, sig.args[2], out, b.add(place, place.type(r * LANES)), FLOATS)
+            b.store(value, where, align=4)
+        return context.get_dummy_value()
+
+    return sig, generate
+
+
+@intrinsic(prefer_literal=True)
 def add(_: Any, tile: Any, out: Any, at: Any, rows: Any, stride: Any) -> Any:
     """Add a tile to what stands there."""
     sig = types.void(tile, out, types.int64, rows, types.int64)
