@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.config import Config
-from npqwen.kernels.attention import scratch_floats
+from npqwen.kernels.attention import MOST_ROWS, scratch_floats
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matmul import UNIT_COLS
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
@@ -58,7 +58,7 @@ class Buffers:
         self._qkv = np.zeros((most, int(layers["qkv_proj"]["rows"].max())), np.float32)
         self._attended = np.zeros((most, attended), np.float32)
         self._gate_up = np.zeros((most, 2 * inner), np.float32)
-        self._parts = np.zeros(_CUTS * threads * WIDTHS[-1] * (dim + 2), np.float32)
+        self._parts = np.zeros(_CUTS * threads * MOST_ROWS * (dim + 2), np.float32)
         self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
         self.scratches = np.zeros((threads, max(scratch_floats(dim), hidden, inner, small)), np.float32)
         """A row for each thread."""

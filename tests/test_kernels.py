@@ -18,6 +18,7 @@ from units import unpack
 
 from npqwen.compiled import compile_kernel
 from npqwen.kernels.attention import (
+    MOST_ROWS,
     PAGE,
     attention,
     page_items,
@@ -375,7 +376,7 @@ def check_attention(
     q = np.zeros((tokens + 2, (heads + 2 * kv_heads) * dim), np.float32)
     q[:] = rng.standard_normal(q.shape) * size / np.sqrt(dim)
     out = np.full((tokens + 1, heads * dim), 7, np.float32)
-    parts = np.full(8 * members * WIDTHS[-1] * (dim + 2), 9, np.float32)
+    parts = np.full(8 * members * MOST_ROWS * (dim + 2), 9, np.float32)
     scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
     together(
         members,

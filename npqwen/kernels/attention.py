@@ -18,18 +18,19 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from npqwen.kernels.matmul import of_any_width
-from npqwen.kernels.packing import WIDTHS, tile_width
+from npqwen.kernels.matmul import STREAMED, of_any_width
 from npqwen.kernels.variant import variant
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
-from npqwen.simd.tile import LANES, add, chains, multiply_cached, softmax_block, store_apart, zeros
+from npqwen.simd.tile import LANES, LINE, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
 from npqwen.team import MEMBERS, acquire, barrier, take
 
 PAGE = 256
 BLOCK = 64
 """Positions whose scores are computed before they are used."""
 TILE = 16
+MOST_ROWS = ISA.rows[-1]
+_ROWS = ISA.rows
 _LOWEST = np.float32(-3.0e38)
 _LONG = 512
 """Positions that are worth a task of their own when there are fewer heads than threads."""
@@ -80,14 +81,14 @@ def store_value(pages: Any, like: Any, which: int, position: int, value: Any) ->
 
 def scratch_floats(head_dim: int) -> int:
     """float32 that one thread's attention needs."""
-    return WIDTHS[-1] * (2 * head_dim + BLOCK + 2)
+    return MOST_ROWS * (2 * head_dim + BLOCK + 2)
 
 
 def _attend(tokens: int) -> Any:
     """The kernel for tiles of `tokens` rows of queries."""
     # Scores: a vector holds positions.  Sums: it holds coordinates, `wide` of them where there are so many.
     score_rows = max(1, min(TILE // LANES, ISA.accumulators // tokens))
-    together = chains(tokens * score_rows)
+    together = min(2, chains(tokens * score_rows))
     sum_rows = max(1, ISA.accumulators // tokens)
     wide, narrow = sum_rows * LANES, TILE // LANES
 
@@ -118,6 +119,9 @@ def _attend(tokens: int) -> Any:
                     products = zeros(tokens, score_rows, together)
                     k = at + place * dim + row
                     for i in range(0, queries.size, tokens):
+                        if tokens <= STREAMED:
+                            prefetch(keys, k, LINE)
+                            prefetch(keys, k + (together - 1) * TILE * dim, LINE)
                         products = multiply_cached(
                             products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1
                         )
@@ -139,6 +143,8 @@ def _attend(tokens: int) -> Any:
                 outs = zeros(tokens, sum_rows, 1)
                 v = at + column
                 for i in range(count):
+                    if tokens <= STREAMED:
+                        prefetch(values, v, 256)
                     outs = multiply_cached(outs, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
                     v += dim
                 add(outs, sums, column, sum_rows, dim)
@@ -155,7 +161,7 @@ def _attend(tokens: int) -> Any:
     return attend
 
 
-_attend_rows = of_any_width(_attend)
+_attend_rows = of_any_width(_attend, ISA.rows)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -174,10 +180,19 @@ def _gather(q: Any, head: int, group: int, rows: int, first_row: int, width: int
 
 
 @njit(nogil=True)
+def row_width(rows: int) -> int:
+    """How many rows are multiplied at once: all if they fit, so that keys and values are read once."""
+    for width in _ROWS:
+        if width >= rows:
+            return width
+    return MOST_ROWS
+
+
+@njit(nogil=True)
 def splits(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
     """Into how many parts the positions are cut, so that all threads have work at one token's decode."""
     rows = tokens * (heads // kv_heads)
-    width = tile_width(rows)
+    width = row_width(rows)
     tasks = kv_heads * ((rows + width - 1) // width)
     members = acquire(team, MEMBERS)
     if tasks >= 4 * members or members == 1:
@@ -197,7 +212,7 @@ def attention(
     """
     group = heads // kv_heads
     rows = tokens * group
-    width = tile_width(rows)
+    width = row_width(rows)
     tiles = (rows + width - 1) // width
     end = start + tokens
     cuts = splits(team, tokens, heads, kv_heads, end)

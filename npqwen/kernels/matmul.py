@@ -140,31 +140,33 @@ def _bf16_rows(tokens: int) -> Any:
     return bf16_rows
 
 
-def of_any_width(kernel_of: Any) -> Any:
-    """One function that calls the kernel made for the width it is given.
+def of_any_width(kernel_of: Any, widths: tuple[int, ...]) -> Any:
+    """One function that calls the kernel made for the width it is given, of at most four.
 
     All in one step: LLVM goes over everything again at each function around it.
     """
-    kernels = [kernel_of(width) for width in WIDTHS]
-    # An instruction set has at most three; the last stands in for those it lacks.
-    width_0, width_1 = (WIDTHS + WIDTHS[-1:])[:2]
-    kernel_0, kernel_1, kernel_2 = (kernels + kernels[-1:] * 2)[:3]
+    kernels = [kernel_of(width) for width in widths]
+    # The last stands in for those that are not there.
+    width_0, width_1, width_2 = (widths + widths[-1:] * 2)[:3]
+    kernel_0, kernel_1, kernel_2, kernel_3 = (kernels + kernels[-1:] * 3)[:4]
 
-    @variant(kernel_of.__name__, *WIDTHS)
+    @variant(kernel_of.__name__, *widths)
     def rows(width: int, *args: Any) -> None:
         if width == width_0:
             kernel_0(*args)
         elif width == width_1:
             kernel_1(*args)
-        else:
+        elif width == width_2:
             kernel_2(*args)
+        else:
+            kernel_3(*args)
 
     return rows
 
 
-_int4 = of_any_width(_int4_rows)
-_int8 = of_any_width(_int8_rows)
-_bf16 = of_any_width(_bf16_rows)
+_int4 = of_any_width(_int4_rows, WIDTHS)
+_int8 = of_any_width(_int8_rows, WIDTHS)
+_bf16 = of_any_width(_bf16_rows, WIDTHS)
 
 
 @njit(nogil=True)

@@ -48,8 +48,8 @@ def address(b: ir.IRBuilder, base: ir.Value, count: int, to: ir.Type) -> ir.Valu
 class InstructionSet:
     """One way to compile the kernels; this base class runs on any processor LLVM knows.
 
-    `tiles` maps the number of tokens a matrix kernel multiplies at once to the number of vectors of rows
-    it multiplies them with; accumulators are their product, and have to fit the registers.
+    `tiles` maps the numbers of tokens (ascending, at most four) that a matrix kernel multiplies at once to the
+    number of vectors of rows it multiplies them with; accumulators are their product, and have to fit the registers.
     """
 
     name: ClassVar[str] = "portable"
@@ -58,6 +58,8 @@ class InstructionSet:
     int8_zero: ClassVar[int] = 0
     """What `int8` adds to the stored values; products are corrected by it times the sum of the activations."""
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
+    rows: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    """Rows of queries that attention multiplies at once: at most four widths, ascending."""
     accumulators: ClassVar[int] = 8
     """Vectors of sums that fit the registers beside what is multiplied."""
 

@@ -75,5 +75,6 @@ class Avx512(AvxVnni):
     features: ClassVar[frozenset[str]] = frozenset(
         {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}
     )
+    rows: ClassVar[tuple[int, ...]] = (2, 4, 8, 16)
     accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
