@@ -67,16 +67,23 @@ class Report:
             f"{self.processor}, {self.threads} threads, {self.kernels} kernels, npqwen {self.version}",
             f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s",
             "",
-            "| test | depth | tokens/s (median) | min - max | MB a token | share of bandwidth |",
-            "|---|---:|---:|---:|---:|---:|",
+            *table(self.as_dict()["measures"]),
         ]
-        for m in self.measures:
-            spread = f"{min(m.rates):.1f} - {max(m.rates):.1f}"
-            memory = (
-                f"{m.bytes_per_token / 1e6:.0f} | {m.bandwidth_share:.0%}" if m.bytes_per_token else " | "
-            )
-            lines.append(f"| {m.test} {m.tokens} | {m.depth} | {m.median:.1f} | {spread} | {memory} |")
         return "\n".join(lines)
+
+
+def table(measures: list[dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table of a report's measures."""
+    lines = [
+        "| test | depth | tokens/s (median) | min - max | MB a token | share of bandwidth |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for m in measures:
+        spread = f"{min(m['rates']):.1f} - {max(m['rates']):.1f}"
+        read = m["bytes_per_token"]
+        memory = f"{read / 1e6:.0f} | {m['bandwidth_share']:.0%}" if read else " | "
+        lines.append(f"| {m['test']} {m['tokens']} | {m['depth']} | {m['median']:.1f} | {spread} | {memory} |")
+    return lines
 
 
 def benchmark(

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -273,6 +274,14 @@ def info(model: str, bits: int | None, context: int | None, as_json: bool) -> No
 @click.option("--depth", type=_Counts(), default="0", show_default=True, help="Tokens in the cache before.")
 @click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option(
+    "--report",
+    is_flag=False,
+    flag_value="npqwen-bench.md",
+    metavar="[FILE]",
+    help="Also write a report to share, with machine, temperatures and versions; JSON if FILE ends in .json. "
+    "Default: npqwen-bench.md.",
+)
 @model_options
 def bench(
     model: str,
@@ -281,6 +290,7 @@ def bench(
     depth: list[int],
     repeat: int,
     as_json: bool,
+    report: str | None,
     bits: int | None,
     threads: int | None,
     context: int | None,
@@ -290,11 +300,31 @@ def bench(
     from npqwen.console import Console
 
     console = Console(quiet=quiet)
+    place = None
+    if report is not None:
+        from npqwen.report import check_place
+
+        place = check_place(Path(report))
     loaded = open_model(model, bits, threads, context, console)
     from npqwen.bench import benchmark
+    from npqwen.report import Log, collect, write
+
+    log = Log() if place is not None else None
+    facts: dict[str, Any] = {}
+
+    def progress(done: int, total: int) -> None:
+        console.measuring(done, total)
+        if log is not None:
+            log.add()
 
     try:
-        report = benchmark(loaded, prefill, decode, depth, repeat, progress=console.measuring)
+        speed = benchmark(loaded, prefill, decode, depth, repeat, progress=progress)
+        if log is not None:
+            log.end()
+            facts = collect(loaded, speed, log)
     finally:
         loaded.close()
-    console.text((json.dumps(report.as_dict(), indent=2) if as_json else report.as_markdown()) + "\n")
+    console.text((json.dumps(speed.as_dict(), indent=2) if as_json else speed.as_markdown()) + "\n")
+    if place is not None:
+        write(facts, place)
+        console.notice(f"the report is in {place}")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
+
+from npqwen import cgroup
+from npqwen.cgroup import read
 
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -22,57 +28,98 @@ def default_threads() -> int:
     allowed = os.sched_getaffinity(0)
     capacity = {cpu: _capacity(cpu) for cpu in allowed}
     fast = [cpu for cpu in allowed if capacity[cpu] * 4 >= max(capacity.values()) * 3]
-    cores = {_read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in fast}
+    cores = {read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in fast}
     return max(1, min(len(cores), _quota()))
 
 
-def processor() -> str:
-    """The processor's name, as the system tells it."""
+def processor(root: Path = Path("/")) -> str:
+    """The processor's name, or the board's, as the system tells it."""
     facts: dict[str, str] = {}
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (read(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
-    for name in ("model name", "Model"):  # x86; a Raspberry Pi's board
-        if facts.get(name):
-            return facts[name]
+    board = read(root / "proc/device-tree/model")
+    for found in (facts.get("model name"), facts.get("Model"), board):  # x86; a Raspberry Pi's board; other boards
+        if found:
+            return found
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()
 
 
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, the page cache counted; None if the system does not tell."""
-    found = []
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    limit = _read(_own_cgroup() / "memory.max") or ""
-    if limit.isdigit():
-        found.append(int(limit))
-    if sys.platform == "darwin" and (total := _sysctl("hw.memsize")):
-        found.append(int(total))
-    return min(found, default=None)
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping, files in memory counted as free; None if the system does not tell.
+
+    The limits of a container or another control group are heeded.  root: where /proc and /sys are.
+    """
+    if sys.platform == "darwin":
+        return _mac_free_memory()
+    if sys.platform == "win32":
+        return _windows_memory()[1]
+    found = [_meminfo(root).get("MemAvailable"), cgroup.memory(root)]
+    return min((count for count in found if count is not None), default=None)
 
 
-def _own_cgroup() -> Path:
-    """This process's control group (version 2): a container's limits."""
-    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
-        if line.startswith("0::"):
-            return Path("/sys/fs/cgroup") / line[3:].lstrip("/")
-    return Path("/sys/fs/cgroup")
+def total_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory in this machine."""
+    if sys.platform == "darwin":
+        total = _sysctl("hw.memsize")
+        return int(total) if total.isdigit() else None
+    if sys.platform == "win32":
+        return _windows_memory()[0]
+    return _meminfo(root).get("MemTotal")
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
+def _meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo, in bytes."""
+    found = {}
+    for line in (read(root / "proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if words and words[0].isdigit():
+            found[name] = int(words[0]) * 1024
+    return found
+
+
+def _mac_free_memory() -> int | None:
+    """What is free or has not been used for a while."""
+    found = _command("vm_stat")
+    size = re.search(r"page size of (\d+) bytes", found)
+    if size is None:
         return None
+    counts = dict(re.findall(r"^(.+?):\s+(\d+)\.$", found, re.M))
+    names = ("Pages free", "Pages inactive", "Pages speculative")
+    return int(size[1]) * sum(int(counts.get(name, 0)) for name in names)
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    """Bytes in all, and available."""
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    if sys.platform != "win32" or not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None, None
+    return status.ullTotalPhys, status.ullAvailPhys
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX."""
+
+    _fields_: ClassVar = [
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        ("ullTotalPhys", ctypes.c_uint64),
+        ("ullAvailPhys", ctypes.c_uint64),
+        ("ullTotalPageFile", ctypes.c_uint64),
+        ("ullAvailPageFile", ctypes.c_uint64),
+        ("ullTotalVirtual", ctypes.c_uint64),
+        ("ullAvailVirtual", ctypes.c_uint64),
+        ("ullAvailExtendedVirtual", ctypes.c_uint64),
+    ]
 
 
 def _capacity(cpu: int) -> int:
     """A core's relative speed: Arm tells its capacity, others their highest clock."""
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        value = _read(_CPUS / f"cpu{cpu}" / name)
+        value = read(_CPUS / f"cpu{cpu}" / name)
         if value and value.isdigit():
             return int(value)
     return 1
@@ -80,17 +127,21 @@ def _capacity(cpu: int) -> int:
 
 def _quota() -> int:
     """Cores that a container's limit leaves."""
-    words = (_read(_own_cgroup() / "cpu.max") or "max").split()
-    if words[0] == "max":
-        return 1 << 20
-    return max(1, int(words[0]) // int(words[1]))
+    allowed = cgroup.processors()
+    return 1 << 20 if allowed is None else max(1, int(allowed))
 
 
 def _sysctl(name: str) -> str:
+    return _command("sysctl", "-n", name)
+
+
+def _command(*words: str) -> str:
+    """What a command of the system prints, nothing if there is none or it fails."""
     try:
-        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.strip()
 
 
 def _mac_performance_cores() -> int:

@@ -1,0 +1,137 @@
+"""What this machine offers, read from systems made of files: memory, processors, limits of control groups."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from fake_system import MIB, MOUNTS, raspberry_pi, tree
+
+from npqwen import cgroup, machine
+
+GROUP = {"memory.current": str(600 * MIB), "memory.stat": f"anon 5\ninactive_file {90 * MIB}\nactive_file {10 * MIB}"}
+FIRST = {
+    "memory.usage_in_bytes": str(600 * MIB),
+    "memory.use_hierarchy": "1",
+    # Those of the group alone come before those with the groups inside.
+    "memory.stat": f"inactive_file 1\nactive_file 1\ntotal_inactive_file {90 * MIB}\ntotal_active_file {10 * MIB}",
+}
+NONE = "9223372036854771712"
+
+
+def place(group: str, files: dict[str, str]) -> dict[str, str]:
+    return {f"sys/fs/cgroup/{group}/{name}".replace("//", "/"): text for name, text in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("own", "outer", "left"),
+    [
+        ({"memory.max": str(1000 * MIB)}, {"memory.max": "max"}, 500),  # what the group holds of files is free
+        ({"memory.max": "max"}, {"memory.max": "max"}, None),
+        ({"memory.max": str(1000 * MIB), "memory.high": str(800 * MIB)}, {}, 300),
+        ({"memory.max": str(1000 * MIB)}, {"memory.max": str(700 * MIB)}, 200),  # the tighter one is around it
+        ({"memory.max": "max"}, {"memory.max": str(400 * MIB)}, 0),
+        ({}, {}, None),
+    ],
+)
+def test_memory_limits_of_version_2(
+    tmp_path: Path, own: dict[str, str], outer: dict[str, str], left: int | None
+) -> None:
+    files = {"proc/self/cgroup": "0::/user.slice/app.scope", "proc/self/mountinfo": MOUNTS}
+    files |= place("unified/user.slice", GROUP | outer) | place("unified/user.slice/app.scope", GROUP | own)
+    assert cgroup.memory(tree(tmp_path, files)) == (None if left is None else left * MIB)
+
+
+@pytest.mark.parametrize(
+    ("own", "outer", "left"),
+    [
+        (1000 * MIB, NONE, 500),
+        (NONE, NONE, None),
+        (NONE, 700 * MIB, 200),
+        (550 * MIB, 700 * MIB, 50),
+    ],
+)
+def test_memory_limits_of_version_1(tmp_path: Path, own: object, outer: object, left: int | None) -> None:
+    files = {"proc/self/cgroup": "9:cpu,cpuacct:/\n4:memory:/batch/job\n0::/", "proc/self/mountinfo": MOUNTS}
+    files |= place("memory/batch", FIRST | {"memory.limit_in_bytes": str(outer)})
+    files |= place("memory/batch/job", FIRST | {"memory.limit_in_bytes": str(own)})
+    assert cgroup.memory(tree(tmp_path, files)) == (None if left is None else left * MIB)
+    # An outer group that does not count the groups inside does not bind them.
+    tree(tmp_path, place("memory/batch", {"memory.use_hierarchy": "0"}))
+    expected = None if own == NONE else int(str(own)) - 500 * MIB
+    assert cgroup.memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "mounted"),
+    [("/docker/abc", "/docker/abc"), ("/", "/"), ("/docker/abc", "/"), ("/../other", "/"), ("/a:b", "/a:b")],
+)
+def test_a_container_sees_its_group_as_the_outermost(tmp_path: Path, own: str, mounted: str) -> None:
+    line = f"31 22 0:27 {mounted} /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw"
+    files = {"proc/self/cgroup": f"0::{own}", "proc/self/mountinfo": line}
+    files |= place("", GROUP | {"memory.max": str(1000 * MIB), "cpu.max": "150000 100000"})
+    assert cgroup.memory(tree(tmp_path, files)) == 500 * MIB
+    assert cgroup.processors(tmp_path) == 1.5
+
+
+def test_processors_of_version_1(tmp_path: Path) -> None:
+    files = {"proc/self/cgroup": "9:cpuacct,cpu:/job", "proc/self/mountinfo": MOUNTS}
+    quota = {"cpu.cfs_quota_us": "250000", "cpu.cfs_period_us": "100000"}
+    assert cgroup.processors(tree(tmp_path, files | place("cpu,cpuacct/job", quota))) == 2.5
+    tree(tmp_path, place("cpu,cpuacct/job", {"cpu.cfs_quota_us": "-1"}))
+    assert cgroup.processors(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "0::", "4:memory", "4:memory:/x\n0::/y"])
+def test_files_that_say_nothing(tmp_path: Path, text: str) -> None:
+    files = {"proc/self/cgroup": text, "proc/self/mountinfo": f"{text}\n{MOUNTS}\n1 2 3 - x", "proc/meminfo": text}
+    assert cgroup.memory(tree(tmp_path, files)) is None
+    assert cgroup.processors(tmp_path) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
+def test_memory_of_a_raspberry_pi(tmp_path: Path) -> None:
+    root = raspberry_pi(tmp_path)
+    assert machine.total_memory(root) == 8245280 * 1024
+    assert machine.available_memory(root) == 7000000 * 1024
+    assert machine.processor(root) == "Raspberry Pi 5 Model B Rev 1.0"
+    limit = GROUP | {"memory.max": str(1000 * MIB)}
+    tree(root, place("user.slice/user-1000.slice/session-1.scope", limit))
+    assert machine.available_memory(root) == 500 * MIB
+    assert machine.available_memory(tmp_path / "nothing") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
+def test_boards_that_only_the_device_tree_names(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"proc/cpuinfo": "processor\t: 0", "proc/device-tree/model": "Radxa ROCK 5B\0"})
+    assert machine.processor(root) == "Radxa ROCK 5B"
+
+
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               5000.
+Pages active:                           190000.
+Pages inactive:                         180000.
+Pages speculative:                         700.
+Pages throttled:                             0.
+Pages purgeable:                          3000.
+"Translation faults":                 99999999.
+"""
+
+
+def test_memory_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"vm_stat": VM_STAT, "sysctl": "17179869184"}
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "_command", lambda *words: said[words[0]])
+    assert machine.available_memory() == 16384 * 185_700
+    assert machine.total_memory() == 1 << 34
+    said |= {"vm_stat": "", "sysctl": ""}
+    assert machine.available_memory() is None
+    assert machine.total_memory() is None
+
+
+def test_a_command_that_is_not_there_or_fails() -> None:
+    assert machine._command("npqwen-no-such-command") == ""
+    assert machine._command(sys.executable, "-c", "print('half'); raise SystemExit(3)") == ""
+    assert machine._command(sys.executable, "-c", "print(' told ')") == "told"
