@@ -24,13 +24,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _ENCODINGS = {4: "int4", 8: "int8", 16: "bf16"}
 # What a conversion is made of. Other frameworks' weights stay on the hub.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-_UNWANTED = ["*/*", "consolidated*"]
+# Of directories, only additional_chat_templates is wanted.
+_UNWANTED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 _FINGERPRINTED = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
 )

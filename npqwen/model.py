@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +29,9 @@ from npqwen.rope import Rope
 from npqwen.team import Team
 from npqwen.tokenizer import Tokenizer
 from npqwen.weights import Weights
+
+if TYPE_CHECKING:
+    from npqwen.chat_template import ChatTemplate
 
 CHUNK = 256
 """Tokens of a prompt that go through the layers together."""
@@ -139,6 +143,24 @@ class Model:
     def generate(self, prompt: str, **options: Any) -> Completion:
         """Generate a whole text.  options: see `generation.stream`."""
         return generation.generate(self, prompt, **options)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's own; there is none in a base model, which `render` then says."""
+        from npqwen.chat_template import ChatTemplate
+
+        return ChatTemplate.from_directory(self.path)
+
+    def render(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> str:
+        """The text of a conversation as the model was trained on it: its chat template's, see `ChatTemplate.render`."""
+        return self.chat_template.render(messages, tools, thinking, add_generation_prompt, **template_options)
 
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, wanted: bool, every: bool) -> NDArray[np.float32]:
         """One forward pass of at most `chunk` tokens; rows of logits for all of them, the last or none."""

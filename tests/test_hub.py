@@ -312,20 +312,22 @@ def test_the_real_client_against_a_hub_of_our_own(
     tmp_path: Path,
 ) -> None:
     others = {"pytorch_model.bin": b"x", "onnx/model.onnx": b"x", "sub/model.safetensors": b"x"}
-    commit = fake_hub.publish("org/name", checkpoint, others)
+    template = "additional_chat_templates/rag.jinja"
+    commit = fake_hub.publish("org/name", checkpoint, others | {template: b"{{ messages }}"})
     first = command(fake_hub.url, "convert", "org/name", "--bits", "8")
     assert first.returncode == 0, first.stderr
     place = Path(first.stdout.strip())
     assert place.name == f"{commit[:12]}-int8-v1"
     assert bits_of(place) == 8
-    assert sorted(fake_hub.downloads) == ["config.json", "model.safetensors"]
+    assert sorted(fake_hub.downloads) == [template, "config.json", "model.safetensors"]
+    assert (place / template).read_bytes() == b"{{ messages }}"
     assert first.stderr.splitlines()[0].startswith("downloading org/name")
     assert "%" not in first.stderr  # no bars: it is no terminal
 
     offline = command(fake_hub.url, "convert", "org/name", str(tmp_path / "out"), HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert bits_of(tmp_path / "out") == 4
-    assert len(fake_hub.downloads) == 2
+    assert len(fake_hub.downloads) == 3
 
 
 def test_the_real_client_finds_no_repository_and_no_hub(

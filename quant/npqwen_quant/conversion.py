@@ -74,6 +74,7 @@ def convert(
     output = Output(out, force=force)
     files = shards(tensors, shard_bytes)
     copied = [path for name in COPIED if (path := source / name).is_file()]
+    copied += sorted(source.glob("additional_chat_templates/*.jinja"))
     total = sum(len(header(file)) for file in files) + sum(tensor.nbytes for tensor in tensors)
     output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
     config = checkpoint.raw_config | {
@@ -86,7 +87,7 @@ def convert(
     }
     with output:
         for path in copied:
-            with output.create(path.name) as write:
+            with output.create(str(path.relative_to(source))) as write:
                 write(read_small(path))
         _write_tensors(output, files, stored, threads or _cpus(), progress)
         with output.create("config.json") as write:  # the last: without it nobody takes this for a model

@@ -129,6 +129,7 @@ class Output:
     def create(self, name: str) -> Iterator[Callable[[memoryview | bytes], None]]:
         """A file of this name, given by the function that appends to it; synced when left."""
         with self._writing():
+            (self.partial / name).parent.mkdir(exist_ok=True)
             file = open(self.partial / name, "wb", buffering=0)  # noqa: SIM115
 
         def write(data: memoryview | bytes) -> None:

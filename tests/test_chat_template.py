@@ -1,0 +1,308 @@
+"""Rendering conversations, against what Hugging Face transformers renders (tests/data/make_chats.py)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npqwen import chat_template
+from npqwen.chat_template import ChatTemplate, in_thought
+from npqwen.errors import CheckpointError, OptionError
+
+DATA = Path(__file__).parent / "data"
+TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+CHATS = json.loads((DATA / "chats.json").read_text(encoding="utf-8"))
+TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+NAMES = ("hybrid", "thinking-2507", "instruct-2507", "coder", "features")
+SOURCES = {name: (DATA / "templates" / f"{name}.jinja").read_text(encoding="utf-8") for name in NAMES}
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def template(name: str) -> ChatTemplate:
+    return ChatTemplate({"default": SOURCES[name]}, TOKENS, Path("model"))
+
+
+TEMPLATES = {name: template(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_renders_equal_those_of_transformers_to_the_byte(name: str) -> None:
+    cases = [case for case in CHATS if case["template"] == name]
+    assert len(cases) >= 4
+    for case in cases:
+        options = dict(case["options"])
+        thinking = options.pop("enable_thinking", None)
+        options.setdefault("add_generation_prompt", False)
+        before = json.dumps(case["messages"])
+        rendered = TEMPLATES[name].render(case["messages"], case["tools"], thinking, **options)
+        assert rendered == case["rendered"], case
+        assert json.dumps(case["messages"]) == before
+
+
+def test_the_tiny_models_own_template_is_qwens() -> None:
+    tiny = ChatTemplate.from_directory(TINY)
+    assert tiny.names == ["default"]
+    assert tiny.render("Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tiny.render(HI, thinking=False) == tiny.render(HI) + "<think>\n\n</think>\n\n"
+
+
+# --- thinking ---
+
+
+def test_whether_a_template_can_be_told_to_think_is_found_by_rendering() -> None:
+    kinds = {name: TEMPLATES[name].thinking() for name in NAMES}
+    assert kinds == {
+        "hybrid": "switch",
+        "thinking-2507": "always",
+        "instruct-2507": "never",
+        "coder": "never",
+        "features": "never",
+    }
+    # A switch of the same name that does nothing is none.
+    idle = ChatTemplate({"default": "{{ 'x' if enable_thinking else 'x' }}"}, {}, Path())
+    assert idle.thinking() == "never"
+
+
+def test_toggle_on_a_model_without_one_is_refused_not_ignored() -> None:
+    with pytest.raises(OptionError, match="always thinks, its chat template has no switch"):
+        TEMPLATES["thinking-2507"].render(HI, thinking=False)
+    for name in ("instruct-2507", "coder"):
+        with pytest.raises(OptionError, match="does not think, its chat template has no switch"):
+            TEMPLATES[name].render(HI, thinking=True)
+    with pytest.raises(OptionError, match="thinking is 'off'"):
+        TEMPLATES["hybrid"].render(HI, thinking="off")  # type: ignore[arg-type]
+
+
+def test_asking_for_what_a_model_does_anyway_is_granted() -> None:
+    always, never = TEMPLATES["thinking-2507"], TEMPLATES["instruct-2507"]
+    assert always.render(HI, thinking=True) == always.render(HI)
+    assert never.render(HI, thinking=False) == never.render(HI)
+
+
+def test_the_switchs_own_name_leads_to_thinking() -> None:
+    with pytest.raises(OptionError, match="give thinking=True or thinking=False"):
+        TEMPLATES["hybrid"].render(HI, enable_thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "open"),
+    [
+        ("<|im_start|>assistant\n<think>\n", True),
+        ("<|im_start|>assistant\n<think>\nso far", True),
+        ("<|im_start|>assistant\n", False),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
+        ("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<|im_start|>assistant\n<think>a</think>b<|im_end|>\n<|im_start|>assistant\n<think>", True),
+        ("", False),
+        ("<think>", True),
+    ],
+)
+def test_a_prompt_that_opens_a_thought_is_told_by_its_end(prompt: str, open: bool) -> None:
+    assert in_thought(prompt) is open
+
+
+# --- forms of messages that a template does not read by itself ---
+
+
+def test_text_parts_are_joined_where_a_template_would_fail_on_them_or_drop_them() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    for name in ("hybrid", "thinking-2507", "instruct-2507", "coder"):
+        assert TEMPLATES[name].render(parts) == TEMPLATES[name].render("a\nb")
+    assert "user: a|b\n" in TEMPLATES["features"].render(parts)
+
+
+def test_arguments_as_a_json_string_reach_a_template_that_wants_objects() -> None:
+    def talk(arguments: Any) -> list[dict[str, Any]]:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        bare = {"name": "g", "arguments": arguments}
+        return [*HI, {"role": "assistant", "content": None, "tool_calls": [call, bare]}]
+
+    coder = TEMPLATES["coder"]
+    assert coder.render(talk('{"a": [1]}')) == coder.render(talk({"a": [1]}))
+    assert '"arguments": {"a":[1]}' in TEMPLATES["hybrid"].render(talk('{"a":[1]}'))
+    with pytest.raises(OptionError, match=r"messages\[1\] has a call of f whose arguments are no JSON object"):
+        coder.render(talk("{"))
+
+
+def test_a_call_without_content_as_openai_writes_it_renders() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    null = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    absent = [*HI, {"role": "assistant", "tool_calls": [call]}]
+    empty = [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for name in ("hybrid", "thinking-2507", "instruct-2507", "coder"):
+        render = TEMPLATES[name].render
+        assert render(null) == render(absent) == render(empty)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "no messages"),
+        ({"role": "user"}, "messages is dict; give a list"),
+        (b"Hi", "messages is bytes"),
+        (["Hi"], r"messages\[0\] is str, not an object"),
+        ([{"content": "Hi"}], r"messages\[0\] has the role None; roles are system, user, assistant, tool"),
+        ([*HI, {"role": "developer", "content": "Hi"}], r"messages\[1\] has the role 'developer'"),
+        ([{"role": "user"}], r"messages\[0\], of the role user, has no content"),
+        ([{"role": "user", "content": None}], "has no content"),
+        ([{"role": "assistant", "tool_calls": []}], "of the role assistant, has no content"),
+        ([{"role": "tool", "content": {"a": 1}}], r"content of dict; give a string \(json.dumps of data\)"),
+        ([{"role": "user", "content": 3}], "content of int"),
+        ([{"role": "user", "content": ["Hi"]}], "content part of type 'Hi'"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "type 'image_url'; Qwen3 reads text only"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content part without text"),
+        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "tool_calls, which only an assistant's"),
+        ([{"role": "user", "content": "a", "reasoning_content": "r"}], "only an assistant's"),
+        ([{"role": "assistant", "content": "a", "reasoning": 1}], "reasoning of int"),
+        ([{"role": "assistant", "tool_calls": {"name": "f"}}], "tool_calls of dict, not a list"),
+        ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "a tool call without a function's name"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], "a tool call without a function's name"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], "neither an object nor"),
+        ([{"role": "user", "content": "a", "extra": object()}], "object, which is no JSON value"),
+        ([{"role": "user", "content": "a", "extra": {1: 2}}], "a key that is no string"),
+    ],
+)
+def test_wrong_messages_are_named(messages: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as error:
+        TEMPLATES["hybrid"].render(messages)
+    assert "\n" not in str(error.value)
+
+
+def test_options_that_the_template_does_not_know_are_refused() -> None:
+    with pytest.raises(OptionError, match="unknown option 'level': the chat template has no such"):
+        TEMPLATES["hybrid"].render(HI, level="high")
+    with pytest.raises(OptionError, match=r"unknown option 'levle'.*it has level$"):
+        TEMPLATES["features"].render(HI, levle="high")
+    with pytest.raises(OptionError, match="unknown option 'eos_token'"):
+        TEMPLATES["features"].render(HI, eos_token="x")
+    with pytest.raises(OptionError, match="level is object, which is no JSON value"):
+        TEMPLATES["features"].render(HI, level=object())
+
+
+def test_a_templates_own_refusal_comes_through_in_one_line() -> None:
+    late = [*HI, {"role": "system", "content": "x"}]
+    with pytest.raises(OptionError, match=r"refuses these messages: System message must be at the beginning\.$"):
+        TEMPLATES["features"].render(late)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages.nothing.more }}",
+        "{{ [1, 2].append(3) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_of_the_sandbox_is_refused(source: str) -> None:
+    with pytest.raises(OptionError, match="the chat template refuses"):
+        ChatTemplate({"default": source}, {}, Path()).render(HI)
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{", "{% generation %}", "{% nonsense %}", "{{ x | nofilter }}"])
+def test_a_template_that_does_not_compile_is_named(source: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^model: the chat template cannot be compiled \(line 1\): "):
+        ChatTemplate({"default": source}, {}, Path("model")).render(HI)
+
+
+# --- files ---
+
+
+def write(directory: Path, config: Any = None, **files: str) -> Path:
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, text in files.items():
+        path = directory / (name.replace("__", "/") + ".jinja")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return directory
+
+
+def test_a_base_model_without_template_names_generate(tmp_path: Path) -> None:
+    for config in (None, {}, {"chat_template": None}):
+        with pytest.raises(OptionError, match=r"has no chat template, as a base model.*generate"):
+            ChatTemplate.from_directory(write(tmp_path, config)).render(HI)
+
+
+def test_a_file_of_its_own_goes_before_the_config(tmp_path: Path) -> None:
+    found = ChatTemplate.from_directory(write(tmp_path, {"chat_template": "old"}, chat_template="né東"))
+    assert found.render(HI) == "né東"
+
+
+def test_named_templates_in_a_list(tmp_path: Path) -> None:
+    listed = [
+        {"name": "default", "template": "d"},
+        {"name": "tool_use", "template": "t"},
+        {"name": "rag", "template": "r"},
+    ]
+    found = ChatTemplate.from_directory(write(tmp_path, {"chat_template": listed}))
+    assert found.names == ["default", "rag", "tool_use"]
+    assert found.render(HI) == "d"
+    assert found.render(HI, tools=[]) == "t"
+    assert found.render(HI, template="rag") == "r"
+    with pytest.raises(OptionError, match=r"no chat template 'x'; choose a template of default, rag, tool_use"):
+        found.render(HI, template="x")
+
+
+def test_named_templates_in_files(tmp_path: Path) -> None:
+    files = {"chat_template": "d", "additional_chat_templates__rag": "r", "additional_chat_templates__tool_use": "t"}
+    found = ChatTemplate.from_directory(write(tmp_path, None, **files))
+    assert [found.render(HI), found.render(HI, template="rag"), found.render(HI, tools=[])] == ["d", "r", "t"]
+
+
+def test_several_templates_without_a_default_must_be_chosen_from(tmp_path: Path) -> None:
+    files = {"additional_chat_templates__a": "A", "additional_chat_templates__b": "B"}
+    found = ChatTemplate.from_directory(write(tmp_path, None, **files))
+    with pytest.raises(OptionError, match="no chat template 'default'; choose a template of a, b"):
+        found.render(HI)
+    assert found.render(HI, template="b") == "B"
+
+
+def test_special_tokens_are_variables_however_they_are_written(tmp_path: Path) -> None:
+    config = {"bos_token": None, "eos_token": {"__type": "AddedToken", "content": "<e>"}, "pad_token": "<p>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<b>"}, "pad_token": "<q>"}))
+    source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}"
+    found = ChatTemplate.from_directory(write(tmp_path, config, chat_template=source))
+    assert found.render(HI) == "<b><e><p>False"
+
+
+def test_the_date_is_todays(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(2031, 4, 5)
+
+    monkeypatch.setattr(chat_template, "datetime", Clock)
+    assert ChatTemplate({"default": "{{ strftime_now('%d %b %Y') }}"}, {}, Path()).render(HI) == "05 Apr 2031"
+
+
+@pytest.mark.parametrize("value", [3, [{"name": "a"}], ["a"], {"default": "a"}])
+def test_a_damaged_entry_in_the_config_is_named(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(CheckpointError, match="chat_template is neither a string nor a list of named templates"):
+        ChatTemplate.from_directory(write(tmp_path, {"chat_template": value}))
+
+
+def test_a_template_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        ChatTemplate.from_directory(tmp_path)
+
+
+def test_converting_a_checkpoint_keeps_every_template(tmp_path: Path) -> None:
+    from npqwen_quant import convert
+
+    source = tmp_path / "source"
+    shutil.copytree(TINY, source)
+    write(source, None, chat_template="d", additional_chat_templates__rag="r")
+    convert(source, tmp_path / "out", bits=4)
+    found = ChatTemplate.from_directory(tmp_path / "out")
+    assert [found.render(HI), found.render(HI, template="rag")] == ["d", "r"]
