@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import make_config, write_checkpoint
+from checkpoints import make_config, shapes, write_checkpoint
 from npqwen_quant import convert
 from reference import ReferenceModel
 
@@ -133,3 +135,33 @@ def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(tokens: i
             assert experts.find_segment(segments, made, slot) == s
     assert covered == tokens * chosen
     assert end <= experts.most_slots(tokens, count, chosen)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no peak of memory to ask for")
+@pytest.mark.parametrize("shards", [1, 40])
+def test_conversion_streams_expert_by_expert(tmp_path: Path, shards: int) -> None:
+    """A layer of 200 MB of experts is converted in a fraction of its size, whatever files it comes in."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 256, "num_hidden_layers": 1}
+    config = make_config(**(MOE | sizes))
+    value = {1: np.float32(1.0), 2: np.uint16(0x3C12)}
+    write_checkpoint(
+        tmp_path / "in",
+        config,
+        {name: np.broadcast_to(value[len(shape)], shape) for name, shape in shapes(config).items()},
+        shards=shards,
+    )
+    write_checkpoint(tmp_path / "small", make_config(**MOE))
+    code = f"""
+import resource
+from pathlib import Path
+from npqwen_quant import convert
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+here = Path({str(tmp_path)!r})
+convert(here / "small", here / "out-small", 4, threads=2)
+before = peak()
+convert(here / "in", here / "out", 4, threads=2)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 25e6
