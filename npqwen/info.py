@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npqwen import machine
+from npqwen.budget import Budget
 from npqwen.buffers import Buffers
 from npqwen.config import Config
 from npqwen.errors import OptionError
@@ -45,6 +46,10 @@ class Info:
     working: int
     """What the forward pass writes to, at most."""
     available_memory: int | None
+    fitting_context: int
+    """Tokens whose cache fits the available memory beside everything else, 0 if the weights do not."""
+    possible_context: int
+    """The same if weights that do not fit are read from disk for every token."""
     processor: str
     threads: int
     kernels: str
@@ -78,6 +83,12 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     }
     matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
     threads = machine.default_threads()
+    budget = Budget(
+        weights=sum(parts.values()),
+        working=Buffers(config, weights, threads, CHUNK if config.mixture is None else SPARSE_CHUNK).nbytes,
+        page=KVCache(config, 1, cache_dtype(weights.bits)).page_bytes,
+        available=machine.available_memory(),
+    )
     return Info(
         path=str(directory),
         config=config,
@@ -85,11 +96,13 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         parameters=parameters(config),
         bits_per_weight=8 * matrices / weights_in_matrices(config),
         parts={part: size for part, size in parts.items() if size},
-        weights=sum(parts.values()),
+        weights=budget.weights,
         context=context,
-        cache=KVCache(config, context, cache_dtype(weights.bits)).bytes_for(context),
-        working=Buffers(config, weights, threads, CHUNK if config.mixture is None else SPARSE_CHUNK).nbytes,
-        available_memory=machine.available_memory(),
+        cache=budget.cache(context),
+        working=budget.working,
+        available_memory=budget.available,
+        fitting_context=budget.fitting(context),
+        possible_context=budget.possible(context),
         processor=machine.processor(),
         threads=threads,
         kernels=ISA.name,
@@ -146,6 +159,19 @@ def _parameters(info: Info) -> str:
     return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
 
 
+def _fits(info: Info) -> str:
+    if info.fitting_context >= info.context:
+        return "enough"
+    if info.fitting_context:
+        return f"enough for {info.fitting_context} tokens of context"
+    if info.possible_context:
+        return (
+            f"less than the weights and a cache: with up to {info.possible_context} tokens of context it runs, but "
+            "reads weights from disk for every token"
+        )
+    return "too little to run it"
+
+
 def describe(info: Info) -> str:
     """The same for people, a line a fact."""
     c = info.config
@@ -171,7 +197,7 @@ def describe(info: Info) -> str:
         ("needed", size(info.needed)),
     ]
     if info.available_memory is not None:
-        lines.append(("available", size(info.available_memory)))
+        lines.append(("available", f"{size(info.available_memory)}, {_fits(info)}"))
     offers = ", ".join(info.kernels_available)
     lines += [("processor", info.processor), ("kernels", f"{info.kernels} (this processor offers {offers})")]
     return "\n".join(f"{name:16}{value}" for name, value in lines)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Any, NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
-from npqwen.kernels.attention import PAGE, page_items
-from npqwen.machine import available_memory
+from npqwen.kernels.attention import PAGE, TILE, page_items
+from npqwen.machine import HEADROOM, available_memory
 
 _ALIGN = 64
+
+
+class _Pages(NamedTuple):
+    """What a cache holds at one moment; replaced whole, never changed."""
+
+    arrays: list[NDArray[np.uint8]]
+    addresses: NDArray[np.int64]
+    shared: frozenset[int]
+    """Pages that another cache may hold too: not to be written."""
 
 
 class KVCache:
     """The cache of one sequence, PAGE positions a page (kernels/attention.py has the layout).
 
     A page is allocated zeroed, and the operating system lends memory only for what is written.  Growing never
-    copies.  Not safe for two threads at once: give each sequence its own.
+    copies.  Not safe for two threads at once: give each sequence its own, such as a `fork`.
     """
 
     def __init__(self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32]) -> None:
@@ -25,15 +37,20 @@ class KVCache:
         """Tokens whose keys and values are in."""
         self.limit = limit
         """Tokens it may hold."""
+        self.config = config
         items = page_items(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         self.like = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
         """An array of the pages' dtype, for kernels; they see float16 as its bits."""
         self.page_bytes = items * self.like.itemsize
-        self.addresses: NDArray[np.int64] = np.zeros(-(-limit // PAGE), np.int64)
-        self._pages: list[NDArray[np.uint8]] = []
+        self._held = _Pages([], np.zeros(-(-limit // PAGE), np.int64), frozenset())
+
+    @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Where each page is, for kernels."""
+        return self._held.addresses
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more.
+        """Make room for `tokens` more, in pages that no fork shares.
 
         Raises ContextLengthError if the limit forbids it, OutOfMemoryError if the machine has no memory for it.
         """
@@ -43,19 +60,62 @@ class KVCache:
                 f"{self.length} tokens in the cache and {tokens} more are over the limit of {self.limit}; "
                 "shorten the prompt, or raise the context if the model allows more"
             )
-        if len(self._pages) * PAGE < need:
-            self._check_memory(need)
-        while len(self._pages) * PAGE < need:
-            page = np.zeros(self.page_bytes + _ALIGN, np.uint8)
-            start = -page.ctypes.data % _ALIGN
-            self.addresses[len(self._pages)] = page.ctypes.data + start
-            self._pages.append(page)
+        held, end = self._held, -(-need // PAGE)
+        written = [i for i in range(self.length // PAGE, end) if i in held.shared or i >= len(held.arrays)]
+        if not written:
+            return
+        self._check_memory(len(written), need)
+        arrays, addresses = held.arrays.copy(), held.addresses.copy()
+        for i in written:
+            page = self._new_page()
+            addresses[i] = page.ctypes.data
+            if i == len(arrays):
+                arrays.append(page)
+            else:
+                self._copy_page(arrays[i], page, self.length - i * PAGE)
+                arrays[i] = page
+        # One assignment, so that an interrupt never leaves the address of a page that is gone.
+        self._held = _Pages(arrays, addresses, held.shared.difference(written))
 
-    def _check_memory(self, need: int) -> None:
+    def fork(self, length: int | None = None) -> KVCache:
+        """A cache of its own with the first `length` tokens (default: all), as cheap as one page.
+
+        Full pages are shared until one of the two is cut back into them and goes on; then it takes a copy.
+        Raises OptionError if there are fewer tokens, OutOfMemoryError if there is no memory for a page.
+        """
+        length = self.length if length is None else length
+        if not 0 <= length <= self.length:
+            raise OptionError(f"cannot fork the first {length} tokens of a cache of {self.length}")
+        fork = copy(self)
+        fork.length = length
+        held, full = self._held, length // PAGE
+        arrays, addresses = held.arrays[:full], np.zeros_like(held.addresses)
+        addresses[:full] = held.addresses[:full]
+        if length % PAGE:
+            self._check_memory(1, length)
+            page = self._new_page()
+            self._copy_page(held.arrays[full], page, length % PAGE)
+            arrays.append(page)
+            addresses[full] = page.ctypes.data
+        fork._held = _Pages(arrays, addresses, frozenset(range(full)))
+        self._held = held._replace(shared=held.shared | fork._held.shared)
+        return fork
+
+    def _new_page(self) -> NDArray[np.uint8]:
+        raw = np.zeros(self.page_bytes + _ALIGN, np.uint8)
+        start = -raw.ctypes.data % _ALIGN
+        return raw[start : start + self.page_bytes]
+
+    def _copy_page(self, source: NDArray[np.uint8], target: NDArray[np.uint8], positions: int) -> None:
+        """Copy the first positions of a page, in whole tiles."""
+        tiles = -(-max(0, positions) // TILE)
+        self.tiles(target)[:, :, :, :tiles] = self.tiles(source)[:, :, :, :tiles]
+
+    def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
-        wanted = self.bytes_for(need) - self.nbytes
+        wanted = pages * self.page_bytes
         if available is not None and wanted > available:
-            fits = (available // self.page_bytes + len(self._pages)) * PAGE
+            fits = (available // self.page_bytes + len(self._held.arrays)) * PAGE
             raise OutOfMemoryError(
                 f"a cache of {need} tokens takes {wanted / 1e9:.1f} GB more, {available / 1e9:.1f} GB of memory are "
                 f"left, enough for {fits} tokens; shorten the prompt, or close other programs"
@@ -73,5 +133,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages there are."""
-        return len(self._pages) * self.page_bytes
+        """Bytes of the pages there are, shared ones too."""
+        return len(self._held.arrays) * self.page_bytes

@@ -15,6 +15,8 @@ from npqwen import cgroup
 from npqwen.cgroup import read
 
 _CPUS = Path("/sys/devices/system/cpu")
+HEADROOM = 64 << 20
+"""Bytes of memory that are left for Python, the sampler and the system when caches are given the rest."""
 
 
 def default_threads() -> int:

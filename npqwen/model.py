@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from npqwen import generation
+from npqwen.budget import Budget
 from npqwen.buffers import Buffers
 from npqwen.compiled import compile_kernel
 from npqwen.config import Config
@@ -88,6 +89,8 @@ class Model:
         weakref.finalize(self, self._team.close).atexit = False
         self.chunk = CHUNK if self.config.mixture is None else SPARSE_CHUNK
         self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk)
+        page = self.new_cache(1).page_bytes
+        Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
         sample = self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)
         compile_kernel(forward, (self._team.state, 0, *sample), on_compile)
@@ -235,7 +238,8 @@ def load(
 
     threads: default, this machine's performance cores.  context: the most tokens a sequence may have, default the
     model's own.  on_compile(done, total): called while kernels are compiled, on the first use on a machine.
-    Raises CheckpointError or FormatError for a directory that is none, OptionError for impossible options.
+    Raises CheckpointError or FormatError for a directory that is none, OptionError for impossible options,
+    OutOfMemoryError if memory cannot hold the cache of a context that is given, beside the buffers.
     """
     return Model(Path(path), threads=threads, context=context, on_compile=on_compile)
 

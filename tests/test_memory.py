@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import npqwen.model
 from npqwen import OutOfMemoryError, cli, kv_cache, machine
+from npqwen.budget import Budget
+from npqwen.info import inspect
 from npqwen.kernels.attention import PAGE
+from npqwen.machine import HEADROOM
 from npqwen.model import load
 
 
@@ -18,7 +23,7 @@ def test_a_cache_that_memory_cannot_hold_is_refused_before_computing(
 ) -> None:
     with load(tiny(4)) as model:
         cache = model.new_cache()
-        monkeypatch.setattr(kv_cache, "available_memory", lambda: 2 * cache.page_bytes + 5)
+        monkeypatch.setattr(kv_cache, "available_memory", lambda: 2 * cache.page_bytes + HEADROOM + 5)
         with pytest.raises(OutOfMemoryError, match=f"enough for {2 * PAGE} tokens"):
             model.prefill(np.zeros(2 * PAGE + 1, np.int64), cache)
         assert (cache.length, cache.nbytes) == (0, 0)
@@ -30,6 +35,21 @@ def test_a_cache_that_memory_cannot_hold_is_refused_before_computing(
         model.forward([1], cache)  # What is there already costs nothing.
 
 
+def test_memory_that_the_system_does_not_give(tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `ulimit -v` the allocation fails, whatever the system says is available."""
+    with load(tiny(4)) as model:
+        cache = model.new_cache()
+        model.prefill(np.zeros(PAGE, np.int64), cache)
+
+        def refuse(*args: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(kv_cache.np, "zeros", refuse)
+        with pytest.raises(OutOfMemoryError, match=f"enough for {PAGE} tokens"):
+            cache.reserve(1)
+        assert cache.length == PAGE
+
+
 def test_weights_larger_than_memory_are_told(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +58,66 @@ def test_weights_larger_than_memory_are_told(
         cli.main(["generate", str(tiny(4)), "A", "--max-tokens", "1"])
     assert stopped.value.code == 0
     assert "1.0 MB of memory are available" in capsys.readouterr().err
+
+
+def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
+    tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is computed or compiled first.  Without a context that was asked for, only what is used counts."""
+    with load(tiny(4)) as model:
+        page, working = model.new_cache().page_bytes, model._buffers.nbytes
+    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + 3 * page + HEADROOM)
+    with monkeypatch.context() as patch:
+        patch.setattr(npqwen.model, "compile_kernel", None)
+        with pytest.raises(OutOfMemoryError, match=rf"context of {3 * PAGE + 1} tokens .* enough for {3 * PAGE} tok"):
+            load(tiny(4), context=3 * PAGE + 1)
+    load(tiny(4), context=3 * PAGE).close()
+    load(tiny(4)).close()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", str(tiny(4)), "A", "--context", "2048"])
+    assert stopped.value.code == 2
+    assert f"enough for {3 * PAGE} tokens; give a smaller context" in capsys.readouterr().err
+    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + HEADROOM)
+    with pytest.raises(OutOfMemoryError, match="beside its weights"):
+        load(tiny(4))
+
+
+@pytest.mark.parametrize(
+    ("available", "fitting", "possible"),
+    [
+        (None, 2048, 2048),
+        (10_000, 2048, 2048),
+        (1000 + 50 + 2 * 70, 512, 2048),
+        (1050, 0, 2048),
+        (50 + 71, 0, 256),
+        (0, 0, 0),
+    ],
+)
+def test_the_context_that_fits(available: int | None, fitting: int, possible: int) -> None:
+    budget = Budget(1000, 50, 70, None if available is None else available + HEADROOM)
+    assert (budget.fitting(2048), budget.possible(2048)) == (fitting, possible)
+    assert budget.needed(257) == 1000 + 50 + 2 * 70
+
+
+def test_info_tells_what_fits(
+    tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = inspect(tiny(4))
+    page = whole.cache // 8
+    beside = whole.working + HEADROOM
+
+    def available(count: int) -> str:
+        monkeypatch.setattr(machine, "available_memory", lambda: count)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["info", str(tiny(4))])
+        assert stopped.value.code == 0
+        (line,) = re.findall(r"^available +.*? [kM]B, (.*)$", capsys.readouterr().out, re.M)
+        return line
+
+    assert available(whole.needed + HEADROOM) == "enough"
+    assert available(whole.needed + HEADROOM - 1) == "enough for 1792 tokens of context"
+    assert available(whole.weights + beside + page - 1).startswith("less than the weights and a cache: with up to ")
+    assert available(beside) == "too little to run it"
 
 
 def test_available_memory_is_told_in_bytes() -> None:
