@@ -40,7 +40,7 @@ def read_bandwidth(threads: int, size: int = 1 << 28, repeat: int = 7) -> float:
     data, sums = np.ones(size // 8, np.int64), np.zeros(threads, np.int64)
     team = Team(threads)
     try:
-        compile_kernel(read, (team.state, 0, data, sums), None)
+        compile_kernel(read, (team.state, 0, data, sums))
         times = []
         for _ in range(repeat):
             start = time.perf_counter()

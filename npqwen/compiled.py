@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,20 +111,30 @@ class _Counter(event.Listener):
         pass
 
 
-def compile_kernel(function: Any, args: tuple[Any, ...], on_compile: Callable[[int, int], None] | None) -> None:
-    """Load `function` for arguments of these types from disk, or compile it and put it there.
-
-    on_compile(done, total) is called only if there is something to compile.
-    """
-    signature = tuple(numba.typeof(arg) for arg in args)
-    if signature in function.overloads:
-        return
-    function._cache = KernelCache(function.py_func)
+@contextmanager
+def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
+    """on_compile(done, total) is called as functions are compiled in here, if there are any to compile."""
     if on_compile is None:
-        function.compile(signature)
+        yield
         return
     counter = _Counter(on_compile)
     with event.install_listener("numba:compile", counter):
-        function.compile(signature)
-    if counter.count > 1:
+        yield
+    if counter.count:
         on_compile(FUNCTIONS, FUNCTIONS)
+
+
+def compile_kernel(function: Any, args: tuple[Any, ...]) -> None:
+    """Load `function` for arguments of these types from disk, or compile it and put it there."""
+    signature = tuple(numba.typeof(arg) for arg in args)
+    if signature not in function.overloads:
+        function._cache = KernelCache(function.py_func)
+        function.compile(signature)
+
+
+def address_of(kernel: Any) -> int:
+    """Where an entry's machine code is (see npqwen/kernels/entry.py), loaded from disk or compiled and put there."""
+    if kernel.address is None:
+        kernel._cache = KernelCache(kernel.__wrapped__)
+        kernel.compile()
+    return int(kernel.address)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.kernels.attention import attention, store_key, store_value
+from npqwen.kernels.attention import MOST_ROWS, attention, store_key, store_value
 from npqwen.kernels.experts import (
     EXPERT,
     arrange,
@@ -19,7 +19,7 @@ from npqwen.kernels.experts import (
 )
 from npqwen.kernels.matmul import MATRIX, matmul, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
-from npqwen.kernels.packing import pack, tile_width
+from npqwen.kernels.packing import WIDEST, pack, tile_width
 from npqwen.paging import ask_for
 from npqwen.simd.scalar import memory
 from npqwen.team import barrier, take
@@ -56,10 +56,13 @@ MODEL = np.dtype(
         ("rms_norm_eps", np.float32),
         ("norm_topk_prob", np.bool_),
         ("short_of_memory", np.bool_),
+        ("matmul_kernels", np.int64, (3, WIDEST + 1)),
+        ("attention_kernels", np.int64, (MOST_ROWS + 1,)),
     ]
 )
 """What is outside the layers, and the dimensions the kernels need, under the names of config.json.
 
+matmul_kernels, attention_kernels: addresses of machine code, see the functions of these names.
 short_of_memory: the weights are more than memory holds, so that experts are asked for as soon as they are chosen.
 """
 
@@ -88,18 +91,18 @@ def forward(
 
         norm_and_pack(team, hidden, 0, tokens, layer.input_layernorm, model, layer.qkv_proj.bits, scratch, packed)
         barrier(team)
-        matmul(team, layer.qkv_proj, packed, tokens, width, qkv, 0)
+        matmul(team, model.matmul_kernels, layer.qkv_proj, packed, tokens, width, qkv, 0)
         barrier(team)
         rotate_and_store(team, model, layer, i, qkv, tokens, start, cos, sin, pages, like)
         barrier(team)
         attention(
-            team, qkv, tokens, pages, like, i, model.num_attention_heads, model.num_key_value_heads, model.head_dim,
-            start, parts, scratch, attended,
+            team, model.attention_kernels, qkv, tokens, pages, like, i, model.num_attention_heads,
+            model.num_key_value_heads, model.head_dim, start, parts, scratch, attended,
         )  # fmt: skip
         barrier(team)
         pack_all(team, attended, tokens, layer.o_proj.bits, packed)
         barrier(team)
-        matmul(team, layer.o_proj, packed, tokens, width, hidden, 1)
+        matmul(team, model.matmul_kernels, layer.o_proj, packed, tokens, width, hidden, 1)
         barrier(team)
 
         if mixture is None:  # noqa: SIM114  Numba then leaves out the other branches.
@@ -112,7 +115,7 @@ def forward(
     first = tokens - wanted
     norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.bits, scratch, packed)
     barrier(team)
-    matmul(team, model.lm_head, packed, wanted, tile_width(wanted), logits, 0)
+    matmul(team, model.matmul_kernels, model.lm_head, packed, wanted, tile_width(wanted), logits, 0)
     barrier(team)
 
 
@@ -125,11 +128,11 @@ def feed_forward(
     weight = layer.post_attention_layernorm
     norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, layer.gate_up_proj, packed, tokens, width, gate_up, 0)
+    matmul(team, model.matmul_kernels, layer.gate_up_proj, packed, tokens, width, gate_up, 0)
     barrier(team)
     silu_and_pack(team, gate_up, tokens, layer.down_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, layer.down_proj, packed, tokens, width, hidden, 1)
+    matmul(team, model.matmul_kernels, layer.down_proj, packed, tokens, width, hidden, 1)
     barrier(team)
 
 
@@ -143,6 +146,7 @@ def sparse_feed_forward(
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(tokens)
     bits = layer.gate_up_proj.bits
+    kernels = model.matmul_kernels
     while True:
         t = take(team, 1)
         if t >= tokens:
@@ -150,7 +154,7 @@ def sparse_feed_forward(
         rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.bits, packed)
     barrier(team)
-    matmul(team, layer.router, packed, tokens, width, scores, 0)
+    matmul(team, model.matmul_kernels, layer.router, packed, tokens, width, scores, 0)
     barrier(team)
     while True:
         t = take(team, 1)
@@ -166,11 +170,15 @@ def sparse_feed_forward(
     barrier(team)
     pack_choices(team, normed, slots[:tokens], segments, made[0], bits, packed)
     barrier(team)
-    experts_matmul(team, layer.gate_up_proj, layer.expert_bytes, segments, made[0], packed, tokens == 1, gate_up)
+    experts_matmul(
+        team, kernels, layer.gate_up_proj, layer.expert_bytes, segments, made[0], packed, tokens == 1, gate_up
+    )
     barrier(team)
     silu_and_pack_slots(team, gate_up, segments, made[0], layer.down_proj.bits, scratch, packed)
     barrier(team)
-    experts_matmul(team, layer.down_proj, layer.expert_bytes, segments, made[0], packed, False, results)
+    experts_matmul(
+        team, kernels, layer.down_proj, layer.expert_bytes, segments, made[0], packed, False, results
+    )
     barrier(team)
     combine(team, results[:, :cols], slots[:tokens], weights, hidden)
     barrier(team)

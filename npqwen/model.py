@@ -18,11 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen import generation
 from npqwen.budget import Budget
 from npqwen.buffers import Buffers
-from npqwen.compiled import compile_kernel
+from npqwen.compiled import compile_kernel, reporting
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, NpqwenError, OptionError
 from npqwen.forward import forward
 from npqwen.generation import Completion, GenerationConfig, Stream
+from npqwen.kernels.attention import attention_kernels
+from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kv_cache import KVCache
 from npqwen.machine import available_memory, default_threads
 from npqwen.paging import can_ask
@@ -92,8 +94,15 @@ class Model:
         page = self.new_cache(1).page_bytes
         Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
-        sample = self._arguments(np.zeros(1, np.int64), self.new_cache(1), 1)
-        compile_kernel(forward, (self._team.state, 0, *sample), on_compile)
+        with reporting(on_compile):
+            self._compile()
+
+    def _compile(self) -> None:
+        cache = self.new_cache(1)
+        model = self.weights.model[0]
+        model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
+        model["attention_kernels"] = attention_kernels(cache.like.dtype)
+        compile_kernel(forward, (self._team.state, 0, *self._arguments(np.zeros(1, np.int64), cache, 1)))
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""

@@ -67,6 +67,8 @@ class Weights:
     def __init__(self, directory: Path, config: Config) -> None:
         """Raises FormatError, naming the file and the tensor, unless all is there in the right shape."""
         self.bits: int = format_of(directory)["bits"]
+        self.encodings: set[int] = set()
+        """Bits of all the matrices' encodings."""
         self.tensors: dict[str, Tensor] = {}
         for path in _files(directory):
             for name, tensor in _mapped(path):
@@ -142,6 +144,7 @@ class Weights:
         if tensor.dtype != "U8" or tensor.shape[:2] != expected or tensor.shape[2:] not in [(b,) for b in _BITS]:
             raise FormatError(_mismatch(tensor, name, [*expected]))
         unit, place = tensor.shape[2], tensor.data.ctypes.data
+        self.encodings.add(_BITS[unit])
         layer["gate_up_proj"] = place, _BITS[unit], *shapes[0]
         layer["down_proj"] = place + units[0] * unit, _BITS[unit], *shapes[1]
         layer["expert_bytes"] = sum(units) * unit
@@ -151,7 +154,9 @@ class Weights:
         units = pad(rows, ROWS) // ROWS, pad(cols, UNIT_COLS) // UNIT_COLS
         if tensor.dtype != "U8" or tensor.shape[:2] != units or tensor.shape[2:] not in [(b,) for b in _BITS]:
             raise FormatError(_mismatch(tensor, name, [*units]))
-        return tensor.data.ctypes.data, _BITS[tensor.shape[2]], units[0] * ROWS, units[1] * UNIT_COLS
+        bits = _BITS[tensor.shape[2]]
+        self.encodings.add(bits)
+        return tensor.data.ctypes.data, bits, units[0] * ROWS, units[1] * UNIT_COLS
 
 
 def _mismatch(tensor: Tensor, name: str, units: list[int]) -> str:

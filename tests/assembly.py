@@ -42,11 +42,11 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
             data = types.Array(types.uint8, 1, "C")
             sig, prefetch = tile.prefetch._defn(None, data, types.int64, types.literal(UNIT_BYTES[bits]))
             prefetch(_CONTEXT, b, sig, [w, at, None])
-        sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), None, None, None, None, None])
+        sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
         for block in range(2):
             values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))
             step = tile._quantized(quads, dot)
-            tile_value = step(_CONTEXT, b, sig, [tile_value, None, w, values, scales, x, x_at])
+            tile_value = step(_CONTEXT, b, sig, [tile_value, None, None, w, values, scales, x, x_at])
             x_at = b.add(x_at, I64(40 * tokens))
         return tile_value
 

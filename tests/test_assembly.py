@@ -20,10 +20,10 @@ from assembly import (
     spills,
 )
 from llvmlite import ir
-from numba import types
 
 from npqwen import team
-from npqwen.kernels.matmul import UNIT_BYTES, _int4_rows, _int8_rows
+from npqwen.compiled import address_of
+from npqwen.kernels.matmul import KERNELS, UNIT_BYTES
 from npqwen.simd.arm import Neon
 from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.isa import ISA, has_dot_product
@@ -93,11 +93,9 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
 @pytest.mark.parametrize("bits", [4, 8])
 def test_this_machine(bits: int) -> None:
     """Numba's own compilation, of the kernel as a whole, for this very processor."""
-    kernel = {4: _int4_rows, 8: _int8_rows}[bits](1)
-    data, out = types.Array(types.uint8, 1, "C"), types.Array(types.float32, 2, "C")
-    i64 = types.int64
-    kernel.compile((data, i64, i64, i64, data, i64, out, types.boolean))
-    (text,) = kernel.inspect_asm().values()
+    kernel = KERNELS[bits][1]
+    address_of(kernel)
+    text = kernel._library.get_asm_str()
     loop = innermost_loop(text, DOT[ISA.name])
     assert len([line for line in loop if DOT[ISA.name] in line]) == 2 * 8 * ISA.tiles[1]
     assert not spills(loop)

@@ -23,12 +23,13 @@ SMALL = """
 import sys
 import numpy as np
 from npqwen.bandwidth import read
-from npqwen.compiled import compile_kernel, kernel_directory
+from npqwen.compiled import compile_kernel, kernel_directory, reporting
 from npqwen.team import Team
 calls = []
 team = Team(1)
 data, sums = np.ones(100_000, np.int64), np.zeros(1, np.int64)
-compile_kernel(read, (team.state, 0, data, sums), lambda done, total: calls.append((done, total)))
+with reporting(lambda done, total: calls.append((done, total))):
+    compile_kernel(read, (team.state, 0, data, sums))
 team.run(read, data, sums)
 assert sums.tolist() == [100_000], sums
 print(kernel_directory())

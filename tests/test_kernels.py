@@ -21,13 +21,14 @@ from npqwen.kernels.attention import (
     MOST_ROWS,
     PAGE,
     attention,
+    attention_kernels,
     page_items,
     scratch_floats,
     splits,
     store_key,
     store_value,
 )
-from npqwen.kernels.matmul import MATRIX, matmul, read_row
+from npqwen.kernels.matmul import MATRIX, matmul, matmul_kernels, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, packed_bytes, tile_width
 from npqwen.simd import scalar
@@ -39,13 +40,13 @@ TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)
 
 def run(kernel: Any, *args: Any) -> Any:
     """Call a kernel, kept compiled like those of the package."""
-    compile_kernel(kernel, args, None)
+    compile_kernel(kernel, args)
     return kernel(*args)
 
 
 def together(members: int, kernel: Any, args: Callable[[int], tuple[Any, ...]]) -> None:
     """kernel(state, *args(member)) in so many threads at once."""
-    compile_kernel(kernel, (np.zeros(80, np.int64), *args(0)), None)
+    compile_kernel(kernel, (np.zeros(80, np.int64), *args(0)))
     team = Team(members)
     try:
         team.run(lambda state, member: kernel(state, *args(member)))
@@ -111,9 +112,9 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, mor
     out = before.copy()
     weights = readonly(units)
     record = matrix(weights)
-    together(
-        members, matmul, lambda _: (record, packed(x, int(record["bits"]), width), tokens, width, out, plus)
-    )
+    bits = int(record["bits"])
+    kernels = matmul_kernels([bits])
+    together(members, matmul, lambda _: (kernels, record, packed(x, bits, width), tokens, width, out, plus))
     expected = product(units, x) + (before[:tokens, :rows] if plus else 0)
     # The sum of the magnitudes bounds what rounding can do to a sum.
     error = np.abs(out[:tokens, :rows] - expected) / (
@@ -378,11 +379,12 @@ def check_attention(
     out = np.full((tokens + 1, heads * dim), 7, np.float32)
     parts = np.full(8 * members * MOST_ROWS * (dim + 2), 9, np.float32)
     scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
+    kernels = attention_kernels(cache.like.dtype)
     together(
         members,
         attention,
         lambda member: (
-            *(q, tokens, cache.addresses, cache.like, layer, heads, kv_heads, dim, start),
+            *(kernels, q, tokens, cache.addresses, cache.like, layer, heads, kv_heads, dim, start),
             *(parts, scratches[member], out),
         ),
     )

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
+from numpy.typing import NDArray
 
-from npqwen.kernels.matmul import STREAMED, of_any_width
-from npqwen.kernels.variant import variant
+from npqwen.compiled import address_of
+from npqwen.kernels.entry import entry, run_at
+from npqwen.kernels.matmul import STREAMED
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
 from npqwen.simd.tile import LANES, LINE, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
@@ -84,24 +86,28 @@ def scratch_floats(head_dim: int) -> int:
     return MOST_ROWS * (2 * head_dim + BLOCK + 2)
 
 
-def _attend(tokens: int) -> Any:
-    """The kernel for tiles of `tokens` rows of queries."""
+def _attend(tokens: int, dtype: Any) -> Any:
+    """The kernel for tiles of `tokens` rows of queries, and a cache of this dtype."""
     # Scores: a vector holds positions.  Sums: it holds coordinates, `wide` of them where there are so many.
     score_rows = max(1, min(TILE // LANES, ISA.accumulators // tokens))
     together = min(2, chains(tokens * score_rows))
     sum_rows = max(1, ISA.accumulators // tokens)
     wide, narrow = sum_rows * LANES, TILE // LANES
 
-    @variant(tokens, error_model="numpy", fastmath=FAST)
+    size = np.dtype(dtype).itemsize
+
+    @entry(tokens, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
     def attend(
-        queries: Any, pages: Any, like: Any, keys_of: int, values_of: int, low: int, high: int, start: int,
-        first_row: int, group: int, scratch: Any,
+        queries_at: int, dim: int, pages_at: int, keys_of: int, values_of: int, low: int, high: int, start: int,
+        first_row: int, group: int, scratch_at: int,
     ) -> None:  # fmt: skip
         """Attention of `tokens` rows over positions low to high: sums, top and total are left in scratch.
 
         queries: (head_dim, tokens).
         """
-        dim = queries.size // tokens
+        queries = memory(queries_at, dim * tokens, np.float32)
+        pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
+        scratch = memory(scratch_at, tokens * (BLOCK + dim + 2), np.float32)
         scores = scratch[: tokens * BLOCK]
         sums = scratch[tokens * BLOCK : tokens * (BLOCK + dim)]
         top = scratch[tokens * (BLOCK + dim) : tokens * (BLOCK + dim + 1)]
@@ -111,7 +117,8 @@ def _attend(tokens: int) -> Any:
         total[:] = np.float32(0.0)
         for block in range(low, high, BLOCK):
             count = (min(BLOCK, high - block) + TILE - 1) // TILE * TILE
-            keys = _head(pages, like, block, keys_of, dim)
+            page = pages[block // PAGE]
+            keys = memory(page + size * PAGE * dim * keys_of, PAGE * dim, dtype)
             at = block % PAGE * dim
             # Several groups of keys at a time, not several sums a score: decoding adds in the order of prefill.
             for place in range(0, count, together * TILE):
@@ -137,7 +144,7 @@ def _attend(tokens: int) -> Any:
                         sums[i] *= shrink
                     top[t] = peak
                 total[t] += weight
-            values = _head(pages, like, block, values_of, dim)
+            values = memory(page + size * PAGE * dim * values_of, PAGE * dim, dtype)
             column = 0
             while column + wide <= dim:
                 outs = zeros(tokens, sum_rows, 1)
@@ -161,7 +168,18 @@ def _attend(tokens: int) -> Any:
     return attend
 
 
-_attend_rows = of_any_width(_attend, ISA.rows)
+KERNELS = {
+    dtype: {rows: _attend(rows, dtype) for rows in _ROWS} for dtype in (np.dtype(np.uint16), np.dtype(np.float32))
+}
+"""The kernel for each dtype of the cache (as `like` has it) and number of rows a tile."""
+
+
+def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
+    """Where the machine code for a dtype of the cache is: (MOST_ROWS + 1,), [rows a tile]; the rest is 0."""
+    addresses = np.zeros(MOST_ROWS + 1, np.int64)
+    for rows, kernel in KERNELS[dtype].items():
+        addresses[rows] = address_of(kernel)
+    return addresses
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -202,13 +220,14 @@ def splits(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
 
 @njit(nogil=True)
 def attention(
-    team: Any, q: Any, tokens: int, pages: Any, like: Any, layer: int, heads: int, kv_heads: int, dim: int, start: int,
-    parts: Any, scratch: Any, out: Any,
+    team: Any, kernels: Any, q: Any, tokens: int, pages: Any, like: Any, layer: int, heads: int, kv_heads: int,
+    dim: int, start: int, parts: Any, scratch: Any, out: Any,
 ) -> None:  # fmt: skip
     """out[t, head] = softmax(q[t, head] @ keys.T) @ values over positions 0 to start + t.
 
-    q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim).  out: float32 (tokens, heads * dim).
-    scratch: this thread's float32 (scratch_floats(dim),).  parts: float32 shared by the team, for what a split leaves.
+    kernels: see `attention_kernels`.  q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim).  out:
+    float32 (tokens, heads * dim).  scratch: this thread's float32 (scratch_floats(dim),).  parts: float32 shared by the
+    team, for what a split leaves.
     """
     group = heads // kv_heads
     rows = tokens * group
@@ -232,9 +251,13 @@ def attention(
         _gather(q, head, group, rows, first_row, width, dim, queries)
         keys_of = 2 * layer * kv_heads + head
         low, high = cut * span, min((cut + 1) * span, last_seen)
-        _attend_rows(
-            width, queries, pages, like, keys_of, keys_of + kv_heads, low, high, start, first_row, group, rest
-        )
+        run_at(
+            kernels[width],
+            (
+                queries.ctypes.data, dim, pages.ctypes.data, keys_of, keys_of + kv_heads, low, high, start, first_row,
+                group, rest.ctypes.data,
+            ),
+        )  # fmt: skip
         left = rest[width * BLOCK : width * BLOCK + size]
         if cuts == 1:
             _finish(left, width, dim, rows, first_row, group, head, out)

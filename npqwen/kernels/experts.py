@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.kernels.matmul import CHUNK_BYTES, UNIT_COLS, matmul_rows, unit_bytes
+from npqwen.kernels.entry import run_at
+from npqwen.kernels.matmul import CHUNK_BYTES, UNIT_COLS, unit_bytes
 from npqwen.kernels.norm import silu_times
 from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, tile_width
-from npqwen.simd.scalar import FAST, exp, memory
+from npqwen.simd.scalar import FAST, exp
 from npqwen.simd.tile import ROWS
 from npqwen.team import MEMBERS, acquire, take
 
@@ -150,12 +151,12 @@ def silu_and_pack_slots(
 
 @njit(nogil=True)
 def experts_matmul(
-    team: Any, matrix: Any, stride: int, segments: Any, made: int, x: Any, together: bool, out: Any
+    team: Any, kernels: Any, matrix: Any, stride: int, segments: Any, made: int, x: Any, together: bool, out: Any
 ) -> None:
     """out[slot] = weight of the slot's expert @ x[slot], for all segments.
 
-    matrix: a MATRIX, the first expert's; the others' follow every `stride` bytes.  x: packed, each segment where its
-    first slot is, or one token for all if `together`.  out: float32 (slots, >= rows).
+    kernels: see `matmul_kernels`.  matrix: a MATRIX, the first expert's; the others' follow every `stride` bytes.
+    x: packed, each segment where its first slot is, or one token for all if `together`.  out: float32 (slots, >= rows).
     """
     units = matrix.cols // UNIT_COLS
     unit = unit_bytes(matrix.bits)
@@ -170,11 +171,15 @@ def experts_matmul(
             return
         expert, slot, count, width = segments[task // pieces]
         first = task % pieces * chunk
-        w = memory(matrix.address + expert * stride, groups * units * unit, np.uint8)
+        last = min(first + chunk, groups)
         tiles = (count + width - 1) // width
-        matmul_rows(
-            matrix.bits, width, w, units, first, min(first + chunk, groups), x[slot * size :], tiles, out[slot:], 0
-        )
+        run_at(
+            kernels[matrix.bits // 8, width],
+            (
+                matrix.address + expert * stride, units, first, last, x.ctypes.data + slot * size, tiles,
+                out.ctypes.data + slot * out.itemsize * out.shape[1], out.shape[1], 0,
+            ),
+        )  # fmt: skip
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

@@ -7,13 +7,16 @@ each weight is unpacked once a tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-from npqwen.kernels.packing import BLOCK_BYTES, WIDTHS
-from npqwen.kernels.variant import variant
+from npqwen.compiled import address_of
+from npqwen.kernels.entry import entry, run_at
+from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import bits_float, memory, unhalf
 from npqwen.simd.tile import (
@@ -23,8 +26,7 @@ from npqwen.simd.tile import (
     chains,
     fold,
     multiply_bf16,
-    multiply_int4,
-    multiply_int8,
+    multiply_integers,
     prefetch,
     store,
     zeros,
@@ -34,6 +36,8 @@ from npqwen.team import MEMBERS, acquire, take
 MATRIX = np.dtype([("address", np.int64), ("bits", np.int64), ("rows", np.int64), ("cols", np.int64)])
 """A mapped matrix: where its units lie, its encoding (4, 8 or 16 bits), its padded size."""
 UNIT_COLS = 64
+SCALE_BYTES = 64
+"""Before an int4 or int8 unit's weights: two float16 for each of its rows."""
 UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
 _UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
 CHUNK_BYTES = 1 << 17
@@ -41,72 +45,43 @@ STREAMED = 4
 """Tokens up to which memory is the limit, so that weights are worth asking for early."""
 
 
-def _int4_rows(tokens: int) -> Any:
-    """The kernel for int4 weights and tiles of `tokens` tokens."""
+def _integer_rows(bits: int, tokens: int) -> Any:
+    """The kernel for int4 or int8 weights and tiles of `tokens` tokens."""
     vectors = ISA.tiles[tokens]
     rows = vectors * LANES
     streamed = tokens <= STREAMED
+    unit = UNIT_BYTES[bits]
+    half = (unit - SCALE_BYTES) // 2
 
-    @variant(tokens, vectors)
-    def int4_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int) -> None:
-        stride = out.shape[1]
-        flat = out.reshape(-1)
+    @entry(bits, tokens, vectors)
+    def integer_rows(
+        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int
+    ) -> None:
+        w = memory(address, last * units * unit, np.uint8)
+        packed = memory(x, tiles * units * 2 * BLOCK_BYTES * tokens, np.uint8)
+        flat = memory(out, tiles * tokens * stride, np.float32)
         for tile in range(tiles):
             for group in range(first, last):
                 for row in range(0, ROWS, rows):
                     sums = zeros(tokens, vectors, 1)
-                    at = group * units * _UNIT4
+                    at = group * units * unit
                     x_at = tile * units * 2 * BLOCK_BYTES * tokens
                     for _ in range(units):
                         scales = at + 2 * row
-                        block = at + 64 + 4 * row
+                        block = at + SCALE_BYTES + 4 * row
                         if streamed:
-                            prefetch(w, at, _UNIT4)
-                        sums = multiply_int4(sums, tokens, w, block, scales, x, x_at)
+                            prefetch(w, at, unit)
+                        sums = multiply_integers(sums, tokens, bits, w, block, scales, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
-                        sums = multiply_int4(sums, tokens, w, block + 256, scales + 32, x, x_at)
+                        sums = multiply_integers(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
-                        at += _UNIT4
+                        at += unit
                     if plus:
                         add(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
                     else:
                         store(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
 
-    return int4_rows
-
-
-def _int8_rows(tokens: int) -> Any:
-    """The same for int8 weights."""
-    vectors = ISA.tiles[tokens]
-    rows = vectors * LANES
-    streamed = tokens <= STREAMED
-
-    @variant(tokens, vectors)
-    def int8_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int) -> None:
-        stride = out.shape[1]
-        flat = out.reshape(-1)
-        for tile in range(tiles):
-            for group in range(first, last):
-                for row in range(0, ROWS, rows):
-                    sums = zeros(tokens, vectors, 1)
-                    at = group * units * _UNIT8
-                    x_at = tile * units * 2 * BLOCK_BYTES * tokens
-                    for _ in range(units):
-                        scales = at + 2 * row
-                        block = at + 64 + 4 * row
-                        if streamed:
-                            prefetch(w, at, _UNIT8)
-                        sums = multiply_int8(sums, tokens, w, block, scales, x, x_at)
-                        x_at += BLOCK_BYTES * tokens
-                        sums = multiply_int8(sums, tokens, w, block + 512, scales + 32, x, x_at)
-                        x_at += BLOCK_BYTES * tokens
-                        at += _UNIT8
-                    if plus:
-                        add(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
-                    else:
-                        store(sums, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
-
-    return int8_rows
+    return integer_rows
 
 
 def _bf16_rows(tokens: int) -> Any:
@@ -115,12 +90,14 @@ def _bf16_rows(tokens: int) -> Any:
     rows = vectors * LANES
     columns = chains(tokens * vectors)
 
-    @variant(tokens, vectors)
-    def bf16_rows(w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int) -> None:
-        stride = out.shape[1]
-        flat = out.reshape(-1)
-        halves, floats = w.view(np.uint16), x.view(np.float32)
+    @entry(tokens, vectors)
+    def bf16_rows(
+        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int
+    ) -> None:
         cols = units * UNIT_COLS
+        w = memory(address, last * ROWS * cols, np.uint16)
+        packed = memory(x, tiles * cols * tokens, np.float32)
+        flat = memory(out, tiles * tokens * stride, np.float32)
         for tile in range(tiles):
             for group in range(first, last):
                 for row in range(0, ROWS, rows):
@@ -128,7 +105,7 @@ def _bf16_rows(tokens: int) -> Any:
                     at = group * cols * ROWS + row
                     x_at = tile * cols * tokens
                     for _ in range(cols // columns):
-                        sums = multiply_bf16(sums, tokens, columns, halves, at, ROWS, floats, x_at, tokens, 1)
+                        sums = multiply_bf16(sums, tokens, columns, w, at, ROWS, packed, x_at, tokens, 1)
                         at += columns * ROWS
                         x_at += columns * tokens
                     total = fold(sums, columns)
@@ -140,33 +117,25 @@ def _bf16_rows(tokens: int) -> Any:
     return bf16_rows
 
 
-def of_any_width(kernel_of: Any, widths: tuple[int, ...]) -> Any:
-    """One function that calls the kernel made for the width it is given, of at most four.
+KERNELS = {
+    4: {width: _integer_rows(4, width) for width in WIDTHS},
+    8: {width: _integer_rows(8, width) for width in WIDTHS},
+    16: {width: _bf16_rows(width) for width in WIDTHS},
+}
+"""The kernel for each encoding and number of tokens a tile.
 
-    All in one step: LLVM goes over everything again at each function around it.
-    """
-    kernels = [kernel_of(width) for width in widths]
-    # The last stands in for those that are not there.
-    width_0, width_1, width_2 = (widths + widths[-1:] * 2)[:3]
-    kernel_0, kernel_1, kernel_2, kernel_3 = (kernels + kernels[-1:] * 3)[:4]
-
-    @variant(kernel_of.__name__, *widths)
-    def rows(width: int, *args: Any) -> None:
-        if width == width_0:
-            kernel_0(*args)
-        elif width == width_1:
-            kernel_1(*args)
-        elif width == width_2:
-            kernel_2(*args)
-        else:
-            kernel_3(*args)
-
-    return rows
+They compute groups of 16 rows first to last - 1 of a matrix of so many units a group for `tiles` tiles of packed
+activations x; out is float32 with `stride` items a token, added to if plus (0 or 1).
+"""
 
 
-_int4 = of_any_width(_int4_rows, WIDTHS)
-_int8 = of_any_width(_int8_rows, WIDTHS)
-_bf16 = of_any_width(_bf16_rows, WIDTHS)
+def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
+    """Where the machine code of some encodings' kernels is: (3, WIDEST + 1), [bits // 8, width]; the rest is 0."""
+    addresses = np.zeros((3, WIDEST + 1), np.int64)
+    for bits in encodings:
+        for width, kernel in KERNELS[bits].items():
+            addresses[bits // 8, width] = address_of(kernel)
+    return addresses
 
 
 @njit(nogil=True)
@@ -175,37 +144,26 @@ def unit_bytes(bits: int) -> int:
     return _UNIT4 if bits == 4 else (_UNIT8 if bits == 8 else _UNIT16)
 
 
-@njit(nogil=True, inline="always")
-def matmul_rows(
-    bits: int, width: int, w: Any, units: int, first: int, last: int, x: Any, tiles: int, out: Any, plus: int
-) -> None:
-    """The product for groups of 16 rows first to last - 1 of a matrix, `tiles` tiles of `width` tokens."""
-    if bits == 4:
-        _int4(width, w, units, first, last, x, tiles, out, plus)
-    elif bits == 8:
-        _int8(width, w, units, first, last, x, tiles, out, plus)
-    else:
-        _bf16(width, w, units, first, last, x, tiles, out, plus)
-
-
 @njit(nogil=True)
-def matmul(team: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: int) -> None:
+def matmul(team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: int) -> None:
     """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if plus (0 or 1), for t < tokens.
 
-    matrix is a MATRIX record; x is packed (uint8, `width` tokens a tile); out is float32 (tokens rounded up to a
-    multiple of width, at least matrix.rows).  All members of the team call it, and share the rows.
+    kernels: see `matmul_kernels`.  matrix is a MATRIX record; x is packed (uint8, `width` tokens a tile); out is
+    float32 (tokens rounded up to a multiple of width, at least matrix.rows).  All members of the team call it,
+    and share the rows.
     """
     units = matrix.cols // UNIT_COLS
-    unit = unit_bytes(matrix.bits)
     groups = matrix.rows // ROWS
-    w = memory(matrix.address, groups * units * unit, np.uint8)
     tiles = (tokens + width - 1) // width
-    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), CHUNK_BYTES // (units * unit)))
+    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), CHUNK_BYTES // (units * unit_bytes(matrix.bits))))
+    kernel = kernels[matrix.bits // 8, width]
+    x_at, out_at, stride = x.ctypes.data, out.ctypes.data, out.shape[1]
     while True:
         first = take(team, chunk)
         if first >= groups:
             return
-        matmul_rows(matrix.bits, width, w, units, first, min(first + chunk, groups), x, tiles, out, plus)
+        last = min(first + chunk, groups)
+        run_at(kernel, (matrix.address, units, first, last, x_at, tiles, out_at, stride, plus))
 
 
 @njit(nogil=True)

@@ -139,13 +139,13 @@ def _quantized(quads_of: Any, dot: Any) -> Any:
     """The step of a product for one block of 32 columns of an integer encoding."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        tile, tokens, w, at, scales_at, x, x_at = args
+        tile, _, _, w, at, scales_at, x, x_at = args
         tokens = sig.args[1].literal_value
         tile = cgutils.unpack_tuple(b, tile)
         rows = len(tile) // tokens
-        block = _pointer(context, b, sig.args[2], w, at, I8)
-        scales = _pointer(context, b, sig.args[2], w, scales_at, I8)
-        xs = _pointer(context, b, sig.args[5], x, x_at, I8)
+        block = _pointer(context, b, sig.args[3], w, at, I8)
+        scales = _pointer(context, b, sig.args[3], w, scales_at, I8)
+        xs = _pointer(context, b, sig.args[6], x, x_at, I8)
         for r in range(rows):
             quads = quads_of(b, address(b, block, 4 * LANES * r, I8))
             halves = b.load(address(b, scales, 2 * LANES * r, vector(I16, LANES)), align=2)
@@ -164,21 +164,17 @@ def _quantized(quads_of: Any, dot: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def multiply_int4(_: Any, tile: Any, tokens: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any) -> Any:
-    """tile + an int4 block (nibbles at w[at:], f16 scales at w[scales_at:]) @ x.
+def multiply_integers(
+    _: Any, tile: Any, tokens: Any, bits: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any
+) -> Any:
+    """tile + a block of `bits` bits (weights at w[at:], f16 scales at w[scales_at:]) @ x.
 
-    w and x are uint8.  x[x_at:] holds the activations of `tokens` (a constant) tokens: 32 int8 each, then a
-    float32 scale each, then an int32 each to start from (the zero point times their sum).
+    tokens and bits (4 or 8) are constants; w and x are uint8.  x[x_at:] holds the activations of the tokens: 32 int8
+    each, then a float32 scale each, then an int32 each to start from (the zero point times their sum).
     """
     i64 = types.int64
-    return tile(tile, tokens, w, i64, i64, x, i64), _quantized(ISA.int4, ISA.dot4)
-
-
-@intrinsic(prefer_literal=True)
-def multiply_int8(_: Any, tile: Any, tokens: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any) -> Any:
-    """tile + an int8 block (bytes at w[at:], f16 scales at w[scales_at:]) @ x; otherwise as multiply_int4."""
-    i64 = types.int64
-    return tile(tile, tokens, w, i64, i64, x, i64), _quantized(ISA.int8, ISA.dot8)
+    generate = {4: _quantized(ISA.int4, ISA.dot4), 8: _quantized(ISA.int8, ISA.dot8)}[bits.literal_value]
+    return tile(tile, tokens, bits, w, i64, i64, x, i64), generate
 
 
 def _load_bfloat(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:
