@@ -102,7 +102,10 @@ class KVCache:
         return fork
 
     def _new_page(self) -> NDArray[np.uint8]:
-        raw = np.zeros(self.page_bytes + _ALIGN, np.uint8)
+        try:
+            raw = np.zeros(self.page_bytes + _ALIGN, np.uint8)
+        except MemoryError:  # a limit of addresses, or a system that promises no more than it has
+            raise self._too_large(1, self.length + 1, 0) from None
         start = -raw.ctypes.data % _ALIGN
         return raw[start : start + self.page_bytes]
 
@@ -113,13 +116,15 @@ class KVCache:
 
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
-        wanted = pages * self.page_bytes
-        if available is not None and wanted > available:
-            fits = (available // self.page_bytes + len(self._held.arrays)) * PAGE
-            raise OutOfMemoryError(
-                f"a cache of {need} tokens takes {wanted / 1e9:.1f} GB more, {available / 1e9:.1f} GB of memory are "
-                f"left, enough for {fits} tokens; shorten the prompt, or close other programs"
-            )
+        if available is not None and pages * self.page_bytes > available - HEADROOM:
+            raise self._too_large(pages, need, available)
+
+    def _too_large(self, pages: int, need: int, available: int) -> OutOfMemoryError:
+        fits = (max(0, available - HEADROOM) // self.page_bytes + len(self._held.arrays)) * PAGE
+        return OutOfMemoryError(
+            f"a cache of {need} tokens takes {pages * self.page_bytes / 1e9:.2f} GB more, {available / 1e9:.2f} GB of "
+            f"memory are left, enough for {fits} tokens; shorten the prompt, or close other programs"
+        )
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens; OptionError if there are fewer."""
