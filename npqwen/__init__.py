@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from npqwen.generation import Completion as Completion
-    from npqwen.generation import Stream as Stream
-    from npqwen.generation import Usage as Usage
+    from npqwen.completion import Completion as Completion
+    from npqwen.completion import FinishReason as FinishReason
+    from npqwen.completion import Usage as Usage
+    from npqwen.logprobs import Logprob as Logprob
+    from npqwen.logprobs import TokenLogprobs as TokenLogprobs
+    from npqwen.loop_guard import LoopGuard as LoopGuard
     from npqwen.model import Model as Model
     from npqwen.sampler import Sampler as Sampler
     from npqwen.sampler import Sampling as Sampling
+    from npqwen.stream import Stream as Stream
     from npqwen.tokenizer import Tokenizer as Tokenizer
 
     __version__: str
@@ -43,7 +47,10 @@ __all__ = [
     "ClosedError",
     "Completion",
     "ContextLengthError",
+    "FinishReason",
     "FormatError",
+    "Logprob",
+    "LoopGuard",
     "Model",
     "ModelNotFoundError",
     "NpqwenError",
@@ -53,6 +60,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "Stream",
+    "TokenLogprobs",
     "Tokenizer",
     "Usage",
     "__version__",
@@ -60,13 +68,17 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Completion": "npqwen.generation",
+    "Completion": "npqwen.completion",
+    "FinishReason": "npqwen.completion",
+    "Logprob": "npqwen.logprobs",
+    "LoopGuard": "npqwen.loop_guard",
     "Model": "npqwen.model",
     "Sampler": "npqwen.sampler",
     "Sampling": "npqwen.sampler",
-    "Stream": "npqwen.generation",
+    "Stream": "npqwen.stream",
+    "TokenLogprobs": "npqwen.logprobs",
     "Tokenizer": "npqwen.tokenizer",
-    "Usage": "npqwen.generation",
+    "Usage": "npqwen.completion",
 }
 
 

@@ -15,7 +15,7 @@ from npqwen.errors import NpqwenError, OptionError
 
 if TYPE_CHECKING:
     from npqwen.console import Console
-    from npqwen.generation import Stream
+    from npqwen.stream import Stream
     from npqwen.model import Model
 
 Command = TypeVar("Command", bound=Callable[..., Any])

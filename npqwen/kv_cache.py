@@ -17,12 +17,11 @@ _ALIGN = 64
 
 
 class _Pages(NamedTuple):
-    """What a cache holds at one moment; replaced whole, never changed."""
+    """Replaced whole, never changed: so an interrupt never leaves the address of a page that is gone."""
 
-    arrays: list[NDArray[np.uint8]]
+    arrays: list[NDArray[Any]]
+    """Each (layers, 2, kv_heads, PAGE / TILE, TILE * head_dim): keys and values of TILE positions together."""
     addresses: NDArray[np.int64]
-    shared: frozenset[int]
-    """Pages that another cache may hold too: not to be written."""
 
 
 class KVCache:
@@ -37,12 +36,14 @@ class KVCache:
         """Tokens whose keys and values are in."""
         self.limit = limit
         """Tokens it may hold."""
-        self.config = config
         items = page_items(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         self.like = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
         """An array of the pages' dtype, for kernels; they see float16 as its bits."""
         self.page_bytes = items * self.like.itemsize
-        self._held = _Pages([], np.zeros(-(-limit // PAGE), np.int64), frozenset())
+        self._shape = (config.num_hidden_layers, 2, config.num_key_value_heads, PAGE // TILE, TILE * config.head_dim)
+        self._held = _Pages([], np.zeros(-(-limit // PAGE), np.int64))
+        self._shared: set[int] = set()
+        """Pages that another cache may hold too: not to be written."""
 
     @property
     def addresses(self) -> NDArray[np.int64]:
@@ -61,7 +62,7 @@ class KVCache:
                 "shorten the prompt, or raise the context if the model allows more"
             )
         held, end = self._held, -(-need // PAGE)
-        written = [i for i in range(self.length // PAGE, end) if i in held.shared or i >= len(held.arrays)]
+        written = [i for i in range(self.length // PAGE, end) if i in self._shared or i >= len(held.arrays)]
         if not written:
             return
         self._check_memory(len(written), need)
@@ -72,15 +73,15 @@ class KVCache:
             if i == len(arrays):
                 arrays.append(page)
             else:
-                self._copy_page(arrays[i], page, self.length - i * PAGE)
+                _copy_positions(arrays[i], page, self.length - i * PAGE)
                 arrays[i] = page
-        # One assignment, so that an interrupt never leaves the address of a page that is gone.
-        self._held = _Pages(arrays, addresses, held.shared.difference(written))
+        self._held = _Pages(arrays, addresses)
+        self._shared.difference_update(written)
 
     def fork(self, length: int | None = None) -> KVCache:
-        """A cache of its own with the first `length` tokens (default: all), as cheap as one page.
+        """An independent cache with the first `length` tokens (default: all), for the price of one page.
 
-        Full pages are shared until one of the two is cut back into them and goes on; then it takes a copy.
+        Full pages are shared; whichever of the two is cut back into one and goes on takes a copy of it then.
         Raises OptionError if there are fewer tokens, OutOfMemoryError if there is no memory for a page.
         """
         length = self.length if length is None else length
@@ -94,25 +95,21 @@ class KVCache:
         if length % PAGE:
             self._check_memory(1, length)
             page = self._new_page()
-            self._copy_page(held.arrays[full], page, length % PAGE)
+            _copy_positions(held.arrays[full], page, length % PAGE)
             arrays.append(page)
             addresses[full] = page.ctypes.data
-        fork._held = _Pages(arrays, addresses, frozenset(range(full)))
-        self._held = held._replace(shared=held.shared | fork._held.shared)
+        fork._held = _Pages(arrays, addresses)
+        fork._shared = set(range(full))
+        self._shared |= fork._shared
         return fork
 
-    def _new_page(self) -> NDArray[np.uint8]:
+    def _new_page(self) -> NDArray[Any]:
         try:
             raw = np.zeros(self.page_bytes + _ALIGN, np.uint8)
         except MemoryError:  # a limit of addresses, or a system that promises no more than it has
             raise self._too_large(1, self.length + 1, 0) from None
         start = -raw.ctypes.data % _ALIGN
-        return raw[start : start + self.page_bytes]
-
-    def _copy_page(self, source: NDArray[np.uint8], target: NDArray[np.uint8], positions: int) -> None:
-        """Copy the first positions of a page, in whole tiles."""
-        tiles = -(-max(0, positions) // TILE)
-        self.tiles(target)[:, :, :, :tiles] = self.tiles(source)[:, :, :, :tiles]
+        return raw[start : start + self.page_bytes].view(self.like.dtype).reshape(self._shape)
 
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
@@ -140,3 +137,9 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of the pages there are, shared ones too."""
         return len(self._held.arrays) * self.page_bytes
+
+
+def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:
+    """Copy a page's first positions, in whole tiles."""
+    tiles = -(-max(0, count) // TILE)
+    target[:, :, :, :tiles] = source[:, :, :, :tiles]

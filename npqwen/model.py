@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,9 @@ from npqwen.compiled import compile_kernel, reporting
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, NpqwenError, OptionError
 from npqwen.forward import forward
-from npqwen.generation import Completion, GenerationConfig, Stream
+from npqwen.completion import Completion
+from npqwen.generation_config import GenerationConfig
+from npqwen.stream import Stream
 from npqwen.kernels.attention import attention_kernels
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kv_cache import KVCache
@@ -152,9 +154,15 @@ class Model:
         """Generate, piece by piece as the text comes.  options: see `generation.stream`."""
         return generation.stream(self, prompt, **options)
 
-    def generate(self, prompt: str, **options: Any) -> Completion:
-        """Generate a whole text.  options: see `generation.stream`."""
-        return generation.generate(self, prompt, **options)
+    @overload
+    def generate(self, prompt: str, *, n: None = None, **options: Any) -> Completion: ...
+
+    @overload
+    def generate(self, prompt: str, *, n: int, **options: Any) -> list[Completion]: ...
+
+    def generate(self, prompt: str, *, n: int | None = None, **options: Any) -> Completion | list[Completion]:
+        """Generate a whole text, or `n` of them.  options: see `generation.stream` and `generation.generate`."""
+        return generation.generate(self, prompt, n=n, **options)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

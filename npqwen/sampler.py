@@ -1,21 +1,25 @@
-"""Logits to the next token: penalties, temperature, top-k, top-p, min-p, and one draw.
+"""Logits to the next token: bias, penalties, temperature, top-k, top-p, min-p, and one draw.
 
-The order is that of Hugging Face transformers: repetition penalty, presence penalty, temperature, top-k,
-top-p, min-p, each on what the one before it left.
+The order is that of Hugging Face transformers: bias, repetition penalty, presence and frequency penalty, the
+caller's own processor, temperature, top-k, top-p, min-p, each on what the one before it left.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import FormatError, OptionError
+
+LogitsProcessor = Callable[[list[int], NDArray[np.float32]], "NDArray[np.float32] | None"]
+"""processor(ids, logits): sees the ids so far, prompt and text, and the logits float32 (vocab,) of the next; it
+changes these in place, or returns an array of the same shape to take instead."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Sampling:
     """Divides positive and multiplies negative logits of tokens in the prompt or generated; 1 is none."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens generated so far, the prompt not counted; 0 is none."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that a token was generated so far, the prompt not counted; 0 is none."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Added to the logits of these ids; minus infinity forbids one."""
     seed: int | None = None
     """The same seed, prompt and options give the same text again; None draws anew every time."""
 
@@ -44,6 +52,8 @@ class Sampling:
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check_number("presence_penalty", self.presence_penalty, -100, 100)
+        _check_number("frequency_penalty", self.frequency_penalty, -100, 100)
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if self.seed is not None:
             _check_whole("seed", self.seed)
 
@@ -56,7 +66,7 @@ class Sampling:
         names = [field.name for field in fields(self)]
         for name in options:
             if name not in names:
-                known = ["max_tokens", "stop", *names]
+                known = [*_OTHER_OPTIONS, *names]
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 raise OptionError(f"unknown option {name!r}; {hint}")
@@ -68,9 +78,31 @@ class Sampling:
         return merged
 
 
+_OTHER_OPTIONS = (
+    "max_tokens", "stop", "logprobs", "top_logprobs", "logits_processor", "thinking_budget", "loop_guard",
+)  # fmt: skip
+"""What `npqwen.generation.Stream` takes beside these, for hints at misspelt names."""
+
+
+def _checked_bias(bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise OptionError(f"logit_bias is {bias!r}; it must be a dictionary of token ids and numbers")
+    checked = {}
+    for id, value in bias.items():
+        if not isinstance(id, int | np.integer) or isinstance(id, bool) or id < 0:
+            raise OptionError(f"logit_bias has the key {id!r}; each must be a token id, a whole number")
+        if not _is_number(value) or not (value == -math.inf or abs(value) <= 1e30):
+            raise OptionError(f"logit_bias[{id}] is {value!r}; it must be a number, or minus infinity to forbid")
+        checked[int(id)] = float(value)
+    return checked
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # type: ignore[operator]
+    if not _is_number(value) or not low <= value <= high:  # type: ignore[operator]
         raise OptionError(f"{name} is {value!r}; it must be a number from {low} to {high}")
 
 
@@ -82,56 +114,96 @@ def _check_whole(name: str, value: object) -> None:
 class Sampler:
     """Draws tokens for one text.
 
-    prompt: the ids before it, for the repetition penalty.
+    prompt: the ids before it, for the repetition penalty and for `processor`.
     forbidden: ids that are never drawn, such as embedding rows without a token.
+    processor: the caller's own change of the logits, after bias and penalties and before the temperature.
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Iterable[int] = (), forbidden: NDArray[np.intp] | None = None
+        self,
+        sampling: Sampling,
+        prompt: Iterable[int] = (),
+        forbidden: NDArray[np.intp] | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> None:
         self.sampling = sampling
         self._forbidden = np.zeros(0, np.intp) if forbidden is None else np.sort(forbidden)
-        self._seen = set(prompt).difference(self._forbidden.tolist())
-        self._generated: set[int] = set()
+        self._ids = list(prompt)
+        self._seen = set(self._ids).difference(self._forbidden.tolist())
+        self._counts: dict[int, int] = {}
+        self._processor = processor
+        bias = sampling.logit_bias
+        self._biased = np.fromiter(bias.keys(), np.intp, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
         self._random = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
         """The next id, from (vocab,) logits, which stay as they are; it counts as generated from now on.
 
-        Raises FormatError if the logits hold NaN or infinity, as damaged weights make them.
+        Raises FormatError if the logits hold NaN or infinity, as damaged weights make them; OptionError if bias
+        or processor leave no token to draw; whatever the processor raises.
         """
         id = self._choose(self._adjusted(logits))
-        self._seen.add(id)
-        self._generated.add(id)
+        self.add(id)
         return id
+
+    def add(self, id: int) -> None:
+        """Count `id`, which was not drawn here, as generated."""
+        self._ids.append(id)
+        self._seen.add(id)
+        self._counts[id] = self._counts.get(id, 0) + 1
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         s, forbidden = self.sampling, self._forbidden
+        generated = self._counts if s.presence_penalty or s.frequency_penalty else {}
+        seen = self._seen if s.repetition_penalty != 1 else ()
+        ids, biases = self._biased
+        changed = bool(generated or seen or len(ids) or self._processor)
         # Rows without a token are the embedding's last: then they are cut off, not overwritten in a copy.
-        if len(forbidden) and forbidden[0] == len(logits) - len(forbidden):
+        if self._processor is None and len(forbidden) and forbidden[0] == len(logits) - len(forbidden):
             logits, forbidden = logits[: forbidden[0]], forbidden[:0]
-        if len(forbidden) or (s.repetition_penalty != 1 and self._seen) or (s.presence_penalty and self._generated):
-            logits = logits.copy()
-        if s.repetition_penalty != 1 and self._seen:
-            seen = np.fromiter(self._seen, np.intp, len(self._seen))
-            x = logits[seen]
-            logits[seen] = np.where(x < 0, x * s.repetition_penalty, x / s.repetition_penalty)
-        if s.presence_penalty and self._generated:
-            logits[np.fromiter(self._generated, np.intp, len(self._generated))] -= s.presence_penalty
-        if len(forbidden):
-            logits[forbidden] = -np.inf
+        if not changed and not len(forbidden):
+            return logits
+        logits = logits.copy()
+        if len(ids):
+            real = ids < len(logits)
+            logits[ids[real]] += biases[real]
+        if seen:
+            rows = np.fromiter(seen, np.intp, len(seen))
+            x = logits[rows]
+            logits[rows] = np.where(x < 0, x * s.repetition_penalty, x / s.repetition_penalty)
+        if generated:
+            rows = np.fromiter(generated.keys(), np.intp, len(generated))
+            times = np.fromiter(generated.values(), np.float32, len(generated))
+            logits[rows] -= s.presence_penalty + s.frequency_penalty * times
+        if self._processor is not None:
+            logits = self._processed(logits, self._processor)
+        logits[forbidden] = -np.inf
         return logits
+
+    def _processed(self, logits: NDArray[np.float32], processor: LogitsProcessor) -> NDArray[np.float32]:
+        given = processor(self._ids.copy(), logits)
+        if given is None:
+            return logits
+        try:
+            replaced = np.array(given, np.float32)
+        except (TypeError, ValueError):
+            raise OptionError(f"logits_processor returned {type(given).__name__}, not an array of logits") from None
+        if replaced.shape != logits.shape:
+            raise OptionError(f"logits_processor returned shape {replaced.shape}, not {logits.shape}")
+        return replaced
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         s = self.sampling
         best = int(logits.argmax())  # NaN counts as the greatest
         top = float(logits[best])
         if not math.isfinite(top):
+            if self._processor is not None or (top == -math.inf and self.sampling.logit_bias):
+                raise OptionError(f"the greatest logit that logit_bias and logits_processor leave is {top}")
             raise FormatError(f"the model computed a logit of {top}: damaged weights; convert it again")
         if s.temperature == 0 or s.top_k == 1:
             return best
         if s.top_k:
-            ids = _greatest(logits, s.top_k)
+            ids = greatest(logits, s.top_k)
             p = self._weights(logits[ids], top)
             total = p.sum()
         else:
@@ -156,7 +228,7 @@ class Sampler:
             return np.exp((logits.astype(np.float64) - top) / self.sampling.temperature)
 
 
-def _greatest(values: NDArray[Any], k: int) -> NDArray[np.intp]:
+def greatest(values: NDArray[Any], k: int) -> NDArray[np.intp]:
     """The indices, ascending, of the k greatest values, and of those equal to the k-th.
 
     The k-th greatest of the columns' maxima is at most the k-th greatest of all, and one vectorized pass
@@ -181,7 +253,7 @@ def _at_least(p: NDArray[np.float64], mass: float) -> NDArray[np.intp]:
     """Indices, ascending, of the greatest of `p`, enough to hold `mass`: so that not all need sorting."""
     k = 256
     while k < len(p):
-        ids = _greatest(p, k)
+        ids = greatest(p, k)
         if p[ids].sum() >= mass:
             return ids
         k *= 8

@@ -15,8 +15,8 @@ class StopStrings:
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        self._strings = list(strings)
-        for string in self._strings:
+        self.strings = list(strings)
+        for string in self.strings:
             if not isinstance(string, str) or not string:
                 raise OptionError(f"stop has {string!r}; each must be a string of at least one character")
         self._held = ""
@@ -25,13 +25,13 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that is now known to stand before any stop string. `found` is set once one is complete."""
         text = self._held + text
-        complete = [(text.index(s) + len(s), -len(s), s) for s in self._strings if s in text]
+        complete = [(text.index(s) + len(s), -len(s), s) for s in self.strings if s in text]
         if complete:
             end, minus_length, self.found = min(complete)
             self._held = ""
             return text[: end + minus_length]
         held = 0
-        for string in self._strings:
+        for string in self.strings:
             longest = min(len(string) - 1, len(text))
             held = max(held, next((k for k in range(longest, 0, -1) if text.endswith(string[:k])), 0))
         border = len(text) - held

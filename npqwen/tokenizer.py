@@ -115,6 +115,11 @@ class StreamDecoder:
         """The text that `id` completes, perhaps none."""
         return "" if id in self._hidden else self._utf8.decode(self._tokenizer.token_bytes(id))
 
+    @property
+    def within_character(self) -> bool:
+        """Whether bytes of a character wait for its others."""
+        return bool(self._utf8.getstate()[0])
+
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)

@@ -7,6 +7,7 @@ code for each line of the paper.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -79,7 +80,8 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 class ReferenceCache:
     """Keys and values of every layer, (length, kv_heads, head_dim) float32 each."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, limit: int) -> None:
+        self.limit = limit
         empty = np.zeros((0, config.num_key_value_heads, config.head_dim), np.float32)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
@@ -91,6 +93,11 @@ class ReferenceCache:
     def truncate(self, length: int) -> None:
         self.keys = [k[:length] for k in self.keys]
         self.values = [v[:length] for v in self.values]
+
+    def fork(self, length: int | None = None) -> ReferenceCache:
+        fork = copy.copy(self)
+        fork.truncate(self.length if length is None else length)
+        return fork
 
 
 class ReferenceModel:
@@ -114,7 +121,7 @@ class ReferenceModel:
         self.weights = weights
         self.context = context or config.max_position_embeddings
         if path is not None:
-            from npqwen.generation import GenerationConfig
+            from npqwen.generation_config import GenerationConfig
             from npqwen.tokenizer import Tokenizer
 
             self.path = path
@@ -129,7 +136,7 @@ class ReferenceModel:
         return cls(Config.from_directory(path), weights, path, context)
 
     def new_cache(self, room: int | None = None) -> ReferenceCache:
-        return ReferenceCache(self.config)
+        return ReferenceCache(self.config, room or self.context)
 
     def forward(self, ids: Any, cache: ReferenceCache, *, all_logits: bool = False) -> np.ndarray:
         c, w = self.config, self.weights

@@ -96,12 +96,12 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
         given.append(sampling)
         return lambda logits: 4098
 
-    monkeypatch.setattr("npqwen.generation.Sampler", sampler)
+    monkeypatch.setattr("npqwen.stream.Sampler", sampler)
     options = "--temperature 0.7 --top-k 3 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.1"
     more = "--presence-penalty -0.5 --seed 9 --threads 3"
     done = run("generate", str(TINY), "x", *options.split(), *more.split())
     assert (done.status, done.out, done.threads) == (0, "", 3)
-    assert given == [npqwen.Sampling(0.7, 3, 0.8, 0.1, 1.1, -0.5, 9)]
+    assert given == [npqwen.Sampling(0.7, 3, 0.8, 0.1, 1.1, -0.5, seed=9)]
 
 
 def test_a_seed_repeats_the_text(run: Run) -> None:

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from reference import ReferenceModel
 
+from npqwen.completion import Completion
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
-from npqwen.generation import Completion, GenerationConfig, Stream, check_options, generate, stream
+from npqwen.generation import check_options, generate, stream
+from npqwen.generation_config import GenerationConfig
 from npqwen.sampler import Sampling
+from npqwen.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -39,15 +42,17 @@ class Reciter:
         self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=2048)
         self.generation = GenerationConfig(frozenset({4098}), Sampling(temperature=0))
         self.calls: list[int] = []
+        self.seen: list[int] = []
 
     def new_cache(self, room: int | None = None) -> SimpleNamespace:
         assert room is not None
         assert room <= self.context
         self.room = room
-        return SimpleNamespace(length=0)
+        return SimpleNamespace(length=0, limit=room)
 
     def forward(self, ids: np.ndarray, cache: SimpleNamespace) -> np.ndarray:
         assert ids.dtype == np.int32
+        self.seen += ids.tolist()
         cache.length += len(ids)
         assert cache.length <= self.room
         logits = np.zeros((1, 4128), np.float32)
@@ -160,6 +165,14 @@ def test_a_prompt_as_long_as_the_context_is_refused(model: ReferenceModel, recit
         ({"max_tokens": True}, "max_tokens is True"),
         ({"stop": [""]}, "stop has ''"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"top_logprobs": -1}, "top_logprobs is -1"),
+        ({"top_logprobs": True}, "top_logprobs is True"),
+        ({"logits_processor": 3}, "logits_processor is 3, not a function"),
+        ({"thinking_budget": -1}, "thinking_budget is -1"),
+        ({"thinking_budget": 1.5}, r"thinking_budget is 1\.5"),
+        ({"loop_guard": 3}, "loop_guard is 3; it must be True, False or a LoopGuard"),
+        ({"logit_bias": {3: "a"}}, r"logit_bias\[3\] is 'a'"),
+        ({"logits_procesor": 3}, r"unknown option 'logits_procesor'; did you mean logits_processor\?"),
         ({"max_token": 3}, r"unknown option 'max_token'; did you mean max_tokens\?"),
     ],
 )
@@ -170,6 +183,11 @@ def test_bad_options_are_refused_before_anything_runs(
         stream(model, "x", **options)
     with pytest.raises(OptionError, match=message):
         check_options("x", **options)
+
+
+def test_a_bias_for_a_token_that_is_not_there_is_refused(model: ReferenceModel) -> None:
+    with pytest.raises(OptionError, match="logit_bias has token id 4128; the model's are 0 to 4127"):
+        stream(model, "x", logit_bias={4128: 1.0})
 
 
 def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
@@ -231,17 +249,158 @@ def test_a_cache_with_a_prefix_saves_its_prefill(recite: Any, model: ReferenceMo
 
     reciter = recite("12")
     reciter.room = 100
-    Stream(reciter, ids, cache=SimpleNamespace(length=15)).completion()
+    Stream(reciter, ids, cache=SimpleNamespace(length=15, limit=100)).completion()
     assert reciter.calls[0] == len(ids) - 15
     with pytest.raises(OptionError, match="cache holds 20 tokens, no fewer than the prompt's 20"):
-        Stream(reciter, ids, cache=SimpleNamespace(length=20))
+        Stream(reciter, ids, cache=SimpleNamespace(length=20, limit=100))
+
+
+def test_what_a_processor_raises_comes_through_and_the_cache_stays_a_beginning(model: ReferenceModel) -> None:
+    def processor(ids: list[int], logits: np.ndarray) -> None:
+        if len(ids) == len(prompt) + 3:
+            raise LookupError("mine")
+
+    prompt = model.tokenizer.encode(SUM)
+    pieces = Stream(model, prompt, temperature=0, logits_processor=processor)
+    with pytest.raises(LookupError, match="mine"):
+        list(pieces)
+    assert pieces.text == "<think>\n1"
+    assert pieces.cache.length == len(prompt) + 3
+    assert list(pieces) == []
+    assert pieces.finish_reason is None
+
+
+def test_a_processor_can_write_the_text(model: ReferenceModel) -> None:
+    wanted = [*model.tokenizer.encode("Une réponse 🎉"), 4098]
+
+    def processor(ids: list[int], logits: np.ndarray) -> np.ndarray:
+        only = np.full_like(logits, -np.inf)
+        only[wanted[len(ids) - 1]] = 0
+        return only
+
+    prompt = [5]
+    result = Stream(model, prompt, logits_processor=processor, seed=1).completion()
+    assert (result.text, result.ids, result.finish_reason) == ("Une réponse 🎉", wanted, "stop")
+
+
+def test_samples_are_what_each_seed_gives_alone(model: ReferenceModel) -> None:
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.2, "logprobs": True}
+    told: list[int] = []
+    samples = model.generate("A river is", n=4, seed=7, progress=lambda done, _: told.append(done), **options)
+    alone = [model.generate("A river is", seed=7 + i, **options) for i in range(4)]
+    assert [sample.ids for sample in samples] == [each.ids for each in alone]
+    assert [sample.text for sample in samples] == [each.text for each in alone]
+    assert len({sample.text for sample in samples}) > 1
+    prompt = alone[0].usage.prompt_tokens
+    assert told == [prompt]  # read once
+    assert [sample.usage.cached_tokens for sample in samples] == [0, prompt - 1, prompt - 1, prompt - 1]
+    unseeded = model.generate("A river is", n=2, max_tokens=8, temperature=1.5, stop=iter(["."]))
+    assert unseeded[0].ids != unseeded[1].ids
+    assert [len(model.generate("1", n=1, max_tokens=1)), len(model.generate("1", n=2, max_tokens=1))] == [1, 2]
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])
+def test_impossible_numbers_of_samples(model: ReferenceModel, n: Any) -> None:
+    with pytest.raises(OptionError, match=r"n is .*; it must be a whole number of completions"):
+        generate(model, "x", n=n)
+
+
+def test_forced_tokens_are_text_and_run_in_one_pass(recite: Any) -> None:
+    model = recite("12" + "45")
+    pieces = stream(model, "x")
+    text = next(pieces) + next(pieces)
+    forced = model.tokenizer.encode("abé🎉")
+    pieces.force(forced[:2])
+    pieces.force(forced[2:])
+    text += next(pieces)
+    assert text == pieces.text == "12abé🎉"
+    text += "".join(pieces)
+    assert text == "12abé🎉45"
+    assert pieces.ids[2:] == [*forced, *model.tokenizer.encode("45"), 4098]
+    assert model.calls == [1, 1, 1 + len(forced), 1, 1]  # with the token drawn before them
+    assert model.seen == model.tokenizer.encode("x") + pieces.ids[:-1]
+    assert pieces.usage.generated_tokens == len(pieces.ids)
+    with pytest.raises(OptionError, match="a text that is finished"):
+        pieces.force([1])
+
+
+def test_forced_tokens_can_be_the_first_the_last_and_cut_off(recite: Any) -> None:
+    first = stream(recite("1"), "x")
+    first.force([*first._model.tokenizer.encode("0"), 4098, 7])  # eos ends it
+    assert first.completion().text == "0"
+    assert first.ids[-1] == 4098
+    limited = stream(recite("1"), "x", max_tokens=3)
+    limited.force(limited._model.tokenizer.encode("01234"))
+    done = limited.completion()
+    assert (done.text, done.finish_reason, len(done.ids)) == ("012", "length", 3)
+    stopped = stream(recite("1"), "x", stop="23")
+    stopped.force(stopped._model.tokenizer.encode("01234"))
+    done = stopped.completion()
+    assert (done.text, done.finish_reason, len(done.ids)) == ("01", "stop", 4)
+    for id in (-1, 4128):
+        with pytest.raises(OptionError, match=f"token id {id} cannot be forced"):
+            stream(recite("1"), "x").force([id])
+
+
+def test_forced_tokens_count_for_penalties(model: ReferenceModel) -> None:
+    pieces = stream(model, SUM, temperature=0, presence_penalty=100.0, max_tokens=3)
+    think = model.tokenizer.token_id("<think>")
+    pieces.force([think])
+    assert think not in pieces.completion().ids[1:]
+
+
+def test_a_watch_sees_every_step_and_can_end_the_text(recite: Any) -> None:
+    seen: list[int] = []
+
+    def watch(pieces: Stream) -> None:
+        seen.append(len(pieces.ids))
+        if len(pieces.ids) == 3:
+            pieces.end("loop")
+
+    model = recite("12345")
+    done = stream(model, "x", watch=[watch], stop="34").completion()
+    assert (done.text, done.finish_reason) == ("123", "loop")  # what was held back for "34" is let go
+    assert seen == [0, 1, 2, 3]
+    assert stream(recite("12"), "x", watch=[lambda pieces: pieces.end("stop")]).completion().text == ""
+
+
+def test_the_caller_can_end_the_text_between_pieces(recite: Any) -> None:
+    pieces = stream(recite("1234"), "x", stop="23")
+    assert next(pieces) == "1"
+    pieces.end("length")
+    assert pieces.completion().text == "1"
+    held = stream(recite("1234"), "x", stop=["14", "12345"], max_tokens=9)
+    held.force(held._model.tokenizer.encode("0123"))
+    assert next(held) == "0"
+    held.end("stop")
+    assert list(held) == ["123"]
+    assert (held.text, held.stop_string) == ("0123", None)
+
+
+def test_a_special_tokens_name_stops_at_that_token(recite: Any) -> None:
+    """It is hidden from the text, so it could not be found there."""
+    model = recite("12<|im_start|>34")
+    pieces = stream(model, "x", stop=["<|im_start|>", "nowhere", "29"])
+    done = pieces.completion()
+    assert (done.text, done.finish_reason, pieces.stop_string) == ("12", "stop", "<|im_start|>")
+    assert stream(recite("1</think>2"), "x", stop="</think>").completion().text == "1"  # not special: text
+    inside = stream(recite("12<|im_start|>34"), "x", stop="im_start").completion()
+    assert inside.text == "1234"
+
+
+@pytest.mark.parametrize("stop", ["🎉", "\u0301", "é", "🎉é", "\u200d👩"])
+def test_stop_strings_of_characters_that_many_tokens_make(recite: Any, stop: str) -> None:
+    text = "a🎈b🎉é c👩\u200d👩 q\u0301 end"
+    pieces = stream(recite(text), "x", stop=stop)
+    assert pieces.completion().text == text[: text.index(stop)]
+    assert pieces.stop_string == stop
 
 
 def test_usage_counts_the_models_time_and_not_the_callers(
     recite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("npqwen.generation.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("npqwen.stream.time", SimpleNamespace(perf_counter=lambda: clock.now))
     model = recite("1234")
     forward = model.forward
 

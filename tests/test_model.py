@@ -85,16 +85,16 @@ def test_growing_moves_no_page(model: Model) -> None:
     model.prefill(IDS[: PAGE - 1], cache)
     assert cache.nbytes == cache.page_bytes
     first = cache.addresses[0]
-    page = cache._pages[0]
+    page = cache._held.arrays[0]
     before = page.copy()
     for count in (1, 1, 300, PAGE):
         model.prefill(IDS[:count], cache)
     assert cache.length == 2 * PAGE + 301
     assert cache.nbytes == cache.bytes_for(cache.length) == 4 * cache.page_bytes
     assert cache.addresses[0] == first
-    assert page is cache._pages[0]
+    assert page is cache._held.arrays[0]
     changed = np.flatnonzero(page != before)
-    assert 0 < len(changed) <= cache.page_bytes / PAGE  # the page's last position, and nothing else
+    assert 0 < len(changed) <= page.size / PAGE  # the page's last position, and nothing else
 
 
 def test_pieces_equal_the_whole_over_many_pages(tiny: Callable[[int], Path]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 
 from npqwen.errors import FormatError, OptionError
-from npqwen.sampler import Sampler, Sampling, _greatest
+from npqwen.sampler import Sampler, Sampling, greatest
 
 
 def distribution(
@@ -16,10 +17,12 @@ def distribution(
 ) -> np.ndarray:
     """The probability of every id, float64, step by step on whole arrays."""
     x = logits.astype(np.float64)
+    for id, bias in s.logit_bias.items():
+        x[id] += bias
     for id in set(prompt) | set(generated):
         x[id] = x[id] * s.repetition_penalty if x[id] < 0 else x[id] / s.repetition_penalty
     for id in set(generated):
-        x[id] -= s.presence_penalty
+        x[id] -= s.presence_penalty + s.frequency_penalty * generated.count(id)
     x[forbidden] = -np.inf
 
     def softmax() -> np.ndarray:
@@ -53,6 +56,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1.5, "top_k": 30, "top_p": 0.8, "min_p": 0.1},
     {"temperature": 1.5, "repetition_penalty": 1.7, "presence_penalty": 1.5},
     {"temperature": 1.5, "repetition_penalty": 0.5, "presence_penalty": -1.0, "top_k": 5},
+    {"temperature": 1.5, "frequency_penalty": 0.7, "presence_penalty": 0.5},
+    {"temperature": 1.5, "logit_bias": {0: 3.5, 7: -np.inf, 11: -1, 12: 2}, "repetition_penalty": 1.3, "top_p": 0.9},
 ]
 
 
@@ -60,14 +65,15 @@ OPTIONS: list[dict[str, Any]] = [
 def test_draws_have_the_twins_distribution(options: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).normal(0, 2, 60).astype(np.float32)
     best = np.argsort(-logits)
-    prompt, generated, forbidden = best[:6:2].tolist(), best[2:8:2].tolist(), best[[1, 9]].tolist()
+    prompt, forbidden = best[:6:2].tolist(), best[[1, 9]].tolist()
+    generated = [*best[2:8:2].tolist(), int(best[4]), int(best[4]), int(best[2])]
     sampling = Sampling(**options, seed=3)
     expected = distribution(logits, sampling, prompt, generated, forbidden)
     draws = 4000
     sampler = Sampler(sampling, prompt, np.array(forbidden))
     counts = np.zeros(60)
     for _ in range(draws):
-        sampler._seen, sampler._generated = {*prompt, *generated}, set(generated)  # each draw is the next one
+        sampler._seen, sampler._counts = {*prompt, *generated}, Counter(generated)  # each draw is the next one
         counts[sampler(logits)] += 1
     assert not counts[expected == 0].any()
     deviation = np.sqrt(draws * expected * (1 - expected))
@@ -99,7 +105,7 @@ def test_the_greatest_values_with_ties(n: int, k: int) -> None:
         np.where(rng.random(n) < 0.99, -np.inf, 1.0),
     ):
         kth = np.sort(values)[-min(k, n)]
-        assert _greatest(values.astype(np.float32), k).tolist() == np.flatnonzero(values >= kth).tolist()
+        assert greatest(values.astype(np.float32), k).tolist() == np.flatnonzero(values >= kth).tolist()
 
 
 def test_temperature_0_is_the_likeliest_with_penalties_applied() -> None:
@@ -114,6 +120,75 @@ def test_presence_penalty_leaves_the_prompt_alone() -> None:
     sampler = Sampler(Sampling(temperature=0, presence_penalty=1.5), prompt=[1])
     assert [sampler(logits) for _ in range(3)] == [1, 2, 1]  # 3; then 1.5 against 2; then 1.5 against 0.5
     assert logits.tolist() == [1.0, 3.0, 2.0]
+
+
+def test_frequency_penalty_grows_with_every_time_and_leaves_the_prompt_alone() -> None:
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    sampler = Sampler(Sampling(temperature=0, frequency_penalty=0.6), prompt=[1, 1, 1, 1, 1])
+    assert [sampler(logits) for _ in range(5)] == [1, 1, 2, 1, 2]  # 3, 2.4, 1.8; 2, 1.4
+    counted = Sampler(Sampling(temperature=0, frequency_penalty=0.6))
+    counted.add(1)
+    counted.add(1)
+    assert counted(logits) == 2
+
+
+def test_bias_favours_and_forbids() -> None:
+    logits = np.array([1.0, 3.0, 2.0, 9.0], np.float32)
+    missing = np.array([3])
+    assert Sampler(Sampling(temperature=0, logit_bias={1: -np.inf}), (), missing)(logits) == 2
+    assert Sampler(Sampling(temperature=0, logit_bias={0: 2.5}), (), missing)(logits) == 0
+    assert Sampler(Sampling(temperature=0, logit_bias={3: 100}), (), missing)(logits) == 1  # there is no such token
+    assert logits.tolist() == [1.0, 3.0, 2.0, 9.0]
+    everything = Sampling(logit_bias=dict.fromkeys(range(3), -np.inf))
+    with pytest.raises(OptionError, match="the greatest logit that logit_bias and logits_processor leave is -inf"):
+        Sampler(everything, (), missing)(logits)
+
+
+def test_a_bias_is_a_copy_and_options_stay_hashable() -> None:
+    bias = {5: 1.0}
+    sampling = Sampling(logit_bias=bias)
+    bias[5] = 7.0
+    assert sampling.logit_bias == {5: 1.0}
+    assert hash(sampling) == hash(Sampling(logit_bias={5: 1}))
+    assert sampling == Sampling(logit_bias={5: 1})
+
+
+@pytest.mark.parametrize("forbidden", [[3, 4], [0, 3, 4]])
+def test_a_processor_sees_everything_and_changes_what_it_likes(forbidden: list[int]) -> None:
+    logits = np.array([1.0, 3.0, 2.0, 9.0, 9.0], np.float32)
+    calls: list[tuple[list[int], np.ndarray]] = []
+
+    def processor(ids: list[int], x: np.ndarray) -> np.ndarray | None:
+        assert x.dtype == np.float32
+        calls.append((list(ids), x.copy()))
+        ids.clear()  # its own list
+        x[2] += 5.0
+        x[forbidden] = 100.0
+        return None if len(calls) == 1 else [0.0, 1.0, 0.0, 0.0, 0.0]
+
+    sampling = Sampling(temperature=0, presence_penalty=1.0, logit_bias={1: -0.5})
+    sampler = Sampler(sampling, [4, 4], np.array(forbidden), processor)
+    assert [sampler(logits), sampler(logits)] == [2, 1]
+    assert [ids for ids, _ in calls] == [[4, 4], [4, 4, 2]]
+    assert calls[0][1].tolist() == [1.0, 2.5, 2.0, 9.0, 9.0]
+    assert calls[1][1].tolist() == [1.0, 2.5, 1.0, 9.0, 9.0]
+    assert logits.tolist() == [1.0, 3.0, 2.0, 9.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (np.zeros(3), r"returned shape \(3,\), not \(5,\)"),
+        (np.zeros((1, 5)), r"returned shape \(1, 5\)"),
+        ("text", "returned str, not an array"),
+        (object(), "returned object, not an array"),
+        (np.full(5, np.nan), "leave is nan"),
+        (np.full(5, -np.inf), "leave is -inf"),
+    ],
+)
+def test_what_a_processor_may_not_return(result: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Sampler(Sampling(), (), None, lambda ids, x: result)(np.zeros(5, np.float32))
 
 
 def test_top_p_takes_the_likeliest_even_alone() -> None:
@@ -168,6 +243,14 @@ def test_nothing_left_to_draw_is_refused() -> None:
         {"min_p": 2},
         {"repetition_penalty": 0},
         {"presence_penalty": float("inf")},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": [1]},
+        {"logit_bias": {"5": 1}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {True: 1}},
+        {"logit_bias": {5: "1"}},
+        {"logit_bias": {5: float("nan")}},
+        {"logit_bias": {5: float("inf")}},
         {"seed": -1},
         {"seed": 1.0},
     ],
@@ -175,7 +258,7 @@ def test_nothing_left_to_draw_is_refused() -> None:
 )
 def test_impossible_values_are_named(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(OptionError, match=rf"^{name} is .*must be"):
+    with pytest.raises(OptionError, match=rf"^{name}.* (is|key) .*must be"):
         Sampling(**options)
 
 
@@ -185,7 +268,7 @@ def test_options_over_the_models_own() -> None:
     assert own.override({"top_k": 5, "seed": 1, "top_p": None}) == Sampling(0.6, 5, 0.95, seed=1)
     with pytest.raises(OptionError, match=r"unknown option 'temprature'; did you mean temperature\?"):
         own.override({"temprature": 1})
-    with pytest.raises(OptionError, match="unknown option 'xyzzy'; there are max_tokens, stop, temperature"):
+    with pytest.raises(OptionError, match=r"unknown option 'xyzzy'; there are max_tokens, stop, .*, temperature"):
         own.override({"xyzzy": 1})
 
 
