@@ -15,8 +15,8 @@ from npqwen.errors import NpqwenError, OptionError
 
 if TYPE_CHECKING:
     from npqwen.console import Console
-    from npqwen.stream import Stream
     from npqwen.model import Model
+    from npqwen.stream import Stream
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

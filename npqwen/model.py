@@ -19,18 +19,18 @@ from npqwen import generation
 from npqwen.budget import Budget
 from npqwen.buffers import Buffers
 from npqwen.compiled import compile_kernel, reporting
+from npqwen.completion import Completion
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, NpqwenError, OptionError
 from npqwen.forward import forward
-from npqwen.completion import Completion
 from npqwen.generation_config import GenerationConfig
-from npqwen.stream import Stream
 from npqwen.kernels.attention import attention_kernels
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kv_cache import KVCache
 from npqwen.machine import available_memory, default_threads
 from npqwen.paging import can_ask
 from npqwen.rope import Rope
+from npqwen.stream import Stream
 from npqwen.team import Team
 from npqwen.tokenizer import Tokenizer
 from npqwen.weights import Weights
