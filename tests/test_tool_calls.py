@@ -1,0 +1,76 @@
+"""Values that a model writes without their types, and the type that the tool's schema gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from npqwen.tool_calls import ToolCall, read_calls, typed
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "expected"),
+    [
+        ("5", {"type": "string"}, "5"),
+        (" a ", {"type": "string"}, " a "),
+        ("5", {"type": "integer"}, 5),
+        (" -5\n", {"type": "integer"}, -5),
+        ("5.0", {"type": "integer"}, 5),
+        ("5.5", {"type": "integer"}, "5.5"),
+        ("five", {"type": "integer"}, "five"),
+        ("", {"type": "integer"}, ""),
+        ("True", {"type": "integer"}, "True"),
+        ("2.5e3", {"type": "number"}, 2500.0),
+        ("7", {"type": "number"}, 7),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("1e999", {"type": "number"}, "1e999"),
+        ("9" * 5000, {"type": "integer"}, "9" * 5000),
+        ("true", {"type": "boolean"}, True),
+        ("False", {"type": "boolean"}, False),
+        ("yes", {"type": "boolean"}, "yes"),
+        ("1", {"type": "boolean"}, "1"),
+        ("null", {"type": ["string", "null"]}, None),
+        ("None", {"type": "integer", "nullable": True}, None),
+        ("null", {"type": "string"}, "null"),
+        ('["a", 1]', {"type": "array"}, ["a", 1]),
+        ("['a', True, None]", {"type": "array"}, ["a", True, None]),
+        ("('a', 1)", {"type": "array"}, ["a", 1]),
+        ("[1", {"type": "array"}, "[1"),
+        ('{"a": "b & c"}', {"type": "object"}, {"a": "b & c"}),
+        ("[1]", {"type": "object"}, "[1]"),
+        ("{1}", {"type": "object"}, "{1}"),
+        ("'\\d'", {"type": "object"}, "'\\d'"),
+        ("[" * 100_000, {"type": "array"}, "[" * 100_000),
+        ("__import__('os')", {"type": "object"}, "__import__('os')"),
+        ("2", {"enum": [1, 2]}, 2),
+        ("b", {"enum": ["a", "b"]}, "b"),
+        ("None", {"enum": ["a", None]}, None),
+        ("c", {"enum": ["a", "b"]}, "c"),
+        ("5", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, 5),
+        ("x", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "x"),
+        ("5", {}, 5),
+        ("five", {}, "five"),
+        ("5", True, "5"),
+        ("5", {"type": 3}, 5),
+    ],
+)
+def test_a_value_takes_its_schemas_type_or_stays_as_it_was_written(value: str, schema: Any, expected: Any) -> None:
+    found = typed(value, schema)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> None:
+    block = "<function={}>\n<parameter=days>\n3\n</parameter>\n<parameter=other>\n4\n</parameter>\n</function>"
+    schemas = {"f": {"properties": {"days": {"type": "integer"}}}, "broken": {"properties": [1]}}
+    assert read_calls(block.format("f"), schemas) == ([ToolCall("f", {"days": 3, "other": "4"})], "")
+    for name in ("g", "broken"):
+        assert read_calls(block.format(name), schemas) == ([ToolCall(name, {"days": "3", "other": "4"})], "")
+
+
+def test_a_call_as_a_message_is_the_form_that_templates_read() -> None:
+    call = ToolCall("f", {"a": 1}, "call_3")
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert call.as_message() == {"id": "call_3", "type": "function", "function": function}
+    assert ToolCall("f", {"a": 1}).as_message() == {"type": "function", "function": function}
