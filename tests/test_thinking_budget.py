@@ -1,0 +1,200 @@
+"""Thoughts that are cut short: when, with which words, and what is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import ReferenceModel
+
+from npqwen.errors import OptionError
+from npqwen.generation_config import GenerationConfig
+from npqwen.sampler import Sampling
+from npqwen.stream import Stream
+from npqwen.thought import Thought
+from npqwen.tokenizer import Tokenizer
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
+THINK, END = 4120, 4121
+# QwenLM/Qwen3, docs/source/getting_started/quickstart: thinking budget
+SENTENCE = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly "
+    "now.\n</think>\n\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_directory(TINY)
+
+
+class Drawn:
+    """A model that draws `script` token by token, whatever is forced between them, then eos."""
+
+    def __init__(self, tokenizer: Tokenizer, script: str, context: int = 1000) -> None:
+        self.tokenizer = tokenizer
+        self.script = [*tokenizer.encode(script), 4098]
+        self.context = context
+        self.path = TINY
+        self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=2048)
+        self.generation = GenerationConfig(frozenset({4098}), Sampling(temperature=0))
+        self.passes: list[int] = []
+
+    def new_cache(self, room: int) -> SimpleNamespace:
+        return SimpleNamespace(length=0, limit=room)
+
+    def prefill(self, ids: np.ndarray, cache: SimpleNamespace, progress: Any = None) -> np.ndarray:
+        return self.forward(ids, cache)[0]
+
+    def forward(self, ids: np.ndarray, cache: SimpleNamespace) -> np.ndarray:
+        cache.length += len(ids)
+        self.passes.append(len(ids))
+        logits = np.zeros((1, 4128), np.float32)
+        logits[0, self.script[0]] = 1
+        return logits
+
+
+class Taking:
+    """Takes a token off the script each time one is drawn."""
+
+    def __init__(self, model: Drawn) -> None:
+        self.model = model
+
+    def __call__(self, ids: list[int], logits: np.ndarray) -> np.ndarray:
+        found = np.zeros_like(logits)
+        found[self.model.script.pop(0)] = 1
+        return found
+
+
+def run(tokenizer: Tokenizer, prompt: str, script: str, **options: Any) -> Stream:
+    model = Drawn(tokenizer, script)
+    stream = Stream(model, tokenizer.encode(prompt), logits_processor=Taking(model), **options)
+    list(stream)
+    assert stream.finish_reason == "stop" or "max_tokens" in options
+    return stream
+
+
+TURN = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 5, 6])
+@pytest.mark.parametrize("template_opens", [True, False])
+def test_after_so_many_tokens_qwens_sentence_is_forced(
+    tokenizer: Tokenizer, budget: int, template_opens: bool
+) -> None:
+    thought = "12345 78"
+    prompt, start = (TURN + "<think>", "") if template_opens else (TURN, "<think>")
+    drawn = tokenizer.encode(thought)
+    stream = run(tokenizer, prompt, start + thought + " 9", thinking_budget=budget)
+    begun = tokenizer.decode(drawn[:budget])
+    # What the model goes on with after the mark is the rest of the script.
+    rest = tokenizer.decode([*drawn[budget:], *tokenizer.encode(" 9")])
+    assert stream.text == start + begun + SENTENCE + rest
+    assert tokenizer.decode(stream.ids) == stream.text
+    assert stream.thought_ended_by == "budget"
+    assert stream.thought.is_over
+    assert stream.usage.generated_tokens == len(stream.ids)
+    forced = len(tokenizer.encode(SENTENCE))
+    assert sum(n > forced - 1 for n in stream._model.passes) == 1  # one pass for all of it
+
+
+def test_a_thought_that_ends_by_itself_is_left_alone(tokenizer: Tokenizer) -> None:
+    thought = tokenizer.encode("1 2 3")
+    script = "<think>1 2 3</think>4 5 6 7 8 9"
+    for budget in (len(thought) + 1, 100):
+        stream = run(tokenizer, TURN, script, thinking_budget=budget)
+        assert (stream.text, stream.thought_ended_by) == (script, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "script"),
+    [
+        (TURN, "No thought: 1 2 3 4"),
+        (TURN, "The mark <think> begins a thought"),  # an answer that speaks of marks
+        (TURN + "<think>\n\n</think>\n\n", "1 2 3 <think> 4"),  # thinking is off
+        ("<|im_start|>user\nWhat is <think>?<|im_end|>\n" + TURN, "1 2 3 4"),
+        (TURN + "<think>x</think>y<|im_end|>\n<|im_start|>user\n<think><|im_end|>\n" + TURN, "1 2 3 4"),
+    ],
+)
+def test_what_is_no_thought_is_left_alone(tokenizer: Tokenizer, prompt: str, script: str) -> None:
+    stream = run(tokenizer, prompt, script, thinking_budget=0)
+    assert (stream.text, stream.thought_ended_by) == (script, None)
+
+
+def test_white_space_before_a_thought_and_a_thought_that_the_prompt_began(tokenizer: Tokenizer) -> None:
+    stream = run(tokenizer, TURN, "\n<think>12", thinking_budget=1)
+    assert stream.text == "\n<think>1" + SENTENCE + "2"
+    begun = run(tokenizer, TURN + "<think>\nLet me see", "12", thinking_budget=1)
+    assert begun.text == "1" + SENTENCE + "2"
+    raw = run(tokenizer, "No turns at all. <think>", "12", thinking_budget=1)
+    assert raw.text == "1" + SENTENCE + "2"
+
+
+def test_no_character_is_torn(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode("🎉")) == 4
+    for budget in range(1, 5):
+        stream = run(tokenizer, TURN + "<think>", "🎉2", thinking_budget=budget)
+        assert stream.text == "🎉" + SENTENCE + "2"
+    # Bytes that never become characters do not put it off for ever.
+    model = Drawn(tokenizer, "")
+    model.script = [*tokenizer.encode("🎉")[:1] * 50, 4098]
+    broken = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model), thinking_budget=3)
+    assert SENTENCE in broken.completion().text
+    assert broken.text.index("\n") <= 8
+
+
+def test_it_ends_once_even_if_the_answer_thinks_again(tokenizer: Tokenizer) -> None:
+    stream = run(tokenizer, TURN + "<think>", "12<think>34567", thinking_budget=2)
+    assert stream.text == "12" + SENTENCE + "<think>34567"
+
+
+def test_max_tokens_counts_the_forced_ones(tokenizer: Tokenizer) -> None:
+    stream = run(tokenizer, TURN + "<think>", "123456", thinking_budget=2, max_tokens=6)
+    assert (len(stream.ids), stream.finish_reason) == (6, "length")
+    assert ("12" + SENTENCE).startswith(stream.text)
+
+
+def test_the_caller_can_end_a_thought(tokenizer: Tokenizer) -> None:
+    model = Drawn(tokenizer, "1234")
+    stream = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model))
+    next(stream)
+    stream.end_thought()
+    assert stream.completion().text == "1" + SENTENCE + "234"
+    assert stream.thought_ended_by == "caller"
+    with pytest.raises(OptionError, match="no open thought"):
+        stream.end_thought()
+
+
+def test_a_tokenizer_without_the_mark_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "token_id", lambda self, name: None)
+    with pytest.raises(OptionError, match="no </think>: its thoughts cannot be ended"):
+        Stream(Drawn(tokenizer, "1"), [1], thinking_budget=1)
+
+
+def test_the_trained_model_answers_after_its_thought_was_cut() -> None:
+    model = ReferenceModel.from_directory(TINY)
+    whole = model.generate(SUM, temperature=0)
+    stream = model.stream(SUM, temperature=0, thinking_budget=6, max_tokens=120)
+    list(stream)
+    assert stream.text.startswith(whole.text[:8])
+    assert stream.text.count("</think>") == 1
+    assert stream.ids.count(END) == 1
+    assert stream.text.split(SENTENCE)[1] != ""
+    assert len(stream.ids) > 0
+    assert stream.finish_reason == "stop"
+
+
+def test_thoughts_are_followed(tokenizer: Tokenizer) -> None:
+    thought = Thought(tokenizer, tokenizer.encode(TURN + "<think>\n"))
+    assert thought.is_open
+    for id in tokenizer.encode("a b"):
+        thought.push(id)
+    assert thought.length == len(tokenizer.encode("a b"))
+    thought.push(END)
+    assert (thought.is_open, thought.is_over) == (False, True)
+    thought.push(THINK)
+    assert (thought.is_open, thought.is_over) == (False, True)
