@@ -5,7 +5,9 @@
 
 The directory has what a download of the real model has: config.json, generation_config.json, tokenizer
 files, and bf16 safetensors, in shards with an index where they are large.  Speed and memory do not depend on
-the values of the weights, so this stands in for the real files in benchmarks; text from it is noise.
+the values of the weights, so this stands in for the real files in benchmarks; text from it is noise.  In a
+mixture of experts they do: a mixture's embedding is large enough that every token goes its own way through the
+layers, to experts that are all about equally likely.  Real routers have favourites.
 
 The tokenizer is copied from --tokenizer (by default the small one in examples/): its vocabulary is smaller
 than the embedding, as the real ones' is.  Memory stays at a few tensors; 0.6B takes 1.2 GB of disk,
@@ -144,8 +146,18 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
-def write_values(file: BinaryIO, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
-    """One tensor's bf16 bits: a vector near one, a matrix normal with deviation 0.7/sqrt(columns)."""
+def deviation(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> float:
+    """Of a matrix's values: what keeps the size of activations, and what keeps a mixture's tokens apart.
+
+    With a smaller embedding attention's mean over the past outweighs the token itself, and all go to the same experts.
+    """
+    if name == "model.embed_tokens.weight" and config["model_type"] == "qwen3_moe":
+        return 1.0
+    return 0.7 / math.sqrt(shape[-1])
+
+
+def write_values(file: BinaryIO, rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> None:
+    """One tensor's bf16 bits: a vector near one, a matrix normal with a deviation."""
     if len(shape) == 1:
         file.write(_bf16(1 + 0.1 * rng.standard_normal(shape, dtype=np.float32)).data)
         return
@@ -153,7 +165,7 @@ def write_values(file: BinaryIO, rng: np.random.Generator, shape: tuple[int, ...
     step = max(1, (1 << 24) // columns)
     for row in range(0, rows, step):
         values = rng.standard_normal((min(step, rows - row), columns), dtype=np.float32)
-        values *= 0.7 / math.sqrt(columns)
+        values *= deviation
         file.write(_bf16(values).data)
 
 
@@ -195,8 +207,8 @@ def write(config: dict[str, Any], out: Path, tokenizer: Path, shard_bytes: int, 
         head += b" " * (-len(head) % 8)
         with (out / filename).open("wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
-            for _, shape, _ in shard:
-                write_values(file, rng, shape)
+            for name, shape, _ in shard:
+                write_values(file, rng, shape, deviation(config, name, shape))
         print(f"{out / filename}  {offset / 1e9:.2f} GB", file=sys.stderr, flush=True)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
