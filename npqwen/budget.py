@@ -8,6 +8,9 @@ from npqwen.errors import OutOfMemoryError
 from npqwen.kernels.attention import PAGE
 from npqwen.machine import HEADROOM
 
+RESERVED = HEADROOM + (96 << 20)
+"""Bytes that are not planned with: Python, Numba and the kernels take some 90 MB more once they run."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -45,7 +48,7 @@ class Budget:
         most = self.possible(1 << 60)
         if not most:
             raise OutOfMemoryError(
-                f"the model needs {(self.working + self.page + HEADROOM) / 1e9:.2f} GB beside its weights, {have}; "
+                f"the model needs {(self.working + self.page + RESERVED) / 1e9:.2f} GB beside its weights, {have}; "
                 "close other programs, or take a smaller model"
             )
         if context is not None and most < context:
@@ -57,4 +60,4 @@ class Budget:
     def _tokens(self, weights: int, limit: int) -> int:
         if self.available is None:
             return limit
-        return min(limit, max(0, self.available - HEADROOM - self.working - weights) // self.page * PAGE)
+        return min(limit, max(0, self.available - RESERVED - self.working - weights) // self.page * PAGE)

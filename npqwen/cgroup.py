@@ -16,10 +16,10 @@ def memory(root: Path = Path("/")) -> int | None:
     root: where /proc and /sys are.
     """
     found = [
-        *(_left(group, ("memory.max", "memory.high"), "memory.current", "") for group in _groups(root, None)),
+        *(_left(group, ("memory.max", "memory.high"), "memory.current", "") for group in groups(None, root)),
         *(
             _left(group, ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_")
-            for group in _hierarchical(_groups(root, "memory"))
+            for group in _hierarchical(groups("memory", root))
         ),
     ]
     return min((left for left in found if left is not None), default=None)
@@ -28,26 +28,18 @@ def memory(root: Path = Path("/")) -> int | None:
 def processors(root: Path = Path("/")) -> float | None:
     """How many processors' time this process's groups allow it; None without a limit."""
     found = []
-    for group in _groups(root, None):
+    for group in groups(None, root):
         words = (read(group / "cpu.max") or "max").split()
         if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
             found.append(int(words[0]) / int(words[1]))
-    for group in _groups(root, "cpu"):
+    for group in groups("cpu", root):
         quota, period = (_number(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota is not None and period:
             found.append(quota / period)
     return min(found, default=None)
 
 
-def read(path: Path) -> str | None:
-    """A small file of the system's without the line break, or None if there is none to read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return None
-
-
-def _groups(root: Path, controller: str | None) -> Iterator[Path]:
+def groups(controller: str | None, root: Path = Path("/")) -> Iterator[Path]:
     """This process's group and those it is in, innermost first: of a controller of version 1, or (None) version 2."""
     own = _own(root, controller)
     if own is None:
@@ -68,6 +60,14 @@ def _groups(root: Path, controller: str | None) -> Iterator[Path]:
         for depth in range(len(parts), -1, -1):
             yield mount.joinpath(*parts[:depth])
         return
+
+
+def read(path: Path) -> str | None:
+    """A small file of the system's without the line break, or None if there is none to read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:
+        return None
 
 
 def _own(root: Path, controller: str | None) -> str | None:

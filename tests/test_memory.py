@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 import npqwen.model
 from npqwen import OutOfMemoryError, cli, kv_cache, machine
-from npqwen.budget import Budget
+from npqwen.budget import RESERVED, Budget
 from npqwen.info import inspect
 from npqwen.kernels.attention import PAGE
 from npqwen.machine import HEADROOM
@@ -66,7 +69,7 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
     """Nothing is computed or compiled first.  Without a context that was asked for, only what is used counts."""
     with load(tiny(4)) as model:
         page, working = model.new_cache().page_bytes, model._buffers.nbytes
-    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + 3 * page + HEADROOM)
+    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + 3 * page + RESERVED)
     with monkeypatch.context() as patch:
         patch.setattr(npqwen.model, "compile_kernel", None)
         with pytest.raises(OutOfMemoryError, match=rf"context of {3 * PAGE + 1} tokens .* enough for {3 * PAGE} tok"):
@@ -77,7 +80,7 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
         cli.main(["generate", str(tiny(4)), "A", "--context", "2048"])
     assert stopped.value.code == 2
     assert f"enough for {3 * PAGE} tokens; give a smaller context" in capsys.readouterr().err
-    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + HEADROOM)
+    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + RESERVED)
     with pytest.raises(OutOfMemoryError, match="beside its weights"):
         load(tiny(4))
 
@@ -94,7 +97,7 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
     ],
 )
 def test_the_context_that_fits(available: int | None, fitting: int, possible: int) -> None:
-    budget = Budget(1000, 50, 70, None if available is None else available + HEADROOM)
+    budget = Budget(1000, 50, 70, None if available is None else available + RESERVED)
     assert (budget.fitting(2048), budget.possible(2048)) == (fitting, possible)
     assert budget.needed(257) == 1000 + 50 + 2 * 70
 
@@ -104,7 +107,7 @@ def test_info_tells_what_fits(
 ) -> None:
     whole = inspect(tiny(4))
     page = whole.cache // 8
-    beside = whole.working + HEADROOM
+    beside = whole.working + RESERVED
 
     def available(count: int) -> str:
         monkeypatch.setattr(machine, "available_memory", lambda: count)
@@ -114,10 +117,20 @@ def test_info_tells_what_fits(
         (line,) = re.findall(r"^available +.*? [kM]B, (.*)$", capsys.readouterr().out, re.M)
         return line
 
-    assert available(whole.needed + HEADROOM) == "enough"
-    assert available(whole.needed + HEADROOM - 1) == "enough for 1792 tokens of context"
+    assert available(whole.needed + RESERVED) == "enough"
+    assert available(whole.needed + RESERVED - 1) == "enough for 1792 tokens of context"
     assert available(whole.weights + beside + page - 1).startswith("less than the weights and a cache: with up to ")
     assert available(beside) == "too little to run it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups and limits of addresses are Linux's")
+def test_the_measurement_within_a_limit(tiny: Callable[[int], Path]) -> None:
+    """tests/bench/memory_limit.py prints a row."""
+    script = Path(__file__).parent / "bench" / "memory_limit.py"
+    options = ["--cache", os.environ["NPQWEN_CACHE"], "--prompt", "8", "--tokens", "2", "--limit", "4"]
+    done = subprocess.run([sys.executable, script, tiny(4), *options], capture_output=True, text=True, check=True)
+    row = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"\| tiny-qwen3-4 \| 4\.29.* \|( \d+\.\d+ \|){2}( 0\.\d\d \|){2} .* \|", row), row
 
 
 def test_available_memory_is_told_in_bytes() -> None:
