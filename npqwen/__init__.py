@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from npqwen.model import Model as Model
     from npqwen.sampler import Sampler as Sampler
     from npqwen.sampler import Sampling as Sampling
+    from npqwen.session import Session as Session
     from npqwen.stream import Stream as Stream
     from npqwen.tokenizer import Tokenizer as Tokenizer
 
@@ -59,6 +60,7 @@ __all__ = [
     "OutputError",
     "Sampler",
     "Sampling",
+    "Session",
     "Stream",
     "TokenLogprobs",
     "Tokenizer",
@@ -75,6 +77,7 @@ _LAZY = {
     "Model": "npqwen.model",
     "Sampler": "npqwen.sampler",
     "Sampling": "npqwen.sampler",
+    "Session": "npqwen.session",
     "Stream": "npqwen.stream",
     "TokenLogprobs": "npqwen.logprobs",
     "Tokenizer": "npqwen.tokenizer",

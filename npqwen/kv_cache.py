@@ -20,7 +20,7 @@ class _Pages(NamedTuple):
     """Replaced whole, never changed: so an interrupt never leaves the address of a page that is gone."""
 
     arrays: list[NDArray[Any]]
-    """Each (layers, 2, kv_heads, PAGE / TILE, TILE * head_dim): keys and values of TILE positions together."""
+    """Each of `page_shape`."""
     addresses: NDArray[np.int64]
 
 
@@ -40,7 +40,9 @@ class KVCache:
         self.like = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
         """An array of the pages' dtype, for kernels; they see float16 as its bits."""
         self.page_bytes = items * self.like.itemsize
-        self._shape = (config.num_hidden_layers, 2, config.num_key_value_heads, PAGE // TILE, TILE * config.head_dim)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        self.page_shape = (layers, 2, heads, PAGE // TILE, TILE * config.head_dim)
+        """Keys and values of TILE positions lie together."""
         self._held = _Pages([], np.zeros(-(-limit // PAGE), np.int64))
         self._shared: set[int] = set()
         """Pages that another cache may hold too: not to be written."""
@@ -109,7 +111,7 @@ class KVCache:
         except MemoryError:  # a limit of addresses, or a system that promises no more than it has
             raise self._too_large(1, self.length + 1, 0) from None
         start = -raw.ctypes.data % _ALIGN
-        return raw[start : start + self.page_bytes].view(self.like.dtype).reshape(self._shape)
+        return raw[start : start + self.page_bytes].view(self.like.dtype).reshape(self.page_shape)
 
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
@@ -128,6 +130,11 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot cut a cache of {self.length} tokens to {length}")
         self.length = length
+
+    def pages(self, length: int) -> list[NDArray[Any]]:
+        """The first `length` positions, in whole tiles: of each page the part they take, to be read or filled."""
+        ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
+        return [page[:, :, :, : -(-end // TILE)] for page, end in zip(self._held.arrays, ends, strict=False)]
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes of the pages that so many tokens take."""

@@ -22,6 +22,7 @@ from npqwen.compiled import compile_kernel, reporting
 from npqwen.completion import Completion
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, NpqwenError, OptionError
+from npqwen.fingerprint import fingerprint
 from npqwen.forward import forward
 from npqwen.generation_config import GenerationConfig
 from npqwen.kernels.attention import attention_kernels
@@ -153,6 +154,11 @@ class Model:
     def stream(self, prompt: str, **options: Any) -> Stream:
         """Generate, piece by piece as the text comes.  options: see `generation.stream`."""
         return generation.stream(self, prompt, **options)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that tells this model, in this conversion, from others; see `npqwen.fingerprint`."""
+        return fingerprint(self.config, self.weights)
 
     @overload
     def generate(self, prompt: str, *, n: None = None, **options: Any) -> Completion: ...

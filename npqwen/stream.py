@@ -34,8 +34,9 @@ class Stream(Iterator[str]):
     tell at any time what there is so far; `finish_reason` is None until the text is finished, `stop_string` is
     the stop string that finished it, if one did.
 
-    ids: the prompt. cache: holds the first `cache.length` of them already, but not all; at any time it holds
-    a beginning of prompt and text, at the end all but the tokens drawn or forced last.
+    ids: the prompt. cache: holds the first of them already, but not all: `cached` tokens, behind which it is cut
+    off (default: `cache.length`). At any time it holds a beginning of prompt and text, at the end all but the
+    tokens drawn or forced last.
     watch: functions that are called with the stream before the first token is drawn and after every step; they
     may `force` tokens or `end` the text. The other options are those of `npqwen.generation.stream`.
     """
@@ -54,6 +55,7 @@ class Stream(Iterator[str]):
         loop_guard: LoopGuard | bool = False,
         watch: Iterable[Callable[[Stream], None]] = (),
         cache: KVCache | None = None,
+        cached: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **sampling: Any,
     ) -> None:
@@ -76,8 +78,9 @@ class Stream(Iterator[str]):
         room = _room(model, self.prompt_ids)
         if cache is None:
             cache = model.new_cache(len(ids) + (room if max_tokens is None else min(room, max_tokens)))
-        if cache.length >= len(ids):
-            raise OptionError(f"the cache holds {cache.length} tokens, no fewer than the prompt's {len(ids)}")
+        cached = cache.length if cached is None else cached
+        if cached >= len(ids):
+            raise OptionError(f"the cache holds {cached} tokens, no fewer than the prompt's {len(ids)}")
         if cache.limit <= len(ids):
             raise ContextLengthError(f"the prompt's {len(ids)} tokens leave no room in a cache for {cache.limit}")
         room = min(room, cache.limit - len(ids))
@@ -99,9 +102,11 @@ class Stream(Iterator[str]):
         self._forced: list[int] = []
         self._stop_token: str | None = None
         self._flushed = False
-        self._cached_tokens = cache.length
+        self._cached_tokens = cached
         self._prefill_seconds = self._first_token_seconds = self._decode_seconds = 0.0
         self._pieces = self._generate()
+        if cached != cache.length:
+            cache.truncate(cached)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -190,7 +195,7 @@ class Stream(Iterator[str]):
             forced, self._forced = self._forced[: self._limit - len(self.ids)], []
             ahead = self.ids[cache.length - len(self.prompt_ids) :]
             if ahead and (not forced or self.logprobs is not None):
-                logits = model.forward(np.array(ahead, np.int32), cache)[-1]
+                logits = model.forward(np.array(ahead, np.int32), cache, out=logits.reshape(1, -1))[0]
             new = forced or [sampler(logits)]
             for id in forced:
                 sampler.add(id)

@@ -1,0 +1,271 @@
+"""Reuse of a conversation's cache: always the text that a fresh start would give."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import ReferenceModel
+
+from npqwen.errors import ClosedError, ContextLengthError, OptionError
+from npqwen.model import Model, load
+from npqwen.session import Session, common_prefix
+from npqwen.stream import Stream
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+SUM = "<|im_start|>user\nWhat is {} + {}?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def model(request: pytest.FixtureRequest, tiny: Callable[[int], Path]) -> Iterator[Model]:
+    with load(tiny(request.param), threads=2) as loaded:
+        yield loaded
+
+
+def check_cache(session: Session) -> None:
+    """What the cache holds is, to the bit, what its ids give when they are run in one piece."""
+    ids = session.ids
+    assert len(ids) == session.cache.length
+    model = session._model
+    if not ids or len(ids) + 1 > model.context:
+        return
+    fresh = model.new_cache()
+    model.prefill(ids, fresh)
+    assert np.array_equal(model.forward([11], session.cache.fork()), model.forward([11], fresh))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_turns_give_the_text_of_a_fresh_start(model: Model, seed: int) -> None:
+    rng = random.Random(seed)
+    sessions = [Session(model)]
+    prompt: list[int] = []
+    for turn in range(12):
+        session = rng.choice(sessions)
+        kind = rng.random()
+        if kind < 0.5 or not prompt:  # the conversation goes on from what the session holds
+            prompt = session.ids + model.tokenizer.encode(SUM.format(rng.randrange(50), turn))
+        elif kind < 0.7:  # the past is changed, as when thoughts are stripped
+            cut = rng.randrange(len(prompt))
+            prompt = prompt[:cut] + model.tokenizer.encode("changed") + prompt[cut + rng.randrange(9) :]
+        elif kind < 0.8:  # the same again
+            prompt = list(prompt)
+        else:  # a part of it
+            prompt = prompt[: rng.randrange(1, len(prompt) + 1)]
+        prompt = prompt[-300:] if len(prompt) > 400 else prompt
+        options: dict[str, Any] = {"seed": turn, "max_tokens": rng.choice([1, 3, 12]), "temperature": 0.9}
+        if rng.random() < 0.2:
+            options["thinking_budget"] = 2
+        stream = session.stream(prompt, **options)
+        if rng.random() < 0.3:
+            for _ in range(rng.randrange(4)):
+                next(stream, None)
+            stream.close()
+        else:
+            alone = Stream(model, prompt, **options).completion()
+            assert stream.completion().ids == alone.ids
+            assert stream.text == alone.text
+        check_cache(session)
+        if rng.random() < 0.3 and len(sessions) < 4:
+            sessions.append(session.fork())
+    for session in sessions:
+        check_cache(session)
+
+
+def test_only_what_is_new_is_computed(model: Model) -> None:
+    session = Session(model)
+    first = model.tokenizer.encode(SUM.format(17, 25))
+    done = session.stream(first, temperature=0).completion()
+    assert done.usage.cached_tokens == 0
+    second = first + done.ids + model.tokenizer.encode("\n" + SUM.format(1, 2))
+    told: list[tuple[int, int]] = []
+    done = session.stream(second, temperature=0, progress=lambda *state: told.append(state)).completion()
+    held = len(first) + session._stream.prompt_ids.index(4098, len(first)) - len(first)
+    assert done.usage.cached_tokens == held  # all but eos, the last one drawn
+    assert told == [(len(second) - held, len(second) - held)]
+    again = session.stream(second, temperature=0)
+    assert again.completion().text == done.text
+    assert again.usage.cached_tokens == len(second) - 1  # one token is always run
+    shorter = session.stream(second[: len(first)], temperature=0, max_tokens=3)
+    assert shorter.usage.cached_tokens == len(first) - 1
+    list(shorter)
+    check_cache(session)
+
+
+def test_a_refused_call_keeps_what_there_is(model: Model) -> None:
+    session = Session(model)
+    ids = model.tokenizer.encode(SUM.format(3, 4))
+    session.stream(ids, max_tokens=2).completion()
+    held = session.ids
+    for wrong in ({"top_p": 7}, {"max_tokens": 0}, {"nonsense": 1}):
+        with pytest.raises(OptionError):
+            session.stream([1, 2, 3], **wrong)
+    with pytest.raises(OptionError, match="empty"):
+        session.stream([])
+    with pytest.raises(ContextLengthError):
+        session.stream([5] * 3000)
+    assert session.ids == held
+    check_cache(session)
+
+
+def test_a_stream_that_was_left_is_closed_by_the_next(model: Model) -> None:
+    session = Session(model)
+    first = session.stream(model.tokenizer.encode(SUM.format(17, 25)), temperature=0)
+    next(first)
+    next(first)
+    second = session.stream(model.tokenizer.encode(SUM.format(17, 26)), temperature=0)
+    assert list(first) == []
+    alone = model.generate(SUM.format(17, 26), temperature=0)
+    assert second.completion().ids == alone.ids
+    check_cache(session)
+
+
+def test_a_stream_that_never_started_holds_what_was_common(model: Model) -> None:
+    session = Session(model)
+    session.stream(model.tokenizer.encode(SUM.format(17, 25)), max_tokens=4).completion()
+    other = model.tokenizer.encode(SUM.format(19, 25))
+    session.stream(other)
+    assert session.ids == other[: len(session.ids)]
+    assert 0 < len(session.ids) < len(other)
+    check_cache(session)
+
+
+class Failing(ReferenceModel):
+    """Its passes fail in the middle, after a part of the prompt was done."""
+
+    allowed = 10**9
+
+    def forward(self, ids: Any, cache: Any, **options: Any) -> np.ndarray:
+        if self.allowed <= 0:
+            raise self.error
+        self.allowed -= 1
+        return super().forward(ids, cache, **options)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ClosedError])
+@pytest.mark.parametrize("allowed", [0, 1, 2, 3, 4])
+def test_passes_that_are_interrupted_leave_ids_and_cache_alike(error: type[BaseException], allowed: int) -> None:
+    model = Failing.from_directory(TINY)
+    model.error = error()
+    session = Session(model)
+    long = model.tokenizer.encode("a b c d " * 50)  # in pieces of 64
+    model.allowed = allowed
+    with pytest.raises(error):
+        session.stream(long, max_tokens=3).completion()
+    held = session.ids
+    assert held == (long + session._stream.ids)[: session.cache.length]
+    model.allowed = 10**9
+    fork = session.fork()
+    done = session.stream(long, max_tokens=3, temperature=0).completion()
+    assert done.ids == Stream(model, long, max_tokens=3, temperature=0).completion().ids
+    assert done.usage.cached_tokens == min(len(held), len(long) - 1)
+    assert fork.ids == held
+
+
+INTERRUPTED = """
+import signal, sys
+import numpy as np
+from pathlib import Path
+from npqwen.model import load
+from npqwen.session import Session
+model = load(Path(sys.argv[1]), threads=2)
+session = Session(model)
+prompt = [int(i) for i in np.random.default_rng(0).integers(0, 4000, 300)]
+rounds = interrupted = 0
+while interrupted < 20:
+    rounds += 1
+    signal.setitimer(signal.ITIMER_REAL, 0.0005 * (rounds % 40))
+    try:
+        session.stream(prompt[: 30 + 20 * (rounds % 13)], seed=rounds, max_tokens=30).completion()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupted += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    ids = session.ids
+    assert len(ids) == session.cache.length
+    if ids:
+        fresh = model.new_cache()
+        model.prefill(ids, fresh)
+        assert np.array_equal(model.forward([7], session.cache.fork()), model.forward([7], fresh)), rounds
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_ctrl_c_at_any_moment_leaves_ids_and_cache_alike(tiny: Callable[[int], Path]) -> None:
+    code = "import signal\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\n" + INTERRUPTED
+    done = subprocess.run([sys.executable, "-c", code, str(tiny(4))], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+def test_forks_go_their_own_ways(model: Model) -> None:
+    session = Session(model)
+    ids = model.tokenizer.encode(SUM.format(17, 25))
+    session.prefill(ids)
+    assert session.ids == ids
+    forks = [session.fork() for _ in range(3)]
+    streams = [
+        fork.stream(ids + model.tokenizer.encode(text), temperature=0, max_tokens=9)
+        for fork, text in zip(forks, ["<think>", "17 + 25", "The"], strict=True)
+    ]
+    for _ in range(4):  # one step each in turn
+        for stream in streams:
+            next(stream, None)
+    for fork, stream in zip(forks, streams, strict=True):
+        alone = Stream(model, stream.prompt_ids, temperature=0, max_tokens=9).completion()
+        assert stream.completion().ids == alone.ids
+        assert stream.usage.cached_tokens == len(ids)
+        check_cache(fork)
+    assert session.ids == ids
+    check_cache(session)
+
+
+def test_reading_ahead(model: Model) -> None:
+    session = Session(model)
+    ids = model.tokenizer.encode("A river is a stream of water. " * 20)
+    told: list[tuple[int, int]] = []
+    session.prefill(ids[:50])
+    session.prefill(ids, lambda *state: told.append(state))
+    assert told[-1] == (len(ids) - 50, len(ids) - 50)
+    session.prefill(ids[:70])
+    assert session.ids == ids[:70]
+    check_cache(session)
+    session.prefill([])
+    assert session.ids == []
+
+
+def test_a_session_whose_stream_runs_in_another_thread_says_so(model: Model) -> None:
+    session = Session(model)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def processor(ids: list[int], logits: np.ndarray) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    stream = session.stream([1, 2, 3], logits_processor=processor, max_tokens=2)
+    thread = threading.Thread(target=lambda: list(stream))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        with pytest.raises(OptionError, match="another thread still runs"):
+            session.stream([4, 5])
+    finally:
+        go_on.set()
+        thread.join(60)
+    assert len(stream.ids) == 2
+    session.stream([1, 2, 4], max_tokens=2).completion()
+    check_cache(session)
+
+
+def test_common_beginnings() -> None:
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2, 3]) == 3
+    assert common_prefix([1, 2, 3], [1, 2]) == 2
+    assert common_prefix([1, 2, 3], [1, 5, 3]) == 1
+    assert common_prefix([2], [1]) == 0

@@ -1,0 +1,329 @@
+"""Snapshots of a session in files: round trips, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from converted import small_model
+
+from npqwen.errors import ClosedError, ContextLengthError, FormatError, OutputError
+from npqwen.model import Model, load
+from npqwen.session import Session
+
+IDS = [int(id) for id in np.random.default_rng(2).integers(0, 4096, 700)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[int], Path]) -> Iterator[Model]:
+    with load(tiny(4), threads=2) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def saved(model: Model, tmp_path: Path) -> Path:
+    """A snapshot of 300 tokens: one page and 44 positions."""
+    session = Session(model)
+    session.prefill(IDS[:300])
+    session.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("length", [1, 15, 16, 255, 256, 257, 600])
+def test_what_was_saved_goes_on_as_if_nothing_had_been(
+    tiny: Callable[[int], Path], tmp_path: Path, bits: int, length: int
+) -> None:
+    path = tmp_path / "a" / "session"
+    with load(tiny(bits), threads=2) as model:
+        session = Session(model)
+        session.prefill(IDS)  # forgotten again, all but some
+        session.prefill(IDS[:length])
+        session.save(path)
+        expected = model.forward([7], session.cache.fork())
+    with load(tiny(bits), threads=1) as model:
+        loaded = Session.load(model, path)
+        assert loaded.ids == IDS[:length]
+        assert np.array_equal(model.forward([7], loaded.cache.fork()), expected)
+        stream = loaded.stream([*IDS[:length], 9], max_tokens=3, temperature=0)
+        assert stream.usage.cached_tokens == length
+        alone = model.generate(model.tokenizer.decode([5]), max_tokens=1)
+        assert alone.ids
+        list(stream)
+
+
+def test_the_file_is_plain_safetensors_and_says_what_it_holds(model: Model, saved: Path) -> None:
+    tensors = safetensors.numpy.load_file(saved)
+    layers, heads, dim = (
+        model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim
+    )  # fmt: skip
+    assert tensors["ids"].tolist() == IDS[:300]
+    assert tensors["page.0"].shape == (layers, 2, heads, 16, 16 * dim)
+    assert tensors["page.1"].shape == (layers, 2, heads, 3, 16 * dim)
+    assert sorted(tensors) == ["ids", "page.0", "page.1"]
+    # The same numbers in the file of another thread count, and zeros after the last token.
+    keys = tensors["page.1"][:, 0].reshape(layers, heads, 3, dim, 16)
+    values = tensors["page.1"][:, 1].reshape(layers, heads, 3, 16, dim)
+    assert keys[:, :, 2, :, :12].any()
+    assert not keys[:, :, 2, :, 12:].any()
+    assert values[:, :, 2, :12].any()
+    assert not values[:, :, 2, 12:].any()
+    assert np.isfinite(tensors["page.0"]).all()
+
+
+def test_saving_is_deterministic_and_replaces(model: Model, saved: Path) -> None:
+    session = Session(model)
+    session.prefill(IDS[:500])
+    session.save(saved)
+    assert Session.load(model, saved).ids == IDS[:500]
+    session.prefill(IDS[:300])
+    session.save(saved)
+    again = Session(model)
+    again.prefill(IDS[:300])
+    again.save(saved.with_name("again"))
+    assert saved.read_bytes() == saved.with_name("again").read_bytes()
+    assert sorted(os.listdir(saved.parent)) == ["again", "saved"]
+
+
+def test_an_empty_session(model: Model, tmp_path: Path) -> None:
+    Session(model).save(tmp_path / "empty")
+    assert Session.load(model, tmp_path / "empty").ids == []
+
+
+def test_a_stream_that_is_under_way_can_be_saved(model: Model, tmp_path: Path) -> None:
+    session = Session(model)
+    stream = session.stream(IDS[:40], max_tokens=30, temperature=0, logit_bias={4096: -100, 4098: -100})
+    next(stream)
+    session.save(tmp_path / "s")
+    loaded = Session.load(model, tmp_path / "s")
+    assert loaded.ids == session.ids
+    whole = stream.completion().ids
+    rest = loaded.stream(
+        IDS[:40] + whole[:5], max_tokens=25, temperature=0, logit_bias={4096: -100, 4098: -100}
+    ).completion()
+    assert whole[:5] + rest.ids == whole
+
+
+def test_a_save_that_fails_leaves_the_old_file_alone(
+    model: Model, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(model)
+    session.prefill(IDS[:20])
+    before = saved.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("npqwen.snapshot.os.fsync", full)
+    with pytest.raises(OutputError, match="saved does not fit: no room is left on the disk"):
+        session.save(saved)
+    monkeypatch.setattr("npqwen.snapshot.os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.save(saved)
+    monkeypatch.undo()
+    monkeypatch.setattr("npqwen.snapshot.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(OutputError, match=r"saved would take 0\.00 GB, but only 0\.00 GB is free there"):
+        session.save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == ["saved"]
+
+
+def test_places_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
+    session = Session(model)
+    with pytest.raises(OutputError, match="is a directory"):
+        session.save(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        session.save(tmp_path / "file" / "session")
+
+
+def test_what_a_killed_process_left_is_removed_later(model: Model, saved: Path) -> None:
+    old, new, other = (saved.with_name(name) for name in (".saved.partial-a", ".saved.partial-b", ".x.partial-a"))
+    for file in (old, new, other):
+        file.write_bytes(b"x")
+    for file in (old, other):
+        os.utime(file, (time.time() - 4000,) * 2)
+    Session(model).save(saved)
+    assert sorted(os.listdir(saved.parent)) == [".saved.partial-b", ".x.partial-a", "saved"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from npqwen.model import load
+from npqwen.session import Session
+model = load(Path(sys.argv[1]), threads=1)
+session = Session(model)
+session.prefill([7] * 700)
+print("saving", flush=True)
+while True:
+    session.save(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.05])
+def test_kill_9_leaves_a_whole_file(model: Model, saved: Path, delay: float) -> None:
+    command = [sys.executable, "-c", KILLED, str(model.path), str(saved)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saving\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    assert Session.load(model, saved).ids in (IDS[:300], [7] * 700)
+
+
+def header(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def rewrite(path: Path, head: Any, data: bytes) -> None:
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_any_truncation_is_noticed(model: Model, saved: Path) -> None:
+    data = saved.read_bytes()
+    for size in (0, 5, 8, 50, 1000, len(data) // 2, len(data) - 1):
+        saved.write_bytes(data[:size])
+        with pytest.raises(FormatError, match="truncated or no snapshot"):
+            Session.load(model, saved)
+    saved.write_bytes(data + b"\0")
+    with pytest.raises(FormatError, match="truncated or no snapshot"):
+        Session.load(model, saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head["__metadata__"].update(format="npqwen"), "is no snapshot"),
+        (lambda head: head.pop("__metadata__"), "no snapshot"),
+        (lambda head: head.update(__metadata__=[1]), "no snapshot"),
+        (lambda head: head["__metadata__"].update(format_version="2"), "format version '2', this npqwen reads 1"),
+        (lambda head: head["__metadata__"].update(fingerprint="0" * 64), "another model, or from other weights"),
+        (lambda head: head["__metadata__"].update(more="1"), "truncated or no snapshot"),
+        (lambda head: head.pop("ids"), "truncated or no snapshot"),
+        (lambda head: head.update(ids=None), "truncated or no snapshot"),
+        (lambda head: head["ids"].update(shape=[]), "truncated or no snapshot"),
+        (lambda head: head["ids"].update(shape=[-1]), "truncated or no snapshot"),
+        (lambda head: head["ids"].update(shape=["300"]), "truncated or no snapshot"),
+        (lambda head: head["ids"].update(shape=[299]), "truncated or no snapshot"),
+        (lambda head: head["ids"].update(shape=[2**40]), "truncated or no snapshot"),
+        (lambda head: head["ids"].update(shape=[2049]), "2049 tokens, the context is 2048; load the model with a"),
+        (lambda head: head["page.0"].update(dtype="F32"), "in F32, this model's are F16"),
+        (lambda head: head["page.0"].update(dtype="I8"), "truncated or no snapshot"),
+        (lambda head: head["page.1"].update(data_offsets=[0, 10]), "truncated or no snapshot"),
+        (lambda head: head.pop("page.1"), "truncated or no snapshot"),
+        (lambda head: head.update({"page.0": 7}), "truncated or no snapshot"),
+    ],
+)
+def test_headers_that_are_none(
+    model: Model, saved: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    head, data = header(saved)
+    change(head)
+    rewrite(saved, head, data)
+    with pytest.raises((FormatError, ContextLengthError), match=message) as raised:
+        Session.load(model, saved)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"7", b"\xff\xfe", b"[" * 100_000, b'{"ids": {"shape": [1]}}'])
+def test_headers_that_are_not_even_objects(model: Model, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(struct.pack("<Q", len(content)) + content)
+    with pytest.raises(FormatError, match="no snapshot"):
+        Session.load(model, path)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4128, 2**31 - 1])
+def test_ids_that_the_model_does_not_have(model: Model, saved: Path, wrong: int) -> None:
+    head, data = header(saved)
+    rewrite(saved, head, data[:8] + struct.pack("<i", wrong) + data[12:])
+    with pytest.raises(FormatError, match="truncated or no snapshot"):
+        Session.load(model, saved)
+
+
+def test_files_that_are_something_else(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is no snapshot of a session"):
+        Session.load(model, model.path / "model.safetensors")
+    with pytest.raises(FormatError, match="cannot be read: No such file"):
+        Session.load(model, tmp_path / "missing")
+    with pytest.raises(FormatError, match="cannot be read"):
+        Session.load(model, tmp_path)
+
+
+def test_a_shorter_context_is_told(model: Model, saved: Path) -> None:
+    with load(model.path, threads=1, context=300) as exact:
+        assert Session.load(exact, saved).ids == IDS[:300]
+    with (
+        load(model.path, threads=1, context=299) as short,
+        pytest.raises(ContextLengthError, match="holds 300 tokens, the context is 299"),
+    ):
+        Session.load(short, saved)
+
+
+def test_other_weights_other_config_or_other_bits_are_refused(
+    model: Model, saved: Path, tmp_path: Path, tiny: Callable[[int], Path]
+) -> None:
+    with load(tiny(8), threads=1) as other, pytest.raises(FormatError, match="another model"):
+        Session.load(other, saved)
+    with load(tiny(16), threads=1) as other, pytest.raises(FormatError, match="in F16, this model's are F32"):
+        Session.load(other, saved)
+    copied = tmp_path / "copied"
+    shutil.copytree(model.path, copied)
+    with load(copied, threads=1) as same:
+        assert same.fingerprint == model.fingerprint
+        assert Session.load(same, saved).ids == IDS[:300]
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    with load(copied, threads=1) as other, pytest.raises(FormatError, match="another model"):
+        Session.load(other, saved)
+
+
+def test_every_tensor_has_its_part_in_the_fingerprint(tmp_path: Path) -> None:
+    directory = small_model(tmp_path / "small")
+    file = directory / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + length])
+    head.pop("__metadata__")
+
+    def found() -> str:
+        with load(directory, threads=1) as model:
+            return model.fingerprint
+
+    seen = {found()}
+    for entry in head.values():
+        at = 8 + length + entry["data_offsets"][0]
+        data[at] ^= 1
+        file.write_bytes(data)
+        seen.add(found())
+    assert len(seen) == 1 + len(head)
+
+
+def test_a_closed_model_has_none(tiny: Callable[[int], Path]) -> None:
+    model = load(tiny(4), threads=1)
+    model.close()
+    with pytest.raises(ClosedError):
+        _ = model.fingerprint
