@@ -113,21 +113,24 @@ class Model:
             raise ContextLengthError(f"a cache for {room} tokens: the model's context is {self.context}")
         return KVCache(self.config, self.context if room is None else room, self.cache_dtype)
 
-    def forward(self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False) -> NDArray[np.float32]:
+    def forward(
+        self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
         """Run `ids` after what is in the cache, and put them in.
 
-        Returns logits (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits.  Long inputs
-        go in pieces of `chunk`; if interrupted, the cache holds the pieces that were done.  Raises
-        ContextLengthError before computing, OptionError for ids the model does not have.
+        Returns logits (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits; written into `out`
+        if it is given, which saves the time of fresh memory at every token.  Long inputs go in pieces of
+        `chunk`; if interrupted, the cache holds the pieces that were done.  Raises ContextLengthError before
+        computing, OptionError for ids the model does not have and for an `out` of another kind.
         """
         tokens = self._check(ids)
+        out = self._logits(tokens.size if all_logits else 1, out)
         cache.reserve(tokens.size)
-        pieces = [
-            self._pass(tokens[at : at + self.chunk], cache, all_logits or at + self.chunk >= tokens.size, all_logits)
-            for at in range(0, tokens.size, self.chunk)
-        ]
-        whole: NDArray[np.float32] = np.concatenate(pieces)
-        return whole
+        for at in range(0, tokens.size, self.chunk):
+            end = min(at + self.chunk, tokens.size)
+            rows = out[at:end] if all_logits else out[: end == tokens.size]
+            self._pass(tokens[at:end], cache, rows)
+        return out
 
     def prefill(
         self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
@@ -137,14 +140,14 @@ class Model:
         progress(done, total) is called after every piece of `chunk` tokens.
         """
         tokens = self._check(ids)
+        out = self._logits(1, None)
         cache.reserve(tokens.size)
-        logits = np.empty((0, self.config.vocab_size), np.float32)
         for at in range(0, tokens.size, self.chunk):
-            last = at + self.chunk >= tokens.size
-            logits = self._pass(tokens[at : at + self.chunk], cache, last, False)
+            end = min(at + self.chunk, tokens.size)
+            self._pass(tokens[at:end], cache, out[: end == tokens.size])
             if progress is not None:
-                progress(min(at + self.chunk, tokens.size), tokens.size)
-        return logits.reshape(-1)
+                progress(end, tokens.size)
+        return out[0]
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Logits (tokens, vocab_size) of every position of a text."""
@@ -188,15 +191,23 @@ class Model:
         """The text of a conversation as the model was trained on it: its chat template's, see `ChatTemplate.render`."""
         return self.chat_template.render(messages, tools, thinking, add_generation_prompt, **template_options)
 
-    def _pass(self, ids: NDArray[np.int64], cache: KVCache, wanted: bool, every: bool) -> NDArray[np.float32]:
-        """One forward pass of at most `chunk` tokens; rows of logits for all of them, the last or none."""
-        rows = 0 if not wanted else ids.size if every else 1
+    def _pass(self, ids: NDArray[np.int64], cache: KVCache, out: NDArray[np.float32]) -> None:
+        """One forward pass of at most `chunk` tokens; logits of as many of the last ones as out has rows."""
+        rows = len(out)
         with self._turn():
             logits = self._buffers.logits(rows)
             self._team.run(forward, *self._arguments(ids, cache, rows))
             cache.length += ids.size
-            result: NDArray[np.float32] = logits[:rows, : self.config.vocab_size].copy()
-            return result
+            out[:] = logits[:rows, : self.config.vocab_size]
+
+    def _logits(self, rows: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """Room for so many rows of logits: `out`, which is checked, or a new array."""
+        shape = rows, self.config.vocab_size
+        if out is None:
+            return np.empty(shape, np.float32)
+        if out.shape != shape or out.dtype != np.float32:
+            raise OptionError(f"out is {out.dtype} {out.shape}; these logits are float32 {shape}")
+        return out
 
     def _turn(self) -> threading.Lock:
         """Held by the thread whose pass runs.  A forked process has its own: its holder is not there."""

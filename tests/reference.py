@@ -138,7 +138,7 @@ class ReferenceModel:
     def new_cache(self, room: int | None = None) -> ReferenceCache:
         return ReferenceCache(self.config, room or self.context)
 
-    def forward(self, ids: Any, cache: ReferenceCache, *, all_logits: bool = False) -> np.ndarray:
+    def forward(self, ids: Any, cache: ReferenceCache, *, all_logits: bool = False, out: Any = None) -> np.ndarray:
         c, w = self.config, self.weights
         ids = np.asarray(ids)
         past, n = cache.length, len(ids)

@@ -201,8 +201,8 @@ class Parrot(Slow):
         self.script = [*ids, 4098]
         return self.forward(ids, cache)[-1]
 
-    def forward(self, ids, cache):
-        logits = super().forward(ids, cache)
+    def forward(self, ids, cache, **options):
+        logits = super().forward(ids, cache, **options)
         logits[-1, self.script.pop(0)] = 1e6
         return logits
 """

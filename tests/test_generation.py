@@ -50,7 +50,7 @@ class Reciter:
         self.room = room
         return SimpleNamespace(length=0, limit=room)
 
-    def forward(self, ids: np.ndarray, cache: SimpleNamespace) -> np.ndarray:
+    def forward(self, ids: np.ndarray, cache: SimpleNamespace, out: Any = None) -> np.ndarray:
         assert ids.dtype == np.int32
         self.seen += ids.tolist()
         cache.length += len(ids)

@@ -50,7 +50,7 @@ class Drawn:
     def prefill(self, ids: np.ndarray, cache: SimpleNamespace, progress: Any = None) -> np.ndarray:
         return self.forward(ids, cache)[0]
 
-    def forward(self, ids: np.ndarray, cache: SimpleNamespace) -> np.ndarray:
+    def forward(self, ids: np.ndarray, cache: SimpleNamespace, out: Any = None) -> np.ndarray:
         cache.length += len(ids)
         self.passes.append(len(ids))
         logits = np.zeros((1, 4128), np.float32)

@@ -123,6 +123,7 @@ class Npqwen:
 
         self._model = load(path, threads=threads)
         self._cache = self._model.new_cache(context)
+        self._logits = np.empty((1, self._model.config.vocab_size), np.float32)
         self._length = 0
 
     def about(self) -> dict[str, str]:
@@ -143,8 +144,10 @@ class Npqwen:
         self._length = length
 
     def run(self, ids: Ids, *, every: bool) -> None:
-        if every or len(ids) == 1:
-            self._model.forward(ids, self._cache, all_logits=every)
+        if every:
+            self._model.forward(ids, self._cache, all_logits=True)
+        elif len(ids) == 1:
+            self._model.forward(ids, self._cache, out=self._logits)
         else:
             self._model.prefill(ids, self._cache)
         self._length += len(ids)
