@@ -16,7 +16,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 
-from npqwen.kernels.matmul import STREAMED, UNIT_BYTES
+from npqwen.kernels.matmul import UNIT_BYTES
 from npqwen.simd import tile
 from npqwen.simd.instructions import F32, I8, InstructionSet, vector
 
@@ -38,10 +38,9 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
 
     def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
         quads, dot = (isa.int4, isa.dot4) if bits == 4 else (isa.int8, isa.dot8)
-        if tokens <= STREAMED:
-            data = types.Array(types.uint8, 1, "C")
-            sig, prefetch = tile.prefetch._defn(None, data, types.int64, types.literal(UNIT_BYTES[bits]))
-            prefetch(_CONTEXT, b, sig, [w, at, None])
+        data = types.Array(types.uint8, 1, "C")
+        sig, prefetch = tile.prefetch._defn(None, data, types.int64, types.literal(UNIT_BYTES[bits]))
+        prefetch(_CONTEXT, b, sig, [w, at, None])
         sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
         for block in range(2):
             values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from npqwen.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.kernels.matmul import STREAMED
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
 from npqwen.simd.tile import LANES, LINE, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
@@ -31,6 +30,8 @@ PAGE = 256
 BLOCK = 64
 """Positions whose scores are computed before they are used."""
 TILE = 16
+STREAMED = 4
+"""Rows of a product up to which memory is the limit, so that keys and values are worth asking for early."""
 MOST_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
 _LOWEST = np.float32(-3.0e38)

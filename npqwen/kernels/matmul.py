@@ -41,15 +41,12 @@ SCALE_BYTES = 64
 UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
 _UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
 CHUNK_BYTES = 1 << 17
-STREAMED = 4
-"""Tokens up to which memory is the limit, so that weights are worth asking for early."""
 
 
 def _integer_rows(bits: int, tokens: int) -> Any:
     """The kernel for int4 or int8 weights and tiles of `tokens` tokens."""
     vectors = ISA.tiles[tokens]
     rows = vectors * LANES
-    streamed = tokens <= STREAMED
     unit = UNIT_BYTES[bits]
     half = (unit - SCALE_BYTES) // 2
 
@@ -69,8 +66,7 @@ def _integer_rows(bits: int, tokens: int) -> Any:
                     for _ in range(units):
                         scales = at + 2 * row
                         block = at + SCALE_BYTES + 4 * row
-                        if streamed:
-                            prefetch(w, at, unit)
+                        prefetch(w, at, unit)
                         sums = multiply_integers(sums, tokens, bits, w, block, scales, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
                         sums = multiply_integers(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)
