@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 import sys
@@ -269,3 +270,55 @@ def test_common_beginnings() -> None:
     assert common_prefix([1, 2, 3], [1, 2]) == 2
     assert common_prefix([1, 2, 3], [1, 5, 3]) == 1
     assert common_prefix([2], [1]) == 0
+
+
+def test_streams_that_take_turns_give_what_they_give_alone(model: Model) -> None:
+    """In one thread a token each in turn, and in many threads at once: passes take turns, samplers are apart."""
+    prompts = [SUM.format(a, b) for a, b in ((17, 25), (3, 4), (40, 9), (8, 8))]
+    options: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "top_k": 5, "presence_penalty": 0.3}
+    alone = [model.generate(prompt, seed=i, **options) for i, prompt in enumerate(prompts)]
+
+    streams = [model.stream(prompt, seed=i, **options) for i, prompt in enumerate(prompts)]
+    running = list(streams)
+    while running:
+        running = [stream for stream in running if next(stream, None) is not None]
+    assert [stream.ids for stream in streams] == [each.ids for each in alone]
+    assert [stream.text for stream in streams] == [each.text for each in alone]
+
+    streams = [model.stream(prompt, seed=i, **options) for i, prompt in enumerate(prompts)]
+    threads = [threading.Thread(target=lambda stream=stream: list(stream)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [stream.ids for stream in streams] == [each.ids for each in alone]
+    assert [stream.text for stream in streams] == [each.text for each in alone]
+
+
+def test_streams_under_asyncio_do_not_block_the_loop(model: Model) -> None:
+    prompts = [SUM.format(17, 25), SUM.format(3, 4)]
+    alone = [model.generate(prompt, temperature=0).text for prompt in prompts]
+
+    async def read(prompt: str) -> str:
+        stream, text = model.stream(prompt, temperature=0), ""
+        while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+            text += piece
+        return text
+
+    async def main() -> tuple[list[str], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0)
+                ticks += 1
+
+        ticking = asyncio.ensure_future(tick())
+        texts = await asyncio.gather(*map(read, prompts))
+        ticking.cancel()
+        return list(texts), ticks
+
+    texts, ticks = asyncio.run(main())
+    assert texts == alone
+    assert ticks > 50

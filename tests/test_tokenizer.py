@@ -1,9 +1,12 @@
 """Text to ids and back, against the tokenizers library itself and hand-built tokenizer files."""
 
+# ruff: noqa: RUF001 - scripts are full of letters that look alike
+
 from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,82 @@ def test_decoding_is_the_librarys_even_for_broken_utf8(
         for special in (False, True):
             expected = library.decode(ids, skip_special_tokens=not special)
             assert tokenizer.decode(ids, special=special) == expected
+
+
+SCRIPTS = {
+    "Latin": "Zażółć gęślą jaźń, Ærøskøbing, İstanbul, ﬁ ﬂ",
+    "Greek": "Ξεσκεπάζω τὴν ψυχοφθόρα βδελυγμία",
+    "Cyrillic": "Съешь ещё этих мягких французских булок",
+    "Hebrew": "דג סקרן שט בים מאוכזב",
+    "Arabic": "نص حكيم له سر قاطع وذو شأن عظيم \u202eRTL\u202c",
+    "Devanagari": "ऋषियों को सताने वाले दुष्ट राक्षसों",
+    "Tamil": "யாமறிந்த மொழிகளிலே",
+    "Thai": "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า",
+    "Khmer": "ខ្ញុំអាចញ៉ាំកញ្ចក់បាន",
+    "Tibetan": "ཤེལ་སྒོ་ཟ་ནས་ང་ན་གི་མ་རེད།",
+    "Chinese": "敏捷的棕色狐狸跳过懒狗,繁體也行",
+    "Japanese": "いろはにほへと チリヌルヲ 色は匂へど ㌔㍍",
+    "Korean": "다람쥐 헌 쳇바퀴에 타고파",
+    "rare planes": "𠜎𠜱𡃁 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓀀𓂀 𐍈",
+    "emoji": "👩‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇩🇪🇯🇵 ❤️‍🔥 🧑🏿‍💻 1️⃣",
+    "combining": "Z\u0351\u036b\u0343a\u0309l\u0330g\u0323\u0301o\u0321 q\u0323\u0307",
+    "control": "a\u0000b\u0007\t\r\n\u2028\u200b\ufeffend\uffff",
+    "mathematics": "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, α ∧ ¬β ⇒ ∫₀^∞ e⁻ˣ dx",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_survives_a_token_at_a_time(
+    tokenizer: Tokenizer, library: tokenizers.Tokenizer, name: str
+) -> None:
+    text = unicodedata.normalize("NFC", SCRIPTS[name])  # as the tokenizer itself does
+    ids = tokenizer.encode(SCRIPTS[name])
+    assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=False) == text
+    # Also in the smallest tokens there are, a byte each: every character is split.
+    letters = {tokenizer.token_bytes(id): id for id in range(256)}
+    single = [letters[bytes([byte])] for byte in text.encode()]
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(id) for id in single]
+    assert "".join(pieces) + decoder.finish() == text
+    assert all(len(piece) <= 1 for piece in pieces)
+    assert not decoder.within_character
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"a\xffb", "a\ufffdb"),  # no byte of UTF-8
+        (b"a\x80\x80b", "a\ufffd\ufffdb"),  # continuations of nothing
+        (b"a\xf0\x9f\x8eb", "a\ufffdb"),  # a character that lacks its last byte: one mark
+        (b"\xe6\x9d\xe6\x9d\xb1", "\ufffd東"),  # begun, then begun again
+        (b"\xc0\xaf", "\ufffd\ufffd"),  # an overlong spelling
+        (b"\xed\xa0\x80x", "\ufffd\ufffd\ufffdx"),  # half of a surrogate pair
+        (b"\xf4\x90\x80\x80x", "\ufffd\ufffd\ufffd\ufffdx"),  # past the last plane
+        (b"\xf0\x9f<think>", "\ufffd<think>"),
+        (b"ok \xf0\x9f", "ok \ufffd"),
+    ],
+)
+def test_bytes_that_are_no_text_cost_one_mark_and_nothing_after_them(
+    tokenizer: Tokenizer, library: tokenizers.Tokenizer, data: bytes, expected: str
+) -> None:
+    letters = {tokenizer.token_bytes(id): id for id in range(256)}
+    think = tokenizer.encode("<think>")
+    head, mark, tail = data.partition(b"<think>")
+    ids = [letters[bytes([byte])] for byte in head] + (think if mark else []) + [letters[bytes([b])] for b in tail]
+    decoder = StreamDecoder(tokenizer)
+    assert "".join([decoder.push(id) for id in ids]) + decoder.finish() == expected
+    assert library.decode(ids, skip_special_tokens=False) == expected
+
+
+def test_a_special_token_within_a_character_hides_without_harm(
+    tokenizer: Tokenizer, library: tokenizers.Tokenizer
+) -> None:
+    first, *rest = tokenizer.encode("🎉")
+    ids = [first, 4098, *rest]
+    assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=True) == "🎉"
+    decoder = StreamDecoder(tokenizer)
+    decoder.push(first)
+    assert decoder.within_character
 
 
 def test_streamed_pieces_are_whole_characters_as_early_as_possible(tokenizer: Tokenizer) -> None:
