@@ -107,10 +107,37 @@ def model_options(command: Command) -> Command:
     return command
 
 
+class _Bias(click.ParamType):  # type: ignore[type-arg]
+    """A token's id and what its logit is to get."""
+
+    name = "ID=BIAS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        try:
+            id, bias = str(value).split("=")
+            return int(id), float(bias)
+        except ValueError:
+            self.fail(f"{value!r} is no token id and bias such as 151645=-5 or 13=-inf", param, ctx)
+
+
+def _biases(
+    ctx: click.Context, param: click.Parameter, values: tuple[tuple[int, float], ...]
+) -> dict[int, float] | None:
+    return dict(values) or None
+
+
 def sampling_options(command: Command) -> Command:
     """The options of `npqwen.sampler.Sampling`; those left out are the model's own."""
     for option in (
         click.option("--seed", type=int, help="The same seed gives the same text again."),
+        click.option(
+            "--logit-bias",
+            type=_Bias(),
+            multiple=True,
+            callback=_biases,
+            help="Added to the logit of a token; -inf forbids it; may be repeated.",
+        ),
+        click.option("--frequency-penalty", type=float, help="Subtracted each time for a token generated again."),
         click.option("--presence-penalty", type=float, help="Subtracted for tokens generated so far."),
         click.option("--repetition-penalty", type=float, help="Divides for tokens in prompt and text."),
         click.option("--min-p", type=float, help="Only tokens so many times as likely as the best."),
@@ -152,6 +179,7 @@ def open_model(
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, metavar="N", help="At most N tokens; default: until the text ends.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option("--loop-guard", is_flag=True, help="End a text that repeats itself over and over.")
 @sampling_options
 @model_options
 def generate(
@@ -159,6 +187,7 @@ def generate(
     prompt: str,
     max_tokens: int | None,
     stop: tuple[str, ...],
+    loop_guard: bool,
     bits: int | None,
     threads: int | None,
     context: int | None,
@@ -174,7 +203,8 @@ def generate(
     from npqwen.generation import check_options, stream
 
     prompt = _stdin() if prompt == "-" else _argument(prompt)
-    options = {"max_tokens": max_tokens, "stop": [_argument(text) for text in stop], **sampling}
+    stops = [_argument(text) for text in stop]
+    options = {"max_tokens": max_tokens, "stop": stops, "loop_guard": loop_guard, **sampling}
     check_options(prompt, **options)
     console = Console(quiet=quiet)
     loaded = open_model(model, bits, threads, context, console)
@@ -237,6 +267,8 @@ def _statistics(stream: Stream) -> str:
         end = f"stopped at {stream.stop_string!r}"
     elif stream.finish_reason == "stop":
         end = "the text ended"
+    elif stream.finish_reason == "loop":
+        end = "the text repeated itself"
     else:
         end = "--max-tokens reached" if stream.max_tokens == usage.generated_tokens else "the context is full"
     return (

@@ -134,6 +134,8 @@ class Sampler:
         self._processor = processor
         bias = sampling.logit_bias
         self._biased = np.fromiter(bias.keys(), np.intp, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
+        penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1
+        self._changes = any(penalties) or len(bias) > 0 or processor is not None
         self._random = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
@@ -153,16 +155,15 @@ class Sampler:
         self._counts[id] = self._counts.get(id, 0) + 1
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        s, forbidden = self.sampling, self._forbidden
-        generated = self._counts if s.presence_penalty or s.frequency_penalty else {}
-        seen = self._seen if s.repetition_penalty != 1 else ()
-        ids, biases = self._biased
-        changed = bool(generated or seen or len(ids) or self._processor)
+        forbidden = self._forbidden
         # Rows without a token are the embedding's last: then they are cut off, not overwritten in a copy.
         if self._processor is None and len(forbidden) and forbidden[0] == len(logits) - len(forbidden):
             logits, forbidden = logits[: forbidden[0]], forbidden[:0]
-        if not changed and not len(forbidden):
+        if not self._changes and not len(forbidden):
             return logits
+        s, (ids, biases) = self.sampling, self._biased
+        generated = self._counts if s.presence_penalty or s.frequency_penalty else {}
+        seen = self._seen if s.repetition_penalty != 1 else ()
         logits = logits.copy()
         if len(ids):
             real = ids < len(logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -98,10 +99,20 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
 
     monkeypatch.setattr("npqwen.stream.Sampler", sampler)
     options = "--temperature 0.7 --top-k 3 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.1"
-    more = "--presence-penalty -0.5 --seed 9 --threads 3"
-    done = run("generate", str(TINY), "x", *options.split(), *more.split())
+    more = "--presence-penalty -0.5 --seed 9 --threads 3 --frequency-penalty 0.25"
+    bias = "--logit-bias 5=-inf --logit-bias 7=2.5"
+    done = run("generate", str(TINY), "x", *options.split(), *more.split(), *bias.split())
     assert (done.status, done.out, done.threads) == (0, "", 3)
-    assert given == [npqwen.Sampling(0.7, 3, 0.8, 0.1, 1.1, -0.5, seed=9)]
+    assert given == [npqwen.Sampling(0.7, 3, 0.8, 0.1, 1.1, -0.5, 0.25, {5: -math.inf, 7: 2.5}, seed=9)]
+
+
+def test_a_text_that_repeats_itself_is_ended_if_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npqwen.LoopGuard.__init__, "__defaults__", (50, 50, 4, 16))
+    command = ["generate", str(TINY), "x", "--logit-bias", "40=1e9", "--temperature", "0", "--max-tokens", "60"]
+    done = run(*command, "--loop-guard")
+    assert done.err.splitlines()[-1].endswith("; the text repeated itself")
+    assert "text: 50 tokens" in done.err
+    assert run(*command).err.splitlines()[-1].endswith("; --max-tokens reached")
 
 
 def test_a_seed_repeats_the_text(run: Run) -> None:
@@ -134,6 +145,11 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", str(TINY), "x", "--temprature", "1"], "No such option '--temprature'"),
         (["generate", str(TINY)], "Missing argument 'PROMPT'; see npqwen generate --help"),
         (["generate", str(TINY), "x", "--top-k", "many"], "Invalid value for '--top-k'"),
+        (["generate", str(TINY), "x", "--logit-bias", "a=1"], "Invalid value for '--logit-bias': 'a=1' is no token"),
+        (["generate", str(TINY), "x", "--logit-bias", "5"], "Invalid value for '--logit-bias': '5' is no token id"),
+        (["generate", "/no/such", "x", "--logit-bias", "5=nan"], "logit_bias[5] is nan; it must be a number, or"),
+        (["generate", "/no/such", "x", "--logit-bias", "-5=1"], "logit_bias has the key -5; each must be a token"),
+        (["generate", str(TINY), "x", "--logit-bias", "4128=1"], "logit_bias has token id 4128; the model's are 0"),
         (["convert", "/no/such", "/tmp/out"], "there is no directory '/no/such'"),
         (["speak"], "No such command 'speak'; see npqwen --help"),
     ],
