@@ -22,65 +22,94 @@ from npqwen.errors import (
     OptionError,
     OutOfMemoryError,
     OutputError,
+    SamplingWarning,
 )
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from npqwen.chat import ChatStream as ChatStream
+    from npqwen.chat import Finish as Finish
+    from npqwen.chat import Notice as Notice
+    from npqwen.chat import Reply as Reply
     from npqwen.completion import Completion as Completion
     from npqwen.completion import FinishReason as FinishReason
     from npqwen.completion import Usage as Usage
+    from npqwen.conversation import Conversation as Conversation
     from npqwen.logprobs import Logprob as Logprob
     from npqwen.logprobs import TokenLogprobs as TokenLogprobs
     from npqwen.loop_guard import LoopGuard as LoopGuard
     from npqwen.model import Model as Model
+    from npqwen.reply import Reasoning as Reasoning
+    from npqwen.reply import Text as Text
     from npqwen.sampler import Sampler as Sampler
     from npqwen.sampler import Sampling as Sampling
     from npqwen.session import Session as Session
     from npqwen.stream import Stream as Stream
     from npqwen.tokenizer import Tokenizer as Tokenizer
+    from npqwen.tool_calls import ToolCall as ToolCall
+    from npqwen.tools import ToolResult as ToolResult
 
     __version__: str
 
 __all__ = [
+    "ChatStream",
     "CheckpointError",
     "ClosedError",
     "Completion",
     "ContextLengthError",
+    "Conversation",
+    "Finish",
     "FinishReason",
     "FormatError",
     "Logprob",
     "LoopGuard",
     "Model",
     "ModelNotFoundError",
+    "Notice",
     "NpqwenError",
     "OptionError",
     "OutOfMemoryError",
     "OutputError",
+    "Reasoning",
+    "Reply",
     "Sampler",
     "Sampling",
+    "SamplingWarning",
     "Session",
     "Stream",
+    "Text",
     "TokenLogprobs",
     "Tokenizer",
+    "ToolCall",
+    "ToolResult",
     "Usage",
     "__version__",
     "load",
 ]
 
 _LAZY = {
+    "ChatStream": "npqwen.chat",
     "Completion": "npqwen.completion",
+    "Conversation": "npqwen.conversation",
+    "Finish": "npqwen.chat",
     "FinishReason": "npqwen.completion",
     "Logprob": "npqwen.logprobs",
     "LoopGuard": "npqwen.loop_guard",
     "Model": "npqwen.model",
+    "Notice": "npqwen.chat",
+    "Reasoning": "npqwen.reply",
+    "Reply": "npqwen.chat",
     "Sampler": "npqwen.sampler",
     "Sampling": "npqwen.sampler",
     "Session": "npqwen.session",
     "Stream": "npqwen.stream",
+    "Text": "npqwen.reply",
     "TokenLogprobs": "npqwen.logprobs",
     "Tokenizer": "npqwen.tokenizer",
+    "ToolCall": "npqwen.tool_calls",
+    "ToolResult": "npqwen.tools",
     "Usage": "npqwen.completion",
 }
 

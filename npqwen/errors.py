@@ -35,3 +35,7 @@ class ClosedError(NpqwenError):
 
 class OutOfMemoryError(NpqwenError, MemoryError):
     """The machine has too little memory left for what was asked; said before it starts to swap."""
+
+
+class SamplingWarning(UserWarning):
+    """Sampling options that the model's authors advise against."""

@@ -37,7 +37,9 @@ from npqwen.tokenizer import Tokenizer
 from npqwen.weights import Weights
 
 if TYPE_CHECKING:
+    from npqwen.chat import ChatStream, Reply
     from npqwen.chat_template import ChatTemplate
+    from npqwen.conversation import Conversation
 
 CHUNK = 256
 """Tokens of a prompt that go through the layers together."""
@@ -190,6 +192,43 @@ class Model:
     ) -> str:
         """The text of a conversation as the model was trained on it: its chat template's, see `ChatTemplate.render`."""
         return self.chat_template.render(messages, tools, thinking, add_generation_prompt, **template_options)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        thinking: bool | None = None,
+        run_tools: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """Answer a conversation.
+
+        messages: [{"role": "user", "content": "17 + 25?"}, ...]; append the reply's `messages` to go on. A string is one
+        message of the user.
+        tools: JSON schemas, or Python functions with hints and docstrings. run_tools: call the functions that the
+        model asks for and have it read what they return or raise, up to max_steps (8) answers in a row.
+        thinking: True or False; None is the model's own way. A model that has no switch refuses the other way.
+        template_options: a dictionary of what the chat template takes beyond that, such as template="rag".
+        session: a `Session` of this model; what it has computed of the messages before is not computed again.
+        The other options are those of `npqwen.generation.stream`. Where they are left out, sampling is what the
+        model's authors advise with or without thinking, and loop_guard is on.
+
+        Raises OptionError for wrong messages or options, ContextLengthError for a conversation that does not fit.
+        """
+        return self.stream_chat(messages, tools=tools, thinking=thinking, run_tools=run_tools, **options).run()
+
+    def stream_chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
+        """`chat`, event by event as the answer comes: Reasoning, Text, ToolCall, ToolResult, Notice, Finish."""
+        from npqwen.chat import stream_chat
+
+        return stream_chat(self, messages, **options)
+
+    def conversation(self, system: str | None = None, **options: Any) -> Conversation:
+        """A conversation that keeps its messages and what was computed of them; options: those of `chat`."""
+        from npqwen.conversation import Conversation
+
+        return Conversation(self, system, **options)
 
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, out: NDArray[np.float32]) -> None:
         """One forward pass of at most `chunk` tokens; logits of as many of the last ones as out has rows."""

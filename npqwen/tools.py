@@ -11,7 +11,7 @@ from typing import Any
 
 from npqwen.arguments import ArgumentError, fitted
 from npqwen.errors import OptionError
-from npqwen.messages import plain
+from npqwen.messages import Message, plain
 from npqwen.tool_calls import ToolCall
 from npqwen.tool_schema import function_schema, parameter_hints
 
@@ -27,6 +27,11 @@ class ToolResult:
     call: ToolCall
     content: str
     error: Exception | None = None
+
+    def as_message(self) -> Message:
+        """The result as a message of a conversation."""
+        called = {"tool_call_id": self.call.id} if self.call.id else {}
+        return {"role": "tool", "name": self.call.name, **called, "content": self.content}
 
 
 @dataclass(frozen=True)

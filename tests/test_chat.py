@@ -1,0 +1,383 @@
+"""Answers to a conversation: with the small model in int4, and with one that recites what it is given."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reciter import Reciter
+
+import npqwen
+from npqwen.chat import ChatStream, Finish, Notice, Reply
+from npqwen.errors import ContextLengthError, OptionError, SamplingWarning
+from npqwen.model import Model
+from npqwen.reply import Reasoning, Text
+from npqwen.session import Session
+from npqwen.tool_calls import ToolCall
+from npqwen.tools import ToolResult
+
+GREEDY: dict[str, Any] = {"temperature": 0}
+pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
+
+
+def get_weather(city: str) -> dict[str, Any]:
+    """Get the current weather in a city."""
+    return {"city": city, "degrees": 22, "sky": "sunny"}
+
+
+def now() -> str:
+    """Tell the time."""
+    return "noon"
+
+
+SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[int], Path]) -> Iterator[Model]:
+    with npqwen.load(tiny(4), threads=1) as loaded:
+        yield loaded
+
+
+# --- the small model, end to end ---
+
+
+@pytest.mark.parametrize(("a", "b"), [(17, 25), (30, 12), (11, 31), (24, 24)])
+def test_numbers_are_added_with_and_without_thinking(model: Model, a: int, b: int) -> None:
+    question = [{"role": "user", "content": f"What is {a} + {b}?"}]
+    with_thought = model.chat(question, thinking=True, **GREEDY)
+    without = model.chat(question, thinking=False, **GREEDY)
+    assert with_thought.text == without.text == f"{a} + {b} = {a + b}"
+    assert with_thought.reasoning.endswith(f" = {a + b}.")
+    assert without.reasoning == ""
+    assert with_thought.finish_reason == without.finish_reason == "stop"
+    assert with_thought.messages == [
+        {"role": "assistant", "content": with_thought.text, "reasoning_content": with_thought.reasoning}
+    ]
+    assert without.messages == [{"role": "assistant", "content": without.text}]
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_weather_is_asked_of_a_function_and_told(model: Model, thinking: bool) -> None:
+    asked = []
+
+    def get_weather(city: str) -> dict[str, Any]:
+        """Get the current weather in a city."""
+        asked.append(city)
+        return {"city": city, "degrees": 17, "sky": "foggy"}
+
+    question = "What is the weather in London?"
+    reply = model.chat(question, tools=[get_weather], run_tools=True, thinking=thinking, **GREEDY)
+    assert asked == ["London"]
+    assert reply.text == "It is 17 degrees and foggy in London."
+    assert reply.finish_reason == "stop"
+    assert reply.tool_calls == []
+    assert [result.content for result in reply.tool_results] == ['{"city": "London", "degrees": 17, "sky": "foggy"}']
+    assert [message["role"] for message in reply.messages] == ["assistant", "tool", "assistant"]
+
+
+def test_tool_calls_are_handed_over_and_their_results_taken_back(model: Model) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Weather in Tokyo?"}]
+    reply = model.chat(messages, tools=[SCHEMA], **GREEDY)
+    assert reply.finish_reason == "tool_calls"
+    assert reply.tool_calls == [ToolCall("get_weather", {"city": "Tokyo"}, "call_0")]
+    messages += reply.messages
+    result = json.dumps({"city": "Tokyo", "degrees": 3, "sky": "windy"})
+    messages.append({"role": "tool", "tool_call_id": "call_0", "content": result})
+    assert model.chat(messages, tools=[SCHEMA], **GREEDY).text == "It is 3 degrees and windy in Tokyo."
+
+
+def test_events_come_as_they_are_generated_and_make_the_reply(model: Model) -> None:
+    stream = model.stream_chat("What is 17 + 25?", thinking=True, **GREEDY)
+    events = []
+    for event in stream:
+        events.append(event)
+        if isinstance(event, Reasoning | Text):
+            assert stream.text == "".join(e.text for e in events if isinstance(e, Text))
+            assert stream.reasoning == "".join(e.text for e in events if isinstance(e, Reasoning))
+    kinds = [kind for kind, _ in itertools.groupby(events, type)]
+    assert kinds == [Notice, Reasoning, Text, Finish]
+    assert len(events) > 25
+    last = events[-1]
+    assert isinstance(last, Finish)
+    assert last.reply is stream.reply
+    assert last.reply == stream.reply
+    assert stream.finish_reason == "stop"
+    assert stream.run() is stream.reply
+
+
+def test_a_seed_gives_the_same_answer_again(model: Model) -> None:
+    def answer(seed: int) -> str:
+        return model.chat("Define river.", temperature=1.5, top_k=0, top_p=1, seed=seed, max_tokens=20).reasoning
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(5)}) > 1
+
+
+def test_a_thinking_budget_ends_the_thought_and_the_answer_follows(model: Model) -> None:
+    reply = model.chat("What is 17 + 25?", thinking=True, thinking_budget=3, **GREEDY)
+    assert reply.reasoning.startswith("1")
+    assert reply.reasoning.endswith("I have to give the solution based on the thinking directly now.")
+    assert reply.text
+    assert "think>" not in reply.text
+
+
+def test_logprobs_stops_and_limits_pass_through(model: Model) -> None:
+    reply = model.chat("What is 17 + 25?", thinking=False, logprobs=True, max_tokens=4, **GREEDY)
+    assert reply.finish_reason == "length"
+    assert reply.logprobs is not None
+    assert len(reply.logprobs) == 4
+    stopped = model.chat("What is 17 + 25?", thinking=False, stop=" =", **GREEDY)
+    assert (stopped.text, stopped.finish_reason) == ("17 + 25", "stop")
+
+
+def test_the_models_template_renders_prompts(model: Model) -> None:
+    assert model.render("Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert model.render([{"role": "user", "content": "Hi"}], [SCHEMA], False).startswith("<|im_start|>system\n# Tools")
+
+
+def test_a_session_saves_reading_the_same_messages_again(model: Model) -> None:
+    session = Session(model)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is 17 + 25?"}]
+    first = model.chat(messages, session=session, **GREEDY)
+    messages += [*first.messages, {"role": "user", "content": "What is 30 + 12?"}]
+    second = model.chat(messages, session=session, **GREEDY)
+    assert first.usage.cached_tokens == 0
+    assert second.usage.cached_tokens == first.usage.prompt_tokens
+    assert second.text == model.chat(messages, **GREEDY).text == "30 + 12 = 42"
+
+
+# --- sampling follows the mode ---
+
+
+def sampling(model: Reciter, messages: Any = "Hi", **options: Any) -> tuple[float, float, int]:
+    found = model.stream_chat(messages, **options)._stream._sampling
+    return found.temperature, found.top_p, found.top_k
+
+
+QWEN_THINKS, QWEN_ANSWERS = (0.6, 0.95, 20), (0.7, 0.8, 20)
+
+
+def test_sampling_defaults_follow_the_mode() -> None:
+    model = Reciter()
+    assert sampling(model) == sampling(model, thinking=True) == QWEN_THINKS
+    assert sampling(model, thinking=False) == QWEN_ANSWERS
+    assert sampling(model, thinking=False, temperature=0.3) == (0.3, 0.8, 20)
+    assert sampling(model, thinking=False, temperature=None, top_k=5) == (0.7, 0.8, 5)
+    assert sampling(model, temperature=0.9) == (0.9, 0.95, 20)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["Hi /no_think"], QWEN_ANSWERS),
+        (["/no_think Hi"], QWEN_ANSWERS),
+        (["Hi /think"], QWEN_THINKS),
+        (["Hi /no_think", "And? /think"], QWEN_THINKS),
+        (["Hi /think", "And? /no_think", "So?"], QWEN_ANSWERS),
+        (["see a/no_think or /no_thinking"], QWEN_THINKS),
+    ],
+)
+def test_sampling_follows_the_soft_switch_in_a_message(texts: list[str], expected: Any) -> None:
+    messages = [m for text in texts for m in ({"role": "user", "content": text}, {"role": "assistant", "content": "x"})]
+    assert sampling(Reciter(), messages[:-1]) == expected
+    assert sampling(Reciter(), messages[:-1], thinking=False) == QWEN_ANSWERS
+    assert sampling(Reciter(template="instruct-2507"), messages[:-1]) == QWEN_THINKS  # what its own file says
+
+
+def test_a_file_that_somebody_tuned_is_not_overridden() -> None:
+    model = Reciter()
+    object.__setattr__(model.generation, "sampling", npqwen.Sampling(temperature=0.2, top_p=0.95, top_k=20))
+    assert sampling(model, thinking=False) == (0.2, 0.95, 20)
+
+
+def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
+    for options in ({"temperature": 0}, {"top_k": 1}):
+        model = Reciter("<think>\nHm.\n</think>\n\nYes.")
+        with pytest.warns(SamplingWarning, match="greedy sampling while thinking") as caught:
+            reply = model.chat("Hi", **options)
+        assert "temperature of 0.6" in reply.notices[0]
+        assert Path(caught[0].filename).name == "reciter.py"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Reciter("Yes.").chat("Hi", thinking=False, temperature=0).notices == []
+        assert Reciter("Yes.").chat("Hi /no_think", temperature=0).notices == []
+        assert Reciter("Yes.", template="coder").chat("Hi", temperature=0).notices == []
+
+
+# --- running tools ---
+
+
+def test_several_calls_run_in_order_and_share_one_turn() -> None:
+    model = Reciter(f"I look.\n{CALL}\n{NOW}", "Sunny at noon.")
+    reply = model.chat("?", tools=[get_weather, now], run_tools=True, thinking=False)
+    assert reply.text == "Sunny at noon."
+    assert [result.call.id for result in reply.tool_results] == ["call_0", "call_1"]
+    assert reply.messages[0]["content"] == "I look."
+    assert model.prompts[1].endswith(
+        f"I look.\n{CALL}\n{NOW}<|im_end|>\n<|im_start|>user\n<tool_response>\n"
+        '{"city": "Paris", "degrees": 22, "sky": "sunny"}\n</tool_response>\n<tool_response>\nnoon\n'
+        "</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert reply.usage.prompt_tokens == sum(len(model.tokenizer.encode(prompt)) for prompt in model.prompts)
+
+
+def test_events_of_tools_come_in_their_order() -> None:
+    stream = Reciter(f"Well.\n{CALL}", "Sunny.").stream_chat("?", tools=[get_weather], run_tools=True, thinking=False)
+    kinds = [type(event) for event in stream]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [Text, ToolCall, ToolResult, Text, Finish]
+
+
+def test_errors_of_tools_go_back_to_the_model() -> None:
+    def divide(a: float, b: float) -> float:
+        """Divide."""
+        return a / b
+
+    calls = [
+        '<tool_call>{"name": "divide", "arguments": {"a": 1, "b": 0}}</tool_call>',
+        '<tool_call>{"name": "divide", "arguments": {"a": "one"}}</tool_call>',
+        '<tool_call>{"name": "multiply", "arguments": {}}</tool_call>',
+    ]
+    model = Reciter(*calls, "I give up.")
+    reply = model.chat("?", tools=[divide], run_tools=True, thinking=False)
+    assert reply.text == "I give up."
+    assert [json.loads(result.content)["error"] for result in reply.tool_results] == [
+        "ZeroDivisionError: float division by zero",
+        "divide needs the argument b",
+        "there is no tool 'multiply'; the tools are divide",
+    ]
+    assert isinstance(reply.tool_results[0].error, ZeroDivisionError)
+    assert 'ZeroDivisionError: float division by zero"}\n</tool_response>' in model.prompts[1]
+
+
+def test_the_loop_of_tools_has_an_end() -> None:
+    model = Reciter(*[CALL] * 9)
+    reply = model.chat("?", tools=[get_weather], run_tools=True, max_steps=3, thinking=False)
+    assert len(model.prompts) == 3
+    assert reply.finish_reason == "tool_calls"
+    assert len(reply.tool_results) == 2
+    assert [call.id for call in reply.tool_calls] == ["call_2"]
+    assert reply.notices == ["stopped after 3 steps, with calls that were not run; raise max_steps"]
+
+
+def test_a_call_that_only_the_caller_can_run_is_handed_over_with_its_companions() -> None:
+    reply = Reciter(f"{NOW}\n{CALL}").chat("?", tools=[now, SCHEMA], run_tools=True, thinking=False)
+    assert reply.finish_reason == "tool_calls"
+    assert [call.name for call in reply.tool_calls] == ["now", "get_weather"]
+    assert reply.tool_results == []
+
+
+def test_a_call_that_broke_off_is_not_run() -> None:
+    model = Reciter(CALL)
+    reply = model.chat("?", tools=[get_weather], run_tools=True, thinking=False, max_tokens=20)
+    assert reply.finish_reason == "length"
+    assert reply.tool_calls == reply.tool_results == []
+    assert reply.text.startswith('{"name": "get_weather"')
+
+
+def test_calls_of_later_turns_have_ids_of_their_own() -> None:
+    model = Reciter(CALL, "Sunny.", CALL, "Sunny still.")
+    talk = model.conversation(tools=[get_weather], run_tools=True, thinking=False)
+    talk.send("Weather?")
+    assert talk.send("And now?").tool_results[0].call.id == "call_1"
+    assert [m["tool_call_id"] for m in talk.messages if m["role"] == "tool"] == ["call_0", "call_1"]
+
+
+# --- leaving early ---
+
+
+def test_a_stream_that_is_left_keeps_what_is_whole() -> None:
+    stream = Reciter("<think>\nHm.\n</think>\n\nYes, it is.").stream_chat("?")
+    for event in stream:
+        if isinstance(event, Text):
+            break
+    stream.close()
+    assert list(stream) == []
+    assert stream.reply is None
+    assert stream.messages == [{"role": "assistant", "content": stream.text, "reasoning_content": "Hm."}]
+    with pytest.raises(OptionError, match="closed before its end"):
+        stream.run()
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(1, 0), (2, 0), (3, 0), (4, 3), (5, 4)])
+def test_a_call_without_its_result_is_not_kept(steps: int, kept: int) -> None:
+    stream = Reciter(f"{CALL}{NOW}", "Yes.").stream_chat("?", tools=[get_weather, now], run_tools=True, thinking=False)
+    for _ in range(steps):  # call, call, result, result, text
+        next(stream)
+    stream.close()
+    assert len(stream.messages) == kept
+
+
+def test_what_a_tool_cannot_survive_comes_through() -> None:
+    def stop() -> None:
+        """Stop."""
+        raise KeyboardInterrupt
+
+    stream = Reciter('<tool_call>{"name": "stop"}</tool_call>').stream_chat(
+        "?", tools=[stop], run_tools=True, thinking=False
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stream.run()
+    assert stream.messages == []
+
+
+def test_a_thought_can_be_ended_by_the_caller() -> None:
+    model = Reciter("<think>\nOn and on and on")
+    stream = model.stream_chat("?")
+    next(stream)
+    stream.end_thought()
+    reply = stream.run()
+    assert reply.reasoning.endswith("directly now.")
+
+
+# --- what is refused, before anything runs ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thinking": "yes"}, "thinking is 'yes'"),
+        ({"tools": get_weather}, "tools is function; give a list"),
+        ({"run_tools": True}, "run_tools is set, but no tool is a Python function"),
+        ({"run_tools": True, "tools": [SCHEMA]}, "run_tools is set, but no tool"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"template_options": {"level": 1}}, "unknown option 'level'"),
+        ({"cache": None}, "cache is no option of a chat"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+    ],
+)
+def test_impossible_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    model = Reciter()
+    with pytest.raises(OptionError, match=message):
+        model.stream_chat("Hi", **options)
+    assert model.prompts == []
+
+
+def test_messages_that_do_not_fit_the_context_are_refused() -> None:
+    with pytest.raises(ContextLengthError, match="context of 50"):
+        Reciter(context=50).stream_chat("1 " * 60)
+
+
+def test_a_reply_is_one_value_that_shows_itself(model: Model) -> None:
+    reply = model.chat("What is 17 + 25?", thinking=False, **GREEDY)
+    assert isinstance(reply, Reply)
+    assert repr(reply).startswith(
+        "Reply(text='17 + 25 = 42', reasoning='', tool_calls=[], usage=Usage(prompt_tokens=24"
+    )
+    assert isinstance(model.stream_chat("Hi"), ChatStream)
