@@ -35,17 +35,25 @@ def read(team: Any, member: int, data: Any, sums: Any) -> None:
     barrier(team)
 
 
-def read_bandwidth(threads: int, size: int = 1 << 28, repeat: int = 7) -> float:
-    """Bytes a second that `threads` threads read from `size` bytes of memory: the median of `repeat` times."""
-    data, sums = np.ones(size // 8, np.int64), np.zeros(threads, np.int64)
-    team = Team(threads)
-    try:
-        compile_kernel(read, (team.state, 0, data, sums))
+class ReadBandwidth:
+    """Measures what `threads` threads read from `size` bytes of memory; to be closed, or used in a `with`."""
+
+    def __init__(self, threads: int, size: int = 1 << 28) -> None:
+        self._data, self._sums = np.ones(size // 8, np.int64), np.zeros(threads, np.int64)
+        self._team = Team(threads)
+        compile_kernel(read, (self._team.state, 0, self._data, self._sums))
+
+    def measure(self, repeat: int = 3) -> float:
+        """Bytes a second now: the median of `repeat` times."""
         times = []
         for _ in range(repeat):
             start = time.perf_counter()
-            team.run(read, data, sums)
+            self._team.run(read, self._data, self._sums)
             times.append(time.perf_counter() - start)
-    finally:
-        team.close()
-    return float(data.nbytes / np.median(times))
+        return float(self._data.nbytes / np.median(times))
+
+    def __enter__(self) -> ReadBandwidth:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._team.close()

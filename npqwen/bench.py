@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from npqwen import __version__
-from npqwen.bandwidth import read_bandwidth
+from npqwen.bandwidth import ReadBandwidth
 from npqwen.errors import OptionError
 from npqwen.machine import processor
 from npqwen.model import Model
@@ -30,7 +30,7 @@ class Measure:
     bytes_per_token: int
     """Weights and cache that one token of decoding reads; 0 for prefill."""
     bandwidth_share: float
-    """Of the machine's read bandwidth, by the median rate; 0 for prefill."""
+    """Of the machine's read bandwidth, measured before every repetition: the median; 0 for prefill."""
 
     @property
     def median(self) -> float:
@@ -50,7 +50,7 @@ class Report:
     processor: str
     version: str
     read_bandwidth: float
-    """Bytes a second, measured with as many threads."""
+    """Bytes a second, measured with as many threads, the median of all the times between the measures."""
     measures: list[Measure]
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,30 +109,35 @@ def benchmark(
     ids = np.random.default_rng(0).integers(
         0, min(len(model.tokenizer), model.config.vocab_size), longest + 1
     )
-    bandwidth = read_bandwidth(model.threads)
     done = 0
+    bandwidths: list[float] = []
     measures = []
-    for test, tokens, before in tests:
-        cache = model.new_cache(before + tokens)
-        if before:
-            model.prefill(ids[:before], cache)
-        rates = []
-        for turn in range(repeat + 1):
-            cache.truncate(before)
-            start = time.perf_counter()
-            if test == "prefill":
-                model.prefill(ids[before : before + tokens], cache)
-            else:
-                for i in range(before, before + tokens):
-                    model.forward(ids[i : i + 1], cache)
-            if turn:
-                rates.append(tokens / (time.perf_counter() - start))
-            done += 1
-            if progress is not None:
-                progress(done, len(tests) * (repeat + 1))
-        read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
-        share = float(np.median(rates)) * read / bandwidth
-        measures.append(Measure(test, tokens, before, rates, read, share))
+    logits = np.empty((1, model.config.vocab_size), np.float32)
+    with ReadBandwidth(model.threads) as memory:
+        for test, tokens, before in tests:
+            cache = model.new_cache(before + tokens)
+            if before:
+                model.prefill(ids[:before], cache)
+            read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
+            rates, shares = [], []
+            for turn in range(repeat + 1):
+                # The machine's speed drifts: a share is that of the bandwidth of the same moment.
+                bandwidths.append(memory.measure())
+                cache.truncate(before)
+                start = time.perf_counter()
+                if test == "prefill":
+                    model.prefill(ids[before : before + tokens], cache)
+                else:
+                    for i in range(before, before + tokens):
+                        model.forward(ids[i : i + 1], cache, out=logits)
+                if turn:
+                    rates.append(tokens / (time.perf_counter() - start))
+                    shares.append(rates[-1] * read / bandwidths[-1])
+                done += 1
+                if progress is not None:
+                    progress(done, len(tests) * (repeat + 1))
+            measures.append(Measure(test, tokens, before, rates, read, float(np.median(shares))))
+        bandwidths.append(memory.measure())
     return Report(
         model=str(model.path),
         bits=model.bits,
@@ -141,7 +146,7 @@ def benchmark(
         kernels=ISA.name,
         processor=processor(),
         version=__version__,
-        read_bandwidth=bandwidth,
+        read_bandwidth=float(np.median(bandwidths)),
         measures=measures,
     )
 
