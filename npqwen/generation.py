@@ -53,7 +53,7 @@ def generate(model: Model, prompt: str, *, n: int | None = None, **options: Any)
     """`stream`, run to its end.
 
     n: a list of so many completions of the prompt, which is read once. Sample i is drawn with seed + i if a seed
-    is given: it is what `generate` alone gives with that seed.
+    is given: it is what `generate` alone gives with that seed (see `Session` for the last bits).
     """
     if n is None:
         return stream(model, prompt, **options).completion()

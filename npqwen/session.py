@@ -22,6 +22,9 @@ class Session:
 
     However a stream ends - at its end, closed early, by Ctrl-C in the middle of a pass, by an error - the session
     knows which tokens its cache holds, and goes on from there.  One thread at a time.
+
+    Logits are to the bit those of a fresh start, except where attention is cut into spans among threads: with few
+    key/value heads, many threads and more than 1,000 tokens they differ by float32 rounding.
     """
 
     def __init__(self, model: Model) -> None:
