@@ -2,12 +2,13 @@
 
 Numba's own cache does not notice a change in a function that the cached one calls.  So the directory is
 named after everything the machine code depends on: the kernels' sources, the versions that
-compiled them, the instruction set and the processor.
+compiled them, the instruction set, the processor and the size of its pages.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ def kernel_directory() -> Path:
     """Where this version's kernels for this processor are kept."""
     digest = hashlib.sha256(_DIGEST)
     codegen = cpu_target.target_context.codegen().magic_tuple()
-    for part in (numba.__version__, llvmlite.__version__, platform.python_version(), ISA.name, codegen):
+    versions = numba.__version__, llvmlite.__version__, platform.python_version()
+    for part in (*versions, ISA.name, codegen, mmap.PAGESIZE):
         digest.update(repr(part).encode())
     return cache_directory() / "kernels" / f"{ISA.name}-{digest.hexdigest()[:20]}"
 

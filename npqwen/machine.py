@@ -14,24 +14,27 @@ from typing import ClassVar
 from npqwen import cgroup
 from npqwen.cgroup import read
 
-_CPUS = Path("/sys/devices/system/cpu")
 HEADROOM = 64 << 20
 """Bytes of memory that are left for Python, the sampler and the system when caches are given the rest."""
 
 
-def default_threads() -> int:
-    """One thread for each performance core this process may use: no second threads of a core, no slow cores."""
+def default_threads(root: Path = Path("/")) -> int:
+    """One thread for each performance core this process may use: no second threads of a core, no slow cores.
+
+    root: where /proc and /sys are.
+    """
     if sys.platform == "darwin":
         return _mac_performance_cores() or os.cpu_count() or 1
-    if not hasattr(os, "sched_getaffinity"):
-        # Windows counts two threads a core on x86.
-        count = os.cpu_count() or 1
-        return max(1, count // 2) if platform.machine().lower() in ("amd64", "x86_64") and count > 2 else count
-    allowed = os.sched_getaffinity(0)
-    capacity = {cpu: _capacity(cpu) for cpu in allowed}
+    if sys.platform == "win32":
+        return _windows_performance_cores() or os.cpu_count() or 1
+    cpus = root / "sys/devices/system/cpu"
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    capacity = {cpu: _capacity(cpus / f"cpu{cpu}") for cpu in allowed}
     fast = [cpu for cpu in allowed if capacity[cpu] * 4 >= max(capacity.values()) * 3]
-    cores = {read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in fast}
-    return max(1, min(len(cores), _quota()))
+    # Intel's slow cores may have clocks near the fast ones', but are listed apart.
+    listed = _cpu_list(read(root / "sys/devices/cpu_core/cpus") or "") & set(fast)
+    cores = {read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in listed or fast}
+    return max(1, min(len(cores), _quota(root)))
 
 
 def processor(root: Path = Path("/")) -> str:
@@ -118,19 +121,45 @@ class _MemoryStatus(ctypes.Structure):
     ]
 
 
-def _capacity(cpu: int) -> int:
+def _capacity(cpu: Path) -> int:
     """A core's relative speed: Arm tells its capacity, others their highest clock."""
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        value = read(_CPUS / f"cpu{cpu}" / name)
+        value = read(cpu / name)
         if value and value.isdigit():
             return int(value)
     return 1
 
 
-def _quota() -> int:
+def _cpu_list(text: str) -> set[int]:
+    """The numbers of a list such as `0-3,8`."""
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
+    return {cpu for first, last in ranges for cpu in range(int(first), int(last or first) + 1)}
+
+
+def _quota(root: Path) -> int:
     """Cores that a container's limit leaves."""
-    allowed = cgroup.processors()
+    allowed = cgroup.processors(root)
     return 1 << 20 if allowed is None else max(1, int(allowed))
+
+
+def _windows_performance_cores() -> int:
+    if sys.platform != "win32":
+        return 0
+    ask = ctypes.windll.kernel32.GetLogicalProcessorInformationEx
+    size = ctypes.c_uint32()
+    ask(0, None, ctypes.byref(size))  # 0: about cores
+    records = ctypes.create_string_buffer(size.value)
+    return _cores_of_best_class(records.raw) if ask(0, records, ctypes.byref(size)) else 0
+
+
+def _cores_of_best_class(records: bytes) -> int:
+    """How many of Windows' PROCESSOR_RELATIONSHIP records, one a core, have the highest EfficiencyClass."""
+    classes = []
+    while len(records) >= 10:
+        size = int.from_bytes(records[4:8], "little")
+        classes.append(records[9])
+        records = records[max(size, 10) :]
+    return classes.count(max(classes, default=0))
 
 
 def _sysctl(name: str) -> str:
@@ -140,7 +169,9 @@ def _sysctl(name: str) -> str:
 def _command(*words: str) -> str:
     """What a command of the system prints, nothing if there is none or it fails."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

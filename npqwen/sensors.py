@@ -59,7 +59,9 @@ def read_sensors(root: Path = Path("/"), get_throttled: Callable[[], str] | None
 def vcgencmd() -> str:
     """What a Raspberry Pi's firmware says of throttling; nothing on another machine."""
     try:
-        done = subprocess.run(["vcgencmd", "get_throttled"], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(
+            ["vcgencmd", "get_throttled"], capture_output=True, encoding="utf-8", errors="replace", timeout=5
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -100,6 +102,86 @@ def test_memory_of_a_raspberry_pi(tmp_path: Path) -> None:
     tree(root, place("user.slice/user-1000.slice/session-1.scope", limit))
     assert machine.available_memory(root) == 500 * MIB
     assert machine.available_memory(tmp_path / "nothing") is None
+
+
+def cpus(count: int, **files: list[str]) -> dict[str, str]:
+    """Files of `count` processors, by name with / as __: one text each."""
+    return {
+        f"sys/devices/system/cpu/cpu{n}/{name.replace('__', '/')}": texts[n]
+        for name, texts in files.items()
+        for n in range(count)
+    }
+
+
+PAIRS = [f"{n // 2 * 2}-{n // 2 * 2 + 1}" for n in range(12)]
+INTEL = cpus(12, topology__thread_siblings_list=[*PAIRS[:8], *"89", "10", "11"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
+@pytest.mark.parametrize(
+    ("count", "files", "threads"),
+    [
+        (4, {}, 4),  # a Raspberry Pi
+        (8, cpus(8, topology__thread_siblings_list=PAIRS), 4),
+        (8, cpus(8, cpu_capacity=["430"] * 4 + ["1024"] * 4), 4),
+        (8, cpus(8, cpu_capacity=["300"] * 3 + ["870"] * 4 + ["1024"]), 5),
+        (12, INTEL | cpus(12, cpufreq__cpuinfo_max_freq=["4700000"] * 8 + ["3400000"] * 4), 4),
+        # Three quarters of the fast cores' clock: only the list tells them apart.
+        (12, INTEL | cpus(12, cpufreq__cpuinfo_max_freq=["5200000"] * 8 + ["3900000"] * 4), 8),
+        (12, INTEL | {"sys/devices/cpu_core/cpus": "0-7", "sys/devices/cpu_atom/cpus": "8-11"}, 4),
+        (2, {"sys/devices/cpu_core/cpus": "4-7"}, 2),  # it may run on slow ones only
+        (
+            4,
+            {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": MOUNTS} | place("unified/a", {"cpu.max": "250 100"}),
+            2,
+        ),
+        (
+            4,
+            {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": MOUNTS} | place("unified/a", {"cpu.max": "50 100"}),
+            1,
+        ),
+    ],
+)
+def test_threads(
+    count: int, files: dict[str, str], threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(count)))
+    assert machine.default_threads(tree(tmp_path, files)) == threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
+def test_threads_where_affinity_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(machine.os, "sched_getaffinity")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 3)
+    assert machine.default_threads(tmp_path) == 3
+
+
+def test_threads_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "_command", lambda *words: {"hw.perflevel0.physicalcpu": "6"}.get(words[-1], ""))
+    assert machine.default_threads() == 6
+    monkeypatch.setattr(machine, "_command", lambda *words: "")
+    assert machine.default_threads() == (os.cpu_count() or 1)
+
+
+def record(flags: int, efficiency: int, groups: int = 1) -> bytes:
+    """Windows' SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX of a core, by its documentation."""
+    body = struct.pack("<BB20xH", flags, efficiency, groups) + groups * struct.pack("<QH6x", 3, 0)
+    return struct.pack("<II", 0, 8 + len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("records", "count"),
+    [
+        ([record(1, 1)] * 6 + [record(0, 0)] * 8, 6),
+        ([record(1, 0, 2)] * 64, 64),
+        ([record(0, 0)], 1),
+        ([], 0),
+        ([bytes(12)], 1),  # a size of nothing does not go on for ever
+    ],
+)
+def test_cores_of_windows(records: list[bytes], count: int) -> None:
+    assert machine._cores_of_best_class(b"".join(records)) == count
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
