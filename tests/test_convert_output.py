@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from checkpoints import make_config, write_checkpoint
@@ -72,6 +73,24 @@ def test_output_appears_in_the_meantime(tmp_path):
         convert(tmp_path / "in", tmp_path / "out", progress=intrude)
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
     assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_a_model_in_use_where_that_forbids_replacing_it(tmp_path, monkeypatch):
+    """Windows renames no directory while a file in it is mapped. The old model stays, of the new one nothing."""
+    write_checkpoint(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "out":
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match=r"out cannot be replaced \(Access is denied\); end the programs"):
+        convert(tmp_path / "in", tmp_path / "out", bits=8, force=True)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
 def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ class Output:
             if not os.path.lexists(self.path):
                 self.partial.rename(self.path)
             elif self.force and any(self.path.iterdir()):
-                self.path.rename(self._old)
+                self._step_aside()
                 try:
                     self.partial.rename(self.path)
                 except OSError:
@@ -172,6 +172,16 @@ class Output:
                 self.path.rmdir()
                 self.partial.rename(self.path)
             _sync_directory(self.path.parent)
+
+    def _step_aside(self) -> None:
+        """Rename what is replaced, which Windows refuses as long as a program has mapped a file in it."""
+        try:
+            self.path.rename(self._old)
+        except PermissionError as error:
+            raise OutputError(
+                f"{self.path} cannot be replaced ({error.strerror}); end the programs that run this model, "
+                "or choose another place"
+            ) from error
 
     def _remove_abandoned(self) -> None:
         for entry in self.path.parent.iterdir():
