@@ -149,7 +149,8 @@ class Model:
             self._pass(tokens[at:end], cache, out[: end == tokens.size])
             if progress is not None:
                 progress(end, tokens.size)
-        return out[0]
+        last: NDArray[np.float32] = out[0]
+        return last
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Logits (tokens, vocab_size) of every position of a text."""
