@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from npqwen.chat import ChatStream as ChatStream
+    from npqwen.chat import Event as Event
     from npqwen.chat import Finish as Finish
     from npqwen.chat import Notice as Notice
     from npqwen.chat import Reply as Reply
@@ -60,6 +61,7 @@ __all__ = [
     "Completion",
     "ContextLengthError",
     "Conversation",
+    "Event",
     "Finish",
     "FinishReason",
     "FormatError",
@@ -93,6 +95,7 @@ _LAZY = {
     "ChatStream": "npqwen.chat",
     "Completion": "npqwen.completion",
     "Conversation": "npqwen.conversation",
+    "Event": "npqwen.chat",
     "Finish": "npqwen.chat",
     "FinishReason": "npqwen.completion",
     "Logprob": "npqwen.logprobs",

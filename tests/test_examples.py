@@ -1,0 +1,202 @@
+"""The examples do what they say, on the small model, each in a process of its own as a user starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from reciter import Reciter
+
+import npqwen
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUESTION = {"role": "user", "content": "What is 17 + 25?"}
+
+
+def run(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", str(EXAMPLES / name), *args],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "argv", [name])
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_generate() -> None:
+    assert run("generate.py").stdout.startswith("river (noun): a large natural stream of water")
+
+
+def test_logits() -> None:
+    assert "perplexity of the text: " in run("logits.py").stdout
+
+
+def test_threads() -> None:
+    lines = run("threads.py", str(EXAMPLES / "tiny-qwen3"), "river", "winter").stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["river", "winter"]
+
+
+def test_chat() -> None:
+    done = run("chat.py", stdin="What is 17 + 25?\nDefine river.\n\n")
+    assert "17 + 25 = 42" in done.stdout
+    assert "river (noun): a large natural stream of water" in done.stdout
+    assert "think>" not in done.stdout
+    assert done.stderr.count("tokens/s]") == 2
+
+
+def test_tools() -> None:
+    assert run("tools.py").stdout.splitlines() == [
+        "calls get_weather(city='Paris')",
+        'is told {"city": "Paris", "degrees": 17, "sky": "sunny"}',
+        "It is 17 degrees and sunny in Paris.",
+    ]
+    assert (
+        'is told {"error": "LookupError: no station in Oslo"}'
+        in run("tools.py", str(EXAMPLES / "tiny-qwen3"), "What is the weather in Oslo?").stdout
+    )
+
+
+def test_thinking_budget() -> None:
+    whole, ample, short = run("thinking_budget.py").stdout.splitlines()
+    assert whole == "budget none: 22 tokens of thought, then: 17 + 25 = 42"
+    assert ample == whole.replace("none", "400")
+    assert short.startswith("budget 16: ")
+
+
+def test_asyncio_app() -> None:
+    done = run("asyncio_app.py")
+    assert done.stdout.splitlines()[0::2] == ["What is 17 + 25? 17 + 25 = 42", "What is 30 + 12? 30 + 12 = 42"]
+    assert "the loop waited" in done.stderr
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    command = [sys.executable, str(EXAMPLES / "web_handler.py"), str(EXAMPLES / "tiny-qwen3"), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8") as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().removeprefix("listening on ").strip()
+        finally:
+            process.kill()
+
+
+def post(url: str, body: Any) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as response:
+        lines = [line.decode().strip() for line in response]
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line]
+
+
+def test_web_handler(server: str) -> None:
+    asked = {"messages": [QUESTION], "thinking": True, "seed": 1}
+    answers: list[list[dict[str, Any]]] = []
+    clients = [threading.Thread(target=lambda: answers.append(post(server, asked))) for _ in range(3)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert len(answers) == 3
+    for events in answers:
+        assert "".join(event.get("text", "") for event in events) == "17 + 25 = 42"
+        assert "".join(event.get("reasoning", "") for event in events).endswith("= 42.")
+        assert len([event for event in events if "text" in event]) > 5  # piece by piece
+        assert events[-1]["finish_reason"] == "stop"
+        assert events[-1]["messages"][0]["content"] == "17 + 25 = 42"
+    for wrong in ([], {}, {"messages": []}, {"messages": [QUESTION], "cache": 1}, {"messages": [QUESTION], "seed": -1}):
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            post(server, wrong)
+        refused.value.close()
+    with pytest.raises(urllib.error.HTTPError, match="404") as refused:
+        post(server.replace("/chat", "/other"), asked)
+    refused.value.close()
+
+
+def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = module("asyncio_app", monkeypatch)
+
+    class Slow(Reciter):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            time.sleep(0.001)
+            return super().forward(*args, **options)
+
+    async def leave() -> None:
+        stream = Slow("word " * 500).stream_chat("?", thinking=False)
+        async with aclosing(app.events(stream)) as events:
+            async for _ in events:
+                break
+        assert stream.reply is None
+        assert list(stream) == []
+
+    async def cancel() -> None:
+        stream = Slow("word " * 500).stream_chat("?", thinking=False)
+
+        async def read() -> None:
+            async with aclosing(app.events(stream)) as events:
+                async for _ in events:
+                    pass
+
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(read(), 0.05)
+        assert stream.reply is None
+        assert list(stream) == []
+
+    async def fail() -> None:
+        model = Reciter("word " * 50)
+        stream = model.stream_chat("?", thinking=False)
+        model.forward = None  # type: ignore[assignment, method-assign]
+        with pytest.raises(TypeError):
+            async for _ in app.events(stream):
+                pass
+
+    asyncio.run(leave())
+    asyncio.run(cancel())
+    asyncio.run(fail())
+
+
+def test_the_loop_of_an_asyncio_program_is_never_blocked(
+    tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = module("asyncio_app", monkeypatch)
+
+    async def count(model: npqwen.Model) -> tuple[int, list[str]]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0)
+                ticks += 1
+
+        clock = asyncio.create_task(tick())
+        answers = await asyncio.gather(*(app.answer(model, question) for question in app.QUESTIONS))
+        clock.cancel()
+        return ticks, answers
+
+    with npqwen.load(tiny(4), threads=1) as model:
+        ticks, answers = asyncio.run(count(model))
+    assert answers[0] == "What is 17 + 25? 17 + 25 = 42"
+    assert ticks > 10 * len(answers)
