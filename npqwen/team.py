@@ -156,11 +156,11 @@ class Team:
         """Start the workers, once a process: threads do not survive a fork."""
         self._process = os.getpid()
         self._turn = threading.Lock()
-        self._done = _held()
         self._go = [_held() for _ in range(self.threads)]
         self._count = threading.Lock()
-        self._job: tuple[Callable[..., None], tuple[Any, ...]] | None = None
+        self._job: tuple[Callable[..., None], tuple[Any, ...], threading.Lock] | None = None
         self._failure: BaseException | None = None
+        self._first = 0
         for member in range(self.threads):
             threading.Thread(
                 target=self._work, args=(member,), name=f"npqwen-{member}", daemon=True
@@ -171,12 +171,13 @@ class Team:
         while True:
             go.acquire()
             job = self._job
-            if member == 0:
-                for other in self._go[1:]:
+            # One release starts them all: no interrupt can come after some.
+            if member == self._first:
+                for other in self._go[member + 1 :]:
                     other.release()
             if job is None:
                 return
-            function, args = job
+            function, args, finished = job
             try:
                 function(self.state, member, *args)
             except BaseException as failure:
@@ -185,13 +186,15 @@ class Team:
             with self._count:
                 self._running -= 1
                 if not self._running:
-                    self._done.release()
+                    finished.release()
 
-    def run(self, function: Callable[..., None], *args: Any) -> None:
-        """function(state, member, *args) in every worker; returns when all are done.
+    def run(self, function: Callable[..., None], *args: Any, here: bool = False) -> None:
+        """function(state, member, *args) in every member; returns when all are done.
 
-        The function is compiled with nogil, and calls `barrier` equally often in all members.  Raises
-        what it raised; KeyboardInterrupt within one piece of its work.  ClosedError after close().
+        The function is compiled with nogil, and calls `barrier` equally often in all members, at least once.  here:
+        the calling thread is the first member, which saves waking another and being woken, but it hears Ctrl-C only
+        when the work is done: for work that is soon done.  Raises what the function raised; KeyboardInterrupt, unless
+        here, within one piece of its work.  ClosedError after close().
         """
         if self._process != os.getpid():
             self._start()
@@ -199,12 +202,16 @@ class Team:
             if self._closed:
                 raise ClosedError("the model is closed; load it again")
             self.state[:] = 0
-            self.state[MEMBERS] = self._running = self.threads
+            self.state[MEMBERS] = self.threads
+            self._running = self.threads - here
             self._failure = None
-            self._job = function, args
-            started = done = False
+            # A lock of this call's own: one that is interrupted may leave it free.
+            finished = _held()
+            self._job = function, args, finished
+            self._first = int(here)
+            started, ran = False, not here
             interrupt: BaseException | None = None
-            while not done:
+            while self._running or not ran:
                 try:
                     if interrupt is not None:
                         self.state[STOP] = 1
@@ -212,11 +219,16 @@ class Team:
                         if interrupt is not None:
                             break
                         started = True  # No interrupt comes between this and the call below.
-                        self._go[0].release()
-                    # Windows answers Ctrl-C only between waits.
-                    done = self._done.acquire(timeout=0.1 if sys.platform == "win32" else -1)
+                        if self._running:
+                            self._go[self._first].release()
+                    if not ran:
+                        ran = True  # Nor here: others may wait for this thread, it has to take part.
+                        function(self.state, 0, *args)
+                    if self._running:
+                        # Windows answers Ctrl-C only between waits.
+                        finished.acquire(timeout=0.1 if sys.platform == "win32" else -1)
                 except BaseException as error:
-                    interrupt = error
+                    interrupt = interrupt or error
             self._job = None
             if interrupt is not None:
                 raise interrupt
@@ -230,7 +242,7 @@ class Team:
             return
         with self._turn:
             if not self._closed:
-                self._job = None
+                self._job, self._first = None, 0
                 self._go[0].release()
             self._closed = True
 

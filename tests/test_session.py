@@ -322,3 +322,44 @@ def test_streams_under_asyncio_do_not_block_the_loop(model: Model) -> None:
     texts, ticks = asyncio.run(main())
     assert texts == alone
     assert ticks > 50
+
+
+class Unlucky:
+    """A lock whose first waiting is interrupted in the moment that it succeeds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._told = False
+
+    def acquire(self, timeout: float = -1) -> bool:
+        got = self._lock.acquire(timeout=timeout)
+        if not self._told:
+            self._told = True
+            raise KeyboardInterrupt
+        return got
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_an_interrupt_the_moment_a_pass_is_done_does_not_hang(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(model)
+    ends: list[BaseException] = []
+
+    def compute() -> None:
+        try:
+            session.prefill([1, 2, 3])
+        except BaseException as end:
+            ends.append(end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("npqwen.team._held", Unlucky)
+        thread = threading.Thread(target=compute, daemon=True)
+        thread.start()
+        thread.join(30)
+    assert [type(end) for end in ends] == [KeyboardInterrupt]
+    session.prefill([1, 2, 3, 4])
+    check_cache(session)
