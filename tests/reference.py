@@ -80,7 +80,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 class ReferenceCache:
     """Keys and values of every layer, (length, kv_heads, head_dim) float32 each."""
 
-    def __init__(self, config: Config, limit: int) -> None:
+    def __init__(self, config: Config, limit: int = 1 << 31) -> None:
         self.limit = limit
         empty = np.zeros((0, config.num_key_value_heads, config.head_dim), np.float32)
         self.keys = [empty] * config.num_hidden_layers
