@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Tokens of a prompt that go through the layers together."""
+FEW = 4
+"""Tokens that are soon done: the calling thread computes too."""
 SPARSE_CHUNK = 512
 """The same for a mixture of experts: each expert gets but a part of them."""
 
@@ -236,7 +238,7 @@ class Model:
         rows = len(out)
         with self._turn():
             logits = self._buffers.logits(rows)
-            self._team.run(forward, *self._arguments(ids, cache, rows))
+            self._team.run(forward, *self._arguments(ids, cache, rows), here=ids.size <= FEW)
             cache.length += ids.size
             out[:] = logits[:rows, : self.config.vocab_size]
 

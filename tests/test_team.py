@@ -39,14 +39,15 @@ def count_pieces(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -
         barrier(team)
 
 
+@pytest.mark.parametrize("here", [False, True])
 @pytest.mark.parametrize("threads", [1, CORES, 4 * CORES, 64])
-def test_more_threads_than_processors_finish(threads: int) -> None:
+def test_more_threads_than_processors_finish(threads: int, here: bool) -> None:
     """A thread that waits gives its processor to one that works."""
     counts, wrong = np.zeros((2, threads), np.int64)
     team = Team(threads)
     try:
         for again in range(3):
-            team.run(count_pieces, 20, counts, wrong)
+            team.run(count_pieces, 20, counts, wrong, here=here)
             assert (counts.sum(), wrong.sum()) == (2000, 0), again
             counts[:] = 0
     finally:
@@ -99,3 +100,25 @@ def test_the_threads_end_with_the_team() -> None:
     for worker in workers:
         worker.join(timeout=10)
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_ctrl_c_while_the_calling_thread_computes() -> None:
+    """It is heard when the work is done, and the team is as good as before."""
+    team = Team(2)
+    counts, wrong = np.zeros((2, 2), np.int64)
+    interrupts = [KeyboardInterrupt]
+
+    def counted(state: Any, member: int, *args: Any) -> None:
+        count_pieces(state, member, *args)
+        if member == 0 and interrupts:
+            raise interrupts.pop()
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            team.run(counted, 20, counts, wrong, here=True)
+        assert (counts.sum(), wrong.sum()) == (2000, 0)
+        counts[:] = 0
+        team.run(counted, 20, counts, wrong, here=True)
+        assert (counts.sum(), wrong.sum()) == (2000, 0)
+    finally:
+        team.close()

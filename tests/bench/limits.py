@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""How far npqwen is from this machine's limits, and what its first run costs.
+
+    python tests/bench/limits.py MODEL
+
+MODEL is a converted directory, int4 or int8.  Prints a Markdown table of
+
+* the matrix kernel on one thread, in multiply-adds a second, beside the most that its dot products alone can do with
+  all operands in registers: no loads of weights, no unpacking, no scales;
+* the part of a decoding step on one thread that is spent outside the compiled forward pass: arguments, waking the
+  thread, logits, sampling, text;
+* the seconds until a model is loaded when every kernel has to be compiled, and when they all are.
+
+What is compared runs in turns; medians.  Decoding's share of the read bandwidth is `npqwen bench`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from npqwen.forward import forward
+from npqwen.kernels.matmul import MATRIX, UNIT_BYTES, matmul, matmul_kernels
+from npqwen.kernels.packing import WIDEST, packed_bytes
+from npqwen.machine import processor
+from npqwen.model import Model, load
+from npqwen.simd.instructions import I8, I32, address, vector
+from npqwen.simd.isa import ISA
+from npqwen.simd.tile import FLOATS, LANES, f32s
+from npqwen.stream import Stream
+from npqwen.team import MEMBERS, NEXT, SLOTS
+
+BLOCK = 32
+LOAD = "import sys, time; s = time.perf_counter(); from npqwen.model import load; from pathlib import Path; \
+load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
+
+
+@intrinsic(prefer_literal=True)
+def dots(_: Any, sums: Any, bits: Any, w: Any, x: Any, at: Any) -> Any:
+    """sums (a tuple of vectors) + a block of `bits` bits at w @ the 32 activations at x[at:], for each of the sums."""
+    quads_of, dot = {4: (ISA.int4, ISA.dot4), 8: (ISA.int8, ISA.dot8)}[bits.literal_value]
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        sums, _, w, x, at = args
+        block = b.bitcast(context.make_array(sig.args[2])(context, b, w).data, I8.as_pointer())
+        place = b.bitcast(b.gep(context.make_array(sig.args[3])(context, b, x).data, [at]), I8.as_pointer())
+        quads = quads_of(b, block)
+        new = []
+        for n, value in enumerate(cgutils.unpack_tuple(b, sums)):
+            start = b.bitcast(value, vector(I32, LANES))
+            new.append(b.bitcast(dot(b, quads, address(b, place, BLOCK * n, I8), start), FLOATS))
+        return cgutils.pack_array(b, new)
+
+    return sums(sums, bits, w, x, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def no_sums(_: Any, count: Any) -> Any:
+    """A tuple of so many (a constant) vectors of zeros."""
+    kind = types.UniTuple(f32s, count.literal_value)
+    zero = ir.Constant(FLOATS, None)
+    return kind(count), lambda context, b, sig, args: cgutils.pack_array(b, [zero] * sig.return_type.count)
+
+
+@intrinsic
+def kept(_: Any, sums: Any) -> Any:
+    """Something that depends on all sums, so that none is left out."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        total = ir.Constant(ir.FloatType(), 0.0)
+        for value in cgutils.unpack_tuple(b, args[0]):
+            total = b.fadd(total, b.extract_element(value, I32(0)))
+        return total
+
+    return types.float32(sums), generate
+
+
+def registers_only(bits: int) -> Callable[[Any, Any, int], float]:
+    """A loop of nothing but a block's dot products with as many sums as a kernel has."""
+    count = min(8, WIDEST)
+
+    @njit
+    def loop(w: Any, x: Any, turns: int) -> float:
+        sums = no_sums(count)
+        for i in range(turns):
+            sums = dots(sums, bits, w, x, i * 32 % 2048)
+        return kept(sums)
+
+    return loop
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, float]:
+    """(multiply-adds a second of the matrix kernel, of the dot products alone), on this thread."""
+    rng = np.random.default_rng(0)
+    units = rng.integers(0, 255, (rows // 16, cols // 64, UNIT_BYTES[bits]), np.uint8)
+    units[:, :, :64].view(np.uint16)[:] = np.float16(0.01).view(np.uint16)
+    matrix = np.zeros(1, MATRIX)
+    matrix[0] = units.ctypes.data, bits, rows, cols
+    state = np.zeros(SLOTS, np.int64)
+    state[MEMBERS] = 1
+    kernels, out = matmul_kernels([bits]), np.zeros((tokens, rows), np.float32)
+    x = np.zeros(packed_bytes(tokens, cols), np.uint8)
+
+    def product() -> None:
+        state[NEXT] = 0
+        matmul(state, kernels, matrix[0], x, tokens, WIDEST, out, 0)
+
+    loop, weights, turns = registers_only(bits), np.ones(1 << 12, np.uint8), 100_000
+    activations = np.ones(1 << 13, np.uint8)
+    product()
+    loop(weights, activations, turns)
+    pairs = [(seconds(product), seconds(lambda: loop(weights, activations, turns))) for _ in range(repeat)]
+    done = rows * cols * tokens, turns * min(8, WIDEST) * LANES * BLOCK
+    return done[0] / median(p for p, _ in pairs), done[1] / median(q for _, q in pairs)
+
+
+def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
+    """(seconds a token of a stream, of that in the compiled forward pass), for a model of one thread."""
+    prompt = list(range(1, 65))
+    inside: list[float] = []
+
+    def timed(*args: Any) -> None:
+        inside.append(seconds(lambda: forward(*args)))
+
+    run = model._team.run
+    endless = replace(model.generation, eos_ids=frozenset())
+    pairs = []
+    with (
+        mock.patch.multiple(model, generation=endless),
+        mock.patch.object(model._team, "run", lambda _, *args: run(timed, *args)),
+    ):
+        for _ in range(repeat + 1):
+            inside.clear()
+            stream = Stream(model, prompt, max_tokens=tokens)
+            for _ in stream:
+                pass
+            steps = len(inside) - 1  # the first is the prompt's
+            pairs.append((stream.usage.decode_seconds / steps, sum(inside[1:]) / steps))
+    return median(p for p, _ in pairs[1:]), median(q for _, q in pairs[1:])
+
+
+def loading(model: Path) -> tuple[float, float]:
+    """Seconds from import to a loaded model with an empty cache of kernels, and with a full one."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-c", LOAD, str(model)]
+        environment = os.environ | {"NPQWEN_CACHE": cache}
+        first, *others = (
+            float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+            for _ in range(4)
+        )
+    return first, median(others)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--repeat", type=int, default=7)
+    options = parser.parse_args()
+    with load(options.model, threads=1) as model:
+        if model.bits == 16:
+            parser.error("a model of 16 bits has no integer products; give one of 4 or 8")
+        rows, cols = model.config.intermediate_size // 16 * 32, -(-model.config.hidden_size // 64) * 64
+        made, most = arithmetic(model.bits, rows, cols, 256, options.repeat)
+        step, bare = outside(model, 64, options.repeat)
+    cold, warm = loading(options.model)
+    print(f"{options.model.name}: {processor()}, {ISA.name} kernels\n")
+    print("| | measured | of | share |\n|---|---:|---:|---:|")
+    print(
+        f"| matrix kernel, {rows} x {cols} by 256 tokens, 1 thread, G multiply-adds/s "
+        f"| {made / 1e9:.0f} | {most / 1e9:.0f} | {made / most:.0%} |"
+    )
+    print(
+        f"| decoding a token, 1 thread, outside the forward pass, ms | {1e3 * (step - bare):.2f} | {1e3 * step:.2f} "
+        f"| {1 - bare / step:.1%} |"
+    )
+    print(f"| first load, all kernels compiled, s | {cold:.1f} | | |")
+    print(f"| later loads, s | {warm:.2f} | | |")
+
+
+if __name__ == "__main__":
+    main()
