@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from npqwen.completion import Usage
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.messages import Message, checked
+from npqwen.prompter import Prompter
 from npqwen.reply import Piece, Reasoning, ReplyParser, Text
 from npqwen.sampling_mode import default_sampling, thinks
 from npqwen.session import Session
@@ -101,6 +102,10 @@ class ChatOptions:
                 raise OptionError(f"{name} is no option of a chat; a Session or a Conversation keeps the cache")
         return cls(known, thinking, bool(run_tools), max_steps, dict(template_options or {}), generation)
 
+    def prompter(self, model: Model) -> Prompter:
+        """What makes prompts with these options."""
+        return Prompter(model, self.tools, self.thinking, self.template_options)
+
     def override(self, **changes: Any) -> ChatOptions:
         """These options with some changed, by the names that `of` takes."""
         own = {
@@ -110,31 +115,12 @@ class ChatOptions:
         return ChatOptions.of(**{**own, **self.generation, **changes})
 
 
-class Prompter:
-    """Turns messages into prompts for one model with the same options."""
-
-    def __init__(self, model: Model, options: ChatOptions) -> None:
-        self._model = model
-        self._options = options
-        tools = options.tools
-        self._schemas = None if tools is None else [tool.schema for tool in tools.values()]
-
-    def text(self, messages: list[Message]) -> str:
-        """The prompt of an answer to `messages`."""
-        o = self._options
-        return self._model.chat_template.render(messages, self._schemas, o.thinking, True, **o.template_options)
-
-    def ids(self, messages: list[Message]) -> list[int]:
-        """The same, encoded."""
-        return self._model.tokenizer.encode(self.text(messages))
-
-
 class ChatStream(Iterator[Event]):
     """An answer's events, as they come: Reasoning, Text, ToolCall, ToolResult, Notice and, at the end, Finish.
 
     `text` and `reasoning` tell at any time what the present step has so far, `usage` what all cost, `messages` what
-    there is to append to the conversation `past`; `reply` is None until the end. `close()`, or no longer iterating, ends it
-    early: then a text that was begun stays in `messages`, a call without its result does not.
+    there is to append to the conversation `past`; `reply` is None until the end. `close()`, or no longer iterating,
+    ends it early: then a text that was begun stays in `messages`, a call without its result does not.
 
     prompts(messages): the prompt's ids, and anything to tell. on_end(stream): called once, however it ends.
     """
@@ -379,7 +365,7 @@ def stream_chat(
     session: of this model, kept between calls: the prompt's beginning that it has computed before is not read again.
     """
     asked = ChatOptions.of(**options)
-    prompter = Prompter(model, asked)
+    prompter = asked.prompter(model)
 
     def prompts(messages: list[Message]) -> tuple[list[int], list[str]]:
         return prompter.ids(messages), []

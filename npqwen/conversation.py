@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npqwen.chat import ChatOptions, ChatStream, Prompter, Reply
+from npqwen.chat import ChatOptions, ChatStream, Reply
 from npqwen.config import read_json
 from npqwen.errors import CheckpointError, FormatError, NpqwenError, OptionError, OutputError
 from npqwen.messages import Message, checked
@@ -204,7 +204,7 @@ class Conversation:
         options = self._options.override(**changes) if changes else self._options
         past = before + said
         dropped = min(self._dropped, self._last_start(past))
-        prompter = Prompter(self.model, options)
+        prompter = options.prompter(self.model)
         window = Window(prompter.ids, self.model.context, options.generation.get("max_tokens"))
 
         def prompts(messages: list[Message]) -> tuple[list[int], list[str]]:

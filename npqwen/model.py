@@ -207,8 +207,8 @@ class Model:
     ) -> Reply:
         """Answer a conversation.
 
-        messages: [{"role": "user", "content": "17 + 25?"}, ...]; append the reply's `messages` to go on. A string is one
-        message of the user.
+        messages: [{"role": "user", "content": "17 + 25?"}, ...]; append the reply's `messages` to go on. A string is
+        one message of the user.
         tools: JSON schemas, or Python functions with hints and docstrings. run_tools: call the functions that the
         model asks for and have it read what they return or raise, up to max_steps (8) answers in a row.
         thinking: True or False; None is the model's own way. A model that has no switch refuses the other way.

@@ -45,7 +45,8 @@ class Cache:
 class Reciter:
     """Interface of `npqwen.model.Model`. Every prompt is answered by the next of `texts`, then eos.
 
-    A text may be ids, too. prompts: what it was asked, decoded. read: how many tokens of each were computed.
+    A text may be ids, too. prompt_ids, prompts: what it was asked, as ids and decoded. read: how many tokens of each
+    were computed.
     """
 
     def __init__(self, *texts: str | list[int], template: str = "hybrid", context: int = 2048) -> None:
@@ -57,6 +58,7 @@ class Reciter:
         self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=context)
         self.generation = GenerationConfig(frozenset({EOS}), THINKING)
         self.prompts: list[str] = []
+        self.prompt_ids: list[list[int]] = []
         self.read: list[int] = []
         self._texts = [TOKENIZER.encode(text) if isinstance(text, str) else text for text in texts]
         self._script: list[int] = []
@@ -70,6 +72,7 @@ class Reciter:
         self._start = cache.length + len(ids)
         self.read.append(len(ids))
         logits = self.forward(ids, cache)[-1]
+        self.prompt_ids.append(list(cache.ids))
         self.prompts.append(TOKENIZER.decode(cache.ids, special=True))
         return logits
 
