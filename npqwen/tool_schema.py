@@ -6,6 +6,7 @@ taken as far as it is known: a parameter without a type can be anything, one wit
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -89,10 +90,20 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         function = type(function).__call__
     try:
         return typing.get_type_hints(function, include_extras=True)
-    except Exception:  # a name that is not there, or anything else that an annotation may raise
-        return {
-            name: hint for name, hint in getattr(function, "__annotations__", {}).items() if not isinstance(hint, str)
-        }
+    except Exception:  # a name that is not there, or anything else that an annotation may raise: then one by one
+        return _each_hint(function)
+
+
+def _each_hint(function: Callable[..., Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+
+        def alone() -> None: ...
+
+        alone.__annotations__ = {name: hint}
+        with contextlib.suppress(Exception):
+            found |= typing.get_type_hints(alone, getattr(function, "__globals__", {}), include_extras=True)
+    return found
 
 
 def hint_schema(hint: Any) -> dict[str, Any]:

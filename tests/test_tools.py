@@ -151,7 +151,7 @@ def test_what_is_not_known_is_left_open() -> None:
         "name": "loose",
         "parameters": {
             "type": "object",
-            "properties": {"a": {}, "b": {}, "c": {}, "d": {}},
+            "properties": {"a": {}, "b": {}, "c": {}, "d": {"type": "integer"}},
             "required": ["a", "b", "c"],
         },
     }
