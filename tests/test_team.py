@@ -122,3 +122,44 @@ def test_ctrl_c_while_the_calling_thread_computes() -> None:
         assert (counts.sum(), wrong.sum()) == (2000, 0)
     finally:
         team.close()
+
+
+class Unlucky:
+    """A lock whose first waiting is interrupted in the moment that it succeeds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._told = False
+
+    def acquire(self, timeout: float = -1) -> bool:
+        got = self._lock.acquire(timeout=timeout)
+        if not self._told:
+            self._told = True
+            raise KeyboardInterrupt
+        return got
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_an_interrupt_the_moment_the_work_is_done_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    team = Team(2)
+    ends: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            team.run(lambda state, member: time.sleep(0.2))
+        except BaseException as end:
+            ends.append(end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("npqwen.team._held", Unlucky)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(30)
+    assert [type(end) for end in ends] == [KeyboardInterrupt]
+    counts, wrong = np.zeros((2, 2), np.int64)
+    team.run(count_pieces, 20, counts, wrong)
+    assert (counts.sum(), wrong.sum()) == (2000, 0)
+    team.close()
