@@ -226,7 +226,7 @@ def test_an_interrupt_in_the_model_comes_through_and_keeps_the_text(recite: Any)
     model = recite("12345")
     forward = model.forward
 
-    def interrupted(ids: np.ndarray, cache: Any) -> np.ndarray:
+    def interrupted(ids: np.ndarray, cache: Any, **options: Any) -> np.ndarray:
         if len(model.calls) == 3:
             raise KeyboardInterrupt
         return forward(ids, cache)
@@ -404,7 +404,7 @@ def test_usage_counts_the_models_time_and_not_the_callers(
     model = recite("1234")
     forward = model.forward
 
-    def slow(ids: np.ndarray, cache: Any) -> np.ndarray:
+    def slow(ids: np.ndarray, cache: Any, **options: Any) -> np.ndarray:
         clock.now += 0.5 * len(ids)
         return forward(ids, cache)
 
