@@ -21,6 +21,8 @@ from npqwen.simd import tile
 from npqwen.simd.instructions import F32, I8, InstructionSet, vector
 
 CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
+APPLE_M2 = "aarch64-unknown-linux-gnu", "apple-m2"
+NEOVERSE_V1 = "aarch64-unknown-linux-gnu", "neoverse-v1"
 ZEN4 = "x86_64-unknown-linux-gnu", "znver4"
 ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
@@ -37,14 +39,13 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
     """The instructions of the loop over the units of an int4 or int8 matrix: two blocks of 32 columns each."""
 
     def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
-        quads, dot = (isa.int4, isa.dot4) if bits == 4 else (isa.int8, isa.dot8)
         data = types.Array(types.uint8, 1, "C")
         sig, prefetch = tile.prefetch._defn(None, data, types.int64, types.literal(UNIT_BYTES[bits]))
         prefetch(_CONTEXT, b, sig, [w, at, None])
         sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
         for block in range(2):
             values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))
-            step = tile._quantized(quads, dot)
+            step = tile._quantized(bits)
             tile_value = step(_CONTEXT, b, sig, [tile_value, None, None, w, values, scales, x, x_at])
             x_at = b.add(x_at, I64(40 * tokens))
         return tile_value

@@ -9,8 +9,10 @@ from unittest import mock
 import pytest
 from assembly import (
     ALDER_LAKE,
+    APPLE_M2,
     CORTEX_A76,
     HASWELL,
+    NEOVERSE_V1,
     ZEN4,
     assembly,
     floating_loop,
@@ -24,12 +26,12 @@ from llvmlite import ir
 from npqwen import team
 from npqwen.compiled import address_of
 from npqwen.kernels.matmul import KERNELS, UNIT_BYTES
-from npqwen.simd.arm import Neon
+from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
-from npqwen.simd.isa import ISA, has_dot_product
+from npqwen.simd.isa import ISA, has_dot_product, has_matrix_product
 from npqwen.simd.x86 import Avx2, Avx512, AvxVnni
 
-DOT = {"neon": "sdot", "avx512": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmaddubsw"}
+DOT = {"i8mm": "sdot", "neon": "sdot", "avx512": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmaddubsw"}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -53,6 +55,30 @@ def test_neon(bits: int, tokens: int) -> None:
     weights = 14 if bits == 4 else 10
     assert names.count("prfm") == UNIT_BYTES[bits] // 64
     assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10 + UNIT_BYTES[bits] // 64
+
+
+@pytest.mark.parametrize("target", [APPLE_M2, NEOVERSE_V1], ids=["m2", "v1"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [n for n in NeonI8mm.tiles if n > 1])
+def test_neon_matrix_products(bits: int, tokens: int, target: tuple[str, str]) -> None:
+    loop = integer_loop(NeonI8mm(), target, bits, tokens, 1)
+    names = mnemonics(loop)
+    # Two blocks of 32 columns, 8 columns and two tokens an instruction, for each two of four rows.
+    assert names.count("smmla") == 2 * 4 * 2 * tokens // 2
+    assert "sdot" not in names
+    # Quads are interleaved before nibbles are taken apart: 4 or 8 for all tokens; two more put a pair's rows together.
+    interleaved = 4 if bits == 4 else 8
+    assert names.count("zip1") + names.count("zip2") == 2 * (interleaved + tokens)
+    assert not {"scvtf", "tbl", "ext", "trn1", "trn2", "uzp1", "ins"} & set(names)
+    # Of what is on the stack, most are the eight tokens' sums.
+    assert len(spills(loop)) <= 2 * tokens
+    sdots = integer_loop(Neon(), target, bits, 4, 1)
+    assert len(loop) < len(sdots) * tokens / 4 * (0.86 if tokens == 8 else 0.95)
+
+
+def test_neon_matrix_products_of_one_token() -> None:
+    """Memory is the limit then, and half of an instruction would be for nothing."""
+    assert integer_loop(NeonI8mm(), APPLE_M2, 4, 1, 2) == integer_loop(Neon(), APPLE_M2, 4, 1, 2)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "half", "float"])
@@ -129,3 +155,14 @@ def test_the_dot_product_of_arm_cores() -> None:
     assert not has_dot_product(CORTEX_A76[0], "cortex-a72", listed)
     assert not has_dot_product(CORTEX_A76[0], "generic", "+neon")
     assert not has_dot_product(*ZEN4, "+avx512vnni")
+
+
+def test_the_matrix_product_of_arm_cores() -> None:
+    assembly('target triple = "aarch64-unknown-linux-gnu"', CORTEX_A76)
+    for target in (APPLE_M2, NEOVERSE_V1, ("arm64-apple-darwin23.1.0", "apple-m4")):
+        assert has_matrix_product(*target, "")
+        assert has_dot_product(*target, "")
+    assert has_matrix_product(CORTEX_A76[0], "generic", "+neon,+dotprod,+i8mm")
+    assert not has_matrix_product(*CORTEX_A76, "+neon")
+    assert not has_matrix_product("arm64-apple-darwin23.1.0", "apple-m1", "")
+    assert not has_matrix_product(*ZEN4, "+avx512vnni")

@@ -32,6 +32,7 @@ from npqwen.kernels.matmul import MATRIX, matmul, matmul_kernels, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, packed_bytes, tile_width
 from npqwen.simd import scalar
+from npqwen.simd.isa import ISA
 from npqwen.team import Team
 
 BITS = (4, 8, 16)
@@ -89,6 +90,8 @@ def packed(x: np.ndarray, bits: int, width: int) -> np.ndarray:
         )
     q, scales = (part.reshape(tiles, width, cols // 32, -1).swapaxes(1, 2) for part in int8_blocks(x))
     starts = -ZERO_POINT[bits] * q.sum(3, dtype=np.int32)
+    if ISA.pairs and width > 1:
+        q = q.reshape(tiles, cols // 32, width // 2, 2, 4, 8).swapaxes(3, 4)
     parts = (np.ascontiguousarray(part) for part in (q, scales, starts.astype(np.int32)))
     return np.concatenate([part.view(np.uint8).reshape(tiles, cols // 32, -1) for part in parts], 2).reshape(
         -1

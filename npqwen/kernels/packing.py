@@ -2,7 +2,8 @@
 
 `width` tokens lie together, a *tile*.  For integer weights each block of 32 columns of a tile is `width` x 32
 int8, `width` float32 scales and `width` int32 products of the weights' zero point with the sum of the block:
-40 bytes a token.  For bf16 weights each column of a tile is `width` float32.
+40 bytes a token.  (Where the instruction set multiplies pairs of tokens, the int8 of two lie together: 8 columns of
+one, the same 8 of the other, the next 8 of the first.)  For bf16 weights each column of a tile is `width` float32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ZERO_POINT = {4: 8, 8: ISA.int8_zero, 16: 0}
 _ZERO4, _ZERO8 = ZERO_POINT[4], ZERO_POINT[8]
 WIDEST = WIDTHS[-1]
 _MIDDLE = 4
+_PAIRS = ISA.pairs
 
 
 @njit(nogil=True)
@@ -53,6 +55,10 @@ def pack(x: Any, token: int, width: int, bits: int, packed: Any) -> None:
         floats, words, bytes_ = packed.view(np.float32), packed.view(np.int32), packed.view(np.int8)
         for block in range(x.size // BLOCK):
             at = (tile * (x.size // BLOCK) + block) * BLOCK_BYTES * width
-            scale, total = quantize_block(x, block * BLOCK, bytes_, at + BLOCK * lane)
+            if _PAIRS and width > 1:
+                place = at + 2 * BLOCK * (lane // 2) + 8 * (lane % 2)
+                scale, total = quantize_block(x, block * BLOCK, bytes_, place, 16)
+            else:
+                scale, total = quantize_block(x, block * BLOCK, bytes_, at + BLOCK * lane, 8)
             floats[at // 4 + 8 * width + lane] = scale
             words[at // 4 + 9 * width + lane] = -zero * total

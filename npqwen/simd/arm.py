@@ -1,7 +1,8 @@
-"""AArch64: NEON with the dot-product extension, every 64-bit Arm core since 2018."""
+"""AArch64: NEON with the dot product, every 64-bit Arm core since 2018, and with products of small matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from llvmlite import ir
@@ -9,6 +10,7 @@ from llvmlite import ir
 from npqwen.simd.instructions import F32, I8, I32, NativeHalf, address, call, constant, vector
 
 _WORDS, _BYTES, _FLOATS = vector(I32, 4), vector(I8, 16), vector(F32, 4)
+_LONGS = vector(ir.IntType(64), 2)
 _BIAS = 3 << 22
 """As a float32 (1.5 * 2**23), its last bit counts 1: adding a small integer to its bits adds it to its value."""
 _BIAS_BITS = 0x4B400000
@@ -57,3 +59,60 @@ class Neon(NativeHalf):
 
     def to_float(self, b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
         return b.fsub(b.bitcast(sums, _FLOATS), constant(F32, 4, float(_BIAS)))
+
+
+class NeonI8mm(Neon):
+    """`smmla` multiplies 2 rows x 8 columns by 8 columns of 2 tokens: as much as two `sdot`.
+
+    Apple's M2, Neoverse V1 and N2, Snapdragon X and newer cores have it.  Two quads' words are interleaved, which makes
+    2 rows x 8 columns of 4 x 4 twice; for int4 that is done before the nibbles are taken apart.  The four sums
+    of an instruction are of two rows and two tokens: those of four rows are put together again once a block.
+    """
+
+    name: ClassVar[str] = "i8mm"
+    features: ClassVar[frozenset[str]] = frozenset({"dotprod", "i8mm"})
+    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1, 8: 1}
+    pairs: ClassVar[bool] = True
+
+    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+        if tokens == 1:
+            return super().products(b, bits, block, x, tokens)
+        quads = self._two_by_eight(b, bits, block)
+
+        def each() -> Iterator[ir.Value]:
+            for t in range(0, tokens, 2):
+                starts = b.load(address(b, x, 36 * tokens + 4 * t, vector(I32, 2)), align=4)
+                twice = ir.Constant(_WORDS, [0, 0, 1, 1])
+                start = b.add(
+                    b.shuffle_vector(starts, ir.Constant(starts.type, ir.Undefined), twice),
+                    constant(I32, 4, _BIAS_BITS),
+                )
+                pairs = [b.load(address(b, x, 32 * t + 16 * n, _BYTES), align=1) for n in range(4)]
+                sums = [start, start]
+                for pair, halves in zip(pairs, quads, strict=True):
+                    for half, quad in enumerate(halves):
+                        sums[half] = call(b, "llvm.aarch64.neon.smmla.v4i32.v16i8", _WORDS, sums[half], pair, quad)
+                for high in (False, True):
+                    yield b.bitcast(_interleave(b, *sums, _LONGS, high), _WORDS)
+
+        return each()
+
+    def _two_by_eight(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> list[list[ir.Value]]:
+        """For each 8 columns of the block their bytes in rows 0 and 1, and in rows 2 and 3."""
+        stored = [self.bytes(b, block, quad) for quad in range(4 if bits == 4 else 8)]
+        both = [
+            [b.bitcast(_interleave(b, first, second, _WORDS, high), _BYTES) for high in (False, True)]
+            for first, second in zip(stored[::2], stored[1::2], strict=True)
+        ]
+        if bits == 8:
+            return both
+        low = [[b.and_(quad, constant(I8, 16, 15)) for quad in halves] for halves in both]
+        return low + [[b.lshr(quad, constant(I8, 16, 4)) for quad in halves] for halves in both]
+
+
+def _interleave(b: ir.IRBuilder, x: ir.Value, y: ir.Value, kind: ir.VectorType, high: bool) -> ir.Value:
+    """`zip1`, or `zip2` if high: items of x and y in turn, from their lower or their higher halves."""
+    n = kind.count
+    first = n // 2 if high else 0
+    order = [item for i in range(first, first + n // 2) for item in (i, n + i)]
+    return b.shuffle_vector(b.bitcast(x, kind), b.bitcast(y, kind), ir.Constant(vector(I32, n), order))

@@ -7,6 +7,7 @@ each quad by the 4 activations of its columns and adds up the 32 products of eac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from llvmlite import ir
@@ -62,6 +63,23 @@ class InstructionSet:
     """Rows of queries that attention multiplies at once: at most four widths, ascending."""
     accumulators: ClassVar[int] = 8
     """Vectors of sums that fit the registers beside what is multiplied."""
+    pairs: ClassVar[bool] = False
+    """Whether `products` of several tokens takes their activations by pairs (kernels/packing.py)."""
+
+    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+        """For each token in turn the sums, <lanes x i32> for `to_float`, of a block of weights by its activations.
+
+        block: of `bits` bits, 4 or 8.  x: the activations of the block's columns, then scales, then what each token's
+        sums start from (kernels/packing.py).
+        """
+        quads, dot = (self.int4(b, block), self.dot4) if bits == 4 else (self.int8(b, block), self.dot8)
+
+        def each() -> Iterator[ir.Value]:
+            for t in range(tokens):
+                start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
+                yield dot(b, quads, address(b, x, 32 * t, I8), splat(b, start, self.lanes))
+
+        return each()
 
     def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
         """`lanes` rows x 4 columns of stored bytes, <4 * lanes x i8>."""

@@ -8,11 +8,11 @@ import llvmlite.binding as llvm
 from numba.core.registry import cpu_target
 
 from npqwen.errors import OptionError
-from npqwen.simd.arm import Neon
+from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.x86 import Avx2, Avx512, AvxVnni
 
-BEST_FIRST: tuple[type[InstructionSet], ...] = (Avx512, AvxVnni, Avx2, Neon, InstructionSet)
+BEST_FIRST: tuple[type[InstructionSet], ...] = (Avx512, AvxVnni, Avx2, NeonI8mm, Neon, InstructionSet)
 
 
 def available() -> list[type[InstructionSet]]:
@@ -24,6 +24,8 @@ def available() -> list[type[InstructionSet]]:
     features = {f[1:] for f in listed.split(",") if f.startswith("+")}
     if has_dot_product(triple, cpu, listed):
         features.add("dotprod")
+    if has_matrix_product(triple, cpu, listed):
+        features.add("i8mm")
     return [isa for isa in BEST_FIRST if isa.features <= features]
 
 
@@ -44,6 +46,13 @@ define i32 @sum(<16 x i8> %bytes) {
   %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %wide)
   ret i32 %sum
 }
+define i32 @product(<16 x i8> %bytes, <16 x i8> %signed) {
+  %wide = zext <16 x i8> %bytes to <16 x i32>
+  %wider = sext <16 x i8> %signed to <16 x i32>
+  %products = mul <16 x i32> %wide, %wider
+  %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %products)
+  ret i32 %sum
+}
 """
 
 
@@ -53,10 +62,22 @@ def has_dot_product(triple: str, cpu: str, features: str) -> bool:
     The features LLVM finds on an Arm host leave them out (none at all are found on macOS); it derives them
     from the core's name.  It can't be asked, but it sums bytes with `udot` where it may.
     """
+    return "udot" in _assembly(triple, cpu, features)
+
+
+def has_matrix_product(triple: str, cpu: str, features: str) -> bool:
+    """The same for `smmla`: of one extension with `usdot`, with which LLVM sums products of two kinds of bytes."""
+    return "usdot" in _assembly(triple, cpu, features)
+
+
+def _assembly(triple: str, cpu: str, features: str) -> set[str]:
+    """The instructions that LLVM makes of sums of bytes for an AArch64 processor; none for another."""
     if not triple.startswith(("aarch64", "arm64")):
-        return False
+        return set()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    return "udot" in machine.emit_assembly(llvm.parse_assembly(_SUM_OF_BYTES))
+    lines = machine.emit_assembly(llvm.parse_assembly(_SUM_OF_BYTES)).splitlines()
+    # Apple's assembly language says `udot.4s`.
+    return {line.split()[0].partition(".")[0] for line in lines if line.strip()}
 
 
 ISA = choose(os.environ.get("NPQWEN_ISA"))

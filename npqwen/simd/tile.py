@@ -135,7 +135,7 @@ def add(_: Any, tile: Any, out: Any, at: Any, rows: Any, stride: Any) -> Any:
     return sig, lambda context, b, sig, args: _spread(context, b, sig, args, plus=True)
 
 
-def _quantized(quads_of: Any, dot: Any) -> Any:
+def _quantized(bits: int) -> Any:
     """The step of a product for one block of 32 columns of an integer encoding."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -147,13 +147,11 @@ def _quantized(quads_of: Any, dot: Any) -> Any:
         scales = _pointer(context, b, sig.args[3], w, scales_at, I8)
         xs = _pointer(context, b, sig.args[6], x, x_at, I8)
         for r in range(rows):
-            quads = quads_of(b, address(b, block, 4 * LANES * r, I8))
+            products = ISA.products(b, bits, address(b, block, 4 * LANES * r, I8), xs, tokens)
             halves = b.load(address(b, scales, 2 * LANES * r, vector(I16, LANES)), align=2)
             scale = ISA.from_half(b, halves)
-            for t in range(tokens):
+            for t, sums in enumerate(products):
                 x_scale = b.load(address(b, xs, 32 * tokens + 4 * t, F32), align=4)
-                start = b.load(address(b, xs, 36 * tokens + 4 * t, I32), align=4)
-                sums = dot(b, quads, address(b, xs, 32 * t, I8), splat(b, start, LANES))
                 # Not the scales first: LLVM would make that product early, and have no register for it.
                 scaled = b.fmul(ISA.to_float(b, sums), splat(b, x_scale, LANES))
                 n = t * rows + r
@@ -169,12 +167,11 @@ def multiply_integers(
 ) -> Any:
     """tile + a block of `bits` bits (weights at w[at:], f16 scales at w[scales_at:]) @ x.
 
-    tokens and bits (4 or 8) are constants; w and x are uint8.  x[x_at:] holds the activations of the tokens: 32 int8
-    each, then a float32 scale each, then an int32 each to start from (the zero point times their sum).
+    tokens and bits (4 or 8) are constants; w and x are uint8.  x[x_at:] holds the activations of the tokens as
+    kernels/packing.py describes them.
     """
     i64 = types.int64
-    generate = {4: _quantized(ISA.int4, ISA.dot4), 8: _quantized(ISA.int8, ISA.dot8)}[bits.literal_value]
-    return tile(tile, tokens, bits, w, i64, i64, x, i64), generate
+    return tile(tile, tokens, bits, w, i64, i64, x, i64), _quantized(bits.literal_value)
 
 
 def _load_bfloat(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:
@@ -255,10 +252,13 @@ def fold(_: Any, tile: Any, columns: Any) -> Any:
     return kind(tile, columns), generate
 
 
-@intrinsic
-def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any) -> Any:
-    """Round 32 float32 x[at:] to int8 out[out_at:], the largest magnitude to 127: (scale float32, sum int32)."""
-    sig = types.Tuple((types.float32, types.int32))(x, types.int64, out, types.int64)
+@intrinsic(prefer_literal=True)
+def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any, pitch: Any) -> Any:
+    """Round 32 float32 x[at:] to int8, the largest magnitude to 127: (scale float32, sum int32).
+
+    They go to out[out_at:], each 8 of them `pitch` (a constant) bytes after the 8 before.
+    """
+    sig = types.Tuple((types.float32, types.int32))(x, types.int64, out, types.int64, pitch)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         floats, words, bytes_ = vector(F32, 32), vector(I32, 32), vector(I8, 32)
@@ -269,9 +269,12 @@ def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any) -> Any:
         inverse = b.select(some, b.fdiv(ir.Constant(F32, 127.0), peak), ir.Constant(F32, 0.0))
         whole = call(b, "llvm.rint.v32f32", floats, b.fmul(values, splat(b, inverse, 32)))
         integers = b.fptosi(whole, words)
-        b.store(
-            b.trunc(integers, bytes_), _pointer(context, b, sig.args[2], args[2], args[3], bytes_), align=1
-        )
+        small = b.trunc(integers, bytes_)
+        piece = 32 if sig.args[4].literal_value == 8 else 8
+        for n in range(0, 32, piece):
+            part = b.shuffle_vector(small, small, ir.Constant(vector(I32, piece), list(range(n, n + piece))))
+            place = b.add(args[3], args[3].type(n // 8 * sig.args[4].literal_value))
+            b.store(part, _pointer(context, b, sig.args[2], args[2], place, part.type), align=1)
         total = call(b, "llvm.vector.reduce.add.v32i32", I32, integers)
         return context.make_tuple(b, sig.return_type, [b.fmul(peak, ir.Constant(F32, 1 / 127)), total])
 
