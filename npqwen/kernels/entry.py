@@ -23,7 +23,8 @@ def entry(*constants: object, **options: Any) -> Callable[[Callable[..., None]],
     """A kernel made for some constants, which become part of its name; it takes int64 and returns nothing.
 
     The linker tells functions by name, types and a number that starts at 1 in every process: of two made for
-    different constants, loaded from what two processes compiled, one would be called for the other.  It is compiled, or loaded, by `npqwen.compiled.address_of`.  It must not raise.
+    different constants, loaded from what two processes compiled, one would be called for the other.  It is
+    compiled, or loaded, by `npqwen.compiled.address_of`.  It must not raise.
     """
 
     def made(function: Callable[..., None]) -> Any:

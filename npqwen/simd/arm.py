@@ -93,7 +93,7 @@ class NeonI8mm(Neon):
                     for half, quad in enumerate(halves):
                         sums[half] = call(b, "llvm.aarch64.neon.smmla.v4i32.v16i8", _WORDS, sums[half], pair, quad)
                 for high in (False, True):
-                    yield b.bitcast(_interleave(b, *sums, _LONGS, high), _WORDS)
+                    yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
 
         return each()
 
