@@ -186,7 +186,7 @@ def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path
         with load(tiny(bits), threads=1):
             pass
     code = [file.read_bytes() for file in kernel_directory().glob("forward.*.nbc")]
-    assert len(code) == 2  # with a cache of float16 and of float32
+    assert len(code) >= 2  # with a cache of float16 and of float32; mixtures of experts, if others ran before
     for whole in code:
         numbers = defaultdict(set)
         for symbol in re.findall(rb"_ZN6npqwen[\w.]+", whole):
