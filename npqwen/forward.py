@@ -9,8 +9,8 @@ from numba import njit
 
 from npqwen.kernels.attention import MOST_ROWS, attention, store_key, store_value
 from npqwen.kernels.experts import (
-    EXPERT,
     arrange,
+    ask_for_first,
     combine,
     experts_matmul,
     pack_choices,
@@ -20,7 +20,7 @@ from npqwen.kernels.experts import (
 from npqwen.kernels.matmul import MATRIX, matmul, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import WIDEST, pack, tile_width
-from npqwen.paging import ask_for
+from npqwen.paging import NEVER
 from npqwen.simd.scalar import memory
 from npqwen.team import barrier, take
 
@@ -55,7 +55,7 @@ MODEL = np.dtype(
         ("head_dim", np.int64),
         ("rms_norm_eps", np.float32),
         ("norm_topk_prob", np.bool_),
-        ("short_of_memory", np.bool_),
+        ("asking", np.int64),
         ("matmul_kernels", np.int64, (3, WIDEST + 1)),
         ("attention_kernels", np.int64, (MOST_ROWS + 1,)),
     ]
@@ -63,7 +63,7 @@ MODEL = np.dtype(
 """What is outside the layers, and the dimensions the kernels need, under the names of config.json.
 
 matmul_kernels, attention_kernels: addresses of machine code, see the functions of these names.
-short_of_memory: the weights are more than memory holds, so that experts are asked for as soon as they are chosen.
+asking: how experts are asked for as soon as they are chosen, which pays where they are not in memory (paging.py).
 """
 
 
@@ -146,7 +146,7 @@ def sparse_feed_forward(
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(tokens)
     bits = layer.gate_up_proj.bits
-    kernels = model.matmul_kernels
+    kernels, how = model.matmul_kernels, model.asking
     while True:
         t = take(team, 1)
         if t >= tokens:
@@ -164,21 +164,17 @@ def sparse_feed_forward(
     barrier(team)
     if take(team, 1) == 0:
         made[0] = arrange(chosen[:tokens], counts, slots, segments)
-        if model.short_of_memory:
-            for s in range(made[0]):
-                ask_for(layer.gate_up_proj.address + segments[s, EXPERT] * layer.expert_bytes, layer.expert_bytes)
     barrier(team)
+    if how != NEVER:
+        ask_for_first(team, how, layer, segments, made[0], scratch)
+        barrier(team)
     pack_choices(team, normed, slots[:tokens], segments, made[0], bits, packed)
     barrier(team)
-    experts_matmul(
-        team, kernels, layer.gate_up_proj, layer.expert_bytes, segments, made[0], packed, tokens == 1, gate_up
-    )
+    experts_matmul(team, kernels, layer, False, how, segments, made[0], packed, tokens == 1, gate_up, scratch)
     barrier(team)
     silu_and_pack_slots(team, gate_up, segments, made[0], layer.down_proj.bits, scratch, packed)
     barrier(team)
-    experts_matmul(
-        team, kernels, layer.down_proj, layer.expert_bytes, segments, made[0], packed, False, results
-    )
+    experts_matmul(team, kernels, layer, True, how, segments, made[0], packed, False, results, scratch)
     barrier(team)
     combine(team, results[:, :cols], slots[:tokens], weights, hidden)
     barrier(team)

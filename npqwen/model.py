@@ -29,7 +29,7 @@ from npqwen.kernels.attention import attention_kernels
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kv_cache import KVCache
 from npqwen.machine import available_memory, default_threads
-from npqwen.paging import can_ask
+from npqwen.paging import how_to_ask
 from npqwen.rope import Rope
 from npqwen.stream import Stream
 from npqwen.team import Team
@@ -86,8 +86,8 @@ class Model:
         self.weight_bytes = self.weights.nbytes
         """Bytes of the mapped weights."""
         available = available_memory()
-        if available is not None:
-            self.weights.model[0]["short_of_memory"] = can_ask() and self.weight_bytes > 0.9 * available
+        short = available is not None and self.weight_bytes > 0.9 * available
+        self.weights.model[0]["asking"] = how_to_ask({t.path for t in self.weights.tensors.values()}, short)
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
         self.generation = GenerationConfig.from_directory(path)

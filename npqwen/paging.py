@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
@@ -13,43 +16,83 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+NEVER, BLINDLY, LOOKING = 0, 1, 2
+"""How to ask: not at all, for whatever is needed, or for those of its pages that are not in memory."""
 _PAGE = mmap.PAGESIZE
+_PIECE = 1 << 17
+"""Linux reads no more for one request than the disk takes at once, and drops the rest."""
 _WILLNEED = int(getattr(mmap, "MADV_WILLNEED", 3))
 
 
-def can_ask() -> bool:
-    """Whether this system takes such requests; Windows reads a page when it is touched."""
-    return sys.platform != "win32"
+def how_to_ask(paths: Iterable[Path], short: bool) -> int:
+    """NEVER, BLINDLY or LOOKING, for these mapped files; short: they are more than memory holds.
+
+    Asking for what is in memory costs 50 microseconds for an expert of 2.7 MB, looking 2.  Linux tells which pages of
+    a file are in memory to its owner and to those who may write it; to others it says that all are.  Windows
+    takes no requests: it reads a page when it is touched.
+    """
+    if sys.platform == "win32":
+        return NEVER
+    tells = sys.platform == "linux" and all(
+        path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK) for path in paths
+    )
+    return LOOKING if tells else BLINDLY if short else NEVER
 
 
-def _madvise() -> int:
-    """The address of the system's madvise, or of something never called where there is none."""
+def _address(name: str) -> int:
+    """Where a function of the system's library is; where something never called is, if there is none."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.GetLastError
     else:
-        function = ctypes.CDLL(None).madvise
+        function = getattr(ctypes.CDLL(None), name)
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-llvmlite.binding.add_symbol("npqwen_madvise", _madvise())
+llvmlite.binding.add_symbol("npqwen_madvise", _address("madvise"))
+llvmlite.binding.add_symbol("npqwen_mincore", _address("mincore"))
+
+
+def _call(name: str, b: ir.IRBuilder, args: Any) -> ir.Value:
+    kind = ir.FunctionType(ir.IntType(32), [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
 
 
 @intrinsic
 def _advise(_: Any, address: Any, size: Any, advice: Any) -> Any:
     sig = types.int32(types.int64, types.int64, types.int32)
+    return sig, lambda context, b, sig, args: _call("npqwen_madvise", b, args)
 
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [a.type for a in args])
-        return b.call(cgutils.get_or_insert_function(b.module, kind, "npqwen_madvise"), args)
 
-    return sig, generate
+@intrinsic
+def _look(_: Any, address: Any, size: Any, seen: Any) -> Any:
+    """One byte a page at the address `seen`, its lowest bit set if the page is in memory; 0 unless that fails."""
+    sig = types.int32(types.int64, types.int64, types.int64)
+    return sig, lambda context, b, sig, args: _call("npqwen_mincore", b, args)
+
+
+@njit(nogil=True, inline="always")
+def _ask(start: int, end: int) -> None:
+    for at in range(start, end, _PIECE):
+        _advise(at, min(_PIECE, end - at), _WILLNEED)
 
 
 @njit(nogil=True)
-def ask_for(address: int, size: int) -> None:
+def ask_for(how: int, address: int, size: int, seen: Any) -> None:
     """Have the system read `size` bytes of a mapped file at an address, while we go on.
 
-    It takes some microseconds for what is in memory already: worth it only where memory is short.
+    how: BLINDLY or LOOKING.  seen: scratch, uint8.
     """
-    start = address // _PAGE * _PAGE
-    _advise(start, address + size - start, _WILLNEED)
+    start, end = address // _PAGE * _PAGE, address + size
+    if how == BLINDLY:
+        _ask(start, end)
+        return
+    for at in range(start, end, seen.size * _PAGE):
+        pages = min(seen.size, (end - at + _PAGE - 1) // _PAGE)
+        if _look(at, pages * _PAGE, seen.ctypes.data):
+            _ask(at, min(end, at + pages * _PAGE))
+            continue
+        first = 0
+        for page in range(pages + 1):
+            if page == pages or seen[page] & 1:
+                _ask(at + first * _PAGE, at + page * _PAGE)
+                first = page + 1

@@ -13,8 +13,10 @@ from checkpoints import make_config, shapes, write_checkpoint
 from npqwen_quant import convert
 from reference import ReferenceModel
 
+from npqwen.forward import LAYER
 from npqwen.kernels import experts
 from npqwen.model import load
+from npqwen.paging import BLINDLY, LOOKING, NEVER
 
 DATA = Path(__file__).parent / "data"
 MOE: dict[str, Any] = {
@@ -88,6 +90,30 @@ def test_a_random_mixture_is_the_references(tmp_path: Path, changes: dict[str, A
         cache = model.new_cache()
         pieces = [model.forward(ids[a:b], cache, all_logits=True) for a, b in ((0, 33), (33, 34), (34, 38), (38, 150))]
         assert np.abs(np.concatenate(pieces) - want).max() < 1e-3
+
+
+def test_asking_for_experts_changes_no_logits(tiny_moe: Path, golden: Any) -> None:
+    ids = golden["ids_0"]
+    with load(tiny_moe, threads=2) as model:
+        found = []
+        for how in (NEVER, BLINDLY, LOOKING):
+            model.weights.model[0]["asking"] = how
+            found.append(model.logits(ids))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_all_of_each_chosen_expert_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate_up_proj of all before down_proj of any: in the order in which they are needed."""
+    layer = np.zeros(1, LAYER).view(np.recarray)[0]
+    layer["gate_up_proj"]["address"], layer["down_proj"]["address"], layer["expert_bytes"] = 1000, 1200, 300
+    segments = np.zeros((5, 4), np.int64)
+    segments[:, experts.EXPERT] = [2, 2, 3, 7, 7]
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(experts, "ask_for", lambda how, address, size, seen: asked.append((int(address), int(size))))
+    for n in range(12):
+        experts.ask_for_matrix.py_func(BLINDLY, layer, segments, 5, n, np.empty(4, np.float32))
+    assert asked == [(1000 + 300 * e, 200) for e in (2, 3, 7)] + [(1200 + 300 * e, 100) for e in (2, 3, 7)]
 
 
 @pytest.mark.parametrize("normalize", [True, False])

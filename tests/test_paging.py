@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding
 import numpy as np
@@ -18,6 +21,13 @@ from npqwen.config import Config
 from npqwen.weights import Weights
 
 
+def _note(name: str, function: Any, *types: Any) -> Any:
+    """Have kernels compiled from now on call `function` for one of the system's; keep what this returns."""
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_ssize_t, ctypes.c_size_t, *types)(function)
+    llvmlite.binding.add_symbol(f"npqwen_{name}", ctypes.cast(callback, ctypes.c_void_p).value or 0)
+    return callback
+
+
 @pytest.fixture
 def asked() -> Iterator[list[tuple[int, int, int]]]:
     """A system that notes (address, size, advice) of every request, and reads nothing."""
@@ -27,10 +37,34 @@ def asked() -> Iterator[list[tuple[int, int, int]]]:
         calls.append((address, size, advice))
         return 0
 
-    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_ssize_t, ctypes.c_size_t, ctypes.c_int)(note)
-    llvmlite.binding.add_symbol("npqwen_madvise", ctypes.cast(callback, ctypes.c_void_p).value or 0)
+    callback = _note("madvise", note, ctypes.c_int)
     yield calls
-    llvmlite.binding.add_symbol("npqwen_madvise", paging._madvise())
+    del callback
+    llvmlite.binding.add_symbol("npqwen_madvise", paging._address("madvise"))
+
+
+@pytest.fixture
+def in_memory() -> Iterator[set[int]]:
+    """A system that has these addresses' pages in memory; at an address of 0 it refuses to tell."""
+    pages: set[int] = set()
+
+    def tell(address: int, size: int, seen: int) -> int:
+        if 0 in pages:
+            return -1
+        for i in range(-(-size // paging._PAGE)):
+            # The other bits mean nothing.
+            ctypes.c_uint8.from_address(seen + i).value = 254 | (address + i * paging._PAGE in pages)
+        return 0
+
+    callback = _note("mincore", tell, ctypes.c_ssize_t)
+    yield pages
+    del callback
+    llvmlite.binding.add_symbol("npqwen_mincore", paging._address("mincore"))
+
+
+def _compiled() -> Any:
+    """ask_for, compiled with the constants and the system of this test."""
+    return njit(nogil=True)(paging.ask_for.py_func)
 
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
@@ -39,20 +73,64 @@ def test_a_request_starts_at_a_page(
 ) -> None:
     """madvise refuses any other address; the range asked for holds all that is wanted, and no page more."""
     monkeypatch.setattr(paging, "_PAGE", page)
-    ask_for = njit(nogil=True)(paging.ask_for.py_func)
+    ask_for = _compiled()
     base = 1 << 40
-    for address, size in ((base, 1), (base + 64, page), (base + page - 64, 128), (base + 5 * page + 576, 3 * page)):
-        ask_for(address, size)
-        start, count, advice = asked.pop()
-        assert start % page == 0
-        assert start <= address < start + page
-        assert start + count == address + size
-        assert advice == paging._WILLNEED
+    for address, size in ((base, 1), (base + 64, page), (base + page - 64, 128), (base + 5 * page + 576, 30 * page)):
+        ask_for(paging.BLINDLY, address, size, np.empty(4, np.uint8))
+        start = address // page * page
+        for at, count, advice in asked:
+            assert at == start
+            assert count <= 1 << 17  # The least that a disk takes at once.
+            assert advice == paging._WILLNEED
+            start += count
+        assert start == address + size
+        asked.clear()
+
+
+@pytest.mark.parametrize("room", [3, 8, 100])
+def test_only_what_is_missing_is_asked_for(
+    room: int, asked: list[tuple[int, int, int]], in_memory: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... however few pages the system is asked about at a time."""
+    monkeypatch.setattr(paging, "_PAGE", 4096)
+    ask_for, base = _compiled(), 1 << 40
+    pages = np.random.default_rng(0).random(300) < 0.5
+    pages[100:200] = False
+    in_memory.update(base + 4096 * i for i in np.flatnonzero(pages).tolist())
+    ask_for(paging.LOOKING, base + 5000, 290 * 4096, np.empty(room, np.uint8))
+    read = {(at - base) // 4096 + i for at, size, _ in asked for i in range(-(-size // 4096))}
+    assert read == set(range(1, 292)) - set(np.flatnonzero(pages).tolist())
+    assert all(size <= 1 << 17 for _, size, _ in asked)
+    asked.clear()
+    in_memory.update(base + 4096 * i for i in range(300))
+    ask_for(paging.LOOKING, base + 5000, 290 * 4096, np.empty(room, np.uint8))
     assert not asked
+    in_memory.add(0)
+    ask_for(paging.LOOKING, base + 5000, 290 * 4096, np.empty(room, np.uint8))
+    assert sum(size for _, size, _ in asked) == 290 * 4096 + 5000 - 4096
 
 
-@pytest.mark.skipif(not paging.can_ask(), reason="this system takes no such requests")
-def test_the_system_takes_the_request(tmp_path: Path) -> None:
+def test_looking_takes_a_file_that_one_owns_or_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells nobody else which of its pages are in memory."""
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid, raising=False)
+    assert paging.how_to_ask([path], short=False) == paging.LOOKING
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1, raising=False)
+    assert paging.how_to_ask([path], short=False) == paging.LOOKING
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert paging.how_to_ask([path], short=True) == paging.BLINDLY
+    assert paging.how_to_ask([path], short=False) == paging.NEVER
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert paging.how_to_ask([path], short=True) == paging.BLINDLY
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert paging.how_to_ask([path], short=True) == paging.NEVER
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system takes no such requests")
+@pytest.mark.parametrize("how", [paging.BLINDLY, paging.LOOKING])
+def test_the_system_takes_the_request(tmp_path: Path, how: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(10 * mmap.PAGESIZE))
     with path.open("rb") as file:
@@ -62,7 +140,7 @@ def test_the_system_takes_the_request(tmp_path: Path) -> None:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     assert madvise(address + mmap.PAGESIZE, mmap.PAGESIZE + 1, paging._WILLNEED) == 0
-    paging.ask_for(address + mmap.PAGESIZE + 64, 2 * mmap.PAGESIZE)
+    paging.ask_for(how, address + mmap.PAGESIZE + 64, 2 * mmap.PAGESIZE, np.empty(4, np.uint8))
 
 
 def test_kernels_are_compiled_again_for_another_size_of_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,15 @@ from npqwen.kernels.entry import run_at
 from npqwen.kernels.matmul import CHUNK_BYTES, UNIT_COLS, unit_bytes
 from npqwen.kernels.norm import silu_times
 from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, tile_width
+from npqwen.paging import NEVER, ask_for
 from npqwen.simd.scalar import FAST, exp
 from npqwen.simd.tile import ROWS
 from npqwen.team import MEMBERS, acquire, take
 
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
 """A segment: whose tokens, the first of its places in the arrays, how many tokens, how many a tile."""
+AHEAD = 16
+"""Matrices that are asked for before they are needed: all of one token's if it has 8 experts."""
 
 
 def most_segments(tokens: int, experts: int, chosen: int) -> int:
@@ -150,14 +153,42 @@ def silu_and_pack_slots(
 
 
 @njit(nogil=True)
+def ask_for_matrix(how: int, layer: Any, segments: Any, made: int, n: int, scratch: Any) -> None:
+    """Have the system read the n-th matrix that a layer needs: the segments' gate_up_proj, then their down_proj."""
+    seen = scratch.view(np.uint8)
+    s = n % made
+    if n >= 2 * made or (s and segments[s, EXPERT] == segments[s - 1, EXPERT]):
+        return
+    address = layer.gate_up_proj.address + segments[s, EXPERT] * layer.expert_bytes
+    down = layer.down_proj.address - layer.gate_up_proj.address
+    if n < made:
+        ask_for(how, address, down, seen)
+    else:
+        ask_for(how, address + down, layer.expert_bytes - down, seen)
+
+
+@njit(nogil=True)
+def ask_for_first(team: Any, how: int, layer: Any, segments: Any, made: int, scratch: Any) -> None:
+    """Have the system read the first matrices that a layer needs; `experts_matmul` asks for the others."""
+    while True:
+        n = take(team, 1)
+        if n >= AHEAD:
+            return
+        ask_for_matrix(how, layer, segments, made, n, scratch)
+
+
+@njit(nogil=True)
 def experts_matmul(
-    team: Any, kernels: Any, matrix: Any, stride: int, segments: Any, made: int, x: Any, together: bool, out: Any
-) -> None:
+    team: Any, kernels: Any, layer: Any, down: bool, how: int, segments: Any, made: int, x: Any, together: bool,
+    out: Any, scratch: Any,
+) -> None:  # fmt: skip
     """out[slot] = weight of the slot's expert @ x[slot], for all segments.
 
-    kernels: see `matmul_kernels`.  matrix: a MATRIX, the first expert's; the others' follow every `stride` bytes.
-    x: packed, each segment where its first slot is, or one token for all if `together`.  out: float32 (slots, >= rows).
+    kernels: see `matmul_kernels`.  layer: a LAYER; down: its down_proj, else its gate_up_proj.  how: to ask for the
+    matrices to come (paging.py).  x: packed, each segment where its first slot is, or one token for all if
+    `together`.  out: float32 (slots, >= rows).
     """
+    matrix = layer.down_proj if down else layer.gate_up_proj
     units = matrix.cols // UNIT_COLS
     unit = unit_bytes(matrix.bits)
     groups = matrix.rows // ROWS
@@ -169,14 +200,17 @@ def experts_matmul(
         task = take(team, 1)
         if task >= made * pieces:
             return
-        expert, slot, count, width = segments[task // pieces]
+        s = task // pieces
         first = task % pieces * chunk
         last = min(first + chunk, groups)
+        if how != NEVER and first == 0:
+            ask_for_matrix(how, layer, segments, made, (made + s if down else s) + AHEAD, scratch)
+        expert, slot, count, width = segments[s]
         tiles = (count + width - 1) // width
         run_at(
             kernels[matrix.bits // 8, width],
             (
-                matrix.address + expert * stride, units, first, last, x.ctypes.data + slot * size, tiles,
+                matrix.address + expert * layer.expert_bytes, units, first, last, x.ctypes.data + slot * size, tiles,
                 out.ctypes.data + slot * out.itemsize * out.shape[1], out.shape[1], 0,
             ),
         )  # fmt: skip
