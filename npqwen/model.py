@@ -31,6 +31,7 @@ from npqwen.kv_cache import KVCache
 from npqwen.machine import available_memory, default_threads
 from npqwen.paging import how_to_ask
 from npqwen.rope import Rope
+from npqwen.sampler import greatest
 from npqwen.stream import Stream
 from npqwen.team import Team
 from npqwen.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ class Model:
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.like.dtype)
         compile_kernel(forward, (self._team.state, 0, *self._arguments(np.zeros(1, np.int64), cache, 1)))
+        greatest(np.zeros(2, np.float32), 1)  # what sampling needs is compiled, and told of, now
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from npqwen.config import Config
 
+_AHEAD = 64
+"""Positions computed together: decoding asks for them one by one."""
+
 
 class Rope:
     """cos and sin for any position (Su et al. 2021; YaRN: Peng et al. 2023), rounded as transformers rounds them."""
@@ -35,8 +38,15 @@ class Rope:
                 factor = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
             self.scale = np.float32(factor)
         self.frequency = frequency.astype(np.float32)
+        self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self._compute(0, _AHEAD)
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin of positions start to start + count: (count, head_dim / 2) each."""
+        first, cos, sin = self._tables
+        if not first <= start <= start + count <= first + len(cos):
+            self._tables = first, cos, sin = start, *self._compute(start, max(count, _AHEAD))
+        return cos[start - first : start - first + count], sin[start - first : start - first + count]
+
+    def _compute(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         angles = np.arange(start, start + count, dtype=np.float32)[:, None] * self.frequency
         return np.cos(angles) * self.scale, np.sin(angles) * self.scale

@@ -15,11 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npqwen.compiled import compile_kernel
 from npqwen.errors import FormatError, OptionError
+from npqwen.kernels.greatest import BLOCK, select
 
 LogitsProcessor = Callable[[list[int], NDArray[np.float32]], "NDArray[np.float32] | None"]
 """processor(ids, logits): sees the ids so far, prompt and text, and the logits float32 (vocab,) of the next; it
 changes these in place, or returns an array of the same shape to take instead."""
+
+
+MANY = 500
+"""More of the greatest are found by sorting."""
 
 
 @dataclass(frozen=True)
@@ -195,66 +201,81 @@ class Sampler:
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         s = self.sampling
-        best = int(logits.argmax())  # NaN counts as the greatest
-        top = float(logits[best])
-        if not math.isfinite(top):
-            if self._processor is not None or (top == -math.inf and self.sampling.logit_bias):
-                raise OptionError(f"the greatest logit that logit_bias and logits_processor leave is {top}")
-            raise FormatError(f"the model computed a logit of {top}: damaged weights; convert it again")
         if s.temperature == 0 or s.top_k == 1:
+            best = int(logits.argmax())  # NaN counts as the greatest
+            self._check(float(logits[best]))
             return best
         if s.top_k:
-            ids = greatest(logits, s.top_k)
-            p = self._weights(logits[ids], top)
-            total = p.sum()
-        else:
-            p = self._weights(logits, top)
-            total = p.sum()
-            ids = _at_least(p, s.top_p * total) if s.top_p < 1 else np.arange(len(p))
-            p = p[ids]
+            return self._draw(greatest(logits, s.top_k), logits)
+        p = self._weights(logits)
         if s.top_p < 1:
-            order = np.argsort(-p, kind="stable")
-            order = order[: np.searchsorted(np.cumsum(p[order]), s.top_p * total) + 1]
-            ids, p = ids[order], p[order]
+            total = float(p.sum())
+            return self._draw(_at_least(p, s.top_p * total), logits, total)
         if s.min_p:
-            likely = p >= s.min_p
-            ids, p = ids[likely], p[likely]
+            p[p < s.min_p] = 0
         mass = np.cumsum(p)
         # random() < 1, so this never runs past the end, and never hits a token of no mass.
-        return int(ids[np.searchsorted(mass, self._random.random() * mass[-1], side="right")])
+        return int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
 
-    def _weights(self, logits: NDArray[np.float32], top: float) -> NDArray[np.float64]:
-        """Probabilities up to a common factor; the likeliest token's, whose logit is `top`, is 1."""
+    def _draw(self, ids: NDArray[np.intp], logits: NDArray[np.float32], total: float | None = None) -> int:
+        """One of a few ids, by top-p and min-p; total: what all weights sum to, if these ids are not all.
+
+        Plain numbers: so few that calling NumPy takes longer than computing.
+        """
+        s = self.sampling
+        some = logits[ids]
+        top = self._check(float(some.max()))
+        weights = [math.exp((logit - top) / s.temperature) for logit in some.tolist()]
+        pairs: list[tuple[float, int]] = sorted(zip(weights, ids.tolist(), strict=True), key=lambda pair: -pair[0])
+        if s.top_p < 1:
+            wanted, before = s.top_p * (math.fsum(weights) if total is None else total), 0.0
+            for n, (weight, _) in enumerate(pairs, 1):
+                before += weight
+                if before >= wanted:
+                    pairs = pairs[:n]
+                    break
+        pairs = [pair for pair in pairs if pair[0] >= s.min_p]
+        left = self._random.random() * math.fsum(weight for weight, _ in pairs)
+        for weight, id in pairs:
+            left -= weight
+            if left < 0:
+                return id
+        return pairs[0][1]  # rounding left nothing of the last one
+
+    def _check(self, top: float) -> float:
+        """The greatest logit, if it is finite as it must be."""
+        if math.isfinite(top):
+            return top
+        if self._processor is not None or (top == -math.inf and self.sampling.logit_bias):
+            raise OptionError(f"the greatest logit that logit_bias and logits_processor leave is {top}")
+        raise FormatError(f"the model computed a logit of {top}: damaged weights; convert it again")
+
+    def _weights(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Probabilities up to a common factor; the likeliest token's is 1."""
+        top = self._check(float(logits.max()))
         with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) is the 0 that is meant
             return np.exp((logits.astype(np.float64) - top) / self.sampling.temperature)
 
 
-def greatest(values: NDArray[Any], k: int) -> NDArray[np.intp]:
-    """The indices, ascending, of the k greatest values, and of those equal to the k-th.
-
-    The k-th greatest of the columns' maxima is at most the k-th greatest of all, and one vectorized pass
-    finds it: only what reaches it needs to be partitioned.
-    """
+def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """The indices, ascending, of the k greatest values, and of those equal to the k-th; NaN counts as greatest."""
     if k >= len(values):
         return np.arange(len(values))
-    width = 64
-    columns = len(values) // width
-    bound = -np.inf
-    if columns > 4 * k:
-        maxima = values[: columns * width].reshape(width, columns).max(axis=0)
-        bound = np.partition(maxima, columns - k)[columns - k]
-    ids = np.flatnonzero(values >= bound)
-    candidates = values[ids]
-    kth = np.partition(candidates, len(ids) - k)[len(ids) - k]
-    greatest: NDArray[np.intp] = ids[candidates >= kth]
-    return greatest
+    if k > MANY:
+        kth = np.partition(values, len(values) - k)[len(values) - k]
+        return np.flatnonzero(~(values < kth))
+    ids = np.empty(len(values), np.int64)
+    args = values, np.empty(k, np.float32), np.empty(len(values) // BLOCK, np.float32), ids
+    if not select.overloads:
+        compile_kernel(select, args)
+    return ids[: select(*args)]
 
 
 def _at_least(p: NDArray[np.float64], mass: float) -> NDArray[np.intp]:
     """Indices, ascending, of the greatest of `p`, enough to hold `mass`: so that not all need sorting."""
     k = 256
     while k < len(p):
-        ids = greatest(p, k)
+        ids = greatest(p.astype(np.float32), k)
         if p[ids].sum() >= mass:
             return ids
         k *= 8

@@ -349,3 +349,16 @@ def softmax_block(_: Any, scores: Any, at: Any, count: Any, visible: Any, top: A
         return context.make_tuple(b, sig.return_type, [largest, total])
 
     return sig, generate
+
+
+@intrinsic(prefer_literal=True)
+def most_of(_: Any, values: Any, at: Any, count: Any) -> Any:
+    """The greatest of `count` (a constant) float32 values[at:]; NaN if there is one."""
+    sig = types.float32(values, types.int64, count)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        n = sig.args[2].literal_value
+        place = _pointer(context, b, sig.args[0], args[0], args[1], vector(F32, n))
+        return call(b, f"llvm.vector.reduce.fmaximum.v{n}f32", F32, b.load(place, align=4))
+
+    return sig, generate

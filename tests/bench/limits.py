@@ -150,7 +150,7 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
     pairs = []
     with (
         mock.patch.multiple(model, generation=endless),
-        mock.patch.object(model._team, "run", lambda _, *args: run(timed, *args)),
+        mock.patch.object(model._team, "run", lambda _, *args, here: run(timed, *args, here=here)),
     ):
         for _ in range(repeat + 1):
             inside.clear()

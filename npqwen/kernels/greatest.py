@@ -1,0 +1,56 @@
+"""The few greatest of many logits, in one pass: what sampling begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.simd.tile import most_of
+
+BLOCK = 64
+
+
+@njit(nogil=True, error_model="numpy")
+def select(values: Any, tops: Any, maxima: Any, ids: Any) -> int:
+    """ids = the indices, ascending, of the tops.size greatest values and of all equal to the last; how many.
+
+    values: float32, at least tops.size; NaN counts as the greatest.  tops: scratch, float32.  maxima: scratch,
+    float32 (values.size // BLOCK,).  ids: int64 (values.size,).
+    """
+    tops[:] = -np.inf
+    for n in range(maxima.size):
+        maxima[n] = most_of(values, n * BLOCK, BLOCK)
+        _insert(tops, maxima[n])
+    # The k-th greatest of the blocks' maxima is at most the k-th greatest of all.
+    candidates = _reaching(values, maxima, tops[-1], ids)
+    tops[:] = -np.inf
+    for n in range(candidates):
+        _insert(tops, values[ids[n]])
+    return _reaching(values, maxima, tops[-1], ids)
+
+
+@njit(nogil=True)
+def _reaching(values: Any, maxima: Any, bound: np.float32, ids: Any) -> int:
+    """ids = the indices of the values that are not below a bound; how many."""
+    count = 0
+    for at in range(0, values.size, BLOCK):
+        if at + BLOCK > values.size or not maxima[at // BLOCK] < bound:
+            for i in range(at, min(at + BLOCK, values.size)):
+                if not values[i] < bound:
+                    ids[count] = i
+                    count += 1
+    return count
+
+
+@njit(nogil=True)
+def _insert(tops: Any, value: np.float32) -> None:
+    """Put a value into its place among the greatest so far, descending."""
+    n = tops.size - 1
+    if value <= tops[n]:
+        return
+    while n > 0 and not value <= tops[n - 1]:
+        tops[n] = tops[n - 1]
+        n -= 1
+    tops[n] = value
