@@ -110,7 +110,8 @@ class Model:
         model = self.weights.model[0]
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.like.dtype)
-        compile_kernel(forward, (self._team.state, 0, *self._arguments(np.zeros(1, np.int64), cache, 1)))
+        sample = self._arguments(np.zeros(1, np.int64), cache, 1, self._buffers.logits(1))
+        compile_kernel(forward, (self._team.state, 0, *sample))
         greatest(np.zeros(2, np.float32), 1)  # what sampling needs is compiled, and told of, now
 
     def new_cache(self, room: int | None = None) -> KVCache:
@@ -240,9 +241,14 @@ class Model:
         rows = len(out)
         with self._turn():
             logits = self._buffers.logits(rows)
-            self._team.run(forward, *self._arguments(ids, cache, rows), here=ids.size <= FEW)
+            # Where the kernels need no more room than there is, they write the one row where it is wanted.
+            direct = rows == 1 and out.shape[1] == logits.shape[1] and out.flags.c_contiguous
+            self._team.run(
+                forward, *self._arguments(ids, cache, rows, out if direct else logits), here=ids.size <= FEW
+            )
             cache.length += ids.size
-            out[:] = logits[:rows, : self.config.vocab_size]
+            if not direct:
+                out[:] = logits[:rows, : self.config.vocab_size]
 
     def _logits(self, rows: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
         """Room for so many rows of logits: `out`, which is checked, or a new array."""
@@ -257,7 +263,9 @@ class Model:
         """Held by the thread whose pass runs.  A forked process has its own: its holder is not there."""
         return self._turns.setdefault(os.getpid(), threading.Lock())
 
-    def _arguments(self, ids: NDArray[np.int64], cache: KVCache, rows: int) -> tuple[Any, ...]:
+    def _arguments(
+        self, ids: NDArray[np.int64], cache: KVCache, rows: int, logits: NDArray[np.float32]
+    ) -> tuple[Any, ...]:
         """What `forward` takes after the team's state and the member."""
         return (
             self.weights.model[0],
@@ -271,7 +279,7 @@ class Model:
             self._buffers.mixture,
             self._buffers.scratches,
             rows,
-            self._buffers.logits(rows),
+            logits,
         )
 
     def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
