@@ -177,6 +177,21 @@ class ChatStream(Iterator[Event]):
         return _total([*self._usages, self._stream.usage])
 
     @property
+    def max_tokens(self) -> int | None:
+        """The most tokens that a step may have, if there is a limit beside the context's."""
+        return self._stream.max_tokens
+
+    @property
+    def thought_tokens(self) -> int:
+        """Tokens of the thought so far, of the present step."""
+        return self._stream.thought.length
+
+    @property
+    def thought_ended_by(self) -> Literal["budget", "loop", "caller"] | None:
+        """Who cut the thought of the present step short, if anybody did."""
+        return self._stream.thought_ended_by
+
+    @property
     def finish_reason(self) -> ChatFinishReason | None:
         """None until the end."""
         return None if self.reply is None else self.reply.finish_reason

@@ -106,6 +106,12 @@ class ChatTemplate:
         """
         return self._program(template, tools).thinking
 
+    def check_thinking(self, thinking: bool | None, template: str | None = None, tools: bool = False) -> None:
+        """Raise OptionError if a template's model cannot be told to think so, or if there is no template."""
+        kind = self.thinking(template, tools)
+        if thinking is not None:
+            _check_thinking(kind, thinking)
+
     def _program(self, name: str | None, tools: bool) -> _Program:
         programs = self._programs
         if not programs:

@@ -72,6 +72,20 @@ class Conversation:
         self._messages = first + self._messages[int(self._has_system()) :]
 
     @property
+    def thinking(self) -> bool | None:
+        """Whether answers begin with a thought; None is the model's own way. Set it to change that.
+
+        Raises OptionError for what the model cannot be told.
+        """
+        return self._options.thinking
+
+    @thinking.setter
+    def thinking(self, thinking: bool | None) -> None:
+        self._settle()
+        self.model.chat_template.check_thinking(thinking)
+        self._options = self._options.override(thinking=thinking)
+
+    @property
     def dropped(self) -> int:
         """How many messages, the oldest after the system message, the model no longer sees."""
         return self._dropped
@@ -80,6 +94,12 @@ class Conversation:
     def tokens(self) -> int:
         """Tokens of the context that are in use, as of the last answer; the most is `model.context`."""
         return self._session.cache.length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that `tokens` take in memory, and in a file that is saved."""
+        cache = self._session.cache
+        return sum(page.nbytes for page in cache.pages(cache.length))
 
     def send(self, content: str | list[dict[str, Any]] | None = None, **options: Any) -> Reply:
         """Say something, and have the whole answer. See `stream`."""
@@ -147,31 +167,44 @@ class Conversation:
         fork._stream = None
         return fork
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the messages to a JSON file, and beside it, as `path`.cache, what was computed of them.
+    def save(self, path: str | os.PathLike[str], *, cache: bool = True) -> None:
+        """Write the messages and `thinking` to a JSON file, and beside it, as `path`.cache, what was computed of them.
 
-        The second is large, serves this model only, and spares reading all again; `load` does without it too.
-        Raises OutputError if they cannot be written.
+        The second is large, serves this model only, and spares reading all again; `load` does without it too, and
+        cache=False writes none. Raises OutputError if they cannot be written.
         """
         self._settle()
         path = Path(path)
-        text = json.dumps(
-            {"format": FORMAT, "version": VERSION, "dropped": self._dropped, "messages": self._messages},
-            ensure_ascii=False,
-            indent=1,
-        )
-        self._session.save(_cache_of(path))
+        saved = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dropped": self._dropped,
+            "thinking": self.thinking,
+            "messages": self._messages,
+        }
+        text = json.dumps(saved, ensure_ascii=False, indent=1)
+        if cache:
+            self._session.save(_cache_of(path))
         partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
         try:
-            partial.write_text(text + "\n", encoding="utf-8", newline="\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+            if not cache:  # an earlier one is of other messages
+                _cache_of(path).unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise
 
     @classmethod
     def load(cls, model: Model, path: str | os.PathLike[str], **options: Any) -> Conversation:
-        """Read what `save` wrote, with options as for a new conversation.
+        """Read what `save` wrote, with options as for a new conversation; `thinking` is the saved one if not given.
 
         What was computed is taken over if it is there, whole and this model's; if not, the next turn computes it.
         Raises FormatError if there is no saved conversation at `path`.
@@ -185,9 +218,12 @@ class Conversation:
             raise FormatError(f"{path} is no saved conversation")
         if raw.get("version") != VERSION:
             raise FormatError(f"{path} has version {raw.get('version')!r}, this npqwen reads {VERSION}; upgrade npqwen")
-        messages, dropped = raw.get("messages"), raw.get("dropped")
+        messages, dropped, thinking = raw.get("messages"), raw.get("dropped"), raw.get("thinking")
         if not isinstance(messages, list) or not isinstance(dropped, int) or not 0 <= dropped <= len(messages):
             raise FormatError(f"{path} is damaged: its messages cannot be read")
+        if not isinstance(thinking, bool | None):
+            raise FormatError(f"{path} is damaged: thinking is {thinking!r}, not true, false or null")
+        options.setdefault("thinking", thinking)
         try:
             conversation = cls(model, messages=messages, **options)
         except OptionError as error:
