@@ -8,13 +8,15 @@ import os
 import sys
 from typing import Any
 
+from npqwen.control_characters import without_control_characters
 from npqwen.errors import OutputError
 
 
 class Console:
     """Where a command writes.
 
-    Text goes to stdout, in UTF-8 whatever the locale, and is flushed at once. Notices, progress bars (on a
+    Text goes to stdout, in UTF-8 whatever the locale, and is flushed at once; to a terminal without control
+    characters, which it would obey. Notices, progress bars (on a
     terminal only) and statistics go to stderr, unless `quiet`.
     """
 
@@ -29,7 +31,7 @@ class Console:
     def text(self, text: str) -> None:
         """Write a piece of text to stdout. Raises BrokenPipeError if the reader is gone, else OutputError."""
         try:
-            sys.stdout.write(text)
+            sys.stdout.write(without_control_characters(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
         except OSError as error:
             discard_output()
