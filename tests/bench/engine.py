@@ -51,7 +51,7 @@ class Engine(Protocol):
 class Llama:
     """llama.cpp by its C interface, with or without its flash attention."""
 
-    def __init__(self, path: Path, threads: int, context: int, flash: str) -> None:
+    def __init__(self, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
         import llama_cpp
 
         self._c = llama_cpp
@@ -60,6 +60,8 @@ class Llama:
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
+        if mapped:
+            options.use_extra_bufts = False
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {path}")
@@ -118,7 +120,7 @@ class Llama:
 class Npqwen:
     """This package, by the steps that its own generation takes."""
 
-    def __init__(self, path: Path, threads: int, context: int, flash: str) -> None:
+    def __init__(self, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
         from npqwen.model import load
 
         self._model = load(path, threads=threads)
@@ -224,10 +226,10 @@ MEASURES: dict[str, Callable[..., Seconds]] = {"prefill": prefill, "decode": dec
 ENGINES: dict[str, Callable[..., Engine]] = {"npqwen": Npqwen, "llama": Llama}
 
 
-def serve(kind: str, path: Path, threads: int, context: int, flash: str) -> None:
+def serve(kind: str, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
     """Answer requests until the input ends: {"measure": name, ...its arguments} with what it took."""
     start = time.perf_counter()
-    engine = ENGINES[kind](path, threads, context, flash)
+    engine = ENGINES[kind](path, threads, context, flash, mapped)
     ids = stream(engine.vocabulary(), context)
     answer: dict[str, Any] = {"about": engine.about(), "load_seconds": time.perf_counter() - start}
     while True:
@@ -266,10 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--flash", choices=("on", "off"), default="on", help="llama.cpp's flash attention")
+    parser.add_argument("--mapped", action="store_true", help="no repacked copies of the weights in memory")
     parser.add_argument("--prompt", default="Once upon a time")
     options = parser.parse_args(arguments)
     if options.action == "serve":
-        serve(options.engine, options.model, options.threads, options.context, options.flash)
+        serve(options.engine, options.model, options.threads, options.context, options.flash, options.mapped)
     else:
         first(options.engine, options.model, options.threads, options.prompt)
 

@@ -71,13 +71,23 @@ class Result:
 class Child:
     """An engine in its own process, asked by one JSON line at a time."""
 
-    def __init__(self, kind: str, model: Path, threads: int, context: int, flash: str = "on") -> None:
-        command = [sys.executable, str(ENGINE), "serve", kind, str(model)]
+    def __init__(
+        self,
+        kind: str,
+        model: Path,
+        threads: int,
+        context: int,
+        flash: str = "on",
+        mapped: bool = False,
+        launcher: Sequence[str] = (),
+    ) -> None:
+        """mapped: keep llama.cpp from copying weights.  launcher: a command that starts the engine's."""
+        command = [*launcher, sys.executable, str(ENGINE), "serve", kind, str(model)]
         command += ["--threads", str(threads), "--context", str(context), "--flash", flash]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
-        )
+        command += ["--mapped"] if mapped else []
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._name = kind
+        self.pid = self._process.pid
         self.about = self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -200,9 +210,7 @@ def new_result(bits: int, threads: int, name: str, tokens: int, contenders: Iter
     return Result(bits, threads, name, tokens, {key: [] for key in names}, {key: [] for key in names})
 
 
-def start_to_first_token(
-    ours: Path, theirs: Path, bits: int, threads: int, options: argparse.Namespace
-) -> Result:
+def start_to_first_token(ours: Path, theirs: Path, bits: int, threads: int, options: argparse.Namespace) -> Result:
     """Seconds from starting a process to its first token, its files in the page cache."""
     models = {"llama.cpp": ("llama", theirs)}
     if not options.llama_only:
@@ -233,9 +241,7 @@ def text_row(result: Result) -> str:
     rival = result.fastest_llama()
     ratio = f"{result.ratio():.2f}" if "npqwen" in result.seconds else "-"
     flash = rival.rpartition(" ")[2] if "flash" in rival else ""
-    shares = "/".join(
-        f"{result.cpu_share(name):.2f}" for name in ("npqwen", rival) if result.cpu_seconds.get(name)
-    )
+    shares = "/".join(f"{result.cpu_share(name):.2f}" for name in ("npqwen", rival) if result.cpu_seconds.get(name))
     row = [
         f"int{result.bits} / {FORMATS[result.bits].upper()}" if result.bits < 16 else "bf16",
         str(result.threads),
