@@ -40,6 +40,12 @@ class Budget:
         """The same if weights are read from the files again and again."""
         return self._tokens(0, limit)
 
+    def resident(self, tokens: int) -> int | None:
+        """What memory holds of the weights beside a context of so many tokens; None if the system does not tell."""
+        if self.available is None:
+            return None
+        return min(self.weights, max(0, self.available - RESERVED - self.working - self.cache(tokens)))
+
     def check(self, context: int | None) -> None:
         """Raise OutOfMemoryError if what is not mapped cannot be held: buffers, and the cache of a wanted context."""
         if self.available is None:

@@ -50,6 +50,8 @@ class Info:
     """Tokens whose cache fits the available memory beside everything else, 0 if the weights do not."""
     possible_context: int
     """The same if weights that do not fit are read from disk for every token."""
+    resident_weights: int | None
+    """Of the weights, what the available memory holds beside a full context."""
     processor: str
     threads: int
     kernels: str
@@ -103,6 +105,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         available_memory=budget.available,
         fitting_context=budget.fitting(context),
         possible_context=budget.possible(context),
+        resident_weights=budget.resident(context),
         processor=machine.processor(),
         threads=threads,
         kernels=ISA.name,
@@ -172,6 +175,21 @@ def _fits(info: Info) -> str:
     return "too little to run it"
 
 
+def _resident(info: Info, resident: int, chosen: float) -> str:
+    """What of a mixture's weights is in memory; chosen: the part of the experts that a token uses."""
+    experts = info.parts["experts"]
+    rest = info.weights - experts
+    if resident == info.weights:
+        return "all of the weights"
+    if resident < rest:
+        return f"less than the {size(rest)} beside the experts, which every token uses: it will be very slow"
+    missing = info.weights - resident
+    return (
+        f"all but {size(missing)} of the experts: of the {size(chosen * experts)} of them that a token uses, about "
+        f"{missing / experts:.0%} are read from disk, {size(chosen * missing)}, less if it has favourites"
+    )
+
+
 def describe(info: Info) -> str:
     """The same for people, a line a fact."""
     c = info.config
@@ -198,6 +216,9 @@ def describe(info: Info) -> str:
     ]
     if info.available_memory is not None:
         lines.append(("available", f"{size(info.available_memory)}, {_fits(info)}"))
+    if info.resident_weights is not None and mixture is not None and "experts" in info.parts:
+        chosen = mixture.num_experts_per_tok / mixture.num_experts
+        lines.append(("memory holds", _resident(info, info.resident_weights, chosen)))
     offers = ", ".join(info.kernels_available)
     lines += [("processor", info.processor), ("kernels", f"{info.kernels} (this processor offers {offers})")]
     return "\n".join(f"{name:16}{value}" for name, value in lines)

@@ -13,6 +13,8 @@ from checkpoints import make_config, shapes, write_checkpoint
 from npqwen_quant import convert
 from reference import ReferenceModel
 
+from npqwen import info, machine
+from npqwen.budget import RESERVED
 from npqwen.forward import LAYER
 from npqwen.kernels import experts
 from npqwen.model import load
@@ -90,6 +92,30 @@ def test_a_random_mixture_is_the_references(tmp_path: Path, changes: dict[str, A
         cache = model.new_cache()
         pieces = [model.forward(ids[a:b], cache, all_logits=True) for a, b in ((0, 33), (33, 34), (34, 38), (38, 150))]
         assert np.abs(np.concatenate(pieces) - want).max() < 1e-3
+
+
+def test_info_tells_how_many_experts_memory_holds(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny mixture has 8 experts, of which a token uses 2."""
+    whole = info.inspect(tiny_moe)
+    experts, beside = whole.parts["experts"], whole.working + whole.cache + RESERVED
+
+    def told(resident: int) -> str:
+        monkeypatch.setattr(machine, "available_memory", lambda: beside + resident)
+        found = info.inspect(tiny_moe)
+        assert found.as_dict()["resident_weights"] == max(0, min(resident, whole.weights))
+        return next((line for line in info.describe(found).splitlines() if line.startswith("memory holds")), "")
+
+    assert told(whole.weights + 1).endswith("all of the weights")
+    assert f"all but {info.size(experts // 2)} of the experts" in told(whole.weights - experts // 2)
+    assert f"of the {info.size(experts / 4)} of them that a token uses, about 50% are read from disk, " in (
+        told(whole.weights - experts // 2)
+    )
+    assert f"disk, {info.size(experts / 8)}, less" in told(whole.weights - experts // 2)
+    assert "about 100%" in told(whole.weights - experts)
+    assert "very slow" in told(whole.weights - experts - 1)
+    assert "very slow" in told(-5)
+    monkeypatch.setattr(machine, "available_memory", lambda: None)
+    assert "memory holds" not in info.describe(info.inspect(tiny_moe))
 
 
 def test_asking_for_experts_changes_no_logits(tiny_moe: Path, golden: Any) -> None:
