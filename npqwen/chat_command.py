@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-tokens", type=int, metavar="N", help="At most N tokens an answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text; may be repeated.")
-@click.option("--loop-guard/--no-loop-guard", default=True, help="End what repeats itself; default: on.")
+@click.option("--loop-guard/--no-loop-guard", default=None, help="End what repeats itself; default: on.")
 @sampling_options
 @model_options
 def chat(
@@ -57,7 +57,8 @@ def chat(
     from npqwen.console import Console
     from npqwen.generation import check_options
 
-    options["stop"] = [argument_text(text) for text in stop]
+    if stop:
+        options["stop"] = [argument_text(text) for text in stop]
     check_options("-", **options)
     said = _said(question)
     console = Console(quiet=quiet)

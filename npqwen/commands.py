@@ -66,7 +66,7 @@ def _help(talk: Talk, arguments: str) -> None:
     lines = [f"  {f'/{name} {command.usage}'.strip():<{width}}{command.help}" for name, command in COMMANDS.items()]
     talk.terminal.tell("\n".join(lines))
     talk.terminal.tell(
-        '\nA line that ends in \\ goes on in the next; """ begins and ends a message of several lines, and\n'
+        '\nA line that ends in \\ goes on in the next; """ begins and ends a message of several lines, and '
         "lines pasted together are one message. Ctrl-C stops the answer; Ctrl-D leaves."
     )
 
@@ -130,9 +130,15 @@ def _save(talk: Talk, arguments: str) -> None:
         raise OutputError(f"{path} is there already and is no saved conversation; choose another name")
     size = talk.conversation.cache_bytes
     with_cache = size <= _MOST_CACHE
-    talk.conversation.save(path, cache=with_cache)
+    try:
+        talk.conversation.save(path, cache=with_cache)
+    except OutputError:  # perhaps there is room for the messages alone
+        if not with_cache:
+            raise
+        with_cache = False
+        talk.conversation.save(path, cache=False)
     talk.file = str(path)
-    beside = f", and beside it {size / 1e6:.1f} MB that spare reading them again" if with_cache else ""
+    beside = f", with {size / 1e6:.1f} MB of cache" if with_cache else ""
     talk.terminal.notice(f"{_messages(talk.conversation)} in {path}{beside}")
 
 
@@ -180,15 +186,14 @@ def _stats(talk: Talk, arguments: str) -> None:
     lines = [
         f"model         {talk.name}, {model.bits} bits a weight, {model.threads} threads",
         f"thinking      {thinking}",
-        f"conversation  {_messages(talk.conversation)}, {talk.conversation.dropped} of them out of the model's sight",
+        f"conversation  {_messages(talk.conversation)}, {talk.conversation.dropped} of them dropped",
         f"{talk.context().replace('context ', 'context       ', 1)}, {talk.conversation.cache_bytes / 1e6:.1f} MB",
     ]
     if last is not None:
         new = last.prompt_tokens - last.cached_tokens
         lines += [
-            f"last answer   {last.prompt_tokens:,} tokens read, {last.cached_tokens:,} of them kept from before, "
-            f"the other {new:,} at {last.prefill_rate:,.0f} tok/s;",
-            f"              {last.generated_tokens:,} tokens written at {last.decode_rate:.1f} tok/s, "
+            f"last answer   prompt: {last.cached_tokens:,} tokens kept, {new:,} read at {last.prefill_rate:,.0f} tok/s",
+            f"              text: {last.generated_tokens:,} tokens at {last.decode_rate:.1f} tok/s, "
             f"the first after {last.first_token_seconds:.2f} s",
             f"all answers   {totals.answers}: {totals.prompt_tokens - totals.cached_tokens:,} tokens read, "
             f"{totals.generated_tokens:,} written, {totals.seconds:.1f} s",

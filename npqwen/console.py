@@ -16,8 +16,8 @@ class Console:
     """Where a command writes.
 
     Text goes to stdout, in UTF-8 whatever the locale, and is flushed at once; to a terminal without control
-    characters, which it would obey. Notices, progress bars (on a
-    terminal only) and statistics go to stderr, unless `quiet`.
+    characters, which it would obey. Notices, progress bars (on a terminal only) and statistics go to stderr, unless
+    `quiet`.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import select
 import sys
 import time
@@ -34,29 +34,34 @@ class PromptLine:
     ) -> None:
         self._history = history
         self._readline = _readline()
+        self._goes_on = False
+        """Whether the line that is read continues a message."""
         self._pastes = False
         """Whether readline itself takes pasted lines together."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         if self._readline is not None:
             self._prepare(self._readline, words)
 
     def read(self) -> str:
         """The next message. Raises EOFError at the end of the input, KeyboardInterrupt on Ctrl-C."""
+        self._goes_on = False
         text = self._line(PROMPT)
-        while True:
-            if text.endswith("\\"):
-                text = text[:-1] + "\n" + self._line(MORE)
-            elif _in_block(text):
-                text += "\n" + self._line(MORE)
-            else:
+        while (goes_on := text.endswith("\\")) or _in_block(text):
+            self._goes_on = True
+            try:
+                more = self._line(MORE)
+            except EOFError:  # what there is was meant
                 break
+            text = f"{text[:-1] if goes_on else text}\n{more}"
         text = _without_quotes(text)
         if text.strip():
             self._remember(text)
         return text
 
     def is_empty(self) -> bool:
-        """After KeyboardInterrupt: whether nothing was typed on the line, as far as can be known."""
-        return self._readline is None or not self._readline.get_line_buffer()
+        """After KeyboardInterrupt: whether nothing was typed of the message, as far as can be known."""
+        return not self._goes_on and (self._readline is None or not self._readline.get_line_buffer())
 
     def _line(self, prompt: str) -> str:
         line = _clean(self._input(prompt))
@@ -73,17 +78,19 @@ class PromptLine:
         return input()
 
     def _remember(self, text: str) -> None:
+        if self._readline is None:
+            return
+        count = self._readline.get_current_history_length()
+        if count and self._readline.get_history_item(count) == text:
+            return
+        self._readline.add_history(text)
         if self._history is not None:
             self._history.add(text)
-        if self._readline is not None:
-            count = self._readline.get_current_history_length()
-            if not count or self._readline.get_history_item(count) != text:
-                self._readline.add_history(text)
 
     def _prepare(self, readline: ModuleType, words: Callable[[str], Iterable[str]]) -> None:
         gnu = "libedit" not in (readline.__doc__ or "")
         # Python switches this off; what is read here is not code.
-        if gnu and sys.platform != "win32":
+        if gnu:
             readline.parse_and_bind("set enable-bracketed-paste on")
             self._pastes = getattr(readline, "_READLINE_RUNTIME_VERSION", 0) >= 0x0700
         readline.set_auto_history(False)
@@ -101,9 +108,11 @@ class PromptLine:
 
 
 def _readline() -> Any:
+    if sys.platform == "win32":  # its console edits lines itself
+        return None
     try:
         import readline
-    except ImportError:  # Windows; its console edits lines itself
+    except ImportError:
         return None
     return readline
 
@@ -144,4 +153,4 @@ def _more_waits() -> bool:
 
         time.sleep(_TYPED_SECONDS)
         return msvcrt.kbhit()
-    return bool(select.select([sys.stdin.fileno()], [], [], _TYPED_SECONDS)[0]) and os.isatty(sys.stdin.fileno())
+    return bool(select.select([sys.stdin.fileno()], [], [], _TYPED_SECONDS)[0])

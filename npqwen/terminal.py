@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from npqwen.console import Console
@@ -40,19 +41,19 @@ class Terminal:
 
     def dim(self, text: str) -> str:
         """The text without control characters, dim where that is possible."""
-        if sys.stderr.isatty():
-            text = without_control_characters(text)
+        text = self._plain(text)
         return f"{DIM}{text}{PLAIN}" if self.dims and text else text
 
     def notice(self, line: str) -> None:
         """One dim line."""
         self.end_line()
-        self.console.notice(self.dim(" ".join(line.split())))
+        self.console.notice(self.dim(self._fitted(" ".join(line.split()))))
 
     def tell(self, text: str, *, dim: bool = False) -> None:
         """Lines that somebody asked for: never left out."""
         self.end_line()
-        self.error_text((self.dim(text) if dim else without_control_characters(text)) + "\n")
+        text = self._fitted(text)
+        self.error_text((self.dim(text) if dim else self._plain(text)) + "\n")
 
     def error(self, line: str) -> None:
         """One line that is never left out."""
@@ -79,6 +80,21 @@ class Terminal:
         if not self._at_line_start:
             self._at_line_start = True
             self.console.end_line()
+
+    def _plain(self, text: str) -> str:
+        return without_control_characters(text) if sys.stderr.isatty() else text
+
+    def _fitted(self, text: str) -> str:
+        """On a terminal, lines broken between words where they would be broken within one."""
+        if not sys.stderr.isatty():
+            return text
+        columns = self.columns
+        lines: list[str] = []
+        for line in text.split("\n"):
+            indent = line[: len(line) - len(line.lstrip())][: columns // 2]
+            fits = len(line) < columns
+            lines += [line] if fits else textwrap.wrap(line, columns - 1, subsequent_indent=indent)
+        return "\n".join(lines)
 
     @contextlib.contextmanager
     def quiet_keys(self) -> Iterator[None]:

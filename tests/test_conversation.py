@@ -390,3 +390,26 @@ def test_a_place_that_cannot_be_written_to_is_named_and_keeps_what_is_there(mode
     with pytest.raises(OutputError, match=r"talk\.json cannot be written"):
         talk.save(tmp_path / "talk.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", "talk.json.cache"]
+
+
+def test_thinking_is_part_of_what_is_saved_and_the_cache_need_not_be(model: Model, tmp_path: Path) -> None:
+    talk = model.conversation(**GREEDY)
+    talk.thinking = False
+    assert talk.send("What is 17 + 25?").reasoning == ""
+    path = tmp_path / "new" / "talk.json"
+    talk.save(path)
+    cache = path.with_name("talk.json.cache")
+    assert cache.stat().st_size > talk.cache_bytes > 0
+    talk.save(path, cache=False)
+    assert not cache.exists()
+    loaded = Conversation.load(model, path, **GREEDY)
+    assert (loaded.thinking, loaded.tokens) == (False, 0)
+    assert Conversation.load(model, path, thinking=True).thinking is True
+    assert loaded.send("What is 30 + 12?").text == "30 + 12 = 42"
+
+
+def test_thinking_is_refused_at_once_by_a_model_without_the_switch() -> None:
+    talk = Reciter(template="thinking-2507").conversation()
+    with pytest.raises(OptionError, match="always thinks"):
+        talk.thinking = False
+    assert talk.thinking is None
