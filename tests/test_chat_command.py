@@ -522,6 +522,11 @@ def test_in_a_terminal(tiny: Callable[[int], Path], tmp_path: Path) -> None:
     def send(text: str) -> None:
         os.write(master, text.encode())
 
+    def interrupt() -> None:
+        """As a hand does: Python sees a Ctrl-C only once readline waits again after what it has just shown."""
+        time.sleep(0.3)
+        send("\x03")
+
     try:
         until("/help lists the commands")
         until("> ")
@@ -539,12 +544,12 @@ def test_in_a_terminal(tiny: Callable[[int], Path], tmp_path: Path) -> None:
         until("> ")
         send("half a line")
         until("half a line")
-        send("\x03")
+        interrupt()
         assert "once more" not in until("> ")
         send("/nonsense\n")
         until("there is no command /nonsense")
         until("> ")
-        send("\x03")
+        interrupt()
         until("once more")
         until("> ")
         send("/nothink\n")
