@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""Convert and run the largest mixtures' shapes, a few layers deep, and compare with plain NumPy.
+
+    python tests/bench/giant_shapes.py build/giant --sizes 235B-A22B,Coder-480B-A35B --layers 2 --bits 4,8
+
+For sizes that no test can afford: matrices past 4 GiB in one tensor, source files past 2**32 bytes, 160 experts, 96
+heads.  The checkpoint is one sparse file: `--live` experts of each layer, the first and the last among them, are
+random, and so are the first and last rows of the embedding and of the output matrix; all else is a hole that reads as
+zeros.  Each token of those rows chooses experts of its own, live ones, by a wide margin.
+
+For each size and each number of bits this converts in a process of its own and tells its peak memory; runs a
+prompt in one pass and token by token; and compares the logits of the live rows with tests/reference.py, which
+reads the checkpoint, and for scale with what it says if each expert is taken for the next live one.  It ends with
+status 1 if anything is off.  A layer of Coder-480B takes 8 GB of disk at 8 bits, 4.3 GB at 4; everything is
+removed in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from make_checkpoint import GENERATION, SIZES, TINY, TOKENIZER_FILES, tensors
+from npqwen_quant import convert
+from npqwen_quant.checkpoint import read_header
+
+from npqwen.config import Config
+from npqwen.model import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reference import ReferenceModel
+
+ROWS = 48
+"""Live rows at each end of the vocabulary."""
+PROMPT = 24
+# Largest relative difference of a token's logits, against weights that were never quantized.
+TOLERANCE = {4: 0.35, 8: 0.05, 16: 0.001}
+# Conversion's bound, in bytes: what a dense model's takes too.
+PEAK = 400 << 20
+
+
+def live_experts(config: Mapping[str, Any], count: int) -> npt.NDArray[np.int64]:
+    """Numbers of the experts that are not holes, spread from the first to the last."""
+    return np.linspace(0, config["num_experts"] - 1, count).astype(np.int64)
+
+
+def live_ids(config: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """The token ids whose rows are not holes."""
+    return np.r_[0:ROWS, config["vocab_size"] - ROWS : config["vocab_size"]]
+
+
+def write_checkpoint(config: dict[str, Any], out: Path, live: int, seed: int = 0) -> None:
+    """One sparse safetensors file, and the small files beside it."""
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (out / "generation_config.json").write_text(json.dumps(GENERATION), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(TINY / name, out / name)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors(config):
+        size = 2 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(seed)
+    experts = live_experts(config, live)
+    with (out / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + end)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                for row, values in _live_rows(name, tuple(entry["shape"]), config, experts, rng):
+                    file.seek(start + entry["data_offsets"][0] + 2 * row * values.shape[-1])
+                    file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+
+
+def _live_rows(
+    name: str,
+    shape: tuple[int, ...],
+    config: Mapping[str, Any],
+    experts: npt.NDArray[np.int64],
+    rng: np.random.Generator,
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """What of a tensor is not zero: the first row and the rows, float32."""
+    if len(shape) == 1:
+        yield 0, 1 + 0.1 * rng.standard_normal(shape, dtype=np.float32)
+        return
+    parts = name.split(".")
+    if "experts" in parts and int(parts[parts.index("experts") + 1]) not in experts:
+        return
+    if name.endswith("mlp.gate.weight"):
+        # Column j speaks for one live expert, another one in each layer.
+        layer = int(parts[2])
+        for j in range(len(experts)):
+            row = np.zeros((1, shape[1]), np.float32)
+            row[0, j] = 1
+            yield int(experts[(j + 5 * layer) % len(experts)]), row
+    elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for first in (0, shape[0] - ROWS):
+            rows = rng.standard_normal((ROWS, shape[1]), dtype=np.float32)
+            if name == "lm_head.weight":
+                rows /= np.float32(np.sqrt(shape[1]))
+            else:
+                wanted = rng.permuted(np.tile(np.arange(len(experts)), (ROWS, 1)), axis=1)
+                rows[:, : len(experts)] = 0
+                chosen = wanted[:, : config["num_experts_per_tok"]]
+                np.put_along_axis(rows, chosen, 7 + 2 * rng.random(chosen.shape, dtype=np.float32), axis=1)
+            yield first, rows
+    else:
+        # The experts have to weigh against the embedding's large columns.
+        deviation = (5 if "experts" in parts and "down_proj" in parts else 0.7) / np.sqrt(shape[1])
+        step = max(1, (1 << 24) // shape[1])
+        for first in range(0, shape[0], step):
+            rows = rng.standard_normal((min(step, shape[0] - first), shape[1]), dtype=np.float32)
+            yield first, rows * np.float32(deviation)
+
+
+class Mapped(Mapping[str, npt.NDArray[np.float32]]):
+    """A checkpoint's tensors as float32, made when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = read_header(path)
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        tensor = self._tensors[name]
+        bits = np.memmap(tensor.path, "<u2", "r", tensor.offset, tensor.shape)
+        values = np.empty(bits.shape, np.uint32)
+        step = max(1, (1 << 26) // max(1, bits[0].size))
+        for first in range(0, len(bits), step):
+            values[first : first + step] = bits[first : first + step]
+        values <<= 16
+        return values.view(np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Reference(ReferenceModel):
+    """The reference, reading each chosen expert once.  taken: which expert to take for one chosen, if another."""
+
+    def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]], taken: dict[int, int]) -> None:
+        super().__init__(config, weights)
+        self.chosen: set[tuple[str, int]] = set()
+        self._taken = taken
+
+    def _mixture(self, x: npt.NDArray[np.float32], mlp: str) -> npt.NDArray[np.float32]:
+        mixture = self.config.mixture
+        assert mixture is not None
+        scores = x @ self.weights[mlp + "gate.weight"].T
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        order = np.argsort(-weights, axis=1, kind="stable")[:, : mixture.num_experts_per_tok]
+        kept = np.zeros_like(weights)
+        np.put_along_axis(kept, order, np.take_along_axis(weights, order, axis=1), axis=1)
+        if mixture.norm_topk_prob:
+            kept /= kept.sum(-1, keepdims=True)
+        out = np.zeros_like(x)
+        for e in np.flatnonzero(kept.any(axis=0)):
+            self.chosen.add((mlp, int(e)))
+            tokens = np.flatnonzero(kept[:, e])
+            out[tokens] += kept[tokens, e, None] * self._feed_forward(
+                x[tokens], f"{mlp}experts.{self._taken.get(int(e), e)}."
+            )
+        return out
+
+
+def converted(source: Path, out: Path, bits: int) -> tuple[int, float]:
+    """Convert in a process of its own: its peak memory in bytes, and seconds."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "convert", str(source), str(out), str(bits)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout), time.perf_counter() - start
+
+
+def peak_memory() -> int:
+    """Most memory this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage counts the process that started this one too.
+        return int(next(line.split()[1] for line in status.open() if line.startswith("VmHWM"))) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def difference(found: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Of each token's logits, relative to their size."""
+    return np.asarray(np.linalg.norm(found - want, axis=1) / np.linalg.norm(want, axis=1))
+
+
+def compare(source: Path, out: Path, bits: int, ids: npt.NDArray[np.int64], want: npt.NDArray[np.float32]) -> list[str]:
+    """What is wrong with a converted model; prints what was found."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    live = live_ids(config)
+    dead = np.setdiff1d(np.arange(0, config["vocab_size"], 997), live)
+    with load(out, context=512) as model:
+        largest = max(model.weights.tensors.items(), key=lambda item: item[1].data.size)
+        start = time.perf_counter()
+        together = model.logits(ids)
+        first = time.perf_counter() - start
+        cache = model.new_cache()
+        start = time.perf_counter()
+        stepped = np.concatenate([model.forward([i], cache) for i in ids])
+        later = (time.perf_counter() - start) / len(ids)
+        # The widest tiles, many tokens an expert.
+        long = model.logits(np.tile(ids, 9))[: len(ids)]
+    error = difference(together[:, live], want)
+    print(
+        f"  {bits} bits: {largest[0]} of {largest[1].data.size:,} bytes; {len(ids)} tokens in {first:.1f} s, then "
+        f"{later:.2f} s each; largest relative difference of a token's logits {error.max():.4f}",
+        flush=True,
+    )
+    problems = []
+    if error.max() > TOLERANCE[bits]:
+        problems.append(f"{bits} bits: logits differ by {error.max():.3f}, more than {TOLERANCE[bits]}")
+    if together[:, dead].any():
+        problems.append(f"{bits} bits: rows of zeros give logits")
+    for name, other in (("token by token", stepped), ("in a longer prompt", long)):
+        if not np.allclose(other, together, atol=1e-3):
+            problems.append(f"{bits} bits: {name} the logits differ by {np.abs(other - together).max():.4f}")
+    return problems
+
+
+def check(size: str, options: argparse.Namespace) -> list[str]:
+    """Make, convert, run and remove one size; what was wrong."""
+    config = dict(SIZES[size]) | {"num_hidden_layers": options.layers, "max_window_layers": options.layers}
+    source = options.work / size
+    problems = []
+    try:
+        write_checkpoint(config, source, options.live)
+        weights = Mapped(source / "model.safetensors")
+        file = (source / "model.safetensors").stat()
+        print(
+            f"{size}, {options.layers} layers: a source of {file.st_size / 1e9:.1f} GB, "
+            f"{file.st_blocks * 512 / 1e9:.1f} on disk; {config['num_experts']} experts, {options.live} of them live",
+            flush=True,
+        )
+        ids = np.random.default_rng(1).choice(live_ids(config), PROMPT)
+        live, parsed = live_experts(config, options.live), Config.from_directory(source)
+        reference = Reference(parsed, weights, {})
+        want = reference.logits(ids)[:, live_ids(config)]
+        neighbours = dict(zip(live.tolist(), np.roll(live, 1).tolist(), strict=True))
+        wrong = Reference(parsed, weights, neighbours).logits(ids)[:, live_ids(config)]
+        scale = difference(wrong, want).min()
+        print(
+            f"  the reference chose {len(reference.chosen)} experts in {options.layers} layers; "
+            f"with the wrong ones its logits differ by {scale:.2f} at least",
+            flush=True,
+        )
+        if len(reference.chosen) != options.live * options.layers:
+            problems.append(f"{size}: not every live expert was chosen; give fewer --live")
+        for bits in options.bits:
+            out = options.work / f"{size}-{bits}"
+            try:
+                peak, seconds = converted(source, out, bits)
+                print(f"  {bits} bits: converted in {seconds:.0f} s, peak memory {peak / 1e6:.0f} MB", flush=True)
+                if peak > PEAK:
+                    problems.append(f"{size}: conversion took {peak / 1e6:.0f} MB")
+                if scale < 1.5 * TOLERANCE[bits]:
+                    problems.append(f"{size}: wrong experts would not be noticed at {bits} bits")
+                problems += [f"{size}: {problem}" for problem in compare(source, out, bits, ids, want)]
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+    return problems
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["convert"]:
+        source, out, bits = arguments[1:]
+        convert(Path(source), Path(out), int(bits))
+        print(peak_memory())
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path, help="a directory on a file system with sparse files")
+    parser.add_argument("--sizes", type=lambda text: text.split(","), default=["235B-A22B", "Coder-480B-A35B"])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 8])
+    parser.add_argument("--live", type=int, default=16, help="experts a layer that are not zero")
+    options = parser.parse_args(arguments)
+    problems = [problem for size in options.sizes for problem in check(size, options)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()
