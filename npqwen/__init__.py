@@ -29,28 +29,28 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from npqwen.chat import ChatStream as ChatStream
-    from npqwen.chat import Event as Event
-    from npqwen.chat import Finish as Finish
-    from npqwen.chat import Notice as Notice
-    from npqwen.chat import Reply as Reply
-    from npqwen.completion import Completion as Completion
-    from npqwen.completion import FinishReason as FinishReason
-    from npqwen.completion import Usage as Usage
-    from npqwen.conversation import Conversation as Conversation
-    from npqwen.logprobs import Logprob as Logprob
-    from npqwen.logprobs import TokenLogprobs as TokenLogprobs
-    from npqwen.loop_guard import LoopGuard as LoopGuard
+    from npqwen.chat.answer import ChatStream as ChatStream
+    from npqwen.chat.answer import Event as Event
+    from npqwen.chat.answer import Finish as Finish
+    from npqwen.chat.answer import Notice as Notice
+    from npqwen.chat.answer import Reply as Reply
+    from npqwen.chat.conversation import Conversation as Conversation
+    from npqwen.chat.reply import Reasoning as Reasoning
+    from npqwen.chat.reply import Text as Text
+    from npqwen.chat.tool_calls import ToolCall as ToolCall
+    from npqwen.chat.tools import ToolResult as ToolResult
+    from npqwen.generation.completion import Completion as Completion
+    from npqwen.generation.completion import FinishReason as FinishReason
+    from npqwen.generation.completion import Usage as Usage
+    from npqwen.generation.logprobs import Logprob as Logprob
+    from npqwen.generation.logprobs import TokenLogprobs as TokenLogprobs
+    from npqwen.generation.loop_guard import LoopGuard as LoopGuard
+    from npqwen.generation.session import Session as Session
+    from npqwen.generation.stream import Stream as Stream
     from npqwen.model import Model as Model
-    from npqwen.reply import Reasoning as Reasoning
-    from npqwen.reply import Text as Text
     from npqwen.sampler import Sampler as Sampler
     from npqwen.sampler import Sampling as Sampling
-    from npqwen.session import Session as Session
-    from npqwen.stream import Stream as Stream
     from npqwen.tokenizer import Tokenizer as Tokenizer
-    from npqwen.tool_calls import ToolCall as ToolCall
-    from npqwen.tools import ToolResult as ToolResult
 
     __version__: str
 
@@ -92,28 +92,28 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ChatStream": "npqwen.chat",
-    "Completion": "npqwen.completion",
-    "Conversation": "npqwen.conversation",
-    "Event": "npqwen.chat",
-    "Finish": "npqwen.chat",
-    "FinishReason": "npqwen.completion",
-    "Logprob": "npqwen.logprobs",
-    "LoopGuard": "npqwen.loop_guard",
+    "ChatStream": "npqwen.chat.answer",
+    "Completion": "npqwen.generation.completion",
+    "Conversation": "npqwen.chat.conversation",
+    "Event": "npqwen.chat.answer",
+    "Finish": "npqwen.chat.answer",
+    "FinishReason": "npqwen.generation.completion",
+    "Logprob": "npqwen.generation.logprobs",
+    "LoopGuard": "npqwen.generation.loop_guard",
     "Model": "npqwen.model",
-    "Notice": "npqwen.chat",
-    "Reasoning": "npqwen.reply",
-    "Reply": "npqwen.chat",
+    "Notice": "npqwen.chat.answer",
+    "Reasoning": "npqwen.chat.reply",
+    "Reply": "npqwen.chat.answer",
     "Sampler": "npqwen.sampler",
     "Sampling": "npqwen.sampler",
-    "Session": "npqwen.session",
-    "Stream": "npqwen.stream",
-    "Text": "npqwen.reply",
-    "TokenLogprobs": "npqwen.logprobs",
+    "Session": "npqwen.generation.session",
+    "Stream": "npqwen.generation.stream",
+    "Text": "npqwen.chat.reply",
+    "TokenLogprobs": "npqwen.generation.logprobs",
     "Tokenizer": "npqwen.tokenizer",
-    "ToolCall": "npqwen.tool_calls",
-    "ToolResult": "npqwen.tools",
-    "Usage": "npqwen.completion",
+    "ToolCall": "npqwen.chat.tool_calls",
+    "ToolResult": "npqwen.chat.tools",
+    "Usage": "npqwen.generation.completion",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m npqwen`."""
 
-from npqwen.cli import main
+from npqwen.commands.cli import main
 
 main()

@@ -24,7 +24,7 @@ from numba.core.registry import cpu_target
 from npqwen.cache_directory import cache_directory
 from npqwen.simd.isa import ISA
 
-_SOURCES = ("simd", "kernels", "team.py", "paging.py", "forward.py", "bandwidth.py")
+_SOURCES = ("simd", "kernels", "team.py", "paging.py", "forward.py", "hardware/bandwidth.py")
 FUNCTIONS = 96
 """About how many functions are compiled, for the progress shown."""
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
+from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels.attention import PAGE, TILE, page_items
-from npqwen.machine import HEADROOM, available_memory
 
 _ALIGN = 64
 

@@ -15,32 +15,32 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen import generation
-from npqwen.budget import Budget
 from npqwen.buffers import Buffers
 from npqwen.compiled import compile_kernel, reporting
-from npqwen.completion import Completion
 from npqwen.config import Config
 from npqwen.errors import ContextLengthError, NpqwenError, OptionError
-from npqwen.fingerprint import fingerprint
 from npqwen.forward import forward
-from npqwen.generation_config import GenerationConfig
+from npqwen.generation import text
+from npqwen.generation.completion import Completion
+from npqwen.generation.fingerprint import fingerprint
+from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.stream import Stream
+from npqwen.hardware.budget import Budget
+from npqwen.hardware.machine import available_memory, default_threads
 from npqwen.kernels.attention import attention_kernels
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kv_cache import KVCache
-from npqwen.machine import available_memory, default_threads
 from npqwen.paging import how_to_ask
 from npqwen.rope import Rope
 from npqwen.sampler import greatest
-from npqwen.stream import Stream
 from npqwen.team import Team
 from npqwen.tokenizer import Tokenizer
 from npqwen.weights import Weights
 
 if TYPE_CHECKING:
-    from npqwen.chat import ChatStream, Reply
-    from npqwen.chat_template import ChatTemplate
-    from npqwen.conversation import Conversation
+    from npqwen.chat.answer import ChatStream, Reply
+    from npqwen.chat.chat_template import ChatTemplate
+    from npqwen.chat.conversation import Conversation
 
 CHUNK = 256
 """Tokens of a prompt that go through the layers together."""
@@ -163,12 +163,12 @@ class Model:
         return self.forward(tokens, self.new_cache(min(tokens.size, self.context)), all_logits=True)
 
     def stream(self, prompt: str, **options: Any) -> Stream:
-        """Generate, piece by piece as the text comes.  options: see `generation.stream`."""
-        return generation.stream(self, prompt, **options)
+        """Generate, piece by piece as the text comes.  options: see `npqwen.generation.text.stream`."""
+        return text.stream(self, prompt, **options)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash that tells this model, in this conversion, from others; see `npqwen.fingerprint`."""
+        """A hash that tells this model, in this conversion, from others; see `npqwen.generation.fingerprint`."""
         return fingerprint(self.config, self.weights)
 
     @overload
@@ -178,13 +178,13 @@ class Model:
     def generate(self, prompt: str, *, n: int, **options: Any) -> list[Completion]: ...
 
     def generate(self, prompt: str, *, n: int | None = None, **options: Any) -> Completion | list[Completion]:
-        """Generate a whole text, or `n` of them.  options: see `generation.stream` and `generation.generate`."""
-        return generation.generate(self, prompt, n=n, **options)
+        """Generate a whole text, or `n` of them.  options: see `npqwen.generation.text`."""
+        return text.generate(self, prompt, n=n, **options)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The checkpoint's own; there is none in a base model, which `render` then says."""
-        from npqwen.chat_template import ChatTemplate
+        from npqwen.chat.chat_template import ChatTemplate
 
         return ChatTemplate.from_directory(self.path)
 
@@ -217,8 +217,8 @@ class Model:
         thinking: True or False; None is the model's own way. A model that has no switch refuses the other way.
         template_options: a dictionary of what the chat template takes beyond that, such as template="rag".
         session: a `Session` of this model; what it has computed of the messages before is not computed again.
-        The other options are those of `npqwen.generation.stream`. Where they are left out, sampling is what the
-        model's authors advise with or without thinking, and loop_guard is on.
+        The other options are those of `npqwen.generation.text.stream`. Where they are left out, sampling is what
+        the model's authors advise with or without thinking, and loop_guard is on.
 
         Raises OptionError for wrong messages or options, ContextLengthError for a conversation that does not fit.
         """
@@ -226,13 +226,13 @@ class Model:
 
     def stream_chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
         """`chat`, event by event as the answer comes: Reasoning, Text, ToolCall, ToolResult, Notice, Finish."""
-        from npqwen.chat import stream_chat
+        from npqwen.chat.answer import stream_chat
 
         return stream_chat(self, messages, **options)
 
     def conversation(self, system: str | None = None, **options: Any) -> Conversation:
         """A conversation that keeps its messages and what was computed of them; options: those of `chat`."""
-        from npqwen.conversation import Conversation
+        from npqwen.chat.conversation import Conversation
 
         return Conversation(self, system, **options)
 

@@ -87,7 +87,7 @@ class Sampling:
 _OTHER_OPTIONS = (
     "max_tokens", "stop", "logprobs", "top_logprobs", "logits_processor", "thinking_budget", "loop_guard",
 )  # fmt: skip
-"""What `npqwen.generation.Stream` takes beside these, for hints at misspelt names."""
+"""What `npqwen.generation.stream.Stream` takes beside these, for hints at misspelt names."""
 
 
 def _checked_bias(bias: object) -> dict[int, float]:

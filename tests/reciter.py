@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from checkpoints import TINY
 
-from npqwen.chat import ChatStream, Reply, stream_chat
-from npqwen.chat_template import ChatTemplate
-from npqwen.conversation import Conversation
-from npqwen.generation_config import GenerationConfig
+from npqwen.chat.answer import ChatStream, Reply, stream_chat
+from npqwen.chat.chat_template import ChatTemplate
+from npqwen.chat.conversation import Conversation
+from npqwen.generation.generation_config import GenerationConfig
 from npqwen.sampler import Sampling
 from npqwen.tokenizer import Tokenizer
 

@@ -121,7 +121,7 @@ class ReferenceModel:
         self.weights = weights
         self.context = context or config.max_position_embeddings
         if path is not None:
-            from npqwen.generation_config import GenerationConfig
+            from npqwen.generation.generation_config import GenerationConfig
             from npqwen.tokenizer import Tokenizer
 
             self.path = path
@@ -207,14 +207,14 @@ class ReferenceModel:
         return self.forward(ids, self.new_cache(), all_logits=True)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        from npqwen import generation
+        from npqwen.generation import text
 
-        return generation.stream(self, prompt, **options)
+        return text.stream(self, prompt, **options)
 
     def generate(self, prompt: str, **options: Any) -> Any:
-        from npqwen import generation
+        from npqwen.generation import text
 
-        return generation.generate(self, prompt, **options)
+        return text.generate(self, prompt, **options)
 
     def close(self) -> None:
         pass

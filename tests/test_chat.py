@@ -13,13 +13,13 @@ import pytest
 from reciter import Reciter
 
 import npqwen
-from npqwen.chat import ChatStream, Finish, Notice, Reply
+from npqwen.chat.answer import ChatStream, Finish, Notice, Reply
+from npqwen.chat.reply import Reasoning, Text
+from npqwen.chat.tool_calls import ToolCall
+from npqwen.chat.tools import ToolResult
 from npqwen.errors import ContextLengthError, OptionError, SamplingWarning
+from npqwen.generation.session import Session
 from npqwen.model import Model
-from npqwen.reply import Reasoning, Text
-from npqwen.session import Session
-from npqwen.tool_calls import ToolCall
-from npqwen.tools import ToolResult
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")

@@ -20,18 +20,18 @@ import pytest
 from reciter import Reciter
 
 import npqwen
-from npqwen import cli
-from npqwen.answer_view import AnswerView
-from npqwen.commands import COMMANDS, is_command, words
-from npqwen.console import Console
-from npqwen.control_characters import without_control_characters
-from npqwen.history import ENTRIES, LONGEST, History
+from npqwen.commands import cli
 from npqwen.model import Model
-from npqwen.prompt_line import PromptLine
-from npqwen.settings import Settings
-from npqwen.talk import Talk
-from npqwen.terminal import Terminal
-from npqwen.thought_view import ROWS, ThoughtView, width
+from npqwen.terminal.answer_view import AnswerView
+from npqwen.terminal.console import Console
+from npqwen.terminal.control_characters import without_control_characters
+from npqwen.terminal.history import ENTRIES, LONGEST, History
+from npqwen.terminal.prompt_line import PromptLine
+from npqwen.terminal.screen import Terminal
+from npqwen.terminal.settings import Settings
+from npqwen.terminal.slash_commands import COMMANDS, is_command, words
+from npqwen.terminal.talk import Talk
+from npqwen.terminal.thought_view import ROWS, ThoughtView, width
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
@@ -360,7 +360,7 @@ def test_lines_are_broken_between_words_in_a_narrow_window(monkeypatch: pytest.M
 
 def lines(monkeypatch: pytest.MonkeyPatch, *typed: str) -> PromptLine:
     rest = list(typed)
-    monkeypatch.setattr("npqwen.prompt_line._more_waits", lambda: False)
+    monkeypatch.setattr("npqwen.terminal.prompt_line._more_waits", lambda: False)
     line = PromptLine()
     monkeypatch.setattr(line, "_input", lambda prompt: rest.pop(0))
     return line
@@ -408,8 +408,8 @@ def test_history_is_private_bounded_and_survives_damage(tmp_path: Path) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def command(model: Any, *args: str, stdin: str = "") -> SimpleNamespace:
         model.bits, model.threads, model.close = 4, 1, lambda: None
-        monkeypatch.setattr("npqwen.command_options.open_model", lambda *_: model)
-        monkeypatch.setattr("npqwen.chat_command.open_model", lambda *_: model)
+        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_: model)
+        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as exit:
             cli.main(["chat", "m", *args])
@@ -466,7 +466,7 @@ def test_errors_are_one_line_and_status_2(args: list[str], template: str, messag
 
 
 def test_a_model_without_a_template_is_told_about_generate(run: Command) -> None:
-    from npqwen.chat_template import ChatTemplate
+    from npqwen.chat.chat_template import ChatTemplate
 
     base = Reciter()
     base.chat_template = ChatTemplate({}, {}, Path("base"))
@@ -487,7 +487,7 @@ def slow(*args, **options):
     time.sleep(float(sys.argv[1]))
     return forward(*args, **options)
 Model.forward = slow
-from npqwen.cli import main
+from npqwen.commands.cli import main
 main(sys.argv[2:])
 """
 

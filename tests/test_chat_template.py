@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from npqwen import chat_template
-from npqwen.chat_template import ChatTemplate, in_thought
+from npqwen.chat import chat_template
+from npqwen.chat.chat_template import ChatTemplate, in_thought
 from npqwen.errors import CheckpointError, OptionError
 
 DATA = Path(__file__).parent / "data"

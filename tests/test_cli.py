@@ -16,7 +16,7 @@ import pytest
 from reference import ReferenceModel
 
 import npqwen.model
-from npqwen import cli
+from npqwen.commands import cli
 from npqwen.errors import NpqwenError
 
 TESTS = Path(__file__).parent
@@ -97,7 +97,7 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
         given.append(sampling)
         return lambda logits: 4098
 
-    monkeypatch.setattr("npqwen.stream.Sampler", sampler)
+    monkeypatch.setattr("npqwen.generation.stream.Sampler", sampler)
     options = "--temperature 0.7 --top-k 3 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.1"
     more = "--presence-penalty -0.5 --seed 9 --threads 3 --frequency-penalty 0.25"
     bias = "--logit-bias 5=-inf --logit-bias 7=2.5"
@@ -205,7 +205,7 @@ class Slow(ReferenceModel):
         return super().forward(*args, **options)
 
 npqwen.model.load = lambda path, **options: Slow.from_directory(Path({str(TINY)!r}))
-from npqwen.cli import main
+from npqwen.commands.cli import main
 main(sys.argv[2:])
 """
 
@@ -300,7 +300,7 @@ def test_stdin_that_is_not_utf8_is_refused() -> None:
 def test_progress_bars_only_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quiet = run("convert", str(TINY), str(tmp_path / "a"))
     assert "%" not in quiet.err
-    monkeypatch.setattr("npqwen.console.Console.__init__", _on_a_terminal)
+    monkeypatch.setattr("npqwen.terminal.console.Console.__init__", _on_a_terminal)
     shown = run("convert", str(TINY), str(tmp_path / "b"))
     assert "converting: " in shown.err
     long = run("generate", str(TINY), "a " * 400, "--max-tokens", "1")
@@ -317,7 +317,7 @@ def test_the_package_imports_fast_and_help_too() -> None:
     for code, more in (
         ("import npqwen", {"click"}),
         ("import npqwen; npqwen.OptionError, npqwen.__version__, dir(npqwen)", {"click"}),
-        ("from npqwen.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass", set()),
+        ("from npqwen.commands.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass", set()),
     ):
         check = f"{code}\nimport sys\nfound = {heavy | more!r} & set(sys.modules)\nassert not found, found"
         command = [sys.executable, "-c", check]

@@ -22,7 +22,7 @@ from npqwen.model import load
 SMALL = """
 import sys
 import numpy as np
-from npqwen.bandwidth import read
+from npqwen.hardware.bandwidth import read
 from npqwen.compiled import compile_kernel, kernel_directory, reporting
 from npqwen.team import Team
 calls = []

@@ -10,13 +10,13 @@ import pytest
 from reciter import TOKENIZER, Reciter
 
 import npqwen
-from npqwen.chat import Notice
-from npqwen.conversation import Conversation
+from npqwen.chat.answer import Notice
+from npqwen.chat.conversation import Conversation
+from npqwen.chat.reply import Reasoning, Text
+from npqwen.chat.window import Window, shown
 from npqwen.errors import ContextLengthError, FormatError, OptionError, OutputError
+from npqwen.generation.session import common_prefix
 from npqwen.model import Model
-from npqwen.reply import Reasoning, Text
-from npqwen.session import common_prefix
-from npqwen.window import Window, shown
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 GREEDY: dict[str, Any] = {"temperature": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import npqwen
-from npqwen import cli
+from npqwen.commands import cli
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-qwen3"

@@ -13,12 +13,13 @@ from checkpoints import make_config, shapes, write_checkpoint
 from npqwen_quant import convert
 from reference import ReferenceModel
 
-from npqwen import info, machine
-from npqwen.budget import RESERVED
 from npqwen.forward import LAYER
+from npqwen.hardware import machine
+from npqwen.hardware.budget import RESERVED
 from npqwen.kernels import experts
 from npqwen.model import load
 from npqwen.paging import BLINDLY, LOOKING, NEVER
+from npqwen.reports import info
 
 DATA = Path(__file__).parent / "data"
 MOE: dict[str, Any] = {

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from reference import ReferenceModel
 
-from npqwen.completion import Completion
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
-from npqwen.generation import check_options, generate, stream
-from npqwen.generation_config import GenerationConfig
+from npqwen.generation.completion import Completion
+from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.stream import Stream
+from npqwen.generation.text import check_options, generate, stream
 from npqwen.sampler import Sampling
-from npqwen.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -400,7 +400,7 @@ def test_usage_counts_the_models_time_and_not_the_callers(
     recite: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("npqwen.stream.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("npqwen.generation.stream.time", SimpleNamespace(perf_counter=lambda: clock.now))
     model = recite("1234")
     forward = model.forward
 

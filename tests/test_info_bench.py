@@ -14,11 +14,12 @@ import pytest
 from checkpoints import make_config
 from converted import MATRICES, small_model, tensors, write_model
 
-from npqwen import OptionError, cli
-from npqwen.bandwidth import ReadBandwidth
-from npqwen.bench import benchmark, bytes_per_token
-from npqwen.info import inspect, size
+from npqwen import OptionError
+from npqwen.commands import cli
+from npqwen.hardware.bandwidth import ReadBandwidth
 from npqwen.model import load
+from npqwen.reports.bench import benchmark, bytes_per_token
+from npqwen.reports.info import inspect, size
 from npqwen.simd.isa import ISA
 
 Run = Callable[..., tuple[str, str]]

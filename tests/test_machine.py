@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_system import MIB, MOUNTS, raspberry_pi, tree
 
-from npqwen import cgroup, machine
+from npqwen.hardware import cgroup, machine
 
 GROUP = {"memory.current": str(600 * MIB), "memory.stat": f"anon 5\ninactive_file {90 * MIB}\nactive_file {10 * MIB}"}
 FIRST = {

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 import npqwen.model
-from npqwen import OutOfMemoryError, cli, kv_cache, machine
-from npqwen.budget import RESERVED, Budget
-from npqwen.info import inspect
+from npqwen import OutOfMemoryError, kv_cache
+from npqwen.commands import cli
+from npqwen.hardware import machine
+from npqwen.hardware.budget import RESERVED, Budget
+from npqwen.hardware.machine import HEADROOM
 from npqwen.kernels.attention import PAGE
-from npqwen.machine import HEADROOM
 from npqwen.model import load
+from npqwen.reports.info import inspect
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused_before_computing(

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from npqwen.chat_template import ChatTemplate, in_thought
-from npqwen.reply import Reasoning, ReplyParser, Text
-from npqwen.tool_calls import ToolCall
+from npqwen.chat.chat_template import ChatTemplate, in_thought
+from npqwen.chat.reply import Reasoning, ReplyParser, Text
+from npqwen.chat.tool_calls import ToolCall
 
 TEMPLATES = Path(__file__).parent / "data" / "templates"
 PARIS = ToolCall("get_weather", {"city": "Paris"})

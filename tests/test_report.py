@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 from fake_system import raspberry_pi, tree
 
-from npqwen import OutputError, cli, report, sensors
-from npqwen.bench import benchmark
+from npqwen import OutputError
+from npqwen.commands import cli
+from npqwen.hardware import sensors
+from npqwen.hardware.sensors import read_sensors, throttling
 from npqwen.model import load
-from npqwen.sensors import read_sensors, throttling
+from npqwen.reports import machine_report
+from npqwen.reports.bench import benchmark
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
 
@@ -88,11 +91,11 @@ def measured(tiny: Callable[[int], Path], root: Path, monkeypatch: pytest.Monkey
     """The report of a Pi that grows hot between the runs, and is cooler after them."""
     states = iter([(70.0, 2400), (84.4, 1500), (80.1, 1800), (75.0, 2200)])
     flags = iter(["throttled=0x0", "throttled=0x80000"])
-    monkeypatch.setattr(report, "vcgencmd", lambda: next(flags))
-    monkeypatch.setattr(report.platform, "release", lambda: "6.12.34+rpt-rpi-2712")
+    monkeypatch.setattr(machine_report, "vcgencmd", lambda: next(flags))
+    monkeypatch.setattr(machine_report.platform, "release", lambda: "6.12.34+rpt-rpi-2712")
 
     with load(tiny(4), threads=2) as model:
-        log = report.Log(raspberry_pi(root, 48.2))
+        log = machine_report.Log(raspberry_pi(root, 48.2))
 
         def progress(done: int, total: int) -> None:
             raspberry_pi(root, *next(states))
@@ -101,7 +104,7 @@ def measured(tiny: Callable[[int], Path], root: Path, monkeypatch: pytest.Monkey
         speed = benchmark(model, [4], [2], [0], 1, progress)
         raspberry_pi(root, 66.0, 2400)
         log.end()
-        return report.collect(model, speed, log, root)
+        return machine_report.collect(model, speed, log, root)
 
 
 @linux
@@ -118,7 +121,7 @@ def test_report_of_a_raspberry_pi(tiny: Callable[[int], Path], tmp_path: Path, m
     assert facts["model"]["layers"] == 4
     assert [m["test"] for m in facts["measures"]] == ["prefill", "decode"]
 
-    text = report.markdown(facts)
+    text = machine_report.markdown(facts)
     rows = dict(re.findall(r"^\| ([\w, °]+) \| (.*) \|$", text, re.M))
     assert rows["temperature, °C"] == "cpu-thermal 48 before, 84 at most"
     assert rows["clock"] == "2400 MHz after, 1500 at least, 2400 allowed, governor ondemand"
@@ -182,4 +185,4 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        report.write({"measures": []}, tmp_path / "result.json")
+        machine_report.write({"measures": []}, tmp_path / "result.json")

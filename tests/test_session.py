@@ -16,9 +16,9 @@ import pytest
 from reference import ReferenceModel
 
 from npqwen.errors import ClosedError, ContextLengthError, OptionError
+from npqwen.generation.session import Session, common_prefix
+from npqwen.generation.stream import Stream
 from npqwen.model import Model, load
-from npqwen.session import Session, common_prefix
-from npqwen.stream import Stream
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 SUM = "<|im_start|>user\nWhat is {} + {}?<|im_end|>\n<|im_start|>assistant\n"
@@ -174,7 +174,7 @@ import signal, sys
 import numpy as np
 from pathlib import Path
 from npqwen.model import load
-from npqwen.session import Session
+from npqwen.generation.session import Session
 model = load(Path(sys.argv[1]), threads=2)
 session = Session(model)
 prompt = [int(i) for i in np.random.default_rng(0).integers(0, 4000, 300)]

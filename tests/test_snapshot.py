@@ -22,8 +22,8 @@ import safetensors.numpy
 from converted import small_model
 
 from npqwen.errors import ClosedError, ContextLengthError, FormatError, OutputError
+from npqwen.generation.session import Session
 from npqwen.model import Model, load
-from npqwen.session import Session
 
 IDS = [int(id) for id in np.random.default_rng(2).integers(0, 4096, 700)]
 
@@ -131,14 +131,14 @@ def test_a_save_that_fails_leaves_the_old_file_alone(
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("npqwen.snapshot.os.fsync", full)
+    monkeypatch.setattr("npqwen.generation.snapshot.os.fsync", full)
     with pytest.raises(OutputError, match="saved does not fit: no room is left on the disk"):
         session.save(saved)
-    monkeypatch.setattr("npqwen.snapshot.os.fsync", interrupted)
+    monkeypatch.setattr("npqwen.generation.snapshot.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.save(saved)
     monkeypatch.undo()
-    monkeypatch.setattr("npqwen.snapshot.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    monkeypatch.setattr("npqwen.generation.snapshot.shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(OutputError, match=r"saved would take 0\.00 GB, but only 0\.00 GB is free there"):
         session.save(saved)
     assert saved.read_bytes() == before
@@ -168,7 +168,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from npqwen.model import load
-from npqwen.session import Session
+from npqwen.generation.session import Session
 model = load(Path(sys.argv[1]), threads=1)
 session = Session(model)
 session.prefill([7] * 700)

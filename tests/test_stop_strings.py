@@ -7,7 +7,7 @@ import random
 import pytest
 
 from npqwen.errors import OptionError
-from npqwen.stop_strings import StopStrings
+from npqwen.generation.stop_strings import StopStrings
 
 
 def twin(text: str, stops: list[str]) -> tuple[str, str | None]:

@@ -11,10 +11,10 @@ import pytest
 from reference import ReferenceModel
 
 from npqwen.errors import OptionError
-from npqwen.generation_config import GenerationConfig
+from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.stream import Stream
+from npqwen.generation.thought import Thought
 from npqwen.sampler import Sampling
-from npqwen.stream import Stream
-from npqwen.thought import Thought
 from npqwen.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"

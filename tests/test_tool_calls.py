@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from npqwen.tool_calls import ToolCall, read_calls, typed
+from npqwen.chat.tool_calls import ToolCall, read_calls, typed
 
 
 @pytest.mark.parametrize(

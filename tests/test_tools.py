@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, Optional, TypedDict, Union
 import numpy as np
 import pytest
 
+from npqwen.chat.tool_calls import ToolCall
+from npqwen.chat.tool_schema import function_schema
+from npqwen.chat.tools import Tool, ToolResult, as_tools
 from npqwen.errors import OptionError
-from npqwen.tool_calls import ToolCall
-from npqwen.tool_schema import function_schema
-from npqwen.tools import Tool, ToolResult, as_tools
 
 DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(DATA))

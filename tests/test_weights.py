@@ -15,7 +15,8 @@ from checkpoints import make_config, write_checkpoint
 from converted import MATRICES, tensors, write_model, write_safetensors
 from quantized import QuantizedReference
 
-from npqwen import CheckpointError, FormatError, cli
+from npqwen import CheckpointError, FormatError
+from npqwen.commands import cli
 from npqwen.config import Config
 from npqwen.model import load
 from npqwen.weights import Weights

@@ -57,7 +57,7 @@ class InstructionSet:
     lanes: ClassVar[int] = 8
     features: ClassVar[frozenset[str]] = frozenset()
     int8_zero: ClassVar[int] = 0
-    """What `int8` adds to the stored values; products are corrected by it times the sum of the activations."""
+    """What `products` adds to stored int8 values; the sums start from minus it times the sum of the activations."""
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
     rows: ClassVar[tuple[int, ...]] = (2, 4, 8)
     """Rows of queries that attention multiplies at once: at most four widths, ascending."""
@@ -93,7 +93,7 @@ class InstructionSet:
         return low + [b.lshr(p, constant(I8, 4 * self.lanes, 4)) for p in packed]
 
     def int8(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
-        """The 8 quads of an int8 block, values raised by `int8_zero`."""
+        """The 8 quads of an int8 block."""
         return [self.bytes(b, block, quad) for quad in range(8)]
 
     def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:

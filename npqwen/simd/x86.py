@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from npqwen.simd.instructions import I8, I16, I32, NativeHalf, call, constant, vector
+from npqwen.simd.instructions import I8, I16, I32, InstructionSet, NativeHalf, address, call, constant, splat, vector
+
+
+def _quads(isa: InstructionSet, b: ir.IRBuilder, bits: int, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+    """A block's quads in the order of memory, each with its place in the block."""
+    for n in range(bits):
+        stored = isa.bytes(b, block, n)
+        if bits == 4:
+            yield n, b.and_(stored, constant(I8, 4 * isa.lanes, 15))
+            yield n + 4, b.lshr(stored, constant(I8, 4 * isa.lanes, 4))
+        else:
+            yield n, stored
 
 
 class Avx2(NativeHalf):
@@ -17,26 +29,24 @@ class Avx2(NativeHalf):
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
-    def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        # 15 * 127 * 2 * 8 = 30480 < 32767: all eight quads add up in int16.
-        total = None
-        for i, quad in enumerate(quads):
-            pairs = self._multiply(b, quad, b.bitcast(self.broadcast(b, x, i), vector(I8, 32)))
-            total = pairs if total is None else b.add(total, pairs)
-        return b.add(start, self._widen(b, total))
-
-    def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        # |w| * (x with w's sign): 127 * 127 * 2 = 32258 < 32767 for one quad only.
-        total = start
-        for i, quad in enumerate(quads):
-            magnitude = call(b, "llvm.x86.avx2.psign.b", quad.type, quad, quad)
-            signed = b.bitcast(self.broadcast(b, x, i), vector(I8, 32))
-            signed = call(b, "llvm.x86.avx2.psign.b", quad.type, signed, quad)
-            total = b.add(total, self._widen(b, self._multiply(b, magnitude, signed)))
-        return total
-
-    def _multiply(self, b: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-        return call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), unsigned, signed)
+    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+        # Quad after quad, for all tokens each: sixteen registers hold the sums, but not eight quads beside them.
+        totals: list[Any] = [None] * tokens
+        for i, quad in _quads(self, b, bits, block):
+            magnitude = quad if bits == 4 else call(b, "llvm.x86.avx2.psign.b", quad.type, quad, quad)
+            for t in range(tokens):
+                signed = b.bitcast(self.broadcast(b, address(b, x, 32 * t, I8), i), quad.type)
+                if bits == 8:
+                    # |w| * (x with w's sign): 127 * 127 * 2 = 32258 < 32767 for one quad only.
+                    signed = call(b, "llvm.x86.avx2.psign.b", quad.type, signed, quad)
+                # 15 * 127 * 2 * 8 = 30480 < 32767: all eight quads of int4 add up in int16.
+                pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, signed)
+                pairs = pairs if bits == 4 else self._widen(b, pairs)
+                totals[t] = pairs if totals[t] is None else b.add(totals[t], pairs)
+        for t, total in enumerate(totals):
+            start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
+            wide = self._widen(b, total) if bits == 4 else total
+            yield b.add(wide, splat(b, start, self.lanes))
 
     def _widen(self, b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
         return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
@@ -51,20 +61,22 @@ class AvxVnni(NativeHalf):
     int8_zero: ClassVar[int] = 128
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
-    def int8(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
-        flip = constant(I8, 4 * self.lanes, 0x80)
-        return [b.xor(quad, flip) for quad in super().int8(b, block)]
-
-    def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        # Two chains: eight dependent instructions would wait for each other.
-        kind = vector(I32, self.lanes)
-        chains = [start, constant(I32, self.lanes, 0)]
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
-        for i, quad in enumerate(quads):
-            chains[i % 2] = call(
-                b, name, kind, chains[i % 2], b.bitcast(quad, kind), self.broadcast(b, x, i)
-            )
-        return b.add(*chains)
+    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+        # Independent sums side by side: eight dependent instructions would wait for each other.
+        chains, together = (2, 1) if tokens == 1 else (1, 4)
+        name, kind = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", vector(I32, self.lanes)
+        quads = list(_quads(self, b, bits, block)) if tokens > together else _quads(self, b, bits, block)
+        for first in range(0, tokens, together):
+            sums = []
+            for t in range(first, first + together):
+                start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
+                sums.append([splat(b, start, self.lanes), *[constant(I32, self.lanes, 0)] * (chains - 1)])
+            for n, (i, quad) in enumerate(quads):
+                flipped = quad if bits == 4 else b.xor(quad, constant(I8, 4 * self.lanes, 0x80))
+                for t, parts in enumerate(sums):
+                    activations = self.broadcast(b, address(b, x, 32 * (first + t), I8), i)
+                    parts[n % chains] = call(b, name, kind, parts[n % chains], b.bitcast(flipped, kind), activations)
+            yield from (parts[0] if chains == 1 else b.add(*parts) for parts in sums)
 
 
 class Avx512(AvxVnni):

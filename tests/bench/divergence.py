@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from npqwen_quant import convert
 
-from npqwen.info import inspect
 from npqwen.model import Model, load
+from npqwen.reports.info import inspect
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-qwen3"
 PIECE = 256

@@ -36,14 +36,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npqwen.forward import forward
+from npqwen.generation.stream import Stream
+from npqwen.hardware.machine import processor
 from npqwen.kernels.matmul import MATRIX, UNIT_BYTES, matmul, matmul_kernels
 from npqwen.kernels.packing import WIDEST, packed_bytes
-from npqwen.machine import processor
 from npqwen.model import Model, load
-from npqwen.simd.instructions import I8, I32, address, vector
+from npqwen.simd.instructions import I8, I32, vector
 from npqwen.simd.isa import ISA
 from npqwen.simd.tile import FLOATS, LANES, f32s
-from npqwen.stream import Stream
 from npqwen.team import MEMBERS, NEXT, SLOTS
 
 BLOCK = 32
@@ -53,19 +53,19 @@ load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 
 @intrinsic(prefer_literal=True)
 def dots(_: Any, sums: Any, bits: Any, w: Any, x: Any, at: Any) -> Any:
-    """sums (a tuple of vectors) + a block of `bits` bits at w @ the 32 activations at x[at:], for each of the sums."""
-    quads_of, dot = {4: (ISA.int4, ISA.dot4), 8: (ISA.int8, ISA.dot8)}[bits.literal_value]
+    """sums (a tuple of vectors) + a block of `bits` bits at w @ the activations at x[at:], for each of the sums."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         sums, _, w, x, at = args
         block = b.bitcast(context.make_array(sig.args[2])(context, b, w).data, I8.as_pointer())
         place = b.bitcast(b.gep(context.make_array(sig.args[3])(context, b, x).data, [at]), I8.as_pointer())
-        quads = quads_of(b, block)
-        new = []
-        for n, value in enumerate(cgutils.unpack_tuple(b, sums)):
-            start = b.bitcast(value, vector(I32, LANES))
-            new.append(b.bitcast(dot(b, quads, address(b, place, BLOCK * n, I8), start), FLOATS))
-        return cgutils.pack_array(b, new)
+        parts = cgutils.unpack_tuple(b, sums)
+        products = ISA.products(b, sig.args[1].literal_value, block, place, len(parts))
+        totals = [
+            b.bitcast(b.add(b.bitcast(total, vector(I32, LANES)), product), FLOATS)
+            for total, product in zip(parts, products, strict=True)
+        ]
+        return cgutils.pack_array(b, totals)
 
     return sums(sums, bits, w, x, types.int64), generate
 

@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from npqwen import cgroup
-from npqwen.machine import processor
+from npqwen.hardware import cgroup
+from npqwen.hardware.machine import processor
 
 POLL_SECONDS = 0.02
 HEADER = (

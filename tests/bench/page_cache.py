@@ -31,7 +31,7 @@ from statistics import median
 from versus_llama import SETTLE_SECONDS, Child, counts, progress
 
 from npqwen.config import Config
-from npqwen.machine import processor
+from npqwen.hardware.machine import processor
 from npqwen.weights import Weights
 
 # The kernel's own memory for a process's pages, and what allocators keep, come and go.

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from npqwen.machine import processor
+from npqwen.hardware.machine import processor
 
 ENGINE = Path(__file__).with_name("engine.py")
 ROOT = Path(__file__).resolve().parents[2]

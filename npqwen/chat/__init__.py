@@ -1,0 +1,1 @@
+"""Conversations: messages to a prompt, and what comes back to thoughts, answers and tool calls."""

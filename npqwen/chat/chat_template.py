@@ -1,0 +1,313 @@
+"""A checkpoint's own chat template: messages in, the text that the model was trained on out.
+
+Templates are Jinja programs that come with the model. They run in Jinja's sandbox, with what Hugging Face transformers
+gives them, and render what it would, to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from npqwen.chat.messages import Message, checked, joined, plain
+from npqwen.config import read_json
+from npqwen.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    from jinja2.parser import Parser
+
+FILE = "chat_template.jinja"
+DIRECTORY = "additional_chat_templates"
+"""Where Hugging Face keeps templates beside the default one, each named by its file."""
+
+Thinking = Literal["switch", "always", "never"]
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OURS = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *_SPECIAL)
+_QUESTION: Message = {"role": "user", "content": "?"}
+
+
+class ChatTemplate:
+    """The templates of one model.
+
+    sources: each by its name; a checkpoint with a single one calls it "default".
+    special_tokens: bos_token, eos_token and their like, which templates see as variables.
+    where: the model's directory, for messages.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], where: Path) -> None:
+        self.names = sorted(sources)
+        self._where = where
+        self._programs = {name: _Program(text, special_tokens, where) for name, text in sources.items()}
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ChatTemplate:
+        """Read the templates of a model; there may be none. Raises CheckpointError for damaged files."""
+        path = directory / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
+        sources = {"default": _read(directory / FILE)} if (directory / FILE).is_file() else {}
+        for file in sorted((directory / DIRECTORY).glob("*.jinja")):
+            sources[file.name.removesuffix(".jinja")] = _read(file)
+        return cls(
+            sources or _in_config(config.get("chat_template"), path), _special_tokens(directory, config), directory
+        )
+
+    def render(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The text of `messages`, ready to be encoded.
+
+        messages: see `messages.checked`. tools: JSON schemas. thinking: True or False if the template has a switch for
+        it, or if that is what it does in any case; None is the template's own default.
+        add_generation_prompt: end with the beginning of an answer. template: the name of one, where there are
+        several; default "tool_use" with tools, else "default". options: variables that the template knows.
+
+        Raises OptionError for messages or options that are wrong, or that the template refuses.
+        """
+        program = self._program(template, tools is not None)
+        for name in options:
+            if name == "enable_thinking":
+                raise OptionError("give thinking=True or thinking=False; it sets the template's enable_thinking")
+            if name not in program.variables or name in _OURS:
+                known = sorted(program.variables.difference(_OURS))
+                there = f"it has {', '.join(known)}" if known else "it has none to set"
+                raise OptionError(f"unknown option {name!r}: the chat template has no such variable; {there}")
+        variables = {name: plain(value, name) for name, value in options.items()}
+        if thinking is not None:
+            _check_thinking(program.thinking, thinking)
+            if program.thinking == "switch":
+                variables["enable_thinking"] = thinking
+        return program.render(
+            program.fitted(checked(messages)),
+            None if tools is None else plain(list(tools), "tools"),
+            bool(add_generation_prompt),
+            variables,
+        )
+
+    def thinking(self, template: str | None = None, tools: bool = False) -> Thinking:
+        """Whether a template can be told to think ("switch"), opens every answer with a thought, or never asks for one.
+
+        Found by rendering it, not by its name.
+        """
+        return self._program(template, tools).thinking
+
+    def check_thinking(self, thinking: bool | None, template: str | None = None, tools: bool = False) -> None:
+        """Raise OptionError if a template's model cannot be told to think so, or if there is no template."""
+        kind = self.thinking(template, tools)
+        if thinking is not None:
+            _check_thinking(kind, thinking)
+
+    def _program(self, name: str | None, tools: bool) -> _Program:
+        programs = self._programs
+        if not programs:
+            raise OptionError(
+                f"{self._where} has no chat template, as a base model has none; continue a text with generate instead"
+            )
+        wanted = name or ("tool_use" if tools and "tool_use" in programs else "default")
+        if name is None and wanted not in programs and len(programs) == 1:
+            wanted = self.names[0]
+        if wanted not in programs:
+            raise OptionError(f"there is no chat template {wanted!r}; choose a template of {', '.join(self.names)}")
+        return programs[wanted]
+
+
+class _Program:
+    """One template, compiled when it is first used, and what it makes of messages."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: Path) -> None:
+        self._source = source
+        self._special_tokens = special_tokens
+        self._where = where
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        try:
+            return _environment().from_string(self._source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            line = getattr(error, "lineno", None)
+            place = "" if line is None else f" (line {line})"
+            raise CheckpointError(f"{self._where}: the chat template cannot be compiled{place}: {error}") from None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template takes from outside."""
+        environment = self._template.environment
+        return frozenset(meta.find_undeclared_variables(environment.parse(self._source))).difference(
+            environment.globals
+        )
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        template = self._template
+        try:
+            return template.render(
+                {
+                    **self._special_tokens,
+                    "messages": messages,
+                    "tools": tools,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    **variables,
+                }
+            )
+        except Exception as error:  # a foreign program can raise anything
+            raise OptionError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from error
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        on, off = (self.render([_QUESTION], None, True, {"enable_thinking": value}) for value in (True, False))
+        if on != off:
+            return "switch"
+        return "always" if in_thought(on) else "never"
+
+    def fitted(self, messages: list[Message]) -> list[Message]:
+        """`messages` in forms that this template reads, where it reads only one of two that are usual."""
+        if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
+            messages = [joined(message) for message in messages]
+        if any(message.get("tool_calls") for message in messages) and not self._reads_json_arguments:
+            messages = [_with_objects(message, at) for at, message in enumerate(messages)]
+        return messages
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether a content may be a list: then its text appears, and neither its punctuation nor an error."""
+        text = "text of a part"
+        whole = self._probe({"role": "user", "content": text})
+        return whole is not None and self._probe({"role": "user", "content": [{"type": "text", "text": text}]}) == whole
+
+    @cached_property
+    def _reads_json_arguments(self) -> bool:
+        """Whether a tool call's arguments may be a string."""
+        call = {"type": "function", "function": {"name": "f", "arguments": '{"key": "value"}'}}
+        return self._probe({"role": "assistant", "content": "", "tool_calls": [call]}) is not None
+
+    def _probe(self, message: Message) -> str | None:
+        try:
+            return self.render([_QUESTION, message], None, False, {})
+        except OptionError:
+            return None
+
+
+def in_thought(prompt: str) -> bool:
+    """Whether an answer to this prompt begins inside a thought that the prompt has opened."""
+    start = prompt.rfind("<|im_start|>")
+    return prompt.rfind("<think>") > max(start, prompt.rfind("</think>"))
+
+
+def _check_thinking(kind: Thinking, wanted: bool) -> None:
+    if not isinstance(wanted, bool):
+        raise OptionError(f"thinking is {wanted!r}; it can be True, False or None")
+    if kind == "always" and not wanted:
+        raise OptionError("this model always thinks, its chat template has no switch; leave thinking out")
+    if kind == "never" and wanted:
+        raise OptionError("this model does not think, its chat template has no switch; leave thinking out")
+
+
+def _with_objects(message: Message, at: int) -> Message:
+    """The message with its calls' arguments read from JSON."""
+
+    def read(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return call | {"function": read(call["function"])}
+        if not isinstance(call.get("arguments"), str):
+            return call
+        try:
+            arguments = json.loads(call["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise OptionError(f"messages[{at}] has a call of {call['name']} whose arguments are no JSON object")
+        return call | {"arguments": arguments}
+
+    if not message.get("tool_calls"):
+        return message
+    return message | {"tool_calls": [read(call) for call in message["tool_calls"]]}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _in_config(value: Any, path: Path) -> dict[str, str]:
+    """The templates in `tokenizer_config.json`: none, one, or a list of named ones."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in value
+    ):
+        return {entry["name"]: entry["template"] for entry in value}
+    raise CheckpointError(f"{path}: chat_template is neither a string nor a list of named templates")
+
+
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    path = directory / "special_tokens_map.json"
+    entries = (read_json(path) if path.is_file() else {}) | {k: v for k, v in config.items() if v is not None}
+    found = {name: entries.get(name) for name in _SPECIAL}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+class _GenerationBlock(Extension):
+    """{% generation %}: marks what the assistant wrote, for training; renders as its content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without Jinja's own escapes, which are for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

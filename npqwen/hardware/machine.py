@@ -1,0 +1,182 @@
+"""What this machine offers: threads and memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from npqwen.hardware import cgroup
+from npqwen.hardware.cgroup import read
+
+HEADROOM = 64 << 20
+"""Bytes of memory that are left for Python, the sampler and the system when caches are given the rest."""
+
+
+def default_threads(root: Path = Path("/")) -> int:
+    """One thread for each performance core this process may use: no second threads of a core, no slow cores.
+
+    root: where /proc and /sys are.
+    """
+    if sys.platform == "darwin":
+        return _mac_performance_cores() or os.cpu_count() or 1
+    if sys.platform == "win32":
+        return _windows_performance_cores() or os.cpu_count() or 1
+    cpus = root / "sys/devices/system/cpu"
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    capacity = {cpu: _capacity(cpus / f"cpu{cpu}") for cpu in allowed}
+    fast = [cpu for cpu in allowed if capacity[cpu] * 4 >= max(capacity.values()) * 3]
+    # Intel's slow cores may have clocks near the fast ones', but are listed apart.
+    listed = _cpu_list(read(root / "sys/devices/cpu_core/cpus") or "") & set(fast)
+    cores = {read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in listed or fast}
+    return max(1, min(len(cores), _quota(root)))
+
+
+def processor(root: Path = Path("/")) -> str:
+    """The processor's name, or the board's, as the system tells it."""
+    facts: dict[str, str] = {}
+    for line in (read(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    board = read(root / "proc/device-tree/model")
+    for found in (facts.get("model name"), facts.get("Model"), board):  # x86; a Raspberry Pi's board; other boards
+        if found:
+            return found
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be had without swapping, files in memory counted as free; None if the system does not tell.
+
+    The limits of a container or another control group are heeded.  root: where /proc and /sys are.
+    """
+    if sys.platform == "darwin":
+        return _mac_free_memory()
+    if sys.platform == "win32":
+        return _windows_memory()[1]
+    found = [_meminfo(root).get("MemAvailable"), cgroup.memory(root)]
+    return min((count for count in found if count is not None), default=None)
+
+
+def total_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory in this machine."""
+    if sys.platform == "darwin":
+        total = _sysctl("hw.memsize")
+        return int(total) if total.isdigit() else None
+    if sys.platform == "win32":
+        return _windows_memory()[0]
+    return _meminfo(root).get("MemTotal")
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo, in bytes."""
+    found = {}
+    for line in (read(root / "proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if words and words[0].isdigit():
+            found[name] = int(words[0]) * 1024
+    return found
+
+
+def _mac_free_memory() -> int | None:
+    """What is free or has not been used for a while."""
+    found = _command("vm_stat")
+    size = re.search(r"page size of (\d+) bytes", found)
+    if size is None:
+        return None
+    counts = dict(re.findall(r"^(.+?):\s+(\d+)\.$", found, re.M))
+    names = ("Pages free", "Pages inactive", "Pages speculative")
+    return int(size[1]) * sum(int(counts.get(name, 0)) for name in names)
+
+
+def _windows_memory() -> tuple[int | None, int | None]:
+    """Bytes in all, and available."""
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    if sys.platform != "win32" or not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None, None
+    return status.ullTotalPhys, status.ullAvailPhys
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX."""
+
+    _fields_: ClassVar = [
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        ("ullTotalPhys", ctypes.c_uint64),
+        ("ullAvailPhys", ctypes.c_uint64),
+        ("ullTotalPageFile", ctypes.c_uint64),
+        ("ullAvailPageFile", ctypes.c_uint64),
+        ("ullTotalVirtual", ctypes.c_uint64),
+        ("ullAvailVirtual", ctypes.c_uint64),
+        ("ullAvailExtendedVirtual", ctypes.c_uint64),
+    ]
+
+
+def _capacity(cpu: Path) -> int:
+    """A core's relative speed: Arm tells its capacity, others their highest clock."""
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        value = read(cpu / name)
+        if value and value.isdigit():
+            return int(value)
+    return 1
+
+
+def _cpu_list(text: str) -> set[int]:
+    """The numbers of a list such as `0-3,8`."""
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
+    return {cpu for first, last in ranges for cpu in range(int(first), int(last or first) + 1)}
+
+
+def _quota(root: Path) -> int:
+    """Cores that a container's limit leaves."""
+    allowed = cgroup.processors(root)
+    return 1 << 20 if allowed is None else max(1, int(allowed))
+
+
+def _windows_performance_cores() -> int:
+    if sys.platform != "win32":
+        return 0
+    ask = ctypes.windll.kernel32.GetLogicalProcessorInformationEx
+    size = ctypes.c_uint32()
+    ask(0, None, ctypes.byref(size))  # 0: about cores
+    records = ctypes.create_string_buffer(size.value)
+    return _cores_of_best_class(records.raw) if ask(0, records, ctypes.byref(size)) else 0
+
+
+def _cores_of_best_class(records: bytes) -> int:
+    """How many of Windows' PROCESSOR_RELATIONSHIP records, one a core, have the highest EfficiencyClass."""
+    classes = []
+    while len(records) >= 10:
+        size = int.from_bytes(records[4:8], "little")
+        classes.append(records[9])
+        records = records[max(size, 10) :]
+    return classes.count(max(classes, default=0))
+
+
+def _sysctl(name: str) -> str:
+    return _command("sysctl", "-n", name)
+
+
+def _command(*words: str) -> str:
+    """What a command of the system prints, nothing if there is none or it fails."""
+    try:
+        done = subprocess.run(
+            words, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _mac_performance_cores() -> int:
+    value = _sysctl("hw.perflevel0.physicalcpu")
+    return int(value) if value.isdigit() else 0

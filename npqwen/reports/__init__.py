@@ -1,0 +1,1 @@
+"""What `info` and `bench` tell of a model."""

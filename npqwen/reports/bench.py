@@ -1,0 +1,169 @@
+"""Speed of a model on this machine, against what its memory allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from npqwen import __version__
+from npqwen.errors import OptionError
+from npqwen.hardware.bandwidth import ReadBandwidth
+from npqwen.hardware.machine import processor
+from npqwen.model import Model
+from npqwen.simd.isa import ISA
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One thing measured, tokens a second in every repetition."""
+
+    test: str
+    """`prefill` or `decode`."""
+    tokens: int
+    depth: int
+    """Tokens in the cache before."""
+    rates: list[float]
+    bytes_per_token: int
+    """Weights and cache that one token of decoding reads; 0 for prefill."""
+    bandwidth_share: float
+    """Of the machine's read bandwidth, measured before every repetition: the median; 0 for prefill."""
+
+    @property
+    def median(self) -> float:
+        """Tokens a second."""
+        return float(np.median(self.rates))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A model's speed and the machine it was measured on."""
+
+    model: str
+    bits: int
+    weights: int
+    threads: int
+    kernels: str
+    processor: str
+    version: str
+    read_bandwidth: float
+    """Bytes a second, measured with as many threads, the median of all the times between the measures."""
+    measures: list[Measure]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, the medians included."""
+        whole = asdict(self)
+        for entry, measure in zip(whole["measures"], self.measures, strict=True):
+            entry["median"] = measure.median
+        return whole
+
+    def as_markdown(self) -> str:
+        """A table for people."""
+        lines = [
+            f"{self.model}: int{self.bits}" if self.bits < 16 else f"{self.model}: bf16",
+            f"{self.processor}, {self.threads} threads, {self.kernels} kernels, npqwen {self.version}",
+            f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s",
+            "",
+            *table(self.as_dict()["measures"]),
+        ]
+        return "\n".join(lines)
+
+
+def table(measures: list[dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table of a report's measures."""
+    lines = [
+        "| test | depth | tokens/s (median) | min - max | MB a token | share of bandwidth |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for m in measures:
+        spread = f"{min(m['rates']):.1f} - {max(m['rates']):.1f}"
+        read = m["bytes_per_token"]
+        memory = f"{read / 1e6:.0f} | {m['bandwidth_share']:.0%}" if read else " | "
+        lines.append(f"| {m['test']} {m['tokens']} | {m['depth']} | {m['median']:.1f} | {spread} | {memory} |")
+    return lines
+
+
+def benchmark(
+    model: Model,
+    prefill: Sequence[int] = (512,),
+    decode: Sequence[int] = (64,),
+    depth: Sequence[int] = (0,),
+    repeat: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Measure prefill and decode of so many tokens after so many in the cache, `repeat` times each.
+
+    One more run of each goes before, uncounted.  The tokens are random: speed does not depend on them.  Raises
+    OptionError for lengths that do not fit the model's context.
+    """
+    if repeat < 1 or min([*prefill, *decode, *depth, 0]) < 0:
+        raise OptionError("lengths, depths and repetitions are positive numbers")
+    tests = [("prefill", n, d) for d in depth for n in prefill if n]
+    tests += [("decode", n, d) for d in depth for n in decode if n]
+    longest = max((n + d for _, n, d in tests), default=0)
+    if longest > model.context:
+        raise OptionError(f"{longest} tokens do not fit the model's context of {model.context}")
+    ids = np.random.default_rng(0).integers(
+        0, min(len(model.tokenizer), model.config.vocab_size), longest + 1
+    )
+    done = 0
+    bandwidths: list[float] = []
+    measures = []
+    logits = np.empty((1, model.config.vocab_size), np.float32)
+    with ReadBandwidth(model.threads) as memory:
+        for test, tokens, before in tests:
+            cache = model.new_cache(before + tokens)
+            if before:
+                model.prefill(ids[:before], cache)
+            read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
+            rates, shares = [], []
+            for turn in range(repeat + 1):
+                # The machine's speed drifts: a share is that of the bandwidth of the same moment.
+                bandwidths.append(memory.measure())
+                cache.truncate(before)
+                start = time.perf_counter()
+                if test == "prefill":
+                    model.prefill(ids[before : before + tokens], cache)
+                else:
+                    for i in range(before, before + tokens):
+                        model.forward(ids[i : i + 1], cache, out=logits)
+                if turn:
+                    rates.append(tokens / (time.perf_counter() - start))
+                    shares.append(rates[-1] * read / bandwidths[-1])
+                done += 1
+                if progress is not None:
+                    progress(done, len(tests) * (repeat + 1))
+            measures.append(Measure(test, tokens, before, rates, read, float(np.median(shares))))
+        bandwidths.append(memory.measure())
+    return Report(
+        model=str(model.path),
+        bits=model.bits,
+        weights=model.weight_bytes,
+        threads=model.threads,
+        kernels=ISA.name,
+        processor=processor(),
+        version=__version__,
+        read_bandwidth=float(np.median(bandwidths)),
+        measures=measures,
+    )
+
+
+def bytes_per_token(model: Model, depth: int) -> int:
+    """Bytes that decoding one token reads: each weight it uses once, and the cache.
+
+    Of a mixture it uses the chosen experts, of an untied embedding one row.
+    """
+    c = model.config
+    weights = 0.0
+    for name, tensor in model.weights.tensors.items():
+        if name == "model.embed_tokens.weight" and not c.tie_word_embeddings:
+            continue
+        share = 1.0
+        if c.mixture is not None and name.endswith("experts.weight"):
+            share = c.mixture.num_experts_per_tok / c.mixture.num_experts
+        weights += share * tensor.data.size
+    per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return int(weights) + depth * per_position * np.dtype(model.cache_dtype).itemsize

@@ -1,0 +1,224 @@
+"""What a converted model is, what its parts weigh, and what it takes to run it here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from npqwen.buffers import Buffers
+from npqwen.config import Config
+from npqwen.errors import OptionError
+from npqwen.hardware import machine
+from npqwen.hardware.budget import Budget
+from npqwen.kv_cache import KVCache
+from npqwen.model import CHUNK, SPARSE_CHUNK, cache_dtype, context_of
+from npqwen.simd.isa import ISA, available
+from npqwen.weights import Weights
+
+PARTS = {
+    "embedding": ("embed_tokens",),
+    "attention": ("qkv_proj", "o_proj"),
+    "feed-forward": ("gate_up_proj", "down_proj"),
+    "experts": ("experts",),
+    "routers": ("gate",),
+    "norms": ("norm",),
+    "output": ("lm_head",),
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """A model and this machine; sizes in bytes."""
+
+    path: str
+    config: Config
+    bits: int
+    parameters: int
+    bits_per_weight: float
+    """Of the matrices: bits in the file for each weight of the checkpoint."""
+    parts: dict[str, int]
+    weights: int
+    """Mapped from the files; the system may keep less of it in memory."""
+    context: int
+    cache: int
+    """Keys and values of a full context."""
+    working: int
+    """What the forward pass writes to, at most."""
+    available_memory: int | None
+    fitting_context: int
+    """Tokens whose cache fits the available memory beside everything else, 0 if the weights do not."""
+    possible_context: int
+    """The same if weights that do not fit are read from disk for every token."""
+    resident_weights: int | None
+    """Of the weights, what the available memory holds beside a full context."""
+    processor: str
+    threads: int
+    kernels: str
+    kernels_available: list[str]
+
+    @property
+    def needed(self) -> int:
+        """Bytes for everything at this context."""
+        return self.weights + self.cache + self.working
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"needed": self.needed}
+
+
+def inspect(directory: Path, context: int | None = None) -> Info:
+    """Look at a converted directory.
+
+    context: tokens to count memory for, default the model's own.  Raises FormatError and CheckpointError as
+    loading does, OptionError for an impossible context.
+    """
+
+    config = Config.from_directory(directory)
+    context = context_of(config, context)
+    weights = Weights(directory, config)
+    parts = {
+        part: sum(
+            tensor.data.size for name, tensor in weights.tensors.items() if name.split(".")[-2].endswith(ends)
+        )
+        for part, ends in PARTS.items()
+    }
+    matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
+    threads = machine.default_threads()
+    budget = Budget(
+        weights=sum(parts.values()),
+        working=Buffers(config, weights, threads, CHUNK if config.mixture is None else SPARSE_CHUNK).nbytes,
+        page=KVCache(config, 1, cache_dtype(weights.bits)).page_bytes,
+        available=machine.available_memory(),
+    )
+    return Info(
+        path=str(directory),
+        config=config,
+        bits=weights.bits,
+        parameters=parameters(config),
+        bits_per_weight=8 * matrices / weights_in_matrices(config),
+        parts={part: size for part, size in parts.items() if size},
+        weights=budget.weights,
+        context=context,
+        cache=budget.cache(context),
+        working=budget.working,
+        available_memory=budget.available,
+        fitting_context=budget.fitting(context),
+        possible_context=budget.possible(context),
+        resident_weights=budget.resident(context),
+        processor=machine.processor(),
+        threads=threads,
+        kernels=ISA.name,
+        kernels_available=[isa.name for isa in available()],
+    )
+
+
+def weights_in_matrices(c: Config) -> int:
+    """Weights of a checkpoint's matrices, a tied embedding counted once."""
+    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    total = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    for layer in range(c.num_hidden_layers):
+        total += attention + feed_forward_weights(c, layer, active=False)
+    return total
+
+
+def feed_forward_weights(c: Config, layer: int, active: bool) -> int:
+    """Weights of a layer's feed-forward; if active, only of what one token uses of a mixture."""
+    if c.mixture is None or not c.is_sparse(layer):
+        return 3 * c.hidden_size * c.intermediate_size
+    experts = c.mixture.num_experts_per_tok if active else c.mixture.num_experts
+    return c.mixture.num_experts * c.hidden_size + experts * 3 * c.hidden_size * c.mixture.moe_intermediate_size
+
+
+def parameters(c: Config) -> int:
+    """All of a checkpoint's parameters."""
+    norms = c.num_hidden_layers * (2 * c.hidden_size + 2 * c.head_dim) + c.hidden_size
+    return weights_in_matrices(c) + norms
+
+
+def active_parameters(c: Config) -> int:
+    """The parameters that one token uses: of a mixture only the chosen experts, of an untied embedding one row."""
+    idle = sum(
+        feed_forward_weights(c, layer, active=False) - feed_forward_weights(c, layer, active=True)
+        for layer in range(c.num_hidden_layers)
+    )
+    unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    return parameters(c) - idle - unread
+
+
+def size(count: float) -> str:
+    """Bytes for people: 335 MB, 4.7 GB (powers of ten)."""
+    if count < 0:
+        raise OptionError(f"a size of {count} bytes")
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _parameters(info: Info) -> str:
+    total, active = info.parameters, active_parameters(info.config)
+    return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
+
+
+def _fits(info: Info) -> str:
+    if info.fitting_context >= info.context:
+        return "enough"
+    if info.fitting_context:
+        return f"enough for {info.fitting_context} tokens of context"
+    if info.possible_context:
+        return (
+            f"less than the weights and a cache: with up to {info.possible_context} tokens of context it runs, but "
+            "reads weights from disk for every token"
+        )
+    return "too little to run it"
+
+
+def _resident(info: Info, resident: int, chosen: float) -> str:
+    """What of a mixture's weights is in memory; chosen: the part of the experts that a token uses."""
+    experts = info.parts["experts"]
+    rest = info.weights - experts
+    if resident == info.weights:
+        return "all of the weights"
+    if resident < rest:
+        return f"less than the {size(rest)} beside the experts, which every token uses: it will be very slow"
+    missing = info.weights - resident
+    return (
+        f"all but {size(missing)} of the experts: of the {size(chosen * experts)} of them that a token uses, about "
+        f"{missing / experts:.0%} are read from disk, {size(chosen * missing)}, less if it has favourites"
+    )
+
+
+def describe(info: Info) -> str:
+    """The same for people, a line a fact."""
+    c = info.config
+    heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
+    mixture = c.mixture
+    experts = "" if mixture is None else f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
+    lines = [
+        ("model", info.path),
+        ("type", f"{c.model_type}, {_parameters(info)}"),
+        ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
+        ("attention", heads),
+        *([("mixture", f"{experts}, {mixture.num_experts_per_tok} a token")] if mixture is not None else []),
+        ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
+        (
+            "positions",
+            f"up to {context_of(c, None)}, rope_theta {c.rope_theta:g}{', YaRN' if c.yarn else ''}",
+        ),
+        ("encoding", f"{info.bits} bits, {info.bits_per_weight:.2f} bits per weight"),
+        *((f"  {part}", size(count)) for part, count in info.parts.items()),
+        ("weights", f"{size(info.weights)}, mapped from the files"),
+        ("cache", f"{size(info.cache)} at {info.context} tokens of context"),
+        ("working", f"{size(info.working)} at most, for {info.threads} threads"),
+        ("needed", size(info.needed)),
+    ]
+    if info.available_memory is not None:
+        lines.append(("available", f"{size(info.available_memory)}, {_fits(info)}"))
+    if info.resident_weights is not None and mixture is not None and "experts" in info.parts:
+        chosen = mixture.num_experts_per_tok / mixture.num_experts
+        lines.append(("memory holds", _resident(info, info.resident_weights, chosen)))
+    offers = ", ".join(info.kernels_available)
+    lines += [("processor", info.processor), ("kernels", f"{info.kernels} (this processor offers {offers})")]
+    return "\n".join(f"{name:16}{value}" for name, value in lines)

@@ -1,0 +1,1 @@
+"""What a terminal shows and reads, and the conversation in it."""
