@@ -9,29 +9,30 @@ import numpy as np
 from numba import njit
 
 from npqwen.compiled import compile_kernel
-from npqwen.simd.tile import prefetch
+from npqwen.simd.tile import LANES, add_up, prefetch, store, zeros
 from npqwen.team import Team, barrier, take
 
-_PIECE = 1 << 14
-"""int64 a thread takes at a time: 128 KiB."""
+_PIECE = 1 << 15
+"""float32 a thread takes at a time: 128 KiB."""
 _STEP_BYTES = 512
-_STEP = _STEP_BYTES // 8
-"""int64 that it asks for ahead at a time."""
+_STEP = _STEP_BYTES // 4
+"""float32 that it asks for ahead, and adds up, at a time."""
+_SUMS = 4
+"""Vectors of sums: additions that do not wait for each other."""
 
 
 @njit(nogil=True)
-def read(team: Any, member: int, data: Any, sums: Any) -> None:
-    """Add up int64 `data`, for the sake of reading it."""
-    total = 0
+def read(team: Any, member: int, data: Any, out: Any) -> None:
+    """Add up float32 `data`, for the sake of reading it, as the matrix kernels do."""
+    sums = zeros(_SUMS, 1, 1)
     while True:
         first = take(team, _PIECE)
         if first >= data.size:
             break
         for at in range(first, min(first + _PIECE, data.size), _STEP):
             prefetch(data, at, _STEP_BYTES)
-            for item in data[at : at + _STEP]:
-                total += item
-    sums[member] += total
+            sums = add_up(sums, data, at, _STEP)
+    store(sums, out, member * _SUMS * LANES, 1, LANES)
     barrier(team)
 
 
@@ -39,7 +40,7 @@ class ReadBandwidth:
     """Measures what `threads` threads read from `size` bytes of memory; to be closed, or used in a `with`."""
 
     def __init__(self, threads: int, size: int = 1 << 28) -> None:
-        self._data, self._sums = np.ones(size // 8, np.int64), np.zeros(threads, np.int64)
+        self._data, self._sums = np.ones(size // 4, np.float32), np.zeros(threads * _SUMS * LANES, np.float32)
         self._team = Team(threads)
         compile_kernel(read, (self._team.state, 0, self._data, self._sums))
 

@@ -253,6 +253,21 @@ def fold(_: Any, tile: Any, columns: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def add_up(_: Any, tile: Any, array: Any, at: Any, count: Any) -> Any:
+    """tile + the `count` (a constant) float32 array[at:], one vector to each of the tile's in turn."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        parts = cgutils.unpack_tuple(b, args[0])
+        for n in range(sig.args[3].literal_value // LANES):
+            place = b.add(args[2], args[2].type(n * LANES))
+            value = b.load(_pointer(context, b, sig.args[1], args[1], place, FLOATS), align=4)
+            parts[n % len(parts)] = b.fadd(parts[n % len(parts)], value)
+        return cgutils.pack_array(b, parts)
+
+    return tile(tile, array, types.int64, count), generate
+
+
+@intrinsic(prefer_literal=True)
 def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any, pitch: Any) -> Any:
     """Round 32 float32 x[at:] to int8, the largest magnitude to 127: (scale float32, sum int32).
 
