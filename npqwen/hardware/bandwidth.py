@@ -23,7 +23,10 @@ _SUMS = 4
 
 @njit(nogil=True)
 def read(team: Any, member: int, data: Any, out: Any) -> None:
-    """Add up float32 `data`, for the sake of reading it, as the matrix kernels do."""
+    """Add up float32 `data` (a multiple of 512 bytes), for the sake of reading it, as the matrix kernels do.
+
+    out: float32, 4 vectors of sums a member.
+    """
     sums = zeros(_SUMS, 1, 1)
     while True:
         first = take(team, _PIECE)
