@@ -74,3 +74,12 @@ def test_a_call_as_a_message_is_the_form_that_templates_read() -> None:
     function = {"name": "f", "arguments": {"a": 1}}
     assert call.as_message() == {"id": "call_3", "type": "function", "function": function}
     assert ToolCall("f", {"a": 1}).as_message() == {"type": "function", "function": function}
+
+
+def test_half_a_surrogate_pair_is_replaced_because_no_file_or_prompt_can_hold_it() -> None:
+    plain = r'{"name": "f\ud83d", "arguments": {"a\udc00": ["x\ud83d y", "\ud83d\ude00"]}}'
+    assert read_calls(plain, {}) == ([ToolCall("f?", {"a?": ["x? y", "😀"]})], "")
+    in_a_string = r'{"name": "f", "arguments": "{\"a\": \"\\ud83d\"}"}'
+    assert read_calls(in_a_string, {}) == ([ToolCall("f", {"a": "?"})], "")
+    assert typed(r'["\ud83d"]', {"type": "array"}) == ["?"]
+    assert typed(r"['\ud83d']", {"type": "array"}) == ["?"]

@@ -149,7 +149,10 @@ def _from_json(value: Any) -> list[ToolCall]:
         arguments = {}
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         return []
-    return [ToolCall(name.strip(), arguments)]
+    try:
+        return [ToolCall(_encodable(name.strip()), _encodable(arguments))]
+    except RecursionError:
+        return []
 
 
 # --- Qwen3-Coder's tags ---
@@ -252,16 +255,18 @@ _NOTHING = object()
 def _literal(text: str) -> Any:
     """A JSON value, also if it is written as Python prints it."""
     try:
-        return _JSON.decode(text)
+        return _encodable(_JSON.decode(text))
     except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes in a model's text
             value = ast.literal_eval(text)
-        if isinstance(value, tuple):
-            value = list(value)
-        json.dumps(value)
-        return value
+        return _encodable(value)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return _NOTHING
+
+
+def _encodable(value: Any) -> Any:
+    """A copy in JSON's own types, without the lone surrogates that its escapes can spell: they are no text."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
