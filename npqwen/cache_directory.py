@@ -11,7 +11,7 @@ def cache_directory() -> Path:
     """NPQWEN_CACHE, or `npqwen` in the platform's cache directory.  It need not exist yet."""
     override = os.environ.get("NPQWEN_CACHE")
     if override:
-        return Path(override).expanduser()
+        return Path(os.path.expanduser(override))
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "npqwen"
     if sys.platform == "darwin":

@@ -153,10 +153,10 @@ def _with_bits(directory: Path, bits: int | None) -> Path:
 
 def _directory(model: str | os.PathLike[str]) -> Path | None:
     """The directory of this name, or None if it can only be a hub id."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelNotFoundError(f"{model} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
     return None
 

@@ -20,6 +20,7 @@ from fake_hub import FakeHub
 from huggingface_hub.utils import LocalEntryNotFoundError
 
 from npqwen import hub, weights
+from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 
 
@@ -180,7 +181,7 @@ def test_a_broken_checkpoint_leaves_nothing(checkpoint: Path, cache: Path) -> No
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c", "../x"]
+NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c", "../x", "~nobody-here", "x" * 5000]
 
 
 @pytest.mark.parametrize("model", NEITHER)
@@ -188,6 +189,11 @@ def test_names_that_are_neither(model: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # the hub is not even asked
     with pytest.raises((ModelNotFoundError, CheckpointError), match=r"no directory|config\.json is missing"):
         hub.resolve(model)
+
+
+def test_a_cache_in_the_home_of_nobody_is_a_plain_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPQWEN_CACHE", "~nobody-here/cache")
+    assert cache_directory() == Path("~nobody-here/cache")
 
 
 def test_a_file_is_not_a_model(checkpoint: Path) -> None:
