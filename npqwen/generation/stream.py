@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from npqwen.generation.loop_guard import LoopGuard, LoopWatch
 from npqwen.generation.stop_strings import StopStrings
 from npqwen.generation.thinking_budget import ThinkingBudget, ending_ids
 from npqwen.generation.thought import Thought
-from npqwen.sampler import LogitsProcessor, Sampler
+from npqwen.sampler import LogitsProcessor, Sampler, Sampling
 from npqwen.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Stream(Iterator[str]):
         ids: Sequence[int],
         *,
         max_tokens: int | None = None,
-        stop: str | Iterable[str] = (),
+        stop: str | Iterable[str] | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
         logits_processor: LogitsProcessor | None = None,
@@ -70,10 +70,7 @@ class Stream(Iterator[str]):
         self._watch = [*watches(thinking_budget, loop_guard), *watch]
         if thinking_budget is not None:
             ending_ids(tokenizer)
-        self._sampling = model.generation.sampling.override(sampling)
-        foreign = next((id for id in self._sampling.logit_bias if id >= model.config.vocab_size), None)
-        if foreign is not None:
-            raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
+        self._sampling = sampling_of(model, sampling)
         self.prompt_ids = [int(id) for id in ids]
         room = _room(model, self.prompt_ids)
         if cache is None:
@@ -120,13 +117,14 @@ class Stream(Iterator[str]):
 
         They become part of the text and of `ids`, count as generated, and run in one forward pass; eos, stop
         strings and `max_tokens` end the text among them as among others. Call it between two pieces, or from a
-        watch. Raises OptionError for ids that the model does not have, or once the text is finished.
+        watch. Raises OptionError for ids without a token, or once the text is finished.
         """
         forced = [int(id) for id in ids]
-        foreign = next((id for id in forced if not 0 <= id < self._model.config.vocab_size), None)
+        vocab, bytes_of = self._model.config.vocab_size, self._model.tokenizer.token_bytes
+        # A model may have more embeddings than there are tokens.
+        foreign = next((id for id in forced if not (0 <= id < vocab and bytes_of(id))), None)
         if foreign is not None:
-            last = self._model.config.vocab_size - 1
-            raise OptionError(f"token id {foreign} cannot be forced: the model's are 0 to {last}")
+            raise OptionError(f"token id {foreign} cannot be forced: this model has no such token")
         if self.finish_reason is not None:
             raise OptionError("nothing can be forced into a text that is finished")
         self._forced += forced
@@ -138,10 +136,12 @@ class Stream(Iterator[str]):
     def end_thought(self, by: Literal["budget", "loop", "caller"] = "caller") -> None:
         """Force the end of the thought that is open, in Qwen's own words, so that the answer follows.
 
-        Raises OptionError if there is no open thought.
+        If its end is on the way already, nothing happens. Raises OptionError if there is no open thought.
         """
         if not self.thought.is_open:
             raise OptionError("there is no open thought to end")
+        if self.thought_ended_by is not None:
+            return
         self.force(ending_ids(self._model.tokenizer))
         self.thought_ended_by = by
 
@@ -285,13 +285,25 @@ def check_limits(max_tokens: object, top_logprobs: object, logits_processor: obj
         raise OptionError(f"logits_processor is {logits_processor!r}, not a function of ids and logits")
 
 
+def sampling_of(model: Model, changes: Mapping[str, Any]) -> Sampling:
+    """The model's own sampling with some options changed; OptionError for what it cannot be run with."""
+    sampling = model.generation.sampling.override(changes)
+    foreign = next((id for id in sampling.logit_bias if id >= model.config.vocab_size), None)
+    if foreign is not None:
+        raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
+    return sampling
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def stop_strings(stop: str | Iterable[str]) -> StopStrings:
-    """One string or several, checked."""
-    return StopStrings([stop] if isinstance(stop, str) else stop)
+def stop_strings(stop: str | Iterable[str] | None) -> StopStrings:
+    """One string, several or none, checked."""
+    given = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(given, Iterable):
+        raise OptionError(f"stop is {stop!r}; it must be a string or several")
+    return StopStrings(given)
 
 
 def _room(model: Model, ids: list[int]) -> int:
