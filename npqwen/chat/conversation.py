@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from npqwen.chat.answer import ChatOptions, ChatStream, Reply
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
 from npqwen.config import read_json
-from npqwen.errors import CheckpointError, FormatError, NpqwenError, OptionError, OutputError
+from npqwen.errors import CheckpointError, FormatError, NpqwenError, OptionError
 from npqwen.generation.session import Session
+from npqwen.new_file import new_file
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -182,25 +182,13 @@ class Conversation:
             "thinking": self.thinking,
             "messages": self._messages,
         }
-        text = json.dumps(saved, ensure_ascii=False, indent=1)
-        if cache:
-            self._session.save(_cache_of(path))
-        partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            if not cache:  # an earlier one is of other messages
+        text = json.dumps(saved, ensure_ascii=False, indent=1) + "\n"
+        with new_file(path) as file:
+            file.write(text.encode())
+            if cache:
+                self._session.save(_cache_of(path))
+            else:  # an earlier one is of other messages
                 _cache_of(path).unlink(missing_ok=True)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-            raise
 
     @classmethod
     def load(cls, model: Model, path: str | os.PathLike[str], **options: Any) -> Conversation:

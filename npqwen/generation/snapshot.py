@@ -9,15 +9,10 @@ fingerprint.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
 import shutil
-import sys
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,45 +22,27 @@ from numpy.typing import NDArray
 
 from npqwen.errors import ContextLengthError, FormatError, OutputError
 from npqwen.kernels.attention import PAGE, TILE
+from npqwen.new_file import new_file
 
 if TYPE_CHECKING:
     from npqwen.kv_cache import KVCache
     from npqwen.model import Model
 
 FORMAT, VERSION = "npqwen-cache", "1"
-_ABANDONED = 3600
-"""Seconds without a write after which a partial file was left by a process that was killed."""
 
 
 def save(path: Path, model: Model, cache: KVCache, ids: list[int]) -> None:
     """Write `ids` and what the cache holds of them, one for each of its tokens."""
     header = _header(cache, len(ids), model.fingerprint)
     size = len(header) + sum(_bytes(entry) for name, entry in json.loads(header[8:]).items() if name != "__metadata__")
-    path = path.absolute()
-    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:12]}")
-    with _writing(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a directory; give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        free = shutil.disk_usage(path.parent).free
+    with new_file(path) as file:
+        free = shutil.disk_usage(os.path.dirname(file.name)).free
         if free < size:
-            raise OutputError(
-                f"{path} would take {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB is free there"
-            )
-        try:
-            with open(partial, "wb", buffering=0) as file:
-                _write(file, header)
-                _write(file, np.array(ids, "<i4"))
-                for page in _used(cache):
-                    _write(file, page)
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        _sync_directory(path.parent)
+            raise OutputError(f"{path} would take {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB is free there")
+        file.write(header)
+        file.write(np.array(ids, "<i4").data)
+        for page in _used(cache):
+            file.write(page.reshape(-1).view(np.uint8).data)
 
 
 def load(path: Path, model: Model) -> tuple[KVCache, list[int]]:
@@ -166,48 +143,9 @@ def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
     yield from pages
 
 
-def _write(file: BinaryIO, data: bytes | NDArray[Any]) -> None:
-    rest = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-    while rest.size:
-        rest = rest[file.write(rest.data) :]
-
-
 def _fill(file: BinaryIO, page: NDArray[Any]) -> int:
     """Read a page; how many bytes there were."""
     rest = page.reshape(-1).view(np.uint8)
     while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
         rest = rest[done:]
     return page.nbytes - rest.size
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path} does not fit: no room is left on the disk") from error
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what a process that was killed left of an earlier file of this name."""
-    for entry in path.parent.iterdir():
-        if entry.name.startswith(f".{path.name}.partial-"):
-            with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime > _ABANDONED:
-                    entry.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    if sys.platform == "win32":  # directories cannot be opened there; NTFS journals renames itself
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot
-            raise
-    finally:
-        os.close(descriptor)
