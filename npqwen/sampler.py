@@ -25,7 +25,9 @@ changes these in place, or returns an array of the same shape to take instead.""
 
 
 MANY = 500
-"""More of the greatest are found by sorting."""
+"""More than these are found by sorting, and drawn from by NumPy."""
+_NO_WEIGHT = 750.0
+"""exp(-746) is 0: logits that are temperatures of so many below the greatest are never drawn."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,9 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self._forbidden = np.zeros(0, np.intp) if forbidden is None else np.sort(forbidden)
+        self._never = frozenset(self._forbidden.tolist())
         self._ids = list(prompt)
-        self._seen = set(self._ids).difference(self._forbidden.tolist())
+        self._seen = set(self._ids) - self._never
         self._counts: dict[int, int] = {}
         self._processor = processor
         bias = sampling.logit_bias
@@ -157,8 +160,9 @@ class Sampler:
     def add(self, id: int) -> None:
         """Count `id`, which was not drawn here, as generated."""
         self._ids.append(id)
-        self._seen.add(id)
-        self._counts[id] = self._counts.get(id, 0) + 1
+        if id not in self._never:  # else there may be no logit to penalize
+            self._seen.add(id)
+            self._counts[id] = self._counts.get(id, 0) + 1
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         forbidden = self._forbidden
@@ -210,7 +214,7 @@ class Sampler:
         p = self._weights(logits)
         if s.top_p < 1:
             total = float(p.sum())
-            return self._draw(_at_least(p, s.top_p * total), logits, total)
+            return self._draw(_at_least(p, s.top_p * total, logits), logits, total)
         if s.min_p:
             p[p < s.min_p] = 0
         mass = np.cumsum(p)
@@ -218,13 +222,18 @@ class Sampler:
         return int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
 
     def _draw(self, ids: NDArray[np.intp], logits: NDArray[np.float32], total: float | None = None) -> int:
-        """One of a few ids, by top-p and min-p; total: what all weights sum to, if these ids are not all.
-
-        Plain numbers: so few that calling NumPy takes longer than computing.
-        """
-        s = self.sampling
+        """One of these ids, by top-p and min-p; total: what all weights sum to, if these ids are not all."""
         some = logits[ids]
         top = self._check(float(some.max()))
+        if len(ids) > MANY:  # such as all that a processor forbids, which tie for the last place
+            likely = some >= np.float32(top) - np.float32(_NO_WEIGHT * self.sampling.temperature)
+            ids, some = ids[likely], some[likely]
+        draw = self._draw_few if len(ids) <= MANY else self._draw_many
+        return draw(ids, some, top, total)
+
+    def _draw_few(self, ids: NDArray[np.intp], some: NDArray[np.float32], top: float, total: float | None) -> int:
+        """some: the ids' logits. Plain numbers: so few that calling NumPy takes longer than computing."""
+        s = self.sampling
         weights = [math.exp((logit - top) / s.temperature) for logit in some.tolist()]
         pairs: list[tuple[float, int]] = sorted(zip(weights, ids.tolist(), strict=True), key=lambda pair: -pair[0])
         if s.top_p < 1:
@@ -241,6 +250,18 @@ class Sampler:
             if left < 0:
                 return id
         return pairs[0][1]  # rounding left nothing of the last one
+
+    def _draw_many(self, ids: NDArray[np.intp], some: NDArray[np.float32], top: float, total: float | None) -> int:
+        """`_draw_few` with arrays."""
+        s = self.sampling
+        order = np.argsort(-some, kind="stable")
+        weights = np.exp((some[order].astype(np.float64) - top) / s.temperature)
+        mass = np.cumsum(weights)
+        if s.top_p < 1:
+            wanted = s.top_p * (mass[-1] if total is None else total)
+            mass = mass[: np.searchsorted(mass, wanted) + 1]
+        mass = mass[: np.count_nonzero(weights >= s.min_p)]
+        return int(ids[order[np.searchsorted(mass, self._random.random() * mass[-1], side="right")]])
 
     def _check(self, top: float) -> float:
         """The greatest logit, if it is finite as it must be."""
@@ -271,11 +292,14 @@ def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     return ids[: select(*args)]
 
 
-def _at_least(p: NDArray[np.float64], mass: float) -> NDArray[np.intp]:
-    """Indices, ascending, of the greatest of `p`, enough to hold `mass`: so that not all need sorting."""
+def _at_least(p: NDArray[np.float64], mass: float, logits: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Indices, ascending, of the greatest of `p`, enough to hold `mass`: so that not all need sorting.
+
+    logits: what p was made of; of very small p, only they can still be told apart in float32.
+    """
     k = 256
     while k < len(p):
-        ids = greatest(p.astype(np.float32), k)
+        ids = greatest(logits, k)
         if p[ids].sum() >= mass:
             return ids
         k *= 8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npqwen.errors import FormatError, OptionError
-from npqwen.sampler import Sampler, Sampling, greatest
+from npqwen.sampler import MANY, Sampler, Sampling, greatest
 
 
 def distribution(
@@ -61,8 +61,11 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("few", [0, MANY])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_draws_have_the_twins_distribution(options: dict[str, Any]) -> None:
+def test_draws_have_the_twins_distribution(options: dict[str, Any], few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn from few ids in plain numbers, from many by NumPy."""
+    monkeypatch.setattr("npqwen.sampler.MANY", few)
     logits = np.random.default_rng(0).normal(0, 2, 60).astype(np.float32)
     best = np.argsort(-logits)
     prompt, forbidden = best[:6:2].tolist(), best[[1, 9]].tolist()
@@ -70,11 +73,11 @@ def test_draws_have_the_twins_distribution(options: dict[str, Any]) -> None:
     sampling = Sampling(**options, seed=3)
     expected = distribution(logits, sampling, prompt, generated, forbidden)
     draws = 4000
-    sampler = Sampler(sampling, prompt, np.array(forbidden))
+    draw = Sampler(sampling, prompt, np.array(forbidden))
     counts = np.zeros(60)
     for _ in range(draws):
-        sampler._seen, sampler._counts = {*prompt, *generated}, Counter(generated)  # each draw is the next one
-        counts[sampler(logits)] += 1
+        draw._seen, draw._counts = {*prompt, *generated}, Counter(generated)  # each draw is the next one
+        counts[draw(logits)] += 1
     assert not counts[expected == 0].any()
     deviation = np.sqrt(draws * expected * (1 - expected))
     assert np.all(np.abs(counts - draws * expected) < 5 * deviation + 1)
@@ -91,6 +94,56 @@ def test_only_the_twins_ids_are_drawn_from_a_large_vocabulary(options: dict[str,
     for seed in range(20):
         id = Sampler(Sampling(**options, seed=seed), (), forbidden)(logits)
         assert expected[id] > 0
+
+
+@pytest.fixture
+def weighed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ids each draw weighed one by one, or sorted."""
+    counts: list[int] = []
+
+    def counted(draw: Any) -> Any:
+        def count(self: Sampler, ids: np.ndarray, *args: Any) -> Any:
+            counts.append(len(ids))
+            return draw(self, ids, *args)
+
+        return count
+
+    monkeypatch.setattr(Sampler, "_draw_few", counted(Sampler._draw_few))
+    monkeypatch.setattr(Sampler, "_draw_many", counted(Sampler._draw_many))
+    return counts
+
+
+@pytest.mark.parametrize("options", [{"top_k": 20}, {"top_p": 0.9}, {"temperature": 0.1, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("low", [-np.inf, -1e9])
+def test_ids_that_a_processor_forbids_cost_nothing(options: dict[str, Any], low: float, weighed: list[int]) -> None:
+    """They tie for the last of the likeliest places: all of the vocabulary would be sorted at every token."""
+    allowed = np.arange(1000, 101_000, 10_000)
+
+    def processor(ids: list[int], logits: np.ndarray) -> np.ndarray:
+        only = np.full_like(logits, low)
+        only[allowed] = logits[allowed]
+        return only
+
+    logits = np.random.default_rng(2).normal(0, 3, 151_936).astype(np.float32)
+    draw = Sampler(Sampling(**options, seed=1), (), None, processor)
+    assert all(draw(logits) in allowed for _ in range(20))
+    assert weighed == [10] * 20
+
+
+def test_a_low_temperature_sorts_no_more_than_a_high_one(weighed: list[int]) -> None:
+    """The probabilities of all but a few are 0 in float32, and still not the same."""
+    logits = np.random.default_rng(2).normal(0, 3, 151_936).astype(np.float32)
+    draw = Sampler(Sampling(temperature=0.1, top_p=0.9, seed=1))
+    assert {draw(logits) for _ in range(20)} <= set(np.argsort(-logits)[:9].tolist())
+    assert max(weighed) <= 256
+
+
+def test_forbidden_ids_in_the_text_are_not_penalized() -> None:
+    """Rows without a token are cut off: such an id has no logit there."""
+    draw = Sampler(Sampling(temperature=0, presence_penalty=1.0, repetition_penalty=1.1), [4], np.array([3, 4]))
+    for id in (3, 4):
+        draw.add(id)
+    assert draw(np.array([1.0, 3.0, 2.0, 9.0, 9.0], np.float32)) == 1
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 5000, 64 * 500 + 17])
