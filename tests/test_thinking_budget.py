@@ -169,6 +169,24 @@ def test_the_caller_can_end_a_thought(tokenizer: Tokenizer) -> None:
         stream.end_thought()
 
 
+def test_a_thought_whose_end_is_on_the_way_is_not_ended_again(tokenizer: Tokenizer) -> None:
+    """By a caller who asks twice, or after the budget: the sentence would stand in the answer."""
+    model = Drawn(tokenizer, "1234")
+    stream = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model))
+    next(stream)
+    stream.end_thought()
+    stream.end_thought()
+    assert stream.completion().text == "1" + SENTENCE + "234"
+    ended = run(
+        tokenizer,
+        TURN + "<think>",
+        "1234",
+        thinking_budget=2,
+        watch=[lambda stream: stream.end_thought() if stream.thought.length == 2 and stream.thought.is_open else None],
+    )
+    assert (ended.text, ended.thought_ended_by) == ("12" + SENTENCE + "34", "budget")
+
+
 def test_a_tokenizer_without_the_mark_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "token_id", lambda self, name: None)
     with pytest.raises(OptionError, match="no </think>: its thoughts cannot be ended"):

@@ -88,7 +88,7 @@ class LoopWatch:
         needs = self._thought_needs if thinking else self._answer_needs
         if not (self._repetition.runs >= needs).any():
             return
-        if not thinking:
-            stream.end("loop")
-        elif stream.thought_ended_by is None:
+        if thinking:
             stream.end_thought("loop")
+        else:
+            stream.end("loop")

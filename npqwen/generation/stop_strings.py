@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from npqwen.errors import OptionError
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class StopStrings:
@@ -17,8 +20,8 @@ class StopStrings:
     def __init__(self, strings: Iterable[str] = ()) -> None:
         self.strings = list(strings)
         for string in self.strings:
-            if not isinstance(string, str) or not string:
-                raise OptionError(f"stop has {string!r}; each must be a string of at least one character")
+            if not isinstance(string, str) or not string or _LONE_SURROGATE.search(string):
+                raise OptionError(f"stop has {string!r}; each must be valid Unicode of at least one character")
         self._held = ""
         self.found: str | None = None
 
@@ -40,4 +43,6 @@ class StopStrings:
 
     def finish(self, text: str) -> str:
         """`push` for the last piece: nothing is held back any more."""
-        return self.push(text) + self._held
+        passed = self.push(text)
+        held, self._held = self._held, ""
+        return passed + held

@@ -59,8 +59,7 @@ def generate(model: Model, prompt: str, *, n: int | None = None, **options: Any)
         return stream(model, prompt, **options).completion()
     if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
         raise OptionError(f"n is {n!r}; it must be a whole number of completions, 1 or more")
-    if not isinstance(options.get("stop", ""), str):
-        options["stop"] = list(options["stop"])
+    options["stop"] = stop_strings(options.get("stop")).strings  # an iterator gives them only once
     first = stream(model, prompt, **options)
     options.pop("progress", None)
     seed = options.pop("seed", None)
@@ -76,7 +75,7 @@ def check_options(
     prompt: str,
     *,
     max_tokens: int | None = None,
-    stop: str | Iterable[str] = (),
+    stop: str | Iterable[str] | None = None,
     logprobs: bool = False,
     top_logprobs: int = 0,
     logits_processor: LogitsProcessor | None = None,

@@ -37,7 +37,7 @@ class ThinkingBudget:
 
     def __call__(self, stream: Stream) -> None:
         over = stream.thought.length - self.tokens
-        if over < 0 or not stream.thought.is_open or stream.thought_ended_by is not None:
+        if over < 0 or not stream.thought.is_open:
             return
         if not stream.within_character or over >= _LONGEST_CHARACTER:
             stream.end_thought("budget")
