@@ -102,7 +102,8 @@ class Config:
             vocab_size=_count(raw, "vocab_size", where),
             max_position_embeddings=_count(raw, "max_position_embeddings", where),
             rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6),
-            rope_theta=_positive({**rope, **raw}, "rope_theta", where, default=1e6),
+            # transformers 5 takes that of rope_parameters, if it has one.
+            rope_theta=_positive(rope if rope.get("rope_theta") is not None else raw, "rope_theta", where),
             yarn=_yarn(scaling, raw, where),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             mixture=_mixture(raw, where) if model_type == "qwen3_moe" else None,
@@ -112,6 +113,8 @@ class Config:
                 f"{where}: num_attention_heads {heads} is no multiple of "
                 f"num_key_value_heads {config.num_key_value_heads}"
             )
+        if config.yarn is not None and config.rope_theta <= 1:
+            raise CheckpointError(f"{where}: rope_theta is {config.rope_theta:g}; with YaRN it must be more than 1")
         if config.head_dim % 16:
             raise CheckpointError(f"{where}: head_dim {config.head_dim} is no multiple of 16")
         return config
@@ -133,6 +136,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return raw
+
+
+def conversion(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a converted model's `config.json` says of the conversion; None if it is another model's."""
+    found = raw.get("quantization_config")
+    return found if isinstance(found, dict) and found.get("quant_method") == "npqwen" else None
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether there is a converted model in `directory`."""
+    try:
+        return conversion(read_json(directory / "config.json")) is not None
+    except CheckpointError:
+        return False
 
 
 def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None) -> float:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.config import FORMAT_VERSION, Config, Mixture, read_json
+from npqwen.config import FORMAT_VERSION, Config, Mixture, conversion, read_json
 from npqwen.errors import FormatError
 from npqwen.forward import LAYER, MODEL
 from npqwen.kernels.matmul import UNIT_BYTES, UNIT_COLS
 from npqwen.simd.tile import ROWS
 
 _ALIGN = 64
+_AGAIN = "copy or convert it again (with --force)"
 _BITS = {size: bits for bits, size in UNIT_BYTES.items()}
 
 
@@ -40,8 +41,8 @@ def pad(n: int, multiple: int) -> int:
 
 def format_of(directory: Path) -> dict[str, Any]:
     """The `quantization_config` of a converted directory; FormatError if it is none, or a newer one."""
-    found = read_json(directory / "config.json").get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "npqwen":
+    found = conversion(read_json(directory / "config.json"))
+    if found is None:
         raise FormatError(
             f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT"
         )
@@ -49,11 +50,11 @@ def format_of(directory: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise FormatError(
             f"{directory} has format version {version!r}, this npqwen reads {FORMAT_VERSION}; "
-            "upgrade npqwen, or convert the checkpoint again"
+            f"upgrade npqwen, or {_AGAIN}"
         )
     if found.get("bits") not in (4, 8, 16):
         raise FormatError(
-            f"{directory}: quantization_config has bits {found.get('bits')!r}, not 4, 8 or 16; convert it again"
+            f"{directory}: quantization_config has bits {found.get('bits')!r}, not 4, 8 or 16; {_AGAIN}"
         )
     return found
 
@@ -123,7 +124,7 @@ class Weights:
 
     def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise FormatError(f"{self.directory}: tensor {name} is missing; convert the checkpoint again")
+            raise FormatError(f"{self.directory}: tensor {name} is missing; {_AGAIN}")
         return self.tensors[name]
 
     def _vector(self, name: str, size: int) -> int:
@@ -172,15 +173,15 @@ def _files(directory: Path) -> list[Path]:
     if not index.exists():
         single = directory / "model.safetensors"
         if not single.exists():
-            raise FormatError(f"{single} is missing; convert the checkpoint again")
+            raise FormatError(f"{single} is missing; {_AGAIN}")
         return [single]
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise FormatError(f"{index} has no weight_map; convert the checkpoint again")
+        raise FormatError(f"{index} has no weight_map; {_AGAIN}")
     paths = [directory / Path(name).name for name in sorted(set(names.values()))]
     for path in paths:
         if not path.exists():
-            raise FormatError(f"{path} is missing, {index.name} names it; copy or convert the model again")
+            raise FormatError(f"{path} is missing, {index.name} names it; {_AGAIN}")
     return paths
 
 
@@ -191,18 +192,18 @@ def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, 100_000_000):
-                raise FormatError(f"{path} is truncated or no safetensors file; copy or convert it again")
+                raise FormatError(f"{path} is truncated or no safetensors file; {_AGAIN}")
             header = json.loads(file.read(length))
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
     except (ValueError, RecursionError):
-        raise FormatError(f"{path}: the header is damaged; copy or convert it again") from None
+        raise FormatError(f"{path}: the header is damaged; {_AGAIN}") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(header, dict):
-        raise FormatError(f"{path}: the header is damaged; copy or convert it again")
+        raise FormatError(f"{path}: the header is damaged; {_AGAIN}")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != "npqwen":
-        raise FormatError(f"{path} was not made by npqwen; convert the checkpoint again")
+        raise FormatError(f"{path} was not made by npqwen; {_AGAIN}")
     for name, entry in header.items():
         yield name, _tensor(path, name, entry, data, 8 + length)
 
@@ -212,7 +213,7 @@ def _tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8], start: i
         dtype, shape = str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
         begin, end = map(operator.index, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
-        raise FormatError(f"{path}: the entry of tensor {name} is damaged; convert it again") from None
+        raise FormatError(f"{path}: the entry of tensor {name} is damaged; {_AGAIN}") from None
     count = 1
     for n in shape:
         count *= n
@@ -220,9 +221,9 @@ def _tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8], start: i
     if item is None:
         raise FormatError(f"{path}: tensor {name} has dtype {dtype}, the format has F32 and U8 only")
     if min(shape, default=0) <= 0 or begin < 0 or end - begin != count * item:
-        raise FormatError(f"{path}: tensor {name} has impossible sizes; copy or convert it again")
+        raise FormatError(f"{path}: tensor {name} has impossible sizes; {_AGAIN}")
     if end > data.size:
         raise FormatError(f"{path} is truncated: tensor {name} ends {end - data.size} bytes past the file")
     if (start + begin) % _ALIGN:
-        raise FormatError(f"{path}: tensor {name} is not aligned to {_ALIGN} bytes; convert it again")
+        raise FormatError(f"{path}: tensor {name} is not aligned to {_ALIGN} bytes; {_AGAIN}")
     return Tensor(dtype, shape, data[begin:end], path)
