@@ -6,14 +6,26 @@ import os
 import sys
 from pathlib import Path
 
+from npqwen.errors import OutputError
+
 
 def cache_directory() -> Path:
-    """NPQWEN_CACHE, or `npqwen` in the platform's cache directory.  It need not exist yet."""
+    """NPQWEN_CACHE, or `npqwen` in the platform's cache directory.  It need not exist yet.
+
+    Raises OutputError if the system knows of no home directory.
+    """
     override = os.environ.get("NPQWEN_CACHE")
     if override:
         return Path(os.path.expanduser(override))
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "npqwen"
+        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local") / "npqwen"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "npqwen"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npqwen"
+        return _home() / "Library" / "Caches" / "npqwen"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "npqwen"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise OutputError("this user has no home directory for caches; name a place in NPQWEN_CACHE") from None

@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from npqwen.cache_directory import cache_directory
-from npqwen.config import FORMAT_VERSION, read_json
+from npqwen.config import FORMAT_VERSION, conversion, is_converted, read_json
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, OutputError
+from npqwen.terminal.control_characters import without_control_characters
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -38,11 +40,6 @@ _FINGERPRINTED = (
 )
 
 
-def is_converted(directory: Path) -> bool:
-    """Whether `directory/config.json` is a converted model's."""
-    return _quantization(directory).get("quant_method") == "npqwen"
-
-
 def resolve(
     model: str | os.PathLike[str],
     bits: int | None = None,
@@ -63,7 +60,7 @@ def resolve(
     no copy is here; OptionError for bits that the converted directory does not have; what `convert` raises.
     """
     _check_bits(bits)
-    tell = notice or _ignore
+    tell = _harmless(notice)
     if (directory := _directory(model)) is not None:
         if is_converted(directory):
             return _with_bits(directory, bits)
@@ -77,7 +74,7 @@ def resolve(
             tell(f"using {out}")
             return out
     elif (kept := _kept(repository, bits)) is not None:
-        tell(f"the hub cannot be reached ({problem}); using {kept}")
+        tell(f"{problem}; using {kept}")
         return kept
     snapshot = _download(repository, problem, tell, download_bars)
     if is_converted(snapshot):
@@ -105,7 +102,7 @@ def convert(
     from npqwen_quant import convert as convert_directory
 
     _check_bits(bits)
-    tell = notice or _ignore
+    tell = _harmless(notice)
     directory = _directory(source)
     if directory is None:
         repository = _repository(source)
@@ -118,14 +115,20 @@ def convert(
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
     if out is None and not force:
         return _converted_once(directory, target, bits, tell, progress)
-    target = target if out is None else Path(out)
+    target = target if out is None else Path(os.path.expanduser(out))
     started = _announced(f"converting {source} to {_ENCODINGS[bits]}, into {target}", tell, progress)
     convert_directory(directory, target, bits, force=force, progress=started)
     return target
 
 
-def _ignore(line: str) -> None:
-    pass
+def _harmless(notice: Notice | None) -> Notice:
+    """`notice`, told nothing that a terminal would obey: lines hold servers' words and names of files."""
+
+    def tell(line: str) -> None:
+        if notice is not None:
+            notice(without_control_characters(line))
+
+    return tell
 
 
 def _check_bits(bits: int | None) -> None:
@@ -133,16 +136,8 @@ def _check_bits(bits: int | None) -> None:
         raise OptionError(f"bits is {bits!r}; it can be 4, 8 or 16")
 
 
-def _quantization(directory: Path) -> dict[str, object]:
-    try:
-        raw = read_json(directory / "config.json").get("quantization_config")
-    except CheckpointError:
-        return {}
-    return raw if isinstance(raw, dict) else {}
-
-
 def _with_bits(directory: Path, bits: int | None) -> Path:
-    have = _quantization(directory).get("bits")
+    have = (conversion(read_json(directory / "config.json")) or {}).get("bits")
     if bits is not None and have != bits:
         raise OptionError(
             f"{directory} is converted to {have} bits, but {bits} were asked for; "
@@ -154,11 +149,17 @@ def _with_bits(directory: Path, bits: int | None) -> Path:
 def _directory(model: str | os.PathLike[str]) -> Path | None:
     """The directory of this name, or None if it can only be a hub id."""
     path = Path(os.path.expanduser(model))
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path):
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise ModelNotFoundError(f"{model} cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISDIR(mode):
         raise ModelNotFoundError(f"{model} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
-    return None
+    return path
 
 
 def _repository(model: str | os.PathLike[str]) -> str:
@@ -172,7 +173,15 @@ def _local_target(directory: Path, bits: int) -> Path:
     """Where the conversion of a checkpoint in its present state belongs."""
     place = directory.resolve()
     files = {path for pattern in _FINGERPRINTED for path in place.glob(pattern)}
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    states = []
+    for path in sorted(files):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # a link to nothing
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        states.append((path.name, status.st_size, status.st_mtime_ns))
     digest = hashlib.sha256(json.dumps([str(place), states]).encode()).hexdigest()
     return _target("local", place.name or "root", digest, bits)
 
@@ -188,8 +197,11 @@ def _target(kind: str, name: str, state: str, bits: int) -> Path:
 def _kept(repository: str, bits: int | None) -> Path | None:
     """The newest conversion of any commit of the repository."""
     home = _hub_target(repository, "*", bits or DEFAULT_BITS)
-    found = [path for path in home.parent.glob(home.name) if is_converted(path)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    try:
+        found = [path for path in home.parent.glob(home.name) if is_converted(path)]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    except OSError:  # the cache cannot be read
+        return None
 
 
 def _converted_once(
@@ -224,18 +236,20 @@ def _announced(line: str, tell: Notice, progress: Progress | None) -> Progress:
 
 
 def _latest_commit(repository: str) -> tuple[str | None, str]:
-    """The repository's newest commit; or None and why the hub could not be asked."""
+    """The repository's newest commit; or None and why the hub does not tell it."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError
 
     with _hub_errors(repository):
         try:
-            return HfApi().model_info(repository, timeout=10).sha, ""
+            commit = HfApi().model_info(repository, timeout=10).sha
+            return commit or None, "" if commit else "the hub names no commit"
         except Exception as error:
-            # Network errors are requests' or httpx's, by the library's version; the others say that the
-            # hub was reached.
-            if isinstance(error, ValueError) or _missing(error):
+            # Network errors are requests' or httpx's, by the library's version, and a proxy's page is no JSON;
+            # these two say that asking again is of no use.
+            if isinstance(error, HFValidationError) or _missing(error):
                 raise
-            return None, _first_line(error)
+            return None, _problem(error)
 
 
 def _download(repository: str, problem: str, tell: Notice, bars: bool) -> Path:
@@ -249,7 +263,7 @@ def _download(repository: str, problem: str, tell: Notice, bars: bool) -> Path:
             repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=bool(problem)
         )
     if problem:
-        tell(f"the hub cannot be reached ({problem}); using the copy downloaded before")
+        tell(f"{problem}; using the copy downloaded before")
     return Path(path)
 
 
@@ -270,7 +284,7 @@ def _hub_errors(repository: str, problem: str = "") -> Iterator[None]:
             ) from None
         if problem:
             raise ModelNotFoundError(
-                f"{repository} is not in the cache, and the hub cannot be reached: {problem}"
+                f"there is no directory {repository}, it is not in the cache, and {problem}"
             ) from None
         raise ModelNotFoundError(f"{repository} cannot be downloaded: {_first_line(error)}") from None
 
@@ -280,6 +294,14 @@ def _missing(error: Exception) -> bool:
     from huggingface_hub.utils import RepositoryNotFoundError  # type: ignore[attr-defined]
 
     return isinstance(error, RepositoryNotFoundError)
+
+
+def _problem(error: Exception) -> str:
+    """Why the hub cannot be used, as a clause."""
+    response = getattr(error, "response", None)
+    if getattr(response, "status_code", None) in (401, 403):
+        return f"the hub refuses the login ({_first_line(error)}): renew HF_TOKEN, or log in again with `hf auth login`"
+    return f"the hub cannot be reached ({_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:

@@ -17,10 +17,9 @@ import npqwen_quant.output
 import pytest
 from checkpoints import write_checkpoint
 from fake_hub import FakeHub
-from huggingface_hub.utils import LocalEntryNotFoundError
+from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 
 from npqwen import hub, weights
-from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 
 
@@ -181,26 +180,6 @@ def test_a_broken_checkpoint_leaves_nothing(checkpoint: Path, cache: Path) -> No
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c", "../x", "~nobody-here", "x" * 5000]
-
-
-@pytest.mark.parametrize("model", NEITHER)
-def test_names_that_are_neither(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "HfApi", None)  # the hub is not even asked
-    with pytest.raises((ModelNotFoundError, CheckpointError), match=r"no directory|config\.json is missing"):
-        hub.resolve(model)
-
-
-def test_a_cache_in_the_home_of_nobody_is_a_plain_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NPQWEN_CACHE", "~nobody-here/cache")
-    assert cache_directory() == Path("~nobody-here/cache")
-
-
-def test_a_file_is_not_a_model(checkpoint: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="is a file; give its directory"):
-        hub.resolve(checkpoint / "model.safetensors")
-
-
 class Hub(SimpleNamespace):
     """huggingface_hub with one repository, org/name, at `commit`; `error` is what asking it raises."""
 
@@ -220,7 +199,7 @@ def remote(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def snapshot_download(repository: str, *, local_files_only: bool, **patterns: Any) -> str:
         place = tmp_path / "snapshots" / state.commit
-        if local_files_only and not place.exists():
+        if local_files_only and (repository != "org/name" or not place.exists()):
             raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
         if not local_files_only:
             state.downloads.append(repository)
@@ -266,8 +245,47 @@ def test_without_the_hub_a_download_of_before_is_converted(remote: Hub, conversi
 
 def test_without_the_hub_and_without_a_copy(remote: Hub) -> None:
     remote.error = OSError("no route to host")
-    with pytest.raises(ModelNotFoundError, match=r"not in the cache, .* cannot be reached: no route"):
+    message = r"there is no directory org/name, it is not in the cache, and the hub cannot be reached \(no route"
+    with pytest.raises(ModelNotFoundError, match=message):
         hub.resolve("org/name")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_login_that_the_hub_refuses(remote: Hub, status: int, conversions: list[Path]) -> None:
+    kept = hub.resolve("org/name", 8)
+    remote.error = OSError(f"Client error {status}")
+    remote.error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    problem = f"the hub refuses the login (Client error {status}): renew HF_TOKEN, or log in again with `hf auth login`"
+    notices: list[str] = []
+    assert hub.resolve("org/name", 8, notice=notices.append) == kept
+    assert notices == [f"{problem}; using {kept}"]
+    with pytest.raises(ModelNotFoundError, match="not in the cache, and the hub refuses the login"):
+        hub.resolve("org/other")
+
+
+@pytest.mark.parametrize("sha", [None, ""])
+def test_a_hub_that_names_no_commit(remote: Hub, sha: Any) -> None:
+    kept = hub.resolve("org/name")
+    remote.commit = sha
+    notices: list[str] = []
+    assert hub.resolve("org/name", notice=notices.append) == kept
+    assert notices == [f"the hub names no commit; using {kept}"]
+
+
+def test_what_is_no_hub_does_not_hide_a_conversion(remote: Hub) -> None:
+    """A proxy's page, read as JSON; its words could be meant for the terminal."""
+    kept = hub.resolve("org/name")
+    remote.error = json.JSONDecodeError("Expecting value \x1b]0;title\x07", "<html>", 0)
+    notices: list[str] = []
+    assert hub.resolve("org/name", notice=notices.append) == kept
+    page = "Expecting value ]0;title: line 1 column 1 (char 0)"
+    assert notices == [f"the hub cannot be reached ({page}); using {kept}"]
+
+
+def test_a_name_that_the_client_refuses(remote: Hub) -> None:
+    remote.error = HFValidationError("Cannot have -- or .. in repo_id: 'org/a--b'.")
+    with pytest.raises(ModelNotFoundError, match=r"cannot be downloaded: Cannot have -- or \.\. in repo_id"):
+        hub.resolve("org/a--b")
 
 
 def test_a_repository_of_a_converted_model_is_used_as_it_is(
@@ -348,4 +366,5 @@ def test_the_real_client_finds_no_repository_and_no_hub(
     unreachable = command(fake_hub.url, "generate", "org/absent", "Hello")
     assert unreachable.returncode == 2
     (line,) = unreachable.stderr.splitlines()
-    assert line.startswith("npqwen: error: org/absent is not in the cache, and the hub cannot be reached: ")
+    absence = "there is no directory org/absent, it is not in the cache, and the hub cannot be reached ("
+    assert line.startswith(f"npqwen: error: {absence}")

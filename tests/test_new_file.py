@@ -34,12 +34,12 @@ def test_the_name_appears_with_the_last_byte(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "file does not fit: no room is left"),
         (OSError(errno.EIO, "Input/output error"), OutputError, "file cannot be written: Input/output error"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
         (OutputError("ours"), OutputError, "ours"),
     ],
 )
 def test_a_write_that_fails_leaves_what_was_there(
-    tmp_path: Path, raised: BaseException, seen: type[BaseException], message: str
+    tmp_path: Path, raised: BaseException, seen: type[BaseException], message: str | None
 ) -> None:
     (tmp_path / "file").write_bytes(b"old")
 

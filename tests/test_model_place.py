@@ -1,0 +1,132 @@
+"""MODEL on this machine: directories, what cannot be one, and where conversions of them go."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from checkpoints import write_checkpoint
+
+from npqwen import hub
+from npqwen.cache_directory import cache_directory
+from npqwen.errors import CheckpointError, ModelNotFoundError, OutputError
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege, homes are told otherwise")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)  # the hub is not even asked
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "my model"
+    write_checkpoint(directory)
+    return directory
+
+
+NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c", "../x", "~nobody-here", "x" * 5000]
+
+
+@pytest.mark.parametrize("model", [*NEITHER, "a\0b"])
+def test_names_that_are_neither(model: str) -> None:
+    with pytest.raises((ModelNotFoundError, CheckpointError), match=r"no directory|config\.json is missing"):
+        hub.resolve(model)
+
+
+def test_a_file_is_not_a_model(checkpoint: Path) -> None:
+    for path in (checkpoint / "model.safetensors", checkpoint / "config.json"):
+        with pytest.raises(ModelNotFoundError, match="is a file; give its directory"):
+            hub.resolve(path)
+    with pytest.raises(ModelNotFoundError, match="there is no directory"):
+        hub.resolve(checkpoint / "model.safetensors" / "inside")
+
+
+def closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `directory` one of another user's, which root too may not look into."""
+    stat = Path.stat
+
+    def refuse(path: Path, **options: Any) -> os.stat_result:
+        if directory in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+
+
+def test_a_place_that_is_closed_to_this_user(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed(checkpoint.parent, monkeypatch)
+    for path in (checkpoint, checkpoint.parent / "x"):
+        with pytest.raises(ModelNotFoundError, match=f"{path.name} cannot be read: Permission denied"):
+            hub.resolve(path)
+        with pytest.raises(ModelNotFoundError, match=f"{path.name} cannot be read: Permission denied"):
+            hub.convert(path, checkpoint.parent / "out")
+
+
+def test_files_that_are_closed_to_this_user(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed(checkpoint, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"my model.* cannot be read: Permission denied"):
+        hub.resolve(checkpoint)
+
+
+@posix
+def test_links_to_nothing_are_not_there(checkpoint: Path) -> None:
+    place = hub.resolve(checkpoint)
+    (checkpoint / "tokenizer.json").symlink_to(checkpoint / "pruned")
+    assert hub.resolve(checkpoint) == place
+    (checkpoint / "model.safetensors").rename(checkpoint / "gone")
+    (checkpoint / "model.safetensors").symlink_to(checkpoint / "pruned")
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        hub.resolve(checkpoint)
+
+
+@posix
+def test_homes_are_found(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.convert("~/my model", "~/out") == tmp_path / "out"
+    assert hub.resolve("~/out") == tmp_path / "out"
+
+
+def test_names_of_files_are_no_commands_for_the_terminal(tmp_path: Path) -> None:
+    directory = tmp_path / "my\x7fmodel"
+    try:
+        write_checkpoint(directory)
+    except OSError:
+        pytest.skip("there are no such names here")
+    notices: list[str] = []
+    hub.resolve(directory, notice=notices.append)
+    assert notices[0].startswith(f"converting {tmp_path / 'mymodel'} to int4")
+
+
+def test_a_cache_in_the_home_of_nobody_is_a_plain_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPQWEN_CACHE", "~nobody-here/cache")
+    assert cache_directory() == Path("~nobody-here/cache")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NPQWEN_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(OutputError, match="name a place in NPQWEN_CACHE"):
+        cache_directory()
+
+
+def test_a_cache_that_cannot_be_read_holds_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, pattern: str) -> list[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    assert hub._kept("org/name", None) is None
