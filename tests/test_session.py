@@ -34,7 +34,7 @@ def check_cache(session: Session) -> None:
     """What the cache holds is, to the bit, what its ids give when they are run in one piece."""
     ids = session.ids
     assert len(ids) == session.cache.length
-    model = session._model
+    model = session.model
     if not ids or len(ids) + 1 > model.context:
         return
     fresh = model.new_cache()

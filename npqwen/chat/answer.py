@@ -12,11 +12,13 @@ from npqwen.chat.messages import Message, checked
 from npqwen.chat.prompter import Prompter
 from npqwen.chat.reply import Piece, Reasoning, ReplyParser, Text
 from npqwen.chat.sampling_mode import default_sampling, thinks
+from npqwen.chat.text_stop import TextStop
 from npqwen.chat.tool_calls import ToolCall
 from npqwen.chat.tools import Tool, ToolResult, as_tools, error_text
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session
+from npqwen.generation.stream import stop_strings
 
 if TYPE_CHECKING:
     from npqwen.generation.logprobs import TokenLogprobs
@@ -150,6 +152,7 @@ class ChatStream(Iterator[Event]):
         self._usages: list[Usage] = []
         self._schemas = {name: tool.parameters for name, tool in (options.tools or {}).items()}
         self._generation = self._with_defaults()
+        self._stops = self._take_stops()
         self._stream = self._next_stream()
         self._events = self._run()
 
@@ -224,6 +227,14 @@ class ChatStream(Iterator[Event]):
         }
         return {"loop_guard": True} | changed | given
 
+    def _take_stops(self) -> list[str]:
+        """The stop strings to look for in the answer's text; names of special tokens stay with the stream's options."""
+        tokenizer = self._model.tokenizer
+        given = stop_strings(self._generation.pop("stop", None)).strings
+        special = [string for string in given if tokenizer.token_id(string) in tokenizer.special_ids]
+        self._generation["stop"] = special
+        return [string for string in given if string not in special]
+
     def _next_stream(self) -> Stream:
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -232,6 +243,7 @@ class ChatStream(Iterator[Event]):
         ids, told = self._prompts(self.past + self.messages)
         self._untold += told
         stream = self._session.stream(ids, **self._generation)
+        self._stop = TextStop(self._stops)
         self._parser = ReplyParser(stream.thought.is_open, self._schemas)
         return stream
 
@@ -265,9 +277,14 @@ class ChatStream(Iterator[Event]):
 
     def _answer(self) -> Iterator[Piece]:
         for piece in self._stream:
-            yield from self._noted(self._parser.push(piece))
-        ended = self._stream.finish_reason == "stop" and self._stream.stop_string is None
-        yield from self._noted(self._parser.finish(ended))
+            yield from self._noted(self._stop.push(self._parser.push(piece)))
+            if self._stop.found is not None:
+                self._stream.close()
+                break
+        else:
+            ended = self._stream.finish_reason == "stop" and self._stream.stop_string is None
+            yield from self._noted(self._stop.push(self._parser.finish(ended)))
+            yield from self._noted(self._stop.finish())
         self.messages.append(self._message())
         self._answering = False
 
@@ -293,7 +310,7 @@ class ChatStream(Iterator[Event]):
         return message
 
     def _finish_reason(self) -> ChatFinishReason:
-        reason = self._stream.finish_reason
+        reason = self._stream.finish_reason if self._stop.found is None else "stop"
         assert reason is not None
         return "tool_calls" if reason == "stop" and self._calls else reason
 
@@ -379,6 +396,8 @@ def stream_chat(
 
     session: of this model, kept between calls: the prompt's beginning that it has computed before is not read again.
     """
+    if session is not None and session.model is not model:
+        raise OptionError("the session is another model's; start one with this model")
     asked = ChatOptions.of(**options)
     prompter = asked.prompter(model)
 

@@ -31,7 +31,7 @@ class Session:
         self._start(model, model.new_cache(), [])
 
     def _start(self, model: Model, cache: KVCache, ids: Sequence[int]) -> None:
-        self._model = model
+        self.model = model
         self.cache = cache
         self._ids = [int(id) for id in ids]
         self._stream: Stream | None = None
@@ -51,7 +51,7 @@ class Session:
         known = self._settle()
         # The last token is run in any case: its logits are not kept.
         reused = min(common_prefix(known, ids), max(0, len(ids) - 1))
-        self._stream = Stream(self._model, ids, cache=self.cache, cached=reused, **options)
+        self._stream = Stream(self.model, ids, cache=self.cache, cached=reused, **options)
         return self._stream
 
     def prefill(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
@@ -65,12 +65,12 @@ class Session:
         self.cache.truncate(reused)
         self._ids = [int(id) for id in ids]
         if rest.size:
-            self._model.prefill(rest, self.cache, progress)
+            self.model.prefill(rest, self.cache, progress)
 
     def fork(self) -> Session:
         """An independent session with the same past; keys and values are shared until one of them differs."""
         fork = Session.__new__(Session)
-        fork._start(self._model, self.cache.fork(), self.ids)
+        fork._start(self.model, self.cache.fork(), self.ids)
         return fork
 
     def save(self, path: str | Path) -> None:
@@ -78,7 +78,7 @@ class Session:
 
         The file serves the same model only, on any machine. Raises OutputError if it cannot be written.
         """
-        snapshot.save(Path(path), self._model, self.cache, self.ids)
+        snapshot.save(Path(path), self.model, self.cache, self.ids)
 
     @classmethod
     def load(cls, model: Model, path: str | Path) -> Session:
