@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 OTHERS = [isa.name for isa in available() if isa.name != ISA.name]
 TESTS = [
     "test_kernels.py",
+    "test_attention.py",
     "test_parity.py::test_logits_of_transformers",
     "test_parity.py::test_tokens_of_the_quantized_oracle",
     "test_parity.py::test_prompts_of_the_quantized_oracle",

@@ -1,0 +1,27 @@
+"""Calls of single kernels, alone and in a team of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from npqwen.compiled import compile_kernel
+from npqwen.team import Team
+
+
+def run(kernel: Any, *args: Any) -> Any:
+    """Call a kernel, kept compiled like those of the package."""
+    compile_kernel(kernel, args)
+    return kernel(*args)
+
+
+def together(members: int, kernel: Any, args: Callable[[int], tuple[Any, ...]]) -> None:
+    """kernel(state, *args(member)) in so many threads at once."""
+    compile_kernel(kernel, (np.zeros(80, np.int64), *args(0)))
+    team = Team(members)
+    try:
+        team.run(lambda state, member: kernel(state, *args(member)))
+    finally:
+        team.close()
