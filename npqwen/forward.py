@@ -142,7 +142,6 @@ def sparse_feed_forward(
 ) -> None:
     """hidden += the weighted sum of what the chosen experts make of the normed hidden."""
     normed, scores, chosen, weights, counts, slots, segments, made, gate_up, results = mixture
-    cols = hidden.shape[1]
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(tokens)
     bits = layer.gate_up_proj.bits
@@ -176,7 +175,7 @@ def sparse_feed_forward(
     barrier(team)
     experts_matmul(team, kernels, layer, True, how, segments, made[0], packed, False, results, scratch)
     barrier(team)
-    combine(team, results[:, :cols], slots[:tokens], weights, hidden)
+    combine(team, results, slots[:tokens], weights, hidden)
     barrier(team)
 
 

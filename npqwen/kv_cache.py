@@ -31,7 +31,11 @@ class KVCache:
     copies.  Not safe for two threads at once: give each sequence its own, such as a `fork`.
     """
 
-    def __init__(self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32]) -> None:
+    def __init__(
+        self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32], origin: object = None
+    ) -> None:
+        self.origin = origin
+        """What a model knows its own caches by, their forks too."""
         self.length = 0
         """Tokens whose keys and values are in."""
         self.limit = limit
@@ -135,10 +139,6 @@ class KVCache:
         """The first `length` positions, in whole tiles: of each page the part they take, to be read or filled."""
         ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
         return [page[:, :, :, : -(-end // TILE)] for page, end in zip(self._held.arrays, ends, strict=False)]
-
-    def bytes_for(self, tokens: int) -> int:
-        """Bytes of the pages that so many tokens take."""
-        return -(-tokens // PAGE) * self.page_bytes
 
     @property
     def nbytes(self) -> int:

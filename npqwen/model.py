@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen.buffers import Buffers
 from npqwen.compiled import compile_kernel, reporting
 from npqwen.config import Config
-from npqwen.errors import ContextLengthError, NpqwenError, OptionError
+from npqwen.errors import ContextLengthError, NpqwenError, OptionError, OutOfMemoryError
 from npqwen.forward import forward
 from npqwen.generation import text
 from npqwen.generation.completion import Completion
@@ -26,14 +26,14 @@ from npqwen.generation.fingerprint import fingerprint
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.stream import Stream
 from npqwen.hardware.budget import Budget
-from npqwen.hardware.machine import available_memory, default_threads
+from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import attention_kernels
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kv_cache import KVCache
 from npqwen.paging import how_to_ask
 from npqwen.rope import Rope
 from npqwen.sampler import greatest
-from npqwen.team import Team
+from npqwen.team import Team, check_threads
 from npqwen.tokenizer import Tokenizer
 from npqwen.weights import Weights
 
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Tokens of a prompt that go through the layers together."""
-FEW = 4
-"""Tokens that are soon done: the calling thread computes too."""
 SPARSE_CHUNK = 512
 """The same for a mixture of experts: each expert gets but a part of them."""
+FEW = 4
+"""Tokens that are soon done: the calling thread computes too."""
 
 
 class Model:
@@ -66,6 +66,8 @@ class Model:
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `load`."""
+        if threads is not None:
+            check_threads(threads)
         with ThreadPoolExecutor(1) as reader:
             # A real tokenizer takes as long to read as all the rest: they go on side by side.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
@@ -87,17 +89,18 @@ class Model:
         self.weight_bytes = self.weights.nbytes
         """Bytes of the mapped weights."""
         available = available_memory()
-        short = available is not None and self.weight_bytes > 0.9 * available
-        self.weights.model[0]["asking"] = how_to_ask({t.path for t in self.weights.tensors.values()}, short)
+        self._short = available is not None and self.weight_bytes > 0.9 * available
+        self.weights.model[0]["asking"] = how_to_ask({t.path for t in self.weights.tensors.values()}, self._short)
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
         self.generation = GenerationConfig.from_directory(path)
-        self.threads = default_threads() if threads is None else threads
+        self.threads = default_threads() if threads is None else int(threads)
+        self._origin = object()
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
         # The threads of a model that nobody closed end with it; at exit they are daemons.
         weakref.finalize(self, self._team.close).atexit = False
-        self.chunk = CHUNK if self.config.mixture is None else SPARSE_CHUNK
+        self.chunk = chunk_of(self.config)
         self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk)
         page = self.new_cache(1).page_bytes
         Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
@@ -118,7 +121,7 @@ class Model:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
         if room is not None and not 0 < room <= self.context:
             raise ContextLengthError(f"a cache for {room} tokens: the model's context is {self.context}")
-        return KVCache(self.config, self.context if room is None else room, self.cache_dtype)
+        return KVCache(self.config, self.context if room is None else room, self.cache_dtype, self._origin)
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
@@ -127,12 +130,13 @@ class Model:
 
         Returns logits (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits; written into `out`
         if it is given, which saves the time of fresh memory at every token.  Long inputs go in pieces of
-        `chunk`; if interrupted, the cache holds the pieces that were done.  Raises ContextLengthError before
-        computing, OptionError for ids the model does not have and for an `out` of another kind.
+        `chunk`; if interrupted, the cache holds the pieces that were done.  Raises before computing:
+        ContextLengthError and OutOfMemoryError, OptionError for ids the model does not have, for another model's
+        cache and for an `out` of another kind.
         """
         tokens = self._check(ids)
+        self._reserve(cache, tokens.size)
         out = self._logits(tokens.size if all_logits else 1, out)
-        cache.reserve(tokens.size)
         for at in range(0, tokens.size, self.chunk):
             end = min(at + self.chunk, tokens.size)
             rows = out[at:end] if all_logits else out[: end == tokens.size]
@@ -144,11 +148,11 @@ class Model:
     ) -> NDArray[np.float32]:
         """Run a prompt after what is in the cache: logits (vocab_size,) of its last token.
 
-        progress(done, total) is called after every piece of `chunk` tokens.
+        progress(done, total) is called after every piece of `chunk` tokens.  Raises what `forward` raises.
         """
         tokens = self._check(ids)
+        self._reserve(cache, tokens.size)
         out = self._logits(1, None)
-        cache.reserve(tokens.size)
         for at in range(0, tokens.size, self.chunk):
             end = min(at + self.chunk, tokens.size)
             self._pass(tokens[at:end], cache, out[: end == tokens.size])
@@ -158,7 +162,7 @@ class Model:
         return last
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Logits (tokens, vocab_size) of every position of a text."""
+        """Logits (tokens, vocab_size) of every position of a text.  Raises what `forward` raises."""
         tokens = self._check(ids)
         return self.forward(tokens, self.new_cache(min(tokens.size, self.context)), all_logits=True)
 
@@ -216,6 +220,7 @@ class Model:
         model asks for and have it read what they return or raise, up to max_steps (8) answers in a row.
         thinking: True or False; None is the model's own way. A model that has no switch refuses the other way.
         template_options: a dictionary of what the chat template takes beyond that, such as template="rag".
+        stop: a string or several; the answer ends before the first that its text has. Thoughts and calls may say it.
         session: a `Session` of this model; what it has computed of the messages before is not computed again.
         The other options are those of `npqwen.generation.text.stream`. Where they are left out, sampling is what
         the model's authors advise with or without thinking, and loop_guard is on.
@@ -243,21 +248,42 @@ class Model:
             logits = self._buffers.logits(rows)
             # Where the kernels need no more room than there is, they write the one row where it is wanted.
             direct = rows == 1 and out.shape[1] == logits.shape[1] and out.flags.c_contiguous
-            self._team.run(
-                forward, *self._arguments(ids, cache, rows, out if direct else logits), here=ids.size <= FEW
-            )
+            # Weights that memory does not hold come from the disk: then even one token is not soon done.
+            here = ids.size <= FEW and not self._short
+            self._team.run(forward, *self._arguments(ids, cache, rows, out if direct else logits), here=here)
             cache.length += ids.size
             if not direct:
                 out[:] = logits[:rows, : self.config.vocab_size]
+
+    def _reserve(self, cache: KVCache, tokens: int) -> None:
+        """Make room for so many more tokens in a cache, which is checked: kernels write where it says."""
+        if cache.origin is not self._origin:
+            raise OptionError("the cache is another model's; make one with this model's new_cache()")
+        cache.reserve(tokens)
 
     def _logits(self, rows: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
         """Room for so many rows of logits: `out`, which is checked, or a new array."""
         shape = rows, self.config.vocab_size
         if out is None:
-            return np.empty(shape, np.float32)
+            return self._new_logits(rows)
         if out.shape != shape or out.dtype != np.float32:
             raise OptionError(f"out is {out.dtype} {out.shape}; these logits are float32 {shape}")
         return out
+
+    def _new_logits(self, rows: int) -> NDArray[np.float32]:
+        # Those of a piece are in the buffers, too.
+        size = 4 * self.config.vocab_size * (rows + min(rows, self.chunk))
+        available = available_memory() if rows > 1 else None
+        too_large = OutOfMemoryError(
+            f"logits of {rows} tokens take {size / 1e9:.2f} GB, more than there is memory left; "
+            "ask for those of fewer tokens at a time"
+        )
+        if available is not None and size > available - HEADROOM:
+            raise too_large
+        try:
+            return np.empty((rows, self.config.vocab_size), np.float32)
+        except MemoryError:  # a limit of addresses, or a system that promises no more than it has
+            raise too_large from None
 
     def _turn(self) -> threading.Lock:
         """Held by the thread whose pass runs.  A forked process has its own: its holder is not there."""
@@ -330,6 +356,11 @@ def load(
     return Model(Path(path), threads=threads, context=context, on_compile=on_compile)
 
 
+def chunk_of(config: Config) -> int:
+    """Tokens of a prompt that go through the layers together."""
+    return CHUNK if config.mixture is None else SPARSE_CHUNK
+
+
 def cache_dtype(bits: int) -> type[np.float16] | type[np.float32]:
     """What the KV cache holds: bf16 weights are the exact baseline, so there nothing is rounded further."""
     return np.float32 if bits == 16 else np.float16
@@ -342,6 +373,6 @@ def context_of(config: Config, wanted: int | None) -> int:
         most = max(most, int(config.yarn.factor * config.yarn.original_max_position_embeddings))
     if wanted is None:
         return most
-    if not 0 < wanted <= most:
-        raise OptionError(f"context is {wanted}; this model's is 1 to {most} tokens")
-    return wanted
+    if not isinstance(wanted, int | np.integer) or isinstance(wanted, bool) or not 0 < wanted <= most:
+        raise OptionError(f"context is {wanted!r}; this model's is a whole number, 1 to {most} tokens")
+    return int(wanted)

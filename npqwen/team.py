@@ -137,14 +137,13 @@ def take(team: Any, count: int) -> int:
 class Team:
     """`threads` sleeping workers that run a compiled function together when called.
 
-    The caller sleeps meanwhile, so that Ctrl-C reaches it; the workers then stop at the next barrier.
-    One call at a time; other callers wait their turn.
+    The caller sleeps meanwhile, so that Ctrl-C reaches it, and the workers stop at the next piece of their work; or it
+    takes part where that is soon done (see `run`).  One call at a time; other callers wait their turn.
     """
 
     def __init__(self, threads: int) -> None:
         """Raises OptionError unless threads is 1 to 1024."""
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"threads is {threads}; give 1 to 1024, best the number of performance cores")
+        check_threads(threads)
         self.threads = threads
         self.state = np.zeros(SLOTS, np.int64)
         self._turn = threading.Lock()
@@ -245,6 +244,12 @@ class Team:
                 self._job, self._first = None, 0
                 self._go[0].release()
             self._closed = True
+
+
+def check_threads(threads: object) -> None:
+    """Raise OptionError for what is no number of threads."""
+    if not isinstance(threads, int | np.integer) or isinstance(threads, bool) or not 1 <= threads <= 1024:
+        raise OptionError(f"threads is {threads!r}; give 1 to 1024, best the number of performance cores")
 
 
 def _held() -> threading.Lock:

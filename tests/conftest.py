@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import TINY
+from converted import large_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +39,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
         return out
 
     return converted
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 140 MB in int4, whose passes take a while."""
+    return large_model(tmp_path_factory.mktemp("large"))

@@ -155,3 +155,25 @@ def small_model(directory: Path, bits: int = 4, **changes: Any) -> Path:
     """A random converted model with all matrices in one encoding."""
     config = make_config(**changes)
     return write_model(directory, config, tensors(config, dict.fromkeys(MATRICES, bits)), bits)
+
+
+def large_model(directory: Path) -> Path:
+    """A model of 140 MB in int4: random nibbles, one small scale."""
+
+    def units(bits: int, real: np.ndarray, cols: int, rng: np.random.Generator) -> np.ndarray:
+        shape = len(real) // 16, pad(cols, 64) // 64, 576
+        out = rng.integers(0, 256, shape, np.uint8)
+        out[:, :, :64].view("<f2")[:] = 0.2 / np.sqrt(cols)
+        return out
+
+    config = make_config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=15,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=4128,
+        max_position_embeddings=8192,
+    )
+    return write_model(directory, config, tensors(config, dict.fromkeys(MATRICES, 4), units=units), 4)

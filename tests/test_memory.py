@@ -1,4 +1,4 @@
-"""Refusals before the machine swaps, with what would fit."""
+"""Memory: what is used of it, and refusals before the machine swaps, with what would fit."""
 
 from __future__ import annotations
 
@@ -53,6 +53,28 @@ def test_memory_that_the_system_does_not_give(tiny: Callable[[int], Path], monke
         with pytest.raises(OutOfMemoryError, match=f"enough for {PAGE} tokens"):
             cache.reserve(1)
         assert cache.length == PAGE
+
+
+def test_logits_that_memory_cannot_hold_are_refused(
+    tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of 2,000 positions are 33 MB here, and 300 times as much with Qwen3's vocabulary."""
+    with load(tiny(4)) as model:
+        ids = np.zeros(2000, np.int64)
+        size = 4 * 4128 * (2000 + model.chunk)  # a piece's are computed in a place of their own
+        monkeypatch.setattr(npqwen.model, "available_memory", lambda: size - 1 + HEADROOM)
+        with pytest.raises(OutOfMemoryError, match=r"logits of 2000 tokens take 0\.04 GB, .* fewer tokens at a time"):
+            model.logits(ids)
+        assert model.prefill(ids, model.new_cache()).shape == (4128,)
+        monkeypatch.setattr(npqwen.model, "available_memory", lambda: size + HEADROOM)
+        assert model.logits(ids).shape == (2000, 4128)
+
+        def refuse(*args: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(npqwen.model.np, "empty", refuse)
+        with pytest.raises(OutOfMemoryError, match="logits of 2000 tokens"):
+            model.logits(ids)
 
 
 def test_weights_larger_than_memory_are_told(
@@ -138,3 +160,39 @@ def test_the_measurement_within_a_limit(tiny: Callable[[int], Path]) -> None:
 def test_available_memory_is_told_in_bytes() -> None:
     found = machine.available_memory()
     assert found is None or 1e7 < found < 1e14
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+import npqwen.model, npqwen.tokenizer
+def resident(kind):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
+before = resident("RssAnon")
+model = npqwen.model.load(Path(sys.argv[1]), threads=2)
+model.logits(range(1))
+once = resident("RssAnon")
+cache = model.new_cache()
+model.prefill(np.arange(300), cache)
+for i in range(20):
+    model.forward([i], cache)
+used = resident("RssAnon")
+print(once - before, used - before, cache.nbytes, resident("RssFile"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_weights_stay_in_the_page_cache(large: Path) -> None:
+    """Loading copies no weights; what a forward pass writes to is bounded by one piece of the prompt."""
+    size = (large / "model.safetensors").stat().st_size
+    assert size > 120e6
+    command = [sys.executable, "-c", MEMORY, str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    once, used, cache, mapped = map(int, done.stdout.split())
+    assert mapped > size
+    assert once < 40e6
+    # A piece of 256 tokens of float32: hidden, qkv, attended, gate and up, and what is packed of them.
+    piece = 256 * 4 * (1024 + 4096 + 2048 + 2 * 3072 + 3072)
+    assert used < once + cache + piece + 10e6

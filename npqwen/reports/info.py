@@ -12,7 +12,7 @@ from npqwen.errors import OptionError
 from npqwen.hardware import machine
 from npqwen.hardware.budget import Budget
 from npqwen.kv_cache import KVCache
-from npqwen.model import CHUNK, SPARSE_CHUNK, cache_dtype, context_of
+from npqwen.model import cache_dtype, chunk_of, context_of
 from npqwen.simd.isa import ISA, available
 from npqwen.weights import Weights
 
@@ -87,7 +87,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     threads = machine.default_threads()
     budget = Budget(
         weights=sum(parts.values()),
-        working=Buffers(config, weights, threads, CHUNK if config.mixture is None else SPARSE_CHUNK).nbytes,
+        working=Buffers(config, weights, threads, chunk_of(config)).nbytes,
         page=KVCache(config, 1, cache_dtype(weights.bits)).page_bytes,
         available=machine.available_memory(),
     )
