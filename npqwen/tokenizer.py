@@ -39,6 +39,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_tokens_decoder()
         self._missing: dict[int, NDArray[np.intp]] = {}
+        self.added_ids = frozenset(self._added)
         self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
 
     @classmethod
@@ -86,7 +87,10 @@ class Tokenizer:
         """The UTF-8 bytes that one token stands for; b"" for an id without a token."""
         if id in self._added:
             return str(self._added[id].content).encode()
-        token = self._tokenizer.id_to_token(id)
+        try:
+            token = self._tokenizer.id_to_token(id)
+        except OverflowError:  # the library counts in 32 bits without a sign
+            token = None
         if token is None:
             return b""
         try:

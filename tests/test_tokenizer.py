@@ -48,6 +48,8 @@ def test_special_tokens_are_recognised_but_not_added_nor_printed(tokenizer: Toke
     assert tokenizer.decode(ids) == "<think>x</think>"
     assert tokenizer.encode("") == []
     assert tokenizer.token_id("<|im_end|>") == 4098
+    assert tokenizer.special_ids == set(range(4096, 4110))
+    assert tokenizer.added_ids == set(range(4096, 4122))
     assert tokenizer.token_id("<|nothing|>") is None
 
 
@@ -165,7 +167,9 @@ def test_ids_without_a_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.missing_ids(4128).tolist() == list(range(4122, 4128))
     assert tokenizer.missing_ids(4100).tolist() == []
     assert tokenizer.token_bytes(4125) == b""
-    assert tokenizer.token_bytes(10**9) == b""
+    for id in (10**9, -1, -100, 2**32, 2**70):
+        assert tokenizer.token_bytes(id) == b""
+    assert tokenizer.decode([-100, 4097, *tokenizer.encode("a"), 2**32]) == "a"
 
 
 def test_a_gap_in_the_ids_is_missing_too(tmp_path: Path) -> None:
