@@ -73,6 +73,7 @@ def generate(model: Model, prompt: str, *, n: int | None = None, **options: Any)
 
 def check_options(
     prompt: str,
+    /,
     *,
     max_tokens: int | None = None,
     stop: str | Iterable[str] | None = None,
