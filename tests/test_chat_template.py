@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import shutil
 from pathlib import Path
@@ -139,7 +140,33 @@ def test_a_call_without_content_as_openai_writes_it_renders() -> None:
         assert render(null) == render(absent) == render(empty)
 
 
+@pytest.mark.parametrize("name", ["hybrid", "thinking-2507", "instruct-2507", "coder"])
+def test_a_call_without_arguments_has_empty_ones(name: str) -> None:
+    def talk(**arguments: Any) -> list[dict[str, Any]]:
+        return [*HI, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", **arguments}}]}]
+
+    render = TEMPLATES[name].render
+    assert render(talk()) == render(talk(arguments=None)) == render(talk(arguments={}))
+
+
+def test_strings_with_a_class_of_their_own_are_their_characters() -> None:
+    class Word(str, enum.Enum):
+        ROLE = "role"
+        USER = "user"
+        HI = "Hi"
+
+    assert TEMPLATES["hybrid"].render([{Word.ROLE: Word.USER, "content": Word.HI}]) == TEMPLATES["hybrid"].render(HI)
+    assert TEMPLATES["hybrid"].render(Word.HI) == TEMPLATES["hybrid"].render(HI)
+
+
 # --- what is refused ---
+
+CYCLE: list[Any] = []
+CYCLE += [CYCLE, CYCLE]
+
+
+def nested(levels: int) -> Any:
+    return [nested(levels - 1)] if levels else 0
 
 
 @pytest.mark.parametrize(
@@ -156,7 +183,8 @@ def test_a_call_without_content_as_openai_writes_it_renders() -> None:
         ([{"role": "assistant", "tool_calls": []}], "of the role assistant, has no content"),
         ([{"role": "tool", "content": {"a": 1}}], r"content of dict; give a string \(json.dumps of data\)"),
         ([{"role": "user", "content": 3}], "content of int"),
-        ([{"role": "user", "content": ["Hi"]}], "content part of type 'Hi'"),
+        ([{"role": "user", "content": ["Hi"]}], "a content part that is no object such as"),
+        ([{"role": "user", "content": ["text"]}], "a content part that is no object such as"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "type 'image_url'; Qwen3 reads text only"),
         ([{"role": "user", "content": [{"type": "text"}]}], "content part without text"),
         ([{"role": "user", "content": "a", "tool_calls": [{}]}], "tool_calls, which only an assistant's"),
@@ -168,6 +196,13 @@ def test_a_call_without_content_as_openai_writes_it_renders() -> None:
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], "neither an object nor"),
         ([{"role": "user", "content": "a", "extra": object()}], "object, which is no JSON value"),
         ([{"role": "user", "content": "a", "extra": {1: 2}}], "a key that is no string"),
+        ([{"role": "user", "content": "a", 1: 2}], r"messages\[0\] has a key that is no string"),
+        ([{"role": "user", "content": "a", "extra": nested(200)}], r"messages\[0\]\['extra'\].* more than 128 levels"),
+        ([{"role": "user", "content": "a", "extra": CYCLE}], "more than 128 levels"),
+        ("half \ud800", "no valid Unicode: it holds half a surrogate pair"),
+        ([{"role": "tool", "content": "half \udc00"}], r"messages\[0\]\['content'\] is no valid Unicode"),
+        ([*HI, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"\ud800": 1}}]}],
+         r"a key of messages\[1\]\['tool_calls'\]\[0\]\['arguments'\] is no valid Unicode"),
     ],
 )
 def test_wrong_messages_are_named(messages: Any, message: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from npqwen.chat.messages import checked
 from npqwen.chat.tool_calls import ToolCall, read_calls, typed
 
 
@@ -69,11 +71,40 @@ def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> Non
         assert read_calls(block.format(name), schemas) == ([ToolCall(name, {"days": "3", "other": "4"})], "")
 
 
+@pytest.mark.parametrize("levels", [101, 700, 5_000, 100_000])
+def test_what_is_nested_without_end_is_no_call(levels: int) -> None:
+    deep = "[" * levels + "]" * levels
+    for block in (
+        "[" * levels,
+        deep,
+        f'{{"name": "f", "arguments": {{"a": {deep}}}}}',
+        f'{{"name": "f", "arguments": {{"a": {"[" * levels}',
+        json.dumps({"name": "f", "arguments": f'{{"a": {deep}}}'}),
+    ):
+        assert read_calls(block, {}) == ([], block)
+    assert typed(deep, {"type": "array"}) == deep
+
+
+def test_a_call_may_be_nested_and_its_message_fits_a_prompt() -> None:
+    deep = "[" * 98 + "]" * 98
+    ((call,), rest) = read_calls(f'{{"name": "f", "arguments": {{"a": {deep}}}}}', {})
+    assert (call.arguments, rest) == ({"a": json.loads(deep)}, "")
+    message = {"role": "assistant", "content": "", "tool_calls": [call.as_message()]}
+    assert checked([message]) == [message]
+
+
 def test_a_call_as_a_message_is_the_form_that_templates_read() -> None:
     call = ToolCall("f", {"a": 1}, "call_3")
     function = {"name": "f", "arguments": {"a": 1}}
     assert call.as_message() == {"id": "call_3", "type": "function", "function": function}
     assert ToolCall("f", {"a": 1}).as_message() == {"type": "function", "function": function}
+
+
+def test_a_call_that_is_changed_leaves_its_message_as_it_was() -> None:
+    call = ToolCall("f", {"a": [2, 1]})
+    message = call.as_message()
+    call.arguments["a"].sort()
+    assert message["function"]["arguments"] == {"a": [2, 1]}
 
 
 def test_half_a_surrogate_pair_is_replaced_because_no_file_or_prompt_can_hold_it() -> None:

@@ -8,6 +8,7 @@ XML. What makes no sense as a call is given back as text.
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 import warnings
@@ -29,6 +30,8 @@ _NEXT = re.compile(r"<parameter=[^>\n]*>|</function>")
 _MARK = re.compile(r"<parameter=[^>\n]*>|</function>|<function=[^>\n]*>")
 _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _JSON = json.JSONDecoder(strict=False)  # newlines within strings are a common slip
+_MOST_LEVELS = 100
+"""Of values within values: no call that is meant has more, and what reads on recurses."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ToolCall:
 
     def as_message(self) -> dict[str, Any]:
         """The call as an entry of a message's `tool_calls`."""
-        function = {"name": self.name, "arguments": self.arguments}
+        function = {"name": self.name, "arguments": copy.deepcopy(self.arguments)}
         return ({"id": self.id} if self.id else {}) | {"type": "function", "function": function}
 
 
@@ -100,13 +103,13 @@ def _first_value(text: str, whole: bool) -> tuple[Any, int]:
     """The JSON value at the start of `text` and where it ends; None and the end of the text for what is none."""
     try:
         value, end = _JSON.raw_decode(text)
-        return value, end
+        return _encodable(value), end
     except (ValueError, RecursionError):
         pass
     closers, in_string = _scan(text)
     if whole and closers and not in_string:
         try:
-            return _JSON.decode(text + closers), len(text)
+            return _encodable(_JSON.decode(text + closers)), len(text)
         except (ValueError, RecursionError):
             pass
     return None, len(text)
@@ -142,17 +145,14 @@ def _from_json(value: Any) -> list[ToolCall]:
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = _JSON.decode(arguments.strip() or "{}")
+            arguments = _encodable(_JSON.decode(arguments.strip() or "{}"))
         except (ValueError, RecursionError):
             return []
     if arguments is None:
         arguments = {}
     if not isinstance(name, str) or not name.strip() or not isinstance(arguments, dict):
         return []
-    try:
-        return [ToolCall(_encodable(name.strip()), _encodable(arguments))]
-    except RecursionError:
-        return []
+    return [ToolCall(name.strip(), arguments)]
 
 
 # --- Qwen3-Coder's tags ---
@@ -268,5 +268,16 @@ def _literal(text: str) -> Any:
 
 
 def _encodable(value: Any) -> Any:
-    """A copy in JSON's own types, without the lone surrogates that its escapes can spell: they are no text."""
+    """A copy in JSON's own types, without the lone surrogates that its escapes can spell: they are no text.
+
+    Raises ValueError or TypeError for what is no JSON value, and for one that is nested too deep to be meant.
+    """
+    if not _is_shallow(value, _MOST_LEVELS):
+        raise ValueError(f"more than {_MOST_LEVELS} levels")
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether there are no more levels than that of values within values."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_is_shallow(part, levels - 1) for part in parts)
