@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from checkpoints import (
     to_bf16,
     write_checkpoint,
 )
-from npqwen_quant import convert
+from fake_system import MOUNTS, tree
+from npqwen_quant import conversion, convert
 from units import UNIT_BYTES, unpack
 
 from npqwen.errors import OptionError
@@ -232,6 +234,25 @@ def test_impossible_options(tmp_path, options):
     write_checkpoint(tmp_path / "in")
     with pytest.raises(OptionError, match=next(iter(options))):
         convert(tmp_path / "in", tmp_path / "out", **options)
+
+
+def test_a_config_that_is_no_text(tmp_path):
+    """JSON may escape halves of characters, which UTF-8 has no bytes for."""
+    write_checkpoint(tmp_path / "in", make_config(name="half \ud800, whole \u00e9"))
+    convert(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["name"] == "half \ud800, whole \u00e9"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux's files")
+@pytest.mark.parametrize(
+    ("cpus", "quota", "threads"),
+    [(8, None, 8), (128, None, 64), (128, "250 100", 2), (8, "50 100", 1), (2, "900 100", 2)],
+)
+def test_threads_are_what_a_container_leaves(tmp_path, monkeypatch, cpus, quota, threads):
+    files = {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": MOUNTS}
+    files |= {} if quota is None else {"sys/fs/cgroup/unified/a/cpu.max": quota}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    assert conversion._cpus(tree(tmp_path, files)) == threads
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no peak of memory to ask for")

@@ -93,12 +93,120 @@ def test_a_model_in_use_where_that_forbids_replacing_it(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
+def never(done: int, total: int) -> None:
+    pytest.fail("started")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_directory_that_cannot_be_replaced_is_refused_before_the_start(tmp_path, monkeypatch, force):
+    """As one that is mounted from the same disk."""
+    write_checkpoint(tmp_path / "in")
+    out = tmp_path / "out"
+    if force:
+        convert(tmp_path / "in", out)
+    else:
+        out.mkdir()
+    before = sorted(out.iterdir())
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OutputError, match="out cannot be written: Device or resource busy"):
+        convert(tmp_path / "in", out, force=force, progress=never)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_place_where_a_disk_is_mounted(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(OutputError, match="out is where a disk is mounted; name a directory inside it"):
+        convert(tmp_path / "in", tmp_path / "out", progress=never)
+    convert(tmp_path / "in", tmp_path / "out" / "model")
+
+
+def test_the_current_directory(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for out in (".", tmp_path / "out"):
+        with pytest.raises(OutputError, match="out is the current directory; name a directory inside it"):
+            convert(tmp_path / "in", out, progress=never)
+    convert(tmp_path / "in", "model")
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def test_an_empty_directory_stays_if_nothing_comes_of_it(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "out").mkdir(mode=0o700)
+    before = (tmp_path / "out").stat()
+    with pytest.raises(ZeroDivisionError):
+        convert(tmp_path / "in", tmp_path / "out", progress=lambda done, total: 1 // 0)
+    after = (tmp_path / "out").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+@pytest.mark.parametrize("step", ["aside", "in its place"])
+def test_ctrl_c_while_one_model_takes_the_others_place(tmp_path, monkeypatch, step):
+    write_checkpoint(tmp_path / "in")
+    out = tmp_path / "out"
+    convert(tmp_path / "in", out)
+    rename = Path.rename
+    working = False
+
+    def start(done: int, total: int) -> None:
+        nonlocal working
+        working = True
+
+    def interrupted(path: Path, target: Path) -> Path:
+        nonlocal working
+        if working and (path == out) == (step == "aside"):
+            working = False
+            rename(path, target)
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "in", out, 8, force=True, progress=start)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    bits = json.loads((out / "config.json").read_text())["quantization_config"]["bits"]
+    assert bits == (4 if step == "aside" else 8)
+
+
+def test_what_others_call_alike_is_left_alone(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    theirs = [".out.old-backup", ".out.old-1-backup00", ".out.partial-notes", ".outer.old-12-0123abcd"]
+    for name in (*theirs, ".out.old-12-0123abcd", ".out.partial-12-0123abcd"):
+        (tmp_path / name).mkdir()
+    convert(tmp_path / "in", tmp_path / "out")
+    convert(tmp_path / "in", tmp_path / "out", force=True)
+    assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "in", "out"])
+
+
+def test_a_place_that_cannot_be_looked_at(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "in")
+
+    def closed(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "disk_usage", closed)
+    with pytest.raises(OutputError, match="out cannot be written: Permission denied"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
 def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 50_000, 50_000))
     with pytest.raises(OutputError, match=r"would take .* GB, but only 0.00 GB is free"):
-        convert(tmp_path / "in", tmp_path / "out", progress=lambda done, total: pytest.fail("started"))
+        convert(tmp_path / "in", tmp_path / "out", progress=never)
     assert os.listdir(tmp_path) == ["in"]
 
 

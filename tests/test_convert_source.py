@@ -47,6 +47,11 @@ REFUSED = {
     ),
     "transposed": (lambda d: rewrite(d, K_PROJ, np.ones((72, 64), np.float32)), rf"{K_PROJ} has shape"),
     "fewer layers": (lambda d: change(d, num_hidden_layers=1), r"model\.layers\.1\."),
+    "a thousand million layers": (lambda d: change(d, num_hidden_layers=2 * 10**9), "too few for the layers"),
+    "a thousand million experts": (
+        lambda d: change(d, model_type="qwen3_moe", num_experts=2 * 10**9),
+        "too few for the layers and experts",
+    ),
     "unknown tensor": (
         lambda d: rewrite(d, "model.layers.0.self_attn.q_proj.bias", np.ones(128, np.float32)),
         "bias",

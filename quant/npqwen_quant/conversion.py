@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from npqwen.config import FORMAT_VERSION
 from npqwen.errors import CheckpointError, OptionError, OutputError
+from npqwen.hardware import cgroup
 from npqwen_quant import blocks
 from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read, read_small
 from npqwen_quant.output import Output, Shard, header, shards
@@ -37,8 +38,11 @@ COPIED = (
     "README.md",
 )
 
-# Weights in flight per thread: in float32 they fill a core's cache, and hundreds of threads no memory.
+# Weights in flight per thread: in float32 they fill a core's cache.
 _SLICE = 1 << 20
+
+# Each takes some 7 MB, and no disk keeps up with more.
+_MOST_THREADS = 64
 
 
 def convert(
@@ -55,7 +59,7 @@ def convert(
 
     bits: 4 or 8 for blocks of 32 weights with one scale, 16 for bf16.
     force: replace a converted model at `out`, once the new one is complete.
-    threads: how many quantize at a time; all CPUs of this process by default.
+    threads: how many quantize at a time; by default the CPUs of this process, 64 at most.
     progress: called with the bytes of the checkpoint's tensors done and in all; may raise to stop.
     shard_bytes: a file of the output holds about so much; all in one file, if it fits.
 
@@ -68,9 +72,10 @@ def convert(
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads!r}; it must be at least 1")
     checkpoint = Checkpoint(source)
+    _refuse_impossible_counts(checkpoint)
     tensors = plan(checkpoint.config, bits)
     stored = _find(checkpoint, tensors)
-    _refuse_nesting(source.resolve(), out.resolve())
+    _refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     output = Output(out, force=force)
     files = shards(tensors, shard_bytes)
     copied = [path for name in COPIED if (path := source / name).is_file()]
@@ -91,8 +96,22 @@ def convert(
                 write(read_small(path))
         _write_tensors(output, files, stored, threads or _cpus(), progress)
         with output.create("config.json") as write:  # the last: without it nobody takes this for a model
-            write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            write((json.dumps(config, indent=2) + "\n").encode())
         output.complete()
+
+
+def _refuse_impossible_counts(checkpoint: Checkpoint) -> None:
+    """CheckpointError for more layers or experts than there are tensors: a plan of them might not fit into memory."""
+    config, held = checkpoint.config, len(checkpoint.tensors)
+    layers = config.num_hidden_layers
+    experts = 0
+    if config.mixture is not None and layers <= held:
+        experts = config.mixture.num_experts * sum(map(config.is_sparse, range(layers)))
+    if max(layers, experts) > held:
+        raise CheckpointError(
+            f"{checkpoint.directory} has {held} tensors, too few for the layers and experts that its config.json "
+            "tells of; is the download whole?"
+        )
 
 
 def _find(checkpoint: Checkpoint, tensors: Sequence[Tensor]) -> dict[str, StoredTensor]:
@@ -118,10 +137,11 @@ def _refuse_nesting(source: Path, out: Path) -> None:
         raise OutputError(f"{out} holds the checkpoint {source}; choose another place")
 
 
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _cpus(root: Path = Path("/")) -> int:
+    """The processors this process may use, as its control groups limit them.  root: where /proc and /sys are."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = cgroup.processors(root)
+    return min(cpus, _MOST_THREADS, cpus if allowed is None else max(1, int(allowed)))
 
 
 def _write_tensors(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -14,15 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from npqwen.config import FORMAT_VERSION
+from npqwen.config import FORMAT_VERSION, is_converted
 from npqwen.errors import OutputError
+from npqwen.new_file import sync_directory, writing
 from npqwen_quant.plan import Tensor
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
-
 
 
 Shard = list[Tensor]
@@ -60,15 +60,16 @@ def header(tensors: Shard) -> bytes:
 class Output:
     """The directory `path`, made as a hidden sibling and renamed when it is complete.
 
-    As a context manager, it removes the sibling when it is left without `complete()`.  A process that is
-    killed leaves it behind, with its lock free: the next conversion to `path` removes it then.
+    As a context manager, it removes the sibling when it is left without `complete()`; a directory that is to be
+    replaced must allow that when it is entered.  A process that is killed leaves the sibling behind, with its lock
+    free: the next conversion to `path` removes it then.
     """
 
     def __init__(self, path: Path, *, force: bool) -> None:
         """Raises OutputError if `path` exists; with `force`, if it holds anything but a converted model."""
-        self.path = path.resolve()
+        self.path = Path(os.path.realpath(path))
         self.force = force
-        with self._writing():
+        with writing(self.path):
             self._check()
         unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.partial = self.path.with_name(f".{self.path.name}.partial-{unique}")
@@ -80,11 +81,16 @@ class Output:
             return
         if not self.path.is_dir():
             raise OutputError(f"{self.path} exists already and is no directory; choose another place")
+        # Neither of these can make room for the finished sibling.
+        if os.path.ismount(self.path):
+            raise OutputError(f"{self.path} is where a disk is mounted; name a directory inside it")
+        if os.path.samefile(self.path, os.curdir):
+            raise OutputError(f"{self.path} is the current directory; name a directory inside it, or go to another")
         if not any(self.path.iterdir()):
             return
         if not self.force:
             raise OutputError(f"{self.path} exists already; choose another place, or replace it with --force")
-        if not _is_converted(self.path):
+        if not is_converted(self.path):
             raise OutputError(
                 f"{self.path} exists already and is no converted model, so it is not replaced; "
                 "choose another place, or remove it yourself"
@@ -92,15 +98,16 @@ class Output:
 
     def check_room(self, nbytes: int) -> None:
         """Raise OutputError if the disk has less than `nbytes` free."""
-        place = next(parent for parent in self.path.parents if parent.exists())
-        free = shutil.disk_usage(place).free
+        with writing(self.path):
+            place = next(parent for parent in self.path.parents if parent.exists())
+            free = shutil.disk_usage(place).free
         if free < nbytes:
             raise OutputError(
                 f"{self.path} would take {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB is free there"
             )
 
     def __enter__(self) -> Output:
-        with self._writing():
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
             # Locked before the directory exists, so that nobody finds that abandoned.
@@ -108,7 +115,10 @@ class Output:
             _try_lock(self._lock)
             try:
                 self.partial.mkdir()
-            except OSError:
+                if os.path.lexists(self.path):  # what cannot be renamed is told now, not after hours of work
+                    self._step_aside()
+                    self._old.rename(self.path)
+            except BaseException:
                 self._discard()
                 raise
         return self
@@ -119,7 +129,13 @@ class Output:
         self._discard()
 
     def _discard(self) -> None:
+        """Remove the sibling, and what stepped aside for it; if that was for nothing, it goes back."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        if is_converted(self.path):
+            shutil.rmtree(self._old, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                self._old.rename(self.path)
         if self._lock is not None:
             self._lock.close()
         with contextlib.suppress(OSError):
@@ -128,50 +144,35 @@ class Output:
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Callable[[memoryview | bytes], None]]:
         """A file of this name, given by the function that appends to it; synced when left."""
-        with self._writing():
+        with writing(self.path):
             (self.partial / name).parent.mkdir(exist_ok=True)
             file = open(self.partial / name, "wb", buffering=0)  # noqa: SIM115
 
         def write(data: memoryview | bytes) -> None:
             rest = memoryview(data).cast("B")
-            with self._writing():
+            with writing(self.path):
                 while rest:
                     rest = rest[file.write(rest) :]
 
         with file:
             yield write
-            with self._writing():
+            with writing(self.path):
                 os.fsync(file.fileno())
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn the operating system's refusals into OutputError."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OutputError(f"{self.path} does not fit: no room is left on the disk") from error
-            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def complete(self) -> None:
         """Give the directory its name, once every file in it is synced."""
-        with self._writing():
-            _sync_directory(self.partial)
+        with writing(self.path):
+            sync_directory(self.partial)
             self._check()
             if not os.path.lexists(self.path):
                 self.partial.rename(self.path)
             elif self.force and any(self.path.iterdir()):
                 self._step_aside()
-                try:
-                    self.partial.rename(self.path)
-                except OSError:
-                    self._old.rename(self.path)
-                    raise
-                shutil.rmtree(self._old, ignore_errors=True)
+                self.partial.rename(self.path)
             else:
                 self.path.rmdir()
                 self.partial.rename(self.path)
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def _step_aside(self) -> None:
         """Rename what is replaced, which Windows refuses as long as a program has mapped a file in it."""
@@ -184,10 +185,14 @@ class Output:
             ) from error
 
     def _remove_abandoned(self) -> None:
+        ours = re.compile(rf"\.{re.escape(self.path.name)}\.(old|partial)-\d+-[0-9a-f]{{8}}")
         for entry in self.path.parent.iterdir():
-            if entry.name.startswith(f".{self.path.name}.old-") and self.path.exists():
+            found = ours.fullmatch(entry.name)
+            if found is None:
+                continue
+            if found[1] == "old" and self.path.exists():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name.startswith(f".{self.path.name}.partial-") and entry.is_dir():
+            elif found[1] == "partial" and entry.is_dir():
                 try:
                     with open(_lock_of(entry), "r+b") as lock:
                         abandoned = _try_lock(lock)
@@ -199,14 +204,6 @@ class Output:
                     shutil.rmtree(entry, ignore_errors=True)
                     with contextlib.suppress(OSError):
                         _lock_of(entry).unlink()
-
-
-def _is_converted(directory: Path) -> bool:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "npqwen")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _lock_of(partial: Path) -> Path:
@@ -222,16 +219,3 @@ def _try_lock(file: BinaryIO) -> bool:
     except OSError:  # held by another, or a file system without locks
         return False
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    if sys.platform == "win32":  # directories cannot be opened there; NTFS journals renames itself
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot
-            raise
-    finally:
-        os.close(descriptor)
