@@ -48,7 +48,8 @@ async def events(stream: npqwen.ChatStream) -> AsyncGenerator[npqwen.Event, None
 
 async def answer(model: npqwen.Model, question: str) -> str:
     text = ""
-    async with aclosing(events(model.stream_chat(question, thinking=False, temperature=0))) as answering:
+    stream = await asyncio.to_thread(model.stream_chat, question, thinking=False, temperature=0)
+    async with aclosing(events(stream)) as answering:
         async for event in answering:
             if isinstance(event, npqwen.Text):
                 text += event.text

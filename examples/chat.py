@@ -32,7 +32,8 @@ def main() -> None:
                     case npqwen.Notice(text):
                         print(f"[{text}]", file=sys.stderr)
                     case npqwen.Finish(reply):
-                        print(f"{PLAIN}\n[{reply.usage.decode_rate:.0f} tokens/s]", file=sys.stderr)
+                        print(PLAIN, flush=True)
+                        print(f"[{reply.usage.decode_rate:.0f} tokens/s]", file=sys.stderr)
 
 
 def read_line() -> str:

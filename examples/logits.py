@@ -28,8 +28,9 @@ def main() -> None:
             print(f"{np.exp(log_probabilities[-1, token]):6.1%}  {model.tokenizer.decode([int(token)])!r}")
 
         # Row i predicts token i + 1, so this is how well the model foresaw the text itself.
-        foreseen = log_probabilities[np.arange(len(ids) - 1), ids[1:]]
-        print(f"perplexity of the text: {np.exp(-foreseen.mean()):.2f}")
+        if len(ids) > 1:
+            foreseen = log_probabilities[np.arange(len(ids) - 1), ids[1:]]
+            print(f"perplexity of the text: {np.exp(-foreseen.mean()):.2f}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +55,10 @@ def test_generate() -> None:
 
 def test_logits() -> None:
     assert "perplexity of the text: " in run("logits.py").stdout
+    one_token = run("logits.py", str(EXAMPLES / "tiny-qwen3"), "a")
+    assert one_token.stdout.count("%") == 10
+    assert "perplexity" not in one_token.stdout  # nothing is foreseen
+    assert "Warning" not in one_token.stderr
 
 
 def test_threads() -> None:
@@ -67,6 +72,24 @@ def test_chat() -> None:
     assert "river (noun): a large natural stream of water" in done.stdout
     assert "think>" not in done.stdout
     assert done.stderr.count("tokens/s]") == 2
+
+
+def test_chat_ends_a_dim_thought_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Screen())
+        patch.setattr(sys, "stderr", io.StringIO())
+        app = module("chat", patch)
+        patch.setattr(npqwen, "load", lambda *args, **options: nullcontext(Reciter("<think>\nHm", "Yes.")))
+        questions = ["a", "b", ""]
+        patch.setattr(app, "read_line", lambda: questions.pop(0))
+        app.main()
+        written, beside = sys.stdout.getvalue(), sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert written == "\x1b[2mHm\x1b[0m\nYes.\x1b[0m\n"
+    assert "\x1b" not in beside
 
 
 def test_tools() -> None:
@@ -177,26 +200,29 @@ def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through(monkeypatch: 
     asyncio.run(fail())
 
 
-def test_the_loop_of_an_asyncio_program_is_never_blocked(
-    tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loop_of_an_asyncio_program_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     app = module("asyncio_app", monkeypatch)
 
-    async def count(model: npqwen.Model) -> tuple[int, list[str]]:
-        ticks = 0
+    class Patient(Reciter):
+        """Begins an answer, and every token of it, only when the loop has come round."""
 
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0)
-                ticks += 1
+        def stream_chat(self, *args: Any, **options: Any) -> npqwen.ChatStream:
+            self._wait()
+            return super().stream_chat(*args, **options)
 
-        clock = asyncio.create_task(tick())
-        answers = await asyncio.gather(*(app.answer(model, question) for question in app.QUESTIONS))
-        clock.cancel()
-        return ticks, answers
+        def forward(self, *args: Any, **options: Any) -> Any:
+            self._wait()
+            return super().forward(*args, **options)
 
-    with npqwen.load(tiny(4), threads=1) as model:
-        ticks, answers = asyncio.run(count(model))
-    assert answers[0] == "What is 17 + 25? 17 + 25 = 42"
-    assert ticks > 10 * len(answers)
+        def _wait(self) -> None:
+            came_round = threading.Event()
+            loop.call_soon_threadsafe(came_round.set)
+            assert came_round.wait(10), "the loop is blocked"
+
+    async def answer() -> str:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        return await app.answer(Patient("It is 42."), "Which?")
+
+    loop: Any = None
+    assert asyncio.run(answer()) == "Which? It is 42."
