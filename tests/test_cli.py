@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from reference import ReferenceModel
 import npqwen.model
 from npqwen.commands import cli
 from npqwen.errors import NpqwenError
+from npqwen.terminal.console import Console
 
 TESTS = Path(__file__).parent
 TINY = TESTS.parent / "examples" / "tiny-qwen3"
@@ -172,6 +174,27 @@ def test_any_error_of_ours_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch
     assert (done.status, done.err) == (2, "npqwen: error: first second\n")
 
 
+def test_an_error_cannot_give_a_terminal_orders(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise NpqwenError("the template says \x1b]52;c;eA==\x07no\x9b2J")
+
+    monkeypatch.setattr("npqwen.hub.resolve", fail)
+    assert run("generate", str(TINY), "x").err == "npqwen: error: the template says ]52;c;eA==no2J\n"
+
+
+def test_an_error_takes_an_unfinished_bar_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, progress: Any, **options: Any) -> None:
+        progress(1, 10)
+        raise NpqwenError("no room")
+
+    monkeypatch.setattr("npqwen.terminal.console.Console.__init__", _on_a_terminal)
+    for name, command in (("convert", ["convert", "x"]), ("resolve", ["info", "x"]), ("resolve", ["bench", "x"])):
+        monkeypatch.setattr(f"npqwen.hub.{name}", fail)
+        done = run(*command)
+        assert "converting: " in done.err
+        assert done.err.rpartition("\r")[2] == "npqwen: error: no room\n"
+
+
 def test_an_error_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise ZeroDivisionError
@@ -183,8 +206,12 @@ def test_an_error_nobody_expected_keeps_its_traceback(monkeypatch: pytest.Monkey
 
 def test_help_and_version(run: Run) -> None:
     assert run("--version").out == f"npqwen {npqwen.__version__}\n"
+    alone = run()
+    assert alone.status == 0
+    told = alone.out
     done = run("--help")
     assert done.status == 0
+    assert done.out == told
     assert "generate" in done.out
     assert "convert" in done.out
     for command in ("generate", "convert"):
@@ -288,6 +315,28 @@ def test_an_argument_is_utf8_in_any_locale_and_so_is_the_text() -> None:
     command = [sys.executable, "-c", script, "0", "generate", str(TINY), "naïve 東京 🎉", "--quiet"]
     done = subprocess.run(command, capture_output=True, env=ascii_locale(), timeout=20)
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "naïve 東京 🎉", b"")
+
+
+def test_a_path_that_is_no_utf8_is_written_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+    Console().text("out\udcff/é\n")
+    assert out.getvalue() == b"out\xff/\xc3\xa9\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes them")
+@pytest.mark.parametrize(
+    ("closed", "command", "status"),
+    [("<&-", ["chat", "/no/such", "q"], 2), (">&-", ["info", ""], 0), ("2>&-", ["generate", "/no/such", "x"], 2)],
+)
+def test_stdin_stdout_and_stderr_may_be_closed(
+    closed: str, command: list[str], status: int, tiny: Callable[[int], Path]
+) -> None:
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "npqwen"]
+    command = [word or str(tiny(4)) for word in command]
+    done = subprocess.run([*shell, *command], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_stdin_that_is_not_utf8_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,13 +62,11 @@ def chat(
         options["stop"] = [argument_text(text) for text in stop]
     check_options("-", **options)
     said = _said(question)
-    console = Console(quiet=quiet)
-    loaded = open_model(model, bits, threads, context, console)
-    try:
+    view: View = "fold" if show is None else "show" if show else "hide"
+    told = None if system is None else argument_text(system)
+    with Console(quiet=quiet) as console, closing(open_model(model, bits, threads, context, console)) as loaded:
         from npqwen.terminal.screen import Terminal
 
-        view: View = "fold" if show is None else "show" if show else "hide"
-        told = None if system is None else argument_text(system)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SamplingWarning)  # There is a notice of it.
             talk = _talk(loaded, Terminal(console), view, options, told, thinking, model)
@@ -75,8 +74,6 @@ def chat(
                 _converse(talk)
             else:
                 _answer(talk, said)
-    finally:
-        loaded.close()
 
 
 def _said(question: str | None) -> str | None:
@@ -130,7 +127,10 @@ def _converse(talk: Talk) -> None:
         f"{talk.name}, {talk.model.bits} bits a weight, context {talk.model.context:,}; "
         "/help lists the commands, Ctrl-D leaves"
     )
-    if not history.kept:
+    read = history.kept
+    if not read:
         terminal.notice(f"{history.path} cannot be read: there is no history of earlier runs")
     terminal.gap()
     talk.run(line)
+    if read and not history.kept:
+        terminal.notice(f"{history.path} cannot be written: the history lacks what was said now")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import click
 from npqwen.commands.chat import chat
 from npqwen.commands.options import argument_text, model_options, open_model, sampling_options, stdin_text
 from npqwen.errors import NpqwenError
+from npqwen.terminal.control_characters import without_control_characters
 
 if TYPE_CHECKING:
     from npqwen.generation.stream import Stream
@@ -22,6 +25,9 @@ READER_GONE = 141
 
 class _Commands(click.Group):
     """Ends a command that fails in one line, and one that is interrupted, or whose reader left, in none."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -45,6 +51,7 @@ class _Failure(click.ClickException):
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; exit status 2 and one line on stderr for every expected error."""
+    _open_closed_streams()
     try:
         status = cli.main(args, prog_name="npqwen", standalone_mode=False)
     except click.ClickException as error:
@@ -52,11 +59,18 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"; see {error.ctx.command_path} --help"
         message = " ".join(error.format_message().split()).rstrip(".")
-        click.echo(f"npqwen: error: {message}{hint}", err=True)
+        click.echo(f"npqwen: error: {without_control_characters(message)}{hint}", err=True)
         status = 2
     except click.exceptions.Abort:
         status = INTERRUPTED
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """Whoever started this may have closed stdin, stdout or stderr (`<&-`): then nothing is read or written there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -126,16 +140,12 @@ def generate(
     stops = [argument_text(text) for text in stop]
     options = {"max_tokens": max_tokens, "stop": stops, "loop_guard": loop_guard, **sampling}
     check_options(prompt, **options)
-    console = Console(quiet=quiet)
-    loaded = open_model(model, bits, threads, context, console)
-    try:
+    with Console(quiet=quiet) as console, closing(open_model(model, bits, threads, context, console)) as loaded:
         pieces = stream(loaded, prompt, progress=console.reading, **options)
         for piece in pieces:
             console.text(piece)
         console.end_line()
         console.notice(_statistics(pieces))
-    finally:
-        loaded.close()
 
 
 @cli.command()
@@ -152,17 +162,17 @@ def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -
     from npqwen import hub
     from npqwen.terminal.console import Console
 
-    console = Console(quiet=quiet)
-    place = hub.convert(
-        source,
-        out,
-        bits,
-        force=force,
-        notice=console.notice,
-        progress=console.converting,
-        download_bars=console.bars,
-    )
-    console.text(f"{place}\n")
+    with Console(quiet=quiet) as console:
+        place = hub.convert(
+            source,
+            out,
+            bits,
+            force=force,
+            notice=console.notice,
+            progress=console.converting,
+            download_bars=console.bars,
+        )
+        console.text(f"{place}\n")
 
 
 def _statistics(stream: Stream) -> str:
@@ -195,12 +205,12 @@ def info(model: str, bits: int | None, context: int | None, as_json: bool) -> No
     from npqwen.reports.info import describe, inspect
     from npqwen.terminal.console import Console
 
-    console = Console()
-    path = hub.resolve(
-        model, bits, notice=console.notice, progress=console.converting, download_bars=console.bars
-    )
-    found = inspect(path, context)
-    console.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found)) + "\n")
+    with Console() as console:
+        path = hub.resolve(
+            model, bits, notice=console.notice, progress=console.converting, download_bars=console.bars
+        )
+        found = inspect(path, context)
+        console.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found)) + "\n")
 
 
 @cli.command()
@@ -216,7 +226,7 @@ def info(model: str, bits: int | None, context: int | None, as_json: bool) -> No
     flag_value="npqwen-bench.md",
     metavar="[FILE]",
     help="Also write a report to share, with machine, temperatures and versions; JSON if FILE ends in .json. "
-    "Default: npqwen-bench.md.",
+    "Without FILE, npqwen-bench.md; --report then goes behind MODEL.",
 )
 @model_options
 def bench(
@@ -235,32 +245,26 @@ def bench(
     """Tokens a second of MODEL here, and the share of the memory's read bandwidth that decoding reaches."""
     from npqwen.terminal.console import Console
 
-    console = Console(quiet=quiet)
     place = None
     if report is not None:
         from npqwen.reports.machine_report import check_place
 
         place = check_place(Path(report))
-    loaded = open_model(model, bits, threads, context, console)
-    from npqwen.reports.bench import benchmark
-    from npqwen.reports.machine_report import Log, collect, write
+    with Console(quiet=quiet) as console, closing(open_model(model, bits, threads, context, console)) as loaded:
+        from npqwen.reports.bench import benchmark
+        from npqwen.reports.machine_report import Log, collect, write
 
-    log = Log() if place is not None else None
-    facts: dict[str, Any] = {}
+        log = None if place is None else Log()
 
-    def progress(done: int, total: int) -> None:
-        console.measuring(done, total)
-        if log is not None:
-            log.add()
+        def progress(done: int, total: int) -> None:
+            console.measuring(done, total)
+            if log is not None:
+                log.add()
 
-    try:
         speed = benchmark(loaded, prefill, decode, depth, repeat, progress=progress)
         if log is not None:
             log.end()
-            facts = collect(loaded, speed, log)
-    finally:
-        loaded.close()
-    console.text((json.dumps(speed.as_dict(), indent=2) if as_json else speed.as_markdown()) + "\n")
-    if place is not None:
-        write(facts, place)
-        console.notice(f"the report is in {place}")
+        console.text((json.dumps(speed.as_dict(), indent=2) if as_json else speed.as_markdown()) + "\n")
+        if place is not None and log is not None:
+            write(collect(loaded, speed, log), place)
+            console.notice(f"the report is in {place}")

@@ -17,7 +17,7 @@ class Console:
 
     Text goes to stdout, in UTF-8 whatever the locale, and is flushed at once; to a terminal without control
     characters, which it would obey. Notices, progress bars (on a terminal only) and statistics go to stderr, unless
-    `quiet`.
+    `quiet`. As a context manager it leaves no progress bar behind.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -26,7 +26,13 @@ class Console:
         self._bar: Any = None
         self._doing = ""
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # as paths are decoded
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end_bar()
 
     def text(self, text: str) -> None:
         """Write a piece of text to stdout. Raises BrokenPipeError if the reader is gone, else OutputError."""
@@ -48,7 +54,7 @@ class Console:
     def notice(self, line: str) -> None:
         """Write a line to stderr."""
         if not self.quiet:
-            self._close_bar()
+            self.end_bar()
             print(line, file=sys.stderr, flush=True)
 
     def converting(self, done: int, total: int) -> None:
@@ -78,14 +84,15 @@ class Console:
         if self._bar is None or self._doing != doing:
             from tqdm import tqdm
 
-            self._close_bar()
+            self.end_bar()
             self._doing = doing
             self._bar = tqdm(desc=doing, total=total, unit=unit, unit_scale=unit == "B", leave=False)
         self._bar.update(done - self._bar.n)
         if done >= total:
-            self._close_bar()
+            self.end_bar()
 
-    def _close_bar(self) -> None:
+    def end_bar(self) -> None:
+        """Take away a progress bar that is not at its end."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
