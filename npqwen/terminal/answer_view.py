@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from npqwen.chat.answer import Finish, Notice
 from npqwen.chat.reply import Reasoning, Text
 from npqwen.chat.tool_calls import ToolCall
 from npqwen.terminal.screen import Terminal
@@ -18,6 +19,7 @@ _ENDED_BY = {
     "loop": ", ended because it repeated itself",
     "caller": ", ended",
 }
+_CUT = ", not to its end"
 
 
 class AnswerView:
@@ -41,17 +43,17 @@ class AnswerView:
                 if isinstance(event, Reasoning):
                     thought.add(event.text)
                 elif thought.open:
-                    thought.close(stream.thought_tokens, _ENDED_BY.get(stream.thought_ended_by or "", "") + hint)
+                    cut = isinstance(event, Finish) and event.reply.finish_reason == "length"
+                    how = _ENDED_BY.get(stream.thought_ended_by or "", _CUT if cut else "")
+                    thought.close(stream.thought_tokens, how + hint)
                 self._show(event)
         finally:
             if stream.reasoning:
                 self.thought = stream.reasoning
-            thought.close(stream.thought_tokens, ", not to its end")
+            thought.close(stream.thought_tokens, _CUT)
             self._terminal.end_line()
 
     def _show(self, event: Event) -> None:
-        from npqwen.chat.answer import Notice
-
         if isinstance(event, Text):
             self._terminal.answer(event.text)
         elif isinstance(event, ToolCall):

@@ -19,25 +19,27 @@ _VIRTUAL_TERMINAL = 0x0004
 class Terminal:
     """Writes for people. The answer's text goes to stdout, all else to stderr.
 
-    Only on a terminal is anything dimmed (not if NO_COLOR is set) or ever written over. `quiet` leaves out notices.
+    Only on a terminal is anything dimmed (not if NO_COLOR is set) or ever written over. A quiet console leaves out
+    notices and what is written over.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.live = sys.stderr.isatty() and _understands_sequences()
-        """Whether what was written to stderr can be taken back."""
-        self.dims = self.live and not os.environ.get("NO_COLOR")
+        obeys = sys.stderr.isatty() and _understands_sequences()
+        self.live = obeys and not console.quiet
+        """Whether to write to stderr what is taken back later."""
+        self.dims = obeys and not os.environ.get("NO_COLOR")
         self._at_line_start = True
 
     @property
     def columns(self) -> int:
         """The terminal's width now."""
-        return max(shutil.get_terminal_size().columns, 8)
+        return max(_size().columns, 8)
 
     @property
     def rows(self) -> int:
         """The terminal's height now."""
-        return max(shutil.get_terminal_size().lines, 4)
+        return max(_size().lines, 4)
 
     def dim(self, text: str) -> str:
         """The text without control characters, dim where that is possible."""
@@ -52,6 +54,7 @@ class Terminal:
     def tell(self, text: str, *, dim: bool = False) -> None:
         """Lines that somebody asked for: never left out."""
         self.end_line()
+        self.console.end_bar()
         text = self._fitted(text)
         self.error_text((self.dim(text) if dim else self._plain(text)) + "\n")
 
@@ -99,7 +102,7 @@ class Terminal:
     @contextlib.contextmanager
     def quiet_keys(self) -> Iterator[None]:
         """What is typed in the meantime is not shown, and is there for the next line that is read."""
-        if sys.platform == "win32" or not sys.stdin.isatty():
+        if sys.platform == "win32" or not sys.stdin.isatty() or not _in_foreground(sys.stdin.fileno()):
             yield
             return
         import termios
@@ -112,7 +115,25 @@ class Terminal:
             termios.tcsetattr(stdin, termios.TCSADRAIN, quiet)
             yield
         finally:
-            termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+            if _in_foreground(stdin):
+                termios.tcsetattr(stdin, termios.TCSADRAIN, before)
+
+
+def _in_foreground(terminal: int) -> bool:
+    """Whether the terminal serves this process now. In the background, changing its settings would stop the process."""
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _size() -> os.terminal_size:
+    """That of stderr's terminal: stdout may be a file."""
+    with contextlib.suppress(OSError, ValueError):  # none, or no file
+        size = os.get_terminal_size(sys.stderr.fileno())
+        if size.columns and size.lines:
+            return size
+    return shutil.get_terminal_size()
 
 
 def _understands_sequences() -> bool:

@@ -113,6 +113,8 @@ def width(text: str) -> int:
 
 
 def _letter_width(letter: str) -> int:
+    if letter == "\ufe0f":  # makes a narrow sign an emoji, which is wide
+        return 1
     if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1

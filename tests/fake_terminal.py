@@ -1,0 +1,108 @@
+"""A terminal that tests can look at, and a conversation in it."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from reciter import Reciter
+
+from npqwen.terminal.answer_view import AnswerView
+from npqwen.terminal.console import Console
+from npqwen.terminal.screen import Terminal
+from npqwen.terminal.settings import Settings
+from npqwen.terminal.talk import Talk
+
+THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
+"""What a model says that thinks, to be filled in."""
+
+
+class Screen(io.StringIO):
+    """A terminal to write to."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def rows(self, columns: int = 80) -> list[str]:
+        """What is on the screen in the end, of the sequences that are used here."""
+        rows, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", self.getvalue()):
+            if part == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif part == "\r":
+                column = 0
+            elif part.endswith("A") and len(part) > 1:
+                row -= int(part[2:-1])
+                assert row >= 0
+            elif part == "\x1b[J":
+                rows = [*rows[:row], rows[row][:column]]
+            elif len(part) == 1:
+                assert len(rows[row]) == column < columns
+                rows[row] += part
+                column += 1
+        return rows
+
+
+def on_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """Stdout and stderr become one terminal. To be called in the test: pytest sets its own before that."""
+    both = Screen()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return both
+
+
+def talk_with(model: Any, view: Any = "fold", **options: Any) -> Talk:
+    if isinstance(model, Reciter):
+        model.bits, model.threads = 4, 1  # type: ignore[attr-defined]
+    terminal = Terminal(Console())
+    fixed = {name: options.pop(name) for name in ("system", "thinking") if name in options}
+    return Talk(model, terminal, AnswerView(terminal, view), Settings(model, **options), name="m", **fixed)
+
+
+class Readline:
+    """The module, in a locale that knows ASCII only. items: its history. line, begin: what is being typed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.items: list[str] = []
+        self.line, self.begin = "", 0
+        self.complete: Callable[[str, int], str | None] = lambda start, at: None
+        monkeypatch.setattr("npqwen.terminal.prompt_line._readline", lambda: self)
+
+    def add_history(self, entry: str) -> None:
+        if "\0" in entry:
+            raise ValueError("embedded null byte")
+        entry.encode("ascii")
+        self.items.append(entry)
+
+    def get_current_history_length(self) -> int:
+        return len(self.items)
+
+    def get_history_item(self, number: int) -> str:
+        return self.items[number - 1]
+
+    def set_completer(self, complete: Callable[[str, int], str | None]) -> None:
+        self.complete = complete
+
+    def get_line_buffer(self) -> str:
+        return self.line
+
+    def get_begidx(self) -> int:
+        return self.begin
+
+    def parse_and_bind(self, line: str) -> None:
+        pass
+
+    def set_auto_history(self, enabled: bool) -> None:
+        pass
+
+    def set_completer_delims(self, letters: str) -> None:
+        pass
