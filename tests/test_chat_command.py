@@ -1,405 +1,28 @@
-"""`npqwen chat`: commands, what is shown and what is not, one answer, and a conversation in a real terminal."""
+"""`npqwen chat`: one answer, and a conversation in a real terminal."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import re
 import select
-import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_terminal import THOUGHT, Readline, talk_with
 from reciter import Reciter
 
-import npqwen
 from npqwen.commands import cli
-from npqwen.model import Model
-from npqwen.terminal.answer_view import AnswerView
-from npqwen.terminal.console import Console
-from npqwen.terminal.control_characters import without_control_characters
-from npqwen.terminal.history import ENTRIES, LONGEST, History
+from npqwen.commands.chat import _converse
 from npqwen.terminal.prompt_line import PromptLine
-from npqwen.terminal.screen import Terminal
-from npqwen.terminal.settings import Settings
-from npqwen.terminal.slash_commands import COMMANDS, is_command, words
-from npqwen.terminal.talk import Talk
-from npqwen.terminal.thought_view import ROWS, ThoughtView, width
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
-THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
 SUM = "What is 17 + 25?"
-
-
-class Screen(io.StringIO):
-    """A terminal to write to."""
-
-    def isatty(self) -> bool:
-        return True
-
-    def rows(self, columns: int = 80) -> list[str]:
-        """What is on the screen in the end, of the sequences that are used here."""
-        rows, row, column = [""], 0, 0
-        for part in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", self.getvalue()):
-            if part == "\n":
-                row, column = row + 1, 0
-                rows += [""] * (row + 1 - len(rows))
-            elif part == "\r":
-                column = 0
-            elif part.endswith("A") and len(part) > 1:
-                row -= int(part[2:-1])
-                assert row >= 0
-            elif part == "\x1b[J":
-                rows = [*rows[:row], rows[row][:column]]
-            elif len(part) == 1:
-                assert len(rows[row]) == column < columns
-                rows[row] += part
-                column += 1
-        return rows
-
-
-def on_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
-    """Stdout and stderr become one terminal. To be called in the test: pytest sets its own before that."""
-    both = Screen()
-    monkeypatch.setattr(sys, "stdout", both)
-    monkeypatch.setattr(sys, "stderr", both)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    return both
-
-
-def talk_with(model: Any, view: Any = "fold", **options: Any) -> Talk:
-    if isinstance(model, Reciter):
-        model.bits, model.threads = 4, 1  # type: ignore[attr-defined]
-    terminal = Terminal(Console())
-    fixed = {name: options.pop(name) for name in ("system", "thinking") if name in options}
-    return Talk(model, terminal, AnswerView(terminal, view), Settings(model, **options), name="m", **fixed)
-
-
-@pytest.fixture(scope="module")
-def model(tiny: Callable[[int], Path]) -> Iterator[Model]:
-    with npqwen.load(tiny(4), threads=1) as loaded:
-        yield loaded
-
-
-Say = Callable[..., str]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """say(talk, line): what is written, stdout and stderr."""
-
-    def say(talk: Talk, *lines: str) -> str:
-        for line in lines:
-            talk.obey(line)
-        done = capsys.readouterr()
-        return done.out + done.err
-
-    return say
-
-
-# --- commands ---
-
-
-def test_help_names_every_command(say: Say) -> None:
-    told = say(talk_with(Reciter()), "/help")
-    assert all(f"/{name}" in told for name in COMMANDS)
-    wanted = ["think", "nothink", "system", "set", "save", "load", "retry", "undo", "clear", "stats", "exit"]
-    assert all(f"/{name} " in told for name in wanted)
-
-
-def test_an_unknown_command_is_refused_with_the_nearest(say: Say) -> None:
-    talk = talk_with(Reciter())
-    assert "error: there is no command /retyr; did you mean /retry?" in say(talk, "/retyr")
-    assert "/help lists them" in say(talk, "/zzzzzz")
-    assert "takes nothing after it" in say(talk, "/undo 3")
-    assert talk.conversation.messages == []
-
-
-@pytest.mark.parametrize("said", ["/usr/bin is what?", " /help", "// a\n/ b", "/nothing\nelse", "1/2?"])
-def test_what_only_begins_like_a_command_is_said_to_the_model(said: str, say: Say) -> None:
-    assert not is_command(said)
-    talk = talk_with(Reciter("Yes."))
-    say(talk, said)
-    assert talk.conversation.messages[0]["content"] == said
-
-
-def test_think_and_nothink_switch_and_with_a_question_only_once(say: Say) -> None:
-    model = Reciter("<think>\n\n</think>\n\na", "b", "c")
-    talk = talk_with(model)
-    say(talk, "/nothink")
-    assert talk.conversation.thinking is False
-    say(talk, "/think why?", "so?", "/think")
-    assert model.prompts[0].endswith("why?<|im_end|>\n<|im_start|>assistant\n")
-    assert model.prompts[1].endswith("</think>\n\n")
-    assert talk.conversation.thinking is True
-
-
-@pytest.mark.parametrize(
-    ("template", "line", "why"),
-    [("instruct-2507", "/think", "does not think"), ("thinking-2507", "/no_think", "always thinks")],
-)
-def test_a_model_without_the_switch_refuses_it(template: str, line: str, why: str, say: Say) -> None:
-    talk = talk_with(Reciter(template=template))
-    assert why in say(talk, line)
-    assert talk.conversation.thinking is None
-
-
-def test_system_is_shown_set_and_taken_away(say: Say) -> None:
-    model = Reciter("a", "b")
-    talk = talk_with(model, system="Be brief.")
-    assert "Be brief." in say(talk, "/system")
-    say(talk, "/system Be\nlong.", "x")
-    assert model.prompts[0].startswith("<|im_start|>system\nBe\nlong.<|im_end|>")
-    say(talk, "/system -", "y")
-    assert model.prompts[1].startswith("<|im_start|>user\nx")
-
-
-def test_set_is_checked_as_the_api_does(say: Say) -> None:
-    talk = talk_with(Reciter(), temperature=0.5)
-    assert "unknown option 'temprature'; did you mean temperature?" in say(talk, "/set temprature 1")
-    assert "must be a number from 0 to 1" in say(talk, "/set top_p 3")
-    assert "top_k is 'x'; it must be a whole number, or default" in say(talk, "/set top_k x")
-    assert "needs a value" in say(talk, "/set top_k")
-    assert "max_tokens is 0" in say(talk, "/set max_tokens 0")
-    assert talk.settings.options == {"temperature": 0.5}
-    say(talk, "/set top-k 7", "/set loop_guard off", "/set temperature default")
-    assert talk.settings.options == {"top_k": 7, "loop_guard": False}
-    table = say(talk, "/set")
-    assert re.search(r"top_k +7 +yours\n", table)
-    assert re.search(r"temperature +0\.6\n", table)
-    say(talk, "/nothink")
-    assert re.search(r"temperature +0\.7\n", say(talk, "/set"))
-
-
-def test_settings_reach_the_answer(say: Say) -> None:
-    talk = talk_with(Reciter("one two three four", "a b c"))
-    assert "cut off at max_tokens" in say(talk, "/set max_tokens 2", "x")
-    assert "cut off" not in say(talk, "/set max_tokens default", "x")
-
-
-def test_retry_undo_and_clear(say: Say) -> None:
-    talk = talk_with(Reciter("first", "second", "third"), system="s", thinking=False)
-    assert "nothing was asked yet" in say(talk, "/retry")
-    assert "nothing was asked yet" in say(talk, "/undo")
-    say(talk, "q", "/retry")
-    assert [message["content"] for message in talk.conversation.messages] == ["s", "q", "second"]
-    assert "taken back: q" in say(talk, "/undo")
-    assert len(talk.conversation.messages) == 1
-    say(talk, "q")
-    assert "but the system message" in say(talk, "/clear")
-    assert len(talk.conversation.messages) == 1
-
-
-def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
-    talk = talk_with(Reciter("a", "b", "c"), seed=5)
-    say(talk, "q")
-    seeds = []
-    retry = talk.conversation.stream_retry
-    monkeypatch.setattr(talk.conversation, "stream_retry", lambda **o: seeds.append(o["seed"]) or retry(**o))
-    say(talk, "/retry", "/retry")
-    assert seeds == [6, 7]
-    assert "the same answer" in say(talk_with(Reciter("a", "b"), temperature=0), "q", "/retry")
-
-
-def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
-    talk = talk_with(model, temperature=0, thinking=False)
-    assert "needs the name of a file" in say(talk, "/save")
-    say(talk, SUM)
-    path = tmp_path / "talk.json"
-    assert "2 messages in" in say(talk, f"/save {path}")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.cache"]
-    assert json.loads(path.read_text())["thinking"] is False
-    other = talk_with(model, temperature=0)
-    assert "2 messages from" in say(other, f"/load {path}")
-    assert other.conversation.thinking is False
-    assert other.conversation.messages == talk.conversation.messages
-    assert other.conversation.tokens == talk.conversation.tokens > 0
-    assert "30 + 12 = 42" in say(other, "What is 30 + 12?", "/save")
-    assert len(json.loads(path.read_text())["messages"]) == 4
-
-
-def test_save_spares_a_file_of_somebody_else_and_load_refuses_it(tmp_path: Path, say: Say) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("mine")
-    talk = talk_with(Reciter())
-    assert "is no saved conversation" in say(talk, f"/save {path}")
-    assert "is no saved conversation" in say(talk, f"/load {path}")
-    assert path.read_text() == "mine"
-    assert "is no saved conversation" in say(talk, f"/load {tmp_path / 'none.json'}")
-
-
-def test_a_saved_state_of_thinking_that_this_model_lacks_is_told(tmp_path: Path, say: Say) -> None:
-    path = tmp_path / "talk.json"
-    saved = {"format": "npqwen-conversation", "version": 1, "dropped": 0, "thinking": False, "messages": []}
-    path.write_text(json.dumps(saved))
-    talk = talk_with(Reciter(template="thinking-2507"))
-    assert "this one has none" in say(talk, f"/load {path}")
-    assert talk.conversation.thinking is None
-    path.write_text(json.dumps(saved | {"thinking": "no"}))
-    assert "is damaged" in say(talk, f"/load {path}")
-
-
-def test_stats(model: Model, say: Say) -> None:
-    talk = talk_with(model, temperature=0, thinking=False)
-    say(talk, SUM, "What is 30 + 12?")
-    told = say(talk, "/stats")
-    assert "4 messages" in told
-    assert f"of {model.context:,}" in told
-    assert "all answers   2:" in told
-
-
-def test_exit_leaves(say: Say) -> None:
-    for line in ("/exit", "/quit"):
-        talk = talk_with(Reciter())
-        say(talk, line)
-        assert talk.over
-
-
-def test_tab_completes_commands_and_options() -> None:
-    assert list(words("/th")) == ["/think", "/thought"]
-    assert list(words("top")) == ["top_k", "top_p"]
-
-
-# --- what is shown ---
-
-
-def test_an_error_is_a_line_and_the_conversation_goes_on(say: Say) -> None:
-    talk = talk_with(Reciter("Yes.", context=64))
-    told = say(talk, "word " * 100)
-    assert told.count("\n") == 1
-    assert told.startswith("error: the last turn alone")
-    assert "Yes." in say(talk, "q")
-
-
-def test_a_thought_is_folded_to_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_screen(monkeypatch)
-    talk = talk_with(Reciter(THOUGHT.format("\n".join(f"line {n}" for n in range(40)), 42)))
-    talk.obey("q")
-    assert "\x1b[2m  line 39." not in screen.rows()
-    first, answer, stats = screen.rows()[:3]
-    assert re.fullmatch(r"thought for \d+\.\d s, \d+ tokens; /thought shows it", first)
-    assert answer == "It is 42."
-    assert "tok/s" in stats
-    assert "context " in stats
-    assert "line 20" in screen.getvalue()
-    talk.obey("/thought")
-    assert "line 20" in screen.rows()
-
-
-def test_a_thought_never_takes_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_screen(monkeypatch)
-    view = ThoughtView(Terminal(Console()), "fold")
-    for _ in range(30):
-        view.add("some words of a thought 思考\n\n" + "x" * 200)
-        assert len(screen.rows()) <= ROWS + 1
-        assert all(width(row) < 80 for row in screen.rows())
-    view.close(9)
-    assert len([row for row in screen.rows() if row]) == 1
-
-
-@pytest.mark.parametrize(("view", "seen"), [("show", True), ("hide", False)])
-def test_thoughts_stay_or_are_hidden(view: str, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_screen(monkeypatch)
-    talk_with(Reciter(THOUGHT.format("so", 42)), view).obey("q")
-    assert ("Hm, so." in screen.rows()) is seen
-    assert ("\x1b[2mH" in screen.getvalue()) is seen
-    assert "It is 42." in screen.rows()
-
-
-def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_screen(monkeypatch)
-    evil = "a\x1b]0;title\x07b\x1b[2Jc\x9b31md\re\ttab\nend"
-    terminal = Terminal(Console())
-    terminal.answer(evil)
-    terminal.notice(evil)
-    ThoughtView(terminal, "show").add(evil)
-    written = screen.getvalue().replace("\x1b[2m", "").replace("\x1b[22m", "")
-    assert not set(written) & {"\x1b", "\x07", "\x9b", "\r"}
-    assert written.startswith("a]0;titleb[2Jc31mde\ttab\nend\n")
-    assert without_control_characters("é 👩‍👩‍👧 \u0301") == "é 👩‍👩‍👧 \u0301"
-
-
-def test_no_color_means_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_screen(monkeypatch)
-    monkeypatch.setenv("NO_COLOR", "1")
-    talk_with(Reciter(THOUGHT.format("so", 42))).obey("q")
-    assert not re.search(r"\x1b\[\d*m", screen.getvalue())
-    monkeypatch.setenv("TERM", "dumb")
-    start = len(screen.getvalue())
-    talk_with(Reciter(THOUGHT.format("so", 42))).obey("q")
-    assert "\x1b" not in screen.getvalue()[start:]
-
-
-def test_a_notice_is_told_once(say: Say) -> None:
-    talk = talk_with(Reciter("a", "b"), temperature=0)
-    assert say(talk, "q", "r").count("greedy sampling") == 1
-
-
-def test_lines_are_broken_between_words_in_a_narrow_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_screen(monkeypatch)
-    monkeypatch.setenv("COLUMNS", "30")
-    talk_with(Reciter()).obey("/help")
-    talk_with(Reciter()).obey("/retyr")
-    rows = screen.rows(30)
-    assert "error: there is no command" in rows
-    assert "  /undo" in " ".join(rows)
-
-
-# --- reading ---
-
-
-def lines(monkeypatch: pytest.MonkeyPatch, *typed: str) -> PromptLine:
-    rest = list(typed)
-    monkeypatch.setattr("npqwen.terminal.prompt_line._more_waits", lambda: False)
-    line = PromptLine()
-    monkeypatch.setattr(line, "_input", lambda prompt: rest.pop(0))
-    return line
-
-
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        (["one"], "one"),
-        (["one\\", "two\\", "three"], "one\ntwo\nthree"),
-        (['"""', "one", "", "two", '"""'], "one\n\ntwo"),
-        (['"""one', 'two"""'], "one\ntwo"),
-        (['"""one"""'], "one"),
-        (['/system """', "a", 'b"""'], "/system a\nb"),
-        (['say """ twice'], 'say """ twice'),
-        (["caf\udce9"], "caf\ufffd"),
-    ],
-)
-def test_messages_of_several_lines(typed: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lines(monkeypatch, *typed).read() == message
-
-
-def test_history_is_private_bounded_and_survives_damage(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "history"
-    history = History(path)
-    assert history.entries() == []
-    history.add("two\nlines")
-    history.add("x" * (LONGEST + 1))
-    assert History(path).entries() == ["two\nlines"]
-    if sys.platform != "win32":
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with open(path, "ab") as file:
-        file.write(b'\xff\xfe{"a": 1}\n[1]\n' + b'"x"\n' * (2 * ENTRIES))
-    assert len(History(path).entries()) == ENTRIES
-    assert len(path.read_text().splitlines()) == ENTRIES
-    blocked = History(path / "below")
-    blocked.add("x")
-    assert not blocked.kept
-
 
 # --- one answer ---
 
@@ -476,7 +99,65 @@ def test_a_model_without_a_template_is_told_about_generate(run: Command) -> None
     assert "generate" in done.err
 
 
+# --- a conversation ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="keeps no history")
+def test_a_history_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Readline(monkeypatch)
+    (tmp_path / "cache").symlink_to(tmp_path / "nowhere")  # neither a directory nor a place for one
+    monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
+    typed = ["q", "/exit"]
+    monkeypatch.setattr(PromptLine, "_line", lambda self, prompt: typed.pop(0))
+    _converse(talk_with(Reciter("Yes.")))
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: the history lacks what was said now"
+
+
 # --- a real terminal ---
+
+BACKGROUND = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from npqwen.terminal.console import Console
+from npqwen.terminal.screen import Terminal
+shell, job = os.getpgrp(), os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    if sys.argv[1] == "later":
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        os.tcsetpgrp(0, os.getpgrp())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    with Terminal(Console()).quiet_keys():
+        if sys.argv[1] == "later":
+            os.tcsetpgrp(0, shell)
+    os._exit(0)
+status = os.waitpid(job, os.WUNTRACED)[1]
+if os.WIFSTOPPED(status):
+    os.kill(job, signal.SIGKILL)
+    print("stopped")
+print("ended" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else status)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no jobs")
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_a_job_in_the_background_leaves_the_terminal_alone(when: str) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    try:
+        command = [sys.executable, "-c", BACKGROUND, when]
+        done = subprocess.run(
+            command, stdin=slave, capture_output=True, encoding="utf-8", start_new_session=True, timeout=60
+        )
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert (done.stdout, done.stderr) == ("ended\n", "")
+
 
 CHILD = """
 import fcntl, sys, termios, time

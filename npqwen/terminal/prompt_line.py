@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import select
 import sys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PROMPT, MORE = "> ", ". "
 QUOTES = '"""'
+Words = Callable[[str, str], Iterable[str]]
 _TYPED_SECONDS = 0.02
 """No hand follows a line by the next so soon."""
 
@@ -26,12 +28,10 @@ class PromptLine:
     A line that ends in a backslash goes on in the next, and so does one that opens a block with three quotes, alone or
     after a command, until a line ends in three quotes. Lines that are pasted together are one message.
 
-    words(start): what a word that begins so may become when Tab is pressed.
+    words(before, start): what a word that begins so may become when Tab is pressed, and what is before it in the line.
     """
 
-    def __init__(
-        self, history: History | None = None, words: Callable[[str], Iterable[str]] = lambda start: ()
-    ) -> None:
+    def __init__(self, history: History | None = None, words: Words = lambda before, start: ()) -> None:
         self._history = history
         self._readline = _readline()
         self._goes_on = False
@@ -47,13 +47,13 @@ class PromptLine:
         """The next message. Raises EOFError at the end of the input, KeyboardInterrupt on Ctrl-C."""
         self._goes_on = False
         text = self._line(PROMPT)
-        while (goes_on := text.endswith("\\")) or _in_block(text):
+        while (block := _in_block(text)) or text.endswith("\\"):
             self._goes_on = True
             try:
                 more = self._line(MORE)
             except EOFError:  # what there is was meant
                 break
-            text = f"{text[:-1] if goes_on else text}\n{more}"
+            text = f"{text if block else text[:-1]}\n{more}"
         text = _without_quotes(text)
         if text.strip():
             self._remember(text)
@@ -67,7 +67,11 @@ class PromptLine:
         line = _clean(self._input(prompt))
         if not self._pastes:
             while _more_waits():
-                line += "\n" + _clean(self._input(""))
+                try:
+                    more = self._input("")
+                except EOFError:  # as above
+                    break
+                line += "\n" + _clean(more)
         return line
 
     def _input(self, prompt: str) -> str:
@@ -83,24 +87,23 @@ class PromptLine:
         count = self._readline.get_current_history_length()
         if count and self._readline.get_history_item(count) == text:
             return
-        self._readline.add_history(text)
+        _add_history(self._readline, text)
         if self._history is not None:
             self._history.add(text)
 
-    def _prepare(self, readline: ModuleType, words: Callable[[str], Iterable[str]]) -> None:
+    def _prepare(self, readline: ModuleType, words: Words) -> None:
         gnu = "libedit" not in (readline.__doc__ or "")
         # Python switches this off; what is read here is not code.
         if gnu:
             readline.parse_and_bind("set enable-bracketed-paste on")
             self._pastes = getattr(readline, "_READLINE_RUNTIME_VERSION", 0) >= 0x0700
         readline.set_auto_history(False)
-        readline.clear_history()
         for entry in self._history.entries() if self._history is not None else ():
-            readline.add_history(entry)
+            _add_history(readline, entry)
 
         def complete(start: str, at: int) -> str | None:
-            first = readline.get_begidx() == 0 or readline.get_line_buffer().startswith("/set ")
-            return [*words(start), None][at] if first and start else None
+            before = readline.get_line_buffer()[: readline.get_begidx()]
+            return [*words(before, start), None][at]
 
         readline.set_completer(complete)
         readline.set_completer_delims(" \t\n")
@@ -117,10 +120,15 @@ def _readline() -> Any:
     return readline
 
 
+def _add_history(readline: ModuleType, entry: str) -> None:
+    with contextlib.suppress(ValueError):  # what the C library's locale cannot spell, or a NUL
+        readline.add_history(entry)
+
+
 def _in_block(text: str) -> bool:
     """Whether a block is open: behind at most a command's name, three quotes that no others close."""
     opened = _block(text)
-    return opened is not None and not (len(opened) >= len(QUOTES) and opened.rstrip().endswith(QUOTES))
+    return opened is not None and not opened.rstrip().endswith(QUOTES)
 
 
 def _without_quotes(text: str) -> str:

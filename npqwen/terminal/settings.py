@@ -67,13 +67,14 @@ class Settings:
         return "\n".join(rows)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        from npqwen.generation.stream import sampling_of
         from npqwen.generation.text import check_options
         from npqwen.generation.thinking_budget import ending_ids
 
         check_options("-", **options)
         others = ("max_tokens", "thinking_budget", "stop", "loop_guard")
         sampling = {name: value for name, value in options.items() if name not in others}
-        self._model.generation.sampling.override(sampling)
+        sampling_of(self._model, sampling)
         if "thinking_budget" in options:
             ending_ids(self._model.tokenizer)
         return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,9 +17,10 @@ from npqwen.errors import NpqwenError, OptionError, OutputError
 from npqwen.terminal.settings import NAMES
 
 if TYPE_CHECKING:
+    from npqwen.chat.answer import ChatStream
     from npqwen.terminal.talk import Talk
 
-_COMMAND = re.compile(r"/(\w*)(?:\s+|$)")
+_COMMAND = re.compile(r"/([\w-]*\??)(?:\s+|$)")
 _MOST_CACHE = 1 << 30
 """Bytes of keys and values that /save writes; beyond, reading the messages anew is the smaller evil."""
 
@@ -35,18 +37,18 @@ class Command:
 def is_command(said: str) -> bool:
     """Whether somebody means a command: a slash and one word. Paths and several lines of anything else are messages."""
     found = _COMMAND.match(said)
-    return found is not None and ("\n" not in said.strip() or found[1].lower() in {*COMMANDS, *_ALIASES})
+    return found is not None and ("\n" not in said.strip() or _name(found) in COMMANDS)
 
 
 def run_command(talk: Talk, said: str) -> None:
     """Do it. Raises OptionError for an unknown one, which names the nearest."""
     found = _COMMAND.match(said)
     assert found is not None
-    name = found[1].lower()
-    command = COMMANDS.get(_ALIASES.get(name, name))
+    name = _name(found)
+    command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, [*COMMANDS, *_ALIASES], 1, 0.5)
-        hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+        hint = f"did you mean /{_ALIASES.get(near[0], near[0])}?" if near else "/help lists them"
         raise OptionError(f"there is no command /{found[1]}; {hint} (a message may begin with a space)")
     arguments = said[found.end() :].strip()
     if arguments and not command.usage:
@@ -54,11 +56,17 @@ def run_command(talk: Talk, said: str) -> None:
     command.run(talk, arguments)
 
 
-def words(start: str) -> Iterable[str]:
-    """Commands, or names of options, that begin so."""
-    if start.startswith("/"):
+def _name(found: re.Match[str]) -> str:
+    """What the command that was typed is called here."""
+    name = found[1].lower().replace("-", "_")
+    return _ALIASES.get(name, name)
+
+
+def words(before: str, start: str) -> Iterable[str]:
+    """Commands, or behind /set names of options, that begin so."""
+    if not before and start.startswith("/"):
         return [f"/{name}" for name in COMMANDS if name.startswith(start[1:])]
-    return [name for name in NAMES if name.startswith(start)]
+    return [name for name in NAMES if name.startswith(start)] if before.split() == ["/set"] else []
 
 
 def _help(talk: Talk, arguments: str) -> None:
@@ -85,6 +93,7 @@ def _switch(talk: Talk, thinking: bool, question: str) -> None:
         talk.ask(question, thinking=thinking)
     else:
         talk.conversation.thinking = thinking
+        talk.once = {}
         talk.terminal.notice("answers begin with a thought" if thinking else "answers come without a thought")
 
 
@@ -126,7 +135,7 @@ def _set(talk: Talk, arguments: str) -> None:
 
 def _save(talk: Talk, arguments: str) -> None:
     path = _path(talk, arguments, "/save")
-    if path.exists() and str(path) != talk.file and not _is_conversation(path):
+    if os.path.exists(path) and str(path) != talk.file and not _is_conversation(path):
         raise OutputError(f"{path} is there already and is no saved conversation; choose another name")
     size = talk.conversation.cache_bytes
     with_cache = size <= _MOST_CACHE
@@ -152,30 +161,38 @@ def _load(talk: Talk, arguments: str) -> None:
         talk.terminal.notice("saved with another model, which had a switch for thinking; this one has none")
     talk.conversation = loaded
     talk.file = str(path)
-    talk.tries = 0
-    talk.terminal.notice(f"{_messages(loaded)} from {path}; {talk.context()}")
+    talk.forget_last()
+    talk.used = loaded.tokens or None  # Without its cache they are counted when they are read.
+    talk.terminal.notice("; ".join(filter(None, (f"{_messages(loaded)} from {path}", talk.context()))))
 
 
 def _retry(talk: Talk, arguments: str) -> None:
-    options = dict(talk.settings.options)
+    options = talk.settings.options | talk.once
     talk.tries += 1
     if options.get("seed") is not None:
         options["seed"] += talk.tries  # The same seed would give the same answer.
-    if options.get("temperature", talk.model.generation.sampling.temperature) == 0:
-        talk.terminal.notice("the temperature is 0: the same answer comes again; /set temperature 0.7 allows others")
-    talk.answer(lambda: talk.conversation.stream_retry(**options))
+
+    def begin() -> ChatStream:
+        stream = talk.conversation.stream_retry(**options)
+        if options.get("temperature", talk.model.generation.sampling.temperature) == 0:
+            talk.terminal.notice(
+                "the temperature is 0: the same answer comes again; /set temperature 0.7 allows others"
+            )
+        return stream
+
+    talk.answer(begin, "the answer before stays")
 
 
 def _undo(talk: Talk, arguments: str) -> None:
     said = talk.conversation.undo()
     text = " ".join(str(said).split())
-    talk.tries = 0
+    talk.forget_last()
     talk.terminal.notice(f"taken back: {text if len(text) <= 60 else text[:57] + '...'}")
 
 
 def _clear(talk: Talk, arguments: str) -> None:
     talk.conversation.clear()
-    talk.tries = 0
+    talk.forget_last()
     kept = ", but the system message" if talk.conversation.system else ""
     talk.terminal.notice(f"all is forgotten{kept}")
 
@@ -187,8 +204,10 @@ def _stats(talk: Talk, arguments: str) -> None:
         f"model         {talk.name}, {model.bits} bits a weight, {model.threads} threads",
         f"thinking      {thinking}",
         f"conversation  {_messages(talk.conversation)}, {talk.conversation.dropped} of them dropped",
-        f"{talk.context().replace('context ', 'context       ', 1)}, {talk.conversation.cache_bytes / 1e6:.1f} MB",
     ]
+    if context := talk.context():
+        size = f"{talk.conversation.cache_bytes / 1e6:.1f} MB"
+        lines.append(f"{context.replace('context ', 'context       ', 1)}, {size}")
     if last is not None:
         new = last.prompt_tokens - last.cached_tokens
         lines += [
@@ -208,7 +227,7 @@ def _exit(talk: Talk, arguments: str) -> None:
 def _path(talk: Talk, arguments: str, command: str) -> Path:
     if not arguments and talk.file is None:
         raise OptionError(f"{command} needs the name of a file, such as {command} talk.json")
-    return Path(arguments or talk.file or "").expanduser()
+    return Path(os.path.expanduser(arguments or talk.file or ""))
 
 
 def _is_conversation(path: Path) -> bool:
@@ -238,4 +257,4 @@ COMMANDS = {
     "stats": Command("", "speed, tokens and context so far", _stats),
     "exit": Command("", "leave", _exit),
 }
-_ALIASES = {"no_think": "nothink", "quit": "exit", "bye": "exit"}
+_ALIASES = {"no_think": "nothink", "quit": "exit", "bye": "exit", "?": "help", "help?": "help"}

@@ -29,7 +29,6 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    prefill_seconds: float = 0.0
     seconds: float = 0.0
 
     def add(self, usage: Usage) -> None:
@@ -37,7 +36,6 @@ class Totals:
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
         self.generated_tokens += usage.generated_tokens
-        self.prefill_seconds += usage.prefill_seconds
         self.seconds += usage.first_token_seconds + usage.decode_seconds
 
 
@@ -72,6 +70,10 @@ class Talk:
         self.last: Usage | None = None
         self.tries = 0
         """How often the last question was answered anew."""
+        self.once: dict[str, Any] = {}
+        """Options that the last question was asked with, for its answers only."""
+        self.used: int | None = None
+        """Tokens of the context that are in use, as far as that is known."""
         self.over = False
 
     @property
@@ -118,11 +120,18 @@ class Talk:
 
     def ask(self, question: str, **options: Any) -> None:
         """Say something and show the answer; options are for this answer only."""
-        self.tries = 0
-        self.answer(lambda: self.conversation.stream(question, **self.settings.options | options))
+        if self.answer(lambda: self.conversation.stream(question, **self.settings.options | options)):
+            self.tries, self.once = 0, options
 
-    def answer(self, begin: Callable[[], ChatStream]) -> None:
-        """Show an answer. Ctrl-C ends it and nothing else."""
+    def forget_last(self) -> None:
+        """The last question is another one, or none: what is known of its answers holds no more."""
+        self.tries, self.once, self.used = 0, {}, None
+
+    def answer(self, begin: Callable[[], ChatStream], otherwise: str = "the question is taken back") -> bool:
+        """Show an answer. Ctrl-C ends it and nothing else. Returns whether there is any of it.
+
+        otherwise: what happened if there is none.
+        """
         hint = "" if self.view.thought else "; /thought shows it"
         with self.terminal.quiet_keys(), one_interrupt():
             stream = begin()
@@ -134,11 +143,13 @@ class Talk:
                 stream.close()
         self.last = stream.usage
         self.totals.add(stream.usage)
+        self.used = self.conversation.tokens
         self.terminal.notice(statistics(stream, self.context()))
         if not stream.messages:
-            self.terminal.notice("there was no answer yet: the question is taken back")
+            self.terminal.notice(f"there was no answer yet: {otherwise}")
+        return bool(stream.messages)
 
     def context(self) -> str:
-        """How much of the context is in use."""
-        used, most = self.conversation.tokens, self.model.context
-        return f"context {used:,} of {most:,} ({100 * used / most:.0f} %)"
+        """How much of the context is in use; empty if that is not known before the next answer."""
+        most = self.model.context
+        return "" if self.used is None else f"context {self.used:,} of {most:,} ({100 * self.used / most:.0f} %)"
