@@ -55,7 +55,8 @@ def test_no_think_was_accepted_and_the_model_thought_all_the_same(template: str,
         model.stream_chat("?", thinking=thinking)
     with pytest.raises(OptionError, match=message):
         model.conversation(thinking=thinking).stream("?")
-    assert model.chat("?", thinking=not thinking).text == "Yes." or template == "thinking-2507"
+    reply = model.chat("?", thinking=not thinking)
+    assert (reply.reasoning, reply.text) == (("Yes.", "") if template == "thinking-2507" else ("", "Yes."))
 
 
 def test_no_think_reached_the_template_only_when_the_model_was_loaded() -> None:
@@ -306,7 +307,14 @@ def test_random_bytes_never_break_a_stream() -> None:
 
 def test_half_a_surrogate_is_refused_and_leaves_the_conversation_as_it_was() -> None:
     talk = Reciter("Yes.").conversation(thinking=False)
-    with pytest.raises(OptionError, match="no valid Unicode"):
-        talk.send("half \ud800")
+    for say in (
+        lambda half: talk.send(half),
+        lambda half: talk.add({"role": "tool", "content": half}),
+        lambda half: setattr(talk, "system", half),
+        lambda half: Reciter().conversation(half),
+        lambda half: Reciter().conversation(messages=[{"role": "user", "content": half}]),
+    ):
+        with pytest.raises(OptionError, match="no valid Unicode"):
+            say("half \ud800")
     assert talk.messages == []
     assert talk.send("whole").text == "Yes."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.prompter import Prompter
-from npqwen.chat.reply import Piece, Reasoning, ReplyParser, Text
+from npqwen.chat.reply import END_THINK, Piece, Reasoning, ReplyParser, Text
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.chat.text_stop import TextStop
 from npqwen.chat.tool_calls import ToolCall
@@ -19,6 +20,7 @@ from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session
 from npqwen.generation.stream import stop_strings
+from npqwen.generation.text import check_options
 
 if TYPE_CHECKING:
     from npqwen.generation.logprobs import TokenLogprobs
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 8
 """Answers in a row that may call tools."""
+_NOT_THE_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
 GREEDY = "greedy sampling while thinking lets Qwen3 repeat itself without end; a temperature of 0.6 is advised"
 
 ChatFinishReason = Literal["stop", "length", "loop", "tool_calls"]
@@ -93,7 +96,7 @@ class ChatOptions:
         template_options: Mapping[str, Any] | None = None,
         **generation: Any,
     ) -> ChatOptions:
-        """Raises OptionError for impossible tools or steps; the rest is checked by what it is for."""
+        """Raises OptionError for what no model could be asked with; the rest is checked when there is a prompt."""
         known = as_tools(tools)
         if run_tools and not any(tool.function for tool in (known or {}).values()):
             raise OptionError("run_tools is set, but no tool is a Python function that could be run")
@@ -102,6 +105,15 @@ class ChatOptions:
         for name in ("cache", "cached"):
             if name in generation:
                 raise OptionError(f"{name} is no option of a chat; a Session or a Conversation keeps the cache")
+        if not isinstance(template_options, Mapping | None):
+            raise OptionError(f"template_options is {template_options!r}; give a dictionary of what the template takes")
+        for name in template_options or {}:
+            if not isinstance(name, str) or name in _NOT_THE_TEMPLATES:
+                raise OptionError(f"template_options has {name!r}, which is no option of a chat template")
+        if "stop" in generation:  # an iterator gives them only once
+            generation["stop"] = stop_strings(generation["stop"]).strings
+        given = {name: value for name, value in generation.items() if value is not None}
+        check_options("-", **{name: value for name, value in given.items() if name not in ("progress", "watch")})
         return cls(known, thinking, bool(run_tools), max_steps, dict(template_options or {}), generation)
 
     def prompter(self, model: Model) -> Prompter:
@@ -282,6 +294,8 @@ class ChatStream(Iterator[Event]):
                 self._stream.close()
                 break
         else:
+            if self._stream.finish_reason is None:
+                raise OptionError("the session was used for another answer, which ended this one; fork it for two")
             ended = self._stream.finish_reason == "stop" and self._stream.stop_string is None
             yield from self._noted(self._stop.push(self._parser.finish(ended)))
             yield from self._noted(self._stop.finish())
@@ -303,7 +317,7 @@ class ChatStream(Iterator[Event]):
     def _message(self) -> Message:
         """The present step as a message."""
         message: Message = {"role": "assistant", "content": self.text}
-        if self._reasoning:
+        if self._reasoning or END_THINK in self.text:  # without one, templates look for it before the text's </think>
             message["reasoning_content"] = self.reasoning
         if self._calls:
             message["tool_calls"] = [call.as_message() for call in self._calls]
@@ -340,7 +354,7 @@ class ChatStream(Iterator[Event]):
             tool_calls=list(self._calls),
             usage=self.usage,
             finish_reason=reason,
-            messages=list(self.messages),
+            messages=copy.deepcopy(self.messages),
             tool_results=list(self._results),
             notices=list(self._notices),
             logprobs=None if self._stream.logprobs is None else list(self._stream.logprobs),

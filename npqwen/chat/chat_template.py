@@ -121,7 +121,7 @@ class ChatTemplate:
         wanted = name or ("tool_use" if tools and "tool_use" in programs else "default")
         if name is None and wanted not in programs and len(programs) == 1:
             wanted = self.names[0]
-        if wanted not in programs:
+        if wanted not in self.names:
             raise OptionError(f"there is no chat template {wanted!r}; choose a template of {', '.join(self.names)}")
         return programs[wanted]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from npqwen.chat.messages import Message
 from npqwen.chat.tools import Tool
+from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 class Prompter:
     """Makes prompts for one model, with the same tools and options of its template.
 
-    A user or a tool's result may spell out <|im_end|> and its like. That is text, and stays text: such a message can
-    be read by the model, but neither ends a turn nor begins one.
+    A user, a tool's result, or an answer that repeats them may spell out <|im_end|> and its like. That is text, and
+    stays text: such a message can be read by the model, but neither ends a turn nor begins one. Nor does a tool's
+    result end itself by </tool_response>, or begin a thought or a call.
     """
 
     def __init__(
@@ -29,9 +31,9 @@ class Prompter:
         self._thinking = thinking
         self._options = template_options
         tokenizer = model.tokenizer
-        names = {tokenizer.token_bytes(id).decode("utf-8", "replace") for id in tokenizer.special_ids}
-        # The longest first, as the tokenizer finds them.
-        self._control = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
+        # What users and assistants say of <think> or <tool_call> is theirs to say.
+        said = _names(tokenizer, tokenizer.special_ids)
+        self._control = {"user": said, "assistant": said, "tool": _names(tokenizer, tokenizer.added_ids)}
 
     def ids(self, messages: list[Message]) -> list[int]:
         """The prompt of an answer to `messages`; see `ChatTemplate.render` for what it raises."""
@@ -42,16 +44,27 @@ class Prompter:
 
     def _bordered(self, message: Message, border: str) -> Message:
         """The message with a border inside every control token's name, so that the name is encoded in two parts."""
-        if message["role"] not in ("user", "tool"):
+        control = self._control.get(message["role"])
+        if control is None:
             return message
 
-        def split(text: str) -> str:
-            return self._control.sub(lambda name: name[0][0] + border + name[0][1:], text)
+        def split(value: Any) -> Any:
+            if isinstance(value, str):
+                return control.sub(lambda name: name[0][0] + border + name[0][1:], value)
+            if isinstance(value, list):
+                return [split(item) for item in value]
+            if isinstance(value, dict):  # a call's arguments: their names are the model's words, too
+                return {split(key): split(item) for key, item in value.items()}
+            return value
 
-        content = message["content"]
-        if isinstance(content, str):
-            return message | {"content": split(content)}
-        return message | {"content": [part | {"text": split(part["text"])} for part in content]}
+        return {key: split(value) for key, value in message.items()}
+
+
+def _names(tokenizer: Tokenizer, ids: Iterable[int]) -> re.Pattern[str]:
+    """What finds the names of these tokens in a text."""
+    names = {tokenizer.token_bytes(id).decode("utf-8", "replace") for id in ids}
+    # The longest first, as the tokenizer finds them.
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
 
 
 def _unused_letter(messages: list[Message]) -> str:
