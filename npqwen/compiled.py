@@ -8,13 +8,15 @@ compiled them, the instruction set, the processor and the size of its pages.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import mmap
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import llvmlite
 import numba
@@ -22,6 +24,7 @@ from numba.core import caching, event
 from numba.core.registry import cpu_target
 
 from npqwen.cache_directory import cache_directory
+from npqwen.code_cache import CodeCache
 from npqwen.simd.isa import ISA
 
 _SOURCES = ("simd", "kernels", "team.py", "paging.py", "forward.py", "hardware/bandwidth.py")
@@ -65,37 +68,21 @@ class _Locator(caching._CacheLocator):
     def get_disambiguator(self) -> str:
         return "0"
 
-    @classmethod
-    def from_function(cls, py_func: Any, py_file: str) -> _Locator:
-        return cls()
-
 
 class _Entries(caching.CompileResultCacheImpl):
-    _locator_classes: ClassVar[list[type]] = [_Locator]
+    def __init__(self, function: Any) -> None:
+        # Not Numba's, which goes elsewhere if NUMBA_CACHE_LOCATOR_CLASSES is set: only our directory is named after
+        # all that the code depends on.
+        self._lineno = function.__code__.co_firstlineno
+        self._locator = _Locator()
+        name = f"{Path(inspect.getfile(function)).stem}.{function.__qualname__}"
+        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
 
 
-class KernelCache(caching.FunctionCache):
-    """A function's compiled code on disk.  A damaged entry, or no place to write, only means compiling anew."""
+class KernelCache(CodeCache):
+    """A kernel's compiled code, in the kernel directory."""
 
     _impl_class = _Entries
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever unpickling a damaged file raises
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            super().save_overload(sig, data)
-        except OSError:
-            self.disable()
-        except Exception:  # the index is damaged: begin a new one
-            try:
-                self.flush()
-                super().save_overload(sig, data)
-            except OSError:
-                self.disable()
 
 
 class _Counter(event.Listener):

@@ -35,6 +35,15 @@ assert sums.sum() == 100_096, sums
 print(kernel_directory())
 print(*calls)
 """
+# One of the functions that conversion compiles.
+QUANTIZE = """
+import numpy as np
+from npqwen_quant.blocks import _to_f16
+half = np.empty(3, np.int32)
+_to_f16(np.array([1, -2, 0.5], np.float32), half)
+assert half.tolist() == [0x3C00, 0x4000, 0x3800], half
+print(sum(_to_f16.stats.cache_hits.values()))
+"""
 LOAD = """
 import sys
 from pathlib import Path
@@ -153,10 +162,14 @@ def test_a_read_only_cache_is_read(cache: Path, tmp_path: Path) -> None:
         directory.chmod(0o755)
 
 
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-@pytest.mark.parametrize("damage", ["empty", "short", "other", "random"])
-def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, damage: str) -> None:
-    (file,) = next((cache / "kernels").iterdir()).glob(pattern)
+@pytest.mark.parametrize("locator", ["InTreeCacheLocator", "UserWideCacheLocator", "NoSuchLocator"])
+def test_numbas_setting_for_other_places_does_not_move_kernels(cache: Path, locator: str) -> None:
+    directory, calls = finish(start(SMALL, NPQWEN_CACHE=str(cache), NUMBA_CACHE_LOCATOR_CLASSES=locator))
+    assert (Path(directory).parent, calls) == (cache / "kernels", "")
+
+
+def damage(directory: Path, pattern: str, how: str) -> None:
+    (file,) = directory.glob(pattern)
     good = file.read_bytes()
     bad = {
         "empty": b"",
@@ -164,9 +177,27 @@ def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, damage: str
         "other": b"no pickle at all" * 100,
         "random": good[:100] + np.random.default_rng(0).bytes(len(good) - 100),
     }
-    file.write_bytes(bad[damage])
+    file.write_bytes(bad[how])
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("how", ["empty", "short", "other", "random"])
+def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, how: str) -> None:
+    damage(next((cache / "kernels").iterdir()), pattern, how)
     assert small(cache)[1] != []
     assert small(cache)[1] == []
+
+
+def test_a_damaged_entry_of_the_converters_is_compiled_anew(tmp_path: Path) -> None:
+    def hits() -> list[str]:
+        return finish(start(QUANTIZE, NUMBA_CACHE_DIR=str(tmp_path)))
+
+    assert (hits(), hits()) == (["0"], ["1"])
+    (directory,) = tmp_path.iterdir()
+    for pattern in ("*.nbi", "*.nbc"):
+        for how in ("empty", "random"):
+            damage(directory, pattern, how)
+            assert (hits(), hits()) == (["0"], ["1"])
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ Integers travel as u32 words, four little-endian bytes each.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+
+from npqwen.code_cache import CodeCache
 
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
@@ -42,11 +45,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _jit(function: _Function) -> _Function:
     # Rounding to f16 by integers forbids "reassoc"; "nnan" and "ninf" would break the search for both.
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-    try:
-        compiled: _Function = njit(cache=True, **options)(function)
-    except RuntimeError:  # no directory for the cache is writable
-        compiled = njit(**options)(function)
-    return compiled
+    compiled: Any = njit(**options)(function)
+    with contextlib.suppress(RuntimeError):  # no directory for the cache is writable
+        compiled._cache = CodeCache(function)
+    return cast(_Function, compiled)
 
 
 @_jit
