@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from npqwen.chat.answer import ChatStream, Finish, Notice, Reply
 from npqwen.chat.reply import Reasoning, Text
 from npqwen.chat.tool_calls import ToolCall
 from npqwen.chat.tools import ToolResult
-from npqwen.errors import ContextLengthError, OptionError, SamplingWarning
+from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import Session
 from npqwen.model import Model
 
@@ -161,64 +160,6 @@ def test_a_session_saves_reading_the_same_messages_again(model: Model) -> None:
     assert second.text == model.chat(messages, **GREEDY).text == "30 + 12 = 42"
 
 
-# --- sampling follows the mode ---
-
-
-def sampling(model: Reciter, messages: Any = "Hi", **options: Any) -> tuple[float, float, int]:
-    found = model.stream_chat(messages, **options)._stream._sampling
-    return found.temperature, found.top_p, found.top_k
-
-
-QWEN_THINKS, QWEN_ANSWERS = (0.6, 0.95, 20), (0.7, 0.8, 20)
-
-
-def test_sampling_defaults_follow_the_mode() -> None:
-    model = Reciter()
-    assert sampling(model) == sampling(model, thinking=True) == QWEN_THINKS
-    assert sampling(model, thinking=False) == QWEN_ANSWERS
-    assert sampling(model, thinking=False, temperature=0.3) == (0.3, 0.8, 20)
-    assert sampling(model, thinking=False, temperature=None, top_k=5) == (0.7, 0.8, 5)
-    assert sampling(model, temperature=0.9) == (0.9, 0.95, 20)
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (["Hi /no_think"], QWEN_ANSWERS),
-        (["/no_think Hi"], QWEN_ANSWERS),
-        (["Hi /think"], QWEN_THINKS),
-        (["Hi /no_think", "And? /think"], QWEN_THINKS),
-        (["Hi /think", "And? /no_think", "So?"], QWEN_ANSWERS),
-        (["see a/no_think or /no_thinking"], QWEN_THINKS),
-    ],
-)
-def test_sampling_follows_the_soft_switch_in_a_message(texts: list[str], expected: Any) -> None:
-    messages = [m for text in texts for m in ({"role": "user", "content": text}, {"role": "assistant", "content": "x"})]
-    assert sampling(Reciter(), messages[:-1]) == expected
-    assert sampling(Reciter(), messages[:-1], thinking=False) == QWEN_ANSWERS
-    assert sampling(Reciter(template="instruct-2507"), messages[:-1]) == QWEN_THINKS  # what its own file says
-
-
-def test_a_file_that_somebody_tuned_is_not_overridden() -> None:
-    model = Reciter()
-    object.__setattr__(model.generation, "sampling", npqwen.Sampling(temperature=0.2, top_p=0.95, top_k=20))
-    assert sampling(model, thinking=False) == (0.2, 0.95, 20)
-
-
-def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
-    for options in ({"temperature": 0}, {"top_k": 1}):
-        model = Reciter("<think>\nHm.\n</think>\n\nYes.")
-        with pytest.warns(SamplingWarning, match="greedy sampling while thinking") as caught:
-            reply = model.chat("Hi", **options)
-        assert "temperature of 0.6" in reply.notices[0]
-        assert Path(caught[0].filename).name == "reciter.py"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert Reciter("Yes.").chat("Hi", thinking=False, temperature=0).notices == []
-        assert Reciter("Yes.").chat("Hi /no_think", temperature=0).notices == []
-        assert Reciter("Yes.", template="coder").chat("Hi", temperature=0).notices == []
-
-
 # --- running tools ---
 
 
@@ -344,29 +285,26 @@ def test_a_thought_can_be_ended_by_the_caller() -> None:
     assert reply.reasoning.endswith("directly now.")
 
 
-# --- what is refused, before anything runs ---
+def test_an_answer_whose_session_was_used_for_another_says_so() -> None:
+    model = Reciter("One two three.", "Yes.")
+    session = Session(model)  # type: ignore[arg-type]
+    first = model.stream_chat("Count.", session=session, thinking=False)
+    next(first)
+    assert model.chat("So?", session=session, thinking=False).text == "Yes."
+    with pytest.raises(OptionError, match="the session was used for another answer, which ended this one"):
+        first.run()
+    assert first.messages == [{"role": "assistant", "content": first.text}]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"thinking": "yes"}, "thinking is 'yes'"),
-        ({"tools": get_weather}, "tools is function; give a list"),
-        ({"run_tools": True}, "run_tools is set, but no tool is a Python function"),
-        ({"run_tools": True, "tools": [SCHEMA]}, "run_tools is set, but no tool"),
-        ({"max_steps": 0}, "max_steps is 0"),
-        ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"template_options": {"level": 1}}, "unknown option 'level'"),
-        ({"cache": None}, "cache is no option of a chat"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
-    ],
-)
-def test_impossible_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
-    model = Reciter()
-    with pytest.raises(OptionError, match=message):
-        model.stream_chat("Hi", **options)
-    assert model.prompts == []
+def test_a_replys_messages_are_its_own() -> None:
+    model = Reciter(CALL, "Sunny.")
+    talk = model.conversation(tools=[SCHEMA], thinking=False)
+    reply = talk.send("?")
+    before = talk.messages
+    reply.messages[0]["tool_calls"][0]["function"]["arguments"]["city"] = "Rome"
+    reply.tool_calls[0].arguments.clear()
+    talk.messages[0]["content"] = "!"
+    assert talk.messages == before
 
 
 def test_messages_that_do_not_fit_the_context_are_refused() -> None:

@@ -11,10 +11,9 @@ from reciter import TOKENIZER, Reciter
 
 import npqwen
 from npqwen.chat.answer import Notice
-from npqwen.chat.conversation import Conversation
 from npqwen.chat.reply import Reasoning, Text
 from npqwen.chat.window import Window, shown
-from npqwen.errors import ContextLengthError, FormatError, OptionError, OutputError
+from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import common_prefix
 from npqwen.model import Model
 
@@ -326,86 +325,6 @@ def test_the_window_leaves_room_and_takes_no_more_than_it_must(max_tokens: int |
     assert len(ids) + room + 20 > 300
     assert window.fit(messages, dropped) == (ids, dropped)
     assert Window(encode, 4000, max_tokens).fit(messages, 0)[1] == 0
-
-
-# --- saving ---
-
-
-def test_a_saved_conversation_goes_on_where_it_was(model: Model, tmp_path: Path) -> None:
-    talk = model.conversation("Be brief. 東京", thinking=False, **GREEDY)
-    talk.send("What is 17 + 25?")
-    talk.save(tmp_path / "talk.json")
-    loaded = Conversation.load(model, tmp_path / "talk.json", thinking=False, **GREEDY)
-    assert loaded.messages == talk.messages
-    assert loaded.tokens == talk.tokens > 0
-    mine, other = talk.send("What is 30 + 12?"), loaded.send("What is 30 + 12?")
-    assert other.text == mine.text == "30 + 12 = 42"
-    assert other.usage.cached_tokens == mine.usage.cached_tokens > 0
-
-
-@pytest.mark.parametrize("damage", ["absent", "cut", "another model's"])
-def test_a_conversation_without_its_cache_is_read_again(model: Model, tmp_path: Path, damage: str) -> None:
-    talk = model.conversation(thinking=False, **GREEDY)
-    talk.send("What is 17 + 25?")
-    path, cache = tmp_path / "talk.json", tmp_path / "talk.json.cache"
-    talk.save(path)
-    if damage == "absent":
-        cache.unlink()
-    elif damage == "cut":
-        cache.write_bytes(cache.read_bytes()[:-1])
-    else:
-        cache.write_bytes(cache.read_bytes().replace(model.fingerprint.encode(), b"0" * len(model.fingerprint)))
-    loaded = Conversation.load(model, path, thinking=False, **GREEDY)
-    assert loaded.tokens == 0
-    assert loaded.send("What is 30 + 12?").text == "30 + 12 = 42"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "no saved conversation: there is no such file"),
-        ("", "or it is no JSON"),
-        ("[]", "no saved conversation"),
-        ("{}", "no saved conversation"),
-        ('{"format": "npqwen-conversation", "version": 9}', "version 9, this npqwen reads 1"),
-        ('{"format": "npqwen-conversation", "version": 1}', "damaged"),
-        ('{"format": "npqwen-conversation", "version": 1, "dropped": 5, "messages": []}', "damaged"),
-        (
-            '{"format": "npqwen-conversation", "version": 1, "dropped": 0, "messages": [{"role": "x"}]}',
-            "damaged: .*role 'x'",
-        ),
-    ],
-)
-def test_a_file_that_is_no_conversation_is_named(tmp_path: Path, text: str | None, message: str) -> None:
-    path = tmp_path / "talk.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(FormatError, match=message):
-        Conversation.load(Reciter(), path)  # type: ignore[arg-type]
-
-
-def test_a_place_that_cannot_be_written_to_is_named_and_keeps_what_is_there(model: Model, tmp_path: Path) -> None:
-    talk = model.conversation(thinking=False, messages=[user("a")])
-    (tmp_path / "talk.json").mkdir()
-    with pytest.raises(OutputError, match=r"talk\.json is a directory"):
-        talk.save(tmp_path / "talk.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
-
-
-def test_thinking_is_part_of_what_is_saved_and_the_cache_need_not_be(model: Model, tmp_path: Path) -> None:
-    talk = model.conversation(**GREEDY)
-    talk.thinking = False
-    assert talk.send("What is 17 + 25?").reasoning == ""
-    path = tmp_path / "new" / "talk.json"
-    talk.save(path)
-    cache = path.with_name("talk.json.cache")
-    assert cache.stat().st_size > talk.cache_bytes > 0
-    talk.save(path, cache=False)
-    assert not cache.exists()
-    loaded = Conversation.load(model, path, **GREEDY)
-    assert (loaded.thinking, loaded.tokens) == (False, 0)
-    assert Conversation.load(model, path, thinking=True).thinking is True
-    assert loaded.send("What is 30 + 12?").text == "30 + 12 = 42"
 
 
 def test_thinking_is_refused_at_once_by_a_model_without_the_switch() -> None:

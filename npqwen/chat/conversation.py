@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npqwen.chat.answer import ChatOptions, ChatStream, Reply
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
-from npqwen.config import read_json
-from npqwen.errors import CheckpointError, FormatError, NpqwenError, OptionError
+from npqwen.errors import FormatError, NpqwenError, OptionError
 from npqwen.generation.session import Session
 from npqwen.new_file import new_file
 
@@ -58,7 +58,7 @@ class Conversation:
     def messages(self) -> list[Message]:
         """A copy of all messages so far, also those that the model no longer sees."""
         stream = self._stream
-        return list(self._messages) if stream is None else stream.past + stream.messages
+        return copy.deepcopy(self._messages if stream is None else stream.past + stream.messages)
 
     @property
     def system(self) -> str | None:
@@ -156,7 +156,7 @@ class Conversation:
         self._messages = self._messages + checked(messages)
 
     def fork(self) -> Conversation:
-        """An independent conversation with the same past, without computing it again."""
+        """An independent conversation with the same past, without computing it again. Ends an answer under way."""
         self._settle()
         fork = Conversation.__new__(Conversation)
         fork.model = self.model
@@ -168,10 +168,10 @@ class Conversation:
         return fork
 
     def save(self, path: str | os.PathLike[str], *, cache: bool = True) -> None:
-        """Write the messages and `thinking` to a JSON file, and beside it, as `path`.cache, what was computed of them.
+        """Write the messages and `thinking` to a JSON file, and beside it, as `path`.npqwen-cache, what was computed.
 
         The second is large, serves this model only, and spares reading all again; `load` does without it too, and
-        cache=False writes none. Raises OutputError if they cannot be written.
+        cache=False writes none. Ends an answer under way. Raises OutputError if they cannot be written.
         """
         self._settle()
         path = Path(path)
@@ -195,14 +195,19 @@ class Conversation:
         """Read what `save` wrote, with options as for a new conversation; `thinking` is the saved one if not given.
 
         What was computed is taken over if it is there, whole and this model's; if not, the next turn computes it.
-        Raises FormatError if there is no saved conversation at `path`.
+        Raises FormatError if there is no saved conversation at `path`, OptionError for impossible options.
         """
+        ChatOptions.of(**options)  # so that below only the file can be wrong
         path = Path(path)
         try:
-            raw = read_json(path)
-        except CheckpointError:
-            raise FormatError(f"{path} is no saved conversation: there is no such file, or it is no JSON") from None
-        if raw.get("format") != FORMAT:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FormatError(f"{path} is no saved conversation: there is no such file") from None
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, RecursionError):
+            raise FormatError(f"{path} is no saved conversation: it is no JSON") from None
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise FormatError(f"{path} is no saved conversation")
         if raw.get("version") != VERSION:
             raise FormatError(f"{path} has version {raw.get('version')!r}, this npqwen reads {VERSION}; upgrade npqwen")
@@ -248,7 +253,7 @@ class Conversation:
         def on_end(stream: ChatStream) -> None:
             self._stream = None
             if stream.messages or (stream.reply is not None):
-                self._messages, self._dropped = past + stream.messages, dropped
+                self._messages, self._dropped = past + copy.deepcopy(stream.messages), dropped
             elif fallback is not None:
                 self._messages = fallback
             else:
@@ -285,4 +290,4 @@ class Conversation:
 
 
 def _cache_of(path: Path) -> Path:
-    return path.with_name(path.name + ".cache")
+    return path.with_name(path.name + ".npqwen-cache")
