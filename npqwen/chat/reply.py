@@ -16,7 +16,7 @@ _END_FUNCTION = "</function>"
 _ENDS = re.compile(f"{CLOSE}|{OPEN}")
 _BARE_ENDS = re.compile(f"{_END_FUNCTION}|{CLOSE}|{OPEN}")
 _MOST_DOUBTS = 16
-"""Closing tags in one value, after which the first of them is taken for the call's end."""
+"""Closing tags in one value, after which it is not read as a call any more: each is looked at from its beginning."""
 _QUOTES = "`'\""
 _BLANK = " \t\r\n"
 
@@ -63,6 +63,8 @@ class ReplyParser:
         """Whether the call goes without <tool_call>, as Qwen3-Coder's sometimes do."""
         self._searched = 0
         self._doubtful: list[tuple[int, int]] = []
+        self._lost = False
+        """Whether a call was given up whose end is not known: what looks like another may be a part of it."""
         self._reasoning, self._answer = _Flow(), _Flow()
         self._pieces: list[Piece] = []
 
@@ -108,7 +110,7 @@ class ReplyParser:
         if not tag:
             return False
         flow.break_off()
-        self._bare = tag.startswith("<function=")
+        self._bare = tag.startswith("<function=") and not self._lost
         if not self._bare:
             self._rest = self._rest[len(tag) :]
             self._last = ""
@@ -116,7 +118,7 @@ class ReplyParser:
             self._mode = "thought"
         elif tag == END_THINK:
             self._mode = "text"
-        elif tag != CLOSE:
+        elif tag != CLOSE and not self._lost:
             self._mode, self._searched, self._doubtful = "call", 0, []
         return True
 
@@ -127,14 +129,14 @@ class ReplyParser:
             if not is_inside_value(self._rest[:end]):
                 return self._leave_call(end, after)
             # A tag that may be a part of a value: what follows tells.
-            doubt = self._is_followed_by_call(after, final) if after > end else False
-            if doubt is None:
+            is_end = self._is_followed_by_call(after, final, whole) if after > end else False
+            if is_end is None:
                 return False
-            if doubt:
+            if is_end:
                 return self._leave_call(end, after)
             self._doubtful.append(found)
             if len(self._doubtful) == _MOST_DOUBTS:
-                return self._leave_call(*self._doubtful[0])
+                return self._leave_call(*self._doubtful[0], whole=False)
             self._searched = max(after, end + 1)
         self._searched = max(self._searched, len(self._rest) - len(CLOSE))
         return final and self._leave_call(len(self._rest), len(self._rest), whole)
@@ -146,14 +148,14 @@ class ReplyParser:
             return None
         return found.start(), found.start() if found[0] == OPEN else found.end()
 
-    def _is_followed_by_call(self, at: int, final: bool) -> bool | None:
-        """Whether nothing but another call's beginning stands at `at`; None if that cannot be told yet."""
+    def _is_followed_by_call(self, at: int, final: bool, whole: bool) -> bool | None:
+        """Whether another call, or the end that the model made, stands at `at`; None if that cannot be told yet."""
         tail = self._rest[at:].lstrip(_BLANK)
         marks = (OPEN, CLOSE, "<function=") if self._bare else (OPEN,)
         if tail.startswith(marks):
             return True
         if any(mark.startswith(tail) for mark in marks):
-            return tail == "" if final else None
+            return tail == "" and whole if final else None
         return False
 
     def _leave_call(self, end: int, after: int, whole: bool = True) -> bool:
@@ -161,7 +163,8 @@ class ReplyParser:
         calls, text = read_calls(block, self._schemas, whole=whole)
         if not calls and self._doubtful and end > self._doubtful[0][0]:
             # Some value has no end, and so took in what follows: its first tag was one after all.
-            return self._leave_call(*self._doubtful[0])
+            return self._leave_call(*self._doubtful[0], whole)
+        self._lost = self._lost or not whole
         self._emit(Text, self._answer.push(text))
         self._answer.break_off()
         self._pieces += calls
