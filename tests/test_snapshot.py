@@ -147,8 +147,9 @@ def test_a_save_that_fails_leaves_the_old_file_alone(
 
 def test_places_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
     session = Session(model)
-    with pytest.raises(OutputError, match="is a directory"):
-        session.save(tmp_path)
+    for directory in (tmp_path, "/", "."):
+        with pytest.raises(OutputError, match="is a directory"):
+            session.save(directory)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         session.save(tmp_path / "file" / "session")
