@@ -72,6 +72,14 @@ def test_parts_of_a_model_counted_by_hand(tmp_path: Path) -> None:
     assert info.bits == 4
 
 
+def test_a_tensor_of_nobodys_is_no_part(tmp_path: Path) -> None:
+    config = make_config()
+    made = tensors(config, dict.fromkeys(MATRICES, 4))
+    parts = inspect(write_model(tmp_path / "model", config, made, 4)).parts
+    more = {**made, "extra": np.zeros(16, np.float32), "norm": np.zeros(16, np.float32)}
+    assert inspect(write_model(tmp_path / "more", config, more, 4)).parts == parts
+
+
 @pytest.mark.parametrize(("bits", "per_weight"), [(4, 4.5), (8, 8.5), (16, 16.0)])
 def test_bits_per_weight(tiny: Callable[[int], Path], bits: int, per_weight: float) -> None:
     """All of the example's sizes are multiples of 64: 18 bytes for 32 weights, 34, or 64."""
@@ -212,6 +220,25 @@ def test_read_bandwidth() -> None:
     for threads in (1, 2):
         with ReadBandwidth(threads, size=1 << 24) as memory:
             assert 1e8 < memory.measure() < 1e13
+
+
+@pytest.mark.parametrize(
+    ("available", "size"), [(None, 1 << 28), (1 << 40, 1 << 28), (400_001_000, 100_000_000 // 512 * 512), (0, 1 << 20)]
+)
+def test_measuring_bandwidth_takes_a_part_of_the_memory_there_is(
+    available: int | None, size: int, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def small(self: ReadBandwidth, threads: int, size: int) -> None:
+        taken.append(size)
+        raise MemoryError
+
+    monkeypatch.setattr("npqwen.reports.bench.available_memory", lambda: available)
+    monkeypatch.setattr(ReadBandwidth, "__init__", small)
+    with load(tiny(4), threads=1) as model, pytest.raises(MemoryError):
+        benchmark(model, [4])
+    assert taken == [size]
 
 
 def test_a_share_is_of_the_bandwidth_of_its_moment(

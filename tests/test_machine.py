@@ -160,6 +160,9 @@ def test_threads_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     monkeypatch.setattr(machine, "_command", lambda *words: {"hw.perflevel0.physicalcpu": "6"}.get(words[-1], ""))
     assert machine.default_threads() == 6
+    # One with an Intel processor: cores of one kind, and two threads in each.
+    monkeypatch.setattr(machine, "_command", lambda *words: {"hw.physicalcpu": "4"}.get(words[-1], ""))
+    assert machine.default_threads() == 4
     monkeypatch.setattr(machine, "_command", lambda *words: "")
     assert machine.default_threads() == (os.cpu_count() or 1)
 

@@ -179,6 +179,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_measuring(
     assert re.fullmatch(rf"npqwen: error: {problem}.*\n|npqwen: error: \S* ?{problem}.*\n", capsys.readouterr().err)
 
 
+def test_places_that_this_user_may_not_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="cannot be written to; name another place"):
+        machine_report.check_place(tmp_path / ("x" * 300 + ".md"))
+    (tmp_path / "result.md").touch()
+    for refused in ("result.md", tmp_path.name):  # a file, and a folder for a new one
+        monkeypatch.setattr(os, "access", lambda path, mode, refused=refused: Path(path).name != refused)
+        with pytest.raises(OutputError, match="cannot be written to; name another place"):
+            machine_report.check_place(tmp_path / ("result.md" if refused == "result.md" else "new.md"))
+    monkeypatch.undo()
+
+    def closed(path: Path, **options: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", closed)
+    with pytest.raises(OutputError, match="cannot be written to; name another place"):
+        machine_report.check_place(tmp_path / "result.md")
+
+
+@linux
+def test_a_report_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert machine_report.check_place(Path("~/result.md")) == tmp_path / "result.md"
+
+
 def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")

@@ -178,5 +178,8 @@ def _command(*words: str) -> str:
 
 
 def _mac_performance_cores() -> int:
-    value = _sysctl("hw.perflevel0.physicalcpu")
-    return int(value) if value.isdigit() else 0
+    for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):  # Intel's have no levels
+        value = _sysctl(name)
+        if value.isdigit():
+            return int(value)
+    return 0

@@ -12,7 +12,7 @@ import numpy as np
 from npqwen import __version__
 from npqwen.errors import OptionError
 from npqwen.hardware.bandwidth import ReadBandwidth
-from npqwen.hardware.machine import processor
+from npqwen.hardware.machine import available_memory, processor
 from npqwen.model import Model
 from npqwen.simd.isa import ISA
 
@@ -113,7 +113,7 @@ def benchmark(
     bandwidths: list[float] = []
     measures = []
     logits = np.empty((1, model.config.vocab_size), np.float32)
-    with ReadBandwidth(model.threads) as memory:
+    with ReadBandwidth(model.threads, _bytes_to_read()) as memory:
         for test, tokens, before in tests:
             cache = model.new_cache(before + tokens)
             if before:
@@ -149,6 +149,12 @@ def benchmark(
         read_bandwidth=float(np.median(bandwidths)),
         measures=measures,
     )
+
+
+def _bytes_to_read() -> int:
+    """Memory for measuring bandwidth, a multiple of what a step reads: 256 MB, less where that is much."""
+    available = available_memory()
+    return 1 << 28 if available is None else min(1 << 28, max(1 << 20, available // 4 // 512 * 512))
 
 
 def bytes_per_token(model: Model, depth: int) -> int:

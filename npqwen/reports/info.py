@@ -79,7 +79,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     weights = Weights(directory, config)
     parts = {
         part: sum(
-            tensor.data.size for name, tensor in weights.tensors.items() if name.split(".")[-2].endswith(ends)
+            tensor.data.size for name, tensor in weights.tensors.items() if name.rpartition(".")[0].endswith(ends)
         )
         for part, ends in PARTS.items()
     }

@@ -77,13 +77,22 @@ class Log:
 
 
 def check_place(path: Path) -> Path:
-    """Raise OutputError now, not after minutes of measuring, if a report cannot be written to `path`."""
+    """`path`, a leading ~ replaced; OutputError now, not after minutes, if a report cannot be written there."""
+    path = Path(os.path.expanduser(path))
     folder = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a directory; name a file for the report")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"{folder} is not there to write a report to; make it, or name another place")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    try:
+        path.stat()
+    except FileNotFoundError:
+        allowed = os.access(folder, os.W_OK)
+    except (OSError, ValueError):  # a name too long, a folder that is closed to us
+        allowed = False
+    else:
+        allowed = os.access(path, os.W_OK)
+    if not allowed:
         raise OutputError(f"{path} cannot be written to; name another place for the report")
     return path
 
