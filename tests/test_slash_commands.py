@@ -189,7 +189,7 @@ def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
     say(talk, SUM)
     path = tmp_path / "talk.json"
     assert "2 messages in" in say(talk, f"/save {path}")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.cache"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.npqwen-cache"]
     assert json.loads(path.read_text())["thinking"] is False
     other = talk_with(model, temperature=0)
     assert "2 messages from" in say(other, f"/load {path}")
@@ -251,7 +251,7 @@ def test_the_context_in_use_is_told_when_it_is_known(model: Model, tmp_path: Pat
     assert used in say(talk, SUM, f"/save {path}")
     assert used in say(talk, f"/load {path}", "/stats")
     assert used not in say(talk, "/clear", "/stats")
-    (tmp_path / "talk.json.cache").unlink()
+    (tmp_path / "talk.json.npqwen-cache").unlink()
     assert used not in say(talk, f"/load {path}", "/stats")
     assert used in say(talk, "What is 30 + 12?")
     assert used in say(talk, "/stats")
