@@ -200,7 +200,10 @@ def _statistics(stream: Stream) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def info(model: str, bits: int | None, context: int | None, as_json: bool) -> None:
-    """What MODEL is: shapes, bits per weight, bytes by part, memory needed, and the kernels that will run."""
+    """What MODEL is: shapes, bits per weight, bytes by part, memory needed, and the kernels that will run.
+
+    It is downloaded and converted first, as for the other commands, if it has not been.
+    """
     from npqwen import hub
     from npqwen.reports.info import describe, inspect
     from npqwen.terminal.console import Console
