@@ -238,7 +238,7 @@ def _announced(line: str, tell: Notice, progress: Progress | None) -> Progress:
 def _latest_commit(repository: str) -> tuple[str | None, str]:
     """The repository's newest commit; or None and why the hub does not tell it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.utils import HFValidationError  # type: ignore[attr-defined]
 
     with _hub_errors(repository):
         try:
