@@ -163,7 +163,7 @@ def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say)
 def test_retry_asks_as_the_question_was_asked(say: Say) -> None:
     model = Reciter("a", "b", "c", "d")
     talk = talk_with(model)
-    say(talk, "/nothink why?", "/retry")
+    say(talk, "/nothink why?", f"/think {'why? ' * 3000}", "/retry")
     assert model.prompts[1].endswith("why?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     say(talk, "/think", "/retry", "so?")
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in model.prompts[2:])
