@@ -1,120 +1,25 @@
-"""Python functions as tools: their schemas against transformers' own, and calls as models make them."""
+"""Python functions as tools: lists of them, and calls as models make them."""
 
-# ruff: noqa: UP007, UP037, UP045
+# ruff: noqa: UP045
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import dataclasses
 import datetime
 import enum
 import functools
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, TypedDict, Union
+from typing import Any, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
 import pytest
 
 from npqwen.chat.tool_calls import ToolCall
-from npqwen.chat.tool_schema import function_schema
 from npqwen.chat.tools import Tool, ToolResult, as_tools
 from npqwen.errors import OptionError
-
-DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(DATA))
-
-from tool_functions import FUNCTIONS  # noqa: E402
-
-SCHEMAS = json.loads((DATA / "tool_schemas.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize(("function", "schema"), list(zip(FUNCTIONS, SCHEMAS, strict=True)))
-def test_schemas_are_those_of_transformers(function: Any, schema: dict[str, Any]) -> None:
-    assert json.dumps(function_schema(function)) == json.dumps(schema)  # the order counts too: models see it
-
-
-def properties(function: Any) -> dict[str, Any]:
-    return function_schema(function)["function"]["parameters"]["properties"]
-
-
-# --- beyond what transformers takes ---
-
-
-def google(a: int, b, *rest: str, c: str = "", **more: Any) -> str:  # type: ignore[no-untyped-def]
-    """Add.
-
-    Arguments:
-      a (int): first
-          of two
-      b (`int`, optional): second: the last
-      *rest: whatever
-      c: third
-
-    Example:
-        add(1, 2)
-    """
-    return ""
-
-
-def numpy(a: int, b: float, c=None, d: str = "") -> float:  # type: ignore[no-untyped-def]
-    """Add.
-
-    At length.
-
-    Parameters
-    ----------
-    a : int
-        First.
-    b, c : float, optional
-        Second
-
-        and third.
-    d
-
-    Returns
-    -------
-    float
-        The sum.
-
-    Notes
-    -----
-    a : not a parameter
-    """
-    return 0.0
-
-
-def sphinx(a: int, b: str) -> str:
-    """Add.
-
-    :param a: first
-        of two
-    :param str b: second
-    :type a: int
-    :raises ValueError: never
-    :returns: the sum
-    """
-    return ""
-
-
-@pytest.mark.parametrize(
-    ("function", "description", "parameters"),
-    [
-        (google, "Add.", {"a": "first of two", "b": "second: the last", "c": "third"}),
-        (numpy, "Add.\n\nAt length.", {"a": "First.", "b": "Second and third.", "c": "Second and third.", "d": None}),
-        (sphinx, "Add.", {"a": "first of two", "b": "second"}),
-    ],
-)
-def test_docstrings_of_other_styles(function: Any, description: str, parameters: dict[str, Any]) -> None:
-    schema = function_schema(function)["function"]
-    assert schema["description"] == description
-    assert {name: entry.get("description") for name, entry in properties(function).items()} == parameters
-
-
-def test_the_return_value_is_described_in_every_style() -> None:
-    assert function_schema(sphinx)["function"]["return"] == {"type": "string", "description": "the sum"}
-    assert function_schema(numpy)["function"]["return"] == {"type": "number", "description": "float\n    The sum."}
 
 
 class Point(TypedDict, total=False):
@@ -127,66 +32,23 @@ class Colour(enum.Enum):
     BLUE = "#00f"
 
 
-def loose(a, b: Path, c: "Missing", d: "int" = 3):  # type: ignore[no-untyped-def]  # noqa: F821
-    pass
+class Pair(NamedTuple):
+    x: int
+    y: float
 
 
-def rich(
-    a: Annotated[int, "how many"],
-    b: Point,
-    c: set[int],
-    d: collections.abc.Sequence[str],
-    e: tuple[int, ...],
-    f: collections.abc.Mapping[str, int],
-    g: frozenset,
-    h: Path,
-    i: Union[Path, None] = None,
-) -> None:
-    pass
+class Node(TypedDict, total=False):
+    value: int
+    children: list[Node]
+    parent: Missing  # type: ignore[name-defined]  # noqa: F821
 
 
-def test_what_is_not_known_is_left_open() -> None:
-    schema = function_schema(loose)["function"]
-    assert schema == {
-        "name": "loose",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {}, "b": {}, "c": {}, "d": {"type": "integer"}},
-            "required": ["a", "b", "c"],
-        },
-    }
+def sphinx(a: int, b: str) -> str:
+    """Add.
 
-
-def test_types_that_transformers_refuses() -> None:
-    assert properties(rich) == {
-        "a": {"type": "integer", "description": "how many"},
-        "b": {"type": "object", "properties": {"x": {"type": "number"}, "label": {"type": "string"}}},
-        "c": {"type": "array", "items": {"type": "integer"}},
-        "d": {"type": "array", "items": {"type": "string"}},
-        "e": {"type": "array", "items": {"type": "integer"}},
-        "f": {"type": "object", "additionalProperties": {"type": "integer"}},
-        "g": {"type": "array"},
-        "h": {},
-        "i": {"nullable": True},
-    }
-
-
-class Callable_:
-    def __call__(self, a: int) -> int:
-        """Called."""
-        return a
-
-
-def test_partials_methods_and_objects_that_can_be_called() -> None:
-    half = function_schema(functools.partial(sphinx, b="x"))["function"]
-    assert half["name"] == "sphinx"
-    assert half["parameters"]["required"] == ["a"]
-    assert function_schema(Callable_())["function"]["name"] == "Callable_"
-    assert list(properties(Callable_())) == ["a"]
-    with pytest.raises(OptionError, match="<lambda> has no name"):
-        function_schema(lambda a: a)
-    with pytest.raises(OptionError, match="no signature"):
-        function_schema(dict.fromkeys if sys.version_info < (3, 10) else type)
+    :param a: first
+    """
+    return ""
 
 
 # --- lists of tools ---
@@ -209,6 +71,10 @@ def test_schemas_are_passed_on_as_they_are() -> None:
 async def later() -> None: ...
 
 
+class Later:
+    async def __call__(self) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
@@ -222,6 +88,8 @@ async def later() -> None: ...
         ([{"name": "f", "x": object()}], "no JSON value"),
         ([sphinx, sphinx], "two tools are called sphinx"),
         ([later], r"tools\[0\] is an async function"),
+        ([Later()], r"tools\[0\] is an async function"),
+        ([functools.partial(Later())], r"tools\[0\] is an async function"),
     ],
 )
 def test_what_is_no_tool_is_refused(tools: Any, message: str) -> None:
@@ -243,10 +111,14 @@ def echo(
     table: dict[int, float] = {},  # noqa: B006
     unit: Literal["C", "F", 3] = "C",
     colour: Colour = Colour.RED,
-    either: Union[int, str] = 0,
+    either: int | str = 0,
     maybe: Optional[int] = 7,
     point: Point = {},  # noqa: B006
     path: Path = Path(),
+    xy: Pair = Pair(0, 0),  # noqa: B008
+    node: Node = {},  # noqa: B006
+    queue: collections.deque[int] = collections.deque(),  # noqa: B006
+    bunch: collections.abc.Set[int] = frozenset(),
     anything: Any = None,
 ) -> str:
     return repr(dict(locals()))
@@ -288,6 +160,16 @@ def run(function: Any, **arguments: Any) -> ToolResult:
         ("maybe", "3", 3),
         ("point", {"x": "1", "more": 2}, {"x": 1.0, "more": 2}),
         ("path", "/tmp", "/tmp"),
+        ("xy", ["1", 2], Pair(1, 2.0)),
+        ("node", {"value": "1", "children": [{"value": 2.0}], "parent": 3},
+         {"value": 1, "children": [{"value": 2}], "parent": 3}),
+        ("queue", ["1"], collections.deque([1])),
+        ("bunch", ["1"], {1}),
+        ("n", None, 0),
+        ("s", None, ""),
+        ("unit", None, "C"),
+        ("items", None, []),
+        ("xy", None, Pair(0, 0)),
         ("anything", {"a": [None]}, {"a": [None]}),
     ],
 )
@@ -311,6 +193,8 @@ def test_arguments_are_fitted_to_the_hints(name: str, given: Any, taken: Any) ->
         ({"items": 3}, "items is 3; it must be an array"),
         ({"items": [1, "x"]}, 'items[1] is "x"; it must be a whole number'),
         ({"pair": [1]}, "pair has 1 items; it must have 2"),
+        ({"xy": [1, 2, 3]}, "xy has 3 items; it must have 2"),
+        ({"xy": [1, "a"]}, 'xy[1] is "a"; it must be a number'),
         ({"table": [1]}, "table is [1]; it must be an object"),
         ({"table": {"a": 1}}, 'a key of table is "a"; it must be a whole number'),
         ({"unit": "K"}, 'unit is "K"; it must be one of "C", "F", 3'),
@@ -328,6 +212,30 @@ def test_arguments_that_do_not_fit_are_told_to_the_model(arguments: dict[str, An
 def test_missing_arguments_are_told_to_the_model() -> None:
     assert json.loads(run(sphinx, a=1).content) == {"error": "sphinx needs the argument b"}
     assert json.loads(run(sphinx).content) == {"error": "sphinx needs the argument a, b"}
+
+
+def test_null_is_no_default_where_there_is_none() -> None:
+    assert json.loads(run(sphinx, a=None, b="").content) == {"error": "a is null; it must be a whole number"}
+
+
+def test_a_function_that_changes_its_arguments_does_not_change_the_call() -> None:
+    def arrange(items: list, table: dict) -> list:  # type: ignore[type-arg]
+        items.sort()
+        table["b"] = items
+        return items
+
+    result = run(arrange, items=[2, 1], table={"a": [1]})
+    assert result.content == "[1, 2]"
+    assert result.call.arguments == {"items": [2, 1], "table": {"a": [1]}}
+
+
+def test_a_result_that_has_to_be_awaited_is_an_error() -> None:
+    def give() -> Any:
+        return later()
+
+    result = run(give)
+    assert "has to be awaited" in json.loads(result.content)["error"]
+    assert isinstance(result.error, OptionError)
 
 
 def test_what_a_function_raises_is_told_to_the_model_and_kept() -> None:
@@ -387,3 +295,10 @@ def test_results_are_text_or_json(value: Any, content: str) -> None:
 def test_a_schema_without_a_function_cannot_be_run() -> None:
     with pytest.raises(OptionError, match="f is a schema without a function"):
         Tool("f", {"name": "f"}).run(ToolCall("f", {}))
+
+
+def test_an_error_that_is_no_text_is_made_one() -> None:
+    def fail() -> None:
+        raise ValueError("half \ud800")
+
+    assert run(fail).content == '{"error": "ValueError: half ?"}'

@@ -6,10 +6,21 @@ import contextlib
 import json
 import math
 import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections import abc, deque
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
+
+from npqwen.chat.hints import field_hints, is_named_tuple
+
+COLLECTIONS: Mapping[Any, type[Collection[Any]]] = {
+    **{kind: kind for kind in (list, tuple, set, frozenset, deque)},
+    **dict.fromkeys(
+        (abc.Iterable, abc.Container, abc.Collection, abc.Reversible, abc.Sequence, abc.MutableSequence), list
+    ),
+    **dict.fromkeys((abc.Set, abc.MutableSet), set),
+}
+"""What a hint's kind of collection is made as. Other classes that can be iterated may mean anything by it."""
 
 
 class ArgumentError(ValueError):
@@ -24,6 +35,8 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     anything. Raises ArgumentError.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if args == ((),):  # those of tuple[()] in Python 3.10
+        args = ()
     if origin is Annotated:
         return fitted(value, args[0], where)
     if origin in (Union, types.UnionType):
@@ -46,8 +59,12 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         key, item = args if len(args) == 2 else (Any, Any)
         found = _parsed(value, dict, where)
         return {fitted(k, key, f"a key of {where}"): fitted(v, item, f"{where}[{k!r}]") for k, v in found.items()}
-    if issubclass(kind, Iterable) and not issubclass(kind, bytes | bytearray):
-        return _items(_parsed(value, list, where), kind, args, where)
+    if is_named_tuple(kind):
+        return kind(*_each(_parsed(value, list, where), list(field_hints(kind).values()), where))
+    if kind is tuple and args and args[-1] is not ...:
+        return tuple(_each(_parsed(value, list, where), list(args), where))
+    if kind in COLLECTIONS:
+        return _items(_parsed(value, list, where), COLLECTIONS[kind], args, where)
     return value
 
 
@@ -121,20 +138,22 @@ def _parsed(value: Any, kind: type[list[Any]] | type[dict[Any, Any]], where: str
     return _checked(value, isinstance(value, kind), value, "an array" if kind is list else "an object", where)
 
 
-def _items(values: list[Any], kind: type, args: tuple[Any, ...], where: str) -> Any:
-    if issubclass(kind, tuple) and args and args[-1] is not ...:
-        if len(values) != len(args):
-            raise ArgumentError(f"{where} has {len(values)} items; it must have {len(args)}")
-        return tuple(fitted(v, hint, f"{where}[{i}]") for i, (v, hint) in enumerate(zip(values, args, strict=True)))
+def _each(values: list[Any], hints: list[Any], where: str) -> list[Any]:
+    if len(values) != len(hints):
+        raise ArgumentError(f"{where} has {len(values)} items; it must have {len(hints)}")
+    return [fitted(v, hint, f"{where}[{i}]") for i, (v, hint) in enumerate(zip(values, hints, strict=True))]
+
+
+def _items(values: list[Any], kind: Callable[[list[Any]], Any], args: tuple[Any, ...], where: str) -> Any:
     found = [fitted(value, args[0], f"{where}[{i}]") for i, value in enumerate(values)] if args else values
     try:
-        return kind(found) if issubclass(kind, set | frozenset | tuple) else found
+        return kind(found)
     except TypeError:
         raise ArgumentError(f"{where} has an item that cannot be in a set") from None
 
 
 def _fields(value: dict[str, Any], kind: Any, where: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
+    hints = field_hints(kind)
     for key in sorted(kind.__required_keys__ - value.keys()):
         raise ArgumentError(f"{where} has no {key!r}")
     return {key: fitted(item, hints.get(key, Any), f"{where}[{key!r}]") for key, item in value.items()}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Return|Yields|Raises):\s*$")
 _INLINE = re.compile(r"(Returns|Yields|Raises):\s+\S")
@@ -25,10 +22,9 @@ class Docstring:
     returns: str = ""
 
 
-def read_docstring(function: Callable[..., Any]) -> Docstring:
-    """What the function's docstring says; what is not said is empty."""
+def read_docstring(text: str) -> Docstring:
+    """What a docstring says, as `inspect.getdoc` gives it; what is not said is empty."""
     found = Docstring()
-    text = inspect.getdoc(function) or ""
     sections = _sections(text.strip().splitlines())
     found.description = "\n".join(sections.pop("", [])).strip()
     for name, lines in sections.items():

@@ -6,17 +6,24 @@ taken as far as it is known: a parameter without a type can be anything, one wit
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import re
 import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
+from npqwen.chat.arguments import COLLECTIONS
 from npqwen.chat.docstrings import read_docstring
+from npqwen.chat.hints import (
+    called_function,
+    field_hints,
+    is_named_tuple,
+    parameters_of,
+    type_hints,
+    without_partial,
+)
 from npqwen.errors import OptionError
 
 _SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
@@ -31,7 +38,8 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     """
     name = function_name(function)
     hints = parameter_hints(function)
-    documented = read_docstring(function)
+    called = called_function(function)
+    documented = read_docstring(inspect.getdoc(called) or inspect.getdoc(without_partial(function)) or "")
     properties: dict[str, Any] = {}
     for parameter, hint in hints.items():
         schema = hint_schema(hint)
@@ -48,24 +56,24 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
             schema["description"] = described
         properties[parameter] = schema
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
-    signature = inspect.signature(function).parameters
+    signature = parameters_of(function)
     if required := [key for key in hints if signature[key].default is inspect.Parameter.empty]:
         parameters["required"] = required
     result: dict[str, Any] = {"name": name}
     if documented.description:
         result["description"] = documented.description
     result["parameters"] = parameters
-    returned = _hints(function).get("return", Any)
-    schema = hint_schema(returned)
-    if schema or (returned is Any and "return" in _hints(function)):
+    returned = type_hints(called, notes=True).get("return")
+    schema = {} if returned is None else hint_schema(returned)
+    if schema or returned is Any:
         result["return"] = schema | ({"description": documented.returns} if documented.returns else {})
     return {"type": "function", "function": result}
 
 
 def function_name(function: Callable[..., Any]) -> str:
     """Its name; that of its class for an object that can be called, of what it calls for a partial."""
-    inner = getattr(function, "func", function)
-    name = getattr(inner, "__name__", None) or type(inner).__name__
+    named = without_partial(function)
+    name = getattr(named, "__name__", None) or type(named).__name__
     if not name.isidentifier():
         raise OptionError(f"the tool {name} has no name that a model could write; give it one by def")
     return str(name)
@@ -74,71 +82,60 @@ def function_name(function: Callable[..., Any]) -> str:
 def parameter_hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The type of each parameter that a call can name; Any where there is none."""
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = parameters_of(function)
     except (TypeError, ValueError):
         raise OptionError(f"the tool {function!r} has no signature; wrap it in a function of your own") from None
-    hints = _hints(function)
+    hints = type_hints(called_function(function), notes=True)
     named = [name for name, parameter in parameters.items() if parameter.kind not in _VARIADIC]
     if named[:1] in (["self"], ["cls"]) and named[0] not in hints:
         del named[0]
     return {name: hints.get(name, Any) for name in named}
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    function = getattr(function, "func", function)
-    if not inspect.isroutine(function):
-        function = type(function).__call__
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except Exception:  # a name that is not there, or anything else that an annotation may raise: then one by one
-        return _each_hint(function)
+def hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The JSON schema of a type hint; {}, which anything satisfies, for one that JSON has nothing like.
 
-
-def _each_hint(function: Callable[..., Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, hint in getattr(function, "__annotations__", {}).items():
-
-        def alone() -> None: ...
-
-        alone.__annotations__ = {name: hint}
-        with contextlib.suppress(Exception):
-            found |= typing.get_type_hints(alone, getattr(function, "__globals__", {}), include_extras=True)
-    return found
-
-
-def hint_schema(hint: Any) -> dict[str, Any]:
-    """The JSON schema of a type hint; {}, which anything satisfies, for one that JSON has nothing like."""
+    within: classes with fields that this is inside of; one that is inside itself is an object of no known fields.
+    """
     origin, args = get_origin(hint), get_args(hint)
+    if args == ((),):  # those of tuple[()] in Python 3.10
+        args = ()
+    kind = hint if origin is None else origin
+
+    def inner(part: Any) -> dict[str, Any]:
+        return hint_schema(part, (*within, kind))
+
     if origin is Annotated:
         notes = [note for note in args[1:] if isinstance(note, str)]
-        return hint_schema(args[0]) | ({"description": notes[0]} if notes else {})
+        return inner(args[0]) | ({"description": notes[0]} if notes else {})
     if origin in (Union, types.UnionType):
-        return _union([hint_schema(option) for option in args if option is not type(None)], type(None) in args)
+        return _union([inner(option) for option in args if option is not type(None)], type(None) in args)
     if origin is Literal:
         return _enum(list(args))
-    kind = hint if origin is None else origin
     if kind in _SCALARS:
         return {"type": _SCALARS[kind]}
     if not isinstance(kind, type):
         return {}
     if is_typeddict(kind):
-        fields = typing.get_type_hints(kind)
+        if kind in within:
+            return {"type": "object"}
         required = sorted(kind.__required_keys__)  # type: ignore[attr-defined]
-        return {"type": "object", "properties": {name: hint_schema(field) for name, field in fields.items()}} | (
-            {"required": required} if required else {}
-        )
+        properties = {name: inner(field) for name, field in field_hints(kind).items()}
+        return {"type": "object", "properties": properties} | ({"required": required} if required else {})
     if issubclass(kind, Enum):
         return _enum([member.value for member in kind])
-    if issubclass(kind, tuple):
-        if not args or hint == tuple[()]:
+    if is_named_tuple(kind):
+        if kind in within:
             return {"type": "array"}
+        return {"type": "array", "prefixItems": [inner(field) for field in field_hints(kind).values()]}
+    if kind is tuple and args:
         if args[-1] is ...:
-            return {"type": "array", "items": hint_schema(args[0])}
-        return {"type": "array", "prefixItems": [hint_schema(item) for item in args]}
+            return {"type": "array", "items": inner(args[0])}
+        return {"type": "array", "prefixItems": [inner(item) for item in args]}
     if issubclass(kind, Mapping):
-        return {"type": "object"} | ({"additionalProperties": hint_schema(args[1])} if len(args) == 2 else {})
-    if issubclass(kind, Iterable) and not issubclass(kind, bytes | bytearray):
-        return {"type": "array"} | ({"items": hint_schema(args[0])} if args else {})
+        return {"type": "object"} | ({"additionalProperties": inner(args[1])} if len(args) == 2 else {})
+    if kind in COLLECTIONS:
+        return {"type": "array"} | ({"items": inner(args[0])} if args else {})
     return {}
 
 

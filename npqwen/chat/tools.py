@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npqwen.chat.arguments import ArgumentError, fitted
+from npqwen.chat.hints import called_function, parameters_of
 from npqwen.chat.messages import Message, plain
 from npqwen.chat.tool_calls import ToolCall
 from npqwen.chat.tool_schema import function_schema, parameter_hints
@@ -53,8 +55,14 @@ class Tool:
         if self.function is None:
             raise OptionError(f"the tool {self.name} is a schema without a function; run it yourself")
         try:
-            positional, named = _bound(self.function, self.name, call.arguments)
-            return ToolResult(call, _as_text(self.function(*positional, **named)))
+            # The function may change what it is given; the conversation keeps what the model wrote.
+            positional, named = _bound(self.function, self.name, copy.deepcopy(call.arguments))
+            returned = self.function(*positional, **named)
+            if inspect.isawaitable(returned):
+                if inspect.iscoroutine(returned):
+                    returned.close()
+                raise OptionError(f"{self.name} returned what has to be awaited; give a function that awaits it itself")
+            return ToolResult(call, _as_text(returned))
         except ArgumentError as error:
             return ToolResult(call, error_text(str(error)), error)
         except Exception as error:
@@ -90,7 +98,8 @@ def _tool(given: Any, where: str) -> Tool:
         return Tool(name, schema)
     if not callable(given):
         raise OptionError(f"{where} is {type(given).__name__}, neither a function nor a JSON schema")
-    if inspect.iscoroutinefunction(given) or inspect.isasyncgenfunction(given):
+    called = called_function(given)
+    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
         raise OptionError(f"{where} is an async function; give one that runs it, with asyncio.run or in your loop")
     schema = function_schema(given)
     return Tool(schema["function"]["name"], schema, given)
@@ -99,7 +108,7 @@ def _tool(given: Any, where: str) -> Tool:
 def _bound(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Positional and named arguments of a call, fitted to the function's hints."""
     hints = parameter_hints(function)
-    signature = inspect.signature(function).parameters
+    signature = parameters_of(function)
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
     if not open_ended and (unknown := [key for key in arguments if key not in hints]):
         raise ArgumentError(f"{name} has no argument {unknown[0]!r}; it takes {', '.join(hints) or 'none'}")
@@ -109,10 +118,12 @@ def _bound(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for key, value in arguments.items():
-        # A model that writes null for what it leaves out means the default.
-        if value is None and key in signature and signature[key].default is None:
-            continue
-        named[key] = fitted(value, hints.get(key, Any), key)
+        try:
+            named[key] = fitted(value, hints.get(key, Any), key)
+        except ArgumentError:
+            # A model that writes null for what it leaves out means the default.
+            if value is not None or key in required:
+                raise
     for key, parameter in signature.items():
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
             positional.append(named.pop(key, parameter.default))
@@ -121,7 +132,7 @@ def _bound(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]
 
 def error_text(message: str) -> str:
     """An error as a model reads it in a tool's place."""
-    return json.dumps({"error": message}, ensure_ascii=False)
+    return _as_text({"error": message})
 
 
 def _as_text(value: Any) -> str:
