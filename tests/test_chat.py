@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -300,7 +301,7 @@ def test_a_replys_messages_are_its_own() -> None:
     model = Reciter(CALL, "Sunny.")
     talk = model.conversation(tools=[SCHEMA], thinking=False)
     reply = talk.send("?")
-    before = talk.messages
+    before = copy.deepcopy(talk.messages)
     reply.messages[0]["tool_calls"][0]["function"]["arguments"]["city"] = "Rome"
     reply.tool_calls[0].arguments.clear()
     talk.messages[0]["content"] = "!"

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npqwen.chat.answer import ChatOptions, ChatStream, Reply
+from npqwen.chat.answer import ChatStream, Reply
+from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
 from npqwen.errors import FormatError, NpqwenError, OptionError
