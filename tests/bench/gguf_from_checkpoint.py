@@ -128,7 +128,7 @@ def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[
 def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> None:
     """The model's dimensions, from its config.json."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    theta = config.get("rope_theta") or rope.get("rope_theta", 1e6)
+    theta = rope.get("rope_theta") or config["rope_theta"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
