@@ -11,7 +11,7 @@ from reference import ReferenceModel
 
 from npqwen.generation.logprobs import token_logprobs
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -15,8 +15,8 @@ from npqwen.chat import chat_template
 from npqwen.chat.chat_template import ChatTemplate, in_thought
 from npqwen.errors import CheckpointError, OptionError
 
-DATA = Path(__file__).parent / "data"
-TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+DATA = Path(__file__).parents[1] / "data"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 CHATS = json.loads((DATA / "chats.json").read_text(encoding="utf-8"))
 TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 NAMES = ("hybrid", "thinking-2507", "instruct-2507", "coder", "features")

@@ -15,7 +15,7 @@ from npqwen.generation.loop_guard import LoopGuard, Repetition
 from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 
 
 @pytest.fixture(scope="module")

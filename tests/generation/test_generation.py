@@ -19,7 +19,7 @@ from npqwen.generation.stream import Stream
 from npqwen.generation.text import check_options, generate, stream
 from npqwen.sampler import Sampling
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-qwen3"
 GOLDEN = np.load(ROOT / "tests" / "data" / "tiny-qwen3.npz")
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"

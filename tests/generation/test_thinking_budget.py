@@ -17,7 +17,7 @@ from npqwen.generation.thought import Thought
 from npqwen.sampler import Sampling
 from npqwen.tokenizer import Tokenizer
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
 THINK, END = 4120, 4121
 # QwenLM/Qwen3, docs/source/getting_started/quickstart: thinking budget

@@ -150,7 +150,7 @@ def test_info_tells_what_fits(
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups and limits of addresses are Linux's")
 def test_the_measurement_within_a_limit(tiny: Callable[[int], Path]) -> None:
     """tests/bench/memory_limit.py prints a row."""
-    script = Path(__file__).parent / "bench" / "memory_limit.py"
+    script = Path(__file__).parents[1] / "bench" / "memory_limit.py"
     options = ["--cache", os.environ["NPQWEN_CACHE"], "--prompt", "8", "--tokens", "2", "--limit", "4"]
     done = subprocess.run([sys.executable, script, tiny(4), *options], capture_output=True, text=True, check=True)
     row = done.stdout.splitlines()[-1]

@@ -16,11 +16,11 @@ import pytest
 from npqwen.errors import OptionError
 from npqwen.simd.isa import ISA, available, choose
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 OTHERS = [isa.name for isa in available() if isa.name != ISA.name]
 TESTS = [
-    "test_kernels.py",
-    "test_attention.py",
+    "kernels/test_kernels.py",
+    "kernels/test_attention.py",
     "test_parity.py::test_logits_of_transformers",
     "test_parity.py::test_tokens_of_the_quantized_oracle",
     "test_parity.py::test_prompts_of_the_quantized_oracle",
@@ -40,7 +40,7 @@ def runs(
         command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *TESTS]
         with open(out / "log", "wb") as log:
             environment = {**os.environ, "NPQWEN_ISA": name}
-            process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         started[name] = [process, out / "log"]
     yield started
     for process, _ in started.values():

@@ -21,7 +21,7 @@ from npqwen.commands import cli
 from npqwen.errors import NpqwenError
 from npqwen.terminal.console import Console
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TINY = TESTS.parent / "examples" / "tiny-qwen3"
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
 ANSWER = "<think>\n17 + 20 = 37. 37 + 5 = 42.\n</think>\n\n17 + 25 = 42"

@@ -20,7 +20,7 @@ from npqwen.generation.session import Session, common_prefix
 from npqwen.generation.stream import Stream
 from npqwen.model import Model, load
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
+TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 SUM = "<|im_start|>user\nWhat is {} + {}?<|im_end|>\n<|im_start|>assistant\n"
 
 

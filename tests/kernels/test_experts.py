@@ -21,7 +21,7 @@ from npqwen.model import load
 from npqwen.paging import BLINDLY, LOOKING, NEVER
 from npqwen.reports import info
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 MOE: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 12,

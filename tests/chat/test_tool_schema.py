@@ -20,7 +20,7 @@ from npqwen.chat.tool_schema import function_schema
 from npqwen.chat.tools import as_tools
 from npqwen.errors import OptionError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 sys.path.insert(0, str(DATA))
 
 from tool_functions import FUNCTIONS  # noqa: E402

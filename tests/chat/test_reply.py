@@ -13,7 +13,7 @@ from npqwen.chat.chat_template import ChatTemplate, in_thought
 from npqwen.chat.reply import Reasoning, ReplyParser, Text
 from npqwen.chat.tool_calls import ToolCall
 
-TEMPLATES = Path(__file__).parent / "data" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 PARIS = ToolCall("get_weather", {"city": "Paris"})
 LIMA = ToolCall("get_weather", {"city": "Lima"})
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
