@@ -273,7 +273,7 @@ class Model:
     def _new_logits(self, rows: int) -> NDArray[np.float32]:
         # Those of a piece are in the buffers, too.
         size = 4 * self.config.vocab_size * (rows + min(rows, self.chunk))
-        available = available_memory() if rows > 1 else None
+        available = available_memory() if rows > self.chunk else None  # asking takes half a millisecond
         too_large = OutOfMemoryError(
             f"logits of {rows} tokens take {size / 1e9:.2f} GB, more than there is memory left; "
             "ask for those of fewer tokens at a time"

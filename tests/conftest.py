@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import TINY
 from converted import large_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """Have programs that tests start hear Ctrl-C, which a shell's job in the background, and its children, ignore."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
