@@ -41,6 +41,9 @@ SCALE_BYTES = 64
 UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
 _UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
 CHUNK_BYTES = 1 << 17
+"""Of weights that a thread takes at a time: they stay in its cache for all tiles of tokens."""
+STREAM_BYTES = 1 << 19
+"""The same for one tile, which reads them once: where a thread begins anew, memory has to be waited for."""
 
 
 def _integer_rows(bits: int, tokens: int) -> Any:
@@ -151,7 +154,8 @@ def matmul(team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int
     units = matrix.cols // UNIT_COLS
     groups = matrix.rows // ROWS
     tiles = (tokens + width - 1) // width
-    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), CHUNK_BYTES // (units * unit_bytes(matrix.bits))))
+    most = CHUNK_BYTES if tiles > 1 else STREAM_BYTES
+    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), most // (units * unit_bytes(matrix.bits))))
     kernel = kernels[matrix.bits // 8, width]
     x_at, out_at, stride = x.ctypes.data, out.ctypes.data, out.shape[1]
     while True:

@@ -133,7 +133,8 @@ def _size() -> os.terminal_size:
         size = os.get_terminal_size(sys.stderr.fileno())
         if size.columns and size.lines:
             return size
-    return shutil.get_terminal_size()
+    size = shutil.get_terminal_size()
+    return os.terminal_size((size.columns or 80, size.lines or 24))  # before Python 3.11, zeros pass
 
 
 def _understands_sequences() -> bool:
