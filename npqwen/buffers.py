@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.config import Config
-from npqwen.kernels.attention import MOST_ROWS, scratch_floats
+from npqwen.kernels import attention, matmul
+from npqwen.kernels.attention import MOST_ROWS
 from npqwen.kernels.experts import most_segments, most_slots
-from npqwen.kernels.matmul import UNIT_COLS
+from npqwen.kernels.matrix import UNIT_COLS
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
 from npqwen.simd.tile import ROWS
 from npqwen.weights import Weights, pad
@@ -53,14 +54,16 @@ class Buffers:
                 np.zeros((slots, 2 * small), np.float32),
                 np.zeros((slots, hidden), np.float32),
             )
+        cols = max(hidden, attended, inner, small)
         self._hidden = np.zeros((most, hidden), np.float32)
-        self._packed = _aligned(packed_bytes(max(most, slots), max(hidden, attended, inner, small)))
+        self._packed = _aligned(packed_bytes(max(most, slots), cols))
         self._qkv = np.zeros((most, int(layers["qkv_proj"]["rows"].max())), np.float32)
         self._attended = np.zeros((most, attended), np.float32)
         self._gate_up = np.zeros((most, 2 * inner), np.float32)
+        needs = attention.scratch_floats(dim), matmul.scratch_floats(cols)
         self._parts = np.zeros(_CUTS * threads * MOST_ROWS * (dim + 2), np.float32)
         self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
-        self.scratches = np.zeros((threads, max(scratch_floats(dim), hidden, inner, small)), np.float32)
+        self.scratches = np.zeros((threads, max(*needs, hidden, inner, small)), np.float32)
         """A row for each thread."""
 
     @property

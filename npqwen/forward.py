@@ -17,7 +17,8 @@ from npqwen.kernels.experts import (
     route,
     silu_and_pack_slots,
 )
-from npqwen.kernels.matmul import MATRIX, matmul, read_row
+from npqwen.kernels.matmul import matmul
+from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import WIDEST, pack, tile_width
 from npqwen.paging import NEVER
@@ -91,7 +92,7 @@ def forward(
 
         norm_and_pack(team, hidden, 0, tokens, layer.input_layernorm, model, layer.qkv_proj.bits, scratch, packed)
         barrier(team)
-        matmul(team, model.matmul_kernels, layer.qkv_proj, packed, tokens, width, qkv, 0)
+        matmul(team, model.matmul_kernels, layer.qkv_proj, packed, tokens, width, qkv, 0, scratch)
         barrier(team)
         rotate_and_store(team, model, layer, i, qkv, tokens, start, cos, sin, pages, like)
         barrier(team)
@@ -102,7 +103,7 @@ def forward(
         barrier(team)
         pack_all(team, attended, tokens, layer.o_proj.bits, packed)
         barrier(team)
-        matmul(team, model.matmul_kernels, layer.o_proj, packed, tokens, width, hidden, 1)
+        matmul(team, model.matmul_kernels, layer.o_proj, packed, tokens, width, hidden, 1, scratch)
         barrier(team)
 
         if mixture is None:  # noqa: SIM114  Numba then leaves out the other branches.
@@ -115,7 +116,7 @@ def forward(
     first = tokens - wanted
     norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.bits, scratch, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, model.lm_head, packed, wanted, tile_width(wanted), logits, 0)
+    matmul(team, model.matmul_kernels, model.lm_head, packed, wanted, tile_width(wanted), logits, 0, scratch)
     barrier(team)
 
 
@@ -128,11 +129,11 @@ def feed_forward(
     weight = layer.post_attention_layernorm
     norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, layer.gate_up_proj, packed, tokens, width, gate_up, 0)
+    matmul(team, model.matmul_kernels, layer.gate_up_proj, packed, tokens, width, gate_up, 0, scratch)
     barrier(team)
     silu_and_pack(team, gate_up, tokens, layer.down_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, layer.down_proj, packed, tokens, width, hidden, 1)
+    matmul(team, model.matmul_kernels, layer.down_proj, packed, tokens, width, hidden, 1, scratch)
     barrier(team)
 
 
@@ -153,7 +154,7 @@ def sparse_feed_forward(
         rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.bits, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, layer.router, packed, tokens, width, scores, 0)
+    matmul(team, model.matmul_kernels, layer.router, packed, tokens, width, scores, 0, scratch)
     barrier(team)
     while True:
         t = take(team, 1)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from npqwen.config import FORMAT_VERSION, Config, Mixture, conversion, read_json
 from npqwen.errors import FormatError
 from npqwen.forward import LAYER, MODEL
-from npqwen.kernels.matmul import UNIT_BYTES, UNIT_COLS
+from npqwen.kernels.matrix import UNIT_BYTES, UNIT_COLS
 from npqwen.simd.tile import ROWS
 
 _ALIGN = 64

@@ -16,14 +16,16 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 
-from npqwen.kernels.matmul import UNIT_BYTES
-from npqwen.simd import tile
+from npqwen.kernels.matrix import UNIT_BYTES
+from npqwen.simd import amx, tile
 from npqwen.simd.instructions import F32, I8, InstructionSet, vector
+from npqwen.simd.x86 import Amx
 
 CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
 APPLE_M2 = "aarch64-unknown-linux-gnu", "apple-m2"
 NEOVERSE_V1 = "aarch64-unknown-linux-gnu", "neoverse-v1"
 ZEN4 = "x86_64-unknown-linux-gnu", "znver4"
+SAPPHIRE_RAPIDS = "x86_64-unknown-linux-gnu", "sapphirerapids"
 ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
 
@@ -40,7 +42,8 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
 
     def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
         data = types.Array(types.uint8, 1, "C")
-        sig, prefetch = tile.prefetch._defn(None, data, types.int64, types.literal(UNIT_BYTES[bits]))
+        asked = types.literal(64 if isa.asks else UNIT_BYTES[bits])
+        sig, prefetch = tile.prefetch._defn(None, data, types.int64, asked)
         prefetch(_CONTEXT, b, sig, [w, at, None])
         sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
         for block in range(2):
@@ -51,6 +54,28 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
         return tile_value
 
     return _loop(isa, target, tokens * vectors, UNIT_BYTES[bits], 80 * tokens, I8, I8, body)
+
+
+def amx_loop(target: tuple[str, str], bits: int) -> list[str]:
+    """The loop over the units of a matrix, of int8 as mapped or of int4 as unpacked, by 16 tokens."""
+
+    def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
+        nothing, sums = types.literal(0), types.UniTuple(tile.f32s, 16)
+        start = amx.start_block._defn(None, *[nothing] * 5)[1]
+        finish = amx.finish_block._defn(None, sums, *[nothing] * 6)[1]
+        room = b.gep(w, [I64(-(1 << 20))])
+        values = b.add(at, I64(64)) if bits == 8 else at
+        for n in range(2):
+            # The block after the one whose sums are scaled.
+            sig = SimpleNamespace(args=[SimpleNamespace(literal_value=1 - n), *[None] * 4])
+            start(_CONTEXT, b, sig, [None, w, b.add(values, I64(512 * (n + 1))), x, b.add(x_at, I64(640 * (n + 1)))])
+            sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=n), *[None] * 5])
+            scales, scaled = b.add(at, I64(32 * n)), b.add(x_at, I64(640 * n))
+            tile_value = finish(_CONTEXT, b, sig, [tile_value, None, w, scales, x, scaled, room])
+        return tile_value
+
+    with mock.patch.multiple(amx, ISA=Amx(), LANES=16):
+        return _loop(Amx(), target, 16, UNIT_BYTES[bits] if bits == 8 else 1024, 1280, I8, I8, body)
 
 
 def floating_loop(

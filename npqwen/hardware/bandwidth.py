@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from npqwen.compiled import compile_kernel
-from npqwen.simd.tile import LANES, add_up, prefetch, store, zeros
+from npqwen.simd.tile import LANES, add_up, store, zeros
 from npqwen.team import Team, barrier, take
 
 _PIECE = 1 << 15
@@ -33,7 +33,6 @@ def read(team: Any, member: int, data: Any, out: Any) -> None:
         if first >= data.size:
             break
         for at in range(first, min(first + _PIECE, data.size), _STEP):
-            prefetch(data, at, _STEP_BYTES)
             sums = add_up(sums, data, at, _STEP)
     store(sums, out, member * _SUMS * LANES, 1, LANES)
     barrier(team)

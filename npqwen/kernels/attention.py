@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from npqwen.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
+from npqwen.simd.instructions import LINE
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
-from npqwen.simd.tile import LANES, LINE, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
+from npqwen.simd.tile import LANES, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
 from npqwen.team import MEMBERS, acquire, barrier, take
 
 PAGE = 256

@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from npqwen.kernels.entry import run_at
-from npqwen.kernels.matmul import CHUNK_BYTES, UNIT_COLS, unit_bytes
+from npqwen.kernels.matmul import CHUNK_BYTES
+from npqwen.kernels.matrix import UNIT_COLS, unit_bytes
 from npqwen.kernels.norm import silu_times
 from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, tile_width
 from npqwen.paging import NEVER, ask_for
@@ -211,7 +212,7 @@ def experts_matmul(
             kernels[matrix.bits // 8, width],
             (
                 matrix.address + expert * layer.expert_bytes, units, first, last, x.ctypes.data + slot * size, tiles,
-                out.ctypes.data + slot * out.itemsize * out.shape[1], out.shape[1], 0,
+                out.ctypes.data + slot * out.itemsize * out.shape[1], out.shape[1], 0, scratch.ctypes.data,
             ),
         )  # fmt: skip
 

@@ -15,10 +15,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from npqwen.compiled import address_of
+from npqwen.kernels.amx import amx_rows, unpacked_bytes
 from npqwen.kernels.entry import entry, run_at
+from npqwen.kernels.matrix import SCALE_BYTES, UNIT_BYTES, UNIT_COLS, unit_bytes
 from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS
 from npqwen.simd.isa import ISA
-from npqwen.simd.scalar import bits_float, memory, unhalf
+from npqwen.simd.scalar import memory
 from npqwen.simd.tile import (
     LANES,
     ROWS,
@@ -33,13 +35,7 @@ from npqwen.simd.tile import (
 )
 from npqwen.team import MEMBERS, acquire, take
 
-MATRIX = np.dtype([("address", np.int64), ("bits", np.int64), ("rows", np.int64), ("cols", np.int64)])
-"""A mapped matrix: where its units lie, its encoding (4, 8 or 16 bits), its padded size."""
-UNIT_COLS = 64
-SCALE_BYTES = 64
-"""Before an int4 or int8 unit's weights: two float16 for each of its rows."""
-UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}
-_UNIT4, _UNIT8, _UNIT16 = UNIT_BYTES[4], UNIT_BYTES[8], UNIT_BYTES[16]
+_MATRICES = ISA.matrices
 CHUNK_BYTES = 1 << 17
 """Of weights that a thread takes at a time: they stay in its cache for all tiles of tokens."""
 STREAM_BYTES = 1 << 19
@@ -52,11 +48,14 @@ def _integer_rows(bits: int, tokens: int) -> Any:
     rows = vectors * LANES
     unit = UNIT_BYTES[bits]
     half = (unit - SCALE_BYTES) // 2
+    # In turns with what is read, memory gives a tenth more than if a whole unit is asked for first.
+    asked = SCALE_BYTES if ISA.asks else unit
 
     @entry(bits, tokens, vectors)
     def integer_rows(
-        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int
-    ) -> None:
+        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int,
+        scratch: int,
+    ) -> None:  # fmt: skip
         w = memory(address, last * units * unit, np.uint8)
         packed = memory(x, tiles * units * 2 * BLOCK_BYTES * tokens, np.uint8)
         flat = memory(out, tiles * tokens * stride, np.float32)
@@ -69,7 +68,7 @@ def _integer_rows(bits: int, tokens: int) -> Any:
                     for _ in range(units):
                         scales = at + 2 * row
                         block = at + SCALE_BYTES + 4 * row
-                        prefetch(w, at, unit)
+                        prefetch(w, at, asked)
                         sums = multiply_integers(sums, tokens, bits, w, block, scales, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
                         sums = multiply_integers(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)
@@ -91,8 +90,9 @@ def _bf16_rows(tokens: int) -> Any:
 
     @entry(tokens, vectors)
     def bf16_rows(
-        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int
-    ) -> None:
+        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int,
+        scratch: int,
+    ) -> None:  # fmt: skip
         cols = units * UNIT_COLS
         w = memory(address, last * ROWS * cols, np.uint16)
         packed = memory(x, tiles * cols * tokens, np.float32)
@@ -116,15 +116,19 @@ def _bf16_rows(tokens: int) -> Any:
     return bf16_rows
 
 
+def _rows(bits: int, tokens: int) -> Any:
+    return amx_rows(bits) if _MATRICES and tokens == ROWS else _integer_rows(bits, tokens)
+
+
 KERNELS = {
-    4: {width: _integer_rows(4, width) for width in WIDTHS},
-    8: {width: _integer_rows(8, width) for width in WIDTHS},
+    4: {width: _rows(4, width) for width in WIDTHS},
+    8: {width: _rows(8, width) for width in WIDTHS},
     16: {width: _bf16_rows(width) for width in WIDTHS},
 }
 """The kernel for each encoding and number of tokens a tile.
 
 They compute groups of 16 rows first to last - 1 of a matrix of so many units a group for `tiles` tiles of packed
-activations x; out is float32 with `stride` items a token, added to if plus (0 or 1).
+activations x; out is float32 with `stride` items a token, added to if plus (0 or 1).  scratch: see `scratch_floats`.
 """
 
 
@@ -138,23 +142,30 @@ def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
 
 
 @njit(nogil=True)
-def unit_bytes(bits: int) -> int:
-    """Bytes of a unit of an encoding."""
-    return _UNIT4 if bits == 4 else (_UNIT8 if bits == 8 else _UNIT16)
+def unpacked(width: int) -> bool:
+    """Whether the kernel for tiles of so many tokens unpacks a piece of weights into scratch."""
+    return _MATRICES and width == ROWS
+
+
+def scratch_floats(cols: int) -> int:
+    """float32 that one thread's matmul may need for matrices of up to so many columns."""
+    return unpacked_bytes(cols, CHUNK_BYTES) // 4 if ISA.matrices else 0
 
 
 @njit(nogil=True)
-def matmul(team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: int) -> None:
+def matmul(
+    team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, plus: int, scratch: Any
+) -> None:
     """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if plus (0 or 1), for t < tokens.
 
     kernels: see `matmul_kernels`.  matrix is a MATRIX record; x is packed (uint8, `width` tokens a tile); out is
-    float32 (tokens rounded up to a multiple of width, at least matrix.rows).  All members of the team call it,
-    and share the rows.
+    float32 (tokens rounded up to a multiple of width, at least matrix.rows).  scratch: this thread's float32
+    (scratch_floats(matrix.cols),).  All members of the team call it, and share the rows.
     """
     units = matrix.cols // UNIT_COLS
     groups = matrix.rows // ROWS
     tiles = (tokens + width - 1) // width
-    most = CHUNK_BYTES if tiles > 1 else STREAM_BYTES
+    most = STREAM_BYTES if tiles == 1 and not unpacked(width) else CHUNK_BYTES
     chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), most // (units * unit_bytes(matrix.bits))))
     kernel = kernels[matrix.bits // 8, width]
     x_at, out_at, stride = x.ctypes.data, out.ctypes.data, out.shape[1]
@@ -163,41 +174,4 @@ def matmul(team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int
         if first >= groups:
             return
         last = min(first + chunk, groups)
-        run_at(kernel, (matrix.address, units, first, last, x_at, tiles, out_at, stride, plus))
-
-
-@njit(nogil=True)
-def read_row(matrix: Any, row: int, out: Any) -> None:
-    """Row `row` of a MATRIX as float32: out (cols,).  An embedding's look-up."""
-    units = matrix.cols // UNIT_COLS
-    group, r = row // ROWS, row % ROWS
-    unit = unit_bytes(matrix.bits)
-    w = memory(matrix.address + group * units * unit, units * unit, np.uint8)
-    for u in range(units):
-        if matrix.bits == 16:
-            _read_bf16(w[u * unit : (u + 1) * unit], r, out[u * UNIT_COLS : (u + 1) * UNIT_COLS])
-        else:
-            _read_integers(
-                w[u * unit : (u + 1) * unit], matrix.bits, r, out[u * UNIT_COLS : (u + 1) * UNIT_COLS]
-            )
-
-
-@njit(nogil=True)
-def _read_bf16(unit: Any, r: int, out: Any) -> None:
-    halves = unit.view(np.uint16)
-    for c in range(UNIT_COLS):
-        out[c] = bits_float(np.int32(halves[c * ROWS + r]) << np.int32(16))
-
-
-@njit(nogil=True)
-def _read_integers(unit: Any, bits: int, r: int, out: Any) -> None:
-    scales = unit.view(np.uint16)
-    for c in range(UNIT_COLS):
-        block, quad, k = c // 32, c % 32 // 4, c % 4
-        scale = unhalf(scales[ROWS * block + r])
-        if bits == 4:
-            pair = np.int32(unit[64 + 256 * block + 64 * (quad % 4) + 4 * r + k])
-            q = (pair & np.int32(15) if quad < 4 else pair >> np.int32(4)) - np.int32(8)
-        else:
-            q = np.int32(np.int8(unit[64 + 512 * block + 64 * quad + 4 * r + k]))
-        out[c] = np.float32(q) * scale
+        run_at(kernel, (matrix.address, units, first, last, x_at, tiles, out_at, stride, plus, scratch.ctypes.data))

@@ -24,6 +24,8 @@ ZERO_POINT = {4: 8, 8: ISA.int8_zero, 16: 0}
 _ZERO4, _ZERO8 = ZERO_POINT[4], ZERO_POINT[8]
 WIDEST = WIDTHS[-1]
 _MIDDLE = 4
+_FEW = (2 if ISA.matrices else 3) * _MIDDLE
+"""Tokens up to which several tiles of the middle width are faster than one of the widest."""
 _PAIRS = ISA.pairs
 
 
@@ -33,7 +35,7 @@ def tile_width(tokens: int) -> int:
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
-    return _MIDDLE if tokens <= 3 * _MIDDLE else WIDEST
+    return _MIDDLE if tokens <= _FEW else WIDEST
 
 
 def packed_bytes(tokens: int, columns: int) -> int:

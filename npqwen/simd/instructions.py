@@ -46,6 +46,19 @@ def address(b: ir.IRBuilder, base: ir.Value, count: int, to: ir.Type) -> ir.Valu
     return b.bitcast(b.gep(byte, [ir.IntType(64)(count)]), to.as_pointer())
 
 
+LINE = 64
+"""Bytes that memory gives at once."""
+AHEAD = 2048
+"""Bytes between what is read and what is asked for: further than a processor's own prefetching goes."""
+
+
+def ask_ahead(b: ir.IRBuilder, place: ir.Value) -> None:
+    """Ask for the line that lies AHEAD of an address, to be kept in the nearest cache; it need not exist."""
+    kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+    function = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
+    b.call(function, [address(b, place, AHEAD, I8), I32(0), I32(3), I32(1)])
+
+
 class InstructionSet:
     """One way to compile the kernels; this base class runs on any processor LLVM knows.
 
@@ -63,8 +76,17 @@ class InstructionSet:
     """Rows of queries that attention multiplies at once: at most four widths, ascending."""
     accumulators: ClassVar[int] = 8
     """Vectors of sums that fit the registers beside what is multiplied."""
+    matrices: ClassVar[bool] = False
+    """Whether tiles of 16 tokens are multiplied as matrices (simd/amx.py)."""
+    asks: ClassVar[bool] = False
+    """Whether a quad's line is asked for, ahead, as it is read: where its rows are one vector."""
     pairs: ClassVar[bool] = False
     """Whether `products` of several tokens takes their activations by pairs (kernels/packing.py)."""
+
+    @classmethod
+    def allowed(cls) -> bool:
+        """Whether the operating system lets this process use what the processor has; asks it for that."""
+        return True
 
     def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
         """For each token in turn the sums, <lanes x i32> for `to_float`, of a block of weights by its activations.

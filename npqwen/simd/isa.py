@@ -10,9 +10,9 @@ from numba.core.registry import cpu_target
 from npqwen.errors import OptionError
 from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
-from npqwen.simd.x86 import Avx2, Avx512, AvxVnni
+from npqwen.simd.x86 import Amx, Avx2, Avx512, AvxVnni
 
-BEST_FIRST: tuple[type[InstructionSet], ...] = (Avx512, AvxVnni, Avx2, NeonI8mm, Neon, InstructionSet)
+BEST_FIRST: tuple[type[InstructionSet], ...] = (Amx, Avx512, AvxVnni, Avx2, NeonI8mm, Neon, InstructionSet)
 
 
 def available() -> list[type[InstructionSet]]:
@@ -26,7 +26,7 @@ def available() -> list[type[InstructionSet]]:
         features.add("dotprod")
     if has_matrix_product(triple, cpu, listed):
         features.add("i8mm")
-    return [isa for isa in BEST_FIRST if isa.features <= features]
+    return [isa for isa in BEST_FIRST if isa.features <= features and isa.allowed()]
 
 
 def choose(name: str | None) -> InstructionSet:

@@ -15,7 +15,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from npqwen.simd.instructions import F32, I8, I16, I32, address, call, constant, splat, vector
+from npqwen.simd.instructions import (
+    F32,
+    I8,
+    I16,
+    I32,
+    LINE,
+    address,
+    ask_ahead,
+    call,
+    constant,
+    splat,
+    vector,
+)  # fmt: skip
 from npqwen.simd.isa import ISA
 
 LANES = ISA.lanes
@@ -42,18 +54,13 @@ class VectorModel(models.PrimitiveModel):
 f32s = Vector()
 
 
-def _pointer(context: Any, b: ir.IRBuilder, kind: Any, array: Any, at: Any, to: ir.Type) -> ir.Value:
+def pointer(context: Any, b: ir.IRBuilder, kind: Any, array: Any, at: Any, to: ir.Type) -> ir.Value:
     data = context.make_array(kind)(context, b, array).data
     return b.bitcast(b.gep(data, [at]), to.as_pointer())
 
 
-def _multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+def multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return call(b, f"llvm.fma.v{LANES}f32", FLOATS, x, y, z)
-
-
-LINE = 64
-AHEAD = 8192
-"""Bytes between what is read and what is asked for: further than a processor's own prefetching goes."""
 
 
 @intrinsic(prefer_literal=True)
@@ -62,12 +69,9 @@ def prefetch(_: Any, array: Any, at: Any, size: Any) -> Any:
     sig = types.void(array, types.int64, size)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        place = _pointer(context, b, sig.args[0], args[0], args[1], I8)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        place = pointer(context, b, sig.args[0], args[0], args[1], I8)
         for line in range(0, sig.args[2].literal_value, LINE):
-            # Read, keep in the nearest cache, data.
-            b.call(function, [address(b, place, AHEAD + line, I8), I32(0), I32(3), I32(1)])
+            ask_ahead(b, address(b, place, line, I8))
         return context.get_dummy_value()
 
     return sig, generate
@@ -96,7 +100,7 @@ def _spread(context: Any, b: ir.IRBuilder, sig: Any, args: Any, plus: bool) -> A
     for n, value in enumerate(cgutils.unpack_tuple(b, tile)):
         t, r = divmod(n, rows)
         place = b.add(at, b.add(b.mul(stride, stride.type(t)), stride.type(r * LANES)))
-        where = _pointer(context, b, sig.args[1], out, place, FLOATS)
+        where = pointer(context, b, sig.args[1], out, place, FLOATS)
         b.store(b.fadd(b.load(where, align=4), value) if plus else value, where, align=4)
     return context.get_dummy_value()
 
@@ -121,7 +125,7 @@ def store_apart(_: Any, tile: Any, columns: Any, out: Any, at: Any, pitch: Any, 
         for n, value in enumerate(parts):
             (c, t), r = divmod(n // rows, tokens), n % rows
             place = b.add(at, b.add(b.mul(pitch, pitch.type(c)), b.mul(stride, stride.type(t))))
-            where = _pointer(context, b, sig.args[2], out, b.add(place, place.type(r * LANES)), FLOATS)
+            where = pointer(context, b, sig.args[2], out, b.add(place, place.type(r * LANES)), FLOATS)
             b.store(value, where, align=4)
         return context.get_dummy_value()
 
@@ -143,9 +147,9 @@ def _quantized(bits: int) -> Any:
         tokens = sig.args[1].literal_value
         tile = cgutils.unpack_tuple(b, tile)
         rows = len(tile) // tokens
-        block = _pointer(context, b, sig.args[3], w, at, I8)
-        scales = _pointer(context, b, sig.args[3], w, scales_at, I8)
-        xs = _pointer(context, b, sig.args[6], x, x_at, I8)
+        block = pointer(context, b, sig.args[3], w, at, I8)
+        scales = pointer(context, b, sig.args[3], w, scales_at, I8)
+        xs = pointer(context, b, sig.args[6], x, x_at, I8)
         for r in range(rows):
             products = ISA.products(b, bits, address(b, block, 4 * LANES * r, I8), xs, tokens)
             halves = b.load(address(b, scales, 2 * LANES * r, vector(I16, LANES)), align=2)
@@ -155,7 +159,7 @@ def _quantized(bits: int) -> Any:
                 # Not the scales first: LLVM would make that product early, and have no register for it.
                 scaled = b.fmul(ISA.to_float(b, sums), splat(b, x_scale, LANES))
                 n = t * rows + r
-                tile[n] = _multiply_add(b, scaled, scale, tile[n])
+                tile[n] = multiply_add(b, scaled, scale, tile[n])
         return cgutils.pack_array(b, tile)
 
     return generate
@@ -196,18 +200,18 @@ def _floating(load: Any) -> Any:
         tile = cgutils.unpack_tuple(b, tile)
         rows = len(tile) // (tokens * columns)
         for c in range(columns):
-            column = _pointer(context, b, sig.args[3], w, b.add(at, b.mul(pitch, pitch.type(c))), I8)
+            column = pointer(context, b, sig.args[3], w, b.add(at, b.mul(pitch, pitch.type(c))), I8)
             first = b.add(x_at, b.mul(step, step.type(c)))
             values = []
             for t in range(tokens):
                 place = b.add(first, b.mul(stride, stride.type(t)))
-                value = b.load(_pointer(context, b, sig.args[6], x, place, F32), align=4)
+                value = b.load(pointer(context, b, sig.args[6], x, place, F32), align=4)
                 values.append(splat(b, value, LANES))
             for r in range(rows):
                 weights = load(b, column, r)
                 for t in range(tokens):
                     n = (c * tokens + t) * rows + r
-                    tile[n] = _multiply_add(b, values[t], weights, tile[n])
+                    tile[n] = multiply_add(b, values[t], weights, tile[n])
         return cgutils.pack_array(b, tile)
 
     return generate
@@ -254,13 +258,19 @@ def fold(_: Any, tile: Any, columns: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def add_up(_: Any, tile: Any, array: Any, at: Any, count: Any) -> Any:
-    """tile + the `count` (a constant) float32 array[at:], one vector to each of the tile's in turn."""
+    """tile + the `count` (a constant) float32 array[at:], one vector to each of the tile's in turn.
+
+    Each line is asked for, ahead, as it is read.
+    """
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         parts = cgutils.unpack_tuple(b, args[0])
         for n in range(sig.args[3].literal_value // LANES):
             place = b.add(args[2], args[2].type(n * LANES))
-            value = b.load(_pointer(context, b, sig.args[1], args[1], place, FLOATS), align=4)
+            where = pointer(context, b, sig.args[1], args[1], place, FLOATS)
+            if n * LANES * 4 % LINE == 0:
+                ask_ahead(b, b.bitcast(where, I8.as_pointer()))
+            value = b.load(where, align=4)
             parts[n % len(parts)] = b.fadd(parts[n % len(parts)], value)
         return cgutils.pack_array(b, parts)
 
@@ -277,7 +287,7 @@ def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any, pitch: Any) -
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         floats, words, bytes_ = vector(F32, 32), vector(I32, 32), vector(I8, 32)
-        values = b.load(_pointer(context, b, sig.args[0], args[0], args[1], floats), align=4)
+        values = b.load(pointer(context, b, sig.args[0], args[0], args[1], floats), align=4)
         sizes = b.and_(b.bitcast(values, words), constant(I32, 32, 0x7FFFFFFF))
         peak = b.bitcast(call(b, "llvm.vector.reduce.umax.v32i32", I32, sizes), F32)
         some = b.fcmp_ordered(">", peak, ir.Constant(F32, 1e-30))
@@ -289,7 +299,7 @@ def quantize_block(_: Any, x: Any, at: Any, out: Any, out_at: Any, pitch: Any) -
         for n in range(0, 32, piece):
             part = b.shuffle_vector(small, small, ir.Constant(vector(I32, piece), list(range(n, n + piece))))
             place = b.add(args[3], args[3].type(n // 8 * sig.args[4].literal_value))
-            b.store(part, _pointer(context, b, sig.args[2], args[2], place, part.type), align=1)
+            b.store(part, pointer(context, b, sig.args[2], args[2], place, part.type), align=1)
         total = call(b, "llvm.vector.reduce.add.v32i32", I32, integers)
         return context.make_tuple(b, sig.return_type, [b.fmul(peak, ir.Constant(F32, 1 / 127)), total])
 
@@ -324,11 +334,11 @@ def silu_times_block(_: Any, gate_up: Any, at: Any, out: Any, out_at: Any) -> An
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         kind = vector(F32, ROWS)
         gate, up = (
-            b.load(_pointer(context, b, sig.args[0], args[0], b.add(args[1], args[1].type(n)), kind), align=4)
+            b.load(pointer(context, b, sig.args[0], args[0], b.add(args[1], args[1].type(n)), kind), align=4)
             for n in (0, ROWS)
         )
         below = b.fadd(constant(F32, ROWS, 1.0), _exp(b, b.fsub(constant(F32, ROWS, -0.0), gate)))
-        place = _pointer(context, b, sig.args[2], args[2], args[3], kind)
+        place = pointer(context, b, sig.args[2], args[2], args[3], kind)
         b.store(b.fmul(b.fdiv(gate, below), up), place, align=4)
         return context.get_dummy_value()
 
@@ -346,7 +356,7 @@ def softmax_block(_: Any, scores: Any, at: Any, count: Any, visible: Any, top: A
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         n = sig.args[2].literal_value
         kind, words = vector(F32, n), vector(I32, n)
-        place = _pointer(context, b, sig.args[0], args[0], args[1], kind)
+        place = pointer(context, b, sig.args[0], args[0], args[1], kind)
         values = b.load(place, align=4)
         numbers = ir.Constant(words, list(range(n)))
         seen = b.icmp_signed("<", numbers, splat(b, b.trunc(args[3], I32), n))
@@ -373,7 +383,7 @@ def most_of(_: Any, values: Any, at: Any, count: Any) -> Any:
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         n = sig.args[2].literal_value
-        place = _pointer(context, b, sig.args[0], args[0], args[1], vector(F32, n))
+        place = pointer(context, b, sig.args[0], args[0], args[1], vector(F32, n))
         return call(b, f"llvm.vector.reduce.fmaximum.v{n}f32", F32, b.load(place, align=4))
 
     return sig, generate

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from npqwen.simd.instructions import I8, I16, I32, NativeHalf, address, call, constant, splat, vector
+from npqwen.simd.instructions import I8, I16, I32, LINE, NativeHalf, address, ask_ahead, call, constant, splat, vector
 
 
 class Avx2(NativeHalf):
@@ -87,7 +90,28 @@ class Avx512(AvxVnni):
     rows: ClassVar[tuple[int, ...]] = (2, 4, 8, 16)
     accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
+    asks: ClassVar[bool] = True
+
+    def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
+        ask_ahead(b, address(b, block, LINE * quad, I8))
+        return super().bytes(b, block, quad)
 
     def quads(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
         # There are registers for all of them, and with one token that is a hundredth faster.
         yield from enumerate(self.int4(b, block) if bits == 4 else self.int8(b, block))
+
+
+class Amx(Avx512):
+    """Tiles of 16 tokens as products of matrices (simd/amx.py), fewer by `vpdpbusd`."""
+
+    name: ClassVar[str] = "amx"
+    features: ClassVar[frozenset[str]] = Avx512.features | {"amx-tile", "amx-int8"}
+    matrices: ClassVar[bool] = True
+
+    @classmethod
+    def allowed(cls) -> bool:
+        """Linux lets a process use the registers once it has asked (arch_prctl, since 5.16); others are not asked."""
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            return False
+        system_call, arch_prctl, request_permission, tile_data = ctypes.CDLL(None).syscall, 158, 0x1023, 18
+        return bool(system_call(arch_prctl, request_permission, tile_data) == 0)

@@ -38,7 +38,8 @@ from numba.extending import intrinsic
 from npqwen.forward import forward
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
-from npqwen.kernels.matmul import MATRIX, UNIT_BYTES, matmul, matmul_kernels
+from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
+from npqwen.kernels.matrix import MATRIX, UNIT_BYTES
 from npqwen.kernels.packing import WIDEST, packed_bytes
 from npqwen.model import Model, load
 from npqwen.simd.instructions import I8, I32, vector
@@ -123,10 +124,11 @@ def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tup
     state[MEMBERS] = 1
     kernels, out = matmul_kernels([bits]), np.zeros((tokens, rows), np.float32)
     x = np.zeros(packed_bytes(tokens, cols), np.uint8)
+    scratch = np.zeros(scratch_floats(cols), np.float32)
 
     def product() -> None:
         state[NEXT] = 0
-        matmul(state, kernels, matrix[0], x, tokens, WIDEST, out, 0)
+        matmul(state, kernels, matrix[0], x, tokens, WIDEST, out, 0, scratch)
 
     loop, weights, turns = registers_only(bits), np.ones(1 << 12, np.uint8), 100_000
     activations = np.ones(1 << 13, np.uint8)

@@ -24,13 +24,15 @@ from assembly import (
 from llvmlite import ir
 
 from npqwen import team
-from npqwen.kernels.matmul import UNIT_BYTES, _integer_rows
+from npqwen.kernels.matmul import _integer_rows
+from npqwen.kernels.matrix import UNIT_BYTES
 from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.isa import ISA, has_dot_product, has_matrix_product
 from npqwen.simd.x86 import Avx2, Avx512, AvxVnni
 
-DOT = {"i8mm": "sdot", "neon": "sdot", "avx512": "vpdpbusd", "avxvnni": "vpdpbusd", "avx2": "vpmaddubsw"}
+DOT = dict.fromkeys(("neon", "i8mm"), "sdot") | dict.fromkeys(("amx", "avx512", "avxvnni"), "vpdpbusd")
+DOT["avx2"] = "vpmaddubsw"
 
 
 @pytest.mark.parametrize("bits", [4, 8])

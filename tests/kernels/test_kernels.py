@@ -16,7 +16,8 @@ from numba import njit
 from quantized import int8_blocks
 from units import unpack
 
-from npqwen.kernels.matmul import MATRIX, matmul, matmul_kernels, read_row
+from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
+from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, packed_bytes, tile_width
 from npqwen.simd import scalar
@@ -88,7 +89,11 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, mor
     record = matrix(weights)
     bits = int(record["bits"])
     kernels = matmul_kernels([bits])
-    together(members, matmul, lambda _: (kernels, record, packed(x, bits, width), tokens, width, out, plus))
+
+    def scratch() -> np.ndarray:
+        return np.zeros(scratch_floats(record["cols"]), np.float32)
+
+    together(members, matmul, lambda _: (kernels, record, packed(x, bits, width), tokens, width, out, plus, scratch()))
     expected = product(units, x) + (before[:tokens, :rows] if plus else 0)
     # The sum of the magnitudes bounds what rounding can do to a sum.
     error = np.abs(out[:tokens, :rows] - expected) / (

@@ -1,0 +1,107 @@
+"""Products of matrices in AMX's registers: the very sums of the kernels without it."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from assembly import SAPPHIRE_RAPIDS, amx_loop, mnemonics, spills
+from converted import random_units
+from numba import njit
+
+from npqwen.compiled import address_of
+from npqwen.kernels.amx import amx_rows, unpacked_bytes
+from npqwen.kernels.entry import run_at
+from npqwen.kernels.matmul import CHUNK_BYTES, KERNELS, _integer_rows
+from npqwen.kernels.packing import pack, packed_bytes
+from npqwen.simd import isa
+from npqwen.simd.isa import ISA
+from npqwen.simd.x86 import Amx, Avx512
+
+here = pytest.mark.skipif(not ISA.matrices, reason="this processor has no AMX, or it is not used")
+
+
+@njit(nogil=True)
+def _run(kernel: int, args: Any) -> None:
+    run_at(kernel, args)
+
+
+def _aligned(size: int, offset: int) -> np.ndarray:
+    """Zeroed bytes that begin so many bytes past a line of 64."""
+    raw = np.zeros(size + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
+    return raw[start : start + size]
+
+
+@here
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("plus", [0, 1])
+@pytest.mark.parametrize(("groups", "units", "tiles"), [(1, 1, 1), (3, 2, 1), (2, 5, 3), (14, 16, 2)])
+def test_the_same_to_the_bit(bits: int, plus: int, groups: int, units: int, tiles: int) -> None:
+    rng = np.random.default_rng(groups)
+    cols, tokens = 64 * units, 16 * tiles
+    weights = random_units(bits, np.ones(16 * groups, bool), cols, rng)
+    x = _aligned(packed_bytes(tokens, cols), 16)
+    for t in range(tokens):
+        values = rng.standard_normal(cols) * 10.0 ** rng.integers(-3, 4)
+        pack(values.astype(np.float32), t, 16, bits, x)
+    before = rng.standard_normal((tokens, 16 * groups + 3)).astype(np.float32)
+    results = []
+    for kernel in (amx_rows(bits), _integer_rows(bits, 16)):
+        out = before.copy()
+        # The last byte that a kernel may write is followed by others, which have to stay.
+        scratch = _aligned(unpacked_bytes(cols, CHUNK_BYTES) + 64, 4)
+        scratch[-64:] = 77
+        args = (
+            weights.ctypes.data, units, 0, groups, x.ctypes.data, tiles, out.ctypes.data, out.shape[1], plus,
+            scratch.ctypes.data,
+        )  # fmt: skip
+        _run(address_of(kernel), args)
+        assert np.all(scratch[-64:] == 77)
+        results.append(out)
+    assert np.array_equal(*results)
+    assert not np.array_equal(results[0][:, : 16 * groups], before[:, : 16 * groups])
+    assert np.array_equal(results[0][:, 16 * groups :], before[:, 16 * groups :])
+
+
+@here
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_widest_tiles_are_products_of_matrices(bits: int) -> None:
+    KERNELS[bits][16].compile()
+    assert "tdpbssd" in KERNELS[bits][16]._library.get_asm_str()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_instructions(bits: int) -> None:
+    """Two blocks a turn: what is in the loop beside the loads of registers is the scaling of each sum."""
+    loop = amx_loop(SAPPHIRE_RAPIDS, bits)
+    names = mnemonics(loop)
+    assert names.count("tdpbssd") == 2
+    assert names.count("tileloadd") == 4
+    assert names.count("tilestored") == 2
+    assert names.count("vcvtdq2ps") == 32
+    assert len([name for name in names if name.startswith("vfmadd")]) == 32
+    assert len(spills(loop)) <= 4
+    assert len(loop) < 130
+
+
+def test_without_the_systems_leave() -> None:
+    """Where the system does not let a process have the registers, it is as if the processor had none."""
+    listed = ",".join("+" + feature for feature in Amx.features)
+    codegen = mock.Mock(magic_tuple=lambda: ("x86_64-unknown-linux-gnu", "sapphirerapids", listed))
+    with mock.patch.object(isa.cpu_target.target_context, "codegen", return_value=codegen):
+        with mock.patch.object(Amx, "allowed", return_value=True):
+            assert isa.available()[0] is Amx
+        with mock.patch.object(Amx, "allowed", return_value=False):
+            assert isa.available()[0] is Avx512
+
+
+@pytest.mark.parametrize(("system", "machine"), [("win32", "x86_64"), ("darwin", "x86_64"), ("linux", "i686")])
+def test_only_linux_is_asked(system: str, machine: str) -> None:
+    with (
+        mock.patch("npqwen.simd.x86.sys.platform", system),
+        mock.patch("npqwen.simd.x86.platform.machine", return_value=machine),
+    ):
+        assert not Amx.allowed()
