@@ -18,7 +18,7 @@ from numba import types
 
 from npqwen.kernels.matrix import UNIT_BYTES
 from npqwen.simd import amx, tile
-from npqwen.simd.instructions import F32, I8, InstructionSet, vector
+from npqwen.simd.instructions import AHEAD, F32, I8, InstructionSet, vector
 from npqwen.simd.x86 import Amx
 
 CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
@@ -44,7 +44,7 @@ def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens
         data = types.Array(types.uint8, 1, "C")
         asked = types.literal(64 if isa.asks else UNIT_BYTES[bits])
         sig, prefetch = tile.prefetch._defn(None, data, types.int64, asked)
-        prefetch(_CONTEXT, b, sig, [w, at, None])
+        prefetch(_CONTEXT, b, sig, [w, b.add(at, I64(AHEAD)), None])
         sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
         for block in range(2):
             values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))

@@ -21,6 +21,7 @@ from npqwen.simd.amx import (
     start_block,
     unpack_int4,
 )
+from npqwen.simd.instructions import AHEAD
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import ROWS, add, prefetch, store, zeros
 
@@ -72,7 +73,7 @@ def amx_rows(bits: int) -> Any:
                     more = 1 if u + 1 < units else 0
                     following = at + more * pitch
                     if tile == 0:
-                        prefetch(w, unit_at, asked)
+                        prefetch(w, unit_at + AHEAD, asked)
                         if bits == 4:
                             place = unit_at + more * unit + SCALE_BYTES
                             unpack_int4(w, place, values, following)

@@ -33,6 +33,8 @@ BLOCK = 64
 TILE = 16
 STREAMED = 4
 """Rows of a product up to which memory is the limit, so that keys and values are worth asking for early."""
+AHEAD = 8192
+"""Bytes between what is then read and what is asked for: two groups of float16 keys, 128 coordinates each."""
 MOST_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
 _LOWEST = np.float32(-3.0e38)
@@ -97,6 +99,7 @@ def _attend(tokens: int, dtype: Any) -> Any:
     wide, narrow = sum_rows * LANES, TILE // LANES
 
     size = np.dtype(dtype).itemsize
+    ahead = AHEAD // size
 
     @entry(tokens, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
     def attend(
@@ -121,6 +124,7 @@ def _attend(tokens: int, dtype: Any) -> Any:
             count = (min(BLOCK, high - block) + TILE - 1) // TILE * TILE
             page = pages[block // PAGE]
             keys = memory(page + size * PAGE * dim * keys_of, PAGE * dim, dtype)
+            values = memory(page + size * PAGE * dim * values_of, PAGE * dim, dtype)
             at = block % PAGE * dim
             # Several groups of keys at a time, not several sums a score: decoding adds in the order of prefill.
             for place in range(0, count, together * TILE):
@@ -129,8 +133,12 @@ def _attend(tokens: int, dtype: Any) -> Any:
                     k = at + place * dim + row
                     for i in range(0, queries.size, tokens):
                         if tokens <= STREAMED:
-                            prefetch(keys, k, LINE)
-                            prefetch(keys, k + (together - 1) * TILE * dim, LINE)
+                            prefetch(keys, k + ahead, LINE)
+                            prefetch(keys, k + ahead + (together - 1) * TILE * dim, LINE)
+                        else:
+                            # Arithmetic is the limit: there is time to have this block's values brought near.
+                            first = at + place * dim
+                            prefetch(values, first + together * (k - row - first), LINE)
                         products = multiply_cached(
                             products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1
                         )
@@ -146,14 +154,15 @@ def _attend(tokens: int, dtype: Any) -> Any:
                         sums[i] *= shrink
                     top[t] = peak
                 total[t] += weight
-            values = memory(page + size * PAGE * dim * values_of, PAGE * dim, dtype)
             column = 0
             while column + wide <= dim:
                 outs = zeros(tokens, sum_rows, 1)
                 v = at + column
                 for i in range(count):
                     if tokens <= STREAMED:
-                        prefetch(values, v, 256)
+                        prefetch(values, v + ahead, 256)
+                    else:  # the next block's keys
+                        prefetch(keys, at + BLOCK * (dim + column) + i * wide, LINE)
                     outs = multiply_cached(outs, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
                     v += dim
                 add(outs, sums, column, sum_rows, dim)

@@ -19,6 +19,7 @@ from npqwen.kernels.amx import amx_rows, unpacked_bytes
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import SCALE_BYTES, UNIT_BYTES, UNIT_COLS, unit_bytes
 from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS
+from npqwen.simd.instructions import AHEAD
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import (
@@ -68,7 +69,7 @@ def _integer_rows(bits: int, tokens: int) -> Any:
                     for _ in range(units):
                         scales = at + 2 * row
                         block = at + SCALE_BYTES + 4 * row
-                        prefetch(w, at, asked)
+                        prefetch(w, at + AHEAD, asked)
                         sums = multiply_integers(sums, tokens, bits, w, block, scales, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
                         sums = multiply_integers(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)

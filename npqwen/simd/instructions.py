@@ -52,11 +52,11 @@ AHEAD = 2048
 """Bytes between what is read and what is asked for: further than a processor's own prefetching goes."""
 
 
-def ask_ahead(b: ir.IRBuilder, place: ir.Value) -> None:
-    """Ask for the line that lies AHEAD of an address, to be kept in the nearest cache; it need not exist."""
+def ask_for_line(b: ir.IRBuilder, place: ir.Value) -> None:
+    """Ask for the line at an address, a pointer to I8, to be kept in the nearest cache; it need not exist."""
     kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
     function = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
-    b.call(function, [address(b, place, AHEAD, I8), I32(0), I32(3), I32(1)])
+    b.call(function, [place, I32(0), I32(3), I32(1)])
 
 
 class InstructionSet:

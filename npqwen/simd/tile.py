@@ -16,13 +16,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from npqwen.simd.instructions import (
+    AHEAD,
     F32,
     I8,
     I16,
     I32,
     LINE,
     address,
-    ask_ahead,
+    ask_for_line,
     call,
     constant,
     splat,
@@ -65,13 +66,13 @@ def multiply_add(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.V
 
 @intrinsic(prefer_literal=True)
 def prefetch(_: Any, array: Any, at: Any, size: Any) -> Any:
-    """Ask for the `size` (a constant) bytes that lie AHEAD of array[at:]; they need not exist."""
+    """Ask for the `size` (a constant) bytes of array[at:]; they need not exist."""
     sig = types.void(array, types.int64, size)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         place = pointer(context, b, sig.args[0], args[0], args[1], I8)
         for line in range(0, sig.args[2].literal_value, LINE):
-            ask_ahead(b, address(b, place, line, I8))
+            ask_for_line(b, address(b, place, line, I8))
         return context.get_dummy_value()
 
     return sig, generate
@@ -269,7 +270,7 @@ def add_up(_: Any, tile: Any, array: Any, at: Any, count: Any) -> Any:
             place = b.add(args[2], args[2].type(n * LANES))
             where = pointer(context, b, sig.args[1], args[1], place, FLOATS)
             if n * LANES * 4 % LINE == 0:
-                ask_ahead(b, b.bitcast(where, I8.as_pointer()))
+                ask_for_line(b, address(b, where, AHEAD, I8))
             value = b.load(where, align=4)
             parts[n % len(parts)] = b.fadd(parts[n % len(parts)], value)
         return cgutils.pack_array(b, parts)

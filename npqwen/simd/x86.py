@@ -10,7 +10,20 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
-from npqwen.simd.instructions import I8, I16, I32, LINE, NativeHalf, address, ask_ahead, call, constant, splat, vector
+from npqwen.simd.instructions import (
+    AHEAD,
+    I8,
+    I16,
+    I32,
+    LINE,
+    NativeHalf,
+    address,
+    ask_for_line,
+    call,
+    constant,
+    splat,
+    vector,
+)
 
 
 class Avx2(NativeHalf):
@@ -93,7 +106,7 @@ class Avx512(AvxVnni):
     asks: ClassVar[bool] = True
 
     def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
-        ask_ahead(b, address(b, block, LINE * quad, I8))
+        ask_for_line(b, address(b, block, AHEAD + LINE * quad, I8))
         return super().bytes(b, block, quad)
 
     def quads(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
