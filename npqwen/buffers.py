@@ -11,8 +11,9 @@ from npqwen.config import Config
 from npqwen.kernels import attention, matmul
 from npqwen.kernels.attention import MOST_ROWS
 from npqwen.kernels.experts import most_segments, most_slots
-from npqwen.kernels.matrix import UNIT_COLS
+from npqwen.kernels.matrix import BLOCK_GROUPS, UNIT_COLS
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
+from npqwen.simd.instructions import LINE
 from npqwen.simd.tile import ROWS
 from npqwen.weights import Weights, pad
 
@@ -43,38 +44,43 @@ class Buffers:
             experts, chosen = config.mixture.num_experts, config.mixture.num_experts_per_tok
             slots = -(-most_slots(most, experts, chosen) // WIDTHS[-1]) * WIDTHS[-1]
             self.mixture = (
-                np.zeros((most, hidden), np.float32),
-                np.zeros((most, pad(experts, ROWS)), np.float32),
+                _floats(most, hidden),
+                _floats(most, pad(experts, ROWS)),
                 np.zeros((most, chosen), np.int64),
-                np.zeros((most, chosen), np.float32),
+                _floats(most, chosen),
                 np.zeros(experts, np.int64),
                 np.zeros((most, chosen), np.int64),
                 np.zeros((most_segments(most, experts, chosen), 4), np.int64),
                 np.zeros(1, np.int64),
-                np.zeros((slots, 2 * small), np.float32),
-                np.zeros((slots, hidden), np.float32),
+                _floats(slots, 2 * small),
+                _floats(slots, hidden),
             )
         cols = max(hidden, attended, inner, small)
-        self._hidden = np.zeros((most, hidden), np.float32)
-        self._packed = _aligned(packed_bytes(max(most, slots), cols))
-        self._qkv = np.zeros((most, int(layers["qkv_proj"]["rows"].max())), np.float32)
-        self._attended = np.zeros((most, attended), np.float32)
-        self._gate_up = np.zeros((most, 2 * inner), np.float32)
-        needs = attention.scratch_floats(dim), matmul.scratch_floats(cols)
+        self._hidden = _floats(most, hidden)
+        self._packed = _bytes(packed_bytes(max(most, slots), max(hidden, attended, small)))
+        self._gated = _bytes(packed_bytes(most, inner))
+        self._queries = _floats(most, config.num_attention_heads * dim)
+        self._attended = _floats(most, attended)
+        multiple = max(dim // ROWS, BLOCK_GROUPS)
+        needs = (
+            attention.scratch_floats(dim), matmul.scratch_floats(cols), matmul.scratch_floats(hidden, multiple),
+        )  # fmt: skip
         self._parts = np.zeros(_CUTS * threads * MOST_ROWS * (dim + 2), np.float32)
         self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
-        self.scratches = np.zeros((threads, max(*needs, hidden, inner, small)), np.float32)
+        self.scratches = _floats(threads, max(*needs, hidden, inner, small))
         """A row for each thread."""
+        self.pieces = _floats(threads, matmul.piece_floats(most, multiple))
+        """Results that a thread goes on with itself: a row for each."""
 
     @property
     def shared(self) -> tuple[NDArray[Any], ...]:
-        """hidden, packed, qkv, attended, gate_up, parts, as `forward` takes them."""
-        return self._hidden, self._packed, self._qkv, self._attended, self._gate_up, self._parts
+        """hidden, packed, gated, queries, attended, parts, as `forward` takes them."""
+        return self._hidden, self._packed, self._gated, self._queries, self._attended, self._parts
 
     @property
     def nbytes(self) -> int:
         """Bytes that may come to be used, logits of all positions left out."""
-        return sum(array.nbytes for array in (*self.shared, *(self.mixture or ()), self.scratches))
+        return sum(array.nbytes for array in (*self.shared, *(self.mixture or ()), self.scratches, self.pieces))
 
     def logits(self, rows: int) -> NDArray[np.float32]:
         """Room for logits, rounded up to whole tiles of tokens: (>= rows, padded vocabulary)."""
@@ -85,7 +91,12 @@ class Buffers:
         return self._logits
 
 
-def _aligned(size: int) -> NDArray[np.uint8]:
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+def _floats(rows: int, columns: int) -> NDArray[np.float32]:
+    """Zeros, from a line of memory's begin."""
+    return _bytes(4 * rows * columns).view(np.float32).reshape(rows, columns)
+
+
+def _bytes(size: int) -> NDArray[np.uint8]:
+    raw = np.zeros(size + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
     return raw[start : start + size]

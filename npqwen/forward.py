@@ -17,12 +17,13 @@ from npqwen.kernels.experts import (
     route,
     silu_and_pack_slots,
 )
-from npqwen.kernels.matmul import matmul
-from npqwen.kernels.matrix import MATRIX, read_row
+from npqwen.kernels.matmul import matmul, multiply_rows, take_rows
+from npqwen.kernels.matrix import BLOCK_GROUPS, MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
-from npqwen.kernels.packing import WIDEST, pack, tile_width
+from npqwen.kernels.packing import WIDEST, pack, pack_part, tile_width
 from npqwen.paging import NEVER
-from npqwen.simd.scalar import memory
+from npqwen.simd.scalar import borrowed, memory
+from npqwen.simd.tile import ROWS
 from npqwen.team import barrier, take
 
 LAYER = np.dtype(
@@ -71,17 +72,19 @@ asking: how experts are asked for as soon as they are chosen, which pays where t
 @njit(nogil=True)
 def forward(
     team: Any, member: int, model: Any, layers: Any, ids: Any, start: int, cos: Any, sin: Any, pages: Any,
-    like: Any, buffers: Any, mixture: Any, scratches: Any, wanted: int, logits: Any,
+    like: Any, buffers: Any, mixture: Any, scratches: Any, pieces: Any, wanted: int, logits: Any,
 ) -> None:  # fmt: skip
     """Run `ids` (tokens,) int64 at positions `start` and up; their keys and values go into the cache's
     `pages`, in like's dtype.
 
     cos, sin: float32 (tokens, head_dim / 2).  logits: float32, a row for each of the last `wanted`
-    tokens, rounded up to whole tiles.  buffers, mixture: what the threads share, see Buffers; scratches: a row
-    a thread.
+    tokens, rounded up to whole tiles.  buffers, mixture: what the threads share, see Buffers; scratches, pieces: a
+    row a thread.
     """
-    hidden, packed, qkv, attended, gate_up, parts = buffers
-    scratch = scratches[member]
+    team, layers, ids, cos, sin = borrowed((team, layers, ids, cos, sin))
+    pages, like, scratches, pieces, logits = borrowed((pages, like, scratches, pieces, logits))
+    hidden, packed, gated, queries, attended, parts = borrowed(buffers)
+    scratch, piece = scratches[member], pieces[member]
     tokens = ids.size
     width = tile_width(tokens)
 
@@ -92,12 +95,10 @@ def forward(
 
         norm_and_pack(team, hidden, 0, tokens, layer.input_layernorm, model, layer.qkv_proj.bits, scratch, packed)
         barrier(team)
-        matmul(team, model.matmul_kernels, layer.qkv_proj, packed, tokens, width, qkv, 0, scratch)
-        barrier(team)
-        rotate_and_store(team, model, layer, i, qkv, tokens, start, cos, sin, pages, like)
+        project_heads(team, model, layer, i, packed, tokens, start, cos, sin, piece, scratch, queries, pages, like)
         barrier(team)
         attention(
-            team, model.attention_kernels, qkv, tokens, pages, like, i, model.num_attention_heads,
+            team, model.attention_kernels, queries, tokens, pages, like, i, model.num_attention_heads,
             model.num_key_value_heads, model.head_dim, start, parts, scratch, attended,
         )  # fmt: skip
         barrier(team)
@@ -107,9 +108,9 @@ def forward(
         barrier(team)
 
         if mixture is None:  # noqa: SIM114  Numba then leaves out the other branches.
-            feed_forward(team, layer, model, tokens, hidden, packed, gate_up, scratch)
+            feed_forward(team, layer, model, tokens, hidden, packed, gated, piece, scratch)
         elif layer.expert_bytes == 0:
-            feed_forward(team, layer, model, tokens, hidden, packed, gate_up, scratch)
+            feed_forward(team, layer, model, tokens, hidden, packed, gated, piece, scratch)
         else:
             sparse_feed_forward(team, layer, model, tokens, hidden, packed, mixture, scratch)
 
@@ -122,18 +123,16 @@ def forward(
 
 @njit(nogil=True, inline="always")
 def feed_forward(
-    team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, gate_up: Any, scratch: Any
+    team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, gated: Any, piece: Any, scratch: Any
 ) -> None:
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
     width = tile_width(tokens)
     weight = layer.post_attention_layernorm
     norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.bits, scratch, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, layer.gate_up_proj, packed, tokens, width, gate_up, 0, scratch)
+    project_gated(team, model, layer, packed, tokens, piece, scratch, gated)
     barrier(team)
-    silu_and_pack(team, gate_up, tokens, layer.down_proj.bits, scratch, packed)
-    barrier(team)
-    matmul(team, model.matmul_kernels, layer.down_proj, packed, tokens, width, hidden, 1, scratch)
+    matmul(team, model.matmul_kernels, layer.down_proj, gated, tokens, width, hidden, 1, scratch)
     barrier(team)
 
 
@@ -142,7 +141,7 @@ def sparse_feed_forward(
     team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, mixture: Any, scratch: Any
 ) -> None:
     """hidden += the weighted sum of what the chosen experts make of the normed hidden."""
-    normed, scores, chosen, weights, counts, slots, segments, made, gate_up, results = mixture
+    normed, scores, chosen, weights, counts, slots, segments, made, gate_up, results = borrowed(mixture)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(tokens)
     bits = layer.gate_up_proj.bits
@@ -220,40 +219,62 @@ def pack_all(team: Any, x: Any, tokens: int, bits: int, packed: Any) -> None:
 
 
 @njit(nogil=True)
-def silu_and_pack(team: Any, gate_up: Any, tokens: int, bits: int, scratch: Any, packed: Any) -> None:
-    """packed = silu(gate) * up."""
+def project_gated(
+    team: Any, model: Any, layer: Any, packed: Any, tokens: int, piece: Any, scratch: Any, gated: Any
+) -> None:
+    """gated = silu(gate_proj @ x) * (up_proj @ x), for down_proj, x being `packed`.
+
+    A thread goes on with the rows that it has computed: they are in its own cache, `piece`.
+    """
     width = tile_width(tokens)
-    product = scratch[: gate_up.shape[1] // 2]
+    matrix, cols = layer.gate_up_proj, layer.down_proj.cols
     while True:
-        t = take(team, 1)
-        if t >= tokens:
+        first, last = take_rows(team, matrix, tokens, width, BLOCK_GROUPS)
+        if first == last:
             return
-        silu_times(gate_up[t], product)
-        pack(product, t, width, bits, packed)
+        multiply_rows(model.matmul_kernels, matrix, packed, tokens, width, first, last, scratch, piece)
+        rows = ROWS * (last - first)
+        # After the last rows come zeros up to whole units of columns.
+        product = scratch[: cols - ROWS * first // 2 if ROWS * last == matrix.rows else rows // 2]
+        product[rows // 2 :] = np.float32(0.0)
+        for t in range(tokens):
+            silu_times(piece[t * rows : (t + 1) * rows], product)
+            pack_part(product, ROWS * first // 2, cols, t, width, layer.down_proj.bits, gated)
 
 
 @njit(nogil=True)
-def rotate_and_store(
-    team: Any, model: Any, layer: Any, i: int, qkv: Any, tokens: int, start: int, cos: Any, sin: Any, pages: Any,
-    like: Any,
+def project_heads(
+    team: Any, model: Any, layer: Any, i: int, packed: Any, tokens: int, start: int, cos: Any, sin: Any, piece: Any,
+    scratch: Any, queries: Any, pages: Any, like: Any,
 ) -> None:  # fmt: skip
-    """Norm and rotate queries and keys; keys and values go into the cache, queries stay, scaled by 1/sqrt(dim)."""
-    dim, heads, kv_heads = model.head_dim, model.num_attention_heads, model.num_key_value_heads
+    """Heads of qkv_proj @ x, x being `packed`: keys and values go into the cache.
+
+    Queries and keys are normed and rotated, queries scaled by 1/sqrt(dim): queries (tokens, heads * dim).  A thread
+    goes on with the heads that it has computed: they are in its own cache, `piece`.
+    """
+    width, dim = tile_width(tokens), model.head_dim
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
     scale = np.float32(1.0) / np.sqrt(np.float32(dim))
     while True:
-        t = take(team, 1)
-        if t >= tokens:
+        first, last = take_rows(team, layer.qkv_proj, tokens, width, dim // ROWS)
+        if first == last:
             return
-        for head in range(heads + kv_heads):
-            x = qkv[t, head * dim : (head + 1) * dim]
-            rms_norm(x, q_norm if head < heads else k_norm, model.rms_norm_eps, x)
-            rotate(x, cos[t], sin[t])
-            if head < heads:
-                for k in range(dim):
-                    x[k] *= scale
-            else:
-                store_key(pages, like, 2 * i * kv_heads + head - heads, start + t, x)
-        for head in range(kv_heads):
-            at = (heads + kv_heads + head) * dim
-            store_value(pages, like, (2 * i + 1) * kv_heads + head, start + t, qkv[t, at : at + dim])
+        multiply_rows(model.matmul_kernels, layer.qkv_proj, packed, tokens, width, first, last, scratch, piece)
+        rows, first_head = ROWS * (last - first), ROWS * first // dim
+        for head in range(first_head, ROWS * last // dim):
+            for t in range(tokens):
+                at = t * rows + (head - first_head) * dim
+                x = piece[at : at + dim]
+                if head < heads:
+                    query = queries[t, head * dim : (head + 1) * dim]
+                    rms_norm(x, q_norm, model.rms_norm_eps, query)
+                    rotate(query, cos[t], sin[t])
+                    for k in range(dim):
+                        query[k] *= scale
+                elif head < heads + kv_heads:
+                    rms_norm(x, k_norm, model.rms_norm_eps, x)
+                    rotate(x, cos[t], sin[t])
+                    store_key(pages, like, 2 * i * kv_heads + head - heads, start + t, x)
+                else:
+                    store_value(pages, like, 2 * i * kv_heads + head - heads, start + t, x)

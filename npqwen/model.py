@@ -304,6 +304,7 @@ class Model:
             self._buffers.shared,
             self._buffers.mixture,
             self._buffers.scratches,
+            self._buffers.pieces,
             rows,
             logits,
         )

@@ -31,7 +31,7 @@ _UNPACKED = 2 * UNPACKED_BLOCK
 
 
 def unpacked_bytes(cols: int, chunk: int) -> int:
-    """Scratch that a thread needs for pieces of `chunk` bytes, or of one group of rows with so many columns."""
+    """Scratch that a thread needs for pieces of `chunk` bytes, or of one group of rows where that is more."""
     return _ALIGN + 2 * SUM_BYTES + max(cols * ROWS, chunk // UNIT_BYTES[4] * _UNPACKED)
 
 

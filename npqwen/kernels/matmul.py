@@ -42,6 +42,9 @@ CHUNK_BYTES = 1 << 17
 STREAM_BYTES = 1 << 19
 """The same for one tile, which reads them once: where a thread begins anew, memory has to be waited for."""
 
+_PIECE = 1 << 16
+"""float32 that a thread's results may take which it goes on with: they stay in its cache."""
+
 
 def _integer_rows(bits: int, tokens: int) -> Any:
     """The kernel for int4 or int8 weights and tiles of `tokens` tokens."""
@@ -148,9 +151,59 @@ def unpacked(width: int) -> bool:
     return _MATRICES and width == ROWS
 
 
-def scratch_floats(cols: int) -> int:
-    """float32 that one thread's matmul may need for matrices of up to so many columns."""
-    return unpacked_bytes(cols, CHUNK_BYTES) // 4 if ISA.matrices else 0
+def scratch_floats(cols: int, multiple: int = 1) -> int:
+    """float32 that a thread may need for a matrix of so many columns, `multiple` groups of rows at least at a time."""
+    return unpacked_bytes(multiple * cols, CHUNK_BYTES) // 4 if ISA.matrices else 0
+
+
+def piece_floats(tokens: int, multiple: int) -> int:
+    """float32 for the results of a piece as `take_rows` gives it to a thread that goes on with them."""
+    return max(_PIECE, tokens * multiple * ROWS)
+
+
+@njit(nogil=True)
+def chunk_of(team: Any, matrix: Any, tokens: int, width: int) -> int:
+    """How many groups of rows a thread takes at a time."""
+    groups = matrix.rows // ROWS
+    most = STREAM_BYTES if tokens <= width and not unpacked(width) else CHUNK_BYTES
+    group = matrix.cols // UNIT_COLS * unit_bytes(matrix.bits)
+    return max(1, min(groups // (8 * acquire(team, MEMBERS)), most // group))
+
+
+@njit(nogil=True)
+def take_rows(team: Any, matrix: Any, tokens: int, width: int, multiple: int) -> Any:
+    """The groups of rows that this thread computes next, and goes on with: (first, last), equal when none are left.
+
+    first is a multiple of `multiple`, and so is last where it is not the end.  Of all tokens, rounded up to whole
+    tiles, they make no more than `piece_floats` results.
+    """
+    groups = matrix.rows // ROWS
+    whole = (tokens + width - 1) // width * width
+    chunk = min(chunk_of(team, matrix, tokens, width), _PIECE // (whole * ROWS))
+    chunk = max(multiple, chunk // multiple * multiple)
+    first = min(take(team, chunk), groups)
+    return first, min(first + chunk, groups)
+
+
+@njit(nogil=True)
+def multiply_rows(
+    kernels: Any, matrix: Any, x: Any, tokens: int, width: int, first: int, last: int, scratch: Any, out: Any
+) -> None:
+    """out[t, r] = sum over c of weight[ROWS * first + r, c] * x[t, c] for groups of rows, by this thread alone.
+
+    out: float32, (tokens rounded up to a multiple of width) * ROWS * (last - first).
+    """
+    tiles = (tokens + width - 1) // width
+    rows = ROWS * (last - first)
+    # Kernels count rows from the matrix's first.
+    place = out.ctypes.data - out.itemsize * ROWS * first
+    run_at(
+        kernels[matrix.bits // 8, width],
+        (
+            matrix.address, matrix.cols // UNIT_COLS, first, last, x.ctypes.data, tiles, place, rows, 0,
+            scratch.ctypes.data,
+        ),
+    )  # fmt: skip
 
 
 @njit(nogil=True)
@@ -163,16 +216,18 @@ def matmul(
     float32 (tokens rounded up to a multiple of width, at least matrix.rows).  scratch: this thread's float32
     (scratch_floats(matrix.cols),).  All members of the team call it, and share the rows.
     """
-    units = matrix.cols // UNIT_COLS
     groups = matrix.rows // ROWS
     tiles = (tokens + width - 1) // width
-    most = STREAM_BYTES if tiles == 1 and not unpacked(width) else CHUNK_BYTES
-    chunk = max(1, min(groups // (8 * acquire(team, MEMBERS)), most // (units * unit_bytes(matrix.bits))))
-    kernel = kernels[matrix.bits // 8, width]
-    x_at, out_at, stride = x.ctypes.data, out.ctypes.data, out.shape[1]
+    chunk = chunk_of(team, matrix, tokens, width)
     while True:
         first = take(team, chunk)
         if first >= groups:
             return
         last = min(first + chunk, groups)
-        run_at(kernel, (matrix.address, units, first, last, x_at, tiles, out_at, stride, plus, scratch.ctypes.data))
+        run_at(
+            kernels[matrix.bits // 8, width],
+            (
+                matrix.address, matrix.cols // UNIT_COLS, first, last, x.ctypes.data, tiles, out.ctypes.data,
+                out.shape[1], plus, scratch.ctypes.data,
+            ),
+        )  # fmt: skip

@@ -13,6 +13,8 @@ from npqwen.simd.tile import ROWS
 MATRIX = np.dtype([("address", np.int64), ("bits", np.int64), ("rows", np.int64), ("cols", np.int64)])
 """A mapped matrix: where its units lie, its encoding (4, 8 or 16 bits), its padded size."""
 UNIT_COLS = 64
+BLOCK_GROUPS = 4
+"""Groups of 16 rows of gate and up that give a block of 32 of down_proj's activations."""
 SCALE_BYTES = 64
 """Before an int4 or int8 unit's weights: two float16 for each of its rows."""
 UNIT_BYTES = {4: 576, 8: 1088, 16: 2048}

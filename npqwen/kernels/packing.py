@@ -43,20 +43,26 @@ def packed_bytes(tokens: int, columns: int) -> int:
     return -(-tokens // WIDEST) * WIDEST * columns * 4
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True)
 def pack(x: Any, token: int, width: int, bits: int, packed: Any) -> None:
     """Put the activations of one token, float32 x (columns, a multiple of 64), into uint8 `packed`."""
+    pack_part(x, 0, x.size, token, width, bits, packed)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def pack_part(x: Any, first: int, columns: int, token: int, width: int, bits: int, packed: Any) -> None:
+    """The same for some of a token's activations: x (a multiple of 32) is from column `first`, too, of so many."""
     tile, lane = token // width, token % width
     if bits == 16:
         floats = packed.view(np.float32)
-        at = tile * x.size * width + lane
+        at = (tile * columns + first) * width + lane
         for i in range(x.size):
             floats[at + i * width] = x[i]
     else:
         zero = _ZERO4 if bits == 4 else _ZERO8
         floats, words, bytes_ = packed.view(np.float32), packed.view(np.int32), packed.view(np.int8)
         for block in range(x.size // BLOCK):
-            at = (tile * (x.size // BLOCK) + block) * BLOCK_BYTES * width
+            at = (tile * (columns // BLOCK) + first // BLOCK + block) * BLOCK_BYTES * width
             if _PAIRS and width > 1:
                 place = at + 2 * BLOCK * (lane // 2) + 8 * (lane % 2)
                 scale, total = quantize_block(x, block * BLOCK, bytes_, place, 16)

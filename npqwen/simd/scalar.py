@@ -52,6 +52,27 @@ def memory(address: int, count: int, like: Any) -> Any:
     return carray(_voidptr(address), (count,), like)
 
 
+@intrinsic
+def borrowed(_: Any, arrays: Any) -> Any:
+    """Arrays, or tuples of them, that Numba does not count references of: their owner outlives the call.
+
+    Every slice of an array counts, in one place for all threads: which then wait for each other.
+    """
+
+    def uncounted(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
+        if isinstance(kind, types.BaseTuple):
+            parts = zip(kind, cgutils.unpack_tuple(b, value, len(kind)), strict=True)
+            return context.make_tuple(b, kind, [uncounted(context, b, *part) for part in parts])
+        if not isinstance(kind, types.Array):
+            return value
+        array = context.make_array(kind)(context, b, value)
+        array.meminfo = ir.Constant(array.meminfo.type, None)
+        array.parent = ir.Constant(array.parent.type, None)
+        return array._getvalue()
+
+    return arrays(arrays), lambda context, b, sig, args: uncounted(context, b, sig.args[0], args[0])
+
+
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def exp(x: np.float32) -> np.float32:
     """e**x for float32 within about 2 ulp; x below -87 gives about 1e-38, above 88 about 1e38."""
