@@ -6,7 +6,8 @@
 MODEL is a converted directory, int4 or int8.  Prints a Markdown table of
 
 * the matrix kernel on one thread, in multiply-adds a second, beside the most that its dot products alone can do with
-  all operands in registers: no loads of weights, no unpacking, no scales;
+  all operands in registers: no loads of weights, no unpacking, no scales; with AMX, beside its products of matrices
+  alone, and beside those with the scaling of their sums, which takes one of two ports that arithmetic has else;
 * the part of a decoding step on one thread that is spent outside the compiled forward pass: arguments, waking the
   thread, logits, sampling, text;
 * the seconds until a model is loaded when every kernel has to be compiled, and when they all are.
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,9 +44,10 @@ from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, UNIT_BYTES
 from npqwen.kernels.packing import WIDEST, packed_bytes
 from npqwen.model import Model, load
+from npqwen.simd.amx import configure, finish_block, release, start_block
 from npqwen.simd.instructions import I8, I32, vector
 from npqwen.simd.isa import ISA
-from npqwen.simd.tile import FLOATS, LANES, f32s
+from npqwen.simd.tile import FLOATS, LANES, ROWS, f32s, zeros
 from npqwen.team import MEMBERS, NEXT, SLOTS
 
 BLOCK = 32
@@ -106,6 +109,27 @@ def registers_only(bits: int) -> Callable[[Any, Any, int], float]:
     return loop
 
 
+def matrices_only(scaled: bool) -> Callable[[Any, Any, int], float]:
+    """A loop of nothing but products of matrices, all from the nearest cache, with or without the scaling of sums."""
+
+    @njit
+    def loop(w: Any, x: Any, turns: int) -> float:
+        sums = zeros(ROWS, 1, 1)
+        configure()
+        room = w[2048:4096]
+        for _ in range(turns // 2):
+            start_block(1, w, 1024, x, 640)
+            if scaled:
+                sums = finish_block(sums, 0, w, 0, x, 0, room)
+            start_block(0, w, 512, x, 0)
+            if scaled:
+                sums = finish_block(sums, 1, w, 32, x, 640, room)
+        release()
+        return kept(sums)
+
+    return loop
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """Wall-clock seconds of one call."""
     start = time.perf_counter()
@@ -113,8 +137,8 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, float]:
-    """(multiply-adds a second of the matrix kernel, of the dot products alone), on this thread."""
+def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, dict[str, float]]:
+    """(multiply-adds a second of the matrix kernel, of loops of its products), on this thread."""
     rng = np.random.default_rng(0)
     units = rng.integers(0, 255, (rows // 16, cols // 64, UNIT_BYTES[bits]), np.uint8)
     units[:, :, :64].view(np.uint16)[:] = np.float16(0.01).view(np.uint16)
@@ -130,13 +154,21 @@ def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tup
         state[NEXT] = 0
         matmul(state, kernels, matrix[0], x, tokens, WIDEST, out, 0, scratch)
 
-    loop, weights, turns = registers_only(bits), np.ones(1 << 12, np.uint8), 100_000
+    if ISA.matrices:
+        loops = {"products of matrices alone": matrices_only(False), "these with scaling": matrices_only(True)}
+        each = ROWS * ROWS * BLOCK
+    else:
+        loops = {"dot products alone": registers_only(bits)}
+        each = min(8, WIDEST) * LANES * BLOCK
+    memory, turns = np.zeros((1 << 14) + 64, np.uint8), 100_000
+    weights = memory[-memory.ctypes.data % 64 :][: 1 << 12]
     activations = np.ones(1 << 13, np.uint8)
-    product()
-    loop(weights, activations, turns)
-    pairs = [(seconds(product), seconds(lambda: loop(weights, activations, turns))) for _ in range(repeat)]
-    done = rows * cols * tokens, turns * min(8, WIDEST) * LANES * BLOCK
-    return done[0] / median(p for p, _ in pairs), done[1] / median(q for _, q in pairs)
+    works = [product, *(partial(loop, weights, activations, turns) for loop in loops.values())]
+    for work in works:
+        work()
+    times = [[seconds(work) for work in works] for _ in range(repeat)]
+    made, *most = (median(column) for column in zip(*times, strict=True))
+    return rows * cols * tokens / made, dict(zip(loops, (turns * each / t for t in most), strict=True))
 
 
 def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
@@ -190,10 +222,11 @@ def main() -> None:
     cold, warm = loading(options.model)
     print(f"{options.model.name}: {processor()}, {ISA.name} kernels\n")
     print("| | measured | of | share |\n|---|---:|---:|---:|")
-    print(
-        f"| matrix kernel, {rows} x {cols} by 256 tokens, 1 thread, G multiply-adds/s "
-        f"| {made / 1e9:.0f} | {most / 1e9:.0f} | {made / most:.0%} |"
-    )
+    for name, rate in most.items():
+        print(
+            f"| matrix kernel, {rows} x {cols} by 256 tokens, 1 thread, G multiply-adds/s, of {name} "
+            f"| {made / 1e9:.0f} | {rate / 1e9:.0f} | {made / rate:.0%} |"
+        )
     print(
         f"| decoding a token, 1 thread, outside the forward pass, ms | {1e3 * (step - bare):.2f} | {1e3 * step:.2f} "
         f"| {1 - bare / step:.1%} |"

@@ -34,8 +34,8 @@ ENGINE = Path(__file__).with_name("engine.py")
 ROOT = Path(__file__).resolve().parents[2]
 # bits of ours -> the format of llama.cpp with the same bits and block size
 FORMATS = {4: "q4_0", 8: "q8_0", 16: "bf16"}
-# long enough for a finished engine's spinning threads to fall asleep
-SETTLE_SECONDS = 0.05
+# long enough for a finished engine's spinning threads to fall asleep: LLVM's OpenMP lets them spin for 0.2 s
+SETTLE_SECONDS = 0.25
 
 
 @dataclass

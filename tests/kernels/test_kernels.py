@@ -16,12 +16,13 @@ from numba import njit
 from quantized import int8_blocks
 from units import unpack
 
-from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
+from npqwen.kernels.matmul import matmul, matmul_kernels, piece_floats, scratch_floats, take_rows
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
-from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, packed_bytes, tile_width
+from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
+from npqwen.team import MEMBERS
 
 BITS = (4, 8, 16)
 TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)
@@ -122,6 +123,43 @@ def test_matmul_shared_by_threads(bits: int, members: int) -> None:
     for rows, tokens in [(16, 1), (32, 5), (1040, 1), (1040, 19)]:
         units = random_units(bits, np.ones(rows, bool), 256, rng)
         check_matmul(units, rng.standard_normal((tokens, 256)).astype(np.float32), members, True)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
+def test_pieces_are_whole_and_fit(bits: int, multiple: int) -> None:
+    for rows, cols, tokens, members in itertools.product([16, 208, 6144], [64, 5120], [1, 5, 256], [1, 3]):
+        record = np.zeros(1, MATRIX)[0]
+        record["bits"], record["rows"], record["cols"] = bits, rows, cols
+        width = run(tile_width, tokens)
+        whole = -(-tokens // width) * width
+        state = np.zeros(80, np.int64)
+        state[MEMBERS] = members
+        end = 0
+        while True:
+            first, last = run(take_rows, state, record, tokens, width, multiple)
+            assert first == end
+            if first == last:
+                break
+            assert first % multiple == 0
+            assert last % multiple == 0 or last == rows // 16
+            assert (last - first) * 16 * whole <= piece_floats(whole, multiple)
+            end = last
+        assert end == rows // 16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("first", [0, 32, 96])
+def test_pack_part(bits: int, first: int) -> None:
+    """A token packed in parts is packed as a whole."""
+    width = WIDTHS[-1]
+    x = np.random.default_rng(first).standard_normal((width, 128)).astype(np.float32)
+    whole, parts = (np.zeros(packed_bytes(width, 128), np.uint8) for _ in range(2))
+    for token, values in enumerate(x):
+        run(pack, values, token, width, bits, whole)
+        for low, high in [(0, first), (first, 128)]:
+            run(pack_part, values[low:high], low, 128, token, width, bits, parts)
+    assert np.array_equal(whole, parts)
 
 
 @pytest.mark.parametrize("q", [-127, 127])
