@@ -28,7 +28,7 @@ from npqwen.simd.instructions import (
     constant,
     splat,
     vector,
-)  # fmt: skip
+)
 from npqwen.simd.isa import ISA
 
 LANES = ISA.lanes
