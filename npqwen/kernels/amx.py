@@ -1,4 +1,4 @@
-"""out = weight @ x for tiles of 16 tokens on a processor with AMX: the same sums, to the bit, several times as fast.
+"""out = weight @ x for tiles of 16 tokens on a processor with AMX: the same sums, to the bit, in half the time.
 
 A piece's int4 weights are unpacked once for all tokens; int8 weights are read where they are mapped.
 """
@@ -21,18 +21,17 @@ from npqwen.simd.amx import (
     start_block,
     unpack_int4,
 )
-from npqwen.simd.instructions import AHEAD
+from npqwen.simd.instructions import AHEAD, LINE
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import ROWS, add, prefetch, store, zeros
 
-_ALIGN = 64
 _UNPACKED = 2 * UNPACKED_BLOCK
 """Bytes of a unit as int8."""
 
 
 def unpacked_bytes(cols: int, chunk: int) -> int:
     """Scratch that a thread needs for pieces of `chunk` bytes, or of one group of rows where that is more."""
-    return _ALIGN + 2 * SUM_BYTES + max(cols * ROWS, chunk // UNIT_BYTES[4] * _UNPACKED)
+    return LINE + 2 * SUM_BYTES + max(cols * ROWS, chunk // UNIT_BYTES[4] * _UNPACKED)
 
 
 def amx_rows(bits: int) -> Any:
@@ -50,7 +49,7 @@ def amx_rows(bits: int) -> Any:
         w = memory(address, last * units * unit, np.uint8)
         packed = memory(x, tiles * units * 2 * step, np.uint8)
         flat = memory(out, tiles * ROWS * stride, np.float32)
-        room = memory((scratch + _ALIGN - 1) // _ALIGN * _ALIGN, 2 * SUM_BYTES, np.uint8)
+        room = memory((scratch + LINE - 1) // LINE * LINE, 2 * SUM_BYTES, np.uint8)
         if bits == 4:
             values = memory(room.ctypes.data + 2 * SUM_BYTES, (last - first) * units * _UNPACKED, np.uint8)
             pitch, origin = _UNPACKED, 0
@@ -60,7 +59,7 @@ def amx_rows(bits: int) -> Any:
         configure()
         for tile in range(tiles):
             for group in range(first, last):
-                sums = zeros(16, 1, 1)
+                sums = zeros(ROWS, 1, 1)
                 unit_at = group * units * unit
                 at = (group - first) * units * pitch + origin
                 x_at = tile * units * 2 * step

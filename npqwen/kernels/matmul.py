@@ -153,7 +153,7 @@ def unpacked(width: int) -> bool:
 
 def scratch_floats(cols: int, multiple: int = 1) -> int:
     """float32 that a thread may need for a matrix of so many columns, `multiple` groups of rows at least at a time."""
-    return unpacked_bytes(multiple * cols, CHUNK_BYTES) // 4 if ISA.matrices else 0
+    return unpacked_bytes(multiple * cols, CHUNK_BYTES) // 4 if _MATRICES else 0
 
 
 def piece_floats(tokens: int, multiple: int) -> int:
@@ -186,6 +186,22 @@ def take_rows(team: Any, matrix: Any, tokens: int, width: int, multiple: int) ->
 
 
 @njit(nogil=True)
+def _run(
+    kernels: Any, matrix: Any, x: Any, tokens: int, width: int, first: int, last: int, out_at: int, stride: int,
+    plus: int, scratch: Any,
+) -> None:  # fmt: skip
+    """The kernel for a matrix and tiles of `width` tokens, on some groups of rows."""
+    tiles = (tokens + width - 1) // width
+    run_at(
+        kernels[matrix.bits // 8, width],
+        (
+            matrix.address, matrix.cols // UNIT_COLS, first, last, x.ctypes.data, tiles, out_at, stride, plus,
+            scratch.ctypes.data,
+        ),
+    )  # fmt: skip
+
+
+@njit(nogil=True)
 def multiply_rows(
     kernels: Any, matrix: Any, x: Any, tokens: int, width: int, first: int, last: int, scratch: Any, out: Any
 ) -> None:
@@ -193,17 +209,9 @@ def multiply_rows(
 
     out: float32, (tokens rounded up to a multiple of width) * ROWS * (last - first).
     """
-    tiles = (tokens + width - 1) // width
-    rows = ROWS * (last - first)
     # Kernels count rows from the matrix's first.
     place = out.ctypes.data - out.itemsize * ROWS * first
-    run_at(
-        kernels[matrix.bits // 8, width],
-        (
-            matrix.address, matrix.cols // UNIT_COLS, first, last, x.ctypes.data, tiles, place, rows, 0,
-            scratch.ctypes.data,
-        ),
-    )  # fmt: skip
+    _run(kernels, matrix, x, tokens, width, first, last, place, ROWS * (last - first), 0, scratch)
 
 
 @njit(nogil=True)
@@ -217,17 +225,10 @@ def matmul(
     (scratch_floats(matrix.cols),).  All members of the team call it, and share the rows.
     """
     groups = matrix.rows // ROWS
-    tiles = (tokens + width - 1) // width
     chunk = chunk_of(team, matrix, tokens, width)
     while True:
         first = take(team, chunk)
         if first >= groups:
             return
         last = min(first + chunk, groups)
-        run_at(
-            kernels[matrix.bits // 8, width],
-            (
-                matrix.address, matrix.cols // UNIT_COLS, first, last, x.ctypes.data, tiles, out.ctypes.data,
-                out.shape[1], plus, scratch.ctypes.data,
-            ),
-        )  # fmt: skip
+        _run(kernels, matrix, x, tokens, width, first, last, out.ctypes.data, out.shape[1], plus, scratch)

@@ -115,7 +115,7 @@ class Avx512(AvxVnni):
 
 
 class Amx(Avx512):
-    """Tiles of 16 tokens as products of matrices (simd/amx.py), fewer by `vpdpbusd`."""
+    """Tiles of 16 tokens are products of matrices (simd/amx.py); fewer tokens take `vpdpbusd`."""
 
     name: ClassVar[str] = "amx"
     features: ClassVar[frozenset[str]] = Avx512.features | {"amx-tile", "amx-int8"}

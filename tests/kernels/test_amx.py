@@ -99,10 +99,22 @@ def test_without_the_systems_leave() -> None:
             assert isa.available()[0] is Avx512
 
 
-@pytest.mark.parametrize(("system", "machine"), [("win32", "x86_64"), ("darwin", "x86_64"), ("linux", "i686")])
-def test_only_linux_is_asked(system: str, machine: str) -> None:
+@pytest.mark.parametrize(
+    ("system", "machine", "answer", "allowed"),
+    [
+        ("linux", "x86_64", 0, True),
+        ("linux", "x86_64", -1, False),
+        ("linux", "i686", 0, False),
+        ("win32", "x86_64", 0, False),
+        ("darwin", "x86_64", 0, False),
+    ],
+)
+def test_only_linux_is_asked(system: str, machine: str, answer: int, allowed: bool) -> None:
+    library = mock.Mock()
+    library.syscall.return_value = answer
     with (
         mock.patch("npqwen.simd.x86.sys.platform", system),
         mock.patch("npqwen.simd.x86.platform.machine", return_value=machine),
+        mock.patch("npqwen.simd.x86.ctypes.CDLL", return_value=library),
     ):
-        assert not Amx.allowed()
+        assert Amx.allowed() is allowed
