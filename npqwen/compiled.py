@@ -113,17 +113,39 @@ def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
         on_compile(FUNCTIONS, FUNCTIONS)
 
 
+@contextmanager
+def _hearing_interrupts() -> Iterator[None]:
+    """Ctrl-C in a function that LLVM calls back is raised at the end of this: Python would print it and go on."""
+    before, heard = sys.unraisablehook, []
+
+    def hook(ignored: sys.UnraisableHookArgs, /) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            heard.append(True)
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+    if heard:
+        raise KeyboardInterrupt
+
+
 def compile_kernel(function: Any, args: tuple[Any, ...]) -> None:
     """Load `function` for arguments of these types from disk, or compile it and put it there."""
     signature = tuple(numba.typeof(arg) for arg in args)
     if signature not in function.overloads:
         function._cache = KernelCache(function.py_func)
-        function.compile(signature)
+        with _hearing_interrupts():
+            function.compile(signature)
 
 
 def address_of(kernel: Any) -> int:
     """Where an entry's machine code is (see npqwen/kernels/entry.py), loaded from disk or compiled and put there."""
     if kernel.address is None:
         kernel._cache = KernelCache(kernel.__wrapped__)
-        kernel.compile()
+        with _hearing_interrupts():
+            kernel.compile()
     return int(kernel.address)

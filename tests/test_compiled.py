@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -10,12 +11,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import npqwen
-from npqwen.compiled import FUNCTIONS, kernel_directory
+from npqwen.compiled import FUNCTIONS, address_of, kernel_directory
 from npqwen.model import load
 
 # A small kernel that shares the package's helpers, compiled as models' are.
@@ -225,3 +228,22 @@ def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path
             numbers[name, rest].add(number)
         assert len(numbers) > 20
         assert [name for name, found in numbers.items() if len(found) > 1] == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
+    """Numba compiles with functions that LLVM calls back; what they raise ends there."""
+    ignored = []
+
+    @ctypes.CFUNCTYPE(None)
+    def callback() -> None:
+        raise error
+
+    kernel = SimpleNamespace(address=None, compile=callback, __wrapped__=None)
+    hook = ignored.append
+    with mock.patch("npqwen.compiled.KernelCache"), mock.patch.object(sys, "unraisablehook", hook):
+        # This kernel has no address.
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else TypeError):
+            address_of(kernel)
+        assert sys.unraisablehook is hook
+    assert [found.exc_type for found in ignored] == ([] if error is KeyboardInterrupt else [error])
