@@ -17,6 +17,7 @@ from npqwen.config import FORMAT_VERSION, Config, Mixture, conversion, read_json
 from npqwen.errors import FormatError
 from npqwen.forward import LAYER, MODEL
 from npqwen.kernels.matrix import UNIT_BYTES, UNIT_COLS
+from npqwen.paging import prefer_large_pages
 from npqwen.simd.tile import ROWS
 
 _ALIGN = 64
@@ -71,8 +72,11 @@ class Weights:
         self.encodings: set[int] = set()
         """Bits of all the matrices' encodings."""
         self.tensors: dict[str, Tensor] = {}
+        self._mappings: list[mmap.mmap] = []
         for path in _files(directory):
-            for name, tensor in _mapped(path):
+            header, mapping = _opened(path)
+            self._mappings.append(mapping)
+            for name, tensor in _tensors(path, header, mapping):
                 if name in self.tensors:
                     raise FormatError(f"{path}: tensor {name} is in another file too")
                 self.tensors[name] = tensor
@@ -91,6 +95,12 @@ class Weights:
     def close(self) -> None:
         """Let the files go.  Kernels must not read these weights any more."""
         self.tensors.clear()
+        self._mappings.clear()
+
+    def prefer_large_pages(self) -> None:
+        """For files that memory can hold whole; see `paging.prefer_large_pages`."""
+        for mapping in self._mappings:
+            prefer_large_pages(mapping)
 
     def _fill(self, c: Config) -> None:
         hidden, dim = c.hidden_size, c.head_dim
@@ -185,27 +195,34 @@ def _files(directory: Path) -> list[Path]:
     return paths
 
 
-def _mapped(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file, mapped read-only; FormatError for whatever a reader cannot trust."""
+def _opened(path: Path) -> tuple[bytes, mmap.mmap]:
+    """A file's header and the whole file, mapped read-only; FormatError if it is none of ours by its first bytes."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, 100_000_000):
                 raise FormatError(f"{path} is truncated or no safetensors file; {_AGAIN}")
-            header = json.loads(file.read(length))
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
-    except (ValueError, RecursionError):
-        raise FormatError(f"{path}: the header is damaged; {_AGAIN}") from None
+            return file.read(length), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(header, dict):
+
+
+def _tensors(path: Path, header: bytes, mapping: mmap.mmap) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file; FormatError for whatever a reader cannot trust."""
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError):
+        raise FormatError(f"{path}: the header is damaged; {_AGAIN}") from None
+    if not isinstance(entries, dict):
         raise FormatError(f"{path}: the header is damaged; {_AGAIN}")
-    metadata = header.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != "npqwen":
         raise FormatError(f"{path} was not made by npqwen; {_AGAIN}")
-    for name, entry in header.items():
-        yield name, _tensor(path, name, entry, data, 8 + length)
+    start = 8 + len(header)
+    data = np.frombuffer(mapping, np.uint8)[start:]
+    for name, entry in entries.items():
+        yield name, _tensor(path, name, entry, data, start)
 
 
 def _tensor(path: Path, name: str, entry: Any, data: NDArray[np.uint8], start: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from numba import njit
 
 from npqwen import compiled, paging
 from npqwen.config import Config
+from npqwen.model import Model
 from npqwen.weights import Weights
 
 
@@ -166,3 +168,18 @@ def test_files_are_mapped_from_their_beginning(tmp_path: Path, monkeypatch: pyte
     weights = Weights(path, Config.from_directory(path))
     assert offsets == [0]
     assert all(tensor.data.ctypes.data % 64 == 0 for tensor in weights.tensors.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are Linux'")
+@pytest.mark.parametrize("fits", [True, False])
+def test_files_that_fit_are_read_in_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    path = small_model(tmp_path / "model", 4)
+    size = (path / "model.safetensors").stat().st_size
+    monkeypatch.setattr("npqwen.model.available_memory", lambda: (2 * size if fits else size))
+    monkeypatch.setattr("npqwen.model.Budget.check", lambda *_: None)
+    with Model(path, threads=1):
+        maps = Path("/proc/self/smaps").read_text().split(f"{path}/model.safetensors", 1)[1]
+    flags = re.search(r"VmFlags:(.*)", maps)
+    assert flags is not None
+    asked = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert ("hg" in flags[1].split()) == (fits and asked)

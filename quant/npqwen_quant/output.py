@@ -27,6 +27,9 @@ else:
 
 Shard = list[Tensor]
 
+_AT_ONCE = 1 << 21
+"""Bytes written at a time, from a multiple of them: Linux keeps each in one large page, if the file system can."""
+
 
 def shards(tensors: Iterable[Tensor], shard_bytes: int) -> list[Shard]:
     """Deal the tensors out, in order, to files of at most `shard_bytes`, or of one tensor."""
@@ -147,15 +150,27 @@ class Output:
         with writing(self.path):
             (self.partial / name).parent.mkdir(exist_ok=True)
             file = open(self.partial / name, "wb", buffering=0)  # noqa: SIM115
+        held = bytearray()
 
         def write(data: memoryview | bytes) -> None:
             rest = memoryview(data).cast("B")
-            with writing(self.path):
-                while rest:
-                    rest = rest[file.write(rest) :]
+            while rest:
+                taken = rest[: _AT_ONCE - len(held)]
+                held.extend(taken)
+                rest = rest[len(taken) :]
+                if len(held) == _AT_ONCE:
+                    flush()
+
+        def flush() -> None:
+            with writing(self.path), memoryview(held) as rest:
+                done = 0
+                while done < len(rest):
+                    done += file.write(rest[done:])
+            held.clear()
 
         with file:
             yield write
+            flush()
             with writing(self.path):
                 os.fsync(file.fileno())
 

@@ -3,10 +3,12 @@
 
     python tests/bench/versus_llama.py CHECKPOINT --threads 1,2 --prefill 512,4096 --depth 0,4096 --bits 4,8
 
-Both sides convert the checkpoint where the work directory does not hold it already.  Each engine is loaded
-in a process of its own; they take turns at every measurement, one asleep while another works, so that a
-machine whose speed drifts slows all alike.  llama.cpp runs with its flash attention on and off, and the
-faster of the two is its result.  Prints a Markdown table of medians (and ranges) in tokens a second.
+Both sides convert the checkpoint where the work directory does not hold it already, and read their files from
+the disk first, as after a restart of the machine: what a conversion left in memory may lie in small pages, which
+some machines read more slowly.  Each engine is loaded in a process of its own; they take turns at every
+measurement, one asleep while another works, so that a machine whose speed drifts slows all alike.  llama.cpp runs
+with its flash attention on and off, and the faster of the two is its result.  Prints a Markdown table of medians
+(and ranges) in tokens a second.
 
 Needs `pip install npqwen[bench]`.  llama-cpp-python is compiled by that for this machine; the system line
 in the report says which instructions it uses.
@@ -139,6 +141,15 @@ def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: boo
     return ours, theirs
 
 
+def put_out_of_memory(model: Path) -> None:
+    """Have the next process that opens a model's files read them from the disk; where the system cannot: nothing."""
+    if hasattr(os, "posix_fadvise"):
+        for path in [model] if model.is_file() else model.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextmanager
 def contenders(
     ours: Path, theirs: Path, threads: int, context: int, options: argparse.Namespace
@@ -179,6 +190,8 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
     context = max(context + max(options.batch, default=0), 512)
     for bits in options.bits:
         ours, theirs = prepare(options.checkpoint, options.work, bits, options.pure, options.llama_only)
+        for model in (theirs,) if options.llama_only else (ours, theirs):
+            put_out_of_memory(model)
         for threads in options.threads:
             with contenders(ours, theirs, threads, context, options) as children:
                 for child in children.values():

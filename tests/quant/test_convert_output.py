@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import make_config, write_checkpoint
 from npqwen_quant import convert
+from npqwen_quant.output import Output
 
 from npqwen.errors import OutputError
 
@@ -208,6 +212,29 @@ def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"would take .* GB, but only 0.00 GB is free"):
         convert(tmp_path / "in", tmp_path / "out", progress=never)
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 4096, 1 << 21])
+def test_files_are_written_in_equal_pieces(tmp_path, monkeypatch, at_once):
+    """Each from a multiple of its size, whatever sizes come, the empty and the many times larger too."""
+    monkeypatch.setattr("npqwen_quant.output._AT_ONCE", at_once)
+    sizes = []
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            if self.tell() % at_once == 0:
+                sizes.append(len(data))
+            return super().write(data[: max(1, len(data) - 7)])  # a disk that takes less than all
+
+    monkeypatch.setattr("npqwen_quant.output.open", lambda path, mode, buffering=0: Slow(path, mode), raising=False)
+    data = np.random.default_rng(0).bytes(10_000)
+    with Output(tmp_path / "out", force=False) as output:
+        with output.create("file") as write:
+            for start, end in pairwise([0, 1, 1, 500, 999, 1000, 1001, 9_500, 10_000]):
+                write(memoryview(data)[start:end])
+        assert (output.partial / "file").read_bytes() == data
+    whole, rest = divmod(len(data), at_once)
+    assert sizes == [at_once] * whole + [rest] * (rest > 0)
 
 
 def test_room_runs_out(tmp_path, monkeypatch):
