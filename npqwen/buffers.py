@@ -52,12 +52,12 @@ class Buffers:
                 np.zeros((most, chosen), np.int64),
                 np.zeros((most_segments(most, experts, chosen), 4), np.int64),
                 np.zeros(1, np.int64),
-                _floats(slots, 2 * small),
+                _bytes(packed_bytes(slots, small)),
                 _floats(slots, hidden),
             )
         cols = max(hidden, attended, inner, small)
         self._hidden = _floats(most, hidden)
-        self._packed = _bytes(packed_bytes(max(most, slots), max(hidden, attended, small)))
+        self._packed = _bytes(packed_bytes(max(most, slots), max(hidden, attended)))
         self._gated = _bytes(packed_bytes(most, inner))
         self._queries = _floats(most, config.num_attention_heads * dim)
         self._attended = _floats(most, attended)

@@ -12,15 +12,15 @@ from npqwen.kernels.experts import (
     arrange,
     ask_for_first,
     combine,
-    experts_matmul,
+    multiply_slots,
     pack_choices,
+    project_gated_slots,
     route,
-    silu_and_pack_slots,
 )
 from npqwen.kernels.matmul import matmul, multiply_rows, take_rows
 from npqwen.kernels.matrix import BLOCK_GROUPS, MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
-from npqwen.kernels.packing import WIDEST, pack, pack_part, tile_width
+from npqwen.kernels.packing import WIDEST, pack, pack_part, tile_width, whole_tiles
 from npqwen.paging import NEVER
 from npqwen.simd.scalar import borrowed, memory
 from npqwen.simd.tile import ROWS
@@ -112,7 +112,7 @@ def forward(
         elif layer.expert_bytes == 0:
             feed_forward(team, layer, model, tokens, hidden, packed, gated, piece, scratch)
         else:
-            sparse_feed_forward(team, layer, model, tokens, hidden, packed, mixture, scratch)
+            sparse_feed_forward(team, layer, model, tokens, hidden, packed, mixture, piece, scratch)
 
     first = tokens - wanted
     norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.bits, scratch, packed)
@@ -138,19 +138,20 @@ def feed_forward(
 
 @njit(nogil=True)
 def sparse_feed_forward(
-    team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, mixture: Any, scratch: Any
+    team: Any, layer: Any, model: Any, tokens: int, hidden: Any, packed: Any, mixture: Any, piece: Any, scratch: Any
 ) -> None:
     """hidden += the weighted sum of what the chosen experts make of the normed hidden."""
-    normed, scores, chosen, weights, counts, slots, segments, made, gate_up, results = borrowed(mixture)
+    normed, scores, chosen, weights, counts, slots, segments, made, gated, results = borrowed(mixture)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(tokens)
     bits = layer.gate_up_proj.bits
     kernels, how = model.matmul_kernels, model.asking
     while True:
         t = take(team, 1)
-        if t >= tokens:
+        if t >= whole_tiles(tokens, width):
             break
-        rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
+        if t < tokens:
+            rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.bits, packed)
     barrier(team)
     matmul(team, model.matmul_kernels, layer.router, packed, tokens, width, scores, 0, scratch)
@@ -169,11 +170,9 @@ def sparse_feed_forward(
         barrier(team)
     pack_choices(team, normed, slots[:tokens], segments, made[0], bits, packed)
     barrier(team)
-    experts_matmul(team, kernels, layer, False, how, segments, made[0], packed, tokens == 1, gate_up, scratch)
+    project_gated_slots(team, kernels, layer, how, segments, made[0], tokens, packed, piece, scratch, gated)
     barrier(team)
-    silu_and_pack_slots(team, gate_up, segments, made[0], layer.down_proj.bits, scratch, packed)
-    barrier(team)
-    experts_matmul(team, kernels, layer, True, how, segments, made[0], packed, False, results, scratch)
+    multiply_slots(team, kernels, layer, how, segments, made[0], gated, results, scratch)
     barrier(team)
     combine(team, results, slots[:tokens], weights, hidden)
     barrier(team)
@@ -201,19 +200,22 @@ def norm_and_pack(
     normed[model.hidden_size :] = np.float32(0.0)
     while True:
         t = take(team, 1)
-        if t >= tokens:
+        if t >= whole_tiles(tokens, width):
             return
-        rms_norm(hidden[first + t], weights, model.rms_norm_eps, normed)
+        if t < tokens:
+            rms_norm(hidden[first + t], weights, model.rms_norm_eps, normed)
+        else:
+            normed[:] = np.float32(0.0)
         pack(normed, t, width, bits, packed)
 
 
 @njit(nogil=True)
 def pack_all(team: Any, x: Any, tokens: int, bits: int, packed: Any) -> None:
-    """packed = x (tokens, cols)."""
+    """packed = x (whole tiles of tokens, cols)."""
     width = tile_width(tokens)
     while True:
         t = take(team, 1)
-        if t >= tokens:
+        if t >= whole_tiles(tokens, width):
             return
         pack(x[t], t, width, bits, packed)
 
@@ -237,7 +239,7 @@ def project_gated(
         # After the last rows come zeros up to whole units of columns.
         product = scratch[: cols - ROWS * first // 2 if ROWS * last == matrix.rows else rows // 2]
         product[rows // 2 :] = np.float32(0.0)
-        for t in range(tokens):
+        for t in range(whole_tiles(tokens, width)):
             silu_times(piece[t * rows : (t + 1) * rows], product)
             pack_part(product, ROWS * first // 2, cols, t, width, layer.down_proj.bits, gated)
 

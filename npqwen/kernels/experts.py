@@ -14,9 +14,9 @@ from numba import njit
 
 from npqwen.kernels.entry import run_at
 from npqwen.kernels.matmul import CHUNK_BYTES
-from npqwen.kernels.matrix import UNIT_COLS, unit_bytes
+from npqwen.kernels.matrix import BLOCK_GROUPS, UNIT_COLS, unit_bytes
 from npqwen.kernels.norm import silu_times
-from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, tile_width
+from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, pack_part, tile_width, whole_tiles
 from npqwen.paging import NEVER, ask_for
 from npqwen.simd.scalar import FAST, exp
 from npqwen.simd.tile import ROWS
@@ -86,7 +86,7 @@ def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
             segments[made, EXPERT], segments[made, SLOT] = e, slot
             segments[made, COUNT], segments[made, WIDTH] = count, width
             made += 1
-            slot += (count + width - 1) // width * width
+            slot += whole_tiles(count, width)
             left -= count
         counts[e] = first
     for t in range(experts.shape[0]):
@@ -108,17 +108,23 @@ def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, b
     """packed = normed (tokens, cols), each token in all of its slots; a lone token once for all."""
     size = row_bytes(bits, normed.shape[1])
     tokens = slots.shape[0]
+    if tokens == 1:
+        if take(team, 1) == 0:
+            pack(normed[0], 0, 1, bits, packed)
+        return
     while True:
         t = take(team, 1)
-        if t >= tokens:
+        if t >= tokens + made:
             return
-        if tokens == 1:
-            pack(normed[0], 0, 1, bits, packed)
-            return
-        for n in range(slots.shape[1]):
-            s = find_segment(segments, made, slots[t, n])
-            first = segments[s, SLOT]
-            pack(normed[t], slots[t, n] - first, segments[s, WIDTH], bits, packed[first * size :])
+        if t < tokens:
+            for n in range(slots.shape[1]):
+                s = find_segment(segments, made, slots[t, n])
+                first = segments[s, SLOT]
+                pack(normed[t], slots[t, n] - first, segments[s, WIDTH], bits, packed[first * size :])
+        else:
+            _, first, count, width = segments[t - tokens]
+            for lane in range(count, whole_tiles(count, width)):
+                pack(normed[0], lane, width, bits, packed[first * size :])
 
 
 @njit(nogil=True)
@@ -132,25 +138,6 @@ def find_segment(segments: Any, made: int, slot: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-@njit(nogil=True)
-def silu_and_pack_slots(
-    team: Any, gate_up: Any, segments: Any, made: int, bits: int, scratch: Any, packed: Any
-) -> None:
-    """packed = silu(gate) * up for every slot."""
-    product = scratch[: gate_up.shape[1] // 2]
-    size = row_bytes(bits, product.size)
-    last = segments[made - 1, SLOT] + segments[made - 1, COUNT]
-    while True:
-        slot = take(team, 1)
-        if slot >= last:
-            return
-        s = find_segment(segments, made, slot)
-        first = segments[s, SLOT]
-        if slot < first + segments[s, COUNT]:
-            silu_times(gate_up[slot], product)
-            pack(product, slot - first, segments[s, WIDTH], bits, packed[first * size :])
 
 
 @njit(nogil=True)
@@ -170,7 +157,7 @@ def ask_for_matrix(how: int, layer: Any, segments: Any, made: int, n: int, scrat
 
 @njit(nogil=True)
 def ask_for_first(team: Any, how: int, layer: Any, segments: Any, made: int, scratch: Any) -> None:
-    """Have the system read the first matrices that a layer needs; `experts_matmul` asks for the others."""
+    """Have the system read the first matrices that a layer needs; the rest is asked for on the way."""
     while True:
         n = take(team, 1)
         if n >= AHEAD:
@@ -179,42 +166,89 @@ def ask_for_first(team: Any, how: int, layer: Any, segments: Any, made: int, scr
 
 
 @njit(nogil=True)
-def experts_matmul(
-    team: Any, kernels: Any, layer: Any, down: bool, how: int, segments: Any, made: int, x: Any, together: bool,
-    out: Any, scratch: Any,
-) -> None:  # fmt: skip
-    """out[slot] = weight of the slot's expert @ x[slot], for all segments.
+def take_piece(team: Any, matrix: Any, made: int, multiple: int, most: int) -> Any:
+    """A segment and the groups of its expert's rows that this thread computes next: (segment, first, last).
 
-    kernels: see `matmul_kernels`.  layer: a LAYER; down: its down_proj, else its gate_up_proj.  how: to ask for the
-    matrices to come (paging.py).  x: packed, each segment where its first slot is, or one token for all if
-    `together`.  out: float32 (slots, >= rows).
+    segment is `made` when none is left.  A piece has at most `most` groups of rows, and begins at a multiple of
+    `multiple`.
     """
-    matrix = layer.down_proj if down else layer.gate_up_proj
-    units = matrix.cols // UNIT_COLS
-    unit = unit_bytes(matrix.bits)
     groups = matrix.rows // ROWS
     share = made * groups // (8 * acquire(team, MEMBERS))
-    chunk = max(1, min(share, CHUNK_BYTES // (units * unit), groups))
+    fitting = CHUNK_BYTES // (matrix.cols // UNIT_COLS * unit_bytes(matrix.bits))
+    chunk = max(multiple, min(share, fitting, most, groups) // multiple * multiple)
     pieces = (groups + chunk - 1) // chunk
-    size = 0 if together else row_bytes(matrix.bits, matrix.cols)
+    task = take(team, 1)
+    first = task % pieces * chunk
+    return min(task // pieces, made), first, min(first + chunk, groups)
+
+
+@njit(nogil=True)
+def _run(
+    kernels: Any, layer: Any, matrix: Any, segment: Any, x_at: int, first: int, last: int, out_at: int, stride: int,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """The kernel for some groups of rows of a segment's expert and all of its tokens."""
+    expert, _, count, width = segment
+    run_at(
+        kernels[matrix.bits // 8, width],
+        (
+            matrix.address + expert * layer.expert_bytes, matrix.cols // UNIT_COLS, first, last, x_at,
+            whole_tiles(count, width) // width, out_at, stride, 0, scratch.ctypes.data,
+        ),
+    )  # fmt: skip
+
+
+@njit(nogil=True)
+def project_gated_slots(
+    team: Any, kernels: Any, layer: Any, how: int, segments: Any, made: int, tokens: int, x: Any, piece: Any,
+    scratch: Any, gated: Any,
+) -> None:  # fmt: skip
+    """gated[slot] = silu(gate_proj @ x[slot]) * (up_proj @ x[slot]) of the slot's expert, packed for down_proj.
+
+    kernels: see `matmul_kernels`.  layer: a LAYER.  how: to ask for the matrices to come (paging.py).  x: packed, each
+    segment where its first slot is; of a pass of one token that alone, for all.  A thread goes on with the rows that it
+    has computed: they are in its own cache, `piece`.
+    """
+    matrix, cols, bits = layer.gate_up_proj, layer.down_proj.cols, layer.down_proj.bits
+    size = 0 if tokens == 1 else row_bytes(matrix.bits, matrix.cols)
+    gated_size = row_bytes(bits, cols)
+    most = piece.size // (whole_tiles(tokens, WIDEST) * ROWS)
     while True:
-        task = take(team, 1)
-        if task >= made * pieces:
+        s, first, last = take_piece(team, matrix, made, BLOCK_GROUPS, most)
+        if s == made:
             return
-        s = task // pieces
-        first = task % pieces * chunk
-        last = min(first + chunk, groups)
         if how != NEVER and first == 0:
-            ask_for_matrix(how, layer, segments, made, (made + s if down else s) + AHEAD, scratch)
-        expert, slot, count, width = segments[s]
-        tiles = (count + width - 1) // width
-        run_at(
-            kernels[matrix.bits // 8, width],
-            (
-                matrix.address + expert * layer.expert_bytes, units, first, last, x.ctypes.data + slot * size, tiles,
-                out.ctypes.data + slot * out.itemsize * out.shape[1], out.shape[1], 0, scratch.ctypes.data,
-            ),
-        )  # fmt: skip
+            ask_for_matrix(how, layer, segments, made, s + AHEAD, scratch)
+        _, slot, count, width = segments[s]
+        rows = ROWS * (last - first)
+        # Kernels count rows from the matrix's first.
+        place = piece.ctypes.data - piece.itemsize * ROWS * first
+        _run(kernels, layer, matrix, segments[s], x.ctypes.data + slot * size, first, last, place, rows, scratch)
+        # After the last rows come zeros up to whole units of columns.
+        product = scratch[: cols - ROWS * first // 2 if ROWS * last == matrix.rows else rows // 2]
+        product[rows // 2 :] = np.float32(0.0)
+        for t in range(whole_tiles(count, width)):
+            silu_times(piece[t * rows : (t + 1) * rows], product)
+            pack_part(product, ROWS * first // 2, cols, t, width, bits, gated[slot * gated_size :])
+
+
+@njit(nogil=True)
+def multiply_slots(
+    team: Any, kernels: Any, layer: Any, how: int, segments: Any, made: int, gated: Any, out: Any, scratch: Any
+) -> None:
+    """out[slot] = down_proj of the slot's expert @ gated[slot], for all segments; out: float32 (slots, >= rows)."""
+    matrix = layer.down_proj
+    size = row_bytes(matrix.bits, matrix.cols)
+    while True:
+        s, first, last = take_piece(team, matrix, made, 1, matrix.rows)
+        if s == made:
+            return
+        if how != NEVER and first == 0:
+            ask_for_matrix(how, layer, segments, made, made + s + AHEAD, scratch)
+        slot = segments[s, SLOT]
+        place = out.ctypes.data + slot * out.itemsize * out.shape[1]
+        x_at = gated.ctypes.data + slot * size
+        _run(kernels, layer, matrix, segments[s], x_at, first, last, place, out.shape[1], scratch)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

@@ -18,7 +18,7 @@ from npqwen.compiled import address_of
 from npqwen.kernels.amx import amx_rows, unpacked_bytes
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import SCALE_BYTES, UNIT_BYTES, UNIT_COLS, unit_bytes
-from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS
+from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS, whole_tiles
 from npqwen.simd.instructions import AHEAD
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import memory
@@ -178,8 +178,7 @@ def take_rows(team: Any, matrix: Any, tokens: int, width: int, multiple: int) ->
     tiles, they make no more than `piece_floats` results.
     """
     groups = matrix.rows // ROWS
-    whole = (tokens + width - 1) // width * width
-    chunk = min(chunk_of(team, matrix, tokens, width), _PIECE // (whole * ROWS))
+    chunk = min(chunk_of(team, matrix, tokens, width), _PIECE // (whole_tiles(tokens, width) * ROWS))
     chunk = max(multiple, chunk // multiple * multiple)
     first = min(take(team, chunk), groups)
     return first, min(first + chunk, groups)
@@ -191,7 +190,7 @@ def _run(
     plus: int, scratch: Any,
 ) -> None:  # fmt: skip
     """The kernel for a matrix and tiles of `width` tokens, on some groups of rows."""
-    tiles = (tokens + width - 1) // width
+    tiles = whole_tiles(tokens, width) // width
     run_at(
         kernels[matrix.bits // 8, width],
         (

@@ -38,6 +38,16 @@ def tile_width(tokens: int) -> int:
     return _MIDDLE if tokens <= _FEW else WIDEST
 
 
+@njit(nogil=True)
+def whole_tiles(tokens: int, width: int) -> int:
+    """So many tokens and the places without one in the last tile.
+
+    Those are packed too, as zeros or what else is at hand: what an earlier pass left there may be taken for numbers
+    next to zero, with which processors are slow.
+    """
+    return (tokens + width - 1) // width * width
+
+
 def packed_bytes(tokens: int, columns: int) -> int:
     """Bytes that hold so many tokens in either way, whatever the width; columns is a multiple of 64."""
     return -(-tokens // WIDEST) * WIDEST * columns * 4
