@@ -36,6 +36,26 @@ def prefer_large_pages(mapping: mmap.mmap) -> None:
             mapping.madvise(mmap.MADV_HUGEPAGE)
 
 
+def in_large_pages(paths: Iterable[Path], root: Path = Path("/")) -> int | None:
+    """Bytes of mapped files that this process reads through large pages; None where the system does not tell.
+
+    root: where /proc is.
+    """
+    names = {str(path.resolve()) for path in paths}
+    found, ours = None, False
+    try:
+        with open(root / "proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                words = line.split(None, 5)
+                if not words[0].endswith(":"):  # of a mapping: addresses, permissions, offset, device, inode, path
+                    ours = len(words) == 6 and words[5].rstrip("\n") in names
+                elif ours and words[0] == "FilePmdMapped:":
+                    found = (found or 0) + 1024 * int(words[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return found
+
+
 def how_to_ask(paths: Iterable[Path], short: bool) -> int:
     """NEVER, BLINDLY or LOOKING, for these mapped files; short: they are more than memory holds.
 

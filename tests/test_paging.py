@@ -183,3 +183,30 @@ def test_files_that_fit_are_read_in_large_pages(tmp_path: Path, monkeypatch: pyt
     assert flags is not None
     asked = Path("/sys/kernel/mm/transparent_hugepage").exists()
     assert ("hg" in flags[1].split()) == (fits and asked)
+
+
+SMAPS = """\
+7f0000000000-7f0000400000 r--s 00000000 fe:00 17                         {0}/a model.safetensors
+Rss:                4096 kB
+FilePmdMapped:      2048 kB
+VmFlags: rd mr me ms hg
+7f0000400000-7f0000800000 r--s 00000000 fe:00 18                         {0}/other.safetensors
+FilePmdMapped:      4096 kB
+7f0000800000-7f0000c00000 r--s 00400000 fe:00 17                         {0}/a model.safetensors
+FilePmdMapped:      4096 kB
+7f0000c00000-7f0000d00000 rw-p 00000000 00:00 0
+FilePmdMapped:         0 kB
+"""
+
+
+def test_what_lies_in_large_pages(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    smaps = tmp_path / "proc/self/smaps"
+    path = tmp_path / "a model.safetensors"
+    assert paging.in_large_pages([path], tmp_path) is None
+    smaps.write_text(SMAPS.format(tmp_path.resolve()))
+    assert paging.in_large_pages([path], tmp_path) == 6 << 20
+    assert paging.in_large_pages([path, tmp_path / "other.safetensors"], tmp_path) == 10 << 20
+    assert paging.in_large_pages([tmp_path / "third"], tmp_path) is None
+    smaps.write_text("\n")
+    assert paging.in_large_pages([path], tmp_path) is None

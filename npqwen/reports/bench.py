@@ -14,6 +14,7 @@ from npqwen.errors import OptionError
 from npqwen.hardware.bandwidth import ReadBandwidth
 from npqwen.hardware.machine import available_memory, processor
 from npqwen.model import Model
+from npqwen.paging import in_large_pages
 from npqwen.simd.isa import ISA
 
 
@@ -51,6 +52,8 @@ class Report:
     version: str
     read_bandwidth: float
     """Bytes a second, measured with as many threads, the median of all the times between the measures."""
+    large_pages: int | None
+    """Bytes of the weights that lie in large pages, which are read faster; None where the system does not tell."""
     measures: list[Measure]
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,10 +65,13 @@ class Report:
 
     def as_markdown(self) -> str:
         """A table for people."""
+        where = ""
+        if self.large_pages is not None:
+            where = f"; {min(1.0, self.large_pages / self.weights):.0%} of the weights lie in large pages"
         lines = [
             f"{self.model}: int{self.bits}" if self.bits < 16 else f"{self.model}: bf16",
             f"{self.processor}, {self.threads} threads, {self.kernels} kernels, npqwen {self.version}",
-            f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s",
+            f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s{where}",
             "",
             *table(self.as_dict()["measures"]),
         ]
@@ -147,6 +153,7 @@ def benchmark(
         processor=processor(),
         version=__version__,
         read_bandwidth=float(np.median(bandwidths)),
+        large_pages=in_large_pages({tensor.path for tensor in model.weights.tensors.values()}),
         measures=measures,
     )
 

@@ -142,6 +142,7 @@ def collect(model: Model, speed: bench.Report, log: Log, root: Path = Path("/"))
             "type": c.model_type,
             "bits": speed.bits,
             "bytes": speed.weights,
+            "bytes_in_large_pages": speed.large_pages,
             "parameters": parameters(c),
             "active_parameters": active_parameters(c),
             "layers": c.num_hidden_layers,
@@ -204,7 +205,9 @@ def _model(m: dict[str, Any]) -> str:
     heads = f"{m['heads'][0]} and {m['heads'][1]} heads of {m['head_dim']}, vocabulary {m['vocabulary']}"
     encoding = f"int{m['bits']}" if m["bits"] < 16 else "bf16"
     count = f"{m['parameters'] / 1e9:.2f}B parameters"
-    return f"{m['type']}, {count}, {encoding}, {size(m['bytes'])}: {shape}, {heads}"
+    large = m["bytes_in_large_pages"]
+    pages = "" if large is None else f" ({size(large)} in large pages)"
+    return f"{m['type']}, {count}, {encoding}, {size(m['bytes'])}{pages}: {shape}, {heads}"
 
 
 def _sensors(s: dict[str, Any]) -> list[tuple[str, str]]:
