@@ -5,10 +5,11 @@
 
 Both sides convert the checkpoint where the work directory does not hold it already, and read their files from
 the disk first, as after a restart of the machine: what a conversion left in memory may lie in small pages, which
-some machines read more slowly.  Each engine is loaded in a process of its own; they take turns at every
-measurement, one asleep while another works, so that a machine whose speed drifts slows all alike.  llama.cpp runs
-with its flash attention on and off, and the faster of the two is its result.  Prints a Markdown table of medians
-(and ranges) in tokens a second.
+some machines read more slowly.  Where in a virtual machine's memory they lie may matter, too: with --restarts
+they are read, and the engines started, several times.  Each engine is loaded in a process of its own; they take
+turns at every measurement, one asleep while another works, so that a machine whose speed drifts slows all alike.
+llama.cpp runs with its flash attention on and off, and the faster of the two is its result.  Prints a Markdown
+table of medians (and ranges) in tokens a second.
 
 Needs `pip install npqwen[bench]`.  llama-cpp-python is compiled by that for this machine; the system line
 in the report says which instructions it uses.
@@ -190,27 +191,29 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
     context = max(context + max(options.batch, default=0), 512)
     for bits in options.bits:
         ours, theirs = prepare(options.checkpoint, options.work, bits, options.pure, options.llama_only)
-        for model in (theirs,) if options.llama_only else (ours, theirs):
-            put_out_of_memory(model)
         for threads in options.threads:
-            with contenders(ours, theirs, threads, context, options) as children:
-                for child in children.values():
-                    about |= child.about["about"]
-                for name, tokens, request, warmup in measures(options):
-                    result = new_result(bits, threads, name, tokens, children)
+            rows: dict[str, Result] = {}
+            for _ in range(options.restarts):
+                for model in (theirs,) if options.llama_only else (ours, theirs):
+                    put_out_of_memory(model)
+                with contenders(ours, theirs, threads, context, options) as children:
                     for child in children.values():
-                        child.ask(**warmup)
-                    for round_number in range(options.repeat):
-                        # every other round backwards: nobody always runs after the same rival
-                        for contender in list(children)[:: -1 if round_number % 2 else 1]:
-                            time.sleep(SETTLE_SECONDS)
-                            answer = children[contender].ask(**request)
-                            result.seconds[contender].append(answer["seconds"])
-                            result.cpu_seconds[contender].append(answer["cpu_seconds"])
-                    results.append(result)
-                    progress(text_row(result))
-                for contender, child in children.items():
-                    memory[f"{bits} bits, {contender}"] = child.ask(measure="memory")["bytes"]
+                        about |= child.about["about"]
+                    for name, tokens, request, warmup in measures(options):
+                        result = rows.setdefault(name, new_result(bits, threads, name, tokens, children))
+                        for child in children.values():
+                            child.ask(**warmup)
+                        for round_number in range(options.repeat):
+                            # every other round backwards: nobody always runs after the same rival
+                            for contender in list(children)[:: -1 if round_number % 2 else 1]:
+                                time.sleep(SETTLE_SECONDS)
+                                answer = children[contender].ask(**request)
+                                result.seconds[contender].append(answer["seconds"])
+                                result.cpu_seconds[contender].append(answer["cpu_seconds"])
+                        progress(text_row(result))
+                    for contender, child in children.items():
+                        memory[f"{bits} bits, {contender}"] = child.ask(measure="memory")["bytes"]
+            results += rows.values()
         if options.start:
             results.append(start_to_first_token(ours, theirs, bits, max(options.threads), options))
             progress(text_row(results[-1]))
@@ -274,8 +277,9 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
         f"Model: {options.checkpoint.name}. CPU: {processor()}, {os.cpu_count()} logical cores. "
         f"{platform.system()}, Python {platform.python_version()}.",
         *(f"{key}: {value}. " for key, value in about.items() if isinstance(value, str)),
-        f"Median (range) of {options.repeat} rounds in tokens/s. The ratio is of medians: above 1, npqwen is "
-        "faster. A CPU share (npqwen/llama.cpp) well below 1 means that other programs were running.",
+        f"Median (range) of {options.restarts * options.repeat} rounds in tokens/s. "
+        "The ratio is of medians: above 1, npqwen is faster. A CPU share (npqwen/llama.cpp) well below 1 means that "
+        "other programs were running.",
         "",
         "| weights | threads | measure | npqwen | llama.cpp | flash attention | ratio | CPU share |",
         "|---|---|---|---|---|---|---|---|",
@@ -305,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=counts, default=[0], help="tokens already in the cache")
     parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
     parser.add_argument("--start", action="store_true", help="also time a process's start to its first token")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=5, help="rounds of every measurement")
+    parser.add_argument("--restarts", type=int, default=1, help="times that all this is done anew")
     parser.add_argument("--flash", choices=("both", "on", "off"), default="both", help="llama.cpp's")
     parser.add_argument("--pure", action="store_true", help="llama.cpp's embedding in the same format too")
     parser.add_argument("--llama-only", action="store_true")
@@ -313,8 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if set(options.bits) - set(FORMATS):
         parser.error("--bits takes 4, 8 and 16")
-    if min([options.repeat, *options.threads]) < 1:
-        parser.error("--repeat and --threads start at 1")
+    if min([options.repeat, options.restarts, *options.threads]) < 1:
+        parser.error("--repeat, --restarts and --threads start at 1")
     if options.work is None:
         options.work = ROOT / "build" / "bench" / options.checkpoint.resolve().name
     results, about = run(options)
