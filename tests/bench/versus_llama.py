@@ -6,10 +6,11 @@
 Both sides convert the checkpoint where the work directory does not hold it already, and read their files from
 the disk first, as after a restart of the machine: what a conversion left in memory may lie in small pages, which
 some machines read more slowly.  Where in a virtual machine's memory they lie may matter, too: with --restarts
-they are read, and the engines started, several times.  Each engine is loaded in a process of its own; they take
-turns at every measurement, one asleep while another works, so that a machine whose speed drifts slows all alike.
-llama.cpp runs with its flash attention on and off, and the faster of the two is its result.  Prints a Markdown
-table of medians (and ranges) in tokens a second.
+they are read, and the engines started, several times, each time with more of the memory taken.
+
+Each engine is loaded in a process of its own; they take turns at every measurement, one asleep while another
+works, so that a machine whose speed drifts slows all alike.  llama.cpp runs with its flash attention on and off,
+and the faster of the two is its result.  Prints a Markdown table of medians (and ranges) in tokens a second.
 
 Needs `pip install npqwen[bench]`.  llama-cpp-python is compiled by that for this machine; the system line
 in the report says which instructions it uses.
@@ -31,7 +32,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from npqwen.hardware.machine import processor
+import numpy as np
+
+from npqwen.hardware.machine import available_memory, processor
 
 ENGINE = Path(__file__).with_name("engine.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +196,9 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
         ours, theirs = prepare(options.checkpoint, options.work, bits, options.pure, options.llama_only)
         for threads in options.threads:
             rows: dict[str, Result] = {}
-            for _ in range(options.restarts):
+            for restart in range(options.restarts):
+                # What others hold of the memory makes the files, and copies of them, lie elsewhere.
+                held = np.ones((available_memory() or 0) // 2 * restart // options.restarts, np.uint8)
                 for model in (theirs,) if options.llama_only else (ours, theirs):
                     put_out_of_memory(model)
                 with contenders(ours, theirs, threads, context, options) as children:
@@ -213,6 +218,7 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
                         progress(text_row(result))
                     for contender, child in children.items():
                         memory[f"{bits} bits, {contender}"] = child.ask(measure="memory")["bytes"]
+                del held
             results += rows.values()
         if options.start:
             results.append(start_to_first_token(ours, theirs, bits, max(options.threads), options))
