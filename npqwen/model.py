@@ -92,7 +92,7 @@ class Model:
         self._short = available is not None and self.weight_bytes > 0.9 * available
         if not self._short:
             self.weights.prefer_large_pages()
-        self.weights.model[0]["asking"] = how_to_ask({t.path for t in self.weights.tensors.values()}, self._short)
+        self.weights.model[0]["asking"] = how_to_ask(self.weights.paths, self._short)
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
         self.generation = GenerationConfig.from_directory(path)

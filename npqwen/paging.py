@@ -26,7 +26,7 @@ _WILLNEED = int(getattr(mmap, "MADV_WILLNEED", 3))
 
 
 def prefer_large_pages(mapping: mmap.mmap) -> None:
-    """Have Linux read a file in pages of 2 MiB, if the file system can: virtual machines decode a quarter faster then.
+    """Have Linux read a file in pages of 2 MiB, if the file system can: some virtual machines decode a quarter faster.
 
     For files that memory holds whole: 4 MiB are read for whatever is touched.  Pages that are in memory already stay
     as they are.

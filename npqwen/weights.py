@@ -92,6 +92,11 @@ class Weights:
         """Bytes of all tensors."""
         return sum(tensor.data.size for tensor in self.tensors.values())
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files of the tensors."""
+        return {tensor.path for tensor in self.tensors.values()}
+
     def close(self) -> None:
         """Let the files go.  Kernels must not read these weights any more."""
         self.tensors.clear()
@@ -196,7 +201,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _opened(path: Path) -> tuple[bytes, mmap.mmap]:
-    """A file's header and the whole file, mapped read-only; FormatError if it is none of ours by its first bytes."""
+    """A file's header and the whole file, mapped read-only; FormatError if it is truncated."""
     try:
         with path.open("rb") as file:
             size = path.stat().st_size

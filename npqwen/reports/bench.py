@@ -153,7 +153,7 @@ def benchmark(
         processor=processor(),
         version=__version__,
         read_bandwidth=float(np.median(bandwidths)),
-        large_pages=in_large_pages({tensor.path for tensor in model.weights.tensors.values()}),
+        large_pages=in_large_pages(model.weights.paths),
         measures=measures,
     )
 

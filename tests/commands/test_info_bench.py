@@ -158,6 +158,7 @@ def test_sizes_for_people(count: int, text: str) -> None:
 
 
 def test_bench_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
+    load(tiny(4)).close()  # kernels that have to be compiled are told of
     args = ["--prefill", "8,300", "--decode", "3", "--depth", "0,20", "--repeat", "2", "--threads", "2"]
     out, err = run("bench", tiny(4), *args, "--json")
     assert err == ""
@@ -188,6 +189,21 @@ def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert len({len(row) for row in rows}) == 1  # a table of Markdown has as many cells in every row
     assert [row[:2] for row in rows[2:]] == [["prefill 5", "0"], ["decode 2", "0"]]
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [(None, ""), (0.0, "; 0% of the weights lie in large pages"), (0.5, "; 50% of the weights lie in large pages")],
+)
+def test_bench_tells_what_lies_in_large_pages(
+    run: Run, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, part: float | None, told: str
+) -> None:
+    found = None if part is None else int(part * data_bytes(tiny(4)))
+    monkeypatch.setattr("npqwen.reports.bench.in_large_pages", lambda paths: found)
+    args = ["--prefill", "2", "--decode", "0", "--repeat", "1", "--threads", "1"]
+    out, _ = run("bench", tiny(4), *args)
+    assert re.fullmatch(r"memory reads \d+\.\d GB/s" + told, out.splitlines()[2])
+    assert json.loads(run("bench", tiny(4), *args, "--json")[0])["large_pages"] == found
 
 
 @pytest.mark.parametrize(
