@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     from npqwen.chat.conversation import Conversation as Conversation
     from npqwen.chat.reply import Reasoning as Reasoning
     from npqwen.chat.reply import Text as Text
-    from npqwen.chat.tool_calls import ToolCall as ToolCall
-    from npqwen.chat.tools import ToolResult as ToolResult
     from npqwen.generation.completion import Completion as Completion
     from npqwen.generation.completion import FinishReason as FinishReason
     from npqwen.generation.completion import Usage as Usage
     from npqwen.generation.logprobs import Logprob as Logprob
     from npqwen.generation.logprobs import TokenLogprobs as TokenLogprobs
     from npqwen.generation.loop_guard import LoopGuard as LoopGuard
+    from npqwen.generation.sampler import Sampler as Sampler
+    from npqwen.generation.sampler import Sampling as Sampling
     from npqwen.generation.session import Session as Session
     from npqwen.generation.stream import Stream as Stream
     from npqwen.model import Model as Model
-    from npqwen.sampler import Sampler as Sampler
-    from npqwen.sampler import Sampling as Sampling
     from npqwen.tokenizer import Tokenizer as Tokenizer
+    from npqwen.tools.calls import ToolCall as ToolCall
+    from npqwen.tools.toolbox import ToolResult as ToolResult
 
     __version__: str
 
@@ -104,15 +104,15 @@ _LAZY = {
     "Notice": "npqwen.chat.answer",
     "Reasoning": "npqwen.chat.reply",
     "Reply": "npqwen.chat.answer",
-    "Sampler": "npqwen.sampler",
-    "Sampling": "npqwen.sampler",
+    "Sampler": "npqwen.generation.sampler",
+    "Sampling": "npqwen.generation.sampler",
     "Session": "npqwen.generation.session",
     "Stream": "npqwen.generation.stream",
     "Text": "npqwen.chat.reply",
     "TokenLogprobs": "npqwen.generation.logprobs",
     "Tokenizer": "npqwen.tokenizer",
-    "ToolCall": "npqwen.chat.tool_calls",
-    "ToolResult": "npqwen.chat.tools",
+    "ToolCall": "npqwen.tools.calls",
+    "ToolResult": "npqwen.tools.toolbox",
     "Usage": "npqwen.generation.completion",
 }
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from npqwen.cache_directory import cache_directory
-from npqwen.config import FORMAT_VERSION, conversion, is_converted, read_json
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, OutputError
+from npqwen.format.config import FORMAT_VERSION, conversion, is_converted, read_json
 from npqwen.terminal.control_characters import without_control_characters
 
 Notice = Callable[[str], None]

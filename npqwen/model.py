@@ -15,27 +15,27 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen.buffers import Buffers
-from npqwen.compiled import compile_kernel, reporting
-from npqwen.config import Config
+from npqwen.engine.budget import Budget
+from npqwen.engine.buffers import Buffers
+from npqwen.engine.fingerprint import fingerprint
+from npqwen.engine.forward import forward
+from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.rope import Rope
+from npqwen.engine.team import Team, check_threads
+from npqwen.engine.weights import Weights
 from npqwen.errors import ContextLengthError, NpqwenError, OptionError, OutOfMemoryError
-from npqwen.forward import forward
-from npqwen.generation import text
+from npqwen.format.config import Config
+from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
-from npqwen.generation.fingerprint import fingerprint
 from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.sampler import greatest
 from npqwen.generation.stream import Stream
-from npqwen.hardware.budget import Budget
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import attention_kernels
+from npqwen.kernels.compiled import compile_kernel, reporting
 from npqwen.kernels.matmul import matmul_kernels
-from npqwen.kv_cache import KVCache
-from npqwen.paging import how_to_ask
-from npqwen.rope import Rope
-from npqwen.sampler import greatest
-from npqwen.team import Team, check_threads
+from npqwen.kernels.paging import prefetch_policy
 from npqwen.tokenizer import Tokenizer
-from npqwen.weights import Weights
 
 if TYPE_CHECKING:
     from npqwen.chat.answer import ChatStream, Reply
@@ -91,8 +91,8 @@ class Model:
         available = available_memory()
         self._short = available is not None and self.weight_bytes > 0.9 * available
         if not self._short:
-            self.weights.prefer_large_pages()
-        self.weights.model[0]["asking"] = how_to_ask(self.weights.paths, self._short)
+            self.weights.advise_huge_pages()
+        self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._short)
         self.bits = self.weights.bits
         self.cache_dtype = cache_dtype(self.bits)
         self.generation = GenerationConfig.from_directory(path)
@@ -114,7 +114,7 @@ class Model:
         cache = self.new_cache(1)
         model = self.weights.model[0]
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
-        model["attention_kernels"] = attention_kernels(cache.like.dtype)
+        model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
         sample = self._arguments(np.zeros(1, np.int64), cache, 1, self._buffers.logits(1))
         compile_kernel(forward, (self._team.state, 0, *sample))
         greatest(np.zeros(2, np.float32), 1)  # what sampling needs is compiled, and told of, now
@@ -169,12 +169,12 @@ class Model:
         return self.forward(tokens, self.new_cache(min(tokens.size, self.context)), all_logits=True)
 
     def stream(self, prompt: str, **options: Any) -> Stream:
-        """Generate, piece by piece as the text comes.  options: see `npqwen.generation.text.stream`."""
+        """Generate, piece by piece as the text comes.  options: see `npqwen.generation.generate.stream`."""
         return text.stream(self, prompt, **options)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash that tells this model, in this conversion, from others; see `npqwen.generation.fingerprint`."""
+        """A hash that tells this model, in this conversion, from others; see `npqwen.engine.fingerprint`."""
         return fingerprint(self.config, self.weights)
 
     @overload
@@ -184,7 +184,7 @@ class Model:
     def generate(self, prompt: str, *, n: int, **options: Any) -> list[Completion]: ...
 
     def generate(self, prompt: str, *, n: int | None = None, **options: Any) -> Completion | list[Completion]:
-        """Generate a whole text, or `n` of them.  options: see `npqwen.generation.text`."""
+        """Generate a whole text, or `n` of them.  options: see `npqwen.generation.generate`."""
         return text.generate(self, prompt, n=n, **options)
 
     @cached_property
@@ -224,7 +224,7 @@ class Model:
         template_options: a dictionary of what the chat template takes beyond that, such as template="rag".
         stop: a string or several; the answer ends before the first that its text has. Thoughts and calls may say it.
         session: a `Session` of this model; what it has computed of the messages before is not computed again.
-        The other options are those of `npqwen.generation.text.stream`. Where they are left out, sampling is what
+        The other options are those of `npqwen.generation.generate.stream`. Where they are left out, sampling is what
         the model's authors advise with or without thinking, and loop_guard is on.
 
         Raises OptionError for wrong messages or options, ContextLengthError for a conversation that does not fit.
@@ -302,7 +302,7 @@ class Model:
             cache.length,
             *self._rope.tables(cache.length, ids.size),
             cache.addresses,
-            cache.like,
+            cache.dtype_array,
             self._buffers.shared,
             self._buffers.mixture,
             self._buffers.scratches,

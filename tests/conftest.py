@@ -26,7 +26,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """
     kept = request.config.cache
     place = tmp_path_factory.mktemp("cache") if kept is None else kept.mkdir("npqwen")
-    from npqwen.compiled import kernel_directory
+    from npqwen.kernels.compiled import kernel_directory
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NPQWEN_CACHE", str(place))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from npqwen.compiled import compile_kernel
-from npqwen.team import Team
+from npqwen.engine.team import Team
+from npqwen.kernels.compiled import compile_kernel
 
 
 def run(kernel: Any, *args: Any) -> Any:

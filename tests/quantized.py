@@ -10,7 +10,7 @@ from checkpoints import read_safetensors
 from reference import ReferenceCache, ReferenceModel
 from units import UNIT_BYTES, unpack
 
-from npqwen.config import Config
+from npqwen.format.config import Config
 
 
 def int8_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +74,7 @@ class QuantizedReference(ReferenceModel):
 
 def read_bits(path: Path) -> int:
     """What a converted directory says of itself."""
-    from npqwen.config import read_json
+    from npqwen.format.config import read_json
 
     return int(read_json(path / "config.json")["quantization_config"]["bits"])
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from npqwen.config import Config
 from npqwen.errors import ContextLengthError
+from npqwen.format.config import Config
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -207,12 +207,12 @@ class ReferenceModel:
         return self.forward(ids, self.new_cache(), all_logits=True)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        from npqwen.generation import text
+        from npqwen.generation import generate as text
 
         return text.stream(self, prompt, **options)
 
     def generate(self, prompt: str, **options: Any) -> Any:
-        from npqwen.generation import text
+        from npqwen.generation import generate as text
 
         return text.generate(self, prompt, **options)
 

@@ -19,7 +19,8 @@ from checkpoints import write_checkpoint
 from fake_hub import FakeHub
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 
-from npqwen import hub, weights
+from npqwen import hub
+from npqwen.engine import weights
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 
 

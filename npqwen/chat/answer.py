@@ -14,12 +14,12 @@ from npqwen.chat.messages import Message, checked
 from npqwen.chat.reply import END_THINK, Piece, Reasoning, ReplyParser, Text
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.chat.text_stop import TextStop
-from npqwen.chat.tool_calls import ToolCall
-from npqwen.chat.tools import ToolResult, error_text
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session
 from npqwen.generation.stream import stop_strings
+from npqwen.tools.calls import ToolCall
+from npqwen.tools.toolbox import ToolResult, error_text
 
 if TYPE_CHECKING:
     from npqwen.generation.logprobs import TokenLogprobs
@@ -138,14 +138,14 @@ class ChatStream(Iterator[Event]):
         return self._stream.max_tokens
 
     @property
-    def thought_tokens(self) -> int:
+    def thinking_tokens(self) -> int:
         """Tokens of the thought so far, of the present step."""
-        return self._stream.thought.length
+        return self._stream.thinking.length
 
     @property
-    def thought_ended_by(self) -> Literal["budget", "loop", "caller"] | None:
+    def thinking_ended_by(self) -> Literal["budget", "loop", "caller"] | None:
         """Who cut the thought of the present step short, if anybody did."""
-        return self._stream.thought_ended_by
+        return self._stream.thinking_ended_by
 
     @property
     def finish_reason(self) -> ChatFinishReason | None:
@@ -160,9 +160,9 @@ class ChatStream(Iterator[Event]):
             raise OptionError("the answer was closed before its end; its text so far is in .text")
         return self.reply
 
-    def end_thought(self) -> None:
+    def end_thinking(self) -> None:
         """Have the model stop thinking and answer, in Qwen's own words; OptionError if it is not thinking."""
-        self._stream.end_thought()
+        self._stream.end_thinking()
 
     def _with_defaults(self) -> dict[str, Any]:
         """Options of generation: the caller's, and those that follow from the mode."""
@@ -197,7 +197,7 @@ class ChatStream(Iterator[Event]):
         self._untold += told
         stream = self._session.stream(ids, **self._generation)
         self._stop = TextStop(self._stops)
-        self._parser = ReplyParser(stream.thought.is_open, self._schemas)
+        self._parser = ReplyParser(stream.thinking.is_open, self._schemas)
         return stream
 
     def _run(self) -> Generator[Event, None, None]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from npqwen.chat.prompter import Prompter
-from npqwen.chat.tools import Tool, as_tools
 from npqwen.errors import OptionError
+from npqwen.generation.generate import check_options
 from npqwen.generation.stream import stop_strings
-from npqwen.generation.text import check_options
+from npqwen.tools.toolbox import Tool, as_tools
 
 if TYPE_CHECKING:
     from npqwen.model import Model

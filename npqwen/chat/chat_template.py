@@ -19,8 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from npqwen.chat.messages import Message, checked, joined, plain
-from npqwen.config import read_json
 from npqwen.errors import CheckpointError, OptionError
+from npqwen.format.config import read_json
 
 if TYPE_CHECKING:
     from jinja2.parser import Parser

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npqwen.atomic_file import new_file
 from npqwen.chat.answer import ChatStream, Reply
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
 from npqwen.errors import FormatError, NpqwenError, OptionError
 from npqwen.generation.session import Session
-from npqwen.new_file import new_file
 
 if TYPE_CHECKING:
     from npqwen.model import Model

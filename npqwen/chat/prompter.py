@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from npqwen.chat.messages import Message
-from npqwen.chat.tools import Tool
 from npqwen.tokenizer import Tokenizer
+from npqwen.tools.toolbox import Tool
 
 if TYPE_CHECKING:
     from npqwen.model import Model

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from npqwen.chat.tool_calls import CLOSE, OPEN, Schemas, ToolCall, is_inside_value, read_calls
+from npqwen.tools.calls import CLOSE, OPEN, Schemas, ToolCall, is_inside_value, read_calls
 
 THINK, END_THINK = "<think>", "</think>"
 _END_FUNCTION = "</function>"

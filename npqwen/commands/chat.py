@@ -55,7 +55,7 @@ def chat(
     question), there is one answer: its text to stdout, everything else to stderr. Sampling options that are not given
     are what the model's authors advise with or without thinking.
     """
-    from npqwen.generation.text import check_options
+    from npqwen.generation.generate import check_options
     from npqwen.terminal.console import Console
 
     if stop:

@@ -133,7 +133,7 @@ def generate(
     PROMPT is raw text, without a chat template; - reads it from stdin, less one line break at its end.
     Sampling options that are not given are those the model's authors recommend (generation_config.json).
     """
-    from npqwen.generation.text import check_options, stream
+    from npqwen.generation.generate import check_options, stream
     from npqwen.terminal.console import Console
 
     prompt = stdin_text() if prompt == "-" else argument_text(prompt)

@@ -50,7 +50,7 @@ def _biases(
 
 
 def sampling_options(command: Command) -> Command:
-    """The options of `npqwen.sampler.Sampling`; those left out are the model's own."""
+    """The options of `npqwen.generation.sampler.Sampling`; those left out are the model's own."""
     for option in (
         click.option("--seed", type=int, help="The same seed gives the same text again."),
         click.option(

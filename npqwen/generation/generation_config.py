@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npqwen.config import read_json
 from npqwen.errors import CheckpointError, OptionError
-from npqwen.sampler import Sampling
+from npqwen.format.config import read_json
+from npqwen.generation.sampler import Sampling
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.sampler import greatest
+from npqwen.generation.sampler import greatest
 from npqwen.tokenizer import Tokenizer
 
 

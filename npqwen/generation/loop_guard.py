@@ -18,12 +18,12 @@ class LoopGuard:
     """When a repetition is a loop.
 
     The end of the text must be one run of tokens, of any length up to `longest_period`, over and over: at least
-    `copies` times, and at least `thought_tokens` in a thought or `answer_tokens`
+    `copies` times, and at least `thinking_tokens` in a thought or `answer_tokens`
     elsewhere, all copies together. Tables, matrices of zeros, refrains and "ha ha ha" stay far below these
     defaults; sampling breaks a loop of a model that can leave it.
     """
 
-    thought_tokens: int = 512
+    thinking_tokens: int = 512
     answer_tokens: int = 1024
     copies: int = 4
     longest_period: int = 512
@@ -73,11 +73,11 @@ class LoopWatch:
         self._in_thought = False
         periods = np.arange(1, guard.longest_period + 1)
         copies = (guard.copies - 1) * periods
-        self._thought_needs = np.maximum(copies, guard.thought_tokens - periods)
+        self._thought_needs = np.maximum(copies, guard.thinking_tokens - periods)
         self._answer_needs = np.maximum(copies, guard.answer_tokens - periods)
 
     def __call__(self, stream: Stream) -> None:
-        thinking = stream.thought.is_open
+        thinking = stream.thinking.is_open
         if thinking != self._in_thought:  # An answer that repeats what its thought said is no loop.
             self._in_thought = thinking
             self._repetition.clear()
@@ -89,6 +89,6 @@ class LoopWatch:
         if not (self._repetition.runs >= needs).any():
             return
         if thinking:
-            stream.end_thought("loop")
+            stream.end_thinking("loop")
         else:
             stream.end("loop")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from npqwen.engine import snapshot
 from npqwen.errors import OptionError
-from npqwen.generation import snapshot
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
-    from npqwen.kv_cache import KVCache
+    from npqwen.engine.kv_cache import KVCache
     from npqwen.model import Model
 
 
@@ -45,7 +45,7 @@ class Session:
     def stream(self, ids: Sequence[int], **options: Any) -> Stream:
         """Generate what follows the prompt `ids`; of what the cache holds, the common beginning is kept.
 
-        options: those of `npqwen.generation.text.stream`. A stream of this session that has not ended is closed. If
+        options: those of `npqwen.generation.generate.stream`. A stream of this session that has not ended is closed. If
         this raises, the session keeps all it has.
         """
         known = self._settle()

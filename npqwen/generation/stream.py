@@ -13,14 +13,14 @@ from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion, FinishReason, Usage
 from npqwen.generation.logprobs import TokenLogprobs, token_logprobs
 from npqwen.generation.loop_guard import LoopGuard, LoopWatch
+from npqwen.generation.sampler import LogitsProcessor, Sampler, Sampling
 from npqwen.generation.stop_strings import StopStrings
 from npqwen.generation.thinking_budget import ThinkingBudget, ending_ids
-from npqwen.generation.thought import Thought
-from npqwen.sampler import LogitsProcessor, Sampler, Sampling
+from npqwen.generation.thought import ThinkingTracker
 from npqwen.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from npqwen.kv_cache import KVCache
+    from npqwen.engine.kv_cache import KVCache
     from npqwen.model import Model
 
 MOST_LOGPROBS = 1000
@@ -38,7 +38,7 @@ class Stream(Iterator[str]):
     off (default: `cache.length`). At any time it holds a beginning of prompt and text, at the end all but the
     tokens drawn or forced last.
     watch: functions that are called with the stream before the first token is drawn and after every step; they
-    may `force` tokens or `end` the text. The other options are those of `npqwen.generation.text.stream`.
+    may `force` tokens or `end` the text. The other options are those of `npqwen.generation.generate.stream`.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Stream(Iterator[str]):
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = [] if logprobs or top_logprobs else None
         self.finish_reason: FinishReason | None = None
-        self.thought = Thought(tokenizer, self.prompt_ids)
-        self.thought_ended_by: Literal["budget", "loop", "caller"] | None = None
+        self.thinking = ThinkingTracker(tokenizer, self.prompt_ids)
+        self.thinking_ended_by: Literal["budget", "loop", "caller"] | None = None
         """Who cut the thought short, if anybody did."""
         self._decoder = StreamDecoder(tokenizer)
         self._emitted: list[str] = []
@@ -133,17 +133,17 @@ class Stream(Iterator[str]):
         """Finish the text after the tokens there are, with this `finish_reason`, unless it is finished."""
         self.finish_reason = self.finish_reason or reason
 
-    def end_thought(self, by: Literal["budget", "loop", "caller"] = "caller") -> None:
+    def end_thinking(self, by: Literal["budget", "loop", "caller"] = "caller") -> None:
         """Force the end of the thought that is open, in Qwen's own words, so that the answer follows.
 
         If its end is on the way already, nothing happens. Raises OptionError if there is no open thought.
         """
-        if not self.thought.is_open:
+        if not self.thinking.is_open:
             raise OptionError("there is no open thought to end")
-        if self.thought_ended_by is not None:
+        if self.thinking_ended_by is not None:
             return
         self.force(ending_ids(self._model.tokenizer))
-        self.thought_ended_by = by
+        self.thinking_ended_by = by
 
     @property
     def within_character(self) -> bool:
@@ -221,7 +221,7 @@ class Stream(Iterator[str]):
         piece = ""
         for id in new:
             self.ids.append(id)
-            self.thought.push(id)
+            self.thinking.push(id)
             piece += self._text_of(id)
             if self.finish_reason is not None:
                 break

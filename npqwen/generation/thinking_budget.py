@@ -36,11 +36,11 @@ class ThinkingBudget:
         self.tokens = int(tokens)
 
     def __call__(self, stream: Stream) -> None:
-        over = stream.thought.length - self.tokens
-        if over < 0 or not stream.thought.is_open:
+        over = stream.thinking.length - self.tokens
+        if over < 0 or not stream.thinking.is_open:
             return
         if not stream.within_character or over >= _LONGEST_CHARACTER:
-            stream.end_thought("budget")
+            stream.end_thinking("budget")
 
 
 def ending_ids(tokenizer: Tokenizer) -> list[int]:

@@ -10,7 +10,7 @@ OPEN, CLOSE = "<think>", "</think>"
 _TURN = "<|im_start|>"
 
 
-class Thought:
+class ThinkingTracker:
     """Follows the ids of one text. A text has one thought, at its beginning: later marks mean nothing.
 
     prompt: the ids before the text. It may end in an open thought, as templates of models that always think make

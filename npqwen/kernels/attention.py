@@ -19,13 +19,13 @@ from numba import njit, types
 from numba.extending import overload
 from numpy.typing import NDArray
 
-from npqwen.compiled import address_of
+from npqwen.kernels.barrier import MEMBERS, acquire, barrier, claim
+from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.simd.instructions import LINE
+from npqwen.simd.instructions import CACHE_LINE
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST, exp, half, memory
 from npqwen.simd.tile import LANES, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
-from npqwen.team import MEMBERS, acquire, barrier, take
 
 PAGE = 256
 BLOCK = 64
@@ -133,12 +133,12 @@ def _attend(tokens: int, dtype: Any) -> Any:
                     k = at + place * dim + row
                     for i in range(0, queries.size, tokens):
                         if tokens <= STREAMED:
-                            prefetch(keys, k + ahead, LINE)
-                            prefetch(keys, k + ahead + (together - 1) * TILE * dim, LINE)
+                            prefetch(keys, k + ahead, CACHE_LINE)
+                            prefetch(keys, k + ahead + (together - 1) * TILE * dim, CACHE_LINE)
                         else:
                             # Arithmetic is the limit: there is time to have this block's values brought near.
                             first = at + place * dim
-                            prefetch(values, first + together * (k - row - first), LINE)
+                            prefetch(values, first + together * (k - row - first), CACHE_LINE)
                         products = multiply_cached(
                             products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1
                         )
@@ -162,7 +162,7 @@ def _attend(tokens: int, dtype: Any) -> Any:
                     if tokens <= STREAMED:
                         prefetch(values, v + ahead, 256)
                     else:  # the next block's keys
-                        prefetch(keys, at + BLOCK * (dim + column) + i * wide, LINE)
+                        prefetch(keys, at + BLOCK * (dim + column) + i * wide, CACHE_LINE)
                     outs = multiply_cached(outs, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
                     v += dim
                 add(outs, sums, column, sum_rows, dim)
@@ -250,7 +250,7 @@ def attention(
     size = width * (dim + 2)
     tasks = kv_heads * tiles * cuts
     while True:
-        task = take(team, 1)
+        task = claim(team, 1)
         if task >= tasks:
             break
         # The last tiles see the most positions: they go first.
@@ -277,7 +277,7 @@ def attention(
     if cuts > 1:
         barrier(team)
         while True:
-            task = take(team, 1)
+            task = claim(team, 1)
             if task >= kv_heads * tiles:
                 break
             tile, head = tiles - 1 - task // kv_heads, task % kv_heads

@@ -24,7 +24,7 @@ def entry(*constants: object, **options: Any) -> Callable[[Callable[..., None]],
 
     The linker tells functions by name, types and a number that starts at 1 in every process: of two made for
     different constants, loaded from what two processes compiled, one would be called for the other.  It is
-    compiled, or loaded, by `npqwen.compiled.address_of`.  It must not raise.
+    compiled, or loaded, by `npqwen.kernels.compiled.address_of`.  It must not raise.
     """
 
     def made(function: Callable[..., None]) -> Any:

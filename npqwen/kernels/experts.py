@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.entry import run_at
 from npqwen.kernels.matmul import CHUNK_BYTES
 from npqwen.kernels.matrix import BLOCK_GROUPS, UNIT_COLS, unit_bytes
 from npqwen.kernels.norm import silu_times
 from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, pack_part, tile_width, whole_tiles
-from npqwen.paging import NEVER, ask_for
+from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.simd.scalar import FAST, exp
 from npqwen.simd.tile import ROWS
-from npqwen.team import MEMBERS, acquire, take
 
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
 """A segment: whose tokens, the first of its places in the arrays, how many tokens, how many a tile."""
@@ -109,11 +109,11 @@ def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, b
     size = row_bytes(bits, normed.shape[1])
     tokens = slots.shape[0]
     if tokens == 1:
-        if take(team, 1) == 0:
+        if claim(team, 1) == 0:
             pack(normed[0], 0, 1, bits, packed)
         return
     while True:
-        t = take(team, 1)
+        t = claim(team, 1)
         if t >= tokens + made:
             return
         if t < tokens:
@@ -141,7 +141,7 @@ def find_segment(segments: Any, made: int, slot: int) -> int:
 
 
 @njit(nogil=True)
-def ask_for_matrix(how: int, layer: Any, segments: Any, made: int, n: int, scratch: Any) -> None:
+def prefetch_matrix(how: int, layer: Any, segments: Any, made: int, n: int, scratch: Any) -> None:
     """Have the system read the n-th matrix that a layer needs: the segments' gate_up_proj, then their down_proj."""
     seen = scratch.view(np.uint8)
     s = n % made
@@ -150,19 +150,19 @@ def ask_for_matrix(how: int, layer: Any, segments: Any, made: int, n: int, scrat
     address = layer.gate_up_proj.address + segments[s, EXPERT] * layer.expert_bytes
     down = layer.down_proj.address - layer.gate_up_proj.address
     if n < made:
-        ask_for(how, address, down, seen)
+        prefetch_pages(how, address, down, seen)
     else:
-        ask_for(how, address + down, layer.expert_bytes - down, seen)
+        prefetch_pages(how, address + down, layer.expert_bytes - down, seen)
 
 
 @njit(nogil=True)
-def ask_for_first(team: Any, how: int, layer: Any, segments: Any, made: int, scratch: Any) -> None:
+def prefetch_first_matrices(team: Any, how: int, layer: Any, segments: Any, made: int, scratch: Any) -> None:
     """Have the system read the first matrices that a layer needs; the rest is asked for on the way."""
     while True:
-        n = take(team, 1)
+        n = claim(team, 1)
         if n >= AHEAD:
             return
-        ask_for_matrix(how, layer, segments, made, n, scratch)
+        prefetch_matrix(how, layer, segments, made, n, scratch)
 
 
 @njit(nogil=True)
@@ -177,7 +177,7 @@ def take_piece(team: Any, matrix: Any, made: int, multiple: int, most: int) -> A
     fitting = CHUNK_BYTES // (matrix.cols // UNIT_COLS * unit_bytes(matrix.bits))
     chunk = max(multiple, min(share, fitting, most, groups) // multiple * multiple)
     pieces = (groups + chunk - 1) // chunk
-    task = take(team, 1)
+    task = claim(team, 1)
     first = task % pieces * chunk
     return min(task // pieces, made), first, min(first + chunk, groups)
 
@@ -217,8 +217,8 @@ def project_gated_slots(
         s, first, last = take_piece(team, matrix, made, BLOCK_GROUPS, most)
         if s == made:
             return
-        if how != NEVER and first == 0:
-            ask_for_matrix(how, layer, segments, made, s + AHEAD, scratch)
+        if how != PREFETCH_NEVER and first == 0:
+            prefetch_matrix(how, layer, segments, made, s + AHEAD, scratch)
         _, slot, count, width = segments[s]
         rows = ROWS * (last - first)
         # Kernels count rows from the matrix's first.
@@ -243,8 +243,8 @@ def multiply_slots(
         s, first, last = take_piece(team, matrix, made, 1, matrix.rows)
         if s == made:
             return
-        if how != NEVER and first == 0:
-            ask_for_matrix(how, layer, segments, made, made + s + AHEAD, scratch)
+        if how != PREFETCH_NEVER and first == 0:
+            prefetch_matrix(how, layer, segments, made, made + s + AHEAD, scratch)
         slot = segments[s, SLOT]
         place = out.ctypes.data + slot * out.itemsize * out.shape[1]
         x_at = gated.ctypes.data + slot * size
@@ -255,7 +255,7 @@ def multiply_slots(
 def combine(team: Any, results: Any, slots: Any, weights: Any, hidden: Any) -> None:
     """hidden[t] += the sum of weights[t, n] * results[slots[t, n]]."""
     while True:
-        t = take(team, 1)
+        t = claim(team, 1)
         if t >= slots.shape[0]:
             return
         line = hidden[t]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.simd.tile import most_of
+from npqwen.simd.tile import reduce_max
 
 BLOCK = 64
 
@@ -21,7 +21,7 @@ def select(values: Any, tops: Any, maxima: Any, ids: Any) -> int:
     """
     tops[:] = -np.inf
     for n in range(maxima.size):
-        maxima[n] = most_of(values, n * BLOCK, BLOCK)
+        maxima[n] = reduce_max(values, n * BLOCK, BLOCK)
         _insert(tops, maxima[n])
     # The k-th greatest of the blocks' maxima is at most the k-th greatest of all.
     candidates = _reaching(values, maxima, tops[-1], ids)

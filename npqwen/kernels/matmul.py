@@ -14,8 +14,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from npqwen.compiled import address_of
-from npqwen.kernels.amx import amx_rows, unpacked_bytes
+from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
+from npqwen.kernels.barrier import MEMBERS, acquire, claim
+from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import SCALE_BYTES, UNIT_BYTES, UNIT_COLS, unit_bytes
 from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS, whole_tiles
@@ -27,14 +28,13 @@ from npqwen.simd.tile import (
     ROWS,
     add,
     chains,
-    fold,
+    dot_block_int,
     multiply_bf16,
-    multiply_integers,
     prefetch,
+    reduce_columns,
     store,
     zeros,
 )
-from npqwen.team import MEMBERS, acquire, take
 
 _MATRICES = ISA.matrices
 CHUNK_BYTES = 1 << 17
@@ -73,9 +73,9 @@ def _integer_rows(bits: int, tokens: int) -> Any:
                         scales = at + 2 * row
                         block = at + SCALE_BYTES + 4 * row
                         prefetch(w, at + AHEAD, asked)
-                        sums = multiply_integers(sums, tokens, bits, w, block, scales, packed, x_at)
+                        sums = dot_block_int(sums, tokens, bits, w, block, scales, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
-                        sums = multiply_integers(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)
+                        sums = dot_block_int(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
                         at += unit
                     if plus:
@@ -111,7 +111,7 @@ def _bf16_rows(tokens: int) -> Any:
                         sums = multiply_bf16(sums, tokens, columns, w, at, ROWS, packed, x_at, tokens, 1)
                         at += columns * ROWS
                         x_at += columns * tokens
-                    total = fold(sums, columns)
+                    total = reduce_columns(sums, columns)
                     if plus:
                         add(total, flat, tile * tokens * stride + group * ROWS + row, vectors, stride)
                     else:
@@ -180,7 +180,7 @@ def take_rows(team: Any, matrix: Any, tokens: int, width: int, multiple: int) ->
     groups = matrix.rows // ROWS
     chunk = min(chunk_of(team, matrix, tokens, width), _PIECE // (whole_tiles(tokens, width) * ROWS))
     chunk = max(multiple, chunk // multiple * multiple)
-    first = min(take(team, chunk), groups)
+    first = min(claim(team, chunk), groups)
     return first, min(first + chunk, groups)
 
 
@@ -226,7 +226,7 @@ def matmul(
     groups = matrix.rows // ROWS
     chunk = chunk_of(team, matrix, tokens, width)
     while True:
-        first = take(team, chunk)
+        first = claim(team, chunk)
         if first >= groups:
             return
         last = min(first + chunk, groups)

@@ -11,10 +11,10 @@ import numpy as np
 
 from npqwen import __version__
 from npqwen.errors import OptionError
-from npqwen.hardware.bandwidth import ReadBandwidth
 from npqwen.hardware.machine import available_memory, processor
+from npqwen.kernels.paging import huge_page_bytes
 from npqwen.model import Model
-from npqwen.paging import in_large_pages
+from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.simd.isa import ISA
 
 
@@ -153,7 +153,7 @@ def benchmark(
         processor=processor(),
         version=__version__,
         read_bandwidth=float(np.median(bandwidths)),
-        large_pages=in_large_pages(model.weights.paths),
+        large_pages=huge_page_bytes(model.weights.paths),
         measures=measures,
     )
 

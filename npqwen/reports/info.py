@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from npqwen.buffers import Buffers
-from npqwen.config import Config
+from npqwen.engine.budget import Budget
+from npqwen.engine.buffers import Buffers
+from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.weights import Weights
 from npqwen.errors import OptionError
+from npqwen.format.config import Config
 from npqwen.hardware import machine
-from npqwen.hardware.budget import Budget
-from npqwen.kv_cache import KVCache
 from npqwen.model import cache_dtype, chunk_of, context_of
 from npqwen.simd.isa import ISA, available
-from npqwen.weights import Weights
 
 PARTS = {
     "embedding": ("embed_tokens",),

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npqwen.simd.instructions import F32, I8, I16, I32, LINE, address, constant, splat, vector
+from npqwen.simd.instructions import CACHE_LINE, F32, I8, I16, I32, address, constant, splat, vector
 from npqwen.simd.isa import ISA
 from npqwen.simd.tile import LANES, ROWS, multiply_add, pointer
 
@@ -38,7 +38,7 @@ def configure(_: Any) -> Any:
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         rows = [16, 16, 0, 0, 16, 16, 8, 8]
-        widths = [LINE, LINE, 0, 0, _X_BYTES, _X_BYTES, LINE, LINE]
+        widths = [CACHE_LINE, CACHE_LINE, 0, 0, _X_BYTES, _X_BYTES, CACHE_LINE, CACHE_LINE]
         widths_as_bytes = [byte for width in widths for byte in (width, 0)]
         # Palette 1; bytes a row from byte 16; rows from byte 48.
         values = [1, *[0] * 15, *widths_as_bytes, *[0] * 16, *rows, *[0] * 8]
@@ -68,9 +68,9 @@ def unpack_int4(_: Any, w: Any, at: Any, out: Any, out_at: Any) -> Any:
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         block = pointer(context, b, sig.args[0], args[0], args[1], I8)
         place = pointer(context, b, sig.args[2], args[2], args[3], I8)
-        kind = vector(I8, LINE)
+        kind = vector(I8, CACHE_LINE)
         for n, quad in enumerate(ISA.int4(b, block)):
-            b.store(b.sub(quad, constant(I8, LINE, 8)), address(b, place, LINE * n, kind), align=LINE)
+            b.store(b.sub(quad, constant(I8, CACHE_LINE, 8)), address(b, place, CACHE_LINE * n, kind), align=CACHE_LINE)
         return context.get_dummy_value()
 
     return sig, generate
@@ -87,7 +87,7 @@ def start_block(_: Any, n: Any, w: Any, at: Any, x: Any, x_at: Any) -> Any:
         activations = pointer(context, b, sig.args[3], args[3], args[4], I8)
         _do(b, "tilezero", I8(n))
         _do(b, "tileloadd64", I8(4 + n), activations, I64(_X_BYTES))
-        _do(b, "tileloadd64", I8(6 + n), weights, I64(LINE))
+        _do(b, "tileloadd64", I8(6 + n), weights, I64(CACHE_LINE))
         _do(b, "tdpbssd", I8(n), I8(4 + n), I8(6 + n))
         return context.get_dummy_value()
 
@@ -108,12 +108,12 @@ def finish_block(_: Any, tile: Any, n: Any, w: Any, scales_at: Any, x: Any, x_at
         halves = pointer(context, b, sig.args[2], args[2], args[3], vector(I16, LANES))
         activations = pointer(context, b, sig.args[4], args[4], args[5], I8)
         sums = pointer(context, b, sig.args[6], args[6], I64(n * SUM_BYTES), I8)
-        _do(b, "tilestored64", I8(n), sums, I64(LINE))
+        _do(b, "tilestored64", I8(n), sums, I64(CACHE_LINE))
         scale = ISA.from_half(b, b.load(halves, align=2))
         for t in range(ROWS):
             x_scale = b.load(address(b, activations, _X_BYTES * ROWS + 4 * t, F32), align=4)
-            products = b.load(address(b, sums, LINE * t, vector(I32, LANES)), align=LINE)
-            # In the order of tile.py's `multiply_integers`: the same to the bit.
+            products = b.load(address(b, sums, CACHE_LINE * t, vector(I32, LANES)), align=CACHE_LINE)
+            # In the order of tile.py's `dot_block_int`: the same to the bit.
             scaled = b.fmul(ISA.to_float(b, products), splat(b, x_scale, LANES))
             tile[t] = multiply_add(b, scaled, scale, tile[t])
         return cgutils.pack_array(b, tile)

@@ -46,13 +46,13 @@ def address(b: ir.IRBuilder, base: ir.Value, count: int, to: ir.Type) -> ir.Valu
     return b.bitcast(b.gep(byte, [ir.IntType(64)(count)]), to.as_pointer())
 
 
-LINE = 64
+CACHE_LINE = 64
 """Bytes that memory gives at once."""
 AHEAD = 2048
 """Bytes between what is read and what is asked for: further than a processor's own prefetching goes."""
 
 
-def ask_for_line(b: ir.IRBuilder, place: ir.Value) -> None:
+def prefetch_line(b: ir.IRBuilder, place: ir.Value) -> None:
     """Ask for the line at an address, a pointer to I8, to be kept in the nearest cache; it need not exist."""
     kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
     function = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")

@@ -53,7 +53,7 @@ def memory(address: int, count: int, like: Any) -> Any:
 
 
 @intrinsic
-def borrowed(_: Any, arrays: Any) -> Any:
+def without_refcounts(_: Any, arrays: Any) -> Any:
     """Arrays, or tuples of them, that Numba does not count references of: their owner outlives the call.
 
     Every slice of an array counts, in one place for all threads: which then wait for each other.

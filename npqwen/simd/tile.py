@@ -17,15 +17,15 @@ from numba.extending import intrinsic, models, register_model
 
 from npqwen.simd.instructions import (
     AHEAD,
+    CACHE_LINE,
     F32,
     I8,
     I16,
     I32,
-    LINE,
     address,
-    ask_for_line,
     call,
     constant,
+    prefetch_line,
     splat,
     vector,
 )
@@ -71,8 +71,8 @@ def prefetch(_: Any, array: Any, at: Any, size: Any) -> Any:
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         place = pointer(context, b, sig.args[0], args[0], args[1], I8)
-        for line in range(0, sig.args[2].literal_value, LINE):
-            ask_for_line(b, address(b, place, line, I8))
+        for line in range(0, sig.args[2].literal_value, CACHE_LINE):
+            prefetch_line(b, address(b, place, line, I8))
         return context.get_dummy_value()
 
     return sig, generate
@@ -167,7 +167,7 @@ def _quantized(bits: int) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def multiply_integers(
+def dot_block_int(
     _: Any, tile: Any, tokens: Any, bits: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any
 ) -> Any:
     """tile + a block of `bits` bits (weights at w[at:], f16 scales at w[scales_at:]) @ x.
@@ -225,7 +225,8 @@ def multiply_bf16(
     """Multiply some columns of bfloat16 and float32 activations, in a tile for each of the columns.
 
     Column c is uint16 w[at + c * pitch:], a row each; its activations are x[x_at + c * step + t * stride].  tokens and
-    columns are constants; the tile has tokens * columns * rows vectors, which `fold` adds up to tokens * rows.
+    columns are constants; the tile has tokens * columns * rows vectors, which `reduce_columns`
+    adds up to tokens * rows.
     """
     i64 = types.int64
     return tile(tile, tokens, columns, w, i64, i64, x, i64, i64, i64), _floating(_load_bfloat)
@@ -242,7 +243,7 @@ def multiply_cached(
 
 
 @intrinsic(prefer_literal=True)
-def fold(_: Any, tile: Any, columns: Any) -> Any:
+def reduce_columns(_: Any, tile: Any, columns: Any) -> Any:
     """Add up the tiles of `columns` (a constant) columns: independent sums keep the processor busy, one is wanted."""
     kind = types.UniTuple(f32s, tile.count // columns.literal_value)
 
@@ -269,8 +270,8 @@ def add_up(_: Any, tile: Any, array: Any, at: Any, count: Any) -> Any:
         for n in range(sig.args[3].literal_value // LANES):
             place = b.add(args[2], args[2].type(n * LANES))
             where = pointer(context, b, sig.args[1], args[1], place, FLOATS)
-            if n * LANES * 4 % LINE == 0:
-                ask_for_line(b, address(b, where, AHEAD, I8))
+            if n * LANES * 4 % CACHE_LINE == 0:
+                prefetch_line(b, address(b, where, AHEAD, I8))
             value = b.load(where, align=4)
             parts[n % len(parts)] = b.fadd(parts[n % len(parts)], value)
         return cgutils.pack_array(b, parts)
@@ -378,7 +379,7 @@ def softmax_block(_: Any, scores: Any, at: Any, count: Any, visible: Any, top: A
 
 
 @intrinsic(prefer_literal=True)
-def most_of(_: Any, values: Any, at: Any, count: Any) -> Any:
+def reduce_max(_: Any, values: Any, at: Any, count: Any) -> Any:
     """The greatest of `count` (a constant) float32 values[at:]; NaN if there is one."""
     sig = types.float32(values, types.int64, count)
 

@@ -12,15 +12,15 @@ from llvmlite import ir
 
 from npqwen.simd.instructions import (
     AHEAD,
+    CACHE_LINE,
     I8,
     I16,
     I32,
-    LINE,
     NativeHalf,
     address,
-    ask_for_line,
     call,
     constant,
+    prefetch_line,
     splat,
     vector,
 )
@@ -106,7 +106,7 @@ class Avx512(AvxVnni):
     asks: ClassVar[bool] = True
 
     def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
-        ask_for_line(b, address(b, block, AHEAD + LINE * quad, I8))
+        prefetch_line(b, address(b, block, AHEAD + CACHE_LINE * quad, I8))
         return super().bytes(b, block, quad)
 
     def quads(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from npqwen.chat.answer import Finish, Notice
 from npqwen.chat.reply import Reasoning, Text
-from npqwen.chat.tool_calls import ToolCall
 from npqwen.terminal.screen import Terminal
 from npqwen.terminal.thought_view import ThoughtView, View
+from npqwen.tools.calls import ToolCall
 
 if TYPE_CHECKING:
     from npqwen.chat.answer import ChatStream, Event
@@ -44,13 +44,13 @@ class AnswerView:
                     thought.add(event.text)
                 elif thought.open:
                     cut = isinstance(event, Finish) and event.reply.finish_reason == "length"
-                    how = _ENDED_BY.get(stream.thought_ended_by or "", _CUT if cut else "")
-                    thought.close(stream.thought_tokens, how + hint)
+                    how = _ENDED_BY.get(stream.thinking_ended_by or "", _CUT if cut else "")
+                    thought.close(stream.thinking_tokens, how + hint)
                 self._show(event)
         finally:
             if stream.reasoning:
                 self.thought = stream.reasoning
-            thought.close(stream.thought_tokens, _CUT)
+            thought.close(stream.thinking_tokens, _CUT)
             self._terminal.end_line()
 
     def _show(self, event: Event) -> None:

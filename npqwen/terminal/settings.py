@@ -67,8 +67,8 @@ class Settings:
         return "\n".join(rows)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        from npqwen.generation.generate import check_options
         from npqwen.generation.stream import sampling_of
-        from npqwen.generation.text import check_options
         from npqwen.generation.thinking_budget import ending_ids
 
         check_options("-", **options)

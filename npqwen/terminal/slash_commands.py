@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from npqwen.chat.conversation import FORMAT, Conversation
 from npqwen.chat.sampling_mode import default_sampling, thinks
-from npqwen.config import read_json
 from npqwen.errors import NpqwenError, OptionError, OutputError
+from npqwen.format.config import read_json
 from npqwen.terminal.settings import NAMES
 
 if TYPE_CHECKING:

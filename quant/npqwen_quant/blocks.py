@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from npqwen.code_cache import CodeCache
+from npqwen.kernels.compiled import CodeCache
 
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]

@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.config import Config, read_json
 from npqwen.errors import CheckpointError, ModelNotFoundError
+from npqwen.format.config import Config, read_json
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.config import FORMAT_VERSION
 from npqwen.errors import CheckpointError, OptionError, OutputError
+from npqwen.format.config import FORMAT_VERSION
 from npqwen.hardware import cgroup
 from npqwen_quant import blocks
 from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read, read_small

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from npqwen.config import FORMAT_VERSION, is_converted
+from npqwen.atomic_file import sync_directory, writing
 from npqwen.errors import OutputError
-from npqwen.new_file import sync_directory, writing
+from npqwen.format.config import FORMAT_VERSION, is_converted
 from npqwen_quant.plan import Tensor
 
 if sys.platform == "win32":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from npqwen.config import Config
+from npqwen.format.config import Config
 from npqwen_quant.blocks import UNIT_BYTES, UNIT_COLUMNS, UNIT_ROWS
 
 

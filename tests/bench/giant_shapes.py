@@ -35,7 +35,7 @@ from make_checkpoint import GENERATION, SIZES, TINY, TOKENIZER_FILES, tensors
 from npqwen_quant import convert
 from npqwen_quant.checkpoint import read_header
 
-from npqwen.config import Config
+from npqwen.format.config import Config
 from npqwen.model import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -37,9 +37,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npqwen.forward import forward
+from npqwen.engine.forward import forward
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
+from npqwen.kernels.barrier import MEMBERS, NEXT, SLOTS
 from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, UNIT_BYTES
 from npqwen.kernels.packing import WIDEST, packed_bytes
@@ -48,7 +49,6 @@ from npqwen.simd.amx import configure, finish_block, release, start_block
 from npqwen.simd.instructions import I8, I32, vector
 from npqwen.simd.isa import ISA
 from npqwen.simd.tile import FLOATS, LANES, ROWS, f32s, zeros
-from npqwen.team import MEMBERS, NEXT, SLOTS
 
 BLOCK = 32
 LOAD = "import sys, time; s = time.perf_counter(); from npqwen.model import load; from pathlib import Path; \

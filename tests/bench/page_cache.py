@@ -30,9 +30,9 @@ from statistics import median
 
 from versus_llama import SETTLE_SECONDS, Child, counts, progress
 
-from npqwen.config import Config
+from npqwen.engine.weights import Weights
+from npqwen.format.config import Config
 from npqwen.hardware.machine import processor
-from npqwen.weights import Weights
 
 # The kernel's own memory for a process's pages, and what allocators keep, come and go.
 SLACK = 32 << 20

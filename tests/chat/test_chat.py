@@ -15,11 +15,11 @@ from reciter import Reciter
 import npqwen
 from npqwen.chat.answer import ChatStream, Finish, Notice, Reply
 from npqwen.chat.reply import Reasoning, Text
-from npqwen.chat.tool_calls import ToolCall
-from npqwen.chat.tools import ToolResult
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import Session
 from npqwen.model import Model
+from npqwen.tools.calls import ToolCall
+from npqwen.tools.toolbox import ToolResult
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
@@ -281,7 +281,7 @@ def test_a_thought_can_be_ended_by_the_caller() -> None:
     model = Reciter("<think>\nOn and on and on")
     stream = model.stream_chat("?")
     next(stream)
-    stream.end_thought()
+    stream.end_thinking()
     reply = stream.run()
     assert reply.reasoning.endswith("directly now.")
 

@@ -14,8 +14,8 @@ import pytest
 from reciter import TOKENIZER, Reciter
 
 from npqwen.chat.reply import Reasoning, Text
-from npqwen.chat.tool_calls import ToolCall
 from npqwen.errors import OptionError
+from npqwen.tools.calls import ToolCall
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CODER = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"

@@ -11,7 +11,7 @@ import pytest
 
 from npqwen.chat.chat_template import ChatTemplate, in_thought
 from npqwen.chat.reply import Reasoning, ReplyParser, Text
-from npqwen.chat.tool_calls import ToolCall
+from npqwen.tools.calls import ToolCall
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 PARIS = ToolCall("get_weather", {"city": "Paris"})

@@ -10,8 +10,8 @@ from reciter import Reciter
 
 from npqwen.chat.reply import Piece, Reasoning, Text
 from npqwen.chat.text_stop import TextStop
-from npqwen.chat.tool_calls import ToolCall
 from npqwen.errors import OptionError
+from npqwen.tools.calls import ToolCall
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "STOP"}}\n</tool_call>'
 STOPPED = ToolCall("get_weather", {"city": "STOP"}, "call_0")

@@ -16,8 +16,8 @@ from converted import MATRICES, small_model, tensors, write_model
 
 from npqwen import OptionError
 from npqwen.commands import cli
-from npqwen.hardware.bandwidth import ReadBandwidth
 from npqwen.model import load
+from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import benchmark, bytes_per_token
 from npqwen.reports.info import inspect, size
 from npqwen.simd.isa import ISA
@@ -199,7 +199,7 @@ def test_bench_tells_what_lies_in_large_pages(
     run: Run, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, part: float | None, told: str
 ) -> None:
     found = None if part is None else int(part * data_bytes(tiny(4)))
-    monkeypatch.setattr("npqwen.reports.bench.in_large_pages", lambda paths: found)
+    monkeypatch.setattr("npqwen.reports.bench.huge_page_bytes", lambda paths: found)
     args = ["--prefill", "2", "--decode", "0", "--repeat", "1", "--threads", "1"]
     out, _ = run("bench", tiny(4), *args)
     assert re.fullmatch(r"memory reads \d+\.\d GB/s" + told, out.splitlines()[2])

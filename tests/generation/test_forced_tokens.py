@@ -8,8 +8,8 @@ from reference import ReferenceModel
 from scripted import recite
 
 from npqwen.errors import OptionError
+from npqwen.generation.generate import stream
 from npqwen.generation.stream import Stream
-from npqwen.generation.text import stream
 
 
 def test_forced_tokens_are_text_and_run_in_one_pass() -> None:

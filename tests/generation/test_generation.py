@@ -15,9 +15,9 @@ from scripted import recite
 
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion
+from npqwen.generation.generate import check_options, generate, stream
+from npqwen.generation.sampler import Sampling
 from npqwen.generation.stream import Stream
-from npqwen.generation.text import check_options, generate, stream
-from npqwen.sampler import Sampling
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-qwen3"

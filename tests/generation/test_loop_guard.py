@@ -85,23 +85,23 @@ def test_a_thought_that_loops_is_ended_and_the_answer_follows(tokenizer: Tokeniz
     list(stream)
     text = stream.text
     assert text.endswith(SENTENCE + "42")
-    assert (stream.finish_reason, stream.thought_ended_by) == ("stop", "loop")
+    assert (stream.finish_reason, stream.thinking_ended_by) == ("stop", "loop")
     assert 512 <= len(stream.ids) < 512 + 60
 
 
 def test_an_answer_that_loops_after_its_looping_thought_is_ended_too(tokenizer: Tokenizer) -> None:
     stream = run(tokenizer, [7, 8, 9] * 3000, prompt=TURN + "<think>")
-    assert (stream.finish_reason, stream.thought_ended_by) == ("loop", "loop")
+    assert (stream.finish_reason, stream.thinking_ended_by) == ("loop", "loop")
     assert 512 + 1024 <= len(stream.ids) < 512 + 1024 + 60
 
 
 def test_with_a_budget_the_first_to_see_it_ends_the_thought(tokenizer: Tokenizer) -> None:
     early = run(tokenizer, [7] * 3000, prompt=TURN + "<think>", thinking_budget=100)
-    assert (early.thought_ended_by, early.text.count("</think>")) == ("budget", 1)
+    assert (early.thinking_ended_by, early.text.count("</think>")) == ("budget", 1)
     late = run(tokenizer, [7] * 3000, prompt=TURN + "<think>", thinking_budget=5000)
-    assert (late.thought_ended_by, late.text.count("</think>")) == ("loop", 1)
+    assert (late.thinking_ended_by, late.text.count("</think>")) == ("loop", 1)
     same = run(tokenizer, [7] * 3000, prompt=TURN + "<think>", thinking_budget=512)
-    assert (same.thought_ended_by, same.text.count("</think>")) == ("budget", 1)
+    assert (same.thinking_ended_by, same.text.count("</think>")) == ("budget", 1)
 
 
 ROW = "| {} | {} | 0.0 | n/a |\n"
@@ -145,8 +145,8 @@ def test_a_thousand_times_the_same_token_is_spared() -> None:
 def test_an_answer_may_repeat_its_thought(tokenizer: Tokenizer) -> None:
     part = tokenizer.encode("ha " * 250)
     ids = [*part, 4121, *part, *part]
-    stream = run(tokenizer, ids, prompt=TURN + "<think>", guard=LoopGuard(thought_tokens=len(part) + 1))
-    assert (stream.finish_reason, stream.thought_ended_by) == ("stop", None)
+    stream = run(tokenizer, ids, prompt=TURN + "<think>", guard=LoopGuard(thinking_tokens=len(part) + 1))
+    assert (stream.finish_reason, stream.thinking_ended_by) == ("stop", None)
 
 
 def test_a_broken_loop_is_none(tokenizer: Tokenizer) -> None:
@@ -167,7 +167,7 @@ def test_it_is_off_unless_asked_for_and_can_be_tuned(tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"copies": 1}, {"answer_tokens": 0}, {"thought_tokens": 1.5}, {"longest_period": True}], ids=str
+    "options", [{"copies": 1}, {"answer_tokens": 0}, {"thinking_tokens": 1.5}, {"longest_period": True}], ids=str
 )
 def test_impossible_thresholds(options: dict[str, Any]) -> None:
     (name,) = options

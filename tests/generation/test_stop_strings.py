@@ -11,8 +11,8 @@ from reference import ReferenceModel
 from scripted import recite
 
 from npqwen.errors import OptionError
+from npqwen.generation.generate import check_options, generate, stream
 from npqwen.generation.stop_strings import StopStrings
-from npqwen.generation.text import check_options, generate, stream
 
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
 

@@ -12,9 +12,9 @@ from reference import ReferenceModel
 
 from npqwen.errors import OptionError
 from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.sampler import Sampling
 from npqwen.generation.stream import Stream
-from npqwen.generation.thought import Thought
-from npqwen.sampler import Sampling
+from npqwen.generation.thought import ThinkingTracker
 from npqwen.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
@@ -95,8 +95,8 @@ def test_after_so_many_tokens_qwens_sentence_is_forced(
     rest = tokenizer.decode([*drawn[budget:], *tokenizer.encode(" 9")])
     assert stream.text == start + begun + SENTENCE + rest
     assert tokenizer.decode(stream.ids) == stream.text
-    assert stream.thought_ended_by == "budget"
-    assert stream.thought.is_over
+    assert stream.thinking_ended_by == "budget"
+    assert stream.thinking.is_over
     assert stream.usage.generated_tokens == len(stream.ids)
     forced = len(tokenizer.encode(SENTENCE))
     assert sum(n > forced - 1 for n in stream._model.passes) == 1  # one pass for all of it
@@ -107,7 +107,7 @@ def test_a_thought_that_ends_by_itself_is_left_alone(tokenizer: Tokenizer) -> No
     script = "<think>1 2 3</think>4 5 6 7 8 9"
     for budget in (len(thought) + 1, 100):
         stream = run(tokenizer, TURN, script, thinking_budget=budget)
-        assert (stream.text, stream.thought_ended_by) == (script, None)
+        assert (stream.text, stream.thinking_ended_by) == (script, None)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_thought_that_ends_by_itself_is_left_alone(tokenizer: Tokenizer) -> No
 )
 def test_what_is_no_thought_is_left_alone(tokenizer: Tokenizer, prompt: str, script: str) -> None:
     stream = run(tokenizer, prompt, script, thinking_budget=0)
-    assert (stream.text, stream.thought_ended_by) == (script, None)
+    assert (stream.text, stream.thinking_ended_by) == (script, None)
 
 
 def test_white_space_before_a_thought_and_a_thought_that_the_prompt_began(tokenizer: Tokenizer) -> None:
@@ -162,11 +162,11 @@ def test_the_caller_can_end_a_thought(tokenizer: Tokenizer) -> None:
     model = Drawn(tokenizer, "1234")
     stream = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model))
     next(stream)
-    stream.end_thought()
+    stream.end_thinking()
     assert stream.completion().text == "1" + SENTENCE + "234"
-    assert stream.thought_ended_by == "caller"
+    assert stream.thinking_ended_by == "caller"
     with pytest.raises(OptionError, match="no open thought"):
-        stream.end_thought()
+        stream.end_thinking()
 
 
 def test_a_thought_whose_end_is_on_the_way_is_not_ended_again(tokenizer: Tokenizer) -> None:
@@ -174,17 +174,17 @@ def test_a_thought_whose_end_is_on_the_way_is_not_ended_again(tokenizer: Tokeniz
     model = Drawn(tokenizer, "1234")
     stream = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model))
     next(stream)
-    stream.end_thought()
-    stream.end_thought()
+    stream.end_thinking()
+    stream.end_thinking()
     assert stream.completion().text == "1" + SENTENCE + "234"
     ended = run(
         tokenizer,
         TURN + "<think>",
         "1234",
         thinking_budget=2,
-        watch=[lambda stream: stream.end_thought() if stream.thought.length == 2 and stream.thought.is_open else None],
+        watch=[lambda s: s.end_thinking() if s.thinking.length == 2 and s.thinking.is_open else None],
     )
-    assert (ended.text, ended.thought_ended_by) == ("12" + SENTENCE + "34", "budget")
+    assert (ended.text, ended.thinking_ended_by) == ("12" + SENTENCE + "34", "budget")
 
 
 def test_a_tokenizer_without_the_mark_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_the_trained_model_answers_after_its_thought_was_cut() -> None:
 
 
 def test_thoughts_are_followed(tokenizer: Tokenizer) -> None:
-    thought = Thought(tokenizer, tokenizer.encode(TURN + "<think>\n"))
+    thought = ThinkingTracker(tokenizer, tokenizer.encode(TURN + "<think>\n"))
     assert thought.is_open
     for id in tokenizer.encode("a b"):
         thought.push(id)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import npqwen.model
-from npqwen import OutOfMemoryError, kv_cache
+from npqwen import OutOfMemoryError
 from npqwen.commands import cli
+from npqwen.engine import kv_cache
+from npqwen.engine.budget import RESERVED, Budget
 from npqwen.hardware import machine
-from npqwen.hardware.budget import RESERVED, Budget
 from npqwen.hardware.machine import HEADROOM
 from npqwen.kernels.attention import PAGE
 from npqwen.model import load

@@ -11,8 +11,8 @@ from assembly import SAPPHIRE_RAPIDS, amx_loop, mnemonics, spills
 from converted import random_units
 from numba import njit
 
-from npqwen.compiled import address_of
-from npqwen.kernels.amx import amx_rows, unpacked_bytes
+from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
+from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import run_at
 from npqwen.kernels.matmul import CHUNK_BYTES, _integer_rows, _rows
 from npqwen.kernels.packing import pack, packed_bytes

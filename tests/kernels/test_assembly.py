@@ -23,7 +23,7 @@ from assembly import (
 )
 from llvmlite import ir
 
-from npqwen import team
+from npqwen.kernels import barrier
 from npqwen.kernels.matmul import _integer_rows
 from npqwen.kernels.matrix import UNIT_BYTES
 from npqwen.simd.arm import Neon, NeonI8mm
@@ -137,7 +137,7 @@ def test_a_waiting_thread_tells_the_processor(target: tuple[str, str], instructi
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "wait")
     b = ir.IRBuilder(function.append_basic_block())
     with mock.patch("llvmlite.binding.get_process_triple", return_value=target[0]):
-        sig, generate = team.pause._defn(None)
+        sig, generate = barrier.pause._defn(None)
         generate(SimpleNamespace(get_dummy_value=lambda: None), b, sig, [])
     b.ret_void()
     if instruction is None:

@@ -41,7 +41,7 @@ class Cache:
         # Apart from each other, as the cache's pages are.
         self.pages = [np.array(page) for page in whole]
         self.addresses = np.array([page.ctypes.data for page in self.pages])
-        self.like = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
+        self.dtype_array = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -58,8 +58,8 @@ def test_store_key_and_value(dtype: Any, dim: int) -> None:
             key = expected.keys[position, layer, head].astype(np.float32)
             value = expected.values[position, layer, head].astype(np.float32)
             at = 2 * layer * kv_heads + head
-            run(store_key, found.addresses, found.like, at, position, key)
-            run(store_value, found.addresses, found.like, at + kv_heads, position, value)
+            run(store_key, found.addresses, found.dtype_array, at, position, key)
+            run(store_value, found.addresses, found.dtype_array, at + kv_heads, position, value)
     for mine, theirs in zip(found.pages, expected.pages, strict=True):
         assert np.array_equal(mine, theirs)
 
@@ -90,12 +90,12 @@ def check_attention(
     out = np.full((tokens + 1, heads * dim), 7, np.float32)
     parts = np.full(8 * members * MOST_ROWS * (dim + 2), 9, np.float32)
     scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
-    kernels = attention_kernels(cache.like.dtype)
+    kernels = attention_kernels(cache.dtype_array.dtype)
     together(
         members,
         attention,
         lambda member: (
-            *(kernels, q, tokens, cache.addresses, cache.like, layer, heads, kv_heads, dim, start),
+            *(kernels, q, tokens, cache.addresses, cache.dtype_array, layer, heads, kv_heads, dim, start),
             *(parts, scratches[member], out),
         ),
     )

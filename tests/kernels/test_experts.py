@@ -13,12 +13,12 @@ from checkpoints import make_config, shapes, write_checkpoint
 from npqwen_quant import convert
 from reference import ReferenceModel
 
-from npqwen.forward import LAYER
+from npqwen.engine.budget import RESERVED
+from npqwen.engine.forward import LAYER
 from npqwen.hardware import machine
-from npqwen.hardware.budget import RESERVED
 from npqwen.kernels import experts
+from npqwen.kernels.paging import PREFETCH_ALWAYS, PREFETCH_IF_ABSENT, PREFETCH_NEVER
 from npqwen.model import load
-from npqwen.paging import BLINDLY, LOOKING, NEVER
 from npqwen.reports import info
 
 DATA = Path(__file__).parents[1] / "data"
@@ -123,8 +123,8 @@ def test_asking_for_experts_changes_no_logits(tiny_moe: Path, golden: Any) -> No
     ids = golden["ids_0"]
     with load(tiny_moe, threads=2) as model:
         found = []
-        for how in (NEVER, BLINDLY, LOOKING):
-            model.weights.model[0]["asking"] = how
+        for how in (PREFETCH_NEVER, PREFETCH_ALWAYS, PREFETCH_IF_ABSENT):
+            model.weights.model[0]["prefetch"] = how
             found.append(model.logits(ids))
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
@@ -137,9 +137,11 @@ def test_all_of_each_chosen_expert_is_asked_for_once(monkeypatch: pytest.MonkeyP
     segments = np.zeros((5, 4), np.int64)
     segments[:, experts.EXPERT] = [2, 2, 3, 7, 7]
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(experts, "ask_for", lambda how, address, size, seen: asked.append((int(address), int(size))))
+    monkeypatch.setattr(
+        experts, "prefetch_pages", lambda how, address, size, seen: asked.append((int(address), int(size)))
+    )
     for n in range(12):
-        experts.ask_for_matrix.py_func(BLINDLY, layer, segments, 5, n, np.empty(4, np.float32))
+        experts.prefetch_matrix.py_func(PREFETCH_ALWAYS, layer, segments, 5, n, np.empty(4, np.float32))
     assert asked == [(1000 + 300 * e, 200) for e in (2, 3, 7)] + [(1200 + 300 * e, 100) for e in (2, 3, 7)]
 
 

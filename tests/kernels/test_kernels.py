@@ -16,13 +16,13 @@ from numba import njit
 from quantized import int8_blocks
 from units import unpack
 
+from npqwen.kernels.barrier import MEMBERS
 from npqwen.kernels.matmul import matmul, matmul_kernels, piece_floats, scratch_floats, take_rows
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, silu_times
 from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
-from npqwen.team import MEMBERS
 
 BITS = (4, 8, 16)
 TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)

@@ -1,0 +1,52 @@
+"""Angles of the rotary position embedding, with YaRN where the config asks for it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.format.config import Config
+
+_AHEAD = 64
+"""Positions computed together: decoding asks for them one by one."""
+
+
+class Rope:
+    """cos and sin for any position (Su et al. 2021; YaRN: Peng et al. 2023), rounded as transformers rounds them."""
+
+    def __init__(self, config: Config) -> None:
+        half = config.head_dim // 2
+        self.scale = np.float32(1.0)
+        frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float32) * np.float32(2 / config.head_dim))
+        yarn = config.yarn
+        if yarn is not None:
+            low, high = (
+                config.head_dim
+                * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi))
+                / (2 * math.log(config.rope_theta))
+                for turns in (yarn.beta_fast, yarn.beta_slow)
+            )
+            if yarn.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, config.head_dim - 1)
+            ramp = np.clip((np.arange(half) - low) / max(high - low, 0.001), 0, 1)
+            frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
+            factor = yarn.attention_factor
+            if factor is None:
+                factor = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+            self.scale = np.float32(factor)
+        self.frequency = frequency.astype(np.float32)
+        self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self._compute(0, _AHEAD)
+
+    def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin of positions start to start + count: (count, head_dim / 2) each."""
+        first, cos, sin = self._tables
+        if not first <= start <= start + count <= first + len(cos):
+            self._tables = first, cos, sin = start, *self._compute(start, max(count, _AHEAD))
+        return cos[start - first : start - first + count], sin[start - first : start - first + count]
+
+    def _compute(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        angles = np.arange(start, start + count, dtype=np.float32)[:, None] * self.frequency
+        return np.cos(angles) * self.scale, np.sin(angles) * self.scale

@@ -1,0 +1,1 @@
+"""What a converted model is on disk: encodings, layout, safetensors headers, config.  Shared with npqwen_quant."""

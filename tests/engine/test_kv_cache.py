@@ -1,0 +1,148 @@
+"""Forks of a cache: what is shared, what is copied, and that none ever changes another."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from npqwen.engine.kv_cache import KVCache
+from npqwen.errors import OptionError, OutOfMemoryError
+from npqwen.kernels.attention import PAGE
+from npqwen.model import Model, load
+
+IDS = np.random.default_rng(5).integers(0, 4096, 2000)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[[int], Path]) -> Iterator[Model]:
+    with load(tiny(4), threads=2) as loaded:
+        yield loaded
+
+
+SMALL: Any = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=16)
+
+
+def positions(cache: KVCache) -> np.ndarray:
+    """What stands at each position: the first coordinate of its value."""
+    pages = cache.pages(cache.length)
+    if not pages:
+        return np.zeros(0, np.float32)
+    return np.concatenate([page[0, 1, 0].reshape(-1, 16)[:, 0] for page in pages])[: cache.length]
+
+
+def append(cache: KVCache, marks: list[int]) -> None:
+    """What a forward pass does: reserve, write at the addresses, advance."""
+    cache.reserve(len(marks))
+    for mark in marks:
+        memory = ctypes.c_float * (cache.page_bytes // 4)
+        page = np.ctypeslib.as_array(memory.from_address(int(cache.addresses[cache.length // PAGE])))
+        page = page.reshape(cache.page_shape)
+        page[0, 1, 0].reshape(-1, 16)[cache.length % PAGE] = mark
+        page[0, 0, 0].reshape(-1, 16, 16)[cache.length % PAGE // 16, :, cache.length % 16] = mark
+        cache.length += 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_family_of_forks_is_as_good_as_copies(seed: int) -> None:
+    """Append, cut, fork and drop at random; each cache must hold what was put into it, and only that."""
+    rng = random.Random(seed)
+    family: list[tuple[KVCache, list[int]]] = [(KVCache(SMALL, 5 * PAGE, np.float32), [])]
+    for step in range(300):
+        chosen = rng.randrange(len(family))
+        cache, held = family[chosen]
+        move = rng.random()
+        if move < 0.45:
+            marks = [step] * rng.choice([1, 1, 7, 100, 256, 300])
+            if len(held) + len(marks) <= cache.limit:
+                append(cache, marks)
+                held += marks
+        elif move < 0.7:
+            border = rng.choice([len(held), len(held) // PAGE * PAGE, rng.randrange(len(held) + 1)])
+            cache.truncate(border)
+            del held[border:]
+        elif move < 0.9 and len(family) < 6:
+            length = rng.choice([None, len(held), rng.randrange(len(held) + 1)])
+            family.append((cache.fork(length), held[:length] if length is not None else held.copy()))
+        elif len(family) > 1:
+            del family[chosen], cache
+        for cache, held in family:
+            assert cache.length == len(held)
+            assert np.array_equal(positions(cache), np.array(held, np.float32))
+
+
+def test_full_pages_are_shared_and_the_last_is_copied(model: Model) -> None:
+    cache = model.new_cache()
+    model.prefill(IDS[: 2 * PAGE + 9], cache)
+    before = cache.addresses.copy()
+    fork = cache.fork()
+    assert fork.length == cache.length
+    assert np.array_equal(cache.addresses, before)
+    assert (fork.addresses[:3] == cache.addresses[:3]).tolist() == [True, True, False]
+    expected = model.forward([5], model_cache(model, IDS[: 2 * PAGE + 9]))
+    assert np.array_equal(model.forward([5], fork), expected)
+    assert np.array_equal(model.forward([5], cache), expected)
+    assert np.array_equal(cache.addresses, before)  # the original never moved
+    exact = cache.fork(PAGE)
+    assert exact.addresses[0] == cache.addresses[0]
+    assert exact.nbytes == exact.page_bytes
+    assert cache.fork(0).nbytes == 0
+
+
+def model_cache(model: Model, ids: np.ndarray) -> KVCache:
+    cache = model.new_cache()
+    model.prefill(ids, cache)
+    return cache
+
+
+def test_a_shared_page_that_is_cut_and_written_again_is_copied_first(model: Model) -> None:
+    cache = model_cache(model, IDS[:600])
+    fork = cache.fork()
+    rows = model.forward([7], cache.fork())
+    fork.truncate(100)
+    other = model.prefill(IDS[1000:1400], fork)
+    assert np.array_equal(model.forward([7], cache.fork()), rows)
+    fresh = model_cache(model, IDS[:100])
+    assert np.array_equal(model.prefill(IDS[1000:1400], fresh), other)
+    # And the other way round.
+    cache.truncate(10)
+    model.prefill(IDS[700:1300], cache)
+    fork.truncate(100)
+    assert np.array_equal(model.prefill(IDS[1000:1400], fork), other)
+
+
+def test_a_fork_outlives_the_original(model: Model) -> None:
+    cache = model_cache(model, IDS[:300])
+    fork = cache.fork(290)
+    del cache
+    expected = model.forward([3], model_cache(model, IDS[:290]))
+    assert np.array_equal(model.forward([3], fork), expected)
+
+
+def test_impossible_forks(model: Model) -> None:
+    cache = model_cache(model, IDS[:10])
+    for length in (-1, 11):
+        with pytest.raises(OptionError, match=f"cannot fork the first {length} tokens of a cache of 10"):
+            cache.fork(length)
+
+
+def test_a_fork_that_memory_cannot_hold_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = model_cache(model, IDS[: PAGE + 10])
+    full = cache.fork(PAGE)
+    monkeypatch.setattr("npqwen.engine.kv_cache.available_memory", lambda: 0)
+    assert cache.fork(PAGE).length == PAGE  # needs none
+    with pytest.raises(OutOfMemoryError):
+        cache.fork()
+    full.truncate(5)
+    with pytest.raises(OutOfMemoryError):  # a copy of a page that it shares
+        model.forward([1], full)
+    assert full.length == 5
+    monkeypatch.undo()
+    expected = model.forward([1], model_cache(model, IDS[:5]))
+    assert np.array_equal(model.forward([1], full), expected)

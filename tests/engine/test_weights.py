@@ -1,0 +1,315 @@
+"""Converted directories: one built by hand is read and right, damaged ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import make_config, write_checkpoint
+from converted import MATRICES, tensors, write_model, write_safetensors
+from quantized import QuantizedReference
+
+from npqwen import CheckpointError, FormatError
+from npqwen.commands import cli
+from npqwen.engine.weights import Weights
+from npqwen.format.config import Config
+from npqwen.model import load
+
+IDS = np.random.default_rng(0).integers(0, 200, 40)
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def values(bits: int = 4) -> dict[str, np.ndarray]:
+    return tensors(make_config(), dict.fromkeys(MATRICES, bits))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A good model: 2 layers, tied embedding, int4."""
+    return write_model(tmp_path / "model", make_config(), values(), 4)
+
+
+def check(directory: Path, tolerance: float = 0.05) -> None:
+    """The engine's logits are the oracle's."""
+    oracle = QuantizedReference.from_directory(directory)
+    expected = oracle.logits(IDS)
+    with load(directory, threads=2) as loaded:
+        assert np.abs(loaded.logits(IDS) - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.05), (8, 0.05), (16, 2e-5)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_made_by_hand(tmp_path: Path, bits: int, tolerance: float, tied: bool) -> None:
+    config = make_config(tie_word_embeddings=tied)
+    path = write_model(tmp_path / "model", config, tensors(config, dict.fromkeys(MATRICES, bits)), bits)
+    check(path, tolerance)
+
+
+def test_matrices_of_different_encodings(tmp_path: Path) -> None:
+    config = make_config(tie_word_embeddings=False)
+    bits = dict(zip(MATRICES, (8, 4, 16, 8, 4, 16), strict=True))
+    check(write_model(tmp_path / "model", config, tensors(config, bits), 4))
+
+
+def test_a_weight_is_where_the_format_says(tmp_path: Path) -> None:
+    """Of one bf16 embedding, byte by byte: the 16-bit element 16 * c + r is row r, column c."""
+    config = make_config(num_hidden_layers=1, hidden_size=64, vocab_size=32)
+    made = tensors(config, dict.fromkeys(MATRICES, 16))
+    for name, value in made.items():
+        if "proj" in name:
+            value[:] = 0  # Only the embedding and the last norm are left.
+    embedding = np.random.default_rng(1).standard_normal((32, 64)).astype(np.float32)
+    units = bytearray(2 * 2048)
+    for row in range(32):
+        for column in range(64):
+            top_half = struct.pack("<f", embedding[row, column])[2:]
+            at = 2048 * (row // 16) + 2 * (16 * column + row % 16)
+            units[at : at + 2] = top_half
+            embedding[row, column] = struct.unpack("<f", b"\0\0" + top_half)[0]
+    made["model.embed_tokens.weight"] = np.frombuffer(units, np.uint8).reshape(2, 1, 2048)
+    norm = made["model.norm.weight"] = np.linspace(0.5, 2, 64, dtype=np.float32)
+    expected = embedding / np.sqrt((embedding**2).mean(1, keepdims=True) + 1e-6) * norm @ embedding.T
+    with load(write_model(tmp_path / "model", config, made, 16), threads=1) as loaded:
+        assert np.allclose(loaded.logits(range(32)), expected, atol=1e-4)
+
+
+def test_shards(model: Path) -> None:
+    whole = values()
+    names = list(whole)
+    weight_map = {}
+    for number, part in enumerate((names[:5], names[5:6], names[6:]), 1):
+        file = f"model-{number:05d}-of-00003.safetensors"
+        write_safetensors(model / file, {name: whole[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    (model / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    check(model)
+    (model / "model-00002-of-00003.safetensors").unlink()
+    refused(model, r"model-00002-of-00003\.safetensors is missing, model.safetensors.index.json names it")
+
+
+def test_extra_tensors_and_metadata_do_no_harm(model: Path) -> None:
+    made = {**values(), "model.layers.0.extra": np.zeros(16, np.float32)}
+    metadata = {"format": "npqwen", "format_version": "1", "note": "by hand"}
+    write_safetensors(model / "model.safetensors", made, __metadata__=metadata)
+    check(model)
+
+
+def refused(directory: Path, message: str) -> None:
+    """Refused in one line that matches, by the reader of weights and by the loader."""
+    with pytest.raises((FormatError, CheckpointError), match=message) as error:
+        Weights(directory, Config.from_directory(directory))
+    assert "\n" not in str(error.value)
+    with pytest.raises(type(error.value), match=message):
+        load(directory)
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the header of model.safetensors and leave the data."""
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header = change(header) or header
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def entry(name: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        header[name] |= changes
+
+    return change
+
+
+def drop(name: str, key: str | None = None) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        del (header if key is None else header[name])[name if key is None else key]
+
+    return change
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "missing tensor": (drop(QKV), rf"{QKV} is missing"),
+    "missing vector": (drop(NORM), rf"{NORM} is missing"),
+    "wrong number of rows": (
+        entry(QKV, shape=[15, 2, 576], data_offsets=[0, 15 * 2 * 576]),
+        f"tensor {QKV} is U8",
+    ),
+    "wrong number of columns": (
+        entry(QKV, shape=[16, 1, 576], data_offsets=[0, 9216]),
+        f"tensor {QKV} is U8",
+    ),
+    "unknown unit": (entry(QKV, shape=[16, 2, 640], data_offsets=[0, 20480]), f"tensor {QKV} is U8"),
+    "two dimensions": (entry(QKV, shape=[16, 1152], data_offsets=[0, 18432]), f"tensor {QKV} is U8"),
+    "a matrix as floats": (entry(QKV, dtype="F32", shape=[16, 2, 144]), f"tensor {QKV} is F32"),
+    "a vector as bytes": (entry(NORM, dtype="U8", shape=[320]), f"tensor {NORM} is U8"),
+    "a longer vector": (entry(NORM, shape=[96], data_offsets=[0, 384]), f"tensor {NORM} is F32"),
+    "foreign dtype": (entry(NORM, dtype="BF16", shape=[160]), "BF16"),
+    "no dtype": (drop(NORM, "dtype"), f"the entry of tensor {NORM} is damaged"),
+    "no offsets": (drop(NORM, "data_offsets"), f"the entry of tensor {NORM} is damaged"),
+    "offsets that are words": (entry(NORM, data_offsets=["a", "b"]), f"tensor {NORM}"),
+    "three offsets": (entry(NORM, data_offsets=[0, 1, 2]), f"tensor {NORM}"),
+    "infinite offset": (entry(NORM, data_offsets=[0, float("inf")]), f"tensor {NORM}"),
+    "infinite shape": (entry(NORM, shape=[float("inf")]), f"tensor {NORM}"),
+    "half an offset": (entry(NORM, data_offsets=[0.5, 320.5]), f"tensor {NORM}"),
+    "no shape": (entry(NORM, shape=None), f"tensor {NORM}"),
+    "negative shape": (entry(NORM, shape=[-80]), f"tensor {NORM}"),
+    "two negative sizes": (entry(NORM, shape=[-8, -10]), f"tensor {NORM}"),
+    "empty tensor": (entry(NORM, shape=[0], data_offsets=[0, 0]), f"tensor {NORM}"),
+    "huge shape": (entry(NORM, shape=[2**62, 2**62]), f"tensor {NORM}"),
+    "size and shape disagree": (entry(NORM, shape=[64]), f"tensor {NORM} has impossible sizes"),
+    "negative offsets": (entry(NORM, data_offsets=[-320, 0]), f"tensor {NORM}"),
+    "backward offsets": (entry(NORM, data_offsets=[320, 0]), f"tensor {NORM}"),
+    "past the end": (entry(NORM, data_offsets=[2**40, 2**40 + 320]), f"tensor {NORM}"),
+    "misaligned": (entry(NORM, data_offsets=[4, 324]), f"tensor {NORM} is not aligned to 64 bytes"),
+    "an entry that is a list": (lambda h: h | {NORM: [1]}, f"the entry of tensor {NORM} is damaged"),
+    "an entry that is null": (lambda h: h | {NORM: None}, f"the entry of tensor {NORM} is damaged"),
+    "a list": (lambda h: b"[1, 2]", "the header is damaged"),
+    "no JSON": (lambda h: b"{'a': 1}", "the header is damaged"),
+    "no UTF-8": (lambda h: b"\xff\xfe{}", "the header is damaged"),
+    "deep nesting": (lambda h: b"[" * 200_000, "the header is damaged"),
+    "a long number": (lambda h: b'{"a": ' + b"9" * 5000 + b"}", "model.safetensors"),
+    "foreign file": (lambda h: h | {"__metadata__": {"format": "pt"}}, "was not made by npqwen"),
+    "no metadata": (drop("__metadata__"), "was not made by npqwen"),
+    "metadata of another kind": (lambda h: h | {"__metadata__": "npqwen"}, "was not made by npqwen"),
+    "empty header": (lambda h: b"{}", "was not made by npqwen"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lying_headers(model: Path, lie: str) -> None:
+    change, message = LIES[lie]
+    edit(model, change)
+    refused(model, message)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 4000, -1, -64, -5000])
+def test_truncated_files(model: Path, keep: int) -> None:
+    path = model / "model.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:keep])
+    refused(model, r"model\.safetensors.*(truncated|damaged|no safetensors)")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**32, 10**8 + 1])
+def test_impossible_header_lengths(model: Path, length: int) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    refused(model, "truncated or no safetensors file")
+
+
+def test_other_files_in_its_place(model: Path) -> None:
+    path = model / "model.safetensors"
+    for content in (b"", b"GGUF" + bytes(1000), b"\x80\x02" * 500, bytes(64)):
+        path.write_bytes(content)
+        refused(model, r"model\.safetensors")
+    path.unlink()
+    refused(model, r"model\.safetensors is missing")
+    path.mkdir()
+    refused(model, r"model\.safetensors")
+
+
+def configured(directory: Path, **changes: Any) -> None:
+    """Change config.json; None removes a key."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def quantization(**changes: Any) -> dict[str, Any]:
+    made = {"quant_method": "npqwen", "format_version": 1, "bits": 4, "created_by": "a test"} | changes
+    return {"quantization_config": {key: value for key, value in made.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (quantization(format_version=2), "format version 2, this npqwen reads 1; upgrade npqwen"),
+        (quantization(format_version=None), "format version None"),
+        (quantization(format_version="1"), "format version '1'"),
+        (quantization(bits=None), "bits"),
+        (quantization(bits=5), "bits"),
+        (quantization(bits="4"), "bits"),
+        (quantization(quant_method="gptq"), "not a converted model"),
+        ({"quantization_config": None}, "not a converted model"),
+        ({"quantization_config": [1]}, "not a converted model"),
+        ({"hidden_size": 200}, r"tensor model\.embed_tokens\.weight is U8"),
+        ({"vocab_size": 300}, r"tensor model\.embed_tokens\.weight is U8"),
+        ({"intermediate_size": 300}, "tensor model.layers.0.mlp.gate_up_proj.weight is U8"),
+        ({"num_attention_heads": 8}, f"tensor {QKV.replace('1', '0')} is U8"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 2**31}, r"model\.layers\.2|num_hidden_layers"),
+        ({"tie_word_embeddings": False}, r"lm_head.weight is missing; .* again \(with --force\)"),
+        ({"rope_parameters": [1]}, "rope_parameters is"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": "x"}}, "attention_factor is 'x'"),
+        ({"rope_theta": 10**400}, "rope_theta is"),
+        ({"head_dim": 24}, "head_dim 24"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+    ],
+)
+def test_configs_that_do_not_fit(model: Path, changes: dict[str, Any], message: str) -> None:
+    configured(model, **changes)
+    refused(model, message)
+
+
+def test_a_checkpoint_is_no_converted_model(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint")
+    refused(tmp_path / "checkpoint", "is not a converted model; make one with: npqwen convert")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        "[]",
+        "no JSON",
+        '{"weight_map": {"a": "../../b.safetensors"}}',
+    ],
+)
+def test_damaged_indexes(model: Path, index: str) -> None:
+    (model / "model.safetensors.index.json").write_text(index)
+    refused(model, r"model\.safetensors\.index\.json")
+
+
+def test_a_tensor_in_two_shards(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model / "b.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(model, "is in another file too")
+
+
+@pytest.mark.parametrize("command", [["generate", "{}", "hello"], ["info", "{}"], ["bench", "{}"]])
+def test_the_command_line_ends_in_one_line(
+    model: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(model, drop(QKV))
+    with pytest.raises(SystemExit) as exit:
+        cli.main([word.format(model) for word in command])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.startswith("npqwen: error: ")
+    assert QKV in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{", "[]", '{"model_type": "qwen3", "hidden_size": ' + "9" * 5000 + "}", "\udcff"]
+)
+def test_damaged_configs(model: Path, text: str) -> None:
+    (model / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(model, r"config\.json")

@@ -1,0 +1,44 @@
+"""`config.json`'s two styles of rope_theta, and one that YaRN cannot compute with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from checkpoints import make_config
+
+from npqwen import CheckpointError
+from npqwen.format.config import Config
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+DEFAULT = {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "theta"),
+    [
+        ({"rope_theta": 2e6}, 2e6),
+        ({"rope_parameters": {**DEFAULT, "rope_theta": 5e6}}, 5e6),
+        ({"rope_theta": None, "rope_parameters": {**DEFAULT, "rope_theta": 5e6}}, 5e6),
+        ({"rope_theta": 2e6, "rope_parameters": {**DEFAULT, "rope_theta": 5e6}}, 5e6),
+        ({"rope_theta": 2e6, "rope_parameters": {**DEFAULT, "rope_theta": None}}, 2e6),
+        ({"rope_theta": 2e6, "rope_parameters": DEFAULT}, 2e6),
+        ({"rope_theta": 2e6, "rope_parameters": None}, 2e6),
+    ],
+)
+def test_rope_theta_is_that_of_rope_parameters_if_it_has_one(raw: dict[str, Any], theta: float) -> None:
+    assert Config.from_dict(make_config(rope_theta=None) | raw).rope_theta == theta
+
+
+@pytest.mark.parametrize("raw", [{}, {"rope_theta": None}, {"rope_parameters": DEFAULT}])
+def test_rope_theta_is_never_guessed(raw: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="rope_theta is missing"):
+        Config.from_dict(make_config(rope_theta=None) | raw)
+
+
+@pytest.mark.parametrize("theta", [1, 0.5])
+def test_yarn_needs_a_rope_theta_of_more_than_1(theta: float) -> None:
+    raw = make_config(rope_theta=theta)
+    assert Config.from_dict(raw).rope_theta == theta
+    with pytest.raises(CheckpointError, match=rf"rope_theta is {theta}; with YaRN it must be more than 1"):
+        Config.from_dict(raw | {"rope_scaling": YARN})

@@ -1,0 +1,249 @@
+"""Compiled kernels on disk: kept, found again, told apart, and done without where that cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import npqwen
+from npqwen.kernels.compiled import FUNCTIONS, address_of, kernel_directory
+from npqwen.model import load
+
+# A small kernel that shares the package's helpers, compiled as models' are.
+SMALL = """
+import sys
+import numpy as np
+from npqwen.reports.bandwidth import read
+from npqwen.kernels.compiled import compile_kernel, kernel_directory, reporting
+from npqwen.engine.team import Team
+calls = []
+team = Team(1)
+data, sums = np.ones(100_096, np.float32), np.zeros(64, np.float32)
+with reporting(lambda done, total: calls.append((done, total))):
+    compile_kernel(read, (team.state, 0, data, sums))
+team.run(read, data, sums)
+assert sums.sum() == 100_096, sums
+print(kernel_directory())
+print(*calls)
+"""
+# One of the functions that conversion compiles.
+QUANTIZE = """
+import numpy as np
+from npqwen_quant.blocks import _to_f16
+half = np.empty(3, np.int32)
+_to_f16(np.array([1, -2, 0.5], np.float32), half)
+assert half.tolist() == [0x3C00, 0x4000, 0x3800], half
+print(sum(_to_f16.stats.cache_hits.values()))
+"""
+LOAD = """
+import sys
+from pathlib import Path
+from npqwen.model import load
+calls = []
+with load(Path(sys.argv[1]), threads=1, on_compile=lambda done, total: calls.append((done, total))) as model:
+    model.logits([1, 2, 3])
+print(calls)
+"""
+
+
+def start(code: str, *args: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    pipe, env = subprocess.PIPE, {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env)
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    """The lines of a process that ends well and without a word on stderr."""
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    return out.splitlines()
+
+
+def small(cache: Path) -> tuple[Path, list[tuple[int, int]]]:
+    """Where the small kernel is kept, and what was told of its compilation."""
+    directory, calls = finish(start(SMALL, NPQWEN_CACHE=str(cache)))
+    return Path(directory), [(int(done), int(of)) for done, of in re.findall(r"\((\d+), (\d+)\)", calls)]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the small kernel."""
+    cache = tmp_path_factory.mktemp("filled") / "not" / "there" / "yet"
+    directory, calls = small(cache)
+    assert directory.parent == cache / "kernels"
+    assert len(list(directory.iterdir())) == 2  # numba's index and code
+    assert calls[0] == (0, FUNCTIONS)
+    assert calls[-1] == (FUNCTIONS, FUNCTIONS)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    return cache
+
+
+@pytest.fixture
+def cache(filled: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
+def test_a_second_process_compiles_nothing(cache: Path) -> None:
+    assert small(cache)[1] == []
+
+
+def test_a_second_process_loads_a_model_without_compiling(tiny: Callable[[int], Path]) -> None:
+    with load(tiny(4), threads=1):
+        pass
+    assert finish(start(LOAD, tiny(4))) == ["[]"]
+
+
+def test_what_names_the_kernels_directory(tmp_path: Path) -> None:
+    """Each kernel's source, the versions and the processor: any change, and others' code is not run."""
+    copy = Path(shutil.copytree(Path(npqwen.__file__).parent, tmp_path / "npqwen"))
+    code = (
+        "from npqwen.kernels.compiled import kernel_directory as d; import npqwen; print(npqwen.__file__, d().name)"
+    )
+
+    def name(**environment: str) -> str:
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        (line,) = finish(start(code, cwd=tmp_path, PYTHONPATH=path, **environment))
+        file, name = line.split()
+        assert Path(file).is_relative_to(tmp_path)
+        return name
+
+    assert name() == kernel_directory().name
+    names = {name()}
+    changed = ["engine/forward.py", "kernels/barrier.py", "kernels/norm.py", "simd/scalar.py"]
+    for source in changed:
+        with open(copy / source, "a", encoding="utf-8") as file:
+            file.write("\n# changed\n")
+        names.add(name())
+    assert len(names) == len(changed) + 1
+    (copy / "kernels" / "new.py").write_text("")
+    names.add(name())
+    names.add(name(NPQWEN_ISA="portable"))
+    names.add(name(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
+    assert len(names) >= len(changed) + 3  # a machine may have no other instruction set than the portable one
+    with open(copy / "cli.py", "a", encoding="utf-8") as file:
+        file.write("\n# no kernel\n")
+    assert name() in names
+
+
+def unwritable(tmp_path: Path) -> Path:
+    """A cache directory that nobody, not even root, can make: its parent is a file."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "cache"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    cache = unwritable(tmp_path)
+    for _ in range(2):
+        assert small(cache)[1][-1] == (FUNCTIONS, FUNCTIONS)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_is_read(cache: Path, tmp_path: Path) -> None:
+    directory = next((cache / "kernels").iterdir())
+    try:
+        directory.chmod(0o555)
+        assert small(cache)[1] == []
+        for file in list(directory.iterdir()):
+            directory.chmod(0o755)
+            file.unlink()
+            directory.chmod(0o555)
+        assert small(cache)[1] != []
+    finally:
+        directory.chmod(0o755)
+
+
+@pytest.mark.parametrize("locator", ["InTreeCacheLocator", "UserWideCacheLocator", "NoSuchLocator"])
+def test_numbas_setting_for_other_places_does_not_move_kernels(cache: Path, locator: str) -> None:
+    directory, calls = finish(start(SMALL, NPQWEN_CACHE=str(cache), NUMBA_CACHE_LOCATOR_CLASSES=locator))
+    assert (Path(directory).parent, calls) == (cache / "kernels", "")
+
+
+def damage(directory: Path, pattern: str, how: str) -> None:
+    (file,) = directory.glob(pattern)
+    good = file.read_bytes()
+    bad = {
+        "empty": b"",
+        "short": good[: len(good) // 2],
+        "other": b"no pickle at all" * 100,
+        "random": good[:100] + np.random.default_rng(0).bytes(len(good) - 100),
+    }
+    file.write_bytes(bad[how])
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("how", ["empty", "short", "other", "random"])
+def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, how: str) -> None:
+    damage(next((cache / "kernels").iterdir()), pattern, how)
+    assert small(cache)[1] != []
+    assert small(cache)[1] == []
+
+
+def test_a_damaged_entry_of_the_converters_is_compiled_anew(tmp_path: Path) -> None:
+    def hits() -> list[str]:
+        return finish(start(QUANTIZE, NUMBA_CACHE_DIR=str(tmp_path)))
+
+    assert (hits(), hits()) == (["0"], ["1"])
+    (directory,) = tmp_path.iterdir()
+    for pattern in ("*.nbi", "*.nbc"):
+        for how in ("empty", "random"):
+            damage(directory, pattern, how)
+            assert (hits(), hits()) == (["0"], ["1"])
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    both = [start(SMALL, NPQWEN_CACHE=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        assert len(finish(process)) == 2
+    assert small(tmp_path)[1] == []
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path]) -> None:
+    """Their linker tells functions by name, types and a number that starts anew in every process.
+
+    Where the number alone tells two of ours apart, code that two processes compiled does not fit together.
+    """
+    for bits in (4, 16):
+        with load(tiny(bits), threads=1):
+            pass
+    code = [file.read_bytes() for file in kernel_directory().glob("forward.*.nbc")]
+    assert len(code) >= 2  # with a cache of float16 and of float32; mixtures of experts, if others ran before
+    for whole in code:
+        numbers = defaultdict(set)
+        for symbol in re.findall(rb"_ZN6npqwen[\w.]+", whole):
+            name, number, rest = re.split(rb"B\d+(v\d+)B", symbol, maxsplit=1)
+            numbers[name, rest].add(number)
+        assert len(numbers) > 20
+        assert [name for name, found in numbers.items() if len(found) > 1] == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
+    """Numba compiles with functions that LLVM calls back; what they raise ends there."""
+    ignored = []
+
+    @ctypes.CFUNCTYPE(None)
+    def callback() -> None:
+        raise error
+
+    kernel = SimpleNamespace(address=None, compile=callback, __wrapped__=None)
+    hook = ignored.append
+    with mock.patch("npqwen.kernels.compiled.KernelCache"), mock.patch.object(sys, "unraisablehook", hook):
+        # This kernel has no address.
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else TypeError):
+            address_of(kernel)
+        assert sys.unraisablehook is hook
+    assert [found.exc_type for found in ignored] == ([] if error is KeyboardInterrupt else [error])

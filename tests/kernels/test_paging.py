@@ -1,0 +1,212 @@
+"""Requests for pages of mapped files, on systems with pages of 4 to 64 KiB: a Raspberry Pi 5 and Macs have 16."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import pytest
+from converted import small_model
+from numba import njit
+
+from npqwen.engine.weights import Weights
+from npqwen.format.config import Config
+from npqwen.kernels import compiled, paging
+from npqwen.model import Model
+
+
+def _note(name: str, function: Any, *types: Any) -> Any:
+    """Have kernels compiled from now on call `function` for one of the system's; keep what this returns."""
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_ssize_t, ctypes.c_size_t, *types)(function)
+    llvmlite.binding.add_symbol(f"npqwen_{name}", ctypes.cast(callback, ctypes.c_void_p).value or 0)
+    return callback
+
+
+@pytest.fixture
+def asked() -> Iterator[list[tuple[int, int, int]]]:
+    """A system that notes (address, size, advice) of every request, and reads nothing."""
+    calls: list[tuple[int, int, int]] = []
+
+    def note(address: int, size: int, advice: int) -> int:
+        calls.append((address, size, advice))
+        return 0
+
+    callback = _note("madvise", note, ctypes.c_int)
+    yield calls
+    del callback
+    llvmlite.binding.add_symbol("npqwen_madvise", paging._address("madvise"))
+
+
+@pytest.fixture
+def in_memory() -> Iterator[set[int]]:
+    """A system that has these addresses' pages in memory; at an address of 0 it refuses to tell."""
+    pages: set[int] = set()
+
+    def tell(address: int, size: int, seen: int) -> int:
+        if 0 in pages:
+            return -1
+        for i in range(-(-size // paging._PAGE)):
+            # The other bits mean nothing.
+            ctypes.c_uint8.from_address(seen + i).value = 254 | (address + i * paging._PAGE in pages)
+        return 0
+
+    callback = _note("mincore", tell, ctypes.c_ssize_t)
+    yield pages
+    del callback
+    llvmlite.binding.add_symbol("npqwen_mincore", paging._address("mincore"))
+
+
+def _compiled() -> Any:
+    """prefetch_pages, compiled with the constants and the system of this test."""
+    return njit(nogil=True)(paging.prefetch_pages.py_func)
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_a_request_starts_at_a_page(
+    page: int, asked: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """madvise refuses any other address; the range asked for holds all that is wanted, and no page more."""
+    monkeypatch.setattr(paging, "_PAGE", page)
+    prefetch_pages = _compiled()
+    base = 1 << 40
+    for address, size in ((base, 1), (base + 64, page), (base + page - 64, 128), (base + 5 * page + 576, 30 * page)):
+        prefetch_pages(paging.PREFETCH_ALWAYS, address, size, np.empty(4, np.uint8))
+        start = address // page * page
+        for at, count, advice in asked:
+            assert at == start
+            assert count <= 1 << 17  # The least that a disk takes at once.
+            assert advice == paging._WILLNEED
+            start += count
+        assert start == address + size
+        asked.clear()
+
+
+@pytest.mark.parametrize("room", [3, 8, 100])
+def test_only_what_is_missing_is_asked_for(
+    room: int, asked: list[tuple[int, int, int]], in_memory: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... however few pages the system is asked about at a time."""
+    monkeypatch.setattr(paging, "_PAGE", 4096)
+    prefetch_pages, base = _compiled(), 1 << 40
+    pages = np.random.default_rng(0).random(300) < 0.5
+    pages[100:200] = False
+    in_memory.update(base + 4096 * i for i in np.flatnonzero(pages).tolist())
+    prefetch_pages(paging.PREFETCH_IF_ABSENT, base + 5000, 290 * 4096, np.empty(room, np.uint8))
+    read = {(at - base) // 4096 + i for at, size, _ in asked for i in range(-(-size // 4096))}
+    assert read == set(range(1, 292)) - set(np.flatnonzero(pages).tolist())
+    assert all(size <= 1 << 17 for _, size, _ in asked)
+    asked.clear()
+    in_memory.update(base + 4096 * i for i in range(300))
+    prefetch_pages(paging.PREFETCH_IF_ABSENT, base + 5000, 290 * 4096, np.empty(room, np.uint8))
+    assert not asked
+    in_memory.add(0)
+    prefetch_pages(paging.PREFETCH_IF_ABSENT, base + 5000, 290 * 4096, np.empty(room, np.uint8))
+    assert sum(size for _, size, _ in asked) == 290 * 4096 + 5000 - 4096
+
+
+def test_looking_takes_a_file_that_one_owns_or_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells nobody else which of its pages are in memory."""
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid, raising=False)
+    assert paging.prefetch_policy([path], short=False) == paging.PREFETCH_IF_ABSENT
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1, raising=False)
+    assert paging.prefetch_policy([path], short=False) == paging.PREFETCH_IF_ABSENT
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert paging.prefetch_policy([path], short=True) == paging.PREFETCH_ALWAYS
+    assert paging.prefetch_policy([path], short=False) == paging.PREFETCH_NEVER
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert paging.prefetch_policy([path], short=True) == paging.PREFETCH_ALWAYS
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert paging.prefetch_policy([path], short=True) == paging.PREFETCH_NEVER
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="this system takes no such requests")
+@pytest.mark.parametrize("how", [paging.PREFETCH_ALWAYS, paging.PREFETCH_IF_ABSENT])
+def test_the_system_takes_the_request(tmp_path: Path, how: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10 * mmap.PAGESIZE))
+    with path.open("rb") as file:
+        mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    address = mapped.ctypes.data
+    assert address % mmap.PAGESIZE == 0
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert madvise(address + mmap.PAGESIZE, mmap.PAGESIZE + 1, paging._WILLNEED) == 0
+    paging.prefetch_pages(how, address + mmap.PAGESIZE + 64, 2 * mmap.PAGESIZE, np.empty(4, np.uint8))
+
+
+def test_kernels_are_compiled_again_for_another_size_of_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Raspberry Pi 5 can be started with either of two: the size is a constant in the machine code."""
+    found = set()
+    for page in (4096, 16384):
+        monkeypatch.setattr(compiled.mmap, "PAGESIZE", page)
+        found.add(compiled.kernel_directory.__wrapped__())
+    assert len(found) == 2
+
+
+def test_files_are_mapped_from_their_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An offset would have to be a multiple of the page's size, of Windows' 64 KiB even."""
+    path = small_model(tmp_path / "model", 4)
+    offsets = []
+    real = mmap.mmap
+
+    def mapped(fileno: int, length: int, *, access: int, offset: int = 0) -> mmap.mmap:
+        offsets.append(offset)
+        return real(fileno, length, access=access, offset=offset)
+
+    monkeypatch.setattr("npqwen.engine.weights.mmap.mmap", mapped)
+    weights = Weights(path, Config.from_directory(path))
+    assert offsets == [0]
+    assert all(tensor.data.ctypes.data % 64 == 0 for tensor in weights.tensors.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are Linux'")
+@pytest.mark.parametrize("fits", [True, False])
+def test_files_that_fit_are_read_in_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    path = small_model(tmp_path / "model", 4)
+    size = (path / "model.safetensors").stat().st_size
+    monkeypatch.setattr("npqwen.model.available_memory", lambda: (2 * size if fits else size))
+    monkeypatch.setattr("npqwen.model.Budget.check", lambda *_: None)
+    with Model(path, threads=1):
+        maps = Path("/proc/self/smaps").read_text().split(f"{path}/model.safetensors", 1)[1]
+    flags = re.search(r"VmFlags:(.*)", maps)
+    assert flags is not None
+    asked = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert ("hg" in flags[1].split()) == (fits and asked)
+
+
+SMAPS = """\
+7f0000000000-7f0000400000 r--s 00000000 fe:00 17                         {0}/a model.safetensors
+Rss:                4096 kB
+FilePmdMapped:      2048 kB
+VmFlags: rd mr me ms hg
+7f0000400000-7f0000800000 r--s 00000000 fe:00 18                         {0}/other.safetensors
+FilePmdMapped:      4096 kB
+7f0000800000-7f0000c00000 r--s 00400000 fe:00 17                         {0}/a model.safetensors
+FilePmdMapped:      4096 kB
+7f0000c00000-7f0000d00000 rw-p 00000000 00:00 0
+FilePmdMapped:         0 kB
+"""
+
+
+def test_what_lies_in_large_pages(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    smaps = tmp_path / "proc/self/smaps"
+    path = tmp_path / "a model.safetensors"
+    assert paging.huge_page_bytes([path], tmp_path) is None
+    smaps.write_text(SMAPS.format(tmp_path.resolve()))
+    assert paging.huge_page_bytes([path], tmp_path) == 6 << 20
+    assert paging.huge_page_bytes([path, tmp_path / "other.safetensors"], tmp_path) == 10 << 20
+    assert paging.huge_page_bytes([tmp_path / "third"], tmp_path) is None
+    smaps.write_text("\n")
+    assert paging.huge_page_bytes([path], tmp_path) is None

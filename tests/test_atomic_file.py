@@ -1,0 +1,91 @@
+"""Files that are whole or not there: what is replaced, what is refused, and what is left of a write that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from npqwen.atomic_file import new_file
+from npqwen.errors import OutputError
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="links, permissions and devices of POSIX")
+
+
+def test_the_name_appears_with_the_last_byte(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with new_file(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+    with new_file(path) as file:
+        file.write(b"other")
+        assert path.read_bytes() == b"one"
+    assert path.read_bytes() == b"other"
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "file does not fit: no room is left"),
+        (OSError(errno.EIO, "Input/output error"), OutputError, "file cannot be written: Input/output error"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OutputError("ours"), OutputError, "ours"),
+    ],
+)
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, raised: BaseException, seen: type[BaseException], message: str | None
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    def fail() -> None:
+        with new_file(tmp_path / "file") as file:
+            file.write(b"new")
+            raise raised
+
+    with pytest.raises(seen, match=message):
+        fail()
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_places_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path, message in [
+        (tmp_path, "is a directory; give the name of a file"),
+        (tmp_path / "file" / "x", "x cannot be written"),
+        (tmp_path / ("x" * 300), "cannot be written"),
+        (Path(os.devnull), "is no file that can be replaced|cannot be written"),
+    ]:
+        with pytest.raises(OutputError, match=message), new_file(path):
+            pytest.fail("opened")
+
+
+@posix
+def test_a_link_stays_one_and_permissions_stay(tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere" / "file"
+    file.parent.mkdir()
+    file.write_bytes(b"old")
+    file.chmod(0o600)
+    (tmp_path / "link").symlink_to(file)
+    with new_file(tmp_path / "link") as written:
+        written.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert file.read_bytes() == b"new"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (".file.partial-a", ".file.partial-b", ".x.partial-a"))
+    for file in (old, new, other):
+        file.write_bytes(b"x")
+    for file in (old, other):
+        os.utime(file, (time.time() - 4000,) * 2)
+    with new_file(tmp_path / "file"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".file.partial-b", ".x.partial-a", "file"]

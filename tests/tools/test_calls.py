@@ -1,0 +1,116 @@
+"""Values that a model writes without their types, and the type that the tool's schema gives them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from npqwen.chat.messages import checked
+from npqwen.tools.calls import ToolCall, read_calls, typed
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "expected"),
+    [
+        ("5", {"type": "string"}, "5"),
+        (" a ", {"type": "string"}, " a "),
+        ("5", {"type": "integer"}, 5),
+        (" -5\n", {"type": "integer"}, -5),
+        ("5.0", {"type": "integer"}, 5),
+        ("5.5", {"type": "integer"}, "5.5"),
+        ("five", {"type": "integer"}, "five"),
+        ("", {"type": "integer"}, ""),
+        ("True", {"type": "integer"}, "True"),
+        ("2.5e3", {"type": "number"}, 2500.0),
+        ("7", {"type": "number"}, 7),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("1e999", {"type": "number"}, "1e999"),
+        ("9" * 5000, {"type": "integer"}, "9" * 5000),
+        ("true", {"type": "boolean"}, True),
+        ("False", {"type": "boolean"}, False),
+        ("yes", {"type": "boolean"}, "yes"),
+        ("1", {"type": "boolean"}, "1"),
+        ("null", {"type": ["string", "null"]}, None),
+        ("None", {"type": "integer", "nullable": True}, None),
+        ("null", {"type": "string"}, "null"),
+        ('["a", 1]', {"type": "array"}, ["a", 1]),
+        ("['a', True, None]", {"type": "array"}, ["a", True, None]),
+        ("('a', 1)", {"type": "array"}, ["a", 1]),
+        ("[1", {"type": "array"}, "[1"),
+        ('{"a": "b & c"}', {"type": "object"}, {"a": "b & c"}),
+        ("[1]", {"type": "object"}, "[1]"),
+        ("{1}", {"type": "object"}, "{1}"),
+        ("'\\d'", {"type": "object"}, "'\\d'"),
+        ("[" * 100_000, {"type": "array"}, "[" * 100_000),
+        ("__import__('os')", {"type": "object"}, "__import__('os')"),
+        ("2", {"enum": [1, 2]}, 2),
+        ("b", {"enum": ["a", "b"]}, "b"),
+        ("None", {"enum": ["a", None]}, None),
+        ("c", {"enum": ["a", "b"]}, "c"),
+        ("5", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, 5),
+        ("x", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "x"),
+        ("5", {}, 5),
+        ("five", {}, "five"),
+        ("5", True, "5"),
+        ("5", {"type": 3}, 5),
+    ],
+)
+def test_a_value_takes_its_schemas_type_or_stays_as_it_was_written(value: str, schema: Any, expected: Any) -> None:
+    found = typed(value, schema)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> None:
+    block = "<function={}>\n<parameter=days>\n3\n</parameter>\n<parameter=other>\n4\n</parameter>\n</function>"
+    schemas = {"f": {"properties": {"days": {"type": "integer"}}}, "broken": {"properties": [1]}}
+    assert read_calls(block.format("f"), schemas) == ([ToolCall("f", {"days": 3, "other": "4"})], "")
+    for name in ("g", "broken"):
+        assert read_calls(block.format(name), schemas) == ([ToolCall(name, {"days": "3", "other": "4"})], "")
+
+
+@pytest.mark.parametrize("levels", [101, 700, 5_000, 100_000])
+def test_what_is_nested_without_end_is_no_call(levels: int) -> None:
+    deep = "[" * levels + "]" * levels
+    for block in (
+        "[" * levels,
+        deep,
+        f'{{"name": "f", "arguments": {{"a": {deep}}}}}',
+        f'{{"name": "f", "arguments": {{"a": {"[" * levels}',
+        json.dumps({"name": "f", "arguments": f'{{"a": {deep}}}'}),
+    ):
+        assert read_calls(block, {}) == ([], block)
+    assert typed(deep, {"type": "array"}) == deep
+
+
+def test_a_call_may_be_nested_and_its_message_fits_a_prompt() -> None:
+    deep = "[" * 98 + "]" * 98
+    ((call,), rest) = read_calls(f'{{"name": "f", "arguments": {{"a": {deep}}}}}', {})
+    assert (call.arguments, rest) == ({"a": json.loads(deep)}, "")
+    message = {"role": "assistant", "content": "", "tool_calls": [call.as_message()]}
+    assert checked([message]) == [message]
+
+
+def test_a_call_as_a_message_is_the_form_that_templates_read() -> None:
+    call = ToolCall("f", {"a": 1}, "call_3")
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert call.as_message() == {"id": "call_3", "type": "function", "function": function}
+    assert ToolCall("f", {"a": 1}).as_message() == {"type": "function", "function": function}
+
+
+def test_a_call_that_is_changed_leaves_its_message_as_it_was() -> None:
+    call = ToolCall("f", {"a": [2, 1]})
+    message = call.as_message()
+    call.arguments["a"].sort()
+    assert message["function"]["arguments"] == {"a": [2, 1]}
+
+
+def test_half_a_surrogate_pair_is_replaced_because_no_file_or_prompt_can_hold_it() -> None:
+    plain = r'{"name": "f\ud83d", "arguments": {"a\udc00": ["x\ud83d y", "\ud83d\ude00"]}}'
+    assert read_calls(plain, {}) == ([ToolCall("f?", {"a?": ["x? y", "😀"]})], "")
+    in_a_string = r'{"name": "f", "arguments": "{\"a\": \"\\ud83d\"}"}'
+    assert read_calls(in_a_string, {}) == ([ToolCall("f", {"a": "?"})], "")
+    assert typed(r'["\ud83d"]', {"type": "array"}) == ["?"]
+    assert typed(r"['\ud83d']", {"type": "array"}) == ["?"]
