@@ -61,6 +61,10 @@ def test_logits() -> None:
     assert "Warning" not in one_token.stderr
 
 
+def test_qwen3_in_numpy() -> None:
+    assert run("qwen3_in_numpy.py").stdout == "river (noun): a large natural stream of water (larger than a creek).\n"
+
+
 def test_threads() -> None:
     lines = run("threads.py", str(EXAMPLES / "tiny-qwen3"), "river", "winter").stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["river", "winter"]
