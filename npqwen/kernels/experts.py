@@ -40,20 +40,28 @@ def most_slots(tokens: int, experts: int, chosen: int) -> int:
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
-    """Choose experts.size experts of the largest softmax(scores): their numbers and probabilities.
+    """Choose experts.size distinct experts of the largest softmax(scores): their numbers and probabilities.
 
-    scores: float32, overwritten.  Of equals the first is taken.  normalize: divide by the sum of the chosen
-    (config key norm_topk_prob).
+    scores: float32, at least as many as experts, overwritten. Of equal scores the first is chosen. normalize: divide by
+    the sum of the chosen probabilities (config key norm_topk_prob). Scores that have no softmax (NaN, +inf, -inf alone)
+    choose the first experts with weights of NaN, which end as NaN logits.
     """
-    peak = scores[0]
+    row_max = scores[0]
+    defined = True
     for i in range(scores.size):
-        peak = max(peak, scores[i])
+        row_max = max(row_max, scores[i])
+        defined &= scores[i] < np.inf  # false for NaN
+    if not (defined and row_max > -np.inf):
+        for n in range(experts.size):
+            experts[n], weights[n] = n, np.float32(np.nan)
+        return
     total = np.float32(0.0)
     for i in range(scores.size):
-        scores[i] = exp(scores[i] - peak)
+        scores[i] = exp(scores[i] - row_max)
         total += scores[i]
     taken = np.float32(0.0)
     for n in range(experts.size):
+        # Probabilities are at least 0, those already taken -1: no expert is chosen twice.
         best = 0
         for i in range(1, scores.size):
             if scores[i] > scores[best]:
@@ -184,16 +192,16 @@ def take_piece(team: Any, matrix: Any, made: int, multiple: int, most: int) -> A
 
 @njit(nogil=True)
 def _run(
-    kernels: Any, layer: Any, matrix: Any, segment: Any, x_at: int, first: int, last: int, out_at: int, stride: int,
-    scratch: Any,
+    kernels: Any, layer: Any, matrix: Any, segment: Any, tiles: int, x_at: int, first: int, last: int, out_at: int,
+    stride: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """The kernel for some groups of rows of a segment's expert and all of its tokens."""
-    expert, _, count, width = segment
+    """The kernel for some groups of rows of a segment's expert and some of its tiles of tokens."""
+    expert, _, _, width = segment
     run_at(
         kernels[matrix.bits // 8, width],
         (
-            matrix.address + expert * layer.expert_bytes, matrix.cols // UNIT_COLS, first, last, x_at,
-            whole_tiles(count, width) // width, out_at, stride, 0, scratch.ctypes.data,
+            matrix.address + expert * layer.expert_bytes, matrix.cols // UNIT_COLS, first, last, x_at, tiles, out_at,
+            stride, 0, scratch.ctypes.data,
         ),
     )  # fmt: skip
 
@@ -223,13 +231,20 @@ def project_gated_slots(
         rows = ROWS * (last - first)
         # Kernels count rows from the matrix's first.
         place = piece.ctypes.data - piece.itemsize * ROWS * first
-        _run(kernels, layer, matrix, segments[s], x.ctypes.data + slot * size, first, last, place, rows, scratch)
+        # All of the segment's tokens unless it has more than the pass, which no routing may make it have.
+        fitting = piece.size // rows // width * width
         # After the last rows come zeros up to whole units of columns.
         product = scratch[: cols - ROWS * first // 2 if ROWS * last == matrix.rows else rows // 2]
-        product[rows // 2 :] = np.float32(0.0)
-        for t in range(whole_tiles(count, width)):
-            silu_times(piece[t * rows : (t + 1) * rows], product)
-            pack_part(product, ROWS * first // 2, cols, t, width, bits, gated[slot * gated_size :])
+        padded = whole_tiles(count, width)
+        for start in range(0, padded, fitting):
+            batch = min(fitting, padded - start)
+            x_at = x.ctypes.data + (slot + start) * size
+            _run(kernels, layer, matrix, segments[s], batch // width, x_at, first, last, place, rows, scratch)
+            # The kernel may have used scratch.
+            product[rows // 2 :] = np.float32(0.0)
+            for t in range(batch):
+                silu_times(piece[t * rows : (t + 1) * rows], product)
+                pack_part(product, ROWS * first // 2, cols, start + t, width, bits, gated[slot * gated_size :])
 
 
 @njit(nogil=True)
@@ -245,10 +260,11 @@ def multiply_slots(
             return
         if how != PREFETCH_NEVER and first == 0:
             prefetch_matrix(how, layer, segments, made, made + s + AHEAD, scratch)
-        slot = segments[s, SLOT]
+        _, slot, count, width = segments[s]
+        tiles = whole_tiles(count, width) // width
         place = out.ctypes.data + slot * out.itemsize * out.shape[1]
         x_at = gated.ctypes.data + slot * size
-        _run(kernels, layer, matrix, segments[s], x_at, first, last, place, out.shape[1], scratch)
+        _run(kernels, layer, matrix, segments[s], tiles, x_at, first, last, place, out.shape[1], scratch)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import make_config, shapes, write_checkpoint
+from checkpoints import make_config, random_tensors, shapes, write_checkpoint
+from converted import random_units
+from kernel_calls import together
 from npqwen_quant import convert
 from reference import ReferenceModel
 
+from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
 from npqwen.engine.forward import LAYER
+from npqwen.errors import FormatError
 from npqwen.hardware import machine
 from npqwen.kernels import experts
+from npqwen.kernels.matmul import matmul_kernels, piece_floats, scratch_floats
+from npqwen.kernels.packing import WIDEST, pack, packed_bytes
 from npqwen.kernels.paging import PREFETCH_ALWAYS, PREFETCH_IF_ABSENT, PREFETCH_NEVER
 from npqwen.model import load
 from npqwen.reports import info
@@ -165,6 +171,90 @@ def test_of_equal_experts_the_first_is_taken() -> None:
     experts.route(np.array([1, 3, 3, 3], np.float32), True, found, weights)
     assert found.tolist() == [1, 2]
     np.testing.assert_allclose(weights, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 8])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [np.nan] * 8,
+        [0, 1, np.nan, 3, 4, 5, 6, 7],
+        [np.nan, 1, 2, 3, 4, 5, 6, 7],
+        [np.inf] * 8,
+        [0, 1, 2, np.inf, 4, 5, 6, 7],
+        [-np.inf] * 8,
+        [np.inf, -np.inf, np.nan, 0, 0, 0, 0, 0],
+        [0.0] * 8,
+        [3.4e38, -3.4e38, 0, 0, 0, 0, 0, 0],
+        [-np.inf, -np.inf, 1, 2, 3, 4, 5, 6],
+    ],
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_no_expert_is_chosen_twice_whatever_the_scores(scores: list[float], chosen: int, normalize: bool) -> None:
+    found, weights = np.full(chosen, -1, np.int64), np.empty(chosen, np.float32)
+    experts.route(np.array(scores, np.float32), normalize, found, weights)
+    assert len(set(found.tolist())) == chosen
+    assert all(0 <= expert < 8 for expert in found)
+    largest = max(scores)
+    has_softmax = not any(np.isnan(scores)) and np.isfinite(largest)
+    assert np.isfinite(weights).all() if has_softmax else np.isnan(weights).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_router_weights_that_overflow_end_as_an_error(
+    tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite bf16 weights of 3.39e38 make scores of infinity and NaN: nothing is written past the threads' buffers."""
+    behind: list[np.ndarray] = []
+
+    def guarded(size: int) -> np.ndarray:
+        raw = np.zeros(size + (1 << 20) + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        raw[start + size :] = 77
+        behind.append(raw[start + size :])
+        return raw[start : start + size]
+
+    monkeypatch.setattr(buffers, "_bytes", guarded)
+    config = make_config(vocab_size=4130, max_position_embeddings=1024, **(MOE | {"num_experts_per_tok": 8}))
+    weights = random_tensors(config)
+    largest = np.array(0x7F7F0000, np.uint32).view(np.float32)
+    weights["model.layers.0.mlp.gate.weight"][:] = largest
+    write_checkpoint(tmp_path / "in", config, weights, tokenizer=True)
+    convert(tmp_path / "in", tmp_path / "out", bits=bits)
+    ids = np.random.default_rng(0).integers(0, 4096, 512)
+    with load(tmp_path / "out", threads=1) as model:
+        model.prefill(ids, model.new_cache())
+        assert behind
+        assert all((tail == 77).all() for tail in behind)
+        with pytest.raises(FormatError, match="damaged weights"):
+            model.generate("once upon a time " * 100, max_tokens=3)
+
+
+def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
+    """Results are bounded by the buffer, not by what the segments say."""
+    rng = np.random.default_rng(0)
+    units = random_units(8, np.ones(64, bool), 64, rng)
+    layer = np.zeros(1, LAYER)[0]
+    layer["gate_up_proj"]["address"] = units.ctypes.data
+    for name, bits, rows, cols in (("gate_up_proj", 8, 64, 64), ("down_proj", 8, 16, 64)):
+        layer[name]["bits"], layer[name]["rows"], layer[name]["cols"] = bits, rows, cols
+    kernels, tokens = matmul_kernels([8]), 3 * 1024
+    x = np.zeros(packed_bytes(tokens, 64), np.uint8)
+    for t in range(tokens):
+        pack(rng.standard_normal(64).astype(np.float32), t, WIDEST, 8, x)
+    segments = np.array([[0, 0, tokens, WIDEST]])
+    found = []
+    for told in (16, tokens):  # what the pass is said to have
+        room = np.full(piece_floats(told, 4) + 4096 * 64, 77, np.float32)
+        local = room[: piece_floats(told, 4)]
+        gated = np.zeros(packed_bytes(tokens, 64), np.uint8)
+        scratch = np.zeros(max(scratch_floats(64, 4), 64), np.float32)
+        args = (kernels, layer, PREFETCH_NEVER, segments, 1, told, x, local, scratch, gated)
+        together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
+        assert (room[len(local) :] == 77).all()
+        found.append(gated)
+    np.testing.assert_array_equal(*found)
+    assert found[0].any()
 
 
 @pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 8, 2), (5, 4, 3), (64, 128, 8), (300, 3, 1)])
