@@ -56,7 +56,7 @@ class Reciter:
         self.context = context
         self.path = TINY
         self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=context)
-        self.generation = GenerationConfig(frozenset({EOS}), THINKING)
+        self.generation_config = GenerationConfig(frozenset({EOS}), THINKING)
         self.prompts: list[str] = []
         self.prompt_ids: list[list[int]] = []
         self.read: list[int] = []

@@ -58,7 +58,7 @@ class ReferenceModel:
 
             self.path = path
             self.tokenizer = Tokenizer.from_directory(path)
-            self.generation = GenerationConfig.from_directory(path)
+            self.generation_config = GenerationConfig.from_directory(path)
 
     @classmethod
     def from_directory(cls, path: Path, context: int | None = None) -> ReferenceModel:

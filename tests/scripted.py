@@ -27,7 +27,7 @@ class Scripted:
         self.context = context
         self.path = TINY
         self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=2048)
-        self.generation = GenerationConfig(frozenset({4098}), Sampling(temperature=0))
+        self.generation_config = GenerationConfig(frozenset({4098}), Sampling(temperature=0))
         self.calls: list[int] = []
         self.seen: list[int] = []
 

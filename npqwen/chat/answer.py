@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.reply import END_THINK, Piece, Reasoning, ReplyParser, Text
@@ -24,7 +25,6 @@ from npqwen.tools.toolbox import ToolResult, error_text
 if TYPE_CHECKING:
     from npqwen.generation.logprobs import TokenLogprobs
     from npqwen.generation.stream import Stream
-    from npqwen.model import Model
 
 GREEDY = "greedy sampling while thinking lets Qwen3 repeat itself without end; a temperature of 0.6 is advised"
 
@@ -82,7 +82,7 @@ class ChatStream(Iterator[Event]):
 
     def __init__(
         self,
-        model: Model,
+        model: ChatModel,
         session: Session,
         messages: Sequence[Message],
         options: ChatOptions,
@@ -166,7 +166,7 @@ class ChatStream(Iterator[Event]):
 
     def _with_defaults(self) -> dict[str, Any]:
         """Options of generation: the caller's, and those that follow from the mode."""
-        own, given = self._model.generation.sampling, self._options.generation
+        own, given = self._model.generation_config.sampling, self._options.generation
         template = self._options.template_options.get("template")
         kind = self._model.chat_template.thinking(template, self._options.tools is not None)
         thinking = thinks(kind, self._options.thinking, self.past)
@@ -341,7 +341,7 @@ def _calls_within() -> int:
 
 
 def stream_chat(
-    model: Model,
+    model: ChatModel,
     messages: str | Sequence[Mapping[str, Any]],
     *,
     session: Session | None = None,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.errors import OptionError
 from npqwen.generation.generate import check_options
 from npqwen.generation.stream import stop_strings
 from npqwen.tools.toolbox import Tool, as_tools
-
-if TYPE_CHECKING:
-    from npqwen.model import Model
 
 MAX_STEPS = 8
 """Answers in a row that may call tools."""
@@ -62,7 +60,7 @@ class ChatOptions:
         check_options("-", **{name: value for name, value in given.items() if name not in ("progress", "watch")})
         return cls(known, thinking, bool(run_tools), max_steps, dict(template_options or {}), generation)
 
-    def prompter(self, model: Model) -> Prompter:
+    def prompter(self, model: ChatModel) -> Prompter:
         """What makes prompts with these options."""
         return Prompter(model, self.tools, self.thinking, self.template_options)
 

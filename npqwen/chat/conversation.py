@@ -8,18 +8,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from npqwen.atomic_file import new_file
 from npqwen.chat.answer import ChatStream, Reply
+from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
 from npqwen.errors import FormatError, NpqwenError, OptionError
 from npqwen.generation.session import Session
-
-if TYPE_CHECKING:
-    from npqwen.model import Model
 
 FORMAT, VERSION = "npqwen-conversation", 1
 
@@ -39,7 +37,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: Model,
+        model: ChatModel,
         system: str | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] = (),
@@ -192,7 +190,7 @@ class Conversation:
                 _cache_of(path).unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, model: Model, path: str | os.PathLike[str], **options: Any) -> Conversation:
+    def load(cls, model: ChatModel, path: str | os.PathLike[str], **options: Any) -> Conversation:
         """Read what `save` wrote, with options as for a new conversation; `thinking` is the saved one if not given.
 
         What was computed is taken over if it is there, whole and this model's; if not, the next turn computes it.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.messages import Message
 from npqwen.tokenizer import Tokenizer
 from npqwen.tools.toolbox import Tool
-
-if TYPE_CHECKING:
-    from npqwen.model import Model
 
 
 class Prompter:
@@ -24,7 +22,11 @@ class Prompter:
     """
 
     def __init__(
-        self, model: Model, tools: Mapping[str, Tool] | None, thinking: bool | None, template_options: Mapping[str, Any]
+        self,
+        model: ChatModel,
+        tools: Mapping[str, Tool] | None,
+        thinking: bool | None,
+        template_options: Mapping[str, Any],
     ) -> None:
         self._model = model
         self._schemas = None if tools is None else [tool.schema for tool in tools.values()]

@@ -15,25 +15,25 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file
+from npqwen.engine.kv_cache import KVCache
 from npqwen.errors import ContextLengthError, FormatError, OutputError
 from npqwen.kernels.attention import PAGE, TILE
-
-if TYPE_CHECKING:
-    from npqwen.engine.kv_cache import KVCache
-    from npqwen.model import Model
 
 FORMAT, VERSION = "npqwen-cache", "1"
 
 
-def save(path: Path, model: Model, cache: KVCache, ids: list[int]) -> None:
-    """Write `ids` and what the cache holds of them, one for each of its tokens."""
-    header = _header(cache, len(ids), model.fingerprint)
+def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
+    """Write `ids` and their keys and values; ids: one for each token in the cache. fingerprint: the model's.
+
+    Raises OutputError if the file cannot be written.
+    """
+    header = _header(cache, len(ids), fingerprint)
     size = len(header) + sum(_bytes(entry) for name, entry in json.loads(header[8:]).items() if name != "__metadata__")
     with new_file(path) as file:
         free = shutil.disk_usage(os.path.dirname(file.name)).free
@@ -45,16 +45,22 @@ def save(path: Path, model: Model, cache: KVCache, ids: list[int]) -> None:
             file.write(page.reshape(-1).view(np.uint8).data)
 
 
-def load(path: Path, model: Model) -> tuple[KVCache, list[int]]:
-    """A cache with all that the file holds, and the ids it stands for."""
+def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
+    """Fill an empty cache of the model with this fingerprint; returns the ids whose keys and values it then holds.
+
+    Raises FormatError for a file that is damaged, no snapshot or another model's, ContextLengthError if it holds more
+    tokens than the cache may.
+    """
     try:
         with open(path, "rb") as file:
-            return _read(path, file, os.fstat(file.fileno()).st_size, model)
+            return _read(path, file, os.fstat(file.fileno()).st_size, cache, fingerprint, vocab_size)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read(path: Path, file: BinaryIO, size: int, model: Model) -> tuple[KVCache, list[int]]:
+def _read(
+    path: Path, file: BinaryIO, size: int, cache: KVCache, fingerprint: str, vocab_size: int
+) -> list[int]:
     head = file.read(8)
     length = int.from_bytes(head, "little")
     damaged = FormatError(f"{path} is truncated or no snapshot of a session; save it again")
@@ -73,25 +79,24 @@ def _read(path: Path, file: BinaryIO, size: int, model: Model) -> tuple[KVCache,
         raise FormatError(f"{path} is no snapshot of a session")
     if version != VERSION:
         raise FormatError(f"{path} has format version {version!r}, this npqwen reads {VERSION}; upgrade npqwen")
-    cache = model.new_cache()
     if dtype in ("F16", "F32") and dtype != _dtype(cache):
         raise FormatError(f"{path} holds keys and values in {dtype}, this model's are {_dtype(cache)}")
-    if origin != model.fingerprint:
+    if origin != fingerprint:
         raise FormatError(f"{path} was saved from another model, or from other weights: start a new session")
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
         raise damaged
-    if count > model.context:
+    if count > cache.limit:
         raise ContextLengthError(
-            f"{path} holds {count} tokens, the context is {model.context}; load the model with a longer context"
+            f"{path} holds {count} tokens, the context is {cache.limit}; load the model with a longer context"
         )
     # With so many tokens of this model, only one header is right.
-    if head + text != _header(cache, count, model.fingerprint):
+    if head + text != _header(cache, count, fingerprint):
         raise damaged
     rest = size - 8 - length
     if rest != sum(_bytes(entry) for name, entry in header.items() if name != "__metadata__"):
         raise damaged
     ids = np.frombuffer(file.read(4 * count), "<i4")
-    if ids.size and not 0 <= ids.min() <= ids.max() < model.config.vocab_size:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise damaged
     if count:
         cache.reserve(count)
@@ -101,7 +106,7 @@ def _read(path: Path, file: BinaryIO, size: int, model: Model) -> tuple[KVCache,
             raise damaged
         page[...] = whole
     cache.length = count
-    return cache, ids.tolist()
+    return list(map(int, ids))
 
 
 def _header(cache: KVCache, count: int, fingerprint: str) -> bytes:

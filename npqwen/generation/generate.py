@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
 from npqwen.errors import OptionError
 from npqwen.generation.completion import Completion
+from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.loop_guard import LoopGuard
 from npqwen.generation.sampler import LogitsProcessor, Sampling
 from npqwen.generation.stream import Stream, check_limits, stop_strings, watches
 
-if TYPE_CHECKING:
-    from npqwen.model import Model
 
-
-def stream(model: Model, prompt: str, **options: Any) -> Stream:
+def stream(model: LanguageModel, prompt: str, **options: Any) -> Stream:
     """Generate from raw text (no chat template); the prompt is not part of the result.
 
     max_tokens: at most so many tokens (None: until eos, or until the context is full).
@@ -31,7 +29,7 @@ def stream(model: Model, prompt: str, **options: Any) -> Stream:
     loop_guard: True, or a `LoopGuard` with other thresholds: a thought that repeats itself is ended, a text that
     does so finishes with "loop".
     progress(done, total): called as the prompt is read. The other options are `Sampling`'s fields; those left
-    out, or None, are the checkpoint's own (`model.generation.sampling`).
+    out, or None, are the checkpoint's own (`model.generation_config.sampling`).
 
     Raises OptionError for an empty prompt, an unknown option or one out of range, ContextLengthError for a
     prompt that does not fit the context.
@@ -42,14 +40,16 @@ def stream(model: Model, prompt: str, **options: Any) -> Stream:
 
 
 @overload
-def generate(model: Model, prompt: str, *, n: None = None, **options: Any) -> Completion: ...
+def generate(model: LanguageModel, prompt: str, *, n: None = None, **options: Any) -> Completion: ...
 
 
 @overload
-def generate(model: Model, prompt: str, *, n: int, **options: Any) -> list[Completion]: ...
+def generate(model: LanguageModel, prompt: str, *, n: int, **options: Any) -> list[Completion]: ...
 
 
-def generate(model: Model, prompt: str, *, n: int | None = None, **options: Any) -> Completion | list[Completion]:
+def generate(
+    model: LanguageModel, prompt: str, *, n: int | None = None, **options: Any
+) -> Completion | list[Completion]:
     """`stream`, run to its end.
 
     n: a list of so many completions of the prompt, which is read once. Sample i is drawn with seed + i if a seed

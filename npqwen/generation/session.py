@@ -10,11 +10,11 @@ import numpy as np
 
 from npqwen.engine import snapshot
 from npqwen.errors import OptionError
+from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
-    from npqwen.model import Model
 
 
 class Session:
@@ -27,10 +27,10 @@ class Session:
     key/value heads, many threads and more than 1,000 tokens they differ by float32 rounding.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._start(model, model.new_cache(), [])
 
-    def _start(self, model: Model, cache: KVCache, ids: Sequence[int]) -> None:
+    def _start(self, model: LanguageModel, cache: KVCache, ids: Sequence[int]) -> None:
         self.model = model
         self.cache = cache
         self._ids = [int(id) for id in ids]
@@ -78,17 +78,19 @@ class Session:
 
         The file serves the same model only, on any machine. Raises OutputError if it cannot be written.
         """
-        snapshot.save(Path(path), self.model, self.cache, self.ids)
+        snapshot.save(Path(path), self.cache, self.ids, self.model.fingerprint)
 
     @classmethod
-    def load(cls, model: Model, path: str | Path) -> Session:
+    def load(cls, model: LanguageModel, path: str | Path) -> Session:
         """Read what `save` wrote.
 
         Raises FormatError for a file that is none, is truncated, or was saved from another model, and
         ContextLengthError if it holds more tokens than the model's context.
         """
+        cache = model.new_cache()
+        ids = snapshot.load(Path(path), cache, model.fingerprint, model.config.vocab_size)
         session = cls.__new__(cls)
-        session._start(model, *snapshot.load(Path(path), model))
+        session._start(model, cache, ids)
         return session
 
     def _settle(self) -> list[int]:

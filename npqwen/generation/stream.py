@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion, FinishReason, Usage
+from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.logprobs import TokenLogprobs, token_logprobs
 from npqwen.generation.loop_guard import LoopGuard, LoopWatch
 from npqwen.generation.sampler import LogitsProcessor, Sampler, Sampling
@@ -21,7 +22,6 @@ from npqwen.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
-    from npqwen.model import Model
 
 MOST_LOGPROBS = 1000
 """Likeliest tokens that may be asked for."""
@@ -43,7 +43,7 @@ class Stream(Iterator[str]):
 
     def __init__(
         self,
-        model: Model,
+        model: LanguageModel,
         ids: Sequence[int],
         *,
         max_tokens: int | None = None,
@@ -231,7 +231,7 @@ class Stream(Iterator[str]):
         return piece if self.finish_reason is None else piece + self._rest()
 
     def _text_of(self, id: int) -> str:
-        if id in self._model.generation.eos_ids:
+        if id in self._model.generation_config.eos_ids:
             self.finish_reason = "stop"
             return ""
         if id in self._stop_ids:
@@ -285,9 +285,9 @@ def check_limits(max_tokens: object, top_logprobs: object, logits_processor: obj
         raise OptionError(f"logits_processor is {logits_processor!r}, not a function of ids and logits")
 
 
-def sampling_of(model: Model, changes: Mapping[str, Any]) -> Sampling:
+def sampling_of(model: LanguageModel, changes: Mapping[str, Any]) -> Sampling:
     """The model's own sampling with some options changed; OptionError for what it cannot be run with."""
-    sampling = model.generation.sampling.override(changes)
+    sampling = model.generation_config.sampling.override(changes)
     foreign = next((id for id in sampling.logit_bias if id >= model.config.vocab_size), None)
     if foreign is not None:
         raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
@@ -306,7 +306,7 @@ def stop_strings(stop: str | Iterable[str] | None) -> StopStrings:
     return StopStrings(given)
 
 
-def _room(model: Model, ids: list[int]) -> int:
+def _room(model: LanguageModel, ids: list[int]) -> int:
     """How many tokens may follow the prompt `ids`, which is checked."""
     if not ids:
         raise OptionError("the prompt is empty, and Qwen3 has no token to begin with; give it some text")

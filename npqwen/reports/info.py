@@ -8,12 +8,12 @@ from typing import Any
 
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
+from npqwen.engine.engine import cache_dtype, chunk_size, context_length
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
 from npqwen.errors import OptionError
 from npqwen.format.config import Config
 from npqwen.hardware import machine
-from npqwen.model import cache_dtype, chunk_of, context_of
 from npqwen.simd.isa import ISA, available
 
 PARTS = {
@@ -75,7 +75,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     """
 
     config = Config.from_directory(directory)
-    context = context_of(config, context)
+    context = context_length(config, context)
     weights = Weights(directory, config)
     parts = {
         part: sum(
@@ -87,7 +87,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     threads = machine.default_threads()
     budget = Budget(
         weights=sum(parts.values()),
-        working=Buffers(config, weights, threads, chunk_of(config)).nbytes,
+        working=Buffers(config, weights, threads, chunk_size(config)).nbytes,
         page=KVCache(config, 1, cache_dtype(weights.bits)).page_bytes,
         available=machine.available_memory(),
     )
@@ -205,7 +205,7 @@ def describe(info: Info) -> str:
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         (
             "positions",
-            f"up to {context_of(c, None)}, rope_theta {c.rope_theta:g}{', YaRN' if c.yarn else ''}",
+            f"up to {context_length(c, None)}, rope_theta {c.rope_theta:g}{', YaRN' if c.yarn else ''}",
         ),
         ("encoding", f"{info.bits} bits, {info.bits_per_weight:.2f} bits per weight"),
         *((f"  {part}", size(count)) for part, count in info.parts.items()),

@@ -124,7 +124,7 @@ def _system(talk: Talk, arguments: str) -> None:
 def _set(talk: Talk, arguments: str) -> None:
     name, _, value = arguments.partition(" ")
     if not name:
-        own, kind = talk.model.generation.sampling, talk.model.chat_template.thinking()
+        own, kind = talk.model.generation_config.sampling, talk.model.chat_template.thinking()
         usual = default_sampling(own, kind, thinks(kind, talk.conversation.thinking, talk.conversation.messages))
         talk.terminal.tell(talk.settings.shown(dataclasses.asdict(usual) | {"loop_guard": True}))
     elif not value.strip():
@@ -174,7 +174,7 @@ def _retry(talk: Talk, arguments: str) -> None:
 
     def begin() -> ChatStream:
         stream = talk.conversation.stream_retry(**options)
-        if options.get("temperature", talk.model.generation.sampling.temperature) == 0:
+        if options.get("temperature", talk.model.generation_config.sampling.temperature) == 0:
             talk.terminal.notice(
                 "the temperature is 0: the same answer comes again; /set temperature 0.7 allows others"
             )

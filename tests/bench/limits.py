@@ -180,10 +180,10 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
         inside.append(seconds(lambda: forward(*args)))
 
     run = model._team.run
-    endless = replace(model.generation, eos_ids=frozenset())
+    endless = replace(model.generation_config, eos_ids=frozenset())
     pairs = []
     with (
-        mock.patch.multiple(model, generation=endless),
+        mock.patch.multiple(model, generation_config=endless),
         mock.patch.object(model._team, "run", lambda _, *args, here: run(timed, *args, here=here)),
     ):
         for _ in range(repeat + 1):

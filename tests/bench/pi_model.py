@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from assembly import CORTEX_A76, floating_loop, integer_loop
 
+from npqwen.engine.engine import CHUNK, SPARSE_CHUNK
 from npqwen.kernels.attention import TILE
 from npqwen.kernels.matrix import UNIT_BYTES
-from npqwen.model import CHUNK, SPARSE_CHUNK
 from npqwen.simd.arm import Neon
 
 CORES, HERTZ = 4, 2.4e9

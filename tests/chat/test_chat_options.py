@@ -59,7 +59,7 @@ def test_sampling_follows_the_soft_switch_in_a_message(texts: list[str], expecte
 
 def test_a_file_that_somebody_tuned_is_not_overridden() -> None:
     model = Reciter()
-    object.__setattr__(model.generation, "sampling", npqwen.Sampling(temperature=0.2, top_p=0.95, top_k=20))
+    object.__setattr__(model.generation_config, "sampling", npqwen.Sampling(temperature=0.2, top_p=0.95, top_k=20))
     assert sampling(model, thinking=False) == (0.2, 0.95, 20)
 
 

@@ -96,7 +96,7 @@ def test_the_context_is_a_limit(
     for room in (0, -1, 2049):
         with pytest.raises(ContextLengthError, match=f"a cache for {room} tokens"):
             model.new_cache(room)
-    monkeypatch.setattr("npqwen.model.available_memory", lambda: 0)  # nothing is made room for first
+    monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda: 0)  # nothing is made room for first
     with pytest.raises(ContextLengthError):
         model.logits(np.zeros(2049, np.int64))
     monkeypatch.undo()

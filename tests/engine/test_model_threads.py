@@ -17,8 +17,9 @@ import pytest
 
 from npqwen import ClosedError, OptionError
 from npqwen.engine.budget import Budget
+from npqwen.engine.engine import SHORT_PASS
 from npqwen.engine.team import Team
-from npqwen.model import FEW, Model, load
+from npqwen.model import Model, load
 
 IDS = np.random.default_rng(0).integers(0, 4096, 1200)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
@@ -127,10 +128,10 @@ def test_the_calling_thread_computes_where_that_is_soon_done(
     monkeypatch.setattr(Team, "run", run)
     monkeypatch.setattr(Budget, "check", lambda *_: None)
     for available, here in ((1 << 40, True), (1 << 20, False)):
-        monkeypatch.setattr("npqwen.model.available_memory", lambda available=available: available)
+        monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda available=available: available)
         with load(tiny(4), threads=2) as model:
             cache = model.new_cache()
-            for tokens in (1, FEW, FEW + 1):
+            for tokens in (1, SHORT_PASS, SHORT_PASS + 1):
                 model.prefill(IDS[:tokens], cache)
         assert calls == [here, here, False]
         calls.clear()

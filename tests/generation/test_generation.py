@@ -49,7 +49,7 @@ def test_pieces_make_the_text_and_think_marks_are_text(model: ReferenceModel) ->
 
 
 def test_the_checkpoints_own_sampling_is_the_default(model: ReferenceModel) -> None:
-    assert model.generation.sampling == Sampling(temperature=0.6, top_k=20, top_p=0.95)
+    assert model.generation_config.sampling == Sampling(temperature=0.6, top_k=20, top_p=0.95)
     texts = {model.generate("A river is", seed=seed, max_tokens=8).text for seed in range(6)}
     assert len(texts) > 1
     first, second = (model.generate("A river is", seed=5, max_tokens=8) for _ in range(2))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import npqwen.model
+import npqwen.engine.engine
 from npqwen import OutOfMemoryError
 from npqwen.commands import cli
 from npqwen.engine import kv_cache
@@ -63,17 +63,17 @@ def test_logits_that_memory_cannot_hold_are_refused(
     with load(tiny(4)) as model:
         ids = np.zeros(2000, np.int64)
         size = 4 * 4128 * (2000 + model.chunk)  # a piece's are computed in a place of their own
-        monkeypatch.setattr(npqwen.model, "available_memory", lambda: size - 1 + HEADROOM)
+        monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: size - 1 + HEADROOM)
         with pytest.raises(OutOfMemoryError, match=r"logits of 2000 tokens take 0\.04 GB, .* fewer tokens at a time"):
             model.logits(ids)
         assert model.prefill(ids, model.new_cache()).shape == (4128,)
-        monkeypatch.setattr(npqwen.model, "available_memory", lambda: size + HEADROOM)
+        monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: size + HEADROOM)
         assert model.logits(ids).shape == (2000, 4128)
 
         def refuse(*args: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(npqwen.model.np, "empty", refuse)
+        monkeypatch.setattr(npqwen.engine.engine.np, "empty", refuse)
         with pytest.raises(OutOfMemoryError, match="logits of 2000 tokens"):
             model.logits(ids)
 
@@ -94,9 +94,9 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
     """Nothing is computed or compiled first.  Without a context that was asked for, only what is used counts."""
     with load(tiny(4)) as model:
         page, working = model.new_cache().page_bytes, model._buffers.nbytes
-    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + 3 * page + RESERVED)
+    monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: working + 3 * page + RESERVED)
     with monkeypatch.context() as patch:
-        patch.setattr(npqwen.model, "compile_kernel", None)
+        patch.setattr(npqwen.engine.engine, "compile_kernel", None)
         with pytest.raises(OutOfMemoryError, match=rf"context of {3 * PAGE + 1} tokens .* enough for {3 * PAGE} tok"):
             load(tiny(4), context=3 * PAGE + 1)
     load(tiny(4), context=3 * PAGE).close()
@@ -105,7 +105,7 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
         cli.main(["generate", str(tiny(4)), "A", "--context", "2048"])
     assert stopped.value.code == 2
     assert f"enough for {3 * PAGE} tokens; give a smaller context" in capsys.readouterr().err
-    monkeypatch.setattr(npqwen.model, "available_memory", lambda: working + RESERVED)
+    monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: working + RESERVED)
     with pytest.raises(OutOfMemoryError, match="beside its weights"):
         load(tiny(4))
 

@@ -175,8 +175,8 @@ def test_files_are_mapped_from_their_beginning(tmp_path: Path, monkeypatch: pyte
 def test_files_that_fit_are_read_in_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
     path = small_model(tmp_path / "model", 4)
     size = (path / "model.safetensors").stat().st_size
-    monkeypatch.setattr("npqwen.model.available_memory", lambda: (2 * size if fits else size))
-    monkeypatch.setattr("npqwen.model.Budget.check", lambda *_: None)
+    monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda: (2 * size if fits else size))
+    monkeypatch.setattr("npqwen.engine.engine.Budget.check", lambda *_: None)
     with Model(path, threads=1):
         maps = Path("/proc/self/smaps").read_text().split(f"{path}/model.safetensors", 1)[1]
     flags = re.search(r"VmFlags:(.*)", maps)

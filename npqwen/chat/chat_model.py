@@ -1,0 +1,18 @@
+"""What a chat needs of a model. `npqwen.model.Model` is one; tests bring their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from npqwen.generation.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from npqwen.chat.chat_template import ChatTemplate
+
+
+class ChatModel(LanguageModel, Protocol):
+    """A language model whose checkpoint says how conversations are written."""
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Renders messages as text."""

@@ -1,0 +1,62 @@
+"""What generation needs of a model. `npqwen.model.Model` is one; tests bring their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.format.config import Config
+    from npqwen.generation.generation_config import GenerationConfig
+    from npqwen.tokenizer import Tokenizer
+
+
+class LanguageModel(Protocol):
+    """Runs token ids to logits, and says how its checkpoint encodes text, samples and stops."""
+
+    @property
+    def path(self) -> Path:
+        """The model's directory, for messages."""
+
+    @property
+    def config(self) -> Config:
+        """The dimensions, from config.json."""
+
+    @property
+    def context(self) -> int:
+        """Maximum tokens of a sequence."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """From tokenizer.json."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """From generation_config.json."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for models that compute the same keys and values."""
+
+    def new_cache(self, room: int | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `room` tokens (default: the context)."""
+
+    def forward(
+        self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Run `ids` after the tokens in the cache, and append them to it.
+
+        Returns float32 logits (1, vocab_size) of the last token, or with all_logits (tokens, vocab_size). `out` may
+        receive them.
+        """
+
+    def prefill(
+        self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Run a prompt; float32 logits (vocab_size,) of its last token. progress(done, total) follows it."""
