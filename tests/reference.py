@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import qwen3_in_numpy
 from qwen3_in_numpy import read_safetensors, read_weights, rope_tables
 
-__all__ = ["ReferenceCache", "ReferenceModel", "read_safetensors", "rope_tables"]
+__all__ = ["ReferenceCache", "ReferenceModel", "qwen3_in_numpy", "read_safetensors", "rope_tables"]
 
 
 class ReferenceCache(qwen3_in_numpy.Cache):

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,7 @@ from npqwen.format.config import Config
 from npqwen.model import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference import ReferenceModel
+from reference import ReferenceModel, qwen3_in_numpy
 
 ROWS = 48
 """Live rows at each end of the vocabulary."""
@@ -160,24 +161,27 @@ class Reference(ReferenceModel):
         self.chosen: set[tuple[str, int]] = set()
         self._taken = taken
 
-    def _mixture(self, x: npt.NDArray[np.float32], mlp: str) -> npt.NDArray[np.float32]:
-        mixture = self.config.mixture
+    def forward(self, *args: Any, **options: Any) -> npt.NDArray[np.float32]:
+        with mock.patch.object(qwen3_in_numpy, "mixture_of_experts", self._mixture):
+            return super().forward(*args, **options)
+
+    def _mixture(
+        self, config: Config, weights: Mapping[str, Any], mlp: str, x: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        mixture = config.mixture
         assert mixture is not None
-        scores = x @ self.weights[mlp + "gate.weight"].T
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        order = np.argsort(-weights, axis=1, kind="stable")[:, : mixture.num_experts_per_tok]
-        kept = np.zeros_like(weights)
-        np.put_along_axis(kept, order, np.take_along_axis(weights, order, axis=1), axis=1)
+        router = qwen3_in_numpy.softmax(x @ weights[mlp + "gate.weight"].T)
+        order = np.argsort(-router, axis=1, kind="stable")[:, : mixture.num_experts_per_tok]
+        kept = np.zeros_like(router)
+        np.put_along_axis(kept, order, np.take_along_axis(router, order, axis=1), axis=1)
         if mixture.norm_topk_prob:
             kept /= kept.sum(-1, keepdims=True)
         out = np.zeros_like(x)
         for e in np.flatnonzero(kept.any(axis=0)):
             self.chosen.add((mlp, int(e)))
             tokens = np.flatnonzero(kept[:, e])
-            out[tokens] += kept[tokens, e, None] * self._feed_forward(
-                x[tokens], f"{mlp}experts.{self._taken.get(int(e), e)}."
-            )
+            expert = f"{mlp}experts.{self._taken.get(int(e), e)}."
+            out[tokens] += kept[tokens, e, None] * qwen3_in_numpy.feed_forward(weights, expert, x[tokens])
         return out
 
 

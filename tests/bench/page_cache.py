@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from versus_llama import SETTLE_SECONDS, Child, counts, progress
+from interleave import SETTLE_SECONDS, Child, counts, progress
 
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config

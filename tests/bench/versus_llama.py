@@ -33,15 +33,27 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from interleave import (
+    ENGINE,
+    SETTLE_SECONDS,
+    Child,
+    add_measure_options,
+    context_for,
+    counts,
+    cpu_share,
+    measures,
+    progress,
+    put_out_of_memory,
+    seconds_cell,
+    speed_cell,
+    take_turns,
+)
 
 from npqwen.hardware.machine import available_memory, processor
 
-ENGINE = Path(__file__).with_name("engine.py")
 ROOT = Path(__file__).resolve().parents[2]
 # bits of ours -> the format of llama.cpp with the same bits and block size
 FORMATS = {4: "q4_0", 8: "q8_0", 16: "bf16"}
-# long enough for a finished engine's spinning threads to fall asleep: LLVM's OpenMP lets them spin for 0.2 s
-SETTLE_SECONDS = 0.25
 
 
 @dataclass
@@ -55,69 +67,18 @@ class Result:
     seconds: dict[str, list[float]]
     cpu_seconds: dict[str, list[float]]
 
-    def speeds(self, contender: str) -> list[float]:
-        """Tokens a second in each round."""
-        return [self.tokens / value for value in self.seconds[contender]]
-
     def fastest_llama(self) -> str:
         """The llama.cpp contender with the best median."""
         rivals = [name for name in self.seconds if name != "npqwen"]
         return min(rivals, key=lambda name: median(self.seconds[name]))
 
     def cpu_share(self, contender: str) -> float:
-        """Part of its threads' time that it had a CPU, in the median round: below 1, others took some."""
-        pairs = zip(self.cpu_seconds[contender], self.seconds[contender], strict=True)
-        return median(cpu / (wall * self.threads) for cpu, wall in pairs)
+        """Part of its threads' time that the contender had a CPU."""
+        return cpu_share(self.seconds[contender], self.cpu_seconds[contender], self.threads)
 
     def ratio(self) -> float:
         """npqwen's median speed over llama.cpp's."""
         return median(self.seconds[self.fastest_llama()]) / median(self.seconds["npqwen"])
-
-
-class Child:
-    """An engine in its own process, asked by one JSON line at a time."""
-
-    def __init__(
-        self,
-        kind: str,
-        model: Path,
-        threads: int,
-        context: int,
-        flash: str = "on",
-        mapped: bool = False,
-        launcher: Sequence[str] = (),
-    ) -> None:
-        """mapped: keep llama.cpp from copying weights.  launcher: a command that starts the engine's."""
-        command = [*launcher, sys.executable, str(ENGINE), "serve", kind, str(model)]
-        command += ["--threads", str(threads), "--context", str(context), "--flash", flash]
-        command += ["--mapped"] if mapped else []
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
-        self._name = kind
-        self.pid = self._process.pid
-        self.about = self._answer()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the {self._name} engine ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
 
 
 def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: bool) -> tuple[Path, Path]:
@@ -145,15 +106,6 @@ def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: boo
     return ours, theirs
 
 
-def put_out_of_memory(model: Path) -> None:
-    """Have the next process that opens a model's files read them from the disk; where the system cannot: nothing."""
-    if hasattr(os, "posix_fadvise"):
-        for path in [model] if model.is_file() else model.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 @contextmanager
 def contenders(
     ours: Path, theirs: Path, threads: int, context: int, options: argparse.Namespace
@@ -171,27 +123,13 @@ def contenders(
         yield children
 
 
-def measures(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """Name, tokens, request and smaller warm-up request of each row; ordered to refill caches least."""
-    depth = min(options.depth, default=0)
-    for tokens in sorted(options.prefill):
-        request = {"measure": "prefill", "tokens": tokens}
-        yield f"prefill {tokens}", tokens, request, request | {"tokens": min(tokens, 512)}
-    for at in sorted(options.depth, reverse=True) if options.decode else []:
-        request = {"measure": "decode", "tokens": options.decode, "depth": at}
-        yield f"decode {options.decode} at {at}", options.decode, request, request | {"tokens": 4}
-    for tokens in options.batch:
-        request = {"measure": "batch", "tokens": tokens, "depth": depth, "passes": 16}
-        yield f"one pass of {tokens} at {depth}", tokens, request, request | {"passes": 2}
-
-
 def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
     """Every measurement, and what the engines say of themselves."""
     results: list[Result] = []
     about: dict[str, Any] = {}
     memory: dict[str, int | None] = {}
-    context = max([*options.prefill, *(depth + options.decode for depth in options.depth)], default=0)
-    context = max(context + max(options.batch, default=0), 512)
+    plan = (options.prefill, options.decode, options.depth, options.batch)
+    context = context_for(*plan)
     for bits in options.bits:
         ours, theirs = prepare(options.checkpoint, options.work, bits, options.pure, options.llama_only)
         for threads in options.threads:
@@ -204,17 +142,13 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
                 with contenders(ours, theirs, threads, context, options) as children:
                     for child in children.values():
                         about |= child.about["about"]
-                    for name, tokens, request, warmup in measures(options):
+                    for name, tokens, request, warmup in measures(*plan):
                         result = rows.setdefault(name, new_result(bits, threads, name, tokens, children))
                         for child in children.values():
                             child.ask(**warmup)
-                        for round_number in range(options.repeat):
-                            # every other round backwards: nobody always runs after the same rival
-                            for contender in list(children)[:: -1 if round_number % 2 else 1]:
-                                time.sleep(SETTLE_SECONDS)
-                                answer = children[contender].ask(**request)
-                                result.seconds[contender].append(answer["seconds"])
-                                result.cpu_seconds[contender].append(answer["cpu_seconds"])
+                        for contender, answer in take_turns(children, request, options.repeat):
+                            result.seconds[contender].append(answer["seconds"])
+                            result.cpu_seconds[contender].append(answer["cpu_seconds"])
                         progress(text_row(result))
                     for contender, child in children.items():
                         memory[f"{bits} bits, {contender}"] = child.ask(measure="memory")["bytes"]
@@ -253,9 +187,8 @@ def cell(result: Result, contender: str) -> str:
     """Median and range: tokens a second, or seconds for the start."""
     if contender not in result.seconds:
         return "-"
-    seconds = "start" in result.name
-    values = result.seconds[contender] if seconds else result.speeds(contender)
-    return f"{median(values):.4g} ({min(values):.4g}-{max(values):.4g}){' s' if seconds else ''}"
+    seconds = result.seconds[contender]
+    return seconds_cell(seconds) if "start" in result.name else speed_cell(result.tokens, seconds)
 
 
 def text_row(result: Result) -> str:
@@ -294,29 +227,13 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
     return "\n".join(lines)
 
 
-def progress(line: str) -> None:
-    """A line to whoever watches."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def counts(text: str) -> list[int]:
-    """A comma-separated list of whole numbers; an empty text is none."""
-    return [int(part) for part in text.split(",") if part]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face Qwen3 checkpoint directory")
     parser.add_argument("--work", type=Path, help="keeps the converted models (build/bench/NAME)")
     parser.add_argument("--bits", type=counts, default=[4])
-    parser.add_argument("--threads", type=counts, default=[os.cpu_count() or 1])
-    parser.add_argument("--prefill", type=counts, default=[512], help="prompt lengths")
-    parser.add_argument("--decode", type=int, default=64, help="tokens to decode; 0 for none")
-    parser.add_argument("--depth", type=counts, default=[0], help="tokens already in the cache")
-    parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
+    add_measure_options(parser)
     parser.add_argument("--start", action="store_true", help="also time a process's start to its first token")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds of every measurement")
-    parser.add_argument("--restarts", type=int, default=1, help="times that all this is done anew")
     parser.add_argument("--flash", choices=("both", "on", "off"), default="both", help="llama.cpp's")
     parser.add_argument("--pure", action="store_true", help="llama.cpp's embedding in the same format too")
     parser.add_argument("--llama-only", action="store_true")

@@ -1,0 +1,161 @@
+"""Benchmarks of several contenders that take turns: what versus_llama.py, versus_commit.py and page_cache.py share.
+
+Each contender is loaded in a process of its own (engine.py) and sleeps on its pipe while another is measured, so that a
+machine whose speed drifts slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ENGINE = Path(__file__).with_name("engine.py")
+SETTLE_SECONDS = 0.25
+"""Pause before each measurement: LLVM's OpenMP (llama.cpp) lets idle threads spin for 0.2 s."""
+Measure = tuple[str, int, dict[str, Any], dict[str, Any]]
+"""A row's name, its tokens, the request to an engine, and a smaller request to warm up with."""
+
+
+class Child:
+    """An engine in its own process. Requests and answers are JSON lines."""
+
+    def __init__(
+        self,
+        kind: str,
+        model: Path,
+        threads: int,
+        context: int,
+        flash: str = "on",
+        mapped: bool = False,
+        launcher: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """kind: "npqwen" or "llama". mapped: keep llama.cpp from copying weights. launcher: a command prefix.
+
+        environment: variables to set in addition to this process's.
+        """
+        command = [*launcher, sys.executable, str(ENGINE), "serve", kind, str(model)]
+        command += ["--threads", str(threads), "--context", str(context), "--flash", flash]
+        command += ["--mapped"] if mapped else []
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=None if environment is None else {**os.environ, **environment},
+        )
+        self._name = kind
+        self.pid = self._process.pid
+        self.about = self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the {self._name} engine ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def take_turns(children: Mapping[str, Child], request: Mapping[str, Any], rounds: int) -> Iterator[tuple[str, Any]]:
+    """Every child's answer in every round, by name. Every second round runs backwards."""
+    for number in range(rounds):
+        for name in list(children)[:: -1 if number % 2 else 1]:
+            time.sleep(SETTLE_SECONDS)
+            yield name, children[name].ask(**request)
+
+
+def measures(prefill: Sequence[int], decode: int, depths: Sequence[int], batch: Sequence[int]) -> Iterator[Measure]:
+    """The rows of a benchmark, in the order that refills caches least.
+
+    prefill: prompt lengths. decode: tokens decoded one by one at each depth (0: none). depths: tokens in the cache
+    before. batch: tokens of single passes with all logits, at the least depth.
+    """
+    for tokens in sorted(prefill):
+        request = {"measure": "prefill", "tokens": tokens}
+        yield f"prefill {tokens}", tokens, request, request | {"tokens": min(tokens, 512)}
+    for depth in sorted(depths, reverse=True) if decode else []:
+        request = {"measure": "decode", "tokens": decode, "depth": depth}
+        yield f"decode {decode} at {depth}", decode, request, request | {"tokens": 4}
+    for tokens in batch:
+        depth = min(depths, default=0)
+        request = {"measure": "batch", "tokens": tokens, "depth": depth, "passes": 16}
+        yield f"one pass of {tokens} at {depth}", tokens, request, request | {"passes": 2}
+
+
+def context_for(prefill: Sequence[int], decode: int, depths: Sequence[int], batch: Sequence[int]) -> int:
+    """Tokens that the longest of `measures` needs room for."""
+    longest = max([*prefill, *(depth + decode for depth in depths)], default=0)
+    return max(longest + max(batch, default=0), 512)
+
+
+def put_out_of_memory(model: Path) -> None:
+    """Drop a file's, or a directory's files', pages from the page cache, where the system can (POSIX)."""
+    if hasattr(os, "posix_fadvise"):
+        for path in [model] if model.is_file() else model.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cpu_share(seconds: Sequence[float], cpu_seconds: Sequence[float], threads: int) -> float:
+    """Part of its threads' time that a contender had a CPU, in the median round. Below 1, other programs ran."""
+    return median(cpu / (wall * threads) for cpu, wall in zip(cpu_seconds, seconds, strict=True))
+
+
+def speed_cell(tokens: int, seconds: Sequence[float]) -> str:
+    """Median and range in tokens a second."""
+    middle, low, high = (
+        f"{tokens / value:.0f}" if tokens > 1000 * value else f"{tokens / value:.4g}"
+        for value in (median(seconds), max(seconds), min(seconds))
+    )
+    return f"{middle} ({low}-{high})"
+
+
+def seconds_cell(seconds: Sequence[float]) -> str:
+    """Median and range in seconds."""
+    return f"{median(seconds):.4g} ({min(seconds):.4g}-{max(seconds):.4g}) s"
+
+
+def add_measure_options(parser: argparse.ArgumentParser) -> None:
+    """The command line's options for `measures`."""
+    parser.add_argument("--threads", type=counts, default=[os.cpu_count() or 1])
+    parser.add_argument("--prefill", type=counts, default=[512], help="prompt lengths")
+    parser.add_argument("--decode", type=int, default=64, help="tokens to decode; 0 for none")
+    parser.add_argument("--depth", type=counts, default=[0], help="tokens already in the cache")
+    parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds of every measurement")
+    parser.add_argument("--restarts", type=int, default=1, help="times that everything is done anew")
+
+
+def progress(line: str) -> None:
+    """Print a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def counts(text: str) -> list[int]:
+    """A comma-separated list of whole numbers, which may be empty."""
+    return [int(part) for part in text.split(",") if part]
