@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from npqwen.generation.completion import Usage as Usage
     from npqwen.generation.logprobs import Logprob as Logprob
     from npqwen.generation.logprobs import TokenLogprobs as TokenLogprobs
-    from npqwen.generation.loop_guard import LoopGuard as LoopGuard
+    from npqwen.generation.options import GenerationOptions as GenerationOptions
+    from npqwen.generation.options import LoopGuard as LoopGuard
     from npqwen.generation.sampler import Sampler as Sampler
-    from npqwen.generation.sampler import Sampling as Sampling
+    from npqwen.generation.sampling import Sampling as Sampling
     from npqwen.generation.session import Session as Session
     from npqwen.generation.stream import Stream as Stream
     from npqwen.model import Model as Model
@@ -65,6 +66,7 @@ __all__ = [
     "Finish",
     "FinishReason",
     "FormatError",
+    "GenerationOptions",
     "Logprob",
     "LoopGuard",
     "Model",
@@ -99,13 +101,14 @@ _LAZY = {
     "Finish": "npqwen.chat.answer",
     "FinishReason": "npqwen.generation.completion",
     "Logprob": "npqwen.generation.logprobs",
-    "LoopGuard": "npqwen.generation.loop_guard",
+    "GenerationOptions": "npqwen.generation.options",
+    "LoopGuard": "npqwen.generation.options",
     "Model": "npqwen.model",
     "Notice": "npqwen.chat.answer",
     "Reasoning": "npqwen.chat.reply",
     "Reply": "npqwen.chat.answer",
     "Sampler": "npqwen.generation.sampler",
-    "Sampling": "npqwen.generation.sampler",
+    "Sampling": "npqwen.generation.sampling",
     "Session": "npqwen.generation.session",
     "Stream": "npqwen.generation.stream",
     "Text": "npqwen.chat.reply",

@@ -14,7 +14,7 @@ from npqwen.chat.answer import ChatStream, Reply, stream_chat
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.conversation import Conversation
 from npqwen.generation.generation_config import GenerationConfig
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.sampling import Sampling
 from npqwen.tokenizer import Tokenizer
 
 EOS = 4098

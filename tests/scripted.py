@@ -9,7 +9,7 @@ import numpy as np
 from checkpoints import TINY
 
 from npqwen.generation.generation_config import GenerationConfig
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.sampling import Sampling
 from npqwen.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_directory(TINY)

@@ -18,7 +18,6 @@ from npqwen.chat.text_stop import TextStop
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session
-from npqwen.generation.stream import stop_strings
 from npqwen.tools.calls import ToolCall
 from npqwen.tools.toolbox import ToolResult, error_text
 
@@ -183,7 +182,7 @@ class ChatStream(Iterator[Event]):
     def _take_stops(self) -> list[str]:
         """The stop strings to look for in the answer's text; names of special tokens stay with the stream's options."""
         tokenizer = self._model.tokenizer
-        given = stop_strings(self._generation.pop("stop", None)).strings
+        given = self._generation.pop("stop", [])
         special = [string for string in given if tokenizer.token_id(string) in tokenizer.special_ids]
         self._generation["stop"] = special
         return [string for string in given if string not in special]

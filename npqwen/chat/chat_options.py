@@ -9,8 +9,7 @@ from typing import Any
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.errors import OptionError
-from npqwen.generation.generate import check_options
-from npqwen.generation.stream import stop_strings
+from npqwen.generation.options import check_options
 from npqwen.tools.toolbox import Tool, as_tools
 
 MAX_STEPS = 8
@@ -54,11 +53,8 @@ class ChatOptions:
         for name in template_options or {}:
             if not isinstance(name, str) or name in _NOT_THE_TEMPLATES:
                 raise OptionError(f"template_options has {name!r}, which is no option of a chat template")
-        if "stop" in generation:  # an iterator gives them only once
-            generation["stop"] = stop_strings(generation["stop"]).strings
-        given = {name: value for name, value in generation.items() if value is not None}
-        check_options("-", **{name: value for name, value in given.items() if name not in ("progress", "watch")})
-        return cls(known, thinking, bool(run_tools), max_steps, dict(template_options or {}), generation)
+        checked = check_options(generation)
+        return cls(known, thinking, bool(run_tools), max_steps, dict(template_options or {}), checked)
 
     def prompter(self, model: ChatModel) -> Prompter:
         """What makes prompts with these options."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from npqwen.chat.chat_template import Thinking
 from npqwen.chat.messages import Message, joined
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.sampling import Sampling
 
 _SOFT_SWITCH = re.compile(r"(?<!\S)/(no_)?think(?!\w)")
 

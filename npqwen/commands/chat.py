@@ -55,12 +55,12 @@ def chat(
     question), there is one answer: its text to stdout, everything else to stderr. Sampling options that are not given
     are what the model's authors advise with or without thinking.
     """
-    from npqwen.generation.generate import check_options
+    from npqwen.generation.options import check_options
     from npqwen.terminal.console import Console
 
     if stop:
         options["stop"] = [argument_text(text) for text in stop]
-    check_options("-", **options)
+    check_options(options)
     said = _said(question)
     view: View = "fold" if show is None else "show" if show else "hide"
     told = None if system is None else argument_text(system)

@@ -133,13 +133,15 @@ def generate(
     PROMPT is raw text, without a chat template; - reads it from stdin, less one line break at its end.
     Sampling options that are not given are those the model's authors recommend (generation_config.json).
     """
-    from npqwen.generation.generate import check_options, stream
+    from npqwen.generation.generate import check_prompt, stream
+    from npqwen.generation.options import check_options
     from npqwen.terminal.console import Console
 
     prompt = stdin_text() if prompt == "-" else argument_text(prompt)
     stops = [argument_text(text) for text in stop]
     options = {"max_tokens": max_tokens, "stop": stops, "loop_guard": loop_guard, **sampling}
-    check_options(prompt, **options)
+    check_prompt(prompt)
+    check_options(options)
     with Console(quiet=quiet) as console, closing(open_model(model, bits, threads, context, console)) as loaded:
         pieces = stream(loaded, prompt, progress=console.reading, **options)
         for piece in pieces:

@@ -8,7 +8,7 @@ from typing import Any
 
 from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import read_json
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)

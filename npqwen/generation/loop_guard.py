@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npqwen.errors import OptionError
+from npqwen.generation.options import LoopGuard
 
 if TYPE_CHECKING:
     from npqwen.generation.stream import Stream
-
-
-@dataclass(frozen=True)
-class LoopGuard:
-    """When a repetition is a loop.
-
-    The end of the text must be one run of tokens, of any length up to `longest_period`, over and over: at least
-    `copies` times, and at least `thinking_tokens` in a thought or `answer_tokens`
-    elsewhere, all copies together. Tables, matrices of zeros, refrains and "ha ha ha" stay far below these
-    defaults; sampling breaks a loop of a model that can leave it.
-    """
-
-    thinking_tokens: int = 512
-    answer_tokens: int = 1024
-    copies: int = 4
-    longest_period: int = 512
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, least = getattr(self, field.name), 2 if field.name == "copies" else 1
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= 2**20:
-                raise OptionError(f"{field.name} is {value!r}; it must be a whole number, {least} to {2**20}")
 
 
 class Repetition:

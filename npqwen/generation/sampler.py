@@ -6,117 +6,22 @@ caller's own processor, temperature, top-k, top-p, min-p, each on what the one b
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import FormatError, OptionError
+from npqwen.generation.options import LogitsProcessor
+from npqwen.generation.sampling import Sampling
 from npqwen.kernels.compiled import compile_kernel
 from npqwen.kernels.greatest import BLOCK, select
-
-LogitsProcessor = Callable[[list[int], NDArray[np.float32]], "NDArray[np.float32] | None"]
-"""processor(ids, logits): sees the ids so far, prompt and text, and the logits float32 (vocab,) of the next; it
-changes these in place, or returns an array of the same shape to take instead."""
-
 
 MANY = 500
 """More than these are found by sorting, and drawn from by NumPy."""
 _NO_WEIGHT = 750.0
 """exp(-746) is 0: logits that are temperatures of so many below the greatest are never drawn."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The values are checked; OptionError names one that is out of range."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token every time (greedy)."""
-    top_k: int = 0
-    """Only the k likeliest tokens (and those that tie with the k-th); 0 takes all."""
-    top_p: float = 1.0
-    """Only the fewest likeliest tokens that together reach this probability; 1 takes all."""
-    min_p: float = 0.0
-    """Only tokens at least this many times as likely as the likeliest; 0 takes all."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or generated; 1 is none."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens generated so far, the prompt not counted; 0 is none."""
-    frequency_penalty: float = 0.0
-    """Subtracted once for each time that a token was generated so far, the prompt not counted; 0 is none."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    """Added to the logits of these ids; minus infinity forbids one."""
-    seed: int | None = None
-    """The same seed, prompt and options give the same text again; None draws anew every time."""
-
-    def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, 100)
-        _check_whole("top_k", self.top_k)
-        _check_number("top_p", self.top_p, 0, 1)
-        _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _check_number("presence_penalty", self.presence_penalty, -100, 100)
-        _check_number("frequency_penalty", self.frequency_penalty, -100, 100)
-        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
-        if self.seed is not None:
-            _check_whole("seed", self.seed)
-
-    def override(self, options: Mapping[str, Any]) -> Sampling:
-        """These options with the given ones put in their place; a value of None keeps what is here.
-
-        Raises OptionError for a name that is no sampling option, for a value out of range, and for a filter
-        that greedy choice would ignore.
-        """
-        names = [field.name for field in fields(self)]
-        for name in options:
-            if name not in names:
-                known = [*_OTHER_OPTIONS, *names]
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                raise OptionError(f"unknown option {name!r}; {hint}")
-        given = {name: value for name, value in options.items() if value is not None}
-        merged = replace(self, **given)
-        idle = [name for name in ("top_k", "top_p", "min_p") if name in given]
-        if merged.temperature == 0 and "temperature" not in given and idle:
-            raise OptionError(f"{idle[0]} alone has no effect on a greedy model; give a temperature too")
-        return merged
-
-
-_OTHER_OPTIONS = (
-    "max_tokens", "stop", "logprobs", "top_logprobs", "logits_processor", "thinking_budget", "loop_guard",
-)  # fmt: skip
-"""What `npqwen.generation.stream.Stream` takes beside these, for hints at misspelt names."""
-
-
-def _checked_bias(bias: object) -> dict[int, float]:
-    if not isinstance(bias, Mapping):
-        raise OptionError(f"logit_bias is {bias!r}; it must be a dictionary of token ids and numbers")
-    checked = {}
-    for id, value in bias.items():
-        if not isinstance(id, int | np.integer) or isinstance(id, bool) or id < 0:
-            raise OptionError(f"logit_bias has the key {id!r}; each must be a token id, a whole number")
-        if not _is_number(value) or not (value == -math.inf or abs(value) <= 1e30):
-            raise OptionError(f"logit_bias[{id}] is {value!r}; it must be a number, or minus infinity to forbid")
-        checked[int(id)] = float(value)
-    return checked
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= value <= high:  # type: ignore[operator]
-        raise OptionError(f"{name} is {value!r}; it must be a number from {low} to {high}")
-
-
-def _check_whole(name: str, value: object) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise OptionError(f"{name} is {value!r}; it must be a whole number, 0 or more")
 
 
 class Sampler:

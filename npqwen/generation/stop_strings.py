@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
+from npqwen.checks import quoted
 from npqwen.errors import OptionError
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -18,10 +20,7 @@ class StopStrings:
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
-        self.strings = list(strings)
-        for string in self.strings:
-            if not isinstance(string, str) or not string or _LONE_SURROGATE.search(string):
-                raise OptionError(f"stop has {string!r}; each must be valid Unicode of at least one character")
+        self.strings = check_stop("stop", strings)
         self._held = ""
         self.found: str | None = None
 
@@ -46,3 +45,14 @@ class StopStrings:
         passed = self.push(text)
         held, self._held = self._held, ""
         return passed + held
+
+
+def check_stop(name: str, stop: Any) -> list[str]:
+    """One string or several as a list; OptionError if one is empty or not valid Unicode."""
+    if not isinstance(stop, Iterable) or isinstance(stop, bytes):
+        raise OptionError(f"{name} is {quoted(stop)}; it must be a string or several")
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string or _LONE_SURROGATE.search(string):
+            raise OptionError(f"{name} has {quoted(string)}; each must be valid Unicode of at least one character")
+    return strings

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,19 @@ from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion, FinishReason, Usage
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.logprobs import TokenLogprobs, token_logprobs
-from npqwen.generation.loop_guard import LoopGuard, LoopWatch
-from npqwen.generation.sampler import LogitsProcessor, Sampler, Sampling
+from npqwen.generation.loop_guard import LoopWatch
+from npqwen.generation.options import GenerationOptions, LoopGuard, check_options
+from npqwen.generation.sampler import Sampler
+from npqwen.generation.sampling import Sampling
 from npqwen.generation.stop_strings import StopStrings
 from npqwen.generation.thinking_budget import ThinkingBudget, ending_ids
 from npqwen.generation.thought import ThinkingTracker
 from npqwen.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from npqwen.engine.kv_cache import KVCache
+    from typing_extensions import Unpack
 
-MOST_LOGPROBS = 1000
-"""Likeliest tokens that may be asked for."""
+    from npqwen.engine.kv_cache import KVCache
 
 
 class Stream(Iterator[str]):
@@ -37,8 +38,7 @@ class Stream(Iterator[str]):
     ids: the prompt. cache: holds the first of them already, but not all: `cached` tokens, behind which it is cut
     off (default: `cache.length`). At any time it holds a beginning of prompt and text, at the end all but the
     tokens drawn or forced last.
-    watch: functions that are called with the stream before the first token is drawn and after every step; they
-    may `force` tokens or `end` the text. The other options are those of `npqwen.generation.generate.stream`.
+    options: see `npqwen.generation.options`. The functions of `watch` may `force` tokens or `end` the text.
     """
 
     def __init__(
@@ -46,31 +46,21 @@ class Stream(Iterator[str]):
         model: LanguageModel,
         ids: Sequence[int],
         *,
-        max_tokens: int | None = None,
-        stop: str | Iterable[str] | None = None,
-        logprobs: bool = False,
-        top_logprobs: int = 0,
-        logits_processor: LogitsProcessor | None = None,
-        thinking_budget: int | None = None,
-        loop_guard: LoopGuard | bool = False,
-        watch: Iterable[Callable[[Stream], None]] = (),
         cache: KVCache | None = None,
         cached: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        **sampling: Any,
+        **options: Unpack[GenerationOptions],
     ) -> None:
-        check_limits(max_tokens, top_logprobs, logits_processor)
+        given = check_options(options)
+        max_tokens = given.get("max_tokens")
         tokenizer = model.tokenizer
-        self._stop = stop_strings(stop)
+        self._stop = StopStrings(given.get("stop") or ())
         self._stop_ids = {
             id: string
             for string in self._stop.strings
             if (id := tokenizer.token_id(string)) in tokenizer.special_ids and id is not None
         }
-        self._watch = [*watches(thinking_budget, loop_guard), *watch]
-        if thinking_budget is not None:
-            ending_ids(tokenizer)
-        self._sampling = sampling_of(model, sampling)
+        self._watch = watches(given)
+        self._sampling = check_for_model(model, given)
         self.prompt_ids = [int(id) for id in ids]
         room = _room(model, self.prompt_ids)
         if cache is None:
@@ -84,12 +74,12 @@ class Stream(Iterator[str]):
         self._limit = room if max_tokens is None else min(room, max_tokens)
         self._model = model
         self.cache = cache
-        self._processor = logits_processor
-        self._progress = progress
-        self._top = top_logprobs
+        self._processor = given.get("logits_processor")
+        self._progress = given.get("progress")
+        self._top = given.get("top_logprobs") or 0
         self.max_tokens = max_tokens
         self.ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] | None = [] if logprobs or top_logprobs else None
+        self.logprobs: list[TokenLogprobs] | None = [] if given.get("logprobs") or self._top else None
         self.finish_reason: FinishReason | None = None
         self.thinking = ThinkingTracker(tokenizer, self.prompt_ids)
         self.thinking_ended_by: Literal["budget", "loop", "caller"] | None = None
@@ -263,47 +253,26 @@ class Stream(Iterator[str]):
         return [token_logprobs(row, id, self._top, tokenizer) for row, id in zip(rows, new, strict=True)]
 
 
-def watches(thinking_budget: int | None, loop_guard: LoopGuard | bool | None) -> list[Callable[[Stream], None]]:
-    """What sees every step of a stream with these options; OptionError if one is impossible."""
+def watches(options: GenerationOptions) -> list[Callable[[Stream], None]]:
+    """The functions that watch a text with these (checked) options."""
     found: list[Callable[[Stream], None]] = []
-    if thinking_budget is not None:
-        found.append(ThinkingBudget(thinking_budget))
-    if not isinstance(loop_guard, LoopGuard | bool | None):
-        raise OptionError(f"loop_guard is {loop_guard!r}; it must be True, False or a LoopGuard")
-    if loop_guard:
-        found.append(LoopWatch(loop_guard if isinstance(loop_guard, LoopGuard) else LoopGuard()))
-    return found
+    budget, guard = options.get("thinking_budget"), options.get("loop_guard")
+    if budget is not None:
+        found.append(ThinkingBudget(budget))
+    if guard:
+        found.append(LoopWatch(guard if isinstance(guard, LoopGuard) else LoopGuard()))
+    return [*found, *(options.get("watch") or ())]
 
 
-def check_limits(max_tokens: object, top_logprobs: object, logits_processor: object) -> None:
-    """Raise OptionError for values that no model could be run with."""
-    if max_tokens is not None and (not _is_whole(max_tokens) or max_tokens < 1):  # type: ignore[operator]
-        raise OptionError(f"max_tokens is {max_tokens!r}; it must be a whole number, 1 or more")
-    if not _is_whole(top_logprobs) or not 0 <= top_logprobs <= MOST_LOGPROBS:  # type: ignore[operator]
-        raise OptionError(f"top_logprobs is {top_logprobs!r}; it must be a whole number, 0 to {MOST_LOGPROBS}")
-    if logits_processor is not None and not callable(logits_processor):
-        raise OptionError(f"logits_processor is {logits_processor!r}, not a function of ids and logits")
-
-
-def sampling_of(model: LanguageModel, changes: Mapping[str, Any]) -> Sampling:
-    """The model's own sampling with some options changed; OptionError for what it cannot be run with."""
-    sampling = model.generation_config.sampling.override(changes)
+def check_for_model(model: LanguageModel, options: GenerationOptions) -> Sampling:
+    """The model's sampling with `options` applied; OptionError for options that this model cannot obey."""
+    sampling = model.generation_config.sampling.override(options)
     foreign = next((id for id in sampling.logit_bias if id >= model.config.vocab_size), None)
     if foreign is not None:
         raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
+    if options.get("thinking_budget") is not None:
+        ending_ids(model.tokenizer)
     return sampling
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def stop_strings(stop: str | Iterable[str] | None) -> StopStrings:
-    """One string, several or none, checked."""
-    given = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(given, Iterable):
-        raise OptionError(f"stop is {stop!r}; it must be a string or several")
-    return StopStrings(given)
 
 
 def _room(model: LanguageModel, ids: list[int]) -> int:

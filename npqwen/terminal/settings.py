@@ -67,16 +67,10 @@ class Settings:
         return "\n".join(rows)
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        from npqwen.generation.generate import check_options
-        from npqwen.generation.stream import sampling_of
-        from npqwen.generation.thinking_budget import ending_ids
+        from npqwen.generation.options import check_options
+        from npqwen.generation.stream import check_for_model
 
-        check_options("-", **options)
-        others = ("max_tokens", "thinking_budget", "stop", "loop_guard")
-        sampling = {name: value for name, value in options.items() if name not in others}
-        sampling_of(self._model, sampling)
-        if "thinking_budget" in options:
-            ending_ids(self._model.tokenizer)
+        check_for_model(self._model, check_options(options))
         return options
 
 

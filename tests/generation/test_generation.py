@@ -15,8 +15,9 @@ from scripted import recite
 
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion
-from npqwen.generation.generate import check_options, generate, stream
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.generate import check_prompt, generate, stream
+from npqwen.generation.options import check_options
+from npqwen.generation.sampling import Sampling
 from npqwen.generation.stream import Stream
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +117,7 @@ def test_bad_options_are_refused_before_anything_runs(
     with pytest.raises(OptionError, match=message):
         stream(model, "x", **options)
     with pytest.raises(OptionError, match=message):
-        check_options("x", **options)
+        check_options(options)
 
 
 def test_a_bias_for_a_token_that_is_not_there_is_refused(model: ReferenceModel) -> None:
@@ -125,7 +126,7 @@ def test_a_bias_for_a_token_that_is_not_there_is_refused(model: ReferenceModel) 
 
 
 def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
-    for check in (lambda: stream(model, ""), lambda: check_options("")):
+    for check in (lambda: stream(model, ""), lambda: check_prompt("")):
         with pytest.raises(OptionError, match=r"prompt is empty.*give it some text"):
             check()
     with pytest.raises(OptionError, match="bytes, not a string"):
@@ -235,7 +236,7 @@ def test_samples_are_what_each_seed_gives_alone(model: ReferenceModel) -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])
 def test_impossible_numbers_of_samples(model: ReferenceModel, n: Any) -> None:
-    with pytest.raises(OptionError, match=r"n is .*; it must be a whole number of completions"):
+    with pytest.raises(OptionError, match=r"n is .*; it must be a whole number, 1 or more"):
         generate(model, "x", n=n)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from npqwen.errors import CheckpointError
 from npqwen.generation.generation_config import GenerationConfig
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.sampling import Sampling
 
 
 def write_generation(tmp_path: Path, generation: dict | None, eos: Any = 7) -> Path:

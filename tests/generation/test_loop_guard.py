@@ -11,7 +11,8 @@ import pytest
 from test_thinking_budget import SENTENCE, TURN, Drawn, Taking
 
 from npqwen.errors import OptionError
-from npqwen.generation.loop_guard import LoopGuard, Repetition
+from npqwen.generation.loop_guard import Repetition
+from npqwen.generation.options import LoopGuard
 from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
@@ -171,5 +172,5 @@ def test_it_is_off_unless_asked_for_and_can_be_tuned(tokenizer: Tokenizer) -> No
 )
 def test_impossible_thresholds(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(OptionError, match=rf"{name} is .*; it must be a whole number, "):
+    with pytest.raises(OptionError, match=rf"{name} is .*; it must be a whole number from "):
         LoopGuard(**options)

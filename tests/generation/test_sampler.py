@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from npqwen.errors import FormatError, OptionError
-from npqwen.generation.sampler import MANY, Sampler, Sampling, greatest
+from npqwen.generation.sampler import MANY, Sampler, greatest
+from npqwen.generation.sampling import Sampling
 
 
 def distribution(

@@ -11,7 +11,8 @@ from reference import ReferenceModel
 from scripted import recite
 
 from npqwen.errors import OptionError
-from npqwen.generation.generate import check_options, generate, stream
+from npqwen.generation.generate import generate, stream
+from npqwen.generation.options import check_options
 from npqwen.generation.stop_strings import StopStrings
 
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
@@ -83,7 +84,7 @@ def test_options_that_are_no_stop_strings(stop: Any) -> None:
     for call in (
         lambda: stream(recite("1"), "x", stop=stop),
         lambda: generate(recite("1"), "x", n=2, stop=stop),
-        lambda: check_options("x", stop=stop),
+        lambda: check_options({"stop": stop}),
     ):
         with pytest.raises(OptionError, match=r"^stop (is|has) "):
             call()
@@ -91,7 +92,7 @@ def test_options_that_are_no_stop_strings(stop: Any) -> None:
 
 @pytest.mark.parametrize("stop", [None, (), []])
 def test_no_stop_string(model: ReferenceModel, stop: Any) -> None:
-    check_options("x", stop=stop)
+    check_options({"stop": stop})
     assert generate(recite("12"), "x", stop=stop).text == "12"
     samples = model.generate("A river is", n=2, seed=1, max_tokens=3, stop=stop)
     assert [len(sample.ids) for sample in samples] == [3, 3]

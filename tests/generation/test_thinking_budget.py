@@ -12,7 +12,7 @@ from reference import ReferenceModel
 
 from npqwen.errors import OptionError
 from npqwen.generation.generation_config import GenerationConfig
-from npqwen.generation.sampler import Sampling
+from npqwen.generation.sampling import Sampling
 from npqwen.generation.stream import Stream
 from npqwen.generation.thought import ThinkingTracker
 from npqwen.tokenizer import Tokenizer

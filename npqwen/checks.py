@@ -1,0 +1,70 @@
+"""Checks of values that callers pass in: whole numbers, numbers, token ids, and names that may be misspelt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+from npqwen.errors import OptionError
+
+_LONGEST_VALUE = 80
+"""Characters of a wrong value that an error message quotes."""
+
+
+def check_whole(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
+    """`value` as an int; OptionError unless it is an int or NumPy integer (bool excluded) from `low` to `high`."""
+    whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if whole is None or whole < low or (high is not None and whole > high):
+        raise OptionError(f"{name} is {quoted(value)}; it must be {whole_range(low, high)}")
+    return whole
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float or int; OptionError unless it is a number (bool excluded) from `low` to `high`."""
+    if not is_number(value) or not low <= value <= high:
+        raise OptionError(f"{name} is {quoted(value)}; it must be {number_range(low, high)}")
+    return value if isinstance(value, int | float) else float(value)
+
+
+def check_ids(name: str, ids: Any) -> list[int]:
+    """`ids` as a list of ints; OptionError unless it is a sequence or array of whole numbers."""
+    if isinstance(ids, str):
+        raise OptionError(f"{name} is a string; encode it first: model.tokenizer.encode(text)")
+    try:
+        values = list(ids)
+    except TypeError:
+        raise OptionError(f"{name} is {quoted(ids)}; it must be a sequence of token ids") from None
+    for value in values:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise OptionError(f"{name} has {quoted(value)}; each token id must be a whole number")
+    return [int(value) for value in values]
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int, a float or a NumPy number; a bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def whole_range(low: int, high: int | None) -> str:
+    """The range as an error message words it."""
+    return f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
+
+
+def number_range(low: float, high: float) -> str:
+    """The range as an error message words it."""
+    return f"a number from {low:g} to {high:g}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """For an unknown name: the known one closest to it ("did you mean top_k?"), or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def quoted(value: object) -> str:
+    """`repr(value)` for an error message: on one line, and cut off if it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."

@@ -1,0 +1,297 @@
+"""Every generation option, defined once: type, range, default, help, and where users can set it.
+
+Signatures (`**options: Unpack[GenerationOptions]`), checks, command-line flags, the terminal's `/set` and the fields
+of `Sampling` follow these definitions. To add an option, add an entry to `GenerationOptions` and use its value, in
+`npqwen.generation.stream` or, for one that shapes the distribution, as a field of `Sampling`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
+
+from npqwen.checks import check_number, check_whole, is_number, number_range, quoted, suggestion, whole_range
+from npqwen.errors import OptionError
+from npqwen.generation.stop_strings import check_stop
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LogitsProcessor = Callable[[list[int], "NDArray[np.float32]"], "NDArray[np.float32] | None"]
+"""processor(ids, logits): `ids` are prompt and text so far, `logits` the next token's, float32 (vocab_size,).
+
+It changes the logits in place, or returns an array of the same shape to use instead.
+"""
+Progress = Callable[[int, int], None]
+"""progress(done, total), in prompt tokens."""
+Kind = type[int] | type[float] | type[bool] | type[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopGuard:
+    """When a repetition is a loop.
+
+    The last tokens of the text must repeat one run of at most `longest_period` tokens, at least `copies` times; all
+    copies together must be at least `thinking_tokens` long while the model thinks, `answer_tokens` otherwise. Tables,
+    matrices of zeros, refrains and "ha ha ha" stay far below the defaults.
+    """
+
+    thinking_tokens: int = 512
+    answer_tokens: int = 1024
+    copies: int = 4
+    longest_period: int = 512
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_whole(field.name, getattr(self, field.name), 2 if field.name == "copies" else 1, 2**20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One generation option.
+
+    help: one line, for `--help` and the documentation.
+    kind: what a flag or `/set` reads from text: int, float, bool (a switch) or str; None for Python objects.
+    low, high: range of an int or float, both included. An int without `high` has no upper limit.
+    default: the value if the option is left out; None is explained in `help`, or is the checkpoint's own value.
+    metavar: the value's placeholder in `--help`, None for a switch.
+    flag: whether the command line has it; repeated: whether its flag may be given more than once.
+    settable: whether `/set` has it.
+    validate: replaces the check by type and range: (name, value) -> the value to use, or OptionError.
+    """
+
+    help: str
+    kind: Kind | None = None
+    low: float = 0
+    high: float | None = None
+    default: Any = None
+    metavar: str | None = None
+    flag: bool = True
+    repeated: bool = False
+    settable: bool = True
+    validate: Callable[[str, Any], Any] | None = None
+    name: str = ""
+
+    @property
+    def flag_name(self) -> str:
+        """`--top-k` for `top_k`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, for error messages: "a number from 0 to 1"."""
+        if self.kind is int:
+            return whole_range(int(self.low), None if self.high is None else int(self.high))
+        if self.kind is float:
+            return number_range(self.low, math.inf if self.high is None else self.high)
+        return "on or off" if self.kind is bool else "text"
+
+    def check(self, value: Any) -> Any:
+        """The value to use; OptionError if it is of the wrong type or out of range."""
+        if self.validate is not None:
+            return self.validate(self.name, value)
+        if self.kind is int:
+            return check_whole(self.name, value, int(self.low), None if self.high is None else int(self.high))
+        if self.kind is float:
+            return check_number(self.name, value, self.low, math.inf if self.high is None else self.high)
+        if not isinstance(value, bool):
+            raise OptionError(f"{self.name} is {quoted(value)}; it must be True or False")
+        return value
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` stands for, checked; a switch reads "on" and "off". Raises OptionError."""
+        try:
+            value = {"on": True, "off": False}[text.lower()] if self.kind is bool else (self.kind or str)(text)
+        except (ValueError, KeyError):
+            raise OptionError(f"{self.name} is {quoted(text)}; it must be {self.expected}") from None
+        return self.check(value)
+
+
+def _check_biases(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is {quoted(value)}; it must be a dictionary of token ids and numbers")
+    checked = {}
+    for id, bias in value.items():
+        if not isinstance(id, Integral) or isinstance(id, bool) or id < 0:
+            raise OptionError(f"{name} has the key {quoted(id)}; each must be a token id, a whole number")
+        if not is_number(bias) or not (bias == -math.inf or abs(bias) <= 1e30):
+            raise OptionError(f"{name}[{id}] is {quoted(bias)}; it must be a number, or minus infinity to forbid")
+        checked[int(id)] = float(bias)
+    return checked
+
+
+def _check_guard(name: str, value: Any) -> LoopGuard | bool:
+    if not isinstance(value, LoopGuard | bool):
+        raise OptionError(f"{name} is {quoted(value)}; it must be True, False or a LoopGuard")
+    return value
+
+
+def _check_function(name: str, value: Any) -> Callable[..., Any]:
+    if not callable(value):
+        raise OptionError(f"{name} is {quoted(value)}, not a function")
+    return cast("Callable[..., Any]", value)
+
+
+def _check_functions(name: str, value: Any) -> list[Callable[..., Any]]:
+    if not isinstance(value, Iterable):
+        raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of functions")
+    return [_check_function(name, function) for function in value]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The options of `Model.stream` and `Model.generate`. None has the same effect as leaving an option out."""
+
+    max_tokens: Annotated[
+        int | None,
+        Option("Generate at most N tokens; default: until the text ends or the context is full.", int, 1, metavar="N"),
+    ]
+    stop: Annotated[
+        str | Iterable[str] | None,
+        Option(
+            "End the text before this string; may be repeated. A special token's name ends it at that token.",
+            str,
+            metavar="TEXT",
+            repeated=True,
+            validate=check_stop,
+        ),
+    ]
+    logprobs: Annotated[
+        bool | None,
+        Option(
+            "Keep each token's log-probability, by the model's own distribution.",
+            bool,
+            default=False,
+            flag=False,
+            settable=False,
+        ),
+    ]
+    top_logprobs: Annotated[
+        int | None,
+        Option(
+            "Keep the log-probabilities of the N likeliest tokens at each position, too.",
+            int,
+            high=1000,
+            default=0,
+            metavar="N",
+            flag=False,
+            settable=False,
+        ),
+    ]
+    logits_processor: Annotated[
+        LogitsProcessor | None,
+        Option(
+            "Function (ids, logits) that changes the logits after bias and penalties.",
+            flag=False,
+            settable=False,
+            validate=_check_function,
+        ),
+    ]
+    thinking_budget: Annotated[
+        int | None,
+        Option("End the model's thinking after N tokens and have it answer; default: no limit.", int, metavar="N"),
+    ]
+    loop_guard: Annotated[
+        LoopGuard | bool | None,
+        Option(
+            "End thinking that repeats itself, and a text that does so.", bool, default=False, validate=_check_guard
+        ),
+    ]
+    temperature: Annotated[
+        float | None,
+        Option("Divide the logits by T; 0 always picks the likeliest token.", float, 0, 100, metavar="T"),
+    ]
+    top_k: Annotated[int | None, Option("Only the K likeliest tokens; 0: all.", int, metavar="K")]
+    top_p: Annotated[
+        float | None,
+        Option("Only the likeliest tokens whose probabilities add up to P; 1: all.", float, 0, 1, metavar="P"),
+    ]
+    min_p: Annotated[
+        float | None,
+        Option("Only tokens at least P times as likely as the likeliest; 0: all.", float, 0, 1, metavar="P"),
+    ]
+    repetition_penalty: Annotated[
+        float | None,
+        Option(
+            "Divide positive logits of tokens in prompt or text by X and multiply negative ones; 1: off.",
+            float,
+            0.01,
+            100,
+            metavar="X",
+        ),
+    ]
+    presence_penalty: Annotated[
+        float | None,
+        Option("Subtract X from the logits of tokens generated so far; 0: off.", float, -100, 100, metavar="X"),
+    ]
+    frequency_penalty: Annotated[
+        float | None,
+        Option(
+            "Subtract X from a token's logit for each time it was generated; 0: off.", float, -100, 100, metavar="X"
+        ),
+    ]
+    logit_bias: Annotated[
+        Mapping[int, float] | None,
+        Option(
+            "Add BIAS to the logit of token ID; -inf forbids the token; may be repeated.",
+            metavar="ID=BIAS",
+            repeated=True,
+            settable=False,
+            validate=_check_biases,
+        ),
+    ]
+    seed: Annotated[
+        int | None,
+        Option("Give the same text again for the same seed, prompt and options.", int, metavar="N"),
+    ]
+    progress: Annotated[
+        Progress | None,
+        Option(
+            "Function (done, total) that is called as the prompt's tokens are read.",
+            flag=False,
+            settable=False,
+            validate=_check_function,
+        ),
+    ]
+    watch: Annotated[
+        Iterable[Callable[[Any], None]] | None,
+        Option(
+            "Functions that are called with the text's state before the first token and after every step.",
+            flag=False,
+            settable=False,
+            validate=_check_functions,
+        ),
+    ]
+
+
+OPTIONS: dict[str, Option] = {
+    name: dataclasses.replace(hint.__metadata__[0], name=name)
+    for name, hint in GenerationOptions.__annotations__.items()
+}
+"""All options by name, in the order in which messages and `--help` list them."""
+
+GenerationOptions.__doc__ = f"{GenerationOptions.__doc__}\n\n" + "\n".join(
+    f"    {option.name}: {option.help}" for option in OPTIONS.values()
+)
+
+
+def check_options(options: Mapping[str, Any]) -> GenerationOptions:
+    """A copy of `options`, checked and without those that are None.
+
+    Raises OptionError for an unknown name and for a value of the wrong type or out of range, whatever the model.
+    """
+    checked = {}
+    for name, value in options.items():
+        option = find_option(name)
+        if value is not None:
+            checked[name] = option.check(value)
+    return cast(GenerationOptions, checked)
+
+
+def find_option(name: str, among: Iterable[str] = OPTIONS) -> Option:
+    """The option of this name; OptionError, with the closest name, if it is not one of `among` (default: all)."""
+    if name not in among:
+        raise OptionError(f"unknown option {quoted(name)}; {suggestion(name, among)}")
+    return OPTIONS[name]
+
