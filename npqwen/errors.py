@@ -1,41 +1,41 @@
-"""What can go wrong, by whose move mends it.  Every message is one line: the problem and the way out."""
+"""Exceptions, one for each party who can fix the problem. Every message is one line: the problem and the way out."""
 
 
 class NpqwenError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors of this package."""
 
 
 class CheckpointError(NpqwenError):
-    """A Hugging Face checkpoint that cannot be used: foreign, incomplete or damaged."""
+    """A Hugging Face checkpoint that cannot be used: not Qwen3, incomplete or damaged."""
 
 
 class FormatError(NpqwenError):
-    """A converted model that cannot be read: truncated, altered or of a newer format."""
+    """A converted model or a saved file that cannot be read: truncated, altered, or of another format version."""
 
 
 class ModelNotFoundError(NpqwenError):
-    """MODEL names no directory here and no repository on the hub."""
+    """A model name that is neither a local directory nor a repository on the Hugging Face hub."""
 
 
 class OptionError(NpqwenError, ValueError):
-    """An option outside its range, or two that exclude each other."""
+    """An option that is unknown or outside its range, or two options that exclude each other."""
 
 
 class OutputError(NpqwenError):
-    """The place to write to exists already, is not writable, or is full."""
+    """An output path that exists already or is not writable, or a full disk."""
 
 
 class ContextLengthError(NpqwenError, ValueError):
-    """More tokens than the model's context, or than the room asked for, can hold."""
+    """More tokens than the model's context or the cache can hold."""
 
 
 class ClosedError(NpqwenError):
-    """The model was closed and can compute no more."""
+    """The model was closed."""
 
 
 class OutOfMemoryError(NpqwenError, MemoryError):
-    """The machine has too little memory left for what was asked; said before it starts to swap."""
+    """Too little available memory for the request. Raised before the machine would swap."""
 
 
 class SamplingWarning(UserWarning):
-    """Sampling options that the model's authors advise against."""
+    """Sampling options that Qwen's authors advise against."""

@@ -230,8 +230,8 @@ def info(model: str, bits: int | None, context: int | None, as_json: bool) -> No
     is_flag=False,
     flag_value="npqwen-bench.md",
     metavar="[FILE]",
-    help="Also write a report to share, with machine, temperatures and versions; JSON if FILE ends in .json. "
-    "Without FILE, npqwen-bench.md; --report then goes behind MODEL.",
+    help="Also write a report to share, with machine and versions, nothing private; JSON if FILE ends in .json. "
+    "Default: npqwen-bench.md, with --report after MODEL.",
 )
 @model_options
 def bench(
@@ -252,24 +252,15 @@ def bench(
 
     place = None
     if report is not None:
-        from npqwen.reports.machine_report import check_place
+        from npqwen.reports.machine_report import check_path
 
-        place = check_place(Path(report))
+        place = check_path(Path(report))
     with Console(quiet=quiet) as console, closing(open_model(model, bits, threads, context, console)) as loaded:
         from npqwen.reports.bench import benchmark
-        from npqwen.reports.machine_report import Log, collect, write
+        from npqwen.reports.machine_report import collect, write
 
-        log = None if place is None else Log()
-
-        def progress(done: int, total: int) -> None:
-            console.measuring(done, total)
-            if log is not None:
-                log.add()
-
-        speed = benchmark(loaded, prefill, decode, depth, repeat, progress=progress)
-        if log is not None:
-            log.end()
+        speed = benchmark(loaded, prefill, decode, depth, repeat, progress=console.measuring)
         console.text((json.dumps(speed.as_dict(), indent=2) if as_json else speed.as_markdown()) + "\n")
-        if place is not None and log is not None:
-            write(collect(loaded, speed, log), place)
+        if place is not None:
+            write(collect(loaded, speed), place)
             console.notice(f"the report is in {place}")

@@ -1,1 +1,1 @@
-"""What this machine has: processors, memory and their limits, sensors."""
+"""Processors, memory and their limits on this machine."""

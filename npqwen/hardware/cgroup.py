@@ -1,4 +1,4 @@
-"""Control groups: what a container, a systemd unit or a batch system leaves this process, versions 1 and 2."""
+"""Limits of Linux control groups (versions 1 and 2): set by containers, systemd units and batch systems."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _UNLIMITED = 1 << 60
-"""Version 1 says "none" as the largest multiple of a page that fits int64."""
+"""Version 1 has no word for "unlimited": it reports the largest multiple of a memory page that fits int64."""
 
 
 def memory(root: Path = Path("/")) -> int | None:
-    """Bytes the tightest of this process's memory groups still gives; None without a limit.
+    """Bytes that this process may still allocate under the tightest limit; None without a limit.
 
-    What a group holds of files counts as free: the system drops it when the memory is needed.
-    root: where /proc and /sys are.
+    Cached pages of files count as free: the system evicts them when memory is needed. root: where /proc and /sys are.
     """
     found = [
         *(_left(group, ("memory.max", "memory.high"), "memory.current", "") for group in groups(None, root)),
@@ -26,7 +25,7 @@ def memory(root: Path = Path("/")) -> int | None:
 
 
 def processors(root: Path = Path("/")) -> float | None:
-    """How many processors' time this process's groups allow it; None without a limit."""
+    """Number of CPUs that this process's quota amounts to, such as 1.5; None without a limit. root: where /proc is."""
     found = []
     for group in groups(None, root):
         words = (read(group / "cpu.max") or "max").split()
@@ -40,7 +39,10 @@ def processors(root: Path = Path("/")) -> float | None:
 
 
 def groups(controller: str | None, root: Path = Path("/")) -> Iterator[Path]:
-    """This process's group and those it is in, innermost first: of a controller of version 1, or (None) version 2."""
+    """Directories of this process's group and its parents, innermost first.
+
+    controller: "memory" or "cpu" of version 1, None for version 2. root: where /proc and /sys are.
+    """
     own = _own(root, controller)
     if own is None:
         return
@@ -52,7 +54,7 @@ def groups(controller: str | None, root: Path = Path("/")) -> Iterator[Path]:
         if controller is not None and controller not in system[2].split(","):
             continue
         mount = root / place[4].lstrip("/")
-        # A container often sees only its own group, mounted as if it were the outermost one.
+        # A container often sees only its own group, mounted as the outermost one.
         try:
             parts = PurePosixPath(own).relative_to(place[3]).parts
         except ValueError:
@@ -63,7 +65,7 @@ def groups(controller: str | None, root: Path = Path("/")) -> Iterator[Path]:
 
 
 def read(path: Path) -> str | None:
-    """A small file of the system's without the line break, or None if there is none to read."""
+    """Text of a file of the system, stripped of line breaks and NULs; None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     except OSError:
@@ -71,7 +73,7 @@ def read(path: Path) -> str | None:
 
 
 def _own(root: Path, controller: str | None) -> str | None:
-    """The path of this process's group below the outermost one."""
+    """Path of this process's group relative to the root of its hierarchy."""
     for line in (read(root / "proc/self/cgroup") or "").splitlines():
         parts = line.split(":", 2)
         if len(parts) == 3 and (parts[1] == "" if controller is None else controller in parts[1].split(",")):
@@ -80,7 +82,7 @@ def _own(root: Path, controller: str | None) -> str | None:
 
 
 def _hierarchical(groups: Iterator[Path]) -> Iterator[Path]:
-    """The groups of version 1 whose limit holds for the first: the outer ones only if they count their children."""
+    """The groups of version 1 whose limits apply to the first one: parents only with memory.use_hierarchy."""
     for depth, group in enumerate(groups):
         if depth and _number(group / "memory.use_hierarchy") != 1:
             return
@@ -88,6 +90,10 @@ def _hierarchical(groups: Iterator[Path]) -> Iterator[Path]:
 
 
 def _left(group: Path, limits: tuple[str, ...], usage: str, prefix: str) -> int | None:
+    """Bytes left in a group: limit - usage + file cache; None without a limit.
+
+    limits, usage: names of its files. prefix: of the hierarchical entries of memory.stat.
+    """
     limit = min((n for n in (_number(group / name) for name in limits) if n is not None), default=_UNLIMITED)
     used = _number(group / usage)
     if limit >= _UNLIMITED or used is None:

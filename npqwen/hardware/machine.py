@@ -1,4 +1,4 @@
-"""What this machine offers: threads and memory."""
+"""Performance cores, memory and the name of this machine's processor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from npqwen.hardware import cgroup
 from npqwen.hardware.cgroup import read
 
 HEADROOM = 64 << 20
-"""Bytes of memory that are left for Python, the sampler and the system when caches are given the rest."""
+"""Bytes of available memory that caches leave to Python, the sampler and the system."""
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """One thread for each performance core this process may use: no second threads of a core, no slow cores.
+    """Number of performance cores this process may use: hyperthreads and efficiency cores are not counted.
 
     root: where /proc and /sys are.
     """
@@ -31,14 +31,14 @@ def default_threads(root: Path = Path("/")) -> int:
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     capacity = {cpu: _capacity(cpus / f"cpu{cpu}") for cpu in allowed}
     fast = [cpu for cpu in allowed if capacity[cpu] * 4 >= max(capacity.values()) * 3]
-    # Intel's slow cores may have clocks near the fast ones', but are listed apart.
+    # Intel's efficiency cores may have clocks near the performance cores', but are listed separately.
     listed = _cpu_list(read(root / "sys/devices/cpu_core/cpus") or "") & set(fast)
     cores = {read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in listed or fast}
     return max(1, min(len(cores), _quota(root)))
 
 
 def processor(root: Path = Path("/")) -> str:
-    """The processor's name, or the board's, as the system tells it."""
+    """Name of the processor or the board, as the system reports it. root: where /proc is."""
     facts: dict[str, str] = {}
     for line in (read(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
@@ -53,9 +53,9 @@ def processor(root: Path = Path("/")) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that can be had without swapping, files in memory counted as free; None if the system does not tell.
+    """Bytes that can be allocated without swapping, cached files counted as free; None if unknown.
 
-    The limits of a container or another control group are heeded.  root: where /proc and /sys are.
+    Limits of containers and other control groups are respected. root: where /proc and /sys are.
     """
     if sys.platform == "darwin":
         return _mac_free_memory()
@@ -66,7 +66,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def total_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory in this machine."""
+    """Bytes of memory in this machine; None if unknown. root: where /proc is."""
     if sys.platform == "darwin":
         total = _sysctl("hw.memsize")
         return int(total) if total.isdigit() else None
@@ -76,7 +76,7 @@ def total_memory(root: Path = Path("/")) -> int | None:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """/proc/meminfo, in bytes."""
+    """The fields of /proc/meminfo in bytes."""
     found = {}
     for line in (read(root / "proc/meminfo") or "").splitlines():
         name, _, value = line.partition(":")
@@ -87,7 +87,7 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _mac_free_memory() -> int | None:
-    """What is free or has not been used for a while."""
+    """Bytes of free, inactive and speculative pages."""
     found = _command("vm_stat")
     size = re.search(r"page size of (\d+) bytes", found)
     if size is None:
@@ -98,7 +98,7 @@ def _mac_free_memory() -> int | None:
 
 
 def _windows_memory() -> tuple[int | None, int | None]:
-    """Bytes in all, and available."""
+    """(total, available) bytes."""
     status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
     if sys.platform != "win32" or not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None, None
@@ -122,7 +122,7 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def _capacity(cpu: Path) -> int:
-    """A core's relative speed: Arm tells its capacity, others their highest clock."""
+    """Relative speed of a core: its capacity on Arm, else its highest clock."""
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         value = read(cpu / name)
         if value and value.isdigit():
@@ -131,13 +131,13 @@ def _capacity(cpu: Path) -> int:
 
 
 def _cpu_list(text: str) -> set[int]:
-    """The numbers of a list such as `0-3,8`."""
+    """CPU numbers of a list such as "0-3,8"."""
     ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
     return {cpu for first, last in ranges for cpu in range(int(first), int(last or first) + 1)}
 
 
 def _quota(root: Path) -> int:
-    """Cores that a container's limit leaves."""
+    """Whole CPUs of this process's quota; a large number without a quota."""
     allowed = cgroup.processors(root)
     return 1 << 20 if allowed is None else max(1, int(allowed))
 
@@ -145,15 +145,15 @@ def _quota(root: Path) -> int:
 def _windows_performance_cores() -> int:
     if sys.platform != "win32":
         return 0
-    ask = ctypes.windll.kernel32.GetLogicalProcessorInformationEx
+    query = ctypes.windll.kernel32.GetLogicalProcessorInformationEx
     size = ctypes.c_uint32()
-    ask(0, None, ctypes.byref(size))  # 0: about cores
+    query(0, None, ctypes.byref(size))  # 0: RelationProcessorCore
     records = ctypes.create_string_buffer(size.value)
-    return _cores_of_best_class(records.raw) if ask(0, records, ctypes.byref(size)) else 0
+    return _cores_of_best_class(records.raw) if query(0, records, ctypes.byref(size)) else 0
 
 
 def _cores_of_best_class(records: bytes) -> int:
-    """How many of Windows' PROCESSOR_RELATIONSHIP records, one a core, have the highest EfficiencyClass."""
+    """Number of Windows' PROCESSOR_RELATIONSHIP records, one per core, with the highest EfficiencyClass."""
     classes = []
     while len(records) >= 10:
         size = int.from_bytes(records[4:8], "little")
@@ -167,18 +167,16 @@ def _sysctl(name: str) -> str:
 
 
 def _command(*words: str) -> str:
-    """What a command of the system prints, nothing if there is none or it fails."""
+    """Output of a system command; empty if it does not exist or fails."""
     try:
-        done = subprocess.run(
-            words, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
-        )
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
 
 
 def _mac_performance_cores() -> int:
-    for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):  # Intel's have no levels
+    for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):  # Intel Macs have no performance levels
         value = _sysctl(name)
         if value.isdigit():
             return int(value)

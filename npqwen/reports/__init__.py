@@ -1,1 +1,1 @@
-"""What `info` and `bench` tell of a model."""
+"""Reports of `npqwen info` and `npqwen bench`."""

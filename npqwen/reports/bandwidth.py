@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the limit of decoding, which reads every weight once a token."""
+"""Memory read bandwidth of this machine: the limit of decoding, which reads every weight once per token."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.compiled import compile_kernel
 from npqwen.simd.tile import LANES, add_up, store, zeros
 
-_PIECE = 1 << 15
-"""float32 a thread takes at a time: 128 KiB."""
+_CHUNK = 1 << 15
+"""float32 that a thread claims at a time: 128 KiB."""
 _STEP_BYTES = 512
 _STEP = _STEP_BYTES // 4
-"""float32 that it asks for ahead, and adds up, at a time."""
+"""float32 that are prefetched and added at a time."""
 _SUMS = 4
-"""Vectors of sums: additions that do not wait for each other."""
+"""Vector accumulators: independent chains of additions."""
 
 
 @njit(nogil=True)
 def read(team: Any, member: int, data: Any, out: Any) -> None:
-    """Add up float32 `data` (a multiple of 512 bytes), for the sake of reading it, as the matrix kernels do.
+    """Read float32 `data` (a multiple of 512 bytes) as the matrix kernels do, and add it up so that no load is dropped.
 
-    out: float32, 4 vectors of sums a member.
+    out: float32, receives 4 vectors of sums per member.
     """
     sums = zeros(_SUMS, 1, 1)
     while True:
-        first = claim(team, _PIECE)
+        first = claim(team, _CHUNK)
         if first >= data.size:
             break
-        for at in range(first, min(first + _PIECE, data.size), _STEP):
+        for at in range(first, min(first + _CHUNK, data.size), _STEP):
             sums = add_up(sums, data, at, _STEP)
     store(sums, out, member * _SUMS * LANES, 1, LANES)
     barrier(team)
 
 
 class ReadBandwidth:
-    """Measures what `threads` threads read from `size` bytes of memory; to be closed, or used in a `with`."""
+    """Measures the bandwidth at which `threads` threads read an array of `size` bytes. A context manager."""
 
     def __init__(self, threads: int, size: int = 1 << 28) -> None:
         self._data, self._sums = np.ones(size // 4, np.float32), np.zeros(threads * _SUMS * LANES, np.float32)
@@ -48,7 +48,7 @@ class ReadBandwidth:
         compile_kernel(read, (self._team.state, 0, self._data, self._sums))
 
     def measure(self, repeat: int = 3) -> float:
-        """Bytes a second now: the median of `repeat` times."""
+        """Bytes per second: the median of `repeat` passes over the array."""
         times = []
         for _ in range(repeat):
             start = time.perf_counter()

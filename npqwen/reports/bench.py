@@ -1,4 +1,4 @@
-"""Speed of a model on this machine, against what its memory allows."""
+"""Speed of a model on this machine, and the share of the memory bandwidth that decoding reaches."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from npqwen.simd.isa import ISA
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing measured, tokens a second in every repetition."""
+    """One test and its speed in every repetition."""
 
     test: str
     """`prefill` or `decode`."""
     tokens: int
     depth: int
-    """Tokens in the cache before."""
+    """Tokens in the cache at the start."""
     rates: list[float]
+    """Tokens per second."""
     bytes_per_token: int
-    """Weights and cache that one token of decoding reads; 0 for prefill."""
+    """Bytes of weights and cache that decoding one token reads; 0 for prefill."""
     bandwidth_share: float
-    """Of the machine's read bandwidth, measured before every repetition: the median; 0 for prefill."""
+    """Read rate as a share of the machine's read bandwidth just before: the median; 0 for prefill."""
 
     @property
     def median(self) -> float:
-        """Tokens a second."""
+        """Median tokens per second."""
         return float(np.median(self.rates))
 
 
@@ -46,32 +47,33 @@ class Report:
     model: str
     bits: int
     weights: int
+    """Bytes."""
     threads: int
     kernels: str
     processor: str
     version: str
     read_bandwidth: float
-    """Bytes a second, measured with as many threads, the median of all the times between the measures."""
-    large_pages: int | None
-    """Bytes of the weights that lie in large pages, which are read faster; None where the system does not tell."""
+    """Bytes per second with this many threads: the median of all measurements."""
+    huge_pages: int | None
+    """Bytes of the weights that are mapped by huge pages, which are faster to read; None if the system does not say."""
     measures: list[Measure]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, the medians included."""
-        whole = asdict(self)
-        for entry, measure in zip(whole["measures"], self.measures, strict=True):
+        """All fields and the medians, for JSON."""
+        report = asdict(self)
+        for entry, measure in zip(report["measures"], self.measures, strict=True):
             entry["median"] = measure.median
-        return whole
+        return report
 
     def as_markdown(self) -> str:
-        """A table for people."""
-        where = ""
-        if self.large_pages is not None:
-            where = f"; {min(1.0, self.large_pages / self.weights):.0%} of the weights lie in large pages"
+        """The machine and a table of the measures."""
+        pages = ""
+        if self.huge_pages is not None:
+            pages = f"; {min(1.0, self.huge_pages / self.weights):.0%} of the weights are in huge pages"
         lines = [
             f"{self.model}: int{self.bits}" if self.bits < 16 else f"{self.model}: bf16",
             f"{self.processor}, {self.threads} threads, {self.kernels} kernels, npqwen {self.version}",
-            f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s{where}",
+            f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s{pages}",
             "",
             *table(self.as_dict()["measures"]),
         ]
@@ -79,7 +81,7 @@ class Report:
 
 
 def table(measures: list[dict[str, Any]]) -> list[str]:
-    """The lines of a Markdown table of a report's measures."""
+    """Lines of a Markdown table of the measures, as `Report.as_dict` has them."""
     lines = [
         "| test | depth | tokens/s (median) | min - max | MB a token | share of bandwidth |",
         "|---|---:|---:|---:|---:|---:|",
@@ -100,21 +102,20 @@ def benchmark(
     repeat: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Measure prefill and decode of so many tokens after so many in the cache, `repeat` times each.
+    """Measure prefill and decoding at every depth, `repeat` times each after one warm-up run.
 
-    One more run of each goes before, uncounted.  The tokens are random: speed does not depend on them.  Raises
-    OptionError for lengths that do not fit the model's context.
+    prefill, decode: numbers of tokens. depth: tokens in the cache at the start. The tokens are random: speed does not
+    depend on them. progress(done, total) is called after every run. Raises OptionError for lengths that do not fit
+    the model's context.
     """
     if repeat < 1 or min([*prefill, *decode, *depth, 0]) < 0:
-        raise OptionError("lengths, depths and repetitions are positive numbers")
+        raise OptionError("lengths and depths are at least 0, repetitions at least 1")
     tests = [("prefill", n, d) for d in depth for n in prefill if n]
     tests += [("decode", n, d) for d in depth for n in decode if n]
     longest = max((n + d for _, n, d in tests), default=0)
     if longest > model.context:
         raise OptionError(f"{longest} tokens do not fit the model's context of {model.context}")
-    ids = np.random.default_rng(0).integers(
-        0, min(len(model.tokenizer), model.config.vocab_size), longest + 1
-    )
+    ids = np.random.default_rng(0).integers(0, min(len(model.tokenizer), model.config.vocab_size), longest + 1)
     done = 0
     bandwidths: list[float] = []
     measures = []
@@ -127,7 +128,7 @@ def benchmark(
             read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
             rates, shares = [], []
             for turn in range(repeat + 1):
-                # The machine's speed drifts: a share is that of the bandwidth of the same moment.
+                # The machine's speed drifts: compare with the bandwidth of the same moment.
                 bandwidths.append(memory.measure())
                 cache.truncate(before)
                 start = time.perf_counter()
@@ -153,21 +154,21 @@ def benchmark(
         processor=processor(),
         version=__version__,
         read_bandwidth=float(np.median(bandwidths)),
-        large_pages=huge_page_bytes(model.weights.paths),
+        huge_pages=huge_page_bytes(model.weights.paths),
         measures=measures,
     )
 
 
 def _bytes_to_read() -> int:
-    """Memory for measuring bandwidth, a multiple of what a step reads: 256 MB, less where that is much."""
+    """Size of the array for measuring bandwidth: 256 MiB, at most a quarter of the available memory."""
     available = available_memory()
     return 1 << 28 if available is None else min(1 << 28, max(1 << 20, available // 4 // 512 * 512))
 
 
 def bytes_per_token(model: Model, depth: int) -> int:
-    """Bytes that decoding one token reads: each weight it uses once, and the cache.
+    """Bytes that decoding one token at position `depth` reads: every weight it uses once, and the cache.
 
-    Of a mixture it uses the chosen experts, of an untied embedding one row.
+    Of a mixture of experts it uses the chosen experts, of an untied embedding one row.
     """
     c = model.config
     weights = 0.0

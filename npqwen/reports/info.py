@@ -1,4 +1,4 @@
-"""What a converted model is, what its parts weigh, and what it takes to run it here."""
+"""A converted model's shapes, the size of its parts, and the memory it needs on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from npqwen.engine.buffers import Buffers
 from npqwen.engine.engine import cache_dtype, chunk_size, context_length
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
-from npqwen.errors import OptionError
 from npqwen.format.config import Config
 from npqwen.hardware import machine
 from npqwen.simd.isa import ISA, available
@@ -29,29 +28,29 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Info:
-    """A model and this machine; sizes in bytes."""
+    """A model and this machine. Sizes are in bytes."""
 
     path: str
     config: Config
     bits: int
     parameters: int
     bits_per_weight: float
-    """Of the matrices: bits in the file for each weight of the checkpoint."""
+    """Stored bits of the matrices, scales and padding included, per weight of the checkpoint."""
     parts: dict[str, int]
     weights: int
-    """Mapped from the files; the system may keep less of it in memory."""
+    """Mapped from the files; the system need not keep all of them in memory."""
     context: int
     cache: int
     """Keys and values of a full context."""
     working: int
-    """What the forward pass writes to, at most."""
+    """Buffers of the forward pass, at most."""
     available_memory: int | None
     fitting_context: int
-    """Tokens whose cache fits the available memory beside everything else, 0 if the weights do not."""
+    """Tokens of context that fit the available memory together with all weights; 0 if the weights do not fit."""
     possible_context: int
-    """The same if weights that do not fit are read from disk for every token."""
+    """Tokens of context that fit if weights may be read from disk for every token."""
     resident_weights: int | None
-    """Of the weights, what the available memory holds beside a full context."""
+    """Bytes of the weights that fit the available memory together with a full context."""
     processor: str
     threads: int
     kernels: str
@@ -63,15 +62,15 @@ class Info:
         return self.weights + self.cache + self.working
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All fields, for JSON."""
         return asdict(self) | {"needed": self.needed}
 
 
 def inspect(directory: Path, context: int | None = None) -> Info:
-    """Look at a converted directory.
+    """Inspect a converted directory without loading it.
 
-    context: tokens to count memory for, default the model's own.  Raises FormatError and CheckpointError as
-    loading does, OptionError for an impossible context.
+    context: tokens to count memory for, by default the model's limit. Raises FormatError or CheckpointError for a
+    directory that cannot be loaded, OptionError for a context beyond the limit.
     """
 
     config = Config.from_directory(directory)
@@ -114,7 +113,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
 
 
 def weights_in_matrices(c: Config) -> int:
-    """Weights of a checkpoint's matrices, a tied embedding counted once."""
+    """Number of weights in a checkpoint's matrices, a tied embedding counted once."""
     attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
     total = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     for layer in range(c.num_hidden_layers):
@@ -123,7 +122,7 @@ def weights_in_matrices(c: Config) -> int:
 
 
 def feed_forward_weights(c: Config, layer: int, active: bool) -> int:
-    """Weights of a layer's feed-forward; if active, only of what one token uses of a mixture."""
+    """Number of weights in a layer's feed-forward part. active: count only the experts that one token uses."""
     if c.mixture is None or not c.is_sparse(layer):
         return 3 * c.hidden_size * c.intermediate_size
     experts = c.mixture.num_experts_per_tok if active else c.mixture.num_experts
@@ -131,13 +130,13 @@ def feed_forward_weights(c: Config, layer: int, active: bool) -> int:
 
 
 def parameters(c: Config) -> int:
-    """All of a checkpoint's parameters."""
+    """Number of a checkpoint's parameters."""
     norms = c.num_hidden_layers * (2 * c.hidden_size + 2 * c.head_dim) + c.hidden_size
     return weights_in_matrices(c) + norms
 
 
 def active_parameters(c: Config) -> int:
-    """The parameters that one token uses: of a mixture only the chosen experts, of an untied embedding one row."""
+    """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row."""
     idle = sum(
         feed_forward_weights(c, layer, active=False) - feed_forward_weights(c, layer, active=True)
         for layer in range(c.num_hidden_layers)
@@ -147,9 +146,7 @@ def active_parameters(c: Config) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 335 MB, 4.7 GB (powers of ten)."""
-    if count < 0:
-        raise OptionError(f"a size of {count} bytes")
+    """A number of bytes for people, in powers of ten: "335 MB", "4.7 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
@@ -169,29 +166,29 @@ def _fits(info: Info) -> str:
         return f"enough for {info.fitting_context} tokens of context"
     if info.possible_context:
         return (
-            f"less than the weights and a cache: with up to {info.possible_context} tokens of context it runs, but "
+            f"too little for weights and cache: it runs with up to {info.possible_context} tokens of context, but "
             "reads weights from disk for every token"
         )
     return "too little to run it"
 
 
 def _resident(info: Info, resident: int, chosen: float) -> str:
-    """What of a mixture's weights is in memory; chosen: the part of the experts that a token uses."""
+    """How much of a mixture fits in memory. chosen: the share of the experts that a token uses."""
     experts = info.parts["experts"]
     rest = info.weights - experts
     if resident == info.weights:
         return "all of the weights"
     if resident < rest:
-        return f"less than the {size(rest)} beside the experts, which every token uses: it will be very slow"
+        return f"less than the {size(rest)} of weights outside the experts, which every token uses: very slow"
     missing = info.weights - resident
     return (
-        f"all but {size(missing)} of the experts: of the {size(chosen * experts)} of them that a token uses, about "
-        f"{missing / experts:.0%} are read from disk, {size(chosen * missing)}, less if it has favourites"
+        f"all but {size(missing)} of the experts: of the {size(chosen * experts)} that a token uses, about "
+        f"{missing / experts:.0%} ({size(chosen * missing)}) are read from disk, less if some are chosen more often"
     )
 
 
 def describe(info: Info) -> str:
-    """The same for people, a line a fact."""
+    """The facts as lines of text, one each."""
     c = info.config
     heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
     mixture = c.mixture

@@ -1,6 +1,6 @@
-"""A benchmark's report for others: the machine, how hot it ran, and the numbers, with nothing private in it.
+"""The report that `npqwen bench --report` writes: the machine, the software and the numbers, to be shared.
 
-No name of the machine, its user or a file: a model is told by its shape.
+It has no host name, no user name and no path. The model is described by its shape.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,91 +24,44 @@ import numpy as np
 from npqwen.errors import OutputError
 from npqwen.hardware import machine
 from npqwen.hardware.cgroup import memory, read
-from npqwen.hardware.sensors import Sensors, read_sensors, throttling, vcgencmd
 from npqwen.model import Model
 from npqwen.reports import bench
 from npqwen.reports.info import active_parameters, parameters, size
 from npqwen.simd.isa import available
 
 
-class Log:
-    """The sensors before, during and after the runs."""
-
-    def __init__(self, root: Path = Path("/")) -> None:
-        """root: where /proc and /sys are."""
-        self.root = root
-        self.readings = [read_sensors(root, vcgencmd)]
-
-    def add(self) -> None:
-        """Between two runs."""
-        self.readings.append(read_sensors(self.root))
-
-    def end(self) -> None:
-        """After the last one."""
-        self.readings.append(read_sensors(self.root, vcgencmd))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: degrees Celsius, MHz; None for what the system does not tell."""
-        before, after = self.readings[0], self.readings[-1]
-        slowdowns = None
-        if before.slowdowns is not None and after.slowdowns is not None:
-            slowdowns = after.slowdowns - before.slowdowns
-        return {
-            "temperatures": {
-                name: {
-                    "before": degrees,
-                    "highest": max(r.temperatures.get(name, degrees) for r in self.readings),
-                    "after": after.temperatures.get(name),
-                }
-                for name, degrees in before.temperatures.items()
-            },
-            "clocks": {
-                "allowed": max(before.fastest, default=None),
-                "before": _range(before),
-                "lowest": min((min(r.clocks) for r in self.readings if r.clocks), default=None),
-                "after": _range(after),
-                "governor": before.governor,
-            },
-            "throttled": {
-                "before": None if before.throttled is None else hex(before.throttled),
-                "after": None if after.throttled is None else hex(after.throttled),
-                "slowdowns": slowdowns,
-            },
-        }
-
-
-def check_place(path: Path) -> Path:
-    """`path`, a leading ~ replaced; OutputError now, not after minutes, if a report cannot be written there."""
+def check_path(path: Path) -> Path:
+    """`path` with ~ expanded. Raises OutputError if no report can be written there: before measuring, not after."""
     path = Path(os.path.expanduser(path))
     folder = path.parent
     if os.path.isdir(path):
         raise OutputError(f"{path} is a directory; name a file for the report")
     if not os.path.isdir(folder):
-        raise OutputError(f"{folder} is not there to write a report to; make it, or name another place")
+        raise OutputError(f"{folder} is not a directory; create it, or give another path for the report")
     try:
         path.stat()
     except FileNotFoundError:
         allowed = os.access(folder, os.W_OK)
-    except (OSError, ValueError):  # a name too long, a folder that is closed to us
+    except (OSError, ValueError):  # a name that is too long, a folder without permission
         allowed = False
     else:
         allowed = os.access(path, os.W_OK)
     if not allowed:
-        raise OutputError(f"{path} cannot be written to; name another place for the report")
+        raise OutputError(f"{path} is not writable; give another path for the report")
     return path
 
 
-def write(facts: dict[str, Any], path: Path) -> None:
-    """JSON into a file named .json, else Markdown; OutputError if that fails."""
-    text = json.dumps(facts, indent=2) + "\n" if path.suffix.lower() == ".json" else markdown(facts)
+def write(facts: dict[str, Any], path: Path, more: Sequence[tuple[str, str]] = ()) -> None:
+    """Write JSON if the file is named .json, else `markdown(facts, more)`. Raises OutputError if that fails."""
+    text = json.dumps(facts, indent=2) + "\n" if path.suffix.lower() == ".json" else markdown(facts, more)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; name another place for the report") from None
+        raise OutputError(f"{path} cannot be written: {error.strerror}; give another path for the report") from None
 
 
-def collect(model: Model, speed: bench.Report, log: Log, root: Path = Path("/")) -> dict[str, Any]:
-    """All of the report, for JSON.  root: where /proc, /sys and /etc are."""
+def collect(model: Model, speed: bench.Report, root: Path = Path("/")) -> dict[str, Any]:
+    """The whole report, for JSON. root: where /proc, /sys and /etc are."""
     c = model.config
     return {
         "report": 1,
@@ -142,7 +96,7 @@ def collect(model: Model, speed: bench.Report, log: Log, root: Path = Path("/"))
             "type": c.model_type,
             "bits": speed.bits,
             "bytes": speed.weights,
-            "bytes_in_large_pages": speed.large_pages,
+            "bytes_in_huge_pages": speed.huge_pages,
             "parameters": parameters(c),
             "active_parameters": active_parameters(c),
             "layers": c.num_hidden_layers,
@@ -154,13 +108,12 @@ def collect(model: Model, speed: bench.Report, log: Log, root: Path = Path("/"))
             "head_dim": c.head_dim,
             "vocabulary": c.vocab_size,
         },
-        "sensors": log.as_dict(),
         "measures": speed.as_dict()["measures"],
     }
 
 
-def markdown(facts: dict[str, Any]) -> str:
-    """The same to be read, and pasted into an issue."""
+def markdown(facts: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> str:
+    """The report of `collect` as Markdown. more: further rows (name, value) of its first table."""
     m, s, r = facts["machine"], facts["software"], facts["run"]
     rows = [
         ("machine", f"{m['processor']} ({m['core']}, {m['architecture']}), {m['processors']} processors"),
@@ -170,7 +123,7 @@ def markdown(facts: dict[str, Any]) -> str:
         ("system", f"{s['system']}, kernel {s['kernel']}"),
         ("versions", f"Python {s['python']}, numba {s['numba']}, llvmlite {s['llvmlite']}, numpy {s['numpy']}"),
         ("model", _model(facts["model"])),
-        *_sensors(facts["sensors"]),
+        *more,
     ]
     lines = [f"npqwen {facts['npqwen']} bench, {facts['date']}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value.replace('|', '/')} |" for name, value in rows if value]
@@ -179,23 +132,23 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 def _memory(m: dict[str, Any]) -> str:
-    said = [f"reads {m['read_bandwidth'] / 1e9:.1f} GB/s"]
+    parts = [f"reads {m['read_bandwidth'] / 1e9:.1f} GB/s"]
     if m["memory"] is not None:
-        said.insert(0, size(m["memory"]))
+        parts.insert(0, size(m["memory"]))
     if m["memory_available"] is not None:
-        said.append(f"{size(m['memory_available'])} available")
+        parts.append(f"{size(m['memory_available'])} available")
     if m["memory_limit"] is not None:
-        said.append(f"a container's limit leaves {size(m['memory_limit'])}")
-    return ", ".join([*said, f"pages of {m['page'] // 1024} KiB"])
+        parts.append(f"{size(m['memory_limit'])} left of a container's limit")
+    return ", ".join([*parts, f"pages of {m['page'] // 1024} KiB"])
 
 
 def _used(r: dict[str, Any]) -> str:
-    said = []
+    parts = []
     if r["peak"] is not None:
-        said.append(f"{size(r['peak'])} at most, mapped weights counted")
+        parts.append(f"{size(r['peak'])} at most, mapped weights included")
     if r["own"] is not None:
-        said.append(f"{size(r['own'])} besides files at the end")
-    return "; ".join(said)
+        parts.append(f"{size(r['own'])} without files at the end")
+    return "; ".join(parts)
 
 
 def _model(m: dict[str, Any]) -> str:
@@ -205,42 +158,13 @@ def _model(m: dict[str, Any]) -> str:
     heads = f"{m['heads'][0]} and {m['heads'][1]} heads of {m['head_dim']}, vocabulary {m['vocabulary']}"
     encoding = f"int{m['bits']}" if m["bits"] < 16 else "bf16"
     count = f"{m['parameters'] / 1e9:.2f}B parameters"
-    large = m["bytes_in_large_pages"]
-    pages = "" if large is None else f" ({size(large)} in large pages)"
+    huge = m["bytes_in_huge_pages"]
+    pages = "" if huge is None else f" ({size(huge)} in huge pages)"
     return f"{m['type']}, {count}, {encoding}, {size(m['bytes'])}{pages}: {shape}, {heads}"
 
 
-def _sensors(s: dict[str, Any]) -> list[tuple[str, str]]:
-    hottest = sorted(s["temperatures"].items(), key=lambda item: -item[1]["highest"])[:4]
-    temperatures = [f"{name} {t['before']:.0f} before, {t['highest']:.0f} at most" for name, t in hottest]
-    clocks, throttled = s["clocks"], s["throttled"]
-    clock = ""
-    if clocks["lowest"] is not None:
-        clock = f"{clocks['after']} MHz after, {clocks['lowest']} at least"
-        clock += f", {clocks['allowed']} allowed" if clocks["allowed"] is not None else ""
-        clock += f", governor {clocks['governor']}" if clocks["governor"] else ""
-    said = []
-    if throttled["after"] is not None:
-        before = f" (before: {throttled['before']})" if throttled["before"] != throttled["after"] else ""
-        said.append(f"{throttled['after']}: {throttling(int(throttled['after'], 16))}{before}")
-    if throttled["slowdowns"] is not None:
-        said.append(f"{throttled['slowdowns']} times during the runs")
-    return [
-        ("temperature, °C", "; ".join(temperatures) or "not told"),
-        ("clock", clock or "not told"),
-        ("throttled", "; ".join(said) or "not told"),
-    ]
-
-
-def _range(sensors: Sensors) -> str | None:
-    if not sensors.clocks:
-        return None
-    low, high = min(sensors.clocks), max(sensors.clocks)
-    return str(low) if low == high else f"{low}-{high}"
-
-
 def _system(root: Path) -> str:
-    """`Debian GNU/Linux 12 (bookworm)`, `macOS 15.1`, `Windows 11`."""
+    """The operating system: "Debian GNU/Linux 12 (bookworm)", "macOS 15.1", "Windows 11"."""
     found = re.search(r'^PRETTY_NAME="?([^"\n]*)', read(root / "etc/os-release") or "", re.M)
     if found:
         return found[1]
@@ -250,7 +174,7 @@ def _system(root: Path) -> str:
 
 
 def _peak(root: Path) -> dict[str, int | None]:
-    """Bytes of memory this process had at most (`peak`), and has now besides pages of files (`own`)."""
+    """Bytes: the process's peak resident memory (`peak`), and its anonymous memory now (`own`). None if unknown."""
     status = dict(re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB$", read(root / "proc/self/status") or "", re.M))
     peak = 1024 * int(status["VmHWM"]) if "VmHWM" in status else None
     if sys.platform == "darwin":

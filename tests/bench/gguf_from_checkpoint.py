@@ -81,9 +81,7 @@ def sources(checkpoint: Path) -> dict[str, Source]:
             start = 8 + size + entry["data_offsets"][0]
             found[name] = Source(path, start, entry["dtype"], tuple(entry["shape"]))
     if not found:
-        raise SystemExit(
-            f"{checkpoint} holds no .safetensors files; give a Hugging Face checkpoint directory"
-        )
+        raise SystemExit(f"{checkpoint} holds no .safetensors files; give a Hugging Face checkpoint directory")
     return found
 
 
@@ -95,9 +93,7 @@ def encode(values: npt.NDArray[Any], dtype: str, kind: str) -> npt.NDArray[Any]:
     step = max(1, (1 << 22) // max(1, values[0].size))
     for row in range(0, len(values), step):
         part = values[row : row + step]
-        single = (
-            (part.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else part.astype(np.float32)
-        )
+        single = (part.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else part.astype(np.float32)
         if kind == "bf16":
             bits = single.view(np.uint32)
             bits += 0x7FFF + (bits >> 16 & 1)  # round to nearest, ties to even
@@ -119,9 +115,7 @@ def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[
     for name, stack in stacks.items():
         target = names.get_name(name, try_suffixes=(".weight",))
         if target is None:
-            raise SystemExit(
-                f"{name}: no tensor of a Qwen3 model; is this another architecture's checkpoint?"
-            )
+            raise SystemExit(f"{name}: no tensor of a Qwen3 model; is this another architecture's checkpoint?")
         yield target, [stack[index] for index in range(len(stack))]
 
 

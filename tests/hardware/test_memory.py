@@ -144,7 +144,7 @@ def test_info_tells_what_fits(
 
     assert available(whole.needed + RESERVED) == "enough"
     assert available(whole.needed + RESERVED - 1) == "enough for 1792 tokens of context"
-    assert available(whole.weights + beside + page - 1).startswith("less than the weights and a cache: with up to ")
+    assert available(whole.weights + beside + page - 1).startswith("too little for weights and cache: it runs with ")
     assert available(beside) == "too little to run it"
 
 

@@ -47,9 +47,7 @@ def data_bytes(directory: Path) -> int:
 
 def test_parts_of_a_model_counted_by_hand(tmp_path: Path) -> None:
     """Untied, every matrix in another encoding: 576, 1088 or 2048 bytes for 16 x 64 weights."""
-    config = make_config(
-        tie_word_embeddings=False
-    )  # hidden 72, inner 100, heads 4 + 2 of 32, vocab 203, 2 layers
+    config = make_config(tie_word_embeddings=False)  # hidden 72, inner 100, heads 4 + 2 of 32, vocab 203, 2 layers
     bits = dict(zip(MATRICES, (8, 4, 16, 8, 4, 16), strict=True))
     path = write_model(tmp_path / "model", config, tensors(config, bits), 4)
     info = inspect(path)
@@ -125,9 +123,7 @@ def test_info_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
     assert all(len(line) < 200 for line in out.splitlines())
 
 
-def test_info_of_a_checkpoint_converts_it_first(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_info_of_a_checkpoint_converts_it_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from checkpoints import write_checkpoint
 
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
@@ -137,9 +133,7 @@ def test_info_of_a_checkpoint_converts_it_first(
     assert err.startswith(f"converting {tmp_path / 'checkpoint'} to int8")
 
 
-@pytest.mark.parametrize(
-    "options", [["--context", "0"], ["--context", "99999"], ["--bits", "8"], ["--nonsense"]]
-)
+@pytest.mark.parametrize("options", [["--context", "0"], ["--context", "99999"], ["--bits", "8"], ["--nonsense"]])
 def test_info_refuses(run: Run, tiny: Callable[[int], Path], options: list[str]) -> None:
     out, err = run("info", tiny(4), *options, status=2)
     assert out == ""
@@ -185,7 +179,7 @@ def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
     lines = out.splitlines()
     assert lines[0] == f"{tiny(16)}: bf16"
     assert f"1 threads, {ISA.name} kernels" in lines[1]
-    assert re.fullmatch(r"memory reads \d+\.\d GB/s(; \d+% of the weights lie in large pages)?", lines[2])
+    assert re.fullmatch(r"memory reads \d+\.\d GB/s(; \d+% of the weights are in huge pages)?", lines[2])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert len({len(row) for row in rows}) == 1  # a table of Markdown has as many cells in every row
     assert [row[:2] for row in rows[2:]] == [["prefill 5", "0"], ["decode 2", "0"]]
@@ -193,9 +187,9 @@ def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
 
 @pytest.mark.parametrize(
     ("part", "told"),
-    [(None, ""), (0.0, "; 0% of the weights lie in large pages"), (0.5, "; 50% of the weights lie in large pages")],
+    [(None, ""), (0.0, "; 0% of the weights are in huge pages"), (0.5, "; 50% of the weights are in huge pages")],
 )
-def test_bench_tells_what_lies_in_large_pages(
+def test_bench_reports_the_share_of_huge_pages(
     run: Run, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, part: float | None, told: str
 ) -> None:
     found = None if part is None else int(part * data_bytes(tiny(4)))
@@ -203,7 +197,7 @@ def test_bench_tells_what_lies_in_large_pages(
     args = ["--prefill", "2", "--decode", "0", "--repeat", "1", "--threads", "1"]
     out, _ = run("bench", tiny(4), *args)
     assert re.fullmatch(r"memory reads \d+\.\d GB/s" + told, out.splitlines()[2])
-    assert json.loads(run("bench", tiny(4), *args, "--json")[0])["large_pages"] == found
+    assert json.loads(run("bench", tiny(4), *args, "--json")[0])["huge_pages"] == found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Heat, clocks and throttling: what a benchmark on a small board is worth, where Linux tells it."""
+"""Temperatures, clocks and throttling of the processor, where Linux reports them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _THROTTLED = {
     2: "throttled",
     3: "soft temperature limit",
 }
-"""Bits of a Raspberry Pi's `vcgencmd get_throttled`: now; 16 higher, since it was started."""
+"""Bits of a Raspberry Pi's `vcgencmd get_throttled`: now; 16 bits higher, since it was started."""
 _PROCESSORS = ("coretemp", "k10temp", "zenpower")
-"""Drivers of x86 processors' own sensors, which are no thermal zones."""
+"""Drivers of x86 processors' own sensors, which are not thermal zones."""
 
 
 @dataclass(frozen=True)
 class Sensors:
-    """One moment."""
+    """One reading of all sensors."""
 
     temperatures: dict[str, float]
-    """Degrees Celsius, by the sensor's name."""
+    """Degrees Celsius by sensor name."""
     clocks: list[int]
-    """MHz of every processor now; empty where the system does not tell."""
+    """MHz of every CPU now; empty if unknown."""
     fastest: list[int]
-    """MHz that the system allows each of them."""
+    """Highest MHz that the system allows each CPU."""
     governor: str | None
     throttled: int | None
-    """A Raspberry Pi's flags."""
+    """A Raspberry Pi's throttling flags."""
     slowdowns: int | None
-    """How often an x86 processor slowed down for heat since it was started, all cores together."""
+    """Number of thermal slowdowns of an x86 processor since it was started, all cores together."""
 
 
 def read_sensors(root: Path = Path("/"), get_throttled: Callable[[], str] | None = None) -> Sensors:
-    """What the files below root/sys say.
+    """Read the files below root/sys.
 
-    get_throttled: what asks a Raspberry Pi's firmware, None: nobody.  It takes milliseconds, the rest far less.
+    get_throttled: asks a Raspberry Pi's firmware (`vcgencmd`), which takes milliseconds, the rest far less. None: skip.
     """
     cpus = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*"), key=lambda cpu: int(cpu.name[3:]))
     flags = re.search(r"throttled=0x([0-9a-fA-F]+)", get_throttled()) if get_throttled is not None else None
@@ -57,7 +57,7 @@ def read_sensors(root: Path = Path("/"), get_throttled: Callable[[], str] | None
 
 
 def vcgencmd() -> str:
-    """What a Raspberry Pi's firmware says of throttling; nothing on another machine."""
+    """Output of a Raspberry Pi's `vcgencmd get_throttled`; empty on other machines."""
     try:
         done = subprocess.run(
             ["vcgencmd", "get_throttled"], capture_output=True, encoding="utf-8", errors="replace", timeout=5
@@ -68,10 +68,10 @@ def vcgencmd() -> str:
 
 
 def throttling(flags: int) -> str:
-    """A Raspberry Pi's flags for people: `under-voltage now, throttled since it was started`."""
-    said = [f"{name} now" for bit, name in _THROTTLED.items() if flags >> bit & 1]
-    said += [f"{name} since it was started" for bit, name in _THROTTLED.items() if flags >> bit + 16 & 1]
-    return ", ".join(said) or "never"
+    """A Raspberry Pi's flags in words: "under-voltage now, throttled since it was started"."""
+    words = [f"{name} now" for bit, name in _THROTTLED.items() if flags >> bit & 1]
+    words += [f"{name} since it was started" for bit, name in _THROTTLED.items() if flags >> bit + 16 & 1]
+    return ", ".join(words) or "never"
 
 
 def _temperatures(root: Path) -> dict[str, float]:
@@ -86,7 +86,7 @@ def _temperatures(root: Path) -> dict[str, float]:
 
 
 def _add(found: dict[str, float], name: str | None, thousandths: str | None) -> None:
-    """Sensors that are switched off cannot be read, or say less than is cold outside."""
+    """Add a reading, unless the sensor is off: then it cannot be read, or reads below -50 °C."""
     if name is None or thousandths is None or not re.fullmatch(r"-?\d+", thousandths):
         return
     if -50_000 < int(thousandths) < 200_000:
