@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,18 @@ class ChatTemplate:
 
         Raises OptionError for messages or options that are wrong, or that the template refuses.
         """
+        return self.prepare(messages, tools, thinking, add_generation_prompt, template, **options).text()
+
+    def prepare(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        **options: Any,
+    ) -> Rendering:
+        """Check what `render` takes, and bring it into the form that the template reads."""
         program = self._program(template, tools is not None)
         for name in options:
             if name == "enable_thinking":
@@ -92,7 +105,8 @@ class ChatTemplate:
             _check_thinking(program.thinking, thinking)
             if program.thinking == "switch":
                 variables["enable_thinking"] = thinking
-        return program.render(
+        return Rendering(
+            program,
             program.fitted(checked(messages)),
             None if tools is None else plain(list(tools), "tools"),
             bool(add_generation_prompt),
@@ -206,6 +220,21 @@ class _Program:
             return self.render([_QUESTION, message], None, False, {})
         except OptionError:
             return None
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a template is given, checked and in the form that it reads; `text()` renders it."""
+
+    program: _Program
+    messages: list[Message]
+    tools: list[Any] | None
+    add_generation_prompt: bool
+    variables: Mapping[str, Any]
+
+    def text(self) -> str:
+        """Raises OptionError if the template refuses the messages."""
+        return self.program.render(self.messages, self.tools, self.add_generation_prompt, self.variables)
 
 
 def in_thought(prompt: str) -> bool:

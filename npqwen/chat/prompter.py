@@ -1,24 +1,23 @@
-"""Messages to the ids of a prompt, in which only the template speaks in control tokens."""
+"""Messages to the token ids of a prompt, in which only the template writes control tokens."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from npqwen.chat.borders import Borders, Names, split, unused_character, without_needless_cuts
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.messages import Message
-from npqwen.tokenizer import Tokenizer
 from npqwen.tools.toolbox import Tool
 
 
 class Prompter:
-    """Makes prompts for one model, with the same tools and options of its template.
+    """Makes prompts for one model, with fixed tools and template options.
 
-    A user, a tool's result, or an answer that repeats them may spell out <|im_end|> and its like. That is text, and
-    stays text: such a message can be read by the model, but neither ends a turn nor begins one. Nor does a tool's
-    result end itself by </tool_response>, or begin a thought or a call.
+    Users, tools and their schemas, and answers that repeat them, may spell out <|im_end|> and its like, whole or in
+    parts. That stays text: the model can read it, but it neither ends a turn nor begins one. A tool's result or schema
+    cannot write </tool_response>, <think> or <tool_call> either. The system message is the developer's, and trusted.
     """
 
     def __init__(
@@ -33,43 +32,37 @@ class Prompter:
         self._thinking = thinking
         self._options = template_options
         tokenizer = model.tokenizer
-        # What users and assistants say of <think> or <tool_call> is theirs to say.
-        said = _names(tokenizer, tokenizer.special_ids)
-        self._control = {"user": said, "assistant": said, "tool": _names(tokenizer, tokenizer.added_ids)}
+        self._all = Names(tokenizer, tokenizer.added_ids)
+        # Users and assistants may well speak of <think> or <tool_call>: these are added tokens, but not special.
+        special = Names(tokenizer, tokenizer.special_ids)
+        self._forbidden = {"user": special, "assistant": special, "tool": self._all}
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """The prompt of an answer to `messages`; see `ChatTemplate.render` for what it raises."""
-        border = _unused_letter(messages)
-        bordered = [self._bordered(message, border) for message in messages]
-        text = self._model.chat_template.render(bordered, self._schemas, self._thinking, True, **self._options)
-        return [id for part in text.split(border) for id in self._model.tokenizer.encode(part)]
+        """The ids of a prompt for an answer to `messages`; see `ChatTemplate.render` for what it raises."""
+        return [id for piece in self._pieces(messages) for id in self._model.tokenizer.encode(piece)]
 
-    def _bordered(self, message: Message, border: str) -> Message:
-        """The message with a border inside every control token's name, so that the name is encoded in two parts."""
-        control = self._control.get(message["role"])
-        if control is None:
+    def _pieces(self, messages: list[Message]) -> list[str]:
+        """The rendered prompt, cut within each control token's name that the template did not write itself."""
+        plain = self._model.chat_template.prepare(messages, self._schemas, self._thinking, True, **self._options)
+        text = plain.text()
+        borders = Borders(unused_character(text, [plain.messages, plain.tools, plain.variables]))
+        marked = replace(
+            plain,
+            messages=[self._with_borders(message, borders) for message in plain.messages],
+            tools=borders.within(plain.tools, self._all),
+        )
+        if not borders.any:
+            return [text]
+        parts = split(marked.text(), borders.character)
+        if self._all.found(parts) == self._all.found([text]):
+            return [text]
+        return without_needless_cuts(parts, self._all)
+
+    def _with_borders(self, message: Message, borders: Borders) -> Message:
+        names = self._forbidden.get(message["role"])
+        if names is None:
             return message
-
-        def split(value: Any) -> Any:
-            if isinstance(value, str):
-                return control.sub(lambda name: name[0][0] + border + name[0][1:], value)
-            if isinstance(value, list):
-                return [split(item) for item in value]
-            if isinstance(value, dict):  # a call's arguments: their names are the model's words, too
-                return {split(key): split(item) for key, item in value.items()}
-            return value
-
-        return {key: split(value) for key, value in message.items()}
-
-
-def _names(tokenizer: Tokenizer, ids: Iterable[int]) -> re.Pattern[str]:
-    """What finds the names of these tokens in a text."""
-    names = {tokenizer.token_bytes(id).decode("utf-8", "replace") for id in ids}
-    # The longest first, as the tokenizer finds them.
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
-
-
-def _unused_letter(messages: list[Message]) -> str:
-    """A private-use character that no message has."""
-    used = set(json.dumps(messages, ensure_ascii=False))
-    return next(letter for letter in map(chr, range(0xF0000, 0xFFFFE)) if letter not in used)
+        return {
+            borders.within(key, names): value if key == "role" else borders.within(value, names)
+            for key, value in message.items()
+        }

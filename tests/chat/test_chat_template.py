@@ -201,8 +201,10 @@ def nested(levels: int) -> Any:
         ([{"role": "user", "content": "a", "extra": CYCLE}], "more than 128 levels"),
         ("half \ud800", "no valid Unicode: it holds half a surrogate pair"),
         ([{"role": "tool", "content": "half \udc00"}], r"messages\[0\]\['content'\] is no valid Unicode"),
-        ([*HI, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"\ud800": 1}}]}],
-         r"a key of messages\[1\]\['tool_calls'\]\[0\]\['arguments'\] is no valid Unicode"),
+        (
+            [*HI, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"\ud800": 1}}]}],
+            r"a key of messages\[1\]\['tool_calls'\]\[0\]\['arguments'\] is no valid Unicode",
+        ),
     ],
 )
 def test_wrong_messages_are_named(messages: Any, message: str) -> None:
