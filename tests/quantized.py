@@ -68,7 +68,8 @@ class QuantizedReference(ReferenceModel):
     def new_cache(self, room: int | None = None) -> ReferenceCache:
         cache = ReferenceCache(self.config)
         if self.bits != 16:
-            cache.keys, cache.values = _Halves(cache.keys), _Halves(cache.values)
+            arrays = cache.arrays
+            arrays.keys, arrays.values = _Halves(arrays.keys), _Halves(arrays.values)
         return cache
 
 

@@ -1,18 +1,22 @@
-"""A model that answers with texts it is given: for what a real one says too rarely."""
+"""A model that answers with given texts, whatever it is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from checkpoints import TINY
+from numpy.typing import ArrayLike, NDArray
 
 from npqwen.chat.answer import ChatStream, Reply, stream_chat
+from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.conversation import Conversation
+from npqwen.engine.kv_cache import KVCache
+from npqwen.format.config import Config
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
 from npqwen.tokenizer import Tokenizer
@@ -21,73 +25,94 @@ EOS = 4098
 TEMPLATES = Path(__file__).parent / "data" / "templates"
 TOKENIZER = Tokenizer.from_directory(TINY)
 THINKING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
+GREEDY = Sampling(temperature=0)
 
 
-class Cache:
-    """As a KVCache, but all it keeps is the ids."""
+class RecitersCache(KVCache):
+    """Pages that nobody writes, and the ids that were run (those up to `length` count)."""
 
-    def __init__(self, limit: int, ids: Iterable[int] = ()) -> None:
-        self.ids = list(ids)
-        self.limit = limit
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    def truncate(self, length: int) -> None:
-        assert length <= self.length
-        del self.ids[length:]
-
-    def fork(self, length: int | None = None) -> Cache:
-        return Cache(self.limit, self.ids[:length])
+    ids: tuple[int, ...] = ()
 
 
 class Reciter:
-    """Interface of `npqwen.model.Model`. Every prompt is answered by the next of `texts`, then eos.
+    """Answers every prompt with the next of `texts`, then eos.
 
-    A text may be ids, too. prompt_ids, prompts: what it was asked, as ids and decoded. read: how many tokens of each
-    were computed.
+    texts: strings, or token ids. A forced token takes the place of the text's own.
+    calls: tokens of each forward pass. read: tokens of each prompt that were computed. prompt_ids, prompts: the whole
+    prompts, as ids and as text.
     """
 
-    def __init__(self, *texts: str | list[int], template: str = "hybrid", context: int = 2048) -> None:
+    def __init__(
+        self,
+        *texts: str | list[int],
+        template: str = "hybrid",
+        context: int = 2048,
+        sampling: Sampling = THINKING,
+    ) -> None:
         source = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
         self.chat_template = ChatTemplate({"default": source}, {}, Path("model"))
         self.tokenizer = TOKENIZER
         self.context = context
         self.path = TINY
-        self.config = SimpleNamespace(vocab_size=4128, max_position_embeddings=context)
-        self.generation_config = GenerationConfig(frozenset({EOS}), THINKING)
+        self.config = replace(Config.from_directory(TINY), vocab_size=4128, max_position_embeddings=max(context, 2048))
+        self.generation_config = GenerationConfig(frozenset({EOS}), sampling)
+        self.fingerprint = "reciter"
         self.prompts: list[str] = []
         self.prompt_ids: list[list[int]] = []
         self.read: list[int] = []
+        self.calls: list[int] = []
         self._texts = [TOKENIZER.encode(text) if isinstance(text, str) else text for text in texts]
         self._script: list[int] = []
         self._start = 0
 
-    def new_cache(self, room: int | None = None) -> Cache:
-        return Cache(room or self.context)
+    def new_cache(self, room: int | None = None) -> RecitersCache:
+        assert room is None or room <= self.context
+        return RecitersCache(self.config, room or self.context, np.float16)
 
-    def prefill(self, ids: Any, cache: Cache, progress: Any = None) -> np.ndarray:
+    def prefill(
+        self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        assert isinstance(cache, RecitersCache)
+        count = np.size(ids)
         self._script = [*self._texts.pop(0), EOS]
-        self._start = cache.length + len(ids)
-        self.read.append(len(ids))
-        logits = self.forward(ids, cache)[-1]
+        self._start = cache.length + count
+        self.read.append(count)
+        logits: NDArray[np.float32] = self.forward(ids, cache)[-1]
+        if progress is not None:
+            progress(count, count)
         self.prompt_ids.append(list(cache.ids))
-        self.prompts.append(TOKENIZER.decode(cache.ids, special=True))
+        self.prompts.append(TOKENIZER.decode(list(cache.ids), special=True))
         return logits
 
-    def forward(self, ids: Any, cache: Cache, *, all_logits: bool = False, out: Any = None) -> np.ndarray:
-        cache.ids += [int(id) for id in ids]
-        assert cache.length <= cache.limit
-        logits = np.full((1, 4128), -100, np.float32)
-        logits[0, [*self._script, EOS][min(cache.length - self._start, len(self._script))]] = 100
+    def forward(
+        self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        assert isinstance(cache, RecitersCache)
+        tokens = np.asarray(ids)
+        assert tokens.dtype.kind == "i"
+        cache.reserve(tokens.size)
+        cache.ids = (*cache.ids[: cache.length], *tokens.tolist())
+        cache.length += tokens.size
+        self.calls.append(tokens.size)
+        logits = np.full((tokens.size if all_logits else 1, self.config.vocab_size), -100, np.float32)
+        for row, length in zip(logits[::-1], range(cache.length, 0, -1), strict=False):
+            at = length - self._start
+            row[self._script[at] if 0 <= at < len(self._script) else EOS] = 100
         return logits
 
-    def stream_chat(self, messages: Any, **options: Any) -> ChatStream:
-        return stream_chat(self, messages, **options)  # type: ignore[arg-type]
+    def stream_chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
+        return stream_chat(self, messages, **options)
 
-    def chat(self, messages: Any, **options: Any) -> Reply:
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Reply:
         return self.stream_chat(messages, **options).run()
 
     def conversation(self, system: str | None = None, **options: Any) -> Conversation:
-        return Conversation(self, system, **options)  # type: ignore[arg-type]
+        return Conversation(self, system, **options)
+
+
+def recite(text: str | list[int], context: int = 1000) -> Reciter:
+    """A greedy model that continues any prompt with `text`."""
+    return Reciter(text, context=context, sampling=GREEDY)
+
+
+_: type[ChatModel] = Reciter

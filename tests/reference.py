@@ -1,20 +1,28 @@
-"""The oracle: examples/qwen3_in_numpy.py, plain NumPy in float32, with the interface of npqwen's own model.
+"""The oracle: examples/qwen3_in_numpy.py, plain NumPy in float32, as a `LanguageModel`.
 
-It shares no code with the package but the config, the tokenizer and the generation loop, which can drive it in place of
-a `Model`.
+It shares no computation with the package, only the config, the tokenizer and the generation loop.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Self
 
+from npqwen.engine.kv_cache import KVCache
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config
+from npqwen.generation.generate import generate, stream
+from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.stream import Stream
+from npqwen.tokenizer import Tokenizer
 
 # Programs that the tests start find the examples too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -23,79 +31,94 @@ from qwen3_in_numpy import read_safetensors, read_weights, rope_tables
 
 __all__ = ["ReferenceCache", "ReferenceModel", "qwen3_in_numpy", "read_safetensors", "rope_tables"]
 
+Array = NDArray[np.float32]
 
-class ReferenceCache(qwen3_in_numpy.Cache):
-    """The example's cache, with the most tokens it may hold."""
+
+class ReferenceCache(KVCache):
+    """A cache without pages; the keys and values are in `arrays`, the example's own cache."""
 
     def __init__(self, config: Config, limit: int = 1 << 31) -> None:
-        super().__init__(config)
+        super().__init__(config, 0, np.float32)
         self.limit = limit
+        self.arrays = qwen3_in_numpy.Cache(config)
+
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        self.arrays.truncate(length)
+
+    def fork(self, length: int | None = None) -> ReferenceCache:
+        fork = copy(self)
+        fork.arrays = self.arrays.fork(length)
+        fork.length = fork.arrays.length
+        return fork
 
 
 class ReferenceModel:
-    """A dense Qwen3 with the interface of `npqwen.model.Model`.
+    """A Qwen3 that generation can drive in place of a `Model`.
 
-    weights: the checkpoint's tensors under their own names, float32 (so a test may hand in weights that went
-    through a quantizer).
+    weights: the checkpoint's tensors under their own names, float32 (so a test may hand in weights that went through a
+    quantizer). path: the checkpoint; without it there is no tokenizer.
     """
 
     bits = 32
     weight_bytes = 0
+    fingerprint = "reference"
+    tokenizer: Tokenizer
+    generation_config: GenerationConfig
 
     def __init__(
-        self,
-        config: Config,
-        weights: Mapping[str, np.ndarray],
-        path: Path | None = None,
-        context: int | None = None,
+        self, config: Config, weights: Mapping[str, Any], path: Path | None = None, context: int | None = None
     ) -> None:
         self.config = config
         self.weights = weights
         self.context = context or config.max_position_embeddings
+        self.path = path or Path("reference")
         if path is not None:
-            from npqwen.generation.generation_config import GenerationConfig
-            from npqwen.tokenizer import Tokenizer
-
-            self.path = path
             self.tokenizer = Tokenizer.from_directory(path)
             self.generation_config = GenerationConfig.from_directory(path)
 
     @classmethod
-    def from_directory(cls, path: Path, context: int | None = None) -> ReferenceModel:
+    def from_directory(cls, path: Path, context: int | None = None) -> Self:
         return cls(Config.from_directory(path), read_weights(path), path, context)
 
     def new_cache(self, room: int | None = None) -> ReferenceCache:
         return ReferenceCache(self.config, room or self.context)
 
-    def forward(self, ids: Any, cache: ReferenceCache, *, all_logits: bool = False, out: Any = None) -> np.ndarray:
-        past, n = cache.length, len(ids)
+    def forward(
+        self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: Array | None = None
+    ) -> Array:
+        assert isinstance(cache, ReferenceCache)
+        tokens = np.asarray(ids)
+        past, n = cache.length, tokens.size
         if past + n > self.context:
             raise ContextLengthError(f"{past + n} tokens do not fit the context of {self.context}")
-        h = qwen3_in_numpy.forward(self.config, self.weights, ids, cache)
+        h = qwen3_in_numpy.forward(self.config, self.weights, tokens, cache.arrays)
+        cache.length += n
         return qwen3_in_numpy.output_logits(self.config, self.weights, h if all_logits else h[-1:])
 
     def prefill(
-        self, ids: Any, cache: ReferenceCache, progress: Callable[[int, int], None] | None = None
-    ) -> np.ndarray:
-        for start in range(0, len(ids), 64):
-            part = ids[start : start + 64]
+        self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
+    ) -> Array:
+        tokens = np.asarray(ids)
+        for start in range(0, tokens.size, 64):
+            part = tokens[start : start + 64]
             logits = self.forward(part, cache)
             if progress is not None:
-                progress(start + len(part), len(ids))
-        return logits[-1]
+                progress(start + part.size, tokens.size)
+        last: Array = logits[-1]
+        return last
 
-    def logits(self, ids: Any) -> np.ndarray:
+    def logits(self, ids: ArrayLike) -> Array:
         return self.forward(ids, self.new_cache(), all_logits=True)
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        from npqwen.generation import generate as text
-
-        return text.stream(self, prompt, **options)
+    def stream(self, prompt: str, **options: Any) -> Stream:
+        return stream(self, prompt, **options)
 
     def generate(self, prompt: str, **options: Any) -> Any:
-        from npqwen.generation import generate as text
-
-        return text.generate(self, prompt, **options)
+        return generate(self, prompt, **options)
 
     def close(self) -> None:
         pass
+
+
+_: type[LanguageModel] = ReferenceModel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from checkpoints import TINY
+from reciter import recite
 from reference import ReferenceModel
-from scripted import recite
 
 from npqwen.errors import OptionError
 from npqwen.generation.generate import stream
@@ -13,10 +13,11 @@ from npqwen.generation.stream import Stream
 
 
 def test_forced_tokens_are_text_and_run_in_one_pass() -> None:
-    model = recite("12" + "45")
+    model = recite([16, 17, *[0] * 6, 19, 20])  # "12", six that are forced away, "45"
     pieces = stream(model, "x")
     text = next(pieces) + next(pieces)
     forced = model.tokenizer.encode("abé🎉")
+    assert len(forced) == 6
     pieces.force(forced[:2])
     pieces.force(forced[2:])
     text += next(pieces)
@@ -25,7 +26,7 @@ def test_forced_tokens_are_text_and_run_in_one_pass() -> None:
     assert text == "12abé🎉45"
     assert pieces.ids[2:] == [*forced, *model.tokenizer.encode("45"), 4098]
     assert model.calls == [1, 1, 1 + len(forced), 1, 1]  # with the token drawn before them
-    assert model.seen == model.tokenizer.encode("x") + pieces.ids[:-1]
+    assert list(pieces.cache.ids) == model.tokenizer.encode("x") + pieces.ids[:-1]
     assert pieces.usage.generated_tokens == len(pieces.ids)
     with pytest.raises(OptionError, match="a text that is finished"):
         pieces.force([1])

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reciter import recite
 from reference import ReferenceModel
-from scripted import recite
 
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion
@@ -139,8 +139,7 @@ def test_a_foreign_tokenizers_ids_are_refused(model: ReferenceModel) -> None:
 
 
 def test_embedding_rows_without_a_token_are_never_drawn(model: ReferenceModel) -> None:
-    reciter = recite("")
-    reciter.script = [4125]  # the likeliest, but there is no such token
+    reciter = recite([4125])  # the likeliest, but there is no such token
     assert generate(reciter, "x", max_tokens=1).ids != [4125]
 
 
@@ -183,11 +182,13 @@ def test_a_cache_with_a_prefix_saves_its_prefill(model: ReferenceModel) -> None:
     assert cache.length == len(ids) + len(with_prefix.ids) - 1
 
     reciter = recite("12")
-    reciter.room = 100
-    Stream(reciter, ids, cache=SimpleNamespace(length=15, limit=100)).completion()
+    cache = reciter.new_cache(100)
+    cache.length = 15
+    Stream(reciter, ids, cache=cache).completion()
     assert reciter.calls[0] == len(ids) - 15
+    cache.length = 20
     with pytest.raises(OptionError, match="cache holds 20 tokens, no fewer than the prompt's 20"):
-        Stream(reciter, ids, cache=SimpleNamespace(length=20, limit=100))
+        Stream(reciter, ids, cache=cache)
 
 
 def test_what_a_processor_raises_comes_through_and_the_cache_stays_a_beginning(model: ReferenceModel) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from checkpoints import TINY
+from reciter import recite
 from reference import ReferenceModel
-from scripted import recite
 
 from npqwen.errors import OptionError
 from npqwen.generation.generate import generate, stream
