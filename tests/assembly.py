@@ -16,7 +16,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 
-from npqwen.kernels.matrix import UNIT_BYTES
+from npqwen.format.encodings import Encoding
 from npqwen.simd import amx, tile
 from npqwen.simd.instructions import AHEAD, F32, I8, InstructionSet, vector
 from npqwen.simd.x86 import Amx
@@ -30,41 +30,46 @@ ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
 
 I64 = ir.IntType(64)
-BLOCK = {4: 256, 8: 512}
 
 _CONTEXT = SimpleNamespace(
     make_array=lambda kind: lambda context, b, pointer: SimpleNamespace(data=pointer), get_dummy_value=lambda: None
 )
 
 
-def integer_loop(isa: InstructionSet, target: tuple[str, str], bits: int, tokens: int, vectors: int) -> list[str]:
-    """The instructions of the loop over the units of an int4 or int8 matrix: two blocks of 32 columns each."""
+def integer_loop(
+    isa: InstructionSet, target: tuple[str, str], encoding: Encoding, tokens: int, vectors: int
+) -> list[str]:
+    """The instructions of the loop over the units of an integer encoding: two blocks of 32 columns each."""
 
     def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
         data = types.Array(types.uint8, 1, "C")
-        asked = types.literal(64 if isa.asks else UNIT_BYTES[bits])
+        asked = types.literal(64 if isa.asks else encoding.unit_bytes)
         sig, prefetch = tile.prefetch._defn(None, data, types.int64, asked)
         prefetch(_CONTEXT, b, sig, [w, b.add(at, I64(AHEAD)), None])
         sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
         for block in range(2):
-            values, scales = b.add(at, I64(64 + BLOCK[bits] * block)), b.add(at, I64(32 * block))
-            step = tile._quantized(bits)
+            values, scales = (
+                b.add(at, I64(encoding.scale_bytes + encoding.block_bytes * block)),
+                b.add(at, I64(32 * block)),
+            )
+            step = tile._quantized(encoding)
             tile_value = step(_CONTEXT, b, sig, [tile_value, None, None, w, values, scales, x, x_at])
             x_at = b.add(x_at, I64(40 * tokens))
         return tile_value
 
-    return _loop(isa, target, tokens * vectors, UNIT_BYTES[bits], 80 * tokens, I8, I8, body)
+    return _loop(isa, target, tokens * vectors, encoding.unit_bytes, 80 * tokens, I8, I8, body)
 
 
-def amx_loop(target: tuple[str, str], bits: int) -> list[str]:
+def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
     """The loop over the units of a matrix, of int8 as mapped or of int4 as unpacked, by 16 tokens."""
+    in_place = encoding.block_bytes == amx.UNPACKED_BLOCK
 
     def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
         nothing, sums = types.literal(0), types.UniTuple(tile.f32s, 16)
         start = amx.start_block._defn(None, *[nothing] * 5)[1]
         finish = amx.finish_block._defn(None, sums, *[nothing] * 6)[1]
         room = b.gep(w, [I64(-(1 << 20))])
-        values = b.add(at, I64(64)) if bits == 8 else at
+        values = b.add(at, I64(encoding.scale_bytes)) if in_place else at
         for n in range(2):
             # The block after the one whose sums are scaled.
             sig = SimpleNamespace(args=[SimpleNamespace(literal_value=1 - n), *[None] * 4])
@@ -75,7 +80,7 @@ def amx_loop(target: tuple[str, str], bits: int) -> list[str]:
         return tile_value
 
     with mock.patch.multiple(amx, ISA=Amx(), LANES=16):
-        return _loop(Amx(), target, 16, UNIT_BYTES[bits] if bits == 8 else 1024, 1280, I8, I8, body)
+        return _loop(Amx(), target, 16, encoding.unit_bytes if in_place else 2 * amx.UNPACKED_BLOCK, 1280, I8, I8, body)
 
 
 def floating_loop(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from npqwen.format.encodings import ENCODINGS
 from npqwen.kernels.attention import MOST_ROWS, attention, store_key, store_value
 from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.experts import (
@@ -58,7 +59,7 @@ MODEL = np.dtype(
         ("rms_norm_eps", np.float32),
         ("norm_topk_prob", np.bool_),
         ("prefetch", np.int64),
-        ("matmul_kernels", np.int64, (3, WIDEST + 1)),
+        ("matmul_kernels", np.int64, (len(ENCODINGS), WIDEST + 1)),
         ("attention_kernels", np.int64, (MOST_ROWS + 1,)),
     ]
 )
@@ -93,7 +94,7 @@ def forward(
     for i in range(layers.size):
         layer = layers[i]
 
-        norm_and_pack(team, hidden, 0, tokens, layer.input_layernorm, model, layer.qkv_proj.bits, scratch, packed)
+        norm_and_pack(team, hidden, 0, tokens, layer.input_layernorm, model, layer.qkv_proj.encoding, scratch, packed)
         barrier(team)
         project_heads(team, model, layer, i, packed, tokens, start, cos, sin, piece, scratch, queries, pages, like)
         barrier(team)
@@ -102,7 +103,7 @@ def forward(
             model.num_key_value_heads, model.head_dim, start, parts, scratch, attended,
         )  # fmt: skip
         barrier(team)
-        pack_all(team, attended, tokens, layer.o_proj.bits, packed)
+        pack_all(team, attended, tokens, layer.o_proj.encoding, packed)
         barrier(team)
         matmul(team, model.matmul_kernels, layer.o_proj, packed, tokens, width, hidden, 1, scratch)
         barrier(team)
@@ -115,7 +116,7 @@ def forward(
             sparse_feed_forward(team, layer, model, tokens, hidden, packed, mixture, piece, scratch)
 
     first = tokens - wanted
-    norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.bits, scratch, packed)
+    norm_and_pack(team, hidden, first, wanted, model.norm, model, model.lm_head.encoding, scratch, packed)
     barrier(team)
     matmul(team, model.matmul_kernels, model.lm_head, packed, wanted, tile_width(wanted), logits, 0, scratch)
     barrier(team)
@@ -128,7 +129,7 @@ def feed_forward(
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
     width = tile_width(tokens)
     weight = layer.post_attention_layernorm
-    norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.bits, scratch, packed)
+    norm_and_pack(team, hidden, 0, tokens, weight, model, layer.gate_up_proj.encoding, scratch, packed)
     barrier(team)
     project_gated(team, model, layer, packed, tokens, piece, scratch, gated)
     barrier(team)
@@ -144,7 +145,7 @@ def sparse_feed_forward(
     normed, scores, chosen, weights, counts, slots, segments, made, gated, results = without_refcounts(mixture)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(tokens)
-    bits = layer.gate_up_proj.bits
+    encoding = layer.gate_up_proj.encoding
     kernels, how = model.matmul_kernels, model.prefetch
     while True:
         t = claim(team, 1)
@@ -152,7 +153,7 @@ def sparse_feed_forward(
             break
         if t < tokens:
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
-        pack(normed[t], t, width, layer.router.bits, packed)
+        pack(normed[t], t, width, layer.router.encoding, packed)
     barrier(team)
     matmul(team, model.matmul_kernels, layer.router, packed, tokens, width, scores, 0, scratch)
     barrier(team)
@@ -168,7 +169,7 @@ def sparse_feed_forward(
     if how != PREFETCH_NEVER:
         prefetch_first_matrices(team, how, layer, segments, made[0], scratch)
         barrier(team)
-    pack_choices(team, normed, slots[:tokens], segments, made[0], bits, packed)
+    pack_choices(team, normed, slots[:tokens], segments, made[0], encoding, packed)
     barrier(team)
     project_gated_slots(team, kernels, layer, how, segments, made[0], tokens, packed, piece, scratch, gated)
     barrier(team)
@@ -190,9 +191,9 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 
 @njit(nogil=True)
 def norm_and_pack(
-    team: Any, hidden: Any, first: int, tokens: int, weight: int, model: Any, bits: int, scratch: Any, packed: Any
+    team: Any, hidden: Any, first: int, tokens: int, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
 ) -> None:
-    """packed = rms_norm(hidden[first : first + tokens]), for a matrix of the given bits."""
+    """packed = rms_norm(hidden[first : first + tokens]), for a matrix of this encoding."""
     width = tile_width(tokens)
     cols = hidden.shape[1]
     normed = scratch[:cols]
@@ -206,18 +207,18 @@ def norm_and_pack(
             rms_norm(hidden[first + t], weights, model.rms_norm_eps, normed)
         else:
             normed[:] = np.float32(0.0)
-        pack(normed, t, width, bits, packed)
+        pack(normed, t, width, encoding, packed)
 
 
 @njit(nogil=True)
-def pack_all(team: Any, x: Any, tokens: int, bits: int, packed: Any) -> None:
+def pack_all(team: Any, x: Any, tokens: int, encoding: int, packed: Any) -> None:
     """packed = x (whole tiles of tokens, cols)."""
     width = tile_width(tokens)
     while True:
         t = claim(team, 1)
         if t >= whole_tiles(tokens, width):
             return
-        pack(x[t], t, width, bits, packed)
+        pack(x[t], t, width, encoding, packed)
 
 
 @njit(nogil=True)
@@ -241,7 +242,7 @@ def project_gated(
         product[rows // 2 :] = np.float32(0.0)
         for t in range(whole_tiles(tokens, width)):
             silu_times(piece[t * rows : (t + 1) * rows], product)
-            pack_part(product, ROWS * first // 2, cols, t, width, layer.down_proj.bits, gated)
+            pack_part(product, ROWS * first // 2, cols, t, width, layer.down_proj.encoding, gated)
 
 
 @njit(nogil=True)

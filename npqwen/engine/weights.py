@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from npqwen.engine.forward import LAYER, MODEL
 from npqwen.errors import FormatError
 from npqwen.format.config import FORMAT_VERSION, Config, Mixture, conversion, read_json
-from npqwen.kernels.matrix import UNIT_BYTES, UNIT_COLS
+from npqwen.format.encodings import ENCODINGS
+from npqwen.kernels.matrix import UNIT_COLS
 from npqwen.kernels.paging import advise_huge_pages
 from npqwen.simd.tile import ROWS
 
 _ALIGN = 64
 _AGAIN = "copy or convert it again (with --force)"
-_BITS = {size: bits for bits, size in UNIT_BYTES.items()}
+_CODES = {encoding.unit_bytes: encoding.code for encoding in ENCODINGS}
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ def format_of(directory: Path) -> dict[str, Any]:
     """The `quantization_config` of a converted directory; FormatError if it is none, or a newer one."""
     found = conversion(read_json(directory / "config.json"))
     if found is None:
-        raise FormatError(
-            f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT"
-        )
+        raise FormatError(f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT")
     version = found.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatError(
@@ -54,9 +53,7 @@ def format_of(directory: Path) -> dict[str, Any]:
             f"upgrade npqwen, or {_AGAIN}"
         )
     if found.get("bits") not in (4, 8, 16):
-        raise FormatError(
-            f"{directory}: quantization_config has bits {found.get('bits')!r}, not 4, 8 or 16; {_AGAIN}"
-        )
+        raise FormatError(f"{directory}: quantization_config has bits {found.get('bits')!r}, not 4, 8 or 16; {_AGAIN}")
     return found
 
 
@@ -70,7 +67,7 @@ class Weights:
         """Raises FormatError, naming the file and the tensor, unless all is there in the right shape."""
         self.bits: int = format_of(directory)["bits"]
         self.encodings: set[int] = set()
-        """Bits of all the matrices' encodings."""
+        """Codes of all the matrices' encodings."""
         self.tensors: dict[str, Tensor] = {}
         self._mappings: list[mmap.mmap] = []
         for path in _files(directory):
@@ -157,28 +154,28 @@ class Weights:
         shapes = [(2 * pad(inner, ROWS), pad(hidden, UNIT_COLS)), (pad(hidden, ROWS), pad(inner, UNIT_COLS))]
         units = [rows // ROWS * (cols // UNIT_COLS) for rows, cols in shapes]
         expected = mixture.num_experts, sum(units)
-        if tensor.dtype != "U8" or tensor.shape[:2] != expected or tensor.shape[2:] not in [(b,) for b in _BITS]:
+        if tensor.dtype != "U8" or tensor.shape[:2] != expected or tensor.shape[2:] not in [(b,) for b in _CODES]:
             raise FormatError(_mismatch(tensor, name, [*expected]))
         unit, place = tensor.shape[2], tensor.data.ctypes.data
-        self.encodings.add(_BITS[unit])
-        layer["gate_up_proj"] = place, _BITS[unit], *shapes[0]
-        layer["down_proj"] = place + units[0] * unit, _BITS[unit], *shapes[1]
+        self.encodings.add(_CODES[unit])
+        layer["gate_up_proj"] = place, _CODES[unit], *shapes[0]
+        layer["down_proj"] = place + units[0] * unit, _CODES[unit], *shapes[1]
         layer["expert_bytes"] = sum(units) * unit
 
     def _matrix(self, name: str, rows: int, cols: int) -> tuple[int, int, int, int]:
         tensor = self._find(name)
         units = pad(rows, ROWS) // ROWS, pad(cols, UNIT_COLS) // UNIT_COLS
-        if tensor.dtype != "U8" or tensor.shape[:2] != units or tensor.shape[2:] not in [(b,) for b in _BITS]:
+        if tensor.dtype != "U8" or tensor.shape[:2] != units or tensor.shape[2:] not in [(b,) for b in _CODES]:
             raise FormatError(_mismatch(tensor, name, [*units]))
-        bits = _BITS[tensor.shape[2]]
-        self.encodings.add(bits)
-        return tensor.data.ctypes.data, bits, units[0] * ROWS, units[1] * UNIT_COLS
+        encoding = _CODES[tensor.shape[2]]
+        self.encodings.add(encoding)
+        return tensor.data.ctypes.data, encoding, units[0] * ROWS, units[1] * UNIT_COLS
 
 
 def _mismatch(tensor: Tensor, name: str, units: list[int]) -> str:
     return (
         f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
-        f"config.json asks for U8 {units} units of {' or '.join(map(str, _BITS))} bytes"
+        f"config.json asks for U8 {units} units of {' or '.join(map(str, _CODES))} bytes"
     )
 
 

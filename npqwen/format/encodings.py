@@ -34,6 +34,10 @@ class Encoding:
     """Bytes of the weights of a block: 16 rows x 32 columns."""
     is_integer: bool
     """Whether weights are integers times a scale, multiplied by activations in int8; else by float32."""
+    zero_point: int = 0
+    """Added to integers before they are stored, which makes them unsigned; 0 if they are stored signed."""
+    largest: int = 0
+    """The largest magnitude of a stored integer."""
 
     @property
     def unit_bytes(self) -> int:
@@ -46,8 +50,8 @@ class Encoding:
         return 8 * self.unit_bytes / (UNIT_ROWS * UNIT_COLUMNS)
 
 
-INT4 = Encoding("int4", code=0, bits=4, scale_bytes=64, block_bytes=256, is_integer=True)
-INT8 = Encoding("int8", code=1, bits=8, scale_bytes=64, block_bytes=512, is_integer=True)
+INT4 = Encoding("int4", code=0, bits=4, scale_bytes=64, block_bytes=256, is_integer=True, zero_point=8, largest=15)
+INT8 = Encoding("int8", code=1, bits=8, scale_bytes=64, block_bytes=512, is_integer=True, largest=127)
 BF16 = Encoding("bf16", code=2, bits=16, scale_bytes=0, block_bytes=1024, is_integer=False)
 
 ENCODINGS = (INT4, INT8, BF16)

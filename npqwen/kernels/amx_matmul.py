@@ -1,6 +1,6 @@
 """out = weight @ x for tiles of 16 tokens on a processor with AMX: the same sums, to the bit, in half the time.
 
-A piece's int4 weights are unpacked once for all tokens; int8 weights are read where they are mapped.
+Weights of fewer than 8 bits are unpacked once for all tokens; int8 weights are read where they are mapped.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from npqwen.format.encodings import ENCODINGS, Encoding
 from npqwen.kernels.entry import entry
-from npqwen.kernels.matrix import SCALE_BYTES, UNIT_BYTES
 from npqwen.kernels.packing import BLOCK_BYTES
 from npqwen.simd.amx import (
     SUM_BYTES,
@@ -19,7 +19,7 @@ from npqwen.simd.amx import (
     finish_block,
     release,
     start_block,
-    unpack_int4,
+    unpack_block,
 )
 from npqwen.simd.instructions import AHEAD, CACHE_LINE
 from npqwen.simd.scalar import memory
@@ -31,17 +31,18 @@ _UNPACKED = 2 * UNPACKED_BLOCK
 
 def unpacked_bytes(cols: int, chunk: int) -> int:
     """Scratch that a thread needs for pieces of `chunk` bytes, or of one group of rows where that is more."""
-    return CACHE_LINE + 2 * SUM_BYTES + max(cols * ROWS, chunk // UNIT_BYTES[4] * _UNPACKED)
+    smallest = min(encoding.unit_bytes for encoding in ENCODINGS if encoding.is_integer)
+    return CACHE_LINE + 2 * SUM_BYTES + max(cols * ROWS, chunk // smallest * _UNPACKED)
 
 
-def amx_rows(bits: int) -> Any:
-    """The kernel for int4 or int8 weights; its arguments are those of all kernels (kernels/matmul.py)."""
-    unit = UNIT_BYTES[bits]
-    half = (unit - SCALE_BYTES) // 2
+def amx_rows(encoding: Encoding) -> Any:
+    """The kernel for an integer encoding; its arguments are those of all kernels (kernels/matmul.py)."""
+    code, unit, scale_bytes, half = encoding.code, encoding.unit_bytes, encoding.scale_bytes, encoding.block_bytes
+    packs = encoding.block_bytes < UNPACKED_BLOCK
     step = BLOCK_BYTES * ROWS
-    asked = SCALE_BYTES if bits == 4 else unit
+    asked = scale_bytes if packs else unit
 
-    @entry(bits)
+    @entry(encoding.name)
     def amx_rows(
         address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int,
         scratch: int,
@@ -50,12 +51,12 @@ def amx_rows(bits: int) -> Any:
         packed = memory(x, tiles * units * 2 * step, np.uint8)
         flat = memory(out, tiles * ROWS * stride, np.float32)
         room = memory((scratch + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE, 2 * SUM_BYTES, np.uint8)
-        if bits == 4:
+        if packs:
             values = memory(room.ctypes.data + 2 * SUM_BYTES, (last - first) * units * _UNPACKED, np.uint8)
             pitch, origin = _UNPACKED, 0
         else:
             values = memory(address + first * units * unit, (last - first) * units * unit, np.uint8)
-            pitch, origin = unit, SCALE_BYTES
+            pitch, origin = unit, scale_bytes
         configure()
         for tile in range(tiles):
             for group in range(first, last):
@@ -63,9 +64,9 @@ def amx_rows(bits: int) -> Any:
                 unit_at = group * units * unit
                 at = (group - first) * units * pitch + origin
                 x_at = tile * units * 2 * step
-                if bits == 4 and tile == 0:
-                    unpack_int4(w, unit_at + SCALE_BYTES, values, at)
-                    unpack_int4(w, unit_at + SCALE_BYTES + half, values, at + UNPACKED_BLOCK)
+                if packs and tile == 0:
+                    unpack_block(code, w, unit_at + scale_bytes, values, at)
+                    unpack_block(code, w, unit_at + scale_bytes + half, values, at + UNPACKED_BLOCK)
                 start_block(0, values, at, packed, x_at)
                 for u in range(units):
                     # After the last unit it is multiplied once more, for nothing.
@@ -73,10 +74,10 @@ def amx_rows(bits: int) -> Any:
                     following = at + more * pitch
                     if tile == 0:
                         prefetch(w, unit_at + AHEAD, asked)
-                        if bits == 4:
-                            place = unit_at + more * unit + SCALE_BYTES
-                            unpack_int4(w, place, values, following)
-                            unpack_int4(w, place + half, values, following + UNPACKED_BLOCK)
+                        if packs:
+                            place = unit_at + more * unit + scale_bytes
+                            unpack_block(code, w, place, values, following)
+                            unpack_block(code, w, place + half, values, following + UNPACKED_BLOCK)
                     start_block(1, values, at + UNPACKED_BLOCK, packed, x_at + step)
                     sums = finish_block(sums, 0, w, unit_at, packed, x_at, room)
                     start_block(0, values, following, packed, x_at + 2 * more * step)

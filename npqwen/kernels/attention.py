@@ -139,9 +139,7 @@ def _attend(tokens: int, dtype: Any) -> Any:
                             # Arithmetic is the limit: there is time to have this block's values brought near.
                             first = at + place * dim
                             prefetch(values, first + together * (k - row - first), CACHE_LINE)
-                        products = multiply_cached(
-                            products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1
-                        )
+                        products = multiply_cached(products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1)
                         k += TILE
                     store_apart(products, together, scores, place + row, TILE, score_rows, BLOCK)
             for t in range(tokens):
@@ -301,9 +299,7 @@ def _merge(whole: Any, part: Any, width: int, dim: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _finish(
-    left: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any
-) -> None:
+def _finish(left: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any) -> None:
     """Divide by the softmax's total, and put each row where its token and head belong."""
     for t in range(min(width, rows - first_row)):
         row = first_row + t

@@ -17,7 +17,7 @@ from npqwen.kernels.entry import run_at
 from npqwen.kernels.matmul import CHUNK_BYTES
 from npqwen.kernels.matrix import BLOCK_GROUPS, UNIT_COLS, unit_bytes
 from npqwen.kernels.norm import silu_times
-from npqwen.kernels.packing import BLOCK, BLOCK_BYTES, WIDEST, pack, pack_part, tile_width, whole_tiles
+from npqwen.kernels.packing import WIDEST, pack, pack_part, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.simd.scalar import FAST, exp
 from npqwen.simd.tile import ROWS
@@ -106,19 +106,13 @@ def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
 
 
 @njit(nogil=True)
-def row_bytes(bits: int, cols: int) -> int:
-    """Bytes that one token's packed activations take."""
-    return cols * 4 if bits == 16 else cols // BLOCK * BLOCK_BYTES
-
-
-@njit(nogil=True)
-def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, bits: int, packed: Any) -> None:
+def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, encoding: int, packed: Any) -> None:
     """packed = normed (tokens, cols), each token in all of its slots; a lone token once for all."""
-    size = row_bytes(bits, normed.shape[1])
+    size = packed_row_bytes(encoding, normed.shape[1])
     tokens = slots.shape[0]
     if tokens == 1:
         if claim(team, 1) == 0:
-            pack(normed[0], 0, 1, bits, packed)
+            pack(normed[0], 0, 1, encoding, packed)
         return
     while True:
         t = claim(team, 1)
@@ -128,11 +122,11 @@ def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, b
             for n in range(slots.shape[1]):
                 s = find_segment(segments, made, slots[t, n])
                 first = segments[s, SLOT]
-                pack(normed[t], slots[t, n] - first, segments[s, WIDTH], bits, packed[first * size :])
+                pack(normed[t], slots[t, n] - first, segments[s, WIDTH], encoding, packed[first * size :])
         else:
             _, first, count, width = segments[t - tokens]
             for lane in range(count, whole_tiles(count, width)):
-                pack(normed[0], lane, width, bits, packed[first * size :])
+                pack(normed[0], lane, width, encoding, packed[first * size :])
 
 
 @njit(nogil=True)
@@ -182,7 +176,7 @@ def take_piece(team: Any, matrix: Any, made: int, multiple: int, most: int) -> A
     """
     groups = matrix.rows // ROWS
     share = made * groups // (8 * acquire(team, MEMBERS))
-    fitting = CHUNK_BYTES // (matrix.cols // UNIT_COLS * unit_bytes(matrix.bits))
+    fitting = CHUNK_BYTES // (matrix.cols // UNIT_COLS * unit_bytes(matrix.encoding))
     chunk = max(multiple, min(share, fitting, most, groups) // multiple * multiple)
     pieces = (groups + chunk - 1) // chunk
     task = claim(team, 1)
@@ -198,7 +192,7 @@ def _run(
     """The kernel for some groups of rows of a segment's expert and some of its tiles of tokens."""
     expert, _, _, width = segment
     run_at(
-        kernels[matrix.bits // 8, width],
+        kernels[matrix.encoding, width],
         (
             matrix.address + expert * layer.expert_bytes, matrix.cols // UNIT_COLS, first, last, x_at, tiles, out_at,
             stride, 0, scratch.ctypes.data,
@@ -217,9 +211,9 @@ def project_gated_slots(
     segment where its first slot is; of a pass of one token that alone, for all.  A thread goes on with the rows that it
     has computed: they are in its own cache, `piece`.
     """
-    matrix, cols, bits = layer.gate_up_proj, layer.down_proj.cols, layer.down_proj.bits
-    size = 0 if tokens == 1 else row_bytes(matrix.bits, matrix.cols)
-    gated_size = row_bytes(bits, cols)
+    matrix, cols, encoding = layer.gate_up_proj, layer.down_proj.cols, layer.down_proj.encoding
+    size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
+    gated_size = packed_row_bytes(encoding, cols)
     most = piece.size // (whole_tiles(tokens, WIDEST) * ROWS)
     while True:
         s, first, last = take_piece(team, matrix, made, BLOCK_GROUPS, most)
@@ -244,7 +238,7 @@ def project_gated_slots(
             product[rows // 2 :] = np.float32(0.0)
             for t in range(batch):
                 silu_times(piece[t * rows : (t + 1) * rows], product)
-                pack_part(product, ROWS * first // 2, cols, start + t, width, bits, gated[slot * gated_size :])
+                pack_part(product, ROWS * first // 2, cols, start + t, width, encoding, gated[slot * gated_size :])
 
 
 @njit(nogil=True)
@@ -253,7 +247,7 @@ def multiply_slots(
 ) -> None:
     """out[slot] = down_proj of the slot's expert @ gated[slot], for all segments; out: float32 (slots, >= rows)."""
     matrix = layer.down_proj
-    size = row_bytes(matrix.bits, matrix.cols)
+    size = packed_row_bytes(matrix.encoding, matrix.cols)
     while True:
         s, first, last = take_piece(team, matrix, made, 1, matrix.rows)
         if s == made:

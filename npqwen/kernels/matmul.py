@@ -14,11 +14,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from npqwen.format.encodings import ENCODINGS, Encoding
 from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.kernels.matrix import SCALE_BYTES, UNIT_BYTES, UNIT_COLS, unit_bytes
+from npqwen.kernels.matrix import UNIT_COLS, unit_bytes
 from npqwen.kernels.packing import BLOCK_BYTES, WIDEST, WIDTHS, whole_tiles
 from npqwen.simd.instructions import AHEAD
 from npqwen.simd.isa import ISA
@@ -46,16 +47,15 @@ _PIECE = 1 << 16
 """float32 that a thread's results may take which it goes on with: they stay in its cache."""
 
 
-def _integer_rows(bits: int, tokens: int) -> Any:
-    """The kernel for int4 or int8 weights and tiles of `tokens` tokens."""
+def _integer_rows(encoding: Encoding, tokens: int) -> Any:
+    """The kernel for weights of an integer encoding and tiles of `tokens` tokens."""
     vectors = ISA.tiles[tokens]
     rows = vectors * LANES
-    unit = UNIT_BYTES[bits]
-    half = (unit - SCALE_BYTES) // 2
+    code, unit, scale_bytes, half = encoding.code, encoding.unit_bytes, encoding.scale_bytes, encoding.block_bytes
     # In turns with what is read, memory gives a tenth more than if a whole unit is asked for first.
-    asked = SCALE_BYTES if ISA.asks else unit
+    asked = scale_bytes if ISA.asks else unit
 
-    @entry(bits, tokens, vectors)
+    @entry(encoding.name, tokens, vectors)
     def integer_rows(
         address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, plus: int,
         scratch: int,
@@ -71,11 +71,11 @@ def _integer_rows(bits: int, tokens: int) -> Any:
                     x_at = tile * units * 2 * BLOCK_BYTES * tokens
                     for _ in range(units):
                         scales = at + 2 * row
-                        block = at + SCALE_BYTES + 4 * row
+                        block = at + scale_bytes + 4 * row
                         prefetch(w, at + AHEAD, asked)
-                        sums = dot_block_int(sums, tokens, bits, w, block, scales, packed, x_at)
+                        sums = dot_block_int(sums, tokens, code, w, block, scales, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
-                        sums = dot_block_int(sums, tokens, bits, w, block + half, scales + 32, packed, x_at)
+                        sums = dot_block_int(sums, tokens, code, w, block + half, scales + 32, packed, x_at)
                         x_at += BLOCK_BYTES * tokens
                         at += unit
                     if plus:
@@ -120,16 +120,14 @@ def _bf16_rows(tokens: int) -> Any:
     return bf16_rows
 
 
-def _rows(bits: int, tokens: int) -> Any:
-    return amx_rows(bits) if _MATRICES and tokens == ROWS else _integer_rows(bits, tokens)
+def _rows(encoding: Encoding, tokens: int) -> Any:
+    if not encoding.is_integer:
+        return _bf16_rows(tokens)
+    return amx_rows(encoding) if _MATRICES and tokens == ROWS else _integer_rows(encoding, tokens)
 
 
-KERNELS = {
-    4: {width: _rows(4, width) for width in WIDTHS},
-    8: {width: _rows(8, width) for width in WIDTHS},
-    16: {width: _bf16_rows(width) for width in WIDTHS},
-}
-"""The kernel for each encoding and number of tokens a tile.
+KERNELS = tuple({width: _rows(encoding, width) for width in WIDTHS} for encoding in ENCODINGS)
+"""The kernel for each number of tokens a tile, by the code of the encoding.
 
 They compute groups of 16 rows first to last - 1 of a matrix of so many units a group for `tiles` tiles of packed
 activations x; out is float32 with `stride` items a token, added to if plus (0 or 1).  scratch: see `scratch_floats`.
@@ -137,11 +135,11 @@ activations x; out is float32 with `stride` items a token, added to if plus (0 o
 
 
 def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
-    """Where the machine code of some encodings' kernels is: (3, WIDEST + 1), [bits // 8, width]; the rest is 0."""
-    addresses = np.zeros((3, WIDEST + 1), np.int64)
-    for bits in encodings:
-        for width, kernel in KERNELS[bits].items():
-            addresses[bits // 8, width] = address_of(kernel)
+    """Addresses of the kernels of some encodings, by code: (encodings, WIDEST + 1), [code, width]; the rest is 0."""
+    addresses = np.zeros((len(ENCODINGS), WIDEST + 1), np.int64)
+    for code in encodings:
+        for width, kernel in KERNELS[code].items():
+            addresses[code, width] = address_of(kernel)
     return addresses
 
 
@@ -166,7 +164,7 @@ def chunk_of(team: Any, matrix: Any, tokens: int, width: int) -> int:
     """How many groups of rows a thread takes at a time."""
     groups = matrix.rows // ROWS
     most = STREAM_BYTES if tokens <= width and not unpacked(width) else CHUNK_BYTES
-    group = matrix.cols // UNIT_COLS * unit_bytes(matrix.bits)
+    group = matrix.cols // UNIT_COLS * unit_bytes(matrix.encoding)
     return max(1, min(groups // (8 * acquire(team, MEMBERS)), most // group))
 
 
@@ -192,7 +190,7 @@ def _run(
     """The kernel for a matrix and tiles of `width` tokens, on some groups of rows."""
     tiles = whole_tiles(tokens, width) // width
     run_at(
-        kernels[matrix.bits // 8, width],
+        kernels[matrix.encoding, width],
         (
             matrix.address, matrix.cols // UNIT_COLS, first, last, x.ctypes.data, tiles, out_at, stride, plus,
             scratch.ctypes.data,

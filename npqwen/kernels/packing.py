@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from npqwen.format.encodings import ENCODINGS
+from npqwen.kernels.matrix import IS_INTEGER
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST
 from npqwen.simd.tile import quantize_block
@@ -20,8 +22,8 @@ from npqwen.simd.tile import quantize_block
 BLOCK = 32
 BLOCK_BYTES = 40
 WIDTHS = tuple(sorted(ISA.tiles))
-ZERO_POINT = {4: 8, 8: ISA.int8_zero, 16: 0}
-_ZERO4, _ZERO8 = ZERO_POINT[4], ZERO_POINT[8]
+ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
+"""What the kernels add to weights, by the code of their encoding."""
 WIDEST = WIDTHS[-1]
 _MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
@@ -54,22 +56,25 @@ def packed_bytes(tokens: int, columns: int) -> int:
 
 
 @njit(nogil=True)
-def pack(x: Any, token: int, width: int, bits: int, packed: Any) -> None:
-    """Put the activations of one token, float32 x (columns, a multiple of 64), into uint8 `packed`."""
-    pack_part(x, 0, x.size, token, width, bits, packed)
+def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
+    """Put the activations of one token, float32 x (columns, a multiple of 64), into uint8 `packed`.
+
+    encoding: the code of that of the weights they will be multiplied by.
+    """
+    pack_part(x, 0, x.size, token, width, encoding, packed)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def pack_part(x: Any, first: int, columns: int, token: int, width: int, bits: int, packed: Any) -> None:
+def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding: int, packed: Any) -> None:
     """The same for some of a token's activations: x (a multiple of 32) is from column `first`, too, of so many."""
     tile, lane = token // width, token % width
-    if bits == 16:
+    if not IS_INTEGER[encoding]:
         floats = packed.view(np.float32)
         at = (tile * columns + first) * width + lane
         for i in range(x.size):
             floats[at + i * width] = x[i]
     else:
-        zero = _ZERO4 if bits == 4 else _ZERO8
+        zero = ZERO_POINT[encoding]
         floats, words, bytes_ = packed.view(np.float32), packed.view(np.int32), packed.view(np.int8)
         for block in range(x.size // BLOCK):
             at = (tile * (columns // BLOCK) + first // BLOCK + block) * BLOCK_BYTES * width
@@ -80,3 +85,9 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, bits: in
                 scale, total = quantize_block(x, block * BLOCK, bytes_, at + BLOCK * lane, 8)
             floats[at // 4 + 8 * width + lane] = scale
             words[at // 4 + 9 * width + lane] = -zero * total
+
+
+@njit(nogil=True)
+def packed_row_bytes(encoding: int, columns: int) -> int:
+    """Bytes of one token's packed activations; columns is a multiple of 64."""
+    return columns // BLOCK * BLOCK_BYTES if IS_INTEGER[encoding] else columns * 4

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from npqwen.format.encodings import ENCODINGS
 from npqwen.simd.instructions import CACHE_LINE, F32, I8, I16, I32, address, constant, splat, vector
 from npqwen.simd.isa import ISA
 from npqwen.simd.tile import LANES, ROWS, multiply_add, pointer
@@ -60,17 +61,19 @@ def release(_: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic
-def unpack_int4(_: Any, w: Any, at: Any, out: Any, out_at: Any) -> Any:
-    """out[out_at:] = the int4 block at uint8 w[at:] as int8, -8 to 7: 512 bytes in quads."""
-    sig = types.void(w, types.int64, out, types.int64)
+@intrinsic(prefer_literal=True)
+def unpack_block(_: Any, encoding: Any, w: Any, at: Any, out: Any, out_at: Any) -> Any:
+    """out[out_at:] = the block at uint8 w[at:] as int8: 512 bytes in quads; encoding: a constant, its code."""
+    sig = types.void(encoding, w, types.int64, out, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        block = pointer(context, b, sig.args[0], args[0], args[1], I8)
-        place = pointer(context, b, sig.args[2], args[2], args[3], I8)
+        encoding = ENCODINGS[sig.args[0].literal_value]
+        block = pointer(context, b, sig.args[1], args[1], args[2], I8)
+        place = pointer(context, b, sig.args[3], args[3], args[4], I8)
         kind = vector(I8, CACHE_LINE)
-        for n, quad in enumerate(ISA.int4(b, block)):
-            b.store(b.sub(quad, constant(I8, CACHE_LINE, 8)), address(b, place, CACHE_LINE * n, kind), align=CACHE_LINE)
+        zero_point = constant(I8, CACHE_LINE, encoding.zero_point)
+        for n, quad in ISA.quads(b, encoding, block):
+            b.store(b.sub(quad, zero_point), address(b, place, CACHE_LINE * n, kind), align=CACHE_LINE)
         return context.get_dummy_value()
 
     return sig, generate

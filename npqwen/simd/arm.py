@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from llvmlite import ir
 
+from npqwen.format.encodings import Encoding
 from npqwen.simd.instructions import F32, I8, I32, NativeHalf, address, call, constant, vector
 
 _WORDS, _BYTES, _FLOATS = vector(I32, 4), vector(I8, 16), vector(F32, 4)
@@ -30,31 +31,12 @@ class Neon(NativeHalf):
     accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
-    def int4(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
-        """The 8 quads, each low one before the high one that is stored with it."""
-        quads = []
-        for packed in (self.bytes(b, block, quad) for quad in range(4)):
-            quads += [b.and_(packed, constant(I8, 16, 15)), b.lshr(packed, constant(I8, 16, 4))]
-        return quads
-
-    def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        return self._dot(b, quads, x, start, [0, 4, 1, 5, 2, 6, 3, 7])
-
-    def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        return self._dot(b, quads, x, start, list(range(8)))
-
-    def _dot(
-        self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value, places: list[int]
-    ) -> ir.Value:
-        """Multiply each quad by the four activations of its place among the eight."""
+    def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
         halves = [b.load(address(b, x, at, _WORDS), align=1) for at in (0, 16)]
         total = b.add(start, constant(I32, 4, _BIAS_BITS))
-        for quad, place in zip(quads, places, strict=True):
-            spread = constant(I32, 4, place % 4)
-            lane = b.shuffle_vector(halves[place // 4], ir.Constant(_WORDS, ir.Undefined), spread)
-            total = call(
-                b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, b.bitcast(lane, _BYTES)
-            )
+        for i, quad in quads:
+            lane = b.shuffle_vector(halves[i // 4], ir.Constant(_WORDS, ir.Undefined), constant(I32, 4, i % 4))
+            total = call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, b.bitcast(lane, _BYTES))
         return total
 
     def to_float(self, b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
@@ -74,40 +56,47 @@ class NeonI8mm(Neon):
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1, 8: 1}
     pairs: ClassVar[bool] = True
 
-    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+    ) -> Iterator[ir.Value]:
         if tokens == 1:
-            return super().products(b, bits, block, x, tokens)
-        quads = self._two_by_eight(b, bits, block)
+            return super().products(b, encoding, block, x, tokens)
+        return self._products_of_pairs(b, getattr(self, f"{encoding.name}_octets")(b, block), x, tokens)
 
-        def each() -> Iterator[ir.Value]:
-            for t in range(0, tokens, 2):
-                starts = b.load(address(b, x, 36 * tokens + 4 * t, vector(I32, 2)), align=4)
-                twice = ir.Constant(_WORDS, [0, 0, 1, 1])
-                start = b.add(
-                    b.shuffle_vector(starts, ir.Constant(starts.type, ir.Undefined), twice),
-                    constant(I32, 4, _BIAS_BITS),
-                )
-                pairs = [b.load(address(b, x, 32 * t + 16 * n, _BYTES), align=1) for n in range(4)]
-                sums = [start, start]
-                for pair, halves in zip(pairs, quads, strict=True):
-                    for half, quad in enumerate(halves):
-                        sums[half] = call(b, "llvm.aarch64.neon.smmla.v4i32.v16i8", _WORDS, sums[half], pair, quad)
-                for high in (False, True):
-                    yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
+    def _products_of_pairs(
+        self, b: ir.IRBuilder, octets: list[list[ir.Value]], x: ir.Value, tokens: int
+    ) -> Iterator[ir.Value]:
+        for t in range(0, tokens, 2):
+            starts = b.load(address(b, x, 36 * tokens + 4 * t, vector(I32, 2)), align=4)
+            twice = ir.Constant(_WORDS, [0, 0, 1, 1])
+            start = b.add(
+                b.shuffle_vector(starts, ir.Constant(starts.type, ir.Undefined), twice), constant(I32, 4, _BIAS_BITS)
+            )
+            pairs = [b.load(address(b, x, 32 * t + 16 * n, _BYTES), align=1) for n in range(4)]
+            sums = [start, start]
+            for pair, halves in zip(pairs, octets, strict=True):
+                for half, octet in enumerate(halves):
+                    sums[half] = call(b, "llvm.aarch64.neon.smmla.v4i32.v16i8", _WORDS, sums[half], pair, octet)
+            for high in (False, True):
+                yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
 
-        return each()
+    def int4_octets(self, b: ir.IRBuilder, block: ir.Value) -> list[list[ir.Value]]:
+        """For each 8 columns of the block their bytes in rows 0 and 1, and in rows 2 and 3: nibbles, 0 to 15."""
+        both = self._stored_octets(b, block, 4)
+        low = [[b.and_(octet, constant(I8, 16, 15)) for octet in halves] for halves in both]
+        return low + [[b.lshr(octet, constant(I8, 16, 4)) for octet in halves] for halves in both]
 
-    def _two_by_eight(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> list[list[ir.Value]]:
-        """For each 8 columns of the block their bytes in rows 0 and 1, and in rows 2 and 3."""
-        stored = [self.bytes(b, block, quad) for quad in range(4 if bits == 4 else 8)]
-        both = [
+    def int8_octets(self, b: ir.IRBuilder, block: ir.Value) -> list[list[ir.Value]]:
+        """Bytes as they are stored, in the order of `int4_octets`."""
+        return self._stored_octets(b, block, 8)
+
+    def _stored_octets(self, b: ir.IRBuilder, block: ir.Value, count: int) -> list[list[ir.Value]]:
+        """Two of `count` stored quads at a time, interleaved: 2 rows x 8 columns, twice."""
+        stored = [self.stored_quad(b, block, n) for n in range(count)]
+        return [
             [b.bitcast(_interleave(b, first, second, _WORDS, high), _BYTES) for high in (False, True)]
             for first, second in zip(stored[::2], stored[1::2], strict=True)
         ]
-        if bits == 8:
-            return both
-        low = [[b.and_(quad, constant(I8, 16, 15)) for quad in halves] for halves in both]
-        return low + [[b.lshr(quad, constant(I8, 16, 4)) for quad in halves] for halves in both]
 
 
 def _interleave(b: ir.IRBuilder, x: ir.Value, y: ir.Value, kind: ir.VectorType, high: bool) -> ir.Value:

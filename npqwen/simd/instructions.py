@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from llvmlite import ir
 
+from npqwen.format.encodings import Encoding
+
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 HALF = ir.HalfType()
 
@@ -69,8 +71,6 @@ class InstructionSet:
     name: ClassVar[str] = "portable"
     lanes: ClassVar[int] = 8
     features: ClassVar[frozenset[str]] = frozenset()
-    int8_zero: ClassVar[int] = 0
-    """What `products` adds to stored int8 values; the sums start from minus it times the sum of the activations."""
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
     rows: ClassVar[tuple[int, ...]] = (2, 4, 8)
     """Rows of queries that attention multiplies at once: at most four widths, ascending."""
@@ -88,45 +88,55 @@ class InstructionSet:
         """Whether the operating system lets this process use what the processor has; asks it for that."""
         return True
 
-    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+    def zero_point(self, encoding: Encoding) -> int:
+        """What `products` adds to each weight: sums start from minus it times the sum of a token's activations."""
+        return encoding.zero_point
+
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+    ) -> Iterator[ir.Value]:
         """For each token in turn the sums, <lanes x i32> for `to_float`, of a block of weights by its activations.
 
-        block: of `bits` bits, 4 or 8.  x: the activations of the block's columns, then scales, then what each token's
-        sums start from (kernels/packing.py).
+        block: the block's weights, of an integer encoding.  x: the activations of the block's columns, then scales,
+        then what each token's sums start from (kernels/packing.py).
         """
-        quads, dot = (self.int4(b, block), self.dot4) if bits == 4 else (self.int8(b, block), self.dot8)
+        quads = list(self.quads(b, encoding, block))
+        return (self.dot(b, quads, address(b, x, 32 * t, I8), self.start(b, x, t, tokens)) for t in range(tokens))
 
-        def each() -> Iterator[ir.Value]:
-            for t in range(tokens):
-                start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
-                yield dot(b, quads, address(b, x, 32 * t, I8), splat(b, start, self.lanes))
+    def start(self, b: ir.IRBuilder, x: ir.Value, t: int, tokens: int) -> ir.Value:
+        """What token t's sums start from, in every lane."""
+        return splat(b, b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4), self.lanes)
 
-        return each()
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+        """A block's 8 quads, <4 * lanes x i8>, each with its number: what the method named after the encoding yields.
 
-    def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
-        """`lanes` rows x 4 columns of stored bytes, <4 * lanes x i8>."""
+        Their bytes are the stored integers: unsigned if the encoding has a zero point, else signed.
+        """
+        quads: Iterator[tuple[int, ir.Value]] = getattr(self, f"{encoding.name}_quads")(b, block)
+        return quads
+
+    def int4_quads(self, b: ir.IRBuilder, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+        """Low nibbles, then high nibbles of the same bytes."""
+        for n in range(4):
+            stored = self.stored_quad(b, block, n)
+            yield n, b.and_(stored, constant(I8, 4 * self.lanes, 15))
+            yield n + 4, b.lshr(stored, constant(I8, 4 * self.lanes, 4))
+
+    def int8_quads(self, b: ir.IRBuilder, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+        """Bytes as they are stored."""
+        for n in range(8):
+            yield n, self.stored_quad(b, block, n)
+
+    def stored_quad(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
+        """The n-th 4 bytes of each of `lanes` rows, <4 * lanes x i8>."""
         kind = vector(I8, 4 * self.lanes)
-        return b.load(address(b, block, 64 * quad, kind), align=1)
+        return b.load(address(b, block, 64 * n, kind), align=1)
 
-    def int4(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
-        """The 8 quads of an int4 block, values 0 to 15 (zero point 8)."""
-        packed = [self.bytes(b, block, quad) for quad in range(4)]
-        low = [b.and_(p, constant(I8, 4 * self.lanes, 15)) for p in packed]
-        return low + [b.lshr(p, constant(I8, 4 * self.lanes, 4)) for p in packed]
-
-    def int8(self, b: ir.IRBuilder, block: ir.Value) -> list[ir.Value]:
-        """The 8 quads of an int8 block."""
-        return [self.bytes(b, block, quad) for quad in range(8)]
-
-    def dot4(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        """start + quads @ x: <lanes x i32> for `to_float`, of quads of `int4` and 32 int8 (-127..127) at x."""
-        return self.dot8(b, quads, x, start)
-
-    def dot8(self, b: ir.IRBuilder, quads: list[ir.Value], x: ir.Value, start: ir.Value) -> ir.Value:
-        """The same for quads of `int8`."""
+    def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
+        """start + quads @ x, <lanes x i32> for `to_float`; x points at 32 int8, -127 to 127."""
         wide = vector(I32, self.lanes)
         total = start
-        for i, quad in enumerate(quads):
+        for i, quad in quads:
             words = b.bitcast(quad, wide)
             for k in range(4):
                 up = b.shl(words, constant(I32, self.lanes, 24 - 8 * k))
@@ -136,7 +146,7 @@ class InstructionSet:
         return total
 
     def to_float(self, b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
-        """What `dot4` or `dot8` returned, as <lanes x float>."""
+        """Sums of `products`, as <lanes x float>."""
         return b.sitofp(sums, vector(F32, self.lanes))
 
     def from_half(self, b: ir.IRBuilder, half: ir.Value) -> ir.Value:

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, Encoding
 from npqwen.simd.instructions import (
     AHEAD,
     CACHE_LINE,
@@ -33,6 +34,7 @@ from npqwen.simd.isa import ISA
 
 LANES = ISA.lanes
 FLOATS = vector(F32, LANES)
+WORDS = vector(I32, LANES)
 ROWS = 16
 """Rows of weights in a unit of the format, whatever the width of a vector."""
 
@@ -140,7 +142,7 @@ def add(_: Any, tile: Any, out: Any, at: Any, rows: Any, stride: Any) -> Any:
     return sig, lambda context, b, sig, args: _spread(context, b, sig, args, plus=True)
 
 
-def _quantized(bits: int) -> Any:
+def _quantized(encoding: Encoding) -> Any:
     """The step of a product for one block of 32 columns of an integer encoding."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
@@ -152,7 +154,7 @@ def _quantized(bits: int) -> Any:
         scales = pointer(context, b, sig.args[3], w, scales_at, I8)
         xs = pointer(context, b, sig.args[6], x, x_at, I8)
         for r in range(rows):
-            products = ISA.products(b, bits, address(b, block, 4 * LANES * r, I8), xs, tokens)
+            products = ISA.products(b, encoding, address(b, block, 4 * LANES * r, I8), xs, tokens)
             halves = b.load(address(b, scales, 2 * LANES * r, vector(I16, LANES)), align=2)
             scale = ISA.from_half(b, halves)
             for t, sums in enumerate(products):
@@ -168,15 +170,41 @@ def _quantized(bits: int) -> Any:
 
 @intrinsic(prefer_literal=True)
 def dot_block_int(
-    _: Any, tile: Any, tokens: Any, bits: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any
+    _: Any, tile: Any, tokens: Any, encoding: Any, w: Any, at: Any, scales_at: Any, x: Any, x_at: Any
 ) -> Any:
-    """tile + a block of `bits` bits (weights at w[at:], f16 scales at w[scales_at:]) @ x.
+    """tile + a block of an integer encoding (weights at w[at:], f16 scales at w[scales_at:]) @ x.
 
-    tokens and bits (4 or 8) are constants; w and x are uint8.  x[x_at:] holds the activations of the tokens as
+    tokens and encoding (its code) are constants; w and x are uint8.  x[x_at:] holds the activations of the tokens as
     kernels/packing.py describes them.
     """
     i64 = types.int64
-    return tile(tile, tokens, bits, w, i64, i64, x, i64), _quantized(bits.literal_value)
+    return tile(tile, tokens, encoding, w, i64, i64, x, i64), _quantized(ENCODINGS[encoding.literal_value])
+
+
+@intrinsic
+def read_block_row(_: Any, encoding: Any, r: Any, w: Any, at: Any, scale: Any, out: Any, out_at: Any) -> Any:
+    """out[out_at:] = scale * row r (0 to 15) of the block at w[at:], 32 float32; encoding: an integer one's code."""
+    i64 = types.int64
+    sig = types.void(i64, i64, w, i64, types.float32, out, i64)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        code, r, w, at, scale, out, out_at = args
+        vector_of_r, lane = b.udiv(r, r.type(LANES)), b.trunc(b.urem(r, r.type(LANES)), I32)
+        block = pointer(context, b, sig.args[2], w, b.add(at, b.mul(vector_of_r, r.type(4 * LANES))), I8)
+        place = pointer(context, b, sig.args[5], out, out_at, vector(F32, BLOCK_COLUMNS))
+        for encoding in ENCODINGS:
+            if encoding.is_integer:
+                with b.if_then(b.icmp_signed("==", code, code.type(encoding.code))):
+                    words = ir.Constant(vector(I32, 8), ir.Undefined)
+                    for n, quad in ISA.quads(b, encoding, block):
+                        words = b.insert_element(words, b.extract_element(b.bitcast(quad, WORDS), lane), I32(n))
+                    stored = b.bitcast(words, vector(I8, BLOCK_COLUMNS))
+                    integers = b.sub(b.sext(stored, vector(I32, 32)), constant(I32, 32, encoding.zero_point))
+                    floats = b.sitofp(integers, vector(F32, 32))
+                    b.store(b.fmul(floats, splat(b, scale, 32)), place, align=4)
+        return context.get_dummy_value()
+
+    return sig, generate
 
 
 def _load_bfloat(b: ir.IRBuilder, column: ir.Value, r: int) -> ir.Value:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 
+from npqwen.format.encodings import Encoding
 from npqwen.simd.instructions import (
     AHEAD,
     CACHE_LINE,
@@ -34,34 +35,31 @@ class Avx2(NativeHalf):
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
-    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+    ) -> Iterator[ir.Value]:
         # Quad after quad, for all tokens each: sixteen registers hold the sums, but not eight quads beside them.
+        signed = encoding.zero_point == 0
+        # Quads whose pairs of products add up in int16: all eight of int4, 15 * 127 * 2 * 8 = 30480 < 32767; only one
+        # of int8, 127 * 127 * 2 = 32258.
+        run = 32767 // (encoding.largest * 127 * 2)
+        narrow: list[Any] = [None] * tokens
         totals: list[Any] = [None] * tokens
-        for i, quad in self.quads(b, bits, block):
-            magnitude = quad if bits == 4 else call(b, "llvm.x86.avx2.psign.b", quad.type, quad, quad)
+        for n, (i, quad) in enumerate(self.quads(b, encoding, block)):
+            magnitude = call(b, "llvm.x86.avx2.psign.b", quad.type, quad, quad) if signed else quad
             for t in range(tokens):
-                signed = b.bitcast(self.broadcast(b, address(b, x, 32 * t, I8), i), quad.type)
-                if bits == 8:
-                    # |w| * (x with w's sign): 127 * 127 * 2 = 32258 < 32767 for one quad only.
-                    signed = call(b, "llvm.x86.avx2.psign.b", quad.type, signed, quad)
-                # 15 * 127 * 2 * 8 = 30480 < 32767: all eight quads of int4 add up in int16.
-                pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, signed)
-                pairs = pairs if bits == 4 else self._widen(b, pairs)
-                totals[t] = pairs if totals[t] is None else b.add(totals[t], pairs)
-        for t, total in enumerate(totals):
+                activations = b.bitcast(self.broadcast(b, address(b, x, 32 * t, I8), i), quad.type)
+                if signed:  # |w| * (x with w's sign)
+                    activations = call(b, "llvm.x86.avx2.psign.b", quad.type, activations, quad)
+                pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, activations)
+                narrow[t] = pairs if n % run == 0 else b.add(narrow[t], pairs)
+                if run < 8 and (n % run == run - 1 or n == 7):
+                    wide = self._widen(b, narrow[t])
+                    totals[t] = wide if totals[t] is None else b.add(totals[t], wide)
+        for t in range(tokens):
             start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
-            wide = self._widen(b, total) if bits == 4 else total
-            yield b.add(wide, splat(b, start, self.lanes))
-
-    def quads(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
-        """A block's quads, each with its place in the block: in the order of memory, taken when they are needed."""
-        for n in range(bits):
-            stored = self.bytes(b, block, n)
-            if bits == 4:
-                yield n, b.and_(stored, constant(I8, 4 * self.lanes, 15))
-                yield n + 4, b.lshr(stored, constant(I8, 4 * self.lanes, 4))
-            else:
-                yield n, stored
+            total = self._widen(b, narrow[t]) if totals[t] is None else totals[t]
+            yield b.add(total, splat(b, start, self.lanes))
 
     def _widen(self, b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
         return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
@@ -72,23 +70,27 @@ class AvxVnni(Avx2):
 
     name: ClassVar[str] = "avxvnni"
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c", "avxvnni"})
-    int8_zero: ClassVar[int] = 128
 
-    def products(self, b: ir.IRBuilder, bits: int, block: ir.Value, x: ir.Value, tokens: int) -> Iterator[ir.Value]:
+    def zero_point(self, encoding: Encoding) -> int:
+        return encoding.zero_point or 128
+
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+    ) -> Iterator[ir.Value]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
         chains, together = (2, 1) if tokens == 1 else (1, 4)
         name, kind = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", vector(I32, self.lanes)
-        quads = list(self.quads(b, bits, block)) if tokens > together else self.quads(b, bits, block)
+        quads = list(self.quads(b, encoding, block)) if tokens > together else self.quads(b, encoding, block)
         for first in range(0, tokens, together):
             sums = []
             for t in range(first, first + together):
                 start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
                 sums.append([splat(b, start, self.lanes), *[constant(I32, self.lanes, 0)] * (chains - 1)])
             for n, (i, quad) in enumerate(quads):
-                flipped = quad if bits == 4 else b.xor(quad, constant(I8, 4 * self.lanes, 0x80))
+                unsigned = quad if encoding.zero_point else b.xor(quad, constant(I8, 4 * self.lanes, 0x80))
                 for t, parts in enumerate(sums):
                     activations = self.broadcast(b, address(b, x, 32 * (first + t), I8), i)
-                    parts[n % chains] = call(b, name, kind, parts[n % chains], b.bitcast(flipped, kind), activations)
+                    parts[n % chains] = call(b, name, kind, parts[n % chains], b.bitcast(unsigned, kind), activations)
             yield from (parts[0] if chains == 1 else b.add(*parts) for parts in sums)
 
 
@@ -105,13 +107,18 @@ class Avx512(AvxVnni):
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
     asks: ClassVar[bool] = True
 
-    def bytes(self, b: ir.IRBuilder, block: ir.Value, quad: int) -> ir.Value:
-        prefetch_line(b, address(b, block, AHEAD + CACHE_LINE * quad, I8))
-        return super().bytes(b, block, quad)
+    def stored_quad(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
+        prefetch_line(b, address(b, block, AHEAD + CACHE_LINE * n, I8))
+        return super().stored_quad(b, block, n)
 
-    def quads(self, b: ir.IRBuilder, bits: int, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
-        # There are registers for all of them, and with one token that is a hundredth faster.
-        yield from enumerate(self.int4(b, block) if bits == 4 else self.int8(b, block))
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+        # All of them before the products: there are registers, and with one token that is a hundredth faster.
+        yield from list(super().quads(b, encoding, block))
+
+    def int4_quads(self, b: ir.IRBuilder, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+        stored = [self.stored_quad(b, block, n) for n in range(4)]
+        low = [b.and_(quad, constant(I8, 4 * self.lanes, 15)) for quad in stored]
+        yield from enumerate(low + [b.lshr(quad, constant(I8, 4 * self.lanes, 4)) for quad in stored])
 
 
 class Amx(Avx512):

@@ -38,11 +38,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npqwen.engine.forward import forward
+from npqwen.format.encodings import ENCODINGS, Encoding
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
 from npqwen.kernels.barrier import MEMBERS, NEXT, SLOTS
 from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
-from npqwen.kernels.matrix import MATRIX, UNIT_BYTES
+from npqwen.kernels.matrix import MATRIX
 from npqwen.kernels.packing import WIDEST, packed_bytes
 from npqwen.model import Model, load
 from npqwen.simd.amx import configure, finish_block, release, start_block
@@ -56,22 +57,22 @@ load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 
 
 @intrinsic(prefer_literal=True)
-def dots(_: Any, sums: Any, bits: Any, w: Any, x: Any, at: Any) -> Any:
-    """sums (a tuple of vectors) + a block of `bits` bits at w @ the activations at x[at:], for each of the sums."""
+def dots(_: Any, sums: Any, encoding: Any, w: Any, x: Any, at: Any) -> Any:
+    """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums.  encoding: a code."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         sums, _, w, x, at = args
         block = b.bitcast(context.make_array(sig.args[2])(context, b, w).data, I8.as_pointer())
         place = b.bitcast(b.gep(context.make_array(sig.args[3])(context, b, x).data, [at]), I8.as_pointer())
         parts = cgutils.unpack_tuple(b, sums)
-        products = ISA.products(b, sig.args[1].literal_value, block, place, len(parts))
+        products = ISA.products(b, ENCODINGS[sig.args[1].literal_value], block, place, len(parts))
         totals = [
             b.bitcast(b.add(b.bitcast(total, vector(I32, LANES)), product), FLOATS)
             for total, product in zip(parts, products, strict=True)
         ]
         return cgutils.pack_array(b, totals)
 
-    return sums(sums, bits, w, x, types.int64), generate
+    return sums(sums, encoding, w, x, types.int64), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -95,15 +96,15 @@ def kept(_: Any, sums: Any) -> Any:
     return types.float32(sums), generate
 
 
-def registers_only(bits: int) -> Callable[[Any, Any, int], float]:
+def registers_only(encoding: Encoding) -> Callable[[Any, Any, int], float]:
     """A loop of nothing but a block's dot products with as many sums as a kernel has."""
-    count = min(8, WIDEST)
+    count, code = min(8, WIDEST), encoding.code
 
     @njit
     def loop(w: Any, x: Any, turns: int) -> float:
         sums = no_sums(count)
         for i in range(turns):
-            sums = dots(sums, bits, w, x, i * 32 % 2048)
+            sums = dots(sums, code, w, x, i * 32 % 2048)
         return kept(sums)
 
     return loop
@@ -137,16 +138,16 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, dict[str, float]]:
+def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, dict[str, float]]:
     """(multiply-adds a second of the matrix kernel, of loops of its products), on this thread."""
     rng = np.random.default_rng(0)
-    units = rng.integers(0, 255, (rows // 16, cols // 64, UNIT_BYTES[bits]), np.uint8)
+    units = rng.integers(0, 255, (rows // 16, cols // 64, encoding.unit_bytes), np.uint8)
     units[:, :, :64].view(np.uint16)[:] = np.float16(0.01).view(np.uint16)
     matrix = np.zeros(1, MATRIX)
-    matrix[0] = units.ctypes.data, bits, rows, cols
+    matrix[0] = units.ctypes.data, encoding.code, rows, cols
     state = np.zeros(SLOTS, np.int64)
     state[MEMBERS] = 1
-    kernels, out = matmul_kernels([bits]), np.zeros((tokens, rows), np.float32)
+    kernels, out = matmul_kernels([encoding.code]), np.zeros((tokens, rows), np.float32)
     x = np.zeros(packed_bytes(tokens, cols), np.uint8)
     scratch = np.zeros(scratch_floats(cols), np.float32)
 
@@ -158,7 +159,7 @@ def arithmetic(bits: int, rows: int, cols: int, tokens: int, repeat: int) -> tup
         loops = {"products of matrices alone": matrices_only(False), "these with scaling": matrices_only(True)}
         each = ROWS * ROWS * BLOCK
     else:
-        loops = {"dot products alone": registers_only(bits)}
+        loops = {"dot products alone": registers_only(encoding)}
         each = min(8, WIDEST) * LANES * BLOCK
     memory, turns = np.zeros((1 << 14) + 64, np.uint8), 100_000
     weights = memory[-memory.ctypes.data % 64 :][: 1 << 12]
@@ -217,7 +218,8 @@ def main() -> None:
         if model.bits == 16:
             parser.error("a model of 16 bits has no integer products; give one of 4 or 8")
         rows, cols = model.config.intermediate_size // 16 * 32, -(-model.config.hidden_size // 64) * 64
-        made, most = arithmetic(model.bits, rows, cols, 256, options.repeat)
+        encoding = next(encoding for encoding in ENCODINGS if encoding.bits == model.bits)
+        made, most = arithmetic(encoding, rows, cols, 256, options.repeat)
         step, bare = outside(model, 64, options.repeat)
     cold, warm = loading(options.model)
     print(f"{options.model.name}: {processor()}, {ISA.name} kernels\n")

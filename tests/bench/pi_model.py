@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from assembly import CORTEX_A76, floating_loop, integer_loop
 
 from npqwen.engine.engine import CHUNK, SPARSE_CHUNK
+from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.kernels.attention import TILE
-from npqwen.kernels.matrix import UNIT_BYTES
 from npqwen.simd.arm import Neon
 
 CORES, HERTZ = 4, 2.4e9
@@ -148,7 +148,7 @@ def pipes(loop: list[str]) -> Pipes:
 class Costs:
     """Cycles for a multiply-add, by kind of step."""
 
-    bits: int
+    encoding: Encoding
     one: float
     """int4 or int8 matrices, one token."""
     many: float
@@ -156,23 +156,23 @@ class Costs:
     attention: float
 
 
-def costs(bits: int) -> Costs:
+def costs(encoding: Encoding) -> Costs:
     isa, most = Neon(), max(Neon.tiles)
 
     def integers(tokens: int) -> float:
         rows = isa.tiles[tokens]
-        return pipes(integer_loop(isa, CORTEX_A76, bits, tokens, rows)).cycles / (64 * isa.lanes * rows * tokens)
+        return pipes(integer_loop(isa, CORTEX_A76, encoding, tokens, rows)).cycles / (64 * isa.lanes * rows * tokens)
 
     rows = max(1, min(TILE // isa.lanes, isa.accumulators // most))
     columns = max(1, min(4, isa.accumulators // (rows * most)))
     halves = pipes(floating_loop(isa, CORTEX_A76, "half", most, rows, columns)).cycles
-    return Costs(bits, integers(1), integers(most), halves / (isa.lanes * rows * most * columns))
+    return Costs(encoding, integers(1), integers(most), halves / (isa.lanes * rows * most * columns))
 
 
 def decode(shape: Shape, cost: Costs, depth: int, busy: float, bandwidth: float) -> tuple[float, float]:
     """Seconds a token at `depth`: memory's and the pipes'."""
     weights = shape.layer_weights + shape.output_weights
-    memory = (weights * UNIT_BYTES[cost.bits] / 1024 + depth * shape.cache_bytes) / bandwidth
+    memory = (weights * cost.encoding.bits_per_weight / 8 + depth * shape.cache_bytes) / bandwidth
     group = shape.heads // shape.kv_heads
     rows = -(-group // max(Neon.tiles)) * max(Neon.tiles) if group > 1 else 1
     scores = shape.layers * shape.kv_heads * rows * 2 * 128 * depth
@@ -185,7 +185,7 @@ def prefill(shape: Shape, cost: Costs, tokens: int, busy: float, bandwidth: floa
     """Seconds for a prompt: pieces go through all layers, and each reads the weights once."""
     piece = CHUNK if shape.experts == 1 else SPARSE_CHUNK
     stored = shape.attention_weights + shape.experts * shape.expert_weights
-    memory = -(-tokens // piece) * stored * UNIT_BYTES[cost.bits] / 1024 / bandwidth
+    memory = -(-tokens // piece) * stored * cost.encoding.bits_per_weight / 8 / bandwidth
     # A token sees half of the prompt on average.
     scores = shape.layers * shape.heads * 2 * 128 * tokens * tokens / 2
     cycles = tokens * shape.layer_weights * cost.many + scores * cost.attention
@@ -207,12 +207,12 @@ def main() -> None:
           "| memory's time | pipes' time |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     for shape in SHAPES:
-        for bits in (4, 8):
-            cost = costs(bits)
+        for encoding in (INT4, INT8):
+            cost = costs(encoding)
             start = prefill(shape, cost, args.prefill, args.busy, args.bandwidth * 1e9)
             memory, cpu = decode(shape, cost, args.depth, args.busy, args.bandwidth * 1e9)
-            size = shape.all_weights * UNIT_BYTES[bits] / 1024 / 1e9
-            print(f"| {shape.name} | {bits} | {size:.2f} | {args.prefill / start:.3g} "
+            size = shape.all_weights * encoding.bits_per_weight / 8 / 1e9
+            print(f"| {shape.name} | {encoding.bits} | {size:.2f} | {args.prefill / start:.3g} "
                   f"| {1 / max(memory, cpu):.3g} | {1e3 * memory:.0f} ms | {1e3 * cpu:.0f} ms |")  # fmt: skip
 
 
@@ -221,10 +221,10 @@ def print_loops() -> None:
     print("| loop | tokens x rows | instructions | `sdot` and `fmla` | vector, load, integer operations "
           "| cycles | multiply-adds a cycle |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
-    for bits in (4, 8):
+    for encoding in (INT4, INT8):
         for tokens, vectors in isa.tiles.items():
-            loop = integer_loop(isa, CORTEX_A76, bits, tokens, vectors)
-            row(f"int{bits}, 64 columns", tokens, vectors, loop, 64)
+            loop = integer_loop(isa, CORTEX_A76, encoding, tokens, vectors)
+            row(f"{encoding.name}, 64 columns", tokens, vectors, loop, 64)
     row("attention, 1 column", 4, 4, floating_loop(isa, CORTEX_A76, "half", 4, 4, 1), 1)
 
 

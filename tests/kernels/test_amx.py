@@ -11,6 +11,7 @@ from assembly import SAPPHIRE_RAPIDS, amx_loop, mnemonics, spills
 from converted import random_units
 from numba import njit
 
+from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import run_at
@@ -20,6 +21,7 @@ from npqwen.simd import isa
 from npqwen.simd.isa import ISA
 from npqwen.simd.x86 import Amx, Avx512
 
+INTEGERS = pytest.mark.parametrize("encoding", [INT4, INT8], ids=["int4", "int8"])
 here = pytest.mark.skipif(not ISA.matrices, reason="this processor has no AMX, or it is not used")
 
 
@@ -36,20 +38,20 @@ def _aligned(size: int, offset: int) -> np.ndarray:
 
 
 @here
-@pytest.mark.parametrize("bits", [4, 8])
+@INTEGERS
 @pytest.mark.parametrize("plus", [0, 1])
 @pytest.mark.parametrize(("groups", "units", "tiles"), [(1, 1, 1), (3, 2, 1), (2, 5, 3), (14, 16, 2)])
-def test_the_same_to_the_bit(bits: int, plus: int, groups: int, units: int, tiles: int) -> None:
+def test_the_same_to_the_bit(encoding: Encoding, plus: int, groups: int, units: int, tiles: int) -> None:
     rng = np.random.default_rng(groups)
     cols, tokens = 64 * units, 16 * tiles
-    weights = random_units(bits, np.ones(16 * groups, bool), cols, rng)
+    weights = random_units(encoding.bits, np.ones(16 * groups, bool), cols, rng)
     x = _aligned(packed_bytes(tokens, cols), 16)
     for t in range(tokens):
         values = rng.standard_normal(cols) * 10.0 ** rng.integers(-3, 4)
-        pack(values.astype(np.float32), t, 16, bits, x)
+        pack(values.astype(np.float32), t, 16, encoding.code, x)
     before = rng.standard_normal((tokens, 16 * groups + 3)).astype(np.float32)
     results = []
-    for kernel in (amx_rows(bits), _integer_rows(bits, 16)):
+    for kernel in (amx_rows(encoding), _integer_rows(encoding, 16)):
         out = before.copy()
         # The last byte that a kernel may write is followed by others, which have to stay.
         scratch = _aligned(unpacked_bytes(cols, CHUNK_BYTES) + 64, 4)
@@ -67,17 +69,17 @@ def test_the_same_to_the_bit(bits: int, plus: int, groups: int, units: int, tile
 
 
 @here
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_widest_tiles_are_products_of_matrices(bits: int) -> None:
-    kernel = _rows(bits, 16)
+@INTEGERS
+def test_the_widest_tiles_are_products_of_matrices(encoding: Encoding) -> None:
+    kernel = _rows(encoding, 16)
     kernel.compile()  # not from the cache, which keeps no assembly
     assert "tdpbssd" in kernel._library.get_asm_str()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_instructions(bits: int) -> None:
+@INTEGERS
+def test_instructions(encoding: Encoding) -> None:
     """Two blocks a turn: what is in the loop beside the loads of registers is the scaling of each sum."""
-    loop = amx_loop(SAPPHIRE_RAPIDS, bits)
+    loop = amx_loop(SAPPHIRE_RAPIDS, encoding)
     names = mnemonics(loop)
     assert names.count("tdpbssd") == 2
     assert names.count("tileloadd") == 4

@@ -23,9 +23,9 @@ from assembly import (
 )
 from llvmlite import ir
 
+from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.kernels import barrier
 from npqwen.kernels.matmul import _integer_rows
-from npqwen.kernels.matrix import UNIT_BYTES
 from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.isa import ISA, has_dot_product, has_matrix_product
@@ -33,13 +33,14 @@ from npqwen.simd.x86 import Avx2, Avx512, AvxVnni
 
 DOT = dict.fromkeys(("neon", "i8mm"), "sdot") | dict.fromkeys(("amx", "avx512", "avxvnni"), "vpdpbusd")
 DOT["avx2"] = "vpmaddubsw"
+INTEGERS = pytest.mark.parametrize("encoding", [INT4, INT8], ids=["int4", "int8"])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@INTEGERS
 @pytest.mark.parametrize("tokens", Neon.tiles)
-def test_neon(bits: int, tokens: int) -> None:
+def test_neon(encoding: Encoding, tokens: int) -> None:
     vectors = Neon.tiles[tokens]
-    loop = integer_loop(Neon(), CORTEX_A76, bits, tokens, vectors)
+    loop = integer_loop(Neon(), CORTEX_A76, encoding, tokens, vectors)
     names = mnemonics(loop)
     dots = [line for line in loop if line.startswith("sdot")]
     # Two blocks of 32 columns, 4 columns an instruction; each takes its activations by a lane index.
@@ -48,38 +49,38 @@ def test_neon(bits: int, tokens: int) -> None:
     assert names.count("fcvtl") == 2 * vectors
     assert not {"scvtf", "tbl", "ext", "zip1", "uzp1", "ins"} & set(names)
     # Where four tokens meet int4, LLVM puts two or three vectors of 150 instructions' on the stack and takes them back.
-    assert len(spills(loop)) <= (6 if (bits, tokens) == (4, 4) else 0)
+    assert len(spills(loop)) <= (6 if (encoding, tokens) == (INT4, 4) else 0)
     # A block takes, a vector of rows: 4 loads and 8 masks and shifts (int4) or 8 loads, scales' load and conversion;
     # a token: 2 loads of activations, loads of scale and start, an addition, a spread;
     # each pair of them: 8 dot products, a copy of the start, subtraction, scaling, multiply-add.
     # Ten more count the loop and make constants; each 64 bytes of the unit are asked for early.
-    weights = 14 if bits == 4 else 10
-    assert names.count("prfm") == UNIT_BYTES[bits] // 64
-    assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10 + UNIT_BYTES[bits] // 64
+    weights = 14 if encoding == INT4 else 10
+    assert names.count("prfm") == encoding.unit_bytes // 64
+    assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10 + encoding.unit_bytes // 64
 
 
 @pytest.mark.parametrize("target", [APPLE_M2, NEOVERSE_V1], ids=["m2", "v1"])
-@pytest.mark.parametrize("bits", [4, 8])
+@INTEGERS
 @pytest.mark.parametrize("tokens", [n for n in NeonI8mm.tiles if n > 1])
-def test_neon_matrix_products(bits: int, tokens: int, target: tuple[str, str]) -> None:
-    loop = integer_loop(NeonI8mm(), target, bits, tokens, 1)
+def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str, str]) -> None:
+    loop = integer_loop(NeonI8mm(), target, encoding, tokens, 1)
     names = mnemonics(loop)
     # Two blocks of 32 columns, 8 columns and two tokens an instruction, for each two of four rows.
     assert names.count("smmla") == 2 * 4 * 2 * tokens // 2
     assert "sdot" not in names
     # Quads are interleaved before nibbles are taken apart: 4 or 8 for all tokens; two more put a pair's rows together.
-    interleaved = 4 if bits == 4 else 8
+    interleaved = 4 if encoding == INT4 else 8
     assert names.count("zip1") + names.count("zip2") == 2 * (interleaved + tokens)
     assert not {"scvtf", "tbl", "ext", "trn1", "trn2", "uzp1", "ins"} & set(names)
     # Of what is on the stack, most are the eight tokens' sums.
     assert len(spills(loop)) <= 2 * tokens
-    sdots = integer_loop(Neon(), target, bits, 4, 1)
+    sdots = integer_loop(Neon(), target, encoding, 4, 1)
     assert len(loop) < len(sdots) * tokens / 4 * (0.86 if tokens == 8 else 0.95)
 
 
 def test_neon_matrix_products_of_one_token() -> None:
     """Memory is the limit then, and half of an instruction would be for nothing."""
-    assert integer_loop(NeonI8mm(), APPLE_M2, 4, 1, 2) == integer_loop(Neon(), APPLE_M2, 4, 1, 2)
+    assert integer_loop(NeonI8mm(), APPLE_M2, INT4, 1, 2) == integer_loop(Neon(), APPLE_M2, INT4, 1, 2)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "half", "float"])
@@ -94,7 +95,7 @@ def test_neon_floats(kind: str, tokens: int, vectors: int) -> None:
     assert not spills(loop)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@INTEGERS
 @pytest.mark.parametrize(
     ("isa", "target", "instruction", "register"),
     [
@@ -104,9 +105,9 @@ def test_neon_floats(kind: str, tokens: int, vectors: int) -> None:
     ],
     ids=["avx512", "avxvnni", "avx2"],
 )
-def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, register: str, bits: int) -> None:
+def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, register: str, encoding: Encoding) -> None:
     for tokens, vectors in isa.tiles.items():
-        loop = integer_loop(isa, target, bits, tokens, vectors)
+        loop = integer_loop(isa, target, encoding, tokens, vectors)
         names = mnemonics([line.removeprefix("{vex}").strip() for line in loop])
         assert names.count(instruction) == 2 * 8 * tokens * vectors
         assert all(re.search(register + r"\d+$", line) for line in loop if instruction in line)
@@ -117,10 +118,10 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
 
 
 @pytest.mark.skipif(ISA.name not in DOT, reason="the portable instruction set has no such instruction")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_this_machine(bits: int) -> None:
+@INTEGERS
+def test_this_machine(encoding: Encoding) -> None:
     """Numba's own compilation, of the kernel as a whole, for this very processor."""
-    kernel = _integer_rows(bits, 1)
+    kernel = _integer_rows(encoding, 1)
     kernel.compile()  # not from the cache, which keeps no assembly
     text = kernel._library.get_asm_str()
     loop = innermost_loop(text, DOT[ISA.name])

@@ -125,12 +125,8 @@ def test_attention_across_blocks_and_pages(dtype: Any, dim: int, start: int) -> 
 
 @DTYPES
 @pytest.mark.parametrize("members", [2, 3, 4])
-@pytest.mark.parametrize(
-    ("tokens", "group", "kv_heads"), [(1, 1, 1), (1, 2, 2), (1, 5, 1), (2, 3, 1), (3, 1, 2)]
-)
-def test_attention_split_over_positions(
-    dtype: Any, members: int, tokens: int, group: int, kv_heads: int
-) -> None:
+@pytest.mark.parametrize(("tokens", "group", "kv_heads"), [(1, 1, 1), (1, 2, 2), (1, 5, 1), (2, 3, 1), (3, 1, 2)])
+def test_attention_split_over_positions(dtype: Any, members: int, tokens: int, group: int, kv_heads: int) -> None:
     start = 2300
     state = np.full(80, members, np.int64)
     assert run(splits, state, tokens, group * kv_heads, kv_heads, start + tokens) > 1

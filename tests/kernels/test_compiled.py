@@ -109,9 +109,7 @@ def test_a_second_process_loads_a_model_without_compiling(tiny: Callable[[int], 
 def test_what_names_the_kernels_directory(tmp_path: Path) -> None:
     """Each kernel's source, the versions and the processor: any change, and others' code is not run."""
     copy = Path(shutil.copytree(Path(npqwen.__file__).parent, tmp_path / "npqwen"))
-    code = (
-        "from npqwen.kernels.compiled import kernel_directory as d; import npqwen; print(npqwen.__file__, d().name)"
-    )
+    code = "from npqwen.kernels.compiled import kernel_directory as d; import npqwen; print(npqwen.__file__, d().name)"
 
     def name(**environment: str) -> str:
         path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -19,6 +19,7 @@ from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
 from npqwen.engine.forward import LAYER
 from npqwen.errors import FormatError
+from npqwen.format.encodings import INT8
 from npqwen.hardware import machine
 from npqwen.kernels import experts
 from npqwen.kernels.matmul import matmul_kernels, piece_floats, scratch_floats
@@ -236,12 +237,12 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
     units = random_units(8, np.ones(64, bool), 64, rng)
     layer = np.zeros(1, LAYER)[0]
     layer["gate_up_proj"]["address"] = units.ctypes.data
-    for name, bits, rows, cols in (("gate_up_proj", 8, 64, 64), ("down_proj", 8, 16, 64)):
-        layer[name]["bits"], layer[name]["rows"], layer[name]["cols"] = bits, rows, cols
-    kernels, tokens = matmul_kernels([8]), 3 * 1024
+    for name, rows in (("gate_up_proj", 64), ("down_proj", 16)):
+        layer[name]["encoding"], layer[name]["rows"], layer[name]["cols"] = INT8.code, rows, 64
+    kernels, tokens = matmul_kernels([INT8.code]), 3 * 1024
     x = np.zeros(packed_bytes(tokens, 64), np.uint8)
     for t in range(tokens):
-        pack(rng.standard_normal(64).astype(np.float32), t, WIDEST, 8, x)
+        pack(rng.standard_normal(64).astype(np.float32), t, WIDEST, INT8.code, x)
     segments = np.array([[0, 0, tokens, WIDEST]])
     found = []
     for told in (16, tokens):  # what the pass is said to have

@@ -28,9 +28,7 @@ TESTS = [
 
 
 @pytest.fixture(scope="module")
-def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, list]]:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list]]:
     """The processes and where they write, by instruction set."""
     kept = request.config.cache
     started = {}
@@ -62,9 +60,7 @@ def test_the_portable_kernels_run_anywhere() -> None:
 
 
 def test_an_instruction_set_that_is_not_here_is_refused() -> None:
-    with pytest.raises(
-        OptionError, match=r"NPQWEN_ISA=mmx cannot run here; this processor offers .*portable"
-    ):
+    with pytest.raises(OptionError, match=r"NPQWEN_ISA=mmx cannot run here; this processor offers .*portable"):
         choose("mmx")
     code = "import npqwen.simd.isa"
     environment = {**os.environ, "NPQWEN_ISA": "mmx"}

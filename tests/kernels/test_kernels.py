@@ -16,6 +16,7 @@ from numba import njit
 from quantized import int8_blocks
 from units import unpack
 
+from npqwen.format.encodings import BF16, ENCODINGS, INT4, INT8, Encoding
 from npqwen.kernels.barrier import MEMBERS
 from npqwen.kernels.matmul import matmul, matmul_kernels, piece_floats, scratch_floats, take_rows
 from npqwen.kernels.matrix import MATRIX, read_row
@@ -24,7 +25,8 @@ from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, pack_part, packed_b
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
 
-BITS = (4, 8, 16)
+ALL = pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda encoding: encoding.name)
+INTEGERS = pytest.mark.parametrize("encoding", [INT4, INT8], ids=["int4", "int8"])
 TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)
 
 
@@ -48,32 +50,28 @@ def matrix(units: np.ndarray) -> Any:
     """The record by which kernels know a matrix."""
     record = np.zeros(1, MATRIX)[0]
     record["address"] = units.ctypes.data
-    record["bits"] = {576: 4, 1088: 8, 2048: 16}[units.shape[2]]
+    record["encoding"] = {e.unit_bytes: e.code for e in ENCODINGS}[units.shape[2]]
     record["rows"], record["cols"] = 16 * units.shape[0], 64 * units.shape[1]
     return record
 
 
-def packed(x: np.ndarray, bits: int, width: int) -> np.ndarray:
+def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
     """Activations x (tokens, cols) as kernels/packing.py describes them, uint8."""
     x = np.pad(x, ((0, -len(x) % width), (0, 0)))
     tiles, cols = len(x) // width, x.shape[1]
-    if bits == 16:
-        return (
-            np.ascontiguousarray(x.reshape(tiles, width, cols).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
-        )
+    if not encoding.is_integer:
+        return np.ascontiguousarray(x.reshape(tiles, width, cols).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
     q, scales = (part.reshape(tiles, width, cols // 32, -1).swapaxes(1, 2) for part in int8_blocks(x))
-    starts = -ZERO_POINT[bits] * q.sum(3, dtype=np.int32)
+    starts = -ZERO_POINT[encoding.code] * q.sum(3, dtype=np.int32)
     if ISA.pairs and width > 1:
         q = q.reshape(tiles, cols // 32, width // 2, 2, 4, 8).swapaxes(3, 4)
     parts = (np.ascontiguousarray(part) for part in (q, scales, starts.astype(np.int32)))
-    return np.concatenate([part.view(np.uint8).reshape(tiles, cols // 32, -1) for part in parts], 2).reshape(
-        -1
-    )
+    return np.concatenate([part.view(np.uint8).reshape(tiles, cols // 32, -1) for part in parts], 2).reshape(-1)
 
 
 def product(units: np.ndarray, x: np.ndarray) -> np.ndarray:
     """weight @ x for every row of x, in float64, with the activations rounded as the encoding asks."""
-    if units.shape[2] != 2048:
+    if units.shape[2] != BF16.unit_bytes:
         q, scales = int8_blocks(x)
         x = (q * scales[:, :, None].astype(np.float64)).reshape(x.shape)
     return np.asarray(x.astype(np.float64) @ unpack(units).T.astype(np.float64))
@@ -88,49 +86,49 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, mor
     out = before.copy()
     weights = readonly(units)
     record = matrix(weights)
-    bits = int(record["bits"])
-    kernels = matmul_kernels([bits])
+    encoding = ENCODINGS[record["encoding"]]
+    kernels = matmul_kernels([encoding.code])
 
     def scratch() -> np.ndarray:
         return np.zeros(scratch_floats(record["cols"]), np.float32)
 
-    together(members, matmul, lambda _: (kernels, record, packed(x, bits, width), tokens, width, out, plus, scratch()))
+    together(
+        members, matmul, lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, plus, scratch())
+    )
     expected = product(units, x) + (before[:tokens, :rows] if plus else 0)
     # The sum of the magnitudes bounds what rounding can do to a sum.
-    error = np.abs(out[:tokens, :rows] - expected) / (
-        np.abs(x) @ np.abs(unpack(units)).T + np.abs(expected) + 1e-30
-    )
+    error = np.abs(out[:tokens, :rows] - expected) / (np.abs(x) @ np.abs(unpack(units)).T + np.abs(expected) + 1e-30)
     assert error.max() < 2e-6
     assert np.array_equal(out[:, rows:], before[:, rows:])
     assert np.array_equal(out[whole:], before[whole:])
 
 
-@pytest.mark.parametrize("bits", BITS)
+@ALL
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_matmul(bits: int, tokens: int) -> None:
+def test_matmul(encoding: Encoding, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     for (rows, cols), plus in itertools.product([(16, 64), (48, 192), (203, 80)], [False, True]):
-        units = random_units(bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
+        units = random_units(encoding.bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
         x = rng.standard_normal((tokens, 64 * units.shape[1])).astype(np.float32)
         x[:, cols:] = 0
         check_matmul(units, x, 1, plus, more=rows % 32)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@ALL
 @pytest.mark.parametrize("members", [2, 3, 7])
-def test_matmul_shared_by_threads(bits: int, members: int) -> None:
+def test_matmul_shared_by_threads(encoding: Encoding, members: int) -> None:
     rng = np.random.default_rng(members)
     for rows, tokens in [(16, 1), (32, 5), (1040, 1), (1040, 19)]:
-        units = random_units(bits, np.ones(rows, bool), 256, rng)
+        units = random_units(encoding.bits, np.ones(rows, bool), 256, rng)
         check_matmul(units, rng.standard_normal((tokens, 256)).astype(np.float32), members, True)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
-@pytest.mark.parametrize("bits", BITS)
-def test_pieces_are_whole_and_fit(bits: int, multiple: int) -> None:
+@ALL
+def test_pieces_are_whole_and_fit(encoding: Encoding, multiple: int) -> None:
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [64, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
-        record["bits"], record["rows"], record["cols"] = bits, rows, cols
+        record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
         width = run(tile_width, tokens)
         whole = -(-tokens // width) * width
         state = np.zeros(80, np.int64)
@@ -148,17 +146,17 @@ def test_pieces_are_whole_and_fit(bits: int, multiple: int) -> None:
         assert end == rows // 16
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@INTEGERS
 @pytest.mark.parametrize("first", [0, 32, 96])
-def test_pack_part(bits: int, first: int) -> None:
+def test_pack_part(encoding: Encoding, first: int) -> None:
     """A token packed in parts is packed as a whole."""
     width = WIDTHS[-1]
     x = np.random.default_rng(first).standard_normal((width, 128)).astype(np.float32)
     whole, parts = (np.zeros(packed_bytes(width, 128), np.uint8) for _ in range(2))
     for token, values in enumerate(x):
-        run(pack, values, token, width, bits, whole)
+        run(pack, values, token, width, encoding.code, whole)
         for low, high in [(0, first), (first, 128)]:
-            run(pack_part, values[low:high], low, 128, token, width, bits, parts)
+            run(pack_part, values[low:high], low, 128, token, width, encoding.code, parts)
     assert np.array_equal(whole, parts)
 
 
@@ -173,29 +171,27 @@ def test_matmul_at_the_ends_of_the_integers(q: int, tokens: int) -> None:
         check_matmul(four, x, 1, False)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_matmul_with_any_finite_scale(bits: int) -> None:
+@INTEGERS
+def test_matmul_with_any_finite_scale(encoding: Encoding) -> None:
     """Every f16 that is finite, subnormal ones and both zeros among them."""
     rng = np.random.default_rng(0)
     patterns = np.arange(1 << 16).astype(np.uint16)
     scale = patterns[patterns & 0x7C00 != 0x7C00].view(np.float16)
     scale = scale[rng.permutation(len(scale))].reshape(-1, 2)
-    q = rng.integers(0, 16, (len(scale), 64)) if bits == 4 else rng.integers(-127, 128, (len(scale), 64))
-    units = pack_int4(q.astype(np.uint8), scale) if bits == 4 else pack_int8(q.astype(np.int8), scale)
+    q = rng.integers(0, 16, (len(scale), 64)) if encoding == INT4 else rng.integers(-127, 128, (len(scale), 64))
+    units = pack_int4(q.astype(np.uint8), scale) if encoding == INT4 else pack_int8(q.astype(np.int8), scale)
     check_matmul(units, rng.standard_normal((2, 64)).astype(np.float32), 2, False)
 
 
 def test_matmul_with_large_and_tiny_bfloat16() -> None:
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((16, 64)) * 10.0 ** rng.integers(-37, 30, (16, 64))
-    check_matmul(
-        pack_bf16(weights.astype(np.float32)), rng.standard_normal((3, 64)).astype(np.float32), 1, False
-    )
+    check_matmul(pack_bf16(weights.astype(np.float32)), rng.standard_normal((3, 64)).astype(np.float32), 1, False)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_read_row(bits: int) -> None:
-    units = random_units(bits, np.arange(48) < 37, 150, np.random.default_rng(3))
+@ALL
+def test_read_row(encoding: Encoding) -> None:
+    units = random_units(encoding.bits, np.arange(48) < 37, 150, np.random.default_rng(3))
     weights = readonly(units)
     for row, expected in enumerate(unpack(units)):
         out = np.full(192, np.nan, np.float32)
@@ -203,9 +199,9 @@ def test_read_row(bits: int) -> None:
         assert np.array_equal(out, expected)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@ALL
 @pytest.mark.parametrize("width", WIDTHS)
-def test_pack(bits: int, width: int) -> None:
+def test_pack(encoding: Encoding, width: int) -> None:
     rng = np.random.default_rng(width)
     x = rng.standard_normal((2 * width + 1, 128)).astype(np.float32)
     x[:, 32:64] *= 10.0 ** rng.integers(-35, 35, (len(x), 1))
@@ -215,16 +211,16 @@ def test_pack(bits: int, width: int) -> None:
     x[:, 97] = -0.0
     out = np.zeros(packed_bytes(3 * width, 128), np.uint8)
     for token, values in enumerate(x):
-        run(pack, values, token, width, bits, out)
-    expected = packed(x, bits, width)
+        run(pack, values, token, width, encoding.code, out)
+    expected = packed(x, encoding, width)
     assert np.array_equal(out[: len(expected)], expected)
 
 
 def test_packed_activations_fit_their_buffer() -> None:
-    for tokens, bits in itertools.product(range(1, 70), BITS):
+    for tokens, encoding in itertools.product(range(1, 70), ENCODINGS):
         width = run(tile_width, tokens)
         assert width in WIDTHS
-        assert len(packed(np.zeros((tokens, 64), np.float32), bits, width)) <= packed_bytes(tokens, 64)
+        assert len(packed(np.zeros((tokens, 64), np.float32), encoding, width)) <= packed_bytes(tokens, 64)
 
 
 @pytest.mark.parametrize("size", [16, 72, 128, 1000])
