@@ -1,8 +1,9 @@
-"""A file that has its name only once it is whole and on the disk: until then there is the old one, or none."""
+"""Atomic replacement of files and directories: written beside, synced, renamed."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -16,21 +17,21 @@ from typing import BinaryIO
 from npqwen.errors import OutputError
 
 _ABANDONED = 3600
-"""Seconds without a write after which a partial file was left by a process that was killed."""
+"""Seconds without a write after which a temporary file counts as left behind by a killed process."""
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which becomes `path` when it is left without an exception, and else is removed.
+    """Yields a temporary file, which replaces `path` on leaving; after an exception it is removed instead.
 
-    Its directory is made; a link stays one, and a file that is replaced leaves its permissions. Raises OutputError for
-    a directory, a device, and whatever the system refuses in here.
+    The directory is made if need be. A link is followed, and a replaced file passes its permissions on. Raises
+    OutputError if `path` is a directory or a device, and for every OSError within.
     """
     with writing(path):
         if path.is_dir():
             raise OutputError(f"{path} is a directory; give the name of a file")
         if path.exists() and not path.is_file():
-            raise OutputError(f"{path} is no file that can be replaced; give the name of a file")
+            raise OutputError(f"{path} is not a regular file; give the name of a file")
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
@@ -52,7 +53,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system refuses while `path` is written into OutputError."""
+    """Turn an OSError within into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -62,21 +63,38 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to the disk."""
-    if sys.platform == "win32":  # directories cannot be opened there; NTFS journals renames itself
+    """Sync a directory's entries to the disk."""
+    if sys.platform == "win32":  # directories cannot be opened there; NTFS journals renames
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot
+        if error.errno != errno.EINVAL:  # not supported by some network file systems
             raise
     finally:
         os.close(descriptor)
 
 
+def exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two files or directories in one step; False where the system has no such step.
+
+    Linux's renameat2 with RENAME_EXCHANGE. Raises OSError if the system has it but refuses.
+    """
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        return False
+    here, both_exchanged = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap(here, os.fsencode(first), here, os.fsencode(second), both_exchanged) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
 def _remove_abandoned(path: Path) -> None:
-    """Remove what a process that was killed left of an earlier file of this name."""
+    """Remove temporary files of this name that killed processes left behind."""
     for entry in path.parent.iterdir():
         if entry.name.startswith(f".{path.name}.partial-"):
             with contextlib.suppress(OSError):

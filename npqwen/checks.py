@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
-from npqwen.errors import OptionError
-
-_LONGEST_VALUE = 80
-"""Characters of a wrong value that an error message quotes."""
+from npqwen.errors import OptionError, quoted
 
 
 def check_whole(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
@@ -58,14 +56,6 @@ def number_range(low: float, high: float) -> str:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """For an unknown name: the known one closest to it ("did you mean top_k?"), or all of them."""
-    import difflib
-
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-
-
-def quoted(value: object) -> str:
-    """`repr(value)` for an error message: on one line, and cut off if it is long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."

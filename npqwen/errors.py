@@ -1,5 +1,7 @@
 """Exceptions, one for each party who can fix the problem. Every message is one line: the problem and the way out."""
 
+from __future__ import annotations
+
 
 class NpqwenError(Exception):
     """Base class of all errors of this package."""
@@ -39,3 +41,17 @@ class OutOfMemoryError(NpqwenError, MemoryError):
 
 class SamplingWarning(UserWarning):
     """Sampling options that Qwen's authors advise against."""
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """`text` on one line for a message: runs of blanks become one, what exceeds `limit` characters becomes "..."."""
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[:limit]}..."
+
+
+def quoted(value: object) -> str:
+    """`repr(value)` for a message, shortened: values from files and requests may be megabytes long."""
+    try:
+        return shortened(repr(value))
+    except Exception:  # an int of too many digits, or a __repr__ that fails
+        return f"a value of type {type(value).__name__}"

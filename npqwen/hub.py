@@ -14,15 +14,14 @@ from pathlib import Path
 
 from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, OutputError
-from npqwen.format.config import FORMAT_VERSION, conversion, is_converted, read_json
+from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
+from npqwen.format.recipe import DEFAULT_BITS, RECIPES, recipe_of
+from npqwen.terminal.control_characters import without_control_characters
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
-DEFAULT_BITS = 4
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_ENCODINGS = {4: "int4", 8: "int8", 16: "bf16"}
 # What a conversion is made of. Other frameworks' weights stay on the hub.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 # Of directories, only additional_chat_templates is wanted.
@@ -52,15 +51,14 @@ def resolve(
     model: a converted directory, a checkpoint directory, or a hub id "org/name". A checkpoint is converted
     into `cache_directory()` once for each state of its files (on the hub: each commit) and `bits`.
     bits: 4, 8 or 16; None is 4, or what a converted directory has.
-    notice(line): told what is done and where; it may quote names of files and words of servers with control
-    characters. progress(done, total): bytes converted so far.
+    notice(line): told what is done and where. progress(done, total): bytes converted so far.
     download_bars: let huggingface_hub draw its progress bars on stderr.
 
     Raises ModelNotFoundError if there is no such directory or repository, or if the hub cannot be reached and
     no copy is here; OptionError for bits that the converted directory does not have; what `convert` raises.
     """
     _check_bits(bits)
-    tell = notice or _ignore
+    tell = _harmless(notice)
     if (directory := _directory(model)) is not None:
         if is_converted(directory):
             return _with_bits(directory, bits)
@@ -102,7 +100,7 @@ def convert(
     from npqwen_quant import convert as convert_directory
 
     _check_bits(bits)
-    tell = notice or _ignore
+    tell = _harmless(notice)
     directory = _directory(source)
     if directory is None:
         repository = _repository(source)
@@ -116,22 +114,28 @@ def convert(
     if out is None and not force:
         return _converted_once(directory, target, bits, tell, progress)
     target = target if out is None else Path(os.path.expanduser(out))
-    started = _announced(f"converting {source} to {_ENCODINGS[bits]}, into {target}", tell, progress)
+    started = _announced(f"converting {source} to {RECIPES[bits].name}, into {target}", tell, progress)
     convert_directory(directory, target, bits, force=force, progress=started)
     return target
 
 
-def _ignore(line: str) -> None:
-    """A notice to nobody."""
+def _harmless(notice: Notice | None) -> Notice:
+    """`notice`, told nothing that a terminal would obey: lines hold servers' words and names of files."""
+
+    def tell(line: str) -> None:
+        if notice is not None:
+            notice(without_control_characters(line))
+
+    return tell
 
 
 def _check_bits(bits: int | None) -> None:
-    if bits is not None and (bits not in _ENCODINGS or isinstance(bits, bool)):
-        raise OptionError(f"bits is {bits!r}; it can be 4, 8 or 16")
+    if bits is not None:
+        recipe_of(bits)
 
 
 def _with_bits(directory: Path, bits: int | None) -> Path:
-    have = (conversion(read_json(directory / "config.json")) or {}).get("bits")
+    have = read_bits(directory)
     if bits is not None and have != bits:
         raise OptionError(
             f"{directory} is converted to {have} bits, but {bits} were asked for; "
@@ -185,7 +189,7 @@ def _hub_target(repository: str, commit: str, bits: int) -> Path:
 
 
 def _target(kind: str, name: str, state: str, bits: int) -> Path:
-    return cache_directory() / kind / name / f"{state[:12]}-{_ENCODINGS[bits]}-v{FORMAT_VERSION}"
+    return cache_directory() / kind / name / f"{state[:12]}-{RECIPES[bits].name}-v{FORMAT_VERSION}"
 
 
 def _kept(repository: str, bits: int | None) -> Path | None:
@@ -206,7 +210,7 @@ def _converted_once(
         return out
     from npqwen_quant import convert as convert_directory
 
-    started = _announced(f"converting {source} to {_ENCODINGS[bits]}, once, into {out}", tell, progress)
+    started = _announced(f"converting {source} to {RECIPES[bits].name}, once, into {out}", tell, progress)
     try:
         convert_directory(source, out, bits, progress=started)
     except OutputError as error:

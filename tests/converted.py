@@ -1,4 +1,4 @@
-"""Converted models written by hand from the words of quant/FORMAT.md, without the converter."""
+"""Converted models written as quant/FORMAT.md says, without the converter."""
 
 from __future__ import annotations
 
@@ -121,11 +121,12 @@ def tensors(
 
 
 def write_safetensors(path: Path, values: Mapping[str, np.ndarray], **header: Any) -> dict[str, Any]:
-    """Write F32 and U8 tensors as the format asks, and return the header; `header` replaces entries of it."""
-    head: dict[str, Any] = {"__metadata__": {"format": "npqwen", "format_version": "1"}}
+    """Write F32 and U8 tensors as the format says, and return the header; `header` replaces entries of it."""
+    head: dict[str, Any] = {"__metadata__": {"format": "npqwen", "format_version": "2"}}
     end = 0
     for name, value in values.items():
-        entry = {"dtype": {"float32": "F32", "uint8": "U8"}[value.dtype.name], "shape": list(value.shape)}
+        dtype = {"float32": "F32", "float16": "F16", "uint8": "U8"}[value.dtype.name]
+        entry = {"dtype": dtype, "shape": list(value.shape)}
         head[name] = entry | {"data_offsets": [end, end + value.nbytes]}
         end += value.nbytes
     head |= header
@@ -137,12 +138,19 @@ def write_safetensors(path: Path, values: Mapping[str, np.ndarray], **header: An
     return head
 
 
+def encodings(values: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The encoding of every matrix among the tensors."""
+    names = {576: "int4", 1088: "int8", 2048: "bf16"}
+    return {name: names[value.shape[2]] for name, value in values.items() if value.dtype == np.uint8}
+
+
 def write_model(
     directory: Path, config: Mapping[str, Any], values: Mapping[str, np.ndarray], bits: int
 ) -> Path:
-    """A converted directory.  Its tokenizer is the example model's, whatever the vocabulary."""
+    """Write a converted directory. Its tokenizer is the example model's, whatever the vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
-    made = {"quant_method": "npqwen", "format_version": 1, "bits": bits, "created_by": "a test"}
+    made: dict[str, Any] = {"quant_method": "npqwen", "format_version": 2, "bits": bits, "created_by": "a test"}
+    made["encodings"] = encodings(values)
     text = json.dumps({**config, "quantization_config": made})
     (directory / "config.json").write_text(text, encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):

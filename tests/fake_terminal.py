@@ -12,9 +12,10 @@ import pytest
 from reciter import Reciter
 
 from npqwen.terminal.answer_view import AnswerView
+from npqwen.terminal.console import Console
+from npqwen.terminal.screen import Terminal
 from npqwen.terminal.settings import Settings
-from npqwen.terminal.terminal import Terminal
-from npqwen.terminal.terminal_chat import TerminalChat
+from npqwen.terminal.talk import Talk
 
 THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
 """What a model says that thinks, to be filled in."""
@@ -59,13 +60,12 @@ def on_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     return both
 
 
-def chat_with(model: Any, mode: Any = "fold", **options: Any) -> TerminalChat:
-    """A conversation with a model, shown on the present stdout and stderr."""
+def talk_with(model: Any, view: Any = "fold", **options: Any) -> Talk:
     if isinstance(model, Reciter):
         model.bits, model.threads = 4, 1  # type: ignore[attr-defined]
-    terminal = Terminal()
+    terminal = Terminal(Console())
     fixed = {name: options.pop(name) for name in ("system", "thinking") if name in options}
-    return TerminalChat(model, terminal, AnswerView(terminal, mode), Settings(model, **options), name="m", **fixed)
+    return Talk(model, terminal, AnswerView(terminal, view), Settings(model, **options), name="m", **fixed)
 
 
 class Readline:

@@ -20,8 +20,8 @@ from fake_hub import FakeHub
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 
 from npqwen import hub
-from npqwen.engine import weights
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
+from npqwen.format.quantization import Quantization
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_two_processes_at_once(checkpoint: Path, cache: Path) -> None:
     assert [process.returncode for process in both] == [0, 0]
     (place,) = outputs
     assert sorted(path.name for path in Path(place).parent.iterdir()) == [Path(place).name]
-    assert weights.format_of(Path(place))["bits"] == 4
+    assert Quantization.from_directory(Path(place)).recipe.bits == 4
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(
@@ -274,12 +274,12 @@ def test_a_hub_that_names_no_commit(remote: Hub, sha: Any) -> None:
 
 
 def test_what_is_no_hub_does_not_hide_a_conversion(remote: Hub) -> None:
-    """A proxy's page, read as JSON."""
+    """A proxy's page, read as JSON; its words could be meant for the terminal."""
     kept = hub.resolve("org/name")
-    remote.error = json.JSONDecodeError("Expecting value", "<html>", 0)
+    remote.error = json.JSONDecodeError("Expecting value \x1b]0;title\x07", "<html>", 0)
     notices: list[str] = []
     assert hub.resolve("org/name", notice=notices.append) == kept
-    page = "Expecting value: line 1 column 1 (char 0)"
+    page = "Expecting value ]0;title: line 1 column 1 (char 0)"
     assert notices == [f"the hub cannot be reached ({page}); using {kept}"]
 
 
@@ -342,7 +342,7 @@ def test_the_real_client_against_a_hub_of_our_own(
     first = command(fake_hub.url, "convert", "org/name", "--bits", "8")
     assert first.returncode == 0, first.stderr
     place = Path(first.stdout.strip())
-    assert place.name == f"{commit[:12]}-int8-v1"
+    assert place.name == f"{commit[:12]}-int8-v2"
     assert bits_of(place) == 8
     assert sorted(fake_hub.downloads) == [template, "config.json", "model.safetensors"]
     assert (place / template).read_bytes() == b"{{ messages }}"

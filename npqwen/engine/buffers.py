@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.weights import Weights, pad
+from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
+from npqwen.format.layout import pad
 from npqwen.kernels import attention, matmul
 from npqwen.kernels.attention import MOST_ROWS
 from npqwen.kernels.experts import most_segments, most_slots

@@ -72,7 +72,7 @@ class Engine:
             self.weights.advise_huge_pages()
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self.bits = self.weights.bits
-        self.cache_dtype = cache_dtype(self.bits)
+        self.cache_dtype = self.weights.quantization.recipe.cache_dtype
         self.threads = default_threads() if threads is None else int(threads)
         self._origin = object()
         self._rope = Rope(self.config)
@@ -253,11 +253,6 @@ class Engine:
 def chunk_size(config: Config) -> int:
     """Tokens of a prompt that one pass runs."""
     return CHUNK if config.mixture is None else SPARSE_CHUNK
-
-
-def cache_dtype(bits: int) -> type[np.float16] | type[np.float32]:
-    """The dtype of the KV cache: float32 with bf16 weights, the exact baseline, else float16."""
-    return np.float32 if bits == 16 else np.float16
 
 
 def context_length(config: Config, requested: int | None) -> int:

@@ -9,8 +9,6 @@ fingerprint.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +20,10 @@ from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file
 from npqwen.engine.kv_cache import KVCache
-from npqwen.errors import ContextLengthError, FormatError, OutputError
+from npqwen.errors import ContextLengthError, FormatError, OutputError, quoted
+from npqwen.format.files import open_regular
+from npqwen.format.layout import ceil_div
+from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
 from npqwen.kernels.attention import PAGE, TILE
 
 FORMAT, VERSION = "npqwen-cache", "1"
@@ -34,7 +35,7 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
     Raises OutputError if the file cannot be written.
     """
     header = _header(cache, len(ids), fingerprint)
-    size = len(header) + sum(_bytes(entry) for name, entry in json.loads(header[8:]).items() if name != "__metadata__")
+    size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, len(ids)))
     with new_file(path) as file:
         free = shutil.disk_usage(os.path.dirname(file.name)).free
         if free < size:
@@ -52,48 +53,40 @@ def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[
     tokens than the cache may.
     """
     try:
-        with open(path, "rb") as file:
-            return _read(path, file, os.fstat(file.fileno()).st_size, cache, fingerprint, vocab_size)
+        with open_regular(path) as file:
+            return _read(path, file, cache, fingerprint, vocab_size)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read(
-    path: Path, file: BinaryIO, size: int, cache: KVCache, fingerprint: str, vocab_size: int
-) -> list[int]:
-    head = file.read(8)
-    length = int.from_bytes(head, "little")
+def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
     damaged = FormatError(f"{path} is truncated or no snapshot of a session; save it again")
-    if len(head) < 8 or length > min(size - 8, 100_000_000):
-        raise damaged
-    text = file.read(length)
     try:
-        header = json.loads(text)
-        metadata = header["__metadata__"]
-        found, version, origin = (metadata.get(key) for key in ("format", "format_version", "fingerprint"))
-        count = header["ids"]["shape"][0] if found == FORMAT else 0
-        dtype = header["page.0"]["dtype"] if "page.0" in header else None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        header = read_header(file)
+    except HeaderError:
         raise damaged from None
-    if found != FORMAT:
+    if header.metadata.get("format") != FORMAT:
         raise FormatError(f"{path} is no snapshot of a session")
+    version = header.metadata.get("format_version")
     if version != VERSION:
-        raise FormatError(f"{path} has format version {version!r}, this npqwen reads {VERSION}; upgrade npqwen")
-    if dtype in ("F16", "F32") and dtype != _dtype(cache):
-        raise FormatError(f"{path} holds keys and values in {dtype}, this model's are {_dtype(cache)}")
-    if origin != fingerprint:
+        raise FormatError(f"{path} has format version {quoted(version)}, this npqwen reads {VERSION}; upgrade npqwen")
+    pages = header.tensors.get("page.0")
+    if pages is not None and pages.dtype in ("F16", "F32") and pages.dtype != _dtype(cache):
+        raise FormatError(f"{path} holds keys and values in {pages.dtype}, this model's are {_dtype(cache)}")
+    if header.metadata.get("fingerprint") != fingerprint:
         raise FormatError(f"{path} was saved from another model, or from other weights: start a new session")
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
+    stored = header.tensors.get("ids")
+    if stored is None or len(stored.shape) != 1 or stored.shape[0] >= 2**31:
         raise damaged
+    count = stored.shape[0]
     if count > cache.limit:
         raise ContextLengthError(
             f"{path} holds {count} tokens, the context is {cache.limit}; load the model with a longer context"
         )
-    # With so many tokens of this model, only one header is right.
-    if head + text != _header(cache, count, fingerprint):
-        raise damaged
-    rest = size - 8 - length
-    if rest != sum(_bytes(entry) for name, entry in header.items() if name != "__metadata__"):
+    # For this many tokens of this model, only one header is right.
+    expected = _header(cache, count, fingerprint)
+    file.seek(0)
+    if file.read(len(expected)) != expected:
         raise damaged
     ids = np.frombuffer(file.read(4 * count), "<i4")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -109,27 +102,20 @@ def _read(
     return list(map(int, ids))
 
 
+def _tensors(cache: KVCache, count: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor of a snapshot of `count` tokens."""
+    layers, two, heads, _, size = cache.page_shape
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [("ids", "I32", (count,))]
+    for start in range(0, count, PAGE):
+        tiles = ceil_div(min(PAGE, count - start), TILE)
+        tensors.append((f"page.{start // PAGE}", _dtype(cache), (layers, two, heads, tiles, size)))
+    return tensors
+
+
 def _header(cache: KVCache, count: int, fingerprint: str) -> bytes:
-    """The file's first bytes for so many tokens; the data starts at a multiple of 64."""
-    entries: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "format_version": VERSION, "fingerprint": fingerprint},
-        "ids": {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]},
-    }
-    end = 4 * count
-    for i in range(-(-count // PAGE)):
-        layers, two, heads, _, size = cache.page_shape
-        shape = [layers, two, heads, -(-min(PAGE, count - i * PAGE) // TILE), size]
-        entry = {"dtype": _dtype(cache), "shape": shape}
-        start, end = end, end + math.prod(shape) * cache.dtype_array.itemsize
-        entries[f"page.{i}"] = entry | {"data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(entry: dict[str, Any]) -> int:
-    start, end = entry["data_offsets"]
-    return int(end - start)
+    """The file's first bytes, up to the data."""
+    metadata = {"format": FORMAT, "format_version": VERSION, "fingerprint": fingerprint}
+    return make_header(_tensors(cache, count), metadata)
 
 
 def _dtype(cache: KVCache) -> str:

@@ -1,4 +1,4 @@
-"""The shape of a Qwen3 model: what its `config.json` says, checked."""
+"""A Qwen3 model's dimensions, read from its `config.json` and checked."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import CheckpointError
+from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.format.files import read_small
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
-FORMAT_VERSION = 1
-"""Of the files a conversion makes (quant/FORMAT.md)."""
+_POSITIONS = 2**31
+"""Tokens that a context may have at most, YaRN included."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a `qwen3_moe` model, under the names of its `config.json`."""
+    """The experts of a `qwen3_moe` model, under the names that they have in `config.json`."""
 
     num_experts: int
     """`num_local_experts` in transformers 5."""
@@ -43,7 +44,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Config:
-    """A Qwen3 text model's dimensions, under the names of its `config.json`."""
+    """A Qwen3 text model's dimensions, under the names that they have in `config.json`."""
 
     model_type: str
     hidden_size: int
@@ -71,24 +72,25 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> Config:
-        """Read a parsed `config.json`, of the hub's style or of transformers 5's.
+        """Check a parsed `config.json`, in the style of the hub's files or of transformers 5.
 
-        Raises CheckpointError for another architecture, a missing or impossible value.
+        where: the file's name, for messages. Raises CheckpointError for another architecture, a missing or an
+        impossible value.
         """
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
             raise CheckpointError(
-                f"{where}: model_type {model_type!r} is not supported; npqwen runs {', '.join(MODEL_TYPES)}"
+                f"{where}: model_type {quoted(model_type)} is not supported; npqwen runs {', '.join(MODEL_TYPES)}"
             )
         if raw.get("attention_bias"):
             raise CheckpointError(f"{where}: attention_bias is set, which no Qwen3 model has")
         if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+            raise CheckpointError(f"{where}: hidden_act {quoted(raw['hidden_act'])} is not supported, only 'silu'")
         if raw.get("use_sliding_window"):
             raise CheckpointError(f"{where}: use_sliding_window is set, which no Qwen3 model uses")
         rope = raw.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
-            raise CheckpointError(f"{where}: rope_parameters is {rope!r}, not an object")
+            raise CheckpointError(f"{where}: rope_parameters is {quoted(rope)}, not an object")
         scaling = raw.get("rope_scaling") or rope
         heads = _count(raw, "num_attention_heads", where)
         config = cls(
@@ -102,7 +104,7 @@ class Config:
             vocab_size=_count(raw, "vocab_size", where),
             max_position_embeddings=_count(raw, "max_position_embeddings", where),
             rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6),
-            # transformers 5 takes that of rope_parameters, if it has one.
+            # transformers 5 prefers the one in rope_parameters.
             rope_theta=_positive(rope if rope.get("rope_theta") is not None else raw, "rope_theta", where),
             yarn=_yarn(scaling, raw, where),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -110,13 +112,18 @@ class Config:
         )
         if heads % config.num_key_value_heads:
             raise CheckpointError(
-                f"{where}: num_attention_heads {heads} is no multiple of "
+                f"{where}: num_attention_heads {heads} is not a multiple of "
                 f"num_key_value_heads {config.num_key_value_heads}"
             )
-        if config.yarn is not None and config.rope_theta <= 1:
+        yarn = config.yarn
+        if yarn is not None and yarn.factor * yarn.original_max_position_embeddings > _POSITIONS:
+            raise CheckpointError(
+                f"{where}: YaRN's factor {yarn.factor:g} makes a context of more than {_POSITIONS} tokens"
+            )
+        if yarn is not None and config.rope_theta <= 1:
             raise CheckpointError(f"{where}: rope_theta is {config.rope_theta:g}; with YaRN it must be more than 1")
         if config.head_dim % 16:
-            raise CheckpointError(f"{where}: head_dim {config.head_dim} is no multiple of 16")
+            raise CheckpointError(f"{where}: head_dim {config.head_dim} is not a multiple of 16")
         return config
 
     @classmethod
@@ -126,30 +133,18 @@ class Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError if it is missing or is not one."""
+    """The JSON object in a file; CheckpointError if it is missing, damaged, or not an object."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_small(path).decode("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a whole model directory?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} is missing; is {path.parent} a complete model directory?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {shortened(str(error))}") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise CheckpointError(f"{path} does not hold a JSON object")
     return raw
-
-
-def conversion(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a converted model's `config.json` says of the conversion; None if it is another model's."""
-    found = raw.get("quantization_config")
-    return found if isinstance(found, dict) and found.get("quant_method") == "npqwen" else None
-
-
-def is_converted(directory: Path) -> bool:
-    """Whether there is a converted model in `directory`."""
-    try:
-        return conversion(read_json(directory / "config.json")) is not None
-    except CheckpointError:
-        return False
 
 
 def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None) -> float:
@@ -158,8 +153,9 @@ def _number(raw: Mapping[str, Any], key: str, where: str, default: float | None)
         value = default
     if value is None:
         raise CheckpointError(f"{where}: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise CheckpointError(f"{where}: {key} is {value!r}, not a positive number")
+    # Far wider than any model needs, and far from where float32 or the size of an array overflows.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
+        raise CheckpointError(f"{where}: {key} is {quoted(value)}, not a positive number in range")
     return value
 
 
@@ -169,16 +165,16 @@ def _positive(raw: Mapping[str, Any], key: str, where: str, default: float | Non
 
 def _count(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = _number(raw, key, where, default)
-    if value != int(value) or value > 2**31:
-        raise CheckpointError(f"{where}: {key} is {value!r}, not a whole number in range")
+    if value != int(value) or value > _POSITIONS:
+        raise CheckpointError(f"{where}: {key} is {quoted(value)}, not a whole number in range")
     return int(value)
 
 
 def _mixture(raw: Mapping[str, Any], where: str) -> Mixture:
-    """What transformers' Qwen3MoeConfig takes for keys that are left out: 128 experts, 8 a token, not normalized."""
+    """The keys of a mixture; defaults are those of transformers' Qwen3MoeConfig: 128 experts, 8 per token."""
     only = raw.get("mlp_only_layers") or []
-    if not isinstance(only, list) or not all(isinstance(i, int) for i in only):
-        raise CheckpointError(f"{where}: mlp_only_layers is {only!r}, not a list of layers")
+    if not isinstance(only, list) or not all(type(i) is int for i in only):
+        raise CheckpointError(f"{where}: mlp_only_layers is {quoted(only)}, not a list of layers")
     experts = raw.get("num_experts") or raw.get("num_local_experts")
     mixture = Mixture(
         num_experts=_count({"num_experts": experts}, "num_experts", where, default=128),
@@ -197,12 +193,12 @@ def _mixture(raw: Mapping[str, Any], where: str) -> Mixture:
 
 def _yarn(scaling: Any, raw: Mapping[str, Any], where: str) -> Yarn | None:
     if not isinstance(scaling, Mapping):
-        raise CheckpointError(f"{where}: rope_scaling is {scaling!r}, not an object")
+        raise CheckpointError(f"{where}: rope_scaling is {quoted(scaling)}, not an object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
-        raise CheckpointError(f"{where}: rope type {kind!r} is not supported, only 'default' and 'yarn'")
+        raise CheckpointError(f"{where}: rope type {quoted(kind)} is not supported, only 'default' and 'yarn'")
     original = _count(
         scaling,
         "original_max_position_embeddings",

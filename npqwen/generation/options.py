@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
-from npqwen.checks import check_number, check_whole, is_number, number_range, quoted, suggestion, whole_range
-from npqwen.errors import OptionError
+from npqwen.checks import check_number, check_whole, is_number, number_range, suggestion, whole_range
+from npqwen.errors import OptionError, quoted
 from npqwen.generation.stop_strings import check_stop
 
 if TYPE_CHECKING:

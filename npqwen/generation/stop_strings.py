@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from npqwen.checks import quoted
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, quoted
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

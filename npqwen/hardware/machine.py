@@ -37,6 +37,15 @@ def default_threads(root: Path = Path("/")) -> int:
     return max(1, min(len(cores), _quota(root)))
 
 
+def usable_cpus(root: Path = Path("/")) -> int:
+    """The CPUs that this process may use: its affinity, limited by the quotas of its control groups.
+
+    root: where /proc and /sys are.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, _quota(root))
+
+
 def processor(root: Path = Path("/")) -> str:
     """Name of the processor or the board, as the system reports it. root: where /proc is."""
     facts: dict[str, str] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
-from npqwen.engine.engine import cache_dtype, chunk_size, context_length
+from npqwen.engine.engine import chunk_size, context_length
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
@@ -87,7 +87,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     budget = Budget(
         weights=sum(parts.values()),
         working=Buffers(config, weights, threads, chunk_size(config)).nbytes,
-        page=KVCache(config, 1, cache_dtype(weights.bits)).page_bytes,
+        page=KVCache(config, 1, weights.quantization.recipe.cache_dtype).page_bytes,
         available=machine.available_memory(),
     )
     return Info(

@@ -1,4 +1,4 @@
-"""An answer on the terminal while it is generated, and its statistics."""
+"""An answer on the terminal as it comes, and what to tell about it."""
 
 from __future__ import annotations
 
@@ -7,65 +7,65 @@ from typing import TYPE_CHECKING
 
 from npqwen.chat.answer import Finish, Notice
 from npqwen.chat.reply import Reasoning, Text
-from npqwen.terminal.reasoning_view import ReasoningMode, ReasoningView
-from npqwen.terminal.terminal import Terminal
+from npqwen.terminal.screen import Terminal
+from npqwen.terminal.thought_view import ThoughtView, View
 from npqwen.tools.calls import ToolCall
 
 if TYPE_CHECKING:
     from npqwen.chat.answer import ChatStream, Event
 
-_THINKING_ENDED_BY = {
+_ENDED_BY = {
     "budget": ", ended by the thinking budget",
     "loop": ", ended because it repeated itself",
-    "caller": ", ended early",
+    "caller": ", ended",
 }
-_INCOMPLETE = ", incomplete"
+_CUT = ", not to its end"
 
 
 class AnswerView:
-    """Shows answers: text unchanged (Markdown too), reasoning as `mode` says, every other event as a dim line."""
+    """Shows answers: the text as it is, its Markdown untouched; thoughts by `view`; the rest a dim line each."""
 
-    def __init__(self, terminal: Terminal, mode: ReasoningMode) -> None:
-        self.mode: ReasoningMode = mode
-        self.reasoning = ""
-        """The last reasoning there was."""
+    def __init__(self, terminal: Terminal, view: View) -> None:
+        self.view = view
+        self.thought = ""
+        """The last thought there was."""
         self._terminal = terminal
-        self._shown_notices: set[str] = set()
+        self._told: set[str] = set()
 
     def follow(self, stream: ChatStream, hint: str = "") -> None:
-        """Show an answer to its end. The terminal is left in order also by an exception, such as Ctrl-C.
+        """Show a whole answer. However it is left, the terminal is in order.
 
-        hint: appended to the line into which the reasoning is folded.
+        hint: what to add to the line that is left of a thought.
         """
-        view = ReasoningView(self._terminal, self.mode)
+        thought = ThoughtView(self._terminal, self.view)
         try:
             for event in stream:
                 if isinstance(event, Reasoning):
-                    view.add(event.text)
-                elif view.open:
-                    cut_off = isinstance(event, Finish) and event.reply.finish_reason == "length"
-                    ended = _THINKING_ENDED_BY.get(stream.thinking_ended_by or "", _INCOMPLETE if cut_off else "")
-                    view.close(stream.thinking_tokens, ended + hint)
+                    thought.add(event.text)
+                elif thought.open:
+                    cut = isinstance(event, Finish) and event.reply.finish_reason == "length"
+                    how = _ENDED_BY.get(stream.thinking_ended_by or "", _CUT if cut else "")
+                    thought.close(stream.thinking_tokens, how + hint)
                 self._show(event)
         finally:
             if stream.reasoning:
-                self.reasoning = stream.reasoning
-            view.close(stream.thinking_tokens, _INCOMPLETE)
+                self.thought = stream.reasoning
+            thought.close(stream.thinking_tokens, _CUT)
             self._terminal.end_line()
 
     def _show(self, event: Event) -> None:
         if isinstance(event, Text):
-            self._terminal.text(event.text)
+            self._terminal.answer(event.text)
         elif isinstance(event, ToolCall):
             arguments = json.dumps(event.arguments, ensure_ascii=False)
             self._terminal.notice(f"calls {event.name} with {arguments}; there are no tools here")
-        elif isinstance(event, Notice) and event.text not in self._shown_notices:
-            self._shown_notices.add(event.text)  # A notice about a setting comes with every answer.
+        elif isinstance(event, Notice) and event.text not in self._told:
+            self._told.add(event.text)  # The same setting would be told of at every answer.
             self._terminal.notice(event.text)
 
 
 def statistics(stream: ChatStream, context: str = "") -> str:
-    """One line: why the answer ended, unless by itself; speed; tokens; `context`, which says how much is used."""
+    """One line: how it ended if not as it should, speed, tokens. context: how much of it is in use."""
     usage = stream.usage
     parts = [
         f"{usage.decode_rate:.1f} tok/s",

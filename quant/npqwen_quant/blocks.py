@@ -1,43 +1,64 @@
 """Blocks of weights: 32 of a row's columns share one f16 scale, chosen for the least squared error.
 
-Everything works on blocks of 16 rows at a time, held column by column: lane r of every loop over 16 is row
-r, which LLVM makes vector instructions of, and which is the order of the file (FORMAT.md, "Units").
-Integers travel as u32 words, four little-endian bytes each.
+Everything works on blocks of 16 rows at a time, transposed: lane r of every loop over 16 is row r. LLVM vectorizes over
+rows, and the file has that order (FORMAT.md, "Units"). Units are written as u32 words, four little-endian bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from npqwen.format.encodings import INT4, INT8, UNIT_COLUMNS, UNIT_ROWS, Encoding
+from npqwen.format.layout import ceil_div
 from npqwen.kernels.compiled import CodeCache
 
 F32 = npt.NDArray[np.float32]
 U32 = npt.NDArray[np.uint32]
 I32 = npt.NDArray[np.int32]
 
-UNIT_ROWS = 16
-UNIT_COLUMNS = 64
-UNIT_BYTES = {"int4": 576, "int8": 1088, "bf16": 2048}
+LANES = 128
+"""Blocks at a time: 16 rows of four units, which fill vectors of any width."""
 
-LANES = 128  # blocks at a time: 16 rows of four units, which fill vectors of any width
-
-# The bits of float32's infinity: those of a NaN's magnitude are greater, those of any number smaller.
 INFINITY = 0x7F800000
+"""The bits of float32's infinity: those of a NaN's magnitude are greater, those of any finite number smaller."""
 
-# What a block's largest weight is scaled to, before rounding, in each candidate: beyond the range of the
-# integers clips it, which a block with few large weights gains from.  The signed range -8..7 makes both signs
-# worth trying.  The squared error is then 0.01 % (int8: 4 %) above what the best of all f16 scales leaves.
-INT4_TARGETS = np.concatenate([-np.linspace(6.6, 9.5, 16), np.linspace(5.8, 8.6, 16)]).astype(np.float32)
-INT8_TARGETS = np.linspace(112, 127.4, 16).astype(np.float32)
+_NIBBLES, _BYTES = 0, 1
+"""How a block's integers are stored: two a byte plus 8, or one a byte."""
 
-# The largest weight a block can hold: the largest target times the largest f16.
-LARGEST = {"int4": 8 * 65504.0, "int8": 127 * 65504.0}
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The integers of an encoding, and how its scales are searched for."""
+
+    low: int
+    high: int
+    storage: int
+    """_NIBBLES or _BYTES."""
+    targets: F32
+    """What a block's largest weight is scaled to before rounding, in each candidate. Beyond the range of the integers
+    it is clipped, from which a block with few large weights gains."""
+
+    @property
+    def largest(self) -> float:
+        """The largest weight that can be stored: the largest integer times the largest f16."""
+        return max(-self.low, self.high) * 65504.0
+
+
+# The squared error is 0.01 % (int8: 4 %) above what the best of all f16 scales leaves. -8..7 is not symmetric, so both
+# signs are worth trying.
+GRIDS = {
+    INT4: Grid(
+        -8, 7, _NIBBLES, np.concatenate([-np.linspace(6.6, 9.5, 16), np.linspace(5.8, 8.6, 16)]).astype(np.float32)
+    ),
+    INT8: Grid(-127, 127, _BYTES, np.linspace(112, 127.4, 16).astype(np.float32)),
+}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -53,7 +74,7 @@ def _jit(function: _Function) -> _Function:
 
 @_jit
 def _gather(rows: F32, first: int, column: int, x: F32) -> None:
-    """Fill x[c, lane] from row `first` and column `column` on; zeros where the matrix has ended."""
+    """Fill x[c, lane] from row `first` and column `column` on, with zeros beyond the matrix."""
     row_count, column_count = rows.shape
     for lane in range(x.shape[1]):
         row = first + lane % 16
@@ -69,7 +90,7 @@ def _gather(rows: F32, first: int, column: int, x: F32) -> None:
 
 @_jit
 def _find_largest(x: F32, largest: F32) -> int:
-    """largest[lane]: the weight of largest magnitude, with its sign.  Returns the bits of the largest."""
+    """largest[lane]: the weight of largest magnitude, with its sign. Returns the bits of the largest of all."""
     bits = x.view(np.int32)
     largest_bits = largest.view(np.int32)
     largest_bits[:] = 0
@@ -84,8 +105,8 @@ def _find_largest(x: F32, largest: F32) -> int:
 
 
 @_jit
-def _search(x: F32, targets: F32, low: F32, high: F32, largest: F32, scale: F32) -> None:
-    """scale[lane]: the least-squares scale of the integers that the best of the targets rounds to.
+def _search(x: F32, targets: F32, low: Any, high: Any, largest: F32, scale: F32) -> None:
+    """scale[lane]: the least-squares scale for the integers of the best target.
 
     Integers q want the scale (w·q)/(q·q), which leaves of the squared error w·w all but (w·q)²/(q·q).
     """
@@ -110,7 +131,7 @@ def _search(x: F32, targets: F32, low: F32, high: F32, largest: F32, scale: F32)
                     wq[lane] += w * q
                     qq[lane] += q * q
         for lane in range(lanes):
-            # Where all is zero these are NaN, and so never better.
+            # NaN where all weights are zero, and so never better.
             step = wq[lane] / qq[lane]
             gain = wq[lane] * step
             better = gain > best[lane]
@@ -133,7 +154,7 @@ def _to_f16(x: F32, half: I32) -> None:
 
 @_jit
 def _from_f16(half: I32, x: F32, inverse: F32) -> None:
-    """Finite f16, given by their bits, as float32, and 1 / x, or 0 for 0."""
+    """x: finite f16, given by their bits, as float32. inverse: 1 / x, or 0 for 0."""
     bits = x.view(np.int32)
     for lane in range(x.size):
         magnitude = half[lane] & np.int32(0x7FFF)
@@ -146,11 +167,11 @@ def _from_f16(half: I32, x: F32, inverse: F32) -> None:
 
 
 @_jit
-def _fit(x: F32, targets: F32, low: F32, high: F32, half: I32, q: I32) -> int:
+def _fit(x: F32, targets: F32, low: Any, high: Any, half: I32, q: I32) -> int:
     """Choose the scale and the integers of each lane's block.
 
-    x is (32, lanes) weights, half becomes the bits of the f16 scales, q (32, lanes) the integers from low to
-    high.  Returns the bits of the largest magnitude.
+    x: weights (32, lanes). Filled are half, the bits of the f16 scales (lanes), and q, integers from low to high
+    (32, lanes). Returns the bits of the largest magnitude.
     """
     lanes = x.shape[1]
     largest = np.empty(lanes, np.float32)
@@ -167,7 +188,7 @@ def _fit(x: F32, targets: F32, low: F32, high: F32, half: I32, q: I32) -> int:
     error = np.empty(lanes, np.float32)
     least = np.empty(lanes, np.float32)
     least[:] = np.inf
-    # Rounded to f16 the scale is another, and rounds the weights otherwise: so measure its neighbours too.
+    # The scale rounded to f16 rounds the weights differently: measure its neighbours too.
     for step in (0, -1, 1):
         for lane in range(lanes):
             magnitude = min(max(nearest[lane] + np.int32(step), np.int32(0)), np.int32(0x7BFF))
@@ -198,38 +219,42 @@ def _store_scales(half: I32, words: U32) -> None:
 
 
 @_jit
-def quantize_int4(rows: F32, out: U32, tile: int, stride: int, targets: F32) -> int:
-    """Quantize `rows` (n, columns) into the int4 units out[tile], out[tile + stride], …
-
-    `out` is (tiles, units, 144) words.  Returns the bits of the largest magnitude met: from INFINITY on, a
-    weight was not finite and the units mean nothing.
-    """
-    x = np.empty((32, LANES), np.float32)
-    q = np.empty((32, LANES), np.int32)
-    half = np.empty(LANES, np.int32)
-    top = 0
-    for i in range((rows.shape[0] + 15) // 16):
-        for first in range(0, out.shape[1], LANES // 32):
-            _gather(rows, 16 * i, 64 * first, x)
-            top = max(top, _fit(x, targets, np.float32(-8), np.float32(7), half, q))
-            for u in range(first, min(first + LANES // 32, out.shape[1])):
-                unit = out[tile + i * stride, u]
-                _store_scales(half[32 * (u - first) :], unit)
-                for block in range(2):
-                    lane = 32 * (u - first) + 16 * block
-                    for j in range(4):
-                        for r in range(16):
-                            word = 0
-                            for k in range(4):
-                                low, high = q[4 * j + k, lane + r] + 8, q[16 + 4 * j + k, lane + r] + 8
-                                word |= (low | high << 4) << 8 * k
-                            unit[16 + 64 * block + 16 * j + r] = word
-    return top
+def _store_nibbles(q: I32, lane: int, unit: U32, word: int) -> None:
+    """Write the block q[:, lane : lane + 16] to unit[word:], as int4 stores it."""
+    for j in range(4):
+        for r in range(16):
+            packed = 0
+            for k in range(4):
+                low, high = q[4 * j + k, lane + r] + 8, q[16 + 4 * j + k, lane + r] + 8
+                packed |= (low | high << 4) << 8 * k
+            unit[word + 16 * j + r] = packed
 
 
 @_jit
-def quantize_int8(rows: F32, out: U32, tile: int, stride: int, targets: F32) -> int:
-    """Quantize `rows` (n, columns) into int8 units, as quantize_int4 does; `out` is (tiles, units, 272)."""
+def _store_bytes(q: I32, lane: int, unit: U32, word: int) -> None:
+    """Write the block q[:, lane : lane + 16] to unit[word:], as int8 stores it."""
+    for j in range(8):
+        for r in range(16):
+            packed = 0
+            for k in range(4):
+                packed |= (q[4 * j + k, lane + r] & 255) << 8 * k
+            unit[word + 16 * j + r] = packed
+
+
+@_jit
+def _quantize(
+    rows: F32,
+    out: U32,
+    start: int,
+    stride: int,
+    scale_words: int,
+    block_words: int,
+    storage: int,
+    low: Any,
+    high: Any,
+    targets: F32,
+) -> int:
+    """`quantize` for units of words; low and high are float32. Returns the bits of the largest magnitude."""
     x = np.empty((32, LANES), np.float32)
     q = np.empty((32, LANES), np.int32)
     half = np.empty(LANES, np.int32)
@@ -237,29 +262,40 @@ def quantize_int8(rows: F32, out: U32, tile: int, stride: int, targets: F32) -> 
     for i in range((rows.shape[0] + 15) // 16):
         for first in range(0, out.shape[1], LANES // 32):
             _gather(rows, 16 * i, 64 * first, x)
-            top = max(top, _fit(x, targets, np.float32(-127), np.float32(127), half, q))
+            top = max(top, _fit(x, targets, low, high, half, q))
             for u in range(first, min(first + LANES // 32, out.shape[1])):
-                unit = out[tile + i * stride, u]
+                unit = out[start + i * stride, u]
                 _store_scales(half[32 * (u - first) :], unit)
                 for block in range(2):
-                    lane = 32 * (u - first) + 16 * block
-                    for j in range(8):
-                        for r in range(16):
-                            word = 0
-                            for k in range(4):
-                                word |= (q[4 * j + k, lane + r] & 255) << 8 * k
-                            unit[16 + 128 * block + 16 * j + r] = word
+                    lane, word = 32 * (u - first) + 16 * block, scale_words + block * block_words
+                    if storage == _NIBBLES:
+                        _store_nibbles(q, lane, unit, word)
+                    else:
+                        _store_bytes(q, lane, unit, word)
     return top
 
 
-def pack_bf16(bits: npt.NDArray[np.uint16], out: npt.NDArray[np.uint16], tile: int, stride: int) -> None:
-    """Lay bf16 rows (n, columns), given by their bits, into the units out[tile], out[tile + stride], …
+def quantize(rows: F32, out: npt.NDArray[np.uint8], start: int, stride: int, encoding: Encoding) -> float:
+    """Quantize `rows` (n, columns) into the unit rows out[start], out[start + stride], ...
 
-    `out` is (tiles, units, 1024).
+    out: (unit rows, units, unit_bytes), contiguous. Returns the largest magnitude: if it is NaN or infinite, a weight
+    was, and the units mean nothing.
+    """
+    grid = GRIDS[encoding]
+    words = encoding.scale_bytes // 4, encoding.block_bytes // 4
+    low, high = np.float32(grid.low), np.float32(grid.high)
+    top = _quantize(rows, out.view(np.uint32), start, stride, *words, grid.storage, low, high, grid.targets)
+    return float(np.uint32(top).view(np.float32))
+
+
+def pack_bf16(bits: npt.NDArray[np.uint16], out: npt.NDArray[np.uint8], start: int, stride: int) -> None:
+    """Store bf16 rows (n, columns), given by their bits, in the unit rows out[start], out[start + stride], ...
+
+    out: (unit rows, units, unit_bytes), contiguous.
     """
     n, columns = bits.shape
-    tiles, units = -(-n // UNIT_ROWS), out.shape[1]
-    padded = np.zeros((tiles, UNIT_ROWS, units, UNIT_COLUMNS), np.uint16)
-    padded.reshape(tiles * UNIT_ROWS, -1)[:n, :columns] = bits
-    view = out[tile : tile + (tiles - 1) * stride + 1 : stride]
-    view.reshape(tiles, units, UNIT_COLUMNS, UNIT_ROWS)[:] = padded.transpose(0, 2, 3, 1)
+    unit_rows, units = ceil_div(n, UNIT_ROWS), out.shape[1]
+    padded = np.zeros((unit_rows, UNIT_ROWS, units, UNIT_COLUMNS), np.uint16)
+    padded.reshape(unit_rows * UNIT_ROWS, -1)[:n, :columns] = bits
+    view = out.view(np.uint16)[start : start + (unit_rows - 1) * stride + 1 : stride]
+    view.reshape(unit_rows, units, UNIT_COLUMNS, UNIT_ROWS)[:] = padded.transpose(0, 2, 3, 1)

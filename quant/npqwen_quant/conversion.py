@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a directory of packed blocks, in bounded memory."""
+"""From a Hugging Face checkpoint to a directory of packed units, in bounded memory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, OptionError, OutputError
-from npqwen.format.config import FORMAT_VERSION
-from npqwen.hardware import cgroup
+from npqwen.errors import CheckpointError, OptionError, OutputError, quoted, shortened
+from npqwen.format.encodings import UNIT_ROWS, Encoding
+from npqwen.format.layout import Matrix, Part, Vector, ceil_div
+from npqwen.format.quantization import FORMAT_VERSION, Quantization
+from npqwen.format.recipe import DEFAULT_BITS, recipe_of
+from npqwen.format.safetensors import INDEX, make_header
+from npqwen.hardware.machine import usable_cpus
 from npqwen_quant import blocks
-from npqwen_quant.checkpoint import Checkpoint, StoredTensor, read, read_small
-from npqwen_quant.output import Output, Shard, header, shards
-from npqwen_quant.plan import Matrix, Part, Tensor, Vector, plan
+from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read
+from npqwen_quant.output import Output
+from npqwen_quant.plan import OutputTensor, plan
 
 Progress = Callable[[int, int], None]
+Shard = list[OutputTensor]
 
 COPIED = (
     "tokenizer.json",
@@ -38,17 +42,17 @@ COPIED = (
     "README.md",
 )
 
-# Weights in flight per thread: in float32 they fill a core's cache.
-_SLICE = 1 << 20
+# Weights per task: in float32 they fill a core's cache.
+_TASK = 1 << 20
 
 # Each takes some 7 MB, and no disk keeps up with more.
-_MOST_THREADS = 64
+_MAX_THREADS = 64
 
 
 def convert(
     source: Path,
     out: Path,
-    bits: int = 4,
+    bits: int = DEFAULT_BITS,
     *,
     force: bool = False,
     threads: int | None = None,
@@ -57,221 +61,232 @@ def convert(
 ) -> None:
     """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
 
-    bits: 4 or 8 for blocks of 32 weights with one scale, 16 for bf16.
+    bits: the recipe (npqwen.format.recipe); 4 and 8 store blocks of 32 integers with one scale, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
-    threads: how many quantize at a time; by default the CPUs of this process, 64 at most.
-    progress: called with the bytes of the checkpoint's tensors done and in all; may raise to stop.
-    shard_bytes: a file of the output holds about so much; all in one file, if it fits.
+    threads: how many quantize at a time; by default the CPUs of this process, at most 64.
+    progress: called with the bytes of the checkpoint's tensors, done and in all; may raise to stop.
+    shard_bytes: size of the output's files; all tensors are in one file, if they fit.
 
-    `out` appears complete and synced, or not at all.  Raises CheckpointError for a source that cannot be
-    converted, OutputError for a place that cannot be written to, OptionError for impossible options.
+    `out` appears complete and synced, or not at all. Raises CheckpointError for a source that cannot be converted or
+    changes on the way, OutputError for an `out` that cannot be written, OptionError for impossible options.
     """
     source, out = Path(source), Path(out)
-    if bits not in (4, 8, 16):
-        raise OptionError(f"bits is {bits!r}; it can be 4, 8 or 16")
+    recipe = recipe_of(bits)
     if threads is not None and threads < 1:
-        raise OptionError(f"threads is {threads!r}; it must be at least 1")
+        raise OptionError(f"threads is {quoted(threads)}; it must be at least 1")
     checkpoint = Checkpoint(source)
     _refuse_impossible_counts(checkpoint)
-    tensors = plan(checkpoint.config, bits)
-    stored = _find(checkpoint, tensors)
+    tensors = plan(checkpoint.config, recipe)
+    sources = _find(checkpoint, tensors)
     _refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     output = Output(out, force=force)
-    files = shards(tensors, shard_bytes)
+    shards = _deal(tensors, shard_bytes)
     copied = [path for name in COPIED if (path := source / name).is_file()]
     copied += sorted(source.glob("additional_chat_templates/*.jinja"))
-    total = sum(len(header(file)) for file in files) + sum(tensor.nbytes for tensor in tensors)
+    total = sum(len(_header(shard)) for shard in shards) + sum(tensor.nbytes for tensor in tensors)
     output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
-    config = checkpoint.raw_config | {
-        "quantization_config": {
-            "quant_method": "npqwen",
-            "format_version": FORMAT_VERSION,
-            "bits": bits,
-            "created_by": f"npqwen {version('npqwen')}",
-        }
-    }
+    encodings = {tensor.name: tensor.encoding for tensor in tensors if tensor.encoding is not None}
+    config = checkpoint.raw_config | Quantization(recipe, encodings).as_dict()
     with output:
         for path in copied:
             with output.create(str(path.relative_to(source))) as write:
-                write(read_small(path))
-        _write_tensors(output, files, stored, threads or _cpus(), progress)
-        with output.create("config.json") as write:  # the last: without it nobody takes this for a model
+                write(checkpoint.read_file(path))
+        _write_tensors(output, shards, sources, threads or _default_threads(), progress)
+        with output.create("config.json") as write:  # the last: without it this is not a model
             write((json.dumps(config, indent=2) + "\n").encode())
+        checkpoint.check_unchanged()
         output.complete()
 
 
 def _refuse_impossible_counts(checkpoint: Checkpoint) -> None:
     """CheckpointError for more layers or experts than there are tensors: a plan of them might not fit into memory."""
-    config, held = checkpoint.config, len(checkpoint.tensors)
+    config, available = checkpoint.config, len(checkpoint.tensors)
     layers = config.num_hidden_layers
     experts = 0
-    if config.mixture is not None and layers <= held:
+    if config.mixture is not None and layers <= available:
         experts = config.mixture.num_experts * sum(map(config.is_sparse, range(layers)))
-    if max(layers, experts) > held:
+    if max(layers, experts) > available:
         raise CheckpointError(
-            f"{checkpoint.directory} has {held} tensors, too few for the layers and experts that its config.json "
-            "tells of; is the download whole?"
+            f"{checkpoint.directory} has {available} tensors, too few for the layers and experts in its config.json; "
+            "is the download complete?"
         )
 
 
-def _find(checkpoint: Checkpoint, tensors: Sequence[Tensor]) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors that the plan needs; CheckpointError for one missing, misshapen or unknown."""
-    stored = {
-        name: checkpoint.tensor(name, shape) for tensor in tensors for name, shape in tensor.sources.items()
+def _find(checkpoint: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, SourceTensor]:
+    """The checkpoint's tensors that the plan needs; CheckpointError for one missing, of wrong shape or unknown."""
+    found = {
+        name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.tensor.sources.items()
     }
     for name, tensor in checkpoint.tensors.items():
-        # A tied lm_head is the embedding once more; old checkpoints saved the rotary frequencies.
-        if name in stored or name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"):
+        # A tied lm_head repeats the embedding; old checkpoints saved the rotary frequencies.
+        if name in found or name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"):
             continue
         raise CheckpointError(
-            f"{tensor.path} has a tensor {name}, which no Qwen3 model of this config.json has; "
+            f"{tensor.path} has a tensor {shortened(name)}, which no Qwen3 model of this config.json has; "
             "is it of another architecture, or an adapter?"
         )
-    return stored
+    return found
 
 
 def _refuse_nesting(source: Path, out: Path) -> None:
     if out == source or source in out.parents:
         raise OutputError(f"{out} lies in the checkpoint's own directory {source}; choose another place")
     if out in source.parents:
-        raise OutputError(f"{out} holds the checkpoint {source}; choose another place")
+        raise OutputError(f"{out} contains the checkpoint {source}; choose another place")
 
 
-def _cpus(root: Path = Path("/")) -> int:
-    """The processors this process may use, as its control groups limit them.  root: where /proc and /sys are."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allowed = cgroup.processors(root)
-    return min(cpus, _MOST_THREADS, cpus if allowed is None else max(1, int(allowed)))
+def _default_threads(root: Path = Path("/")) -> int:
+    """root: where /proc and /sys are."""
+    return min(usable_cpus(root), _MAX_THREADS)
+
+
+def _deal(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[Shard]:
+    """Deal the tensors out, in order, to files of at most `shard_bytes`, or of one tensor."""
+    shards: list[Shard] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _header(shard: Shard) -> bytes:
+    metadata = {"format": "npqwen", "format_version": str(FORMAT_VERSION)}
+    return make_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in shard), metadata)
 
 
 def _write_tensors(
     output: Output,
-    files: Sequence[Shard],
-    stored: dict[str, StoredTensor],
+    shards: Sequence[Shard],
+    sources: dict[str, SourceTensor],
     threads: int,
     progress: Progress | None,
 ) -> None:
-    done, total = 0, sum(tensor.nbytes for tensor in stored.values())
+    done, total = 0, sum(source.stored.nbytes for source in sources.values())
     weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
         try:
             if progress:
                 progress(done, total)
-            for i, tensors in enumerate(files, 1):
-                shard = f"model-{i:05d}-of-{len(files):05d}.safetensors"
-                name = "model.safetensors" if len(files) == 1 else shard
+            for i, tensors in enumerate(shards, 1):
+                numbered = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+                name = "model.safetensors" if len(shards) == 1 else numbered
                 weight_map |= {tensor.name: name for tensor in tensors}
                 with output.create(name) as write:
-                    write(header(tensors))
-                    for piece, read_bytes in _pieces(pool, threads, tensors, stored):
-                        write(piece.data)
-                        done += read_bytes
+                    write(_header(tensors))
+                    for data, bytes_read in _packed(pool, threads, tensors, sources):
+                        write(data.data)
+                        done += bytes_read
                         if progress:
                             progress(done, total)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    if len(files) > 1:
-        size = sum(tensor.nbytes for tensors in files for tensor in tensors)
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensors in shards for tensor in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        with output.create("model.safetensors.index.json") as write:
+        with output.create(INDEX) as write:
             write(json.dumps(index, indent=2).encode())
 
 
-_Piece = tuple[npt.NDArray[Any], int]
+_Packed = tuple[npt.NDArray[Any], int]
+"""Bytes for the output, and how many bytes of the checkpoint they were made from."""
 
 
-def _pieces(
+def _packed(
     pool: ThreadPoolExecutor,
     threads: int,
-    tensors: Sequence[Tensor],
-    stored: dict[str, StoredTensor],
-) -> Iterator[_Piece]:
-    """The packed bytes of the tensors, in order, and how many of the checkpoint's each was made of.
-
-    The pool works some pieces ahead of the consumer, no more.
-    """
-    ahead: deque[Future[_Piece]] = deque()
-    for tensor in tensors:
-        if isinstance(tensor, Vector):
-            ahead.append(pool.submit(_pack_vector, tensor, stored))
+    tensors: Sequence[OutputTensor],
+    sources: dict[str, SourceTensor],
+) -> Iterator[_Packed]:
+    """The tensors' bytes, in order. The pool runs a few tasks ahead of the consumer, which bounds the memory."""
+    pending: deque[Future[_Packed]] = deque()
+    for planned in tensors:
+        if isinstance(planned.tensor, Vector):
+            pending.append(pool.submit(_pack_vector, planned.tensor, sources))
             continue
-        for matrix in tensor.matrices:
-            group = max(part.stride for part in matrix.parts)
-            step = max(1, _SLICE // (blocks.UNIT_ROWS * matrix.columns * group)) * group
-            tiles = matrix.shape[0]
-            for first in range(0, tiles, step):
-                ahead.append(pool.submit(_pack_tiles, matrix, first, min(first + step, tiles), stored))
-                while len(ahead) > threads + 2:
-                    yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
+        assert planned.encoding is not None
+        for matrix in planned.matrices():
+            stride = max(part.stride for part in matrix.parts)
+            step = max(1, _TASK // (UNIT_ROWS * matrix.columns * stride)) * stride
+            unit_rows = matrix.units[0]
+            for first in range(0, unit_rows, step):
+                last = min(first + step, unit_rows)
+                pending.append(pool.submit(_pack_rows, matrix, planned.encoding, first, last, sources))
+                while len(pending) > threads + 2:
+                    yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
-def _pack_vector(vector: Vector, stored: dict[str, StoredTensor]) -> _Piece:
-    source = stored[vector.name]
+def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> _Packed:
+    source = sources[vector.name]
     out = np.zeros(vector.shape, np.float32)
     out[: vector.length] = _widen(read(source, 0, vector.length))
     if not np.isfinite(out).all():
         raise _not_finite(source, vector.name)
-    return out, source.nbytes
+    return out, source.stored.nbytes
 
 
-def _pack_tiles(matrix: Matrix, first: int, last: int, stored: dict[str, StoredTensor]) -> _Piece:
-    """The tiles first to last - 1 of a matrix, as (tiles, units, unit) bytes."""
-    out = np.empty((last - first, *matrix.shape[1:]), np.uint8)
-    read_bytes = 0
+def _pack_rows(
+    matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor]
+) -> _Packed:
+    """The unit rows first to last - 1 of a matrix: uint8 (unit rows, units, unit_bytes)."""
+    out = np.empty((last - first, matrix.units[1], encoding.unit_bytes), np.uint8)
+    bytes_read = 0
     for part in matrix.parts:
-        start = max(0, -(-(first - part.tile) // part.stride))
-        stop = min(part.tiles, -(-(last - part.tile) // part.stride))
+        start = max(0, ceil_div(first - part.start, part.stride))
+        stop = min(part.unit_rows, ceil_div(last - part.start, part.stride))
         if start < stop:
-            row = start * blocks.UNIT_ROWS
-            count = min(stop * blocks.UNIT_ROWS, part.rows) - row
-            rows = read(stored[part.source], row, count)
-            _pack(rows, out, part.tile + start * part.stride - first, part, matrix.encoding, stored)
-            read_bytes += rows.nbytes
-    return out, read_bytes
+            row = start * UNIT_ROWS
+            count = min(stop * UNIT_ROWS, part.rows) - row
+            rows = read(sources[part.source], row, count)
+            _pack(rows, out, part.start + start * part.stride - first, encoding, part, sources)
+            bytes_read += rows.nbytes
+    return out, bytes_read
 
 
 def _pack(
     rows: npt.NDArray[Any],
     out: npt.NDArray[np.uint8],
-    tile: int,
+    start: int,
+    encoding: Encoding,
     part: Part,
-    encoding: str,
-    stored: dict[str, StoredTensor],
+    sources: dict[str, SourceTensor],
 ) -> None:
-    source = stored[part.source]
-    if encoding == "bf16":
+    """Store a part's rows (n, columns) in the unit rows `start`, `start + part.stride`, ... of `out`.
+
+    Raises CheckpointError for a weight that the encoding cannot store.
+    """
+    source = sources[part.source]
+    if not encoding.is_integer:
         bits = _narrow(rows)
         infinite = (bits & 0x7F80) == 0x7F80
         if infinite.any():
             if np.isfinite(_widen(rows)).all():
-                raise CheckpointError(f"{source.path}: {part.source} holds a weight too large for bf16")
+                raise CheckpointError(f"{source.path}: {part.source} has a weight too large for {encoding.name}")
             raise _not_finite(source, part.source)
-        blocks.pack_bf16(bits, out.view(np.uint16), tile, part.stride)
+        blocks.pack_bf16(bits, out, start, part.stride)
         return
-    quantize, targets = {
-        "int4": (blocks.quantize_int4, blocks.INT4_TARGETS),
-        "int8": (blocks.quantize_int8, blocks.INT8_TARGETS),
-    }[encoding]
-    top = quantize(_widen(rows), out.view(np.uint32), tile, part.stride, targets)
-    if top >= blocks.INFINITY:
+    largest = blocks.quantize(_widen(rows), out, start, part.stride, encoding)
+    if not np.isfinite(largest):
         raise _not_finite(source, part.source)
-    largest = np.uint32(top).view(np.float32)
-    if largest > blocks.LARGEST[encoding]:
+    if largest > blocks.GRIDS[encoding].largest:
         raise CheckpointError(
-            f"{source.path}: {part.source} holds a weight of {largest:.3g}, too large for {encoding}'s f16 "
-            "scales; convert it to 16 bits"
+            f"{source.path}: {part.source} has a weight of {largest:.3g}, too large for the f16 scales of "
+            f"{encoding.name}; convert it to 16 bits"
         )
 
 
-def _not_finite(source: StoredTensor, name: str) -> CheckpointError:
+def _not_finite(source: SourceTensor, name: str) -> CheckpointError:
     return CheckpointError(f"{source.path}: {name} holds NaN or infinity; the checkpoint is broken")
 
 
 def _widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float32 of f16, f32 or bf16's bits."""
+    """float32 of f16, f32 or the bits of bf16."""
     if stored.dtype == np.uint16:
         wide = stored.astype(np.uint32)
         wide <<= 16
@@ -280,7 +295,7 @@ def _widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _narrow(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """The bits of bf16: as they are, or rounded to nearest, ties to even, from f16 or f32."""
+    """The bits of bf16: copied from bf16, rounded to nearest, ties to even, from f16 or f32."""
     if stored.dtype == np.uint16:
         return stored
     values = stored.astype(np.float32, copy=False).view(np.uint32)

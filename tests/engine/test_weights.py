@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import make_config, write_checkpoint
-from converted import MATRICES, tensors, write_model, write_safetensors
+from converted import MATRICES, encodings, tensors, write_model, write_safetensors
 from quantized import QuantizedReference
 
 from npqwen import CheckpointError, FormatError
@@ -93,12 +93,12 @@ def test_shards(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     check(model)
     (model / "model-00002-of-00003.safetensors").unlink()
-    refused(model, r"model-00002-of-00003\.safetensors is missing, model.safetensors.index.json names it")
+    refused(model, r"model-00002-of-00003\.safetensors is missing, which model.safetensors.index.json names")
 
 
 def test_extra_tensors_and_metadata_do_no_harm(model: Path) -> None:
     made = {**values(), "model.layers.0.extra": np.zeros(16, np.float32)}
-    metadata = {"format": "npqwen", "format_version": "1", "note": "by hand"}
+    metadata = {"format": "npqwen", "format_version": "2", "note": "by hand"}
     write_safetensors(model / "model.safetensors", made, __metadata__=metadata)
     check(model)
 
@@ -131,6 +131,13 @@ def entry(name: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def metadata(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        header["__metadata__"] |= changes
+
+    return change
+
+
 def drop(name: str, key: str | None = None) -> Callable[[dict[str, Any]], None]:
     def change(header: dict[str, Any]) -> None:
         del (header if key is None else header[name])[name if key is None else key]
@@ -139,24 +146,8 @@ def drop(name: str, key: str | None = None) -> Callable[[dict[str, Any]], None]:
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "missing tensor": (drop(QKV), rf"{QKV} is missing"),
-    "missing vector": (drop(NORM), rf"{NORM} is missing"),
-    "wrong number of rows": (
-        entry(QKV, shape=[15, 2, 576], data_offsets=[0, 15 * 2 * 576]),
-        f"tensor {QKV} is U8",
-    ),
-    "wrong number of columns": (
-        entry(QKV, shape=[16, 1, 576], data_offsets=[0, 9216]),
-        f"tensor {QKV} is U8",
-    ),
-    "unknown unit": (entry(QKV, shape=[16, 2, 640], data_offsets=[0, 20480]), f"tensor {QKV} is U8"),
-    "two dimensions": (entry(QKV, shape=[16, 1152], data_offsets=[0, 18432]), f"tensor {QKV} is U8"),
-    "a matrix as floats": (entry(QKV, dtype="F32", shape=[16, 2, 144]), f"tensor {QKV} is F32"),
-    "a vector as bytes": (entry(NORM, dtype="U8", shape=[320]), f"tensor {NORM} is U8"),
-    "a longer vector": (entry(NORM, shape=[96], data_offsets=[0, 384]), f"tensor {NORM} is F32"),
-    "foreign dtype": (entry(NORM, dtype="BF16", shape=[160]), "BF16"),
-    "no dtype": (drop(NORM, "dtype"), f"the entry of tensor {NORM} is damaged"),
-    "no offsets": (drop(NORM, "data_offsets"), f"the entry of tensor {NORM} is damaged"),
+    "no dtype": (drop(NORM, "dtype"), f"tensor {NORM} has an impossible entry"),
+    "no offsets": (drop(NORM, "data_offsets"), f"tensor {NORM} has an impossible entry"),
     "offsets that are words": (entry(NORM, data_offsets=["a", "b"]), f"tensor {NORM}"),
     "three offsets": (entry(NORM, data_offsets=[0, 1, 2]), f"tensor {NORM}"),
     "infinite offset": (entry(NORM, data_offsets=[0, float("inf")]), f"tensor {NORM}"),
@@ -165,25 +156,57 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no shape": (entry(NORM, shape=None), f"tensor {NORM}"),
     "negative shape": (entry(NORM, shape=[-80]), f"tensor {NORM}"),
     "two negative sizes": (entry(NORM, shape=[-8, -10]), f"tensor {NORM}"),
-    "empty tensor": (entry(NORM, shape=[0], data_offsets=[0, 0]), f"tensor {NORM}"),
+    "empty tensor": (entry(NORM, shape=[0]), f"tensor {NORM}"),
     "huge shape": (entry(NORM, shape=[2**62, 2**62]), f"tensor {NORM}"),
-    "size and shape disagree": (entry(NORM, shape=[64]), f"tensor {NORM} has impossible sizes"),
+    "a hundred thousand dimensions": (entry(NORM, shape=[2**62] * 100_000), f"tensor {NORM} has an impossible entry"),
+    "size and shape disagree": (entry(NORM, shape=[64]), f"tensor {NORM} has 320 bytes"),
     "negative offsets": (entry(NORM, data_offsets=[-320, 0]), f"tensor {NORM}"),
     "backward offsets": (entry(NORM, data_offsets=[320, 0]), f"tensor {NORM}"),
-    "past the end": (entry(NORM, data_offsets=[2**40, 2**40 + 320]), f"tensor {NORM}"),
-    "misaligned": (entry(NORM, data_offsets=[4, 324]), f"tensor {NORM} is not aligned to 64 bytes"),
-    "an entry that is a list": (lambda h: h | {NORM: [1]}, f"the entry of tensor {NORM} is damaged"),
-    "an entry that is null": (lambda h: h | {NORM: None}, f"the entry of tensor {NORM} is damaged"),
-    "a list": (lambda h: b"[1, 2]", "the header is damaged"),
-    "no JSON": (lambda h: b"{'a': 1}", "the header is damaged"),
-    "no UTF-8": (lambda h: b"\xff\xfe{}", "the header is damaged"),
-    "deep nesting": (lambda h: b"[" * 200_000, "the header is damaged"),
+    "past the end": (entry(NORM, data_offsets=[2**40, 2**40 + 320]), f"tensor {NORM} would lie outside the file"),
+    "overlap": (entry(NORM, data_offsets=[64, 384]), "overlaps another one"),
+    "hole": (drop(NORM), "leaves a hole"),
+    "an entry that is a list": (lambda h: h | {NORM: [1]}, f"tensor {NORM} has no entry"),
+    "an entry that is null": (lambda h: h | {NORM: None}, f"tensor {NORM} has no entry"),
+    "a long name": (lambda h: h | {"x" * 1_000_000: None}, r"tensor x{80}\.\.\. has no entry"),
+    "a list": (lambda h: b"[1, 2]", "its header is not a JSON object"),
+    "no JSON": (lambda h: b"{'a': 1}", "its header is not JSON"),
+    "no UTF-8": (lambda h: b"\xff\xfe{}", "its header is not JSON"),
+    "UTF-16": (lambda h: json.dumps(h).encode("utf-16"), "its header is not JSON"),
+    "deep nesting": (lambda h: b"[" * 200_000, "its header is not JSON"),
     "a long number": (lambda h: b'{"a": ' + b"9" * 5000 + b"}", "model.safetensors"),
     "foreign file": (lambda h: h | {"__metadata__": {"format": "pt"}}, "was not made by npqwen"),
     "no metadata": (drop("__metadata__"), "was not made by npqwen"),
-    "metadata of another kind": (lambda h: h | {"__metadata__": "npqwen"}, "was not made by npqwen"),
-    "empty header": (lambda h: b"{}", "was not made by npqwen"),
+    "metadata of another kind": (lambda h: h | {"__metadata__": "npqwen"}, "__metadata__ is not an object of strings"),
+    "metadata of another version": (metadata(format_version="1"), "has format version '1', config.json says 2"),
+    "metadata of no version": (metadata(format_version=None), "__metadata__ is not an object of strings"),
+    "empty header": (lambda h: b"{}", "its tensors end at byte"),
 }
+
+WRONG: dict[str, tuple[dict[str, np.ndarray | None], str]] = {
+    "missing tensor": ({QKV: None}, rf"{QKV} is missing"),
+    "missing vector": ({NORM: None}, rf"{NORM} is missing"),
+    "wrong number of rows": ({QKV: np.zeros((15, 2, 576), np.uint8)}, rf"tensor {QKV} is U8 \[15, 2, 576\], config"),
+    "wrong number of columns": ({QKV: np.zeros((16, 1, 576), np.uint8)}, f"tensor {QKV} is U8"),
+    "unknown unit": ({QKV: np.zeros((16, 2, 640), np.uint8)}, f"tensor {QKV} is U8"),
+    "another encoding's unit": (
+        {QKV: np.zeros((16, 2, 1088), np.uint8)},
+        rf"tensor {QKV} is U8 \[16, 2, 1088\], config.json asks for U8 \[16, 2, 576\] for int4",
+    ),
+    "two dimensions": ({QKV: np.zeros((16, 1152), np.uint8)}, f"tensor {QKV} is U8"),
+    "a matrix as floats": ({QKV: np.zeros((16, 2, 144), np.float32)}, f"tensor {QKV} is F32"),
+    "a vector as bytes": ({NORM: np.zeros(320, np.uint8)}, f"tensor {NORM} is U8"),
+    "a longer vector": ({NORM: np.zeros(96, np.float32)}, f"tensor {NORM} is F32"),
+    "foreign dtype": ({NORM: np.zeros(80, np.float16)}, f"tensor {NORM} has dtype F16, the format has only F32 and U8"),
+    "misaligned": ({"a": np.zeros(1, np.float32)}, "is not aligned to 64 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_with_the_wrong_tensors(model: Path, case: str) -> None:
+    changes, message = WRONG[case]
+    whole = {**changes, **values(), **changes}
+    write_safetensors(model / "model.safetensors", {name: v for name, v in whole.items() if v is not None})
+    refused(model, message)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -205,7 +228,7 @@ def test_truncated_files(model: Path, keep: int) -> None:
 def test_impossible_header_lengths(model: Path, length: int) -> None:
     path = model / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    refused(model, "truncated or no safetensors file")
+    refused(model, "damaged or truncated: its header would be")
 
 
 def test_other_files_in_its_place(model: Path) -> None:
@@ -227,16 +250,32 @@ def configured(directory: Path, **changes: Any) -> None:
 
 
 def quantization(**changes: Any) -> dict[str, Any]:
-    made = {"quant_method": "npqwen", "format_version": 1, "bits": 4, "created_by": "a test"} | changes
+    made: dict[str, Any] = {"quant_method": "npqwen", "format_version": 2, "bits": 4, "created_by": "a test"}
+    made |= {"encodings": encodings(values())} | changes
     return {"quantization_config": {key: value for key, value in made.items() if value is not None}}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (quantization(format_version=2), "format version 2, this npqwen reads 1; upgrade npqwen"),
+        (quantization(format_version=3), "format version 3, this npqwen reads 2; upgrade npqwen"),
+        (
+            quantization(format_version=1, encodings=None),
+            "format version 1, this npqwen reads 2; convert its checkpoint again: npqwen convert CHECKPOINT .* "
+            "--bits 4 --force",
+        ),
         (quantization(format_version=None), "format version None"),
-        (quantization(format_version="1"), "format version '1'"),
+        (quantization(format_version="2"), "format version '2'"),
+        (quantization(format_version=2.0), r"format version 2\.0"),
+        (quantization(encodings=None), "quantization_config has no encodings"),
+        (quantization(encodings=["int4"]), "quantization_config has no encodings"),
+        (quantization(encodings={QKV: "int5"}), f"tensor {QKV} has the encoding 'int5', which this npqwen does not"),
+        (quantization(encodings={QKV: 4}), f"tensor {QKV} has the encoding 4, which this npqwen does not"),
+        (quantization(encodings={QKV: "int4"}), "not name the encoding of tensor model.embed_tokens.weight"),
+        (quantization(encodings={**encodings(values()), QKV: "int8"}), f"tensor {QKV} is U8 .* for int8"),
+        (quantization(encodings={**encodings(values()), "model.x": "int4"}), r"gives tensor model\.x an encoding"),
+        (quantization(bits=16), "has the encoding int4, which models of 16 bits do not have"),
+        (quantization(bits=4.0), r"bits is 4\.0; it can be 4, 8 or 16"),
         (quantization(bits=None), "bits"),
         (quantization(bits=5), "bits"),
         (quantization(bits="4"), "bits"),
@@ -248,6 +287,7 @@ def quantization(**changes: Any) -> dict[str, Any]:
         ({"intermediate_size": 300}, "tensor model.layers.0.mlp.gate_up_proj.weight is U8"),
         ({"num_attention_heads": 8}, f"tensor {QKV.replace('1', '0')} is U8"),
         ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, r"gives tensor model\.layers\.1\.self_attn.* an encoding, but its other keys"),
         ({"num_hidden_layers": 2**31}, r"model\.layers\.2|num_hidden_layers"),
         ({"tie_word_embeddings": False}, r"lm_head.weight is missing; .* again \(with --force\)"),
         ({"rope_parameters": [1]}, "rope_parameters is"),
@@ -278,6 +318,7 @@ def test_a_checkpoint_is_no_converted_model(tmp_path: Path) -> None:
         "[]",
         "no JSON",
         '{"weight_map": {"a": "../../b.safetensors"}}',
+        json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}),
     ],
 )
 def test_damaged_indexes(model: Path, index: str) -> None:
@@ -296,7 +337,7 @@ def test_a_tensor_in_two_shards(model: Path) -> None:
 def test_the_command_line_ends_in_one_line(
     model: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit(model, drop(QKV))
+    write_safetensors(model / "model.safetensors", {name: v for name, v in values().items() if name != QKV})
     with pytest.raises(SystemExit) as exit:
         cli.main([word.format(model) for word in command])
     out, err = capsys.readouterr()

@@ -10,21 +10,17 @@ from npqwen_quant import blocks
 from numba.core import caching
 from units import UNIT_BYTES, integers, scales, unpack
 
-QUANTIZE = {
-    "int4": (blocks.quantize_int4, blocks.INT4_TARGETS, -8, 7),
-    "int8": (blocks.quantize_int8, blocks.INT8_TARGETS, -127, 127),
-}
+from npqwen.format.encodings import BY_NAME
+
+QUANTIZE = {"int4": (-8, 7), "int8": (-127, 127)}
 F16 = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)  # every finite one from 0 on
 
 
 def quantize(rows: np.ndarray, encoding: str) -> np.ndarray:
-    """The units (tiles, units, bytes) of a matrix."""
-    function, targets, _, _ = QUANTIZE[encoding]
-    tiles, count = -(-rows.shape[0] // 16), -(-rows.shape[1] // 64)
-    out = np.full((tiles, count, UNIT_BYTES[encoding] // 4), 0xDEADBEEF, np.uint32)
-    top = function(rows, out, 0, 1, targets)
-    assert np.uint32(top).view(np.float32) == np.abs(rows).max()
-    return out.view(np.uint8)
+    """The units (unit rows, units, bytes) of a matrix."""
+    out = np.full((-(-rows.shape[0] // 16), -(-rows.shape[1] // 64), UNIT_BYTES[encoding]), 0xAB, np.uint8)
+    assert blocks.quantize(rows, out, 0, 1, BY_NAME[encoding]) == np.abs(rows).max()
+    return out
 
 
 def restored(rows: np.ndarray, encoding: str) -> np.ndarray:
@@ -38,7 +34,7 @@ def errors(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def least_errors(rows: np.ndarray, encoding: str) -> np.ndarray:
     """Each block's least squared error over every f16 scale worth a try: of all the optimum."""
-    _, _, low, high = QUANTIZE[encoding]
+    low, high = QUANTIZE[encoding]
     out = []
     for w in rows.astype(np.float64).reshape(-1, 32):
         largest = np.abs(w).max()
@@ -103,7 +99,7 @@ def test_int8_beats_q8_0():
 def test_integers_are_the_nearest(encoding):
     rows = heavy_tailed(48)
     units = quantize(rows, encoding)
-    _, _, low, high = QUANTIZE[encoding]
+    low, high = QUANTIZE[encoding]
     scale = np.repeat(scales(units).transpose(0, 3, 1, 2).reshape(48, -1), 32, axis=1).astype(np.float64)
     exact = np.clip(rows / scale, low, high)
     q = integers(units) - (8 if encoding == "int4" else 0)
@@ -115,7 +111,7 @@ def test_integers_are_the_nearest(encoding):
 @pytest.mark.parametrize("encoding", QUANTIZE)
 def test_weights_of_the_format_survive_exactly(encoding):
     rng = np.random.default_rng(2)
-    _, _, low, high = QUANTIZE[encoding]
+    low, high = QUANTIZE[encoding]
     q = rng.integers(low, high + 1, (32, 4, 32))
     q[:, :, 5] = low
     scale = (2.0 ** rng.uniform(-20, 10, (32, 4, 1)) * rng.choice([-1, 1], (32, 4, 1))).astype(np.float16)
@@ -147,7 +143,7 @@ def test_extreme_blocks(encoding):
     rng = np.random.default_rng(4)
     noise = rng.standard_normal((32, 32)).astype(np.float32)
     noise /= np.abs(noise).max(1, keepdims=True)
-    largest = blocks.LARGEST[encoding]
+    largest = blocks.GRIDS[BY_NAME[encoding]].largest
     sizes = [0, 1e-45, 1e-38, 1e-12, 2e-8, 3e-8, 5e-8, 1e-7, 3e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e3, 1e5, largest]
     rows = (noise[: len(sizes)].astype(np.float64) * np.array(sizes)[:, None]).astype(np.float32)
     units = quantize(rows, encoding)
@@ -164,12 +160,11 @@ def test_extreme_blocks(encoding):
 @pytest.mark.parametrize("encoding", QUANTIZE)
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_reported(encoding, bad):
-    function, targets, _, _ = QUANTIZE[encoding]
     rows = np.ones((20, 100), np.float32)
-    out = np.empty((2, 2, UNIT_BYTES[encoding] // 4), np.uint32)
-    assert function(rows, out, 0, 1, targets) < blocks.INFINITY
+    out = np.empty((2, 2, UNIT_BYTES[encoding]), np.uint8)
+    assert blocks.quantize(rows, out, 0, 1, BY_NAME[encoding]) == 1
     rows[18, 97] = bad
-    assert function(rows, out, 0, 1, targets) >= blocks.INFINITY
+    assert not np.isfinite(blocks.quantize(rows, out, 0, 1, BY_NAME[encoding]))
 
 
 def test_compiles_where_nothing_can_be_cached(monkeypatch):
@@ -180,10 +175,9 @@ def test_compiles_where_nothing_can_be_cached(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
-def test_tiles_go_where_they_are_sent(encoding):
-    function, targets, _, _ = QUANTIZE[encoding]
+def test_unit_rows_go_where_they_are_sent(encoding):
     rows = np.random.default_rng(5).standard_normal((48, 70)).astype(np.float32)
-    out = np.zeros((6, 2, UNIT_BYTES[encoding] // 4), np.uint32)
-    function(rows, out, 1, 2, targets)
-    np.testing.assert_array_equal(out[1::2].view(np.uint8), quantize(rows, encoding))
+    out = np.zeros((6, 2, UNIT_BYTES[encoding]), np.uint8)
+    blocks.quantize(rows, out, 1, 2, BY_NAME[encoding])
+    np.testing.assert_array_equal(out[1::2], quantize(rows, encoding))
     assert not out[::2].any()

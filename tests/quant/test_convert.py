@@ -106,11 +106,13 @@ def test_every_tensor(tmp_path, bits, style, dtype, shards, changes):
     convert(tmp_path / "in", tmp_path / "out", bits)
     check(tmp_path / "out", tensors, config["num_hidden_layers"], bits, exact=dtype == "BF16")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    matrices = [name for name, stored in read_model(tmp_path / "out").items() if stored.dtype == np.uint8]
     assert written.pop("quantization_config") == {
         "quant_method": "npqwen",
-        "format_version": 1,
+        "format_version": 2,
         "bits": bits,
         "created_by": f"npqwen {version('npqwen')}",
+        "encodings": dict.fromkeys(matrices, UNITS[bits]),
     }
     assert written == config
 
@@ -148,7 +150,7 @@ def test_files_are_safetensors_aligned_to_64(tmp_path, shard_bytes):
         (length,) = struct.unpack("<Q", raw[:8])
         assert (8 + length) % 64 == 0
         header = json.loads(raw[8 : 8 + length])
-        assert header.pop("__metadata__") == {"format": "npqwen", "format_version": "1"}
+        assert header.pop("__metadata__") == {"format": "npqwen", "format_version": "2"}
         assert all(offset % 64 == 0 for entry in header.values() for offset in entry["data_offsets"])
         size = max(entry["data_offsets"][1] for entry in header.values())
         assert size <= shard_bytes or len(header) == 1
@@ -252,7 +254,7 @@ def test_threads_are_what_a_container_leaves(tmp_path, monkeypatch, cpus, quota,
     files = {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": MOUNTS}
     files |= {} if quota is None else {"sys/fs/cgroup/unified/a/cpu.max": quota}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
-    assert conversion._cpus(tree(tmp_path, files)) == threads
+    assert conversion._default_threads(tree(tmp_path, files)) == threads
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no peak of memory to ask for")

@@ -16,10 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import make_config, write_checkpoint
-from npqwen_quant import convert
+from npqwen_quant import convert, output
 from npqwen_quant.output import Output
 
 from npqwen.errors import OutputError
+
+
+def bits_of(directory: Path) -> int:
+    return json.loads((directory / "config.json").read_text())["quantization_config"]["bits"]
 
 
 def test_output_and_source_must_lie_apart(tmp_path):
@@ -48,7 +52,7 @@ def test_output_exists(tmp_path):
         convert(tmp_path / "in", out, 8, force=True, progress=lambda done, total: 1 // 0)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     convert(tmp_path / "in", out, 8, force=True)
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 8
+    assert bits_of(out) == 8
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -94,7 +98,7 @@ def test_a_model_in_use_where_that_forbids_replacing_it(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"out cannot be replaced \(Access is denied\); end the programs"):
         convert(tmp_path / "in", tmp_path / "out", bits=8, force=True)
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 4
+    assert bits_of(tmp_path / "out") == 4
 
 
 def never(done: int, total: int) -> None:
@@ -129,7 +133,7 @@ def test_a_place_where_a_disk_is_mounted(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in")
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
-    with pytest.raises(OutputError, match="out is where a disk is mounted; name a directory inside it"):
+    with pytest.raises(OutputError, match="out is a mount point; name a directory inside it"):
         convert(tmp_path / "in", tmp_path / "out", progress=never)
     convert(tmp_path / "in", tmp_path / "out" / "model")
 
@@ -158,9 +162,11 @@ def test_an_empty_directory_stays_if_nothing_comes_of_it(tmp_path):
 
 @pytest.mark.parametrize("step", ["aside", "in its place"])
 def test_ctrl_c_while_one_model_takes_the_others_place(tmp_path, monkeypatch, step):
+    """Where names cannot be exchanged in one step."""
     write_checkpoint(tmp_path / "in")
     out = tmp_path / "out"
     convert(tmp_path / "in", out)
+    monkeypatch.setattr("npqwen_quant.output.exchange", lambda first, second: False)
     rename = Path.rename
     working = False
 
@@ -180,8 +186,68 @@ def test_ctrl_c_while_one_model_takes_the_others_place(tmp_path, monkeypatch, st
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "in", out, 8, force=True, progress=start)
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-    bits = json.loads((out / "config.json").read_text())["quantization_config"]["bits"]
-    assert bits == (4 if step == "aside" else 8)
+    assert bits_of(out) == (4 if step == "aside" else 8)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_model_is_never_away_while_another_takes_its_place(tmp_path, monkeypatch, exchanges):
+    """At every system call that changes names, from the first progress on; where they cannot be exchanged, but once."""
+    write_checkpoint(tmp_path / "in")
+    out = tmp_path / "out"
+    convert(tmp_path / "in", out)
+    if not exchanges or sys.platform != "linux":
+        monkeypatch.setattr("npqwen_quant.output.exchange", lambda first, second: False)
+    away = []
+    rename = Path.rename
+
+    def watched(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        away.append(not (out / "config.json").exists())
+        return renamed
+
+    def start(done: int, total: int) -> None:
+        monkeypatch.setattr(Path, "rename", watched)
+
+    convert(tmp_path / "in", out, 8, force=True, progress=start)
+    assert bits_of(out) == 8
+    assert away == ([] if exchanges and sys.platform == "linux" else [True, False])
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_a_model_that_a_killed_conversion_moved_aside_comes_back(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old-12-0123abcd")
+    (tmp_path / ".out.partial-12-0123abcd").mkdir()
+    (tmp_path / ".out.partial-12-0123abcd.lock").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        convert(tmp_path / "in", tmp_path / "out", 8)
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert bits_of(tmp_path / "out") == 4
+
+
+def test_a_lock_whose_directory_was_never_made_is_removed(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / ".out.partial-12-0123abcd.lock").touch()
+    convert(tmp_path / "in", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file stays there")
+def test_a_lock_that_was_removed_before_it_was_held_is_made_again(tmp_path, monkeypatch):
+    try_lock = output._try_lock
+    removed = []
+
+    def late(file):
+        if not removed:
+            removed.append(Path(file.name))
+            removed[0].unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(output, "_try_lock", late)
+    with output._locked(tmp_path / "lock"):
+        assert removed == [tmp_path / "lock"]
+        assert (tmp_path / "lock").exists()
 
 
 def test_what_others_call_alike_is_left_alone(tmp_path):
@@ -209,20 +275,20 @@ def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "in")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 50_000, 50_000))
-    with pytest.raises(OutputError, match=r"would take .* GB, but only 0.00 GB is free"):
+    with pytest.raises(OutputError, match=r"would take .* MB, but only 0.1 MB is free"):
         convert(tmp_path / "in", tmp_path / "out", progress=never)
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.parametrize("at_once", [1, 1000, 4096, 1 << 21])
-def test_files_are_written_in_equal_pieces(tmp_path, monkeypatch, at_once):
+@pytest.mark.parametrize("write_bytes", [1, 1000, 4096, 1 << 21])
+def test_files_are_written_in_equal_pieces(tmp_path, monkeypatch, write_bytes):
     """Each from a multiple of its size, whatever sizes come, the empty and the many times larger too."""
-    monkeypatch.setattr("npqwen_quant.output._AT_ONCE", at_once)
+    monkeypatch.setattr("npqwen_quant.output._WRITE_BYTES", write_bytes)
     sizes = []
 
     class Slow(io.FileIO):
         def write(self, data):
-            if self.tell() % at_once == 0:
+            if self.tell() % write_bytes == 0:
                 sizes.append(len(data))
             return super().write(data[: max(1, len(data) - 7)])  # a disk that takes less than all
 
@@ -233,8 +299,8 @@ def test_files_are_written_in_equal_pieces(tmp_path, monkeypatch, at_once):
             for start, end in pairwise([0, 1, 1, 500, 999, 1000, 1001, 9_500, 10_000]):
                 write(memoryview(data)[start:end])
         assert (output.partial / "file").read_bytes() == data
-    whole, rest = divmod(len(data), at_once)
-    assert sizes == [at_once] * whole + [rest] * (rest > 0)
+    whole, rest = divmod(len(data), write_bytes)
+    assert sizes == [write_bytes] * whole + [rest] * (rest > 0)
 
 
 def test_room_runs_out(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_weights_too_large_for_the_encoding(tmp_path, bits, size):
     tensors = random_tensors(make_config(), "F32")
     tensors[K_PROJ][3, 4] = size
     write_checkpoint(tmp_path / "in", tensors=tensors, dtype="F32")
-    with pytest.raises(CheckpointError, match=f"{K_PROJ} holds a weight .*too large"):
+    with pytest.raises(CheckpointError, match=f"{K_PROJ} has a weight .*too large"):
         convert(tmp_path / "in", tmp_path / "out", bits)
     assert os.listdir(tmp_path) == ["in"]
 
@@ -112,11 +113,11 @@ def test_refused_shards(tmp_path):
         convert(tmp_path / "in", tmp_path / "out")
     moved.replace(second)
     whole = index.read_text()
-    for bad in ("../in/model-00002-of-00003.safetensors", "/etc/passwd", "..", "C:model", "a\\b", ""):
+    for bad in ("../in/model-00002-of-00003.safetensors", "/etc/passwd", "..", "C:model", "a\\b", "", "x" * 256):
         raw = json.loads(whole)
         raw["weight_map"][K_PROJ] = bad
         index.write_text(json.dumps(raw))
-        with pytest.raises(CheckpointError, match="no file name"):
+        with pytest.raises(CheckpointError, match="not a file name"):
             convert(tmp_path / "in", tmp_path / "out")
     for bad in ("", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', whole[:-9]):
         index.write_text(bad)
@@ -189,6 +190,69 @@ def test_source_cut_while_it_is_read(tmp_path):
     with pytest.raises(CheckpointError, match="shorter"):
         convert(tmp_path / "in", tmp_path / "out", progress=lambda done, total: os.truncate(file, 4000))
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_source_overwritten_while_it_is_read(tmp_path, name):
+    write_checkpoint(tmp_path / "in", make_config(vocab_size=4128), tokenizer=True)
+    file = tmp_path / "in" / name
+
+    def overwrite(done: int, total: int) -> None:
+        if done == total:
+            data = file.read_bytes()
+            file.write_bytes(bytes(len(data)))
+            os.utime(file, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match=f"{name} changed while it was converted; convert the checkpoint again"):
+        convert(tmp_path / "in", tmp_path / "out", progress=overwrite)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="devices and pipes of POSIX")
+@pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "directory"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_what_is_not_a_regular_file(tmp_path, name, kind):
+    write_checkpoint(tmp_path / "in", shards=2 if "index" in name else 1)
+    file = tmp_path / "in" / name
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to(kind)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is not a regular file"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_files_too_large_to_be_what_they_are_called(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    os.truncate(tmp_path / "in" / "config.json", 10**10)  # sparse
+    with pytest.raises(CheckpointError, match="it is larger than 100 MB"):
+        convert(tmp_path / "in", tmp_path / "out")
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / "in" / "README.md").touch()
+    os.truncate(tmp_path / "in" / "README.md", 200_000_000)
+    with pytest.raises(CheckpointError, match=r"README\.md cannot be read: it is larger than 100 MB"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_lines_of_hostile_files_stay_short(tmp_path):
+    write_checkpoint(tmp_path / "in")
+    long = "x" * 1_000_000
+    for change_ in (
+        lambda d: change(d, model_type=long),
+        lambda d: change(d, quantization_config={"quant_method": long}),
+        lambda d: change(d, rope_scaling=[long]),
+        lambda d: rewrite(d, long, np.ones(3, np.float32)),
+    ):
+        shutil.rmtree(tmp_path / "in")
+        write_checkpoint(tmp_path / "in")
+        change_(tmp_path / "in")
+        with pytest.raises(CheckpointError) as caught:
+            convert(tmp_path / "in", tmp_path / "out")
+        assert len(str(caught.value)) < 500
 
 
 def test_source_is_no_directory(tmp_path):

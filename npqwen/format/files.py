@@ -1,0 +1,43 @@
+"""Reading files that others made: regular files only, and small ones up to a limit.
+
+A link to a device or a named pipe in a downloaded directory would otherwise be read until memory is gone, or block.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+SMALL = 100_000_000
+"""Bytes up to which a file is read whole: far above any tokenizer or index."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered; OSError if it is missing, unreadable or not a regular file."""
+    # O_NONBLOCK: opening a named pipe would wait for its writer. It does not affect regular files.
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError:  # a NUL in the name
+        raise OSError(errno.EINVAL, "its name is impossible") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: Path, limit: int = SMALL) -> bytes:
+    """All of a regular file; OSError if it is larger than `limit` bytes, and as open_regular raises."""
+    with open_regular(path) as file:
+        data = bytearray()
+        while part := file.read(min(limit + 1 - len(data), 1 << 24)):
+            data += part
+            if len(data) > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit / 1e6:.0f} MB")
+    return bytes(data)

@@ -1,0 +1,174 @@
+"""Which tensors a converted model has: names, padded sizes, order, and what each is made from (quant/FORMAT.md).
+
+The converter writes the tensors of a `Layout`, the reader looks for them. Encodings are not part of it: a matrix counts
+in units of 16 rows x 64 columns, whatever their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from npqwen.format.config import Config
+from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
+
+
+def ceil_div(n: int, divisor: int) -> int:
+    """n / divisor, rounded up."""
+    return -(-n // divisor)
+
+
+def pad(n: int, multiple: int) -> int:
+    """n rounded up to a multiple."""
+    return ceil_div(n, multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A vector in float32, padded with zeros to a multiple of 16; its name is the checkpoint's."""
+
+    name: str
+    length: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (pad(self.length, UNIT_ROWS),)
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's tensors that this is made from, with their shapes."""
+        return {self.name: (self.length,)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix of the checkpoint within a stored one: its i-th 16 rows are the unit row `start + i * stride`."""
+
+    source: str
+    rows: int
+    start: int = 0
+    stride: int = 1
+
+    @property
+    def unit_rows(self) -> int:
+        return ceil_div(self.rows, UNIT_ROWS)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in units: row after row of them. A *unit row* is the units of the same 16 rows."""
+
+    name: str
+    columns: int
+    parts: tuple[Part, ...]
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Unit rows, and units in each."""
+        return sum(part.unit_rows for part in self.parts), ceil_div(self.columns, UNIT_COLUMNS)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns, padding included."""
+        rows, columns = self.units
+        return rows * UNIT_ROWS, columns * UNIT_COLUMNS
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's tensors that this is made from, with their shapes."""
+        return {part.source: (part.rows, self.columns) for part in self.parts}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's experts in one tensor: expert by expert, all units of gate_up_proj and then all of down_proj."""
+
+    name: str
+    source: str
+    """What the checkpoint's names begin with, up to the expert's number."""
+    count: int
+    hidden: int
+    inner: int
+
+    def matrices(self, expert: int) -> tuple[Matrix, Matrix]:
+        """An expert's gate_up_proj and down_proj."""
+        prefix = f"{self.source}{expert}."
+        return _gate_up(prefix, self.hidden, self.inner), _plain(f"{prefix}down_proj.weight", self.hidden, self.inner)
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Experts, and units of each."""
+        return self.count, sum(rows * columns for rows, columns in (matrix.units for matrix in self.matrices(0)))
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's tensors that this is made from, with their shapes."""
+        found: dict[str, tuple[int, ...]] = {}
+        for expert in range(self.count):
+            for matrix in self.matrices(expert):
+                found |= matrix.sources
+        return found
+
+
+Tensor = Vector | Matrix | Experts
+
+
+class Layout:
+    """The tensors of a model with this configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        hidden, vocabulary = config.hidden_size, config.vocab_size
+        self.embed_tokens = _plain("model.embed_tokens.weight", vocabulary, hidden)
+        self.norm = Vector("model.norm.weight", hidden)
+        self.lm_head = None if config.tie_word_embeddings else _plain("lm_head.weight", vocabulary, hidden)
+        """None if the embedding is used for it."""
+
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """Layer i's tensors by their role (qkv_proj, router, experts, ...), in the order in which a pass uses them."""
+        c, prefix = self.config, f"model.layers.{i}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        hidden, queries, keys = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        # head_dim is a multiple of 16, so no padding lies between q, k and v.
+        qkv = (
+            Part(attention + "q_proj.weight", queries),
+            Part(attention + "k_proj.weight", keys, start=queries // UNIT_ROWS),
+            Part(attention + "v_proj.weight", keys, start=(queries + keys) // UNIT_ROWS),
+        )
+        tensors: dict[str, Tensor] = {
+            "input_layernorm": Vector(prefix + "input_layernorm.weight", hidden),
+            "qkv_proj": Matrix(attention + "qkv_proj.weight", hidden, qkv),
+            "q_norm": Vector(attention + "q_norm.weight", c.head_dim),
+            "k_norm": Vector(attention + "k_norm.weight", c.head_dim),
+            "o_proj": _plain(attention + "o_proj.weight", hidden, queries),
+            "post_attention_layernorm": Vector(prefix + "post_attention_layernorm.weight", hidden),
+        }
+        if c.mixture is not None and c.is_sparse(i):
+            count, inner = c.mixture.num_experts, c.mixture.moe_intermediate_size
+            tensors["router"] = _plain(mlp + "gate.weight", count, hidden)
+            tensors["experts"] = Experts(mlp + "experts.weight", mlp + "experts.", count, hidden, inner)
+        else:
+            tensors["gate_up_proj"] = _gate_up(mlp, hidden, c.intermediate_size)
+            tensors["down_proj"] = _plain(mlp + "down_proj.weight", hidden, c.intermediate_size)
+        return tensors
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All tensors in the order of the files, which is that of a forward pass."""
+        yield self.embed_tokens
+        for i in range(self.config.num_hidden_layers):
+            yield from self.layer(i).values()
+        yield self.norm
+        if self.lm_head is not None:
+            yield self.lm_head
+
+
+def _plain(name: str, rows: int, columns: int) -> Matrix:
+    """A matrix of the checkpoint, alone and under its own name."""
+    return Matrix(name, columns, (Part(name, rows),))
+
+
+def _gate_up(prefix: str, hidden: int, inner: int) -> Matrix:
+    """gate_proj and up_proj, whose unit rows take turns: each padded to whole units first."""
+    gate = Part(prefix + "gate_proj.weight", inner, start=0, stride=2)
+    up = Part(prefix + "up_proj.weight", inner, start=1, stride=2)
+    return Matrix(prefix + "gate_up_proj.weight", hidden, (gate, up))

@@ -1,0 +1,111 @@
+"""`quantization_config` in a converted model's config.json: how its matrices are stored (quant/FORMAT.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npqwen.errors import CheckpointError, FormatError, OptionError, quoted, shortened
+from npqwen.format.config import read_json
+from npqwen.format.encodings import BY_NAME, Encoding
+from npqwen.format.recipe import Recipe, recipe_of
+
+FORMAT_VERSION = 2
+"""Of the files that a conversion writes."""
+
+_KEY = "quantization_config"
+_METHOD = "npqwen"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a converted model was made."""
+
+    recipe: Recipe
+    encodings: Mapping[str, Encoding]
+    """Of every matrix tensor, by its name in the files. A layer's experts are one tensor."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry of config.json."""
+        from importlib.metadata import version
+
+        return {
+            _KEY: {
+                "quant_method": _METHOD,
+                "format_version": FORMAT_VERSION,
+                "bits": self.recipe.bits,
+                "created_by": f"npqwen {version('npqwen')}",
+                "encodings": {name: encoding.name for name, encoding in self.encodings.items()},
+            }
+        }
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Quantization:
+        """Read a converted model's config.json.
+
+        Raises FormatError for a directory that is not a converted model, one of another format version, and for a
+        missing or unknown encoding; CheckpointError if config.json is missing or damaged.
+        """
+        path = directory / "config.json"
+        found = _entry(read_json(path))
+        if found is None:
+            raise FormatError(
+                f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT"
+            )
+        _check_version(directory, found)
+        try:
+            recipe = recipe_of(found.get("bits"))
+        except OptionError as error:
+            raise FormatError(f"{path}: in {_KEY}, {error}; copy or convert it again (with --force)") from None
+        names = found.get("encodings")
+        if not isinstance(names, dict):
+            raise FormatError(f"{path}: {_KEY} has no encodings; copy or convert it again (with --force)")
+        encodings = {}
+        for tensor, name in names.items():
+            encoding = BY_NAME.get(name) if isinstance(name, str) else None
+            if encoding is None:
+                raise FormatError(
+                    f"{path}: tensor {shortened(tensor)} has the encoding {quoted(name)}, which this npqwen does not "
+                    "know; upgrade npqwen, or copy or convert it again (with --force)"
+                )
+            if encoding.is_integer and not recipe.matrices.is_integer:
+                raise FormatError(
+                    f"{path}: tensor {shortened(tensor)} has the encoding {name}, which models of {recipe.bits} bits "
+                    "do not have; copy or convert it again (with --force)"
+                )
+            encodings[tensor] = encoding
+        return cls(recipe, encodings)
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether `directory` holds a converted model, of whatever format version."""
+    return read_bits(directory) is not None
+
+
+def read_bits(directory: Path) -> object:
+    """The `bits` that a converted model's config.json names, unchecked; None if there is no converted model."""
+    try:
+        found = _entry(read_json(directory / "config.json"))
+    except CheckpointError:
+        return None
+    return None if found is None else found.get("bits", 0)
+
+
+def _entry(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = raw.get(_KEY)
+    return found if isinstance(found, dict) and found.get("quant_method") == _METHOD else None
+
+
+def _check_version(directory: Path, found: Mapping[str, Any]) -> None:
+    made, ours = found.get("format_version"), FORMAT_VERSION
+    if type(made) is int and made == ours:
+        return
+    problem = f"{directory} has format version {quoted(made)}, this npqwen reads {ours}"
+    if type(made) is int and made < ours:
+        raise FormatError(
+            f"{problem}; convert its checkpoint again: npqwen convert CHECKPOINT {directory} "
+            f"--bits {quoted(found.get('bits'))} --force"
+        )
+    raise FormatError(f"{problem}; upgrade npqwen, or copy or convert it again (with --force)")

@@ -1,0 +1,64 @@
+"""Recipes: which encoding a conversion gives each matrix. `--bits` chooses one by its nominal bits per weight.
+
+A recipe is not an encoding: it may use several. A converted model names its recipe in `quantization_config.bits` and
+every matrix's encoding in `quantization_config.encodings`; the reader takes encodings only from the latter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from npqwen.errors import OptionError, quoted
+from npqwen.format.encodings import BF16, INT4, INT8, Encoding
+
+CacheDtype = type[np.float16] | type[np.float32]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice of `--bits`."""
+
+    bits: int
+    """Nominal bits per weight: the recipe's name on the command line and in files."""
+    matrices: Encoding
+    """Of all matrices but the routers."""
+    cache_dtype: CacheDtype = np.float16
+    """Of the keys and values of models made by this recipe."""
+    routers: Encoding = BF16
+    """Of a mixture's routers: a wrong choice of experts costs more than any rounding within them."""
+
+    @property
+    def name(self) -> str:
+        """As reports and directories of the cache show it: "int4"."""
+        return self.matrices.name
+
+    def encoding(self, tensor: str) -> Encoding:
+        """The encoding of the matrix tensor of this name."""
+        return self.routers if tensor.endswith(".mlp.gate.weight") else self.matrices
+
+
+RECIPES = {
+    recipe.bits: recipe
+    for recipe in (
+        Recipe(INT4.bits, INT4),
+        Recipe(INT8.bits, INT8),
+        # The unquantized baseline, which nothing else should round either.
+        Recipe(BF16.bits, BF16, cache_dtype=np.float32),
+    )
+}
+"""By their bits."""
+
+DEFAULT_BITS = INT4.bits
+
+CHOICES = [str(bits) for bits in RECIPES]
+"""What `--bits` accepts, for help and messages."""
+
+
+def recipe_of(bits: object) -> Recipe:
+    """The recipe of this many bits; OptionError if there is none."""
+    recipe = RECIPES.get(bits) if type(bits) is int else None
+    if recipe is None:
+        raise OptionError(f"bits is {quoted(bits)}; it can be {', '.join(CHOICES[:-1])} or {CHOICES[-1]}")
+    return recipe
