@@ -9,22 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError, meta
 
 from npqwen.chat.messages import Message, checked, joined, plain
+from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import read_json
-
-if TYPE_CHECKING:
-    from jinja2.parser import Parser
 
 FILE = "chat_template.jinja"
 DIRECTORY = "additional_chat_templates"
@@ -149,21 +143,26 @@ class _Program:
         self._where = where
 
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def _compiled(self) -> tuple[LimitedEnvironment, Template, frozenset[str]]:
+        """The environment, the program, and the names of variables that it takes from outside."""
+        environment = LimitedEnvironment()
         try:
-            return _environment().from_string(self._source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            if len(self._source) > MAX_SOURCE:
+                raise ValueError(f"it has {len(self._source):,} characters; the limit is {MAX_SOURCE:,}")
+            template = environment.from_string(self._source)
+            names = meta.find_undeclared_variables(environment.parse(self._source))
+        except Exception as error:  # Jinja's, and Python's own for the program that Jinja writes
             line = getattr(error, "lineno", None)
-            place = "" if line is None else f" (line {line})"
-            raise CheckpointError(f"{self._where}: the chat template cannot be compiled{place}: {error}") from None
+            place = "" if line is None or not isinstance(error, TemplateError) else f" (line {line})"
+            raise CheckpointError(
+                f"{self._where}: the chat template cannot be compiled{place}: {_reason(error)}"
+            ) from None
+        return environment, template, frozenset(names).difference(environment.globals)
 
-    @cached_property
+    @property
     def variables(self) -> frozenset[str]:
         """Names that the template takes from outside."""
-        environment = self._template.environment
-        return frozenset(meta.find_undeclared_variables(environment.parse(self._source))).difference(
-            environment.globals
-        )
+        return self._compiled[2]
 
     def render(
         self,
@@ -172,9 +171,10 @@ class _Program:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        template = self._template
+        environment, template, _ = self._compiled
         try:
-            return template.render(
+            return environment.limited(
+                template,
                 {
                     **self._special_tokens,
                     "messages": messages,
@@ -182,10 +182,10 @@ class _Program:
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                     **variables,
-                }
+                },
             )
-        except Exception as error:  # a foreign program can raise anything
-            raise OptionError(f"the chat template refuses these messages: {' '.join(str(error).split())}") from error
+        except Exception as error:  # a template can raise anything
+            raise OptionError(f"the chat template refuses these messages: {_reason(error)}") from error
 
     @cached_property
     def thinking(self) -> Thinking:
@@ -273,6 +273,12 @@ def _with_objects(message: Message, at: int) -> Message:
     return message | {"tool_calls": [read(call) for call in message["tool_calls"]]}
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, in one line of moderate length; its class if it says nothing, as MemoryError does."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else text[:500] + "..."
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -300,43 +306,3 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     found = {name: entries.get(name) for name in _SPECIAL}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-class _GenerationBlock(Extension):
-    """{% generation %}: marks what the assistant wrote, for training; renders as its content."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Without Jinja's own escapes, which are for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
