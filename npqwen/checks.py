@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -56,6 +55,8 @@ def number_range(low: float, high: float) -> str:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """For an unknown name: the known one closest to it ("did you mean top_k?"), or all of them."""
+    import difflib
+
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

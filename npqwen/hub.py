@@ -16,7 +16,6 @@ from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, OutputError
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, RECIPES, recipe_of
-from npqwen.terminal.control_characters import without_control_characters
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -51,14 +50,15 @@ def resolve(
     model: a converted directory, a checkpoint directory, or a hub id "org/name". A checkpoint is converted
     into `cache_directory()` once for each state of its files (on the hub: each commit) and `bits`.
     bits: 4, 8 or 16; None is 4, or what a converted directory has.
-    notice(line): told what is done and where. progress(done, total): bytes converted so far.
+    notice(line): told what is done and where; it may quote names of files and words of servers with control
+    characters. progress(done, total): bytes converted so far.
     download_bars: let huggingface_hub draw its progress bars on stderr.
 
     Raises ModelNotFoundError if there is no such directory or repository, or if the hub cannot be reached and
     no copy is here; OptionError for bits that the converted directory does not have; what `convert` raises.
     """
     _check_bits(bits)
-    tell = _harmless(notice)
+    tell = notice or _ignore
     if (directory := _directory(model)) is not None:
         if is_converted(directory):
             return _with_bits(directory, bits)
@@ -100,7 +100,7 @@ def convert(
     from npqwen_quant import convert as convert_directory
 
     _check_bits(bits)
-    tell = _harmless(notice)
+    tell = notice or _ignore
     directory = _directory(source)
     if directory is None:
         repository = _repository(source)
@@ -119,14 +119,8 @@ def convert(
     return target
 
 
-def _harmless(notice: Notice | None) -> Notice:
-    """`notice`, told nothing that a terminal would obey: lines hold servers' words and names of files."""
-
-    def tell(line: str) -> None:
-        if notice is not None:
-            notice(without_control_characters(line))
-
-    return tell
+def _ignore(line: str) -> None:
+    """A notice to nobody."""
 
 
 def _check_bits(bits: int | None) -> None:

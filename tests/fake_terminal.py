@@ -12,10 +12,9 @@ import pytest
 from reciter import Reciter
 
 from npqwen.terminal.answer_view import AnswerView
-from npqwen.terminal.console import Console
-from npqwen.terminal.screen import Terminal
 from npqwen.terminal.settings import Settings
-from npqwen.terminal.talk import Talk
+from npqwen.terminal.terminal import Terminal
+from npqwen.terminal.terminal_chat import TerminalChat
 
 THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
 """What a model says that thinks, to be filled in."""
@@ -60,12 +59,13 @@ def on_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     return both
 
 
-def talk_with(model: Any, view: Any = "fold", **options: Any) -> Talk:
+def chat_with(model: Any, mode: Any = "fold", **options: Any) -> TerminalChat:
+    """A conversation with a model, shown on the present stdout and stderr."""
     if isinstance(model, Reciter):
         model.bits, model.threads = 4, 1  # type: ignore[attr-defined]
-    terminal = Terminal(Console())
+    terminal = Terminal()
     fixed = {name: options.pop(name) for name in ("system", "thinking") if name in options}
-    return Talk(model, terminal, AnswerView(terminal, view), Settings(model, **options), name="m", **fixed)
+    return TerminalChat(model, terminal, AnswerView(terminal, mode), Settings(model, **options), name="m", **fixed)
 
 
 class Readline:

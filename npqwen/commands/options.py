@@ -1,4 +1,4 @@
-"""What commands that run a model share: their options, opening the model, and text from outside."""
+"""What the commands share: --help, common options, opening a model, text from arguments and stdin."""
 
 from __future__ import annotations
 
@@ -10,28 +10,45 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from npqwen.errors import OptionError
+from npqwen.generation.options import OPTIONS, Option
+from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
     from npqwen.model import Model
-    from npqwen.terminal.console import Console
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def model_options(command: Command) -> Command:
-    """--bits, --threads, --context and --quiet, for commands that load a model."""
+class Command(click.Command):
+    """A command whose --help is written as all text is: with one line for an error, such as a full disk."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+def _show_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        Terminal().text(f"{ctx.get_help()}\n")
+        ctx.exit()
+
+
+def model_options(command: Decorated) -> Decorated:
+    """Add --bits, --threads, --context and --quiet, for commands that load a model."""
     for option in (
-        click.option("--quiet", "-q", is_flag=True, help="No notices, progress or statistics."),
-        click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's."),
-        click.option("--threads", type=int, metavar="N", help="Threads that compute; default: one a core."),
-        click.option("--bits", type=int, metavar="4|8|16", help="Bits a weight, if not converted yet."),
+        click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics."),
+        click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
+        click.option("--threads", type=int, metavar="N", help="Number of threads; default: one per core."),
+        click.option("--bits", type=int, metavar="4|8|16", help="Bits per weight, if not converted yet."),
     ):
         command = option(command)
     return command
 
 
 class _Bias(click.ParamType):  # type: ignore[type-arg]
-    """A token's id and what its logit is to get."""
+    """A token id and what to add to its logit."""
 
     name = "ID=BIAS"
 
@@ -40,65 +57,86 @@ class _Bias(click.ParamType):  # type: ignore[type-arg]
             id, bias = str(value).split("=")
             return int(id), float(bias)
         except ValueError:
-            self.fail(f"{value!r} is no token id and bias such as 151645=-5 or 13=-inf", param, ctx)
+            self.fail(f"{value!r} is not a token id and a bias, such as 151645=-5 or 13=-inf", param, ctx)
 
 
-def _biases(
-    ctx: click.Context, param: click.Parameter, values: tuple[tuple[int, float], ...]
-) -> dict[int, float] | None:
-    return dict(values) or None
+def generation_options(**defaults: bool) -> Callable[[Decorated], Decorated]:
+    """Add a flag for every option of `npqwen.generation.options` that has one; the command gets them as keywords.
+
+    An option that is not given is None. defaults: the command's own defaults, which the help then names.
+    """
+
+    def decorate(command: Decorated) -> Decorated:
+        for option in reversed(OPTIONS.values()):
+            if option.flag:
+                command = _flag(option, defaults.get(option.name, option.default))(command)
+        return command
+
+    return decorate
 
 
-def sampling_options(command: Command) -> Command:
-    """The options of `npqwen.generation.sampler.Sampling`; those left out are the model's own."""
-    for option in (
-        click.option("--seed", type=int, help="The same seed gives the same text again."),
-        click.option(
-            "--logit-bias",
-            type=_Bias(),
-            multiple=True,
-            callback=_biases,
-            help="Added to the logit of a token; -inf forbids it; may be repeated.",
-        ),
-        click.option("--frequency-penalty", type=float, help="Subtracted each time for a token generated again."),
-        click.option("--presence-penalty", type=float, help="Subtracted for tokens generated so far."),
-        click.option("--repetition-penalty", type=float, help="Divides for tokens in prompt and text."),
-        click.option("--min-p", type=float, help="Only tokens so many times as likely as the best."),
-        click.option("--top-p", type=float, help="Only the likeliest tokens that sum to this."),
-        click.option("--top-k", type=int, help="Only the k likeliest tokens; 0: all."),
-        click.option("--temperature", type=float, help="0: always the likeliest token."),
-    ):
-        command = option(command)
-    return command
+def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
+    if option.kind is bool:
+        help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
+        return click.option(f"{option.flag_name}/--no-{option.flag_name[2:]}", default=None, help=help)
+    return click.option(
+        option.flag_name,
+        type=_Bias() if option.kind is None else option.kind,
+        metavar=option.metavar,
+        multiple=option.repeated,
+        callback=_given if option.repeated else None,
+        help=option.help,
+    )
+
+
+def _given(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """The values of a repeated flag: strings as a list, pairs as a dictionary; None without any."""
+    if isinstance(parameter.type, _Bias):
+        return dict(values) or None
+    return [argument_text(value) for value in values] or None
 
 
 def open_model(
-    model: str, bits: int | None, threads: int | None, context: int | None, console: Console
+    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
 ) -> Model:
-    """The model, converted if need be, with what is going on told on the console."""
+    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
     from npqwen import hub
 
+    check_numba()
     path = hub.resolve(
-        model, bits, notice=console.notice, progress=console.converting, download_bars=console.bars
+        model,
+        bits,
+        notice=terminal.notice,
+        progress=terminal.conversion_progress,
+        download_bars=terminal.shows_bars,
     )
 
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load
 
-    loaded = load(path, threads=threads, context=context, on_compile=console.compiling)
+    loaded = load(path, threads=threads, context=context, on_compile=terminal.compilation_progress)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         from npqwen.reports.info import size
 
-        console.notice(
-            f"the weights are {size(loaded.weight_bytes)} and {size(available)} of memory are available: "
-            "the rest is read from disk again and again"
+        terminal.notice(
+            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
+            "the rest will be read from disk again and again"
         )
     return loaded
 
 
+def check_numba() -> None:
+    """Raise OptionError for environment variables with which Numba cannot compile or run the kernels."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        raise OptionError("NUMBA_DISABLE_JIT is set, but the kernels have to be compiled; unset it")
+    threads = os.environ.get("NUMBA_NUM_THREADS", "")
+    if threads.lstrip("-").isdecimal() and int(threads) < 1:
+        raise OptionError(f"NUMBA_NUM_THREADS is {threads}, which Numba refuses; unset it")
+
+
 def stdin_text() -> str:
-    """All of stdin, which is UTF-8, less one line break at its end."""
+    """All of stdin as UTF-8, with "\\n" line ends and without the last of them."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -107,7 +145,7 @@ def stdin_text() -> str:
 
 
 def argument_text(text: str) -> str:
-    """An argument as the UTF-8 it was typed in, whatever the locale made of it."""
+    """An argument decoded as UTF-8, whatever the locale."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:

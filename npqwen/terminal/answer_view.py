@@ -1,4 +1,4 @@
-"""An answer on the terminal as it comes, and what to tell about it."""
+"""An answer on the terminal while it is generated, and its statistics."""
 
 from __future__ import annotations
 
@@ -7,65 +7,65 @@ from typing import TYPE_CHECKING
 
 from npqwen.chat.answer import Finish, Notice
 from npqwen.chat.reply import Reasoning, Text
-from npqwen.terminal.screen import Terminal
-from npqwen.terminal.thought_view import ThoughtView, View
+from npqwen.terminal.reasoning_view import ReasoningMode, ReasoningView
+from npqwen.terminal.terminal import Terminal
 from npqwen.tools.calls import ToolCall
 
 if TYPE_CHECKING:
     from npqwen.chat.answer import ChatStream, Event
 
-_ENDED_BY = {
+_THINKING_ENDED_BY = {
     "budget": ", ended by the thinking budget",
     "loop": ", ended because it repeated itself",
-    "caller": ", ended",
+    "caller": ", ended early",
 }
-_CUT = ", not to its end"
+_INCOMPLETE = ", incomplete"
 
 
 class AnswerView:
-    """Shows answers: the text as it is, its Markdown untouched; thoughts by `view`; the rest a dim line each."""
+    """Shows answers: text unchanged (Markdown too), reasoning as `mode` says, every other event as a dim line."""
 
-    def __init__(self, terminal: Terminal, view: View) -> None:
-        self.view = view
-        self.thought = ""
-        """The last thought there was."""
+    def __init__(self, terminal: Terminal, mode: ReasoningMode) -> None:
+        self.mode: ReasoningMode = mode
+        self.reasoning = ""
+        """The last reasoning there was."""
         self._terminal = terminal
-        self._told: set[str] = set()
+        self._shown_notices: set[str] = set()
 
     def follow(self, stream: ChatStream, hint: str = "") -> None:
-        """Show a whole answer. However it is left, the terminal is in order.
+        """Show an answer to its end. The terminal is left in order also by an exception, such as Ctrl-C.
 
-        hint: what to add to the line that is left of a thought.
+        hint: appended to the line into which the reasoning is folded.
         """
-        thought = ThoughtView(self._terminal, self.view)
+        view = ReasoningView(self._terminal, self.mode)
         try:
             for event in stream:
                 if isinstance(event, Reasoning):
-                    thought.add(event.text)
-                elif thought.open:
-                    cut = isinstance(event, Finish) and event.reply.finish_reason == "length"
-                    how = _ENDED_BY.get(stream.thinking_ended_by or "", _CUT if cut else "")
-                    thought.close(stream.thinking_tokens, how + hint)
+                    view.add(event.text)
+                elif view.open:
+                    cut_off = isinstance(event, Finish) and event.reply.finish_reason == "length"
+                    ended = _THINKING_ENDED_BY.get(stream.thinking_ended_by or "", _INCOMPLETE if cut_off else "")
+                    view.close(stream.thinking_tokens, ended + hint)
                 self._show(event)
         finally:
             if stream.reasoning:
-                self.thought = stream.reasoning
-            thought.close(stream.thinking_tokens, _CUT)
+                self.reasoning = stream.reasoning
+            view.close(stream.thinking_tokens, _INCOMPLETE)
             self._terminal.end_line()
 
     def _show(self, event: Event) -> None:
         if isinstance(event, Text):
-            self._terminal.answer(event.text)
+            self._terminal.text(event.text)
         elif isinstance(event, ToolCall):
             arguments = json.dumps(event.arguments, ensure_ascii=False)
             self._terminal.notice(f"calls {event.name} with {arguments}; there are no tools here")
-        elif isinstance(event, Notice) and event.text not in self._told:
-            self._told.add(event.text)  # The same setting would be told of at every answer.
+        elif isinstance(event, Notice) and event.text not in self._shown_notices:
+            self._shown_notices.add(event.text)  # A notice about a setting comes with every answer.
             self._terminal.notice(event.text)
 
 
 def statistics(stream: ChatStream, context: str = "") -> str:
-    """One line: how it ended if not as it should, speed, tokens. context: how much of it is in use."""
+    """One line: why the answer ended, unless by itself; speed; tokens; `context`, which says how much is used."""
     usage = stream.usage
     parts = [
         f"{usage.decode_rate:.1f} tok/s",

@@ -1,4 +1,4 @@
-"""What begins with a slash in a conversation in the terminal."""
+"""Commands in a conversation: what begins with a slash."""
 
 from __future__ import annotations
 
@@ -15,219 +15,244 @@ from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.errors import NpqwenError, OptionError, OutputError
 from npqwen.format.config import read_json
 from npqwen.terminal.settings import NAMES
+from npqwen.terminal.terminal_chat import TerminalChat
 
 if TYPE_CHECKING:
     from npqwen.chat.answer import ChatStream
-    from npqwen.terminal.talk import Talk
 
 _COMMAND = re.compile(r"/([\w-]*\??)(?:\s+|$)")
-_MOST_CACHE = 1 << 30
-"""Bytes of keys and values that /save writes; beyond, reading the messages anew is the smaller evil."""
+_MAX_CACHE_BYTES = 1 << 30
+"""/save writes at most this many bytes of keys and values; reading the messages again is then the better choice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """usage: its arguments. run(talk, arguments) does it, and may raise NpqwenError."""
+    """usage: its arguments, for /help. run(chat, arguments): does it; may raise NpqwenError."""
 
     usage: str
     help: str
-    run: Callable[[Talk, str], None]
+    run: Callable[[TerminalChat, str], None]
 
 
-def is_command(said: str) -> bool:
-    """Whether somebody means a command: a slash and one word. Paths and several lines of anything else are messages."""
-    found = _COMMAND.match(said)
-    return found is not None and ("\n" not in said.strip() or _name(found) in COMMANDS)
+def is_command(message: str) -> bool:
+    """Whether a message is a command: a slash and a word. A path is none; several lines are only with a known one."""
+    found = _COMMAND.match(message)
+    return found is not None and ("\n" not in message.strip() or _name(found) in COMMANDS)
 
 
-def run_command(talk: Talk, said: str) -> None:
-    """Do it. Raises OptionError for an unknown one, which names the nearest."""
-    found = _COMMAND.match(said)
+def run_command(chat: TerminalChat, message: str) -> None:
+    """Run a command. Raises OptionError for an unknown one, with a suggestion."""
+    found = _COMMAND.match(message)
     assert found is not None
     name = _name(found)
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, [*COMMANDS, *_ALIASES], 1, 0.5)
-        hint = f"did you mean /{_ALIASES.get(near[0], near[0])}?" if near else "/help lists them"
-        raise OptionError(f"there is no command /{found[1]}; {hint} (a message may begin with a space)")
-    arguments = said[found.end() :].strip()
+        hint = f"did you mean /{_ALIASES.get(near[0], near[0])}?" if near else "/help lists the commands"
+        raise OptionError(f"unknown command /{found[1]}; {hint} (to send it as a message, put a space before it)")
+    arguments = message[found.end() :].strip()
     if arguments and not command.usage:
-        raise OptionError(f"/{name} takes nothing after it")
-    command.run(talk, arguments)
+        raise OptionError(f"/{name} takes no arguments")
+    command.run(chat, arguments)
 
 
 def _name(found: re.Match[str]) -> str:
-    """What the command that was typed is called here."""
+    """The command's own name, whichever way it was written."""
     name = found[1].lower().replace("-", "_")
     return _ALIASES.get(name, name)
 
 
-def words(before: str, start: str) -> Iterable[str]:
-    """Commands, or behind /set names of options, that begin so."""
-    if not before and start.startswith("/"):
-        return [f"/{name}" for name in COMMANDS if name.startswith(start[1:])]
-    return [name for name in NAMES if name.startswith(start)] if before.split() == ["/set"] else []
+def completions(before: str, word: str) -> Iterable[str]:
+    """Completions of `word`, with the text `before` it: commands, option names after /set, paths after /save, /load."""
+    command = before.strip()
+    if not before and word.startswith("/"):
+        return [f"/{name}" for name in COMMANDS if name.startswith(word[1:])]
+    if command == "/set":
+        return [name for name in NAMES if name.startswith(word)]
+    if command in ("/thought", "/reasoning"):
+        return [mode for mode in _REASONING_MODES if mode.startswith(word)]
+    if command in ("/save", "/load"):
+        return _paths(word)
+    return []
 
 
-def _help(talk: Talk, arguments: str) -> None:
+def _paths(start: str) -> list[str]:
+    """Paths that begin with `start`, directories with a slash at the end; hidden ones only after a dot."""
+    folder, name = os.path.split(start)
+    try:
+        with os.scandir(os.path.expanduser(folder) or ".") as entries:
+            return sorted(
+                os.path.join(folder, entry.name) + (os.sep if entry.is_dir() else "")
+                for entry in entries
+                if entry.name.startswith(name) and (name.startswith(".") or not entry.name.startswith("."))
+            )
+    except (OSError, ValueError):
+        return []
+
+
+def _help(chat: TerminalChat, arguments: str) -> None:
     width = max(len(f"/{name} {command.usage}") for name, command in COMMANDS.items()) + 2
     lines = [f"  {f'/{name} {command.usage}'.strip():<{width}}{command.help}" for name, command in COMMANDS.items()]
-    talk.terminal.tell("\n".join(lines))
-    talk.terminal.tell(
-        '\nA line that ends in \\ goes on in the next; """ begins and ends a message of several lines, and '
-        "lines pasted together are one message. Ctrl-C stops the answer; Ctrl-D leaves."
+    chat.terminal.lines("\n".join(lines))
+    chat.terminal.lines(
+        '\nEnd a line with \\ to continue on the next one, or put """ before and after a message of several lines; '
+        "pasted lines stay one message. Ctrl-C stops the answer; Ctrl-D leaves."
     )
 
 
-def _think(talk: Talk, arguments: str) -> None:
-    _switch(talk, True, arguments)
+def _think(chat: TerminalChat, arguments: str) -> None:
+    _set_thinking(chat, True, arguments)
 
 
-def _nothink(talk: Talk, arguments: str) -> None:
-    _switch(talk, False, arguments)
+def _nothink(chat: TerminalChat, arguments: str) -> None:
+    _set_thinking(chat, False, arguments)
 
 
-def _switch(talk: Talk, thinking: bool, question: str) -> None:
-    talk.model.chat_template.check_thinking(thinking)
+def _set_thinking(chat: TerminalChat, thinking: bool, question: str) -> None:
+    chat.model.chat_template.check_thinking(thinking)
     if question:
-        talk.ask(question, thinking=thinking)
+        chat.ask(question, thinking=thinking)
     else:
-        talk.conversation.thinking = thinking
-        talk.once = {}
-        talk.terminal.notice("answers begin with a thought" if thinking else "answers come without a thought")
+        chat.conversation.thinking = thinking
+        chat.question_options = {}
+        chat.terminal.notice(f"thinking is {'on' if thinking else 'off'}")
 
 
-def _thought(talk: Talk, arguments: str) -> None:
+_REASONING_MODES = {"fold": "folded into one line", "show": "left on the screen", "hide": "hidden"}
+
+
+def _thought(chat: TerminalChat, arguments: str) -> None:
     if arguments in ("fold", "show", "hide"):
-        talk.view.view = arguments  # type: ignore[assignment]
-        how = {"fold": "are folded", "show": "stay", "hide": "are hidden"}[arguments]
-        talk.terminal.notice(f"thoughts {how} from now on")
+        chat.view.mode = arguments  # type: ignore[assignment]
+        chat.terminal.notice(f"reasoning is {_REASONING_MODES[arguments]} from now on")
     elif arguments:
-        raise OptionError(f"/thought {arguments}: it can be followed by fold, show or hide")
-    elif not talk.view.thought:
-        raise OptionError("there was no thought yet")
+        raise OptionError(f"/thought {arguments}: give fold, show or hide, or nothing")
+    elif not chat.view.reasoning:
+        raise OptionError("there has been no reasoning yet")
     else:
-        talk.terminal.tell(talk.view.thought, dim=True)
+        chat.terminal.lines(chat.view.reasoning, dim=True)
 
 
-def _system(talk: Talk, arguments: str) -> None:
+def _system(chat: TerminalChat, arguments: str) -> None:
     if not arguments:
-        talk.terminal.tell(talk.conversation.system or "there is no system message; /system TEXT sets one")
+        chat.terminal.lines(chat.conversation.system or "there is no system message; /system TEXT sets one")
     elif arguments == "-":
-        talk.conversation.system = None
-        talk.terminal.notice("no system message from now on")
+        chat.conversation.system = None
+        chat.terminal.notice("the system message is removed")
     else:
-        talk.conversation.system = arguments
-        talk.terminal.notice("the model is told so from the next answer on; /system - takes it away")
+        chat.conversation.system = arguments
+        chat.terminal.notice("the system message is set, from the next answer on; /system - removes it")
 
 
-def _set(talk: Talk, arguments: str) -> None:
+def _set(chat: TerminalChat, arguments: str) -> None:
     name, _, value = arguments.partition(" ")
     if not name:
-        own, kind = talk.model.generation_config.sampling, talk.model.chat_template.thinking()
-        usual = default_sampling(own, kind, thinks(kind, talk.conversation.thinking, talk.conversation.messages))
-        talk.terminal.tell(talk.settings.shown(dataclasses.asdict(usual) | {"loop_guard": True}))
+        own, kind = chat.model.generation_config.sampling, chat.model.chat_template.thinking()
+        thinking = thinks(kind, chat.conversation.thinking, chat.conversation.messages)
+        defaults = dataclasses.asdict(default_sampling(own, kind, thinking)) | {"loop_guard": True}
+        chat.terminal.lines(chat.settings.table(defaults))
     elif not value.strip():
-        raise OptionError(f"/set {name} needs a value; default is the model's own")
+        raise OptionError(f"/set {name} needs a value, such as default for the model's own")
     else:
-        talk.settings.set(name, value.strip())
+        chat.settings.set(name, value.strip())
 
 
-def _save(talk: Talk, arguments: str) -> None:
-    path = _path(talk, arguments, "/save")
-    if os.path.exists(path) and str(path) != talk.file and not _is_conversation(path):
-        raise OutputError(f"{path} is there already and is no saved conversation; choose another name")
-    size = talk.conversation.cache_bytes
-    with_cache = size <= _MOST_CACHE
+def _save(chat: TerminalChat, arguments: str) -> None:
+    path = _path(chat, arguments, "/save")
+    if os.path.exists(path) and str(path) != chat.file and not _is_conversation(path):
+        raise OutputError(f"{path} exists and is not a saved conversation; choose another name")
+    size = chat.conversation.cache_bytes
+    with_cache = size <= _MAX_CACHE_BYTES
     try:
-        talk.conversation.save(path, cache=with_cache)
-    except OutputError:  # perhaps there is room for the messages alone
+        chat.conversation.save(path, cache=with_cache)
+    except OutputError:  # there may be room for the messages alone
         if not with_cache:
             raise
         with_cache = False
-        talk.conversation.save(path, cache=False)
-    talk.file = str(path)
-    beside = f", with {size / 1e6:.1f} MB of cache" if with_cache else ""
-    talk.terminal.notice(f"{_messages(talk.conversation)} in {path}{beside}")
+        chat.conversation.save(path, cache=False)
+    chat.file = str(path)
+    cache = f", with {size / 1e6:.1f} MB of cache" if with_cache else ""
+    chat.terminal.notice(f"{_count_messages(chat.conversation)} saved to {path}{cache}")
 
 
-def _load(talk: Talk, arguments: str) -> None:
-    path = _path(talk, arguments, "/load")
-    loaded = Conversation.load(talk.model, path, **talk.fixed)
+def _load(chat: TerminalChat, arguments: str) -> None:
+    path = _path(chat, arguments, "/load")
+    loaded = Conversation.load(chat.model, path, **chat.conversation_options)
     try:
         loaded.thinking = loaded.thinking
     except OptionError:
         loaded.thinking = None
-        talk.terminal.notice("saved with another model, which had a switch for thinking; this one has none")
-    talk.conversation = loaded
-    talk.file = str(path)
-    talk.forget_last()
-    talk.used = loaded.tokens or None  # Without its cache they are counted when they are read.
-    talk.terminal.notice("; ".join(filter(None, (f"{_messages(loaded)} from {path}", talk.context()))))
+        chat.terminal.notice("the saved thinking mode is ignored: this model cannot be switched to it")
+    chat.conversation = loaded
+    chat.file = str(path)
+    chat.forget_last()
+    chat.used = loaded.tokens or None  # without a saved cache, unknown until the messages are read
+    summary = f"{_count_messages(loaded)} loaded from {path}"
+    chat.terminal.notice("; ".join(filter(None, (summary, chat.context_usage()))))
 
 
-def _retry(talk: Talk, arguments: str) -> None:
-    options = talk.settings.options | talk.once
-    talk.tries += 1
+def _retry(chat: TerminalChat, arguments: str) -> None:
+    options = chat.settings.options | chat.question_options
+    chat.retries += 1
     if options.get("seed") is not None:
-        options["seed"] += talk.tries  # The same seed would give the same answer.
+        options["seed"] += chat.retries  # the seed itself would give the same answer
 
     def begin() -> ChatStream:
-        stream = talk.conversation.stream_retry(**options)
-        if options.get("temperature", talk.model.generation_config.sampling.temperature) == 0:
-            talk.terminal.notice(
-                "the temperature is 0: the same answer comes again; /set temperature 0.7 allows others"
+        stream = chat.conversation.stream_retry(**options)
+        if options.get("temperature", chat.model.generation_config.sampling.temperature) == 0:
+            chat.terminal.notice(
+                "with temperature 0 the answer will be the same; /set temperature 0.7 allows other answers"
             )
         return stream
 
-    talk.answer(begin, "the answer before stays")
+    chat.answer(begin, "the previous answer is kept")
 
 
-def _undo(talk: Talk, arguments: str) -> None:
-    said = talk.conversation.undo()
-    text = " ".join(str(said).split())
-    talk.forget_last()
-    talk.terminal.notice(f"taken back: {text if len(text) <= 60 else text[:57] + '...'}")
+def _undo(chat: TerminalChat, arguments: str) -> None:
+    question = " ".join(str(chat.conversation.undo()).split())
+    chat.forget_last()
+    chat.terminal.notice(f"taken back: {question if len(question) <= 60 else question[:57] + '...'}")
 
 
-def _clear(talk: Talk, arguments: str) -> None:
-    talk.conversation.clear()
-    talk.forget_last()
-    kept = ", but the system message" if talk.conversation.system else ""
-    talk.terminal.notice(f"all is forgotten{kept}")
+def _clear(chat: TerminalChat, arguments: str) -> None:
+    chat.conversation.clear()
+    chat.forget_last()
+    kept = "; the system message stays" if chat.conversation.system else ""
+    chat.terminal.notice(f"the conversation is cleared{kept}")
 
 
-def _stats(talk: Talk, arguments: str) -> None:
-    model, totals, last = talk.model, talk.totals, talk.last
-    thinking = {True: "on", False: "off", None: "the model's own way"}[talk.conversation.thinking]
+def _stats(chat: TerminalChat, arguments: str) -> None:
+    model, totals, last = chat.model, chat.totals, chat.last_usage
+    thinking = {True: "on", False: "off", None: "the model's default"}[chat.conversation.thinking]
     lines = [
-        f"model         {talk.name}, {model.bits} bits a weight, {model.threads} threads",
+        f"model         {chat.name}, {model.bits} bits per weight, {model.threads} threads",
         f"thinking      {thinking}",
-        f"conversation  {_messages(talk.conversation)}, {talk.conversation.dropped} of them dropped",
+        f"conversation  {_count_messages(chat.conversation)}, of which {chat.conversation.dropped} dropped",
     ]
-    if context := talk.context():
-        size = f"{talk.conversation.cache_bytes / 1e6:.1f} MB"
+    if context := chat.context_usage():
+        size = f"{chat.conversation.cache_bytes / 1e6:.1f} MB"
         lines.append(f"{context.replace('context ', 'context       ', 1)}, {size}")
     if last is not None:
         new = last.prompt_tokens - last.cached_tokens
         lines += [
-            f"last answer   prompt: {last.cached_tokens:,} tokens kept, {new:,} read at {last.prefill_rate:,.0f} tok/s",
+            f"last answer   prompt: {last.cached_tokens:,} tokens cached, "
+            f"{new:,} read at {last.prefill_rate:,.0f} tok/s",
             f"              text: {last.generated_tokens:,} tokens at {last.decode_rate:.1f} tok/s, "
-            f"the first after {last.first_token_seconds:.2f} s",
+            f"first after {last.first_token_seconds:.2f} s",
             f"all answers   {totals.answers}: {totals.prompt_tokens - totals.cached_tokens:,} tokens read, "
-            f"{totals.generated_tokens:,} written, {totals.seconds:.1f} s",
+            f"{totals.generated_tokens:,} generated, {totals.seconds:.1f} s",
         ]
-    talk.terminal.tell("\n".join(lines))
+    chat.terminal.lines("\n".join(lines))
 
 
-def _exit(talk: Talk, arguments: str) -> None:
-    talk.over = True
+def _exit(chat: TerminalChat, arguments: str) -> None:
+    chat.finished = True
 
 
-def _path(talk: Talk, arguments: str, command: str) -> Path:
-    if not arguments and talk.file is None:
+def _path(chat: TerminalChat, arguments: str, command: str) -> Path:
+    if not arguments and chat.file is None:
         raise OptionError(f"{command} needs the name of a file, such as {command} talk.json")
-    return Path(os.path.expanduser(arguments or talk.file or ""))
+    return Path(os.path.expanduser(arguments or chat.file or ""))
 
 
 def _is_conversation(path: Path) -> bool:
@@ -237,24 +262,31 @@ def _is_conversation(path: Path) -> bool:
         return False
 
 
-def _messages(conversation: Conversation) -> str:
+def _count_messages(conversation: Conversation) -> str:
     count = len(conversation.messages)
     return f"{count} message{'' if count == 1 else 's'}"
 
 
 COMMANDS = {
-    "help": Command("", "this list", _help),
-    "think": Command("[QUESTION]", "think before answers, or before this one only", _think),
-    "nothink": Command("[QUESTION]", "answer at once, always or this once", _nothink),
-    "thought": Command("[fold|show|hide]", "the last thought in full, or how to show them", _thought),
-    "system": Command("[TEXT|-]", "what the model is told first; - for nothing", _system),
-    "set": Command("[NAME VALUE]", "an option of generation; alone: all of them", _set),
-    "retry": Command("", "have the last answer anew", _retry),
-    "undo": Command("", "take back the last question and answer", _undo),
-    "clear": Command("", "forget all but the system message", _clear),
-    "save": Command("[FILE]", "keep the conversation in a file", _save),
-    "load": Command("[FILE]", "go on with a conversation that was saved", _load),
-    "stats": Command("", "speed, tokens and context so far", _stats),
+    "help": Command("", "show this list", _help),
+    "think": Command("[QUESTION]", "think before answering, or before this answer only", _think),
+    "nothink": Command("[QUESTION]", "answer without thinking, or this question only", _nothink),
+    "thought": Command("[fold|show|hide]", "show the last reasoning in full, or choose how it is shown", _thought),
+    "system": Command("[TEXT|-]", "show, set or (-) remove the system message", _system),
+    "set": Command("[NAME VALUE]", "set a generation option; without a name, list them all", _set),
+    "retry": Command("", "answer the last question again", _retry),
+    "undo": Command("", "take back the last question and its answer", _undo),
+    "clear": Command("", "forget everything but the system message", _clear),
+    "save": Command("[FILE]", "save the conversation to a file", _save),
+    "load": Command("[FILE]", "continue a saved conversation", _load),
+    "stats": Command("", "show speed, tokens and context", _stats),
     "exit": Command("", "leave", _exit),
 }
-_ALIASES = {"no_think": "nothink", "quit": "exit", "bye": "exit", "?": "help", "help?": "help"}
+_ALIASES = {
+    "no_think": "nothink",
+    "reasoning": "thought",
+    "quit": "exit",
+    "bye": "exit",
+    "?": "help",
+    "help?": "help",
+}

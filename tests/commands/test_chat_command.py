@@ -14,11 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_terminal import THOUGHT, Readline, talk_with
+from fake_terminal import THOUGHT, Readline, chat_with
 from reciter import Reciter
 
 from npqwen.commands import cli
-from npqwen.commands.chat import _converse
+from npqwen.commands.chat import converse
 from npqwen.terminal.prompt_line import PromptLine
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
@@ -111,9 +111,9 @@ def test_a_history_that_cannot_be_written_is_told(
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
     typed = ["q", "/exit"]
     monkeypatch.setattr(PromptLine, "_line", lambda self, prompt: typed.pop(0))
-    _converse(talk_with(Reciter("Yes.")))
+    converse(chat_with(Reciter("Yes.")))
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: the history lacks what was said now"
+    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: the history will lack what was entered now"
 
 
 # --- a real terminal ---
@@ -121,8 +121,7 @@ def test_a_history_that_cannot_be_written_is_told(
 BACKGROUND = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from npqwen.terminal.console import Console
-from npqwen.terminal.screen import Terminal
+from npqwen.terminal.terminal import Terminal
 shell, job = os.getpgrp(), os.fork()
 if job == 0:
     os.setpgid(0, 0)
@@ -130,7 +129,7 @@ if job == 0:
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         os.tcsetpgrp(0, os.getpgrp())
         signal.signal(signal.SIGTTOU, signal.SIG_DFL)
-    with Terminal(Console()).quiet_keys():
+    with Terminal().echo_off():
         if sys.argv[1] == "later":
             os.tcsetpgrp(0, shell)
     os._exit(0)
@@ -226,15 +225,15 @@ def test_in_a_terminal(tiny: Callable[[int], Path], tmp_path: Path) -> None:
         send("half a line")
         until("half a line")
         interrupt()
-        assert "once more" not in until("> ")
+        assert "again, or Ctrl-D" not in until("> ")
         send("/nonsense\n")
-        until("there is no command /nonsense")
+        until("unknown command /nonsense")
         until("> ")
         interrupt()
-        until("once more")
+        until("again, or Ctrl-D")
         until("> ")
         send("/nothink\n")
-        until("without a thought")
+        until("thinking is off")
         until("> ")
         send("\x1b[200~What is\n11 + 31?\x1b[201~\n")
         until("tok/s")

@@ -19,7 +19,7 @@ from reference import ReferenceModel
 import npqwen.model
 from npqwen.commands import cli
 from npqwen.errors import NpqwenError
-from npqwen.terminal.console import Console
+from npqwen.terminal.terminal import ERROR_LENGTH, Terminal
 
 TESTS = Path(__file__).parents[1]
 TINY = TESTS.parent / "examples" / "tiny-qwen3"
@@ -147,8 +147,8 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", str(TINY), "x", "--temprature", "1"], "No such option '--temprature'"),
         (["generate", str(TINY)], "Missing argument 'PROMPT'; see npqwen generate --help"),
         (["generate", str(TINY), "x", "--top-k", "many"], "Invalid value for '--top-k'"),
-        (["generate", str(TINY), "x", "--logit-bias", "a=1"], "Invalid value for '--logit-bias': 'a=1' is no token"),
-        (["generate", str(TINY), "x", "--logit-bias", "5"], "Invalid value for '--logit-bias': '5' is no token id"),
+        (["generate", str(TINY), "x", "--logit-bias", "a=1"], "Invalid value for '--logit-bias': 'a=1' is not a token"),
+        (["generate", str(TINY), "x", "--logit-bias", "5"], "Invalid value for '--logit-bias': '5' is not a token id"),
         (["generate", "/no/such", "x", "--logit-bias", "5=nan"], "logit_bias[5] is nan; it must be a number, or"),
         (["generate", "/no/such", "x", "--logit-bias", "-5=1"], "logit_bias has the key -5; each must be a token"),
         (["generate", str(TINY), "x", "--logit-bias", "4128=1"], "logit_bias has token id 4128; the model's are 0"),
@@ -182,12 +182,59 @@ def test_an_error_cannot_give_a_terminal_orders(run: Run, monkeypatch: pytest.Mo
     assert run("generate", str(TINY), "x").err == "npqwen: error: the template says ]52;c;eA==no2J\n"
 
 
+def test_a_notice_cannot_control_a_terminal(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npqwen.hub._latest_commit", lambda repository: (None, "the hub says \x1b]0;title\x07no"))
+    monkeypatch.setattr("npqwen.hub._kept", lambda repository, bits: tmp_path / "my\x7fmodel")
+    assert f"the hub says ]0;titleno; using {tmp_path}/mymodel" in run("info", "org/name").err
+
+
+@pytest.mark.parametrize("words", [["x" * 1_000_000], ["a b"] * 100_000])
+def test_an_error_that_quotes_a_long_text_stays_short(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise NpqwenError(f"the tensor {' '.join(words)} is damaged; convert it again")
+
+    monkeypatch.setattr("npqwen.hub.resolve", fail)
+    done = run("generate", str(TINY), "x")
+    assert done.status == 2
+    assert len(done.err) <= ERROR_LENGTH + len("npqwen: error: \n")
+    assert done.err.startswith("npqwen: error: the tensor ")
+    assert done.err.endswith(" is damaged; convert it again\n")
+
+
+def test_running_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise MemoryError("Unable to allocate\n3 TB")
+
+    monkeypatch.setattr("npqwen.hub.resolve", fail)
+    done = run("generate", str(TINY), "x")
+    assert done.status == 2
+    assert done.err.startswith("npqwen: error: out of memory (Unable to allocate 3 TB); ")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_NUM_THREADS=0", "NUMBA_NUM_THREADS=-3"])
+@pytest.mark.parametrize("command", [["generate", str(TINY), "x"], ["convert", str(TINY)], ["info", str(TINY)]])
+def test_settings_of_numba_that_prevent_compilation_are_refused(
+    run: Run, setting: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, value = setting.split("=")
+    monkeypatch.setenv(name, value)
+    done = run(*command)
+    assert done.status == 2
+    assert done.err.startswith(f"npqwen: error: {name} is ")
+    assert done.err.endswith("unset it\n")
+
+
 def test_an_error_takes_an_unfinished_bar_away(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, progress: Any, **options: Any) -> None:
         progress(1, 10)
         raise NpqwenError("no room")
 
-    monkeypatch.setattr("npqwen.terminal.console.Console.__init__", _on_a_terminal)
+    monkeypatch.setattr("npqwen.terminal.terminal.Terminal.shows_bars", True)
     for name, command in (("convert", ["convert", "x"]), ("resolve", ["info", "x"]), ("resolve", ["bench", "x"])):
         monkeypatch.setattr(f"npqwen.hub.{name}", fail)
         done = run(*command)
@@ -295,7 +342,43 @@ def test_a_full_disk_under_stdout_is_one_line() -> None:
         command = [sys.executable, "-c", CHILD, "0", "generate", str(TINY), SUM, "--quiet"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=20)
     assert done.returncode == 2
-    assert done.stderr == "npqwen: error: the text cannot be written to stdout: No space left on device\n"
+    assert done.stderr == "npqwen: error: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", [["--help"], ["chat", "--help"], ["--version"], []])
+def test_help_that_cannot_be_written_is_one_line(command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        arguments = [sys.executable, "-m", "npqwen", *command]
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=20)
+    assert done.returncode == 2
+    assert done.stderr == "npqwen: error: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_error_that_cannot_be_written_still_has_its_status() -> None:
+    with open("/dev/full", "wb") as full:
+        arguments = [sys.executable, "-m", "npqwen", "generate", "/no/such", "x"]
+        done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=full, timeout=20)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    script = """
+import os, signal, sys, importlib.abc
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "npqwen.commands.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from npqwen.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_stdout_and_stdin_are_utf8_in_any_locale() -> None:
@@ -320,7 +403,7 @@ def test_an_argument_is_utf8_in_any_locale_and_so_is_the_text() -> None:
 def test_a_path_that_is_no_utf8_is_written_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
-    Console().text("out\udcff/é\n")
+    Terminal().text("out\udcff/é\n")
     assert out.getvalue() == b"out\xff/\xc3\xa9\n"
 
 
@@ -349,16 +432,12 @@ def test_stdin_that_is_not_utf8_is_refused() -> None:
 def test_progress_bars_only_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quiet = run("convert", str(TINY), str(tmp_path / "a"))
     assert "%" not in quiet.err
-    monkeypatch.setattr("npqwen.terminal.console.Console.__init__", _on_a_terminal)
+    monkeypatch.setattr("npqwen.terminal.terminal.Terminal.shows_bars", True)
     shown = run("convert", str(TINY), str(tmp_path / "b"))
     assert "converting: " in shown.err
     long = run("generate", str(TINY), "a " * 400, "--max-tokens", "1")
     assert "reading the prompt: " in long.err
     assert "compiling kernels (once for this machine): " in long.err
-
-
-def _on_a_terminal(self: Any, *, quiet: bool = False) -> None:
-    self.quiet, self.bars, self._bar, self._doing = quiet, True, None, ""
 
 
 def test_the_package_imports_fast_and_help_too() -> None:

@@ -96,17 +96,6 @@ def test_homes_are_found(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
     assert hub.resolve("~/out") == tmp_path / "out"
 
 
-def test_names_of_files_are_no_commands_for_the_terminal(tmp_path: Path) -> None:
-    directory = tmp_path / "my\x7fmodel"
-    try:
-        write_checkpoint(directory)
-    except OSError:
-        pytest.skip("there are no such names here")
-    notices: list[str] = []
-    hub.resolve(directory, notice=notices.append)
-    assert notices[0].startswith(f"converting {tmp_path / 'mymodel'} to int4")
-
-
 def test_a_cache_in_the_home_of_nobody_is_a_plain_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPQWEN_CACHE", "~nobody-here/cache")
     assert cache_directory() == Path("~nobody-here/cache")

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_terminal import talk_with
+from fake_terminal import chat_with
 from reciter import Reciter
 
 import npqwen
 from npqwen.errors import OptionError
 from npqwen.model import Model
+from npqwen.terminal.repl import handle
 from npqwen.terminal.settings import Settings
-from npqwen.terminal.slash_commands import COMMANDS, is_command, words
-from npqwen.terminal.talk import Talk
+from npqwen.terminal.slash_commands import COMMANDS, completions, is_command
+from npqwen.terminal.terminal_chat import TerminalChat
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 SUM = "What is 17 + 25?"
@@ -33,11 +34,11 @@ Say = Callable[..., str]
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """say(talk, line): what is written, stdout and stderr."""
+    """say(chat, line): what is written, stdout and stderr."""
 
-    def say(talk: Talk, *lines: str) -> str:
+    def say(chat: TerminalChat, *lines: str) -> str:
         for line in lines:
-            talk.obey(line)
+            handle(chat, line)
         done = capsys.readouterr()
         return done.out + done.err
 
@@ -45,46 +46,46 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
 
 
 def test_help_names_every_command(say: Say) -> None:
-    told = say(talk_with(Reciter()), "/help")
+    told = say(chat_with(Reciter()), "/help")
     assert all(f"/{name}" in told for name in COMMANDS)
     wanted = ["think", "nothink", "system", "set", "save", "load", "retry", "undo", "clear", "stats", "exit"]
     assert all(f"/{name} " in told for name in wanted)
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(say: Say) -> None:
-    talk = talk_with(Reciter())
-    assert "error: there is no command /retyr; did you mean /retry?" in say(talk, "/retyr")
-    assert "/help lists them" in say(talk, "/zzzzzz")
-    assert "takes nothing after it" in say(talk, "/undo 3")
-    assert talk.conversation.messages == []
+    chat = chat_with(Reciter())
+    assert "error: unknown command /retyr; did you mean /retry?" in say(chat, "/retyr")
+    assert "/help lists the commands" in say(chat, "/zzzzzz")
+    assert "takes no arguments" in say(chat, "/undo 3")
+    assert chat.conversation.messages == []
 
 
 def test_a_command_may_be_written_in_other_ways(say: Say) -> None:
     for line in ("/no-think", "/no_think", "/NoThink"):
-        talk = talk_with(Reciter())
-        say(talk, line)
-        assert talk.conversation.thinking is False
+        chat = chat_with(Reciter())
+        say(chat, line)
+        assert chat.conversation.thinking is False
     for line in ("/?", "/help?", "/HELP"):
-        assert "/retry " in say(talk_with(Reciter()), line)
+        assert "/retry " in say(chat_with(Reciter()), line)
 
 
 @pytest.mark.parametrize("said", ["/usr/bin is what?", " /help", "// a\n/ b", "/nothing\nelse", "1/2?"])
 def test_what_only_begins_like_a_command_is_said_to_the_model(said: str, say: Say) -> None:
     assert not is_command(said)
-    talk = talk_with(Reciter("Yes."))
-    say(talk, said)
-    assert talk.conversation.messages[0]["content"] == said
+    chat = chat_with(Reciter("Yes."))
+    say(chat, said)
+    assert chat.conversation.messages[0]["content"] == said
 
 
 def test_think_and_nothink_switch_and_with_a_question_only_once(say: Say) -> None:
     model = Reciter("<think>\n\n</think>\n\na", "b", "c")
-    talk = talk_with(model)
-    say(talk, "/nothink")
-    assert talk.conversation.thinking is False
-    say(talk, "/think why?", "so?", "/think")
+    chat = chat_with(model)
+    say(chat, "/nothink")
+    assert chat.conversation.thinking is False
+    say(chat, "/think why?", "so?", "/think")
     assert model.prompts[0].endswith("why?<|im_end|>\n<|im_start|>assistant\n")
     assert model.prompts[1].endswith("</think>\n\n")
-    assert talk.conversation.thinking is True
+    assert chat.conversation.thinking is True
 
 
 @pytest.mark.parametrize(
@@ -92,36 +93,36 @@ def test_think_and_nothink_switch_and_with_a_question_only_once(say: Say) -> Non
     [("instruct-2507", "/think", "does not think"), ("thinking-2507", "/no_think", "always thinks")],
 )
 def test_a_model_without_the_switch_refuses_it(template: str, line: str, why: str, say: Say) -> None:
-    talk = talk_with(Reciter(template=template))
-    assert why in say(talk, line)
-    assert talk.conversation.thinking is None
+    chat = chat_with(Reciter(template=template))
+    assert why in say(chat, line)
+    assert chat.conversation.thinking is None
 
 
 def test_system_is_shown_set_and_taken_away(say: Say) -> None:
     model = Reciter("a", "b")
-    talk = talk_with(model, system="Be brief.")
-    assert "Be brief." in say(talk, "/system")
-    say(talk, "/system Be\nlong.", "x")
+    chat = chat_with(model, system="Be brief.")
+    assert "Be brief." in say(chat, "/system")
+    say(chat, "/system Be\nlong.", "x")
     assert model.prompts[0].startswith("<|im_start|>system\nBe\nlong.<|im_end|>")
-    say(talk, "/system -", "y")
+    say(chat, "/system -", "y")
     assert model.prompts[1].startswith("<|im_start|>user\nx")
 
 
 def test_set_is_checked_as_the_api_does(say: Say) -> None:
-    talk = talk_with(Reciter(), temperature=0.5)
-    assert "unknown option 'temprature'; did you mean temperature?" in say(talk, "/set temprature 1")
-    assert "must be a number from 0 to 1" in say(talk, "/set top_p 3")
-    assert "top_k is 'x'; it must be a whole number, or default" in say(talk, "/set top_k x")
-    assert "needs a value" in say(talk, "/set top_k")
-    assert "max_tokens is 0" in say(talk, "/set max_tokens 0")
-    assert talk.settings.options == {"temperature": 0.5}
-    say(talk, "/set top-k 7", "/set loop_guard off", "/set temperature default")
-    assert talk.settings.options == {"top_k": 7, "loop_guard": False}
-    table = say(talk, "/set")
-    assert re.search(r"top_k +7 +yours\n", table)
+    chat = chat_with(Reciter(), temperature=0.5)
+    assert "unknown option 'temprature'; did you mean temperature?" in say(chat, "/set temprature 1")
+    assert "must be a number from 0 to 1" in say(chat, "/set top_p 3")
+    assert "top_k is 'x'; it must be a whole number, 0 or more" in say(chat, "/set top_k x")
+    assert "needs a value" in say(chat, "/set top_k")
+    assert "max_tokens is 0" in say(chat, "/set max_tokens 0")
+    assert chat.settings.options == {"temperature": 0.5}
+    say(chat, "/set top-k 7", "/set loop_guard off", "/set temperature default")
+    assert chat.settings.options == {"top_k": 7, "loop_guard": False}
+    table = say(chat, "/set")
+    assert re.search(r"top_k +7 +set\n", table)
     assert re.search(r"temperature +0\.6\n", table)
-    say(talk, "/nothink")
-    assert re.search(r"temperature +0\.7\n", say(talk, "/set"))
+    say(chat, "/nothink")
+    assert re.search(r"temperature +0\.7\n", say(chat, "/set"))
 
 
 def test_a_bias_on_a_token_that_is_not_there_is_refused_before_any_question() -> None:
@@ -130,72 +131,72 @@ def test_a_bias_on_a_token_that_is_not_there_is_refused_before_any_question() ->
 
 
 def test_settings_reach_the_answer(say: Say) -> None:
-    talk = talk_with(Reciter("one two three four", "a b c"))
-    assert "cut off at max_tokens" in say(talk, "/set max_tokens 2", "x")
-    assert "cut off" not in say(talk, "/set max_tokens default", "x")
+    chat = chat_with(Reciter("one two three four", "a b c"))
+    assert "cut off at max_tokens" in say(chat, "/set max_tokens 2", "x")
+    assert "cut off" not in say(chat, "/set max_tokens default", "x")
 
 
 def test_retry_undo_and_clear(say: Say) -> None:
-    talk = talk_with(Reciter("first", "second", "third"), system="s", thinking=False)
-    assert "nothing was asked yet" in say(talk, "/retry")
-    assert "nothing was asked yet" in say(talk, "/undo")
-    say(talk, "q", "/retry")
-    assert [message["content"] for message in talk.conversation.messages] == ["s", "q", "second"]
-    assert "taken back: q" in say(talk, "/undo")
-    assert len(talk.conversation.messages) == 1
-    say(talk, "q")
-    assert "but the system message" in say(talk, "/clear")
-    assert len(talk.conversation.messages) == 1
+    chat = chat_with(Reciter("first", "second", "third"), system="s", thinking=False)
+    assert "nothing was asked yet" in say(chat, "/retry")
+    assert "nothing was asked yet" in say(chat, "/undo")
+    say(chat, "q", "/retry")
+    assert [message["content"] for message in chat.conversation.messages] == ["s", "q", "second"]
+    assert "taken back: q" in say(chat, "/undo")
+    assert len(chat.conversation.messages) == 1
+    say(chat, "q")
+    assert "the system message stays" in say(chat, "/clear")
+    assert len(chat.conversation.messages) == 1
 
 
 def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
-    talk = talk_with(Reciter("a", "b", "c"), seed=5)
-    say(talk, "q")
+    chat = chat_with(Reciter("a", "b", "c"), seed=5)
+    say(chat, "q")
     seeds = []
-    retry = talk.conversation.stream_retry
-    monkeypatch.setattr(talk.conversation, "stream_retry", lambda **o: seeds.append(o["seed"]) or retry(**o))
-    say(talk, "/retry", "/retry")
+    retry = chat.conversation.stream_retry
+    monkeypatch.setattr(chat.conversation, "stream_retry", lambda **o: seeds.append(o["seed"]) or retry(**o))
+    say(chat, "/retry", "/retry")
     assert seeds == [6, 7]
-    assert "the same answer" in say(talk_with(Reciter("a", "b"), temperature=0), "q", "/retry")
-    assert "the same answer" not in say(talk_with(Reciter(), temperature=0), "/retry")
+    assert "the answer will be the same" in say(chat_with(Reciter("a", "b"), temperature=0), "q", "/retry")
+    assert "the answer will be the same" not in say(chat_with(Reciter(), temperature=0), "/retry")
 
 
 def test_retry_asks_as_the_question_was_asked(say: Say) -> None:
     model = Reciter("a", "b", "c", "d")
-    talk = talk_with(model)
-    say(talk, "/nothink why?", f"/think {'why? ' * 3000}", "/retry")
+    chat = chat_with(model)
+    say(chat, "/nothink why?", f"/think {'why? ' * 3000}", "/retry")
     assert model.prompts[1].endswith("why?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    say(talk, "/think", "/retry", "so?")
+    say(chat, "/think", "/retry", "so?")
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in model.prompts[2:])
 
 
 def test_retry_that_is_stopped_before_its_text_leaves_the_answer_there_was(say: Say) -> None:
     model = Reciter("first", "second", "third")
-    talk = talk_with(model)
-    say(talk, "q")
+    chat = chat_with(model)
+    say(chat, "q")
 
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     model.forward = interrupted  # type: ignore[assignment, method-assign]
-    assert "there was no answer yet: the answer before stays" in say(talk, "/retry")
-    assert [message["content"] for message in talk.conversation.messages] == ["q", "first"]
-    assert "there was no answer yet: the question is taken back" in say(talk, "r")
+    assert "stopped before the answer began: the previous answer is kept" in say(chat, "/retry")
+    assert [message["content"] for message in chat.conversation.messages] == ["q", "first"]
+    assert "stopped before the answer began: the question is taken back" in say(chat, "r")
 
 
 def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
-    talk = talk_with(model, temperature=0, thinking=False)
-    assert "needs the name of a file" in say(talk, "/save")
-    say(talk, SUM)
+    chat = chat_with(model, temperature=0, thinking=False)
+    assert "needs the name of a file" in say(chat, "/save")
+    say(chat, SUM)
     path = tmp_path / "talk.json"
-    assert "2 messages in" in say(talk, f"/save {path}")
+    assert "2 messages saved to" in say(chat, f"/save {path}")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.npqwen-cache"]
     assert json.loads(path.read_text())["thinking"] is False
-    other = talk_with(model, temperature=0)
-    assert "2 messages from" in say(other, f"/load {path}")
+    other = chat_with(model, temperature=0)
+    assert "2 messages loaded from" in say(other, f"/load {path}")
     assert other.conversation.thinking is False
-    assert other.conversation.messages == talk.conversation.messages
-    assert other.conversation.tokens == talk.conversation.tokens > 0
+    assert other.conversation.messages == chat.conversation.messages
+    assert other.conversation.tokens == chat.conversation.tokens > 0
     assert "30 + 12 = 42" in say(other, "What is 30 + 12?", "/save")
     assert len(json.loads(path.read_text())["messages"]) == 4
 
@@ -203,11 +204,11 @@ def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
 def test_save_spares_a_file_of_somebody_else_and_load_refuses_it(tmp_path: Path, say: Say) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
-    talk = talk_with(Reciter())
-    assert "is no saved conversation" in say(talk, f"/save {path}")
-    assert "is no saved conversation" in say(talk, f"/load {path}")
+    chat = chat_with(Reciter())
+    assert "is not a saved conversation" in say(chat, f"/save {path}")
+    assert "is no saved conversation" in say(chat, f"/load {path}")
     assert path.read_text() == "mine"
-    assert "is no saved conversation" in say(talk, f"/load {tmp_path / 'none.json'}")
+    assert "is no saved conversation" in say(chat, f"/load {tmp_path / 'none.json'}")
 
 
 @pytest.mark.parametrize("name", ["~nobody-here/talk.json", "x" * 5000])
@@ -216,9 +217,9 @@ def test_a_place_where_no_file_can_be_is_an_error_of_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~nobody-here").write_text("a file")
-    talk = talk_with(model)
+    chat = chat_with(model)
     for command in ("/save", "/load"):
-        told = say(talk, f"{command} {name}")
+        told = say(chat, f"{command} {name}")
         assert told.startswith("error: ")
         assert told.count("\n") == 1
 
@@ -227,17 +228,17 @@ def test_a_saved_state_of_thinking_that_this_model_lacks_is_told(tmp_path: Path,
     path = tmp_path / "talk.json"
     saved = {"format": "npqwen-conversation", "version": 1, "dropped": 0, "thinking": False, "messages": []}
     path.write_text(json.dumps(saved))
-    talk = talk_with(Reciter(template="thinking-2507"))
-    assert "this one has none" in say(talk, f"/load {path}")
-    assert talk.conversation.thinking is None
+    chat = chat_with(Reciter(template="thinking-2507"))
+    assert "cannot be switched to it" in say(chat, f"/load {path}")
+    assert chat.conversation.thinking is None
     path.write_text(json.dumps(saved | {"thinking": "no"}))
-    assert "is damaged" in say(talk, f"/load {path}")
+    assert "is damaged" in say(chat, f"/load {path}")
 
 
 def test_stats(model: Model, say: Say) -> None:
-    talk = talk_with(model, temperature=0, thinking=False)
-    say(talk, SUM, "What is 30 + 12?")
-    told = say(talk, "/stats")
+    chat = chat_with(model, temperature=0, thinking=False)
+    say(chat, SUM, "What is 30 + 12?")
+    told = say(chat, "/stats")
     assert "4 messages" in told
     assert f"of {model.context:,}" in told
     assert "all answers   2:" in told
@@ -246,26 +247,26 @@ def test_stats(model: Model, say: Say) -> None:
 def test_the_context_in_use_is_told_when_it_is_known(model: Model, tmp_path: Path, say: Say) -> None:
     path = tmp_path / "talk.json"
     used = f" of {model.context:,}"
-    talk = talk_with(model, temperature=0, thinking=False)
-    assert used not in say(talk, "/stats")
-    assert used in say(talk, SUM, f"/save {path}")
-    assert used in say(talk, f"/load {path}", "/stats")
-    assert used not in say(talk, "/clear", "/stats")
+    chat = chat_with(model, temperature=0, thinking=False)
+    assert used not in say(chat, "/stats")
+    assert used in say(chat, SUM, f"/save {path}")
+    assert used in say(chat, f"/load {path}", "/stats")
+    assert used not in say(chat, "/clear", "/stats")
     (tmp_path / "talk.json.npqwen-cache").unlink()
-    assert used not in say(talk, f"/load {path}", "/stats")
-    assert used in say(talk, "What is 30 + 12?")
-    assert used in say(talk, "/stats")
+    assert used not in say(chat, f"/load {path}", "/stats")
+    assert used in say(chat, "What is 30 + 12?")
+    assert used in say(chat, "/stats")
 
 
 def test_exit_leaves(say: Say) -> None:
     for line in ("/exit", "/quit"):
-        talk = talk_with(Reciter())
-        say(talk, line)
-        assert talk.over
+        chat = chat_with(Reciter())
+        say(chat, line)
+        assert chat.finished
 
 
 def test_tab_completes_commands_and_options() -> None:
-    assert list(words("", "/th")) == ["/think", "/thought"]
-    assert list(words("/set ", "top")) == ["top_k", "top_p"]
+    assert list(completions("", "/th")) == ["/think", "/thought"]
+    assert list(completions("/set ", "top")) == ["top_k", "top_p"]
     for before, start in (("", "st"), ("", ""), ("what is ", "top"), ("/set top_k ", "s"), ("/set ", "/th")):
-        assert list(words(before, start)) == []
+        assert list(completions(before, start)) == []

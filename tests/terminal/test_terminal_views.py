@@ -6,32 +6,31 @@ import os
 import re
 
 import pytest
-from fake_terminal import THOUGHT, on_screen, talk_with
+from fake_terminal import THOUGHT, chat_with, on_screen
 from reciter import Reciter
 
-from npqwen.terminal.console import Console
-from npqwen.terminal.control_characters import without_control_characters
-from npqwen.terminal.screen import Terminal
-from npqwen.terminal.thought_view import ROWS, ThoughtView, width
+from npqwen.terminal.reasoning_view import ROWS, ReasoningView, width
+from npqwen.terminal.repl import handle
+from npqwen.terminal.terminal import Terminal, without_control_characters
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 
 
 def test_an_error_is_a_line_and_the_conversation_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    talk = talk_with(Reciter("Yes.", context=64))
-    talk.obey("word " * 100)
+    chat = chat_with(Reciter("Yes.", context=64))
+    handle(chat, "word " * 100)
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.count("\n") == 1
     assert told.err.startswith("error: the last turn alone")
-    talk.obey("q")
+    handle(chat, "q")
     assert capsys.readouterr().out == "Yes."
 
 
 def test_a_thought_is_folded_to_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
-    talk = talk_with(Reciter(THOUGHT.format("\n".join(f"line {n}" for n in range(40)), 42)))
-    talk.obey("q")
+    chat = chat_with(Reciter(THOUGHT.format("\n".join(f"line {n}" for n in range(40)), 42)))
+    handle(chat, "q")
     assert "  line 39." not in screen.rows()
     first, answer, stats = screen.rows()[:3]
     assert re.fullmatch(r"thought for \d+\.\d s, \d+ tokens; /thought shows it", first)
@@ -39,7 +38,7 @@ def test_a_thought_is_folded_to_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tok/s" in stats
     assert "context " in stats
     assert "line 20" in screen.getvalue()
-    talk.obey("/thought")
+    handle(chat, "/thought")
     assert "line 20" in screen.rows()
 
 
@@ -48,14 +47,14 @@ def test_a_thought_that_was_cut_off_does_not_read_as_whole(
     max_tokens: int | None, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = on_screen(monkeypatch)
-    talk_with(Reciter(THOUGHT.format("so " * 20, 42)), max_tokens=max_tokens).obey("q")
+    handle(chat_with(Reciter(THOUGHT.format("so " * 20, 42)), max_tokens=max_tokens), "q")
     assert screen.rows()[0].startswith("thought for ")
-    assert ("not to its end" in screen.rows()[0]) is not whole
+    assert ("incomplete" in screen.rows()[0]) is not whole
 
 
 def test_a_quiet_console_draws_no_thought(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
-    view = ThoughtView(Terminal(Console(quiet=True)), "fold")
+    view = ReasoningView(Terminal(quiet=True), "fold")
     view.add("Hm, so.")
     view.close(3)
     assert screen.getvalue() == ""
@@ -74,7 +73,7 @@ def test_the_size_is_that_of_the_terminal_that_is_drawn_on(monkeypatch: pytest.M
     sizes = {7: os.terminal_size((40, 10))}
     monkeypatch.setattr(screen, "fileno", lambda: 7)
     monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: sizes[descriptor])
-    terminal = Terminal(Console())
+    terminal = Terminal()
     assert (terminal.columns, terminal.rows) == (40, 10)
     sizes[7] = os.terminal_size((0, 0))  # a terminal that nobody told its size
     assert (terminal.columns, terminal.rows) == (80, 24)
@@ -82,8 +81,8 @@ def test_the_size_is_that_of_the_terminal_that_is_drawn_on(monkeypatch: pytest.M
 
 def test_an_error_takes_an_unfinished_bar_away(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
-    terminal = Terminal(Console())
-    terminal.console.reading(300, 600)
+    terminal = Terminal()
+    terminal.prompt_progress(300, 600)
     assert "reading the prompt: " in screen.getvalue()
     terminal.error("no memory")
     assert screen.getvalue().rpartition("\r")[2] == "error: no memory\n"
@@ -91,7 +90,7 @@ def test_an_error_takes_an_unfinished_bar_away(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_thought_never_takes_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
-    view = ThoughtView(Terminal(Console()), "fold")
+    view = ReasoningView(Terminal(), "fold")
     for _ in range(30):
         view.add("some words of a thought 思考\n\n" + "x" * 200)
         assert len(screen.rows()) <= ROWS + 1
@@ -100,10 +99,10 @@ def test_a_thought_never_takes_more_rows_than_it_may(monkeypatch: pytest.MonkeyP
     assert len([row for row in screen.rows() if row]) == 1
 
 
-@pytest.mark.parametrize(("view", "seen"), [("show", True), ("hide", False)])
-def test_thoughts_stay_or_are_hidden(view: str, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "seen"), [("show", True), ("hide", False)])
+def test_thoughts_stay_or_are_hidden(mode: str, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
-    talk_with(Reciter(THOUGHT.format("so", 42)), view).obey("q")
+    handle(chat_with(Reciter(THOUGHT.format("so", 42)), mode), "q")
     assert ("Hm, so." in screen.rows()) is seen
     assert ("\x1b[2mH" in screen.getvalue()) is seen
     assert "It is 42." in screen.rows()
@@ -112,39 +111,45 @@ def test_thoughts_stay_or_are_hidden(view: str, seen: bool, monkeypatch: pytest.
 def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
     evil = "a\x1b]0;title\x07b\x1b[2Jc\x9b31md\re\ttab\nend"
-    terminal = Terminal(Console())
-    terminal.answer(evil)
+    terminal = Terminal()
+    terminal.text(evil)
     terminal.notice(evil)
-    ThoughtView(terminal, "show").add(evil)
+    ReasoningView(terminal, "show").add(evil)
     written = screen.getvalue().replace("\x1b[2m", "").replace("\x1b[22m", "")
     assert not set(written) & {"\x1b", "\x07", "\x9b", "\r"}
     assert written.startswith("a]0;titleb[2Jc31mde\ttab\nend\n")
     assert without_control_characters("é 👩‍👩‍👧 \u0301") == "é 👩‍👩‍👧 \u0301"
 
 
+def test_a_path_is_not_broken_by_wrapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_screen(monkeypatch)
+    Terminal().notice(f"using {'/a-directory' * 10}/model and some words that follow it, on the next line")
+    assert f"{'/a-directory' * 10}/model\n" in screen.getvalue()
+
+
 def test_no_color_means_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
     monkeypatch.setenv("NO_COLOR", "1")
-    talk_with(Reciter(THOUGHT.format("so", 42))).obey("q")
+    handle(chat_with(Reciter(THOUGHT.format("so", 42))), "q")
     assert not re.search(r"\x1b\[\d*m", screen.getvalue())
     monkeypatch.setenv("TERM", "dumb")
     start = len(screen.getvalue())
-    talk_with(Reciter(THOUGHT.format("so", 42))).obey("q")
+    handle(chat_with(Reciter(THOUGHT.format("so", 42))), "q")
     assert "\x1b" not in screen.getvalue()[start:]
 
 
 def test_a_notice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    talk = talk_with(Reciter("a", "b"), temperature=0)
-    talk.obey("q")
-    talk.obey("r")
+    chat = chat_with(Reciter("a", "b"), temperature=0)
+    handle(chat, "q")
+    handle(chat, "r")
     assert capsys.readouterr().err.count("greedy sampling") == 1
 
 
 def test_lines_are_broken_between_words_in_a_narrow_window(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
     monkeypatch.setenv("COLUMNS", "30")
-    talk_with(Reciter()).obey("/help")
-    talk_with(Reciter()).obey("/retyr")
+    handle(chat_with(Reciter()), "/help")
+    handle(chat_with(Reciter()), "/retyr")
     rows = screen.rows(30)
-    assert "error: there is no command" in rows
+    assert "error: unknown command" in rows
     assert "  /undo" in " ".join(rows)

@@ -1,0 +1,35 @@
+"""The command `npqwen convert`."""
+
+from __future__ import annotations
+
+import click
+
+from npqwen.commands.options import Command, check_numba
+from npqwen.terminal.terminal import Terminal
+
+
+@click.command(cls=Command)
+@click.argument("source")
+@click.argument("out", required=False)
+@click.option("--bits", type=int, default=4, show_default=True, metavar="4|8|16", help="Bits per weight.")
+@click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
+@click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
+def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -> None:
+    """Convert SOURCE, a checkpoint directory or Hugging Face id, into the directory OUT.
+
+    Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
+    """
+    from npqwen import hub
+
+    check_numba()
+    with Terminal(quiet=quiet) as terminal:
+        path = hub.convert(
+            source,
+            out,
+            bits,
+            force=force,
+            notice=terminal.notice,
+            progress=terminal.conversion_progress,
+            download_bars=terminal.shows_bars,
+        )
+        terminal.text(f"{path}\n")

@@ -1,0 +1,66 @@
+"""The command `npqwen generate`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npqwen.commands.options import Command, argument_text, generation_options, model_options, open_model, stdin_text
+from npqwen.generation.options import check_options
+from npqwen.terminal.terminal import Terminal
+
+if TYPE_CHECKING:
+    from npqwen.generation.stream import Stream
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.argument("prompt")
+@generation_options()
+@model_options
+def generate(
+    model: str,
+    prompt: str,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Continue PROMPT: the text to stdout, statistics to stderr.
+
+    PROMPT is raw text, without a chat template; - reads it from stdin, without its last line break. By default,
+    sampling is as the model's authors recommend (generation_config.json).
+    """
+    from npqwen.generation.generate import check_prompt, stream
+
+    prompt = check_prompt(stdin_text() if prompt == "-" else argument_text(prompt))
+    check_options(options)
+    with (
+        Terminal(quiet=quiet) as terminal,
+        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+    ):
+        pieces = stream(loaded, prompt, progress=terminal.prompt_progress, **options)
+        for piece in pieces:
+            terminal.text(piece)
+        terminal.end_line()
+        terminal.notice(_statistics(pieces))
+
+
+def _statistics(stream: Stream) -> str:
+    usage = stream.usage
+    if stream.stop_string is not None:
+        end = f"stopped at {stream.stop_string!r}"
+    elif stream.finish_reason == "stop":
+        end = "the text ended"
+    elif stream.finish_reason == "loop":
+        end = "the text repeated itself"
+    else:
+        end = "--max-tokens reached" if stream.max_tokens == usage.generated_tokens else "the context is full"
+    return (
+        f"prompt: {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens, "
+        f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
+    )
