@@ -1,0 +1,112 @@
+"""The documents: links lead somewhere, lines are short, code runs, and the page of options is what the code says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import npqwen
+from npqwen.generation.options import OPTIONS, Option
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "tests").rglob("README.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
+OPTIONS_PAGE = ROOT / "docs" / "options.md"
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def prose(text: str) -> Iterator[str]:
+    """Lines outside code blocks and tables."""
+    inside = False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside and not line.startswith("|"):
+            yield line
+
+
+def anchors(path: Path) -> set[str]:
+    """Names of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            place, _, anchor = target.partition("#")
+            found = (path.parent / place).resolve() if place else path
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), target
+
+
+@each_document
+def test_lines_end_by_column_120(path: Path) -> None:
+    assert [line for line in prose(path.read_text(encoding="utf-8")) if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+def test_python_code_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every block of a page in order, with the small model in place of those on the hub."""
+    monkeypatch.chdir(tmp_path)
+    tiny, load = tmp_path / "examples" / "tiny-qwen3", npqwen.load
+    shutil.copytree(ROOT / "examples" / "tiny-qwen3", tiny)
+    monkeypatch.setattr(npqwen, "load", lambda model, bits=None: load(tiny, bits, threads=1))
+    names: dict[str, object] = {}
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S):
+            exec(compile(block, name, "exec"), names)
+    finally:
+        model = names["model"]
+        assert isinstance(model, npqwen.Model)
+        model.close()
+    assert "17 + 25 = " in capsys.readouterr().out
+
+
+def options_page() -> str:
+    """The page of all generation options."""
+    lines = [
+        "# Options",
+        "",
+        "How a text is generated: the same options in `model.stream`, `generate`, `chat` and `conversation`, as flags",
+        "of `npqwen generate` and `npqwen chat`, and with `/set` in a conversation in the terminal. An option that is",
+        "left out is the checkpoint's own. (`python tests/test_documents.py` makes this page of the definitions.)",
+        "",
+        "| option | values | |",
+        "|---|---|---|",
+        *(f"| `{option.name}` | {values(option)} | {option.help}{places(option)} |" for option in OPTIONS.values()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def values(option: Option) -> str:
+    """A table cell: what an option accepts."""
+    return option.expected if option.kind else option.metavar or "a Python object"
+
+
+def places(option: Option) -> str:
+    """Where an option cannot be set."""
+    if not option.flag:
+        return " Python only."
+    return "" if option.settable else " Not with `/set`."
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    assert OPTIONS_PAGE.read_text(encoding="utf-8") == options_page(), "run python tests/test_documents.py"
+
+
+if __name__ == "__main__":
+    OPTIONS_PAGE.write_text(options_page(), encoding="utf-8")
