@@ -46,6 +46,9 @@ class Report:
 
     model: str
     bits: int
+    """The recipe's nominal bits per weight."""
+    encoding: str
+    """The recipe's name, such as "int4"."""
     weights: int
     """Bytes."""
     threads: int
@@ -71,7 +74,7 @@ class Report:
         if self.huge_pages is not None:
             pages = f"; {min(1.0, self.huge_pages / self.weights):.0%} of the weights are in huge pages"
         lines = [
-            f"{self.model}: int{self.bits}" if self.bits < 16 else f"{self.model}: bf16",
+            f"{self.model}: {self.encoding}",
             f"{self.processor}, {self.threads} threads, {self.kernels} kernels, npqwen {self.version}",
             f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s{pages}",
             "",
@@ -148,6 +151,7 @@ def benchmark(
     return Report(
         model=str(model.path),
         bits=model.bits,
+        encoding=model.weights.quantization.recipe.name,
         weights=model.weight_bytes,
         threads=model.threads,
         kernels=ISA.name,

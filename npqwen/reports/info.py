@@ -12,6 +12,7 @@ from npqwen.engine.engine import chunk_size, context_length
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
+from npqwen.format.encodings import ENCODINGS
 from npqwen.hardware import machine
 from npqwen.simd.isa import ISA, available
 
@@ -33,6 +34,9 @@ class Info:
     path: str
     config: Config
     bits: int
+    """The recipe's nominal bits per weight."""
+    encodings: list[str]
+    """Of the matrices."""
     parameters: int
     bits_per_weight: float
     """Stored bits of the matrices, scales and padding included, per weight of the checkpoint."""
@@ -94,6 +98,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         path=str(directory),
         config=config,
         bits=weights.bits,
+        encodings=[encoding.name for encoding in ENCODINGS if encoding.code in weights.encodings],
         parameters=parameters(config),
         bits_per_weight=8 * matrices / weights_in_matrices(config),
         parts={part: size for part, size in parts.items() if size},
@@ -204,7 +209,7 @@ def describe(info: Info) -> str:
             "positions",
             f"up to {context_length(c, None)}, rope_theta {c.rope_theta:g}{', YaRN' if c.yarn else ''}",
         ),
-        ("encoding", f"{info.bits} bits, {info.bits_per_weight:.2f} bits per weight"),
+        ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),
         *((f"  {part}", size(count)) for part, count in info.parts.items()),
         ("weights", f"{size(info.weights)}, mapped from the files"),
         ("cache", f"{size(info.cache)} at {info.context} tokens of context"),

@@ -94,7 +94,7 @@ def collect(model: Model, speed: bench.Report, root: Path = Path("/")) -> dict[s
         },
         "model": {
             "type": c.model_type,
-            "bits": speed.bits,
+            "encoding": speed.encoding,
             "bytes": speed.weights,
             "bytes_in_huge_pages": speed.huge_pages,
             "parameters": parameters(c),
@@ -156,11 +156,10 @@ def _model(m: dict[str, Any]) -> str:
     if m["experts"]:
         shape += f", {m['experts_per_token']} of {m['experts']} experts"
     heads = f"{m['heads'][0]} and {m['heads'][1]} heads of {m['head_dim']}, vocabulary {m['vocabulary']}"
-    encoding = f"int{m['bits']}" if m["bits"] < 16 else "bf16"
     count = f"{m['parameters'] / 1e9:.2f}B parameters"
     huge = m["bytes_in_huge_pages"]
     pages = "" if huge is None else f" ({size(huge)} in huge pages)"
-    return f"{m['type']}, {count}, {encoding}, {size(m['bytes'])}{pages}: {shape}, {heads}"
+    return f"{m['type']}, {count}, {m['encoding']}, {size(m['bytes'])}{pages}: {shape}, {heads}"
 
 
 def _system(root: Path) -> str:

@@ -4,7 +4,7 @@
     python tests/bench/divergence.py [CHECKPOINT] [TEXT] [--bits 8,4]
 
 The text goes in pieces of 256 tokens, each from an empty context; a piece's first token and the ragged last
-piece do not count.  The base is the checkpoint in bf16.  Divergences are in nats: KL(base || quantized), mean
+piece do not count. The base is the checkpoint in bf16. Divergences are in nats: KL(base || quantized), mean
 with its standard error, and the 99th percentile; top-1 is how often both find the same token likeliest.
 """
 

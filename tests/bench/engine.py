@@ -5,9 +5,9 @@
     engine.py first {npqwen,llama} MODEL --threads N --prompt TEXT
 
 `serve` reads one JSON request a line and answers each with one JSON line; between requests it sleeps on its
-pipe, so that another engine has the machine.  `first` generates one token from the prompt and prints it.
+pipe, so that another engine has the machine. `first` generates one token from the prompt and prints it.
 
-Both engines see the same token ids: a fixed random stream, of which a depth of d means the first d.  A cache
+Both engines see the same token ids: a fixed random stream, of which a depth of d means the first d. A cache
 is cut back rather than refilled where it already holds enough.
 """
 

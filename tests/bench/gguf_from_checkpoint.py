@@ -5,7 +5,7 @@
 
 bf16 and f16 are written by the `gguf` package, tensor by tensor; q4_0 and q8_0 are then made by llama.cpp's
 own quantizer, by its default recipe (a tied embedding becomes Q6_K beside Q4_0) or with every matrix in the
-one format (--pure).  Dense and MoE models; Qwen3's rotary embedding needs no reordering of q and k.
+one format (--pure). Dense and MoE models; Qwen3's rotary embedding needs no reordering of q and k.
 Needs `pip install npqwen[bench]`.
 """
 
@@ -173,7 +173,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, A
 
 
 def write_float(checkpoint: Path, out: Path, kind: str = "bf16") -> None:
-    """Write `out`, matrices in `kind` ("bf16" or "f16"), vectors in f32.  Takes the memory of one tensor."""
+    """Write `out`, matrices in `kind` ("bf16" or "f16"), vectors in f32. Takes the memory of one tensor."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     moe = config["model_type"] == "qwen3_moe"
     plan = list(tensors(sources(checkpoint), config["num_hidden_layers"], moe))
@@ -201,7 +201,7 @@ def write_float(checkpoint: Path, out: Path, kind: str = "bf16") -> None:
 
 
 def quantize(source: Path, out: Path, kind: str, *, pure: bool = False, threads: int = 0) -> float:
-    """Quantize a float GGUF with llama.cpp; returns the seconds it took.  `threads` 0 means all."""
+    """Quantize a float GGUF with llama.cpp; returns the seconds it took. `threads` 0 means all."""
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = FILE_TYPES[kind]
     options.nthread = threads

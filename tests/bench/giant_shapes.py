@@ -4,14 +4,14 @@
     python tests/bench/giant_shapes.py build/giant --sizes 235B-A22B,Coder-480B-A35B --layers 2 --bits 4,8
 
 For sizes that no test can afford: matrices past 4 GiB in one tensor, source files past 2**32 bytes, 160 experts, 96
-heads.  The checkpoint is one sparse file: `--live` experts of each layer, the first and the last among them, are
+heads. The checkpoint is one sparse file: `--live` experts of each layer, the first and the last among them, are
 random, and so are the first and last rows of the embedding and of the output matrix; all else is a hole that reads as
-zeros.  Each token of those rows chooses experts of its own, live ones, by a wide margin.
+zeros. Each token of those rows chooses experts of its own, live ones, by a wide margin.
 
 For each size and each number of bits this converts in a process of its own and tells its peak memory; runs a
 prompt in one pass and token by token; and compares the logits of the live rows with tests/reference.py, which
-reads the checkpoint, and for scale with what it says if each expert is taken for the next live one.  It ends with
-status 1 if anything is off.  A layer of Coder-480B takes 8 GB of disk at 8 bits, 4.3 GB at 4; everything is
+reads the checkpoint, and for scale with what it says if each expert is taken for the next live one. It ends with
+status 1 if anything is off. A layer of Coder-480B takes 8 GB of disk at 8 bits, 4.3 GB at 4; everything is
 removed in the end.
 """
 
@@ -154,7 +154,7 @@ class Mapped(Mapping[str, npt.NDArray[np.float32]]):
 
 
 class Reference(ReferenceModel):
-    """The reference, reading each chosen expert once.  taken: which expert to take for one chosen, if another."""
+    """The reference, reading each chosen expert once. taken: which expert to take for one chosen, if another."""
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]], taken: dict[int, int]) -> None:
         super().__init__(config, weights)

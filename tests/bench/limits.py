@@ -3,7 +3,7 @@
 
     python tests/bench/limits.py MODEL
 
-MODEL is a converted directory, int4 or int8.  Prints a Markdown table of
+MODEL is a converted directory, int4 or int8. Prints a Markdown table of
 
 * the matrix kernel on one thread, in multiply-adds a second, beside the most that its dot products alone can do with
   all operands in registers: no loads of weights, no unpacking, no scales; with AMX, beside its products of matrices
@@ -12,7 +12,7 @@ MODEL is a converted directory, int4 or int8.  Prints a Markdown table of
   thread, logits, sampling, text;
 * the seconds until a model is loaded when every kernel has to be compiled, and when they all are.
 
-What is compared runs in turns; medians.  Decoding's share of the read bandwidth is `npqwen bench`'s.
+What is compared runs in turns; medians. Decoding's share of the read bandwidth is `npqwen bench`'s.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 
 @intrinsic(prefer_literal=True)
 def dots(_: Any, sums: Any, encoding: Any, w: Any, x: Any, at: Any) -> Any:
-    """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums.  encoding: a code."""
+    """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums. encoding: a code."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         sums, _, w, x, at = args

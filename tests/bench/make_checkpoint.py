@@ -4,13 +4,13 @@
     python tests/bench/make_checkpoint.py 0.6B OUT [--layers N] [--shard-mb 2000] [--seed 0]
 
 The directory has what a download of the real model has: config.json, generation_config.json, tokenizer
-files, and bf16 safetensors, in shards with an index where they are large.  Speed and memory do not depend on
-the values of the weights, so this stands in for the real files in benchmarks; text from it is noise.  In a
+files, and bf16 safetensors, in shards with an index where they are large. Speed and memory do not depend on
+the values of the weights, so this stands in for the real files in benchmarks; text from it is noise. In a
 mixture of experts they do: a mixture's embedding is large enough that every token goes its own way through the
-layers, to experts that are all about equally likely.  Real routers have favourites.
+layers, to experts that are all about equally likely. Real routers have favourites.
 
 The tokenizer is copied from --tokenizer (by default the small one in examples/): its vocabulary is smaller
-than the embedding, as the real ones' is.  Memory stays at a few tensors; 0.6B takes 1.2 GB of disk,
+than the embedding, as the real ones' is. Memory stays at a few tensors; 0.6B takes 1.2 GB of disk,
 30B-A3B 61 GB (give --layers for a shallower one).
 """
 

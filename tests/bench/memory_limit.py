@@ -7,8 +7,8 @@
 
 Every model is loaded, a prompt is read and tokens are decoded by a process of its own, in a memory control group
 (version 1 or 2) below this process's, which counts the mapped weights too; where none can be made, under a limit of
-addresses (RLIMIT_AS), which is stricter.  The model's files are dropped from the page cache first, so that
-the group pays for them; kernels are compiled anew, unless --cache names a directory.  Prints a Markdown table.
+addresses (RLIMIT_AS), which is stricter. The model's files are dropped from the page cache first, so that
+the group pays for them; kernels are compiled anew, unless --cache names a directory. Prints a Markdown table.
 Linux only.
 """
 

@@ -5,14 +5,14 @@
 
 For each share both engines run in processes of their own, each in a memory control group whose page cache can
 hold that share of the experts' bytes (everything else that is mapped has to fit in there too), and what
-the process itself writes besides, measured in a first run without a limit.  The files are dropped from the page cache
+the process itself writes besides, measured in a first run without a limit. The files are dropped from the page cache
 first, then `--warm` tokens are decoded one by one, then the engines take turns at `--tokens` tokens each.
 Prints a Markdown table: medians (and ranges) in tokens a second, and what was read from the disk for a token.
 
 Weights of `make_checkpoint.py` are random, so every expert is as likely as any other: the worst case for a
-cache.  Real routers have favourites.
+cache. Real routers have favourites.
 
-Needs Linux, the right to make control groups (root), and `pip install npqwen[bench]`.  llama.cpp runs without
+Needs Linux, the right to make control groups (root), and `pip install npqwen[bench]`. llama.cpp runs without
 its repacked copies of the weights, which would not fit.
 """
 

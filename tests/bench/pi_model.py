@@ -4,8 +4,8 @@
     python tests/bench/pi_model.py [--prefill 512] [--depth 512] [--busy 0.8] [--bandwidth 11.4] [--loops]
 
 The inner loops are compiled for the Cortex-A76 (tests/assembly.py) and their instructions counted by the pipes they
-need; shapes of the models give how often they run and how many bytes a token reads.  A token takes the longer of the
-two times, memory's and the pipes'.  Prints Markdown tables: docs/raspberry-pi.md has them, with what they assume.
+need; shapes of the models give how often they run and how many bytes a token reads. A token takes the longer of the
+two times, memory's and the pipes'. Prints Markdown tables: docs/raspberry-pi.md has them, with what they assume.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@
 
 Both sides convert the checkpoint where the work directory does not hold it already, and read their files from
 the disk first, as after a restart of the machine: what a conversion left in memory may lie in small pages, which
-some machines read more slowly.  Where in a virtual machine's memory they lie may matter, too: with --restarts
+some machines read more slowly. Where in a virtual machine's memory they lie may matter, too: with --restarts
 they are read, and the engines started, several times, each time with more of the memory taken.
 
 Each engine is loaded in a process of its own; they take turns at every measurement, one asleep while another
-works, so that a machine whose speed drifts slows all alike.  llama.cpp runs with its flash attention on and off,
-and the faster of the two is its result.  Prints a Markdown table of medians (and ranges) in tokens a second.
+works, so that a machine whose speed drifts slows all alike. llama.cpp runs with its flash attention on and off,
+and the faster of the two is its result. Prints a Markdown table of medians (and ranges) in tokens a second.
 
-Needs `pip install npqwen[bench]`.  llama-cpp-python is compiled by that for this machine; the system line
+Needs `pip install npqwen[bench]`. llama-cpp-python is compiled by that for this machine; the system line
 in the report says which instructions it uses.
 """
 

@@ -91,7 +91,7 @@ def test_weights_larger_than_memory_are_told(
 def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is computed or compiled first.  Without a context that was asked for, only what is used counts."""
+    """Nothing is computed or compiled first. Without a context that was asked for, only what is used counts."""
     with load(tiny(4)) as model:
         page, working = model.new_cache().page_bytes, model._buffers.nbytes
     monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: working + 3 * page + RESERVED)

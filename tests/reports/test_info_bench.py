@@ -64,6 +64,7 @@ def test_parts_of_a_model_counted_by_hand(tmp_path: Path) -> None:
         "output": vocabulary * 2048,
     }
     assert info.weights == sum(info.parts.values()) == data_bytes(path)
+    assert info.encodings == ["int4", "int8", "bf16"]
     weights = 2 * 203 * 72 + 2 * (72 * 32 * (4 + 2 + 2) + 4 * 32 * 72 + 3 * 72 * 100)
     assert info.parameters == weights + 72 + 2 * (72 + 72 + 32 + 32)
     assert info.bits_per_weight == pytest.approx(8 * (info.weights - info.parts["norms"]) / weights)
@@ -113,7 +114,7 @@ def test_info_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
         ["type", "qwen3, 5.0M parameters"],
         ["layers", "4 of width 256, feed-forward 768"],
         ["attention", "4 query and 2 key/value heads of 128"],
-        ["encoding", "8 bits, 8.50 bits per weight"],
+        ["encoding", "int8; 8.50 bits per weight"],
         ["embedding", "1.1 MB"],
         ["weights", "5.3 MB, mapped from the files"],
         ["cache", "8.4 MB at 2048 tokens of context"],
@@ -158,7 +159,7 @@ def test_bench_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
     assert err == ""
     report = json.loads(out)
     assert report["model"] == str(tiny(4))
-    assert (report["bits"], report["threads"], report["kernels"]) == (4, 2, ISA.name)
+    assert (report["bits"], report["encoding"], report["threads"], report["kernels"]) == (4, "int4", 2, ISA.name)
     assert report["weights"] == data_bytes(tiny(4))
     assert 1e8 < report["read_bandwidth"] < 1e13
     tests = [(m["test"], m["tokens"], m["depth"]) for m in report["measures"]]

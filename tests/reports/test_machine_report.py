@@ -39,7 +39,7 @@ def test_the_command_writes_a_report_with_nothing_private(
     assert stopped.value.code == 0
     assert "| prefill 4 | 0 |" in out
     place = tmp_path / (name or "npqwen-bench.md")
-    assert err == f"the report is in {place.name}\n"
+    assert err == f"report written to {place.name}\n"
     text = place.read_text(encoding="utf-8")
     if name == "result.json":
         assert json.loads(text)["measures"][1]["tokens"] == 2
