@@ -3,9 +3,9 @@
 
     python tests/bench/divergence.py [CHECKPOINT] [TEXT] [--bits 8,4]
 
-The text goes in pieces of 256 tokens, each from an empty context; a piece's first token and the ragged last
-piece do not count. The base is the checkpoint in bf16. Divergences are in nats: KL(base || quantized), mean
-with its standard error, and the 99th percentile; top-1 is how often both find the same token likeliest.
+The text is divided into pieces of 256 tokens, each run from an empty context; the first token of a piece and an
+incomplete last piece do not count. The base is the checkpoint in bf16. Divergences are KL(base || quantized) in nats:
+the mean with its standard error, and the 99th percentile. top-1 is how often both have the same likeliest token.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass
 class Divergence:
-    """A model against the base, a number for each token predicted."""
+    """A model compared with the base: one number for each predicted token."""
 
     nll: Floats
-    """-log p of the text's own token."""
+    """-log p of the token that follows in the text."""
     kl: Floats
     same_top: npt.NDArray[np.bool_]
 
@@ -46,14 +46,14 @@ class Divergence:
 
 
 def pieces(ids: Sequence[int]) -> list[npt.NDArray[np.int64]]:
-    """The whole pieces of a text."""
+    """A text's pieces of 256 tokens."""
     return [np.array(ids[at : at + PIECE]) for at in range(0, len(ids) - PIECE + 1, PIECE)]
 
 
 def divergence(
     base: Model, models: Mapping[int, Model], text: Sequence[npt.NDArray[np.int64]]
 ) -> dict[int, Divergence]:
-    """Every model against the base (and the base itself, under its bits, against itself)."""
+    """Compare every model, and the base itself, with the base. Keys are bits."""
     found: dict[int, list[tuple[Floats, ...]]] = {base.bits: [], **{bits: [] for bits in models}}
     for ids in text:
         p = log_softmax(base.logits(ids)[:-1])
@@ -72,7 +72,7 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def table(directories: Mapping[int, Path], found: Mapping[int, Divergence]) -> Iterator[str]:
-    """Lines of Markdown."""
+    """Lines of a Markdown table."""
     yield "| bits | bits per weight | embedding, % of bytes | perplexity | KL mean | 99 % | top-1, % |"
     yield "|---:|---:|---:|---:|---:|---:|---:|"
     for bits, d in found.items():

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""One engine in a process of its own, measured on request: the child of versus_llama.py.
+"""One engine in its own process, measured on request: the child process of interleave.py.
 
     engine.py serve {npqwen,llama} MODEL --threads N --context TOKENS
     engine.py first {npqwen,llama} MODEL --threads N --prompt TEXT
 
-`serve` reads one JSON request a line and answers each with one JSON line; between requests it sleeps on its
-pipe, so that another engine has the machine. `first` generates one token from the prompt and prints it.
+`serve` reads JSON requests, one per line, and answers each with a JSON line; between requests it sleeps on its pipe, so
+that another engine has the machine. `first` generates one token from the prompt and prints it.
 
-Both engines see the same token ids: a fixed random stream, of which a depth of d means the first d. A cache
-is cut back rather than refilled where it already holds enough.
+Both engines run the same token ids, a fixed random sequence; depth d means its first d tokens. A cache that holds more
+than that is truncated rather than refilled.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Seconds = tuple[float, float]
 
 
 class Engine(Protocol):
-    """What a measurement needs of an engine."""
+    """The interface that measurements use."""
 
     def about(self) -> dict[str, str]:
-        """Versions and settings, for the record."""
+        """Versions and settings, for the report."""
 
     def vocabulary(self) -> int:
         """Number of token ids."""
@@ -42,14 +42,14 @@ class Engine(Protocol):
         """Tokens in the cache."""
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Keep only the first `length` tokens."""
 
     def run(self, ids: Ids, *, every: bool) -> None:
-        """Forward pass after the cached tokens, up to the logits: every token's, or the last one's."""
+        """Run tokens after the cached ones. every: compute the logits of every token, not only of the last."""
 
 
 class Llama:
-    """llama.cpp by its C interface, with or without its flash attention."""
+    """llama.cpp through its C interface, with or without flash attention."""
 
     def __init__(self, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
         import llama_cpp
@@ -94,7 +94,7 @@ class Llama:
     def truncate(self, length: int) -> None:
         memory = self._c.llama_get_memory(self._context)
         if not self._c.llama_memory_seq_rm(memory, 0, length, -1):
-            raise SystemExit(f"llama.cpp cannot cut its cache back to {length} tokens")
+            raise SystemExit(f"llama.cpp cannot truncate its cache to {length} tokens")
         self._length = length
 
     def run(self, ids: Ids, *, every: bool) -> None:
@@ -118,7 +118,7 @@ class Llama:
 
 
 class Npqwen:
-    """This package, by the steps that its own generation takes."""
+    """npqwen, called as its own generation calls the model."""
 
     def __init__(self, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
         from npqwen.model import load
@@ -156,12 +156,12 @@ class Npqwen:
 
 
 def stream(vocabulary: int, count: int) -> Ids:
-    """The `count` token ids that every engine is fed."""
+    """The `count` token ids that every engine runs."""
     return np.random.default_rng(0).integers(0, vocabulary, count, dtype=np.int32)
 
 
 def seek(engine: Engine, ids: Ids, depth: int) -> None:
-    """Make the cache hold exactly the stream's first `depth` tokens."""
+    """Make the cache hold exactly the first `depth` tokens."""
     if engine.length() > depth:
         engine.truncate(depth)
     if engine.length() < depth:
@@ -169,10 +169,10 @@ def seek(engine: Engine, ids: Ids, depth: int) -> None:
 
 
 class Stopwatch:
-    """Wall-clock and CPU seconds (of all this process's threads) since it was made.
+    """Wall-clock and CPU seconds (of all threads of this process) since it was created.
 
-    An engine that computes all the time has CPU seconds of about wall times threads; where it got
-    fewer, others had the machine.
+    An engine that always computes has CPU seconds of about wall-clock seconds times threads. Fewer mean that other
+    programs were running.
     """
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class Stopwatch:
 
 
 def prefill(engine: Engine, ids: Ids, tokens: int) -> Seconds:
-    """What it takes to read `tokens` tokens into an empty cache, up to the last one's logits."""
+    """Time of a prompt of `tokens` tokens in an empty cache, with the logits of its last token."""
     seek(engine, ids, 0)
     watch = Stopwatch()
     engine.run(ids[:tokens], every=False)
@@ -192,7 +192,7 @@ def prefill(engine: Engine, ids: Ids, tokens: int) -> Seconds:
 
 
 def decode(engine: Engine, ids: Ids, tokens: int, depth: int) -> Seconds:
-    """What `tokens` tokens take one by one, the first at position `depth`."""
+    """Time of decoding `tokens` tokens one by one, the first at position `depth`."""
     seek(engine, ids, depth)
     watch = Stopwatch()
     for position in range(depth, depth + tokens):
@@ -201,7 +201,7 @@ def decode(engine: Engine, ids: Ids, tokens: int, depth: int) -> Seconds:
 
 
 def batch(engine: Engine, ids: Ids, tokens: int, depth: int, passes: int) -> Seconds:
-    """The mean of passes over `tokens` tokens with every one's logits, as a draft's check makes them."""
+    """Mean time of single passes over `tokens` tokens with all their logits, as in verifying a draft."""
     wall = cpu = 0.0
     for _ in range(passes):
         seek(engine, ids, depth)
@@ -213,7 +213,7 @@ def batch(engine: Engine, ids: Ids, tokens: int, depth: int, passes: int) -> Sec
 
 
 def peak_memory() -> int | None:
-    """Most memory that this process has had resident, in bytes; None where the platform does not tell."""
+    """Peak resident memory of this process in bytes; None if the platform does not say."""
     try:
         import resource
     except ImportError:
@@ -227,7 +227,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {"npqwen": Npqwen, "llama": Llama}
 
 
 def serve(kind: str, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
-    """Answer requests until the input ends: {"measure": name, ...its arguments} with what it took."""
+    """Answer requests {"measure": name, ...its arguments} with their seconds until the input ends."""
     start = time.perf_counter()
     engine = ENGINES[kind](path, threads, context, flash, mapped)
     ids = stream(engine.vocabulary(), context)
@@ -247,7 +247,7 @@ def serve(kind: str, path: Path, threads: int, context: int, flash: str, mapped:
 
 
 def first(kind: str, path: Path, threads: int, prompt: str) -> None:
-    """Load a model and print one greedy token after the prompt, as an application of either library would."""
+    """Load a model as an application would and print one greedy token after the prompt."""
     if kind == "npqwen":
         import npqwen
 
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--flash", choices=("on", "off"), default="on", help="llama.cpp's flash attention")
-    parser.add_argument("--mapped", action="store_true", help="no repacked copies of the weights in memory")
+    parser.add_argument("--mapped", action="store_true", help="let llama.cpp map its weights instead of repacking them")
     parser.add_argument("--prompt", default="Once upon a time")
     options = parser.parse_args(arguments)
     if options.action == "serve":

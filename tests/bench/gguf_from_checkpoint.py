@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Write llama.cpp's GGUF files of a Hugging Face Qwen3 checkpoint, to run both engines on the same weights.
+"""Convert a Hugging Face Qwen3 checkpoint to GGUF, so that llama.cpp and npqwen can run the same weights.
 
     python tests/bench/gguf_from_checkpoint.py CHECKPOINT OUT.gguf --type q4_0 [--pure]
 
-bf16 and f16 are written by the `gguf` package, tensor by tensor; q4_0 and q8_0 are then made by llama.cpp's
-own quantizer, by its default recipe (a tied embedding becomes Q6_K beside Q4_0) or with every matrix in the
-one format (--pure). Dense and MoE models; Qwen3's rotary embedding needs no reordering of q and k.
-Needs `pip install npqwen[bench]`.
+The `gguf` package writes bf16 and f16, tensor by tensor; llama.cpp's own quantizer makes q4_0 and q8_0 from them, by
+its default recipe (with Q4_0, a tied embedding becomes Q6_K) or with every matrix in one format (--pure). Dense and
+MoE models; Qwen3's rotary embedding needs no reordering of q and k. Needs `pip install npqwen[bench]`.
 """
 
 from __future__ import annotations
@@ -64,13 +63,13 @@ class Source:
     shape: tuple[int, ...]
 
     def read(self) -> npt.NDArray[Any]:
-        """The stored values, mapped; bf16 as its 16 bits."""
+        """The stored values, memory-mapped; bf16 as uint16."""
         dtype = SOURCE_DTYPES[self.dtype]
         return np.memmap(self.path, dtype, "r", self.offset, self.shape)
 
 
 def sources(checkpoint: Path) -> dict[str, Source]:
-    """Every tensor of a checkpoint's safetensors files, by its name."""
+    """Every tensor of a checkpoint's safetensors files, by name."""
     found = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -104,7 +103,7 @@ def encode(values: npt.NDArray[Any], dtype: str, kind: str) -> npt.NDArray[Any]:
 
 
 def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[str, list[Source]]]:
-    """GGUF name of every tensor, and what it is made of: one source, or an expert matrix's per expert."""
+    """GGUF name of every tensor and its sources: one, or one per expert for the experts' matrices."""
     arch = gguf.MODEL_ARCH.QWEN3MOE if moe else gguf.MODEL_ARCH.QWEN3
     names = gguf.get_tensor_name_map(arch, layers)
     stacks: dict[str, dict[int, Source]] = {}
@@ -115,7 +114,7 @@ def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[
     for name, stack in stacks.items():
         target = names.get_name(name, try_suffixes=(".weight",))
         if target is None:
-            raise SystemExit(f"{name}: no tensor of a Qwen3 model; is this another architecture's checkpoint?")
+            raise SystemExit(f"{name} is not a tensor of a Qwen3 model; is this a checkpoint of another architecture?")
         yield target, [stack[index] for index in range(len(stack))]
 
 
@@ -224,8 +223,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", choices=FILE_TYPES, default="bf16")
-    parser.add_argument("--pure", action="store_true", help="every matrix in the one format")
-    parser.add_argument("--threads", type=int, default=0, help="of the quantizer; all by default")
+    parser.add_argument("--pure", action="store_true", help="every matrix in one format")
+    parser.add_argument("--threads", type=int, default=0, help="threads of the quantizer (all)")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

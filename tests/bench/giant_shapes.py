@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""Convert and run the largest mixtures' shapes, a few layers deep, and compare with plain NumPy.
+"""Convert and run the shapes of the largest mixtures of experts, a few layers deep, and compare with NumPy.
 
     python tests/bench/giant_shapes.py build/giant --sizes 235B-A22B,Coder-480B-A35B --layers 2 --bits 4,8
 
-For sizes that no test can afford: matrices past 4 GiB in one tensor, source files past 2**32 bytes, 160 experts, 96
-heads. The checkpoint is one sparse file: `--live` experts of each layer, the first and the last among them, are
-random, and so are the first and last rows of the embedding and of the output matrix; all else is a hole that reads as
-zeros. Each token of those rows chooses experts of its own, live ones, by a wide margin.
+For sizes that no test can afford: tensors past 4 GiB, source files past 2**32 bytes, 160 experts, 96 heads. The
+checkpoint is one sparse file: `--live` experts of each layer, the first and the last among them, are random, and so
+are the first and last rows of the embedding and of the output matrix; the rest is a hole that reads as zeros. Each
+token of those rows chooses its own live experts by a wide margin.
 
-For each size and each number of bits this converts in a process of its own and tells its peak memory; runs a
-prompt in one pass and token by token; and compares the logits of the live rows with tests/reference.py, which
-reads the checkpoint, and for scale with what it says if each expert is taken for the next live one. It ends with
-status 1 if anything is off. A layer of Coder-480B takes 8 GB of disk at 8 bits, 4.3 GB at 4; everything is
-removed in the end.
+For each size and number of bits this converts in a separate process and prints its peak memory; runs a prompt in one
+pass and token by token; and compares the logits of the live rows with tests/reference.py on the checkpoint and, for
+scale, with the reference when every expert is replaced by the next live one. It exits with status 1 if anything is
+wrong. A layer of Coder-480B takes 8 GB of disk at 8 bits, 4.3 GB at 4; everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -43,17 +42,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference import ReferenceModel, qwen3_in_numpy
 
 ROWS = 48
-"""Live rows at each end of the vocabulary."""
+"""Nonzero rows at each end of the vocabulary."""
 PROMPT = 24
-# Largest relative difference of a token's logits, against weights that were never quantized; normal random ones are
-# hard to quantize.
+# Largest relative difference of a token's logits from those of unquantized weights; normal random weights are hard to
+# quantize.
 TOLERANCE = {4: 0.5, 8: 0.05, 16: 0.001}
-# Conversion's bound, in bytes: what a dense model's takes too.
+# Bound on the peak memory of conversion in bytes, as for a dense model.
 PEAK = 400 << 20
 
 
 def live_experts(config: Mapping[str, Any], count: int) -> npt.NDArray[np.int64]:
-    """Numbers of the experts that are not holes, spread from the first to the last."""
+    """Indices of the experts that are not holes, spread from the first to the last."""
     return np.linspace(0, config["num_experts"] - 1, count).astype(np.int64)
 
 
@@ -63,7 +62,7 @@ def live_ids(config: Mapping[str, Any]) -> npt.NDArray[np.int64]:
 
 
 def write_checkpoint(config: dict[str, Any], out: Path, live: int, seed: int = 0) -> None:
-    """One sparse safetensors file, and the small files beside it."""
+    """Write one sparse safetensors file and the small files of a checkpoint."""
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(GENERATION), encoding="utf-8")
@@ -96,7 +95,7 @@ def _live_rows(
     experts: npt.NDArray[np.int64],
     rng: np.random.Generator,
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """What of a tensor is not zero: the first row and the rows, float32."""
+    """The nonzero parts of a tensor: (index of the first row, rows in float32)."""
     if len(shape) == 1:
         yield 0, 1 + 0.1 * rng.standard_normal(shape, dtype=np.float32)
         return
@@ -104,7 +103,7 @@ def _live_rows(
     if "experts" in parts and int(parts[parts.index("experts") + 1]) not in experts:
         return
     if name.endswith("mlp.gate.weight"):
-        # Column j speaks for one live expert, another one in each layer.
+        # Column j selects one live expert, a different one in each layer.
         layer = int(parts[2])
         for j in range(len(experts)):
             row = np.zeros((1, shape[1]), np.float32)
@@ -122,7 +121,7 @@ def _live_rows(
                 np.put_along_axis(rows, chosen, 7 + 2 * rng.random(chosen.shape, dtype=np.float32), axis=1)
             yield first, rows
     else:
-        # The experts have to weigh against the embedding's large columns.
+        # Experts must be large enough to count beside the embedding's large columns.
         deviation = (5 if "experts" in parts and "down_proj" in parts else 0.7) / np.sqrt(shape[1])
         step = max(1, (1 << 24) // shape[1])
         for first in range(0, shape[0], step):
@@ -131,7 +130,7 @@ def _live_rows(
 
 
 class Mapped(Mapping[str, npt.NDArray[np.float32]]):
-    """A checkpoint's tensors as float32, made when they are asked for."""
+    """A checkpoint's tensors as float32, converted at every access."""
 
     def __init__(self, path: Path) -> None:
         self._tensors = read_header(path)
@@ -154,7 +153,7 @@ class Mapped(Mapping[str, npt.NDArray[np.float32]]):
 
 
 class Reference(ReferenceModel):
-    """The reference, reading each chosen expert once. taken: which expert to take for one chosen, if another."""
+    """The reference, reading each chosen expert once. taken: replacements of chosen experts by others."""
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]], taken: dict[int, int]) -> None:
         super().__init__(config, weights)
@@ -186,7 +185,7 @@ class Reference(ReferenceModel):
 
 
 def converted(source: Path, out: Path, bits: int) -> tuple[int, float]:
-    """Convert in a process of its own: its peak memory in bytes, and seconds."""
+    """Convert in a separate process. Returns its peak memory in bytes and its seconds."""
     start = time.perf_counter()
     command = [sys.executable, __file__, "convert", str(source), str(out), str(bits)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -194,15 +193,15 @@ def converted(source: Path, out: Path, bits: int) -> tuple[int, float]:
 
 
 def peak_memory() -> int:
-    """Most memory this process has had, in bytes."""
+    """Peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux's getrusage counts the process that started this one too.
+    if status.exists():  # Linux' getrusage includes the parent process.
         return int(next(line.split()[1] for line in status.open() if line.startswith("VmHWM"))) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def difference(found: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Of each token's logits, relative to their size."""
+    """Relative difference of each token's logits."""
     return np.asarray(np.linalg.norm(found - want, axis=1) / np.linalg.norm(want, axis=1))
 
 
@@ -214,7 +213,7 @@ def compare(
     want: npt.NDArray[np.float32],
     wrong: npt.NDArray[np.float32],
 ) -> list[str]:
-    """What is wrong with a converted model; prints what was found."""
+    """Compare a converted model with the reference and print the result. Returns problems."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     live = live_ids(config)
     dead = np.setdiff1d(np.arange(0, config["vocab_size"], 997), live)
@@ -249,7 +248,7 @@ def compare(
 
 
 def check(size: str, options: argparse.Namespace) -> list[str]:
-    """Make, convert, run and remove one size; what was wrong."""
+    """Create, convert, run and remove one size. Returns problems."""
     config = dict(SIZES[size]) | {"num_hidden_layers": options.layers, "max_window_layers": options.layers}
     source = options.work / size
     problems = []
@@ -303,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=["235B-A22B", "Coder-480B-A35B"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 8])
-    parser.add_argument("--live", type=int, default=16, help="experts a layer that are not zero")
+    parser.add_argument("--live", type=int, default=16, help="experts per layer that are not zero")
     options = parser.parse_args(arguments)
     problems = [problem for size in options.sizes for problem in check(size, options)]
     for problem in problems:

@@ -3,16 +3,16 @@
 
     python tests/bench/limits.py MODEL
 
-MODEL is a converted directory, int4 or int8. Prints a Markdown table of
+MODEL is a converted directory, int4 or int8. Prints a Markdown table with
 
-* the matrix kernel on one thread, in multiply-adds a second, beside the most that its dot products alone can do with
-  all operands in registers: no loads of weights, no unpacking, no scales; with AMX, beside its products of matrices
-  alone, and beside those with the scaling of their sums, which takes one of two ports that arithmetic has else;
-* the part of a decoding step on one thread that is spent outside the compiled forward pass: arguments, waking the
-  thread, logits, sampling, text;
-* the seconds until a model is loaded when every kernel has to be compiled, and when they all are.
+* the matrix kernel's multiply-adds per second on one thread, beside those of its dot products alone with all operands
+  in registers (no loads of weights, no unpacking, no scales); with AMX, beside its matrix products alone, and beside
+  these with the scaling of their sums, for which AMX leaves only one of two vector ports;
+* the share of a decoding step on one thread outside the compiled forward pass: arguments, waking the thread, logits,
+  sampling, text;
+* the seconds to load a model when every kernel must be compiled, and when all are in the cache.
 
-What is compared runs in turns; medians. Decoding's share of the read bandwidth is `npqwen bench`'s.
+Medians; what is compared takes turns. `npqwen bench` has decoding's share of the read bandwidth.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 
 @intrinsic(prefer_literal=True)
 def dots(_: Any, sums: Any, encoding: Any, w: Any, x: Any, at: Any) -> Any:
-    """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums. encoding: a code."""
+    """sums (a tuple of vectors) + the block at w @ the activations at x[at:], for each sum. encoding: a code."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         sums, _, w, x, at = args
@@ -77,7 +77,7 @@ def dots(_: Any, sums: Any, encoding: Any, w: Any, x: Any, at: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def no_sums(_: Any, count: Any) -> Any:
-    """A tuple of so many (a constant) vectors of zeros."""
+    """A tuple of `count` (a constant) vectors of zeros."""
     kind = types.UniTuple(f32s, count.literal_value)
     zero = ir.Constant(FLOATS, None)
     return kind(count), lambda context, b, sig, args: cgutils.pack_array(b, [zero] * sig.return_type.count)
@@ -85,7 +85,7 @@ def no_sums(_: Any, count: Any) -> Any:
 
 @intrinsic
 def kept(_: Any, sums: Any) -> Any:
-    """Something that depends on all sums, so that none is left out."""
+    """A number that depends on all sums, so that the compiler keeps them."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         total = ir.Constant(ir.FloatType(), 0.0)
@@ -97,7 +97,7 @@ def kept(_: Any, sums: Any) -> Any:
 
 
 def registers_only(encoding: Encoding) -> Callable[[Any, Any, int], float]:
-    """A loop of nothing but a block's dot products with as many sums as a kernel has."""
+    """A loop of only the dot products of a block, with as many sums as a kernel has."""
     count, code = min(8, WIDEST), encoding.code
 
     @njit
@@ -111,7 +111,7 @@ def registers_only(encoding: Encoding) -> Callable[[Any, Any, int], float]:
 
 
 def matrices_only(scaled: bool) -> Callable[[Any, Any, int], float]:
-    """A loop of nothing but products of matrices, all from the nearest cache, with or without the scaling of sums."""
+    """A loop of only matrix products (AMX) on data in the first-level cache, with or without scaling the sums."""
 
     @njit
     def loop(w: Any, x: Any, turns: int) -> float:
@@ -139,7 +139,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, dict[str, float]]:
-    """(multiply-adds a second of the matrix kernel, of loops of its products), on this thread."""
+    """Multiply-adds per second on this thread: the matrix kernel's, and by name those of its limits."""
     rng = np.random.default_rng(0)
     units = rng.integers(0, 255, (rows // 16, cols // 64, encoding.unit_bytes), np.uint8)
     units[:, :, :64].view(np.uint16)[:] = np.float16(0.01).view(np.uint16)
@@ -173,7 +173,7 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
 
 
 def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
-    """(seconds a token of a stream, of that in the compiled forward pass), for a model of one thread."""
+    """Seconds per token of a stream, and those in the compiled forward pass, for a model with one thread."""
     prompt = list(range(1, 65))
     inside: list[float] = []
 
@@ -198,7 +198,7 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
 
 
 def loading(model: Path) -> tuple[float, float]:
-    """Seconds from import to a loaded model with an empty cache of kernels, and with a full one."""
+    """Seconds from import to a loaded model with an empty kernel cache, and with a full one."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-c", LOAD, str(model)]
         environment = os.environ | {"NPQWEN_CACHE": cache}

@@ -3,15 +3,15 @@
 
     python tests/bench/make_checkpoint.py 0.6B OUT [--layers N] [--shard-mb 2000] [--seed 0]
 
-The directory has what a download of the real model has: config.json, generation_config.json, tokenizer
-files, and bf16 safetensors, in shards with an index where they are large. Speed and memory do not depend on
-the values of the weights, so this stands in for the real files in benchmarks; text from it is noise. In a
-mixture of experts they do: a mixture's embedding is large enough that every token goes its own way through the
-layers, to experts that are all about equally likely. Real routers have favourites.
+The directory has the files of the real model: config.json, generation_config.json, tokenizer files, and bf16
+safetensors, sharded with an index if they are large. Speed and memory do not depend on the values of a dense model's
+weights, so it stands in for the real one in benchmarks; its text is noise. In a mixture of experts the values matter:
+the embedding is made large enough that tokens stay distinct through the layers and choose all experts about equally
+often. Real routers prefer some experts.
 
-The tokenizer is copied from --tokenizer (by default the small one in examples/): its vocabulary is smaller
-than the embedding, as the real ones' is. Memory stays at a few tensors; 0.6B takes 1.2 GB of disk,
-30B-A3B 61 GB (give --layers for a shallower one).
+The tokenizer is copied from --tokenizer (by default the small one in examples/); its vocabulary is smaller than the
+embedding, as in the real models. Takes the memory of a few tensors. On disk 0.6B takes 1.2 GB, 30B-A3B 61 GB (less with
+--layers).
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def deviation(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> float:
-    """Of a matrix's values: what keeps the size of activations, and what keeps a mixture's tokens apart.
+    """Standard deviation of a matrix's values: keeps the magnitude of activations, and a mixture's tokens distinct.
 
-    With a smaller embedding attention's mean over the past outweighs the token itself, and all go to the same experts.
+    With a smaller embedding attention's mean over the past outweighs the token, and all tokens choose the same experts.
     """
     if name == "model.embed_tokens.weight" and config["model_type"] == "qwen3_moe":
         return 1.0
@@ -157,7 +157,7 @@ def deviation(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> floa
 
 
 def write_values(file: BinaryIO, rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> None:
-    """One tensor's bf16 bits: a vector near one, a matrix normal with a deviation."""
+    """Write one tensor in bf16: a vector of values near 1, a matrix of normal values."""
     if len(shape) == 1:
         file.write(_bf16(1 + 0.1 * rng.standard_normal(shape, dtype=np.float32)).data)
         return
@@ -174,7 +174,7 @@ def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def write(config: dict[str, Any], out: Path, tokenizer: Path, shard_bytes: int, seed: int) -> None:
-    """Write the whole checkpoint directory; prints a line to stderr for every shard."""
+    """Write the checkpoint directory and print a line to stderr for every shard."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2), encoding="utf-8")
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=TINY, help="directory to copy the tokenizer from")
-    parser.add_argument("--layers", type=int, help="fewer layers than the real model's")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the real model's")
     parser.add_argument("--shard-mb", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""npqwen within a limit of memory: does it run, how fast, and how much is its own?
+"""Run npqwen within a memory limit: does it work, how fast, and how much memory does it use?
 
     python tests/bench/memory_limit.py --limit 4 build/0.6B-int4 build/1.7B-int4 build/4B-int4
     python tests/bench/memory_limit.py --limit 8 build/8B-int4
     python tests/bench/memory_limit.py --limit 4 --convert build/8B build/8B-int4
 
-Every model is loaded, a prompt is read and tokens are decoded by a process of its own, in a memory control group
-(version 1 or 2) below this process's, which counts the mapped weights too; where none can be made, under a limit of
-addresses (RLIMIT_AS), which is stricter. The model's files are dropped from the page cache first, so that
-the group pays for them; kernels are compiled anew, unless --cache names a directory. Prints a Markdown table.
-Linux only.
+Each model is loaded, a prompt run and tokens decoded in a separate process, in a memory control group (version 1 or 2)
+below this process's, which counts mapped weights too; where none can be created, under a limit on the address space
+(RLIMIT_AS), which is stricter. The model's files are evicted from the page cache first, so that the group is charged
+for them; kernels are compiled, unless --cache names a directory. Prints a Markdown table. Linux only.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from npqwen.hardware.machine import processor
 
 POLL_SECONDS = 0.02
 HEADER = (
-    "| run | limit, GB | prefill, tok/s | decode, tok/s | peak of its own, GB | peak with mapped files, GB "
+    "| run | limit, GB | prefill, tok/s | decode, tok/s | peak anonymous, GB | peak with mapped files, GB "
     "| peak of the group, GB | seconds in all |\n|---|---|---|---|---|---|---|---|"
 )
 
 
 @dataclass
 class Run:
-    """What became of a process: bytes, seconds, and what it printed."""
+    """Outcome of a process: memory in bytes, seconds, exit status and output."""
 
     own: int
-    """Most anonymous memory at a time."""
+    """Peak anonymous memory."""
     resident: int
-    """Most memory at a time, mapped files counted."""
+    """Peak resident memory, mapped files included."""
     group: int | None
-    """Most that its control group held, the page cache of files it only reads counted too."""
+    """Peak of its control group, which includes the page cache of files that it reads."""
     seconds: float
     status: int
     out: str
@@ -54,7 +53,7 @@ class Run:
 
 @contextmanager
 def limited(limit: int) -> Iterator[Path | None]:
-    """A control group of `limit` bytes below this process's own, or None if there can be none."""
+    """A control group of `limit` bytes below this process's; None if none can be created."""
     for version, file in ((1, "memory.limit_in_bytes"), (2, "memory.max")):
         own = next(cgroup.groups("memory" if version == 1 else None), None)
         if own is None:
@@ -67,7 +66,7 @@ def limited(limit: int) -> Iterator[Path | None]:
         try:
             try:
                 (path / file).write_text(str(limit))
-            except OSError:  # this version has other controllers, or the group does not pass on memory's
+            except OSError:  # the memory controller is not of this version, or not delegated
                 continue
             yield path
             return
@@ -77,7 +76,7 @@ def limited(limit: int) -> Iterator[Path | None]:
 
 
 def _remove(path: Path) -> None:
-    """A group goes when its processes are gone, which takes a moment."""
+    """Remove a group, waiting for its processes to exit."""
     for _ in range(100):
         try:
             path.rmdir()
@@ -88,7 +87,7 @@ def _remove(path: Path) -> None:
 
 
 def watch(command: Sequence[str], limit: int, group: Path | None, environment: dict[str, str]) -> Run:
-    """Run a command under the limit and look at its memory as it goes."""
+    """Run a command under the limit and poll its memory."""
 
     def enter() -> None:
         if group is not None:
@@ -125,7 +124,7 @@ def _peak(group: Path | None) -> int | None:
 
 
 def drop(directory: Path) -> None:
-    """Have the system forget a directory's files, so that whoever reads them next pays for them."""
+    """Evict a directory's files from the page cache, so that the next reader is charged for them."""
     for path in directory.iterdir():
         if path.is_file():
             with path.open("rb") as file:
@@ -134,7 +133,7 @@ def drop(directory: Path) -> None:
 
 
 def measure(model: Path, prompt: int, tokens: int, threads: int | None) -> None:
-    """The child: prints tokens a second as JSON."""
+    """In the child process: print tokens per second as JSON."""
     import numpy as np
 
     import npqwen.model
@@ -142,7 +141,7 @@ def measure(model: Path, prompt: int, tokens: int, threads: int | None) -> None:
     loaded = npqwen.model.load(model, threads=threads)
     ids = np.random.default_rng(0).integers(0, len(loaded.tokenizer), prompt + tokens)
     cache = loaded.new_cache(prompt + tokens)
-    loaded.prefill(ids[:32], cache)  # the weights are read once
+    loaded.prefill(ids[:32], cache)  # reads all weights from disk
     cache.truncate(0)
     times = [time.perf_counter()]
     loaded.prefill(ids[:prompt], cache)
@@ -155,15 +154,15 @@ def measure(model: Path, prompt: int, tokens: int, threads: int | None) -> None:
 
 
 def row(name: str, limit: int, group: Path | None, run: Run) -> str:
-    """A row of the table."""
+    """A row of the Markdown table."""
     speeds = ["", ""]
     if run.status:
         name += f": killed by signal {-run.status}" if run.status < 0 else f": failed with status {run.status}"
     elif run.out.startswith("{"):
         found = json.loads(run.out)
         speeds = [f"{found['prefill']:.1f}", f"{found['decode']:.2f}"]
-    most = "not told" if run.group is None else f"{run.group / 1e9:.2f}"
-    under = f"{limit / 1e9:.2f}" + (" of addresses" if group is None else "")
+    most = "unknown" if run.group is None else f"{run.group / 1e9:.2f}"
+    under = f"{limit / 1e9:.2f}" + (" (address space)" if group is None else "")
     return (
         f"| {name} | {under} | {' | '.join(speeds)} | {run.own / 1e9:.2f} | {run.resident / 1e9:.2f} "
         f"| {most} | {run.seconds:.0f} |"
@@ -174,15 +173,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", type=Path, nargs="*", help="converted directories")
     parser.add_argument("--limit", type=float, default=4.0, help="GiB; default 4")
-    parser.add_argument("--convert", type=Path, nargs=2, metavar=("CHECKPOINT", "OUT"), help="convert to int4 under it")
+    parser.add_argument(
+        "--convert", type=Path, nargs=2, metavar=("CHECKPOINT", "OUT"), help="also convert to int4 within the limit"
+    )
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded after it")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--cache", type=Path, help="of compiled kernels; default: an empty one for each model")
+    parser.add_argument("--cache", type=Path, help="cache of compiled kernels (an empty one for each model)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if sys.platform != "linux":
-        parser.error("Linux only: it needs control groups, or limits of addresses")
+        parser.error("this needs Linux: control groups, or limits on the address space")
     if options.child:
         measure(options.models[0], options.prompt, options.tokens, options.threads)
         return

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Speed of a mixture of experts that is larger than memory: npqwen beside llama.cpp, both mapping their files.
+"""Speed of a mixture of experts that is larger than memory: npqwen and llama.cpp, both with mapped files.
 
     python tests/bench/page_cache.py CONVERTED Q4_0.gguf --shares 100,75,50 --threads 2
 
-For each share both engines run in processes of their own, each in a memory control group whose page cache can
-hold that share of the experts' bytes (everything else that is mapped has to fit in there too), and what
-the process itself writes besides, measured in a first run without a limit. The files are dropped from the page cache
-first, then `--warm` tokens are decoded one by one, then the engines take turns at `--tokens` tokens each.
-Prints a Markdown table: medians (and ranges) in tokens a second, and what was read from the disk for a token.
+For each share both engines run in separate processes, each in a memory control group with room for that share of the
+experts' bytes (the other weights must fit in there too) and for the process's anonymous memory, which a first run
+without a limit measures. The files are evicted from the page cache, `--warm` tokens are decoded one by one, then the
+engines take turns at `--tokens` tokens each. Prints a Markdown table: medians and ranges in tokens per second, and the
+bytes read from disk per token.
 
-Weights of `make_checkpoint.py` are random, so every expert is as likely as any other: the worst case for a
-cache. Real routers have favourites.
+Weights of `make_checkpoint.py` are random and all experts equally likely, the worst case for a cache. Real routers
+prefer some experts.
 
-Needs Linux, the right to make control groups (root), and `pip install npqwen[bench]`. llama.cpp runs without
-its repacked copies of the weights, which would not fit.
+Needs Linux, the right to create control groups (root), and `pip install npqwen[bench]`. llama.cpp runs without its
+repacked copies of the weights, which would not fit.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.hardware.machine import processor
 
-# The kernel's own memory for a process's pages, and what allocators keep, come and go.
+# Page tables and allocators' reserves, which vary.
 SLACK = 32 << 20
 
 
 class Group:
-    """A memory control group of ours, of version 1 or 2."""
+    """A new memory control group, of version 1 or 2."""
 
     def __init__(self, root: Path, name: str, limit: int | None) -> None:
         """limit: bytes of memory and page cache together."""
@@ -52,22 +52,22 @@ class Group:
                 file.write_text(str(limit // 4096 * 4096))
         except OSError as error:
             raise SystemExit(
-                f"{self.path} cannot be made ({error.strerror}); this needs root and, with control groups of "
+                f"{self.path} cannot be created ({error.strerror}); this needs root and, with control groups of "
                 "version 2, `memory` in its parent's cgroup.subtree_control"
             ) from None
 
     def holds(self, kind: str) -> int:
-        """Bytes of "anonymous" memory or of page "cache" in the group."""
+        """Bytes of memory in the group. kind: "anonymous" or (page) "cache"."""
         names = {"anonymous": ("rss", "anon"), "cache": ("cache", "file")}[kind]
         stat = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
         return int(stat[names[0 if self._first else 1]])
 
     def launcher(self) -> list[str]:
-        """What to put before a command to start it in this group."""
+        """A command prefix that starts a command in this group."""
         return ["sh", "-c", f'echo $$ > {self.path / "cgroup.procs"} && exec "$@"', "sh"]
 
     def close(self) -> None:
-        """Remove the group, once its processes have ended."""
+        """Remove the group when its processes have ended."""
         for _ in range(100):
             try:
                 self.path.rmdir()
@@ -78,7 +78,7 @@ class Group:
 
 @dataclass
 class Contender:
-    """One engine under one limit, and what was measured."""
+    """One engine under one limit, and its measurements."""
 
     child: Child
     group: Group
@@ -87,13 +87,13 @@ class Contender:
     cached: int = 0
 
     def read_bytes(self) -> int:
-        """What the process has had read from the disk since it began."""
+        """Bytes that the process has read from disk since it started."""
         lines = Path(f"/proc/{self.child.pid}/io").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
 def drop(path: Path) -> None:
-    """Have the system forget a file's, or a directory's files', cached pages."""
+    """Evict a file, or a directory's files, from the page cache."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -101,7 +101,7 @@ def drop(path: Path) -> None:
 
 @contextmanager
 def contenders(limits: dict[str, int | None], options: argparse.Namespace) -> Iterator[dict[str, Contender]]:
-    """A running engine of each kind in a group of its own."""
+    """A running engine of each kind, each in its own group."""
     models = {"npqwen": options.model, "llama": options.gguf}
     with ExitStack() as stack:
         running = {}
@@ -117,7 +117,7 @@ def contenders(limits: dict[str, int | None], options: argparse.Namespace) -> It
 
 
 def measure(share: int | None, limits: dict[str, int | None], options: argparse.Namespace) -> dict[str, int]:
-    """Print one row; returns each engine's anonymous bytes."""
+    """Print one row. Returns each engine's anonymous memory in bytes."""
     with contenders(limits, options) as running:
         for contender in running.values():
             contender.child.ask(measure="decode", tokens=options.warm, depth=0)
@@ -125,7 +125,7 @@ def measure(share: int | None, limits: dict[str, int | None], options: argparse.
             for contender in list(running.values())[:: -1 if turn % 2 else 1]:
                 time.sleep(SETTLE_SECONDS)
                 before = contender.read_bytes()
-                # One stream of tokens goes on: each round has experts of its own.
+                # Every round continues the sequence: new tokens, new experts.
                 answer = contender.child.ask(
                     measure="decode", tokens=options.tokens, depth=options.warm + turn * options.tokens
                 )
@@ -156,34 +156,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="a converted mixture of experts")
     parser.add_argument("gguf", type=Path, help="the same checkpoint for llama.cpp")
-    parser.add_argument("--shares", type=counts, default=[100, 75, 50], help="of the experts' bytes, in percent")
+    parser.add_argument(
+        "--shares", type=counts, default=[100, 75, 50], help="page cache in percent of the experts' bytes"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--warm", type=int, default=96, help="tokens decoded before the measured ones")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of one measurement")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--groups", type=Path, help="where to make control groups (found in /sys/fs/cgroup)")
+    parser.add_argument("--groups", type=Path, help="parent directory of the control groups (in /sys/fs/cgroup)")
     options = parser.parse_args(arguments)
     if sys.platform != "linux":
-        parser.error("control groups are Linux's")
+        parser.error("this needs Linux")
     if options.groups is None:
         first = Path("/sys/fs/cgroup/memory")
         options.groups = first if first.is_dir() else Path("/sys/fs/cgroup")
     tensors = Weights(options.model, Config.from_directory(options.model)).tensors
     experts = sum(tensor.data.size for name, tensor in tensors.items() if name.endswith("experts.weight"))
     if not experts:
-        parser.error(f"{options.model} is no mixture of experts")
+        parser.error(f"{options.model} is not a mixture of experts")
     rest = sum(tensor.data.size for tensor in tensors.values()) - experts
     del tensors
     print(
         f"{options.model.name}: {experts / 1e9:.2f} GB of experts, {rest / 1e9:.2f} GB of other weights. "
         f"{processor()}, {options.threads} threads. Decoding one by one, median (range) of {options.repeat} rounds of "
         f"{options.tokens} tokens, after {options.warm} tokens; tokens/s, llama.cpp with mmap.\n\n"
-        "| page cache, of the experts | npqwen | llama.cpp | ratio | MB read a token | GB cached in the end |\n"
+        "| page cache, of the experts | npqwen | llama.cpp | ratio | MB read per token | GB cached at the end |\n"
         "|---|---|---|---|---|---|",
         flush=True,
     )
     anonymous = measure(None, {"npqwen": None, "llama": None}, options)
-    progress(", ".join(f"{kind} writes {size / 1e6:.0f} MB" for kind, size in anonymous.items()))
+    progress(", ".join(f"{kind}: {size / 1e6:.0f} MB anonymous" for kind, size in anonymous.items()))
     for share in options.shares:
         limits = {kind: size + SLACK + experts * share // 100 for kind, size in anonymous.items()}
         measure(share, dict(limits), options)

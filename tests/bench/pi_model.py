@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a Raspberry Pi 5 could do, by arithmetic: nothing here is measured.
+"""Predict the speed of a Raspberry Pi 5 by arithmetic. Nothing here is measured.
 
     python tests/bench/pi_model.py [--prefill 512] [--depth 512] [--busy 0.8] [--bandwidth 11.4] [--loops]
 
-The inner loops are compiled for the Cortex-A76 (tests/assembly.py) and their instructions counted by the pipes they
-need; shapes of the models give how often they run and how many bytes a token reads. A token takes the longer of the
-two times, memory's and the pipes'. Prints Markdown tables: docs/raspberry-pi.md has them, with what they assume.
+The inner loops are compiled for the Cortex-A76 (tests/assembly.py) and their instructions counted by execution pipe;
+the models' shapes say how often the loops run and how many bytes a token reads. A token takes the longer of the two
+times, memory's and the pipes'. Prints the Markdown tables of docs/raspberry-pi.md, which lists the assumptions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from npqwen.simd.arm import Neon
 
 CORES, HERTZ = 4, 2.4e9
 BARRIER, BARRIERS = 1e-6, 10
-"""Seconds that a meeting of the threads takes, and how often they meet in a layer."""
+"""Seconds of a barrier, and barriers per layer."""
 VOCABULARY = 151_936
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 model's sizes; `experts` of a mixture, `active` of them for each token."""
+    """A Qwen3 model's shape. experts: of a mixture, `active` of them per token."""
 
     name: str
     hidden: int
@@ -47,17 +47,17 @@ class Shape:
 
     @property
     def attention_weights(self) -> int:
-        """Of all layers."""
+        """In all layers."""
         return self.layers * self.hidden * 128 * (2 * self.heads + 2 * self.kv_heads)
 
     @property
     def expert_weights(self) -> int:
-        """One expert's of all layers, or the whole feed-forward part of a dense model."""
+        """One expert in all layers, or the feed-forward part of a dense model."""
         return self.layers * 3 * self.hidden * self.inner
 
     @property
     def layer_weights(self) -> int:
-        """What a token multiplies by before the output matrix."""
+        """Weights that one token uses, without the output matrix."""
         return self.attention_weights + self.active * self.expert_weights
 
     @property
@@ -71,7 +71,7 @@ class Shape:
 
     @property
     def cache_bytes(self) -> int:
-        """Of one position: float16 keys and values."""
+        """Bytes of one position: float16 keys and values."""
         return self.layers * 2 * self.kv_heads * 128 * 2
 
 
@@ -87,7 +87,7 @@ SHAPES = (
 
 @dataclass
 class Pipes:
-    """Micro-operations of a loop by where they go: Arm's Neoverse N1, the Cortex-A76's server twin, in LLVM's model."""
+    """Micro-operations of a loop by pipe, in LLVM's model of the Neoverse N1, the Cortex-A76's server variant."""
 
     either: int = 0
     first: int = 0
@@ -98,7 +98,7 @@ class Pipes:
 
     @property
     def cycles(self) -> float:
-        """No fewer are possible: two vector pipes, two for loads and stores, three for integers, four decoded."""
+        """Lower bound: two vector pipes, two for loads and stores, three for integers, four instructions decoded."""
         vector = max(self.first, self.second, (self.either + self.first + self.second) / 2)
         return max(vector, self.load / 2, self.whole / 3, self.instructions / 4)
 
@@ -146,13 +146,13 @@ def pipes(loop: list[str]) -> Pipes:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cycles for a multiply-add, by kind of step."""
+    """Cycles per multiply-add, by kind of loop."""
 
     encoding: Encoding
     one: float
-    """int4 or int8 matrices, one token."""
+    """Matrices, one token."""
     many: float
-    """The same, tiles of many."""
+    """Matrices, tiles of several tokens."""
     attention: float
 
 
@@ -170,7 +170,7 @@ def costs(encoding: Encoding) -> Costs:
 
 
 def decode(shape: Shape, cost: Costs, depth: int, busy: float, bandwidth: float) -> tuple[float, float]:
-    """Seconds a token at `depth`: memory's and the pipes'."""
+    """Seconds of decoding a token at `depth`: memory's and the pipes'."""
     weights = shape.layer_weights + shape.output_weights
     memory = (weights * cost.encoding.bits_per_weight / 8 + depth * shape.cache_bytes) / bandwidth
     group = shape.heads // shape.kv_heads
@@ -182,7 +182,7 @@ def decode(shape: Shape, cost: Costs, depth: int, busy: float, bandwidth: float)
 
 
 def prefill(shape: Shape, cost: Costs, tokens: int, busy: float, bandwidth: float) -> float:
-    """Seconds for a prompt: pieces go through all layers, and each reads the weights once."""
+    """Seconds of a prompt, in chunks that each read all weights once."""
     piece = CHUNK if shape.experts == 1 else SPARSE_CHUNK
     stored = shape.attention_weights + shape.experts * shape.expert_weights
     memory = -(-tokens // piece) * stored * cost.encoding.bits_per_weight / 8 / bandwidth
@@ -196,9 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--depth", type=int, default=512, help="tokens in the cache when one more is decoded")
-    parser.add_argument("--busy", type=float, default=0.8, help="share of its cycles that the fullest pipe works")
-    parser.add_argument("--bandwidth", type=float, default=11.4, help="GB/s that four cores read")
-    parser.add_argument("--loops", action="store_true", help="only the inner loops and what they need")
+    parser.add_argument("--busy", type=float, default=0.8, help="utilization of the busiest pipe")
+    parser.add_argument("--bandwidth", type=float, default=11.4, help="GB/s of four cores")
+    parser.add_argument("--loops", action="store_true", help="print only the inner loops")
     args = parser.parse_args()
     if args.loops:
         print_loops()

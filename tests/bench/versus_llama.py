@@ -3,17 +3,16 @@
 
     python tests/bench/versus_llama.py CHECKPOINT --threads 1,2 --prefill 512,4096 --depth 0,4096 --bits 4,8
 
-Both sides convert the checkpoint where the work directory does not hold it already, and read their files from
-the disk first, as after a restart of the machine: what a conversion left in memory may lie in small pages, which
-some machines read more slowly. Where in a virtual machine's memory they lie may matter, too: with --restarts
-they are read, and the engines started, several times, each time with more of the memory taken.
+Both sides convert the checkpoint unless the work directory already has it, and read their files from disk first, as
+after a restart of the machine: files left in memory by a conversion may lie in small pages, which some machines read
+more slowly. Their placement in a virtual machine's memory may matter, too: --restarts reads them, and starts the
+engines, several times, each time with more of the memory occupied.
 
-Each engine is loaded in a process of its own; they take turns at every measurement, one asleep while another
-works, so that a machine whose speed drifts slows all alike. llama.cpp runs with its flash attention on and off,
-and the faster of the two is its result. Prints a Markdown table of medians (and ranges) in tokens a second.
+The engines take turns at every measurement (interleave.py). llama.cpp runs with flash attention on and off, and the
+faster of the two is its result. Prints a Markdown table: medians and ranges in tokens per second.
 
-Needs `pip install npqwen[bench]`. llama-cpp-python is compiled by that for this machine; the system line
-in the report says which instructions it uses.
+Needs `pip install npqwen[bench]`, which compiles llama-cpp-python for this machine; the system line in the report says
+which instructions it uses.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ from interleave import (
 from npqwen.hardware.machine import available_memory, processor
 
 ROOT = Path(__file__).resolve().parents[2]
-# bits of ours -> the format of llama.cpp with the same bits and block size
+# Bits -> llama.cpp's format with as many bits and the same block size.
 FORMATS = {4: "q4_0", 8: "q8_0", 16: "bf16"}
 
 
 @dataclass
 class Result:
-    """One row: a measure, and each contender's seconds in every round."""
+    """One row: a measure and each contender's seconds in every round."""
 
     bits: int
     threads: int
@@ -82,7 +81,7 @@ class Result:
 
 
 def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: bool) -> tuple[Path, Path]:
-    """Both engines' files of a checkpoint, made if they are missing."""
+    """Paths of both engines' files of a checkpoint, converted if they are missing."""
     import gguf_from_checkpoint as gguf
 
     kind = FORMATS[bits]
@@ -110,7 +109,7 @@ def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: boo
 def contenders(
     ours: Path, theirs: Path, threads: int, context: int, options: argparse.Namespace
 ) -> Iterator[dict[str, Child]]:
-    """A running child for each contender."""
+    """A child process for each contender."""
     with ExitStack() as stack:
         children: dict[str, Child] = {}
         if not options.llama_only:
@@ -124,7 +123,7 @@ def contenders(
 
 
 def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
-    """Every measurement, and what the engines say of themselves."""
+    """All results, and the engines' versions, settings and peak memory."""
     results: list[Result] = []
     about: dict[str, Any] = {}
     memory: dict[str, int | None] = {}
@@ -135,7 +134,7 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
         for threads in options.threads:
             rows: dict[str, Result] = {}
             for restart in range(options.restarts):
-                # What others hold of the memory makes the files, and copies of them, lie elsewhere.
+                # Memory that is held makes the files, and copies of them, lie elsewhere.
                 held = np.ones((available_memory() or 0) // 2 * restart // options.restarts, np.uint8)
                 for model in (theirs,) if options.llama_only else (ours, theirs):
                     put_out_of_memory(model)
@@ -161,13 +160,13 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
 
 
 def new_result(bits: int, threads: int, name: str, tokens: int, contenders: Iterable[str]) -> Result:
-    """A row without rounds yet."""
+    """A row without rounds."""
     names = list(contenders)
     return Result(bits, threads, name, tokens, {key: [] for key in names}, {key: [] for key in names})
 
 
 def start_to_first_token(ours: Path, theirs: Path, bits: int, threads: int, options: argparse.Namespace) -> Result:
-    """Seconds from starting a process to its first token, its files in the page cache."""
+    """Seconds from the start of a process to its first token, with its files in the page cache."""
     models = {"llama.cpp": ("llama", theirs)}
     if not options.llama_only:
         models = {"npqwen": ("npqwen", ours)} | models
@@ -184,7 +183,7 @@ def start_to_first_token(ours: Path, theirs: Path, bits: int, threads: int, opti
 
 
 def cell(result: Result, contender: str) -> str:
-    """Median and range: tokens a second, or seconds for the start."""
+    """Median and range in tokens per second, or in seconds for a start."""
     if contender not in result.seconds:
         return "-"
     seconds = result.seconds[contender]
@@ -211,7 +210,7 @@ def text_row(result: Result) -> str:
 
 
 def report(results: Sequence[Result], about: dict[str, Any], options: argparse.Namespace) -> str:
-    """The Markdown page: what ran where, and the table."""
+    """The report in Markdown: the machine, the engines and the table."""
     lines = [
         f"Model: {options.checkpoint.name}. CPU: {processor()}, {os.cpu_count()} logical cores. "
         f"{platform.system()}, Python {platform.python_version()}.",
@@ -230,12 +229,12 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face Qwen3 checkpoint directory")
-    parser.add_argument("--work", type=Path, help="keeps the converted models (build/bench/NAME)")
+    parser.add_argument("--work", type=Path, help="directory of the converted models (build/bench/NAME)")
     parser.add_argument("--bits", type=counts, default=[4])
     add_measure_options(parser)
     parser.add_argument("--start", action="store_true", help="also time a process's start to its first token")
-    parser.add_argument("--flash", choices=("both", "on", "off"), default="both", help="llama.cpp's")
-    parser.add_argument("--pure", action="store_true", help="llama.cpp's embedding in the same format too")
+    parser.add_argument("--flash", choices=("both", "on", "off"), default="both", help="llama.cpp's flash attention")
+    parser.add_argument("--pure", action="store_true", help="quantize llama.cpp's embedding like the other matrices")
     parser.add_argument("--llama-only", action="store_true")
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
     options = parser.parse_args(arguments)
