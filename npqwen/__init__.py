@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from npqwen.chat.reply import Text as Text
     from npqwen.generation.completion import Completion as Completion
     from npqwen.generation.completion import FinishReason as FinishReason
+    from npqwen.generation.completion import Logprob as Logprob
+    from npqwen.generation.completion import TokenLogprobs as TokenLogprobs
     from npqwen.generation.completion import Usage as Usage
-    from npqwen.generation.logprobs import Logprob as Logprob
-    from npqwen.generation.logprobs import TokenLogprobs as TokenLogprobs
     from npqwen.generation.options import GenerationOptions as GenerationOptions
     from npqwen.generation.options import LoopGuard as LoopGuard
     from npqwen.generation.sampler import Sampler as Sampler
@@ -100,7 +100,7 @@ _LAZY = {
     "Event": "npqwen.chat.answer",
     "Finish": "npqwen.chat.answer",
     "FinishReason": "npqwen.generation.completion",
-    "Logprob": "npqwen.generation.logprobs",
+    "Logprob": "npqwen.generation.completion",
     "GenerationOptions": "npqwen.generation.options",
     "LoopGuard": "npqwen.generation.options",
     "Model": "npqwen.model",
@@ -112,7 +112,7 @@ _LAZY = {
     "Session": "npqwen.generation.session",
     "Stream": "npqwen.generation.stream",
     "Text": "npqwen.chat.reply",
-    "TokenLogprobs": "npqwen.generation.logprobs",
+    "TokenLogprobs": "npqwen.generation.completion",
     "Tokenizer": "npqwen.tokenizer",
     "ToolCall": "npqwen.tools.calls",
     "ToolResult": "npqwen.tools.toolbox",

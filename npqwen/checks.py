@@ -26,14 +26,16 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 def check_ids(name: str, ids: Any) -> list[int]:
     """`ids` as a list of ints; OptionError unless it is a sequence or array of whole numbers."""
-    if isinstance(ids, str):
-        raise OptionError(f"{name} is a string; encode it first: model.tokenizer.encode(text)")
+    if isinstance(ids, str | bytes):
+        raise OptionError(f"{name} is text, not token ids; encode it first: model.tokenizer.encode(text)")
     try:
-        values = list(ids)
+        values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     except TypeError:
-        raise OptionError(f"{name} is {quoted(ids)}; it must be a sequence of token ids") from None
+        values = None
+    if not isinstance(values, list):
+        raise OptionError(f"{name} is {quoted(ids)}; it must be a sequence of token ids")
     for value in values:
-        if not isinstance(value, Integral) or isinstance(value, bool):
+        if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise OptionError(f"{name} has {quoted(value)}; each token id must be a whole number")
     return [int(value) for value in values]
 

@@ -36,9 +36,7 @@ LAYERS = (
 SHARED = {"npqwen.atomic_file", "npqwen.checks", "npqwen.errors", "npqwen.format", "npqwen.hardware"}
 """What npqwen_quant uses of npqwen, beside `npqwen.kernels.compiled`, the cache of machine code."""
 
-CYCLES: set[tuple[str, ...]] = {
-    ("npqwen.generation.loop_guard", "npqwen.generation.stream", "npqwen.generation.thinking_budget"),
-}
+CYCLES: set[tuple[str, ...]] = set()
 """Cycles still to be removed."""
 
 UPWARD = {

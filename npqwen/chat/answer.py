@@ -16,13 +16,12 @@ from npqwen.chat.reply import END_THINK, Piece, Reasoning, ReplyParser, Text
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.chat.text_stop import TextStop
 from npqwen.errors import OptionError, SamplingWarning
-from npqwen.generation.completion import Usage
+from npqwen.generation.completion import TokenLogprobs, Usage
 from npqwen.generation.session import Session
 from npqwen.tools.calls import ToolCall
 from npqwen.tools.toolbox import ToolResult, error_text
 
 if TYPE_CHECKING:
-    from npqwen.generation.logprobs import TokenLogprobs
     from npqwen.generation.stream import Stream
 
 GREEDY = "greedy sampling while thinking lets Qwen3 repeat itself without end; a temperature of 0.6 is advised"

@@ -1,13 +1,12 @@
-"""A finished text, and what it cost."""
+"""A finished text: its tokens, their log-probabilities, why it ended, and what it cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from npqwen.generation.logprobs import TokenLogprobs
-
 FinishReason = Literal["stop", "length", "loop"]
+"""Why a text ended: eos or a stop string; max_tokens or a full context; the loop guard."""
 
 
 @dataclass(frozen=True)
@@ -16,33 +15,55 @@ class Usage:
 
     prompt_tokens: int
     generated_tokens: int
-    """All that the text is made of: drawn or forced, eos included."""
+    """Tokens of the text, drawn or forced, eos included."""
     prefill_seconds: float
     first_token_seconds: float
-    """From the start to the first token, the prefill included."""
+    """From the start to the first token, including the prefill."""
     decode_seconds: float
     """For the tokens after the first."""
     cached_tokens: int = 0
-    """Of the prompt's tokens, those that the cache held already: they took no time."""
+    """Prompt tokens that the cache already held and that were not computed."""
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens computed a second; 0.0 if there was no time to measure."""
+        """Prompt tokens computed per second; 0.0 if none was."""
         return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second after the first; 0.0 if there was none."""
+        """Tokens per second after the first; 0.0 if there are none."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token and the natural logarithm of its probability."""
+
+    id: int
+    bytes: bytes
+    """The token's UTF-8 bytes, perhaps only part of a character."""
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """The token's text; U+FFFD for part of a character."""
+        return self.bytes.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs(Logprob):
+    """A token of the text, and the likeliest tokens at its position, likeliest first."""
+
+    top: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
     """A finished text.
 
-    text: without eos and without the stop string. ids: every token, eos and stop string included.
-    finish_reason: "stop" (eos or a stop string), "length" (max_tokens, or the context is full) or "loop" (the
-    loop guard saw the text repeat itself). logprobs: one entry for each of `ids` if they were asked for.
+    text: without eos and without the stop string. ids: all tokens, including eos and the stop string's.
+    finish_reason: "stop" (eos or a stop string), "length" (max_tokens reached, or the context is full) or "loop" (the
+    loop guard ended it). logprobs: one entry for each of `ids`, None unless requested.
     """
 
     text: str

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from npqwen.generation.watched import Watch
+
 LogitsProcessor = Callable[[list[int], "NDArray[np.float32]"], "NDArray[np.float32] | None"]
 """processor(ids, logits): `ids` are prompt and text so far, `logits` the next token's, float32 (vocab_size,).
 
@@ -255,7 +257,7 @@ class GenerationOptions(TypedDict, total=False):
         ),
     ]
     watch: Annotated[
-        Iterable[Callable[[Any], None]] | None,
+        "Iterable[Watch] | None",
         Option(
             "Functions that are called with the text's state before the first token and after every step.",
             flag=False,

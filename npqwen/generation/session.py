@@ -1,39 +1,46 @@
-"""A text that grows, and is sometimes rewritten, with the cache of what was computed of it."""
+"""A text that grows, and is sometimes rewritten, with the keys and values computed for it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from npqwen.checks import check_ids
 from npqwen.engine import snapshot
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, quoted
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from npqwen.engine.kv_cache import KVCache
+    from npqwen.generation.options import GenerationOptions
 
 
 class Session:
-    """Runs prompts that begin alike, as the turns of a conversation do: only what differs is computed.
+    """Runs prompts that share a prefix, as the turns of a conversation do, and computes only what differs.
 
-    However a stream ends - at its end, closed early, by Ctrl-C in the middle of a pass, by an error - the session
-    knows which tokens its cache holds, and goes on from there.  One thread at a time.
+    However a stream ends - finished, closed early, by Ctrl-C during a pass, by an error - the session knows which
+    tokens its cache holds and continues from there. One thread at a time.
 
-    Logits are to the bit those of a fresh start, except where attention is cut into spans among threads: with few
+    Logits are equal to the bit to those of a fresh start, except where attention is split among threads: with few
     key/value heads, many threads and more than 1,000 tokens they differ by float32 rounding.
     """
 
     def __init__(self, model: LanguageModel) -> None:
+        if not hasattr(model, "new_cache"):
+            raise OptionError(f"the model is {type(model).__name__}; give what npqwen.load() returns")
         self._start(model, model.new_cache(), [])
 
     def _start(self, model: LanguageModel, cache: KVCache, ids: Sequence[int]) -> None:
         self.model = model
         self.cache = cache
-        self._ids = [int(id) for id in ids]
+        self._ids = list(ids)
         self._stream: Stream | None = None
 
     @property
@@ -42,54 +49,55 @@ class Session:
         ids = self._ids if self._stream is None else self._stream.prompt_ids + self._stream.ids
         return ids[: self.cache.length]
 
-    def stream(self, ids: Sequence[int], **options: Any) -> Stream:
-        """Generate what follows the prompt `ids`; of what the cache holds, the common beginning is kept.
+    def stream(self, ids: Sequence[int], **options: Unpack[GenerationOptions]) -> Stream:
+        """Generate what follows the prompt `ids`; the prefix it shares with the cache is not computed again.
 
-        options: those of `npqwen.generation.generate.stream`. A stream of this session that has not ended is closed. If
-        this raises, the session keeps all it has.
+        An unfinished stream of this session is closed. Raises what `Stream` raises; the session then keeps its cache.
         """
+        prompt = check_ids("the prompt", ids)
         known = self._settle()
-        # The last token is run in any case: its logits are not kept.
-        reused = min(common_prefix(known, ids), max(0, len(ids) - 1))
-        self._stream = Stream(self.model, ids, cache=self.cache, cached=reused, **options)
+        # The last token is always run: its logits are not stored.
+        reused = min(common_prefix(known, prompt), max(0, len(prompt) - 1))
+        self._stream = Stream(self.model, prompt, cache=self.cache, cached=reused, **options)
         return self._stream
 
     def prefill(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
-        """Read `ids` ahead, such as a long document, to `fork` or `save` it; the cache holds just them then.
+        """Read `ids` ahead, such as a long document, to `fork` or `save` it; afterwards the cache holds just these.
 
-        progress(done, total): called as they are read. If interrupted, the session keeps what was done.
+        progress(done, total) is called after every chunk. An interruption keeps the chunks that were done.
         """
+        prompt = check_ids("the prompt", ids)
         known = self._settle()
-        reused = common_prefix(known, ids)
-        rest = np.array(ids[reused:], np.int64)
+        reused = common_prefix(known, prompt)
+        rest = np.array(prompt[reused:], np.int64)
         self.cache.truncate(reused)
-        self._ids = [int(id) for id in ids]
+        self._ids = prompt
         if rest.size:
             self.model.prefill(rest, self.cache, progress)
 
     def fork(self) -> Session:
-        """An independent session with the same past; keys and values are shared until one of them differs."""
+        """An independent session with the same past; keys and values are shared until one of them changes."""
         fork = Session.__new__(Session)
         fork._start(self.model, self.cache.fork(), self.ids)
         return fork
 
-    def save(self, path: str | Path) -> None:
-        """Write the tokens and their keys and values to a file, whole or not at all; it may replace another.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens and their keys and values to a file, which is replaced atomically if it exists.
 
-        The file serves the same model only, on any machine. Raises OutputError if it cannot be written.
+        The file works with the same model only, on any machine. Raises OutputError if it cannot be written.
         """
-        snapshot.save(Path(path), self.cache, self.ids, self.model.fingerprint)
+        snapshot.save(_checked_path(path), self.cache, self.ids, self.model.fingerprint)
 
     @classmethod
-    def load(cls, model: LanguageModel, path: str | Path) -> Session:
+    def load(cls, model: LanguageModel, path: str | os.PathLike[str]) -> Session:
         """Read what `save` wrote.
 
-        Raises FormatError for a file that is none, is truncated, or was saved from another model, and
+        Raises FormatError for a file that is not a saved session, is truncated, or was saved from another model, and
         ContextLengthError if it holds more tokens than the model's context.
         """
-        cache = model.new_cache()
-        ids = snapshot.load(Path(path), cache, model.fingerprint, model.config.vocab_size)
         session = cls.__new__(cls)
+        cache = model.new_cache()
+        ids = snapshot.load(_checked_path(path), cache, model.fingerprint, model.config.vocab_size)
         session._start(model, cache, ids)
         return session
 
@@ -98,12 +106,19 @@ class Session:
         if self._stream is not None:
             try:
                 self._stream.close()
-            except ValueError:  # the generator runs
+            except OptionError:
                 raise OptionError("another thread still runs the session's stream; give each its own fork") from None
             self._ids, self._stream = self.ids, None
         return self.ids
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two texts have in common at their beginning."""
+    """The length of the longest common prefix of two texts, in tokens."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise OptionError(f"the path is {quoted(path)}; it must be a string or a Path") from None

@@ -40,7 +40,7 @@ class Settings:
         return "\n".join(rows)
 
     def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        from npqwen.generation.stream import check_for_model
+        from npqwen.generation.decoding import check_for_model
 
         checked = check_options(options)
         check_for_model(self._model, checked)

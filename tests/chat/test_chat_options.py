@@ -23,7 +23,7 @@ def get_weather(city: str) -> str:
 
 
 def sampling(model: Reciter, messages: Any = "Hi", **options: Any) -> tuple[float, float, int]:
-    found = model.stream_chat(messages, **options)._stream._sampling
+    found = model.stream_chat(messages, **options)._stream.sampling
     return found.temperature, found.top_p, found.top_k
 
 

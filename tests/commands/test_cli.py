@@ -99,7 +99,7 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
         given.append(sampling)
         return lambda logits: 4098
 
-    monkeypatch.setattr("npqwen.generation.stream.Sampler", sampler)
+    monkeypatch.setattr("npqwen.generation.decoding.Sampler", sampler)
     options = "--temperature 0.7 --top-k 3 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.1"
     more = "--presence-penalty -0.5 --seed 9 --threads 3 --frequency-penalty 0.25"
     bias = "--logit-bias 5=-inf --logit-bias 7=2.5"

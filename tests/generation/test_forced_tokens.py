@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from checkpoints import TINY
-from reciter import recite
+from reciter import TOKENIZER, recite
 from reference import ReferenceModel
 
 from npqwen.errors import OptionError
 from npqwen.generation.generate import stream
-from npqwen.generation.stream import Stream
+from npqwen.generation.watched import Watched
 
 
 def test_forced_tokens_are_text_and_run_in_one_pass() -> None:
@@ -28,21 +28,21 @@ def test_forced_tokens_are_text_and_run_in_one_pass() -> None:
     assert model.calls == [1, 1, 1 + len(forced), 1, 1]  # with the token drawn before them
     assert list(pieces.cache.ids) == model.tokenizer.encode("x") + pieces.ids[:-1]
     assert pieces.usage.generated_tokens == len(pieces.ids)
-    with pytest.raises(OptionError, match="a text that is finished"):
+    with pytest.raises(OptionError, match="the text is finished"):
         pieces.force([1])
 
 
 def test_forced_tokens_can_be_the_first_the_last_and_cut_off() -> None:
     first = stream(recite("1"), "x")
-    first.force([*first._model.tokenizer.encode("0"), 4098, 7])  # eos ends it
+    first.force([*TOKENIZER.encode("0"), 4098, 7])  # eos ends it
     assert first.completion().text == "0"
     assert first.ids[-1] == 4098
     limited = stream(recite("1"), "x", max_tokens=3)
-    limited.force(limited._model.tokenizer.encode("01234"))
+    limited.force(TOKENIZER.encode("01234"))
     done = limited.completion()
     assert (done.text, done.finish_reason, len(done.ids)) == ("012", "length", 3)
     stopped = stream(recite("1"), "x", stop="23")
-    stopped.force(stopped._model.tokenizer.encode("01234"))
+    stopped.force(TOKENIZER.encode("01234"))
     done = stopped.completion()
     assert (done.text, done.finish_reason, len(done.ids)) == ("01", "stop", 4)
 
@@ -66,7 +66,7 @@ def test_forced_tokens_count_for_penalties() -> None:
 def test_a_watch_sees_every_step_and_can_end_the_text() -> None:
     seen: list[int] = []
 
-    def watch(pieces: Stream) -> None:
+    def watch(pieces: Watched) -> None:
         seen.append(len(pieces.ids))
         if len(pieces.ids) == 3:
             pieces.end("loop")
@@ -84,7 +84,7 @@ def test_the_caller_can_end_the_text_between_pieces() -> None:
     pieces.end("length")
     assert pieces.completion().text == "1"
     held = stream(recite("1234"), "x", stop=["14", "12345"], max_tokens=9)
-    held.force(held._model.tokenizer.encode("0123"))
+    held.force(TOKENIZER.encode("0123"))
     assert next(held) == "0"
     held.end("stop")
     assert list(held) == ["123"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference import ReferenceModel
 
-from npqwen.generation.logprobs import token_logprobs
+from npqwen.generation.decoding import token_logprobs
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 SUM = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"

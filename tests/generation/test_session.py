@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import subprocess
 import sys
@@ -295,30 +294,46 @@ def test_streams_that_take_turns_give_what_they_give_alone(model: Model) -> None
     assert [stream.text for stream in streams] == [each.text for each in alone]
 
 
-def test_streams_under_asyncio_do_not_block_the_loop(model: Model) -> None:
-    prompts = [SUM.format(17, 25), SUM.format(3, 4)]
-    alone = [model.generate(prompt, temperature=0).text for prompt in prompts]
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("Hello", "the prompt is text, not token ids; encode it first"),
+        (b"Hello", "the prompt is text, not token ids"),
+        (5, "the prompt is 5; it must be a sequence of token ids"),
+        (None, "the prompt is None; it must be a sequence"),
+        ([1, 1.5], r"the prompt has 1\.5; each token id must be a whole number"),
+        ([True], "the prompt has True; each token id"),
+        (np.array([1.0, 2.0]), r"the prompt has 1\.0; each token id"),
+        (np.array([[1, 2]]), r"the prompt has \[1, 2\]; each token id"),
+        (np.float32(3), r"the prompt is .*3\.0.*; it must be a sequence"),
+        (["a"], "the prompt has 'a'; each token id"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_not_ids_are_refused_and_the_session_keeps_what_it_has(
+    model: Model, ids: Any, message: str
+) -> None:
+    session = Session(model)
+    session.prefill([1, 2, 3])
+    for call in (session.stream, session.prefill, lambda ids: Stream(model, ids)):
+        with pytest.raises(OptionError, match=f"^{message}"):
+            call(ids)
+    assert session.ids == [1, 2, 3]
+    assert session.stream(np.array([1, 2, 4]), max_tokens=1).prompt_ids == [1, 2, 4]
 
-    async def read(prompt: str) -> str:
-        stream, text = model.stream(prompt, temperature=0), ""
-        while (piece := await asyncio.to_thread(next, stream, None)) is not None:
-            text += piece
-        return text
 
-    async def main() -> tuple[list[str], int]:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0)
-                ticks += 1
-
-        ticking = asyncio.ensure_future(tick())
-        texts = await asyncio.gather(*map(read, prompts))
-        ticking.cancel()
-        return list(texts), ticks
-
-    texts, ticks = asyncio.run(main())
-    assert texts == alone
-    assert ticks > 50
+def test_wrong_arguments_of_streams_and_sessions_are_named(model: Model, tmp_path: Path) -> None:
+    cache = model.new_cache()
+    for call, message in (
+        (lambda: Session(3), "the model is int"),
+        (lambda: Session(model).save(3), "the path is 3"),
+        (lambda: Session.load(model, None), "the path is None"),
+        (lambda: Stream(model, [1], cache=3), "cache is int; make one with the model's new_cache"),
+        (lambda: Stream(model, [1, 2], cache=cache, cached="1"), "cached is '1'; it must be a whole number"),
+        (lambda: Stream(model, [1, 2], cache=cache, cached=1), "cached is 1"),
+        (lambda: Stream(model, [1]).force([1.5]), r"ids has 1\.5; each token id must be a whole number"),
+        (lambda: Stream(model, [1]).force("a"), "ids is text"),
+        (lambda: Stream(model, [1]).end("soon"), "the reason is 'soon'; it must be stop, length or loop"),
+    ):
+        with pytest.raises(OptionError, match=f"^{message}"):
+            call()

@@ -14,7 +14,7 @@ from npqwen.errors import OptionError
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
 from npqwen.generation.stream import Stream
-from npqwen.generation.thought import ThinkingTracker
+from npqwen.generation.thinking import ThinkingTracker
 from npqwen.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
@@ -165,7 +165,7 @@ def test_the_caller_can_end_a_thought(tokenizer: Tokenizer) -> None:
     stream.end_thinking()
     assert stream.completion().text == "1" + SENTENCE + "234"
     assert stream.thinking_ended_by == "caller"
-    with pytest.raises(OptionError, match="no open thought"):
+    with pytest.raises(OptionError, match="the model is not thinking"):
         stream.end_thinking()
 
 
@@ -189,7 +189,7 @@ def test_a_thought_whose_end_is_on_the_way_is_not_ended_again(tokenizer: Tokeniz
 
 def test_a_tokenizer_without_the_mark_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "token_id", lambda self, name: None)
-    with pytest.raises(OptionError, match="no </think>: its thoughts cannot be ended"):
+    with pytest.raises(OptionError, match="no </think> token, so its thinking cannot be ended"):
         Stream(Drawn(tokenizer, "1"), [1], thinking_budget=1)
 
 

@@ -1,0 +1,58 @@
+"""`async for` over an iterator whose steps compute for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+Item = TypeVar("Item", covariant=True)
+_END: Any = object()
+
+
+class AsyncSteps(Iterator[Item]):
+    """An iterator that `async for` can read, too: every step runs in a thread, so the event loop is never blocked.
+
+    Cancelling a task that reads it ends the iteration: `cancel`, then, once the pass under way has ended, `close`;
+    only then is CancelledError raised, so that the model is free when the task is done. `contextlib.aclosing` closes
+    an iteration that is left early.
+    """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the iteration early, and release what it holds."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Have the iteration end after the pass under way. Any thread may call this at any time."""
+
+    async def aclose(self) -> None:
+        """`close`, in a thread."""
+        await asyncio.to_thread(self.close)
+
+    def __aiter__(self) -> AsyncSteps[Item]:
+        return self
+
+    async def __anext__(self) -> Item:
+        step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))
+        try:
+            item: Item = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.cancel()
+            await _wait(step)
+            await _wait(asyncio.ensure_future(self.aclose()))
+            raise
+        if item is _END:
+            raise StopAsyncIteration
+        return item
+
+
+async def _wait(future: asyncio.Future[Any]) -> None:
+    """Wait until `future` is done, however often this task is cancelled; its result and exception are dropped."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    if not future.cancelled():
+        future.exception()

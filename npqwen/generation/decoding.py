@@ -1,0 +1,291 @@
+"""One sequence being generated: which tokens the model must run next, and what their logits make of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.checks import check_ids
+from npqwen.errors import CheckpointError, ContextLengthError, OptionError
+from npqwen.generation.completion import FinishReason, Logprob, TokenLogprobs
+from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.options import GenerationOptions
+from npqwen.generation.sampler import Sampler, greatest
+from npqwen.generation.sampling import Sampling
+from npqwen.generation.stop_strings import StopStrings
+from npqwen.generation.thinking import ThinkingTracker, ending_ids
+from npqwen.generation.watched import EndedBy, Watch
+from npqwen.tokenizer import StreamDecoder, Tokenizer
+
+
+class Decoding:
+    """The state of one text. It never runs the model; a driver does, once for each step of one or of many texts:
+
+        while not decoding.finished:
+            ids = decoding.pending()
+            piece = decoding.accept(logits of ids, or None if there are no ids)
+
+    model: only its tokenizer, configuration and ids are used. prompt_ids: not empty, checked by `check_prompt_ids`.
+    options: checked. limit: the most tokens to generate. cached: how many prompt tokens need not be run.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt_ids: list[int],
+        options: GenerationOptions,
+        watches: Iterable[Watch] = (),
+        *,
+        limit: int,
+        cached: int = 0,
+    ) -> None:
+        tokenizer = model.tokenizer
+        self._tokenizer = tokenizer
+        self._vocab_size = model.config.vocab_size
+        self._eos_ids = model.generation_config.eos_ids
+        self.sampling = check_for_model(model, options)
+        self._processor = options.get("logits_processor")
+        self._top = options.get("top_logprobs") or 0
+        self._watches = list(watches)
+        self._limit = limit
+        self._cached = cached
+        self.prompt_ids = prompt_ids
+        self.ids: list[int] = []
+        """The ids generated so far."""
+        self.logprobs: list[TokenLogprobs] | None = [] if options.get("logprobs") or self._top else None
+        self.finish_reason: FinishReason | None = None
+        self.thinking = ThinkingTracker(tokenizer, prompt_ids)
+        self.thinking_ended_by: EndedBy | None = None
+        self._stop = StopStrings(options.get("stop") or ())
+        self._stop_ids = {
+            id: string
+            for string in self._stop.strings
+            if (id := tokenizer.token_id(string)) in tokenizer.special_ids and id is not None
+        }
+        self._stop_token: str | None = None
+        self._decoder = StreamDecoder(tokenizer)
+        self._pieces: list[str] = []
+        self._flushed = False
+        self._sampler: Sampler | None = None
+        self._forced: list[int] = []
+        self._run = 0
+        """How many of `ids` the model has run."""
+        self._unscored: list[int] = []
+        """Forced tokens that have to be run now for the log-probabilities of those after them."""
+        self._held = ""
+        """Their text, which is passed on with their log-probabilities."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to run and no text to come."""
+        return self._flushed and not self._unscored
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stop_token if self._stop.found is None else self._stop.found
+
+    @property
+    def within_character(self) -> bool:
+        """Whether the last token ended inside a character's bytes."""
+        return self._decoder.within_character
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether `accept` needs the logits of every pending token, not only of the last."""
+        return bool(self._unscored)
+
+    def pending(self) -> list[int]:
+        """The ids to run next, after those that were pending before; none if the next step needs no logits."""
+        if self._unscored:
+            return self._unscored
+        if self._sampler is None:
+            return self.prompt_ids[self._cached :]
+        if self.finish_reason is not None or (self._forced and self.logprobs is None):
+            return []
+        return self.ids[self._run :]
+
+    def accept(self, logits: NDArray[np.float32] | None) -> str:
+        """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
+
+        logits: float32 (rows, vocab_size), the last row that of the last token; None if nothing was pending. Raises
+        what a logits_processor or a watch raises, OptionError if bias or processor leave no token to draw, and
+        FormatError for logits that are not finite.
+        """
+        piece = self._score_unscored(logits) if self._unscored and logits is not None else self._step(logits)
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def force(self, ids: Iterable[int]) -> None:
+        """Make `ids` the next tokens, after any that are forced already, in place of drawn ones.
+
+        They become part of the text and of `ids`, count as generated, and run in one forward pass; eos, stop strings
+        and the limit end the text among them as among others. Raises OptionError for ids without a token, or once the
+        text is finished.
+        """
+        forced = check_ids("ids", ids)
+        for id in forced:  # a model may have more embeddings than there are tokens
+            if not 0 <= id < self._vocab_size or not self._tokenizer.token_bytes(id):
+                raise OptionError(f"token id {id} cannot be forced: this model has no such token")
+        if self.finish_reason is not None:
+            raise OptionError("the text is finished, so no tokens can be forced into it")
+        self._forced += forced
+
+    def end(self, reason: FinishReason) -> None:
+        """Finish the text after the tokens it has, with this reason; no effect if it is finished already."""
+        if reason not in ("stop", "length", "loop"):
+            raise OptionError(f"the reason is {reason!r}; it must be stop, length or loop")
+        self.finish_reason = self.finish_reason or reason
+
+    def end_thinking(self, by: EndedBy = "caller") -> None:
+        """Force the end of the thinking, in the words that Qwen3 was trained on, so that the answer follows.
+
+        No effect if its end is forced already. Raises OptionError if the text is not inside its thinking.
+        """
+        if not self.thinking.is_open:
+            raise OptionError("the model is not thinking, so there is no thinking to end")
+        if self.thinking_ended_by is None:
+            self.force(ending_ids(self._tokenizer))
+            self.thinking_ended_by = by
+
+    def _step(self, logits: NDArray[np.float32] | None) -> str:
+        """Append the forced tokens, or draw one; returns the text this makes certain."""
+        if logits is not None:
+            self._run = len(self.ids)
+        if self._sampler is None:
+            missing = self._tokenizer.missing_ids(self._vocab_size)
+            self._sampler = Sampler(self.sampling, self.prompt_ids, missing, self._processor)
+            self._call_watches()
+        if self.finish_reason is not None:
+            return self._flush()
+        new, self._forced = self._forced[: self._limit - len(self.ids)], []
+        if new:
+            for id in new:
+                self._sampler.add(id)
+        else:
+            assert logits is not None  # something was pending
+            new = [self._sampler(logits[-1])]
+        before = len(self.ids)
+        piece = self._append(new)
+        if self.logprobs is not None and logits is not None:
+            new = self.ids[before:]
+            self.logprobs.append(token_logprobs(logits[-1], new[0], self._top, self._tokenizer))
+            if len(new) > 1:
+                self._unscored, self._held = new[:-1], piece
+                return ""
+        return piece
+
+    def _append(self, new: Sequence[int]) -> str:
+        """Append tokens to the text, up to one that finishes it; returns the text that they make certain."""
+        piece = ""
+        for id in new:
+            self.ids.append(id)
+            self.thinking.push(id)
+            piece += self._text_of(id)
+            if self.finish_reason is not None:
+                break
+        else:
+            self._call_watches()
+        return piece if self.finish_reason is None else piece + self._flush()
+
+    def _text_of(self, id: int) -> str:
+        if id in self._eos_ids:
+            self.finish_reason = "stop"
+            return ""
+        if id in self._stop_ids:
+            self.finish_reason, self._stop_token = "stop", self._stop_ids[id]
+            return ""
+        piece = self._stop.push(self._decoder.push(id))
+        if self._stop.found is not None:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self._limit:
+            self.finish_reason = "length"
+        return piece
+
+    def _flush(self) -> str:
+        """The text that was held back, as the beginning of a stop string or of a character."""
+        if self._flushed:
+            return ""
+        self._flushed = True
+        if self._stop.found is not None:
+            return ""
+        piece = self._stop.finish(self._decoder.finish())
+        if self._stop.found is not None:
+            self.finish_reason = "stop"
+        return piece
+
+    def _call_watches(self) -> None:
+        for watch in self._watches:
+            watch(self)
+
+    def _score_unscored(self, logits: NDArray[np.float32]) -> str:
+        """Log-probabilities of the forced tokens after the first; returns the text of all of them."""
+        assert self.logprobs is not None
+        self._run += len(self._unscored)
+        for row, id in zip(logits, self.ids[-len(self._unscored) :], strict=True):
+            self.logprobs.append(token_logprobs(row, id, self._top, self._tokenizer))
+        piece, self._unscored, self._held = self._held, [], ""
+        return piece
+
+
+def check_prompt_ids(model: LanguageModel, ids: object) -> list[int]:
+    """The prompt's ids as a list of ints.
+
+    Raises OptionError unless they are a sequence of at least one token id, CheckpointError for an id that the model
+    does not have, and ContextLengthError for a prompt that fills the context.
+    """
+    prompt = check_ids("the prompt", ids)
+    if not prompt:
+        raise OptionError("the prompt is empty, and Qwen3 has no token to begin with; give it some text")
+    vocab, context = model.config.vocab_size, model.context
+    foreign = next((id for id in prompt if not 0 <= id < vocab), None)
+    if foreign is not None:
+        raise CheckpointError(
+            f"the prompt has token id {foreign} but the model has {vocab} embeddings; "
+            f"is {model.path / 'tokenizer.json'} another model's?"
+        )
+    if len(prompt) >= context:
+        longer = context < model.config.max_position_embeddings
+        raise ContextLengthError(
+            f"the prompt's {len(prompt)} tokens leave no room in the context of {context}; shorten it"
+            + (", or load the model with a longer context" if longer else "")
+        )
+    return prompt
+
+
+def check_for_model(model: LanguageModel, options: GenerationOptions) -> Sampling:
+    """The model's sampling with `options` applied; OptionError for options that this model cannot obey."""
+    sampling = model.generation_config.sampling.override(options)
+    foreign = next((id for id in sampling.logit_bias if id >= model.config.vocab_size), None)
+    if foreign is not None:
+        raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
+    if options.get("thinking_budget") is not None:
+        ending_ids(model.tokenizer)
+    return sampling
+
+
+def token_logprobs(logits: NDArray[np.float32], id: int, top: int, tokenizer: Tokenizer) -> TokenLogprobs:
+    """The log-probability of token `id`, and the `top` likeliest tokens, given the model's logits (vocab_size,).
+
+    The distribution is the softmax of these logits, before bias, penalties, temperature and filters, as in OpenAI's
+    API and llama.cpp. Embedding rows without a token are never among the likeliest.
+    """
+    peak = float(logits.max())
+    total = peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
+    best: list[Logprob] = []
+    if top:
+        real = logits.copy()
+        real[tokenizer.missing_ids(len(logits))] = -np.inf
+        ids = greatest(real, top)
+        ids = ids[np.argsort(-real[ids], kind="stable")][:top]
+        ids = ids[real[ids] > -np.inf]
+        best = [Logprob(int(i), tokenizer.token_bytes(int(i)), float(logits[i]) - total) for i in ids]
+    return TokenLogprobs(id, tokenizer.token_bytes(id), float(logits[id]) - total, tuple(best))
