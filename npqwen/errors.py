@@ -44,8 +44,9 @@ class SamplingWarning(UserWarning):
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """`text` on one line for a message: runs of blanks become one, what exceeds `limit` characters becomes "..."."""
-    line = " ".join(text[: 4 * limit].split())
+    """Text from a file or a server, for a message: on one line, printable, cut to `limit` characters and "..."."""
+    printable = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text[: 4 * limit])
+    line = " ".join(printable.split())
     return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[:limit]}..."
 
 

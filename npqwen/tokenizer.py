@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
-from npqwen.errors import CheckpointError, OptionError
+from npqwen.errors import CheckpointError, OptionError, shortened
+from npqwen.format.files import read_small
 
 
 def _byte_letters() -> dict[str, int]:
@@ -46,12 +47,14 @@ class Tokenizer:
     def from_directory(cls, directory: Path) -> Tokenizer:
         """Read `directory/tokenizer.json`; CheckpointError if it is missing, damaged or no byte-level BPE."""
         path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; is {directory} a whole model directory?")
         try:
-            tokenizer = _Tokenizer.from_file(str(path))
+            tokenizer = _Tokenizer.from_buffer(read_small(path))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; is {directory} a complete model directory?") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{path} cannot be read: {shortened(str(error), 200)}") from None
         kinds = type(tokenizer.model).__name__, type(tokenizer.decoder).__name__
         if kinds != ("BPE", "ByteLevel"):
             raise CheckpointError(f"{path} holds a {'/'.join(kinds)} tokenizer; Qwen3's is BPE/ByteLevel")

@@ -110,7 +110,7 @@ def test_a_converted_directory_is_used_as_it_is(
     out = tmp_path / "out"
     assert hub.convert(checkpoint, out, 8) == out
     assert hub.resolve(out) == hub.resolve(out, 8) == out
-    with pytest.raises(OptionError, match="converted to 8 bits, but 4 were asked for"):
+    with pytest.raises(OptionError, match="converted to 8 bits, but 4 were requested"):
         hub.resolve(out, 4)
     with pytest.raises(CheckpointError, match="converted already"):
         hub.convert(out)
@@ -274,12 +274,12 @@ def test_a_hub_that_names_no_commit(remote: Hub, sha: Any) -> None:
 
 
 def test_what_is_no_hub_does_not_hide_a_conversion(remote: Hub) -> None:
-    """A proxy's page, read as JSON."""
+    """A proxy's page, read as JSON; its words could be meant for the terminal."""
     kept = hub.resolve("org/name")
-    remote.error = json.JSONDecodeError("Expecting value", "<html>", 0)
+    remote.error = json.JSONDecodeError("Expecting \x1b]0;\u202evalue\x07", "<html>", 0)
     notices: list[str] = []
     assert hub.resolve("org/name", notice=notices.append) == kept
-    page = "Expecting value: line 1 column 1 (char 0)"
+    page = "Expecting ]0;value: line 1 column 1 (char 0)"
     assert notices == [f"the hub cannot be reached ({page}); using {kept}"]
 
 
@@ -305,7 +305,7 @@ def test_a_full_disk_during_the_download(remote: Hub, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(OutputError, match="no room is left on the disk"):
+    with pytest.raises(OutputError, match="the disk is full"):
         hub.resolve("org/name")
 
 

@@ -26,8 +26,9 @@ LAYERS = (
     "npqwen.engine",
     "npqwen.kernels",
     "npqwen.simd",
+    "npqwen.tokenizer",
     "npqwen.format",
-    "npqwen.tokenizer npqwen.hardware npqwen.atomic_file npqwen.cache_directory",
+    "npqwen.hardware npqwen.atomic_file npqwen.cache_directory",
     "npqwen.checks",
     "npqwen.errors",
 )

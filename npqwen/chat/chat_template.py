@@ -19,6 +19,7 @@ from npqwen.chat.messages import Message, checked, joined, plain
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import read_json
+from npqwen.format.files import read_small
 
 FILE = "chat_template.jinja"
 DIRECTORY = "additional_chat_templates"
@@ -281,8 +282,10 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_small(path).decode("utf-8").replace("\r\n", "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 

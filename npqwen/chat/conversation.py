@@ -17,6 +17,7 @@ from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
 from npqwen.errors import FormatError, NpqwenError, OptionError
+from npqwen.format.files import read_small
 from npqwen.generation.session import Session
 
 FORMAT, VERSION = "npqwen-conversation", 1
@@ -199,7 +200,7 @@ class Conversation:
         ChatOptions.of(**options)  # so that below only the file can be wrong
         path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_small(path).decode("utf-8"))
         except FileNotFoundError:
             raise FormatError(f"{path} is no saved conversation: there is no such file") from None
         except OSError as error:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import click
 
 from npqwen.commands.options import Command, check_numba
+from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.terminal import Terminal
 
 
 @click.command(cls=Command)
 @click.argument("source")
 @click.argument("out", required=False)
-@click.option("--bits", type=int, default=4, show_default=True, metavar="4|8|16", help="Bits per weight.")
+@click.option(
+    "--bits", type=int, default=DEFAULT_BITS, show_default=True, metavar="|".join(CHOICES), help="Bits per weight."
+)
 @click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
 def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -> None:

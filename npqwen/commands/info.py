@@ -7,12 +7,13 @@ import json
 import click
 
 from npqwen.commands.options import Command, check_numba
+from npqwen.format.recipe import CHOICES
 from npqwen.terminal.terminal import Terminal
 
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--bits", type=int, metavar="4|8|16", help="Bits per weight, if not converted yet.")
+@click.option("--bits", type=int, metavar="|".join(CHOICES), help="Bits per weight, if not converted yet.")
 @click.option(
     "--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit."
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from npqwen.errors import OptionError
+from npqwen.format.recipe import CHOICES
 from npqwen.generation.options import OPTIONS, Option
 from npqwen.terminal.terminal import Terminal
 
@@ -41,7 +42,7 @@ def model_options(command: Decorated) -> Decorated:
         click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics."),
         click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
         click.option("--threads", type=int, metavar="N", help="Number of threads; default: one per core."),
-        click.option("--bits", type=int, metavar="4|8|16", help="Bits per weight, if not converted yet."),
+        click.option("--bits", type=int, metavar="|".join(CHOICES), help="Bits per weight, if not converted yet."),
     ):
         command = option(command)
     return command

@@ -72,7 +72,7 @@ class Engine:
             self.weights.advise_huge_pages()
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self.bits = self.weights.bits
-        self.cache_dtype = self.weights.quantization.recipe.cache_dtype
+        self.cache_dtype = self.weights.cache_dtype
         self.threads = default_threads() if threads is None else int(threads)
         self._origin = object()
         self._rope = Rope(self.config)

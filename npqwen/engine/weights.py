@@ -62,6 +62,11 @@ class Weights:
         return self.quantization.recipe.bits
 
     @property
+    def cache_dtype(self) -> type[np.float16] | type[np.float32]:
+        """What the KV cache stores."""
+        return np.float32 if self.quantization.recipe.cache_dtype == "float32" else np.float16
+
+    @property
     def encodings(self) -> set[int]:
         """Codes of all the matrices' encodings."""
         return {encoding.code for encoding in self.quantization.encodings.values()}

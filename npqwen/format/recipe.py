@@ -7,13 +7,10 @@ every matrix's encoding in `quantization_config.encodings`; the reader takes enc
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Literal
 
 from npqwen.errors import OptionError, quoted
 from npqwen.format.encodings import BF16, INT4, INT8, Encoding
-
-CacheDtype = type[np.float16] | type[np.float32]
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Recipe:
     """Nominal bits per weight: the recipe's name on the command line and in files."""
     matrices: Encoding
     """Of all matrices but the routers."""
-    cache_dtype: CacheDtype = np.float16
+    cache_dtype: Literal["float16", "float32"] = "float16"
     """Of the keys and values of models made by this recipe."""
     routers: Encoding = BF16
     """Of a mixture's routers: a wrong choice of experts costs more than any rounding within them."""
@@ -45,7 +42,7 @@ RECIPES = {
         Recipe(INT4.bits, INT4),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.
-        Recipe(BF16.bits, BF16, cache_dtype=np.float32),
+        Recipe(BF16.bits, BF16, cache_dtype="float32"),
     )
 }
 """By their bits."""

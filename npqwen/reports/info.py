@@ -91,7 +91,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
     budget = Budget(
         weights=sum(parts.values()),
         working=Buffers(config, weights, threads, chunk_size(config)).nbytes,
-        page=KVCache(config, 1, weights.quantization.recipe.cache_dtype).page_bytes,
+        page=KVCache(config, 1, weights.cache_dtype).page_bytes,
         available=machine.available_memory(),
     )
     return Info(

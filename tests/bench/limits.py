@@ -39,6 +39,7 @@ from numba.extending import intrinsic
 
 from npqwen.engine.forward import forward
 from npqwen.format.encodings import ENCODINGS, Encoding
+from npqwen.format.recipe import RECIPES
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
 from npqwen.kernels.barrier import MEMBERS, NEXT, SLOTS
@@ -215,10 +216,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7)
     options = parser.parse_args()
     with load(options.model, threads=1) as model:
-        if model.bits == 16:
-            parser.error("a model of 16 bits has no integer products; give one of 4 or 8")
+        encoding = RECIPES[model.bits].matrices
+        if not encoding.is_integer:
+            parser.error(f"a model of {model.bits} bits has no integer products; give a quantized one")
         rows, cols = model.config.intermediate_size // 16 * 32, -(-model.config.hidden_size // 64) * 64
-        encoding = next(encoding for encoding in ENCODINGS if encoding.bits == model.bits)
         made, most = arithmetic(encoding, rows, cols, 256, options.repeat)
         step, bare = outside(model, 64, options.repeat)
     cold, warm = loading(options.model)

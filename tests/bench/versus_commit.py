@@ -44,6 +44,7 @@ from interleave import (
     take_turns,
 )
 
+from npqwen.format.recipe import RECIPES
 from npqwen.hardware.machine import processor
 
 CONVERT = "import sys; from pathlib import Path; from npqwen_quant import convert; " + (
@@ -148,7 +149,7 @@ def speeds(trees: Sequence[Tree], bits: int, threads: int, isa: str, options: ar
     for _ in range(options.restarts):
         with running(trees, threads, context_for(*plan), isa) as children:
             for name, tokens, request, warmup in measures(*plan):
-                row = rows.setdefault(name, Row(weights(bits), isa, threads, name, tokens))
+                row = rows.setdefault(name, Row(RECIPES[bits].name, isa, threads, name, tokens))
                 for child in children.values():
                     child.ask(**warmup)
                 for contender, answer in take_turns(children, request, options.repeat):
@@ -167,8 +168,8 @@ def starts(trees: Sequence[Tree], bits: int, options: argparse.Namespace) -> Non
     timed(trees, "-", 1, "import npqwen.model", ["-c", "import npqwen.model"], options.repeat)
     timed(trees, "-", 1, "npqwen chat --help", ["-c", COMMAND, "chat", "--help"], options.repeat)
     first = [str(ENGINE), "first", "npqwen", "MODEL", "--threads", str(threads)]
-    timed(trees, weights(bits), threads, "first token", first, options.repeat)
-    timed(trees, weights(bits), threads, "first token, kernels to compile", first, COMPILING_ROUNDS, fresh=True)
+    timed(trees, RECIPES[bits].name, threads, "first token", first, options.repeat)
+    timed(trees, RECIPES[bits].name, threads, "first token, kernels to compile", first, COMPILING_ROUNDS, fresh=True)
 
 
 def timed(
@@ -195,11 +196,6 @@ def timed(
                     row.seconds[tree.name].append(time.perf_counter() - start)
     progress(row.text())
     print(row.text(), flush=True)
-
-
-def weights(bits: int) -> str:
-    """An encoding's name."""
-    return f"int{bits}" if bits < 16 else "bf16"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,6 +48,7 @@ from interleave import (
     take_turns,
 )
 
+from npqwen.format.recipe import RECIPES
 from npqwen.hardware.machine import available_memory, processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,8 +197,9 @@ def text_row(result: Result) -> str:
     ratio = f"{result.ratio():.2f}" if "npqwen" in result.seconds else "-"
     flash = rival.rpartition(" ")[2] if "flash" in rival else ""
     shares = "/".join(f"{result.cpu_share(name):.2f}" for name in ("npqwen", rival) if result.cpu_seconds.get(name))
+    weights = RECIPES[result.bits].name
     row = [
-        f"int{result.bits} / {FORMATS[result.bits].upper()}" if result.bits < 16 else "bf16",
+        weights if weights == FORMATS[result.bits] else f"{weights} / {FORMATS[result.bits].upper()}",
         str(result.threads),
         result.name,
         cell(result, "npqwen"),
@@ -239,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
     options = parser.parse_args(arguments)
     if set(options.bits) - set(FORMATS):
-        parser.error("--bits takes 4, 8 and 16")
+        parser.error(f"--bits takes {', '.join(map(str, FORMATS))}")
     if min([options.repeat, options.restarts, *options.threads]) < 1:
         parser.error("--repeat, --restarts and --threads start at 1")
     if options.work is None:

@@ -185,8 +185,9 @@ def test_an_error_cannot_give_a_terminal_orders(run: Run, monkeypatch: pytest.Mo
 def test_a_notice_cannot_control_a_terminal(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("npqwen.hub._latest_commit", lambda repository: (None, "the hub says \x1b]0;title\x07no"))
-    monkeypatch.setattr("npqwen.hub._kept", lambda repository, bits: tmp_path / "my\x7fmodel")
+    hub = "npqwen.hub.conversions"
+    monkeypatch.setattr(f"{hub}.latest_commit", lambda repository: (None, "the hub says \x1b]0;title\x07no"))
+    monkeypatch.setattr(f"{hub}._newest_conversion", lambda repository, recipe: tmp_path / "my\x7fmodel")
     assert f"the hub says ]0;titleno; using {tmp_path}/mymodel" in run("info", "org/name").err
 
 

@@ -15,6 +15,8 @@ from checkpoints import write_checkpoint
 from npqwen import hub
 from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, OutputError
+from npqwen.format.recipe import recipe_of
+from npqwen.hub import conversions
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege, homes are told otherwise")
 
@@ -118,4 +120,4 @@ def test_a_cache_that_cannot_be_read_holds_nothing(cache: Path, monkeypatch: pyt
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "glob", refuse)
-    assert hub._kept("org/name", None) is None
+    assert conversions._newest_conversion("org/name", recipe_of(4)) is None

@@ -1,0 +1,5 @@
+"""From MODEL, as users name it, to a converted directory: used in place, or downloaded and converted once."""
+
+from npqwen.hub.conversions import convert, resolve
+
+__all__ = ["convert", "resolve"]
