@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,43 +65,3 @@ def chat_with(model: Any, mode: Any = "fold", **options: Any) -> TerminalChat:
     terminal = Terminal()
     fixed = {name: options.pop(name) for name in ("system", "thinking") if name in options}
     return TerminalChat(model, terminal, AnswerView(terminal, mode), Settings(model, **options), name="m", **fixed)
-
-
-class Readline:
-    """The module, in a locale that knows ASCII only. items: its history. line, begin: what is being typed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.items: list[str] = []
-        self.line, self.begin = "", 0
-        self.complete: Callable[[str, int], str | None] = lambda start, at: None
-        monkeypatch.setattr("npqwen.terminal.prompt_line._readline", lambda: self)
-
-    def add_history(self, entry: str) -> None:
-        if "\0" in entry:
-            raise ValueError("embedded null byte")
-        entry.encode("ascii")
-        self.items.append(entry)
-
-    def get_current_history_length(self) -> int:
-        return len(self.items)
-
-    def get_history_item(self, number: int) -> str:
-        return self.items[number - 1]
-
-    def set_completer(self, complete: Callable[[str, int], str | None]) -> None:
-        self.complete = complete
-
-    def get_line_buffer(self) -> str:
-        return self.line
-
-    def get_begidx(self) -> int:
-        return self.begin
-
-    def parse_and_bind(self, line: str) -> None:
-        pass
-
-    def set_auto_history(self, enabled: bool) -> None:
-        pass
-
-    def set_completer_delims(self, letters: str) -> None:
-        pass

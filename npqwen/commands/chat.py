@@ -100,12 +100,12 @@ def converse(chat: TerminalChat) -> None:
     """Hold a conversation in the terminal, with a history from earlier runs."""
     from npqwen.cache_directory import cache_directory
     from npqwen.terminal.history import History
-    from npqwen.terminal.prompt_line import PromptLine
+    from npqwen.terminal.line_editor import message_reader
     from npqwen.terminal.repl import run
     from npqwen.terminal.slash_commands import completions
 
     history = History(cache_directory() / "history")
-    line = PromptLine(history, completions)
+    reader = message_reader(history, completions)
     terminal = chat.terminal
     terminal.notice(
         f"{chat.name}, {chat.model.bits} bits per weight, context {chat.model.context:,}; "
@@ -115,6 +115,6 @@ def converse(chat: TerminalChat) -> None:
     if not readable:
         terminal.notice(f"{history.path} cannot be read: there is no history of earlier conversations")
     terminal.blank_line()
-    run(chat, line)
+    run(chat, reader)
     if readable and not history.kept:
         terminal.notice(f"{history.path} cannot be written: the history will lack what was entered now")

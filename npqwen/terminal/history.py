@@ -1,33 +1,35 @@
-"""What somebody said to models in the terminal, kept from run to run."""
+"""The user's messages in the terminal, kept from run to run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import uuid
 from pathlib import Path
 
-ENTRIES = 1000
-"""Entries that are kept."""
-LONGEST = 10_000
-"""Characters of an entry; longer ones are not kept."""
+from npqwen.atomic_file import new_file
+from npqwen.errors import OutputError
+
+MAX_ENTRIES = 1000
+"""How many entries are kept."""
+MAX_LENGTH = 10_000
+"""Longer entries, in characters, are not kept."""
 
 
 class History:
-    """A file that this user alone may read: one JSON string a line, oldest first.
+    """A file that only its owner can read, with one JSON string per line, oldest first.
 
-    Several terminals may add to it at a time. A file that cannot be read or written means no history, and no error:
-    `kept` tells.
+    Several terminals may append to it at the same time. If it cannot be read or written there is no history, and no
+    error: `kept` tells.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kept = True
-        """Whether what was added is in the file."""
+        """Whether the file has been readable, and contains what was added."""
 
     def entries(self) -> list[str]:
-        """The newest entries. A file that has grown too long is cut."""
+        """The newest entries. A file that has grown too long is shortened."""
         try:
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
@@ -35,14 +37,15 @@ class History:
         except OSError:
             self.kept = False
             return []
-        found = [entry for line in lines if (entry := _entry(line))]
-        if len(lines) > 2 * ENTRIES:
-            self._write(found[-ENTRIES:])
-        return found[-ENTRIES:]
+        entries = [entry for line in lines if (entry := _entry(line))]
+        if len(lines) > 2 * MAX_ENTRIES:
+            with contextlib.suppress(OutputError), new_file(self.path) as file:
+                file.writelines(map(_line, entries[-MAX_ENTRIES:]))
+        return entries[-MAX_ENTRIES:]
 
     def add(self, entry: str) -> None:
-        """Append one entry."""
-        if len(entry) > LONGEST:
+        """Append an entry."""
+        if len(entry) > MAX_LENGTH:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,26 +55,15 @@ class History:
         except OSError:
             self.kept = False
 
-    def _write(self, entries: list[str]) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial-{uuid.uuid4().hex[:12]}")
-        try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "wb") as file:
-                file.writelines(map(_line, entries))
-            os.replace(partial, self.path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-
 
 def _line(entry: str) -> bytes:
     return (json.dumps(entry) + "\n").encode()
 
 
 def _entry(line: str) -> str:
-    """The entry in a line; empty for a line that is none, as after a disk was full."""
+    """The entry in a line; empty if the line is damaged (a full disk may cut it) or its text not valid Unicode."""
     try:
         entry = json.loads(line)
+        return entry if isinstance(entry, str) and entry.encode() else ""
     except (ValueError, RecursionError):
         return ""
-    return entry if isinstance(entry, str) else ""

@@ -1,25 +1,34 @@
-"""The loop of a conversation in the terminal: read a line, run the command or answer the question."""
+"""The loop of a conversation in the terminal: read a message, run the command or answer the question."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from npqwen.errors import NpqwenError
-from npqwen.terminal.prompt_line import PromptLine
 from npqwen.terminal.slash_commands import is_command, run_command
 from npqwen.terminal.terminal_chat import TerminalChat
 
 
-def run(chat: TerminalChat, line: PromptLine) -> None:
+class MessageReader(Protocol):
+    """Where the messages of a conversation come from."""
+
+    def read(self) -> str:
+        """The next message. Raises EOFError at the end of the input, KeyboardInterrupt on Ctrl-C."""
+
+    def is_empty(self) -> bool:
+        """After KeyboardInterrupt: whether nothing had been typed, as far as is known."""
+
+
+def run(chat: TerminalChat, reader: MessageReader) -> None:
     """Read and handle messages until the user leaves."""
     warned = False
     while not chat.finished:
         try:
-            message = line.read()
+            message = reader.read()
         except EOFError:
-            chat.terminal.write_error("\n")
             return
         except KeyboardInterrupt:
-            chat.terminal.write_error("\n")
-            if line.is_empty():
+            if reader.is_empty():
                 if warned:
                     return
                 warned = True

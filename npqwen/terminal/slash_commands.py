@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,18 +62,20 @@ def _name(found: re.Match[str]) -> str:
     return _ALIASES.get(name, name)
 
 
-def completions(before: str, word: str) -> Iterable[str]:
-    """Completions of `word`, with the text `before` it: commands, option names after /set, paths after /save, /load."""
-    command = before.strip()
-    if not before and word.startswith("/"):
-        return [f"/{name}" for name in COMMANDS if name.startswith(word[1:])]
+def completions(line: str) -> tuple[str, list[str]]:
+    """For a line up to the cursor: the part at its end to complete, and what it can become.
+
+    Commands, names of options after /set, paths after /save and /load.
+    """
+    command, space, argument = line.partition(" ")
+    argument = argument.lstrip()
+    if not space:
+        return command, [f"/{name}" for name in COMMANDS if command.startswith("/") and name.startswith(command[1:])]
     if command == "/set":
-        return [name for name in NAMES if name.startswith(word)]
+        return argument, [name for name in NAMES if name.startswith(argument)]
     if command in ("/thought", "/reasoning"):
-        return [mode for mode in _REASONING_MODES if mode.startswith(word)]
-    if command in ("/save", "/load"):
-        return _paths(word)
-    return []
+        return argument, [mode for mode in _REASONING_MODES if mode.startswith(argument)]
+    return argument, _paths(argument) if command in ("/save", "/load") else []
 
 
 def _paths(start: str) -> list[str]:

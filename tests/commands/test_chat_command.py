@@ -14,12 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_terminal import THOUGHT, Readline, chat_with
+from fake_terminal import THOUGHT, chat_with
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from reciter import Reciter
 
 from npqwen.commands import cli
 from npqwen.commands.chat import converse
-from npqwen.terminal.prompt_line import PromptLine
+from npqwen.terminal.line_editor import LineEditor
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 SUM = "What is 17 + 25?"
@@ -102,16 +104,19 @@ def test_a_model_without_a_template_is_told_about_generate(run: Command) -> None
 # --- a conversation ---
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="keeps no history")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a link to nowhere")
 def test_a_history_that_cannot_be_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Readline(monkeypatch)
     (tmp_path / "cache").symlink_to(tmp_path / "nowhere")  # neither a directory nor a place for one
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
-    typed = ["q", "/exit"]
-    monkeypatch.setattr(PromptLine, "_line", lambda self, prompt: typed.pop(0))
-    converse(chat_with(Reciter("Yes.")))
+    with create_pipe_input() as pipe:
+        pipe.send_text("q\r/exit\r")
+        monkeypatch.setattr(
+            "npqwen.terminal.line_editor.message_reader",
+            lambda history, completions: LineEditor(history, completions, pipe, DummyOutput()),
+        )
+        converse(chat_with(Reciter("Yes.")))
     *_, last = capsys.readouterr().err.splitlines()
     assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: the history will lack what was entered now"
 
@@ -202,42 +207,41 @@ def test_in_a_terminal(tiny: Callable[[int], Path], tmp_path: Path) -> None:
     def send(text: str) -> None:
         os.write(master, text.encode())
 
-    def interrupt() -> None:
-        """As a hand does: Python sees a Ctrl-C only once readline waits again after what it has just shown."""
-        time.sleep(0.3)
-        send("\x03")
+    def prompt() -> str:
+        """What is written up to the next prompt, which is complete when bracketed paste is on and the cursor visible."""
+        return until("\x1b[?2004h") + until("\x1b[?25h")
 
     try:
         until("/help lists the commands")
-        until("> ")
+        prompt()
         send(f"{SUM}\n")
         shown = until("17 + 25 = 42")
         assert "\x1b[2m" in shown
         assert "thought for " in shown
         until("context ")
-        until("> ")
+        prompt()
         send("Define river.\n")
         until("thinking...")
         send("\x03")
         until("stopped")
         until("taken back")
-        until("> ")
+        prompt()
         send("half a line")
         until("half a line")
-        interrupt()
-        assert "again, or Ctrl-D" not in until("> ")
+        send("\x03")
+        assert "again, or Ctrl-D" not in prompt()
         send("/nonsense\n")
         until("unknown command /nonsense")
-        until("> ")
-        interrupt()
+        prompt()
+        send("\x03")
         until("again, or Ctrl-D")
-        until("> ")
+        prompt()
         send("/nothink\n")
         until("thinking is off")
-        until("> ")
+        prompt()
         send("\x1b[200~What is\n11 + 31?\x1b[201~\n")
         until("tok/s")
-        until("> ")
+        prompt()
         send("/exit\n")
         assert process.wait(30) == 0
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,7 +267,22 @@ def test_exit_leaves(say: Say) -> None:
 
 
 def test_tab_completes_commands_and_options() -> None:
-    assert list(completions("", "/th")) == ["/think", "/thought"]
-    assert list(completions("/set ", "top")) == ["top_k", "top_p"]
-    for before, start in (("", "st"), ("", ""), ("what is ", "top"), ("/set top_k ", "s"), ("/set ", "/th")):
-        assert list(completions(before, start)) == []
+    assert completions("/th") == ("/th", ["/think", "/thought"])
+    assert completions("/set top") == ("top", ["top_k", "top_p"])
+    assert completions("/thought s") == ("s", ["show"])
+    for line in ("st", "", "what is top", "/set top_k s", "/set /th", "/system t"):
+        assert completions(line)[1] == []
+
+
+def test_tab_completes_paths_also_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my talks").mkdir()
+    for name in ("my talk.json", ".hidden", "my talks/a.json"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert completions("/load my t") == ("my t", ["my talk.json", f"my talks{os.sep}"])
+    assert completions("/save my talks/") == ("my talks/", ["my talks/a.json"])
+    assert completions("/save ~/.h") == ("~/.h", ["~/.hidden"])
+    assert completions("/load ") == ("", ["my talk.json", f"my talks{os.sep}"])
+    assert completions("/load none/x") == ("none/x", [])

@@ -1,0 +1,46 @@
+"""The syntax of messages of several lines that are typed in a terminal."""
+
+from __future__ import annotations
+
+QUOTES = '"""'
+
+
+def in_block(text: str) -> bool:
+    """Whether `text` has opened a block, with three quotes at its beginning or after a command, and not closed it."""
+    block = _block(text)
+    return block is not None and not block.rstrip().endswith(QUOTES)
+
+
+def is_continued(text: str) -> bool:
+    """Whether the message continues on the next line: an open block, or a backslash at the end."""
+    return in_block(text) or text.endswith("\\")
+
+
+def joined(text: str, line: str) -> str:
+    """A continued message with its next line. The backslash that continues it is removed, except in a block."""
+    return f"{text if in_block(text) else text.removesuffix(chr(92))}\n{line}"
+
+
+def message(text: str) -> str:
+    """The message that was typed: "\\n" ends lines, the quotes of a block are removed, invalid UTF-8 is replaced."""
+    text = _valid(text).replace("\r\n", "\n").replace("\r", "\n")
+    block = _block(text)
+    if block is None:
+        return text
+    inside = block.rstrip().removesuffix(QUOTES).removeprefix("\n").removesuffix("\n")
+    return text[: len(text) - len(block) - len(QUOTES)] + inside
+
+
+def _block(text: str) -> str | None:
+    """What follows the three quotes that open a block, if they do."""
+    start = text.lstrip()
+    if start.startswith("/"):
+        start = start.partition(" ")[2].lstrip()
+    return start.removeprefix(QUOTES) if start.startswith(QUOTES) else None
+
+
+def _valid(text: str) -> str:
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # surrogates that do not stand for bytes
+        return text.encode("utf-8", "replace").decode()
