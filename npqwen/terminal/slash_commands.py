@@ -97,8 +97,8 @@ def _help(chat: TerminalChat, arguments: str) -> None:
     lines = [f"  {f'/{name} {command.usage}'.strip():<{width}}{command.help}" for name, command in COMMANDS.items()]
     chat.terminal.lines("\n".join(lines))
     chat.terminal.lines(
-        '\nEnd a line with \\ to continue on the next one, or put """ before and after a message of several lines; '
-        "pasted lines stay one message. Ctrl-C stops the answer; Ctrl-D leaves."
+        '\nAlt+Enter, or Enter after a \\, begins a new line; or put """ before and after a message of several lines. '
+        "Pasted lines stay one message. Tab completes, arrows recall. Ctrl-C stops the answer; Ctrl-D leaves."
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,74 +178,150 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no pty")
-def test_in_a_terminal(tiny: Callable[[int], Path], tmp_path: Path) -> None:
-    import pty
+class PseudoTerminal:
+    """`npqwen chat` with the tiny model in a terminal, each pass of it slowed down."""
 
-    master, slave = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("NO_COLOR", None)
-    arguments = ["chat", str(tiny(4)), "--threads", "1", "--temperature", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, "0.05", *arguments],
-        stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment,
-    )  # fmt: skip
-    os.close(slave)
-    seen = ""
+    def __init__(self, model: Path, cache: Path, *arguments: str) -> None:
+        import pty
 
-    def until(text: str, seconds: float = 60) -> str:
-        """What is written up to the text."""
-        nonlocal seen
+        self.master, self.slave = pty.openpty()
+        environment = os.environ | {"TERM": "xterm", "XDG_CACHE_HOME": str(cache)}
+        environment.pop("NO_COLOR", None)
+        options = ["chat", str(model), "--threads", "1", "--temperature", "0", *arguments]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, "0.05", *options],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True, env=environment,
+        )  # fmt: skip
+        self._seen = ""
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """Everything written up to the text."""
         end = time.monotonic() + seconds
-        while text not in seen:
-            ready, _, _ = select.select([master], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"no {text!r} after {seen!r}"
-            seen += os.read(master, 4096).decode("utf-8", "replace")
-        at = seen.index(text) + len(text)
-        before, seen = seen[:at], seen[at:]
+        while text not in self._seen:
+            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"no {text!r} after {self._seen!r}"
+            self._seen += os.read(self.master, 4096).decode("utf-8", "replace")
+        at = self._seen.index(text) + len(text)
+        before, self._seen = self._seen[:at], self._seen[at:]
         return before
 
-    def send(text: str) -> None:
-        os.write(master, text.encode())
+    def prompt(self) -> str:
+        """Everything up to the next prompt: it is ready when bracketed paste is on and the cursor visible."""
+        return self.until("\x1b[?2004h") + self.until("\x1b[?25h")
 
-    def prompt() -> str:
-        """What is written up to the next prompt, which is complete when bracketed paste is on and the cursor visible."""
-        return until("\x1b[?2004h") + until("\x1b[?25h")
+    def send(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
 
-    try:
-        until("/help lists the commands")
-        prompt()
-        send(f"{SUM}\n")
-        shown = until("17 + 25 = 42")
-        assert "\x1b[2m" in shown
-        assert "thought for " in shown
-        until("context ")
-        prompt()
-        send("Define river.\n")
-        until("thinking...")
-        send("\x03")
-        until("stopped")
-        until("taken back")
-        prompt()
-        send("half a line")
-        until("half a line")
-        send("\x03")
-        assert "again, or Ctrl-D" not in prompt()
-        send("/nonsense\n")
-        until("unknown command /nonsense")
-        prompt()
-        send("\x03")
-        until("again, or Ctrl-D")
-        prompt()
-        send("/nothink\n")
-        until("thinking is off")
-        prompt()
-        send("\x1b[200~What is\n11 + 31?\x1b[201~\n")
-        until("tok/s")
-        prompt()
-        send("/exit\n")
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
+    def settings(self) -> list[Any]:
+        import termios
+
+        return termios.tcgetattr(self.slave)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.slave)
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal(tiny: Callable[[int], Path], tmp_path: Path) -> Iterator[Callable[..., PseudoTerminal]]:
+    """terminal(): starts a conversation in a terminal."""
+    if sys.platform == "win32":
+        pytest.skip("has no pty")
+    opened: list[PseudoTerminal] = []
+
+    def start(*arguments: str) -> PseudoTerminal:
+        opened.append(PseudoTerminal(tiny(4), tmp_path, *arguments))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def test_in_a_terminal(terminal: Callable[..., PseudoTerminal]) -> None:
+    chat = terminal()
+    chat.until("/help lists the commands")
+    chat.prompt()
+    chat.send(f"{SUM}\n")
+    shown = chat.until("17 + 25 = 42")
+    assert "\x1b[2m" in shown
+    assert "thought for " in shown
+    chat.until("context ")
+    chat.prompt()
+    chat.send("Define river.\n")
+    chat.until("thinking...")
+    chat.send("\x03")
+    chat.until("stopped")
+    chat.until("taken back")
+    chat.prompt()
+    chat.send("half a line")
+    chat.until("half a line")
+    chat.send("\x03")
+    assert "again, or Ctrl-D" not in chat.prompt()
+    chat.send("/nonsense\n")
+    chat.until("unknown command /nonsense")
+    chat.prompt()
+    chat.send("\x03")
+    chat.until("again, or Ctrl-D")
+    chat.prompt()
+    chat.send("/nothink\n")
+    chat.until("thinking is off")
+    chat.prompt()
+    chat.send("\x1b[200~What is\n11 + 31?\x1b[201~\n")
+    chat.until("tok/s")
+    chat.prompt()
+    chat.send("/exit\n")
+    assert chat.process.wait(30) == 0
+
+
+def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal: Callable[..., PseudoTerminal]) -> None:
+    chat = terminal("--no-think")
+    chat.prompt()
+    chat.send(f"{SUM}\n")
+    chat.until("17")
+    chat.send("/stats\nWhat is")
+    assert "/stats" not in chat.until("tok/s")
+    chat.until("all answers")
+    chat.until("What is")
+    chat.send(" 30 + 12?\n")
+    chat.until("42")
+    chat.prompt()
+    chat.send("\x04")
+    assert chat.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", None), getattr(signal, "SIGQUIT", None)])
+@pytest.mark.parametrize("answering", [False, True])
+def test_a_signal_leaves_the_terminal_as_it_was(
+    number: signal.Signals, answering: bool, terminal: Callable[..., PseudoTerminal]
+) -> None:
+    chat = terminal()
+    before = chat.settings()
+    chat.prompt()
+    assert chat.settings() != before
+    if answering:
+        chat.send("Define river.\n")
+        chat.until("thinking...")
+        assert chat.settings() != before
+    if sys.platform == "linux":  # SIGQUIT would leave a core file
+        import resource
+
+        resource.prlimit(chat.process.pid, resource.RLIMIT_CORE, (0, 0))
+    chat.process.send_signal(number)
+    assert chat.process.wait(30) == -number
+    assert chat.settings() == before
+
+
+def test_the_line_editor_is_only_imported_for_a_conversation(tiny: Callable[[int], Path]) -> None:
+    script = """
+import sys
+from npqwen.commands.cli import main
+try:
+    main(["chat", sys.argv[1], "-q", "--threads", "1", "--max-tokens", "1"])
+finally:
+    assert "prompt_toolkit" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tiny(4))], input=b"x", capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
