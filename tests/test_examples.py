@@ -162,9 +162,7 @@ def test_web_handler(server: str) -> None:
     refused.value.close()
 
 
-def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = module("asyncio_app", monkeypatch)
-
+def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through() -> None:
     class Slow(Reciter):
         def forward(self, *args: Any, **options: Any) -> Any:
             time.sleep(0.001)
@@ -172,8 +170,8 @@ def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through(monkeypatch: 
 
     async def leave() -> None:
         stream = Slow("word " * 500).stream_chat("?", thinking=False)
-        async with aclosing(app.events(stream)) as events:
-            async for _ in events:
+        async with aclosing(stream):
+            async for _ in stream:
                 break
         assert stream.reply is None
         assert list(stream) == []
@@ -182,8 +180,8 @@ def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through(monkeypatch: 
         stream = Slow("word " * 500).stream_chat("?", thinking=False)
 
         async def read() -> None:
-            async with aclosing(app.events(stream)) as events:
-                async for _ in events:
+            async with aclosing(stream):
+                async for _ in stream:
                     pass
 
         with pytest.raises(asyncio.TimeoutError):
@@ -196,7 +194,7 @@ def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through(monkeypatch: 
         stream = model.stream_chat("?", thinking=False)
         model.forward = None  # type: ignore[assignment, method-assign]
         with pytest.raises(TypeError):
-            async for _ in app.events(stream):
+            async for _ in stream:
                 pass
 
     asyncio.run(leave())

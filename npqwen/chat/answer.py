@@ -16,6 +16,7 @@ from npqwen.chat.reply import END_THINK, Piece, Reasoning, ReplyParser, Text
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.chat.text_stop import TextStop
 from npqwen.errors import OptionError, SamplingWarning
+from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import TokenLogprobs, Usage
 from npqwen.generation.session import Session
 from npqwen.tools.calls import ToolCall
@@ -68,7 +69,7 @@ class Finish:
 Event = Piece | ToolResult | Notice | Finish
 
 
-class ChatStream(Iterator[Event]):
+class ChatStream(AsyncSteps[Event]):
     """An answer's events, as they come: Reasoning, Text, ToolCall, ToolResult, Notice and, at the end, Finish.
 
     `text` and `reasoning` tell at any time what the present step has so far, `usage` what all cost, `messages` what
@@ -97,6 +98,7 @@ class ChatStream(Iterator[Event]):
         self.reply: Reply | None = None
         self._answering = True
         self._ended = False
+        self._cancelled = False
         self._results: list[ToolResult] = []
         self._notices: list[str] = []
         self._untold: list[str] = []
@@ -114,6 +116,11 @@ class ChatStream(Iterator[Event]):
         """End early. The model stays as usable as before."""
         self._events.close()
         self._end()
+
+    def cancel(self) -> None:
+        """End early after the pass or the tool under way. Any thread may call this."""
+        self._cancelled = True
+        self._stream.cancel()
 
     @property
     def text(self) -> str:
@@ -204,6 +211,8 @@ class ChatStream(Iterator[Event]):
             while True:
                 yield from self._tell()
                 yield from self._answer()
+                if self._cancelled:
+                    return
                 runnable = self._options.run_tools and self._finish_reason() == "tool_calls" and self._can_run()
                 if not runnable:
                     break
@@ -212,8 +221,12 @@ class ChatStream(Iterator[Event]):
                     break
                 step += 1
                 yield from self._run_calls()
+                if self._cancelled:
+                    return
                 self._usages.append(self._stream.usage)
                 self._stream = self._next_stream()
+                if self._cancelled:
+                    return
             yield from self._tell()
             self.reply = self._whole_reply()
             self._end()
@@ -233,6 +246,8 @@ class ChatStream(Iterator[Event]):
                 self._stream.close()
                 break
         else:
+            if self._stream.finish_reason is None and self._cancelled:
+                return
             if self._stream.finish_reason is None:
                 raise OptionError("the session was used for another answer, which ended this one; fork it for two")
             ended = self._stream.finish_reason == "stop" and self._stream.stop_string is None
