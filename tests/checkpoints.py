@@ -163,7 +163,7 @@ def write_checkpoint(
     if shards == 1:
         write_safetensors(directory / "model.safetensors", tensors, dtype)
         return dict(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, part in enumerate(np.array_split(np.arange(len(names)), shards), 1):
         file = f"model-{shard:05d}-of-{shards:05d}.safetensors"
         write_safetensors(directory / file, {names[i]: tensors[names[i]] for i in part}, dtype)

@@ -43,7 +43,8 @@ class Matrix:
         if self.rounds:
             q, scale = int8_blocks(x)
             x = (q * scale[:, :, None]).reshape(x.shape)
-        return x @ self.weights.T
+        product: np.ndarray = x @ self.weights.T
+        return product
 
 
 class _Halves(list[np.ndarray]):

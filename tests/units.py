@@ -37,7 +37,9 @@ def unpack(units: np.ndarray) -> np.ndarray:
     if size == UNIT_BYTES["bf16"]:
         elements = np.ascontiguousarray(units).view("<u2").reshape(tiles, count, 64, 16)
         bits = elements.transpose(0, 3, 1, 2).reshape(16 * tiles, 64 * count)
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        floats: np.ndarray = (bits.astype(np.uint32) << 16).view(np.float32)
+        return floats
     q = integers(units) - (8 if size == UNIT_BYTES["int4"] else 0)
     scale = scales(units).transpose(0, 3, 1, 2).reshape(16 * tiles, 2 * count)
-    return q.astype(np.float32) * np.repeat(scale, 32, axis=1)
+    weights: np.ndarray = q.astype(np.float32) * np.repeat(scale, 32, axis=1)
+    return weights

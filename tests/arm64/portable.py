@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,8 @@ def write(directory: Path) -> None:
         for bits in encodings:
             path = directory / f"{name}-{bits}"
             convert(source, path, bits=bits)
-            np.savez(directory / f"{name}-{bits}.npz", **answers(path, name), machine=platform.machine())
+            found: dict[str, Any] = {**answers(path, name), "machine": platform.machine()}
+            np.savez(directory / f"{name}-{bits}.npz", **found)
 
 
 def check(directory: Path, *names: str) -> None:

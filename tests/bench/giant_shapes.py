@@ -33,9 +33,9 @@ import numpy as np
 import numpy.typing as npt
 from make_checkpoint import GENERATION, SIZES, TINY, TOKENIZER_FILES, tensors
 from npqwen_quant import convert
-from npqwen_quant.checkpoint import read_header
 
 from npqwen.format.config import Config
+from npqwen.format.safetensors import read_header
 from npqwen.model import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,7 +58,8 @@ def live_experts(config: Mapping[str, Any], count: int) -> npt.NDArray[np.int64]
 
 def live_ids(config: Mapping[str, Any]) -> npt.NDArray[np.int64]:
     """The token ids whose rows are not holes."""
-    return np.r_[0:ROWS, config["vocab_size"] - ROWS : config["vocab_size"]]
+    last = config["vocab_size"]
+    return np.concatenate([np.arange(ROWS), np.arange(last - ROWS, last)])
 
 
 def write_checkpoint(config: dict[str, Any], out: Path, live: int, seed: int = 0) -> None:
@@ -133,11 +134,13 @@ class Mapped(Mapping[str, npt.NDArray[np.float32]]):
     """A checkpoint's tensors as float32, converted at every access."""
 
     def __init__(self, path: Path) -> None:
-        self._tensors = read_header(path)
+        self._path = path
+        with path.open("rb") as file:
+            self._tensors = read_header(file).tensors
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         tensor = self._tensors[name]
-        bits = np.memmap(tensor.path, "<u2", "r", tensor.offset, tensor.shape)
+        bits = np.memmap(self._path, "<u2", "r", tensor.offset, tensor.shape)
         values = np.empty(bits.shape, np.uint32)
         step = max(1, (1 << 26) // max(1, bits[0].size))
         for first in range(0, len(bits), step):

@@ -165,7 +165,7 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
     memory, turns = np.zeros((1 << 14) + 64, np.uint8), 100_000
     weights = memory[-memory.ctypes.data % 64 :][: 1 << 12]
     activations = np.ones(1 << 13, np.uint8)
-    works = [product, *(partial(loop, weights, activations, turns) for loop in loops.values())]
+    works: list[Callable[[], Any]] = [product, *(partial(loop, weights, activations, turns) for loop in loops.values())]
     for work in works:
         work()
     times = [[seconds(work) for work in works] for _ in range(repeat)]

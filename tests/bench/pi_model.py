@@ -193,7 +193,7 @@ def prefill(shape: Shape, cost: Costs, tokens: int, busy: float, bandwidth: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--depth", type=int, default=512, help="tokens in the cache when one more is decoded")
     parser.add_argument("--busy", type=float, default=0.8, help="utilization of the busiest pipe")

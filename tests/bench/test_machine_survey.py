@@ -89,7 +89,7 @@ def measured(tiny: Callable[[int], Path], root: Path, monkeypatch: pytest.Monkey
     states = iter([(70.0, 2400), (84.4, 1500), (80.1, 1800), (75.0, 2200)])
     flags = iter(["throttled=0x0", "throttled=0x80000"])
     monkeypatch.setattr(machine_survey, "vcgencmd", lambda: next(flags))
-    monkeypatch.setattr(machine_report.platform, "release", lambda: "6.12.34+rpt-rpi-2712")
+    monkeypatch.setattr(platform, "release", lambda: "6.12.34+rpt-rpi-2712")
 
     with load(tiny(4), threads=2) as model:
         log = machine_survey.Log(raspberry_pi(root, 48.2))

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.divergence import divergence, log_softmax, pieces
 from checkpoints import TINY, make_config, read_safetensors, shapes, write_checkpoint
 from converted import small_model
+from divergence import divergence, log_softmax, pieces
 from npqwen_quant import convert
 from quantized import QuantizedReference
 from reference import ReferenceModel

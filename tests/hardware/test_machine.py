@@ -145,19 +145,19 @@ INTEL = cpus(12, topology__thread_siblings_list=[*PAIRS[:8], *"89", "10", "11"])
 def test_threads(
     count: int, files: dict[str, str], threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(count)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)))
     assert machine.default_threads(tree(tmp_path, files)) == threads
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
 def test_threads_where_affinity_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(machine.os, "sched_getaffinity")
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 3)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert machine.default_threads(tmp_path) == 3
 
 
 def test_threads_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(machine, "_command", lambda *words: {"hw.perflevel0.physicalcpu": "6"}.get(words[-1], ""))
     assert machine.default_threads() == 6
     # One with an Intel processor: cores of one kind, and two threads in each.
@@ -207,7 +207,7 @@ Pages purgeable:                          3000.
 
 def test_memory_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"vm_stat": VM_STAT, "sysctl": "17179869184"}
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(machine, "_command", lambda *words: said[words[0]])
     assert machine.available_memory() == 16384 * 185_700
     assert machine.total_memory() == 1 << 34

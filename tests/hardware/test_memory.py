@@ -50,7 +50,7 @@ def test_memory_that_the_system_does_not_give(tiny: Callable[[int], Path], monke
         def refuse(*args: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(kv_cache.np, "zeros", refuse)
+        monkeypatch.setattr(np, "zeros", refuse)
         with pytest.raises(OutOfMemoryError, match=f"enough for {PAGE} tokens"):
             cache.reserve(1)
         assert cache.length == PAGE
@@ -73,7 +73,7 @@ def test_logits_that_memory_cannot_hold_are_refused(
         def refuse(*args: object) -> None:
             raise MemoryError
 
-        monkeypatch.setattr(npqwen.engine.engine.np, "empty", refuse)
+        monkeypatch.setattr(np, "empty", refuse)
         with pytest.raises(OutOfMemoryError, match="logits of 2000 tokens"):
             model.logits(ids)
 
@@ -140,7 +140,7 @@ def test_info_tells_what_fits(
             cli.main(["info", str(tiny(4))])
         assert stopped.value.code == 0
         (line,) = re.findall(r"^available +.*? [kM]B, (.*)$", capsys.readouterr().out, re.M)
-        return line
+        return str(line)
 
     assert available(whole.needed + RESERVED) == "enough"
     assert available(whole.needed + RESERVED - 1) == "enough for 1792 tokens of context"
