@@ -36,7 +36,8 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
     """All of a regular file; OSError if it is larger than `limit` bytes, and as open_regular raises."""
     with open_regular(path) as file:
         data = bytearray()
-        while part := file.read(min(limit + 1 - len(data), 1 << 24)):
+        # Not in larger pieces: glibc would serve later arrays of such a size from the heap, where zeros take memory.
+        while part := file.read(min(limit + 1 - len(data), 1 << 16)):
             data += part
             if len(data) > limit:
                 raise OSError(errno.EFBIG, f"it is larger than {limit / 1e6:.0f} MB")
