@@ -20,9 +20,13 @@ from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from npqwen.chat.answer import ChatStream, Reply
     from npqwen.chat.chat_template import ChatTemplate
     from npqwen.chat.conversation import Conversation
+    from npqwen.generation.generate import Prompts
+    from npqwen.generation.options import GenerationOptions
 
 
 class Model(Engine):
@@ -56,18 +60,35 @@ class Model(Engine):
         super()._compile()
         greatest(np.zeros(2, np.float32), 1)  # sampling's kernel, so that it counts as part of the progress
 
-    def stream(self, prompt: str, **options: Any) -> Stream:
-        """Generate, piece by piece as the text comes.  options: see `npqwen.generation.generate.stream`."""
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Stream:
+        """Continue `prompt`, raw text without a chat template, piece by piece; see `Stream` and `GenerationOptions`.
+
+        Raises OptionError and ContextLengthError before anything is computed.
+        """
         return text.stream(self, prompt, **options)
 
     @overload
-    def generate(self, prompt: str, *, n: None = None, **options: Any) -> Completion: ...
+    def generate(self, prompt: str, *, n: None = None, **options: Unpack[GenerationOptions]) -> Completion: ...
 
     @overload
-    def generate(self, prompt: str, *, n: int, **options: Any) -> list[Completion]: ...
+    def generate(self, prompt: str, *, n: int, **options: Unpack[GenerationOptions]) -> list[Completion]: ...
 
-    def generate(self, prompt: str, *, n: int | None = None, **options: Any) -> Completion | list[Completion]:
-        """Generate a whole text, or `n` of them.  options: see `npqwen.generation.generate`."""
+    @overload
+    def generate(
+        self, prompt: Prompts, *, n: None = None, **options: Unpack[GenerationOptions]
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(self, prompt: Prompts, *, n: int, **options: Unpack[GenerationOptions]) -> list[list[Completion]]: ...
+
+    def generate(
+        self, prompt: str | Prompts, *, n: int | None = None, **options: Unpack[GenerationOptions]
+    ) -> Completion | list[Completion] | list[list[Completion]]:
+        """Continue a prompt, raw text without a chat template, to its end; a list of prompts gives a list.
+
+        n: a list of n completions of each prompt, drawn with seed, seed + 1, ... if a seed is given. options: see
+        `GenerationOptions`. Raises OptionError and ContextLengthError before anything is computed.
+        """
         return text.generate(self, prompt, n=n, **options)
 
     @cached_property

@@ -114,7 +114,7 @@ class ReferenceModel:
     def stream(self, prompt: str, **options: Any) -> Stream:
         return stream(self, prompt, **options)
 
-    def generate(self, prompt: str, **options: Any) -> Any:
+    def generate(self, prompt: Any, **options: Any) -> Any:
         return generate(self, prompt, **options)
 
     def close(self) -> None:

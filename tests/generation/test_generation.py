@@ -129,7 +129,7 @@ def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
     for check in (lambda: stream(model, ""), lambda: check_prompt("")):
         with pytest.raises(OptionError, match=r"prompt is empty.*give it some text"):
             check()
-    with pytest.raises(OptionError, match="bytes, not a string"):
+    with pytest.raises(OptionError, match="the prompt is b'x', not a string"):
         stream(model, b"x")  # type: ignore[arg-type]
 
 
@@ -280,3 +280,44 @@ def test_a_model_without_eos_runs_to_its_limit(tmp_path: Path) -> None:
     assert isinstance(result, Completion)
     assert result.ids == GOLDEN["greedy_1"].tolist()
     assert "<|im_end|>" not in result.text
+
+
+def test_a_list_of_prompts_gives_what_each_gives_alone(model: ReferenceModel) -> None:
+    prompts = ["A river is", SUM, "1"]
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 1.1, "seed": 3}
+    alone = [model.generate(prompt, **options) for prompt in prompts]
+    for given in (prompts, tuple(prompts)):
+        found = model.generate(given, stop=iter(["zzz"]), **options)
+        assert [each.ids for each in found] == [each.ids for each in alone]
+        assert [each.usage.prompt_tokens for each in found] == [each.usage.prompt_tokens for each in alone]
+    assert [each.ids for each in model.generate(prompts[:1], **options)] == [alone[0].ids]
+    assert model.generate([]) == []
+
+
+def test_samples_of_a_list_of_prompts(model: ReferenceModel) -> None:
+    prompts = ["A river is", "1"]
+    options: dict[str, Any] = {"max_tokens": 4, "temperature": 1.1, "seed": 3}
+    alone = [model.generate(prompt, n=2, **options) for prompt in prompts]
+    found = model.generate(prompts, n=2, **options)
+    assert [[each.ids for each in both] for both in found] == [[each.ids for each in both] for both in alone]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        (["1", ""], OptionError, "the prompt is empty"),
+        (["1", None], OptionError, "the prompt is None, not a string"),
+        (["1", "a b " * 2000], ContextLengthError, "leave no room"),
+        (5, OptionError, "the prompt is int, not a string or a list of strings"),
+        ({"1": 2}, OptionError, "the prompt is dict"),
+        (iter("ab"), OptionError, "not a string or a list"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_list_with_a_wrong_prompt_is_refused_before_anything_runs(
+    model: ReferenceModel, prompts: Any, error: type[Exception], message: str
+) -> None:
+    read: list[int] = []
+    with pytest.raises(error, match=message):
+        model.generate(prompts, max_tokens=1, progress=lambda done, total: read.append(done))
+    assert read == []
