@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from npqwen.atomic_file import new_file
+from npqwen.atomic_file import exchange, new_file
 from npqwen.errors import OutputError
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links, permissions and devices of POSIX")
@@ -89,3 +89,15 @@ def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
     with new_file(tmp_path / "file"):
         pass
     assert sorted(os.listdir(tmp_path)) == [".file.partial-b", ".x.partial-a", "file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 of Linux")
+def test_names_are_exchanged(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot")
+    assert os.listdir(tmp_path / "a") == ["b"]
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "c")

@@ -1,8 +1,8 @@
-"""How the numbers of a matrix are stored: one record an encoding (quant/FORMAT.md, "Units").
+"""Encodings of matrices: one record for each (quant/FORMAT.md, "Units").
 
-A matrix is stored in *units* of 16 rows x 64 columns.  A unit holds its block scales, if the encoding has any, and then
-its two *blocks* of 32 columns, each with a scale a row.  Whoever must know how a matrix is stored asks its `Encoding`:
-the converter, the reader, the kernel tables, budgets, reports and the command line.
+A matrix is stored in *units* of 16 rows x 64 columns. A unit consists of its scales, if the encoding has any, and two
+*blocks* of 32 columns. All code that depends on how a matrix is stored asks its `Encoding`; which encoding a conversion
+chooses for which matrix is up to its recipe (npqwen.format.recipe).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ UNIT_ROWS = 16
 UNIT_COLUMNS = 64
 """Columns of a unit."""
 BLOCK_COLUMNS = 32
-"""Columns of a block: those that share a scale in each row."""
+"""Columns of a block: those that share a scale, in each row."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,27 @@ class Encoding:
     code: int
     """Index into the tables of kernels, 0 and up without gaps."""
     bits: int
-    """Nominal bits of one weight, the scales not counted: what `--bits` chooses."""
+    """Nominal bits per weight, without scales."""
     scale_bytes: int
-    """Bytes of scales at the beginning of a unit, 0 if the encoding has none: f16, 16 rows of the unit's first block,
-    then 16 rows of its second."""
+    """Bytes of the f16 scales that a unit begins with: of 16 rows for its first block, then for its second. 0: none."""
     block_bytes: int
-    """Bytes of the weights of a block: 16 rows x 32 columns."""
+    """Bytes of a block's weights: 16 rows x 32 columns."""
     is_integer: bool
-    """Whether weights are integers times a scale, multiplied by activations in int8; else by float32."""
+    """True: integers with scales, multiplied with int8 activations. False: floats, multiplied with float32."""
     zero_point: int = 0
     """Added to integers before they are stored, which makes them unsigned; 0 if they are stored signed."""
     largest: int = 0
     """The largest magnitude of a stored integer."""
+
+    @property
+    def low(self) -> int:
+        """The smallest integer that a weight divided by its scale can be."""
+        return -self.zero_point or -self.largest
+
+    @property
+    def high(self) -> int:
+        """The largest integer that a weight divided by its scale can be."""
+        return self.largest - self.zero_point
 
     @property
     def unit_bytes(self) -> int:
@@ -46,7 +55,7 @@ class Encoding:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of one weight, scales included."""
+        """Stored bits per weight, scales included."""
         return 8 * self.unit_bytes / (UNIT_ROWS * UNIT_COLUMNS)
 
 
@@ -55,5 +64,5 @@ INT8 = Encoding("int8", code=1, bits=8, scale_bytes=64, block_bytes=512, is_inte
 BF16 = Encoding("bf16", code=2, bits=16, scale_bytes=0, block_bytes=1024, is_integer=False)
 
 ENCODINGS = (INT4, INT8, BF16)
-"""All of them, in the order of their codes."""
+"""In the order of their codes."""
 BY_NAME = {encoding.name: encoding for encoding in ENCODINGS}

@@ -34,30 +34,21 @@ _NIBBLES, _BYTES = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
-    """The integers of an encoding, and how its scales are searched for."""
+class Quantizer:
+    """How an integer encoding's scales are searched for, and its integers stored."""
 
-    low: int
-    high: int
-    storage: int
-    """_NIBBLES or _BYTES."""
     targets: F32
     """What a block's largest weight is scaled to before rounding, in each candidate. Beyond the range of the integers
     it is clipped, from which a block with few large weights gains."""
-
-    @property
-    def largest(self) -> float:
-        """The largest weight that can be stored: the largest integer times the largest f16."""
-        return max(-self.low, self.high) * 65504.0
+    storage: int
+    """_NIBBLES or _BYTES."""
 
 
-# The squared error is 0.01 % (int8: 4 %) above what the best of all f16 scales leaves. -8..7 is not symmetric, so both
-# signs are worth trying.
-GRIDS = {
-    INT4: Grid(
-        -8, 7, _NIBBLES, np.concatenate([-np.linspace(6.6, 9.5, 16), np.linspace(5.8, 8.6, 16)]).astype(np.float32)
-    ),
-    INT8: Grid(-127, 127, _BYTES, np.linspace(112, 127.4, 16).astype(np.float32)),
+# The squared error is 0.01 % (int8: 4 %) above what the best of all f16 scales leaves. The range of int4, -8..7, is not
+# symmetric, so both signs of its scale are worth trying.
+QUANTIZERS = {
+    INT4: Quantizer(np.concatenate([-np.linspace(6.6, 9.5, 16), np.linspace(5.8, 8.6, 16)]).astype("f4"), _NIBBLES),
+    INT8: Quantizer(np.linspace(112, 127.4, 16).astype("f4"), _BYTES),
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -281,11 +272,16 @@ def quantize(rows: F32, out: npt.NDArray[np.uint8], start: int, stride: int, enc
     out: (unit rows, units, unit_bytes), contiguous. Returns the largest magnitude: if it is NaN or infinite, a weight
     was, and the units mean nothing.
     """
-    grid = GRIDS[encoding]
+    quantizer = QUANTIZERS[encoding]
     words = encoding.scale_bytes // 4, encoding.block_bytes // 4
-    low, high = np.float32(grid.low), np.float32(grid.high)
-    top = _quantize(rows, out.view(np.uint32), start, stride, *words, grid.storage, low, high, grid.targets)
+    search = np.float32(encoding.low), np.float32(encoding.high), quantizer.targets
+    top = _quantize(rows, out.view(np.uint32), start, stride, *words, quantizer.storage, *search)
     return float(np.uint32(top).view(np.float32))
+
+
+def largest_weight(encoding: Encoding) -> float:
+    """The largest magnitude that an integer encoding can store: its largest integer times the largest f16."""
+    return max(-encoding.low, encoding.high) * 65504.0
 
 
 def pack_bf16(bits: npt.NDArray[np.uint16], out: npt.NDArray[np.uint8], start: int, stride: int) -> None:

@@ -274,7 +274,7 @@ def _pack(
     largest = blocks.quantize(_widen(rows), out, start, part.stride, encoding)
     if not np.isfinite(largest):
         raise _not_finite(source, part.source)
-    if largest > blocks.GRIDS[encoding].largest:
+    if largest > blocks.largest_weight(encoding):
         raise CheckpointError(
             f"{source.path}: {part.source} has a weight of {largest:.3g}, too large for the f16 scales of "
             f"{encoding.name}; convert it to 16 bits"

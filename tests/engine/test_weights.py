@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from converted import MATRICES, encodings, tensors, write_model, write_safetenso
 from quantized import QuantizedReference
 
 from npqwen import CheckpointError, FormatError
+from npqwen.chat.chat_template import ChatTemplate
 from npqwen.commands import cli
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
@@ -354,3 +357,47 @@ def test_the_command_line_ends_in_one_line(
 def test_damaged_configs(model: Path, text: str) -> None:
     (model / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     refused(model, r"config\.json")
+
+
+def endless(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 10**11)
+    else:
+        path.symlink_to(kind)
+
+
+KINDS = ["/dev/zero", "/dev/full", "pipe", "sparse"]
+posix = pytest.mark.skipif(sys.platform == "win32", reason="devices and pipes of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "generation_config.json"],
+)
+def test_files_that_have_no_end(model: Path, name: str, kind: str) -> None:
+    endless(model / name, kind)
+    problem = f"{name} cannot be read: it is not a regular file"
+    if kind == "sparse":
+        header = "model.safetensors is damaged or truncated: its header would be 0 bytes"
+        problem = header if name == "model.safetensors" else f"{name} cannot be read: it is larger than 100 MB"
+    with pytest.raises((CheckpointError, FormatError), match=problem):
+        load(model, threads=1)
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_optional_files_that_have_no_end(model: Path, name: str, kind: str) -> None:
+    """What is not a file counts as missing."""
+    endless(model / name, kind)
+    if kind == "sparse":
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is larger than 100 MB"):
+            ChatTemplate.from_directory(model)
+    else:
+        assert "default" in ChatTemplate.from_directory(model).names or name == "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""`config.json`'s two styles of rope_theta, and one that YaRN cannot compute with."""
+"""`config.json`: its two styles of rope_theta, and values out of range."""
 
 from __future__ import annotations
 
@@ -42,3 +42,21 @@ def test_yarn_needs_a_rope_theta_of_more_than_1(theta: float) -> None:
     assert Config.from_dict(raw).rope_theta == theta
     with pytest.raises(CheckpointError, match=rf"rope_theta is {theta}; with YaRN it must be more than 1"):
         Config.from_dict(raw | {"rope_scaling": YARN})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": 5e-324}, "rope_theta is 5e-324, not a positive number in range"),
+        ({"rms_norm_eps": 1e39}, r"rms_norm_eps is 1e\+39, not a positive number in range"),
+        ({"rope_scaling": YARN | {"beta_fast": 5e-324}}, "beta_fast is 5e-324, not"),
+        ({"rope_scaling": YARN | {"factor": 1e9}}, r"YaRN's factor 1e\+09 makes a context of more than 2147483648"),
+        ({"rope_scaling": YARN | {"factor": 1e300}}, r"factor is 1e\+300, not a positive number in range"),
+        ({"hidden_size": 2**31 + 1}, "hidden_size is 2147483649, not a whole number in range"),
+        ({"vocab_size": "9" * 10**6}, r"vocab_size is '9{79}\.\.\., not a positive number"),
+        ({"model_type": ["x" * 10**6]}, r"model_type \['x{78}\.\.\. is not supported"),
+    ],
+)
+def test_values_that_nothing_can_be_computed_with(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Config.from_dict(make_config() | changes)

@@ -143,7 +143,7 @@ def test_extreme_blocks(encoding):
     rng = np.random.default_rng(4)
     noise = rng.standard_normal((32, 32)).astype(np.float32)
     noise /= np.abs(noise).max(1, keepdims=True)
-    largest = blocks.GRIDS[BY_NAME[encoding]].largest
+    largest = blocks.largest_weight(BY_NAME[encoding])
     sizes = [0, 1e-45, 1e-38, 1e-12, 2e-8, 3e-8, 5e-8, 1e-7, 3e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e3, 1e5, largest]
     rows = (noise[: len(sizes)].astype(np.float64) * np.array(sizes)[:, None]).astype(np.float32)
     units = quantize(rows, encoding)

@@ -1,0 +1,76 @@
+"""The tensors of a model: names, shapes and order, against the tests' own writer and the checkpoint's names."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checkpoints import make_config, shapes
+from converted import MATRICES, tensors
+
+from npqwen.format.config import Config
+from npqwen.format.encodings import BF16, ENCODINGS, INT4
+from npqwen.format.layout import Experts, Layout, Matrix, Vector
+from npqwen.format.recipe import RECIPES
+
+SHAPES = [
+    {},
+    {"tie_word_embeddings": False},
+    {"hidden_size": 200, "intermediate_size": 33, "vocab_size": 17, "head_dim": 16, "num_key_value_heads": 1},
+]
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "mlp_only_layers": [1],
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_names_shapes_and_order(changes: dict[str, int]) -> None:
+    config = make_config(**changes)
+    found = {}
+    for tensor in Layout(Config.from_dict(config)):
+        found[tensor.name] = tensor.shape if isinstance(tensor, Vector) else (*tensor.units, INT4.unit_bytes)
+    expected = {name: value.shape for name, value in tensors(config, dict.fromkeys(MATRICES, 4)).items()}
+    assert list(found.items()) == list(expected.items())
+
+
+@pytest.mark.parametrize("changes", [*SHAPES, MIXTURE])
+def test_every_tensor_of_the_checkpoint_has_a_place(changes: dict[str, int]) -> None:
+    config = make_config(**changes)
+    sources: dict[str, tuple[int, ...]] = {}
+    for tensor in Layout(Config.from_dict(config)):
+        assert not sources.keys() & tensor.sources.keys()
+        sources |= tensor.sources
+    assert sources == shapes(config)
+
+
+@pytest.mark.parametrize("changes", [*SHAPES, MIXTURE])
+def test_parts_fill_their_matrix_once(changes: dict[str, int]) -> None:
+    for tensor in Layout(Config.from_dict(make_config(**changes))):
+        matrices: list[Matrix] = [tensor] if isinstance(tensor, Matrix) else []
+        if isinstance(tensor, Experts):
+            matrices = [matrix for expert in range(tensor.count) for matrix in tensor.matrices(expert)]
+            assert tensor.units == (5, sum(int(np.prod(matrix.units)) for matrix in tensor.matrices(3)))
+        for matrix in matrices:
+            rows = [part.start + i * part.stride for part in matrix.parts for i in range(part.unit_rows)]
+            assert sorted(rows) == list(range(matrix.units[0]))
+            assert matrix.padded == (16 * matrix.units[0], 64 * matrix.units[1])
+            assert matrix.units[1] == -(-matrix.columns // 64)
+
+
+def test_encodings_are_what_the_format_says() -> None:
+    assert {encoding.name: encoding.unit_bytes for encoding in ENCODINGS} == {"int4": 576, "int8": 1088, "bf16": 2048}
+    assert [encoding.code for encoding in ENCODINGS] == [0, 1, 2]
+    assert [(encoding.low, encoding.high) for encoding in ENCODINGS if encoding.is_integer] == [(-8, 7), (-127, 127)]
+
+
+def test_routers_are_bf16_in_every_recipe() -> None:
+    layout = Layout(Config.from_dict(make_config(**MIXTURE)))
+    for bits, recipe in RECIPES.items():
+        assert recipe.bits == bits
+        for role, tensor in layout.layer(0).items():
+            if not isinstance(tensor, Vector):
+                assert recipe.encoding(tensor.name) == (BF16 if role == "router" else recipe.matrices)
