@@ -8,9 +8,10 @@ Each checkout converts the checkpoint with its own code into a directory of its 
 own that imports only that checkout; the two take turns at every measurement. Where both conversions wrote the same
 bytes, both map one file: on a virtual machine, the place of a file in memory moves decoding speed by up to a third.
 
-Prints a Markdown table: medians and ranges, the median of the rounds' ratios (above 1, the new checkout is faster), and
-the ratio of the two best rounds, which other programs disturbed least. With --start, also the seconds of a process's
-start: imports, the command line's help, the first token with compiled kernels and with none in the cache.
+Prints a Markdown table: medians and ranges, the median of the rounds' ratios (above 1, the new checkout is faster),
+the ratio of the two best rounds, which other programs disturbed least, and that of the least CPU times, which with one
+thread hardly depends on other programs. With --start, also the seconds of a process's start: imports, the command
+line's help, the first token with compiled kernels and with none in the cache.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ CONVERT = "import sys; from pathlib import Path; from npqwen_quant import conver
 COMMAND = "import sys; from npqwen.commands.cli import main; main(sys.argv[1:])"
 COMPILING_ROUNDS = 3
 HEADER = (
-    "| weights | kernels | threads | measure | old | new | new/old | best rounds' | CPU share, old/new |\n"
-    "|---|---|---:|---|---|---|---:|---:|---|"
+    "| weights | kernels | threads | measure | old | new | new/old | best rounds' | CPU time's | CPU share, old/new |\n"
+    "|---|---|---:|---|---|---|---:|---:|---:|---|"
 )
 
 
@@ -110,9 +111,13 @@ class Row:
         cells = [speed_cell(self.tokens, s) if self.tokens else seconds_cell(s) for s in self.seconds.values()]
         ratio = median(old / new for old, new in zip(self.seconds["old"], self.seconds["new"], strict=True))
         best = min(self.seconds["old"]) / min(self.seconds["new"])
+        cpu_ratio = ""
+        if self.cpu_seconds["old"]:
+            cpu_ratio = f"{min(self.cpu_seconds['old']) / min(self.cpu_seconds['new']):.3f}"
         shares = [cpu_share(self.seconds[key], cpu, self.threads) for key, cpu in self.cpu_seconds.items() if cpu]
-        columns = [self.weights, self.isa, str(self.threads), self.name, *cells, f"{ratio:.3f}", f"{best:.3f}"]
-        return "| " + " | ".join([*columns, " / ".join(f"{share:.2f}" for share in shares)]) + " |"
+        columns = [self.weights, self.isa, str(self.threads), self.name, *cells]
+        columns += [f"{ratio:.3f}", f"{best:.3f}", cpu_ratio, " / ".join(f"{share:.2f}" for share in shares)]
+        return "| " + " | ".join(columns) + " |"
 
 
 def convert(trees: Sequence[Tree], checkpoint: Path, work: Path, bits: int) -> None:
