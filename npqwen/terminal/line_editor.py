@@ -14,6 +14,7 @@ from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import History as EditorHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
@@ -64,6 +65,7 @@ class LineEditor:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
+            input_processors=[TabsProcessor(char1=" ", char2=" ")],
             key_bindings=_key_bindings(),
             input=input,
             output=output,

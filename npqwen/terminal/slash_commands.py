@@ -174,7 +174,7 @@ def _save(chat: TerminalChat, arguments: str) -> None:
         chat.conversation.save(path, cache=False)
     chat.file = str(path)
     cache = f", with {size / 1e6:.1f} MB of cache" if with_cache else ""
-    chat.terminal.notice(f"{_count_messages(chat.conversation)} saved to {path}{cache}")
+    chat.terminal.notice(f"{_count(len(chat.conversation.messages), 'message')} saved to {path}{cache}")
 
 
 def _load(chat: TerminalChat, arguments: str) -> None:
@@ -189,7 +189,7 @@ def _load(chat: TerminalChat, arguments: str) -> None:
     chat.file = str(path)
     chat.forget_last()
     chat.used = loaded.tokens or None  # without a saved cache, unknown until the messages are read
-    summary = f"{_count_messages(loaded)} loaded from {path}"
+    summary = f"{_count(len(loaded.messages), 'message')} loaded from {path}"
     chat.terminal.notice("; ".join(filter(None, (summary, chat.context_usage()))))
 
 
@@ -226,10 +226,11 @@ def _clear(chat: TerminalChat, arguments: str) -> None:
 def _stats(chat: TerminalChat, arguments: str) -> None:
     model, totals, last = chat.model, chat.totals, chat.last_usage
     thinking = {True: "on", False: "off", None: "the model's default"}[chat.conversation.thinking]
+    messages, dropped = len(chat.conversation.messages), chat.conversation.dropped
     lines = [
-        f"model         {chat.name}, {model.bits} bits per weight, {model.threads} threads",
+        f"model         {chat.name}, {model.bits} bits per weight, {_count(model.threads, 'thread')}",
         f"thinking      {thinking}",
-        f"conversation  {_count_messages(chat.conversation)}, of which {chat.conversation.dropped} dropped",
+        f"conversation  {_count(messages, 'message')}, {dropped} of them dropped",
     ]
     if context := chat.context_usage():
         size = f"{chat.conversation.cache_bytes / 1e6:.1f} MB"
@@ -264,9 +265,8 @@ def _is_conversation(path: Path) -> bool:
         return False
 
 
-def _count_messages(conversation: Conversation) -> str:
-    count = len(conversation.messages)
-    return f"{count} message{'' if count == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 COMMANDS = {
