@@ -15,6 +15,8 @@ from npqwen.generation.options import OPTIONS, Option
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from npqwen.model import Model
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -36,13 +38,18 @@ def _show_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> 
         ctx.exit()
 
 
+bits_option = click.option(
+    "--bits", type=int, metavar="|".join(CHOICES), help="Bits per weight, if not converted yet."
+)
+
+
 def model_options(command: Decorated) -> Decorated:
     """Add --bits, --threads, --context and --quiet, for commands that load a model."""
     for option in (
         click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics."),
         click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
         click.option("--threads", type=int, metavar="N", help="Number of threads; default: one per core."),
-        click.option("--bits", type=int, metavar="|".join(CHOICES), help="Bits per weight, if not converted yet."),
+        bits_option,
     ):
         command = option(command)
     return command
@@ -97,20 +104,25 @@ def _given(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ..
     return [argument_text(value) for value in values] or None
 
 
-def open_model(
-    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
-) -> Model:
-    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
+def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
+    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress."""
     from npqwen import hub
 
     check_numba()
-    path = hub.resolve(
+    return hub.resolve(
         model,
         bits,
         notice=terminal.notice,
         progress=terminal.conversion_progress,
         download_bars=terminal.shows_bars,
     )
+
+
+def open_model(
+    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
+) -> Model:
+    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
+    path = resolve(model, bits, terminal)
 
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load

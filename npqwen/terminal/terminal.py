@@ -16,7 +16,9 @@ from npqwen.errors import OutputError
 DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
 ERROR_LENGTH = 1000
 """Longest line of an error message, in characters."""
-_CONTROL_CHARACTERS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_CONTROL_CHARACTERS = {
+    code: None for code in (*range(0x20), *range(0x7F, 0xA0), 0x202D, 0x202E) if chr(code) not in "\n\t"
+}
 _ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x0004
 
 
@@ -206,9 +208,10 @@ class Terminal:
 
 
 def without_control_characters(text: str) -> str:
-    """`text` without C0 and C1 control characters (ESC among them), except newline and tab.
+    """`text` without C0 and C1 control characters, except newline and tab, and without bidirectional overrides.
 
-    Everything that makes a terminal act - cursor movement, colours, titles, the clipboard - begins with one of them.
+    Everything that makes a terminal act - cursor movement, colours, titles, the clipboard - begins with a control
+    character, such as ESC. Overrides (U+202D, U+202E) show text in another order than it has.
     """
     return text.translate(_CONTROL_CHARACTERS)
 

@@ -118,6 +118,7 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPa
     written = screen.getvalue().replace("\x1b[2m", "").replace("\x1b[22m", "")
     assert not set(written) & {"\x1b", "\x07", "\x9b", "\r"}
     assert written.startswith("a]0;titleb[2Jc31mde\ttab\nend\n")
+    assert without_control_characters("safe\u202egnp.exe") == "safegnp.exe"
     assert without_control_characters("é 👩‍👩‍👧 \u0301") == "é 👩‍👩‍👧 \u0301"
 
 
