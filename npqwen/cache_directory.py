@@ -1,4 +1,4 @@
-"""Where this user's caches go."""
+"""The directory of this user's caches: compiled kernels and conversions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from npqwen.errors import OutputError
 
 
 def cache_directory() -> Path:
-    """NPQWEN_CACHE, or `npqwen` in the platform's cache directory.  It need not exist yet.
+    """The environment variable NPQWEN_CACHE, or `npqwen` in the platform's cache directory. It may not exist yet.
 
-    Raises OutputError if the system knows of no home directory.
+    Raises OutputError if the user has no home directory.
     """
     override = os.environ.get("NPQWEN_CACHE")
     if override:

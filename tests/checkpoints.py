@@ -1,4 +1,4 @@
-"""Small random Qwen3 checkpoints, written by hand: safetensors is eight bytes, JSON, and the numbers."""
+"""Small random Qwen3 checkpoints, written without the package safetensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 def make_config(style: str = "hub", **changes: Any) -> dict[str, Any]:
     """A small Qwen3's config.json in the style of the hub's files ("hub") or of transformers 5 ("v5").
 
-    Few of its sizes are multiples of 64.  `changes` replaces or adds keys; a value of None removes one.
+    Few of its sizes are multiples of 64. changes: keys to replace or add; the value None removes one.
     """
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -120,7 +120,7 @@ def random_tensors(config: Mapping[str, Any], dtype: str = "BF16", seed: int = 0
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "BF16") -> None:
-    """Write float32 tensors as `dtype`; one that is not float32 is written as it is (uint16 as BF16)."""
+    """Write float32 tensors as `dtype`, and others unchanged (uint16 as BF16)."""
     codes = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "uint8": "F8_E4M3"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stored, end = [], 0
@@ -149,7 +149,7 @@ def write_checkpoint(
 ) -> dict[str, np.ndarray]:
     """Write a checkpoint directory and return its tensors, as float32.
 
-    Without `tensors`, random ones.  `tokenizer` copies the example model's tokenizer, whose ids go up to
+    Without `tensors`, random ones. `tokenizer` copies the example model's tokenizer, whose ids go up to
     4127: the config's `vocab_size` must then be at least 4128.
     """
     config = make_config() if config is None else config

@@ -86,7 +86,7 @@ def tensors(
     seed: int = 0,
     units: Callable[[int, np.ndarray, int, np.random.Generator], np.ndarray] = random_units,
 ) -> dict[str, np.ndarray]:
-    """Random tensors of a converted model; `bits`: each matrix's encoding, by "qkv_proj" and the like."""
+    """Random tensors of a converted model. bits: each matrix's encoding, by its role ("qkv_proj", ...)."""
     rng = np.random.default_rng(seed)
     hidden, dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what is replaced, what is refused, and what is left of a write that fails."""
+"""Atomic replacement of files: what is replaced, what is refused, and what a failed write leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from npqwen.errors import OutputError
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links, permissions and devices of POSIX")
 
 
-def test_the_name_appears_with_the_last_byte(tmp_path: Path) -> None:
+def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     with new_file(path) as file:
         file.write(b"one")
@@ -38,7 +38,7 @@ def test_the_name_appears_with_the_last_byte(tmp_path: Path) -> None:
         (OutputError("ours"), OutputError, "ours"),
     ],
 )
-def test_a_write_that_fails_leaves_what_was_there(
+def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, raised: BaseException, seen: type[BaseException], message: str | None
 ) -> None:
     (tmp_path / "file").write_bytes(b"old")
@@ -54,7 +54,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_places_that_are_none(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path, message in [
         (tmp_path, "is a directory; give the name of a file"),
@@ -67,7 +67,7 @@ def test_places_that_are_none(tmp_path: Path) -> None:
 
 
 @posix
-def test_a_link_stays_one_and_permissions_stay(tmp_path: Path) -> None:
+def test_links_and_permissions_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "elsewhere" / "file"
     file.parent.mkdir()
     file.write_bytes(b"old")
@@ -80,7 +80,7 @@ def test_a_link_stays_one_and_permissions_stay(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_later(tmp_path: Path) -> None:
     old, new, other = (tmp_path / name for name in (".file.partial-a", ".file.partial-b", ".x.partial-a"))
     for file in (old, new, other):
         file.write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""MODEL to a converted directory: checkpoints, the hub (a fake one on this machine), and no hub at all."""
+"""From MODEL to a converted directory: checkpoints, a fake hub on this machine, and no hub at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import npqwen_quant.output
 import pytest
 from checkpoints import write_checkpoint
 from fake_hub import FakeHub
-from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from npqwen import hub
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
@@ -40,7 +40,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Where the converter was told to write."""
+    """The output directories of all conversions."""
     convert = npqwen_quant.convert
     places: list[Path] = []
 
@@ -53,7 +53,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def bits_of(directory: Path) -> int:
-    return json.loads((directory / "config.json").read_text())["quantization_config"]["bits"]
+    return int(json.loads((directory / "config.json").read_text())["quantization_config"]["bits"])
 
 
 def test_a_checkpoint_is_converted_once_into_the_cache(
@@ -104,7 +104,7 @@ def test_a_link_is_the_directory_it_names(checkpoint: Path, tmp_path: Path, conv
     assert len(conversions) == 1
 
 
-def test_a_converted_directory_is_used_as_it_is(
+def test_a_converted_directory_is_used_in_place(
     checkpoint: Path, tmp_path: Path, conversions: list[Path]
 ) -> None:
     out = tmp_path / "out"
@@ -182,7 +182,7 @@ def test_a_broken_checkpoint_leaves_nothing(checkpoint: Path, cache: Path) -> No
 
 
 class Hub(SimpleNamespace):
-    """huggingface_hub with one repository, org/name, at `commit`; `error` is what asking it raises."""
+    """huggingface_hub with one repository, org/name, at `commit`; `error` is raised by every query."""
 
     commit = "1" * 40
     error: Exception | None = None
@@ -235,7 +235,7 @@ def test_without_the_hub_the_newest_conversion_is_used(remote: Hub, conversions:
     assert notices == [f"the hub cannot be reached (no route to host); using {new}"]
 
 
-def test_without_the_hub_a_download_of_before_is_converted(remote: Hub, conversions: list[Path]) -> None:
+def test_without_the_hub_an_earlier_download_is_converted(remote: Hub, conversions: list[Path]) -> None:
     hub.resolve("org/name", 8)
     remote.error = OSError("no route to host")
     notices: list[str] = []
@@ -252,7 +252,7 @@ def test_without_the_hub_and_without_a_copy(remote: Hub) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_login_that_the_hub_refuses(remote: Hub, status: int, conversions: list[Path]) -> None:
+def test_a_refused_login(remote: Hub, status: int, conversions: list[Path]) -> None:
     kept = hub.resolve("org/name", 8)
     remote.error = OSError(f"Client error {status}")
     remote.error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
@@ -265,7 +265,7 @@ def test_a_login_that_the_hub_refuses(remote: Hub, status: int, conversions: lis
 
 
 @pytest.mark.parametrize("sha", [None, ""])
-def test_a_hub_that_names_no_commit(remote: Hub, sha: Any) -> None:
+def test_a_hub_without_a_commit(remote: Hub, sha: Any) -> None:
     kept = hub.resolve("org/name")
     remote.commit = sha
     notices: list[str] = []
@@ -273,7 +273,7 @@ def test_a_hub_that_names_no_commit(remote: Hub, sha: Any) -> None:
     assert notices == [f"the hub names no commit; using {kept}"]
 
 
-def test_what_is_no_hub_does_not_hide_a_conversion(remote: Hub) -> None:
+def test_a_proxy_page_does_not_hide_a_conversion(remote: Hub) -> None:
     """A proxy's page, read as JSON; its words could be meant for the terminal."""
     kept = hub.resolve("org/name")
     remote.error = json.JSONDecodeError("Expecting \x1b]0;\u202evalue\x07", "<html>", 0)
@@ -289,7 +289,7 @@ def test_a_name_that_the_client_refuses(remote: Hub) -> None:
         hub.resolve("org/a--b")
 
 
-def test_a_repository_of_a_converted_model_is_used_as_it_is(
+def test_a_repository_of_a_converted_model_is_used_in_place(
     remote: Hub, checkpoint: Path, tmp_path: Path
 ) -> None:
     converted = hub.convert(checkpoint, tmp_path / "converted", 8)
@@ -347,7 +347,7 @@ def test_the_real_client_against_a_hub_of_our_own(
     assert sorted(fake_hub.downloads) == [template, "config.json", "model.safetensors"]
     assert (place / template).read_bytes() == b"{{ messages }}"
     assert first.stderr.splitlines()[0].startswith("downloading org/name")
-    assert "%" not in first.stderr  # no bars: it is no terminal
+    assert "%" not in first.stderr  # no progress bars: stderr is not a terminal
 
     offline = command(fake_hub.url, "convert", "org/name", str(tmp_path / "out"), HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr

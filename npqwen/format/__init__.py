@@ -1,1 +1,1 @@
-"""What a converted model is on disk: encodings, layout, safetensors headers, config.  Shared with npqwen_quant."""
+"""Converted models on disk: config, layout, encodings, recipes, safetensors headers. Shared with npqwen_quant."""

@@ -39,9 +39,9 @@ def latest_commit(repository: str) -> tuple[str | None, str]:
 
 
 def download(repository: str, problem: str, *, bars: bool) -> Path:
-    """The directory of a repository in huggingface_hub's own cache, downloaded as far as it is not there.
+    """Download what is missing of a repository into huggingface_hub's own cache; returns the directory there.
 
-    problem: why the hub cannot be used, if it cannot; then only a complete earlier download is returned.
+    problem: the clause of `latest_commit`; unless empty, only a complete earlier download is returned.
     bars: let huggingface_hub draw its progress bars on stderr.
     Raises ModelNotFoundError if there is no copy, OutputError if the disk is full.
     """

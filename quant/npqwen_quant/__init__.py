@@ -1,4 +1,4 @@
-"""Makes npqwen models from Hugging Face checkpoints."""
+"""Converts Hugging Face checkpoints to npqwen models."""
 
 from npqwen_quant.conversion import convert
 

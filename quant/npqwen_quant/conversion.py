@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, OptionError, OutputError, quoted, shortened
+from npqwen.checks import check_whole
+from npqwen.errors import CheckpointError, OutputError, shortened
 from npqwen.format.encodings import UNIT_ROWS, Encoding
 from npqwen.format.layout import Matrix, Part, Vector, ceil_div
 from npqwen.format.quantization import FORMAT_VERSION, Quantization
@@ -25,7 +26,7 @@ from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read
 from npqwen_quant.output import Output
 from npqwen_quant.plan import OutputTensor, plan
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 Shard = list[OutputTensor]
 
 COPIED = (
@@ -50,8 +51,8 @@ _MAX_THREADS = 64
 
 
 def convert(
-    source: Path,
-    out: Path,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     bits: int = DEFAULT_BITS,
     *,
     force: bool = False,
@@ -72,8 +73,8 @@ def convert(
     """
     source, out = Path(source), Path(out)
     recipe = recipe_of(bits)
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads is {quoted(threads)}; it must be at least 1")
+    threads = _default_threads() if threads is None else check_whole("threads", threads, 1)
+    shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
     checkpoint = Checkpoint(source)
     _refuse_impossible_counts(checkpoint)
     tensors = plan(checkpoint.config, recipe)
@@ -91,7 +92,7 @@ def convert(
         for path in copied:
             with output.create(str(path.relative_to(source))) as write:
                 write(checkpoint.read_file(path))
-        _write_tensors(output, shards, sources, threads or _default_threads(), progress)
+        _write_tensors(output, shards, sources, threads, progress)
         with output.create("config.json") as write:  # the last: without it this is not a model
             write((json.dumps(config, indent=2) + "\n").encode())
         checkpoint.check_unchanged()

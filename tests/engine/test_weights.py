@@ -1,4 +1,4 @@
-"""Converted directories: one built by hand is read and right, damaged ones are refused by name."""
+"""Converted directories: one written by hand gives the right logits; damaged ones are refused, naming the problem."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_matrices_of_different_encodings(tmp_path: Path) -> None:
 
 
 def test_a_weight_is_where_the_format_says(tmp_path: Path) -> None:
-    """Of one bf16 embedding, byte by byte: the 16-bit element 16 * c + r is row r, column c."""
+    """A bf16 embedding byte by byte: the 16-bit element 16 * c + r is row r, column c."""
     config = make_config(num_hidden_layers=1, hidden_size=64, vocab_size=32)
     made = tensors(config, dict.fromkeys(MATRICES, 16))
     for name, value in made.items():
@@ -86,7 +86,7 @@ def test_a_weight_is_where_the_format_says(tmp_path: Path) -> None:
 def test_shards(model: Path) -> None:
     whole = values()
     names = list(whole)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[:5], names[5:6], names[6:]), 1):
         file = f"model-{number:05d}-of-00003.safetensors"
         write_safetensors(model / file, {name: whole[name] for name in part})
@@ -107,7 +107,7 @@ def test_extra_tensors_and_metadata_do_no_harm(model: Path) -> None:
 
 
 def refused(directory: Path, message: str) -> None:
-    """Refused in one line that matches, by the reader of weights and by the loader."""
+    """Assert that Weights and load() both refuse a directory, in one line that matches."""
     with pytest.raises((FormatError, CheckpointError), match=message) as error:
         Weights(directory, Config.from_directory(directory))
     assert "\n" not in str(error.value)
@@ -234,7 +234,7 @@ def test_impossible_header_lengths(model: Path, length: int) -> None:
     refused(model, "damaged or truncated: its header would be")
 
 
-def test_other_files_in_its_place(model: Path) -> None:
+def test_files_of_other_kinds(model: Path) -> None:
     path = model / "model.safetensors"
     for content in (b"", b"GGUF" + bytes(1000), b"\x80\x02" * 500, bytes(64)):
         path.write_bytes(content)
@@ -302,12 +302,12 @@ def quantization(**changes: Any) -> dict[str, Any]:
         ({"model_type": "llama"}, "model_type 'llama'"),
     ],
 )
-def test_configs_that_do_not_fit(model: Path, changes: dict[str, Any], message: str) -> None:
+def test_configs_that_do_not_match_the_tensors(model: Path, changes: dict[str, Any], message: str) -> None:
     configured(model, **changes)
     refused(model, message)
 
 
-def test_a_checkpoint_is_no_converted_model(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_a_converted_model(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint")
     refused(tmp_path / "checkpoint", "is not a converted model; make one with: npqwen convert")
 
@@ -337,7 +337,7 @@ def test_a_tensor_in_two_shards(model: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["generate", "{}", "hello"], ["info", "{}"], ["bench", "{}"]])
-def test_the_command_line_ends_in_one_line(
+def test_commands_report_one_line(
     model: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_safetensors(model / "model.safetensors", {name: v for name, v in values().items() if name != QKV})
@@ -394,7 +394,7 @@ def test_files_that_have_no_end(model: Path, name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
 def test_optional_files_that_have_no_end(model: Path, name: str, kind: str) -> None:
-    """What is not a file counts as missing."""
+    """Anything but a regular file counts as missing."""
     endless(model / name, kind)
     if kind == "sparse":
         with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is larger than 100 MB"):

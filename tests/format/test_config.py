@@ -57,6 +57,6 @@ def test_yarn_needs_a_rope_theta_of_more_than_1(theta: float) -> None:
         ({"model_type": ["x" * 10**6]}, r"model_type \['x{78}\.\.\. is not supported"),
     ],
 )
-def test_values_that_nothing_can_be_computed_with(changes: dict[str, Any], message: str) -> None:
+def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Config.from_dict(make_config() | changes)

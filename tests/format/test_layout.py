@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from checkpoints import make_config, shapes
@@ -12,12 +14,12 @@ from npqwen.format.encodings import BF16, ENCODINGS, INT4
 from npqwen.format.layout import Experts, Layout, Matrix, Vector
 from npqwen.format.recipe import RECIPES
 
-SHAPES = [
+SHAPES: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": False},
     {"hidden_size": 200, "intermediate_size": 33, "vocab_size": 17, "head_dim": 16, "num_key_value_heads": 1},
 ]
-MIXTURE = {
+MIXTURE: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 5,
     "num_experts_per_tok": 2,
@@ -28,7 +30,7 @@ MIXTURE = {
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_names_shapes_and_order(changes: dict[str, int]) -> None:
+def test_names_shapes_and_order(changes: dict[str, Any]) -> None:
     config = make_config(**changes)
     found = {}
     for tensor in Layout(Config.from_dict(config)):
@@ -38,7 +40,7 @@ def test_names_shapes_and_order(changes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("changes", [*SHAPES, MIXTURE])
-def test_every_tensor_of_the_checkpoint_has_a_place(changes: dict[str, int]) -> None:
+def test_every_tensor_of_the_checkpoint_has_a_place(changes: dict[str, Any]) -> None:
     config = make_config(**changes)
     sources: dict[str, tuple[int, ...]] = {}
     for tensor in Layout(Config.from_dict(config)):
@@ -48,7 +50,7 @@ def test_every_tensor_of_the_checkpoint_has_a_place(changes: dict[str, int]) -> 
 
 
 @pytest.mark.parametrize("changes", [*SHAPES, MIXTURE])
-def test_parts_fill_their_matrix_once(changes: dict[str, int]) -> None:
+def test_parts_fill_their_matrix_once(changes: dict[str, Any]) -> None:
     for tensor in Layout(Config.from_dict(make_config(**changes))):
         matrices: list[Matrix] = [tensor] if isinstance(tensor, Matrix) else []
         if isinstance(tensor, Experts):

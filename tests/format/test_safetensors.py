@@ -35,7 +35,7 @@ def package_accepts(path: Path) -> bool:
 
 def test_files_of_the_package_are_read(tmp_path: Path) -> None:
     a = np.arange(6, dtype=np.float32).reshape(2, 3)
-    tensors = {"a": a, "b": np.zeros((0, 4), np.int64), "c": np.ones(3, bool)}
+    tensors: dict[str, np.ndarray] = {"a": a, "b": np.zeros((0, 4), np.int64), "c": np.ones(3, bool)}
     safetensors.numpy.save_file(tensors, tmp_path / "x", {"who": "the package"})
     with open(tmp_path / "x", "rb") as file:
         header = read_header(file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import pytest
@@ -29,11 +31,11 @@ def restored(rows: np.ndarray, encoding: str) -> np.ndarray:
 
 def errors(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The squared error of each block."""
-    return ((rows.astype(np.float64) - other) ** 2).reshape(-1, 32).sum(1)
+    return np.asarray(((rows.astype(np.float64) - other) ** 2).reshape(-1, 32).sum(1))
 
 
 def least_errors(rows: np.ndarray, encoding: str) -> np.ndarray:
-    """Each block's least squared error over every f16 scale worth a try: of all the optimum."""
+    """Each block's least squared error over all f16 scales that could be optimal."""
     low, high = QUANTIZE[encoding]
     out = []
     for w in rows.astype(np.float64).reshape(-1, 32):
@@ -51,14 +53,14 @@ def q4_0(rows: np.ndarray) -> np.ndarray:
     w = rows.reshape(-1, 32)
     d = w[np.arange(len(w)), np.abs(w).argmax(1)][:, None] / -8
     q = np.minimum(np.floor(w / d + 8.5), 15) - 8
-    return (q * d.astype(np.float16).astype(np.float32)).reshape(rows.shape)
+    return np.reshape(q * d.astype(np.float16).astype(np.float32), rows.shape)
 
 
 def q8_0(rows: np.ndarray) -> np.ndarray:
     """GGML's Q8_0: the largest magnitude becomes 127."""
     w = rows.reshape(-1, 32)
     d = np.abs(w).max(1)[:, None] / 127
-    return (np.rint(w / d) * d.astype(np.float16).astype(np.float32)).reshape(rows.shape)
+    return np.reshape(np.rint(w / d) * d.astype(np.float16).astype(np.float32), rows.shape)
 
 
 def trained(count: int) -> np.ndarray:
@@ -75,7 +77,7 @@ def heavy_tailed(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("weights", [trained, heavy_tailed])
-def test_int4_is_nearly_optimal(weights):
+def test_int4_is_nearly_optimal(weights: Callable[[int], np.ndarray]) -> None:
     rows = weights(64)
     ours, least = errors(rows, restored(rows, "int4")), least_errors(rows, "int4")
     assert (ours >= least * (1 - 1e-5)).all()
@@ -83,12 +85,12 @@ def test_int4_is_nearly_optimal(weights):
     assert (ours < 1.05 * least).all()
 
 
-def test_int4_beats_q4_0():
+def test_int4_beats_q4_0() -> None:
     rows = trained(512)
     assert errors(rows, restored(rows, "int4")).sum() < 0.91 * errors(rows, q4_0(rows)).sum()
 
 
-def test_int8_beats_q8_0():
+def test_int8_beats_q8_0() -> None:
     rows = trained(512)
     ours, theirs = errors(rows, restored(rows, "int8")), errors(rows, q8_0(rows))
     assert ours.sum() < 0.9 * theirs.sum()
@@ -96,7 +98,7 @@ def test_int8_beats_q8_0():
 
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
-def test_integers_are_the_nearest(encoding):
+def test_integers_are_the_nearest(encoding: str) -> None:
     rows = heavy_tailed(48)
     units = quantize(rows, encoding)
     low, high = QUANTIZE[encoding]
@@ -109,7 +111,7 @@ def test_integers_are_the_nearest(encoding):
 
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
-def test_weights_of_the_format_survive_exactly(encoding):
+def test_weights_of_the_format_survive_exactly(encoding: str) -> None:
     rng = np.random.default_rng(2)
     low, high = QUANTIZE[encoding]
     q = rng.integers(low, high + 1, (32, 4, 32))
@@ -121,7 +123,7 @@ def test_weights_of_the_format_survive_exactly(encoding):
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (15, 33), (40, 300), (33, 32)])
-def test_odd_shapes_are_padded_with_zero(encoding, shape):
+def test_odd_shapes_are_padded_with_zero(encoding: str, shape: tuple[int, int]) -> None:
     rows = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     units = quantize(rows, encoding)
     got = unpack(units)
@@ -138,7 +140,7 @@ def test_odd_shapes_are_padded_with_zero(encoding, shape):
 
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
-def test_extreme_blocks(encoding):
+def test_extreme_blocks(encoding: str) -> None:
     """Blocks at the ends of f16's range are as good as the best finite scale makes them."""
     rng = np.random.default_rng(4)
     noise = rng.standard_normal((32, 32)).astype(np.float32)
@@ -159,7 +161,7 @@ def test_extreme_blocks(encoding):
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_reported(encoding, bad):
+def test_nan_and_infinity_are_reported(encoding: str, bad: float) -> None:
     rows = np.ones((20, 100), np.float32)
     out = np.empty((2, 2, UNIT_BYTES[encoding]), np.uint8)
     assert blocks.quantize(rows, out, 0, 1, BY_NAME[encoding]) == 1
@@ -167,7 +169,7 @@ def test_what_is_not_finite_is_reported(encoding, bad):
     assert not np.isfinite(blocks.quantize(rows, out, 0, 1, BY_NAME[encoding]))
 
 
-def test_compiles_where_nothing_can_be_cached(monkeypatch):
+def test_compiles_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(lambda x: x + x)
@@ -175,7 +177,7 @@ def test_compiles_where_nothing_can_be_cached(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", QUANTIZE)
-def test_unit_rows_go_where_they_are_sent(encoding):
+def test_unit_rows_with_start_and_stride(encoding: str) -> None:
     rows = np.random.default_rng(5).standard_normal((48, 70)).astype(np.float32)
     out = np.zeros((6, 2, UNIT_BYTES[encoding]), np.uint8)
     blocks.quantize(rows, out, 1, 2, BY_NAME[encoding])

@@ -1,4 +1,4 @@
-"""Whole conversions, against a NumPy reading of FORMAT.md."""
+"""Complete conversions, against a NumPy implementation of FORMAT.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from units import UNIT_BYTES, unpack
 from npqwen.errors import OptionError
 
 UNITS = {4: "int4", 8: "int8", 16: "bf16"}
-UNTIED = {"tie_word_embeddings": False}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 def padded(rows: np.ndarray) -> np.ndarray:
@@ -100,7 +101,7 @@ def check(directory: Path, tensors: dict[str, np.ndarray], layers: int, bits: in
         ("hub", "F32", 1, {"hidden_size": 65, "intermediate_size": 33, "num_key_value_heads": 1}),
     ],
 )
-def test_every_tensor(tmp_path, bits, style, dtype, shards, changes):
+def test_every_tensor(tmp_path: Path, bits: int, style: str, dtype: str, shards: int, changes: dict[str, Any]) -> None:
     config = make_config(style, **changes)
     tensors = write_checkpoint(tmp_path / "in", config, dtype=dtype, shards=shards)
     convert(tmp_path / "in", tmp_path / "out", bits)
@@ -118,7 +119,7 @@ def test_every_tensor(tmp_path, bits, style, dtype, shards, changes):
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_the_example_model(tmp_path, bits):
+def test_the_example_model(tmp_path: Path, bits: int) -> None:
     convert(TINY, tmp_path / "out", bits, threads=2)
     tensors = {name: decode(data) for name, data in read_safetensors(TINY / "model.safetensors").items()}
     check(tmp_path / "out", tensors, 4, bits, exact=True)
@@ -127,8 +128,8 @@ def test_the_example_model(tmp_path, bits):
     assert not (tmp_path / "out" / "heldout.txt").exists()
 
 
-def test_large_matrices_in_slices(tmp_path):
-    """Matrices of several slices, whose ends fall between tiles of unequal parts."""
+def test_large_matrices_in_slices(tmp_path: Path) -> None:
+    """Matrices converted in several tasks, which end within parts of unequal size."""
     config = make_config(hidden_size=2100, intermediate_size=1030, vocab_size=1501, num_hidden_layers=1)
     tensors = write_checkpoint(tmp_path / "in", config)
     convert(tmp_path / "in", tmp_path / "out", 16, threads=3)
@@ -138,13 +139,14 @@ def test_large_matrices_in_slices(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [4_000_000_000, 20_000, 1])
-def test_files_are_safetensors_aligned_to_64(tmp_path, shard_bytes):
+def test_files_are_safetensors_aligned_to_64(tmp_path: Path, shard_bytes: int) -> None:
     config = make_config(**UNTIED)
     tensors = write_checkpoint(tmp_path / "in", config)
     convert(tmp_path / "in", tmp_path / "out", 8, shard_bytes=shard_bytes)
     check(tmp_path / "out", tensors, 2, 8, exact=True)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    order, where = [], {}
+    order: list[str] = []
+    where: dict[str, str] = {}
     for file in files:
         raw = (tmp_path / "out" / file).read_bytes()
         (length,) = struct.unpack("<Q", raw[:8])
@@ -181,7 +183,7 @@ def test_files_are_safetensors_aligned_to_64(tmp_path, shard_bytes):
     assert order[-2:] == ["model.norm.weight", "lm_head.weight"]
 
 
-def test_result_does_not_depend_on_threads(tmp_path):
+def test_result_does_not_depend_on_threads(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "one", threads=1)
     convert(tmp_path / "in", tmp_path / "four", threads=4)
@@ -189,7 +191,7 @@ def test_result_does_not_depend_on_threads(tmp_path):
     assert one.read_bytes() == four.read_bytes()
 
 
-def test_progress_counts_the_bytes_of_the_source(tmp_path):
+def test_progress_counts_the_bytes_of_the_source(tmp_path: Path) -> None:
     config = make_config()
     write_checkpoint(tmp_path / "in", config)
     seen = []
@@ -200,7 +202,7 @@ def test_progress_counts_the_bytes_of_the_source(tmp_path):
     assert seen == sorted(seen)
 
 
-def test_names_without_the_model_prefix(tmp_path):
+def test_names_without_the_model_prefix(tmp_path: Path) -> None:
     tensors = random_tensors(make_config())
     bare = {name.removeprefix("model."): values for name, values in tensors.items()}
     write_checkpoint(tmp_path / "in", make_config(), bare, shards=2)
@@ -208,7 +210,7 @@ def test_names_without_the_model_prefix(tmp_path):
     check(tmp_path / "out", tensors, 2, 16, exact=True)
 
 
-def test_harmless_extra_tensors_are_left_out(tmp_path):
+def test_harmless_extra_tensors_are_left_out(tmp_path: Path) -> None:
     tensors = random_tensors(make_config())
     extra = {
         "lm_head.weight": tensors["model.embed_tokens.weight"],
@@ -219,7 +221,7 @@ def test_harmless_extra_tensors_are_left_out(tmp_path):
     check(tmp_path / "out", tensors, 2, 16, exact=True)
 
 
-def test_bf16_rounds_to_even(tmp_path):
+def test_bf16_rounds_to_even(tmp_path: Path) -> None:
     config = make_config()
     tensors = random_tensors(config, "F32")
     bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x80000001, 0x7F7F7FFF], np.uint32)
@@ -231,15 +233,17 @@ def test_bf16_rounds_to_even(tmp_path):
     np.testing.assert_array_equal(embedding[0, :6].view(np.uint32), want)
 
 
-@pytest.mark.parametrize("options", [{"bits": 5}, {"bits": 0}, {"bits": "4"}, {"threads": 0}])
-def test_impossible_options(tmp_path, options):
+@pytest.mark.parametrize(
+    "options", [{"bits": 5}, {"bits": 0}, {"bits": "4"}, {"threads": 0}, {"threads": "1"}, {"shard_bytes": 0}]
+)
+def test_impossible_options(tmp_path: Path, options: dict[str, Any]) -> None:
     write_checkpoint(tmp_path / "in")
     with pytest.raises(OptionError, match=next(iter(options))):
         convert(tmp_path / "in", tmp_path / "out", **options)
 
 
-def test_a_config_that_is_no_text(tmp_path):
-    """JSON may escape halves of characters, which UTF-8 has no bytes for."""
+def test_a_config_with_lone_surrogates(tmp_path: Path) -> None:
+    """JSON may escape lone surrogates, which UTF-8 cannot encode."""
     write_checkpoint(tmp_path / "in", make_config(name="half \ud800, whole \u00e9"))
     convert(tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["name"] == "half \ud800, whole \u00e9"
@@ -250,7 +254,9 @@ def test_a_config_that_is_no_text(tmp_path):
     ("cpus", "quota", "threads"),
     [(8, None, 8), (128, None, 64), (128, "250 100", 2), (8, "50 100", 1), (2, "900 100", 2)],
 )
-def test_threads_are_what_a_container_leaves(tmp_path, monkeypatch, cpus, quota, threads):
+def test_threads_respect_a_container_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: int, quota: str | None, threads: int
+) -> None:
     files = {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": MOUNTS}
     files |= {} if quota is None else {"sys/fs/cgroup/unified/a/cpu.max": quota}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
@@ -258,7 +264,7 @@ def test_threads_are_what_a_container_leaves(tmp_path, monkeypatch, cpus, quota,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no peak of memory to ask for")
-def test_memory_stays_bounded(tmp_path):
+def test_memory_stays_bounded(tmp_path: Path) -> None:
     """A tensor of 200 MB is converted in a fraction of its size."""
     config = make_config(vocab_size=100_000, hidden_size=1024, intermediate_size=64, num_hidden_layers=1)
     tensors = random_tensors(config | {"vocab_size": 1})
@@ -268,6 +274,7 @@ def test_memory_stays_bounded(tmp_path):
     code = f"""
 import resource
 from pathlib import Path
+from typing import Any
 from npqwen_quant import convert
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""A conversion's output: whole or not there, whatever happens on the way."""
+"""The output of a conversion: complete or absent, whatever happens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ from npqwen.errors import OutputError
 
 
 def bits_of(directory: Path) -> int:
-    return json.loads((directory / "config.json").read_text())["quantization_config"]["bits"]
+    return int(json.loads((directory / "config.json").read_text())["quantization_config"]["bits"])
 
 
-def test_output_and_source_must_lie_apart(tmp_path):
+def test_output_within_the_source_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "a" / "in"
     write_checkpoint(source)
     places = [source, source / "out", source / "x" / "y", tmp_path / "a", source / ".." / "in"]
@@ -41,7 +42,7 @@ def test_output_and_source_must_lie_apart(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_output_exists(tmp_path):
+def test_output_exists(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     out = tmp_path / "deep" / "er" / "out"
     convert(tmp_path / "in", out, 4)
@@ -56,7 +57,7 @@ def test_output_exists(tmp_path):
     assert os.listdir(out.parent) == ["out"]
 
 
-def test_force_replaces_nothing_but_models(tmp_path):
+def test_force_replaces_nothing_but_models(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis").write_text("years of work")
@@ -70,7 +71,7 @@ def test_force_replaces_nothing_but_models(tmp_path):
     assert (tmp_path / "empty" / "config.json").exists()
 
 
-def test_output_appears_in_the_meantime(tmp_path):
+def test_output_that_appears_during_the_conversion(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
 
     def intrude(done: int, total: int) -> None:
@@ -83,8 +84,8 @@ def test_output_appears_in_the_meantime(tmp_path):
     assert os.listdir(tmp_path / "out") == ["theirs"]
 
 
-def test_a_model_in_use_where_that_forbids_replacing_it(tmp_path, monkeypatch):
-    """Windows renames no directory while a file in it is mapped. The old model stays, of the new one nothing."""
+def test_windows_refuses_to_replace_a_model_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows does not rename a directory with a mapped file. The old model stays, and nothing of the new one."""
     write_checkpoint(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "out")
     rename = Path.rename
@@ -106,8 +107,10 @@ def never(done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_directory_that_cannot_be_replaced_is_refused_before_the_start(tmp_path, monkeypatch, force):
-    """As one that is mounted from the same disk."""
+def test_a_directory_that_cannot_be_replaced_is_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """Such as a bind mount on the same disk."""
     write_checkpoint(tmp_path / "in")
     out = tmp_path / "out"
     if force:
@@ -129,7 +132,7 @@ def test_a_directory_that_cannot_be_replaced_is_refused_before_the_start(tmp_pat
     assert sorted(out.iterdir()) == before
 
 
-def test_a_place_where_a_disk_is_mounted(tmp_path, monkeypatch):
+def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
@@ -138,7 +141,7 @@ def test_a_place_where_a_disk_is_mounted(tmp_path, monkeypatch):
     convert(tmp_path / "in", tmp_path / "out" / "model")
 
 
-def test_the_current_directory(tmp_path, monkeypatch):
+def test_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
@@ -149,7 +152,7 @@ def test_the_current_directory(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
-def test_an_empty_directory_stays_if_nothing_comes_of_it(tmp_path):
+def test_an_empty_directory_survives_a_failed_conversion(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "out").mkdir(mode=0o700)
     before = (tmp_path / "out").stat()
@@ -161,7 +164,7 @@ def test_an_empty_directory_stays_if_nothing_comes_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["aside", "in its place"])
-def test_ctrl_c_while_one_model_takes_the_others_place(tmp_path, monkeypatch, step):
+def test_ctrl_c_while_a_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Where names cannot be exchanged in one step."""
     write_checkpoint(tmp_path / "in")
     out = tmp_path / "out"
@@ -190,8 +193,8 @@ def test_ctrl_c_while_one_model_takes_the_others_place(tmp_path, monkeypatch, st
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_model_is_never_away_while_another_takes_its_place(tmp_path, monkeypatch, exchanges):
-    """At every system call that changes names, from the first progress on; where they cannot be exchanged, but once."""
+def test_a_replaced_model_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    """After every rename, except between the two that are needed where names cannot be exchanged in one step."""
     write_checkpoint(tmp_path / "in")
     out = tmp_path / "out"
     convert(tmp_path / "in", out)
@@ -214,7 +217,7 @@ def test_a_model_is_never_away_while_another_takes_its_place(tmp_path, monkeypat
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
-def test_a_model_that_a_killed_conversion_moved_aside_comes_back(tmp_path):
+def test_a_model_that_a_killed_conversion_moved_aside_is_restored(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.old-12-0123abcd")
@@ -226,7 +229,7 @@ def test_a_model_that_a_killed_conversion_moved_aside_comes_back(tmp_path):
     assert bits_of(tmp_path / "out") == 4
 
 
-def test_a_lock_whose_directory_was_never_made_is_removed(tmp_path):
+def test_a_lock_whose_directory_was_never_made_is_removed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / ".out.partial-12-0123abcd.lock").touch()
     convert(tmp_path / "in", tmp_path / "out")
@@ -234,11 +237,13 @@ def test_a_lock_whose_directory_was_never_made_is_removed(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file stays there")
-def test_a_lock_that_was_removed_before_it_was_held_is_made_again(tmp_path, monkeypatch):
+def test_a_lock_that_was_removed_before_it_was_held_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     try_lock = output._try_lock
-    removed = []
+    removed: list[Path] = []
 
-    def late(file):
+    def late(file: BinaryIO) -> bool:
         if not removed:
             removed.append(Path(file.name))
             removed[0].unlink()
@@ -250,7 +255,7 @@ def test_a_lock_that_was_removed_before_it_was_held_is_made_again(tmp_path, monk
         assert (tmp_path / "lock").exists()
 
 
-def test_what_others_call_alike_is_left_alone(tmp_path):
+def test_similar_names_are_left_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     theirs = [".out.old-backup", ".out.old-1-backup00", ".out.partial-notes", ".outer.old-12-0123abcd"]
     for name in (*theirs, ".out.old-12-0123abcd", ".out.partial-12-0123abcd"):
@@ -260,7 +265,7 @@ def test_what_others_call_alike_is_left_alone(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "in", "out"])
 
 
-def test_a_place_that_cannot_be_looked_at(tmp_path, monkeypatch):
+def test_a_disk_that_cannot_be_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "in")
 
     def closed(path: Path) -> None:
@@ -271,7 +276,7 @@ def test_a_place_that_cannot_be_looked_at(tmp_path, monkeypatch):
         convert(tmp_path / "in", tmp_path / "out")
 
 
-def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "in")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 50_000, 50_000))
@@ -281,13 +286,13 @@ def test_no_room_is_seen_before_the_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("write_bytes", [1, 1000, 4096, 1 << 21])
-def test_files_are_written_in_equal_pieces(tmp_path, monkeypatch, write_bytes):
-    """Each from a multiple of its size, whatever sizes come, the empty and the many times larger too."""
+def test_files_are_written_in_aligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_bytes: int) -> None:
+    """Each begins at a multiple of its size, whatever the sizes of the data: empty, or many times larger."""
     monkeypatch.setattr("npqwen_quant.output._WRITE_BYTES", write_bytes)
     sizes = []
 
     class Slow(io.FileIO):
-        def write(self, data):
+        def write(self, data: Any) -> int:
             if self.tell() % write_bytes == 0:
                 sizes.append(len(data))
             return super().write(data[: max(1, len(data) - 7)])  # a disk that takes less than all
@@ -303,7 +308,7 @@ def test_files_are_written_in_equal_pieces(tmp_path, monkeypatch, write_bytes):
     assert sizes == [write_bytes] * whole + [rest] * (rest > 0)
 
 
-def test_room_runs_out(tmp_path, monkeypatch):
+def test_a_disk_that_becomes_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "in", shards=2)
 
     def full(descriptor: int) -> None:
@@ -316,8 +321,8 @@ def test_room_runs_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
-def test_a_write_that_the_system_refuses(tmp_path):
-    """A real one: a limit on the size of files, reached in the middle of a shard."""
+def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
+    """A limit on the size of files, reached in the middle of a shard."""
     write_checkpoint(tmp_path / "in")
     code = f"""
 import resource, signal
@@ -339,14 +344,14 @@ except OutputError as error:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_place_that_is_not_writable(tmp_path):
+def test_a_directory_that_is_not_writable(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="cannot be written"):
         convert(tmp_path / "in", tmp_path / "locked" / "out")
 
 
-def test_parent_is_a_file(tmp_path):
+def test_parent_is_a_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -354,7 +359,7 @@ def test_parent_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_ctrl_c(tmp_path, bits):
+def test_ctrl_c(tmp_path: Path, bits: int) -> None:
     write_checkpoint(tmp_path / "in", make_config(vocab_size=20000, hidden_size=256))
 
     def interrupt(done: int, total: int) -> None:
@@ -367,8 +372,8 @@ def test_ctrl_c(tmp_path, bits):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_kill(tmp_path):
-    """What a killed process leaves is no model, is left alone while it lives, and is removed by the next."""
+def test_kill(tmp_path: Path) -> None:
+    """The remains are not a model; they stay while the process lives, and the next conversion removes them."""
     write_checkpoint(tmp_path / "in")
     code = f"""
 import sys

@@ -7,7 +7,9 @@ import os
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def rewrite(directory: Path, name: str, values: np.ndarray | None) -> None:
 
 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another architecture": (lambda d: change(d, model_type="llama"), "llama"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
@@ -70,7 +72,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_checkpoints(tmp_path, bits, case):
+def test_refused_checkpoints(tmp_path: Path, bits: int, case: str) -> None:
     damage, message = REFUSED[case]
     write_checkpoint(tmp_path / "in")
     damage(tmp_path / "in")
@@ -81,7 +83,7 @@ def test_refused_checkpoints(tmp_path, bits, case):
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_one_weight_in_many(tmp_path, bits):
+def test_one_weight_in_many(tmp_path: Path, bits: int) -> None:
     """The last weight of a padded, interleaved matrix, alone."""
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = random_tensors(make_config())
@@ -92,7 +94,7 @@ def test_one_weight_in_many(tmp_path, bits):
 
 
 @pytest.mark.parametrize(("bits", "size"), [(4, 6e5), (8, 9e6), (16, 3.4e38)])
-def test_weights_too_large_for_the_encoding(tmp_path, bits, size):
+def test_weights_too_large_for_the_encoding(tmp_path: Path, bits: int, size: float) -> None:
     tensors = random_tensors(make_config(), "F32")
     tensors[K_PROJ][3, 4] = size
     write_checkpoint(tmp_path / "in", tensors=tensors, dtype="F32")
@@ -101,7 +103,7 @@ def test_weights_too_large_for_the_encoding(tmp_path, bits, size):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_refused_shards(tmp_path):
+def test_refused_shards(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", shards=3)
     index = tmp_path / "in" / "model.safetensors.index.json"
     second = tmp_path / "in" / "model-00002-of-00003.safetensors"
@@ -127,9 +129,9 @@ def test_refused_shards(tmp_path):
     convert(tmp_path / "in", tmp_path / "out")
 
 
-def hostile(edit) -> bytes:
+def hostile(edit: Callable[[dict[str, Any]], object]) -> bytes:
     """A file of two tensors whose header `edit` has changed."""
-    header = {
+    header: dict[str, Any] = {
         "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
         "b": {"dtype": "BF16", "shape": [4], "data_offsets": [16, 24]},
     }
@@ -170,21 +172,21 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_damaged_files(tmp_path, case):
+def test_damaged_files(tmp_path: Path, case: str) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "in" / "model.safetensors").write_bytes(HOSTILE[case])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or truncated"):
         convert(tmp_path / "in", tmp_path / "out")
 
 
-def test_the_hostile_files_are_hostile(tmp_path):
+def test_the_hostile_files_are_hostile(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     (tmp_path / "in" / "model.safetensors").write_bytes(GOOD)
     with pytest.raises(CheckpointError, match=r"no tensor model\.embed_tokens\.weight"):
         convert(tmp_path / "in", tmp_path / "out")
 
 
-def test_source_cut_while_it_is_read(tmp_path):
+def test_source_cut_while_it_is_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     file = tmp_path / "in" / "model.safetensors"
     with pytest.raises(CheckpointError, match="shorter"):
@@ -193,7 +195,7 @@ def test_source_cut_while_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_source_overwritten_while_it_is_read(tmp_path, name):
+def test_source_overwritten_while_it_is_read(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path / "in", make_config(vocab_size=4128), tokenizer=True)
     file = tmp_path / "in" / name
 
@@ -211,7 +213,7 @@ def test_source_overwritten_while_it_is_read(tmp_path, name):
 @pytest.mark.skipif(sys.platform == "win32", reason="devices and pipes of POSIX")
 @pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "directory"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
-def test_what_is_not_a_regular_file(tmp_path, name, kind):
+def test_files_that_are_not_regular(tmp_path: Path, name: str, kind: str) -> None:
     write_checkpoint(tmp_path / "in", shards=2 if "index" in name else 1)
     file = tmp_path / "in" / name
     file.unlink()
@@ -225,7 +227,7 @@ def test_what_is_not_a_regular_file(tmp_path, name, kind):
         convert(tmp_path / "in", tmp_path / "out")
 
 
-def test_files_too_large_to_be_what_they_are_called(tmp_path):
+def test_files_that_are_too_large(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     os.truncate(tmp_path / "in" / "config.json", 10**10)  # sparse
     with pytest.raises(CheckpointError, match="it is larger than 100 MB"):
@@ -238,23 +240,24 @@ def test_files_too_large_to_be_what_they_are_called(tmp_path):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_lines_of_hostile_files_stay_short(tmp_path):
+def test_messages_about_hostile_files_are_short(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     long = "x" * 1_000_000
-    for change_ in (
+    edits: list[Callable[[Path], object]] = [
         lambda d: change(d, model_type=long),
         lambda d: change(d, quantization_config={"quant_method": long}),
         lambda d: change(d, rope_scaling=[long]),
         lambda d: rewrite(d, long, np.ones(3, np.float32)),
-    ):
+    ]
+    for edit in edits:
         shutil.rmtree(tmp_path / "in")
         write_checkpoint(tmp_path / "in")
-        change_(tmp_path / "in")
+        edit(tmp_path / "in")
         with pytest.raises(CheckpointError) as caught:
             convert(tmp_path / "in", tmp_path / "out")
         assert len(str(caught.value)) < 500
 
 
-def test_source_is_no_directory(tmp_path):
+def test_source_is_not_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "out")
