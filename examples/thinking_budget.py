@@ -2,8 +2,8 @@
 
     python examples/thinking_budget.py [MODEL] [QUESTION]
 
-After so many tokens of thought, the model is made to say that it has to answer now, in the words that Qwen3 was trained
-on, and goes on from there. MODEL is a hub id or a directory; the default is the small model beside this file.
+When the budget is used up, the model is made to say that it has to answer now, in the words that Qwen3 was trained on,
+and continues from there. MODEL is a hub id or a directory; the default is the small model beside this file.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main() -> None:
                 QUESTION, thinking=True, thinking_budget=budget, session=session, max_tokens=2000, seed=1
             )
             tokens = len(model.tokenizer.encode(reply.reasoning))
-            print(f"budget {budget or 'none'}: {tokens} tokens of thought, then: {reply.text}")
+            print(f"budget {budget or 'none'}: {tokens} tokens of reasoning, then: {reply.text}")
 
 
 if __name__ == "__main__":

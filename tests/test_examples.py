@@ -110,7 +110,7 @@ def test_tools() -> None:
 
 def test_thinking_budget() -> None:
     whole, ample, short = run("thinking_budget.py").stdout.splitlines()
-    assert whole == "budget none: 22 tokens of thought, then: 17 + 25 = 42"
+    assert whole == "budget none: 22 tokens of reasoning, then: 17 + 25 = 42"
     assert ample == whole.replace("none", "400")
     assert short.startswith("budget 16: ")
 
