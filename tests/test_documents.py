@@ -52,6 +52,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @each_document
+def test_files_that_are_named_exist(path: Path) -> None:
+    names = re.findall(r"`([\w./-]+\.(?:py|md|jinja|npz))[`:]", path.read_text(encoding="utf-8"))
+    for name in names:
+        assert list(ROOT.glob(f"**/{name}")), name
+
+
+@each_document
 def test_lines_end_by_column_120(path: Path) -> None:
     assert [line for line in prose(path.read_text(encoding="utf-8")) if len(line) > 120] == []
 
