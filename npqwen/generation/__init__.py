@@ -1,1 +1,1 @@
-"""Text from a prompt: the loop around the forward pass, what watches it, and what it keeps."""
+"""Text from a prompt: options, sampling, the steps of one sequence, what drives them, and sessions that keep a cache."""

@@ -1,7 +1,7 @@
-"""Logits to the next token: bias, penalties, temperature, top-k, top-p, min-p, and one draw.
+"""From logits to the next token: bias, penalties, temperature, top-k, top-p, min-p, and the draw.
 
 The order is that of Hugging Face transformers: bias, repetition penalty, presence and frequency penalty, the
-caller's own processor, temperature, top-k, top-p, min-p, each on what the one before it left.
+caller's logits_processor, temperature, top-k, top-p, min-p, each applied to what the one before it left.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from npqwen.kernels.compiled import compile_kernel
 from npqwen.kernels.greatest import BLOCK, select
 
 MANY = 500
-"""More than these are found by sorting, and drawn from by NumPy."""
+"""Up to this many candidates are selected by a compiled kernel and drawn from in plain Python; more, with NumPy."""
 _NO_WEIGHT = 750.0
-"""exp(-746) is 0: logits that are temperatures of so many below the greatest are never drawn."""
+"""exp(-746) is 0 in float64: a logit that is more than 750 temperatures below the maximum is never drawn."""
 
 
 class Sampler:
-    """Draws tokens for one text.
+    """Draws the tokens of one text.
 
-    prompt: the ids before it, for the repetition penalty and for `processor`.
+    prompt: the ids before the text, for the repetition penalty and for `processor`.
     forbidden: ids that are never drawn, such as embedding rows without a token.
-    processor: the caller's own change of the logits, after bias and penalties and before the temperature.
+    processor: changes the logits after bias and penalties, before the temperature; see `LogitsProcessor`.
     """
 
     def __init__(
@@ -53,25 +53,26 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
-        """The next id, from (vocab,) logits, which stay as they are; it counts as generated from now on.
+        """Draw the next id from logits, float32 (vocab_size,), which are not changed; it counts as generated.
 
-        Raises FormatError if the logits hold NaN or infinity, as damaged weights make them; OptionError if bias
-        or processor leave no token to draw; whatever the processor raises.
+        Raises FormatError for NaN or infinite logits, a sign of damaged weights, OptionError if bias or processor
+        leave no token to draw, and what the processor raises.
         """
         id = self._choose(self._adjusted(logits))
         self.add(id)
         return id
 
     def add(self, id: int) -> None:
-        """Count `id`, which was not drawn here, as generated."""
+        """Count `id` as generated: one that was forced rather than drawn."""
         self._ids.append(id)
-        if id not in self._never:  # else there may be no logit to penalize
+        if id not in self._never:  # a forbidden id may have no logit to penalize
             self._seen.add(id)
             self._counts[id] = self._counts.get(id, 0) + 1
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits after bias, penalties and processor; a copy, or a view of those of real tokens."""
         forbidden = self._forbidden
-        # Rows without a token are the embedding's last: then they are cut off, not overwritten in a copy.
+        # Embedding rows without a token are usually the last ones: slicing them off avoids a copy.
         if self._processor is None and len(forbidden) and forbidden[0] == len(logits) - len(forbidden):
             logits, forbidden = logits[: forbidden[0]], forbidden[:0]
         if not self._changes and not len(forbidden):
@@ -97,21 +98,21 @@ class Sampler:
         return logits
 
     def _processed(self, logits: NDArray[np.float32], processor: LogitsProcessor) -> NDArray[np.float32]:
-        given = processor(self._ids.copy(), logits)
-        if given is None:
+        result = processor(self._ids.copy(), logits)
+        if result is None:
             return logits
         try:
-            replaced = np.array(given, np.float32)
+            processed = np.array(result, np.float32)
         except (TypeError, ValueError):
-            raise OptionError(f"logits_processor returned {type(given).__name__}, not an array of logits") from None
-        if replaced.shape != logits.shape:
-            raise OptionError(f"logits_processor returned shape {replaced.shape}, not {logits.shape}")
-        return replaced
+            raise OptionError(f"logits_processor returned {type(result).__name__}, not an array of logits") from None
+        if processed.shape != logits.shape:
+            raise OptionError(f"logits_processor returned shape {processed.shape}, not {logits.shape}")
+        return processed
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
-            best = int(logits.argmax())  # NaN counts as the greatest
+            best = int(logits.argmax())  # argmax finds NaN first
             self._check(float(logits[best]))
             return best
         if s.top_k:
@@ -119,33 +120,39 @@ class Sampler:
         p = self._weights(logits)
         if s.top_p < 1:
             total = float(p.sum())
-            return self._draw(_at_least(p, s.top_p * total, logits), logits, total)
+            return self._draw(_nucleus(p, s.top_p * total, logits), logits, total)
         if s.min_p:
             p[p < s.min_p] = 0
         mass = np.cumsum(p)
-        # random() < 1, so this never runs past the end, and never hits a token of no mass.
+        # random() < 1, so the index is below len(p), and never that of a token without mass.
         return int(np.searchsorted(mass, self._random.random() * mass[-1], side="right"))
 
     def _draw(self, ids: NDArray[np.intp], logits: NDArray[np.float32], total: float | None = None) -> int:
-        """One of these ids, by top-p and min-p; total: what all weights sum to, if these ids are not all."""
-        some = logits[ids]
-        top = self._check(float(some.max()))
-        if len(ids) > MANY:  # such as all that a processor forbids, which tie for the last place
-            likely = some >= np.float32(top) - np.float32(_NO_WEIGHT * self.sampling.temperature)
-            ids, some = ids[likely], some[likely]
-        draw = self._draw_few if len(ids) <= MANY else self._draw_many
-        return draw(ids, some, top, total)
+        """Draw one of the candidates `ids`, after top-p and min-p.
 
-    def _draw_few(self, ids: NDArray[np.intp], some: NDArray[np.float32], top: float, total: float | None) -> int:
-        """some: the ids' logits. Plain numbers: so few that calling NumPy takes longer than computing."""
+        total: the sum of the weights exp((logit - maximum) / temperature) of all tokens, if there are others.
+        """
+        candidates = logits[ids]
+        top = self._check(float(candidates.max()))
+        if len(ids) > MANY:  # for example, all tokens that a processor forbids tie with the k-th
+            likely = candidates >= np.float32(top) - np.float32(_NO_WEIGHT * self.sampling.temperature)
+            ids, candidates = ids[likely], candidates[likely]
+        draw = self._draw_few if len(ids) <= MANY else self._draw_many
+        return draw(ids, candidates, top, total)
+
+    def _draw_few(self, ids: NDArray[np.intp], logits: NDArray[np.float32], top: float, total: float | None) -> int:
+        """`_draw` for few candidates, in plain Python: calling NumPy would take longer than computing.
+
+        logits: the candidates'. top: their maximum.
+        """
         s = self.sampling
-        weights = [math.exp((logit - top) / s.temperature) for logit in some.tolist()]
+        weights = [math.exp((logit - top) / s.temperature) for logit in logits.tolist()]
         pairs: list[tuple[float, int]] = sorted(zip(weights, ids.tolist(), strict=True), key=lambda pair: -pair[0])
         if s.top_p < 1:
-            wanted, before = s.top_p * (math.fsum(weights) if total is None else total), 0.0
+            needed, mass = s.top_p * (math.fsum(weights) if total is None else total), 0.0
             for n, (weight, _) in enumerate(pairs, 1):
-                before += weight
-                if before >= wanted:
+                mass += weight
+                if mass >= needed:
                     pairs = pairs[:n]
                     break
         pairs = [pair for pair in pairs if pair[0] >= s.min_p]
@@ -154,37 +161,37 @@ class Sampler:
             left -= weight
             if left < 0:
                 return id
-        return pairs[0][1]  # rounding left nothing of the last one
+        return pairs[0][1]  # rounding made the last weight's share empty
 
-    def _draw_many(self, ids: NDArray[np.intp], some: NDArray[np.float32], top: float, total: float | None) -> int:
-        """`_draw_few` with arrays."""
+    def _draw_many(self, ids: NDArray[np.intp], logits: NDArray[np.float32], top: float, total: float | None) -> int:
+        """`_draw` for many candidates, with NumPy. logits: the candidates'. top: their maximum."""
         s = self.sampling
-        order = np.argsort(-some, kind="stable")
-        weights = np.exp((some[order].astype(np.float64) - top) / s.temperature)
+        order = np.argsort(-logits, kind="stable")
+        weights = np.exp((logits[order].astype(np.float64) - top) / s.temperature)
         mass = np.cumsum(weights)
         if s.top_p < 1:
-            wanted = s.top_p * (mass[-1] if total is None else total)
-            mass = mass[: np.searchsorted(mass, wanted) + 1]
+            needed = s.top_p * (mass[-1] if total is None else total)
+            mass = mass[: np.searchsorted(mass, needed) + 1]
         mass = mass[: np.count_nonzero(weights >= s.min_p)]
         return int(ids[order[np.searchsorted(mass, self._random.random() * mass[-1], side="right")]])
 
     def _check(self, top: float) -> float:
-        """The greatest logit, if it is finite as it must be."""
+        """`top`, the maximum of the logits; FormatError or OptionError, by whose fault it is, unless it is finite."""
         if math.isfinite(top):
             return top
         if self._processor is not None or (top == -math.inf and self.sampling.logit_bias):
-            raise OptionError(f"the greatest logit that logit_bias and logits_processor leave is {top}")
-        raise FormatError(f"the model computed a logit of {top}: damaged weights; convert it again")
+            raise OptionError(f"logit_bias and logits_processor leave a greatest logit of {top}: no token can be drawn")
+        raise FormatError(f"the model computed a logit of {top}, a sign of damaged weights; convert it again")
 
     def _weights(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Probabilities up to a common factor; the likeliest token's is 1."""
+        """Each token's exp((logit - maximum) / temperature): its probability relative to the likeliest token's."""
         top = self._check(float(logits.max()))
-        with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) is the 0 that is meant
+        with np.errstate(over="ignore"):  # with a tiny temperature the quotient overflows to -inf, and exp is 0
             return np.exp((logits.astype(np.float64) - top) / self.sampling.temperature)
 
 
 def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """The indices, ascending, of the k greatest values, and of those equal to the k-th; NaN counts as greatest."""
+    """The indices, ascending, of the k greatest values and of all equal to the k-th; NaN counts as the greatest."""
     if k >= len(values):
         return np.arange(len(values))
     if k > MANY:
@@ -197,10 +204,10 @@ def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     return ids[: select(*args)]
 
 
-def _at_least(p: NDArray[np.float64], mass: float, logits: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Indices, ascending, of the greatest of `p`, enough to hold `mass`: so that not all need sorting.
+def _nucleus(p: NDArray[np.float64], mass: float, logits: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Indices, ascending, of enough of the greatest `p` that they sum to `mass`; saves sorting all of them.
 
-    logits: what p was made of; of very small p, only they can still be told apart in float32.
+    logits: what p was computed from, which order the tokens also where p underflows.
     """
     k = 256
     while k < len(p):

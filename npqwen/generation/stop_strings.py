@@ -1,4 +1,4 @@
-"""Ends a text before the first of some strings, wherever the tokens' borders are."""
+"""Ends a text before the first of some stop strings, wherever the token boundaries are."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class StopStrings:
-    """Passes text on until one of `strings` is complete, and holds back what could still become one.
+    """Passes text on until it contains one of `strings`, and holds back what could still become one.
 
-    The string that is complete first ends the text; of two complete at once, the longer one. So the result
-    does not depend on how the text was cut into pieces.
+    The string that is completed first ends the text; of two completed by the same character, the longer one. The
+    result therefore does not depend on how the text is cut into pieces.
     """
 
     def __init__(self, strings: Iterable[str] = ()) -> None:
         self.strings = check_stop("stop", strings)
         self._held = ""
         self.found: str | None = None
+        """The string that ended the text, if one did."""
 
     def push(self, text: str) -> str:
-        """The text that is now known to stand before any stop string. `found` is set once one is complete."""
+        """Take the next piece; returns the text that is now certain to precede any stop string. May set `found`."""
         text = self._held + text
         complete = [(text.index(s) + len(s), -len(s), s) for s in self.strings if s in text]
         if complete:
@@ -35,15 +36,15 @@ class StopStrings:
         for string in self.strings:
             longest = min(len(string) - 1, len(text))
             held = max(held, next((k for k in range(longest, 0, -1) if text.endswith(string[:k])), 0))
-        border = len(text) - held
-        self._held = text[border:]
-        return text[:border]
+        end = len(text) - held
+        self._held = text[end:]
+        return text[:end]
 
     def finish(self, text: str) -> str:
-        """`push` for the last piece: nothing is held back any more."""
-        passed = self.push(text)
+        """Take the last piece; returns all remaining text, up to a stop string."""
+        certain = self.push(text)
         held, self._held = self._held, ""
-        return passed + held
+        return certain + held
 
 
 def check_stop(name: str, stop: Any) -> list[str]:

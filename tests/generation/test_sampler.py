@@ -195,7 +195,7 @@ def test_bias_favours_and_forbids() -> None:
     assert Sampler(Sampling(temperature=0, logit_bias={3: 100}), (), missing)(logits) == 1  # there is no such token
     assert logits.tolist() == [1.0, 3.0, 2.0, 9.0]
     everything = Sampling(logit_bias=dict.fromkeys(range(3), -np.inf))
-    with pytest.raises(OptionError, match="the greatest logit that logit_bias and logits_processor leave is -inf"):
+    with pytest.raises(OptionError, match="logit_bias and logits_processor leave a greatest logit of -inf"):
         Sampler(everything, (), missing)(logits)
 
 
@@ -237,8 +237,8 @@ def test_a_processor_sees_everything_and_changes_what_it_likes(forbidden: list[i
         (np.zeros((1, 5)), r"returned shape \(1, 5\)"),
         ("text", "returned str, not an array"),
         (object(), "returned object, not an array"),
-        (np.full(5, np.nan), "leave is nan"),
-        (np.full(5, -np.inf), "leave is -inf"),
+        (np.full(5, np.nan), "greatest logit of nan"),
+        (np.full(5, -np.inf), "greatest logit of -inf"),
     ],
 )
 def test_what_a_processor_may_not_return(result: Any, message: str) -> None:
