@@ -1,1 +1,1 @@
-"""Text from a prompt: options, sampling, the steps of one sequence, what drives them, and sessions that keep a cache."""
+"""Text from a prompt: options, sampling, the steps of one sequence, their driver, and sessions that keep a cache."""
