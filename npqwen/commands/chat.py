@@ -11,7 +11,7 @@ import click
 
 from npqwen.commands.options import Command, argument_text, generation_options, model_options, open_model, stdin_text
 from npqwen.errors import OptionError, SamplingWarning
-from npqwen.generation.options import check_options
+from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     default=None,
     help="Leave the reasoning on the screen, or hide it; default: fold it into one line when it ends.",
 )
-@generation_options(loop_guard=True)
+@generation_options(CHAT_DEFAULTS)
 @model_options
 def chat(
     model: str,

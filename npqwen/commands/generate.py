@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("model")
 @click.argument("prompt")
-@generation_options()
+@generation_options({})
 @model_options
 def generate(
     model: str,

@@ -11,7 +11,7 @@ import click
 
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES
-from npqwen.generation.options import OPTIONS, Option
+from npqwen.generation.options import OPTIONS, GenerationOptions, Option
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class _Bias(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not a token id and a bias, such as 151645=-5 or 13=-inf", param, ctx)
 
 
-def generation_options(**defaults: bool) -> Callable[[Decorated], Decorated]:
+def generation_options(defaults: GenerationOptions) -> Callable[[Decorated], Decorated]:
     """Add a flag for every option of `npqwen.generation.options` that has one; the command gets them as keywords.
 
     An option that is not given is None. defaults: the command's own defaults, which the help then names.

@@ -273,6 +273,9 @@ OPTIONS: dict[str, Option] = {
 }
 """All options by name, in the order in which messages and `--help` list them."""
 
+CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
+"""Defaults in a chat, where they differ from an option's own."""
+
 GenerationOptions.__doc__ = f"{GenerationOptions.__doc__}\n\n" + "\n".join(
     f"    {option.name}: {option.help}" for option in OPTIONS.values()
 )

@@ -14,6 +14,7 @@ from npqwen.chat.conversation import FORMAT, Conversation
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.errors import NpqwenError, OptionError, OutputError
 from npqwen.format.config import read_json
+from npqwen.generation.options import CHAT_DEFAULTS
 from npqwen.terminal.settings import NAMES
 from npqwen.terminal.terminal_chat import TerminalChat
 
@@ -151,7 +152,7 @@ def _set(chat: TerminalChat, arguments: str) -> None:
     if not name:
         own, kind = chat.model.generation_config.sampling, chat.model.chat_template.thinking()
         thinking = thinks(kind, chat.conversation.thinking, chat.conversation.messages)
-        defaults = dataclasses.asdict(default_sampling(own, kind, thinking)) | {"loop_guard": True}
+        defaults = dataclasses.asdict(default_sampling(own, kind, thinking)) | CHAT_DEFAULTS
         chat.terminal.lines(chat.settings.table(defaults))
     elif not value.strip():
         raise OptionError(f"/set {name} needs a value, such as default for the model's own")

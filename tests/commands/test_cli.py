@@ -47,8 +47,8 @@ def run(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         on_compile(0, 3)
         on_compile(3, 3)
         done.threads = threads
-        done.model = ReferenceModel.from_directory(TINY, context)
-        return done.model
+        done.model = model = ReferenceModel.from_directory(TINY, context)
+        return model
 
     monkeypatch.setattr(npqwen.model, "load", load)
 
@@ -443,10 +443,14 @@ def test_progress_bars_only_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPa
 
 def test_the_package_imports_fast_and_help_too() -> None:
     heavy = {"numpy", "numba", "tokenizers", "huggingface_hub", "tqdm", "npqwen_quant", "npqwen.model"}
+    heavy |= {"asyncio", "jinja2", "prompt_toolkit"}
     for code, more in (
         ("import npqwen", {"click"}),
         ("import npqwen; npqwen.OptionError, npqwen.__version__, dir(npqwen)", {"click"}),
-        ("from npqwen.commands.cli import main\ntry: main(['generate', '--help'])\nexcept SystemExit: pass", set()),
+        *(
+            (f"from npqwen.commands.cli import main\ntry: main({command})\nexcept SystemExit: pass", set())
+            for command in (["--help"], ["chat", "--help"], ["generate", "--help"])
+        ),
     ):
         check = f"{code}\nimport sys\nfound = {heavy | more!r} & set(sys.modules)\nassert not found, found"
         command = [sys.executable, "-c", check]

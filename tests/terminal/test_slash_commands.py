@@ -7,12 +7,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_terminal import chat_with
 from reciter import Reciter
 
 import npqwen
+from npqwen import ChatStream
 from npqwen.errors import OptionError
 from npqwen.model import Model
 from npqwen.terminal.repl import handle
@@ -128,7 +130,7 @@ def test_set_is_checked_as_the_api_does(say: Say) -> None:
 
 def test_a_bias_on_a_token_that_is_not_there_is_refused_before_any_question() -> None:
     with pytest.raises(OptionError, match="logit_bias has token id 4128; the model's are 0 to 4127"):
-        Settings(Reciter(), logit_bias={4128: 1.0})  # type: ignore[arg-type]
+        Settings(Reciter(), logit_bias={4128: 1.0})
 
 
 def test_settings_reach_the_answer(say: Say) -> None:
@@ -155,7 +157,12 @@ def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say)
     say(chat, "q")
     seeds = []
     retry = chat.conversation.stream_retry
-    monkeypatch.setattr(chat.conversation, "stream_retry", lambda **o: seeds.append(o["seed"]) or retry(**o))
+
+    def stream_retry(**options: Any) -> ChatStream:
+        seeds.append(options["seed"])
+        return retry(**options)
+
+    monkeypatch.setattr(chat.conversation, "stream_retry", stream_retry)
     say(chat, "/retry", "/retry")
     assert seeds == [6, 7]
     assert "the answer will be the same" in say(chat_with(Reciter("a", "b"), temperature=0), "q", "/retry")
