@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
-from prompt_toolkit.filters import has_focus
+from prompt_toolkit.filters import emacs_mode, has_focus
 from prompt_toolkit.history import History as EditorHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -66,6 +68,7 @@ class LineEditor:
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
+            vi_mode=_vi_mode(),
             key_bindings=_key_bindings(),
             input=input,
             output=output,
@@ -151,6 +154,16 @@ class _Completer(Completer):
             yield Completion(replacement, start_position=-len(part))
 
 
+def _vi_mode() -> bool:
+    """Whether the user's configuration of readline, the shell's line editor, asks for the keys of vi."""
+    try:
+        path = Path(os.environ.get("INPUTRC") or "~/.inputrc").expanduser()
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except (OSError, RuntimeError):  # there is no such file, or no home directory
+        return False
+    return re.search(r"^\s*set\s+editing-mode\s+vi\b", text, re.MULTILINE) is not None
+
+
 def _key_bindings() -> KeyBindings:
     bindings = KeyBindings()
     editing = has_focus(DEFAULT_BUFFER)  # and not searching the history
@@ -167,7 +180,7 @@ def _key_bindings() -> KeyBindings:
         else:
             buffer.validate_and_handle()
 
-    @bindings.add("escape", "enter", filter=editing)
+    @bindings.add("escape", "enter", filter=editing & emacs_mode)
     def add_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -133,6 +133,16 @@ def test_arrows_recall_messages_of_this_and_earlier_runs(editor: Editor, tmp_pat
     assert editor(f"{UP}\r", History(path)).read() == "new"
 
 
+def test_keys_are_those_that_readline_is_configured_for(
+    editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inputrc").write_text("# keys\nset bell-style none\nset editing-mode vi\n")
+    monkeypatch.setenv("INPUTRC", str(tmp_path / "inputrc"))
+    assert editor("two words\x1bbdw\r").read() == "two "
+    monkeypatch.setenv("INPUTRC", str(tmp_path / "none"))
+    assert editor("two words\x1bb\x0b\r").read() == "two "
+
+
 def test_ctrl_r_searches_the_history(editor: Editor, tmp_path: Path) -> None:
     history = History(tmp_path / "history")
     for entry in ("first river", "second", "third"):
