@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,22 +207,31 @@ def _locked(path: Path) -> BinaryIO:
     """Create and lock a file; where the file system has no locks, only create it."""
     while True:
         file = open(path, "wb")  # noqa: SIM115
-        held = _try_lock(file)
-        # Another conversion may have cleaned it up before it was locked.
-        if not held or (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        try:
+            held = _try_lock(file)
+        except OSError:
+            return file
+        # Another conversion may clean it up before it is locked: then it holds the lock, or has removed the file.
+        if held and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()
+        time.sleep(0.01)
 
 
 def _try_lock(file: BinaryIO) -> bool:
-    """Lock a file, until it is closed or the process ends; False if another process has, or if it cannot be locked."""
+    """Lock a file until it is closed or the process ends; False if another process has locked it.
+
+    Raises OSError where the file system has no locks.
+    """
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
     return True
 
 

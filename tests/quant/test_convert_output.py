@@ -236,23 +236,40 @@ def test_a_lock_whose_directory_was_never_made_is_removed(tmp_path: Path) -> Non
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="an open file stays there")
-def test_a_lock_that_was_removed_before_it_was_held_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not remove an open file")
+@pytest.mark.parametrize("held", [True, False])
+def test_a_lock_that_another_conversion_cleans_up_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
+    """It may clean up between the file's creation and its locking; held: while this one tries to lock it."""
     try_lock = output._try_lock
     removed: list[Path] = []
 
     def late(file: BinaryIO) -> bool:
-        if not removed:
-            removed.append(Path(file.name))
-            removed[0].unlink()
-        return try_lock(file)
+        if removed:
+            return try_lock(file)
+        removed.append(Path(file.name))
+        removed[0].unlink()
+        return not held and try_lock(file)
 
     monkeypatch.setattr(output, "_try_lock", late)
-    with output._locked(tmp_path / "lock"):
+    with output._locked(tmp_path / "lock") as file:
         assert removed == [tmp_path / "lock"]
-        assert (tmp_path / "lock").exists()
+        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "lock").stat())
+        with open(tmp_path / "lock", "r+b") as other:
+            assert not try_lock(other)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: BinaryIO) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(output, "_try_lock", refuse)
+    write_checkpoint(tmp_path / "in")
+    (tmp_path / ".out.partial-12-0123abcd").mkdir()
+    (tmp_path / ".out.partial-12-0123abcd.lock").touch()
+    convert(tmp_path / "in", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == [".out.partial-12-0123abcd", ".out.partial-12-0123abcd.lock", "in", "out"]
 
 
 def test_similar_names_are_left_alone(tmp_path: Path) -> None:
