@@ -78,22 +78,22 @@ def test_chat() -> None:
     assert done.stderr.count("tokens/s]") == 2
 
 
-def test_chat_ends_a_dim_thought_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_ends_dimmed_reasoning_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     class Screen(io.StringIO):
         def isatty(self) -> bool:
             return True
 
+    screen, beside = Screen(), io.StringIO()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Screen())
-        patch.setattr(sys, "stderr", io.StringIO())
+        patch.setattr(sys, "stdout", screen)
+        patch.setattr(sys, "stderr", beside)
         app = module("chat", patch)
         patch.setattr(npqwen, "load", lambda *args, **options: nullcontext(Reciter("<think>\nHm", "Yes.")))
         questions = ["a", "b", ""]
         patch.setattr(app, "read_line", lambda: questions.pop(0))
         app.main()
-        written, beside = sys.stdout.getvalue(), sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert written == "\x1b[2mHm\x1b[0m\nYes.\x1b[0m\n"
-    assert "\x1b" not in beside
+    assert screen.getvalue() == "\x1b[2mHm\x1b[0m\nYes.\x1b[0m\n"
+    assert "\x1b" not in beside.getvalue()
 
 
 def test_tools() -> None:
@@ -153,7 +153,9 @@ def test_web_handler(server: str) -> None:
         assert len([event for event in events if "text" in event]) > 5  # piece by piece
         assert events[-1]["finish_reason"] == "stop"
         assert events[-1]["messages"][0]["content"] == "17 + 25 = 42"
-    for wrong in ([], {}, {"messages": []}, {"messages": [QUESTION], "cache": 1}, {"messages": [QUESTION], "seed": -1}):
+    wrong_bodies: list[Any] = [[], {}, {"messages": []}]
+    wrong_bodies += [{"messages": [QUESTION], "cache": 1}, {"messages": [QUESTION], "seed": -1}]
+    for wrong in wrong_bodies:
         with pytest.raises(urllib.error.HTTPError, match="400") as refused:
             post(server, wrong)
         refused.value.close()
@@ -204,6 +206,7 @@ def test_leaving_an_asyncio_answer_ends_it_and_errors_come_through() -> None:
 
 def test_the_loop_of_an_asyncio_program_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     app = module("asyncio_app", monkeypatch)
+    loop: Any = None
 
     class Patient(Reciter):
         """Begins an answer, and every token of it, only when the loop has come round."""
@@ -224,7 +227,6 @@ def test_the_loop_of_an_asyncio_program_is_never_blocked(monkeypatch: pytest.Mon
     async def answer() -> str:
         nonlocal loop
         loop = asyncio.get_running_loop()
-        return await app.answer(Patient("It is 42."), "Which?")
+        return str(await app.answer(Patient("It is 42."), "Which?"))
 
-    loop: Any = None
     assert asyncio.run(answer()) == "Which? It is 42."

@@ -160,6 +160,7 @@ STRING_ARGUMENTS: tuple[list[dict[str, Any]], list[Any]] = (
 def cases() -> list[dict[str, Any]]:
     """Everything but what transformers makes of it."""
     found = []
+    options: dict[str, Any]
     for template in QWEN:
         for messages, tools in CONVERSATIONS:
             for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False}):
@@ -178,7 +179,12 @@ def cases() -> list[dict[str, Any]]:
         tool("c"),
         user([{"type": "text", "text": "d"}, {"type": "text", "text": "e"}]),
     ]
-    for options in ({}, {"add_generation_prompt": True, "level": "high"}, {"level": {"a": [1, 2.5]}}):
+    features: list[dict[str, Any]] = [
+        {},
+        {"add_generation_prompt": True, "level": "high"},
+        {"level": {"a": [1, 2.5]}},
+    ]
+    for options in features:
         found.append({"template": "features", "messages": talk, "tools": [WEATHER, NOW], "options": options})
     found.append(
         {"template": "features", "messages": [user("a"), user("STOP"), user("b")], "tools": None, "options": {}}
