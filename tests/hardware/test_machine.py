@@ -150,7 +150,7 @@ def test_threads(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
-def test_threads_where_affinity_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_where_the_system_has_no_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert machine.default_threads(tmp_path) == 3

@@ -1,4 +1,4 @@
-"""Memory: what is used of it, and refusals before the machine swaps, with what would fit."""
+"""Memory: how much is used, and refusals before the machine swaps, which say what would fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_cache_that_memory_cannot_hold_is_refused_before_computing(
         model.forward([1], cache)  # What is there already costs nothing.
 
 
-def test_memory_that_the_system_does_not_give(tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_allocation_is_an_error_of_ours(tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Under `ulimit -v` the allocation fails, whatever the system says is available."""
     with load(tiny(4)) as model:
         cache = model.new_cache()
@@ -78,7 +78,7 @@ def test_logits_that_memory_cannot_hold_are_refused(
             model.logits(ids)
 
 
-def test_weights_larger_than_memory_are_told(
+def test_weights_larger_than_memory_are_announced(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda: 1_000_000)
@@ -91,7 +91,7 @@ def test_weights_larger_than_memory_are_told(
 def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is computed or compiled first. Without a context that was asked for, only what is used counts."""
+    """Nothing is computed or compiled first. Without a requested context, only what is used counts."""
     with load(tiny(4)) as model:
         page, working = model.new_cache().page_bytes, model._buffers.nbytes
     monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: working + 3 * page + RESERVED)
@@ -127,7 +127,7 @@ def test_the_context_that_fits(available: int | None, fitting: int, possible: in
     assert budget.needed(257) == 1000 + 50 + 2 * 70
 
 
-def test_info_tells_what_fits(
+def test_info_says_what_fits(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = inspect(tiny(4))
@@ -158,7 +158,7 @@ def test_the_measurement_within_a_limit(tiny: Callable[[int], Path]) -> None:
     assert re.fullmatch(r"\| tiny-qwen3-4 \| 4\.29.* \|( \d+\.\d+ \|){2}( 0\.\d\d \|){2} .* \|", row), row
 
 
-def test_available_memory_is_told_in_bytes() -> None:
+def test_available_memory_is_in_bytes() -> None:
     found = machine.available_memory()
     assert found is None or 1e7 < found < 1e14
 
@@ -185,7 +185,7 @@ print(once - before, used - before, cache.nbytes, resident("RssFile"))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_weights_stay_in_the_page_cache(large: Path) -> None:
-    """Loading copies no weights; what a forward pass writes to is bounded by one piece of the prompt."""
+    """Loading copies no weights; what a forward pass writes to is bounded by one chunk of the prompt."""
     size = (large / "model.safetensors").stat().st_size
     assert size > 120e6
     command = [sys.executable, "-c", MEMORY, str(large)]

@@ -71,7 +71,7 @@ def test_parts_of_a_model_counted_by_hand(tmp_path: Path) -> None:
     assert info.bits == 4
 
 
-def test_a_tensor_of_nobodys_is_no_part(tmp_path: Path) -> None:
+def test_unknown_tensors_are_no_part(tmp_path: Path) -> None:
     config = make_config()
     made = tensors(config, dict.fromkeys(MATRICES, 4))
     parts = inspect(write_model(tmp_path / "model", config, made, 4)).parts
@@ -211,7 +211,7 @@ def test_bench_refuses(run: Run, tiny: Callable[[int], Path], options: list[str]
     assert re.fullmatch(r"npqwen: error: .*\n", err)
 
 
-def test_bench_tells_its_progress(tiny: Callable[[int], Path]) -> None:
+def test_bench_reports_its_progress(tiny: Callable[[int], Path]) -> None:
     calls: list[tuple[int, int]] = []
     with load(tiny(4), threads=2) as model:
         benchmark(model, [4], [2], [0], 2, progress=lambda done, total: calls.append((done, total)))
@@ -236,7 +236,7 @@ def test_read_bandwidth() -> None:
 @pytest.mark.parametrize(
     ("available", "size"), [(None, 1 << 28), (1 << 40, 1 << 28), (400_001_000, 100_000_000 // 512 * 512), (0, 1 << 20)]
 )
-def test_measuring_bandwidth_takes_a_part_of_the_memory_there_is(
+def test_measuring_bandwidth_takes_part_of_the_available_memory(
     available: int | None, size: int, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
@@ -252,7 +252,7 @@ def test_measuring_bandwidth_takes_a_part_of_the_memory_there_is(
     assert taken == [size]
 
 
-def test_a_share_is_of_the_bandwidth_of_its_moment(
+def test_a_share_is_of_the_bandwidth_measured_just_before(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = itertools.cycle([1e9, 2e9, 8e9])  # the first goes with the uncounted run

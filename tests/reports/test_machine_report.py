@@ -59,7 +59,7 @@ def test_the_command_writes_a_report_with_nothing_private(
         ("file/result.md", "file is not a directory"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+def test_a_path_that_cannot_be_written_is_refused_before_measuring(
     place: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_measuring(
     assert re.fullmatch(rf"npqwen: error: {problem}.*\n|npqwen: error: \S* ?{problem}.*\n", capsys.readouterr().err)
 
 
-def test_places_that_this_user_may_not_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_without_permission_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="is not writable; give another path"):
         machine_report.check_path(tmp_path / ("x" * 300 + ".md"))
     (tmp_path / "result.md").touch()
@@ -94,7 +94,7 @@ def test_a_report_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine_report.check_path(Path("~/result.md")) == tmp_path / "result.md"
 
 
-def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
