@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from npqwen.errors import OutOfMemoryError
+from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM
 from npqwen.kernels.attention import PAGE
 
@@ -26,7 +27,7 @@ class Budget:
 
     def cache(self, tokens: int) -> int:
         """Keys and values of so many tokens."""
-        return -(-tokens // PAGE) * self.page
+        return ceil_div(tokens, PAGE) * self.page
 
     def needed(self, tokens: int) -> int:
         """Everything at a context of so many tokens."""

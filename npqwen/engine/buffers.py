@@ -37,13 +37,13 @@ class Buffers:
         sparse = layers["expert_bytes"] > 0
         inner = int(layers["down_proj"]["cols"][~sparse].max(initial=UNIT_COLS))
         small = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLS))
-        most = -(-most // WIDTHS[-1]) * WIDTHS[-1]
+        most = pad(most, WIDTHS[-1])
         slots = 0
         self.mixture: tuple[NDArray[Any], ...] | None = None
         """What sparse layers write, as `forward` takes it; None if there are none."""
         if config.mixture is not None:
             experts, chosen = config.mixture.num_experts, config.mixture.num_experts_per_tok
-            slots = -(-most_slots(most, experts, chosen) // WIDTHS[-1]) * WIDTHS[-1]
+            slots = pad(most_slots(most, experts, chosen), WIDTHS[-1])
             self.mixture = (
                 _floats(most, hidden),
                 _floats(most, pad(experts, ROWS)),
@@ -86,7 +86,7 @@ class Buffers:
     def logits(self, rows: int) -> NDArray[np.float32]:
         """Room for logits, rounded up to whole tiles of tokens: (>= rows, padded vocabulary)."""
         width = tile_width.py_func(rows) if rows else 1
-        rows = -(-rows // width) * width
+        rows = pad(rows, width)
         if len(self._logits) < rows:
             self._logits = np.empty((rows, self._logits.shape[1]), np.float32)
         return self._logits

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
+from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels.attention import PAGE, TILE, page_items
 
@@ -47,7 +48,7 @@ class KVCache:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         self.page_shape = (layers, 2, heads, PAGE // TILE, TILE * config.head_dim)
         """Keys and values of TILE positions lie together."""
-        self._held = _Pages([], np.zeros(-(-limit // PAGE), np.int64))
+        self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: set[int] = set()
         """Pages that another cache may hold too: not to be written."""
 
@@ -67,7 +68,7 @@ class KVCache:
                 f"{self.length} tokens in the cache and {tokens} more are over the limit of {self.limit}; "
                 "shorten the prompt, or raise the context if the model allows more"
             )
-        held, end = self._held, -(-need // PAGE)
+        held, end = self._held, ceil_div(need, PAGE)
         written = [i for i in range(self.length // PAGE, end) if i in self._shared or i >= len(held.arrays)]
         if not written:
             return
@@ -138,7 +139,7 @@ class KVCache:
     def pages(self, length: int) -> list[NDArray[Any]]:
         """The first `length` positions, in whole tiles: of each page the part they take, to be read or filled."""
         ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
-        return [page[:, :, :, : -(-end // TILE)] for page, end in zip(self._held.arrays, ends, strict=False)]
+        return [page[:, :, :, : ceil_div(end, TILE)] for page, end in zip(self._held.arrays, ends, strict=False)]
 
     @property
     def nbytes(self) -> int:
@@ -148,5 +149,5 @@ class KVCache:
 
 def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:
     """Copy a page's first positions, in whole tiles."""
-    tiles = -(-max(0, count) // TILE)
+    tiles = ceil_div(max(0, count), TILE)
     target[:, :, :, :tiles] = source[:, :, :, :tiles]
