@@ -1,24 +1,23 @@
 """The inner loops of the kernels as assembly for any processor LLVM knows, whatever this machine is.
 
-A loop is built around the very steps of npqwen/simd/tile.py, with pointers in place of Numba's arrays, and compiled
-by LLVM as Numba does it.  Nothing of it is run.
+A loop is built around the operations of npqwen/simd/tile.py, with pointers in place of Numba's arrays, and compiled by
+LLVM as Numba does it. Nothing of it is run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
 
-from npqwen.format.encodings import Encoding
+from npqwen.format.encodings import UNIT_BLOCKS, Encoding
 from npqwen.simd import amx, tile
-from npqwen.simd.instructions import AHEAD, F32, I8, InstructionSet, vector
+from npqwen.simd.instructions import PREFETCH_DISTANCE, InstructionSet
+from npqwen.simd.llvm import F32, I8, I16, I64, undefined, vector
+from npqwen.simd.packed import block_bytes
 from npqwen.simd.x86 import Amx
 
 CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
@@ -29,11 +28,8 @@ SAPPHIRE_RAPIDS = "x86_64-unknown-linux-gnu", "sapphirerapids"
 ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
 
-I64 = ir.IntType(64)
-
-_CONTEXT = SimpleNamespace(
-    make_array=lambda kind: lambda context, b, pointer: SimpleNamespace(data=pointer), get_dummy_value=lambda: None
-)
+Body = Callable[[ir.IRBuilder, list[ir.Value], ir.Value, ir.Value, ir.Value, ir.Value], list[ir.Value]]
+"""One turn of a loop: (builder, sums, weights, activations, offset in the weights, in the activations) to sums."""
 
 
 def integer_loop(
@@ -41,60 +37,57 @@ def integer_loop(
 ) -> list[str]:
     """The instructions of the loop over the units of an integer encoding: two blocks of 32 columns each."""
 
-    def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
-        data = types.Array(types.uint8, 1, "C")
-        asked = types.literal(64 if isa.asks else encoding.unit_bytes)
-        sig, prefetch = tile.prefetch._defn(None, data, types.int64, asked)
-        prefetch(_CONTEXT, b, sig, [w, b.add(at, I64(AHEAD)), None])
-        sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=tokens), *[None] * 6])
-        for block in range(2):
-            values, scales = (
-                b.add(at, I64(encoding.scale_bytes + encoding.block_bytes * block)),
-                b.add(at, I64(32 * block)),
-            )
-            step = tile._quantized(encoding)
-            tile_value = step(_CONTEXT, b, sig, [tile_value, None, None, w, values, scales, x, x_at])
-            x_at = b.add(x_at, I64(40 * tokens))
-        return tile_value
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
+    ) -> list[ir.Value]:
+        prefetched = encoding.scale_bytes if isa.prefetches else encoding.unit_bytes
+        tile.prefetch.emit(b, w, b.add(at, I64(PREFETCH_DISTANCE)), prefetched)
+        for block in range(UNIT_BLOCKS):
+            values = b.add(at, I64(encoding.scale_bytes + encoding.block_bytes * block))
+            scales = b.add(at, I64(encoding.scale_bytes // UNIT_BLOCKS * block))
+            sums = tile.dot_block_int.emit(b, sums, tokens, encoding.code, w, values, scales, x, x_at)
+            x_at = b.add(x_at, I64(block_bytes(tokens)))
+        return sums
 
-    return _loop(isa, target, tokens * vectors, encoding.unit_bytes, 80 * tokens, I8, I8, body)
+    x_step = UNIT_BLOCKS * block_bytes(tokens)
+    return _loop(isa, target, tokens * vectors, encoding.unit_bytes, x_step, I8, I8, body)
 
 
 def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
     """The loop over the units of a matrix, of int8 as mapped or of int4 as unpacked, by 16 tokens."""
     in_place = encoding.block_bytes == amx.UNPACKED_BLOCK
+    block, x_block = amx.UNPACKED_BLOCK, block_bytes(16)
 
-    def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
-        nothing, sums = types.literal(0), types.UniTuple(tile.f32s, 16)
-        start = amx.start_block._defn(None, *[nothing] * 5)[1]
-        finish = amx.finish_block._defn(None, sums, *[nothing] * 6)[1]
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
+    ) -> list[ir.Value]:
         room = b.gep(w, [I64(-(1 << 20))])
         values = b.add(at, I64(encoding.scale_bytes)) if in_place else at
         for n in range(2):
             # The block after the one whose sums are scaled.
-            sig = SimpleNamespace(args=[SimpleNamespace(literal_value=1 - n), *[None] * 4])
-            start(_CONTEXT, b, sig, [None, w, b.add(values, I64(512 * (n + 1))), x, b.add(x_at, I64(640 * (n + 1)))])
-            sig = SimpleNamespace(args=[None, SimpleNamespace(literal_value=n), *[None] * 5])
-            scales, scaled = b.add(at, I64(32 * n)), b.add(x_at, I64(640 * n))
-            tile_value = finish(_CONTEXT, b, sig, [tile_value, None, w, scales, x, scaled, room])
-        return tile_value
+            amx.start_block.emit(
+                b, 1 - n, w, b.add(values, I64(block * (n + 1))), x, b.add(x_at, I64(x_block * (n + 1)))
+            )
+            scales, scaled = b.add(at, I64(encoding.scale_bytes // UNIT_BLOCKS * n)), b.add(x_at, I64(x_block * n))
+            sums = amx.finish_block.emit(b, sums, n, w, scales, x, scaled, room)
+        return sums
 
     with mock.patch.multiple(amx, ISA=Amx(), LANES=16):
-        return _loop(Amx(), target, 16, encoding.unit_bytes if in_place else 2 * amx.UNPACKED_BLOCK, 1280, I8, I8, body)
+        return _loop(Amx(), target, 16, encoding.unit_bytes if in_place else 2 * block, 2 * x_block, I8, I8, body)
 
 
 def floating_loop(
     isa: InstructionSet, target: tuple[str, str], kind: str, tokens: int, vectors: int, columns: int
 ) -> list[str]:
     """The loop over columns of floats: kind "bf16" for a matrix's, "half" or "float" for those of the KV cache."""
-    element = F32 if kind == "float" else ir.IntType(16)
-    load = {"bf16": tile._load_bfloat, "half": tile._load_half, "float": tile._load_float}[kind]
+    element = F32 if kind == "float" else I16
+    dtype = {"bf16": tile.BFLOAT16, "half": tile.FLOAT16, "float": tile.FLOAT32}[kind]
 
-    def body(b: ir.IRBuilder, tile_value: ir.Value, w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value) -> Any:
-        literals = [SimpleNamespace(literal_value=n) for n in (tokens, columns)]
-        sig = SimpleNamespace(args=[None, *literals, *[None] * 7])
-        args = [tile_value, None, None, w, at, I64(16), x, x_at, I64(tokens), I64(1)]
-        return tile._floating(load)(_CONTEXT, b, sig, args)
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
+    ) -> list[ir.Value]:
+        args = w, at, I64(16), x, x_at, I64(tokens), I64(1)
+        return list(tile.multiply_add_columns.emit(b, sums, tokens, columns, dtype, *args))
 
     return _loop(isa, target, tokens * vectors * columns, 16 * columns, tokens * columns, element, F32, body)
 
@@ -107,7 +100,7 @@ def _loop(
     x_step: int,
     weight: ir.Type,
     activation: ir.Type,
-    body: Callable[..., Any],
+    body: Body,
 ) -> list[str]:
     """Compile a loop that carries `count` vectors, and w and x onward by `step` and `x_step` elements a turn."""
     floats = vector(F32, isa.lanes)
@@ -122,7 +115,9 @@ def _loop(
     carried = ir.ArrayType(floats, count)
     i, at, x_at, sums = (b.phi(kind) for kind in (I64, I64, I64, carried))
     with mock.patch.multiple(tile, ISA=isa, LANES=isa.lanes, FLOATS=floats):
-        after = body(b, sums, w, x, at, x_at)
+        after = undefined(carried)
+        for n, value in enumerate(body(b, [b.extract_value(sums, n) for n in range(count)], w, x, at, x_at)):
+            after = b.insert_value(after, value, n)
     for phi, first, following in (
         (i, I64(0), b.add(i, I64(1))),
         (at, I64(0), b.add(at, I64(step))),

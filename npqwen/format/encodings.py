@@ -15,6 +15,8 @@ UNIT_COLUMNS = 64
 """Columns of a unit."""
 BLOCK_COLUMNS = 32
 """Columns of a block: those that share a scale, in each row."""
+UNIT_BLOCKS = UNIT_COLUMNS // BLOCK_COLUMNS
+"""Blocks of a unit."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Encoding:
     @property
     def unit_bytes(self) -> int:
         """Bytes of a unit."""
-        return self.scale_bytes + UNIT_COLUMNS // BLOCK_COLUMNS * self.block_bytes
+        return self.scale_bytes + UNIT_BLOCKS * self.block_bytes
 
     @property
     def bits_per_weight(self) -> float:

@@ -16,7 +16,7 @@ from npqwen.errors import FormatError, OptionError
 from npqwen.generation.options import LogitsProcessor
 from npqwen.generation.sampling import Sampling
 from npqwen.kernels.compiled import compile_kernel
-from npqwen.kernels.greatest import BLOCK, select
+from npqwen.kernels.greatest import MAXIMA_BLOCK, select
 
 MANY = 500
 """Up to this many candidates are selected by a compiled kernel and drawn from in plain Python; more, with NumPy."""
@@ -198,7 +198,7 @@ def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
         kth = np.partition(values, len(values) - k)[len(values) - k]
         return np.flatnonzero(~(values < kth))
     ids = np.empty(len(values), np.int64)
-    args = values, np.empty(k, np.float32), np.empty(len(values) // BLOCK, np.float32), ids
+    args = values, np.empty(k, np.float32), np.empty(len(values) // MAXIMA_BLOCK, np.float32), ids
     if not select.overloads:
         compile_kernel(select, args)
     return ids[: select(*args)]

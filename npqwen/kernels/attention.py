@@ -1,13 +1,13 @@
 """Causal attention over a KV cache, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
 
-The query heads that share a key/value head are rows of one product, and so are neighbouring tokens: each key and
-value is read once for all of them.  Row r of a key/value head is query head `r % group` of token `r // group`,
-group being query heads per key/value head.
+The query heads that share a key/value head are rows of one product, and so are neighbouring tokens: each key and value
+is read once for all of them. Row r of a key/value head is query head `r % group` of token `r // group`, group being the
+query heads per key/value head.
 
-The cache comes in pages of `PAGE` positions, of float16 (uint16 to Numba) or float32, as the array `like` is.  A
-page holds, layer by layer, the keys of each head and then the values of each.  Keys lie in groups of 16
-positions, (16 positions, head_dim) turned to (head_dim, 16): a vector holds one coordinate of many positions,
-and scores need no sums across a vector.  Values lie as (position, head_dim).
+The cache comes in pages of `PAGE` positions, of float16 (uint16 to Numba) or float32, the dtype of the array
+`cache_dtype`. A page holds, layer by layer, the keys of each head and then the values of each. Keys lie in position
+tiles: 16 positions, (16, head_dim) transposed to (head_dim, 16), so that a vector holds one coordinate of many
+positions and scores need no sums across a vector. Values lie as (position, head_dim).
 """
 
 from __future__ import annotations
@@ -22,23 +22,36 @@ from numpy.typing import NDArray
 from npqwen.kernels.barrier import MEMBERS, acquire, barrier, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.simd.instructions import CACHE_LINE
+from npqwen.simd.blocks import softmax_block
 from npqwen.simd.isa import ISA
+from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.scalar import FAST, exp, half, memory
-from npqwen.simd.tile import LANES, add, chains, multiply_cached, prefetch, softmax_block, store_apart, zeros
+from npqwen.simd.tile import (
+    FLOAT16,
+    FLOAT32,
+    LANES,
+    chains,
+    multiply_add_columns,
+    prefetch,
+    store_add,
+    store_columns,
+    zeros,
+)
 
 PAGE = 256
-BLOCK = 64
+"""Positions of a page of the cache."""
+POSITION_TILE = 16
+"""Positions of a tile of keys."""
+SCORE_BLOCK = 64
 """Positions whose scores are computed before they are used."""
-TILE = 16
-STREAMED = 4
-"""Rows of a product up to which memory is the limit, so that keys and values are worth asking for early."""
-AHEAD = 8192
-"""Bytes between what is then read and what is asked for: two groups of float16 keys, 128 coordinates each."""
-MOST_ROWS = ISA.rows[-1]
+MEMORY_BOUND_ROWS = 4
+"""Rows of a product up to which memory is the limit, so that keys and values are worth prefetching from far."""
+FAR_BYTES = 8192
+"""How far, in bytes: two position tiles of float16 keys of 128 coordinates."""
+MAX_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
 _LOWEST = np.float32(-3.0e38)
-_LONG = 512
+_MIN_SPAN = 512
 """Positions that are worth a task of their own when there are fewer heads than threads."""
 
 
@@ -47,132 +60,186 @@ def page_items(layers: int, kv_heads: int, head_dim: int) -> int:
     return layers * 2 * kv_heads * PAGE * head_dim
 
 
-def _stored(value, like):  # type: ignore[no-untyped-def]  # Numba wants the very same signature below
-    """A float32 as the cache holds it: as it is, or as the bits of a float16."""
+def _stored(value, cache_dtype):  # type: ignore[no-untyped-def]  # Numba wants the very same signature below
+    """A float32 as the cache holds it: itself, or the bits of a float16."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(_stored)
-def _compiled_stored(value, like):  # type: ignore[no-untyped-def]
-    if like.dtype == types.float32:
-        return lambda value, like: value
-    return lambda value, like: half(value)
+def _compiled_stored(value, cache_dtype):  # type: ignore[no-untyped-def]
+    if cache_dtype.dtype == types.float32:
+        return lambda value, cache_dtype: value
+    return lambda value, cache_dtype: half(value)
 
 
 @njit(nogil=True)
-def _head(pages: Any, like: Any, position: int, which: int, head_dim: int) -> Any:
-    """The keys or values of one head in the page that holds a position: (PAGE * head_dim,) of like's dtype."""
+def _head(pages: Any, cache_dtype: Any, position: int, which: int, head_dim: int) -> Any:
+    """The keys or values of one head in the page that holds a position: (PAGE * head_dim,)."""
     size = PAGE * head_dim
-    return memory(pages[position // PAGE] + like.itemsize * which * size, size, like.dtype)
+    return memory(pages[position // PAGE] + cache_dtype.itemsize * which * size, size, cache_dtype.dtype)
 
 
 @njit(nogil=True)
-def store_key(pages: Any, like: Any, which: int, position: int, key: Any) -> None:
-    """Put one head's key (head_dim,) float32 into the cache; which = (layer * 2) * kv_heads + head."""
-    place = position % PAGE
-    keys = _head(pages, like, position, which, key.size)
-    at = place // TILE * TILE * key.size + place % TILE
+def store_key(pages: Any, cache_dtype: Any, which: int, position: int, key: Any) -> None:
+    """Write one head's key, float32 (head_dim,), into the cache; which = (layer * 2) * kv_heads + head."""
+    keys = _head(pages, cache_dtype, position, which, key.size)
+    slot = position % PAGE
+    at = slot // POSITION_TILE * POSITION_TILE * key.size + slot % POSITION_TILE
     for i in range(key.size):
-        keys[at + i * TILE] = _stored(key[i], like)
+        keys[at + i * POSITION_TILE] = _stored(key[i], cache_dtype)
 
 
 @njit(nogil=True)
-def store_value(pages: Any, like: Any, which: int, position: int, value: Any) -> None:
-    """Put one head's value (head_dim,) float32 into the cache; which = (layer * 2 + 1) * kv_heads + head."""
+def store_value(pages: Any, cache_dtype: Any, which: int, position: int, value: Any) -> None:
+    """Write one head's value, float32 (head_dim,), into the cache; which = (layer * 2 + 1) * kv_heads + head."""
+    values = _head(pages, cache_dtype, position, which, value.size)
     at = position % PAGE * value.size
-    values = _head(pages, like, position, which, value.size)
     for i in range(value.size):
-        values[at + i] = _stored(value[i], like)
+        values[at + i] = _stored(value[i], cache_dtype)
 
 
 def scratch_floats(head_dim: int) -> int:
-    """float32 that one thread's attention needs."""
-    return MOST_ROWS * (2 * head_dim + BLOCK + 2)
+    """float32 of scratch for one thread's attention."""
+    return MAX_ROWS * (2 * head_dim + SCORE_BLOCK + 2)
 
 
-def _attend(tokens: int, dtype: Any) -> Any:
-    """The kernel for tiles of `tokens` rows of queries, and a cache of this dtype."""
-    # Scores: a vector holds positions.  Sums: it holds coordinates, `wide` of them where there are so many.
-    score_rows = max(1, min(TILE // LANES, ISA.accumulators // tokens))
-    together = min(2, chains(tokens * score_rows))
-    sum_rows = max(1, ISA.accumulators // tokens)
-    wide, narrow = sum_rows * LANES, TILE // LANES
+# The parts of a kernel, inlined into it. rows, vectors, together, dtype and far are constants: see `_attend`.
 
+
+@njit(inline="always")
+def _prefetch_far_keys(keys: Any, k: int, dim: int, together: int, far: int) -> None:
+    """Few rows, memory is the limit: prefetch the same coordinate of keys two position tiles ahead."""
+    prefetch(keys, k + far, CACHE_LINE)
+    prefetch(keys, k + far + (together - 1) * POSITION_TILE * dim, CACHE_LINE)
+
+
+@njit(inline="always")
+def _prefetch_next_values(values: Any, first: int, coordinate: int, together: int) -> None:
+    """Many rows, arithmetic is the limit and leaves time: prefetch the values that are multiplied after the scores."""
+    prefetch(values, first + together * coordinate, CACHE_LINE)
+
+
+@njit(inline="always")
+def _prefetch_far_values(values: Any, v: int, far: int) -> None:
+    """Few rows: prefetch values ahead, all that one position's turn reads."""
+    prefetch(values, v + far, 256)
+
+
+@njit(inline="always")
+def _prefetch_next_keys(keys: Any, at: int, dim: int, column: int, i: int, wide: int) -> None:
+    """Many rows: prefetch the keys of the next block, a share at each position."""
+    prefetch(keys, at + SCORE_BLOCK * (dim + column) + i * wide, CACHE_LINE)
+
+
+@njit(inline="always")
+def _compute_scores(
+    rows: int, vectors: int, together: int, dtype: int, far: int,
+    queries: Any, keys: Any, values: Any, at: int, count: int, dim: int, scores: Any,
+) -> None:  # fmt: skip
+    """scores[row, position] = queries[row] @ keys[position]."""
+    for position in range(0, count, together * POSITION_TILE):
+        for lane in range(0, POSITION_TILE, vectors * LANES):
+            products = zeros(rows, vectors, together)
+            k = at + position * dim + lane
+            for i in range(0, queries.size, rows):
+                if rows <= MEMORY_BOUND_ROWS:
+                    _prefetch_far_keys(keys, k, dim, together, far)
+                else:
+                    first = at + position * dim
+                    _prefetch_next_values(values, first, k - lane - first, together)
+                products = multiply_add_columns(
+                    products, rows, together, dtype, keys, k, POSITION_TILE * dim, queries, i, 0, 1
+                )
+                k += POSITION_TILE
+            store_columns(products, together, scores, position + lane, POSITION_TILE, vectors, SCORE_BLOCK)
+
+
+@njit(inline="always")
+def _softmax(scores: Any, row: int, visible: int, dim: int, row_max: Any, denominator: Any, accumulator: Any) -> None:
+    """Turn a row's scores into weights; where its maximum grows, rescale what it has so far."""
+    maximum, total = softmax_block(scores, row * SCORE_BLOCK, SCORE_BLOCK, visible, row_max[row])
+    if maximum > row_max[row]:
+        rescale = exp(row_max[row] - maximum)
+        denominator[row] *= rescale
+        for i in range(row * dim, (row + 1) * dim):
+            accumulator[i] *= rescale
+        row_max[row] = maximum
+    denominator[row] += total
+
+
+@njit(inline="always")
+def _add_weighted_values(
+    rows: int, wide_vectors: int, narrow_vectors: int, dtype: int, far: int,
+    weights: Any, keys: Any, values: Any, at: int, count: int, dim: int, accumulator: Any,
+) -> None:  # fmt: skip
+    """accumulator[row] += weights[row] @ values."""
+    wide, column = wide_vectors * LANES, 0
+    while column + wide <= dim:
+        sums = zeros(rows, wide_vectors, 1)
+        v = at + column
+        for i in range(count):
+            if rows <= MEMORY_BOUND_ROWS:
+                _prefetch_far_values(values, v, far)
+            else:
+                _prefetch_next_keys(keys, at, dim, column, i, wide)
+            sums = multiply_add_columns(sums, rows, 1, dtype, values, v, 0, weights, i, 0, SCORE_BLOCK)
+            v += dim
+        store_add(sums, accumulator, column, wide_vectors, dim)
+        column += wide
+    while column < dim:
+        rest = zeros(rows, narrow_vectors, 1)
+        v = at + column
+        for i in range(count):
+            rest = multiply_add_columns(rest, rows, 1, dtype, values, v, 0, weights, i, 0, SCORE_BLOCK)
+            v += dim
+        store_add(rest, accumulator, column, narrow_vectors, dim)
+        column += POSITION_TILE
+
+
+def _attend(rows: int, dtype: Any) -> Any:
+    """The kernel for tiles of `rows` rows of queries, and a cache of this dtype."""
+    # Scores: a vector holds positions. Weighted sums: it holds coordinates.
+    score_vectors = max(1, min(POSITION_TILE // LANES, ISA.accumulators // rows))
+    # Several position tiles at once instead of several sums a score: decoding then adds in the order of prefill.
+    together = min(2, chains(rows * score_vectors))
+    wide_vectors, narrow_vectors = max(1, ISA.accumulators // rows), POSITION_TILE // LANES
     size = np.dtype(dtype).itemsize
-    ahead = AHEAD // size
+    kind = FLOAT32 if size == 4 else FLOAT16
+    far = FAR_BYTES // size
 
-    @entry(tokens, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
+    @entry(rows, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
     def attend(
         queries_at: int, dim: int, pages_at: int, keys_of: int, values_of: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch_at: int,
     ) -> None:  # fmt: skip
-        """Attention of `tokens` rows over positions low to high: sums, top and total are left in scratch.
+        """Attention of `rows` rows, `first_row` and up, over positions low to high - 1.
 
-        queries: (head_dim, tokens).
+        queries: (head_dim, rows). Leaves accumulator (rows, head_dim), row_max (rows,) and denominator (rows,) in
+        scratch, after the scores.
         """
-        queries = memory(queries_at, dim * tokens, np.float32)
+        queries = memory(queries_at, dim * rows, np.float32)
         pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
-        scratch = memory(scratch_at, tokens * (BLOCK + dim + 2), np.float32)
-        scores = scratch[: tokens * BLOCK]
-        sums = scratch[tokens * BLOCK : tokens * (BLOCK + dim)]
-        top = scratch[tokens * (BLOCK + dim) : tokens * (BLOCK + dim + 1)]
-        total = scratch[tokens * (BLOCK + dim + 1) : tokens * (BLOCK + dim + 2)]
-        sums[:] = np.float32(0.0)
-        top[:] = _LOWEST
-        total[:] = np.float32(0.0)
-        for block in range(low, high, BLOCK):
-            count = (min(BLOCK, high - block) + TILE - 1) // TILE * TILE
+        scratch = memory(scratch_at, rows * (SCORE_BLOCK + dim + 2), np.float32)
+        scores = scratch[: rows * SCORE_BLOCK]
+        accumulator = scratch[rows * SCORE_BLOCK : rows * (SCORE_BLOCK + dim)]
+        row_max = scratch[rows * (SCORE_BLOCK + dim) : rows * (SCORE_BLOCK + dim + 1)]
+        denominator = scratch[rows * (SCORE_BLOCK + dim + 1) : rows * (SCORE_BLOCK + dim + 2)]
+        accumulator[:] = np.float32(0.0)
+        row_max[:] = _LOWEST
+        denominator[:] = np.float32(0.0)
+        for block in range(low, high, SCORE_BLOCK):
+            count = (min(SCORE_BLOCK, high - block) + POSITION_TILE - 1) // POSITION_TILE * POSITION_TILE
             page = pages[block // PAGE]
             keys = memory(page + size * PAGE * dim * keys_of, PAGE * dim, dtype)
             values = memory(page + size * PAGE * dim * values_of, PAGE * dim, dtype)
             at = block % PAGE * dim
-            # Several groups of keys at a time, not several sums a score: decoding adds in the order of prefill.
-            for place in range(0, count, together * TILE):
-                for row in range(0, TILE, score_rows * LANES):
-                    products = zeros(tokens, score_rows, together)
-                    k = at + place * dim + row
-                    for i in range(0, queries.size, tokens):
-                        if tokens <= STREAMED:
-                            prefetch(keys, k + ahead, CACHE_LINE)
-                            prefetch(keys, k + ahead + (together - 1) * TILE * dim, CACHE_LINE)
-                        else:
-                            # Arithmetic is the limit: there is time to have this block's values brought near.
-                            first = at + place * dim
-                            prefetch(values, first + together * (k - row - first), CACHE_LINE)
-                        products = multiply_cached(products, tokens, together, keys, k, TILE * dim, queries, i, 0, 1)
-                        k += TILE
-                    store_apart(products, together, scores, place + row, TILE, score_rows, BLOCK)
-            for t in range(tokens):
-                visible = max(0, min(count, start + (first_row + t) // group + 1 - block))
-                peak, weight = softmax_block(scores, t * BLOCK, BLOCK, visible, top[t])
-                if peak > top[t]:
-                    shrink = exp(top[t] - peak)
-                    total[t] *= shrink
-                    for i in range(t * dim, (t + 1) * dim):
-                        sums[i] *= shrink
-                    top[t] = peak
-                total[t] += weight
-            column = 0
-            while column + wide <= dim:
-                outs = zeros(tokens, sum_rows, 1)
-                v = at + column
-                for i in range(count):
-                    if tokens <= STREAMED:
-                        prefetch(values, v + ahead, 256)
-                    else:  # the next block's keys
-                        prefetch(keys, at + BLOCK * (dim + column) + i * wide, CACHE_LINE)
-                    outs = multiply_cached(outs, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
-                    v += dim
-                add(outs, sums, column, sum_rows, dim)
-                column += wide
-            while column < dim:
-                rest = zeros(tokens, narrow, 1)
-                v = at + column
-                for i in range(count):
-                    rest = multiply_cached(rest, tokens, 1, values, v, 0, scores, i, 0, BLOCK)
-                    v += dim
-                add(rest, sums, column, narrow, dim)
-                column += TILE
+            _compute_scores(rows, score_vectors, together, kind, far, queries, keys, values, at, count, dim, scores)
+            for row in range(rows):
+                visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
+                _softmax(scores, row, visible, dim, row_max, denominator, accumulator)
+            _add_weighted_values(
+                rows, wide_vectors, narrow_vectors, kind, far, scores, keys, values, at, count, dim, accumulator
+            )
 
     return attend
 
@@ -180,12 +247,12 @@ def _attend(tokens: int, dtype: Any) -> Any:
 KERNELS = {
     dtype: {rows: _attend(rows, dtype) for rows in _ROWS} for dtype in (np.dtype(np.uint16), np.dtype(np.float32))
 }
-"""The kernel for each dtype of the cache (as `like` has it) and number of rows a tile."""
+"""The kernels by the dtype of the cache, then by the number of rows."""
 
 
 def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
-    """Where the machine code for a dtype of the cache is: (MOST_ROWS + 1,), [rows a tile]; the rest is 0."""
-    addresses = np.zeros(MOST_ROWS + 1, np.int64)
+    """Addresses of the kernels for a dtype of the cache, compiled or loaded: [rows], 0 where there is none."""
+    addresses = np.zeros(MAX_ROWS + 1, np.int64)
     for rows, kernel in KERNELS[dtype].items():
         addresses[rows] = address_of(kernel)
     return addresses
@@ -193,7 +260,7 @@ def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def _gather(q: Any, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any) -> None:
-    """The queries of some rows as (head_dim, width); zeros past the last row."""
+    """out = the queries of `width` rows from first_row on, (head_dim, width); zeros past the last of `rows` rows."""
     for t in range(width):
         row = first_row + t
         if row < rows:
@@ -208,58 +275,58 @@ def _gather(q: Any, head: int, group: int, rows: int, first_row: int, width: int
 
 @njit(nogil=True)
 def row_width(rows: int) -> int:
-    """How many rows are multiplied at once: all if they fit, so that keys and values are read once."""
+    """How many rows to multiply at once: all of them if they fit, so that keys and values are read once."""
     for width in _ROWS:
         if width >= rows:
             return width
-    return MOST_ROWS
+    return MAX_ROWS
 
 
 @njit(nogil=True)
-def splits(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
-    """Into how many parts the positions are cut, so that all threads have work at one token's decode."""
+def span_count(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
+    """How many spans to cut positions 0 to end - 1 into, so that all threads have work when one token is decoded."""
     rows = tokens * (heads // kv_heads)
     width = row_width(rows)
     tasks = kv_heads * ((rows + width - 1) // width)
     members = acquire(team, MEMBERS)
     if tasks >= 4 * members or members == 1:
         return 1
-    return max(1, min((4 * members + tasks - 1) // tasks, end // _LONG))
+    return max(1, min((4 * members + tasks - 1) // tasks, end // _MIN_SPAN))
 
 
 @njit(nogil=True)
 def attention(
-    team: Any, kernels: Any, q: Any, tokens: int, pages: Any, like: Any, layer: int, heads: int, kv_heads: int,
-    dim: int, start: int, parts: Any, scratch: Any, out: Any,
+    team: Any, kernels: Any, q: Any, tokens: int, pages: Any, cache_dtype: Any, layer: int, heads: int, kv_heads: int,
+    dim: int, start: int, partials: Any, scratch: Any, out: Any,
 ) -> None:  # fmt: skip
     """out[t, head] = softmax(q[t, head] @ keys.T) @ values over positions 0 to start + t.
 
-    kernels: see `attention_kernels`.  q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim).  out:
-    float32 (tokens, heads * dim).  scratch: this thread's float32 (scratch_floats(dim),).  parts: float32 shared by the
-    team, for what a split leaves.
+    kernels: see `attention_kernels`. q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim). out:
+    float32 (tokens, heads * dim). scratch: this thread's float32 (scratch_floats(dim),). partials: float32 shared by
+    the team, for the results of spans: as many as there are tasks, of width * (dim + 2).
     """
     group = heads // kv_heads
     rows = tokens * group
     width = row_width(rows)
     tiles = (rows + width - 1) // width
     end = start + tokens
-    cuts = splits(team, tokens, heads, kv_heads, end)
-    span = ((end + cuts - 1) // cuts + BLOCK - 1) // BLOCK * BLOCK
+    spans = span_count(team, tokens, heads, kv_heads, end)
+    span_size = ((end + spans - 1) // spans + SCORE_BLOCK - 1) // SCORE_BLOCK * SCORE_BLOCK
     size = width * (dim + 2)
-    tasks = kv_heads * tiles * cuts
+    tasks = kv_heads * tiles * spans
     while True:
         task = claim(team, 1)
         if task >= tasks:
             break
         # The last tiles see the most positions: they go first.
-        cut, tile, head = task % cuts, tiles - 1 - task // cuts // kv_heads, task // cuts % kv_heads
+        span, tile, head = task % spans, tiles - 1 - task // spans // kv_heads, task // spans % kv_heads
         first_row = tile * width
         last_seen = start + (min(first_row + width, rows) - 1) // group + 1
         queries = scratch[: width * dim]
         rest = scratch[width * dim :]
         _gather(q, head, group, rows, first_row, width, dim, queries)
         keys_of = 2 * layer * kv_heads + head
-        low, high = cut * span, min((cut + 1) * span, last_seen)
+        low, high = span * span_size, min((span + 1) * span_size, last_seen)
         run_at(
             kernels[width],
             (
@@ -267,44 +334,48 @@ def attention(
                 group, rest.ctypes.data,
             ),
         )  # fmt: skip
-        left = rest[width * BLOCK : width * BLOCK + size]
-        if cuts == 1:
-            _finish(left, width, dim, rows, first_row, group, head, out)
+        partial = rest[width * SCORE_BLOCK : width * SCORE_BLOCK + size]
+        if spans == 1:
+            _normalize(partial, width, dim, rows, first_row, group, head, out)
         else:
-            parts[task * size : (task + 1) * size] = left
-    if cuts > 1:
+            partials[task * size : (task + 1) * size] = partial
+    if spans > 1:
         barrier(team)
         while True:
             task = claim(team, 1)
             if task >= kv_heads * tiles:
                 break
             tile, head = tiles - 1 - task // kv_heads, task % kv_heads
-            whole = parts[task * cuts * size : (task * cuts + 1) * size]
-            for cut in range(1, cuts):
-                _merge(whole, parts[(task * cuts + cut) * size : (task * cuts + cut + 1) * size], width, dim)
-            _finish(whole, width, dim, rows, tile * width, group, head, out)
+            first = task * spans
+            merged = partials[first * size : (first + 1) * size]
+            for span in range(1, spans):
+                _merge(merged, partials[(first + span) * size : (first + span + 1) * size], width, dim)
+            _normalize(merged, width, dim, rows, tile * width, group, head, out)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _merge(whole: Any, part: Any, width: int, dim: int) -> None:
-    """Add the attention over other positions to one over some: sums, then top, then total."""
-    tops, totals = width * dim, width * (dim + 1)
+def _merge(merged: Any, partial: Any, width: int, dim: int) -> None:
+    """Log-sum-exp merge of attention over one span into that over others: accumulator, row_max, denominator."""
+    row_max, denominator = width * dim, width * (dim + 1)
     for t in range(width):
-        top = max(whole[tops + t], part[tops + t])
-        a, b = exp(whole[tops + t] - top), exp(part[tops + t] - top)
+        maximum = max(merged[row_max + t], partial[row_max + t])
+        a, b = exp(merged[row_max + t] - maximum), exp(partial[row_max + t] - maximum)
         for i in range(t * dim, (t + 1) * dim):
-            whole[i] = whole[i] * a + part[i] * b
-        whole[tops + t] = top
-        whole[totals + t] = whole[totals + t] * a + part[totals + t] * b
+            merged[i] = merged[i] * a + partial[i] * b
+        merged[row_max + t] = maximum
+        merged[denominator + t] = merged[denominator + t] * a + partial[denominator + t] * b
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _finish(left: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any) -> None:
-    """Divide by the softmax's total, and put each row where its token and head belong."""
+def _normalize(partial: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any) -> None:
+    """out = accumulator / denominator, each row where its token and head belong."""
     for t in range(min(width, rows - first_row)):
         row = first_row + t
         line = out[row // group]
         at = (head * group + row % group) * dim
-        scale = np.float32(1.0) / left[width * (dim + 1) + t]
+        scale = np.float32(1.0) / partial[width * (dim + 1) + t]
         for i in range(dim):
-            line[at + i] = left[t * dim + i] * scale
+            line[at + i] = partial[t * dim + i] * scale
+
+
+MOST_ROWS, TILE = MAX_ROWS, POSITION_TILE

@@ -1,4 +1,4 @@
-"""Atomics that threads of a team share work and wait with: compiled code only.
+"""Atomics by which the threads of a team share work and wait for each other: compiled code only.
 
 A barrier of atomics takes a third of a microsecond; waking a thread takes tens of them (npqwen/engine/team.py).
 """
@@ -11,23 +11,23 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
+
+from npqwen.simd.llvm import I32, VOID, Array, Int, call, operation
 
 # Slots of a team's state, int64, each on a cache line of its own.
 ARRIVED, GENERATION, NEXT, STOP, MEMBERS = 0, 16, 32, 48, 64
 SLOTS = 80
 SPINS = 4000
-"""Looks at the barrier before a waiting thread offers its processor to others, about 50 microseconds."""
+"""Polls of the barrier, about 50 microseconds, before a waiting thread yields its processor to others."""
 
 
 class Interrupted(Exception):
-    """The team was asked to stop before its work was done."""
+    """The team was stopped before its work was done."""
 
 
-def _give_way() -> int:
-    """The address of the operating system's call that lets another thread run."""
+def _yield_address() -> int:
+    """The address of the operating system's function that lets another thread run."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
     else:
@@ -35,76 +35,51 @@ def _give_way() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-llvmlite.binding.add_symbol("npqwen_give_way", _give_way())
+llvmlite.binding.add_symbol("npqwen_yield", _yield_address())
 
 
-def _slot(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-    return b.gep(context.make_array(sig.args[0])(context, b, args[0]).data, [args[1]])
+@operation
+def fetch_add(b: ir.IRBuilder, state: Array, slot: Int, n: Int) -> Int:
+    """Add n to a slot atomically; returns what was there before."""
+    return b.atomic_rmw("add", b.gep(state, [slot]), n, "acq_rel")
 
 
-@intrinsic
-def fetch_add(_: Any, state: Any, slot: Any, n: Any) -> Any:
-    """Add n to a slot in one indivisible step; what was there before."""
-    sig = types.int64(state, types.int64, types.int64)
-    return sig, lambda context, b, sig, a: b.atomic_rmw("add", _slot(context, b, sig, a), a[2], "acq_rel")
+@operation
+def acquire(b: ir.IRBuilder, state: Array, slot: Int) -> Int:
+    """Read a slot; whatever was written before its `release` is visible then."""
+    return b.load_atomic(b.gep(state, [slot]), "acquire", 8)
 
 
-@intrinsic
-def acquire(_: Any, state: Any, slot: Any) -> Any:
-    """Read a slot, and see all that was written before it was released."""
-    sig = types.int64(state, types.int64)
-    return sig, lambda context, b, sig, a: b.load_atomic(_slot(context, b, sig, a), "acquire", 8)
+@operation
+def release(b: ir.IRBuilder, state: Array, slot: Int, n: Int) -> None:
+    """Write a slot, after everything this thread has written."""
+    b.store_atomic(n, b.gep(state, [slot]), "release", 8)
 
 
-@intrinsic
-def release(_: Any, state: Any, slot: Any, n: Any) -> Any:
-    """Write a slot, after all that was written before it."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, a: Any) -> Any:
-        b.store_atomic(a[2], _slot(context, b, sig, a), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(state, types.int64, types.int64), generate
-
-
-@intrinsic
-def pause(_: Any) -> Any:
-    """The processor's hint that this thread is only waiting."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        target = llvmlite.binding.get_process_triple()
-        nothing = ir.FunctionType(ir.VoidType(), [])
-        if target.startswith(("x86_64", "i686")):
-            b.call(cgutils.get_or_insert_function(b.module, nothing, "llvm.x86.sse2.pause"), [])
-        elif target.startswith(("aarch64", "arm64")):
-            hint = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-            function = cgutils.get_or_insert_function(b.module, hint, "llvm.aarch64.hint")
-            b.call(function, [ir.IntType(32)(1)])
-        return context.get_dummy_value()
-
-    return types.void(), generate
+@operation
+def pause(b: ir.IRBuilder) -> None:
+    """The processor's hint that this thread is spinning."""
+    target = llvmlite.binding.get_process_triple()
+    if target.startswith(("x86_64", "i686")):
+        call(b, "llvm.x86.sse2.pause", VOID)
+    elif target.startswith(("aarch64", "arm64")):
+        call(b, "llvm.aarch64.hint", VOID, I32(1))
 
 
-@intrinsic
-def give_way(_: Any) -> Any:
+@operation
+def yield_thread(b: ir.IRBuilder) -> None:
     """Let another thread run."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        b.call(cgutils.get_or_insert_function(b.module, kind, "npqwen_give_way"), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    call(b, "npqwen_yield", I32)
 
 
 @njit(nogil=True)
 def barrier(team: Any) -> None:
-    """All members wait here for the last one; raises Interrupted in all of them if asked to stop."""
+    """Wait until all members have called it; raises Interrupted in all of them if the team is stopped."""
     generation = acquire(team, GENERATION)
     if fetch_add(team, ARRIVED, 1) == acquire(team, MEMBERS) - 1:
         release(team, ARRIVED, 0)
         release(team, NEXT, 0)
-        # The last one decides for all: they see the same generation.
+        # The last one decides for all, by an odd generation.
         stop = 1 if acquire(team, STOP) else 0
         release(team, GENERATION, (generation | 1) + 1 + stop)
     else:
@@ -114,14 +89,14 @@ def barrier(team: Any) -> None:
             if spins < SPINS:
                 pause()
             else:
-                give_way()
+                yield_thread()
     if acquire(team, GENERATION) & 1:
         raise Interrupted
 
 
 @njit(nogil=True)
 def claim(team: Any, count: int) -> int:
-    """The first of the next `count` pieces of this step's work; far past any end once asked to stop."""
+    """Claim the next `count` items of this step's work: the first of them, or far past any end once stopped."""
     if acquire(team, STOP):
         return 1 << 60
     return fetch_add(team, NEXT, count)

@@ -1,6 +1,6 @@
 """Compiled kernels kept on disk, so that a machine compiles them once.
 
-Numba's own cache does not notice a change in a function that the cached one calls.  So the directory is
+Numba's own cache does not notice a change in a function that the cached one calls. So the directory is
 named after everything the machine code depends on: the kernels' sources, the versions that
 compiled them, the instruction set, the processor and the size of its pages.
 """

@@ -1,8 +1,8 @@
 """The feed-forward of a sparse layer: a router, and the few experts that it chooses for each token.
 
-Each expert's tokens lie in *segments*: one of whole tiles of the widest width, one of what is left over.  All
-segments' rows are one pool of work, so that one token keeps every thread busy on its experts, and a long
-prompt multiplies each expert's matrices by all tokens that chose it.
+The tokens of an expert lie side by side in *slots* and form *segments*: one of whole tiles of the widest width, one of
+the rest. The rows of all segments are one pool of work, so that one token keeps every thread busy on its experts, and a
+long prompt multiplies the matrices of each expert by all tokens that chose it.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
-from npqwen.kernels.entry import run_at
-from npqwen.kernels.matmul import CHUNK_BYTES
-from npqwen.kernels.matrix import BLOCK_GROUPS, UNIT_COLS, unit_bytes
-from npqwen.kernels.norm import silu_times
+from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel
+from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
+from npqwen.kernels.norm import swiglu
 from npqwen.kernels.packing import WIDEST, pack, pack_part, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.simd.scalar import FAST, exp
-from npqwen.simd.tile import ROWS
 
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
-"""A segment: whose tokens, the first of its places in the arrays, how many tokens, how many a tile."""
-AHEAD = 16
-"""Matrices that are asked for before they are needed: all of one token's if it has 8 experts."""
+"""Columns of a segment: its expert, its first slot, the number of its tokens, the width of its tiles."""
+MATRICES_AHEAD = 16
+"""How many matrices before its use one is prefetched from disk: all of one token's if it has 8 experts."""
 
 
 def most_segments(tokens: int, experts: int, chosen: int) -> int:
-    """Segments that so many tokens can make."""
+    """The most segments that this many tokens make."""
     return 2 * min(experts, tokens * chosen)
 
 
 def most_slots(tokens: int, experts: int, chosen: int) -> int:
-    """Places that so many tokens can take, whole tiles counted."""
+    """The most slots that this many tokens take, padding to whole tiles included."""
     return tokens * chosen + min(experts, tokens * chosen) * (WIDEST - 1)
 
 
@@ -77,23 +76,23 @@ def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
 
 @njit(nogil=True)
 def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
-    """Give every choice a slot, tokens of an expert side by side; the number of segments made.
+    """Give every choice of an expert a slot, those of one expert side by side; returns the number of segments.
 
-    experts: int64 (tokens, chosen).  counts: scratch, int64 (experts,).  slots: like experts.  segments: int64 (n, 4).
+    experts: int64 (tokens, chosen). counts: scratch, int64 (experts,). slots: like experts. segments: int64 (n, 4).
     """
     counts[:] = 0
     for t in range(experts.shape[0]):
         for n in range(experts.shape[1]):
             counts[experts[t, n]] += 1
-    made, slot = 0, 0
+    segment_count, slot = 0, 0
     for e in range(counts.size):
         left, first = counts[e], slot
         while left > 0:
             width = WIDEST if left >= WIDEST else tile_width(left)
             count = left // WIDEST * WIDEST if left >= WIDEST else left
-            segments[made, EXPERT], segments[made, SLOT] = e, slot
-            segments[made, COUNT], segments[made, WIDTH] = count, width
-            made += 1
+            segments[segment_count, EXPERT], segments[segment_count, SLOT] = e, slot
+            segments[segment_count, COUNT], segments[segment_count, WIDTH] = count, width
+            segment_count += 1
             slot += whole_tiles(count, width)
             left -= count
         counts[e] = first
@@ -102,12 +101,14 @@ def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
             e = experts[t, n]
             slots[t, n] = counts[e]
             counts[e] += 1
-    return made
+    return segment_count
 
 
 @njit(nogil=True)
-def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, encoding: int, packed: Any) -> None:
-    """packed = normed (tokens, cols), each token in all of its slots; a lone token once for all."""
+def pack_choices(
+    team: Any, normed: Any, slots: Any, segments: Any, segment_count: int, encoding: int, packed: Any
+) -> None:
+    """packed = normed (tokens, cols), each token in all of its slots, padding too; a lone token once for all slots."""
     size = packed_row_bytes(encoding, normed.shape[1])
     tokens = slots.shape[0]
     if tokens == 1:
@@ -116,11 +117,11 @@ def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, e
         return
     while True:
         t = claim(team, 1)
-        if t >= tokens + made:
+        if t >= tokens + segment_count:
             return
         if t < tokens:
             for n in range(slots.shape[1]):
-                s = find_segment(segments, made, slots[t, n])
+                s = find_segment(segments, segment_count, slots[t, n])
                 first = segments[s, SLOT]
                 pack(normed[t], slots[t, n] - first, segments[s, WIDTH], encoding, packed[first * size :])
         else:
@@ -130,9 +131,9 @@ def pack_choices(team: Any, normed: Any, slots: Any, segments: Any, made: int, e
 
 
 @njit(nogil=True)
-def find_segment(segments: Any, made: int, slot: int) -> int:
-    """The segment a slot is in; slots ascend."""
-    low, high = 0, made - 1
+def find_segment(segments: Any, segment_count: int, slot: int) -> int:
+    """The segment that a slot is in, by bisection: slots ascend."""
+    low, high = 0, segment_count - 1
     while low < high:
         middle = (low + high + 1) // 2
         if segments[middle, SLOT] <= slot:
@@ -143,127 +144,119 @@ def find_segment(segments: Any, made: int, slot: int) -> int:
 
 
 @njit(nogil=True)
-def prefetch_matrix(how: int, layer: Any, segments: Any, made: int, n: int, scratch: Any) -> None:
-    """Have the system read the n-th matrix that a layer needs: the segments' gate_up_proj, then their down_proj."""
-    seen = scratch.view(np.uint8)
-    s = n % made
-    if n >= 2 * made or (s and segments[s, EXPERT] == segments[s - 1, EXPERT]):
+def prefetch_matrix(policy: int, layer: Any, segments: Any, segment_count: int, n: int, scratch: Any) -> None:
+    """Prefetch the n-th matrix that a layer uses: gate_up_proj of all segments' experts, then down_proj of all.
+
+    policy: PREFETCH_ALWAYS or PREFETCH_IF_ABSENT (npqwen/kernels/paging.py).
+    """
+    residency = scratch.view(np.uint8)
+    s = n % segment_count
+    if n >= 2 * segment_count or (s and segments[s, EXPERT] == segments[s - 1, EXPERT]):
         return
     address = layer.gate_up_proj.address + segments[s, EXPERT] * layer.expert_bytes
     down = layer.down_proj.address - layer.gate_up_proj.address
-    if n < made:
-        prefetch_pages(how, address, down, seen)
+    if n < segment_count:
+        prefetch_pages(policy, address, down, residency)
     else:
-        prefetch_pages(how, address + down, layer.expert_bytes - down, seen)
+        prefetch_pages(policy, address + down, layer.expert_bytes - down, residency)
 
 
 @njit(nogil=True)
-def prefetch_first_matrices(team: Any, how: int, layer: Any, segments: Any, made: int, scratch: Any) -> None:
-    """Have the system read the first matrices that a layer needs; the rest is asked for on the way."""
+def prefetch_first_matrices(
+    team: Any, policy: int, layer: Any, segments: Any, segment_count: int, scratch: Any
+) -> None:
+    """Prefetch the first MATRICES_AHEAD matrices that a layer uses; the others follow as those are used."""
     while True:
         n = claim(team, 1)
-        if n >= AHEAD:
+        if n >= MATRICES_AHEAD:
             return
-        prefetch_matrix(how, layer, segments, made, n, scratch)
+        prefetch_matrix(policy, layer, segments, segment_count, n, scratch)
 
 
 @njit(nogil=True)
-def take_piece(team: Any, matrix: Any, made: int, multiple: int, most: int) -> Any:
-    """A segment and the groups of its expert's rows that this thread computes next: (segment, first, last).
+def claim_segment_rows(team: Any, matrix: Any, segment_count: int, multiple: int, most: int) -> Any:
+    """The next row groups of a segment's expert for this thread: (segment, first, last).
 
-    segment is `made` when none is left.  A piece has at most `most` groups of rows, and begins at a multiple of
-    `multiple`.
+    segment is `segment_count` when none are left. There are at most `most` groups, unless `multiple` is more, and first
+    is a multiple of `multiple`.
     """
-    groups = matrix.rows // ROWS
-    share = made * groups // (8 * acquire(team, MEMBERS))
-    fitting = CHUNK_BYTES // (matrix.cols // UNIT_COLS * unit_bytes(matrix.encoding))
+    groups = matrix.rows // UNIT_ROWS
+    share = segment_count * groups // (8 * acquire(team, MEMBERS))
+    fitting = CHUNK_BYTES // group_bytes(matrix)
     chunk = max(multiple, min(share, fitting, most, groups) // multiple * multiple)
-    pieces = (groups + chunk - 1) // chunk
+    chunks = (groups + chunk - 1) // chunk
     task = claim(team, 1)
-    first = task % pieces * chunk
-    return min(task // pieces, made), first, min(first + chunk, groups)
-
-
-@njit(nogil=True)
-def _run(
-    kernels: Any, layer: Any, matrix: Any, segment: Any, tiles: int, x_at: int, first: int, last: int, out_at: int,
-    stride: int, scratch: Any,
-) -> None:  # fmt: skip
-    """The kernel for some groups of rows of a segment's expert and some of its tiles of tokens."""
-    expert, _, _, width = segment
-    run_at(
-        kernels[matrix.encoding, width],
-        (
-            matrix.address + expert * layer.expert_bytes, matrix.cols // UNIT_COLS, first, last, x_at, tiles, out_at,
-            stride, 0, scratch.ctypes.data,
-        ),
-    )  # fmt: skip
+    first = task % chunks * chunk
+    return min(task // chunks, segment_count), first, min(first + chunk, groups)
 
 
 @njit(nogil=True)
 def project_gated_slots(
-    team: Any, kernels: Any, layer: Any, how: int, segments: Any, made: int, tokens: int, x: Any, piece: Any,
-    scratch: Any, gated: Any,
+    team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, tokens: int, x: Any,
+    local: Any, scratch: Any, gated: Any,
 ) -> None:  # fmt: skip
     """gated[slot] = silu(gate_proj @ x[slot]) * (up_proj @ x[slot]) of the slot's expert, packed for down_proj.
 
-    kernels: see `matmul_kernels`.  layer: a LAYER.  how: to ask for the matrices to come (paging.py).  x: packed, each
-    segment where its first slot is; of a pass of one token that alone, for all.  A thread goes on with the rows that it
-    has computed: they are in its own cache, `piece`.
+    kernels: see `matmul_kernels`. layer: a LAYER. policy: of prefetching the matrices to come
+    (npqwen/kernels/paging.py). x: packed, each segment at its first slot; of a pass of one token, that token alone.
+    local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they are
+    in its cache.
     """
     matrix, cols, encoding = layer.gate_up_proj, layer.down_proj.cols, layer.down_proj.encoding
     size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
     gated_size = packed_row_bytes(encoding, cols)
-    most = piece.size // (whole_tiles(tokens, WIDEST) * ROWS)
+    most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
     while True:
-        s, first, last = take_piece(team, matrix, made, BLOCK_GROUPS, most)
-        if s == made:
+        s, first, last = claim_segment_rows(team, matrix, segment_count, GROUPS_PER_BLOCK, most)
+        if s == segment_count:
             return
-        if how != PREFETCH_NEVER and first == 0:
-            prefetch_matrix(how, layer, segments, made, s + AHEAD, scratch)
-        _, slot, count, width = segments[s]
-        rows = ROWS * (last - first)
+        if policy != PREFETCH_NEVER and first == 0:
+            prefetch_matrix(policy, layer, segments, segment_count, s + MATRICES_AHEAD, scratch)
+        expert, slot, count, width = segments[s]
+        address = matrix.address + expert * layer.expert_bytes
+        rows = UNIT_ROWS * (last - first)
         # Kernels count rows from the matrix's first.
-        place = piece.ctypes.data - piece.itemsize * ROWS * first
-        # All of the segment's tokens unless it has more than the pass, which no routing may make it have.
-        fitting = piece.size // rows // width * width
-        # After the last rows come zeros up to whole units of columns.
-        product = scratch[: cols - ROWS * first // 2 if ROWS * last == matrix.rows else rows // 2]
-        padded = whole_tiles(count, width)
-        for start in range(0, padded, fitting):
-            batch = min(fitting, padded - start)
+        origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
+        # Past the last rows there are zeros, up to whole units of columns.
+        product = scratch[: cols - UNIT_ROWS * first // 2 if UNIT_ROWS * last == matrix.rows else rows // 2]
+        # One batch, unless a segment has more tokens than the pass: no data may write past the end of `local`.
+        fitting = local.size // rows // width * width
+        for start in range(0, whole_tiles(count, width), fitting):
+            batch = min(fitting, whole_tiles(count, width) - start)
             x_at = x.ctypes.data + (slot + start) * size
-            _run(kernels, layer, matrix, segments[s], batch // width, x_at, first, last, place, rows, scratch)
-            # The kernel may have used scratch.
-            product[rows // 2 :] = np.float32(0.0)
+            run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            product[rows // 2 :] = np.float32(0.0)  # the kernel may have used scratch
             for t in range(batch):
-                silu_times(piece[t * rows : (t + 1) * rows], product)
-                pack_part(product, ROWS * first // 2, cols, start + t, width, encoding, gated[slot * gated_size :])
+                swiglu(local[t * rows : (t + 1) * rows], product)
+                packed = gated[slot * gated_size :]
+                pack_part(product, UNIT_ROWS * first // 2, cols, start + t, width, encoding, packed)
 
 
 @njit(nogil=True)
 def multiply_slots(
-    team: Any, kernels: Any, layer: Any, how: int, segments: Any, made: int, gated: Any, out: Any, scratch: Any
-) -> None:
+    team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, gated: Any, out: Any,
+    scratch: Any,
+) -> None:  # fmt: skip
     """out[slot] = down_proj of the slot's expert @ gated[slot], for all segments; out: float32 (slots, >= rows)."""
     matrix = layer.down_proj
     size = packed_row_bytes(matrix.encoding, matrix.cols)
     while True:
-        s, first, last = take_piece(team, matrix, made, 1, matrix.rows)
-        if s == made:
+        s, first, last = claim_segment_rows(team, matrix, segment_count, 1, matrix.rows)
+        if s == segment_count:
             return
-        if how != PREFETCH_NEVER and first == 0:
-            prefetch_matrix(how, layer, segments, made, made + s + AHEAD, scratch)
-        _, slot, count, width = segments[s]
+        if policy != PREFETCH_NEVER and first == 0:
+            prefetch_matrix(policy, layer, segments, segment_count, segment_count + s + MATRICES_AHEAD, scratch)
+        expert, slot, count, width = segments[s]
+        address = matrix.address + expert * layer.expert_bytes
         tiles = whole_tiles(count, width) // width
-        place = out.ctypes.data + slot * out.itemsize * out.shape[1]
+        origin = out.ctypes.data + slot * out.itemsize * out.shape[1]
         x_at = gated.ctypes.data + slot * size
-        _run(kernels, layer, matrix, segments[s], tiles, x_at, first, last, place, out.shape[1], scratch)
+        run_kernel(kernels, matrix, address, width, tiles, x_at, first, last, origin, out.shape[1], 0, scratch)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def combine(team: Any, results: Any, slots: Any, weights: Any, hidden: Any) -> None:
-    """hidden[t] += the sum of weights[t, n] * results[slots[t, n]]."""
+    """hidden[t] += sum over n of weights[t, n] * results[slots[t, n]]."""
     while True:
         t = claim(team, 1)
         if t >= slots.shape[0]:

@@ -1,4 +1,4 @@
-"""The few greatest of many logits, in one pass: what sampling begins with."""
+"""The k greatest of many logits in one pass, the first step of sampling."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.simd.tile import reduce_max
+from npqwen.simd.blocks import reduce_max
 
-BLOCK = 64
+MAXIMA_BLOCK = 64
+"""Values of which only the maximum is looked at first."""
 
 
 @njit(nogil=True, error_model="numpy")
 def select(values: Any, tops: Any, maxima: Any, ids: Any) -> int:
-    """ids = the indices, ascending, of the tops.size greatest values and of all equal to the last; how many.
+    """ids = the indices, ascending, of the tops.size greatest values and of all equal to the last; returns their
+    number.
 
-    values: float32, at least tops.size; NaN counts as the greatest.  tops: scratch, float32.  maxima: scratch,
-    float32 (values.size // BLOCK,).  ids: int64 (values.size,).
+    values: float32, at least tops.size; NaN counts as the greatest. tops: scratch, float32 (k,). maxima: scratch,
+    float32 (values.size // MAXIMA_BLOCK,). ids: int64 (values.size,).
     """
     tops[:] = -np.inf
     for n in range(maxima.size):
-        maxima[n] = reduce_max(values, n * BLOCK, BLOCK)
+        maxima[n] = reduce_max(values, n * MAXIMA_BLOCK, MAXIMA_BLOCK)
         _insert(tops, maxima[n])
     # The k-th greatest of the blocks' maxima is at most the k-th greatest of all.
     candidates = _reaching(values, maxima, tops[-1], ids)
@@ -33,11 +35,11 @@ def select(values: Any, tops: Any, maxima: Any, ids: Any) -> int:
 
 @njit(nogil=True)
 def _reaching(values: Any, maxima: Any, bound: np.float32, ids: Any) -> int:
-    """ids = the indices of the values that are not below a bound; how many."""
+    """ids = the indices of the values that are not below a bound; returns their number."""
     count = 0
-    for at in range(0, values.size, BLOCK):
-        if at + BLOCK > values.size or not maxima[at // BLOCK] < bound:
-            for i in range(at, min(at + BLOCK, values.size)):
+    for at in range(0, values.size, MAXIMA_BLOCK):
+        if at + MAXIMA_BLOCK > values.size or not maxima[at // MAXIMA_BLOCK] < bound:
+            for i in range(at, min(at + MAXIMA_BLOCK, values.size)):
                 if not values[i] < bound:
                     ids[count] = i
                     count += 1
@@ -46,7 +48,7 @@ def _reaching(values: Any, maxima: Any, bound: np.float32, ids: Any) -> int:
 
 @njit(nogil=True)
 def _insert(tops: Any, value: np.float32) -> None:
-    """Put a value into its place among the greatest so far, descending."""
+    """Insert a value into the greatest so far, descending, if it is one of them."""
     n = tops.size - 1
     if value <= tops[n]:
         return

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and SiLU, each for one token's vector."""
+"""RMSNorm, rotary embedding and SwiGLU, each for one token's vector."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from npqwen.format.encodings import UNIT_ROWS
+from npqwen.simd.blocks import swiglu_block
 from npqwen.simd.scalar import FAST
-from npqwen.simd.tile import ROWS, silu_times_block
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def rms_norm(x: Any, weight: Any, eps: np.float32, out: Any) -> None:
-    """out = x / sqrt(mean(x**2) + eps) * weight, float32, over weight.size (Zhang & Sennrich 2019)."""
+    """out = x / sqrt(mean(x**2) + eps) * weight over weight.size elements, float32 (Zhang & Sennrich 2019)."""
     total = np.float32(0.0)
     for i in range(weight.size):
         total += x[i] * x[i]
@@ -33,7 +34,10 @@ def rotate(x: Any, cos: Any, sin: Any) -> None:
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def silu_times(gate_up: Any, out: Any) -> None:
-    """out = silu(gate) * up; gate_up alternates 16 of gate and 16 of up, out holds half as many."""
-    for i in range(0, gate_up.size // 2, ROWS):
-        silu_times_block(gate_up, 2 * i, out, i)
+def swiglu(gate_up: Any, out: Any) -> None:
+    """out = silu(gate) * up (Shazeer 2020), float32; gate_up alternates 16 of gate and 16 of up."""
+    for i in range(0, gate_up.size // 2, UNIT_ROWS):
+        swiglu_block(gate_up, 2 * i, out, i)
+
+
+silu_times = swiglu

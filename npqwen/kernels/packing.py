@@ -1,10 +1,4 @@
-"""Activations in the order in which the matrix kernels read them.
-
-`width` tokens lie together, a *tile*.  For integer weights each block of 32 columns of a tile is `width` x 32
-int8, `width` float32 scales and `width` int32 products of the weights' zero point with the sum of the block:
-40 bytes a token.  (Where the instruction set multiplies pairs of tokens, the int8 of two lie together: 8 columns of
-one, the same 8 of the other, the next 8 of the first.)  For bf16 weights each column of a tile is `width` float32.
-"""
+"""Packing of activations into the layout that the matrix kernels read (npqwen/simd/packed.py), and widths of tiles."""
 
 from __future__ import annotations
 
@@ -13,18 +7,25 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.format.encodings import ENCODINGS
+from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS
 from npqwen.kernels.matrix import IS_INTEGER
+from npqwen.simd.blocks import quantize_block
 from npqwen.simd.isa import ISA
+from npqwen.simd.packed import (
+    OCTET,
+    block_bytes,
+    paired_values_offset,
+    scale_offset,
+    start_offset,
+    values_offset,
+)
 from npqwen.simd.scalar import FAST
-from npqwen.simd.tile import quantize_block
 
-BLOCK = 32
-BLOCK_BYTES = 40
 WIDTHS = tuple(sorted(ISA.tiles))
+"""Numbers of tokens that a tile can have."""
+WIDEST = WIDTHS[-1]
 ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
 """What the kernels add to weights, by the code of their encoding."""
-WIDEST = WIDTHS[-1]
 _MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
 """Tokens up to which several tiles of the middle width are faster than one of the widest."""
@@ -33,7 +34,7 @@ _PAIRS = ISA.pairs
 
 @njit(nogil=True)
 def tile_width(tokens: int) -> int:
-    """How many tokens the matrix kernels multiply at once, the best width for so many."""
+    """The best tile width to multiply this many tokens with: one of WIDTHS."""
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
@@ -42,52 +43,54 @@ def tile_width(tokens: int) -> int:
 
 @njit(nogil=True)
 def whole_tiles(tokens: int, width: int) -> int:
-    """So many tokens and the places without one in the last tile.
+    """`tokens` rounded up to whole tiles.
 
-    Those are packed too, as zeros or what else is at hand: what an earlier pass left there may be taken for numbers
-    next to zero, with which processors are slow.
+    Padding tokens are packed too, as zeros or copies: stale bytes could read as subnormal floats, which are slow.
     """
     return (tokens + width - 1) // width * width
 
 
 def packed_bytes(tokens: int, columns: int) -> int:
-    """Bytes that hold so many tokens in either way, whatever the width; columns is a multiple of 64."""
+    """Bytes that hold this many tokens for any encoding and tile width; columns is a multiple of 64."""
     return -(-tokens // WIDEST) * WIDEST * columns * 4
 
 
 @njit(nogil=True)
-def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
-    """Put the activations of one token, float32 x (columns, a multiple of 64), into uint8 `packed`.
+def packed_row_bytes(encoding: int, columns: int) -> int:
+    """Bytes of one token for weights of an encoding (a code); columns is a multiple of 64."""
+    return columns // BLOCK_COLUMNS * block_bytes(1) if IS_INTEGER[encoding] else columns * 4
 
-    encoding: the code of that of the weights they will be multiplied by.
+
+@njit(nogil=True)
+def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
+    """Pack one token's activations x, float32 (columns,), a multiple of 64, into tiles of `width` tokens.
+
+    encoding: the code of the encoding of the weights to multiply by. packed: uint8, all tokens'.
     """
     pack_part(x, 0, x.size, token, width, encoding, packed)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding: int, packed: Any) -> None:
-    """The same for some of a token's activations: x (a multiple of 32) is from column `first`, too, of so many."""
+    """Pack x, one token's activations from column `first` on; `columns` is the number of the whole row.
+
+    first and x.size are multiples of 32; the rest is as for `pack`.
+    """
     tile, lane = token // width, token % width
+    floats = packed.view(np.float32)
     if not IS_INTEGER[encoding]:
-        floats = packed.view(np.float32)
         at = (tile * columns + first) * width + lane
         for i in range(x.size):
             floats[at + i * width] = x[i]
-    else:
-        zero = ZERO_POINT[encoding]
-        floats, words, bytes_ = packed.view(np.float32), packed.view(np.int32), packed.view(np.int8)
-        for block in range(x.size // BLOCK):
-            at = (tile * (columns // BLOCK) + first // BLOCK + block) * BLOCK_BYTES * width
-            if _PAIRS and width > 1:
-                place = at + 2 * BLOCK * (lane // 2) + 8 * (lane % 2)
-                scale, total = quantize_block(x, block * BLOCK, bytes_, place, 16)
-            else:
-                scale, total = quantize_block(x, block * BLOCK, bytes_, at + BLOCK * lane, 8)
-            floats[at // 4 + 8 * width + lane] = scale
-            words[at // 4 + 9 * width + lane] = -zero * total
-
-
-@njit(nogil=True)
-def packed_row_bytes(encoding: int, columns: int) -> int:
-    """Bytes of one token's packed activations; columns is a multiple of 64."""
-    return columns // BLOCK * BLOCK_BYTES if IS_INTEGER[encoding] else columns * 4
+        return
+    words, values = packed.view(np.int32), packed.view(np.int8)
+    for block in range(x.size // BLOCK_COLUMNS):
+        at = (tile * (columns // BLOCK_COLUMNS) + first // BLOCK_COLUMNS + block) * block_bytes(width)
+        if _PAIRS and width > 1:
+            values_at = at + paired_values_offset(lane)
+            scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, 2 * OCTET)
+        else:
+            values_at = at + values_offset(lane)
+            scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, OCTET)
+        floats[(at + scale_offset(lane, width)) // 4] = scale
+        words[(at + start_offset(lane, width)) // 4] = -ZERO_POINT[encoding] * total

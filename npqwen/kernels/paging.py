@@ -1,4 +1,4 @@
-"""What the system is asked about a mapped file's pages: to make them large, to read some before they are needed."""
+"""Advice to the operating system about the memory pages of mapped files: huge pages, and reading ahead of use."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
+
+from npqwen.simd.llvm import I32, Int, Int32, call, operation
 
 PREFETCH_NEVER, PREFETCH_ALWAYS, PREFETCH_IF_ABSENT = 0, 1, 2
-"""How to ask: not at all, for whatever is needed, or for those of its pages that are not in memory."""
+"""Policies: prefetch nothing, whatever will be used, or those of its pages that are not in memory."""
 _PAGE = mmap.PAGESIZE
-_PIECE = 1 << 17
-"""Linux reads no more for one request than the disk takes at once, and drops the rest."""
+_REQUEST_BYTES = 1 << 17
+"""Bytes of one request: Linux reads no more for it than the disk takes at once, and drops the rest."""
 _WILLNEED = int(getattr(mmap, "MADV_WILLNEED", 3))
 
 
 def advise_huge_pages(mapping: mmap.mmap) -> None:
-    """Have Linux read a file in pages of 2 MiB, if the file system can: some virtual machines decode a quarter faster.
+    """Have Linux read a file in huge pages of 2 MiB if the file system can; some virtual machines decode a quarter
+    faster.
 
-    For files that memory holds whole: 4 MiB are read for whatever is touched.  Pages that are in memory already stay
-    as they are.
+    Only for files that fit into memory: a touched byte reads up to 4 MiB. Pages that are in memory already stay small.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without large pages
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
 
 
 def huge_page_bytes(paths: Iterable[Path], root: Path = Path("/")) -> int | None:
-    """Bytes of mapped files that this process reads through large pages; None where the system does not tell.
+    """Bytes of mapped files that this process reads through huge pages; None where the system does not report it.
 
-    root: where /proc is.
+    root: the directory of /proc.
     """
     names = {str(path.resolve()) for path in paths}
     found, ours = None, False
@@ -56,25 +56,25 @@ def huge_page_bytes(paths: Iterable[Path], root: Path = Path("/")) -> int | None
     return found
 
 
-def prefetch_policy(paths: Iterable[Path], short: bool) -> int:
+def prefetch_policy(paths: Iterable[Path], exceeds_memory: bool) -> int:
     """PREFETCH_NEVER, PREFETCH_ALWAYS or PREFETCH_IF_ABSENT, for these mapped files.
 
-    short: whether they are more than memory holds.
+    exceeds_memory: whether they are larger than the memory available.
 
-    Asking for what is in memory costs 50 microseconds for an expert of 2.7 MB, looking 2.  Linux tells which pages of
-    a file are in memory to its owner and to those who may write it; to others it says that all are.  Windows
-    takes no requests: it reads a page when it is touched.
+    A request costs 50 microseconds for an expert of 2.7 MB even if it is in memory, finding that out 2. Linux tells
+    which pages of a file are in memory to its owner and to those who may write it; to others it says that all are.
+    Windows takes no requests: it reads a page when it is touched.
     """
     if sys.platform == "win32":
         return PREFETCH_NEVER
-    tells = sys.platform == "linux" and all(
+    residency_known = sys.platform == "linux" and all(
         path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK) for path in paths
     )
-    return PREFETCH_IF_ABSENT if tells else PREFETCH_ALWAYS if short else PREFETCH_NEVER
+    return PREFETCH_IF_ABSENT if residency_known else PREFETCH_ALWAYS if exceeds_memory else PREFETCH_NEVER
 
 
 def _address(name: str) -> int:
-    """Where a function of the system's library is; where something never called is, if there is none."""
+    """The address of a function of the C library; on Windows that of another one, which is never called."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.GetLastError
     else:
@@ -86,47 +86,41 @@ llvmlite.binding.add_symbol("npqwen_madvise", _address("madvise"))
 llvmlite.binding.add_symbol("npqwen_mincore", _address("mincore"))
 
 
-def _call(name: str, b: ir.IRBuilder, args: Any) -> ir.Value:
-    kind = ir.FunctionType(ir.IntType(32), [a.type for a in args])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+@operation
+def _madvise(b: ir.IRBuilder, address: Int, size: Int, advice: Int32) -> Int32:
+    return call(b, "npqwen_madvise", I32, address, size, advice)
 
 
-@intrinsic
-def _advise(_: Any, address: Any, size: Any, advice: Any) -> Any:
-    sig = types.int32(types.int64, types.int64, types.int32)
-    return sig, lambda context, b, sig, args: _call("npqwen_madvise", b, args)
-
-
-@intrinsic
-def _look(_: Any, address: Any, size: Any, seen: Any) -> Any:
-    """One byte a page at the address `seen`, its lowest bit set if the page is in memory; 0 unless that fails."""
-    sig = types.int32(types.int64, types.int64, types.int64)
-    return sig, lambda context, b, sig, args: _call("npqwen_mincore", b, args)
+@operation
+def _mincore(b: ir.IRBuilder, address: Int, size: Int, residency: Int) -> Int32:
+    """Write one byte a page to the address `residency`, its lowest bit set if the page is in memory; 0 on success."""
+    return call(b, "npqwen_mincore", I32, address, size, residency)
 
 
 @njit(nogil=True, inline="always")
-def _ask(start: int, end: int) -> None:
-    for at in range(start, end, _PIECE):
-        _advise(at, min(_PIECE, end - at), _WILLNEED)
+def _request(start: int, end: int) -> None:
+    """Have the system read a range of addresses."""
+    for at in range(start, end, _REQUEST_BYTES):
+        _madvise(at, min(_REQUEST_BYTES, end - at), _WILLNEED)
 
 
 @njit(nogil=True)
-def prefetch_pages(how: int, address: int, size: int, seen: Any) -> None:
-    """Have the system read `size` bytes of a mapped file at an address, while we go on.
+def prefetch_pages(policy: int, address: int, size: int, residency: Any) -> None:
+    """Have the system read `size` bytes of a mapped file at an address in the background.
 
-    how: PREFETCH_ALWAYS or PREFETCH_IF_ABSENT.  seen: scratch, uint8.
+    policy: PREFETCH_ALWAYS or PREFETCH_IF_ABSENT. residency: scratch, uint8, for one byte a page.
     """
     start, end = address // _PAGE * _PAGE, address + size
-    if how == PREFETCH_ALWAYS:
-        _ask(start, end)
+    if policy == PREFETCH_ALWAYS:
+        _request(start, end)
         return
-    for at in range(start, end, seen.size * _PAGE):
-        pages = min(seen.size, (end - at + _PAGE - 1) // _PAGE)
-        if _look(at, pages * _PAGE, seen.ctypes.data):
-            _ask(at, min(end, at + pages * _PAGE))
+    for at in range(start, end, residency.size * _PAGE):
+        pages = min(residency.size, (end - at + _PAGE - 1) // _PAGE)
+        if _mincore(at, pages * _PAGE, residency.ctypes.data):
+            _request(at, min(end, at + pages * _PAGE))
             continue
         first = 0
         for page in range(pages + 1):
-            if page == pages or seen[page] & 1:
-                _ask(at + first * _PAGE, at + page * _PAGE)
+            if page == pages or residency[page] & 1:
+                _request(at + first * _PAGE, at + page * _PAGE)
                 first = page + 1

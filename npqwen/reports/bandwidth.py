@@ -11,7 +11,7 @@ from numba import njit
 from npqwen.engine.team import Team
 from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.compiled import compile_kernel
-from npqwen.simd.tile import LANES, add_up, store, zeros
+from npqwen.simd.tile import LANES, add_stream, store, zeros
 
 _CHUNK = 1 << 15
 """float32 that a thread claims at a time: 128 KiB."""
@@ -34,7 +34,7 @@ def read(team: Any, member: int, data: Any, out: Any) -> None:
         if first >= data.size:
             break
         for at in range(first, min(first + _CHUNK, data.size), _STEP):
-            sums = add_up(sums, data, at, _STEP)
+            sums = add_stream(sums, data, at, _STEP)
     store(sums, out, member * _SUMS * LANES, 1, LANES)
     barrier(team)
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import F32, I8, I32, NativeHalf, address, call, constant, vector
+from npqwen.simd.instructions import QUADS, NativeHalf
+from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, undefined, vector
+from npqwen.simd.packed import OCTET, start_offset, values_offset
 
-_WORDS, _BYTES, _FLOATS = vector(I32, 4), vector(I8, 16), vector(F32, 4)
-_LONGS = vector(ir.IntType(64), 2)
+_BYTES, _WORDS, _LONGS, _FLOATS = vector(I8, 16), vector(I32, 4), vector(I64, 2), vector(F32, 4)
 _BIAS = 3 << 22
 """As a float32 (1.5 * 2**23), its last bit counts 1: adding a small integer to its bits adds it to its value."""
 _BIAS_BITS = 0x4B400000
@@ -20,9 +21,9 @@ _BIAS_BITS = 0x4B400000
 class Neon(NativeHalf):
     """`sdot` with a lane index multiplies a quad of 4 rows by 4 of 16 activations held in one register.
 
-    A core of the Cortex-A76 kind has two vector pipes, and only one of them converts, two cycles for a vector: so
-    sums start from the bits of a float, and one subtraction, on either pipe, makes them floats.  More vectors in a
-    tile than these would be spilled, because LLVM loads ahead.
+    A core of the Cortex-A76 kind has two vector pipes, and only one of them converts integers, two cycles a vector: so
+    sums start from the bits of a float, and one subtraction, on either pipe, makes them floats. A tile has no more
+    vectors than these because LLVM loads early, and would spill them.
     """
 
     name: ClassVar[str] = "neon"
@@ -32,10 +33,10 @@ class Neon(NativeHalf):
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
-        halves = [b.load(address(b, x, at, _WORDS), align=1) for at in (0, 16)]
+        halves = [b.load(offset(b, x, at, _WORDS), align=1) for at in (0, 16)]
         total = b.add(start, constant(I32, 4, _BIAS_BITS))
-        for i, quad in quads:
-            lane = b.shuffle_vector(halves[i // 4], ir.Constant(_WORDS, ir.Undefined), constant(I32, 4, i % 4))
+        for n, quad in quads:
+            lane = b.shuffle_vector(halves[n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
             total = call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, b.bitcast(lane, _BYTES))
         return total
 
@@ -46,9 +47,9 @@ class Neon(NativeHalf):
 class NeonI8mm(Neon):
     """`smmla` multiplies 2 rows x 8 columns by 8 columns of 2 tokens: as much as two `sdot`.
 
-    Apple's M2, Neoverse V1 and N2, Snapdragon X and newer cores have it.  Two quads' words are interleaved, which makes
-    2 rows x 8 columns of 4 x 4 twice; for int4 that is done before the nibbles are taken apart.  The four sums
-    of an instruction are of two rows and two tokens: those of four rows are put together again once a block.
+    Apple's M2, Neoverse V1 and N2, Snapdragon X and newer cores have it. The words of two quads are interleaved, which
+    makes 2 rows x 8 columns (an *octet*) of 4 x 4 twice; for int4 before the nibbles are taken apart. The four sums of
+    an instruction are those of two rows and two tokens: four rows of a token are put together again once a block.
     """
 
     name: ClassVar[str] = "i8mm"
@@ -59,20 +60,18 @@ class NeonI8mm(Neon):
     def products(
         self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
-        if tokens == 1:
+        if tokens == 1:  # half of each instruction would be wasted
             return super().products(b, encoding, block, x, tokens)
-        return self._products_of_pairs(b, getattr(self, f"{encoding.name}_octets")(b, block), x, tokens)
+        return self._products_of_pairs(b, self.octets(b, encoding, block), x, tokens)
 
     def _products_of_pairs(
         self, b: ir.IRBuilder, octets: list[list[ir.Value]], x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
         for t in range(0, tokens, 2):
-            starts = b.load(address(b, x, 36 * tokens + 4 * t, vector(I32, 2)), align=4)
-            twice = ir.Constant(_WORDS, [0, 0, 1, 1])
-            start = b.add(
-                b.shuffle_vector(starts, ir.Constant(starts.type, ir.Undefined), twice), constant(I32, 4, _BIAS_BITS)
-            )
-            pairs = [b.load(address(b, x, 32 * t + 16 * n, _BYTES), align=1) for n in range(4)]
+            starts = b.load(offset(b, x, start_offset(t, tokens), vector(I32, 2)), align=4)
+            twice = b.shuffle_vector(starts, undefined(starts.type), ir.Constant(_WORDS, [0, 0, 1, 1]))
+            start = b.add(twice, constant(I32, 4, _BIAS_BITS))
+            pairs = [b.load(offset(b, x, values_offset(t) + 2 * OCTET * n, _BYTES), align=1) for n in range(4)]
             sums = [start, start]
             for pair, halves in zip(pairs, octets, strict=True):
                 for half, octet in enumerate(halves):
@@ -80,27 +79,34 @@ class NeonI8mm(Neon):
             for high in (False, True):
                 yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
 
+    def octets(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> list[list[ir.Value]]:
+        """For each 8 columns of the block the octet of rows 0 and 1, and that of rows 2 and 3.
+
+        From the block's quads, unless there is a method that is faster for an encoding, such as `int4_octets`.
+        """
+        if hasattr(self, f"{encoding.name}_octets"):
+            octets: list[list[ir.Value]] = getattr(self, f"{encoding.name}_octets")(b, block)
+            return octets
+        quads = dict(self.quads(b, encoding, block))
+        return _octets(b, [quads[n] for n in range(QUADS)])
+
     def int4_octets(self, b: ir.IRBuilder, block: ir.Value) -> list[list[ir.Value]]:
-        """For each 8 columns of the block their bytes in rows 0 and 1, and in rows 2 and 3: nibbles, 0 to 15."""
-        both = self._stored_octets(b, block, 4)
-        low = [[b.and_(octet, constant(I8, 16, 15)) for octet in halves] for halves in both]
-        return low + [[b.lshr(octet, constant(I8, 16, 4)) for octet in halves] for halves in both]
+        """Interleaved while two quads share their bytes, which halves the work."""
+        stored = _octets(b, [self.stored_quad(b, block, n) for n in range(QUADS // 2)])
+        low = [[b.and_(octet, constant(I8, 16, 15)) for octet in halves] for halves in stored]
+        return low + [[b.lshr(octet, constant(I8, 16, 4)) for octet in halves] for halves in stored]
 
-    def int8_octets(self, b: ir.IRBuilder, block: ir.Value) -> list[list[ir.Value]]:
-        """Bytes as they are stored, in the order of `int4_octets`."""
-        return self._stored_octets(b, block, 8)
 
-    def _stored_octets(self, b: ir.IRBuilder, block: ir.Value, count: int) -> list[list[ir.Value]]:
-        """Two of `count` stored quads at a time, interleaved: 2 rows x 8 columns, twice."""
-        stored = [self.stored_quad(b, block, n) for n in range(count)]
-        return [
-            [b.bitcast(_interleave(b, first, second, _WORDS, high), _BYTES) for high in (False, True)]
-            for first, second in zip(stored[::2], stored[1::2], strict=True)
-        ]
+def _octets(b: ir.IRBuilder, quads: list[ir.Value]) -> list[list[ir.Value]]:
+    """Neighbouring quads, two at a time, as two octets."""
+    return [
+        [b.bitcast(_interleave(b, first, second, _WORDS, high), _BYTES) for high in (False, True)]
+        for first, second in zip(quads[::2], quads[1::2], strict=True)
+    ]
 
 
 def _interleave(b: ir.IRBuilder, x: ir.Value, y: ir.Value, kind: ir.VectorType, high: bool) -> ir.Value:
-    """`zip1`, or `zip2` if high: items of x and y in turn, from their lower or their higher halves."""
+    """Items of x and y, as vectors of this kind, in turn: from their lower halves (`zip1`) or their higher (`zip2`)."""
     n = kind.count
     first = n // 2 if high else 0
     order = [item for i in range(first, first + n // 2) for item in (i, n + i)]

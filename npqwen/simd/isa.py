@@ -60,7 +60,7 @@ def has_dot_product(triple: str, cpu: str, features: str) -> bool:
     """Whether LLVM may use AArch64's `sdot` and `udot` for this processor.
 
     The features LLVM finds on an Arm host leave them out (none at all are found on macOS); it derives them
-    from the core's name.  It can't be asked, but it sums bytes with `udot` where it may.
+    from the core's name. It can't be asked, but it sums bytes with `udot` where it may.
     """
     return "udot" in _assembly(triple, cpu, features)
 

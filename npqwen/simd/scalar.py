@@ -10,53 +10,46 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npqwen.simd.instructions import call
+from npqwen.simd.llvm import F32, I8, I32, Float, Int, Int32, call, operation
 
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 """The liberties kernels take with float32: never `nnan` or `ninf`, which would break masks and checks."""
 
 
-@intrinsic
-def float_bits(_: Any, value: Any) -> Any:
-    """The bits of a float32, as int32."""
-    return types.int32(types.float32), lambda context, b, sig, args: b.bitcast(args[0], ir.IntType(32))
+@operation
+def float_bits(b: ir.IRBuilder, value: Float) -> Int32:
+    """The bits of a float32."""
+    return b.bitcast(value, I32)
 
 
-@intrinsic
-def bits_float(_: Any, value: Any) -> Any:
+@operation
+def bits_float(b: ir.IRBuilder, value: Int32) -> Float:
     """The float32 of these bits."""
-    return types.float32(types.int32), lambda context, b, sig, args: b.bitcast(args[0], ir.FloatType())
+    return b.bitcast(value, F32)
 
 
-@intrinsic
-def round_even(_: Any, value: Any) -> Any:
-    """A float32 rounded to a whole number, halves to even."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return call(b, "llvm.rint.f32", ir.FloatType(), args[0])
-
-    return types.float32(types.float32), generate
+@operation
+def round_even(b: ir.IRBuilder, value: Float) -> Float:
+    """The nearest whole number, halves to even."""
+    return call(b, "llvm.rint.f32", F32, value)
 
 
-@intrinsic
-def _voidptr(_: Any, address: Any) -> Any:
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
+@operation(returns=lambda address: types.voidptr)
+def _pointer(b: ir.IRBuilder, address: Int) -> Any:
+    return b.inttoptr(address, I8.as_pointer())
 
 
 @njit(nogil=True)
-def memory(address: int, count: int, like: Any) -> Any:
-    """The `count` items at an address as an array of dtype `like`."""
-    return carray(_voidptr(address), (count,), like)
+def memory(address: int, count: int, dtype: Any) -> Any:
+    """The `count` items at an address as an array."""
+    return carray(_pointer(address), (count,), dtype)
 
 
 @intrinsic
 def without_refcounts(_: Any, arrays: Any) -> Any:
-    """Arrays, or tuples of them, that Numba does not count references of: their owner outlives the call.
+    """Views of arrays, or of tuples of them, without reference counts: the owner must outlive the call.
 
-    Every slice of an array counts, in one place for all threads: which then wait for each other.
+    Each slice of a counted array changes an atomic counter, whose cache line all threads would fight over.
     """
 
     def uncounted(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
@@ -91,18 +84,19 @@ def exp(x: np.float32) -> np.float32:
 
 @njit(nogil=True)
 def half(x: np.float32) -> np.uint16:
-    """The float16 nearest to x, as its bits; what is too large becomes the largest finite one."""
+    """The bits of the float16 nearest to x; beyond the largest finite one, that."""
     bits = float_bits(x)
     sign = (bits >> np.int32(16)) & np.int32(0x8000)
-    size = min(bits & np.int32(0x7FFFFFFF), np.int32(0x477FE000))
-    normal = (size + np.int32(0xFFF) + ((size >> np.int32(13)) & np.int32(1)) - np.int32(0x38000000)) >> np.int32(13)
-    # Adding 0.5 leaves float32 the very bits a subnormal float16 has, rounded the same way.
-    small = float_bits(bits_float(size) + np.float32(0.5)) - np.int32(0x3F000000)
-    return np.uint16(sign | (small if size < np.int32(0x38800000) else normal))
+    magnitude = min(bits & np.int32(0x7FFFFFFF), np.int32(0x477FE000))
+    odd = (magnitude >> np.int32(13)) & np.int32(1)
+    normal = (magnitude + np.int32(0xFFF) + odd - np.int32(0x38000000)) >> np.int32(13)
+    # Adding 0.5 leaves float32 the very bits a subnormal float16 has, rounded alike.
+    subnormal = float_bits(bits_float(magnitude) + np.float32(0.5)) - np.int32(0x3F000000)
+    return np.uint16(sign | (subnormal if magnitude < np.int32(0x38800000) else normal))
 
 
 @njit(nogil=True)
 def unhalf(h: np.uint16) -> np.float32:
     """The value of a finite float16, given its bits."""
-    size = bits_float((np.int32(h) & np.int32(0x7FFF)) << np.int32(13)) * np.float32(2.0**112)
-    return -size if h & np.uint16(0x8000) else size
+    magnitude = bits_float((np.int32(h) & np.int32(0x7FFF)) << np.int32(13)) * np.float32(2.0**112)
+    return -magnitude if h & np.uint16(0x8000) else magnitude

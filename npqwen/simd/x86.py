@@ -11,20 +11,8 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import (
-    AHEAD,
-    CACHE_LINE,
-    I8,
-    I16,
-    I32,
-    NativeHalf,
-    address,
-    call,
-    constant,
-    prefetch_line,
-    splat,
-    vector,
-)
+from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, NativeHalf, Quads
+from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, vector
 
 
 class Avx2(NativeHalf):
@@ -45,24 +33,30 @@ class Avx2(NativeHalf):
         run = 32767 // (encoding.largest * 127 * 2)
         narrow: list[Any] = [None] * tokens
         totals: list[Any] = [None] * tokens
-        for n, (i, quad) in enumerate(self.quads(b, encoding, block)):
-            magnitude = call(b, "llvm.x86.avx2.psign.b", quad.type, quad, quad) if signed else quad
+        for n, (number, quad) in enumerate(self.quads(b, encoding, block)):
+            magnitude = _with_sign(b, quad, quad) if signed else quad
             for t in range(tokens):
-                activations = b.bitcast(self.broadcast(b, address(b, x, 32 * t, I8), i), quad.type)
-                if signed:  # |w| * (x with w's sign)
-                    activations = call(b, "llvm.x86.avx2.psign.b", quad.type, activations, quad)
+                activations = b.bitcast(self.broadcast(b, x, t, number), quad.type)
+                if signed:
+                    activations = _with_sign(b, activations, quad)
                 pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, activations)
                 narrow[t] = pairs if n % run == 0 else b.add(narrow[t], pairs)
-                if run < 8 and (n % run == run - 1 or n == 7):
-                    wide = self._widen(b, narrow[t])
+                if run < QUADS and (n % run == run - 1 or n == QUADS - 1):
+                    wide = _widen(b, narrow[t])
                     totals[t] = wide if totals[t] is None else b.add(totals[t], wide)
         for t in range(tokens):
-            start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
-            total = self._widen(b, narrow[t]) if totals[t] is None else totals[t]
-            yield b.add(total, splat(b, start, self.lanes))
+            start = self.start(b, x, t, tokens)
+            yield b.add(_widen(b, narrow[t]) if totals[t] is None else totals[t], start)
 
-    def _widen(self, b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-        return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
+
+def _with_sign(b: ir.IRBuilder, x: ir.Value, sign: ir.Value) -> ir.Value:
+    """x * sign(sign), byte by byte."""
+    return call(b, "llvm.x86.avx2.psign.b", x.type, x, sign)
+
+
+def _widen(b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
+    """Neighbouring int16 added up in int32."""
+    return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
 
 
 class AvxVnni(Avx2):
@@ -79,18 +73,20 @@ class AvxVnni(Avx2):
     ) -> Iterator[ir.Value]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
         chains, together = (2, 1) if tokens == 1 else (1, 4)
-        name, kind = f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", vector(I32, self.lanes)
+        words = vector(I32, self.lanes)
         quads = list(self.quads(b, encoding, block)) if tokens > together else self.quads(b, encoding, block)
         for first in range(0, tokens, together):
-            sums = []
-            for t in range(first, first + together):
-                start = b.load(address(b, x, 36 * tokens + 4 * t, I32), align=4)
-                sums.append([splat(b, start, self.lanes), *[constant(I32, self.lanes, 0)] * (chains - 1)])
-            for n, (i, quad) in enumerate(quads):
+            sums = [
+                [self.start(b, x, t, tokens), *[constant(I32, self.lanes, 0)] * (chains - 1)]
+                for t in range(first, first + together)
+            ]
+            for n, (number, quad) in enumerate(quads):
                 unsigned = quad if encoding.zero_point else b.xor(quad, constant(I8, 4 * self.lanes, 0x80))
-                for t, parts in enumerate(sums):
-                    activations = self.broadcast(b, address(b, x, 32 * (first + t), I8), i)
-                    parts[n % chains] = call(b, name, kind, parts[n % chains], b.bitcast(unsigned, kind), activations)
+                for t, parts in enumerate(sums, first):
+                    parts[n % chains] = call(
+                        b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", words,
+                        parts[n % chains], b.bitcast(unsigned, words), self.broadcast(b, x, t, number),
+                    )  # fmt: skip
             yield from (parts[0] if chains == 1 else b.add(*parts) for parts in sums)
 
 
@@ -105,24 +101,24 @@ class Avx512(AvxVnni):
     rows: ClassVar[tuple[int, ...]] = (2, 4, 8, 16)
     accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
-    asks: ClassVar[bool] = True
+    prefetches: ClassVar[bool] = True
 
     def stored_quad(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
-        prefetch_line(b, address(b, block, AHEAD + CACHE_LINE * n, I8))
+        prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
         return super().stored_quad(b, block, n)
 
-    def quads(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> Quads:
         # All of them before the products: there are registers, and with one token that is a hundredth faster.
         yield from list(super().quads(b, encoding, block))
 
-    def int4_quads(self, b: ir.IRBuilder, block: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+    def int4_quads(self, b: ir.IRBuilder, block: ir.Value) -> Quads:
         stored = [self.stored_quad(b, block, n) for n in range(4)]
         low = [b.and_(quad, constant(I8, 4 * self.lanes, 15)) for quad in stored]
         yield from enumerate(low + [b.lshr(quad, constant(I8, 4 * self.lanes, 4)) for quad in stored])
 
 
 class Amx(Avx512):
-    """Tiles of 16 tokens are products of matrices (simd/amx.py); fewer tokens take `vpdpbusd`."""
+    """Tiles of 16 tokens are products of matrices (npqwen/simd/amx.py); fewer tokens take `vpdpbusd`."""
 
     name: ClassVar[str] = "amx"
     features: ClassVar[frozenset[str]] = Avx512.features | {"amx-tile", "amx-int8"}
@@ -130,7 +126,7 @@ class Amx(Avx512):
 
     @classmethod
     def allowed(cls) -> bool:
-        """Linux lets a process use the registers once it has asked (arch_prctl, since 5.16); others are not asked."""
+        """Linux lets a process use the registers on request (arch_prctl, since 5.16); no other system is asked."""
         if sys.platform != "linux" or platform.machine() != "x86_64":
             return False
         system_call, arch_prctl, request_permission, tile_data = ctypes.CDLL(None).syscall, 158, 0x1023, 18

@@ -33,12 +33,10 @@ from unittest import mock
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
 from npqwen.engine.forward import forward
-from npqwen.format.encodings import ENCODINGS, Encoding
+from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS, Encoding
 from npqwen.format.recipe import RECIPES
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
@@ -48,53 +46,31 @@ from npqwen.kernels.matrix import MATRIX
 from npqwen.kernels.packing import WIDEST, packed_bytes
 from npqwen.model import Model, load
 from npqwen.simd.amx import configure, finish_block, release, start_block
-from npqwen.simd.instructions import I8, I32, vector
 from npqwen.simd.isa import ISA
-from npqwen.simd.tile import FLOATS, LANES, ROWS, f32s, zeros
+from npqwen.simd.llvm import F32, I8, I32, I64, Array, Const, Float, Int, Tile, element, operation, vector
+from npqwen.simd.tile import FLOATS, LANES, zeros
 
-BLOCK = 32
 LOAD = "import sys, time; s = time.perf_counter(); from npqwen.model import load; from pathlib import Path; \
 load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 
 
-@intrinsic(prefer_literal=True)
-def dots(_: Any, sums: Any, encoding: Any, w: Any, x: Any, at: Any) -> Any:
-    """sums (a tuple of vectors) + the block at w @ the activations at x[at:], for each sum. encoding: a code."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        sums, _, w, x, at = args
-        block = b.bitcast(context.make_array(sig.args[2])(context, b, w).data, I8.as_pointer())
-        place = b.bitcast(b.gep(context.make_array(sig.args[3])(context, b, x).data, [at]), I8.as_pointer())
-        parts = cgutils.unpack_tuple(b, sums)
-        products = ISA.products(b, ENCODINGS[sig.args[1].literal_value], block, place, len(parts))
-        totals = [
-            b.bitcast(b.add(b.bitcast(total, vector(I32, LANES)), product), FLOATS)
-            for total, product in zip(parts, products, strict=True)
-        ]
-        return cgutils.pack_array(b, totals)
-
-    return sums(sums, encoding, w, x, types.int64), generate
+@operation
+def dots(b: ir.IRBuilder, sums: Tile, encoding: Const, w: Array, x: Array, at: Int) -> Tile:
+    """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums.  encoding: a code."""
+    products = ISA.products(b, ENCODINGS[encoding], element(b, w, I64(0), I8), element(b, x, at, I8), len(sums))
+    return [
+        b.bitcast(b.add(b.bitcast(total, vector(I32, LANES)), product), FLOATS)
+        for total, product in zip(sums, products, strict=True)
+    ]
 
 
-@intrinsic(prefer_literal=True)
-def no_sums(_: Any, count: Any) -> Any:
-    """A tuple of `count` (a constant) vectors of zeros."""
-    kind = types.UniTuple(f32s, count.literal_value)
-    zero = ir.Constant(FLOATS, None)
-    return kind(count), lambda context, b, sig, args: cgutils.pack_array(b, [zero] * sig.return_type.count)
-
-
-@intrinsic
-def kept(_: Any, sums: Any) -> Any:
-    """A number that depends on all sums, so that the compiler keeps them."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        total = ir.Constant(ir.FloatType(), 0.0)
-        for value in cgutils.unpack_tuple(b, args[0]):
-            total = b.fadd(total, b.extract_element(value, I32(0)))
-        return total
-
-    return types.float32(sums), generate
+@operation
+def kept(b: ir.IRBuilder, sums: Tile) -> Float:
+    """A value that depends on all sums, so that none is optimized away."""
+    total = ir.Constant(F32, 0.0)
+    for value in sums:
+        total = b.fadd(total, b.extract_element(value, I32(0)))
+    return total
 
 
 def registers_only(encoding: Encoding) -> Callable[[Any, Any, int], float]:
@@ -103,7 +79,7 @@ def registers_only(encoding: Encoding) -> Callable[[Any, Any, int], float]:
 
     @njit
     def loop(w: Any, x: Any, turns: int) -> float:
-        sums = no_sums(count)
+        sums = zeros(count, 1, 1)
         for i in range(turns):
             sums = dots(sums, code, w, x, i * 32 % 2048)
         return kept(sums)
@@ -116,7 +92,7 @@ def matrices_only(scaled: bool) -> Callable[[Any, Any, int], float]:
 
     @njit
     def loop(w: Any, x: Any, turns: int) -> float:
-        sums = zeros(ROWS, 1, 1)
+        sums = zeros(UNIT_ROWS, 1, 1)
         configure()
         room = w[2048:4096]
         for _ in range(turns // 2):
@@ -158,10 +134,10 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
 
     if ISA.matrices:
         loops = {"products of matrices alone": matrices_only(False), "these with scaling": matrices_only(True)}
-        each = ROWS * ROWS * BLOCK
+        each = UNIT_ROWS * UNIT_ROWS * BLOCK_COLUMNS
     else:
         loops = {"dot products alone": registers_only(encoding)}
-        each = min(8, WIDEST) * LANES * BLOCK
+        each = min(8, WIDEST) * LANES * BLOCK_COLUMNS
     memory, turns = np.zeros((1 << 14) + 64, np.uint8), 100_000
     weights = memory[-memory.ctypes.data % 64 :][: 1 << 12]
     activations = np.ones(1 << 13, np.uint8)

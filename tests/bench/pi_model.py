@@ -22,7 +22,7 @@ from assembly import CORTEX_A76, floating_loop, integer_loop
 
 from npqwen.engine.engine import CHUNK, SPARSE_CHUNK
 from npqwen.format.encodings import INT4, INT8, Encoding
-from npqwen.kernels.attention import TILE
+from npqwen.kernels.attention import POSITION_TILE
 from npqwen.simd.arm import Neon
 
 CORES, HERTZ = 4, 2.4e9
@@ -163,7 +163,7 @@ def costs(encoding: Encoding) -> Costs:
         rows = isa.tiles[tokens]
         return pipes(integer_loop(isa, CORTEX_A76, encoding, tokens, rows)).cycles / (64 * isa.lanes * rows * tokens)
 
-    rows = max(1, min(TILE // isa.lanes, isa.accumulators // most))
+    rows = max(1, min(POSITION_TILE // isa.lanes, isa.accumulators // most))
     columns = max(1, min(4, isa.accumulators // (rows * most)))
     halves = pipes(floating_loop(isa, CORTEX_A76, "half", most, rows, columns)).cycles
     return Costs(encoding, integers(1), integers(most), halves / (isa.lanes * rows * most * columns))

@@ -10,13 +10,13 @@ import pytest
 from kernel_calls import run, together
 
 from npqwen.kernels.attention import (
-    MOST_ROWS,
+    MAX_ROWS,
     PAGE,
     attention,
     attention_kernels,
     page_items,
     scratch_floats,
-    splits,
+    span_count,
     store_key,
     store_value,
 )
@@ -88,7 +88,7 @@ def check_attention(
     q = np.zeros((tokens + 2, (heads + 2 * kv_heads) * dim), np.float32)
     q[:] = rng.standard_normal(q.shape) * size / np.sqrt(dim)
     out = np.full((tokens + 1, heads * dim), 7, np.float32)
-    parts = np.full(8 * members * MOST_ROWS * (dim + 2), 9, np.float32)
+    parts = np.full(8 * members * MAX_ROWS * (dim + 2), 9, np.float32)
     scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
     kernels = attention_kernels(cache.dtype_array.dtype)
     together(
@@ -129,7 +129,7 @@ def test_attention_across_blocks_and_pages(dtype: Any, dim: int, start: int) -> 
 def test_attention_split_over_positions(dtype: Any, members: int, tokens: int, group: int, kv_heads: int) -> None:
     start = 2300
     state = np.full(80, members, np.int64)
-    assert run(splits, state, tokens, group * kv_heads, kv_heads, start + tokens) > 1
+    assert run(span_count, state, tokens, group * kv_heads, kv_heads, start + tokens) > 1
     check_attention(dtype, tokens, group, kv_heads, 64, start, members)
 
 

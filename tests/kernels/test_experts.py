@@ -22,7 +22,7 @@ from npqwen.errors import FormatError
 from npqwen.format.encodings import INT8
 from npqwen.hardware import machine
 from npqwen.kernels import experts
-from npqwen.kernels.matmul import matmul_kernels, piece_floats, scratch_floats
+from npqwen.kernels.matmul import local_floats, matmul_kernels, scratch_floats
 from npqwen.kernels.packing import WIDEST, pack, packed_bytes
 from npqwen.kernels.paging import PREFETCH_ALWAYS, PREFETCH_IF_ABSENT, PREFETCH_NEVER
 from npqwen.model import load
@@ -245,8 +245,8 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
     segments = np.array([[0, 0, tokens, WIDEST]])
     found = []
     for told in (16, tokens):  # what the pass is said to have
-        room = np.full(piece_floats(told, 4) + 4096 * 64, 77, np.float32)
-        local = room[: piece_floats(told, 4)]
+        room = np.full(local_floats(told, 4) + 4096 * 64, 77, np.float32)
+        local = room[: local_floats(told, 4)]
         gated = np.zeros(packed_bytes(tokens, 64), np.uint8)
         scratch = np.zeros(max(scratch_floats(64, 4), 64), np.float32)
         args = (kernels, layer, PREFETCH_NEVER, segments, 1, told, x, local, scratch, gated)

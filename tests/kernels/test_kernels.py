@@ -18,9 +18,9 @@ from units import unpack
 
 from npqwen.format.encodings import BF16, ENCODINGS, INT4, INT8, Encoding
 from npqwen.kernels.barrier import MEMBERS
-from npqwen.kernels.matmul import matmul, matmul_kernels, piece_floats, scratch_floats, take_rows
+from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
-from npqwen.kernels.norm import rms_norm, rotate, silu_times
+from npqwen.kernels.norm import rms_norm, rotate, swiglu
 from npqwen.kernels.packing import WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
@@ -135,13 +135,13 @@ def test_pieces_are_whole_and_fit(encoding: Encoding, multiple: int) -> None:
         state[MEMBERS] = members
         end = 0
         while True:
-            first, last = run(take_rows, state, record, tokens, width, multiple)
+            first, last = run(claim_local_rows, state, record, tokens, width, multiple)
             assert first == end
             if first == last:
                 break
             assert first % multiple == 0
             assert last % multiple == 0 or last == rows // 16
-            assert (last - first) * 16 * whole <= piece_floats(whole, multiple)
+            assert (last - first) * 16 * whole <= local_floats(whole, multiple)
             end = last
         assert end == rows // 16
 
@@ -250,13 +250,13 @@ def test_rotate(dim: int) -> None:
 
 
 @pytest.mark.parametrize("size", [16, 112, 256])
-def test_silu_times(size: int) -> None:
+def test_swiglu(size: int) -> None:
     rng = np.random.default_rng(size)
     gate = np.concatenate([[0, -0.0, 80, -80, 87, -87, 200, -200], rng.uniform(-30, 30, size - 8)])
     up = rng.standard_normal(size)
     gate_up = np.stack([gate.reshape(-1, 16), up.reshape(-1, 16)], 1).reshape(-1).astype(np.float32)
     out = np.empty(size, np.float32)
-    run(silu_times, gate_up, out)
+    run(swiglu, gate_up, out)
     gate, up = (part.astype(np.float32).astype(np.float64) for part in (gate, up))
     assert np.allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=1e-30)
 

@@ -118,16 +118,16 @@ def test_looking_takes_a_file_that_one_owns_or_may_write(tmp_path: Path, monkeyp
     path.touch()
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid, raising=False)
-    assert paging.prefetch_policy([path], short=False) == paging.PREFETCH_IF_ABSENT
+    assert paging.prefetch_policy([path], exceeds_memory=False) == paging.PREFETCH_IF_ABSENT
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1, raising=False)
-    assert paging.prefetch_policy([path], short=False) == paging.PREFETCH_IF_ABSENT
+    assert paging.prefetch_policy([path], exceeds_memory=False) == paging.PREFETCH_IF_ABSENT
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert paging.prefetch_policy([path], short=True) == paging.PREFETCH_ALWAYS
-    assert paging.prefetch_policy([path], short=False) == paging.PREFETCH_NEVER
+    assert paging.prefetch_policy([path], exceeds_memory=True) == paging.PREFETCH_ALWAYS
+    assert paging.prefetch_policy([path], exceeds_memory=False) == paging.PREFETCH_NEVER
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert paging.prefetch_policy([path], short=True) == paging.PREFETCH_ALWAYS
+    assert paging.prefetch_policy([path], exceeds_memory=True) == paging.PREFETCH_ALWAYS
     monkeypatch.setattr(sys, "platform", "win32")
-    assert paging.prefetch_policy([path], short=True) == paging.PREFETCH_NEVER
+    assert paging.prefetch_policy([path], exceeds_memory=True) == paging.PREFETCH_NEVER
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="this system takes no such requests")

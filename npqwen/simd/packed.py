@@ -1,0 +1,57 @@
+"""Packed activations: how the matrix kernels find the values, scales and starts of a tile of tokens.
+
+For a matrix of an integer encoding, each block of 32 columns of a tile of `width` tokens is
+
+    32 * width bytes   int8 values, token after token
+     4 * width bytes   float32 scale of each token: the largest magnitude / 127
+     4 * width bytes   int32 start of each token: minus the kernel's zero point (`InstructionSet.zero_point`) times the
+     sum
+                       of the token's values, to which a block's products are added
+
+and the blocks of a tile follow each other. Where the instruction set multiplies pairs of tokens
+(`InstructionSet.pairs`), the values of two tokens alternate: 8 columns of the first, the same 8 of the second, the next
+8 of the first. For a matrix of floats each column of a tile is `width` float32.
+
+The functions give offsets in bytes, in compiled code as well as where code is generated.
+"""
+
+from __future__ import annotations
+
+from numba.extending import register_jitable
+
+from npqwen.format.encodings import BLOCK_COLUMNS
+
+SCALE_BYTES = 4
+START_BYTES = 4
+OCTET = 8
+"""Columns that lie together where tokens alternate."""
+
+
+@register_jitable
+def block_bytes(width: int) -> int:
+    """Bytes of a block of `width` tokens."""
+    return (BLOCK_COLUMNS + SCALE_BYTES + START_BYTES) * width
+
+
+@register_jitable
+def values_offset(token: int) -> int:
+    """Where the 32 values of a token begin; for pairs, those of two tokens, the first of even number."""
+    return BLOCK_COLUMNS * token
+
+
+@register_jitable
+def paired_values_offset(token: int) -> int:
+    """Where the first octet of a token begins if values of two tokens alternate; the others follow every 2 * OCTET."""
+    return 2 * BLOCK_COLUMNS * (token // 2) + OCTET * (token % 2)
+
+
+@register_jitable
+def scale_offset(token: int, width: int) -> int:
+    """Where the scale of a token is."""
+    return BLOCK_COLUMNS * width + SCALE_BYTES * token
+
+
+@register_jitable
+def start_offset(token: int, width: int) -> int:
+    """Where the start of a token is."""
+    return (BLOCK_COLUMNS + SCALE_BYTES) * width + START_BYTES * token
