@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,7 +237,11 @@ class Decoding:
         return piece
 
 
-def check_prompt_ids(model: LanguageModel, ids: object) -> list[int]:
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+"""One sequence of token ids."""
+
+
+def check_prompt_ids(model: LanguageModel, ids: TokenIds) -> list[int]:
     """The prompt's ids as a list of ints.
 
     Raises OptionError unless they are a sequence of at least one token id, CheckpointError for an id that the model

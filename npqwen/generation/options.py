@@ -17,11 +17,11 @@ from npqwen.generation.stop_strings import check_stop
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from npqwen.generation.watched import Watch
 
-LogitsProcessor = Callable[[list[int], "NDArray[np.float32]"], "NDArray[np.float32] | None"]
+LogitsProcessor = Callable[[list[int], "NDArray[np.float32]"], "ArrayLike | None"]
 """processor(ids, logits): `ids` are prompt and text so far, `logits` the next token's, float32 (vocab_size,).
 
 It changes the logits in place, or returns an array of the same shape to use instead.

@@ -12,6 +12,7 @@ import numpy as np
 from npqwen.checks import check_ids
 from npqwen.engine import snapshot
 from npqwen.errors import OptionError, quoted
+from npqwen.generation.decoding import TokenIds
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.stream import Stream
 
@@ -49,7 +50,7 @@ class Session:
         ids = self._ids if self._stream is None else self._stream.prompt_ids + self._stream.ids
         return ids[: self.cache.length]
 
-    def stream(self, ids: Sequence[int], **options: Unpack[GenerationOptions]) -> Stream:
+    def stream(self, ids: TokenIds, **options: Unpack[GenerationOptions]) -> Stream:
         """Generate what follows the prompt `ids`; the prefix it shares with the cache is not computed again.
 
         An unfinished stream of this session is closed. Raises what `Stream` raises; the session then keeps its cache.
@@ -61,7 +62,7 @@ class Session:
         self._stream = Stream(self.model, prompt, cache=self.cache, cached=reused, **options)
         return self._stream
 
-    def prefill(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> None:
+    def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> None:
         """Read `ids` ahead, such as a long document, to `fork` or `save` it; afterwards the cache holds just these.
 
         progress(done, total) is called after every chunk. An interruption keeps the chunks that were done.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ from npqwen.checks import check_whole
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Completion, FinishReason, TokenLogprobs, Usage
-from npqwen.generation.decoding import Decoding, check_prompt_ids
+from npqwen.generation.decoding import Decoding, TokenIds, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.sampling import Sampling
@@ -38,7 +38,7 @@ class Stream(AsyncSteps[str]):
     def __init__(
         self,
         model: LanguageModel,
-        ids: Sequence[int],
+        ids: TokenIds,
         *,
         cache: KVCache | None = None,
         cached: int | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from checkpoints import TINY
-from reciter import TOKENIZER, recite
+from reciter import TOKENIZER, RecitersCache, recite
 from reference import ReferenceModel
 
 from npqwen.errors import OptionError
@@ -26,6 +26,7 @@ def test_forced_tokens_are_text_and_run_in_one_pass() -> None:
     assert text == "12abé🎉45"
     assert pieces.ids[2:] == [*forced, *model.tokenizer.encode("45"), 4098]
     assert model.calls == [1, 1, 1 + len(forced), 1, 1]  # with the token drawn before them
+    assert isinstance(pieces.cache, RecitersCache)
     assert list(pieces.cache.ids) == model.tokenizer.encode("x") + pieces.ids[:-1]
     assert pieces.usage.generated_tokens == len(pieces.ids)
     with pytest.raises(OptionError, match="the text is finished"):
@@ -58,7 +59,7 @@ def test_forced_tokens_count_for_penalties() -> None:
     model = ReferenceModel.from_directory(TINY)
     prompt = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"
     pieces = stream(model, prompt, temperature=0, presence_penalty=100.0, max_tokens=3)
-    think = model.tokenizer.token_id("<think>")
+    think = 4120  # <think>
     pieces.force([think])
     assert think not in pieces.completion().ids[1:]
 

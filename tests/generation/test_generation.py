@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reciter import recite
+from numpy.typing import ArrayLike, NDArray
+from reciter import Reciter, recite
 from reference import ReferenceModel
 
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
@@ -157,16 +158,13 @@ def test_a_stream_can_be_left_at_any_point(model: ReferenceModel) -> None:
 
 
 def test_an_interrupt_in_the_model_comes_through_and_keeps_the_text() -> None:
-    model = recite("12345")
-    forward = model.forward
+    class Interrupted(Reciter):
+        def forward(self, *args: Any, **options: Any) -> NDArray[np.float32]:
+            if len(self.calls) == 3:
+                raise KeyboardInterrupt
+            return super().forward(*args, **options)
 
-    def interrupted(ids: np.ndarray, cache: Any, **options: Any) -> np.ndarray:
-        if len(model.calls) == 3:
-            raise KeyboardInterrupt
-        return forward(ids, cache)
-
-    model.forward = interrupted
-    pieces = stream(model, "x")
+    pieces = stream(Interrupted("12345", sampling=Sampling(temperature=0)), "x")
     with pytest.raises(KeyboardInterrupt):
         list(pieces)
     assert pieces.text == "123"
@@ -182,13 +180,13 @@ def test_a_cache_with_a_prefix_saves_its_prefill(model: ReferenceModel) -> None:
     assert cache.length == len(ids) + len(with_prefix.ids) - 1
 
     reciter = recite("12")
-    cache = reciter.new_cache(100)
-    cache.length = 15
-    Stream(reciter, ids, cache=cache).completion()
+    room = reciter.new_cache(100)
+    room.length = 15
+    Stream(reciter, ids, cache=room).completion()
     assert reciter.calls[0] == len(ids) - 15
-    cache.length = 20
+    room.length = 20
     with pytest.raises(OptionError, match="cache holds 20 tokens, no fewer than the prompt's 20"):
-        Stream(reciter, ids, cache=cache)
+        Stream(reciter, ids, cache=room)
 
 
 def test_what_a_processor_raises_comes_through_and_the_cache_stays_a_beginning(model: ReferenceModel) -> None:
@@ -244,15 +242,13 @@ def test_impossible_numbers_of_samples(model: ReferenceModel, n: Any) -> None:
 def test_usage_counts_the_models_time_and_not_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("npqwen.generation.stream.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    model = recite("1234")
-    forward = model.forward
 
-    def slow(ids: np.ndarray, cache: Any, **options: Any) -> np.ndarray:
-        clock.now += 0.5 * len(ids)
-        return forward(ids, cache)
+    class Slow(Reciter):
+        def forward(self, ids: ArrayLike, *args: Any, **options: Any) -> NDArray[np.float32]:
+            clock.now += 0.5 * np.size(ids)
+            return super().forward(ids, *args, **options)
 
-    model.forward = slow
-    pieces = stream(model, "1 + 1")
+    pieces = stream(Slow("1234", sampling=Sampling(temperature=0)), "1 + 1")
     for _ in pieces:
         clock.now += 100  # the caller takes its time
     usage = pieces.usage

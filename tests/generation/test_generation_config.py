@@ -13,7 +13,7 @@ from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
 
 
-def write_generation(tmp_path: Path, generation: dict | None, eos: Any = 7) -> Path:
+def write_generation(tmp_path: Path, generation: dict[str, Any] | None, eos: Any = 7) -> Path:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))

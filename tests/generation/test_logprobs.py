@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from reference import ReferenceModel
 
 from npqwen.generation.decoding import token_logprobs
@@ -20,9 +21,11 @@ def model() -> ReferenceModel:
     return ReferenceModel.from_directory(TINY)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     x = logits.astype(np.float64)
-    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+    x -= x.max()
+    x -= np.log(np.exp(x).sum())
+    return x
 
 
 @pytest.mark.parametrize(

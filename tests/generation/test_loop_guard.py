@@ -52,7 +52,7 @@ def run(tokenizer: Tokenizer, ids: list[int], prompt: str = TURN, guard: Any = T
 
 def noise(n: int, seed: int = 0) -> list[int]:
     """Ids of no meaning and no repetition."""
-    return np.random.default_rng(seed).integers(0, 4096, n).tolist()
+    return [int(id) for id in np.random.default_rng(seed).integers(0, 4096, n)]
 
 
 SENTENCES = "Wait, but maybe the user means the other one. Let me reconsider. "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from npqwen.errors import FormatError, OptionError
 from npqwen.generation.sampler import MANY, Sampler, greatest
@@ -15,9 +16,9 @@ from npqwen.generation.sampling import Sampling
 
 def distribution(
     logits: np.ndarray, s: Sampling, prompt: list[int], generated: list[int], forbidden: list[int]
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """The probability of every id, float64, step by step on whole arrays."""
-    x = logits.astype(np.float64)
+    x: NDArray[np.float64] = logits.astype(np.float64)
     for id, bias in s.logit_bias.items():
         x[id] += bias
     for id in set(prompt) | set(generated):
@@ -26,12 +27,14 @@ def distribution(
         x[id] -= s.presence_penalty + s.frequency_penalty * generated.count(id)
     x[forbidden] = -np.inf
 
-    def softmax() -> np.ndarray:
+    def softmax() -> NDArray[np.float64]:
         e = np.exp(x - x.max())
-        return e / e.sum()
+        p: NDArray[np.float64] = e / e.sum()
+        return p
 
     if s.temperature == 0:
-        return np.eye(len(x))[x.argmax()]
+        certain: NDArray[np.float64] = np.eye(len(x))[x.argmax()]
+        return certain
     x /= s.temperature
     if s.top_k:
         x[x < np.sort(x)[-min(s.top_k, len(x))]] = -np.inf
@@ -213,7 +216,7 @@ def test_a_processor_sees_everything_and_changes_what_it_likes(forbidden: list[i
     logits = np.array([1.0, 3.0, 2.0, 9.0, 9.0], np.float32)
     calls: list[tuple[list[int], np.ndarray]] = []
 
-    def processor(ids: list[int], x: np.ndarray) -> np.ndarray | None:
+    def processor(ids: list[int], x: NDArray[np.float32]) -> list[float] | None:
         assert x.dtype == np.float32
         calls.append((list(ids), x.copy()))
         ids.clear()  # its own list

@@ -74,7 +74,7 @@ def test_the_last_piece_is_searched_too() -> None:
 
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], [1], [None], ["\ud800"], ["a\udfffb"]])
-def test_impossible_stop_strings(stops: list) -> None:
+def test_impossible_stop_strings(stops: list[Any]) -> None:
     with pytest.raises(OptionError, match="stop has"):
         StopStrings(stops)
 
