@@ -15,11 +15,9 @@ from npqwen.format.config import Config
 from npqwen.format.encodings import Encoding
 from npqwen.format.files import open_regular
 from npqwen.format.layout import Experts, Layout, Matrix, Vector
-from npqwen.format.quantization import FORMAT_VERSION, Quantization
+from npqwen.format.quantization import AGAIN, FORMAT_VERSION, Quantization
 from npqwen.format.safetensors import ALIGNMENT, INDEX, Header, HeaderError, read_header, read_index
 from npqwen.kernels.paging import advise_huge_pages
-
-_AGAIN = "copy or convert it again (with --force)"
 
 _Record = tuple[int, int, int, int]
 """A MATRIX: address, code of the encoding, padded rows, padded columns."""
@@ -99,11 +97,11 @@ class Weights:
         for name, stored in header.tensors.items():
             label = f"{path}: tensor {shortened(name)}"
             if name in self.tensors:
-                raise FormatError(f"{label} is in another file too; {_AGAIN}")
+                raise FormatError(f"{label} is in another file too; {AGAIN}")
             if stored.dtype not in ("F32", "U8"):
                 raise FormatError(f"{label} has dtype {shortened(stored.dtype)}, the format has only F32 and U8")
             if stored.offset % ALIGNMENT:
-                raise FormatError(f"{label} is not aligned to {ALIGNMENT} bytes; {_AGAIN}")
+                raise FormatError(f"{label} is not aligned to {ALIGNMENT} bytes; {AGAIN}")
             end = stored.offset + stored.nbytes
             self.tensors[name] = MappedTensor(stored.dtype, stored.shape, data[stored.offset : end], path)
 
@@ -130,12 +128,12 @@ class Weights:
             if name not in known:
                 raise FormatError(
                     f"{self.directory / 'config.json'} gives tensor {shortened(name)} an encoding, but its other keys "
-                    f"describe a model without that tensor; {_AGAIN}"
+                    f"describe a model without that tensor; {AGAIN}"
                 )
 
     def _find(self, name: str) -> MappedTensor:
         if name not in self.tensors:
-            raise FormatError(f"{self.directory}: tensor {name} is missing; {_AGAIN}")
+            raise FormatError(f"{self.directory}: tensor {name} is missing; {AGAIN}")
         return self.tensors[name]
 
     def _vector(self, vector: Vector) -> int:
@@ -150,7 +148,7 @@ class Weights:
         encoding = self.quantization.encodings.get(matrix.name)
         if encoding is None:
             raise FormatError(
-                f"{self.directory / 'config.json'} does not name the encoding of tensor {matrix.name}; {_AGAIN}"
+                f"{self.directory / 'config.json'} does not name the encoding of tensor {matrix.name}; {AGAIN}"
             )
         _check(tensor, matrix.name, "U8", (*matrix.units, encoding.unit_bytes), f" for {encoding.name}")
         return tensor, encoding
@@ -178,7 +176,7 @@ def _check(tensor: MappedTensor, name: str, dtype: str, shape: tuple[int, ...], 
     if tensor.dtype != dtype or tensor.shape != shape:
         raise FormatError(
             f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for "
-            f"{dtype} {list(shape)}{reason}; {_AGAIN}"
+            f"{dtype} {list(shape)}{reason}; {AGAIN}"
         )
 
 
@@ -198,16 +196,16 @@ def _opened(path: Path) -> tuple[Header, mmap.mmap]:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         named = f", which {INDEX} names" if path.name != "model.safetensors" else ""
-        raise FormatError(f"{path} is missing{named}; {_AGAIN}") from None
+        raise FormatError(f"{path} is missing{named}; {AGAIN}") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     except HeaderError as error:
-        raise FormatError(f"{path} is damaged or truncated: {error}; {_AGAIN}") from None
+        raise FormatError(f"{path} is damaged or truncated: {error}; {AGAIN}") from None
     if len(mapping) != header.file_bytes:
         raise FormatError(f"{path} changed while it was opened; try again")
     if header.metadata.get("format") != "npqwen":
-        raise FormatError(f"{path} was not made by npqwen; {_AGAIN}")
+        raise FormatError(f"{path} was not made by npqwen; {AGAIN}")
     if header.metadata.get("format_version") != str(FORMAT_VERSION):
         version = quoted(header.metadata.get("format_version"))
-        raise FormatError(f"{path} has format version {version}, config.json says {FORMAT_VERSION}; {_AGAIN}")
+        raise FormatError(f"{path} has format version {version}, config.json says {FORMAT_VERSION}; {AGAIN}")
     return header, mapping

@@ -15,6 +15,9 @@ from npqwen.format.recipe import Recipe, recipe_of
 FORMAT_VERSION = 2
 """Of the files that a conversion writes."""
 
+AGAIN = "copy or convert it again (with --force)"
+"""The advice about a damaged model."""
+
 _KEY = "quantization_config"
 _METHOD = "npqwen"
 
@@ -51,29 +54,27 @@ class Quantization:
         path = directory / "config.json"
         found = _entry(read_json(path))
         if found is None:
-            raise FormatError(
-                f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT"
-            )
+            raise FormatError(f"{directory} is not a converted model; make one with: npqwen convert {directory} OUT")
         _check_version(directory, found)
         try:
             recipe = recipe_of(found.get("bits"))
         except OptionError as error:
-            raise FormatError(f"{path}: in {_KEY}, {error}; copy or convert it again (with --force)") from None
+            raise FormatError(f"{path}: in {_KEY}, {error}; {AGAIN}") from None
         names = found.get("encodings")
         if not isinstance(names, dict):
-            raise FormatError(f"{path}: {_KEY} has no encodings; copy or convert it again (with --force)")
+            raise FormatError(f"{path}: {_KEY} has no encodings; {AGAIN}")
         encodings = {}
         for tensor, name in names.items():
             encoding = BY_NAME.get(name) if isinstance(name, str) else None
             if encoding is None:
                 raise FormatError(
                     f"{path}: tensor {shortened(tensor)} has the encoding {quoted(name)}, which this npqwen does not "
-                    "know; upgrade npqwen, or copy or convert it again (with --force)"
+                    f"know; upgrade npqwen, or {AGAIN}"
                 )
             if encoding.is_integer and not recipe.matrices.is_integer:
                 raise FormatError(
                     f"{path}: tensor {shortened(tensor)} has the encoding {name}, which models of {recipe.bits} bits "
-                    "do not have; copy or convert it again (with --force)"
+                    f"do not have; {AGAIN}"
                 )
             encodings[tensor] = encoding
         return cls(recipe, encodings)
@@ -108,4 +109,4 @@ def _check_version(directory: Path, found: Mapping[str, Any]) -> None:
             f"{problem}; convert its checkpoint again: npqwen convert CHECKPOINT {directory} "
             f"--bits {quoted(found.get('bits'))} --force"
         )
-    raise FormatError(f"{problem}; upgrade npqwen, or copy or convert it again (with --force)")
+    raise FormatError(f"{problem}; upgrade npqwen, or {AGAIN}")

@@ -170,4 +170,3 @@ def _with_prefix(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
     if any(name.startswith("model.") for name in tensors):
         return tensors
     return {name if name == "lm_head.weight" else "model." + name: tensor for name, tensor in tensors.items()}
-

@@ -232,9 +232,7 @@ def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> _Packed:
     return out, source.stored.nbytes
 
 
-def _pack_rows(
-    matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor]
-) -> _Packed:
+def _pack_rows(matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor]) -> _Packed:
     """The unit rows first to last - 1 of a matrix: uint8 (unit rows, units, unit_bytes)."""
     out = np.empty((last - first, matrix.units[1], encoding.unit_bytes), np.uint8)
     bytes_read = 0
