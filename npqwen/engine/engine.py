@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from npqwen.checks import check_whole
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
-from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
+from npqwen.engine.records import Output, Tokens
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
@@ -70,6 +73,8 @@ class Engine:
         self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
         if not self._exceeds_memory:
             self.weights.advise_huge_pages()
+        kept = [isinstance(state, KeysAndValues) for state in layer_states(self.config)]
+        self.weights.layers["kv_index"] = np.cumsum(kept) - 1
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self.bits = self.weights.bits
         self.cache_dtype = self.weights.cache_dtype
@@ -93,14 +98,16 @@ class Engine:
         model = self.weights.model[0]
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
-        sample = self._arguments(np.zeros(1, np.int64), cache, 1, self._buffers.logits(1))
+        output = Output(1, False, self._buffers.logits(1))
+        sample = self._arguments(np.zeros(1, np.int64), cache, self.weights.layers, True, output)
         compile_kernel(forward, (self._team.state, 0, *sample))
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
-        if room is not None and not 0 < room <= self.context:
-            raise ContextLengthError(f"a cache for {room} tokens: the model's context is {self.context}")
-        return KVCache(self.config, self.context if room is None else room, self.cache_dtype, self._origin)
+        limit = self.context if room is None else check_whole("room", room, 1)
+        if limit > self.context:
+            raise ContextLengthError(f"a cache for {limit} tokens exceeds the model's context of {self.context}")
+        return KVCache(self.config, limit, self.cache_dtype, self._origin)
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
@@ -115,13 +122,7 @@ class Engine:
         for another model's cache and for an `out` of the wrong shape or dtype.
         """
         tokens = self._check(ids)
-        self._reserve(cache, tokens.size)
-        out = self._logits(tokens.size if all_logits else 1, out)
-        for at in range(0, tokens.size, self.chunk):
-            end = min(at + self.chunk, tokens.size)
-            rows = out[at:end] if all_logits else out[: end == tokens.size]
-            self._pass(tokens[at:end], cache, rows)
-        return out
+        return self._run(tokens, cache, tokens.size if all_logits else 1, out)
 
     def prefill(
         self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
@@ -130,15 +131,7 @@ class Engine:
 
         progress(done, total) is called after every chunk. Raises what `forward` raises.
         """
-        tokens = self._check(ids)
-        self._reserve(cache, tokens.size)
-        out = self._logits(1, None)
-        for at in range(0, tokens.size, self.chunk):
-            end = min(at + self.chunk, tokens.size)
-            self._pass(tokens[at:end], cache, out[: end == tokens.size])
-            if progress is not None:
-                progress(end, tokens.size)
-        last: NDArray[np.float32] = out[0]
+        last: NDArray[np.float32] = self._run(self._check(ids), cache, 1, progress=progress)[0]
         return last
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
@@ -146,93 +139,158 @@ class Engine:
         tokens = self._check(ids)
         return self.forward(tokens, self.new_cache(min(tokens.size, self.context)), all_logits=True)
 
+    def hidden(self, ids: ArrayLike, layers: int | Sequence[int] = -1) -> NDArray[np.float32]:
+        """Hidden states of a text: float32 (tokens, hidden_size), or (len(layers), tokens, hidden_size) for a sequence.
+
+        layers: indices as into the `hidden_states` of Hugging Face transformers, num_hidden_layers + 1 in number. 0 is
+        the embedding; i is the output of the i-th layer, which the next one reads; the last, num_hidden_layers or -1,
+        is the final norm's output, which the output matrix reads. Negative ones count from the end. Layers after the
+        last one requested are not computed.
+
+        Raises OptionError for a layer out of range, and what `forward` raises.
+        """
+        tokens = self._check(ids)
+        count = self.config.num_hidden_layers
+        several = layers if isinstance(layers, Sequence | np.ndarray) else None
+        indices = [layers] if several is None else several
+        chosen = [check_whole("layers", i, -count - 1, count) % (count + 1) for i in indices]
+        states = self._allocate((len(chosen), tokens.size, self.config.hidden_size), "hidden states", tokens.size)
+        cache = self.new_cache(min(tokens.size, self.context))
+        cache.reserve(tokens.size)
+        for start, end in self._chunks(tokens.size):
+            self._hidden_pass(tokens[start:end], cache, chosen, states[:, start:end])
+        return states[0] if several is None else states
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the config and samples of the weights; see `npqwen.engine.fingerprint`."""
         return fingerprint(self.config, self.weights)
 
+    def _run(
+        self,
+        tokens: NDArray[np.int64],
+        cache: KVCache,
+        rows: int,
+        out: NDArray[np.float32] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Append the tokens to the cache, chunk by chunk; logits of the last `rows` of them, in `out` if given."""
+        if getattr(cache, "origin", None) is not self._origin:  # kernels write where a cache says
+            raise OptionError("the cache is another model's; make one with this model's new_cache()")
+        first = tokens.size - rows
+        with cache.in_use:
+            cache.reserve(tokens.size)
+            out = self._logits(rows, out)
+            for start, end in self._chunks(tokens.size):
+                self._pass(tokens[start:end], cache, out[max(0, start - first) : max(0, end - first)])
+                if progress is not None:
+                    progress(end, tokens.size)
+        return out
+
+    def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of each pass over a text."""
+        return ((start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk))
+
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, out: NDArray[np.float32]) -> None:
-        """One forward pass of at most `chunk` tokens; `out` receives the logits of the last len(out) tokens."""
+        """One forward pass of at most `chunk` tokens; `out` receives the logits of the last len(out) of them."""
         rows = len(out)
         with self._turn():
             logits = self._buffers.logits(rows)
-            # A single row needs no padding tokens: the kernels write it in place.
-            direct = rows == 1 and out.shape[1] == logits.shape[1] and out.flags.c_contiguous
-            # Weights that do not fit into memory are read from disk: then no pass is short.
-            here = ids.size <= SHORT_PASS and not self._exceeds_memory
-            self._team.run(forward, *self._arguments(ids, cache, rows, out if direct else logits), here=here)
+            # A single row is not padded to a tile: the kernels write it in place.
+            direct = rows == 1 and out.shape[1] == logits.shape[1] and out.flags.carray
+            output = Output(rows, False, out if direct else logits)
+            self._forward(ids, cache, self.weights.layers, True, output)
             cache.length += ids.size
             if not direct:
                 out[:] = logits[:rows, : self.config.vocab_size]
 
-    def _reserve(self, cache: KVCache, tokens: int) -> None:
-        """Make room for more tokens in a cache. It must be this engine's: kernels write where it says."""
-        if cache.origin is not self._origin:
-            raise OptionError("the cache is another model's; make one with this model's new_cache()")
-        cache.reserve(tokens)
+    def _hidden_pass(
+        self, ids: NDArray[np.int64], cache: KVCache, chosen: list[int], states: NDArray[np.float32]
+    ) -> None:
+        """One forward pass; states (len(chosen), tokens, hidden_size) receives the chosen hidden states."""
+        found: dict[int, NDArray[np.float32]] = {}
+        last = self.config.num_hidden_layers
+        with self._turn():
+            done = 0
+            for i in sorted(set(chosen)):
+                normed = np.empty((ids.size if i == last else 0, self.config.hidden_size), np.float32)
+                self._forward(ids, cache, self.weights.layers[done:i], not found, Output(len(normed), True, normed))
+                hidden = self._buffers.activations.hidden[: ids.size, : self.config.hidden_size]
+                found[i] = normed if i == last else hidden.copy()
+                done = i
+            cache.length += ids.size
+        for state, i in zip(states, chosen, strict=True):
+            state[:] = found[i]
 
-    def _logits(self, rows: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        """`out`, checked, or a new array for this many rows of logits."""
-        shape = rows, self.config.vocab_size
-        if out is None:
-            return self._new_logits(rows)
-        if out.shape != shape or out.dtype != np.float32:
-            raise OptionError(f"out is {out.dtype} {out.shape}; these logits are float32 {shape}")
-        return out
+    def _forward(
+        self, ids: NDArray[np.int64], cache: KVCache, layers: NDArray[np.void], embed: bool, output: Output
+    ) -> None:
+        """Run some layers on the team of threads, in the caller's turn."""
+        # Weights that do not fit into memory are read from disk: then no pass is short.
+        on_caller = ids.size <= SHORT_PASS and not self._exceeds_memory
+        self._team.run(forward, *self._arguments(ids, cache, layers, embed, output), on_caller=on_caller)
 
-    def _new_logits(self, rows: int) -> NDArray[np.float32]:
-        # The buffers hold those of one chunk, too.
-        size = 4 * self.config.vocab_size * (rows + min(rows, self.chunk))
-        available = available_memory() if rows > self.chunk else None  # the query takes half a millisecond
-        too_large = OutOfMemoryError(
-            f"logits of {rows} tokens take {size / 1e9:.2f} GB, more than there is memory left; "
-            "ask for those of fewer tokens at a time"
+    def _arguments(
+        self, ids: NDArray[np.int64], cache: KVCache, layers: NDArray[np.void], embed: bool, output: Output
+    ) -> tuple[Any, ...]:
+        """The arguments of `npqwen.engine.forward.forward` after the team's state and the member."""
+        buffers = self._buffers
+        tokens = Tokens(ids, embed, cache.length, *self._rope.tables(cache.length, ids.size))
+        return (
+            self.weights.model[0],
+            layers,
+            tokens,
+            cache.for_kernels,
+            buffers.activations,
+            buffers.experts,
+            buffers.workspace,
+            output,
         )
-        if available is not None and size > available - HEADROOM:
-            raise too_large
-        try:
-            return np.empty((rows, self.config.vocab_size), np.float32)
-        except MemoryError:  # a limit on the address space, or a system that does not overcommit
-            raise too_large from None
 
     def _turn(self) -> threading.Lock:
         """The lock of the running pass. A forked process has its own: the holder's thread is not there."""
         return self._turns.setdefault(os.getpid(), threading.Lock())
 
-    def _arguments(
-        self, ids: NDArray[np.int64], cache: KVCache, rows: int, logits: NDArray[np.float32]
-    ) -> tuple[Any, ...]:
-        """The arguments of `npqwen.engine.forward.forward` after the team's state and the member."""
-        return (
-            self.weights.model[0],
-            self.weights.layers,
-            ids,
-            cache.length,
-            *self._rope.tables(cache.length, ids.size),
-            cache.addresses,
-            cache.dtype_array,
-            self._buffers.shared,
-            self._buffers.mixture,
-            self._buffers.scratches,
-            self._buffers.pieces,
-            rows,
-            logits,
+    def _logits(self, rows: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """`out`, checked, or a new array for this many rows of logits."""
+        shape = rows, self.config.vocab_size
+        if out is None:
+            return self._allocate(shape, "logits", rows)
+        if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.float32 or not out.flags.writeable:
+            raise OptionError(f"out must be a writable float32 array {shape}")
+        return out
+
+    def _allocate(self, shape: tuple[int, ...], what: str, tokens: int) -> NDArray[np.float32]:
+        """A new float32 array of results; OutOfMemoryError if memory cannot hold them beside those of one chunk."""
+        size = 4 * math.prod(shape)
+        size += size // tokens * min(tokens, self.chunk)  # those of one chunk are in the buffers, too
+        available = available_memory() if tokens > self.chunk else None  # the query takes half a millisecond
+        too_large = OutOfMemoryError(
+            f"{what} of {tokens} tokens need {size / 1e9:.2f} GB, which is more than the available memory; "
+            "request them for fewer tokens at a time"
         )
+        if available is not None and size > available - HEADROOM:
+            raise too_large
+        try:
+            return np.empty(shape, np.float32)
+        except MemoryError:  # a limit on the address space, or a system that does not overcommit
+            raise too_large from None
 
     def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """The ids as an int64 array; OptionError unless all are in the vocabulary."""
         try:
             tokens = np.atleast_1d(ids)
         except ValueError:
-            raise OptionError("token ids are one sequence of whole numbers, not sequences of sequences") from None
+            raise OptionError("token ids must be one sequence of whole numbers, not nested sequences") from None
         if not tokens.size:
-            raise OptionError("no tokens to run; give at least one")
+            raise OptionError("there are no tokens to run; give at least one")
         if tokens.ndim > 1:
-            raise OptionError(f"token ids are one sequence, not an array of shape {tokens.shape}")
+            raise OptionError(f"token ids must be one sequence, not an array of shape {tokens.shape}")
         if tokens.dtype.kind not in "iu":
-            raise OptionError(f"token ids are whole numbers, not {tokens.dtype}; encode text with the tokenizer")
+            raise OptionError(f"token ids must be whole numbers, not {tokens.dtype}; encode text with the tokenizer")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
-            raise OptionError(f"token id {wrong} is outside the model's 0 to {self.config.vocab_size - 1}")
+            raise OptionError(f"token id {wrong} is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
         return np.ascontiguousarray(tokens, np.int64)
 
     def close(self) -> None:
@@ -260,11 +318,7 @@ def context_length(config: Config, requested: int | None) -> int:
 
     Raises OptionError for a request beyond that.
     """
-    most = config.max_position_embeddings
+    longest = config.max_position_embeddings
     if config.yarn is not None:
-        most = max(most, int(config.yarn.factor * config.yarn.original_max_position_embeddings))
-    if requested is None:
-        return most
-    if not isinstance(requested, int | np.integer) or isinstance(requested, bool) or not 0 < requested <= most:
-        raise OptionError(f"context is {requested!r}; this model's is a whole number, 1 to {most} tokens")
-    return int(requested)
+        longest = max(longest, int(config.yarn.factor * config.yarn.original_max_position_embeddings))
+    return longest if requested is None else check_whole("context", requested, 1, longest)

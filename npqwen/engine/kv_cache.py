@@ -1,119 +1,186 @@
-"""Keys and values of the tokens so far, in pages that are added as they are needed."""
+"""The cache of one sequence: what its layers keep of the tokens so far, in pages."""
 
 from __future__ import annotations
 
+import math
+import threading
 from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from npqwen.checks import check_whole
+from npqwen.engine.records import CachePages
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
-from npqwen.kernels.attention import PAGE, TILE, page_items
+from npqwen.kernels.attention import PAGE, POSITION_TILE
 
 _ALIGN = 64
 
 
+class KeysAndValues(NamedTuple):
+    """What an attention layer keeps of every token: a key and a value per head."""
+
+    heads: int
+    head_dim: int
+
+
+def layer_states(config: Config) -> list[KeysAndValues]:
+    """What each layer keeps. All attention layers of a model have the same shape."""
+    return [KeysAndValues(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+
+
 class _Pages(NamedTuple):
-    """Replaced whole, never changed: so an interrupt never leaves the address of a page that is gone."""
+    """Replaced as a whole, never changed: an interrupt never leaves the address of a page that was freed."""
 
     arrays: list[NDArray[Any]]
     """Each of `page_shape`."""
     addresses: NDArray[np.int64]
 
 
-class KVCache:
-    """The cache of one sequence, PAGE positions a page (kernels/attention.py has the layout).
+class _OneThread:
+    """Refuses a second thread while one is inside; a context manager. The same thread may enter again."""
 
-    A page is allocated zeroed, and the operating system lends memory only for what is written.  Growing never
-    copies.  Not safe for two threads at once: give each sequence its own, such as a `fork`.
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise OptionError("another thread is using this cache; give each thread its own, such as a fork")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class KVCache:
+    """Keys and values of one sequence, in pages of PAGE positions (npqwen/kernels/attention.py has the layout).
+
+    A page is allocated zeroed, and the operating system provides memory only for what is written. Growing never copies.
+    A cache serves one thread at a time (OptionError for a second one); give each sequence its own, such as a `fork`.
     """
 
     def __init__(
         self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32], origin: object = None
     ) -> None:
+        """limit: maximum tokens. origin: identifies the engine that the cache and its forks belong to."""
         self.origin = origin
-        """What a model knows its own caches by, their forks too."""
         self.length = 0
-        """Tokens whose keys and values are in."""
+        """Tokens in the cache."""
         self.limit = limit
-        """Tokens it may hold."""
-        items = page_items(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        """Maximum tokens."""
+        self.in_use = _OneThread()
+        """Held while the cache is read or changed."""
+        states = layer_states(config)
+        heads, head_dim = states[0]
+        self.page_shape = (len(states), 2, heads, PAGE // POSITION_TILE, POSITION_TILE * head_dim)
+        """(layers that keep keys and values, keys or values, heads, tiles, POSITION_TILE positions)."""
         self.dtype_array = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
-        """An array of the pages' dtype, for kernels; they see float16 as its bits."""
-        self.page_bytes = items * self.dtype_array.itemsize
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        self.page_shape = (layers, 2, heads, PAGE // TILE, TILE * config.head_dim)
-        """Keys and values of TILE positions lie together."""
+        """An empty array of the pages' dtype: uint16 stands for the bits of float16, as Numba has no float16."""
+        self.page_bytes = math.prod(self.page_shape) * self.dtype_array.itemsize
         self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: set[int] = set()
-        """Pages that another cache may hold too: not to be written."""
+        """Indices of pages that another cache may hold too: they are copied before they are written."""
 
     @property
     def addresses(self) -> NDArray[np.int64]:
-        """Where each page is, for kernels."""
+        """The address of each page, 0 where there is none yet."""
         return self._held.addresses
+
+    @property
+    def for_kernels(self) -> CachePages:
+        """The cache as the forward pass takes it."""
+        return CachePages(self._held.addresses, self.dtype_array)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the allocated pages, including shared ones."""
+        return len(self._held.arrays) * self.page_bytes
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more, in pages that no fork shares.
 
-        Raises ContextLengthError if the limit forbids it, OutOfMemoryError if the machine has no memory for it.
+        Raises ContextLengthError beyond the limit, OutOfMemoryError if the machine has no memory for them.
         """
-        need = self.length + tokens
-        if need > self.limit:
-            raise ContextLengthError(
-                f"{self.length} tokens in the cache and {tokens} more are over the limit of {self.limit}; "
-                "shorten the prompt, or raise the context if the model allows more"
-            )
-        held, end = self._held, ceil_div(need, PAGE)
-        written = [i for i in range(self.length // PAGE, end) if i in self._shared or i >= len(held.arrays)]
-        if not written:
-            return
-        self._check_memory(len(written), need)
-        arrays, addresses = held.arrays.copy(), held.addresses.copy()
-        for i in written:
-            page = self._new_page()
-            addresses[i] = page.ctypes.data
-            if i == len(arrays):
-                arrays.append(page)
-            else:
-                _copy_positions(arrays[i], page, self.length - i * PAGE)
-                arrays[i] = page
-        self._held = _Pages(arrays, addresses)
-        self._shared.difference_update(written)
+        with self.in_use:
+            need = self.length + check_whole("tokens", tokens)
+            if need > self.limit:
+                raise ContextLengthError(
+                    f"{self.length} tokens in the cache and {tokens} more exceed the limit of {self.limit}; "
+                    "shorten the prompt, or raise the context if the model allows more"
+                )
+            held, end = self._held, ceil_div(need, PAGE)
+            written = [i for i in range(self.length // PAGE, end) if i in self._shared or i >= len(held.arrays)]
+            if not written:
+                return
+            self._check_memory(len(written), need)
+            arrays, addresses = held.arrays.copy(), held.addresses.copy()
+            for i in written:
+                page = self._new_page()
+                addresses[i] = page.ctypes.data
+                if i == len(arrays):
+                    arrays.append(page)
+                else:
+                    _copy_positions(arrays[i], page, self.length - i * PAGE)
+                    arrays[i] = page
+            self._held = _Pages(arrays, addresses)
+            self._shared.difference_update(written)
+
+    def reusable(self, length: int) -> int:
+        """How many of the first `length` tokens `truncate` and `fork` can keep.
+
+        Layers that keep keys and values can go back to any length: min(length, self.length).
+        """
+        return min(check_whole("length", length), self.length)
+
+    def truncate(self, length: int) -> None:
+        """Discard all but the first `length` tokens; OptionError if the cache cannot go back to that length."""
+        with self.in_use:
+            self._check_length(length)
+            self.length = int(length)
 
     def fork(self, length: int | None = None) -> KVCache:
-        """An independent cache with the first `length` tokens (default: all), for the price of one page.
+        """An independent cache with the first `length` tokens (default: all). It takes the memory of one page.
 
-        Full pages are shared; whichever of the two is cut back into one and goes on takes a copy of it then.
-        Raises OptionError if there are fewer tokens, OutOfMemoryError if there is no memory for a page.
+        Full pages are shared, and copied by whichever of the two writes to one after a `truncate`. Raises OptionError
+        if the cache cannot go back to that length, OutOfMemoryError if there is no memory for a page.
         """
-        length = self.length if length is None else length
-        if not 0 <= length <= self.length:
-            raise OptionError(f"cannot fork the first {length} tokens of a cache of {self.length}")
-        fork = copy(self)
-        fork.length = length
-        held, full = self._held, length // PAGE
-        arrays, addresses = held.arrays[:full], np.zeros_like(held.addresses)
-        addresses[:full] = held.addresses[:full]
-        if length % PAGE:
-            self._check_memory(1, length)
-            page = self._new_page()
-            _copy_positions(held.arrays[full], page, length % PAGE)
-            arrays.append(page)
-            addresses[full] = page.ctypes.data
-        fork._held = _Pages(arrays, addresses)
-        fork._shared = set(range(full))
-        self._shared |= fork._shared
-        return fork
+        with self.in_use:
+            length = self.length if length is None else length
+            self._check_length(length)
+            fork = copy(self)
+            fork.in_use = _OneThread()
+            fork.length = int(length)
+            held, full = self._held, length // PAGE
+            arrays, addresses = held.arrays[:full], np.zeros_like(held.addresses)
+            addresses[:full] = held.addresses[:full]
+            if length % PAGE:
+                self._check_memory(1, length)
+                page = self._new_page()
+                _copy_positions(held.arrays[full], page, length % PAGE)
+                arrays.append(page)
+                addresses[full] = page.ctypes.data
+            fork._held = _Pages(arrays, addresses)
+            fork._shared = set(range(full))
+            self._shared |= fork._shared
+            return fork
+
+    def pages(self, length: int) -> list[NDArray[Any]]:
+        """Views of the first `length` positions, rounded up to whole tiles: of each page the tiles they take."""
+        ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
+        pages = zip(self._held.arrays, ends, strict=False)
+        return [page[:, :, :, : ceil_div(end, POSITION_TILE)] for page, end in pages]
+
+    def _check_length(self, length: int) -> None:
+        if self.reusable(length) != length:
+            raise OptionError(f"length is {length}; the cache has {self.length} tokens")
 
     def _new_page(self) -> NDArray[Any]:
         try:
             raw = np.zeros(self.page_bytes + _ALIGN, np.uint8)
-        except MemoryError:  # a limit of addresses, or a system that promises no more than it has
+        except MemoryError:  # a limit on the address space, or a system that does not overcommit
             raise self._too_large(1, self.length + 1, 0) from None
         start = -raw.ctypes.data % _ALIGN
         return raw[start : start + self.page_bytes].view(self.dtype_array.dtype).reshape(self.page_shape)
@@ -126,28 +193,13 @@ class KVCache:
     def _too_large(self, pages: int, need: int, available: int) -> OutOfMemoryError:
         fits = (max(0, available - HEADROOM) // self.page_bytes + len(self._held.arrays)) * PAGE
         return OutOfMemoryError(
-            f"a cache of {need} tokens takes {pages * self.page_bytes / 1e9:.2f} GB more, {available / 1e9:.2f} GB of "
-            f"memory are left, enough for {fits} tokens; shorten the prompt, or close other programs"
+            f"a cache of {need} tokens needs another {pages * self.page_bytes / 1e9:.2f} GB and "
+            f"{available / 1e9:.2f} GB of memory are available, enough for {fits} tokens; "
+            "shorten the prompt, or close other programs"
         )
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens; OptionError if there are fewer."""
-        if not 0 <= length <= self.length:
-            raise OptionError(f"cannot cut a cache of {self.length} tokens to {length}")
-        self.length = length
-
-    def pages(self, length: int) -> list[NDArray[Any]]:
-        """The first `length` positions, in whole tiles: of each page the part they take, to be read or filled."""
-        ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
-        return [page[:, :, :, : ceil_div(end, TILE)] for page, end in zip(self._held.arrays, ends, strict=False)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pages there are, shared ones too."""
-        return len(self._held.arrays) * self.page_bytes
 
 
 def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:
-    """Copy a page's first positions, in whole tiles."""
-    tiles = ceil_div(max(0, count), TILE)
+    """Copy a page's first `count` positions, rounded up to whole tiles."""
+    tiles = ceil_div(max(0, count), POSITION_TILE)
     target[:, :, :, :tiles] = source[:, :, :, :tiles]

@@ -24,7 +24,7 @@ from npqwen.errors import ContextLengthError, FormatError, OutputError, quoted
 from npqwen.format.files import open_regular
 from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
-from npqwen.kernels.attention import PAGE, TILE
+from npqwen.kernels.attention import PAGE, POSITION_TILE
 
 FORMAT, VERSION = "npqwen-cache", "1"
 
@@ -107,7 +107,7 @@ def _tensors(cache: KVCache, count: int) -> list[tuple[str, str, tuple[int, ...]
     layers, two, heads, _, size = cache.page_shape
     tensors: list[tuple[str, str, tuple[int, ...]]] = [("ids", "I32", (count,))]
     for start in range(0, count, PAGE):
-        tiles = ceil_div(min(PAGE, count - start), TILE)
+        tiles = ceil_div(min(PAGE, count - start), POSITION_TILE)
         tensors.append((f"page.{start // PAGE}", _dtype(cache), (layers, two, heads, tiles, size)))
     return tensors
 
@@ -125,12 +125,12 @@ def _dtype(cache: KVCache) -> str:
 def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
     """What the cache holds, page by page; 0 after the last token, where forgotten ones may have left something."""
     pages = cache.pages(cache.length)
-    past = cache.length % TILE
+    past = cache.length % POSITION_TILE
     if past:
         pages[-1] = page = pages[-1].copy()
-        shape, dim = page.shape[:4], page.shape[4] // TILE
-        page.reshape(*shape, dim, TILE)[:, 0, :, -1, :, past:] = 0
-        page.reshape(*shape, TILE, dim)[:, 1, :, -1, past:] = 0
+        shape, dim = page.shape[:4], page.shape[4] // POSITION_TILE
+        page.reshape(*shape, dim, POSITION_TILE)[:, 0, :, -1, :, past:] = 0
+        page.reshape(*shape, POSITION_TILE, dim)[:, 1, :, -1, past:] = 0
     yield from pages
 
 

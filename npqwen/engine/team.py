@@ -71,7 +71,7 @@ class Team:
                 if not self._running:
                     finished.release()
 
-    def run(self, function: Callable[..., None], *args: Any, here: bool = False) -> None:
+    def run(self, function: Callable[..., None], *args: Any, on_caller: bool = False) -> None:
         """function(state, member, *args) in every member; returns when all are done.
 
         The function is compiled with nogil, and calls `barrier` equally often in all members, at least once.  here:
@@ -86,13 +86,13 @@ class Team:
                 raise ClosedError("the model is closed; load it again")
             self.state[:] = 0
             self.state[MEMBERS] = self.threads
-            self._running = self.threads - here
+            self._running = self.threads - on_caller
             self._failure = None
             # A lock of this call's own: one that is interrupted may leave it free.
             finished = _held()
             self._job = function, args, finished
-            self._first = int(here)
-            started, ran = False, not here
+            self._first = int(on_caller)
+            started, ran = False, not on_caller
             interrupt: BaseException | None = None
             while self._running or not ran:
                 try:

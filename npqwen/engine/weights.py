@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.forward import LAYER, MODEL
+from npqwen.engine.records import LAYER, MODEL
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
 from npqwen.format.encodings import Encoding

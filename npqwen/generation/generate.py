@@ -92,5 +92,6 @@ def _samples(model: LanguageModel, prompt: list[int], n: int, options: Generatio
     later.pop("progress", None)
     for i in range(1, n):
         later["seed"] = None if seed is None else seed + i
-        done.append(Stream(model, prompt, cache=first.cache.fork(len(prompt) - 1), **later).completion())
+        cache = first.cache.fork(first.cache.reusable(len(prompt) - 1))
+        done.append(Stream(model, prompt, cache=cache, **later).completion())
     return done

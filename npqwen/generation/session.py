@@ -58,7 +58,7 @@ class Session:
         prompt = check_ids("the prompt", ids)
         known = self._settle()
         # The last token is always run: its logits are not stored.
-        reused = min(common_prefix(known, prompt), max(0, len(prompt) - 1))
+        reused = self.cache.reusable(min(common_prefix(known, prompt), max(0, len(prompt) - 1)))
         self._stream = Stream(self.model, prompt, cache=self.cache, cached=reused, **options)
         return self._stream
 
@@ -69,7 +69,7 @@ class Session:
         """
         prompt = check_ids("the prompt", ids)
         known = self._settle()
-        reused = common_prefix(known, prompt)
+        reused = self.cache.reusable(common_prefix(known, prompt))
         rest = np.array(prompt[reused:], np.int64)
         self.cache.truncate(reused)
         self._ids = prompt

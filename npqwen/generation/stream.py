@@ -61,7 +61,7 @@ class Stream(AsyncSteps[str]):
             cache = model.new_cache(len(prompt) + limit)
         elif not hasattr(cache, "length") or not hasattr(cache, "limit"):
             raise OptionError(f"cache is {type(cache).__name__}; make one with the model's new_cache()")
-        cached = cache.length if cached is None else check_whole("cached", cached, 0, cache.length)
+        cached = cache.reusable(cache.length if cached is None else check_whole("cached", cached, 0, cache.length))
         if cached >= len(prompt):
             raise OptionError(f"the cache holds {cached} tokens, no fewer than the prompt's {len(prompt)}")
         if cache.limit <= len(prompt):

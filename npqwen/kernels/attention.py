@@ -376,6 +376,3 @@ def _normalize(partial: Any, width: int, dim: int, rows: int, first_row: int, gr
         scale = np.float32(1.0) / partial[width * (dim + 1) + t]
         for i in range(dim):
             line[at + i] = partial[t * dim + i] * scale
-
-
-MOST_ROWS, TILE = MAX_ROWS, POSITION_TILE

@@ -26,7 +26,7 @@ from numba.core.registry import cpu_target
 from npqwen.cache_directory import cache_directory
 from npqwen.simd.isa import ISA
 
-_SOURCES = ("simd", "kernels", "format/encodings.py", "engine/forward.py", "reports/bandwidth.py")
+_SOURCES = ("simd", "kernels", "format/encodings.py", "engine/forward.py", "engine/records.py", "reports/bandwidth.py")
 FUNCTIONS = 96
 """About how many functions are compiled, for the progress shown."""
 

@@ -233,6 +233,3 @@ def matmul(
             kernels, matrix, matrix.address, width, tiles, x.ctypes.data, first, min(first + chunk, groups),
             out.ctypes.data, out.shape[1], accumulate, scratch,
         )  # fmt: skip
-
-
-multiply_rows, take_rows, piece_floats = multiply_local_rows, claim_local_rows, local_floats

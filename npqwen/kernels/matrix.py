@@ -56,6 +56,3 @@ def read_row(matrix: Any, row: int, out: Any) -> None:
             for c in range(UNIT_COLUMNS):
                 bits = np.int32(halves[u * unit // 2 + UNIT_ROWS * c + r]) << np.int32(16)
                 out[u * UNIT_COLUMNS + c] = bits_float(bits)
-
-
-BLOCK_GROUPS, UNIT_COLS = GROUPS_PER_BLOCK, UNIT_COLUMNS

@@ -38,6 +38,3 @@ def swiglu(gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up (Shazeer 2020), float32; gate_up alternates 16 of gate and 16 of up."""
     for i in range(0, gate_up.size // 2, UNIT_ROWS):
         swiglu_block(gate_up, 2 * i, out, i)
-
-
-silu_times = swiglu

@@ -12,6 +12,7 @@ import numpy as np
 from npqwen import __version__
 from npqwen.errors import OptionError
 from npqwen.hardware.machine import available_memory, processor
+from npqwen.kernels.attention import PAGE
 from npqwen.kernels.paging import huge_page_bytes
 from npqwen.model import Model
 from npqwen.reports.bandwidth import ReadBandwidth
@@ -183,5 +184,4 @@ def bytes_per_token(model: Model, depth: int) -> int:
         if c.mixture is not None and name.endswith("experts.weight"):
             share = c.mixture.num_experts_per_tok / c.mixture.num_experts
         weights += share * tensor.data.size
-    per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return int(weights) + depth * per_position * np.dtype(model.cache_dtype).itemsize
+    return int(weights) + depth * model.new_cache(1).page_bytes // PAGE

@@ -162,7 +162,7 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
     pairs = []
     with (
         mock.patch.multiple(model, generation_config=endless),
-        mock.patch.object(model._team, "run", lambda _, *args, here: run(timed, *args, here=here)),
+        mock.patch.object(model._team, "run", lambda _, *args, on_caller: run(timed, *args, on_caller=on_caller)),
     ):
         for _ in range(repeat + 1):
             inside.clear()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,9 +129,74 @@ def test_a_fork_outlives_the_original(model: Model) -> None:
 
 def test_impossible_forks(model: Model) -> None:
     cache = model_cache(model, IDS[:10])
-    for length in (-1, 11):
-        with pytest.raises(OptionError, match=f"cannot fork the first {length} tokens of a cache of 10"):
-            cache.fork(length)
+    with pytest.raises(OptionError, match="length is 11; the cache has 10 tokens"):
+        cache.fork(11)
+    impossible: tuple[Any, ...] = (-1, 2.0, "3", True, [4])
+    for length in impossible:
+        for call in (cache.fork, cache.truncate, cache.reserve, cache.reusable):
+            with pytest.raises(OptionError, match=r"is .*; it must be a whole number, 0 or more"):
+                call(length)
+    assert (cache.length, cache.fork(np.int64(3)).length) == (10, 3)
+
+
+def test_any_prefix_can_be_reused(model: Model) -> None:
+    cache = model_cache(model, IDS[:10])
+    assert [cache.reusable(length) for length in (0, 7, 10, 99)] == [0, 7, 10, 10]
+
+
+def test_a_second_thread_is_refused(model: Model) -> None:
+    """In the middle of a pass a page could be gone or not there yet: the process would crash."""
+    cache = model_cache(model, IDS[:10])
+    refused: list[Exception] = []
+
+    def use() -> None:
+        for call in (
+            lambda: model.forward([1], cache),
+            lambda: model.prefill([1], cache),
+            cache.fork,
+            lambda: cache.truncate(3),
+            lambda: cache.reserve(300),
+        ):
+            try:
+                call()
+            except OptionError as error:
+                refused.append(error)
+
+    def progress(done: int, total: int) -> None:
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        cache.in_use.__enter__()  # its own thread may
+        cache.in_use.__exit__()
+
+    model.prefill(IDS[10:20], cache, progress)
+    assert [str(error) for error in refused] == [
+        "another thread is using this cache; give each thread its own, such as a fork"
+    ] * 5
+    assert np.array_equal(model.forward([5], cache), model.forward([5], model_cache(model, IDS[:20])))
+
+
+def test_many_threads_with_one_cache_do_no_harm(model: Model) -> None:
+    cache = model.new_cache()
+    done = [0] * 4
+
+    def run(i: int) -> None:
+        for _ in range(100):
+            try:
+                model.forward([1, 2, 3], cache)
+                done[i] += 3
+            except OptionError:
+                pass
+            if i == 3:
+                with contextlib.suppress(OptionError):
+                    cache.fork()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.length == sum(done) > 0
 
 
 def test_a_fork_that_memory_cannot_hold_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

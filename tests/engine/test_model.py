@@ -37,9 +37,9 @@ def test_a_cache_cut_back_and_continued_equals_a_new_one(model: Model) -> None:
     used.truncate(0)
     assert used.length == 0
     assert np.array_equal(model.prefill(IDS[:300], used), model.prefill(IDS[:300], model.new_cache()))
-    with pytest.raises(OptionError, match="cannot cut a cache of 300 tokens to 301"):
+    with pytest.raises(OptionError, match="length is 301; the cache has 300 tokens"):
         used.truncate(301)
-    with pytest.raises(OptionError, match="to -1"):
+    with pytest.raises(OptionError, match="length is -1; it must be a whole number"):
         used.truncate(-1)
 
 
@@ -93,8 +93,11 @@ def test_the_context_is_a_limit(
     model: Model, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert model.context == 2048
-    for room in (0, -1, 2049):
-        with pytest.raises(ContextLengthError, match=f"a cache for {room} tokens"):
+    with pytest.raises(ContextLengthError, match="a cache for 2049 tokens exceeds the model's context of 2048"):
+        model.new_cache(2049)
+    rooms: tuple[Any, ...] = (0, -1, 1.5, "9", True)
+    for room in rooms:
+        with pytest.raises(OptionError, match=f"room is {room!r}; it must be a whole number, 1 or more"):
             model.new_cache(room)
     monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda: 0)  # nothing is made room for first
     with pytest.raises(ContextLengthError):
@@ -107,7 +110,7 @@ def test_the_context_is_a_limit(
             short.logits(IDS[:65])
     impossible: tuple[Any, ...] = (0, -5, 2049, 64.0, "64", True)
     for context in impossible:
-        with pytest.raises(OptionError, match=f"context is {context!r}; .* 1 to 2048"):
+        with pytest.raises(OptionError, match=f"context is {context!r}; .* from 1 to 2048"):
             load(tiny(4), context=context)
 
 
@@ -116,7 +119,7 @@ def test_the_context_is_a_limit(
     [
         ([], "no tokens"),
         (np.zeros((0,), np.int32), "no tokens"),
-        ([5, -1], "token id -1 is outside the model's 0 to 4127"),
+        ([5, -1], "token id -1 is not in the vocabulary, 0 to 4127"),
         ([4128], "token id 4128"),
         (np.array([2**40]), "token id 1099511627776"),
         ([1.5], "whole numbers"),

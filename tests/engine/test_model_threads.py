@@ -121,19 +121,19 @@ def test_the_calling_thread_computes_where_that_is_soon_done(
     calls: list[bool] = []
     real = Team.run
 
-    def run(self: Team, *args: Any, here: bool = False) -> None:
-        calls.append(here)
-        real(self, *args, here=here)
+    def run(self: Team, *args: Any, on_caller: bool = False) -> None:
+        calls.append(on_caller)
+        real(self, *args, on_caller=on_caller)
 
     monkeypatch.setattr(Team, "run", run)
     monkeypatch.setattr(Budget, "check", lambda *_: None)
-    for available, here in ((1 << 40, True), (1 << 20, False)):
+    for available, on_caller in ((1 << 40, True), (1 << 20, False)):
         monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda available=available: available)
         with load(tiny(4), threads=2) as model:
             cache = model.new_cache()
             for tokens in (1, SHORT_PASS, SHORT_PASS + 1):
                 model.prefill(IDS[:tokens], cache)
-        assert calls == [here, here, False]
+        assert calls == [on_caller, on_caller, False]
         calls.clear()
 
 

@@ -40,15 +40,15 @@ def count_pieces(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -
         barrier(team)
 
 
-@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize("on_caller", [False, True])
 @pytest.mark.parametrize("threads", [1, CORES, 4 * CORES, 64])
-def test_more_threads_than_processors_finish(threads: int, here: bool) -> None:
+def test_more_threads_than_processors_finish(threads: int, on_caller: bool) -> None:
     """A thread that waits gives its processor to one that works."""
     counts, wrong = np.zeros((2, threads), np.int64)
     team = Team(threads)
     try:
         for again in range(3):
-            team.run(count_pieces, 20, counts, wrong, here=here)
+            team.run(count_pieces, 20, counts, wrong, on_caller=on_caller)
             assert (counts.sum(), wrong.sum()) == (2000, 0), again
             counts[:] = 0
     finally:
@@ -116,10 +116,10 @@ def test_ctrl_c_while_the_calling_thread_computes() -> None:
 
     try:
         with pytest.raises(KeyboardInterrupt):
-            team.run(counted, 20, counts, wrong, here=True)
+            team.run(counted, 20, counts, wrong, on_caller=True)
         assert (counts.sum(), wrong.sum()) == (2000, 0)
         counts[:] = 0
-        team.run(counted, 20, counts, wrong, here=True)
+        team.run(counted, 20, counts, wrong, on_caller=True)
         assert (counts.sum(), wrong.sum()) == (2000, 0)
     finally:
         team.close()

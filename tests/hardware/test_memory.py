@@ -64,7 +64,7 @@ def test_logits_that_memory_cannot_hold_are_refused(
         ids = np.zeros(2000, np.int64)
         size = 4 * 4128 * (2000 + model.chunk)  # a piece's are computed in a place of their own
         monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: size - 1 + HEADROOM)
-        with pytest.raises(OutOfMemoryError, match=r"logits of 2000 tokens take 0\.04 GB, .* fewer tokens at a time"):
+        with pytest.raises(OutOfMemoryError, match=r"logits of 2000 tokens need 0\.04 GB, .* fewer tokens at a time"):
             model.logits(ids)
         assert model.prefill(ids, model.new_cache()).shape == (4128,)
         monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: size + HEADROOM)

@@ -17,7 +17,7 @@ from reference import ReferenceModel
 
 from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
-from npqwen.engine.forward import LAYER
+from npqwen.engine.records import LAYER
 from npqwen.errors import FormatError
 from npqwen.format.encodings import INT8
 from npqwen.hardware import machine

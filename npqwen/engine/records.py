@@ -1,0 +1,143 @@
+"""Records that the compiled forward pass reads: the weights' addresses, and the arrays of one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.format.encodings import ENCODINGS
+from npqwen.kernels.attention import MAX_ROWS
+from npqwen.kernels.matrix import MATRIX
+from npqwen.kernels.packing import WIDEST
+
+LAYER = np.dtype(
+    [
+        ("input_layernorm", np.int64),
+        ("qkv_proj", MATRIX),
+        ("q_norm", np.int64),
+        ("k_norm", np.int64),
+        ("o_proj", MATRIX),
+        ("kv_index", np.int64),
+        ("post_attention_layernorm", np.int64),
+        ("gate_up_proj", MATRIX),
+        ("down_proj", MATRIX),
+        ("router", MATRIX),
+        ("expert_bytes", np.int64),
+    ]
+)
+"""A layer's mapped weights. Vectors are addresses of float32.
+
+kv_index: the layer's index among those that keep keys and values in the cache.
+expert_bytes: distance between two experts; gate_up_proj and down_proj are the first expert's. 0 in a dense layer.
+"""
+
+MODEL = np.dtype(
+    [
+        ("embed_tokens", MATRIX),
+        ("norm", np.int64),
+        ("lm_head", MATRIX),
+        ("hidden_size", np.int64),
+        ("num_attention_heads", np.int64),
+        ("num_key_value_heads", np.int64),
+        ("head_dim", np.int64),
+        ("rms_norm_eps", np.float32),
+        ("norm_topk_prob", np.bool_),
+        ("prefetch", np.int64),
+        ("matmul_kernels", np.int64, (len(ENCODINGS), WIDEST + 1)),
+        ("attention_kernels", np.int64, (MAX_ROWS + 1,)),
+    ]
+)
+"""The weights outside the layers, and dimensions under the names of config.json.
+
+prefetch: the policy for experts' pages, see `npqwen.kernels.paging`.
+matmul_kernels, attention_kernels: addresses of machine code, see the functions of these names.
+"""
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+
+class Tokens(NamedTuple):
+    """The tokens of one pass."""
+
+    ids: Ints
+    """(tokens,)"""
+    embed: bool
+    """Whether the pass begins with the embedding; otherwise `Activations.hidden` is what earlier layers left."""
+    start: int
+    """Position of the first token."""
+    cos: Floats
+    """(tokens, head_dim / 2), of the rotary embedding."""
+    sin: Floats
+
+
+class CachePages(NamedTuple):
+    """Where keys and values go."""
+
+    addresses: Ints
+    """Of each page."""
+    dtype: NDArray[Any]
+    """An empty array of the pages' dtype: uint16 stands for the bits of float16."""
+
+
+class Activations(NamedTuple):
+    """Intermediate results that the threads share. Rows are tokens, padded to whole tiles."""
+
+    hidden: Floats
+    """The residual stream."""
+    packed: Bytes
+    """Input of the next matrix, see `npqwen.kernels.packing`."""
+    gated: Bytes
+    """Input of down_proj, packed."""
+    queries: Floats
+    attended: Floats
+    """Output of attention, before o_proj."""
+    partials: Floats
+    """Partial attention results, where positions are split among threads."""
+
+
+class ExpertActivations(NamedTuple):
+    """Intermediate results of sparse layers that the threads share. A slot is a place for one token of one expert."""
+
+    normed: Floats
+    """(tokens, hidden)"""
+    scores: Floats
+    """(tokens, experts), of the router."""
+    chosen: Ints
+    """(tokens, experts per token): which experts."""
+    weights: Floats
+    """(tokens, experts per token)"""
+    counts: Ints
+    """(experts,): scratch of `arrange`."""
+    slots: Ints
+    """(tokens, experts per token)"""
+    segments: Ints
+    """(segments, 4), see `npqwen.kernels.experts`."""
+    segment_count: Ints
+    """(1,)"""
+    gated: Bytes
+    """Input of down_proj, packed, by slot."""
+    results: Floats
+    """(slots, hidden)"""
+
+
+class Workspace(NamedTuple):
+    """Private arrays of the threads, a row each."""
+
+    scratch: Floats
+    local: Floats
+    """A matrix's results that the same thread processes further."""
+
+
+class Output(NamedTuple):
+    """What the pass leaves beside the cache."""
+
+    rows: int
+    """How many of the last tokens have results; 0 skips the final norm and the output matrix."""
+    normed: bool
+    """Whether the results are the final norm's; otherwise they are logits."""
+    values: Floats
+    """(at least rows, hidden_size) if normed, else (rows padded to whole tiles, padded vocabulary)."""
