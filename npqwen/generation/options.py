@@ -196,22 +196,20 @@ class GenerationOptions(TypedDict, total=False):
     ]
     loop_guard: Annotated[
         LoopGuard | bool | None,
-        Option(
-            "End thinking that repeats itself, and a text that does so.", bool, default=False, validate=_check_guard
-        ),
+        Option("End thinking, or a text, that keeps repeating itself.", bool, default=False, validate=_check_guard),
     ]
     temperature: Annotated[
         float | None,
-        Option("Divide the logits by T; 0 always picks the likeliest token.", float, 0, 100, metavar="T"),
+        Option("Divide the logits by T; 0 always takes the likeliest token.", float, 0, 100, metavar="T"),
     ]
-    top_k: Annotated[int | None, Option("Only the K likeliest tokens; 0: all.", int, metavar="K")]
+    top_k: Annotated[int | None, Option("Draw only from the K likeliest tokens; 0: all.", int, metavar="K")]
     top_p: Annotated[
         float | None,
-        Option("Only the likeliest tokens whose probabilities add up to P; 1: all.", float, 0, 1, metavar="P"),
+        Option("Draw only from the likeliest tokens that together reach probability P; 1: all.", float, 0, 1, metavar="P"),
     ]
     min_p: Annotated[
         float | None,
-        Option("Only tokens at least P times as likely as the likeliest; 0: all.", float, 0, 1, metavar="P"),
+        Option("Draw only from tokens at least P times as likely as the likeliest; 0: all.", float, 0, 1, metavar="P"),
     ]
     repetition_penalty: Annotated[
         float | None,
@@ -245,7 +243,7 @@ class GenerationOptions(TypedDict, total=False):
     ]
     seed: Annotated[
         int | None,
-        Option("Give the same text again for the same seed, prompt and options.", int, metavar="N"),
+        Option("Generate the same text again for the same seed, prompt and options.", int, metavar="N"),
     ]
     progress: Annotated[
         Progress | None,
@@ -259,7 +257,7 @@ class GenerationOptions(TypedDict, total=False):
     watch: Annotated[
         "Iterable[Watch] | None",
         Option(
-            "Functions that are called with the text's state before the first token and after every step.",
+            "Functions that are called before the first token and after every step, and may end the text.",
             flag=False,
             settable=False,
             validate=_check_functions,
