@@ -205,7 +205,7 @@ class GenerationOptions(TypedDict, total=False):
     top_k: Annotated[int | None, Option("Draw only from the K likeliest tokens; 0: all.", int, metavar="K")]
     top_p: Annotated[
         float | None,
-        Option("Draw only from the likeliest tokens that together reach probability P; 1: all.", float, 0, 1, metavar="P"),
+        Option("Draw only from the likeliest tokens that sum to probability P; 1: all.", float, 0, 1, metavar="P"),
     ]
     min_p: Annotated[
         float | None,

@@ -105,7 +105,9 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
     bias = "--logit-bias 5=-inf --logit-bias 7=2.5"
     done = run("generate", str(TINY), "x", *options.split(), *more.split(), *bias.split())
     assert (done.status, done.out, done.threads) == (0, "", 3)
-    assert given == [npqwen.Sampling(0.7, 3, 0.8, 0.1, 1.1, -0.5, 0.25, {5: -math.inf, 7: 2.5}, seed=9)]
+    penalties: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25}
+    rest: dict[str, Any] = {"logit_bias": {5: -math.inf, 7: 2.5}, "seed": 9}
+    assert given == [npqwen.Sampling(temperature=0.7, top_k=3, top_p=0.8, min_p=0.1, **penalties, **rest)]
 
 
 def test_a_text_that_repeats_itself_is_ended_if_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,8 @@ def test_exit_leaves(say: Say) -> None:
 
 def test_tab_completes_commands_and_options() -> None:
     assert completions("/th") == ("/th", ["/think", "/thought"])
-    assert completions("/set top") == ("top", ["top_k", "top_p"])
+    assert completions("/set top_p") == ("top_p", ["top_p"])
+    assert {"top_k", "top_p"} <= set(completions("/set top")[1])
     assert completions("/thought s") == ("s", ["show"])
     for line in ("st", "", "what is top", "/set top_k s", "/set /th", "/system t"):
         assert completions(line)[1] == []
