@@ -2,14 +2,13 @@
 
     python examples/asyncio_app.py [MODEL] [QUESTION...]
 
-`async for` runs every step of an answer in a thread. Here all questions are answered at once while a clock ticks.
+`async for` runs every step of the model in a thread. All questions are answered concurrently while a clock ticks.
 MODEL is a hub id or a directory; the default is the small model beside this file.
 """
 
 import asyncio
 import sys
 import time
-from contextlib import aclosing
 from pathlib import Path
 
 import npqwen
@@ -20,8 +19,9 @@ QUESTIONS = sys.argv[2:] or ["What is 17 + 25?", "Define river.", "What is 30 + 
 
 async def answer(model: npqwen.Model, question: str) -> str:
     text = ""
+    # In a thread, because it renders and encodes the prompt.
     stream = await asyncio.to_thread(model.stream_chat, question, thinking=False, temperature=0)
-    async with aclosing(stream):  # leaving the loop early, or being cancelled in it, ends the answer
+    async with stream:  # leaving the block, or being cancelled in it, ends the answer
         async for event in stream:
             if isinstance(event, npqwen.Text):
                 text += event.text
@@ -29,7 +29,7 @@ async def answer(model: npqwen.Model, question: str) -> str:
 
 
 async def tick(longest: list[float]) -> None:
-    """Record in `longest[0]` the longest time, in seconds, that the event loop took for one round."""
+    """Measure the longest time for which the event loop was blocked."""
     while True:
         start = time.perf_counter()
         await asyncio.sleep(0.001)
@@ -43,7 +43,7 @@ async def main() -> None:
     for line in await asyncio.gather(*(answer(model, question) for question in QUESTIONS)):
         print(line)
     clock.cancel()
-    print(f"the loop waited {1000 * longest[0]:.0f} ms at most", file=sys.stderr)
+    print(f"the event loop was blocked for {1000 * longest[0]:.0f} ms at most", file=sys.stderr)
     await asyncio.to_thread(model.close)
 
 

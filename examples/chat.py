@@ -17,7 +17,7 @@ DIM, PLAIN = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
 def main() -> None:
     with npqwen.load(MODEL, bits=4) as model:
-        # It keeps its messages and what was computed of them: each turn reads only what is new.
+        # It keeps its messages and their keys and values: each turn computes only what is new.
         conversation = model.conversation(seed=1)
         while question := read_line():
             thinking = False

@@ -1,8 +1,8 @@
-"""Let a model call a Python function and put what it returns into words.
+"""Let a model call a Python function and answer with its result.
 
     python examples/tools.py [MODEL] [QUESTION]
 
-The function's signature and docstring become the JSON schema that the model is shown. MODEL is a hub id or a
+The function's signature and docstring become the JSON schema in the prompt. MODEL is a hub id or a
 directory; the default is the small model beside this file, which knows one tool.
 """
 
@@ -20,7 +20,7 @@ SKIES = {"Paris": "sunny", "London": "foggy", "Tokyo": "windy"}
 def get_weather(city: str) -> dict[str, str | int]:
     """Get the current weather in a city."""
     if city not in SKIES:
-        raise LookupError(f"no station in {city}")  # the model is told, and can do better or say so
+        raise LookupError(f"no station in {city}")  # the model reads this as the result
     return {"city": city, "degrees": 17, "sky": SKIES[city]}
 
 
@@ -32,7 +32,7 @@ def main() -> None:
                 case npqwen.ToolCall(name, arguments):
                     print(f"calls {name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})")
                 case npqwen.ToolResult(_, content):
-                    print(f"is told {content}")
+                    print(f"result: {content}")
                 case npqwen.Text(text):
                     print(text, end="", flush=True)
         print()

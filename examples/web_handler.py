@@ -3,8 +3,8 @@
     python examples/web_handler.py [MODEL] [PORT]
     curl -N localhost:8000/chat -d '{"messages": [{"role": "user", "content": "What is 17 + 25?"}]}'
 
-The body has the arguments of `Model.chat` that a client may set. Requests run side by side: their forward passes take
-turns, token by token. MODEL is a hub id or a directory; the default is the small model beside this file.
+The body holds those arguments of `Model.chat` that a client may set. Requests run concurrently: their forward passes
+take turns, token by token. MODEL is a hub id or a directory; the default is the small model beside this file.
 """
 
 import json
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             stream = self.server.model.stream_chat(**self.arguments())
-        except (npqwen.NpqwenError, ValueError, RecursionError) as error:  # whatever is wrong shows before it runs
+        except (npqwen.NpqwenError, ValueError, RecursionError) as error:  # all checks are made before it runs
             self.send_error(400, explain=str(error))
             return
         self.send_response(200)
@@ -53,10 +53,10 @@ class Handler(BaseHTTPRequestHandler):
     def arguments(self) -> dict[str, Any]:
         size = int(self.headers.get("Content-Length", 0))
         if not 0 < size <= LARGEST_BODY:
-            raise ValueError(f"the body has {size} bytes; it may have 1 to {LARGEST_BODY}")
+            raise ValueError(f"the body has {size} bytes; the limit is {LARGEST_BODY}")
         body = json.loads(self.rfile.read(size))
         if not isinstance(body, dict) or "messages" not in body or body.keys() - ALLOWED:
-            raise ValueError(f"the body is an object with messages and any of {', '.join(sorted(ALLOWED))}")
+            raise ValueError(f"the body must be an object with messages and any of {', '.join(sorted(ALLOWED))}")
         return body
 
     def send(self, event: npqwen.Event) -> None:

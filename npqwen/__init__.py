@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from npqwen.chat.answer import ChatStream as ChatStream
-    from npqwen.chat.answer import Event as Event
-    from npqwen.chat.answer import Finish as Finish
-    from npqwen.chat.answer import Notice as Notice
-    from npqwen.chat.answer import Reply as Reply
+    from npqwen.chat.chat_options import ChatOptions as ChatOptions
+    from npqwen.chat.chat_stream import ChatStream as ChatStream
     from npqwen.chat.conversation import Conversation as Conversation
-    from npqwen.chat.reply import Reasoning as Reasoning
-    from npqwen.chat.reply import Text as Text
+    from npqwen.chat.events import Event as Event
+    from npqwen.chat.events import Finish as Finish
+    from npqwen.chat.events import Notice as Notice
+    from npqwen.chat.events import Reasoning as Reasoning
+    from npqwen.chat.events import Reply as Reply
+    from npqwen.chat.events import Text as Text
     from npqwen.generation.completion import Completion as Completion
     from npqwen.generation.completion import FinishReason as FinishReason
     from npqwen.generation.completion import Logprob as Logprob
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ChatOptions",
     "ChatStream",
     "CheckpointError",
     "ClosedError",
@@ -94,24 +96,25 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ChatStream": "npqwen.chat.answer",
+    "ChatOptions": "npqwen.chat.chat_options",
+    "ChatStream": "npqwen.chat.chat_stream",
     "Completion": "npqwen.generation.completion",
     "Conversation": "npqwen.chat.conversation",
-    "Event": "npqwen.chat.answer",
-    "Finish": "npqwen.chat.answer",
+    "Event": "npqwen.chat.events",
+    "Finish": "npqwen.chat.events",
     "FinishReason": "npqwen.generation.completion",
     "Logprob": "npqwen.generation.completion",
     "GenerationOptions": "npqwen.generation.options",
     "LoopGuard": "npqwen.generation.options",
     "Model": "npqwen.model",
-    "Notice": "npqwen.chat.answer",
-    "Reasoning": "npqwen.chat.reply",
-    "Reply": "npqwen.chat.answer",
+    "Notice": "npqwen.chat.events",
+    "Reasoning": "npqwen.chat.events",
+    "Reply": "npqwen.chat.events",
     "Sampler": "npqwen.generation.sampler",
     "Sampling": "npqwen.generation.sampling",
     "Session": "npqwen.generation.session",
     "Stream": "npqwen.generation.stream",
-    "Text": "npqwen.chat.reply",
+    "Text": "npqwen.chat.events",
     "TokenLogprobs": "npqwen.generation.completion",
     "Tokenizer": "npqwen.tokenizer",
     "ToolCall": "npqwen.tools.calls",

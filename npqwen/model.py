@@ -22,11 +22,14 @@ from npqwen.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from npqwen.chat.answer import ChatStream, Reply
+    from npqwen.chat.chat_options import ChatOptions
+    from npqwen.chat.chat_stream import ChatStream
     from npqwen.chat.chat_template import ChatTemplate
     from npqwen.chat.conversation import Conversation
+    from npqwen.chat.events import Reply
     from npqwen.generation.generate import Prompts
     from npqwen.generation.options import GenerationOptions
+    from npqwen.generation.session import Session
 
 
 class Model(Engine):
@@ -113,39 +116,42 @@ class Model(Engine):
         self,
         messages: str | Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Any] | None = None,
-        thinking: bool | None = None,
-        run_tools: bool = False,
-        **options: Any,
+        session: Session | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Reply:
         """Answer a conversation.
 
-        messages: [{"role": "user", "content": "17 + 25?"}, ...]; append the reply's `messages` to go on. A string is
-        one message of the user.
-        tools: JSON schemas, or Python functions with hints and docstrings. run_tools: call the functions that the
-        model asks for and have it read what they return or raise, up to max_steps (8) answers in a row.
-        thinking: True or False; None is the model's own way. A model that has no switch refuses the other way.
-        template_options: a dictionary of what the chat template takes beyond that, such as template="rag".
-        stop: a string or several; the answer ends before the first that its text has. Thoughts and calls may say it.
-        session: a `Session` of this model; what it has computed of the messages before is not computed again.
-        The other options are those of `npqwen.generation.generate.stream`. Where they are left out, sampling is what
-        the model's authors advise with or without thinking, and loop_guard is on.
+        messages: [{"role": "user", "content": "17 + 25?"}, ...]; a string is a single message of the user. Append the
+        reply's `messages` to continue. session: a `Session` of this model, which keeps what was computed between calls.
+        options: see `npqwen.chat.chat_options.ChatOptions`.
 
         Raises OptionError for wrong messages or options, ContextLengthError for a conversation that does not fit.
         """
-        return self.stream_chat(messages, tools=tools, thinking=thinking, run_tools=run_tools, **options).run()
+        return self.stream_chat(messages, session=session, **options).run()
 
-    def stream_chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> ChatStream:
-        """`chat`, event by event as the answer comes: Reasoning, Text, ToolCall, ToolResult, Notice, Finish."""
-        from npqwen.chat.answer import stream_chat
+    def stream_chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        session: Session | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatStream:
+        """Answer a conversation, event by event: Reasoning, Text, ToolCall, ToolResult, Notice, Finish. See `chat`."""
+        from npqwen.chat.chat_stream import stream_chat
 
-        return stream_chat(self, messages, **options)
+        return stream_chat(self, messages, session=session, **options)
 
-    def conversation(self, system: str | None = None, **options: Any) -> Conversation:
-        """A conversation that keeps its messages and what was computed of them; options: those of `chat`."""
+    def conversation(
+        self,
+        system: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] = (),
+        **options: Unpack[ChatOptions],
+    ) -> Conversation:
+        """A conversation that keeps its messages and what was computed for them. See `Conversation`."""
         from npqwen.chat.conversation import Conversation
 
-        return Conversation(self, system, **options)
+        return Conversation(self, system, messages=messages, **options)
 
 
 def load(

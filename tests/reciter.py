@@ -11,10 +11,11 @@ import numpy as np
 from checkpoints import TINY
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen.chat.answer import ChatStream, Reply, stream_chat
 from npqwen.chat.chat_model import ChatModel
+from npqwen.chat.chat_stream import ChatStream, stream_chat
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.conversation import Conversation
+from npqwen.chat.events import Reply
 from npqwen.engine.kv_cache import KVCache
 from npqwen.format.config import Config
 from npqwen.generation.generation_config import GenerationConfig

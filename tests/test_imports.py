@@ -40,9 +40,7 @@ SHARED = {"npqwen.atomic_file", "npqwen.checks", "npqwen.errors", "npqwen.format
 CYCLES: set[tuple[str, ...]] = set()
 """Cycles still to be removed."""
 
-UPWARD = {
-    ("npqwen.tools.toolbox", "npqwen.chat.messages"),
-}
+UPWARD: set[tuple[str, str]] = set()
 """Upward imports still to be removed: (module, what it imports)."""
 
 Graph = Mapping[str, frozenset[str]]

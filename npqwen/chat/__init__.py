@@ -1,1 +1,1 @@
-"""Conversations: messages to a prompt, and what comes back to thoughts, answers and tool calls."""
+"""Conversations: messages to prompts, and generated text to reasoning, answers and tool calls."""

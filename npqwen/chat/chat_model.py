@@ -1,4 +1,4 @@
-"""What a chat needs of a model. `npqwen.model.Model` is one; tests bring their own."""
+"""The interface of a model that can chat. `npqwen.model.Model` implements it; tests have their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ChatModel(LanguageModel, Protocol):
-    """A language model whose checkpoint says how conversations are written."""
+    """A language model whose checkpoint has chat templates."""
 
     @property
     def chat_template(self) -> ChatTemplate:

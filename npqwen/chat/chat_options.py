@@ -1,69 +1,120 @@
-"""What a chat takes beside its messages."""
+"""The options of a chat: those of generation, and tools, thinking and the template's own."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: `CHAT_OPTIONS` reads these annotations.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
-from npqwen.errors import OptionError
-from npqwen.generation.options import check_options
+from npqwen.checks import suggestion
+from npqwen.errors import OptionError, quoted
+from npqwen.generation.options import OPTIONS, GenerationOptions, Option, check_options
 from npqwen.tools.toolbox import Tool, as_tools
 
-MAX_STEPS = 8
-"""Answers in a row that may call tools."""
-_NOT_THE_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
+_NOT_FOR_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
 
 
-@dataclass(frozen=True)
-class ChatOptions:
-    """What `chat` takes beside messages, checked and ready. See `Model.chat`."""
+def _check_tools(name: str, value: Any) -> list[Tool]:
+    return list((as_tools(value) or {}).values())
 
-    tools: dict[str, Tool] | None = None
-    thinking: bool | None = None
-    run_tools: bool = False
-    max_steps: int = MAX_STEPS
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    generation: Mapping[str, Any] = field(default_factory=dict)
+
+def _check_thinking(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} is {quoted(value)}; it must be True, False or None")
+    return value
+
+
+def _check_template_options(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name} is {quoted(value)}; it must be a dictionary of variables of the chat template")
+    for key in value:
+        if not isinstance(key, str) or key in _NOT_FOR_TEMPLATES:
+            raise OptionError(f"{name} has {quoted(key)}, which is not an option of a chat template")
+    return dict(value)
+
+
+class ChatOptions(GenerationOptions, total=False):
+    """The options of `Model.chat`, `Model.stream_chat` and `Model.conversation`: these, and those of generation.
+
+    None has the same effect as leaving an option out. Differences in generation: `stop` strings end the answer's text
+    and may occur in reasoning and calls; sampling defaults to what the model's authors advise with or without thinking;
+    `loop_guard` is on by default.
+    """
+
+    tools: Annotated[
+        Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] | None,
+        Option("Functions with hints and docstrings, or JSON schemas, that the model may call.", validate=_check_tools),
+    ]
+    thinking: Annotated[
+        bool | None,
+        Option("Whether the model thinks first; default: as its chat template has it.", bool, validate=_check_thinking),
+    ]
+    run_tools: Annotated[
+        bool | None,
+        Option("Call the functions that the model asks for, and let it continue with their results.", bool),
+    ]
+    max_steps: Annotated[
+        int | None, Option("At most N answers in a row that call tools, with run_tools.", int, 1, default=8)
+    ]
+    template_options: Annotated[
+        Mapping[str, Any] | None,
+        Option("Variables of the chat template; `template` chooses one by name.", validate=_check_template_options),
+    ]
+
+
+CHAT_OPTIONS: dict[str, Option] = {
+    name: dataclasses.replace(hint.__metadata__[0], name=name)
+    for name, hint in ChatOptions.__annotations__.items()
+    if name not in OPTIONS
+}
+"""The options that only a chat has, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSettings:
+    """Checked options of a chat."""
+
+    tools: dict[str, Tool] | None
+    thinking: bool | None
+    run_tools: bool
+    max_steps: int
+    template_options: dict[str, Any]
+    generation: GenerationOptions
 
     @classmethod
-    def of(
-        cls,
-        *,
-        tools: Sequence[Any] | None = None,
-        thinking: bool | None = None,
-        run_tools: bool = False,
-        max_steps: int = MAX_STEPS,
-        template_options: Mapping[str, Any] | None = None,
-        **generation: Any,
-    ) -> ChatOptions:
-        """Raises OptionError for what no model could be asked with; the rest is checked when there is a prompt."""
-        known = as_tools(tools)
-        if run_tools and not any(tool.function for tool in (known or {}).values()):
-            raise OptionError("run_tools is set, but no tool is a Python function that could be run")
-        if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-            raise OptionError(f"max_steps is {max_steps!r}; it must be a whole number, 1 or more")
-        for name in ("cache", "cached"):
-            if name in generation:
-                raise OptionError(f"{name} is no option of a chat; a Session or a Conversation keeps the cache")
-        if not isinstance(template_options, Mapping | None):
-            raise OptionError(f"template_options is {template_options!r}; give a dictionary of what the template takes")
-        for name in template_options or {}:
-            if not isinstance(name, str) or name in _NOT_THE_TEMPLATES:
-                raise OptionError(f"template_options has {name!r}, which is no option of a chat template")
-        checked = check_options(generation)
-        return cls(known, thinking, bool(run_tools), max_steps, dict(template_options or {}), checked)
+    def of(cls, options: ChatOptions) -> "ChatSettings":
+        """Raises OptionError for options that no model could obey; the others are checked with the prompt."""
+        for name in options:
+            if name in ("cache", "cached"):
+                raise OptionError(f"{name} is not an option of a chat; a Session or a Conversation keeps the cache")
+            if name not in CHAT_OPTIONS and name not in OPTIONS:
+                raise OptionError(f"unknown option {quoted(name)}; {suggestion(name, [*CHAT_OPTIONS, *OPTIONS])}")
+        given: dict[str, Any] = {
+            name: CHAT_OPTIONS[name].check(value)
+            for name, value in options.items()
+            if name in CHAT_OPTIONS and value is not None
+        }
+        tools = {tool.name: tool for tool in given["tools"]} if "tools" in given else None
+        run_tools = given.get("run_tools", False)
+        if run_tools and not any(tool.function for tool in (tools or {}).values()):
+            raise OptionError("run_tools is set, but no tool is a Python function")
+        return cls(
+            tools,
+            given.get("thinking"),
+            run_tools,
+            given.get("max_steps", CHAT_OPTIONS["max_steps"].default),
+            given.get("template_options", {}),
+            check_options({name: value for name, value in options.items() if name in OPTIONS}),
+        )
 
     def prompter(self, model: ChatModel) -> Prompter:
-        """What makes prompts with these options."""
+        """Makes prompts with these settings."""
         return Prompter(model, self.tools, self.thinking, self.template_options)
 
-    def override(self, **changes: Any) -> ChatOptions:
-        """These options with some changed, by the names that `of` takes."""
-        own = {
-            "tools": None if self.tools is None else list(self.tools.values()),
-            **{name: getattr(self, name) for name in ("thinking", "run_tools", "max_steps", "template_options")},
-        }
-        return ChatOptions.of(**{**own, **self.generation, **changes})
+    def override(self, changes: ChatOptions) -> "ChatSettings":
+        """These settings with some options changed; None resets an option to its default."""
+        own: dict[str, Any] = {name: getattr(self, name) for name in CHAT_OPTIONS}
+        own["tools"] = None if self.tools is None else list(self.tools.values())
+        return ChatSettings.of(cast(ChatOptions, {**own, **self.generation, **changes}))

@@ -1,7 +1,7 @@
-"""A checkpoint's own chat template: messages in, the text that the model was trained on out.
+"""A checkpoint's chat template, which renders messages as the text that the model was trained on.
 
-Templates are Jinja programs that come with the model. They run in Jinja's sandbox, with what Hugging Face transformers
-gives them, and render what it would, to the byte.
+Templates are Jinja programs that come with the model. They run in a sandbox with the variables, filters and functions
+of Hugging Face transformers, and render byte-identical text.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from typing import Any, Literal
 
 from jinja2 import Template, TemplateError, meta
 
-from npqwen.chat.messages import Message, checked, joined, plain
+from npqwen.chat.messages import Message, checked, joined
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
-from npqwen.errors import CheckpointError, OptionError
+from npqwen.errors import CheckpointError, OptionError, quoted, shortened
 from npqwen.format.config import read_json
 from npqwen.format.files import read_small
+from npqwen.tools.json_values import plain
 
 FILE = "chat_template.jinja"
 DIRECTORY = "additional_chat_templates"
-"""Where Hugging Face keeps templates beside the default one, each named by its file."""
+"""Hugging Face's directory of further templates, each named by its file."""
 
 Thinking = Literal["switch", "always", "never"]
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_OURS = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *_SPECIAL)
+_SET_HERE = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *_SPECIAL)
 _QUESTION: Message = {"role": "user", "content": "?"}
 
 
 class ChatTemplate:
     """The templates of one model.
 
-    sources: each by its name; a checkpoint with a single one calls it "default".
-    special_tokens: bos_token, eos_token and their like, which templates see as variables.
+    sources: by name; a checkpoint's only template is named "default".
+    special_tokens: bos_token, eos_token and so on, which templates see as variables.
     where: the model's directory, for messages.
     """
 
@@ -47,7 +48,7 @@ class ChatTemplate:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ChatTemplate:
-        """Read the templates of a model; there may be none. Raises CheckpointError for damaged files."""
+        """Read a model's templates, perhaps none. Raises CheckpointError for damaged files."""
         path = directory / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
         sources = {"default": _read(directory / FILE)} if (directory / FILE).is_file() else {}
@@ -66,14 +67,14 @@ class ChatTemplate:
         template: str | None = None,
         **options: Any,
     ) -> str:
-        """The text of `messages`, ready to be encoded.
+        """The text of a conversation, ready to be encoded.
 
-        messages: see `messages.checked`. tools: JSON schemas. thinking: True or False if the template has a switch for
-        it, or if that is what it does in any case; None is the template's own default.
-        add_generation_prompt: end with the beginning of an answer. template: the name of one, where there are
-        several; default "tool_use" with tools, else "default". options: variables that the template knows.
+        messages: see `npqwen.chat.messages.checked`. tools: JSON schemas. thinking: True or False, if the template has
+        a switch for it or always behaves so; None is the template's default. add_generation_prompt: end with the
+        opening of an answer. template: a template's name; default "tool_use" with tools if there is one, otherwise
+        "default". options: variables that the template uses.
 
-        Raises OptionError for messages or options that are wrong, or that the template refuses.
+        Raises OptionError for wrong messages or options, and for messages that the template refuses.
         """
         return self.prepare(messages, tools, thinking, add_generation_prompt, template, **options).text()
 
@@ -86,15 +87,15 @@ class ChatTemplate:
         template: str | None = None,
         **options: Any,
     ) -> Rendering:
-        """Check what `render` takes, and bring it into the form that the template reads."""
+        """Check the arguments of `render`, and convert messages to the form that the template reads."""
         program = self._program(template, tools is not None)
         for name in options:
             if name == "enable_thinking":
                 raise OptionError("give thinking=True or thinking=False; it sets the template's enable_thinking")
-            if name not in program.variables or name in _OURS:
-                known = sorted(program.variables.difference(_OURS))
-                there = f"it has {', '.join(known)}" if known else "it has none to set"
-                raise OptionError(f"unknown option {name!r}: the chat template has no such variable; {there}")
+            if name not in program.variables or name in _SET_HERE:
+                known = sorted(program.variables.difference(_SET_HERE))
+                there = f"it has {', '.join(known)}" if known else "it has none"
+                raise OptionError(f"unknown option {quoted(name)}: the chat template has no such variable; {there}")
         variables = {name: plain(value, name) for name, value in options.items()}
         if thinking is not None:
             _check_thinking(program.thinking, thinking)
@@ -102,21 +103,18 @@ class ChatTemplate:
                 variables["enable_thinking"] = thinking
         return Rendering(
             program,
-            program.fitted(checked(messages)),
+            program.adapted(checked(messages)),
             None if tools is None else plain(list(tools), "tools"),
             bool(add_generation_prompt),
             variables,
         )
 
     def thinking(self, template: str | None = None, tools: bool = False) -> Thinking:
-        """Whether a template can be told to think ("switch"), opens every answer with a thought, or never asks for one.
-
-        Found by rendering it, not by its name.
-        """
+        """Whether a template has a switch for thinking, always opens it, or never does. Determined by rendering."""
         return self._program(template, tools).thinking
 
     def check_thinking(self, thinking: bool | None, template: str | None = None, tools: bool = False) -> None:
-        """Raise OptionError if a template's model cannot be told to think so, or if there is no template."""
+        """Raise OptionError if a template's model cannot obey `thinking`, or if there is no template."""
         kind = self.thinking(template, tools)
         if thinking is not None:
             _check_thinking(kind, thinking)
@@ -125,18 +123,18 @@ class ChatTemplate:
         programs = self._programs
         if not programs:
             raise OptionError(
-                f"{self._where} has no chat template, as a base model has none; continue a text with generate instead"
+                f"{self._where} has no chat template, like all base models; continue a text with generate instead"
             )
         wanted = name or ("tool_use" if tools and "tool_use" in programs else "default")
         if name is None and wanted not in programs and len(programs) == 1:
             wanted = self.names[0]
         if wanted not in self.names:
-            raise OptionError(f"there is no chat template {wanted!r}; choose a template of {', '.join(self.names)}")
+            raise OptionError(f"there is no chat template {quoted(wanted)}; choose one of {', '.join(self.names)}")
         return programs[wanted]
 
 
 class _Program:
-    """One template, compiled when it is first used, and what it makes of messages."""
+    """One template, compiled on first use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: Path) -> None:
         self._source = source
@@ -145,7 +143,7 @@ class _Program:
 
     @cached_property
     def _compiled(self) -> tuple[LimitedEnvironment, Template, frozenset[str]]:
-        """The environment, the program, and the names of variables that it takes from outside."""
+        """The environment, the compiled template, and the variables that it uses without setting them."""
         environment = LimitedEnvironment()
         try:
             if len(self._source) > MAX_SOURCE:
@@ -162,7 +160,7 @@ class _Program:
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names that the template takes from outside."""
+        """The variables that the template uses without setting them."""
         return self._compiled[2]
 
     def render(
@@ -193,10 +191,10 @@ class _Program:
         on, off = (self.render([_QUESTION], None, True, {"enable_thinking": value}) for value in (True, False))
         if on != off:
             return "switch"
-        return "always" if in_thought(on) else "never"
+        return "always" if opens_thinking(on) else "never"
 
-    def fitted(self, messages: list[Message]) -> list[Message]:
-        """`messages` in forms that this template reads, where it reads only one of two that are usual."""
+    def adapted(self, messages: list[Message]) -> list[Message]:
+        """`messages` with contents as one string, and arguments as objects, if this template reads only those."""
         if any(isinstance(message["content"], list) for message in messages) and not self._reads_parts:
             messages = [joined(message) for message in messages]
         if any(message.get("tool_calls") for message in messages) and not self._reads_json_arguments:
@@ -205,14 +203,14 @@ class _Program:
 
     @cached_property
     def _reads_parts(self) -> bool:
-        """Whether a content may be a list: then its text appears, and neither its punctuation nor an error."""
+        """Whether the template reads a list of parts: it renders their text, not the list, and does not fail."""
         text = "text of a part"
         whole = self._probe({"role": "user", "content": text})
         return whole is not None and self._probe({"role": "user", "content": [{"type": "text", "text": text}]}) == whole
 
     @cached_property
     def _reads_json_arguments(self) -> bool:
-        """Whether a tool call's arguments may be a string."""
+        """Whether a tool call's arguments may be a JSON string."""
         call = {"type": "function", "function": {"name": "f", "arguments": '{"key": "value"}'}}
         return self._probe({"role": "assistant", "content": "", "tool_calls": [call]}) is not None
 
@@ -225,7 +223,7 @@ class _Program:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a template is given, checked and in the form that it reads; `text()` renders it."""
+    """A template's variables, checked and in the form that it reads; `text()` renders them."""
 
     program: _Program
     messages: list[Message]
@@ -238,23 +236,23 @@ class Rendering:
         return self.program.render(self.messages, self.tools, self.add_generation_prompt, self.variables)
 
 
-def in_thought(prompt: str) -> bool:
-    """Whether an answer to this prompt begins inside a thought that the prompt has opened."""
+def opens_thinking(prompt: str) -> bool:
+    """Whether the prompt ends inside an open `<think>`, so that the answer continues the thinking."""
     start = prompt.rfind("<|im_start|>")
     return prompt.rfind("<think>") > max(start, prompt.rfind("</think>"))
 
 
 def _check_thinking(kind: Thinking, wanted: bool) -> None:
     if not isinstance(wanted, bool):
-        raise OptionError(f"thinking is {wanted!r}; it can be True, False or None")
+        raise OptionError(f"thinking is {quoted(wanted)}; it must be True, False or None")
     if kind == "always" and not wanted:
-        raise OptionError("this model always thinks, its chat template has no switch; leave thinking out")
+        raise OptionError("this model always thinks: its chat template has no switch; leave thinking out")
     if kind == "never" and wanted:
-        raise OptionError("this model does not think, its chat template has no switch; leave thinking out")
+        raise OptionError("this model does not think: its chat template has no switch; leave thinking out")
 
 
 def _with_objects(message: Message, at: int) -> Message:
-    """The message with its calls' arguments read from JSON."""
+    """The message with its calls' arguments decoded from JSON."""
 
     def read(call: dict[str, Any]) -> dict[str, Any]:
         if "function" in call:
@@ -266,7 +264,8 @@ def _with_objects(message: Message, at: int) -> Message:
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            raise OptionError(f"messages[{at}] has a call of {call['name']} whose arguments are no JSON object")
+            name = quoted(call["name"])
+            raise OptionError(f"messages[{at}] has a call of {name} with arguments that are not a JSON object")
         return call | {"arguments": arguments}
 
     if not message.get("tool_calls"):
@@ -275,9 +274,8 @@ def _with_objects(message: Message, at: int) -> Message:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line of moderate length; its class if it says nothing, as MemoryError does."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else text[:500] + "..."
+    """An error's message on one line; its class if the message is empty, as MemoryError's is."""
+    return shortened(str(error), 500) or type(error).__name__
 
 
 def _read(path: Path) -> str:
@@ -290,7 +288,7 @@ def _read(path: Path) -> str:
 
 
 def _in_config(value: Any, path: Path) -> dict[str, str]:
-    """The templates in `tokenizer_config.json`: none, one, or a list of named ones."""
+    """The templates in tokenizer_config.json: none, one, or a list of named ones."""
     if value is None:
         return {}
     if isinstance(value, str):

@@ -1,17 +1,17 @@
-"""Ends an answer's text before a stop string, whatever the thought and the calls beside it say."""
+"""Stop strings in an answer: they end its text; reasoning and calls may contain them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from npqwen.chat.reply import Piece, Text
+from npqwen.chat.events import Piece, Text
 from npqwen.generation.stop_strings import StopStrings
 
 
 class TextStop:
-    """Passes an answer's pieces on until its text has one of `strings`, as OpenAI's API has it.
+    """Passes on an answer's pieces until its text contains one of `strings`.
 
-    Text that could still become one is held back until more of it comes, or something else does.
+    Text that may become a stop string is held back until more text, or another kind of piece, follows.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
@@ -23,7 +23,7 @@ class TextStop:
         return self._stop.found
 
     def push(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Those of `pieces`, the next ones, that are before the end."""
+        """The pieces that are certain to stand before a stop string, once `pieces` have been appended."""
         for piece in pieces:
             if isinstance(piece, Text):
                 yield from _text(self._stop.push(piece.text))
@@ -34,7 +34,7 @@ class TextStop:
                 return
 
     def finish(self) -> Iterator[Piece]:
-        """What was held back."""
+        """The text that was held back, at the end of the answer."""
         yield from _text(self._stop.finish(""))
 
 

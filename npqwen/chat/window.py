@@ -1,4 +1,4 @@
-"""Which messages of a long conversation the model sees: those that fit its context."""
+"""The part of a long conversation that fits the context."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from npqwen.chat.messages import Message
 from npqwen.errors import ContextLengthError
 
 _ROOM = 1024
-"""Tokens that an answer gets at least, if a quarter of the context is not less."""
+"""Minimum room for an answer, in tokens; a quarter of the context if that is smaller."""
 
 
 class Window:
-    """Drops the oldest turns of a conversation once it is longer than the context.
+    """Drops the oldest turns of a conversation that exceeds the context.
 
-    A turn is a user's message and all that follows it up to the next one. Turns go whole, the oldest first, the system
-    message stays, and nothing is ever cut inside a message. When one has to go, so many go that a quarter of the
-    context is free for answers to come: each time, what stays has to be read anew. The last turn never goes.
+    A turn is a user's message and everything up to the next one. Only whole turns are dropped, never the system message
+    and never the last turn. The rest of the conversation has to be computed again each time, so enough turns are
+    dropped to leave a quarter of the context free.
 
-    encode: messages to a prompt's ids. context: tokens for prompt and answer. max_tokens: of the answer, or None.
+    encode: messages to a prompt's ids. context: maximum tokens of prompt and answer. max_tokens: of the answer, or
+    None.
     """
 
     def __init__(self, encode: Callable[[list[Message]], list[int]], context: int, max_tokens: int | None) -> None:
@@ -27,9 +28,10 @@ class Window:
         self._room = min(max_tokens or _ROOM, context // 4)
 
     def fit(self, messages: list[Message], dropped: int) -> tuple[list[int], int]:
-        """The prompt's ids, and how many messages after the system message are left out of it.
+        """The prompt's ids, and the number of messages after the system message that are left out of it.
 
-        dropped: that number so far; it only grows. Raises ContextLengthError if the last turn alone does not fit.
+        dropped: that number so far; the result is not smaller. Raises ContextLengthError if the last turn alone does
+        not fit.
         """
         ids = self._encode(shown(messages, dropped))
         if len(ids) + self._room <= self._context:
@@ -37,7 +39,7 @@ class Window:
         first = _system(messages)
         starts = [at for at in range(first + dropped + 1, len(messages)) if messages[at]["role"] == "user"]
         low, high = 0, len(starts) - 1
-        while low < high:  # The more go, the shorter it is: the first start that leaves enough room.
+        while low < high:  # binary search for the first start that leaves enough room
             middle = (low + high) // 2
             if self._is_short(self._encode(shown(messages, starts[middle] - first))):
                 high = middle
@@ -48,8 +50,8 @@ class Window:
             ids = self._encode(shown(messages, dropped))
         if len(ids) >= self._context:
             raise ContextLengthError(
-                f"the last turn alone, with the system message, takes {len(ids)} tokens and the context is "
-                f"{self._context}; shorten the message, or load the model with a longer context if it allows one"
+                f"the last turn alone, with the system message, has {len(ids)} tokens; the context is {self._context}: "
+                "shorten the message, or load the model with a longer context"
             )
         return ids, dropped
 
@@ -58,7 +60,7 @@ class Window:
 
 
 def shown(messages: list[Message], dropped: int) -> list[Message]:
-    """The messages without the oldest `dropped` after the system message."""
+    """`messages` without the first `dropped` after the system message."""
     first = _system(messages)
     return messages[:first] + messages[first + dropped :]
 

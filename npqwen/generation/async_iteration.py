@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Item = TypeVar("Item", covariant=True)
 _END: Any = object()
@@ -16,8 +19,8 @@ class AsyncSteps(Iterator[Item]):
     """An iterator that `async for` can read, too: every step runs in a thread, so the event loop is never blocked.
 
     Cancelling a task that reads it ends the iteration: `cancel`, then, once the pass under way has ended, `close`;
-    only then is CancelledError raised, so that the model is free when the task is done. `contextlib.aclosing` closes
-    an iteration that is left early.
+    only then is CancelledError raised, so that the model is free when the task is done. `async with` closes an
+    iteration that is left early.
     """
 
     @abstractmethod
@@ -31,6 +34,12 @@ class AsyncSteps(Iterator[Item]):
     async def aclose(self) -> None:
         """`close`, in a thread."""
         await asyncio.to_thread(self.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
 
     def __aiter__(self) -> AsyncSteps[Item]:
         return self

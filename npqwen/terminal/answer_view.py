@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from npqwen.chat.answer import Finish, Notice
-from npqwen.chat.reply import Reasoning, Text
+from npqwen.chat.events import Finish, Notice, Reasoning, Text
 from npqwen.terminal.reasoning_view import ReasoningMode, ReasoningView
 from npqwen.terminal.terminal import Terminal
 from npqwen.tools.calls import ToolCall
 
 if TYPE_CHECKING:
-    from npqwen.chat.answer import ChatStream, Event
+    from npqwen.chat.chat_stream import ChatStream
+    from npqwen.chat.events import Event
 
 _THINKING_ENDED_BY = {
     "budget": ", ended by the thinking budget",

@@ -19,7 +19,7 @@ from npqwen.terminal.settings import NAMES
 from npqwen.terminal.terminal_chat import TerminalChat
 
 if TYPE_CHECKING:
-    from npqwen.chat.answer import ChatStream
+    from npqwen.chat.chat_stream import ChatStream
 
 _COMMAND = re.compile(r"/([\w-]*\??)(?:\s+|$)")
 _MAX_CACHE_BYTES = 1 << 30

@@ -13,7 +13,7 @@ from npqwen.terminal.settings import Settings
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
-    from npqwen.chat.answer import ChatStream
+    from npqwen.chat.chat_stream import ChatStream
     from npqwen.generation.completion import Usage
     from npqwen.model import Model
 

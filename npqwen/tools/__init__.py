@@ -1,1 +1,1 @@
-"""Python functions as tools of a chat: their schemas, the calls a model writes, and running them."""
+"""Python functions and JSON schemas as tools of a model: schemas, parsing of calls, running them."""

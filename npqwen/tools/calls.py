@@ -1,8 +1,7 @@
-"""The calls of tools that a model writes: JSON as Hermes and Qwen3 do, or Qwen3-Coder's tags.
+"""Parsing of tool calls: JSON as Hermes and Qwen3 write them, or Qwen3-Coder's tags.
 
-Which of the two it is follows from what was written. Models make mistakes that a reader can see through: a closing
-tag or brace that is missing, a number in quotes, an unescaped `&`. Those are read as they are meant; nothing here is
-XML. What makes no sense as a call is given back as text.
+The format is recognised from the text. Mistakes of models whose meaning is clear are accepted: a missing closing tag or
+brace, a number in quotes, an unescaped `&` (the tags are not XML). What cannot be read as a call is returned as text.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ _NEXT_LINE = re.compile(r"\n[ \t]*(?=<parameter=[^>\n]*>|</function>)")
 _NEXT = re.compile(r"<parameter=[^>\n]*>|</function>")
 _MARK = re.compile(r"<parameter=[^>\n]*>|</function>|<function=[^>\n]*>")
 _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
-_JSON = json.JSONDecoder(strict=False)  # newlines within strings are a common slip
-_MOST_LEVELS = 100
-"""Of values within values: no call that is meant has more, and what reads on recurses."""
+_JSON = json.JSONDecoder(strict=False)  # models write unescaped newlines in strings
+_MAX_DEPTH = 100
+"""Nesting depth of arguments; code that reads them recurses."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool that the model wants called.
+    """A tool call written by the model.
 
-    id tells the calls of one conversation apart; the model neither writes nor sees it.
+    id: distinguishes the calls of a conversation; the model neither writes nor sees it.
     """
 
     name: str
@@ -46,26 +45,27 @@ class ToolCall:
     id: str = ""
 
     def as_message(self) -> dict[str, Any]:
-        """The call as an entry of a message's `tool_calls`."""
+        """The call as an entry of a message's `tool_calls`; `arguments` is an object, not a JSON string."""
         function = {"name": self.name, "arguments": copy.deepcopy(self.arguments)}
         return ({"id": self.id} if self.id else {}) | {"type": "function", "function": function}
 
 
-def read_calls(block: str, schemas: Schemas, *, whole: bool = True) -> tuple[list[ToolCall], str]:
-    """The calls in what stands between <tool_call> and </tool_call>, and the text that is none of them.
+def read_calls(block: str, schemas: Schemas, *, complete: bool = True) -> tuple[list[ToolCall], str]:
+    """The calls in the text between <tool_call> and </tool_call>, and the rest of that text.
 
-    whole: the block is known to be finished. If the text broke off in it, only what is complete is a call.
+    schemas: types of arguments written without quotes. complete: whether the model ended the block; if the text was
+    cut off, unfinished calls are not accepted.
     """
     text = block.strip()
     fenced = _FENCE.match(text)
     if fenced is not None:
         text = fenced[1].strip()
-    calls, rest = _tagged_calls(text, schemas, whole) if _is_tagged(text) else _json_calls(text, whole)
+    calls, rest = _tagged_calls(text, schemas, complete) if _is_tagged(text) else _json_calls(text, complete)
     return calls, rest if calls else text
 
 
 def is_inside_value(block: str) -> bool:
-    """Whether the end of an unfinished block lies within a value, where a tag is but a part of the value."""
+    """Whether an unfinished block ends inside a value, where a closing tag would be part of that value."""
     if _is_tagged(block.lstrip()):
         marks = list(_PARAMETER.finditer(block))
         if not marks:
@@ -82,7 +82,7 @@ def _is_tagged(text: str) -> bool:
 # --- JSON ---
 
 
-def _json_calls(text: str, whole: bool) -> tuple[list[ToolCall], str]:
+def _json_calls(text: str, complete: bool) -> tuple[list[ToolCall], str]:
     calls: list[ToolCall] = []
     rest = []
     while text := text.lstrip(" \t\r\n}],;"):
@@ -90,33 +90,36 @@ def _json_calls(text: str, whole: bool) -> tuple[list[ToolCall], str]:
         rest.append(text[:start].rstrip())
         if not (text := text[start:]):
             break
-        value, end = _first_value(text, whole)
-        found = _from_json(value)
-        if not found:
+        value, end = _first_value(text, complete)
+        if new := _from_json(value):
+            calls += new
+        else:
             rest.append(text[:end].rstrip())
-        calls += found
         text = text[end:]
     return calls, "\n".join(part for part in rest if part)
 
 
-def _first_value(text: str, whole: bool) -> tuple[Any, int]:
-    """The JSON value at the start of `text` and where it ends; None and the end of the text for what is none."""
+def _first_value(text: str, complete: bool) -> tuple[Any, int]:
+    """The JSON value at the start of `text` and the index after it; (None, len(text)) if there is none.
+
+    A complete text may lack closing brackets at its end.
+    """
     try:
         value, end = _JSON.raw_decode(text)
-        return _encodable(value), end
+        return _json_copy(value), end
     except (ValueError, RecursionError):
         pass
     closers, in_string = _scan(text)
-    if whole and closers and not in_string:
+    if complete and closers and not in_string:
         try:
-            return _encodable(_JSON.decode(text + closers)), len(text)
+            return _json_copy(_JSON.decode(text + closers)), len(text)
         except (ValueError, RecursionError):
             pass
     return None, len(text)
 
 
 def _scan(text: str) -> tuple[str, bool]:
-    """The brackets that are still to be closed at the end of JSON text, and whether it ends within a string."""
+    """The closing brackets that JSON text lacks at its end, and whether it ends inside a string."""
     open_brackets: list[str] = []
     in_string = escaped = False
     for letter in text:
@@ -133,7 +136,7 @@ def _scan(text: str) -> tuple[str, bool]:
 
 
 def _from_json(value: Any) -> list[ToolCall]:
-    """The calls that a JSON value states; none if it, or any of a list, is not a call."""
+    """The calls that a JSON value describes; none if it, or any item of a list, is not a call."""
     if isinstance(value, list):
         parts = [_from_json(item) for item in value]
         return [call for part in parts for call in part] if all(parts) else []
@@ -145,7 +148,7 @@ def _from_json(value: Any) -> list[ToolCall]:
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = _encodable(_JSON.decode(arguments.strip() or "{}"))
+            arguments = _json_copy(_JSON.decode(arguments.strip() or "{}"))
         except (ValueError, RecursionError):
             return []
     if arguments is None:
@@ -158,7 +161,7 @@ def _from_json(value: Any) -> list[ToolCall]:
 # --- Qwen3-Coder's tags ---
 
 
-def _tagged_calls(text: str, schemas: Schemas, whole: bool) -> tuple[list[ToolCall], str]:
+def _tagged_calls(text: str, schemas: Schemas, complete: bool) -> tuple[list[ToolCall], str]:
     calls: list[ToolCall] = []
     rest = []
     at = 0
@@ -167,7 +170,7 @@ def _tagged_calls(text: str, schemas: Schemas, whole: bool) -> tuple[list[ToolCa
         name = start[1].strip(" \t\"'")
         properties = schemas.get(name, {}).get("properties")
         arguments, at, finished = _parameters(text, start.end(), properties if isinstance(properties, Mapping) else {})
-        if not name or not (finished or whole):
+        if not name or not (finished or complete):
             rest.append(text[start.start() : at].strip())
         else:
             calls.append(ToolCall(name, arguments))
@@ -176,7 +179,7 @@ def _tagged_calls(text: str, schemas: Schemas, whole: bool) -> tuple[list[ToolCa
 
 
 def _parameters(text: str, at: int, properties: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:
-    """The arguments of the function whose tag ends at `at`, where it ends, and whether its end was written."""
+    """The arguments of the function whose tag ends at `at`, the index after it, and whether it was closed."""
     arguments: dict[str, Any] = {}
     while (mark := _MARK.search(text, at)) is not None:
         if mark[0] == _FUNCTION_END:
@@ -186,15 +189,15 @@ def _parameters(text: str, at: int, properties: Mapping[str, Any]) -> tuple[dict
         name = mark[0][len("<parameter=") : -1].strip(" \t\"'")
         end, at = _value_end(text, mark.end())
         value = text[mark.end() : end].removeprefix("\n").removesuffix("\n")
-        arguments[name] = typed(value, properties.get(name, {"type": "string"}))
+        arguments[name] = parse_value(value, properties.get(name, {"type": "string"}))
     return arguments, len(text), False
 
 
 def _value_end(text: str, start: int) -> tuple[int, int]:
-    """Where the value that begins at `start` ends, and where to read on.
+    """The end of the value that begins at `start`, and the index to continue at.
 
-    Its closing tag may be missing: then the next tag that begins a line ends it, unless a closing tag follows before
-    another parameter, which makes that line a part of the value.
+    If the closing tag is missing, the next tag at the start of a line ends the value. If a closing tag follows before
+    the next parameter, such a line is part of the value.
     """
     closing = text.find(_PARAMETER_END, start)
     line = _NEXT_LINE.search(text, start)
@@ -209,16 +212,16 @@ def _value_end(text: str, start: int) -> tuple[int, int]:
     return end, end
 
 
-def typed(value: str, schema: Any) -> Any:
-    """A value written as text, in the type that its JSON schema names; the text itself if it is not of that type."""
+def parse_value(value: str, schema: Any) -> Any:
+    """The value that a text spells, of the type in its JSON schema; the text itself if it is not of that type."""
     if not isinstance(schema, Mapping):
         return value
     options = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(options, list):
         for option in sorted(options, key=_is_text):
-            found = typed(value, option)
-            if not isinstance(found, str):
-                return found
+            parsed = parse_value(value, option)
+            if not isinstance(parsed, str):
+                return parsed
         return value
     kinds = schema.get("type")
     kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
@@ -253,31 +256,31 @@ _NOTHING = object()
 
 
 def _literal(text: str) -> Any:
-    """A JSON value, also if it is written as Python prints it."""
+    """The value of a JSON or Python literal; _NOTHING if the text is neither."""
     try:
-        return _encodable(_JSON.decode(text))
+        return _json_copy(_JSON.decode(text))
     except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in a model's text
+            warnings.simplefilter("ignore")  # about invalid escape sequences
             value = ast.literal_eval(text)
-        return _encodable(value)
+        return _json_copy(value)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return _NOTHING
 
 
-def _encodable(value: Any) -> Any:
-    """A copy in JSON's own types, without the lone surrogates that its escapes can spell: they are no text.
+def _json_copy(value: Any) -> Any:
+    """A copy made of JSON types, with lone surrogates, which JSON escapes can spell, replaced.
 
-    Raises ValueError or TypeError for what is no JSON value, and for one that is nested too deep to be meant.
+    Raises ValueError or TypeError for anything else, and for a value nested too deeply.
     """
-    if not _is_shallow(value, _MOST_LEVELS):
-        raise ValueError(f"more than {_MOST_LEVELS} levels")
+    if not _is_shallow(value, _MAX_DEPTH):
+        raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def _is_shallow(value: Any, levels: int) -> bool:
-    """Whether there are no more levels than that of values within values."""
+def _is_shallow(value: Any, depth: int) -> bool:
+    """Whether a value is nested at most `depth` levels deep."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return levels > 0 and all(_is_shallow(part, levels - 1) for part in parts)
+    return depth > 0 and all(_is_shallow(part, depth - 1) for part in parts)

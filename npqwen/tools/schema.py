@@ -1,7 +1,7 @@
-"""A Python function's parameters as a JSON schema, from its signature and docstring.
+"""JSON schemas of Python functions, from signature and docstring.
 
-Where Hugging Face transformers' `get_json_schema` accepts a function, the result is the same. What that refuses is
-taken as far as it is known: a parameter without a type can be anything, one without a description has none.
+For a function that `get_json_schema` of Hugging Face transformers accepts, the schema is identical. Functions that it
+refuses are accepted, too: a parameter without a hint may be anything, one without a description gets none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, quoted
 from npqwen.tools.arguments import COLLECTIONS
 from npqwen.tools.docstrings import read_docstring
 from npqwen.tools.hints import (
@@ -32,9 +32,9 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "description", "parameters"}}.
+    """The schema {"type": "function", "function": {"name", "description", "parameters"}}.
 
-    Raises OptionError for what has no name or no signature.
+    Raises OptionError for a callable without a usable name or without a signature.
     """
     name = function_name(function)
     hints = parameter_hints(function)
@@ -43,17 +43,17 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for parameter, hint in hints.items():
         schema = hint_schema(hint)
-        described = documented.parameters.get(parameter, "")
-        if choices := _CHOICES.search(described):
+        description = documented.parameters.get(parameter, "")
+        if choices := _CHOICES.search(description):
             try:
                 values = json.loads(choices[1])
             except ValueError:
                 values = None
             if isinstance(values, list):
                 schema["enum"] = [value.strip() if isinstance(value, str) else value for value in values]
-                described = described[: choices.start()].strip()
-        if described:
-            schema["description"] = described
+                description = description[: choices.start()].strip()
+        if description:
+            schema["description"] = description
         properties[parameter] = schema
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     signature = parameters_of(function)
@@ -71,20 +71,20 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """Its name; that of its class for an object that can be called, of what it calls for a partial."""
+    """A callable's name: that of the function inside a partial, of the class for an object with `__call__`."""
     named = without_partial(function)
     name = getattr(named, "__name__", None) or type(named).__name__
     if not name.isidentifier():
-        raise OptionError(f"the tool {name} has no name that a model could write; give it one by def")
+        raise OptionError(f"a tool cannot be named {name}; define it with def and a name of its own")
     return str(name)
 
 
 def parameter_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The type of each parameter that a call can name; Any where there is none."""
+    """The type of each parameter that a call can pass by name or position; Any for one without a hint."""
     try:
         parameters = parameters_of(function)
     except (TypeError, ValueError):
-        raise OptionError(f"the tool {function!r} has no signature; wrap it in a function of your own") from None
+        raise OptionError(f"the tool {quoted(function)} has no signature; wrap it in a function that has one") from None
     hints = type_hints(called_function(function), notes=True)
     named = [name for name, parameter in parameters.items() if parameter.kind not in _VARIADIC]
     if named[:1] in (["self"], ["cls"]) and named[0] not in hints:
@@ -93,12 +93,12 @@ def parameter_hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """The JSON schema of a type hint; {}, which anything satisfies, for one that JSON has nothing like.
+    """The JSON schema of a type hint; {}, which accepts anything, for a hint that has no JSON counterpart.
 
-    within: classes with fields that this is inside of; one that is inside itself is an object of no known fields.
+    within: the classes with fields around this hint; a class inside itself is not described again.
     """
     origin, args = get_origin(hint), get_args(hint)
-    if args == ((),):  # those of tuple[()] in Python 3.10
+    if args == ((),):  # of tuple[()] in Python 3.10
         args = ()
     kind = hint if origin is None else origin
 

@@ -13,8 +13,8 @@ import pytest
 from reciter import Reciter
 
 import npqwen
-from npqwen.chat.answer import ChatStream, Finish, Notice, Reply
-from npqwen.chat.reply import Reasoning, Text
+from npqwen.chat.chat_stream import ChatStream
+from npqwen.chat.events import Finish, Notice, Reasoning, Reply, Text
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import Session
 from npqwen.model import Model
@@ -213,7 +213,7 @@ def test_the_loop_of_tools_has_an_end() -> None:
     assert reply.finish_reason == "tool_calls"
     assert len(reply.tool_results) == 2
     assert [call.id for call in reply.tool_calls] == ["call_2"]
-    assert reply.notices == ["stopped after 3 steps, with calls that were not run; raise max_steps"]
+    assert reply.notices == ["stopped after 3 steps with calls left to run; raise max_steps"]
 
 
 def test_a_call_that_only_the_caller_can_run_is_handed_over_with_its_companions() -> None:

@@ -66,7 +66,7 @@ def test_a_file_that_somebody_tuned_is_not_overridden() -> None:
 def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
     for options in ({"temperature": 0}, {"top_k": 1}):
         model = Reciter("<think>\nHm.\n</think>\n\nYes.")
-        with pytest.warns(SamplingWarning, match="greedy sampling while thinking") as caught:
+        with pytest.warns(SamplingWarning, match="greedy sampling makes Qwen3's thinking repeat") as caught:
             reply = model.chat("Hi", **options)
         assert "temperature of 0.6" in reply.notices[0]
         assert Path(caught[0].filename).name == "reciter.py"
@@ -88,14 +88,14 @@ def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
         ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
         ({"temperature": -1}, "temperature is -1"),
         ({"template_options": {"level": 1}}, "unknown option 'level'"),
-        ({"cache": None}, "cache is no option of a chat"),
+        ({"cache": None}, "cache is not an option of a chat"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": "5"}, "max_tokens is '5'"),
         ({"stop": 5}, "stop is 5"),
         ({"prompt": "x"}, "unknown option 'prompt'"),
-        ({"template_options": "rag"}, "template_options is 'rag'; give a dictionary"),
-        ({"template_options": [("level", 1)]}, "give a dictionary"),
-        ({"template_options": {"thinking": False}}, "template_options has 'thinking', which is no option of a chat t"),
+        ({"template_options": "rag"}, "template_options is 'rag'; it must be a dictionary"),
+        ({"template_options": [("level", 1)]}, "must be a dictionary"),
+        ({"template_options": {"thinking": False}}, "template_options has 'thinking', which is not an option"),
         ({"template_options": {"tools": []}}, "template_options has 'tools'"),
         ({"template_options": {"messages": []}}, "template_options has 'messages'"),
         ({"template_options": {"add_generation_prompt": False}}, "template_options has 'add_generation_prompt'"),

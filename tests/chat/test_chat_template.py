@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from npqwen.chat import template_sandbox
-from npqwen.chat.chat_template import ChatTemplate, in_thought
+from npqwen.chat.chat_template import ChatTemplate, opens_thinking
 from npqwen.errors import CheckpointError, OptionError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -71,10 +71,10 @@ def test_whether_a_template_can_be_told_to_think_is_found_by_rendering() -> None
 
 
 def test_toggle_on_a_model_without_one_is_refused_not_ignored() -> None:
-    with pytest.raises(OptionError, match="always thinks, its chat template has no switch"):
+    with pytest.raises(OptionError, match="always thinks: its chat template has no switch"):
         TEMPLATES["thinking-2507"].render(HI, thinking=False)
     for name in ("instruct-2507", "coder"):
-        with pytest.raises(OptionError, match="does not think, its chat template has no switch"):
+        with pytest.raises(OptionError, match="does not think: its chat template has no switch"):
             TEMPLATES[name].render(HI, thinking=True)
     with pytest.raises(OptionError, match="thinking is 'off'"):
         TEMPLATES["hybrid"].render(HI, thinking="off")  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def test_the_switchs_own_name_leads_to_thinking() -> None:
     ],
 )
 def test_a_prompt_that_opens_a_thought_is_told_by_its_end(prompt: str, open: bool) -> None:
-    assert in_thought(prompt) is open
+    assert opens_thinking(prompt) is open
 
 
 # --- forms of messages that a template does not read by itself ---
@@ -127,7 +127,7 @@ def test_arguments_as_a_json_string_reach_a_template_that_wants_objects() -> Non
     coder = TEMPLATES["coder"]
     assert coder.render(talk('{"a": [1]}')) == coder.render(talk({"a": [1]}))
     assert '"arguments": {"a":[1]}' in TEMPLATES["hybrid"].render(talk('{"a":[1]}'))
-    with pytest.raises(OptionError, match=r"messages\[1\] has a call of f whose arguments are no JSON object"):
+    with pytest.raises(OptionError, match=r"messages\[1\] has a call of 'f' with arguments that are not a JSON object"):
         coder.render(talk("{"))
 
 
@@ -173,38 +173,38 @@ def nested(levels: int) -> Any:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "no messages"),
-        ({"role": "user"}, "messages is dict; give a list"),
-        (b"Hi", "messages is bytes"),
-        (["Hi"], r"messages\[0\] is str, not an object"),
-        ([{"content": "Hi"}], r"messages\[0\] has the role None; roles are system, user, assistant, tool"),
+        ([], "list of messages is empty"),
+        ({"role": "user"}, "messages is of type dict; give a list"),
+        (b"Hi", "messages is of type bytes"),
+        (["Hi"], r"messages\[0\] is of type str; give an object"),
+        ([{"content": "Hi"}], r"messages\[0\] has the role None; it must be one of system, user, assistant, tool"),
         ([*HI, {"role": "developer", "content": "Hi"}], r"messages\[1\] has the role 'developer'"),
-        ([{"role": "user"}], r"messages\[0\], of the role user, has no content"),
+        ([{"role": "user"}], r"messages\[0\], with the role user, has no content"),
         ([{"role": "user", "content": None}], "has no content"),
-        ([{"role": "assistant", "tool_calls": []}], "of the role assistant, has no content"),
-        ([{"role": "tool", "content": {"a": 1}}], r"content of dict; give a string \(json.dumps of data\)"),
-        ([{"role": "user", "content": 3}], "content of int"),
-        ([{"role": "user", "content": ["Hi"]}], "a content part that is no object such as"),
-        ([{"role": "user", "content": ["text"]}], "a content part that is no object such as"),
+        ([{"role": "assistant", "tool_calls": []}], "with the role assistant, has no content"),
+        ([{"role": "tool", "content": {"a": 1}}], r"content of type dict; give a string \(json.dumps for data\)"),
+        ([{"role": "user", "content": 3}], "content of type int"),
+        ([{"role": "user", "content": ["Hi"]}], "a content part that is not an object like"),
+        ([{"role": "user", "content": ["text"]}], "a content part that is not an object like"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "type 'image_url'; Qwen3 reads text only"),
         ([{"role": "user", "content": [{"type": "text"}]}], "content part without text"),
-        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "tool_calls, which only an assistant's"),
-        ([{"role": "user", "content": "a", "reasoning_content": "r"}], "only an assistant's"),
-        ([{"role": "assistant", "content": "a", "reasoning": 1}], "reasoning of int"),
-        ([{"role": "assistant", "tool_calls": {"name": "f"}}], "tool_calls of dict, not a list"),
-        ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "a tool call without a function's name"),
-        ([{"role": "assistant", "tool_calls": ["f"]}], "a tool call without a function's name"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], "neither an object nor"),
-        ([{"role": "user", "content": "a", "extra": object()}], "object, which is no JSON value"),
-        ([{"role": "user", "content": "a", "extra": {1: 2}}], "a key that is no string"),
-        ([{"role": "user", "content": "a", 1: 2}], r"messages\[0\] has a key that is no string"),
+        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "tool_calls, which is allowed in an assistant's"),
+        ([{"role": "user", "content": "a", "reasoning_content": "r"}], "allowed in an assistant's message only"),
+        ([{"role": "assistant", "content": "a", "reasoning": 1}], "reasoning of type int"),
+        ([{"role": "assistant", "tool_calls": {"name": "f"}}], "tool_calls of type dict; it must be a list"),
+        ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "a tool call without a function name"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], "a tool call without a function name"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], "neither an object nor a string"),
+        ([{"role": "user", "content": "a", "extra": object()}], "of type object, which is not a JSON value"),
+        ([{"role": "user", "content": "a", "extra": {1: 2}}], "a key that is not a string"),
+        ([{"role": "user", "content": "a", 1: 2}], r"messages\[0\] has a key that is not a string"),
         ([{"role": "user", "content": "a", "extra": nested(200)}], r"messages\[0\]\['extra'\].* more than 128 levels"),
         ([{"role": "user", "content": "a", "extra": CYCLE}], "more than 128 levels"),
-        ("half \ud800", "no valid Unicode: it holds half a surrogate pair"),
-        ([{"role": "tool", "content": "half \udc00"}], r"messages\[0\]\['content'\] is no valid Unicode"),
+        ("half \ud800", "not valid Unicode: it contains half a surrogate pair"),
+        ([{"role": "tool", "content": "half \udc00"}], r"messages\[0\]\['content'\] is not valid Unicode"),
         (
             [*HI, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"\ud800": 1}}]}],
-            r"a key of messages\[1\]\['tool_calls'\]\[0\]\['arguments'\] is no valid Unicode",
+            r"a key of messages\[1\]\['tool_calls'\]\[0\]\['arguments'\] is not valid Unicode",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_options_that_the_template_does_not_know_are_refused() -> None:
         TEMPLATES["features"].render(HI, levle="high")
     with pytest.raises(OptionError, match="unknown option 'eos_token'"):
         TEMPLATES["features"].render(HI, eos_token="x")
-    with pytest.raises(OptionError, match="level is object, which is no JSON value"):
+    with pytest.raises(OptionError, match="level is of type object, which is not a JSON value"):
         TEMPLATES["features"].render(HI, level=object())
 
 
@@ -369,7 +369,7 @@ def write(directory: Path, config: Any = None, **files: str) -> Path:
 
 def test_a_base_model_without_template_names_generate(tmp_path: Path) -> None:
     for config in (None, {}, {"chat_template": None}):
-        with pytest.raises(OptionError, match=r"has no chat template, as a base model.*generate"):
+        with pytest.raises(OptionError, match=r"has no chat template, like all base models; .*generate"):
             ChatTemplate.from_directory(write(tmp_path, config)).render(HI)
 
 
@@ -389,7 +389,7 @@ def test_named_templates_in_a_list(tmp_path: Path) -> None:
     assert found.render(HI) == "d"
     assert found.render(HI, tools=[]) == "t"
     assert found.render(HI, template="rag") == "r"
-    with pytest.raises(OptionError, match=r"no chat template 'x'; choose a template of default, rag, tool_use"):
+    with pytest.raises(OptionError, match=r"no chat template 'x'; choose one of default, rag, tool_use"):
         found.render(HI, template="x")
 
 
@@ -402,7 +402,7 @@ def test_named_templates_in_files(tmp_path: Path) -> None:
 def test_several_templates_without_a_default_must_be_chosen_from(tmp_path: Path) -> None:
     files = {"additional_chat_templates__a": "A", "additional_chat_templates__b": "B"}
     found = ChatTemplate.from_directory(write(tmp_path, None, **files))
-    with pytest.raises(OptionError, match="no chat template 'default'; choose a template of a, b"):
+    with pytest.raises(OptionError, match="no chat template 'default'; choose one of a, b"):
         found.render(HI)
     assert found.render(HI, template="b") == "B"
 

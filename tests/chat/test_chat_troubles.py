@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from reciter import TOKENIZER, Reciter
 
-from npqwen.chat.reply import Reasoning, Text
+from npqwen.chat.events import Reasoning, Text
 from npqwen.errors import OptionError
 from npqwen.tools.calls import ToolCall
 
@@ -314,7 +314,7 @@ def test_half_a_surrogate_is_refused_and_leaves_the_conversation_as_it_was() -> 
         lambda half: Reciter().conversation(half),
         lambda half: Reciter().conversation(messages=[{"role": "user", "content": half}]),
     ):
-        with pytest.raises(OptionError, match="no valid Unicode"):
+        with pytest.raises(OptionError, match="not valid Unicode"):
             say("half \ud800")
     assert talk.messages == []
     assert talk.send("whole").text == "Yes."

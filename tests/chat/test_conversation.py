@@ -10,8 +10,7 @@ import pytest
 from reciter import TOKENIZER, Reciter
 
 import npqwen
-from npqwen.chat.answer import Notice
-from npqwen.chat.reply import Reasoning, Text
+from npqwen.chat.events import Notice, Reasoning, Text
 from npqwen.chat.window import Window, shown
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import common_prefix
@@ -81,9 +80,9 @@ def test_retry_and_undo(model: Model) -> None:
     assert talk.retry(max_tokens=2).finish_reason == "length"
     assert talk.undo() == "What is 17 + 25?"
     assert talk.messages == [{"role": "system", "content": "Be brief."}]
-    with pytest.raises(OptionError, match="nothing was asked yet"):
+    with pytest.raises(OptionError, match="the conversation has no user's message yet"):
         talk.undo()
-    with pytest.raises(OptionError, match="nothing was asked yet"):
+    with pytest.raises(OptionError, match="the conversation has no user's message yet"):
         talk.retry()
 
 
@@ -96,7 +95,7 @@ def test_options_of_one_turn_are_for_that_turn() -> None:
     assert model.prompts[1].endswith("</think>\n\n")
     assert talk.send("c", tools=[look], run_tools=True).text == "Nothing."
     assert "<tools>" in model.prompts[2]
-    assert talk._options.tools is None
+    assert talk._settings.tools is None
     with pytest.raises(OptionError, match="unknown option 'temprature'"):
         talk.send("d", temprature=1)
     assert len(talk.messages) == 8
@@ -221,7 +220,7 @@ def test_a_tool_may_read_the_conversation_but_not_go_on_with_it() -> None:
     )
     reply = talk.send("?")
     assert seen == [["user", "assistant"]]
-    assert "an answer of this conversation is being made; fork it" in reply.tool_results[0].content
+    assert "the conversation is generating an answer; fork it" in reply.tool_results[0].content
     assert reply.text == "Well."
 
 
@@ -250,7 +249,7 @@ def test_overflow_drops_the_oldest_turns_whole_and_keeps_the_system_message_and_
     assert max(tokens) <= 300 - 300 // 4
     told = [lines for lines in notices if lines]
     assert 2 < len(told) < 10  # not every turn: what stays must be read anew each time
-    assert told[0][0].startswith("the conversation is longer than the context of 300 tokens: its oldest ")
+    assert told[0][0].startswith("the conversation exceeds the context of 300 tokens: its oldest ")
     assert len(talk.messages) == 81
     assert [message["content"] for message in talk.messages[1:3]] == ["Question 0 of many.", "Yes, and more."]
 
@@ -269,7 +268,7 @@ def test_a_message_that_is_too_long_by_itself_is_refused_and_not_kept() -> None:
     talk = Reciter("Yes.", "No.", context=120).conversation("Be brief.", thinking=False)
     talk.send("Short?")
     before = talk.messages
-    with pytest.raises(ContextLengthError, match=r"the last turn alone.* takes \d+ tokens and the context is 120"):
+    with pytest.raises(ContextLengthError, match=r"the last turn alone.* has \d+ tokens; the context is 120"):
         talk.send("1 " * 100)
     assert talk.messages == before
     assert talk.send("Short?").text == "No."

@@ -61,10 +61,10 @@ def test_a_conversation_without_its_cache_is_read_again(model: Model, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no saved conversation: there is no such file"),
-        ("", "it is no JSON"),
-        ("[]", "no saved conversation"),
-        ("{}", "no saved conversation"),
+        (None, "does not exist"),
+        ("", "it is not JSON"),
+        ("[]", "not a saved conversation"),
+        ("{}", "not a saved conversation"),
         ('{"format": "npqwen-conversation", "version": 9}', "version 9, this npqwen reads 1"),
         ('{"format": "npqwen-conversation", "version": 1}', "damaged"),
         ('{"format": "npqwen-conversation", "version": 1, "dropped": 5, "messages": []}', "damaged"),
@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_read_is_not_called_missing(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match="cannot be read"):
         Conversation.load(Reciter(), tmp_path)  # type: ignore[arg-type]
     (tmp_path / "talk.json").write_bytes(b"\xff")
-    with pytest.raises(FormatError, match="it is no JSON"):
+    with pytest.raises(FormatError, match="it is not JSON"):
         Conversation.load(Reciter(), tmp_path / "talk.json")  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from reciter import Reciter
 
-from npqwen.chat.reply import Piece, Reasoning, Text
+from npqwen.chat.events import Piece, Reasoning, Text
 from npqwen.chat.text_stop import TextStop
 from npqwen.errors import OptionError
 from npqwen.tools.calls import ToolCall

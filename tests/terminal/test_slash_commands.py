@@ -141,8 +141,8 @@ def test_settings_reach_the_answer(say: Say) -> None:
 
 def test_retry_undo_and_clear(say: Say) -> None:
     chat = chat_with(Reciter("first", "second", "third"), system="s", thinking=False)
-    assert "nothing was asked yet" in say(chat, "/retry")
-    assert "nothing was asked yet" in say(chat, "/undo")
+    assert "has no user's message yet" in say(chat, "/retry")
+    assert "has no user's message yet" in say(chat, "/undo")
     say(chat, "q", "/retry")
     assert [message["content"] for message in chat.conversation.messages] == ["s", "q", "second"]
     assert "taken back: q" in say(chat, "/undo")
@@ -214,9 +214,9 @@ def test_save_spares_a_file_of_somebody_else_and_load_refuses_it(tmp_path: Path,
     path.write_text("mine")
     chat = chat_with(Reciter())
     assert "is not a saved conversation" in say(chat, f"/save {path}")
-    assert "is no saved conversation" in say(chat, f"/load {path}")
+    assert "is not a saved conversation" in say(chat, f"/load {path}")
     assert path.read_text() == "mine"
-    assert "is no saved conversation" in say(chat, f"/load {tmp_path / 'none.json'}")
+    assert "does not exist" in say(chat, f"/load {tmp_path / 'none.json'}")
 
 
 @pytest.mark.parametrize("name", ["~nobody-here/talk.json", "x" * 5000])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from npqwen.chat.messages import checked
-from npqwen.tools.calls import ToolCall, read_calls, typed
+from npqwen.tools.calls import ToolCall, parse_value, read_calls
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ from npqwen.tools.calls import ToolCall, read_calls, typed
     ],
 )
 def test_a_value_takes_its_schemas_type_or_stays_as_it_was_written(value: str, schema: Any, expected: Any) -> None:
-    found = typed(value, schema)
+    found = parse_value(value, schema)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -82,7 +82,7 @@ def test_what_is_nested_without_end_is_no_call(levels: int) -> None:
         json.dumps({"name": "f", "arguments": f'{{"a": {deep}}}'}),
     ):
         assert read_calls(block, {}) == ([], block)
-    assert typed(deep, {"type": "array"}) == deep
+    assert parse_value(deep, {"type": "array"}) == deep
 
 
 def test_a_call_may_be_nested_and_its_message_fits_a_prompt() -> None:
@@ -112,5 +112,5 @@ def test_half_a_surrogate_pair_is_replaced_because_no_file_or_prompt_can_hold_it
     assert read_calls(plain, {}) == ([ToolCall("f?", {"a?": ["x? y", "😀"]})], "")
     in_a_string = r'{"name": "f", "arguments": "{\"a\": \"\\ud83d\"}"}'
     assert read_calls(in_a_string, {}) == ([ToolCall("f", {"a": "?"})], "")
-    assert typed(r'["\ud83d"]', {"type": "array"}) == ["?"]
-    assert typed(r"['\ud83d']", {"type": "array"}) == ["?"]
+    assert parse_value(r'["\ud83d"]', {"type": "array"}) == ["?"]
+    assert parse_value(r"['\ud83d']", {"type": "array"}) == ["?"]

@@ -85,8 +85,8 @@ class Later:
         ([3], r"tools\[0\] is int, neither a function nor"),
         ([{}], r"tools\[0\] is a schema without a function's name"),
         ([{"function": 3}], r"tools\[0\] is a schema without"),
-        ([{"name": "f", "x": object()}], "no JSON value"),
-        ([sphinx, sphinx], "two tools are called sphinx"),
+        ([{"name": "f", "x": object()}], "not a JSON value"),
+        ([sphinx, sphinx], "two tools are named sphinx"),
         ([later], r"tools\[0\] is an async function"),
         ([Later()], r"tools\[0\] is an async function"),
         ([functools.partial(Later())], r"tools\[0\] is an async function"),
@@ -161,8 +161,11 @@ def run(function: Any, **arguments: Any) -> ToolResult:
         ("point", {"x": "1", "more": 2}, {"x": 1.0, "more": 2}),
         ("path", "/tmp", "/tmp"),
         ("xy", ["1", 2], Pair(1, 2.0)),
-        ("node", {"value": "1", "children": [{"value": 2.0}], "parent": 3},
-         {"value": 1, "children": [{"value": 2}], "parent": 3}),
+        (
+            "node",
+            {"value": "1", "children": [{"value": 2.0}], "parent": 3},
+            {"value": 1, "children": [{"value": 2}], "parent": 3},
+        ),
         ("queue", ["1"], collections.deque([1])),
         ("bunch", ["1"], {1}),
         ("n", None, 0),
@@ -234,7 +237,7 @@ def test_a_result_that_has_to_be_awaited_is_an_error() -> None:
         return later()
 
     result = run(give)
-    assert "has to be awaited" in json.loads(result.content)["error"]
+    assert "returned an awaitable" in json.loads(result.content)["error"]
     assert isinstance(result.error, OptionError)
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from npqwen.chat.chat_template import ChatTemplate, in_thought
-from npqwen.chat.reply import Reasoning, ReplyParser, Text
+from npqwen.chat.chat_template import ChatTemplate, opens_thinking
+from npqwen.chat.events import Reasoning, Text
+from npqwen.chat.reply_parser import ReplyParser
 from npqwen.tools.calls import ToolCall
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
@@ -259,7 +260,7 @@ def test_every_cut_of_random_texts_means_the_same() -> None:
     ]
     for _ in range(1500):
         raw = "".join(rng.choices(parts, k=rng.randrange(1, 14)))
-        options = {"in_thought": rng.random() < 0.3, "schemas": SCHEMAS if rng.random() < 0.7 else None}
+        options = {"thinking": rng.random() < 0.3, "schemas": SCHEMAS if rng.random() < 0.7 else None}
         for whole in (True, False):
             expected = parse(raw, whole=whole, **options)
             for _ in range(3):
@@ -273,7 +274,7 @@ def test_tags_never_leak_even_when_cut() -> None:
         raw = "".join(rng.choices(parts, k=rng.randrange(1, 12)))
         if "<<" in raw or "<think" in raw.replace("<think>", ""):
             continue
-        parser = ReplyParser(in_thought=rng.random() < 0.3)
+        parser = ReplyParser(thinking=rng.random() < 0.3)
         out = [
             p for piece in [*cuts(raw, rng), None] for p in (parser.finish() if piece is None else parser.push(piece))
         ]
@@ -305,14 +306,16 @@ def test_what_a_template_writes_is_read_back(name: str) -> None:
         if name != "coder":
             assert whole.startswith(prompt)
         raw = whole[len(prompt) :].removesuffix("<|im_end|>\n")
-        assert parse(*cuts(raw, rng), in_thought=in_thought(prompt), schemas=SCHEMAS)[:3] == (thought, text, calls), raw
+        assert parse(*cuts(raw, rng), thinking=opens_thinking(prompt), schemas=SCHEMAS)[:3] == (thought, text, calls), (
+            raw
+        )
 
 
 def test_a_prompt_that_opens_the_thought_leaves_only_its_closing_tag() -> None:
-    assert parse("Hm.\n</think>\n\nYes.", in_thought=True) == said("Yes.", "Hm.")
-    assert parse("\n</think>\n\nYes.", in_thought=True) == said("Yes.")
-    assert parse("<think>\nHm.\n</think>\n\nYes.", in_thought=True) == said("Yes.", "Hm.")
-    assert parse("Hm. And so", in_thought=True) == said("", "Hm. And so")
+    assert parse("Hm.\n</think>\n\nYes.", thinking=True) == said("Yes.", "Hm.")
+    assert parse("\n</think>\n\nYes.", thinking=True) == said("Yes.")
+    assert parse("<think>\nHm.\n</think>\n\nYes.", thinking=True) == said("Yes.", "Hm.")
+    assert parse("Hm. And so", thinking=True) == said("", "Hm. And so")
 
 
 def test_a_call_that_breaks_off_is_not_made() -> None:

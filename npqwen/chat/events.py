@@ -1,0 +1,70 @@
+"""The events of an answer, and the reply that sums them up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from npqwen.generation.completion import TokenLogprobs, Usage
+from npqwen.tools.calls import ToolCall
+from npqwen.tools.toolbox import ToolResult
+
+ChatFinishReason = Literal["stop", "length", "loop", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """A piece of the reasoning: the text that the model writes while thinking."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Information for the user: old turns were dropped, a setting does harm."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished answer.
+
+    text, reasoning: of the last step, without tags.
+    tool_calls: the last step's calls, if they are left for the caller to run.
+    usage: tokens and seconds of all steps together.
+    finish_reason: "stop", "tool_calls" (there are some to run, or `max_steps` is reached), "length" (`max_tokens` is
+    reached, or the context is full) or "loop" (ended by the loop guard).
+    messages: the messages of all steps, to append to the conversation.
+    tool_results: the results of calls run by `run_tools`.
+    notices: the texts of all Notice events.
+    logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
+    """
+
+    text: str
+    reasoning: str
+    tool_calls: list[ToolCall]
+    usage: Usage
+    finish_reason: ChatFinishReason
+    messages: list[dict[str, Any]] = field(repr=False)
+    tool_results: list[ToolResult] = field(default_factory=list, repr=False)
+    notices: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The last event of an answer."""
+
+    reply: Reply
+
+
+Piece = Reasoning | Text | ToolCall
+Event = Piece | ToolResult | Notice | Finish
