@@ -1,8 +1,9 @@
-"""Text to token ids and back: a checkpoint's `tokenizer.json`, and text that grows a token at a time."""
+"""Text to token ids and back: a checkpoint's `tokenizer.json`, and incremental decoding."""
 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
-from npqwen.errors import CheckpointError, OptionError, shortened
+from npqwen.checks import check_ids
+from npqwen.errors import CheckpointError, OptionError, quoted, shortened
 from npqwen.format.files import read_small
+
+_AFFIX = re.compile(rb'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"(?!")')
+"""A setting that no byte-level BPE has, and with which the tokenizers library aborts the process."""
 
 
 def _byte_letters() -> dict[str, int]:
-    """The printable letter that byte-level BPE (GPT-2) writes for each byte, and the byte it stands for.
+    """The printable character that byte-level BPE (GPT-2) writes for each byte, mapped to that byte.
 
-    Bytes that Latin-1 prints stand for themselves; the others take U+0100 and up, in order.
+    Printable Latin-1 characters stand for themselves; the other bytes are U+0100 and up, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -30,8 +35,8 @@ _BYTES = _byte_letters()
 class Tokenizer:
     """The byte-level BPE tokenizer of a Qwen3 checkpoint.
 
-    eos and template marks are *special*: `decode` leaves them out of the text. `<think>`, `<tool_call>` and
-    their like are added tokens too, but not special: they are text.
+    Tokens such as <|im_end|> are *special*: `decode` leaves them out of the text. `<think>`, `<tool_call>` and other
+    added tokens are not special: they are part of the text.
     """
 
     def __init__(self, tokenizer: _Tokenizer) -> None:
@@ -41,19 +46,26 @@ class Tokenizer:
         self._added = tokenizer.get_added_tokens_decoder()
         self._missing: dict[int, NDArray[np.intp]] = {}
         self.added_ids = frozenset(self._added)
+        """The ids of all added tokens, special or not."""
         self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read `directory/tokenizer.json`; CheckpointError if it is missing, damaged or no byte-level BPE."""
+        """Read `directory/tokenizer.json`; CheckpointError if it is missing, damaged or not a byte-level BPE."""
         path = directory / "tokenizer.json"
         try:
-            tokenizer = _Tokenizer.from_buffer(read_small(path))
+            data = read_small(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; is {directory} a complete model directory?") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-        except Exception as error:  # the library raises bare Exception
+        if _AFFIX.search(data):
+            raise CheckpointError(f"{path} has a subword prefix or suffix; Qwen3's tokenizer is a byte-level BPE")
+        try:
+            tokenizer = _Tokenizer.from_buffer(data)
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
             raise CheckpointError(f"{path} cannot be read: {shortened(str(error), 200)}") from None
         kinds = type(tokenizer.model).__name__, type(tokenizer.decoder).__name__
         if kinds != ("BPE", "ByteLevel"):
@@ -61,48 +73,60 @@ class Tokenizer:
         return cls(tokenizer)
 
     def __len__(self) -> int:
-        """How many tokens there are, added ones included (the model may have more embedding rows)."""
+        """The number of tokens, added ones included; a model may have more embedding rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens written in it are recognised; none are added.
+        """The ids of `text`. Special tokens that are spelled out in it are recognized; none are added.
 
-        Raises OptionError if the text holds lone surrogates, which no UTF-8 text does.
+        Raises OptionError for what is not a string, holds lone surrogates, or is too much for the tokenizers library,
+        such as a run of ten million spaces.
         """
+        if not isinstance(text, str):
+            raise OptionError(f"the text is {quoted(text)}, not a string")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise OptionError("the text is no valid Unicode: it holds bytes that were not UTF-8") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            raise OptionError("the text is not valid Unicode: it holds bytes that were not UTF-8") from None
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            raise OptionError(f"the text cannot be tokenized: {shortened(str(error), 200)}") from None
         return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of `ids`; incomplete UTF-8 becomes U+FFFD. special=True writes special tokens out."""
+        """The text of `ids`, with U+FFFD for incomplete UTF-8. special: keep special tokens, spelled out."""
         decoder = StreamDecoder(self, special=special)
-        return "".join([decoder.push(int(id)) for id in ids]) + decoder.finish()
+        return "".join([decoder.push(id) for id in check_ids("ids", ids)]) + decoder.finish()
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token under its name in tokenizer.json, or None."""
+        """The id of a token, as tokenizer.json spells it; None if there is none."""
+        if not isinstance(token, str):
+            raise OptionError(f"the token is {quoted(token)}, not a string")
         id: int | None = self._tokenizer.token_to_id(token)
         return id
 
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes that one token stands for; b"" for an id without a token."""
-        if id in self._added:
-            return str(self._added[id].content).encode()
+        """The UTF-8 bytes of one token, perhaps part of a character; b"" for an id without a token."""
         try:
+            if id in self._added:
+                return str(self._added[id].content).encode()
             token = self._tokenizer.id_to_token(id)
-        except OverflowError:  # the library counts in 32 bits without a sign
+        except OverflowError:  # negative, or more than 32 bits
             token = None
+        except TypeError:
+            raise OptionError(f"the token id is {quoted(id)}; it must be a whole number") from None
         if token is None:
             return b""
         try:
             return bytes([_BYTES[letter] for letter in token])
-        except KeyError:  # a vocabulary entry that is no byte-level spelling stands for itself
+        except KeyError:  # an entry that is not spelled in byte-level characters stands for itself
             return str(token).encode()
 
     def missing_ids(self, vocab_size: int) -> NDArray[np.intp]:
-        """The ids below `vocab_size` (the logits' width) that have no token and so must never be sampled."""
+        """The ids below `vocab_size`, the model's number of embeddings, that have no token and must not be drawn."""
         if vocab_size not in self._missing:
             named = self._tokenizer.id_to_token
             missing = [id for id in range(vocab_size) if named(id) is None]
@@ -111,7 +135,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time, in O(1) a token, and never emits half a character."""
+    """Decodes ids one at a time, in O(1) per token, and never emits part of a character."""
 
     def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -119,14 +143,19 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """The text that `id` completes, perhaps none."""
+        """Take the next id; returns the text that it completes, perhaps ""."""
         return "" if id in self._hidden else self._utf8.decode(self._tokenizer.token_bytes(id))
 
     @property
     def within_character(self) -> bool:
-        """Whether bytes of a character wait for its others."""
+        """Whether the last id ended inside a character's bytes."""
         return bool(self._utf8.getstate()[0])
 
     def finish(self) -> str:
-        """What is left: U+FFFD for a character that was never completed."""
+        """The rest of the text: U+FFFD for a character that was not completed."""
         return self._utf8.decode(b"", final=True)
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    """Whether the tokenizers library raised it: a bare Exception, or a Rust panic, which is a BaseException."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

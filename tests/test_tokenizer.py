@@ -8,6 +8,7 @@ import json
 import random
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -220,3 +221,55 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="WordLevel/NoneType tokenizer"):
         Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["continuing_subword_prefix", "end_of_word_suffix"])
+@pytest.mark.parametrize("affix", ["x", "##", "\0"])
+def test_settings_with_which_the_library_aborts_are_refused_before_it_reads_them(
+    tmp_path: Path, name: str, affix: str
+) -> None:
+    raw = json.loads((TINY / "tokenizer.json").read_text())
+    raw["model"][name] = affix
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="has a subword prefix or suffix"):
+        Tokenizer.from_directory(tmp_path)
+    for harmless in ("", None):
+        raw["model"][name] = harmless
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        assert Tokenizer.from_directory(tmp_path).encode("abc")
+
+
+def test_panics_of_the_library_are_errors(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        def encode(self, *args: Any, **options: Any) -> Any:
+            raise PanicException("retry-limit-in-match over")
+
+    class Interrupted(Panicking):
+        def encode(self, *args: Any, **options: Any) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Panicking())
+    with pytest.raises(OptionError, match="the text cannot be tokenized: retry-limit-in-match over"):
+        tokenizer.encode("x")
+    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("x")
+
+
+def test_values_of_a_wrong_type_are_named(tokenizer: Tokenizer) -> None:
+    wrong: list[tuple[Any, Any, str]] = [
+        (tokenizer.encode, 5, "the text is 5, not a string"),
+        (tokenizer.encode, b"x", "the text is b'x', not a string"),
+        (tokenizer.decode, 5, "ids is 5; it must be a sequence of token ids"),
+        (tokenizer.decode, [1.5], r"ids has 1\.5; each token id must be a whole number"),
+        (tokenizer.decode, "abc", "ids is text, not token ids"),
+        (tokenizer.token_bytes, "a", "the token id is 'a'; it must be a whole number"),
+        (tokenizer.token_bytes, [1], r"the token id is \[1\]"),
+        (tokenizer.token_id, 5, "the token is 5, not a string"),
+    ]
+    for call, value, message in wrong:
+        with pytest.raises(OptionError, match=f"^{message}"):
+            call(value)
