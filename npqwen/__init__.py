@@ -5,7 +5,7 @@
     for piece in model.stream("Once upon a time", max_tokens=100):
         print(piece, end="", flush=True)
 
-Importing this is cheap: Numba, the tokenizer and the hub's client are loaded when they are first needed.
+Importing it is cheap: Numba, the tokenizer and the client of the Hugging Face hub are imported when first needed.
 """
 
 from __future__ import annotations
@@ -133,26 +133,26 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Map a model into memory, converted first if it has not been yet.
+    """Map a model into memory, after downloading and converting it if necessary.
 
-    model: a hub id ("Qwen/Qwen3-0.6B"), a checkpoint directory, or a converted directory.
-    bits: 4, 8 or 16 (bf16) bits a weight; None is what a converted directory has, else 4.
-    threads: how many compute; None is one for each core. context: room for so many tokens, prompt and answer
-    together; None is the model's own limit.
+    model: a Hugging Face id ("Qwen/Qwen3-0.6B"), a checkpoint directory, or a converted directory.
+    bits: 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
+    threads: default: one per core. context: maximum tokens of a prompt and its continuation; default: the model's own
+    limit.
 
-    It prints nothing. notice(line) is told what is found, downloaded or converted, and where;
-    progress(bytes_done, bytes_total) follows the conversion, on_compile(done, total) the compilation
-    of the kernels on first use.
+    Nothing is printed. notice(line) receives what was found, downloaded or converted, and where.
+    progress(bytes_done, bytes_total) follows the conversion, on_compile(done, total) the compilation of the kernels on
+    first use.
 
-    Raises ModelNotFoundError, CheckpointError, FormatError, OptionError or OutputError.
+    Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
     """
     from npqwen import hub
 
     path = hub.resolve(model, bits, notice=notice, progress=progress)
 
-    from npqwen import model as engine
+    from npqwen.model import load
 
-    return engine.load(path, threads=threads, context=context, on_compile=on_compile)
+    return load(path, threads=threads, context=context, on_compile=on_compile)
 
 
 def __getattr__(name: str) -> Any:

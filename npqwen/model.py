@@ -1,4 +1,4 @@
-"""What users hold: a model that continues text and answers conversations, on top of the engine."""
+"""The model that users see: text and conversations on top of the engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 
 class Model(Engine):
-    """A converted Qwen3 model: `generate`, `stream`, `chat`, `conversation`, and the engine's `forward`.
+    """A converted Qwen3 model, made by `npqwen.load`.
+
+    Text: `generate`, `stream`. Conversations: `chat`, `stream_chat`, `conversation`, `render`. Arrays: `logits`,
+    `hidden`, and `forward` or `prefill` with a cache of `new_cache`.
 
     Any number of threads may call it: one forward pass runs at a time, on all of the model's own threads, and the
     other callers wait. `close()`, or a `with` statement, ends those threads and unmaps the files.
@@ -49,7 +52,7 @@ class Model(Engine):
     ) -> None:
         """Map the converted directory `path`; see `load`."""
         with ThreadPoolExecutor(1) as reader:
-            # A real tokenizer takes as long to read as everything else: they are read side by side.
+            # A Qwen3 tokenizer takes as long to read as everything else: they are read side by side.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
             super().__init__(path, threads=threads, context=context, on_compile=on_compile)
             try:
@@ -61,7 +64,7 @@ class Model(Engine):
 
     def _compile(self) -> None:
         super()._compile()
-        greatest(np.zeros(2, np.float32), 1)  # sampling's kernel, so that it counts as part of the progress
+        greatest(np.zeros(2, np.float32), 1)  # the sampler's kernel: now, so that on_compile includes it
 
     def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Stream:
         """Continue `prompt`, raw text without a chat template, piece by piece; see `Stream` and `GenerationOptions`.
@@ -96,7 +99,7 @@ class Model(Engine):
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The checkpoint's own; there is none in a base model, which `render` then says."""
+        """The checkpoint's chat templates. A base model has none; then `render` and the chats raise OptionError."""
         from npqwen.chat.chat_template import ChatTemplate
 
         return ChatTemplate.from_directory(self.path)
@@ -109,7 +112,7 @@ class Model(Engine):
         add_generation_prompt: bool = True,
         **template_options: Any,
     ) -> str:
-        """The text of a conversation as the model was trained on it: its chat template's, see `ChatTemplate.render`."""
+        """The prompt that the chat template makes of a conversation; see `ChatTemplate.render`."""
         return self.chat_template.render(messages, tools, thinking, add_generation_prompt, **template_options)
 
     def chat(

@@ -1,4 +1,4 @@
-"""Angles of the rotary position embedding, with YaRN where the config asks for it."""
+"""Rotary position embedding (Su et al. 2021), with YaRN (Peng et al. 2023) if config.json has `rope_type` yarn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from numpy.typing import NDArray
 
 from npqwen.format.config import Config
 
-_AHEAD = 64
-"""Positions computed together: decoding asks for them one by one."""
+_MIN_POSITIONS = 64
+"""Positions computed at least: decoding needs the next one at every step."""
 
 
 class Rope:
-    """cos and sin for any position (Su et al. 2021; YaRN: Peng et al. 2023), rounded as transformers rounds them."""
+    """cos and sin for any position, rounded as Hugging Face transformers rounds them.
+
+    frequency: float32 (head_dim / 2,), radians per position. scale: factor of cos and sin (YaRN's attention factor).
+    """
 
     def __init__(self, config: Config) -> None:
         half = config.head_dim // 2
@@ -38,13 +41,13 @@ class Rope:
                 factor = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
             self.scale = np.float32(factor)
         self.frequency = frequency.astype(np.float32)
-        self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self._compute(0, _AHEAD)
+        self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self._compute(0, _MIN_POSITIONS)
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """cos and sin of positions start to start + count: (count, head_dim / 2) each."""
+        """cos and sin of positions start to start + count: float32 (count, head_dim / 2) each."""
         first, cos, sin = self._tables
         if not first <= start <= start + count <= first + len(cos):
-            self._tables = first, cos, sin = start, *self._compute(start, max(count, _AHEAD))
+            self._tables = first, cos, sin = start, *self._compute(start, max(count, _MIN_POSITIONS))
         return cos[start - first : start - first + count], sin[start - first : start - first + count]
 
     def _compute(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -1,10 +1,9 @@
-"""A cache in a file: tokens, and their keys and values as they lie in memory, tied to the model they came from.
+"""Snapshots: a cache in a file, with its tokens and the fingerprint of its model.
 
-The file is a valid safetensors file. `ids` is I32 (tokens,); `page.0`, `page.1`, ... are F16 or F32
-(layers, 2, kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, of 16 positions a tile; a
-tile of keys is (head_dim, 16 positions), one of values (16 positions, head_dim). A page has 16 tiles, the last one
-as many as it needs; past the last token they hold 0. `__metadata__` has the format, its version and the model's
-fingerprint.
+The file is a valid safetensors file. `ids` is I32 (tokens,). `page.0`, `page.1`, ... are F16 or F32 (layers, 2,
+kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in tiles of 16 positions. A tile of keys is
+(head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
+the last token are 0. `__metadata__` has the format, its version and the fingerprint.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ FORMAT, VERSION = "npqwen-cache", "1"
 
 
 def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
-    """Write `ids` and their keys and values; ids: one for each token in the cache. fingerprint: the model's.
+    """Write a cache and its tokens, `ids`, to a file that replaces another atomically. fingerprint: of its model.
 
     Raises OutputError if the file cannot be written.
     """
     header = _header(cache, len(ids), fingerprint)
     size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, len(ids)))
-    with new_file(path) as file:
+    with cache.in_use, new_file(path) as file:
         free = shutil.disk_usage(os.path.dirname(file.name)).free
         if free < size:
-            raise OutputError(f"{path} would take {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB is free there")
+            raise OutputError(f"{path} needs {size / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free there")
         file.write(header)
         file.write(np.array(ids, "<i4").data)
         for page in _used(cache):
@@ -47,10 +46,10 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
 
 
 def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
-    """Fill an empty cache of the model with this fingerprint; returns the ids whose keys and values it then holds.
+    """Fill an empty cache from a file; returns its tokens' ids. fingerprint, vocab_size: of the cache's model.
 
-    Raises FormatError for a file that is damaged, no snapshot or another model's, ContextLengthError if it holds more
-    tokens than the cache may.
+    Raises FormatError for a file that is damaged, not a snapshot or another model's, ContextLengthError if it holds
+    more tokens than the cache may.
     """
     try:
         with open_regular(path) as file:
@@ -60,30 +59,30 @@ def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[
 
 
 def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
-    damaged = FormatError(f"{path} is truncated or no snapshot of a session; save it again")
+    damaged = FormatError(f"{path} is truncated or not a saved session; save it again")
     try:
         header = read_header(file)
     except HeaderError:
         raise damaged from None
     if header.metadata.get("format") != FORMAT:
-        raise FormatError(f"{path} is no snapshot of a session")
+        raise FormatError(f"{path} is not a saved session")
     version = header.metadata.get("format_version")
     if version != VERSION:
         raise FormatError(f"{path} has format version {quoted(version)}, this npqwen reads {VERSION}; upgrade npqwen")
     pages = header.tensors.get("page.0")
     if pages is not None and pages.dtype in ("F16", "F32") and pages.dtype != _dtype(cache):
-        raise FormatError(f"{path} holds keys and values in {pages.dtype}, this model's are {_dtype(cache)}")
+        raise FormatError(f"{path} has keys and values in {pages.dtype}, but this model uses {_dtype(cache)}")
     if header.metadata.get("fingerprint") != fingerprint:
-        raise FormatError(f"{path} was saved from another model, or from other weights: start a new session")
+        raise FormatError(f"{path} was saved from another model, or other weights; start a new session")
     stored = header.tensors.get("ids")
     if stored is None or len(stored.shape) != 1 or stored.shape[0] >= 2**31:
         raise damaged
     count = stored.shape[0]
     if count > cache.limit:
         raise ContextLengthError(
-            f"{path} holds {count} tokens, the context is {cache.limit}; load the model with a longer context"
+            f"{path} holds {count} tokens and the context is {cache.limit}; load the model with a longer context"
         )
-    # For this many tokens of this model, only one header is right.
+    # The number of tokens determines the header.
     expected = _header(cache, count, fingerprint)
     file.seek(0)
     if file.read(len(expected)) != expected:
@@ -123,7 +122,7 @@ def _dtype(cache: KVCache) -> str:
 
 
 def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
-    """What the cache holds, page by page; 0 after the last token, where forgotten ones may have left something."""
+    """The cache's tokens, page by page; positions after the last token are 0, whatever discarded tokens left there."""
     pages = cache.pages(cache.length)
     past = cache.length % POSITION_TILE
     if past:
@@ -135,7 +134,7 @@ def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
 
 
 def _fill(file: BinaryIO, page: NDArray[Any]) -> int:
-    """Read a page; how many bytes there were."""
+    """Read a page; returns the bytes read, fewer at the end of the file."""
     rest = page.reshape(-1).view(np.uint8)
     while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
         rest = rest[done:]

@@ -1,7 +1,7 @@
 """Threads that run one compiled function together and meet at barriers.
 
-Waking a thread takes tens of microseconds, a barrier of atomics a third of one: so the threads are woken once
-a forward pass, and inside it every step that needs all of the step before ends in a barrier.
+Waking a thread takes tens of microseconds, a barrier of atomics a third of one. So the threads are woken once per
+forward pass, and the steps inside it are separated by barriers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from npqwen.errors import ClosedError, OptionError
+from npqwen.checks import check_whole
+from npqwen.errors import ClosedError
 from npqwen.kernels.barrier import MEMBERS, SLOTS, STOP
 
 
 class Team:
-    """`threads` sleeping workers that run a compiled function together when called.
+    """A pool of sleeping worker threads, the members, that all run the same compiled function when called.
 
-    The caller sleeps meanwhile, so that Ctrl-C reaches it, and the workers stop at the next piece of their work; or it
-    takes part where that is soon done (see `run`).  One call at a time; other callers wait their turn.
+    The caller sleeps meanwhile, so that it receives Ctrl-C: the members then stop before they claim more work. For
+    short work it can take the place of member 0 (see `run`). One call runs at a time; other callers wait.
+
+    state: int64, slots for the barrier and for claiming work, see npqwen.kernels.barrier.
     """
 
     def __init__(self, threads: int) -> None:
@@ -36,7 +39,7 @@ class Team:
         self._start()
 
     def _start(self) -> None:
-        """Start the workers, once a process: threads do not survive a fork."""
+        """Start the workers; again in a forked process, where only the forking thread exists."""
         self._process = os.getpid()
         self._turn = threading.Lock()
         self._go = [_held() for _ in range(self.threads)]
@@ -45,16 +48,14 @@ class Team:
         self._failure: BaseException | None = None
         self._first = 0
         for member in range(self.threads):
-            threading.Thread(
-                target=self._work, args=(member,), name=f"npqwen-{member}", daemon=True
-            ).start()
+            threading.Thread(target=self._work, args=(member,), name=f"npqwen-{member}", daemon=True).start()
 
     def _work(self, member: int) -> None:
         go = self._go[member]
         while True:
             go.acquire()
             job = self._job
-            # One release starts them all: no interrupt can come after some.
+            # The caller wakes one member, which wakes the others: no interrupt can leave some of them asleep.
             if member == self._first:
                 for other in self._go[member + 1 :]:
                     other.release()
@@ -72,12 +73,11 @@ class Team:
                     finished.release()
 
     def run(self, function: Callable[..., None], *args: Any, on_caller: bool = False) -> None:
-        """function(state, member, *args) in every member; returns when all are done.
+        """Run function(state, member, *args) in every member; returns when all have returned.
 
-        The function is compiled with nogil, and calls `barrier` equally often in all members, at least once.  here:
-        the calling thread is the first member, which saves waking another and being woken, but it hears Ctrl-C only
-        when the work is done: for work that is soon done.  Raises what the function raised; KeyboardInterrupt, unless
-        here, within one piece of its work.  ClosedError after close().
+        function: compiled with nogil; it calls `barrier` equally often in all members, at least once. on_caller: run
+        member 0 on the calling thread, which saves two context switches but delays Ctrl-C until the function returns:
+        for short work. Raises what the function raised, KeyboardInterrupt, and ClosedError after close().
         """
         if self._process != os.getpid():
             self._start()
@@ -88,7 +88,7 @@ class Team:
             self.state[MEMBERS] = self.threads
             self._running = self.threads - on_caller
             self._failure = None
-            # A lock of this call's own: one that is interrupted may leave it free.
+            # A new lock for each call: an interrupted one may leave it released.
             finished = _held()
             self._job = function, args, finished
             self._first = int(on_caller)
@@ -101,14 +101,14 @@ class Team:
                     if not started:
                         if interrupt is not None:
                             break
-                        started = True  # No interrupt comes between this and the call below.
+                        started = True  # Python delivers no interrupt between this and the call below.
                         if self._running:
                             self._go[self._first].release()
                     if not ran:
-                        ran = True  # Nor here: others may wait for this thread, it has to take part.
+                        ran = True  # Nor here: the others may wait at a barrier for this thread.
                         function(self.state, 0, *args)
                     if self._running:
-                        # Windows answers Ctrl-C only between waits.
+                        # On Windows, Ctrl-C is delivered only between waits.
                         finished.acquire(timeout=0.1 if sys.platform == "win32" else -1)
                 except BaseException as error:
                     interrupt = interrupt or error
@@ -119,7 +119,7 @@ class Team:
                 raise self._failure
 
     def close(self) -> None:
-        """End the workers, after the call under way.  A second close does nothing."""
+        """End the workers, after the running call. Closing again has no effect."""
         if self._process != os.getpid():
             self._closed = True
             return
@@ -131,12 +131,12 @@ class Team:
 
 
 def check_threads(threads: object) -> None:
-    """Raise OptionError for what is no number of threads."""
-    if not isinstance(threads, int | np.integer) or isinstance(threads, bool) or not 1 <= threads <= 1024:
-        raise OptionError(f"threads is {threads!r}; give 1 to 1024, best the number of performance cores")
+    """Raise OptionError unless `threads` is a whole number from 1 to 1024."""
+    check_whole("threads", threads, 1, 1024)
 
 
 def _held() -> threading.Lock:
+    """A new lock, acquired."""
     lock = threading.Lock()
     lock.acquire()
     return lock

@@ -109,7 +109,7 @@ def test_a_closed_model_computes_no_more(tiny: Callable[[int], Path]) -> None:
 @pytest.mark.parametrize("threads", [0, -1, 1025, 2.0, "2", True])
 def test_impossible_numbers_of_threads(tiny: Callable[[int], Path], threads: Any) -> None:
     before = set(threading.enumerate())
-    with pytest.raises(OptionError, match=f"threads is {threads!r}; give 1 to 1024"):
+    with pytest.raises(OptionError, match=f"threads is {threads!r}; it must be a whole number from 1 to 1024"):
         load(tiny(4), threads=threads)
     assert set(threading.enumerate()) <= before
 

@@ -104,9 +104,9 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", str(tiny(4)), "A", "--context", "2048"])
     assert stopped.value.code == 2
-    assert f"enough for {3 * PAGE} tokens; give a smaller context" in capsys.readouterr().err
+    assert f"enough for {3 * PAGE} tokens; choose a smaller context" in capsys.readouterr().err
     monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: working + RESERVED)
-    with pytest.raises(OutOfMemoryError, match="beside its weights"):
+    with pytest.raises(OutOfMemoryError, match="besides its weights"):
         load(tiny(4))
 
 
