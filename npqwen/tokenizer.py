@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,10 @@ class Tokenizer:
         kinds = type(tokenizer.model).__name__, type(tokenizer.decoder).__name__
         if kinds != ("BPE", "ByteLevel"):
             raise CheckpointError(f"{path} holds a {'/'.join(kinds)} tokenizer; Qwen3's is BPE/ByteLevel")
+        if tokenizer.model.dropout:
+            raise CheckpointError(f"{path} has a dropout, which makes tokens random; Qwen3's tokenizer has none")
+        if foreign := _normalizers(tokenizer) - {"NFC"}:
+            raise CheckpointError(f"{path} has the normalizer {', '.join(sorted(foreign))}; Qwen3's is NFC")
         return cls(tokenizer)
 
     def __len__(self) -> int:
@@ -159,3 +164,12 @@ class StreamDecoder:
 def _is_the_librarys(error: BaseException) -> bool:
     """Whether the tokenizers library raised it: a bare Exception, or a Rust panic, which is a BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _normalizers(tokenizer: _Tokenizer) -> set[str]:
+    """The types of the tokenizer's normalizers."""
+    if tokenizer.normalizer is None:
+        return set()
+    state = json.loads(tokenizer.normalizer.__getstate__())
+    parts = state["normalizers"] if state["type"] == "Sequence" else [state]
+    return {str(part["type"]) for part in parts}

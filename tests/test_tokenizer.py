@@ -273,3 +273,51 @@ def test_values_of_a_wrong_type_are_named(tokenizer: Tokenizer) -> None:
     for call, value, message in wrong:
         with pytest.raises(OptionError, match=f"^{message}"):
             call(value)
+
+
+def altered(path: Path, **changes: Any) -> Path:
+    """A directory with the small model's tokenizer.json, in which some entries are replaced."""
+    raw = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"] |= changes.pop("model", {})
+    (path / "tokenizer.json").write_text(json.dumps(raw | changes), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"dropout": 0.5}}, "has a dropout"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "  "}},
+            "has the normalizer Replace",
+        ),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "Lowercase"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "cannot be read|Precompiled"),
+    ],
+)
+def test_a_foreign_byte_level_bpe_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    directory = altered(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json .*({message})") as error:
+        Tokenizer.from_directory(directory)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}])
+def test_no_normalizer_and_a_sequence_of_nfc_are_accepted(tmp_path: Path, normalizer: Any) -> None:
+    found = Tokenizer.from_directory(altered(tmp_path, normalizer=normalizer))
+    assert found.decode(found.encode("e")) == "e"
+
+
+def test_a_panic_of_the_library_is_an_option_error(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: .*retry-limit"):
+        tokenizer.encode(" " * 11_000_000)
+    capfd.readouterr()
+    assert tokenizer.decode(tokenizer.encode("after")) == "after"
+
+
+def test_a_vocabulary_that_panics_is_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    raw = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = {token: id for token, id in raw["model"]["vocab"].items() if id < 256}
+    with pytest.raises((CheckpointError, OptionError), match=r"cannot be (read|tokenized): [^\n]+$"):
+        Tokenizer.from_directory(altered(tmp_path, model={"vocab": vocab})).encode("hello")
+    capfd.readouterr()
