@@ -14,6 +14,7 @@ from npqwen.engine import snapshot
 from npqwen.errors import OptionError, quoted
 from npqwen.generation.decoding import TokenIds
 from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.options import OPTIONS
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Session:
         progress(done, total) is called after every chunk. An interruption keeps the chunks that were done.
         """
         prompt = check_ids("the prompt", ids)
+        if progress is not None:
+            OPTIONS["progress"].check(progress)
         known = self._settle()
         reused = self.cache.reusable(common_prefix(known, prompt))
         rest = np.array(prompt[reused:], np.int64)

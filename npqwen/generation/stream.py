@@ -44,7 +44,8 @@ class Stream(AsyncSteps[str]):
         cached: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> None:
-        """
+        """Prepare to continue a prompt.
+
         ids: the prompt. cache: one of this model's, which already holds the first `cached` prompt tokens (default: all
         tokens it holds); tokens after them are discarded, and at least one must remain to run. While the stream runs
         it holds a prefix of prompt and text, at the end all but the last drawn or forced tokens.

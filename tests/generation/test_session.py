@@ -331,6 +331,7 @@ def test_wrong_arguments_of_streams_and_sessions_are_named(model: Model) -> None
         (Session, {"model": 3}, "the model is int"),
         (Session(model).save, {"path": 3}, "the path is 3"),
         (Session.load, {"model": model, "path": None}, "the path is None"),
+        (Session(model).prefill, {"ids": [1], "progress": 3}, "progress is 3, not a function"),
         (Stream, {"model": model, "ids": [1], "cache": 3}, "cache is int; make one with the model's new_cache"),
         (Stream, {"model": model, "ids": [1, 2], "cache": cache, "cached": "1"}, "cached is '1'; it must be a whole"),
         (Stream, {"model": model, "ids": [1, 2], "cache": cache, "cached": 1}, "cached is 1"),
