@@ -3,7 +3,7 @@
     python examples/generate.py [MODEL] [QUESTION]
 
 MODEL is a hub id such as Qwen/Qwen3-0.6B, or a directory; the default is the small model beside this file.
-It is converted to 8 bits on first use, and mapped from then on.
+It is converted to 8 bits on first use, and memory-mapped from then on.
 """
 
 import sys

@@ -27,10 +27,10 @@ def main() -> None:
         for token in np.argsort(log_probabilities[-1])[::-1][:10]:
             print(f"{np.exp(log_probabilities[-1, token]):6.1%}  {model.tokenizer.decode([int(token)])!r}")
 
-        # Row i predicts token i + 1, so this is how well the model foresaw the text itself.
+        # Row i predicts token i + 1: the log-probabilities of the text's own tokens.
         if len(ids) > 1:
-            foreseen = log_probabilities[np.arange(len(ids) - 1), ids[1:]]
-            print(f"perplexity of the text: {np.exp(-foreseen.mean()):.2f}")
+            own = log_probabilities[np.arange(len(ids) - 1), ids[1:]]
+            print(f"perplexity of the text: {np.exp(-own.mean()):.2f}")
 
 
 if __name__ == "__main__":

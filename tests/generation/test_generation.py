@@ -157,7 +157,7 @@ def test_a_stream_can_be_left_at_any_point(model: ReferenceModel) -> None:
     assert generate(model, SUM, temperature=0).text.endswith("17 + 25 = 42")
 
 
-def test_an_interrupt_in_the_model_comes_through_and_keeps_the_text() -> None:
+def test_an_interrupt_in_the_model_propagates_and_keeps_the_text() -> None:
     class Interrupted(Reciter):
         def forward(self, *args: Any, **options: Any) -> NDArray[np.float32]:
             if len(self.calls) == 3:
@@ -189,7 +189,7 @@ def test_a_cache_with_a_prefix_saves_its_prefill(model: ReferenceModel) -> None:
         Stream(reciter, ids, cache=room)
 
 
-def test_what_a_processor_raises_comes_through_and_the_cache_stays_a_beginning(model: ReferenceModel) -> None:
+def test_exceptions_of_a_processor_propagate_and_the_cache_stays_a_prefix(model: ReferenceModel) -> None:
     def processor(ids: list[int], logits: np.ndarray) -> None:
         if len(ids) == len(prompt) + 3:
             raise LookupError("mine")
@@ -259,7 +259,7 @@ def test_usage_counts_the_models_time_and_not_the_callers(monkeypatch: pytest.Mo
     assert usage.decode_rate == 2.0
 
 
-def test_progress_is_told_of_the_prompt(model: ReferenceModel) -> None:
+def test_progress_follows_the_prompt(model: ReferenceModel) -> None:
     told: list[tuple[int, int]] = []
     generate(model, "a " * 100, max_tokens=1, progress=lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1] >= 100

@@ -51,7 +51,7 @@ def test_they_are_the_models_own_whatever_the_sampling(model: ReferenceModel, op
         assert entry.bytes == model.tokenizer.token_bytes(entry.id)
 
 
-def test_they_are_kept_only_when_asked_for(model: ReferenceModel) -> None:
+def test_they_are_kept_only_on_request(model: ReferenceModel) -> None:
     assert model.generate(SUM, max_tokens=3).logprobs is None
     stream = model.stream(SUM, max_tokens=3, logprobs=True, temperature=0)
     next(stream)
@@ -61,7 +61,7 @@ def test_they_are_kept_only_when_asked_for(model: ReferenceModel) -> None:
     assert stream.logprobs[0].text == "<think>"
 
 
-def test_rows_without_a_token_are_no_candidates_and_parts_of_characters_are_told(model: ReferenceModel) -> None:
+def test_rows_without_a_token_are_not_candidates_and_parts_of_characters_are_bytes(model: ReferenceModel) -> None:
     logits = np.zeros(4128, np.float32)
     logits[4122:] = 9.0
     part = model.tokenizer.encode("🎉")[0]

@@ -1,4 +1,4 @@
-"""Loops are noticed, and repetition that is meant is not: against a twin that compares the text with itself."""
+"""Loops are detected and intended repetition is not, checked against comparing the text with itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize(("longest", "letters"), [(1, 2), (3, 2), (8, 1), (8, 2), (16, 3)])
-def test_runs_are_the_twins_after_every_id(longest: int, letters: int) -> None:
+def test_runs_are_those_of_comparing_the_ids_after_every_id(longest: int, letters: int) -> None:
     rng = random.Random(longest)
     seen: list[int] = []
     repetition = Repetition(longest)
@@ -51,7 +51,7 @@ def run(tokenizer: Tokenizer, ids: list[int], prompt: str = TURN, guard: Any = T
 
 
 def noise(n: int, seed: int = 0) -> list[int]:
-    """Ids of no meaning and no repetition."""
+    """Random ids, without repetition."""
     return [int(id) for id in np.random.default_rng(seed).integers(0, 4096, n)]
 
 
@@ -69,7 +69,7 @@ def test_an_answer_that_loops_is_ended(tokenizer: Tokenizer, period: int, before
     assert stream.completion().finish_reason == "loop"
 
 
-def test_a_thought_that_loops_is_ended_and_the_answer_follows(tokenizer: Tokenizer) -> None:
+def test_thinking_that_loops_is_ended_and_the_answer_follows(tokenizer: Tokenizer) -> None:
     loop = tokenizer.encode(SENTENCES)
     ids = tokenizer.encode("Let me think. ") + loop * 30
     model = Drawn(tokenizer, "", context=100_000)
@@ -90,13 +90,13 @@ def test_a_thought_that_loops_is_ended_and_the_answer_follows(tokenizer: Tokeniz
     assert 512 <= len(stream.ids) < 512 + 60
 
 
-def test_an_answer_that_loops_after_its_looping_thought_is_ended_too(tokenizer: Tokenizer) -> None:
+def test_an_answer_that_loops_after_looping_thinking_is_ended_too(tokenizer: Tokenizer) -> None:
     stream = run(tokenizer, [7, 8, 9] * 3000, prompt=TURN + "<think>")
     assert (stream.finish_reason, stream.thinking_ended_by) == ("loop", "loop")
     assert 512 + 1024 <= len(stream.ids) < 512 + 1024 + 60
 
 
-def test_with_a_budget_the_first_to_see_it_ends_the_thought(tokenizer: Tokenizer) -> None:
+def test_with_a_budget_the_first_limit_reached_ends_the_thinking(tokenizer: Tokenizer) -> None:
     early = run(tokenizer, [7] * 3000, prompt=TURN + "<think>", thinking_budget=100)
     assert (early.thinking_ended_by, early.text.count("</think>")) == ("budget", 1)
     late = run(tokenizer, [7] * 3000, prompt=TURN + "<think>", thinking_budget=5000)
@@ -134,28 +134,28 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("text", HARMLESS.values(), ids=HARMLESS)
-def test_repetition_that_is_meant_is_spared(tokenizer: Tokenizer, text: str) -> None:
+def test_intended_repetition_is_left_alone(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert run(tokenizer, ids).finish_reason == "stop"
 
 
-def test_a_thousand_times_the_same_token_is_spared() -> None:
+def test_a_token_a_thousand_times_is_left_alone() -> None:
     assert run(Tokenizer.from_directory(TINY), [7] * 1000).finish_reason == "stop"
 
 
-def test_an_answer_may_repeat_its_thought(tokenizer: Tokenizer) -> None:
+def test_an_answer_may_repeat_its_thinking(tokenizer: Tokenizer) -> None:
     part = tokenizer.encode("ha " * 250)
     ids = [*part, 4121, *part, *part]
     stream = run(tokenizer, ids, prompt=TURN + "<think>", guard=LoopGuard(thinking_tokens=len(part) + 1))
     assert (stream.finish_reason, stream.thinking_ended_by) == ("stop", None)
 
 
-def test_a_broken_loop_is_none(tokenizer: Tokenizer) -> None:
+def test_an_interrupted_loop_is_not_a_loop(tokenizer: Tokenizer) -> None:
     ids = (noise(10) * 100 + [5]) * 4
     assert run(tokenizer, ids).finish_reason == "stop"
 
 
-def test_it_is_off_unless_asked_for_and_can_be_tuned(tokenizer: Tokenizer) -> None:
+def test_it_is_off_by_default_and_can_be_tuned(tokenizer: Tokenizer) -> None:
     ids = [7] * 3000
     for guard in (False, None):
         assert run(tokenizer, ids, guard=guard).finish_reason == "stop"

@@ -68,7 +68,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("few", [0, MANY])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_draws_have_the_twins_distribution(options: dict[str, Any], few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawn from few ids in plain numbers, from many by NumPy."""
+    """Few candidates are drawn from in plain Python, many with NumPy."""
     monkeypatch.setattr("npqwen.generation.sampler.MANY", few)
     logits = np.random.default_rng(0).normal(0, 2, 60).astype(np.float32)
     best = np.argsort(-logits)
@@ -274,7 +274,7 @@ def test_a_seed_repeats_and_none_does_not() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {}])
-def test_logits_that_are_no_numbers_are_refused(bad: float, options: dict[str, Any]) -> None:
+def test_logits_that_are_not_finite_are_refused(bad: float, options: dict[str, Any]) -> None:
     logits = np.zeros(1000, np.float32)
     logits[500] = bad
     with pytest.raises(FormatError, match="damaged weights"):
@@ -320,7 +320,7 @@ def test_impossible_values_are_named(options: dict[str, Any]) -> None:
         Sampling(**options)
 
 
-def test_options_over_the_models_own() -> None:
+def test_options_override_the_models_own() -> None:
     own = Sampling(temperature=0.6, top_k=20, top_p=0.95)
     assert own.override({}) == own
     assert own.override({"top_k": 5, "seed": 1, "top_p": None}) == Sampling(0.6, 5, 0.95, seed=1)
@@ -330,7 +330,7 @@ def test_options_over_the_models_own() -> None:
         own.override({"xyzzy": 1})
 
 
-def test_a_filter_that_a_greedy_model_would_ignore_is_refused() -> None:
+def test_a_filter_that_greedy_sampling_would_ignore_is_refused() -> None:
     greedy = Sampling(temperature=0, top_k=20)
     with pytest.raises(OptionError, match="give a temperature"):
         greedy.override({"top_p": 0.9})

@@ -138,7 +138,7 @@ def test_a_stream_that_never_started_holds_what_was_common(model: Model) -> None
 
 
 class Failing(ReferenceModel):
-    """Its passes fail in the middle, after a part of the prompt was done."""
+    """A model whose passes fail in the middle, after part of the prompt."""
 
     allowed = 10**9
     error = BaseException()
@@ -207,7 +207,7 @@ def test_ctrl_c_at_any_moment_leaves_ids_and_cache_alike(tiny: Callable[[int], P
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
 
 
-def test_forks_go_their_own_ways(model: Model) -> None:
+def test_forks_are_independent(model: Model) -> None:
     session = Session(model)
     ids = model.tokenizer.encode(SUM.format(17, 25))
     session.prefill(ids)
@@ -266,7 +266,7 @@ def test_a_session_whose_stream_runs_in_another_thread_says_so(model: Model) -> 
     check_cache(session)
 
 
-def test_common_beginnings() -> None:
+def test_common_prefixes() -> None:
     assert common_prefix([], [1]) == 0
     assert common_prefix([1, 2, 3], [1, 2, 3]) == 3
     assert common_prefix([1, 2, 3], [1, 2]) == 2
@@ -275,7 +275,7 @@ def test_common_beginnings() -> None:
 
 
 def test_streams_that_take_turns_give_what_they_give_alone(model: Model) -> None:
-    """In one thread a token each in turn, and in many threads at once: passes take turns, samplers are apart."""
+    """In one thread, a token at a time, and in many threads at once."""
     prompts = [SUM.format(a, b) for a, b in ((17, 25), (3, 4), (40, 9), (8, 8))]
     options: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "top_k": 5, "presence_penalty": 0.3}
     alone = [model.generate(prompt, seed=i, **options) for i, prompt in enumerate(prompts)]

@@ -1,4 +1,4 @@
-"""Thoughts that are cut short: when, with which words, and what is left alone."""
+"""Thinking that is cut short: when, with which words, and what is left alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ TURN = "<|im_start|>assistant\n"
 
 @pytest.mark.parametrize("budget", [0, 1, 2, 5, 6])
 @pytest.mark.parametrize("template_opens", [True, False])
-def test_after_so_many_tokens_qwens_sentence_is_forced(
+def test_after_the_budgets_tokens_qwens_sentence_is_forced(
     tokenizer: Tokenizer, budget: int, template_opens: bool
 ) -> None:
     thought = "12345 78"
@@ -76,7 +76,7 @@ def test_after_so_many_tokens_qwens_sentence_is_forced(
     drawn = tokenizer.encode(thought)
     stream = run(tokenizer, prompt, start + thought + " 9", thinking_budget=budget)
     begun = tokenizer.decode(drawn[:budget])
-    # What the model goes on with after the mark is the rest of the script.
+    # After the closing tag the model continues with the rest of the script.
     rest = tokenizer.decode([*drawn[budget:], *tokenizer.encode(" 9")])
     assert stream.text == start + begun + SENTENCE + rest
     assert tokenizer.decode(stream.ids) == stream.text
@@ -85,7 +85,7 @@ def test_after_so_many_tokens_qwens_sentence_is_forced(
     assert stream.usage.generated_tokens == len(stream.ids)
 
 
-def test_a_thought_that_ends_by_itself_is_left_alone(tokenizer: Tokenizer) -> None:
+def test_thinking_that_ends_by_itself_is_left_alone(tokenizer: Tokenizer) -> None:
     thought = tokenizer.encode("1 2 3")
     script = "<think>1 2 3</think>4 5 6 7 8 9"
     for budget in (len(thought) + 1, 100):
@@ -103,12 +103,12 @@ def test_a_thought_that_ends_by_itself_is_left_alone(tokenizer: Tokenizer) -> No
         (TURN + "<think>x</think>y<|im_end|>\n<|im_start|>user\n<think><|im_end|>\n" + TURN, "1 2 3 4"),
     ],
 )
-def test_what_is_no_thought_is_left_alone(tokenizer: Tokenizer, prompt: str, script: str) -> None:
+def test_text_without_thinking_is_left_alone(tokenizer: Tokenizer, prompt: str, script: str) -> None:
     stream = run(tokenizer, prompt, script, thinking_budget=0)
     assert (stream.text, stream.thinking_ended_by) == (script, None)
 
 
-def test_white_space_before_a_thought_and_a_thought_that_the_prompt_began(tokenizer: Tokenizer) -> None:
+def test_white_space_before_thinking_and_thinking_that_the_prompt_began(tokenizer: Tokenizer) -> None:
     stream = run(tokenizer, TURN, "\n<think>12", thinking_budget=1)
     assert stream.text == "\n<think>1" + SENTENCE + "2"
     begun = run(tokenizer, TURN + "<think>\nLet me see", "12", thinking_budget=1)
@@ -117,7 +117,7 @@ def test_white_space_before_a_thought_and_a_thought_that_the_prompt_began(tokeni
     assert raw.text == "1" + SENTENCE + "2"
 
 
-def test_no_character_is_torn(tokenizer: Tokenizer) -> None:
+def test_characters_are_not_cut_apart(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("🎉")) == 4
     for budget in range(1, 5):
         stream = run(tokenizer, TURN + "<think>", "🎉2", thinking_budget=budget)
@@ -141,7 +141,7 @@ def test_max_tokens_counts_the_forced_ones(tokenizer: Tokenizer) -> None:
     assert ("12" + SENTENCE).startswith(stream.text)
 
 
-def test_the_caller_can_end_a_thought(tokenizer: Tokenizer) -> None:
+def test_the_caller_can_end_thinking(tokenizer: Tokenizer) -> None:
     model = Drawn(tokenizer, "1234")
     stream = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model))
     next(stream)
@@ -152,8 +152,8 @@ def test_the_caller_can_end_a_thought(tokenizer: Tokenizer) -> None:
         stream.end_thinking()
 
 
-def test_a_thought_whose_end_is_on_the_way_is_not_ended_again(tokenizer: Tokenizer) -> None:
-    """By a caller who asks twice, or after the budget: the sentence would stand in the answer."""
+def test_thinking_whose_end_is_forced_already_is_not_ended_again(tokenizer: Tokenizer) -> None:
+    """By a caller who does so twice, or after the budget: the sentence would become part of the answer."""
     model = Drawn(tokenizer, "1234")
     stream = Stream(model, tokenizer.encode(TURN + "<think>"), logits_processor=Taking(model))
     next(stream)
@@ -170,13 +170,13 @@ def test_a_thought_whose_end_is_on_the_way_is_not_ended_again(tokenizer: Tokeniz
     assert (ended.text, ended.thinking_ended_by) == ("12" + SENTENCE + "34", "budget")
 
 
-def test_a_tokenizer_without_the_mark_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_the_closing_tag_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tokenizer, "token_id", lambda self, name: None)
     with pytest.raises(OptionError, match="no </think> token, so its thinking cannot be ended"):
         Stream(Drawn(tokenizer, "1"), [1], thinking_budget=1)
 
 
-def test_the_trained_model_answers_after_its_thought_was_cut() -> None:
+def test_the_trained_model_answers_after_its_thinking_was_cut_short() -> None:
     model = ReferenceModel.from_directory(TINY)
     whole = model.generate(SUM, temperature=0)
     stream = model.stream(SUM, temperature=0, thinking_budget=6, max_tokens=120)
@@ -189,7 +189,7 @@ def test_the_trained_model_answers_after_its_thought_was_cut() -> None:
     assert stream.finish_reason == "stop"
 
 
-def test_thoughts_are_followed(tokenizer: Tokenizer) -> None:
+def test_thinking_is_tracked(tokenizer: Tokenizer) -> None:
     thought = ThinkingTracker(tokenizer, tokenizer.encode(TURN + "<think>\n"))
     assert thought.is_open
     for id in tokenizer.encode("a b"):
