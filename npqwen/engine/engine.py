@@ -176,7 +176,7 @@ class Engine:
     ) -> NDArray[np.float32]:
         """Append the tokens to the cache, chunk by chunk; logits of the last `rows` of them, in `out` if given."""
         if getattr(cache, "origin", None) is not self._origin:  # kernels write where a cache says
-            raise OptionError("the cache is another model's; make one with this model's new_cache()")
+            raise OptionError("the cache belongs to another model; make one with this model's new_cache()")
         first = tokens.size - rows
         with cache.in_use:
             cache.reserve(tokens.size)

@@ -106,11 +106,11 @@ def sparse_feed_forward(
 ) -> None:
     """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden."""
     hidden, packed = activations.hidden, activations.packed
-    normed, scores, chosen, weights, counts, slots, segments, segment_count, gated, results = without_refcounts(experts)
+    normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     width = tile_width(count)
     encoding = layer.gate_up_proj.encoding
-    kernels, prefetch = model.matmul_kernels, model.prefetch
+    kernels, policy = model.matmul_kernels, model.prefetch
     while True:
         t = claim(team, 1)
         if t >= whole_tiles(count, width):
@@ -128,17 +128,17 @@ def sparse_feed_forward(
         route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
     barrier(team)
     if claim(team, 1) == 0:
-        segment_count[0] = arrange(chosen[:count], counts, slots, segments)
+        shared_count[0] = arrange(chosen[:count], counts, slots, segments)
     barrier(team)
-    made = segment_count[0]
-    if prefetch != PREFETCH_NEVER:
-        prefetch_first_matrices(team, prefetch, layer, segments, made, scratch)
+    segment_count = shared_count[0]
+    if policy != PREFETCH_NEVER:
+        prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
         barrier(team)
-    pack_choices(team, normed, slots[:count], segments, made, encoding, packed)
+    pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
     barrier(team)
-    project_gated_slots(team, kernels, layer, prefetch, segments, made, count, packed, local, scratch, gated)
+    project_gated_slots(team, kernels, layer, policy, segments, segment_count, count, packed, local, scratch, gated)
     barrier(team)
-    multiply_slots(team, kernels, layer, prefetch, segments, made, gated, results, scratch)
+    multiply_slots(team, kernels, layer, policy, segments, segment_count, gated, results, scratch)
     barrier(team)
     combine(team, results, slots[:count], weights, hidden)
     barrier(team)

@@ -1,4 +1,4 @@
-"""What a pass finds in the arrays that every pass writes."""
+"""Arrays that every pass writes: what an earlier pass left there must not matter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS = [TINY, Path(__file__).parents[1] / "data" / "tiny-qwen3-moe"]
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("source", MODELS, ids=["dense", "mixture"])
 def test_what_an_earlier_pass_left_is_not_multiplied(tmp_path: Path, source: Path, bits: int) -> None:
-    """In the places of a tile without a token, too: numbers next to zero would make processors slow there."""
+    """In padding rows, too: stale bytes could read as subnormal floats, which are slow."""
     convert(source, tmp_path / "model", bits=bits)
     with load(tmp_path / "model", threads=2) as model:
         for tokens in (2, 3, 5, 13, 17):

@@ -1,4 +1,4 @@
-"""Hidden states of layers and of the final norm, against the NumPy reference."""
+"""Hidden states of layers and of the final norm, against Hugging Face transformers and the NumPy reference."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from npqwen.errors import ClosedError, ContextLengthError, OptionError
 from npqwen.model import Model, load
 
 MOE = Path(__file__).parents[1] / "data" / "tiny-qwen3-moe"
+GOLDEN = np.load(Path(__file__).parents[1] / "data" / "hidden_states.npz")
 IDS = np.random.default_rng(3).integers(0, 4096, 700)
 
 
@@ -38,6 +39,14 @@ def reference_states(reference: ReferenceModel, ids: np.ndarray) -> list[np.ndar
         states.append(qwen3_in_numpy.forward(config, reference.weights, ids, qwen3_in_numpy.Cache(config)))
     norm = reference.weights["model.norm.weight"]
     return [*states[:-1], qwen3_in_numpy.rms_norm(states[-1], norm, reference.config.rms_norm_eps)]
+
+
+def test_hidden_states_are_those_of_transformers(pair: tuple[Model, ReferenceModel]) -> None:
+    model, reference = pair
+    expected = GOLDEN["dense" if model.config.mixture is None else "mixture"]
+    for found in (model.hidden(GOLDEN["ids"], range(len(expected))), reference_states(reference, GOLDEN["ids"])):
+        for state, other in zip(found, expected, strict=True):
+            assert np.abs(state - other).max() < 1e-4 * np.abs(other).max()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 100, 700])

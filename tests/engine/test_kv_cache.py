@@ -1,4 +1,4 @@
-"""Forks of a cache: what is shared, what is copied, and that none ever changes another."""
+"""Caches: forks that share pages and never change each other, and misuse that is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL: Any = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_di
 
 
 def positions(cache: KVCache) -> np.ndarray:
-    """What stands at each position: the first coordinate of its value."""
+    """The first coordinate of the value at each position."""
     pages = cache.pages(cache.length)
     if not pages:
         return np.zeros(0, np.float32)
@@ -40,7 +40,7 @@ def positions(cache: KVCache) -> np.ndarray:
 
 
 def append(cache: KVCache, marks: list[int]) -> None:
-    """What a forward pass does: reserve, write at the addresses, advance."""
+    """Do what a forward pass does: reserve, write at the addresses, advance."""
     cache.reserve(len(marks))
     for mark in marks:
         memory = ctypes.c_float * (cache.page_bytes // 4)
@@ -53,7 +53,7 @@ def append(cache: KVCache, marks: list[int]) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_family_of_forks_is_as_good_as_copies(seed: int) -> None:
-    """Append, cut, fork and drop at random; each cache must hold what was put into it, and only that."""
+    """Append, truncate, fork and drop at random; each cache must hold what was appended to it, and only that."""
     rng = random.Random(seed)
     family: list[tuple[KVCache, list[int]]] = [(KVCache(SMALL, 5 * PAGE, np.float32), [])]
     for step in range(300):
@@ -145,7 +145,7 @@ def test_any_prefix_can_be_reused(model: Model) -> None:
 
 
 def test_a_second_thread_is_refused(model: Model) -> None:
-    """In the middle of a pass a page could be gone or not there yet: the process would crash."""
+    """A page that another thread removes, or has not allocated yet, would crash the process during a pass."""
     cache = model_cache(model, IDS[:10])
     refused: list[Exception] = []
 

@@ -1,4 +1,4 @@
-"""A loaded model and its caches: what is computed, and what is refused."""
+"""A loaded model and its caches: continuing, limits, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest, tiny: Callable[[int], Path]) -> Iterat
         yield loaded
 
 
-def test_a_cache_cut_back_and_continued_equals_a_new_one(model: Model) -> None:
+def test_a_truncated_cache_that_is_continued_equals_a_new_one(model: Model) -> None:
     used, new = model.new_cache(), model.new_cache()
     model.prefill(IDS[:300], used)
     model.forward(IDS[300:700], used, all_logits=True)
@@ -61,7 +61,7 @@ def test_growing_moves_no_page(model: Model) -> None:
     assert 0 < len(changed) <= page.size / PAGE  # the page's last position, and nothing else
 
 
-def test_pieces_equal_the_whole_over_many_pages(tiny: Callable[[int], Path]) -> None:
+def test_chunks_equal_one_pass_over_many_pages(tiny: Callable[[int], Path]) -> None:
     with load(tiny(16), threads=2) as model:
         whole = model.logits(IDS)
         cache = model.new_cache(len(IDS))
@@ -130,7 +130,7 @@ def test_the_context_is_a_limit(
         (np.array([2**63], np.uint64), "token id 9223372036854775808"),
     ],
 )
-def test_ids_that_are_none(model: Model, ids: object, problem: str) -> None:
+def test_wrong_ids_are_refused(model: Model, ids: object, problem: str) -> None:
     cache = model.new_cache()
     for call in (
         lambda: model.forward(ids, cache),
@@ -151,14 +151,14 @@ def test_ids_of_any_integer_type(model: Model) -> None:
 
 
 def test_another_models_cache_or_session_is_refused(model: Model, tmp_path: Path) -> None:
-    """Kernels write where a cache says: one of another shape would be written out of bounds."""
+    """Kernels write to a cache's pages: those of another shape would be written out of bounds."""
     with load(small_model(tmp_path / "small"), threads=1) as other, load(model.path, threads=1) as same:
         for foreign in (other.new_cache(), same.new_cache(), same.new_cache().fork()):
             for call in (model.forward, model.prefill):
-                with pytest.raises(OptionError, match="the cache is another model's"):
+                with pytest.raises(OptionError, match="the cache belongs to another model"):
                     call(IDS[:3], foreign)
             assert (foreign.length, foreign.nbytes) == (0, 0)
-        with pytest.raises(OptionError, match="the session is another model's"):
+        with pytest.raises(OptionError, match="the session belongs to another model"):
             model.chat("Hi", session=Session(other))
 
 

@@ -1,4 +1,4 @@
-"""MODEL on this machine: directories, what cannot be one, and where conversions of them go."""
+"""MODEL as a path: directories, paths that are not models, and where their conversions are stored."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c
 
 
 @pytest.mark.parametrize("model", [*NEITHER, "a\0b"])
-def test_names_that_are_neither(model: str) -> None:
+def test_names_that_are_neither_path_nor_id(model: str) -> None:
     with pytest.raises((ModelNotFoundError, CheckpointError), match=r"no directory|config\.json is missing"):
         hub.resolve(model)
 
@@ -54,7 +54,7 @@ def test_a_file_is_not_a_model(checkpoint: Path) -> None:
 
 
 def closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `directory` one of another user's, which root too may not look into."""
+    """Make `directory` look like another user's, unreadable even for root."""
     stat = Path.stat
 
     def refuse(path: Path, **options: Any) -> os.stat_result:
@@ -65,7 +65,7 @@ def closed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "stat", refuse)
 
 
-def test_a_place_that_is_closed_to_this_user(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_this_user_cannot_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed(checkpoint.parent, monkeypatch)
     for path in (checkpoint, checkpoint.parent / "x"):
         with pytest.raises(ModelNotFoundError, match=f"{path.name} cannot be read: Permission denied"):
@@ -74,14 +74,14 @@ def test_a_place_that_is_closed_to_this_user(checkpoint: Path, monkeypatch: pyte
             hub.convert(path, checkpoint.parent / "out")
 
 
-def test_files_that_are_closed_to_this_user(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_this_user_cannot_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed(checkpoint, monkeypatch)
     with pytest.raises(CheckpointError, match=r"my model.* cannot be read: Permission denied"):
         hub.resolve(checkpoint)
 
 
 @posix
-def test_links_to_nothing_are_not_there(checkpoint: Path) -> None:
+def test_broken_links_do_not_exist(checkpoint: Path) -> None:
     place = hub.resolve(checkpoint)
     (checkpoint / "tokenizer.json").symlink_to(checkpoint / "pruned")
     assert hub.resolve(checkpoint) == place
@@ -92,7 +92,7 @@ def test_links_to_nothing_are_not_there(checkpoint: Path) -> None:
 
 
 @posix
-def test_homes_are_found(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.convert("~/my model", "~/out") == tmp_path / "out"
     assert hub.resolve("~/out") == tmp_path / "out"
@@ -103,7 +103,7 @@ def test_a_cache_in_the_home_of_nobody_is_a_plain_directory(monkeypatch: pytest.
     assert cache_directory() == Path("~nobody-here/cache")
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_directory_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NPQWEN_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
 
@@ -115,7 +115,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
         cache_directory()
 
 
-def test_a_cache_that_cannot_be_read_holds_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_cache_counts_as_empty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, pattern: str) -> list[Path]:
         raise PermissionError(errno.EACCES, "Permission denied")
 

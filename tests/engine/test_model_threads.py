@@ -1,4 +1,4 @@
-"""A model's threads: shared by an app's own, after a fork, at Ctrl-C, and when the model is closed or dropped."""
+"""A model's threads: many callers, forked processes, Ctrl-C, and models that are closed or dropped."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are
 
 @pytest.fixture(scope="module", params=[4, 16])
 def model(request: pytest.FixtureRequest, tiny: Callable[[int], Path]) -> Iterator[Model]:
-    """The example model, with either type of cache."""
+    """The example model, with each dtype of the cache."""
     with load(tiny(request.param), threads=2) as loaded:
         yield loaded
 
 
 def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
+    """Run code in a new process."""
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -114,10 +114,10 @@ def test_impossible_numbers_of_threads(tiny: Callable[[int], Path], threads: Any
     assert set(threading.enumerate()) <= before
 
 
-def test_the_calling_thread_computes_where_that_is_soon_done(
+def test_the_calling_thread_computes_short_passes(
     tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It hears no Ctrl-C meanwhile: so not where weights come from the disk, and one token takes seconds."""
+    """Ctrl-C waits meanwhile: so not where weights are read from disk and one token takes seconds."""
     calls: list[bool] = []
     real = Team.run
 
@@ -138,8 +138,8 @@ def test_the_calling_thread_computes_where_that_is_soon_done(
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8, 33])
-def test_any_number_of_threads_gives_the_same(model: Model, threads: int) -> None:
-    """More threads than cores as well: they give way to each other."""
+def test_any_number_of_threads_gives_equal_logits(model: Model, threads: int) -> None:
+    """More threads than cores as well: waiting threads yield."""
     with load(model.path, threads=threads) as other:
         assert np.array_equal(other.logits(IDS[:40]), model.logits(IDS[:40]))
         text = other.generate("A river is", max_tokens=8, temperature=0).text
@@ -238,7 +238,7 @@ print("done")
 
 @posix
 def test_fork_during_use(tiny: Callable[[int], Path]) -> None:
-    """The child finds a lock that a thread held which it does not have."""
+    """The child inherits a lock that is held by a thread which it does not have."""
     done = python(FORK_IN_USE, tiny(4))
     assert (done.stdout, done.stderr) == ("done\n", "")
 

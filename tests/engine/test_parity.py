@@ -1,4 +1,4 @@
-"""The engine's logits: transformers' own, the oracle's for every shape, and what quantizing does to them."""
+"""The engine's logits against transformers, against the NumPy oracle for many shapes, and the damage of quantizing."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def models(tiny: Callable[[int], Path]) -> Iterator[dict[int, Model]]:
         model.close()
 
 
-def in_pieces(model: Model, ids: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Every token's logits, run in pieces of these sizes and then the rest."""
+def in_passes(model: Model, ids: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Every token's logits, run in passes of these sizes and a last one for the rest."""
     cache = model.new_cache()
     parts = np.split(ids, np.cumsum(sizes))
     out = np.concatenate([model.forward(part, cache, all_logits=True) for part in parts if len(part)])
@@ -50,7 +50,7 @@ def in_pieces(model: Model, ids: np.ndarray, sizes: list[int]) -> np.ndarray:
     "sizes", [[], [1] * 60, [2, 1, 3, 5], [17]], ids=["whole", "single", "ragged", "two"]
 )
 def test_logits_of_transformers(models: dict[int, Model], k: int, sizes: list[int]) -> None:
-    found = in_pieces(models[16], GOLDEN[f"ids_{k}"], sizes)
+    found = in_passes(models[16], GOLDEN[f"ids_{k}"], sizes)
     assert np.abs(found - GOLDEN[f"logits_{k}"]).max() < 1e-3
 
 
@@ -152,7 +152,7 @@ def test_logits_of_the_oracle_for_other_shapes(name: str, tmp_path: Path) -> Non
     expected = oracle.logits(ids)
     with load(tmp_path / "out", threads=2) as model:
         assert np.abs(model.logits(ids) - expected).max() < 2e-4 * np.abs(expected).max()
-        assert np.abs(in_pieces(model, ids, [1, 1, 7, 70]) - expected).max() < 2e-4 * np.abs(expected).max()
+        assert np.abs(in_passes(model, ids, [1, 1, 7, 70]) - expected).max() < 2e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,4 +1,4 @@
-"""Snapshots of a session in files: round trips, and files that are not what they should be."""
+"""Saved sessions: round trips, files that are damaged or something else, and saves that fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def saved(model: Model, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("length", [1, 15, 16, 255, 256, 257, 600])
-def test_what_was_saved_goes_on_as_if_nothing_had_been(
+def test_a_loaded_session_continues_like_the_saved_one(
     tiny: Callable[[int], Path], tmp_path: Path, bits: int, length: int
 ) -> None:
     path = tmp_path / "a" / "session"
@@ -104,7 +104,7 @@ def test_an_empty_session(model: Model, tmp_path: Path) -> None:
     assert Session.load(model, tmp_path / "empty").ids == []
 
 
-def test_a_stream_that_is_under_way_can_be_saved(model: Model, tmp_path: Path) -> None:
+def test_a_running_stream_can_be_saved(model: Model, tmp_path: Path) -> None:
     session = Session(model)
     stream = session.stream(IDS[:40], max_tokens=30, temperature=0, logit_bias={4096: -100, 4098: -100})
     next(stream)
@@ -145,7 +145,7 @@ def test_a_save_that_fails_leaves_the_old_file_alone(
     assert os.listdir(saved.parent) == ["saved"]
 
 
-def test_places_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
+def test_paths_that_cannot_be_written(model: Model, tmp_path: Path) -> None:
     session = Session(model)
     for directory in (tmp_path, "/", "."):
         with pytest.raises(OutputError, match="is a directory"):
@@ -171,7 +171,7 @@ while True:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.05])
-def test_kill_9_leaves_a_whole_file(model: Model, saved: Path, delay: float) -> None:
+def test_sigkill_leaves_a_complete_file(model: Model, saved: Path, delay: float) -> None:
     command = [sys.executable, "-c", KILLED, str(model.path), str(saved)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -228,7 +228,7 @@ def test_any_truncation_is_noticed(model: Model, saved: Path) -> None:
         (lambda head: head.update({"page.0": 7}), "truncated or not a saved session"),
     ],
 )
-def test_headers_that_are_none(
+def test_wrong_headers_are_refused(
     model: Model, saved: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     head, data = header(saved)
@@ -240,7 +240,7 @@ def test_headers_that_are_none(
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"7", b"\xff\xfe", b"[" * 100_000, b'{"ids": {"shape": [1]}}'])
-def test_headers_that_are_not_even_objects(model: Model, tmp_path: Path, content: bytes) -> None:
+def test_headers_that_are_not_json_objects(model: Model, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(struct.pack("<Q", len(content)) + content)
     with pytest.raises(FormatError, match="not a saved session"):
@@ -264,7 +264,7 @@ def test_files_that_are_something_else(model: Model, tmp_path: Path) -> None:
         Session.load(model, tmp_path)
 
 
-def test_a_shorter_context_is_told(model: Model, saved: Path) -> None:
+def test_a_context_shorter_than_the_session_is_refused(model: Model, saved: Path) -> None:
     with load(model.path, threads=1, context=300) as exact:
         assert Session.load(exact, saved).ids == IDS[:300]
     with (
@@ -292,7 +292,7 @@ def test_other_weights_other_config_or_other_bits_are_refused(
         Session.load(other, saved)
 
 
-def test_every_tensor_has_its_part_in_the_fingerprint(tmp_path: Path) -> None:
+def test_every_tensor_changes_the_fingerprint(tmp_path: Path) -> None:
     directory = small_model(tmp_path / "small")
     file = directory / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -313,7 +313,7 @@ def test_every_tensor_has_its_part_in_the_fingerprint(tmp_path: Path) -> None:
     assert len(seen) == 1 + len(head)
 
 
-def test_a_closed_model_has_none(tiny: Callable[[int], Path]) -> None:
+def test_a_closed_model_has_no_fingerprint(tiny: Callable[[int], Path]) -> None:
     model = load(tiny(4), threads=1)
     model.close()
     with pytest.raises(ClosedError):

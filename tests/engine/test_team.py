@@ -1,4 +1,4 @@
-"""Threads of a team: asleep between calls, never stuck with more of them than processors, stopped in time."""
+"""The team of threads: asleep between calls, more of them than processors, interrupts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CORES = os.cpu_count() or 1
 
 
 @njit(nogil=True)
-def count_pieces(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -> None:
-    """Every round shares 100 pieces of work, and notes in `wrong` if not all of it is done after the barrier."""
+def count_chunks(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -> None:
+    """Every round shares 100 chunks of work, and counts in `wrong` those not complete after the barrier."""
     for turn in range(rounds):
         while True:
             piece = claim(team, 1)
@@ -43,12 +43,12 @@ def count_pieces(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -
 @pytest.mark.parametrize("on_caller", [False, True])
 @pytest.mark.parametrize("threads", [1, CORES, 4 * CORES, 64])
 def test_more_threads_than_processors_finish(threads: int, on_caller: bool) -> None:
-    """A thread that waits gives its processor to one that works."""
+    """A waiting thread yields its processor to a working one."""
     counts, wrong = np.zeros((2, threads), np.int64)
     team = Team(threads)
     try:
         for again in range(3):
-            team.run(count_pieces, 20, counts, wrong, on_caller=on_caller)
+            team.run(count_chunks, 20, counts, wrong, on_caller=on_caller)
             assert (counts.sum(), wrong.sum()) == (2000, 0), again
             counts[:] = 0
     finally:
@@ -70,7 +70,7 @@ def spinning() -> Iterator[Callable[[], None]]:
 
 
 def test_a_model_beside_busy_programs(tiny: Callable[[int], Path], spinning: Callable[[], None]) -> None:
-    """Four threads a processor, and every processor wanted by others: slower, with the same logits."""
+    """Four threads per processor, and other programs on every processor: slower, with equal logits."""
     ids = np.arange(40) % 100
     with load(tiny(4), threads=1) as model:
         expected = model.logits(ids)
@@ -82,7 +82,7 @@ def test_a_model_beside_busy_programs(tiny: Callable[[int], Path], spinning: Cal
         np.testing.assert_array_equal(np.concatenate(rows), expected)
 
 
-def test_an_idle_model_takes_no_processor(tiny: Callable[[int], Path]) -> None:
+def test_an_idle_model_uses_no_processor_time(tiny: Callable[[int], Path]) -> None:
     with load(tiny(4), threads=4) as model:
         model.logits(np.arange(8))
         before, start = time.process_time(), time.perf_counter()
@@ -104,13 +104,13 @@ def test_the_threads_end_with_the_team() -> None:
 
 
 def test_ctrl_c_while_the_calling_thread_computes() -> None:
-    """It is heard when the work is done, and the team is as good as before."""
+    """It is delivered when the function returns, and the team works as before."""
     team = Team(2)
     counts, wrong = np.zeros((2, 2), np.int64)
     interrupts = [KeyboardInterrupt]
 
     def counted(state: Any, member: int, *args: Any) -> None:
-        count_pieces(state, member, *args)
+        count_chunks(state, member, *args)
         if member == 0 and interrupts:
             raise interrupts.pop()
 
@@ -126,7 +126,7 @@ def test_ctrl_c_while_the_calling_thread_computes() -> None:
 
 
 class Unlucky:
-    """A lock whose first waiting is interrupted in the moment that it succeeds."""
+    """A lock whose first wait is interrupted at the moment it succeeds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -161,6 +161,6 @@ def test_an_interrupt_the_moment_the_work_is_done_does_not_hang(monkeypatch: pyt
         thread.join(30)
     assert [type(end) for end in ends] == [KeyboardInterrupt]
     counts, wrong = np.zeros((2, 2), np.int64)
-    team.run(count_pieces, 20, counts, wrong)
+    team.run(count_chunks, 20, counts, wrong)
     assert (counts.sum(), wrong.sum()) == (2000, 0)
     team.close()
