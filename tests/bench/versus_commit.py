@@ -51,7 +51,6 @@ from npqwen.hardware.machine import processor
 CONVERT = "import sys; from pathlib import Path; from npqwen_quant import convert; " + (
     "convert(Path(sys.argv[1]), Path(sys.argv[2]), bits=int(sys.argv[3]))"
 )
-COMMAND = "import sys; from npqwen.commands.cli import main; main(sys.argv[1:])"
 COMPILING_ROUNDS = 3
 HEADER = (
     "| weights | kernels | threads | measure | old | new | new/old | best rounds' | CPU time's | CPU share, old/new |\n"
@@ -112,7 +111,7 @@ class Row:
         ratio = median(old / new for old, new in zip(self.seconds["old"], self.seconds["new"], strict=True))
         best = min(self.seconds["old"]) / min(self.seconds["new"])
         cpu_ratio = ""
-        if self.cpu_seconds["old"]:
+        if any(self.cpu_seconds["new"]):  # Windows does not count those of child processes
             cpu_ratio = f"{min(self.cpu_seconds['old']) / min(self.cpu_seconds['new']):.3f}"
         shares = [cpu_share(self.seconds[key], cpu, self.threads) for key, cpu in self.cpu_seconds.items() if cpu]
         columns = [self.weights, self.isa, str(self.threads), self.name, *cells]
@@ -171,7 +170,7 @@ def starts(trees: Sequence[Tree], bits: int, options: argparse.Namespace) -> Non
     # Python compiles a checkout's modules in the first, uncounted round.
     timed(trees, "-", 1, "import npqwen", ["-c", "import npqwen"], options.repeat)
     timed(trees, "-", 1, "import npqwen.model", ["-c", "import npqwen.model"], options.repeat)
-    timed(trees, "-", 1, "npqwen chat --help", ["-c", COMMAND, "chat", "--help"], options.repeat)
+    timed(trees, "-", 1, "npqwen chat --help", ["-m", "npqwen", "chat", "--help"], options.repeat)
     first = [str(ENGINE), "first", "npqwen", "MODEL", "--threads", str(threads)]
     timed(trees, RECIPES[bits].name, threads, "first token", first, options.repeat)
     timed(trees, RECIPES[bits].name, threads, "first token, kernels to compile", first, COMPILING_ROUNDS, fresh=True)
@@ -195,12 +194,19 @@ def timed(
         for tree in trees[:: -1 if number % 2 else 1]:
             with tempfile.TemporaryDirectory() as cache:
                 own = [str(tree.model) if word == "MODEL" else word for word in command]
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), children_cpu()
                 tree.run(own, **({"NPQWEN_CACHE": cache} if fresh else {}))
                 if number >= 0:
                     row.seconds[tree.name].append(time.perf_counter() - start)
+                    row.cpu_seconds[tree.name].append(children_cpu() - cpu)
     progress(row.text())
     print(row.text(), flush=True)
+
+
+def children_cpu() -> float:
+    """CPU seconds of all child processes that have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
