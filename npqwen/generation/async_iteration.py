@@ -1,14 +1,18 @@
-"""`async for` over an iterator whose steps compute for a while."""
+"""`async for` over an iterator whose steps compute for a while.
+
+asyncio, which takes 10 ms to import, is imported by those who use it.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import asyncio
+
     from typing_extensions import Self
 
 Item = TypeVar("Item", covariant=True)
@@ -33,6 +37,8 @@ class AsyncSteps(Iterator[Item]):
 
     async def aclose(self) -> None:
         """`close`, in a thread."""
+        import asyncio
+
         await asyncio.to_thread(self.close)
 
     async def __aenter__(self) -> Self:
@@ -45,6 +51,8 @@ class AsyncSteps(Iterator[Item]):
         return self
 
     async def __anext__(self) -> Item:
+        import asyncio
+
         step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))
         try:
             item: Item = await asyncio.shield(step)
@@ -60,6 +68,8 @@ class AsyncSteps(Iterator[Item]):
 
 async def _wait(future: asyncio.Future[Any]) -> None:
     """Wait until `future` is done, however often this task is cancelled; its result and exception are dropped."""
+    import asyncio
+
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([future])

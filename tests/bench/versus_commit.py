@@ -64,11 +64,19 @@ class Tree:
 
     name: str
     path: Path
-    model: Path
+    work: Path
+    """Place of both checkouts' models and bytecode."""
+    model: Path = Path()
+    """The converted directory."""
 
     def environment(self, isa: str = "default") -> dict[str, str]:
         """Variables that make a Python process import this checkout's packages, and choose the kernels."""
-        found = {"PYTHONPATH": os.pathsep.join([str(self.path), str(self.path / "quant")])}
+        found = {
+            "PYTHONPATH": os.pathsep.join([str(self.path), str(self.path / "quant")]),
+            # Bytecode is cached, whatever this environment says.
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": str(self.work / "bytecode"),
+        }
         return found if isa == "default" else {**found, "NPQWEN_ISA": isa}
 
     def run(self, command: Sequence[str], **variables: str) -> str:
@@ -111,7 +119,7 @@ class Row:
         ratio = median(old / new for old, new in zip(self.seconds["old"], self.seconds["new"], strict=True))
         best = min(self.seconds["old"]) / min(self.seconds["new"])
         cpu_ratio = ""
-        if any(self.cpu_seconds["new"]):  # Windows does not count those of child processes
+        if any(self.cpu_seconds["new"]):
             cpu_ratio = f"{min(self.cpu_seconds['old']) / min(self.cpu_seconds['new']):.3f}"
         shares = [cpu_share(self.seconds[key], cpu, self.threads) for key, cpu in self.cpu_seconds.items() if cpu]
         columns = [self.weights, self.isa, str(self.threads), self.name, *cells]
@@ -119,10 +127,10 @@ class Row:
         return "| " + " | ".join(columns) + " |"
 
 
-def convert(trees: Sequence[Tree], checkpoint: Path, work: Path, bits: int) -> None:
+def convert(trees: Sequence[Tree], checkpoint: Path, bits: int) -> None:
     """Both checkouts' conversions. Files with the same bytes become one file."""
     for tree in trees:
-        tree.model = work / f"{tree.name}-{bits}"
+        tree.model = tree.work / f"{tree.name}-{bits}"
         tree.run(["-c", CONVERT, str(checkpoint.resolve()), str(tree.model), str(bits)])
     old, new = (tree.model for tree in trees)
     for file in new.glob("*.safetensors"):
@@ -204,9 +212,13 @@ def timed(
 
 
 def children_cpu() -> float:
-    """CPU seconds of all child processes that have ended."""
-    used = os.times()
-    return used.children_user + used.children_system
+    """CPU seconds of all child processes that have ended; 0 where the platform does not count them."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -234,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         for bits in options.bits:
-            convert(trees, options.checkpoint, Path(work), bits)
+            convert(trees, options.checkpoint, bits)
             for isa in options.isa:
                 for threads in options.threads:
                     speeds(trees, bits, threads, isa, options)
