@@ -25,7 +25,7 @@ from npqwen.engine.records import Output, Tokens
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
-from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
+from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError, quoted
 from npqwen.format.config import Config
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import attention_kernels
@@ -131,6 +131,8 @@ class Engine:
 
         progress(done, total) is called after every chunk. Raises what `forward` raises.
         """
+        if progress is not None and not callable(progress):
+            raise OptionError(f"progress is {quoted(progress)}; it must be a function of (done, total)")
         last: NDArray[np.float32] = self._run(self._check(ids), cache, 1, progress=progress)[0]
         return last
 

@@ -169,3 +169,28 @@ def test_a_models_own_caches_stay_its_own(model: Model, tmp_path: Path) -> None:
     expected = model.forward([5], session.cache.fork())
     for cache in (session.fork().cache, Session.load(model, tmp_path / "saved").cache, session.cache.fork(20)):
         assert np.array_equal(model.forward([5], cache), expected)
+
+
+def test_wrong_arguments_are_refused_before_anything_is_computed(model: Model) -> None:
+    cache = model.new_cache()
+    read_only = np.zeros((1, 4128), np.float32)
+    read_only.flags.writeable = False
+    outs: tuple[Any, ...] = ("out", [1.0], np.zeros((1, 4127), np.float32), np.zeros((1, 4128)), read_only)
+    for out in outs:
+        with pytest.raises(OptionError, match=r"out must be a writable float32 array \(1, 4128\)"):
+            model.forward([1], cache, out=out)
+    others: tuple[Any, ...] = (None, "cache", [], object())
+    for other in others:
+        with pytest.raises(OptionError, match="the cache belongs to another model"):
+            model.forward([1], other)
+    progress: Any = 3
+    with pytest.raises(OptionError, match="progress is 3; it must be a function"):
+        model.prefill([1], cache, progress)
+    assert cache.length == 0
+    # Strides and alignment do not matter.
+    expected = model.forward([1], model.new_cache())
+    strided = np.zeros((1, 2 * 4128), np.float32)[:, ::2]
+    unaligned = np.zeros(4 * 4128 + 1, np.uint8)[1:].view(np.float32).reshape(1, -1)
+    for out in (strided, unaligned):
+        assert model.forward([1], model.new_cache(), out=out) is out
+        assert np.array_equal(out, expected)
