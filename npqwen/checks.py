@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from npqwen.errors import OptionError, quoted
@@ -38,6 +39,14 @@ def check_ids(name: str, ids: Any) -> list[int]:
         if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise OptionError(f"{name} has {quoted(value)}; each token id must be a whole number")
     return [int(value) for value in values]
+
+
+def check_path(path: Any) -> Path:
+    """`path` as a Path; OptionError unless it is a string or a path-like object."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise OptionError(f"the path is {quoted(path)}; it must be a string or a Path") from None
 
 
 def is_number(value: Any) -> bool:

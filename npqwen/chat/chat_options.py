@@ -56,7 +56,7 @@ class ChatOptions(GenerationOptions, total=False):
         Option("Call the functions that the model asks for, and let it continue with their results.", bool),
     ]
     max_steps: Annotated[
-        int | None, Option("At most N answers in a row that call tools, with run_tools.", int, 1, default=8)
+        int | None, Option("With run_tools, at most N answers in a row.", int, 1, default=8)
     ]
     template_options: Annotated[
         Mapping[str, Any] | None,
@@ -70,6 +70,10 @@ CHAT_OPTIONS: dict[str, Option] = {
     if name not in OPTIONS
 }
 """The options that only a chat has, by name."""
+
+ChatOptions.__doc__ = f"{ChatOptions.__doc__}\n" + "\n".join(
+    f"    {option.name}: {option.help}" for option in CHAT_OPTIONS.values()
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,6 +89,8 @@ class ChatTemplate:
     ) -> Rendering:
         """Check the arguments of `render`, and convert messages to the form that the template reads."""
         program = self._program(template, tools is not None)
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(t, Mapping) for t in tools)):
+            raise OptionError(f"tools is {quoted(tools)}; give a list of JSON schemas")
         for name in options:
             if name == "enable_thinking":
                 raise OptionError("give thinking=True or thinking=False; it sets the template's enable_thinking")

@@ -17,6 +17,7 @@ from npqwen.chat.chat_stream import ChatStream
 from npqwen.chat.events import Reply
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.window import Window
+from npqwen.checks import check_path
 from npqwen.errors import FormatError, NpqwenError, OptionError, quoted
 from npqwen.format.files import read_small
 from npqwen.generation.session import Session
@@ -50,6 +51,8 @@ class Conversation:
         system: the system message. messages: those of an earlier conversation. options: for all answers; `send` and
         the like may change them for one. Raises OptionError for wrong messages or options.
         """
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise OptionError(f"messages is {quoted(messages)}; give a list of messages")
         first = [] if system is None else [{"role": "system", "content": system}]
         given = [*first, *messages]
         self.model = model
@@ -177,7 +180,7 @@ class Conversation:
         if a file cannot be written.
         """
         self._settle()
-        path = Path(path)
+        path = check_path(path)
         saved = {
             "format": FORMAT,
             "version": VERSION,
@@ -201,7 +204,7 @@ class Conversation:
         everything. Raises FormatError if `path` is not a saved conversation, OptionError for wrong options.
         """
         ChatSettings.of(options)  # now errors below are the file's
-        path = Path(path)
+        path = check_path(path)
         try:
             raw = json.loads(read_small(path).decode("utf-8"))
         except FileNotFoundError:

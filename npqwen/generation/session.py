@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npqwen.checks import check_ids
+from npqwen.checks import check_ids, check_path
 from npqwen.engine import snapshot
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.decoding import TokenIds
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import OPTIONS
@@ -90,7 +89,7 @@ class Session:
 
         The file works with the same model only, on any machine. Raises OutputError if it cannot be written.
         """
-        snapshot.save(_checked_path(path), self.cache, self.ids, self.model.fingerprint)
+        snapshot.save(check_path(path), self.cache, self.ids, self.model.fingerprint)
 
     @classmethod
     def load(cls, model: LanguageModel, path: str | os.PathLike[str]) -> Session:
@@ -101,7 +100,7 @@ class Session:
         """
         session = cls.__new__(cls)
         cache = model.new_cache()
-        ids = snapshot.load(_checked_path(path), cache, model.fingerprint, model.config.vocab_size)
+        ids = snapshot.load(check_path(path), cache, model.fingerprint, model.config.vocab_size)
         session._start(model, cache, ids)
         return session
 
@@ -119,10 +118,3 @@ class Session:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the longest common prefix of two texts, in tokens."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise OptionError(f"the path is {quoted(path)}; it must be a string or a Path") from None

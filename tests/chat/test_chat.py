@@ -72,7 +72,7 @@ def test_numbers_are_added_with_and_without_thinking(model: Model, a: int, b: in
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_the_weather_is_asked_of_a_function_and_told(model: Model, thinking: bool) -> None:
+def test_a_function_is_called_and_its_result_is_used_in_the_answer(model: Model, thinking: bool) -> None:
     asked = []
 
     def get_weather(city: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_the_weather_is_asked_of_a_function_and_told(model: Model, thinking: boo
     assert [message["role"] for message in reply.messages] == ["assistant", "tool", "assistant"]
 
 
-def test_tool_calls_are_handed_over_and_their_results_taken_back(model: Model) -> None:
+def test_tool_calls_are_returned_and_their_results_are_accepted(model: Model) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "Weather in Tokyo?"}]
     reply = model.chat(messages, tools=[SCHEMA], **GREEDY)
     assert reply.finish_reason == "tool_calls"
@@ -101,7 +101,7 @@ def test_tool_calls_are_handed_over_and_their_results_taken_back(model: Model) -
     assert model.chat(messages, tools=[SCHEMA], **GREEDY).text == "It is 3 degrees and windy in Tokyo."
 
 
-def test_events_come_as_they_are_generated_and_make_the_reply(model: Model) -> None:
+def test_events_come_as_they_are_generated_and_add_up_to_the_reply(model: Model) -> None:
     stream = model.stream_chat("What is 17 + 25?", thinking=True, **GREEDY)
     events = []
     for event in stream:
@@ -128,7 +128,7 @@ def test_a_seed_gives_the_same_answer_again(model: Model) -> None:
     assert len({answer(seed) for seed in range(5)}) > 1
 
 
-def test_a_thinking_budget_ends_the_thought_and_the_answer_follows(model: Model) -> None:
+def test_a_thinking_budget_ends_the_reasoning_and_an_answer_follows(model: Model) -> None:
     reply = model.chat("What is 17 + 25?", thinking=True, thinking_budget=3, **GREEDY)
     assert reply.reasoning.startswith("1")
     assert reply.reasoning.endswith("I have to give the solution based on the thinking directly now.")
@@ -150,7 +150,7 @@ def test_the_models_template_renders_prompts(model: Model) -> None:
     assert model.render([{"role": "user", "content": "Hi"}], [SCHEMA], False).startswith("<|im_start|>system\n# Tools")
 
 
-def test_a_session_saves_reading_the_same_messages_again(model: Model) -> None:
+def test_a_session_does_not_compute_the_same_messages_again(model: Model) -> None:
     session = Session(model)
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is 17 + 25?"}]
     first = model.chat(messages, session=session, **GREEDY)
@@ -206,7 +206,7 @@ def test_errors_of_tools_go_back_to_the_model() -> None:
     assert 'ZeroDivisionError: float division by zero"}\n</tool_response>' in model.prompts[1]
 
 
-def test_the_loop_of_tools_has_an_end() -> None:
+def test_tools_are_run_for_max_steps_at_most() -> None:
     model = Reciter(*[CALL] * 9)
     reply = model.chat("?", tools=[get_weather], run_tools=True, max_steps=3, thinking=False)
     assert len(model.prompts) == 3
@@ -216,14 +216,14 @@ def test_the_loop_of_tools_has_an_end() -> None:
     assert reply.notices == ["stopped after 3 steps with calls left to run; raise max_steps"]
 
 
-def test_a_call_that_only_the_caller_can_run_is_handed_over_with_its_companions() -> None:
+def test_calls_are_left_to_the_caller_if_one_of_them_has_no_function() -> None:
     reply = Reciter(f"{NOW}\n{CALL}").chat("?", tools=[now, SCHEMA], run_tools=True, thinking=False)
     assert reply.finish_reason == "tool_calls"
     assert [call.name for call in reply.tool_calls] == ["now", "get_weather"]
     assert reply.tool_results == []
 
 
-def test_a_call_that_broke_off_is_not_run() -> None:
+def test_a_call_that_is_cut_off_is_not_run() -> None:
     model = Reciter(CALL)
     reply = model.chat("?", tools=[get_weather], run_tools=True, thinking=False, max_tokens=20)
     assert reply.finish_reason == "length"
@@ -231,7 +231,7 @@ def test_a_call_that_broke_off_is_not_run() -> None:
     assert reply.text.startswith('{"name": "get_weather"')
 
 
-def test_calls_of_later_turns_have_ids_of_their_own() -> None:
+def test_calls_of_later_turns_have_new_ids() -> None:
     model = Reciter(CALL, "Sunny.", CALL, "Sunny still.")
     talk = model.conversation(tools=[get_weather], run_tools=True, thinking=False)
     talk.send("Weather?")
@@ -242,7 +242,7 @@ def test_calls_of_later_turns_have_ids_of_their_own() -> None:
 # --- leaving early ---
 
 
-def test_a_stream_that_is_left_keeps_what_is_whole() -> None:
+def test_a_stream_that_is_closed_keeps_complete_steps_and_text() -> None:
     stream = Reciter("<think>\nHm.\n</think>\n\nYes, it is.").stream_chat("?")
     for event in stream:
         if isinstance(event, Text):
@@ -264,7 +264,7 @@ def test_a_call_without_its_result_is_not_kept(steps: int, kept: int) -> None:
     assert len(stream.messages) == kept
 
 
-def test_what_a_tool_cannot_survive_comes_through() -> None:
+def test_an_interrupt_in_a_tool_is_raised() -> None:
     def stop() -> None:
         """Stop."""
         raise KeyboardInterrupt
@@ -277,7 +277,7 @@ def test_what_a_tool_cannot_survive_comes_through() -> None:
     assert stream.messages == []
 
 
-def test_a_thought_can_be_ended_by_the_caller() -> None:
+def test_thinking_can_be_ended_by_the_caller() -> None:
     model = Reciter("<think>\nOn and on and on")
     stream = model.stream_chat("?")
     next(stream)
@@ -297,7 +297,7 @@ def test_an_answer_whose_session_was_used_for_another_says_so() -> None:
     assert first.messages == [{"role": "assistant", "content": first.text}]
 
 
-def test_a_replys_messages_are_its_own() -> None:
+def test_a_replys_messages_can_be_changed_without_effect() -> None:
     model = Reciter(CALL, "Sunny.")
     talk = model.conversation(tools=[SCHEMA], thinking=False)
     reply = talk.send("?")
@@ -313,7 +313,7 @@ def test_messages_that_do_not_fit_the_context_are_refused() -> None:
         Reciter(context=50).stream_chat("1 " * 60)
 
 
-def test_a_reply_is_one_value_that_shows_itself(model: Model) -> None:
+def test_a_reply_prints_its_content(model: Model) -> None:
     reply = model.chat("What is 17 + 25?", thinking=False, **GREEDY)
     assert isinstance(reply, Reply)
     assert repr(reply).startswith(

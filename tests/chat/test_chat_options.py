@@ -1,7 +1,8 @@
-"""What a chat can be asked with: sampling that follows the mode, and options that no answer could have."""
+"""Options of a chat: sampling that follows the mode, and options that are refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 from reciter import Reciter
 
 import npqwen
+from npqwen.chat.chat_options import CHAT_OPTIONS, ChatOptions, ChatSettings
+from npqwen.chat.conversation import Conversation
 from npqwen.errors import OptionError, SamplingWarning
+from npqwen.generation.options import OPTIONS, GenerationOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 SCHEMA = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
@@ -28,6 +32,23 @@ def sampling(model: Reciter, messages: Any = "Hi", **options: Any) -> tuple[floa
 
 
 QWEN_THINKS, QWEN_ANSWERS = (0.6, 0.95, 20), (0.7, 0.8, 20)
+
+
+def test_the_table_has_every_option_that_only_a_chat_has() -> None:
+    assert set(CHAT_OPTIONS) == set(ChatOptions.__annotations__) - set(GenerationOptions.__annotations__)
+    assert set(CHAT_OPTIONS) == {field.name for field in dataclasses.fields(ChatSettings)} - {"generation"}
+    assert not set(CHAT_OPTIONS) & set(OPTIONS)
+    for name, option in CHAT_OPTIONS.items():
+        assert option.name == name
+        assert f"{name}: {option.help}" in (ChatOptions.__doc__ or "")
+
+
+def test_none_is_the_same_as_leaving_an_option_out() -> None:
+    options: Any = dict.fromkeys([*CHAT_OPTIONS, *OPTIONS])
+    assert ChatSettings.of(options) == ChatSettings.of({})
+    changed = ChatSettings.of({"thinking": False, "temperature": 0.5, "tools": [get_weather], "run_tools": True})
+    assert changed.override(options) == ChatSettings.of({})
+    assert changed.override({"thinking": True}).generation == {"temperature": 0.5}
 
 
 def test_sampling_defaults_follow_the_mode() -> None:
@@ -54,16 +75,16 @@ def test_sampling_follows_the_soft_switch_in_a_message(texts: list[str], expecte
     messages = [m for text in texts for m in ({"role": "user", "content": text}, {"role": "assistant", "content": "x"})]
     assert sampling(Reciter(), messages[:-1]) == expected
     assert sampling(Reciter(), messages[:-1], thinking=False) == QWEN_ANSWERS
-    assert sampling(Reciter(template="instruct-2507"), messages[:-1]) == QWEN_THINKS  # what its own file says
+    assert sampling(Reciter(template="instruct-2507"), messages[:-1]) == QWEN_THINKS  # its generation_config.json
 
 
-def test_a_file_that_somebody_tuned_is_not_overridden() -> None:
+def test_a_generation_config_with_other_values_is_not_overridden() -> None:
     model = Reciter()
     object.__setattr__(model.generation_config, "sampling", npqwen.Sampling(temperature=0.2, top_p=0.95, top_k=20))
     assert sampling(model, thinking=False) == (0.2, 0.95, 20)
 
 
-def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
+def test_greedy_sampling_while_thinking_warns_at_the_callers_line() -> None:
     for options in ({"temperature": 0}, {"top_k": 1}):
         model = Reciter("<think>\nHm.\n</think>\n\nYes.")
         with pytest.warns(SamplingWarning, match="greedy sampling makes Qwen3's thinking repeat") as caught:
@@ -85,6 +106,9 @@ def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
         ({"run_tools": True}, "run_tools is set, but no tool is a Python function"),
         ({"run_tools": True, "tools": [SCHEMA]}, "run_tools is set, but no tool"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_steps": True}, "max_steps is True"),
+        ({"run_tools": 1}, "run_tools is 1; it must be True or False"),
+        ({"tool": []}, "unknown option 'tool'; did you mean tools"),
         ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
         ({"temperature": -1}, "temperature is -1"),
         ({"template_options": {"level": 1}}, "unknown option 'level'"),
@@ -103,7 +127,7 @@ def test_greedy_sampling_while_thinking_warns_where_it_was_asked_for() -> None:
         ({"template_options": {"template": ["rag"]}}, r"there is no chat template \['rag'\]"),
     ],
 )
-def test_impossible_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused_before_anything_runs(options: dict[str, Any], message: str) -> None:
     model = Reciter()
     with pytest.raises(OptionError, match=message):
         model.stream_chat("Hi", **options)
@@ -113,12 +137,12 @@ def test_impossible_options_are_refused_at_once(options: dict[str, Any], message
 
 
 @pytest.mark.parametrize("options", [{"temprature": 1}, {"max_tokens": "5"}, {"loop_guard": 3}])
-def test_a_conversation_does_not_begin_with_impossible_options(options: dict[str, Any]) -> None:
+def test_a_conversation_refuses_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         Reciter().conversation(**options)
 
 
-def test_options_of_every_step_are_those_that_were_given() -> None:
+def test_options_given_once_hold_for_every_answer() -> None:
     read: list[int] = []
     stream = Reciter(CALL, "Sunny <end> day.", "Or <end> not.").conversation(
         tools=[get_weather], run_tools=True, thinking=False, stop=iter(["<end>"]), temperature=None,
@@ -126,3 +150,29 @@ def test_options_of_every_step_are_those_that_were_given() -> None:
     )  # fmt: skip
     assert stream.send("?").text == "Sunny "
     assert stream.send("?").text == "Or "
+
+
+@pytest.mark.parametrize("wrong", [3, "Hi", {"role": "user"}, [3], None, b"x", object()])
+def test_arguments_of_a_wrong_type_are_option_errors(wrong: Any, tmp_path: Path) -> None:
+    model = Reciter("Yes.", "Yes.")
+    talk = model.conversation(thinking=False)
+    calls: list[Any] = [
+        lambda: model.stream_chat("Hi", session=wrong or 3),
+        lambda: model.conversation(messages=wrong),
+        lambda: model.chat_template.render("Hi", tools=wrong or 3),
+        lambda: model.chat_template.render("Hi", template=wrong or 3),
+        lambda: talk.add(wrong),
+    ]
+    if not isinstance(wrong, str):
+        calls += [
+            lambda: model.stream_chat(wrong),
+            lambda: model.conversation(wrong or 3),
+            lambda: talk.send(wrong or 3),
+            lambda: talk.save(wrong),
+            lambda: Conversation.load(model, wrong),
+        ]
+    for call in calls:
+        with pytest.raises(OptionError) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert talk.messages == []

@@ -1,4 +1,4 @@
-"""Rendering conversations, against what Hugging Face transformers renders (tests/data/make_chats.py)."""
+"""Rendering of conversations, against Hugging Face transformers (tests/data/make_chats.py)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_tiny_models_own_template_is_qwens() -> None:
 # --- thinking ---
 
 
-def test_whether_a_template_can_be_told_to_think_is_found_by_rendering() -> None:
+def test_whether_a_template_has_a_switch_for_thinking_is_found_by_rendering() -> None:
     kinds = {name: TEMPLATES[name].thinking() for name in NAMES}
     assert kinds == {
         "hybrid": "switch",
@@ -70,7 +70,7 @@ def test_whether_a_template_can_be_told_to_think_is_found_by_rendering() -> None
     assert idle.thinking() == "never"
 
 
-def test_toggle_on_a_model_without_one_is_refused_not_ignored() -> None:
+def test_thinking_is_refused_not_ignored_by_a_template_without_a_switch() -> None:
     with pytest.raises(OptionError, match="always thinks: its chat template has no switch"):
         TEMPLATES["thinking-2507"].render(HI, thinking=False)
     for name in ("instruct-2507", "coder"):
@@ -80,13 +80,13 @@ def test_toggle_on_a_model_without_one_is_refused_not_ignored() -> None:
         TEMPLATES["hybrid"].render(HI, thinking="off")  # type: ignore[arg-type]
 
 
-def test_asking_for_what_a_model_does_anyway_is_granted() -> None:
+def test_thinking_may_be_set_to_what_a_model_always_does() -> None:
     always, never = TEMPLATES["thinking-2507"], TEMPLATES["instruct-2507"]
     assert always.render(HI, thinking=True) == always.render(HI)
     assert never.render(HI, thinking=False) == never.render(HI)
 
 
-def test_the_switchs_own_name_leads_to_thinking() -> None:
+def test_enable_thinking_is_refused_with_the_name_to_use() -> None:
     with pytest.raises(OptionError, match="give thinking=True or thinking=False"):
         TEMPLATES["hybrid"].render(HI, enable_thinking=False)
 
@@ -104,14 +104,14 @@ def test_the_switchs_own_name_leads_to_thinking() -> None:
         ("<think>", True),
     ],
 )
-def test_a_prompt_that_opens_a_thought_is_told_by_its_end(prompt: str, open: bool) -> None:
+def test_whether_a_prompt_opens_thinking_follows_from_its_end(prompt: str, open: bool) -> None:
     assert opens_thinking(prompt) is open
 
 
 # --- forms of messages that a template does not read by itself ---
 
 
-def test_text_parts_are_joined_where_a_template_would_fail_on_them_or_drop_them() -> None:
+def test_text_parts_are_joined_if_a_template_cannot_read_lists() -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     for name in ("hybrid", "thinking-2507", "instruct-2507", "coder"):
         assert TEMPLATES[name].render(parts) == TEMPLATES[name].render("a\nb")
@@ -150,7 +150,7 @@ def test_a_call_without_arguments_has_empty_ones(name: str) -> None:
     assert render(talk()) == render(talk(arguments=None)) == render(talk(arguments={}))
 
 
-def test_strings_with_a_class_of_their_own_are_their_characters() -> None:
+def test_strings_of_a_subclass_are_rendered_as_their_characters() -> None:
     class Word(str, enum.Enum):
         ROLE = "role"
         USER = "user"
@@ -289,7 +289,7 @@ LISTS = "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = O
         ("{{ strftime_now('%c' * 10000000) }}", "a text or list of more than 20,000,000"),
     ],
 )
-def test_a_template_without_end_or_measure_is_refused_at_once(
+def test_a_template_that_takes_too_much_time_or_memory_is_refused(
     source: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
@@ -300,7 +300,7 @@ def test_a_template_without_end_or_measure_is_refused_at_once(
     assert len(str(error.value)) < 700
 
 
-def test_an_error_without_words_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(message: str) -> None:
         raise MemoryError
 
@@ -309,12 +309,12 @@ def test_an_error_without_words_is_named_by_its_class(monkeypatch: pytest.Monkey
         ChatTemplate({"default": "{{ raise_exception('') }}"}, {}, Path()).render(HI)
 
 
-def test_long_reasons_are_cut() -> None:
+def test_long_error_messages_are_shortened() -> None:
     with pytest.raises(OptionError, match=r"refuses these messages: x{500}\.\.\.$"):
         ChatTemplate({"default": "{{ raise_exception('x' * 100000) }}"}, {}, Path()).render(HI)
 
 
-def test_strings_of_moderate_size_are_no_matter() -> None:
+def test_strings_of_ordinary_size_are_rendered() -> None:
     source = (
         "{{ 'a'.ljust(9) ~ '{:>5}|%'.format(1) ~ '%3d' % 7 ~ 'x' * 3 }}{{ 'a' | center(5) | replace('a', 'bb') }}"
         "{{ ['c', 'd'] | join('-') }}{{ 2 ** 10 }}{{ [1] + [2] }}"
@@ -373,7 +373,7 @@ def test_a_base_model_without_template_names_generate(tmp_path: Path) -> None:
             ChatTemplate.from_directory(write(tmp_path, config)).render(HI)
 
 
-def test_a_file_of_its_own_goes_before_the_config(tmp_path: Path) -> None:
+def test_a_template_file_takes_precedence_over_the_config(tmp_path: Path) -> None:
     found = ChatTemplate.from_directory(write(tmp_path, {"chat_template": "old"}, chat_template="né東"))
     assert found.render(HI) == "né東"
 
@@ -399,7 +399,7 @@ def test_named_templates_in_files(tmp_path: Path) -> None:
     assert [found.render(HI), found.render(HI, template="rag"), found.render(HI, tools=[])] == ["d", "r", "t"]
 
 
-def test_several_templates_without_a_default_must_be_chosen_from(tmp_path: Path) -> None:
+def test_one_of_several_templates_without_a_default_must_be_chosen(tmp_path: Path) -> None:
     files = {"additional_chat_templates__a": "A", "additional_chat_templates__b": "B"}
     found = ChatTemplate.from_directory(write(tmp_path, None, **files))
     with pytest.raises(OptionError, match="no chat template 'default'; choose one of a, b"):
@@ -407,7 +407,7 @@ def test_several_templates_without_a_default_must_be_chosen_from(tmp_path: Path)
     assert found.render(HI, template="b") == "B"
 
 
-def test_special_tokens_are_variables_however_they_are_written(tmp_path: Path) -> None:
+def test_special_tokens_are_variables_in_every_notation(tmp_path: Path) -> None:
     config = {"bos_token": None, "eos_token": {"__type": "AddedToken", "content": "<e>"}, "pad_token": "<p>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<b>"}, "pad_token": "<q>"}))
     source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}"
@@ -415,7 +415,7 @@ def test_special_tokens_are_variables_however_they_are_written(tmp_path: Path) -
     assert found.render(HI) == "<b><e><p>False"
 
 
-def test_the_date_is_todays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strftime_now_is_the_current_date(monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Clock:
@@ -431,7 +431,7 @@ def test_a_damaged_entry_in_the_config_is_named(tmp_path: Path, value: Any) -> N
         ChatTemplate.from_directory(write(tmp_path, {"chat_template": value}))
 
 
-def test_a_template_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_a_template_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
         ChatTemplate.from_directory(tmp_path)

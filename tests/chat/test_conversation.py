@@ -41,7 +41,7 @@ def user(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_a_turn_reads_only_what_is_new_and_answers_as_if_it_had_read_all(model: Model, thinking: bool) -> None:
+def test_a_turn_computes_only_what_is_new_and_answers_as_a_fresh_start_does(model: Model, thinking: bool) -> None:
     talk = model.conversation(thinking=thinking, **GREEDY)
     read: list[int] = []
     for question in ("What is 17 + 25?", "Define river.", "What is 30 + 12?", "What is 11 + 31?"):
@@ -56,7 +56,7 @@ def test_a_turn_reads_only_what_is_new_and_answers_as_if_it_had_read_all(model: 
     assert reply.usage.prompt_tokens > 100
 
 
-def test_a_fork_goes_its_own_way_without_reading_the_past_again(model: Model) -> None:
+def test_a_fork_is_independent_and_shares_what_was_computed(model: Model) -> None:
     talk = model.conversation(thinking=False, **GREEDY)
     talk.send("What is 17 + 25?")
     fork = talk.fork()
@@ -86,7 +86,7 @@ def test_retry_and_undo(model: Model) -> None:
         talk.retry()
 
 
-def test_options_of_one_turn_are_for_that_turn() -> None:
+def test_options_of_a_turn_hold_for_that_turn_only() -> None:
     model = Reciter("<think>\n\n</think>\n\nYes.", "No.", CALL, "Nothing.")
     talk = model.conversation(thinking=True)
     talk.send("a")
@@ -101,7 +101,7 @@ def test_options_of_one_turn_are_for_that_turn() -> None:
     assert len(talk.messages) == 8
 
 
-def test_the_conversations_messages_are_its_own() -> None:
+def test_a_conversations_messages_can_be_changed_only_by_its_methods() -> None:
     talk = Reciter("Yes.").conversation(messages=[user("a"), {"role": "assistant", "content": "b"}])
     talk.messages.clear()
     assert len(talk.messages) == 2
@@ -151,7 +151,7 @@ def leave_at(stream: Any, kind: type) -> None:
     raise AssertionError
 
 
-def test_an_answer_left_in_its_text_is_kept_as_far_as_it_came() -> None:
+def test_an_answer_that_is_closed_in_its_text_keeps_that_text() -> None:
     model = Reciter("Yes, it is.", "Go on.")
     talk = model.conversation(thinking=False)
     stream = talk.stream("Is it?")
@@ -163,7 +163,7 @@ def test_an_answer_left_in_its_text_is_kept_as_far_as_it_came() -> None:
     )
 
 
-def test_a_turn_left_before_its_text_leaves_no_trace() -> None:
+def test_a_turn_that_is_closed_before_its_text_is_undone() -> None:
     model = Reciter(THOUGHT.format(1, 1), THOUGHT.format(2, 2), THOUGHT.format(3, 3))
     talk = model.conversation()
     leave_at(talk.stream("Is it?"), Reasoning)
@@ -174,7 +174,7 @@ def test_a_turn_left_before_its_text_leaves_no_trace() -> None:
     assert talk.messages == before
 
 
-def test_a_new_turn_ends_an_answer_under_way() -> None:
+def test_a_new_turn_closes_an_answer_that_is_still_streaming() -> None:
     talk = Reciter("One two three.", "Yes.").conversation(thinking=False)
     stream = talk.stream("Count.")
     next(stream)
@@ -207,7 +207,7 @@ def test_an_interrupt_in_the_model_leaves_the_conversation_usable() -> None:
     assert talk.retry().text == "One two three."
 
 
-def test_a_tool_may_read_the_conversation_but_not_go_on_with_it() -> None:
+def test_a_tool_may_read_the_conversation_but_not_continue_it() -> None:
     seen: list[Any] = []
 
     def peek() -> str:
@@ -231,7 +231,7 @@ def length(prompt: str) -> int:
     return len(TOKENIZER.encode(prompt))
 
 
-def test_overflow_drops_the_oldest_turns_whole_and_keeps_the_system_message_and_tells() -> None:
+def test_overflow_drops_the_oldest_turns_as_a_whole_with_a_notice_and_keeps_the_system_message() -> None:
     model = Reciter(*["Yes, and more."] * 40, context=300)
     talk = model.conversation("Be brief.", thinking=False)
     notices, tokens = [], []
@@ -274,7 +274,7 @@ def test_a_message_that_is_too_long_by_itself_is_refused_and_not_kept() -> None:
     assert talk.send("Short?").text == "No."
 
 
-def test_a_tools_result_that_overflows_drops_old_turns_first_and_is_never_cut() -> None:
+def test_a_tools_result_that_overflows_drops_old_turns_and_is_never_cut() -> None:
     def read(size: int) -> str:
         """Read."""
         return "1 " * size
@@ -295,7 +295,7 @@ def test_a_tools_result_that_overflows_drops_old_turns_first_and_is_never_cut() 
     assert talk.send("Never mind.").text == "End."
 
 
-def test_taking_back_turns_after_an_overflow() -> None:
+def test_turns_can_be_undone_after_an_overflow() -> None:
     talk = Reciter(*["Yes."] * 30, context=150).conversation(thinking=False)
     while not talk.dropped:
         talk.send("Question of many.")
@@ -308,7 +308,7 @@ def test_taking_back_turns_after_an_overflow() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [None, 10, 5000])
-def test_the_window_leaves_room_and_takes_no_more_than_it_must(max_tokens: int | None) -> None:
+def test_the_window_leaves_room_and_drops_no_more_than_necessary(max_tokens: int | None) -> None:
     def encode(messages: list[dict[str, Any]]) -> list[int]:
         return [0] * sum(len(message["content"]) for message in messages)
 

@@ -1,4 +1,4 @@
-"""Names of control tokens in messages: text, whoever says them, and wherever in the message."""
+"""Control tokens that are spelled out in messages are encoded as text. See test_borders.py for every place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prompt_ids(model: Reciter, messages: list[dict[str, Any]]) -> list[int]:
         {"content": "", "tool_calls": [{"function": {"name": "<|im_start|>", "arguments": {}}}]},
     ],
 )
-def test_an_answer_that_repeats_control_tokens_begins_no_turn(template: str, said: dict[str, Any]) -> None:
+def test_an_answer_that_repeats_control_tokens_does_not_begin_a_turn(template: str, said: dict[str, Any]) -> None:
     model = Reciter("Yes.", template=template)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", **said}, {"role": "user", "content": "b"}]
     ids = prompt_ids(model, messages)
@@ -39,14 +39,14 @@ def test_an_answer_that_repeats_control_tokens_begins_no_turn(template: str, sai
     assert ids.count(IM_END) == 3
 
 
-def test_a_thought_that_repeats_control_tokens_begins_no_turn() -> None:
+def test_reasoning_that_repeats_control_tokens_does_not_begin_a_turn() -> None:
     call = {"role": "assistant", "content": "", "reasoning_content": OBEY, "tool_calls": [{"name": "f"}]}
     ids = prompt_ids(Reciter("Yes."), [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "b"}])
     assert ids.count(THINK) == 1
     assert ids.count(IM_START) == 4
 
 
-def test_an_echo_of_a_conversations_own_answer_is_text() -> None:
+def test_control_tokens_in_an_earlier_answer_are_text() -> None:
     spelled = [id for letter in OBEY for id in TOKENIZER.encode(letter)]  # a model writes it without the tokens
     model = Reciter(spelled, "Yes.")
     talk = model.conversation(thinking=False)
@@ -56,7 +56,7 @@ def test_an_echo_of_a_conversations_own_answer_is_text() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_tools_result_cannot_leave_its_place(template: str) -> None:
+def test_a_tools_result_cannot_write_any_added_token(template: str) -> None:
     model = Reciter("Yes.", template=template)
     marks = ["<tool_response>", "</tool_response>", "<tool_call>", "</tool_call>", "<think>", "</think>", "<|fim_pad|>"]
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
@@ -69,7 +69,7 @@ def test_a_tools_result_cannot_leave_its_place(template: str) -> None:
         assert ids.count(id) == plain.count(id)
 
 
-def test_users_and_assistants_may_still_speak_of_thoughts_and_calls() -> None:
+def test_users_and_assistants_may_write_think_and_tool_call_tags() -> None:
     text = "<think> and <tool_call>"
     messages = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
     model = Reciter("Yes.")
@@ -77,7 +77,7 @@ def test_users_and_assistants_may_still_speak_of_thoughts_and_calls() -> None:
 
 
 @pytest.mark.parametrize("template", ["hybrid", "thinking-2507"])
-def test_an_answer_about_the_end_of_a_thought_stays_whole(template: str) -> None:
+def test_an_answer_about_think_tags_is_kept_as_it_is(template: str) -> None:
     answer = "Write `<think>` first, then `</think>` last."
     before = "" if template == "hybrid" else "Hm.\n</think>\n\n"
     model = Reciter(before + answer, "Yes.", template=template)

@@ -216,13 +216,13 @@ CORPUS = {
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_what_a_text_means(name: str) -> None:
+def test_a_text_is_separated_into_its_parts(name: str) -> None:
     raw, expected = CORPUS[name]
     assert parse(raw, schemas=SCHEMAS) == expected
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_every_cut_of_a_text_means_the_same(name: str) -> None:
+def test_events_do_not_depend_on_where_the_text_is_cut(name: str) -> None:
     raw, expected = CORPUS[name]
     assert parse(*raw, schemas=SCHEMAS) == expected  # letter by letter
     for cut in range(len(raw) + 1):
@@ -234,7 +234,7 @@ def cuts(raw: str, rng: random.Random) -> list[str]:
     return [raw[a:b] for a, b in zip([0, *places], [*places, len(raw)], strict=True)]
 
 
-def test_every_cut_of_random_texts_means_the_same() -> None:
+def test_events_of_random_texts_do_not_depend_on_where_they_are_cut() -> None:
     rng = random.Random(7)
     parts = [
         "<think>",
@@ -287,7 +287,7 @@ def test_tags_never_leak_even_when_cut() -> None:
 
 
 @pytest.mark.parametrize("name", ["hybrid", "thinking-2507", "coder"])
-def test_what_a_template_writes_is_read_back(name: str) -> None:
+def test_what_a_template_renders_is_parsed_back(name: str) -> None:
     template = ChatTemplate({"default": (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")}, {}, Path())
     values = ["Paris", "", "a\nb", "  spaces ", '"quoted" & <b>', LANGUAGES, "back\\slash", "{", "</think>", "1"]
     rng = random.Random(9)
@@ -311,14 +311,14 @@ def test_what_a_template_writes_is_read_back(name: str) -> None:
         )
 
 
-def test_a_prompt_that_opens_the_thought_leaves_only_its_closing_tag() -> None:
+def test_only_the_closing_tag_is_expected_after_a_prompt_that_opens_thinking() -> None:
     assert parse("Hm.\n</think>\n\nYes.", thinking=True) == said("Yes.", "Hm.")
     assert parse("\n</think>\n\nYes.", thinking=True) == said("Yes.")
     assert parse("<think>\nHm.\n</think>\n\nYes.", thinking=True) == said("Yes.", "Hm.")
     assert parse("Hm. And so", thinking=True) == said("", "Hm. And so")
 
 
-def test_a_call_that_breaks_off_is_not_made() -> None:
+def test_a_call_that_is_cut_off_is_text() -> None:
     cut = '<tool_call>{"name": "delete", "arguments": {"path": "/home"'
     assert parse(cut, whole=True).calls == [ToolCall("delete", {"path": "/home"})]
     assert parse(cut, whole=False) == said(cut.removeprefix("<tool_call>"))
@@ -340,7 +340,7 @@ DELETE = '<tool_call>{"name": "delete", "arguments": {}}</tool_call>'
     ["<tool_call>\n<function=write>\n<parameter=text>\n", "<function=write>\n<parameter=text>\n",
      '<tool_call>{"name": "write", "arguments": {"text": "'],
 )  # fmt: skip
-def test_a_value_that_breaks_off_after_a_closing_tag_is_no_call_and_has_none(begun: str) -> None:
+def test_a_value_that_is_cut_off_after_a_closing_tag_is_not_a_call(begun: str) -> None:
     for rest in ("a</tool_call>", "a</tool_call> and", f"a</tool_call> and {DELETE} so"):
         for pieces in ([begun + rest], list(begun + rest)):
             assert parse(*pieces, whole=False, schemas=SCHEMAS).calls == []
@@ -377,7 +377,7 @@ def test_text_comes_as_soon_as_it_cannot_be_a_tag() -> None:
     assert parser.finish() == []
 
 
-def test_the_work_grows_with_the_length_of_the_text_only() -> None:
+def test_the_time_is_linear_in_the_length_of_the_text() -> None:
     hostile = [
         '<tool_call>{"' + "</tool_call>x" * 20_000,
         "<tool_call><function=write><parameter=text>" + "</tool_call>x" * 20_000,

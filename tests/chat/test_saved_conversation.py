@@ -29,7 +29,7 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def test_a_saved_conversation_goes_on_where_it_was(model: Model, tmp_path: Path) -> None:
+def test_a_saved_conversation_continues(model: Model, tmp_path: Path) -> None:
     talk = model.conversation("Be brief. 東京", thinking=False, **GREEDY)
     talk.send("What is 17 + 25?")
     talk.save(tmp_path / "talk.json")
@@ -42,7 +42,7 @@ def test_a_saved_conversation_goes_on_where_it_was(model: Model, tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "another model's"])
-def test_a_conversation_without_its_cache_is_read_again(model: Model, tmp_path: Path, damage: str) -> None:
+def test_a_conversation_is_computed_again_if_its_cache_is_damaged(model: Model, tmp_path: Path, damage: str) -> None:
     talk = model.conversation(thinking=False, **GREEDY)
     talk.send("What is 17 + 25?")
     path, cache = tmp_path / "talk.json", tmp_path / "talk.json.npqwen-cache"
@@ -74,7 +74,7 @@ def test_a_conversation_without_its_cache_is_read_again(model: Model, tmp_path: 
         ),
     ],
 )
-def test_a_file_that_is_no_conversation_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_file_that_is_not_a_conversation_is_named(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "talk.json"
     if text is not None:
         path.write_text(text)
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_conversation_is_named(tmp_path: Path, text: str | Non
         Conversation.load(Reciter(), path)  # type: ignore[arg-type]
 
 
-def test_a_place_that_cannot_be_written_to_is_named_and_keeps_what_is_there(
+def test_a_path_that_cannot_be_written_is_named_and_keeps_its_file(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk = model.conversation(thinking=False, messages=[user("a")])
@@ -95,7 +95,7 @@ def test_a_place_that_cannot_be_written_to_is_named_and_keeps_what_is_there(
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 
 
-def test_thinking_is_part_of_what_is_saved_and_the_cache_need_not_be(model: Model, tmp_path: Path) -> None:
+def test_thinking_is_saved_and_the_cache_is_optional(model: Model, tmp_path: Path) -> None:
     talk = model.conversation(**GREEDY)
     talk.thinking = False
     assert talk.send("What is 17 + 25?").reasoning == ""
@@ -111,7 +111,7 @@ def test_thinking_is_part_of_what_is_saved_and_the_cache_need_not_be(model: Mode
     assert loaded.send("What is 30 + 12?").text == "30 + 12 = 42"
 
 
-def test_options_that_are_wrong_are_not_blamed_on_the_file(tmp_path: Path) -> None:
+def test_wrong_options_are_not_reported_as_a_damaged_file(tmp_path: Path) -> None:
     talk = Reciter().conversation(messages=[user("a")])
     talk.save(tmp_path / "talk.json", cache=False)
     for options, message in (({"tools": "x"}, "tools is str"), ({"temprature": 1}, "unknown option 'temprature'")):
@@ -119,7 +119,7 @@ def test_options_that_are_wrong_are_not_blamed_on_the_file(tmp_path: Path) -> No
             Conversation.load(talk.model, tmp_path / "talk.json", **options)
 
 
-def test_a_file_that_cannot_be_read_is_not_called_missing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_not_reported_as_missing(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot be read"):
         Conversation.load(Reciter(), tmp_path)  # type: ignore[arg-type]
     (tmp_path / "talk.json").write_bytes(b"\xff")
@@ -138,7 +138,7 @@ def test_a_sessions_file_of_a_similar_name_is_left_alone(model: Model, tmp_path:
         assert (tmp_path / "manual.cache").read_bytes() == mine
 
 
-def test_saving_and_forking_end_an_answer_under_way(tmp_path: Path) -> None:
+def test_saving_and_forking_close_an_answer_that_is_still_streaming(tmp_path: Path) -> None:
     for leave in (lambda talk: talk.save(tmp_path / "talk.json", cache=False), lambda talk: talk.fork()):
         talk = Reciter("One two three.").conversation(thinking=False)
         stream = talk.stream("Count.")

@@ -57,7 +57,7 @@ from npqwen.tools.calls import ToolCall, parse_value, read_calls
         ("5", {"type": 3}, 5),
     ],
 )
-def test_a_value_takes_its_schemas_type_or_stays_as_it_was_written(value: str, schema: Any, expected: Any) -> None:
+def test_a_value_gets_the_type_of_its_schema_or_stays_text(value: str, schema: Any, expected: Any) -> None:
     found = parse_value(value, schema)
     assert found == expected
     assert type(found) is type(expected)
@@ -72,7 +72,7 @@ def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> Non
 
 
 @pytest.mark.parametrize("levels", [101, 700, 5_000, 100_000])
-def test_what_is_nested_without_end_is_no_call(levels: int) -> None:
+def test_arguments_nested_too_deeply_are_not_a_call(levels: int) -> None:
     deep = "[" * levels + "]" * levels
     for block in (
         "[" * levels,
@@ -93,7 +93,7 @@ def test_a_call_may_be_nested_and_its_message_fits_a_prompt() -> None:
     assert checked([message]) == [message]
 
 
-def test_a_call_as_a_message_is_the_form_that_templates_read() -> None:
+def test_a_call_as_a_message_has_the_form_that_templates_read() -> None:
     call = ToolCall("f", {"a": 1}, "call_3")
     function = {"name": "f", "arguments": {"a": 1}}
     assert call.as_message() == {"id": "call_3", "type": "function", "function": function}
@@ -107,7 +107,7 @@ def test_a_call_that_is_changed_leaves_its_message_as_it_was() -> None:
     assert message["function"]["arguments"] == {"a": [2, 1]}
 
 
-def test_half_a_surrogate_pair_is_replaced_because_no_file_or_prompt_can_hold_it() -> None:
+def test_lone_surrogates_are_replaced() -> None:
     plain = r'{"name": "f\ud83d", "arguments": {"a\udc00": ["x\ud83d y", "\ud83d\ude00"]}}'
     assert read_calls(plain, {}) == ([ToolCall("f?", {"a?": ["x? y", "😀"]})], "")
     in_a_string = r'{"name": "f", "arguments": "{\"a\": \"\\ud83d\"}"}'

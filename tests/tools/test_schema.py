@@ -1,4 +1,4 @@
-"""Python functions' JSON schemas: against transformers' own, and of what transformers does not take."""
+"""JSON schemas of Python functions: those of transformers, and of functions that transformers refuses."""
 
 # ruff: noqa: UP007, UP037
 
@@ -37,7 +37,7 @@ def properties(function: Any) -> dict[str, Any]:
     return function_schema(function)["function"]["parameters"]["properties"]
 
 
-# --- beyond what transformers takes ---
+# --- functions that transformers refuses ---
 
 
 def google(a: int, b, *rest: str, c: str = "", **more: Any) -> str:  # type: ignore[no-untyped-def]
@@ -143,7 +143,7 @@ def rich(
     pass
 
 
-def test_what_is_not_known_is_left_open() -> None:
+def test_missing_hints_and_descriptions_are_left_out() -> None:
     schema = function_schema(loose)["function"]
     assert schema == {
         "name": "loose",
@@ -203,7 +203,7 @@ def test_a_partial_and_an_object_are_described_by_what_they_call() -> None:
     assert function_schema(Documented())["function"]["description"] == "Of the class."
 
 
-def test_an_attribute_called_func_is_not_what_is_called() -> None:
+def test_an_attribute_named_func_is_not_taken_for_a_partials() -> None:
     class Tracked:
         """Tracked."""
 
@@ -259,7 +259,7 @@ def odd(
 ) -> None: ...
 
 
-def test_classes_that_can_be_iterated_are_arrays_only_if_they_are_collections() -> None:
+def test_iterable_classes_are_arrays_only_if_they_are_collections() -> None:
     pair = {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "number"}]}
     node = {
         "value": {"type": "integer"},
@@ -282,7 +282,7 @@ def test_classes_that_can_be_iterated_are_arrays_only_if_they_are_collections() 
     }
 
 
-def test_a_hint_that_is_not_there_leaves_the_others_behind_a_decorator_too() -> None:
+def test_a_hint_that_cannot_be_resolved_does_not_affect_the_others() -> None:
     names: dict[str, Any] = {"Number": int}
     exec("def elsewhere(a: 'Number', b: 'Missing'): ...", names)
 
@@ -293,7 +293,7 @@ def test_a_hint_that_is_not_there_leaves_the_others_behind_a_decorator_too() -> 
 
 
 @pytest.mark.skipif(sys.version_info < (3, 14), reason="earlier, such a function cannot be defined")
-def test_a_hint_that_is_not_there_and_not_quoted() -> None:
+def test_a_hint_that_cannot_be_resolved_and_is_not_quoted() -> None:
     names: dict[str, Any] = {}
     source = "def f(a: Missing, b: int = 1, *, c: list[Missing] = ()) -> Missing: return b"
     exec(compile(source, "f.py", "exec", dont_inherit=True), names)

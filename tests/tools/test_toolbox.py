@@ -1,4 +1,4 @@
-"""Python functions as tools: lists of them, and calls as models make them."""
+"""Python functions as tools: lists of tools, and running the calls that models write."""
 
 # ruff: noqa: UP045
 
@@ -54,7 +54,7 @@ def sphinx(a: int, b: str) -> str:
 # --- lists of tools ---
 
 
-def test_schemas_are_passed_on_as_they_are() -> None:
+def test_schemas_are_passed_on_unchanged() -> None:
     wrapped = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": True}}
     bare = {"name": "g"}
     tools = as_tools([wrapped, bare, sphinx, Tool("h", {"name": "h"})])
@@ -92,7 +92,7 @@ class Later:
         ([functools.partial(Later())], r"tools\[0\] is an async function"),
     ],
 )
-def test_what_is_no_tool_is_refused(tools: Any, message: str) -> None:
+def test_values_that_are_not_tools_are_refused(tools: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         as_tools(tools)
 
@@ -176,7 +176,7 @@ def run(function: Any, **arguments: Any) -> ToolResult:
         ("anything", {"a": [None]}, {"a": [None]}),
     ],
 )
-def test_arguments_are_fitted_to_the_hints(name: str, given: Any, taken: Any) -> None:
+def test_arguments_are_coerced_to_the_hints(name: str, given: Any, taken: Any) -> None:
     result = run(echo, **{name: given})
     assert result.error is None
     assert f"{name!r}: {taken!r}" in result.content
@@ -206,18 +206,18 @@ def test_arguments_are_fitted_to_the_hints(name: str, given: Any, taken: Any) ->
         ({"town": "Paris"}, "echo has no argument 'town'; it takes n, x, s, "),
     ],
 )
-def test_arguments_that_do_not_fit_are_told_to_the_model(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_reported_to_the_model(arguments: dict[str, Any], message: str) -> None:
     result = run(echo, **arguments)
     assert message in json.loads(result.content)["error"]
     assert result.error is not None
 
 
-def test_missing_arguments_are_told_to_the_model() -> None:
+def test_missing_arguments_are_reported_to_the_model() -> None:
     assert json.loads(run(sphinx, a=1).content) == {"error": "sphinx needs the argument b"}
     assert json.loads(run(sphinx).content) == {"error": "sphinx needs the argument a, b"}
 
 
-def test_null_is_no_default_where_there_is_none() -> None:
+def test_null_does_not_replace_a_required_argument() -> None:
     assert json.loads(run(sphinx, a=None, b="").content) == {"error": "a is null; it must be a whole number"}
 
 
@@ -232,7 +232,7 @@ def test_a_function_that_changes_its_arguments_does_not_change_the_call() -> Non
     assert result.call.arguments == {"items": [2, 1], "table": {"a": [1]}}
 
 
-def test_a_result_that_has_to_be_awaited_is_an_error() -> None:
+def test_an_awaitable_result_is_an_error() -> None:
     def give() -> Any:
         return later()
 
@@ -241,7 +241,7 @@ def test_a_result_that_has_to_be_awaited_is_an_error() -> None:
     assert isinstance(result.error, OptionError)
 
 
-def test_what_a_function_raises_is_told_to_the_model_and_kept() -> None:
+def test_what_a_function_raises_is_reported_to_the_model_and_kept() -> None:
     def divide(a: float, b: float) -> float:
         return a / b
 
@@ -300,8 +300,42 @@ def test_a_schema_without_a_function_cannot_be_run() -> None:
         Tool("f", {"name": "f"}).run(ToolCall("f", {}))
 
 
-def test_an_error_that_is_no_text_is_made_one() -> None:
+def test_an_error_with_a_lone_surrogate_is_encodable() -> None:
     def fail() -> None:
         raise ValueError("half \ud800")
 
     assert run(fail).content == '{"error": "ValueError: half ?"}'
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_error_that_cannot_be_printed_is_reported_by_its_class() -> None:
+    def fail() -> None:
+        raise Unprintable
+
+    result = run(fail)
+    assert result.content == '{"error": "Unprintable"}'
+    assert isinstance(result.error, Unprintable)
+
+
+def test_a_result_that_cannot_be_converted_is_an_error() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+
+    def give() -> Any:
+        return circle
+
+    assert json.loads(run(give).content)["error"].startswith("ValueError: Circular")
+
+
+@pytest.mark.parametrize("attribute", ["__name__", "__signature__", "__annotations__", "__doc__"])
+def test_an_object_that_cannot_be_inspected_is_refused(attribute: str) -> None:
+    def broken(self: Any) -> Any:
+        raise Unprintable
+
+    kind = type("Odd", (), {attribute: property(broken), "__call__": lambda self: None})
+    with pytest.raises(OptionError, match=r"^tools\[0\] cannot be described as a tool: Unprintable$"):
+        as_tools([kind()])
