@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, cast
 
 from npqwen.checks import check_number, check_whole, is_number, number_range, suggestion, whole_range
 from npqwen.errors import OptionError, quoted
@@ -50,8 +50,7 @@ class LoopGuard:
             check_whole(field.name, getattr(self, field.name), 2 if field.name == "copies" else 1, 2**20)
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One generation option.
 
     help: one line, for `--help` and the documentation.
@@ -266,7 +265,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 OPTIONS: dict[str, Option] = {
-    name: dataclasses.replace(hint.__metadata__[0], name=name)
+    name: hint.__metadata__[0]._replace(name=name)
     for name, hint in GenerationOptions.__annotations__.items()
 }
 """All options by name, in the order in which messages and `--help` list them."""
