@@ -10,7 +10,7 @@ from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.checks import suggestion
 from npqwen.errors import OptionError, quoted
-from npqwen.generation.options import OPTIONS, GenerationOptions, Option, check_options
+from npqwen.generation.options import OPTIONS, GenerationOptions, Option, check_options, option_table
 from npqwen.tools.toolbox import Tool, as_tools
 
 _NOT_FOR_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
@@ -64,16 +64,8 @@ class ChatOptions(GenerationOptions, total=False):
     ]
 
 
-CHAT_OPTIONS: dict[str, Option] = {
-    name: dataclasses.replace(hint.__metadata__[0], name=name)
-    for name, hint in ChatOptions.__annotations__.items()
-    if name not in OPTIONS
-}
+CHAT_OPTIONS = option_table(ChatOptions, inherited=OPTIONS)
 """The options that only a chat has, by name."""
-
-ChatOptions.__doc__ = f"{ChatOptions.__doc__}\n" + "\n".join(
-    f"    {option.name}: {option.help}" for option in CHAT_OPTIONS.values()
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,18 +264,23 @@ class GenerationOptions(TypedDict, total=False):
     ]
 
 
-OPTIONS: dict[str, Option] = {
-    name: hint.__metadata__[0]._replace(name=name)
-    for name, hint in GenerationOptions.__annotations__.items()
-}
+def option_table(definitions: Any, inherited: Iterable[str] = ()) -> dict[str, Option]:
+    """The options that the annotations of a TypedDict define, by name; they are appended to its docstring, too."""
+    table = {
+        name: hint.__metadata__[0]._replace(name=name)
+        for name, hint in definitions.__annotations__.items()
+        if name not in inherited
+    }
+    lines = "\n".join(f"    {option.name}: {option.help}" for option in table.values())
+    definitions.__doc__ = f"{definitions.__doc__.rstrip()}\n\n{lines}"
+    return table
+
+
+OPTIONS = option_table(GenerationOptions)
 """All options by name, in the order in which messages and `--help` list them."""
 
 CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
 """Defaults in a chat, where they differ from an option's own."""
-
-GenerationOptions.__doc__ = f"{GenerationOptions.__doc__}\n\n" + "\n".join(
-    f"    {option.name}: {option.help}" for option in OPTIONS.values()
-)
 
 
 def check_options(options: Mapping[str, Any]) -> GenerationOptions:
