@@ -77,19 +77,19 @@ def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
 
 
 def floating_loop(
-    isa: InstructionSet, target: tuple[str, str], kind: str, tokens: int, vectors: int, columns: int
+    isa: InstructionSet, target: tuple[str, str], kind: str, tokens: int, vectors: int, together: int
 ) -> list[str]:
-    """The loop over columns of floats: kind "bf16" for a matrix's, "half" or "float" for those of the KV cache."""
+    """The loop over columns of `together` tiles: kind "bf16" for a matrix's, "half" or "float" for the KV cache's."""
     element = F32 if kind == "float" else I16
     dtype = {"bf16": tile.BFLOAT16, "half": tile.FLOAT16, "float": tile.FLOAT32}[kind]
 
     def body(
         b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
     ) -> list[ir.Value]:
-        args = w, at, I64(16), x, x_at, I64(tokens), I64(1)
-        return list(tile.multiply_add_columns.emit(b, sums, tokens, columns, dtype, *args))
+        args = w, at, I64(1 << 12), x, x_at, I64(1)
+        return list(tile.multiply_add_column.emit(b, sums, tokens, together, dtype, *args))
 
-    return _loop(isa, target, tokens * vectors * columns, 16 * columns, tokens * columns, element, F32, body)
+    return _loop(isa, target, tokens * vectors * together, 16, tokens, element, F32, body)
 
 
 def _loop(

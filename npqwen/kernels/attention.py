@@ -31,10 +31,10 @@ from npqwen.simd.tile import (
     FLOAT32,
     LANES,
     chains,
-    multiply_add_columns,
+    multiply_add_column,
     prefetch,
     store_add,
-    store_columns,
+    store_tiles,
     zeros,
 )
 
@@ -147,11 +147,11 @@ def _compute_scores(
                 else:
                     first = at + position * dim
                     _prefetch_next_values(values, first, k - lane - first, together)
-                products = multiply_add_columns(
-                    products, rows, together, dtype, keys, k, POSITION_TILE * dim, queries, i, 0, 1
+                products = multiply_add_column(
+                    products, rows, together, dtype, keys, k, POSITION_TILE * dim, queries, i, 1
                 )
                 k += POSITION_TILE
-            store_columns(products, together, scores, position + lane, POSITION_TILE, vectors, SCORE_BLOCK)
+            store_tiles(products, together, scores, position + lane, POSITION_TILE, vectors, SCORE_BLOCK)
 
 
 @njit(inline="always")
@@ -182,7 +182,7 @@ def _add_weighted_values(
                 _prefetch_far_values(values, v, far)
             else:
                 _prefetch_next_keys(keys, at, dim, column, i, wide)
-            sums = multiply_add_columns(sums, rows, 1, dtype, values, v, 0, weights, i, 0, SCORE_BLOCK)
+            sums = multiply_add_column(sums, rows, 1, dtype, values, v, 0, weights, i, SCORE_BLOCK)
             v += dim
         store_add(sums, accumulator, column, wide_vectors, dim)
         column += wide
@@ -190,7 +190,7 @@ def _add_weighted_values(
         rest = zeros(rows, narrow_vectors, 1)
         v = at + column
         for i in range(count):
-            rest = multiply_add_columns(rest, rows, 1, dtype, values, v, 0, weights, i, 0, SCORE_BLOCK)
+            rest = multiply_add_column(rest, rows, 1, dtype, values, v, 0, weights, i, SCORE_BLOCK)
             v += dim
         store_add(rest, accumulator, column, narrow_vectors, dim)
         column += POSITION_TILE

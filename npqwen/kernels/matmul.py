@@ -19,10 +19,11 @@ from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.kernels.matrix import group_bytes
+from npqwen.kernels.matrix import IS_INTEGER, group_bytes
 from npqwen.kernels.packing import WIDEST, WIDTHS, whole_tiles
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.isa import ISA
+from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import (
@@ -30,11 +31,12 @@ from npqwen.simd.tile import (
     LANES,
     chains,
     dot_block_int,
-    multiply_add_columns,
+    multiply_add_column,
     prefetch,
-    reduce_columns,
     store,
     store_add,
+    store_add_tiles,
+    store_tiles,
     zeros,
 )
 
@@ -45,6 +47,8 @@ STREAM_BYTES = 1 << 19
 """Bytes of a chunk where there is one tile: weights are read once, and every chunk begins by waiting for memory."""
 _LOCAL_FLOATS = 1 << 16
 """float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
+_LINE_COLUMNS = CACHE_LINE // (2 * UNIT_ROWS)
+"""Columns of bf16 in a cache line."""
 
 
 def _integer_rows(encoding: Encoding, tokens: int) -> Any:
@@ -88,11 +92,15 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
     return integer_rows
 
 
+_TOGETHER = tuple(chains(width * ISA.tiles.get(width, 1)) if width else 1 for width in range(WIDEST + 1))
+"""Row groups that the kernels for bf16 multiply at once, by the width of the tile: independent sums hide the latency of
+multiply-adds. Several sums a row would do that too, but then a token's results would depend on the width."""
+
+
 def _bf16_rows(tokens: int) -> Any:
     """The kernel for bf16 weights, float32 activations and tiles of `tokens` tokens."""
-    vectors = ISA.tiles[tokens]
+    vectors, together = ISA.tiles[tokens], _TOGETHER[tokens]
     rows = vectors * LANES
-    columns = chains(tokens * vectors)
 
     @entry(tokens, vectors)
     def bf16_rows(
@@ -103,26 +111,45 @@ def _bf16_rows(tokens: int) -> Any:
         w = memory(address, last * UNIT_ROWS * cols, np.uint16)
         packed = memory(x, tiles * cols * tokens, np.float32)
         results = memory(out, tiles * tokens * stride, np.float32)
+        rest = last - (last - first) % together
         for tile in range(tiles):
-            for group in range(first, last):
+            x_at, origin = tile * cols * tokens, tile * tokens * stride
+            for group in range(first, rest, together):
                 for row in range(0, UNIT_ROWS, rows):
-                    sums = zeros(tokens, vectors, columns)
-                    at = group * cols * UNIT_ROWS + row
-                    x_at = tile * cols * tokens
-                    for _ in range(cols // columns):
-                        sums = multiply_add_columns(
-                            sums, tokens, columns, BFLOAT16, w, at, UNIT_ROWS, packed, x_at, tokens, 1
-                        )
-                        at += columns * UNIT_ROWS
-                        x_at += columns * tokens
-                    total = reduce_columns(sums, columns)
-                    place = tile * tokens * stride + group * UNIT_ROWS + row
+                    at, place = group * cols * UNIT_ROWS + row, origin + group * UNIT_ROWS + row
+                    sums = _bf16_groups(tokens, vectors, together, w, at, cols, packed, x_at)
                     if accumulate:
-                        store_add(total, results, place, vectors, stride)
+                        store_add_tiles(sums, together, results, place, UNIT_ROWS, vectors, stride)
                     else:
-                        store(total, results, place, vectors, stride)
+                        store_tiles(sums, together, results, place, UNIT_ROWS, vectors, stride)
+            for group in range(rest, last):
+                for row in range(0, UNIT_ROWS, rows):
+                    at, place = group * cols * UNIT_ROWS + row, origin + group * UNIT_ROWS + row
+                    lone = _bf16_groups(tokens, vectors, 1, w, at, cols, packed, x_at)
+                    if accumulate:
+                        store_add(lone, results, place, vectors, stride)
+                    else:
+                        store(lone, results, place, vectors, stride)
 
     return bf16_rows
+
+
+@njit(inline="always")
+def _bf16_groups(tokens: int, vectors: int, together: int, w: Any, at: int, cols: int, packed: Any, x_at: int) -> Any:
+    """A tile for each of `together` row groups: the rows at w[at:] of the first, and the same rows of the others.
+
+    tokens, vectors and together are constants.
+    """
+    sums = zeros(tokens, vectors, together)
+    pitch = cols * UNIT_ROWS
+    for _ in range(cols // _LINE_COLUMNS):
+        for group in range(together):
+            prefetch(w, at + group * pitch + PREFETCH_DISTANCE // 2, CACHE_LINE)
+        for _ in range(_LINE_COLUMNS):
+            sums = multiply_add_column(sums, tokens, together, BFLOAT16, w, at, pitch, packed, x_at, 1)
+            at += UNIT_ROWS
+            x_at += tokens
+    return sums
 
 
 def _rows(encoding: Encoding, tokens: int) -> Any:
@@ -163,9 +190,13 @@ def local_floats(tokens: int, multiple: int) -> int:
 def chunk_groups(team: Any, matrix: Any, tokens: int, width: int) -> int:
     """How many row groups a thread claims at a time: an eighth of its share, unless that is more than a chunk."""
     streams = tokens <= width and not (_MATRICES and width == UNIT_ROWS)  # unpacked weights have to fit scratch
-    groups = matrix.rows // UNIT_ROWS
-    fitting = (STREAM_BYTES if streams else CHUNK_BYTES) // group_bytes(matrix)
-    return max(1, min(groups // (8 * acquire(team, MEMBERS)), fitting))
+    groups, members, size = matrix.rows // UNIT_ROWS, acquire(team, MEMBERS), group_bytes(matrix)
+    chunk = max(1, min(groups // (8 * members), (STREAM_BYTES if streams else CHUNK_BYTES) // size))
+    if not IS_INTEGER[matrix.encoding]:
+        rounded = (chunk + _TOGETHER[width] - 1) // _TOGETHER[width] * _TOGETHER[width]
+        if rounded * size <= STREAM_BYTES and rounded * members <= groups:
+            return rounded
+    return chunk
 
 
 @njit(nogil=True)

@@ -1,10 +1,9 @@
 """Register tiles: accumulators in SIMD registers as one Numba value, and the operations that kernels do on them.
 
 A tile is a tuple of `tokens * rows` float32 vectors; vector `t * rows + r` holds, one a lane, the sums of token t and
-of weight rows `r * LANES` and up. Kernels that keep several sums for each, to hide the latency of multiply-adds, have
-one such tile for each of `columns` neighbouring columns, one after the other. Operations unroll when they are compiled:
-a kernel is an ordinary loop around a few calls, and LLVM keeps the whole tile in registers. Offsets into arrays count
-elements.
+of weight rows `r * LANES` and up. Several tiles, of as many groups of weight rows, can be one tuple, one tile after the
+other: more independent sums hide the latency of multiply-adds. Operations unroll when they are compiled: a kernel is an
+ordinary loop around a few calls, and LLVM keeps the tiles in registers. Offsets into arrays count elements.
 """
 
 from __future__ import annotations
@@ -64,14 +63,14 @@ f32s = Vector()
 
 
 def chains(vectors: int) -> int:
-    """Independent sums of each of so many accumulators that keep the processor busy: 4, 2 or 1."""
+    """How many tiles of so many vectors keep the processor busy: 4, 2 or 1."""
     return max(1, min(4, ISA.accumulators // vectors))
 
 
-@operation(returns=lambda tokens, rows, columns: types.UniTuple(f32s, tokens * rows * columns))
-def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, columns: Const) -> Tile:
-    """Tiles of zeros for `columns` columns, `rows` vectors of rows a token."""
-    return [constant(F32, LANES, 0.0)] * (tokens * rows * columns)
+@operation(returns=lambda tokens, rows, together: types.UniTuple(f32s, tokens * rows * together))
+def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, together: Const) -> Tile:
+    """`together` tiles of zeros, of `rows` vectors of rows a token."""
+    return [constant(F32, LANES, 0.0)] * (tokens * rows * together)
 
 
 @operation
@@ -90,30 +89,30 @@ def store_add(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, str
 
 
 @operation
-def store_columns(
-    b: ir.IRBuilder, tile: Tile, columns: Const, out: Array, at: Int, pitch: Int, rows: Const, stride: Int
+def store_tiles(
+    b: ir.IRBuilder, tiles: Tile, together: Const, out: Array, at: Int, pitch: Int, rows: Const, stride: Int
 ) -> None:
-    """`store` the tile of each of `columns` columns, `pitch` after that of the column before."""
-    size = len(tile) // columns
-    for n, value in enumerate(tile):
-        column = step(b, at, n // size, pitch)
-        b.store(value, _place(b, out, column, n % size, rows, stride), align=4)
+    """`store` each of `together` tiles, `pitch` after the one before."""
+    size = len(tiles) // together
+    for n, value in enumerate(tiles):
+        b.store(value, _place(b, out, step(b, at, n // size, pitch), n % size, rows, stride), align=4)
+
+
+@operation
+def store_add_tiles(
+    b: ir.IRBuilder, tiles: Tile, together: Const, out: Array, at: Int, pitch: Int, rows: Const, stride: Int
+) -> None:
+    """`store_add` each of `together` tiles, `pitch` after the one before."""
+    size = len(tiles) // together
+    for n, value in enumerate(tiles):
+        place = _place(b, out, step(b, at, n // size, pitch), n % size, rows, stride)
+        b.store(b.fadd(b.load(place, align=4), value), place, align=4)
 
 
 def _place(b: ir.IRBuilder, out: ir.Value, at: ir.Value, n: int, rows: int, stride: ir.Value) -> ir.Value:
     """Where the n-th vector of a tile belongs."""
     t, r = divmod(n, rows)
     return element(b, out, step(b, step(b, at, t, stride), r * LANES), FLOATS)
-
-
-@operation(returns=lambda tile, columns: types.UniTuple(f32s, tile.count // columns))
-def reduce_columns(b: ir.IRBuilder, tile: Tile, columns: Const) -> Tile:
-    """The sum of the tiles of `columns` columns, one tile."""
-    size = len(tile) // columns
-    sums = tile[:size]
-    for n, value in enumerate(tile[size:]):
-        sums[n % size] = b.fadd(sums[n % size], value)
-    return sums
 
 
 @operation
@@ -144,27 +143,26 @@ BFLOAT16, FLOAT16, FLOAT32 = range(3)
 
 
 @operation
-def multiply_add_columns(
-    b: ir.IRBuilder, tile: Tile, tokens: Const, columns: Const, dtype: Const,
-    w: Array, at: Int, pitch: Int, x: Array, x_at: Int, x_pitch: Int, stride: Int,
+def multiply_add_column(
+    b: ir.IRBuilder, tiles: Tile, tokens: Const, together: Const, dtype: Const,
+    w: Array, at: Int, pitch: Int, x: Array, x_at: Int, stride: Int,
 ) -> Tile:  # fmt: skip
-    """Add the outer product of each of `columns` columns with the tokens' activations to the tile of the column.
+    """Add the outer product of a column of weights with its activations, one a token, to each of `together` tiles.
 
-    Column c is w[at + c * pitch:], a row each, of the dtype BFLOAT16, FLOAT16 or FLOAT32; its activation for token t is
-    x[x_at + c * x_pitch + t * stride], float32. `reduce_columns` adds the tiles up.
+    The rows of tile n have the weights w[at + n * pitch:], of the dtype BFLOAT16, FLOAT16 or FLOAT32. The activation of
+    token t is x[x_at + t * stride], float32, for all tiles.
     """
-    rows = len(tile) // (tokens * columns)
-    for c in range(columns):
-        column = element(b, w, step(b, at, c, pitch), I8)
-        first = step(b, x_at, c, x_pitch)
-        values = [b.load(element(b, x, step(b, first, t, stride), F32), align=4) for t in range(tokens)]
-        values = [splat(b, value, LANES) for value in values]
+    rows = len(tiles) // (tokens * together)
+    activations = [b.load(element(b, x, step(b, x_at, t, stride), F32), align=4) for t in range(tokens)]
+    activations = [splat(b, value, LANES) for value in activations]
+    for tile in range(together):
+        column = element(b, w, step(b, at, tile, pitch), I8)
         for r in range(rows):
             weights = _load(b, dtype, column, r)
             for t in range(tokens):
-                n = (c * tokens + t) * rows + r
-                tile[n] = fma(b, values[t], weights, tile[n])
-    return tile
+                n = (tile * tokens + t) * rows + r
+                tiles[n] = fma(b, activations[t], weights, tiles[n])
+    return tiles
 
 
 def _load(b: ir.IRBuilder, dtype: int, column: ir.Value, r: int) -> ir.Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_a_random_mixture_is_the_references(tmp_path: Path, changes: dict[str, A
         cache = model.new_cache()
         pieces = [model.forward(ids[a:b], cache, all_logits=True) for a, b in ((0, 33), (33, 34), (34, 38), (38, 150))]
         assert np.abs(np.concatenate(pieces) - want).max() < 1e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("mixture", [True, False])
+def test_tokens_one_by_one_are_those_of_a_prompt_to_the_bit(tmp_path: Path, mixture: bool, bits: int) -> None:
+    config = make_config(vocab_size=4130, **(MOE if mixture else {}))
+    write_checkpoint(tmp_path / "source", config, tokenizer=True)
+    convert(tmp_path / "source", tmp_path / "out", bits=bits)
+    ids = np.random.default_rng(0).integers(0, 4130, 150)
+    with load(tmp_path / "out", threads=2) as model:
+        whole = model.logits(ids)
+        for sizes in ([1] * 150, [100, 4, 1, 45], [3, 17, 130]):
+            cache = model.new_cache()
+            ends = np.cumsum([0, *sizes])
+            parts = [model.forward(ids[a:b], cache, all_logits=True) for a, b in itertools.pairwise(ends)]
+            np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_info_tells_how_many_experts_memory_holds(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

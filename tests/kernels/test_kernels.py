@@ -115,6 +115,29 @@ def test_matmul(encoding: Encoding, tokens: int) -> None:
 
 
 @ALL
+def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encoding) -> None:
+    """To the bit, for all widths of tiles and every number of row groups."""
+    rng = np.random.default_rng(0)
+    units = random_units(encoding.bits, np.ones(144, bool), 320, rng)
+    x = rng.standard_normal((33, 320)).astype(np.float32)
+    record, kernels = matrix(units), matmul_kernels([encoding.code])
+    scratch = np.zeros(scratch_floats(320), np.float32)
+    results = []
+    for count in (1, 2, 4, 5, 16, 33):
+        width = run(tile_width, count)
+        out = np.zeros((len(x) + 32, 144), np.float32)
+        for first in range(0, len(x), count):
+            part = packed(x[first : first + count], encoding, width)
+            team = np.zeros(80, np.int64)
+            team[MEMBERS] = 1
+            tokens = len(x[first : first + count])
+            run(matmul, team, kernels, record, part, tokens, width, out[first:], 0, scratch)
+        results.append(out[: len(x)])
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@ALL
 @pytest.mark.parametrize("members", [2, 3, 7])
 def test_matmul_shared_by_threads(encoding: Encoding, members: int) -> None:
     rng = np.random.default_rng(members)
