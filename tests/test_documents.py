@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import npqwen
+from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.generation.options import OPTIONS, Option
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def test_python_code_runs(
 
 
 def options_page() -> str:
-    """The page of all generation options."""
+    """The page of all options of generation and chat."""
     lines = [
         "# Options",
         "",
@@ -95,6 +96,14 @@ def options_page() -> str:
         "| option | values | |",
         "|---|---|---|",
         *(f"| `{option.name}` | {values(option)} | {option.help}{places(option)} |" for option in OPTIONS.values()),
+        "",
+        "## In a chat only",
+        "",
+        "`model.chat`, `stream_chat` and `conversation` have these, too.",
+        "",
+        "| option | values | |",
+        "|---|---|---|",
+        *(f"| `{option.name}` | {values(option)} | {option.help} |" for option in CHAT_OPTIONS.values()),
     ]
     return "\n".join(lines) + "\n"
 

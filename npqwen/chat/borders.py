@@ -1,8 +1,8 @@
 """Borders in untrusted text, across which no control token can be formed.
 
-A chat template puts the strings of messages and tool schemas between control tokens such as <|im_end|>. Such a string
-may spell out a control token, or a part that the template, or another string, completes. So every part gets a border:
-a character that occurs nowhere else. The rendered text is cut at borders that lie within the name of a control token.
+A chat template writes the strings of messages and tool schemas between control tokens such as <|im_end|>. A string may
+spell out a control token, or a part of one that the template or another string completes. So every such part gets a
+border: a character that occurs nowhere else. The rendered text is cut at borders inside the name of a control token.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from npqwen.errors import OptionError
 from npqwen.tokenizer import Tokenizer
 
 _CANDIDATES = (range(0xF0000, 0x110000), range(0xE000, 0xF0000), range(0x80, 0xD800))
-"""Private use first; the rest only for messages that hold all of that."""
+"""Code points for the border: private use first, the others only if the messages contain all of those."""
 
 
 class Names:
-    """The names of some control tokens, and the places in untrusted text where they could begin or end."""
+    """The names of some control tokens, and where they may begin or end in untrusted text."""
 
     def __init__(self, tokenizer: Tokenizer, ids: Iterable[int]) -> None:
         names = {tokenizer.token_bytes(id).decode("utf-8", "replace") for id in ids} - {""}
-        # The longest first, as the tokenizer finds them.
+        # The longest first, as the tokenizer matches them.
         self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
         pairs = sorted({pair for name in names for pair in (name[:2], name[-2:]) if len(pair) == 2})
         inside = (f"{re.escape(pair[0])}(?={re.escape(pair[1])})" for pair in pairs)
@@ -35,18 +35,19 @@ class Names:
         self._joined = "\n".join(sorted(names))
 
     def found(self, texts: Iterable[str]) -> list[str]:
-        """The names in these texts, one after another."""
+        """The names in these texts, in order."""
         return [name for text in texts for name in self._names.findall(text)]
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where each name in `text` begins and ends."""
+        """Start and end of each name in `text`."""
         return (match.span() for match in self._names.finditer(text))
 
     def with_borders(self, text: str, border: str) -> str:
-        """`text` with a border in each name and each part of one that more text could complete.
+        """`text` with a border in every name, and in every part of a name that text around it could complete.
 
-        These are the first two and the last two characters of a name, anywhere; its first character at the end of
-        the text and its last at the start; and a text that is a part of a name as a whole. Templates may strip blanks.
+        Such parts are the first two and the last two characters of a name, anywhere; the first character of a name at
+        the end of the text and the last at its start, blanks aside, which templates strip; and a text that as a whole
+        is part of a name.
         """
         body = text.strip()
         if not body:
@@ -59,7 +60,7 @@ class Names:
 
 
 class BorderedText(str):
-    """Text with borders that compares as the original does, so that a template finds the same keys and branches."""
+    """Text with borders that compares like the original, so that template look-ups and conditions do not change."""
 
     _original: str
 
@@ -90,7 +91,7 @@ class Borders:
     def __init__(self, character: str) -> None:
         self.character = character
         self.any = False
-        """Whether a border was needed so far."""
+        """Whether a border has been inserted."""
 
     def within(self, value: Any, names: Names) -> Any:
         """`value` with borders in all its strings, the keys of objects included."""
@@ -108,9 +109,9 @@ class Borders:
 
 
 def unused_character(plain: str, values: Any) -> str:
-    """A character that is neither in `plain`, a rendered text, nor in the JSON `values` it was rendered from.
+    """A character that occurs neither in `plain`, the rendered text, nor in the JSON `values` it was rendered from.
 
-    Nor does `plain` hold the escapes that JSON and Python write for it. Raises OptionError if there is none.
+    `plain` does not contain its escapes in JSON and Python either. Raises OptionError if there is no such character.
     """
     used = set(plain).union(json.dumps(values, ensure_ascii=False))
     for character in map(chr, chain(*_CANDIDATES)):
@@ -120,14 +121,14 @@ def unused_character(plain: str, values: Any) -> str:
 
 
 def split(rendered: str, border: str) -> list[str]:
-    """The parts of a rendered text between borders, those included that the template wrote as escapes."""
+    """The parts of a rendered text between borders, including borders that the template escaped."""
     for escape in _escapes(border):
         rendered = rendered.replace(escape, border)
     return rendered.split(border)
 
 
 def without_needless_cuts(parts: Sequence[str], names: Names) -> list[str]:
-    """`parts` of a text joined again wherever the cut between two is not within a control token's name."""
+    """`parts`, with those joined again whose border is not inside the name of a control token."""
     text = "".join(parts)
     cuts: list[int] = []
     at = 0
@@ -142,10 +143,10 @@ def without_needless_cuts(parts: Sequence[str], names: Names) -> list[str]:
         if at < len(cuts) and cuts[at] < end:
             needed.append(cuts[at])
     pieces = [text[a:b] for a, b in zip([0, *needed], [*needed, len(text)], strict=True)]
-    # Names can overlap in a foreign vocabulary: then the pieces may hold one that no part has.
+    # Names may overlap in another vocabulary; then a piece may contain one that no part contains.
     return pieces if names.found(pieces) == names.found(parts) else list(parts)
 
 
 def _escapes(character: str) -> tuple[str, str]:
-    """How JSON in ASCII and Python's repr write a character."""
+    """A character as ASCII-only JSON and Python's repr write it."""
     return json.dumps(character)[1:-1], repr(character)[1:-1]

@@ -92,7 +92,7 @@ class ChatStream(AsyncSteps[Event]):
         self._end()
 
     def cancel(self) -> None:
-        """End the answer after the pass under way, or after the tool that is running. Any thread may call this."""
+        """End the answer after the pass in progress, or after the tool that is running. Any thread may call this."""
         self._cancelled = True
         self._stream.cancel()
 
@@ -199,7 +199,7 @@ class ChatStream(AsyncSteps[Event]):
                 self._usages.append(self._stream.usage)
                 self._stream = self._next_stream()
             yield from self._new_notices()
-            self.reply = self._whole_reply()
+            self.reply = self._build_reply()
             self._end()
             yield Finish(self.reply)
         finally:
@@ -224,7 +224,7 @@ class ChatStream(AsyncSteps[Event]):
             if self._stream.finish_reason is None:
                 if self._cancelled:
                     return
-                raise OptionError("the session was used for another answer, which ended this one; fork it for two")
+                raise OptionError("the session was used for another answer, which ended this one; fork it first")
             complete = self._stream.finish_reason == "stop" and self._stream.stop_string is None
             yield from self._recorded(self._stop.push(self._parser.finish(complete)))
             yield from self._recorded(self._stop.finish())
@@ -246,7 +246,7 @@ class ChatStream(AsyncSteps[Event]):
     def _message(self) -> Message:
         """The current step as a message."""
         message: Message = {"role": "assistant", "content": self.text}
-        if self._reasoning or END_THINK in self.text:  # otherwise templates take what precedes </think> for it
+        if self._reasoning or END_THINK in self.text:  # otherwise templates read it from the text before </think>
             message["reasoning_content"] = self.reasoning
         if self._calls:
             message["tool_calls"] = [call.as_message() for call in self._calls]
@@ -277,7 +277,7 @@ class ChatStream(AsyncSteps[Event]):
             if self._cancelled:
                 return
 
-    def _whole_reply(self) -> Reply:
+    def _build_reply(self) -> Reply:
         reason = self._finish_reason()
         return Reply(
             text=self.text,

@@ -207,8 +207,8 @@ class _Program:
     def _reads_parts(self) -> bool:
         """Whether the template reads a list of parts: it renders their text, not the list, and does not fail."""
         text = "text of a part"
-        whole = self._probe({"role": "user", "content": text})
-        return whole is not None and self._probe({"role": "user", "content": [{"type": "text", "text": text}]}) == whole
+        plain = self._probe({"role": "user", "content": text})
+        return plain is not None and self._probe({"role": "user", "content": [{"type": "text", "text": text}]}) == plain
 
     @cached_property
     def _reads_json_arguments(self) -> bool:

@@ -15,9 +15,9 @@ from npqwen.tools.toolbox import Tool
 class Prompter:
     """Makes prompts for one model, with fixed tools and template options.
 
-    Users, tools and their schemas, and answers that repeat them, may spell out <|im_end|> and its like, whole or in
-    parts. That stays text: the model can read it, but it neither ends a turn nor begins one. A tool's result or schema
-    cannot write </tool_response>, <think> or <tool_call> either. The system message is the developer's, and trusted.
+    Users, answers, results and schemas of tools may spell out <|im_end|> and other control tokens, whole or in part.
+    They are encoded as text: the model can read them, but they do not end or begin a turn. Results and schemas cannot
+    write </tool_response>, <think> or <tool_call> either. The system message is trusted.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Prompter:
         self._options = template_options
         tokenizer = model.tokenizer
         self._all = Names(tokenizer, tokenizer.added_ids)
-        # Users and assistants may well speak of <think> or <tool_call>: these are added tokens, but not special.
+        # Users and assistants may write <think> and <tool_call>, which are added tokens, but not special.
         special = Names(tokenizer, tokenizer.special_ids)
         self._forbidden = {"user": special, "assistant": special, "tool": self._all}
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """The ids of a prompt for an answer to `messages`; see `ChatTemplate.render` for what it raises."""
+        """The ids of the prompt for an answer to `messages`. Raises what `ChatTemplate.render` raises."""
         return [id for piece in self._pieces(messages) for id in self._model.tokenizer.encode(piece)]
 
     def _pieces(self, messages: list[Message]) -> list[str]:

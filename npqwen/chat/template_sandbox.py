@@ -1,7 +1,7 @@
 """Jinja as Hugging Face transformers sets it up for chat templates, with limits of time and size.
 
-A template is a program that comes with a model. Jinja's sandbox keeps it away from Python's internals, but would let
-it loop for hours or fill the memory; the limits here are far beyond what any conversation needs.
+A template is a program that comes with a model. Jinja's sandbox bars it from Python's internals, but not from running
+for hours or filling the memory. The limits here are far beyond what conversations need.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
 
 MAX_SOURCE = 1_000_000
-"""Characters of a template. Qwen3's have 5,000."""
+"""Characters of a template's source. Qwen3's have about 5,000."""
 MAX_SIZE = 20_000_000
-"""Characters of a rendered text and of each string on the way to it; items of a list."""
+"""Characters of the rendered text and of intermediate strings; items of lists."""
 MAX_WIDTH = 10_000
-"""Padding and indentation, in characters; bits of an integer."""
+"""Characters of padding or indentation; bits of an integer."""
 MAX_SECONDS = 10.0
-"""Processor time for one rendering."""
+"""CPU time of one rendering."""
 
 _ITEM = 64
-"""Characters that an item of a list or an object counts, beside its text."""
+"""Characters that each item of a list or object counts as, in addition to its text."""
 _WIDE = re.compile(r"\d{5}")
 _PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
 _LIMITED_FILTERS = ("batch", "center", "format", "indent", "join", "replace", "slice", "wordwrap")
@@ -47,7 +47,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        # Without the optimizer, nothing runs at compile time.
+        # The optimizer would evaluate constant expressions at compile time, without limits.
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationBlock, loopcontrols]
         )
@@ -69,20 +69,20 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self._thread.deadline = before
 
     def tick(self) -> str:
-        """Called for every round of a loop and every call of a macro."""
+        """Called in every iteration of a loop and every call of a macro; raises SecurityError after the deadline."""
         deadline = getattr(self._thread, "deadline", None)
         if deadline is not None and time.thread_time() > deadline:
-            raise SecurityError(f"it takes more than {MAX_SECONDS:.0f} seconds")
+            raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
         return ""
 
     def sized(self, value: Any) -> Any:
-        """`value`, if it is not too large."""
+        """`value`; SecurityError if it is a string or list that is too large."""
         if isinstance(value, str | list | tuple) and len(value) > MAX_SIZE:
             raise SecurityError(f"it makes a text or list of more than {MAX_SIZE:,} characters or items")
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right` if the result is of moderate size."""
+        """Compute `left operator right`; SecurityError if the result would be too large."""
         if operator == "+":
             return self.sized(left + right)
         if operator == "%" and isinstance(left, str):
@@ -97,7 +97,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self.sized(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, a macro or a method from a template."""
+        """Call a function, macro or method for a template; SecurityError if its result would be too large."""
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
@@ -111,7 +111,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Guards(NodeTransformer):
-    """Puts a call of `tick` into loops and macros, and one of `sized` around joined strings."""
+    """Inserts calls of `tick` into loops and macros, and of `sized` around concatenations."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._ticking(node)
@@ -137,7 +137,7 @@ def _call(name: str, line: int, *arguments: nodes.Expr) -> nodes.Call:
 
 
 class _GenerationBlock(Extension):
-    """{% generation %}: marks what the assistant wrote, for training; renders as its content."""
+    """{% generation %} marks the assistant's text for training; here it renders its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -228,14 +228,14 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's own escapes, which are for HTML."""
+    """JSON without the HTML escapes of Jinja's own filter."""
     _check_widths([indent])
     _check_size(_count(value, MAX_SIZE))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _count(value: Any, limit: int) -> int:
-    """Characters that a value takes in JSON, roughly; it may hold one list many times. Gives up beyond `limit`."""
+    """Approximate characters of a value in JSON, counted up to `limit`: it may contain one list many times."""
     size = _ITEM
     if isinstance(value, str):
         return size + len(value)

@@ -95,7 +95,7 @@ CONVERSATIONS: list[tuple[list[dict[str, Any]], list[Any] | None]] = [
     ([user("  spaces \n\n"), assistant("\n\n kept? \n"), user("\n")], None),
     ([user("")], None),
     ([user("a"), {"role": "system", "content": "Now in French."}, user("b")], None),
-    # Thoughts in the past, in each of the ways they may be written.
+    # Reasoning in earlier turns, in every notation.
     ([user("a"), assistant("<think>\nr\n</think>\n\nb"), user("c")], None),
     ([user("a"), assistant("<think>\nr\n</think>\n\nb")], None),
     ([user("a"), assistant("<think>\n\n</think>\n\nb"), user("c"), assistant("d")], None),
@@ -158,7 +158,7 @@ STRING_ARGUMENTS: tuple[list[dict[str, Any]], list[Any]] = (
 
 
 def cases() -> list[dict[str, Any]]:
-    """Everything but what transformers makes of it."""
+    """All cases, without the texts that transformers renders."""
     found = []
     options: dict[str, Any]
     for template in QWEN:
