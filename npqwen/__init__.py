@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from npqwen.generation.session import Session as Session
     from npqwen.generation.stream import Stream as Stream
     from npqwen.model import Model as Model
+    from npqwen.reports.evaluation import evaluate as evaluate
+    from npqwen.reports.evaluation_report import Evaluation as Evaluation
     from npqwen.tokenizer import Tokenizer as Tokenizer
     from npqwen.tools.calls import ToolCall as ToolCall
     from npqwen.tools.toolbox import ToolResult as ToolResult
@@ -64,6 +66,7 @@ __all__ = [
     "Completion",
     "ContextLengthError",
     "Conversation",
+    "Evaluation",
     "Event",
     "Finish",
     "FinishReason",
@@ -92,6 +95,7 @@ __all__ = [
     "ToolResult",
     "Usage",
     "__version__",
+    "evaluate",
     "load",
 ]
 
@@ -100,6 +104,7 @@ _LAZY = {
     "ChatStream": "npqwen.chat.chat_stream",
     "Completion": "npqwen.generation.completion",
     "Conversation": "npqwen.chat.conversation",
+    "Evaluation": "npqwen.reports.evaluation_report",
     "Event": "npqwen.chat.events",
     "Finish": "npqwen.chat.events",
     "FinishReason": "npqwen.generation.completion",
@@ -120,6 +125,7 @@ _LAZY = {
     "ToolCall": "npqwen.tools.calls",
     "ToolResult": "npqwen.tools.toolbox",
     "Usage": "npqwen.generation.completion",
+    "evaluate": "npqwen.reports.evaluation",
 }
 
 

@@ -81,6 +81,12 @@ class Tokenizer:
         """The number of tokens, added ones included; a model may have more embedding rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included, by its spelling in tokenizer.json."""
+        found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens that are spelled out in it are recognized; none are added.
 

@@ -18,6 +18,8 @@ LAYERS = (
     "npqwen.terminal",
     "npqwen.reports",
     "npqwen",  # the names that users import
+    "npqwen.reports.evaluation",
+    "npqwen.reports.evaluation_report",
     "npqwen.model npqwen.hub",
     "npqwen_quant",
     "npqwen.chat",

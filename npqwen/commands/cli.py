@@ -16,7 +16,7 @@ from npqwen.terminal.terminal import Terminal, discard, one_line
 FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
-COMMANDS = ("bench", "chat", "convert", "generate", "info")
+COMMANDS = ("bench", "chat", "convert", "eval", "generate", "info")
 """Each is the function of this name in the module of this name."""
 
 

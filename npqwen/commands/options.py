@@ -43,12 +43,18 @@ bits_option = click.option(
 )
 
 
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics.")
+threads_option = click.option(
+    "--threads", type=int, metavar="N", help="Number of threads; default: one per core."
+)
+
+
 def model_options(command: Decorated) -> Decorated:
     """Add --bits, --threads, --context and --quiet, for commands that load a model."""
     for option in (
-        click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics."),
+        quiet_option,
         click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
-        click.option("--threads", type=int, metavar="N", help="Number of threads; default: one per core."),
+        threads_option,
         bits_option,
     ):
         command = option(command)

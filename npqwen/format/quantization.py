@@ -1,12 +1,17 @@
-"""`quantization_config` in a converted model's config.json: how its matrices are stored (quant/FORMAT.md)."""
+"""`quantization_config` in a converted model's config.json: how its matrices are stored, and what that costs.
+
+See quant/FORMAT.md.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from npqwen.atomic_file import new_file
 from npqwen.errors import CheckpointError, FormatError, OptionError, quoted, shortened
 from npqwen.format.config import read_json
 from npqwen.format.encodings import BY_NAME, Encoding
@@ -20,6 +25,48 @@ AGAIN = "copy or convert it again (with --force)"
 
 _KEY = "quantization_config"
 _METHOD = "npqwen"
+_EVALUATION = "evaluation"
+_IMPOSSIBLE = 1e18
+"""More than any number of an evaluation."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """What was measured of a converted model: its predictions of a text compared with those of another model."""
+
+    text: str
+    """The text's name."""
+    tokens: int
+    """Tokens that were predicted."""
+    window: int
+    """Tokens of a window; each was run from an empty context."""
+    stride: int
+    """Tokens from one window's start to the next one's."""
+    against: str
+    """The other model's recipe, such as "bf16"."""
+    perplexity: float
+    kl_divergence: float
+    """Mean of KL(other || this), in nats."""
+    kl_error: float
+    """Its standard error."""
+    top_1: float
+    """Share of tokens at which both models have the same most likely token."""
+
+    @classmethod
+    def from_dict(cls, raw: object) -> EvaluationRecord | None:
+        """The record in a file; None if there is none or it is damaged: nothing depends on it."""
+        if not isinstance(raw, dict):
+            return None
+        values: dict[str, Any] = {field.name: raw.get(field.name) for field in fields(cls)}
+        for field in fields(cls):
+            value = values[field.name]
+            if field.type == "str":
+                if not isinstance(value, str):
+                    return None
+                values[field.name] = shortened(value)
+            elif type(value) not in ((int,) if field.type == "int" else (int, float)) or not 0 <= value < _IMPOSSIBLE:
+                return None
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -29,20 +76,22 @@ class Quantization:
     recipe: Recipe
     encodings: Mapping[str, Encoding]
     """Of every matrix tensor, by its name in the files. A layer's experts are one tensor."""
+    evaluation: EvaluationRecord | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
         from importlib.metadata import version
 
-        return {
-            _KEY: {
-                "quant_method": _METHOD,
-                "format_version": FORMAT_VERSION,
-                "bits": self.recipe.bits,
-                "created_by": f"npqwen {version('npqwen')}",
-                "encodings": {name: encoding.name for name, encoding in self.encodings.items()},
-            }
+        entry = {
+            "quant_method": _METHOD,
+            "format_version": FORMAT_VERSION,
+            "bits": self.recipe.bits,
+            "created_by": f"npqwen {version('npqwen')}",
+            "encodings": {name: encoding.name for name, encoding in self.encodings.items()},
         }
+        if self.evaluation is not None:
+            entry[_EVALUATION] = asdict(self.evaluation)
+        return {_KEY: entry}
 
     @classmethod
     def from_directory(cls, directory: Path) -> Quantization:
@@ -77,7 +126,21 @@ class Quantization:
                     f"do not have; {AGAIN}"
                 )
             encodings[tensor] = encoding
-        return cls(recipe, encodings)
+        return cls(recipe, encodings, EvaluationRecord.from_dict(found.get(_EVALUATION)))
+
+
+def store_evaluation(directory: Path, evaluation: EvaluationRecord) -> None:
+    """Write the record into a converted model's config.json, which is replaced as a whole.
+
+    Raises FormatError or CheckpointError for a directory that is not a converted model, OutputError if it cannot be
+    written.
+    """
+    Quantization.from_directory(directory)
+    path = directory / "config.json"
+    config = read_json(path)
+    config[_KEY][_EVALUATION] = asdict(evaluation)
+    with new_file(path) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())
 
 
 def is_converted(directory: Path) -> bool:

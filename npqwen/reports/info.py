@@ -13,6 +13,7 @@ from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import ENCODINGS
+from npqwen.format.quantization import EvaluationRecord
 from npqwen.hardware import machine
 from npqwen.simd.isa import ISA, available
 
@@ -40,6 +41,8 @@ class Info:
     parameters: int
     bits_per_weight: float
     """Stored bits of the matrices, scales and padding included, per weight of the checkpoint."""
+    evaluation: EvaluationRecord | None
+    """What `npqwen eval --store` measured of this conversion."""
     parts: dict[str, int]
     weights: int
     """Mapped from the files; the system need not keep all of them in memory."""
@@ -101,6 +104,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         encodings=[encoding.name for encoding in ENCODINGS if encoding.code in weights.encodings],
         parameters=parameters(config),
         bits_per_weight=8 * matrices / weights_in_matrices(config),
+        evaluation=weights.quantization.evaluation,
         parts={part: size for part, size in parts.items() if size},
         weights=budget.weights,
         context=context,
@@ -177,6 +181,13 @@ def _fits(info: Info) -> str:
     return "too little to run it"
 
 
+def _evaluation(e: EvaluationRecord) -> str:
+    return (
+        f"KL divergence {e.kl_divergence:.6f} ± {e.kl_error:.6f}"
+        f"{f' from {e.against}' if e.against else ''}, same top-1 {e.top_1:.2%}; {e.tokens} tokens of {e.text}"
+    )
+
+
 def _resident(info: Info, resident: int, chosen: float) -> str:
     """How much of a mixture fits in memory. chosen: the share of the experts that a token uses."""
     experts = info.parts["experts"]
@@ -212,6 +223,7 @@ def describe(info: Info) -> str:
         ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),
         *((f"  {part}", size(count)) for part, count in info.parts.items()),
         ("weights", f"{size(info.weights)}, mapped from the files"),
+        *([("evaluation", _evaluation(info.evaluation))] if info.evaluation is not None else []),
         ("cache", f"{size(info.cache)} at {info.context} tokens of context"),
         ("working", f"{size(info.working)} at most, for {info.threads} threads"),
         ("needed", size(info.needed)),

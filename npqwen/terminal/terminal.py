@@ -158,6 +158,10 @@ class Terminal:
         """Show progress of a benchmark, in runs."""
         self._progress("measuring", " runs", done, total)
 
+    def evaluation_progress(self, done: int, total: int) -> None:
+        """Show progress of an evaluation, in tokens run."""
+        self._progress("evaluating", " tokens", done, total)
+
     def compilation_progress(self, done: int, total: int) -> None:
         """Show progress of the compilation, in kernels; without a terminal, one line that explains the delay."""
         if self.shows_bars:

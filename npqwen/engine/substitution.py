@@ -1,0 +1,90 @@
+"""An engine with some of its matrices replaced by another's: what does quantizing just these cost?"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.engine.engine import Engine
+from npqwen.errors import OptionError
+from npqwen.kernels.matmul import matmul_kernels
+from npqwen.kernels.matrix import MATRIX
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a model's weights."""
+
+    name: str
+    fields: tuple[str, ...]
+    """Of the LAYER records of `layers`, or of the MODEL record."""
+    layers: tuple[int, ...] | None = None
+
+
+def parts(engine: Engine, donor: Engine) -> list[Part]:
+    """The parts that `engine` can take from `donor`: embedding, output matrix, each layer, each kind of matrix.
+
+    Raises OptionError for models of different dimensions.
+    """
+    _check_dimensions(engine, donor)
+    layers = engine.weights.layers
+    names = layers.dtype.names or ()
+    sparse = layers["expert_bytes"] > 0
+    every, dense, mixtures = (
+        tuple(np.flatnonzero(chosen).tolist()) for chosen in (np.ones_like(sparse), ~sparse, sparse)
+    )
+    kinds = [
+        Part("qkv_proj of all layers", ("qkv_proj",), every),
+        Part("o_proj of all layers", ("o_proj",), every),
+        Part("gate_up_proj of all dense layers", ("gate_up_proj",), dense),
+        Part("down_proj of all dense layers", ("down_proj",), dense),
+        Part("experts of all layers", ("gate_up_proj", "down_proj", "expert_bytes"), mixtures),
+    ]
+    return [
+        Part("embedding", ("embed_tokens",)),
+        *(Part(f"layer {i}", names, (i,)) for i in every),
+        Part("output matrix", ("lm_head",)),
+        *(part for part in kinds if part.layers),
+    ]
+
+
+def substituted(engine: Engine, donor: Engine, part: Part) -> Engine:
+    """`engine` with one part of `donor`'s weights.
+
+    It shares the engine's threads, buffers, lock and caches (one made by either serves both), and ends with it: close
+    neither `engine` nor `donor` before its last use, and do not close it.
+    """
+    result = copy.copy(engine)
+    result.__dict__.pop("fingerprint", None)
+    result.weights = weights = copy.copy(engine.weights)
+    weights.model, weights.layers = weights.model.copy(), weights.layers.copy()
+    for field in part.fields:
+        if part.layers is None:
+            weights.model[field] = donor.weights.model[field]
+        else:
+            chosen = list(part.layers)
+            weights.layers[field][chosen] = donor.weights.layers[field][chosen]
+    weights.model[0]["matmul_kernels"] = matmul_kernels(engine.weights.encodings | donor.weights.encodings)
+    return result
+
+
+def _check_dimensions(engine: Engine, donor: Engine) -> None:
+    """Equal configs, and equally padded matrices: the buffers are `engine`'s."""
+    pairs = [(engine.weights.model, donor.weights.model), (engine.weights.layers, donor.weights.layers)]
+    if engine.config != donor.config or not all(_equally_padded(ours, theirs) for ours, theirs in pairs):
+        raise OptionError(
+            f"{engine.path} and {donor.path} have different dimensions; layers can be compared only of models of "
+            "the same checkpoint"
+        )
+
+
+def _equally_padded(records: NDArray[np.void], others: NDArray[np.void]) -> bool:
+    return all(
+        np.array_equal(records[name][size], others[name][size])
+        for name in records.dtype.names or ()
+        if records.dtype[name] == MATRIX
+        for size in ("rows", "cols")
+    )
