@@ -121,7 +121,7 @@ def reciter(name: str) -> Reciter:
 def prompt(name: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[int]:
     """The prompt's ids; checked to spell what the template renders."""
     model = reciter(name)
-    ids = Prompter(model, as_tools(tools), None, {}).ids(checked(messages))  # type: ignore[arg-type]
+    ids = Prompter(model, as_tools(tools), None, {}).ids(checked(messages))
     if name != "cuts":  # it may cut elsewhere, where names have borders
         rendered = unicodedata.normalize("NFC", model.chat_template.render(messages, tools))
         assert TOKENIZER.decode(ids, special=True) == rendered
@@ -186,7 +186,7 @@ def test_messages_that_hold_every_character_are_refused_in_one_line() -> None:
 def test_schemas_and_template_options_keep_the_first_private_character(letter: str) -> None:
     model = reciter("features")
     tools = [function_schema(description=letter)]
-    prompter = Prompter(model, as_tools(tools), None, {"level": letter})  # type: ignore[arg-type]
+    prompter = Prompter(model, as_tools(tools), None, {"level": letter})
     messages = [asked("user", content=TURN)]
     text = TOKENIZER.decode(prompter.ids(checked(messages)), special=True)
     assert text == model.chat_template.render(messages, tools, level=letter)

@@ -227,7 +227,7 @@ def test_a_call_that_is_cut_off_is_not_run() -> None:
     model = Reciter(CALL)
     reply = model.chat("?", tools=[get_weather], run_tools=True, thinking=False, max_tokens=20)
     assert reply.finish_reason == "length"
-    assert reply.tool_calls == reply.tool_results == []
+    assert (reply.tool_calls, reply.tool_results) == ([], [])
     assert reply.text.startswith('{"name": "get_weather"')
 
 
@@ -288,7 +288,7 @@ def test_thinking_can_be_ended_by_the_caller() -> None:
 
 def test_an_answer_whose_session_was_used_for_another_says_so() -> None:
     model = Reciter("One two three.", "Yes.")
-    session = Session(model)  # type: ignore[arg-type]
+    session = Session(model)
     first = model.stream_chat("Count.", session=session, thinking=False)
     next(first)
     assert model.chat("So?", session=session, thinking=False).text == "Yes."

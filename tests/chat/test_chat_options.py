@@ -156,18 +156,19 @@ def test_options_given_once_hold_for_every_answer() -> None:
 def test_arguments_of_a_wrong_type_are_option_errors(wrong: Any, tmp_path: Path) -> None:
     model = Reciter("Yes.", "Yes.")
     talk = model.conversation(thinking=False)
+    true: Any = wrong or 3
     calls: list[Any] = [
-        lambda: model.stream_chat("Hi", session=wrong or 3),
+        lambda: model.stream_chat("Hi", session=true),
         lambda: model.conversation(messages=wrong),
-        lambda: model.chat_template.render("Hi", tools=wrong or 3),
-        lambda: model.chat_template.render("Hi", template=wrong or 3),
+        lambda: model.chat_template.render("Hi", tools=true),
+        lambda: model.chat_template.render("Hi", template=true),
         lambda: talk.add(wrong),
     ]
     if not isinstance(wrong, str):
         calls += [
             lambda: model.stream_chat(wrong),
-            lambda: model.conversation(wrong or 3),
-            lambda: talk.send(wrong or 3),
+            lambda: model.conversation(true),
+            lambda: talk.send(true),
             lambda: talk.save(wrong),
             lambda: Conversation.load(model, wrong),
         ]

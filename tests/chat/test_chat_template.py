@@ -7,6 +7,7 @@ import enum
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,9 @@ def test_arguments_as_a_json_string_reach_a_template_that_wants_objects() -> Non
 
 def test_a_call_without_content_as_openai_writes_it_renders() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    null = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    absent = [*HI, {"role": "assistant", "tool_calls": [call]}]
-    empty = [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    null: list[dict[str, Any]] = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    absent: list[dict[str, Any]] = [*HI, {"role": "assistant", "tool_calls": [call]}]
+    empty: list[dict[str, Any]] = [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}]
     for name in ("hybrid", "thinking-2507", "instruct-2507", "coder"):
         render = TEMPLATES[name].render
         assert render(null) == render(absent) == render(empty)
@@ -347,7 +348,8 @@ def test_a_template_that_does_not_compile_is_named(source: str) -> None:
 )
 def test_what_python_cannot_compile_is_named_in_one_line(source: str) -> None:
     broken = ChatTemplate({"default": source}, {}, Path("model"))
-    for use in (lambda: broken.render(HI), lambda: broken.render(HI, level=1), broken.thinking):
+    uses: list[Callable[[], object]] = [lambda: broken.render(HI), lambda: broken.render(HI, level=1), broken.thinking]
+    for use in uses:
         with pytest.raises(CheckpointError, match=r"^model: the chat template cannot be compiled: .") as error:
             use()
         assert "\n" not in str(error.value)

@@ -97,7 +97,7 @@ def test_options_of_a_turn_hold_for_that_turn_only() -> None:
     assert "<tools>" in model.prompts[2]
     assert talk._settings.tools is None
     with pytest.raises(OptionError, match="unknown option 'temprature'"):
-        talk.send("d", temprature=1)
+        talk.send("d", temprature=1)  # type: ignore[call-arg]
     assert len(talk.messages) == 8
 
 

@@ -79,7 +79,7 @@ def test_a_file_that_is_not_a_conversation_is_named(tmp_path: Path, text: str | 
     if text is not None:
         path.write_text(text)
     with pytest.raises(FormatError, match=message):
-        Conversation.load(Reciter(), path)  # type: ignore[arg-type]
+        Conversation.load(Reciter(), path)
 
 
 def test_a_path_that_cannot_be_written_is_named_and_keeps_its_file(
@@ -121,10 +121,10 @@ def test_wrong_options_are_not_reported_as_a_damaged_file(tmp_path: Path) -> Non
 
 def test_a_file_that_cannot_be_read_is_not_reported_as_missing(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="cannot be read"):
-        Conversation.load(Reciter(), tmp_path)  # type: ignore[arg-type]
+        Conversation.load(Reciter(), tmp_path)
     (tmp_path / "talk.json").write_bytes(b"\xff")
     with pytest.raises(FormatError, match="it is not JSON"):
-        Conversation.load(Reciter(), tmp_path / "talk.json")  # type: ignore[arg-type]
+        Conversation.load(Reciter(), tmp_path / "talk.json")
 
 
 def test_a_sessions_file_of_a_similar_name_is_left_alone(model: Model, tmp_path: Path) -> None:
@@ -139,7 +139,11 @@ def test_a_sessions_file_of_a_similar_name_is_left_alone(model: Model, tmp_path:
 
 
 def test_saving_and_forking_close_an_answer_that_is_still_streaming(tmp_path: Path) -> None:
-    for leave in (lambda talk: talk.save(tmp_path / "talk.json", cache=False), lambda talk: talk.fork()):
+    ways: list[Callable[[Conversation], object]] = [
+        lambda talk: talk.save(tmp_path / "talk.json", cache=False),
+        lambda talk: talk.fork(),
+    ]
+    for leave in ways:
         talk = Reciter("One two three.").conversation(thinking=False)
         stream = talk.stream("Count.")
         next(stream)

@@ -72,7 +72,8 @@ def test_layers_are_chosen_by_index(pair: tuple[Model, ReferenceModel]) -> None:
     for i in range(-last - 1, last + 1):
         assert np.array_equal(model.hidden(ids, i), every[i])
     assert np.array_equal(model.hidden(ids, [2, -1, 0, 2]), every[[2, -1, 0, 2]])
-    assert np.array_equal(model.hidden(ids, np.array([1])), every[[1]])
+    as_array: Any = np.array([1])
+    assert np.array_equal(model.hidden(ids, as_array), every[[1]])
     assert model.hidden(7).shape == (1, model.config.hidden_size)
     assert model.hidden(ids, []).shape == (0, 300, model.config.hidden_size)
 

@@ -130,13 +130,14 @@ def test_the_context_is_a_limit(
         (np.array([2**63], np.uint64), "token id 9223372036854775808"),
     ],
 )
-def test_wrong_ids_are_refused(model: Model, ids: object, problem: str) -> None:
+def test_wrong_ids_are_refused(model: Model, ids: Any, problem: str) -> None:
     cache = model.new_cache()
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: model.forward(ids, cache),
         lambda: model.prefill(ids, cache),
         lambda: model.logits(ids),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(OptionError, match=problem):
             call()
     assert cache.length == 0

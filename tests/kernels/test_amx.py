@@ -10,6 +10,7 @@ import pytest
 from assembly import SAPPHIRE_RAPIDS, amx_loop, mnemonics, spills
 from converted import random_units
 from numba import njit
+from numba.core.registry import cpu_target
 
 from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
@@ -94,7 +95,7 @@ def test_without_the_systems_leave() -> None:
     """Where the system does not let a process have the registers, it is as if the processor had none."""
     listed = ",".join("+" + feature for feature in Amx.features)
     codegen = mock.Mock(magic_tuple=lambda: ("x86_64-unknown-linux-gnu", "sapphirerapids", listed))
-    with mock.patch.object(isa.cpu_target.target_context, "codegen", return_value=codegen):
+    with mock.patch.object(cpu_target.target_context, "codegen", return_value=codegen):
         with mock.patch.object(Amx, "allowed", return_value=True):
             assert isa.available()[0] is Amx
         with mock.patch.object(Amx, "allowed", return_value=False):

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -231,7 +232,7 @@ def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
     """Numba compiles with functions that LLVM calls back; what they raise ends there."""
-    ignored = []
+    ignored: list[Any] = []
 
     @ctypes.CFUNCTYPE(None)
     def callback() -> None:

@@ -270,7 +270,7 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
         together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
         found.append(gated)
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[1])
     assert found[0].any()
 
 

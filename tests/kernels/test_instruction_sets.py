@@ -27,11 +27,14 @@ TESTS = [
 ]
 
 
+Runs = dict[str, tuple["subprocess.Popen[bytes]", Path]]
+
+
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list]]:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """The processes and where they write, by instruction set."""
     kept = request.config.cache
-    started = {}
+    started: Runs = {}
     for name in OTHERS:
         out = tmp_path_factory.mktemp(name)
         cache = out / "cache" if kept is None else kept.mkdir(f"npqwen-{name}")
@@ -39,7 +42,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         with open(out / "log", "wb") as log:
             environment = {**os.environ, "NPQWEN_ISA": name}
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        started[name] = [process, out / "log"]
+        started[name] = process, out / "log"
     yield started
     for process, _ in started.values():
         process.kill()
@@ -47,7 +50,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_instruction_set(runs: dict[str, list], name: str) -> None:
+def test_instruction_set(runs: Runs, name: str) -> None:
     process, log = runs[name]
     status = process.wait(timeout=500)
     assert status == 0, log.read_text(encoding="utf-8", errors="replace")[-3000:]

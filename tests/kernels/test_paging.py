@@ -149,7 +149,7 @@ def test_kernels_are_compiled_again_for_another_size_of_page(monkeypatch: pytest
     """A Raspberry Pi 5 can be started with either of two: the size is a constant in the machine code."""
     found = set()
     for page in (4096, 16384):
-        monkeypatch.setattr(compiled.mmap, "PAGESIZE", page)
+        monkeypatch.setattr(mmap, "PAGESIZE", page)
         found.add(compiled.kernel_directory.__wrapped__())
     assert len(found) == 2
 

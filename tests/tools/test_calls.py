@@ -65,7 +65,7 @@ def test_a_value_gets_the_type_of_its_schema_or_stays_text(value: str, schema: A
 
 def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> None:
     block = "<function={}>\n<parameter=days>\n3\n</parameter>\n<parameter=other>\n4\n</parameter>\n</function>"
-    schemas = {"f": {"properties": {"days": {"type": "integer"}}}, "broken": {"properties": [1]}}
+    schemas: dict[str, Any] = {"f": {"properties": {"days": {"type": "integer"}}}, "broken": {"properties": [1]}}
     assert read_calls(block.format("f"), schemas) == ([ToolCall("f", {"days": 3, "other": "4"})], "")
     for name in ("g", "broken"):
         assert read_calls(block.format(name), schemas) == ([ToolCall(name, {"days": "3", "other": "4"})], "")

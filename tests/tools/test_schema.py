@@ -34,7 +34,8 @@ def test_schemas_are_those_of_transformers(function: Any, schema: dict[str, Any]
 
 
 def properties(function: Any) -> dict[str, Any]:
-    return function_schema(function)["function"]["parameters"]["properties"]
+    found: dict[str, Any] = function_schema(function)["function"]["parameters"]["properties"]
+    return found
 
 
 # --- functions that transformers refuses ---
@@ -125,7 +126,7 @@ class Colour(enum.Enum):
     BLUE = "#00f"
 
 
-def loose(a, b: Path, c: "Missing", d: "int" = 3):  # type: ignore[no-untyped-def]  # noqa: F821
+def loose(a, b: Path, c: "Missing", d: "int" = 3):  # type: ignore[no-untyped-def, name-defined]  # noqa: F821
     pass
 
 
@@ -136,7 +137,7 @@ def rich(
     d: collections.abc.Sequence[str],
     e: tuple[int, ...],
     f: collections.abc.Mapping[str, int],
-    g: frozenset,
+    g: frozenset,  # type: ignore[type-arg]
     h: Path,
     i: Union[Path, None] = None,
 ) -> None:
@@ -255,7 +256,7 @@ def odd(
     i: np.ndarray,
     j: bytes,
     k: tuple[()],
-    l: collections.namedtuple("Bare", "x y"),  # noqa: E741
+    l: collections.namedtuple("Bare", "x y"),  # type: ignore[valid-type]  # noqa: E741
 ) -> None: ...
 
 

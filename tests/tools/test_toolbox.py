@@ -283,7 +283,7 @@ class Report:
         (True, "true"),
         ({3}, "[3]"),
         (Report("Lima", datetime.date(2031, 2, 3)), '{"city": "Lima", "day": "2031-02-03"}'),
-        (np.float32([1, 2]), "[1.0, 2.0]"),
+        (np.array([1, 2], np.float32), "[1.0, 2.0]"),
         (Path("a"), '"a"'),
         ("half \ud800", "half ?"),
     ],
