@@ -8,15 +8,14 @@ from numpy.typing import NDArray
 from npqwen.engine.records import Activations, ExpertActivations, Workspace
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
-from npqwen.format.encodings import UNIT_COLUMNS
+from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
 from npqwen.kernels import attention, matmul
 from npqwen.kernels.attention import MAX_ROWS
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
-from npqwen.simd.instructions import CACHE_LINE
-from npqwen.simd.tile import ROWS
+from npqwen.simd.llvm import CACHE_LINE
 
 _SPANS = 8
 """Spans per thread that attention makes at most when it splits positions."""
@@ -45,7 +44,7 @@ class Buffers:
             slots = pad(most_slots(tokens, experts, chosen), WIDTHS[-1])
             self.experts = ExpertActivations(
                 normed=_floats(tokens, hidden),
-                scores=_floats(tokens, pad(experts, ROWS)),
+                scores=_floats(tokens, pad(experts, UNIT_ROWS)),
                 chosen=np.zeros((tokens, chosen), np.int64),
                 weights=_floats(tokens, chosen),
                 counts=np.zeros(experts, np.int64),
@@ -63,7 +62,7 @@ class Buffers:
             attended=_floats(tokens, attended),
             partials=np.zeros(_SPANS * threads * MAX_ROWS * (dim + 2), np.float32),
         )
-        multiple = max(dim // ROWS, GROUPS_PER_BLOCK)
+        multiple = max(dim // UNIT_ROWS, GROUPS_PER_BLOCK)
         columns = max(hidden, attended, inner, expert_inner)
         scratch = max(
             attention.scratch_floats(dim),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.attention import attention, store_key, store_value
 from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.experts import (
@@ -20,11 +21,10 @@ from npqwen.kernels.experts import (
 )
 from npqwen.kernels.matmul import claim_local_rows, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
-from npqwen.kernels.norm import rms_norm, rotate, swiglu
-from npqwen.kernels.packing import pack, pack_part, tile_width, whole_tiles
+from npqwen.kernels.norm import rms_norm, rotate
+from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER
 from npqwen.simd.scalar import memory, without_refcounts
-from npqwen.simd.tile import ROWS
 
 
 @njit(nogil=True)
@@ -219,19 +219,14 @@ def project_gated(
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
     """
     width = tile_width(count)
-    matrix, cols = layer.gate_up_proj, layer.down_proj.cols
+    matrix = layer.gate_up_proj
     while True:
         first, last = claim_local_rows(team, matrix, count, width, GROUPS_PER_BLOCK)
         if first == last:
             return
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
-        rows = ROWS * (last - first)
-        # The last rows are padded with zeros to whole units of columns.
-        product = scratch[: cols - ROWS * first // 2 if ROWS * last == matrix.rows else rows // 2]
-        product[rows // 2 :] = np.float32(0.0)
-        for t in range(whole_tiles(count, width)):
-            swiglu(local[t * rows : (t + 1) * rows], product)
-            pack_part(product, ROWS * first // 2, cols, t, width, layer.down_proj.encoding, gated)
+        padded = whole_tiles(count, width)
+        pack_gated(local, matrix, first, last, 0, padded, width, layer.down_proj, scratch, gated)
 
 
 @njit(nogil=True)
@@ -250,12 +245,12 @@ def project_heads(
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
     scale = np.float32(1.0) / np.sqrt(np.float32(dim))
     while True:
-        first, last = claim_local_rows(team, layer.qkv_proj, count, width, dim // ROWS)
+        first, last = claim_local_rows(team, layer.qkv_proj, count, width, dim // UNIT_ROWS)
         if first == last:
             return
         multiply_local_rows(model.matmul_kernels, layer.qkv_proj, packed, count, width, first, last, scratch, local)
-        rows, first_head = ROWS * (last - first), ROWS * first // dim
-        for head in range(first_head, ROWS * last // dim):
+        rows, first_head = UNIT_ROWS * (last - first), UNIT_ROWS * first // dim
+        for head in range(first_head, UNIT_ROWS * last // dim):
             for t in range(count):
                 at = t * rows + (head - first_head) * dim
                 x = local[at : at + dim]

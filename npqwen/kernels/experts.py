@@ -16,8 +16,7 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
-from npqwen.kernels.norm import swiglu
-from npqwen.kernels.packing import WIDEST, pack, pack_part, packed_row_bytes, tile_width, whole_tiles
+from npqwen.kernels.packing import WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.simd.scalar import FAST, exp
 
@@ -202,9 +201,9 @@ def project_gated_slots(
     local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they are
     in its cache.
     """
-    matrix, cols, encoding = layer.gate_up_proj, layer.down_proj.cols, layer.down_proj.encoding
+    matrix, down = layer.gate_up_proj, layer.down_proj
     size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
-    gated_size = packed_row_bytes(encoding, cols)
+    gated_size = packed_row_bytes(down.encoding, down.cols)
     most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
     while True:
         s, first, last = claim_segment_rows(team, matrix, segment_count, GROUPS_PER_BLOCK, most)
@@ -217,19 +216,13 @@ def project_gated_slots(
         rows = UNIT_ROWS * (last - first)
         # Kernels count rows from the matrix's first.
         origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
-        # Past the last rows there are zeros, up to whole units of columns.
-        product = scratch[: cols - UNIT_ROWS * first // 2 if UNIT_ROWS * last == matrix.rows else rows // 2]
         # One batch, unless a segment has more tokens than the pass: no data may write past the end of `local`.
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
             x_at = x.ctypes.data + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
-            product[rows // 2 :] = np.float32(0.0)  # the kernel may have used scratch
-            for t in range(batch):
-                swiglu(local[t * rows : (t + 1) * rows], product)
-                packed = gated[slot * gated_size :]
-                pack_part(product, UNIT_ROWS * first // 2, cols, start + t, width, encoding, packed)
+            pack_gated(local, matrix, first, last, start, batch, width, down, scratch, gated[slot * gated_size :])
 
 
 @njit(nogil=True)

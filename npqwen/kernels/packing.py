@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS
+from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS
 from npqwen.kernels.matrix import IS_INTEGER
+from npqwen.kernels.norm import swiglu
 from npqwen.simd.blocks import quantize_block
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import (
@@ -94,3 +95,24 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
             scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, OCTET)
         floats[(at + scale_offset(lane, width)) // 4] = scale
         words[(at + start_offset(lane, width)) // 4] = -ZERO_POINT[encoding] * total
+
+
+@njit(nogil=True)
+def pack_gated(
+    local: Any, matrix: Any, first: int, last: int, start: int, count: int, width: int, down: Any, scratch: Any,
+    gated: Any,
+) -> None:  # fmt: skip
+    """Pack silu(gate) * up as down_proj's activations, for `count` tokens from `start` on.
+
+    local: float32, the tokens' products with row groups first to last - 1 of gate_up_proj (matrix, a MATRIX); groups of
+    gate and up alternate, and first is a multiple of GROUPS_PER_BLOCK. down: the MATRIX of down_proj. scratch: float32
+    (down.cols,). gated: uint8, packed, tiles of `width` tokens.
+    """
+    rows = UNIT_ROWS * (last - first)
+    column = UNIT_ROWS * first // 2
+    # After the last rows there are zeros, up to whole units of columns.
+    product = scratch[: down.cols - column if UNIT_ROWS * last == matrix.rows else rows // 2]
+    product[rows // 2 :] = np.float32(0.0)
+    for t in range(count):
+        swiglu(local[t * rows : (t + 1) * rows], product)
+        pack_part(product, column, down.cols, start + t, width, down.encoding, gated)

@@ -13,8 +13,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.llvm import CACHE_LINE as CACHE_LINE
-from npqwen.simd.llvm import F16, F32, I8, I32, constant, offset, splat, vector
+from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, splat, vector
 from npqwen.simd.packed import start_offset, values_offset
 
 QUADS = 8

@@ -192,6 +192,3 @@ def add_stream(b: ir.IRBuilder, tile: Tile, array: Array, at: Int, count: Const)
             prefetch_line(b, offset(b, place, PREFETCH_DISTANCE, I8))
         tile[n % len(tile)] = b.fadd(tile[n % len(tile)], b.load(place, align=4))
     return tile
-
-
-ROWS = 16
