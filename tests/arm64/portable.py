@@ -30,7 +30,7 @@ NEW = 24
 # steps to the next, integer encodings differ by a step; bf16 weights meet float32 activations, with no steps at all.
 ALLOWED = {4: 2e-2, 8: 2e-2, 16: 1e-4}
 # Where such a step changes the order of two experts that score alike, a token goes to another one: in a mixture, one
-# token in so many may differ more.
+# token in that many may differ more.
 TIPPED = 20
 
 

@@ -148,7 +148,7 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=counts, default=[0], help="tokens already in the cache")
     parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of every measurement")
-    parser.add_argument("--restarts", type=int, default=1, help="times that everything is done anew")
+    parser.add_argument("--restarts", type=int, default=1, help="how often to repeat everything with new processes")
 
 
 def progress(line: str) -> None:

@@ -91,7 +91,7 @@ class Tree:
         """End the program unless processes import this checkout."""
         imported = Path(self.run(["-c", "import npqwen; print(npqwen.__file__)"]).strip())
         if self.path not in imported.parents:
-            raise SystemExit(f"{self.path} is no checkout of npqwen: its processes import {imported}")
+            raise SystemExit(f"{self.path} is not a checkout of npqwen: its processes import {imported}")
 
     def commit(self) -> str:
         """The checkout's commit, with a + if files were changed since."""

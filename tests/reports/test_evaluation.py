@@ -331,7 +331,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_eval_for_programs(run: Run, tiny: Callable[[int], Path], text: Path) -> None:
-    load(tiny(4), threads=1).close()  # kernels that have to be compiled are told of
+    load(tiny(4), threads=1).close()  # compiling kernels would print progress
     load(tiny(16), threads=1).close()
     options = ["--window", "128", "--prompts", "4", "--threads", "2", "--layers", "--json"]
     out, err = run("eval", tiny(4), text, "--against", tiny(16), *options)

@@ -153,7 +153,7 @@ def test_sizes_for_people(count: int, text: str) -> None:
 
 
 def test_bench_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
-    load(tiny(4)).close()  # kernels that have to be compiled are told of
+    load(tiny(4)).close()  # compiling kernels would print progress
     args = ["--prefill", "8,300", "--decode", "3", "--depth", "0,20", "--repeat", "2", "--threads", "2"]
     out, err = run("bench", tiny(4), *args, "--json")
     assert err == ""
@@ -187,17 +187,17 @@ def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "shown"),
     [(None, ""), (0.0, "; 0% of the weights are in huge pages"), (0.5, "; 50% of the weights are in huge pages")],
 )
 def test_bench_reports_the_share_of_huge_pages(
-    run: Run, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, part: float | None, told: str
+    run: Run, tiny: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, part: float | None, shown: str
 ) -> None:
     found = None if part is None else int(part * data_bytes(tiny(4)))
     monkeypatch.setattr("npqwen.reports.bench.huge_page_bytes", lambda paths: found)
     args = ["--prefill", "2", "--decode", "0", "--repeat", "1", "--threads", "1"]
     out, _ = run("bench", tiny(4), *args)
-    assert re.fullmatch(r"memory reads \d+\.\d GB/s" + told, out.splitlines()[2])
+    assert re.fullmatch(r"memory reads \d+\.\d GB/s" + shown, out.splitlines()[2])
     assert json.loads(run("bench", tiny(4), *args, "--json")[0])["huge_pages"] == found
 
 
