@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -99,7 +100,7 @@ def eval(
             layers=layers,
             progress=terminal.evaluation_progress,
         )
-        terminal.clear_bar()
+        found = replace(found, model=model, against=against)  # directories of the cache have no names for people
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else found.as_markdown()) + "\n")
         if store:
             store_evaluation(path, found.as_record())
