@@ -179,9 +179,10 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 def norm_and_pack(
     team: Any, hidden: Any, first: int, count: int, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
 ) -> None:
-    """packed = the norm of hidden[first : first + count], as input of a matrix of this encoding (its code).
+    """packed = RMSNorm of hidden[first : first + count], padded to whole tiles, as input of a matrix of an encoding.
 
-    weight: address of the norm's float32 (hidden_size,).
+    weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code. scratch: this
+    thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
     """
     width = tile_width(count)
     cols = hidden.shape[1]
@@ -201,7 +202,7 @@ def norm_and_pack(
 
 @njit(nogil=True)
 def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
-    """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of this encoding."""
+    """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of an encoding (a code)."""
     width = tile_width(count)
     while True:
         t = claim(team, 1)

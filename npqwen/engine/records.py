@@ -75,7 +75,7 @@ class Tokens(NamedTuple):
 
 
 class CachePages(NamedTuple):
-    """Where keys and values go."""
+    """The pages of the KV cache."""
 
     addresses: Ints
     """Of each page."""
@@ -93,6 +93,7 @@ class Activations(NamedTuple):
     gated: Bytes
     """Input of down_proj, packed."""
     queries: Floats
+    """(tokens, heads * head_dim), normed, rotated and scaled."""
     attended: Floats
     """Output of attention, before o_proj."""
     partials: Floats
@@ -100,14 +101,14 @@ class Activations(NamedTuple):
 
 
 class ExpertActivations(NamedTuple):
-    """Intermediate results of sparse layers that the threads share. A slot is a place for one token of one expert."""
+    """Intermediate results of sparse layers that the threads share. A slot holds one token of one expert."""
 
     normed: Floats
     """(tokens, hidden)"""
     scores: Floats
     """(tokens, experts), of the router."""
     chosen: Ints
-    """(tokens, experts per token): which experts."""
+    """(tokens, experts per token): the experts' numbers."""
     weights: Floats
     """(tokens, experts per token)"""
     counts: Ints
@@ -133,7 +134,7 @@ class Workspace(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the pass leaves beside the cache."""
+    """The results of the pass, which also extends the cache."""
 
     rows: int
     """How many of the last tokens have results; 0 skips the final norm and the output matrix."""

@@ -47,7 +47,7 @@ SCORE_BLOCK = 64
 MEMORY_BOUND_ROWS = 4
 """Rows of a product up to which memory is the limit, so that keys and values are worth prefetching from far."""
 FAR_BYTES = 8192
-"""How far, in bytes: two position tiles of float16 keys of 128 coordinates."""
+"""Prefetch distance for keys and values: two position tiles of float16 keys of 128 coordinates."""
 MAX_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
 _LOWEST = np.float32(-3.0e38)
@@ -56,7 +56,7 @@ _MIN_SPAN = 512
 
 
 def page_items(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Numbers in a page of the cache."""
+    """Elements of a page of the cache."""
     return layers * 2 * kv_heads * PAGE * head_dim
 
 
@@ -73,16 +73,16 @@ def _compiled_stored(value, cache_dtype):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _head(pages: Any, cache_dtype: Any, position: int, which: int, head_dim: int) -> Any:
-    """The keys or values of one head in the page that holds a position: (PAGE * head_dim,)."""
+def _head(pages: Any, cache_dtype: Any, position: int, index: int, head_dim: int) -> Any:
+    """The keys or values at an index in the page that holds a position: (PAGE * head_dim,)."""
     size = PAGE * head_dim
-    return memory(pages[position // PAGE] + cache_dtype.itemsize * which * size, size, cache_dtype.dtype)
+    return memory(pages[position // PAGE] + cache_dtype.itemsize * index * size, size, cache_dtype.dtype)
 
 
 @njit(nogil=True)
-def store_key(pages: Any, cache_dtype: Any, which: int, position: int, key: Any) -> None:
-    """Write one head's key, float32 (head_dim,), into the cache; which = (layer * 2) * kv_heads + head."""
-    keys = _head(pages, cache_dtype, position, which, key.size)
+def store_key(pages: Any, cache_dtype: Any, index: int, position: int, key: Any) -> None:
+    """Write one head's key, float32 (head_dim,), into the cache; index = (layer * 2) * kv_heads + head."""
+    keys = _head(pages, cache_dtype, position, index, key.size)
     slot = position % PAGE
     at = slot // POSITION_TILE * POSITION_TILE * key.size + slot % POSITION_TILE
     for i in range(key.size):
@@ -90,9 +90,9 @@ def store_key(pages: Any, cache_dtype: Any, which: int, position: int, key: Any)
 
 
 @njit(nogil=True)
-def store_value(pages: Any, cache_dtype: Any, which: int, position: int, value: Any) -> None:
-    """Write one head's value, float32 (head_dim,), into the cache; which = (layer * 2 + 1) * kv_heads + head."""
-    values = _head(pages, cache_dtype, position, which, value.size)
+def store_value(pages: Any, cache_dtype: Any, index: int, position: int, value: Any) -> None:
+    """Write one head's value, float32 (head_dim,), into the cache; index = (layer * 2 + 1) * kv_heads + head."""
+    values = _head(pages, cache_dtype, position, index, value.size)
     at = position % PAGE * value.size
     for i in range(value.size):
         values[at + i] = _stored(value[i], cache_dtype)
@@ -156,7 +156,7 @@ def _compute_scores(
 
 @njit(inline="always")
 def _softmax(scores: Any, row: int, visible: int, dim: int, row_max: Any, denominator: Any, accumulator: Any) -> None:
-    """Turn a row's scores into weights; where its maximum grows, rescale what it has so far."""
+    """Turn a row's scores into weights; if its maximum grows, rescale its denominator and accumulator."""
     maximum, total = softmax_block(scores, row * SCORE_BLOCK, SCORE_BLOCK, visible, row_max[row])
     if maximum > row_max[row]:
         rescale = exp(row_max[row] - maximum)
@@ -209,13 +209,15 @@ def _attend(rows: int, dtype: Any) -> Any:
 
     @entry(rows, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
     def attend(
-        queries_at: int, dim: int, pages_at: int, keys_of: int, values_of: int, low: int, high: int, start: int,
+        queries_at: int, dim: int, pages_at: int, key_index: int, value_index: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch_at: int,
     ) -> None:  # fmt: skip
-        """Attention of `rows` rows, `first_row` and up, over positions low to high - 1.
+        """Attention of rows first_row to first_row + `rows` - 1 of a key/value head over positions low to high - 1.
 
-        queries: (head_dim, rows). Leaves accumulator (rows, head_dim), row_max (rows,) and denominator (rows,) in
-        scratch, after the scores.
+        queries_at, pages_at, scratch_at: addresses of the queries, float32 (head_dim, rows), of the pages' addresses,
+        int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
+        position. Scratch receives the scores (rows, SCORE_BLOCK), accumulator (rows, head_dim), row_max (rows,) and
+        denominator (rows,), in this order.
         """
         queries = memory(queries_at, dim * rows, np.float32)
         pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
@@ -230,8 +232,8 @@ def _attend(rows: int, dtype: Any) -> Any:
         for block in range(low, high, SCORE_BLOCK):
             count = (min(SCORE_BLOCK, high - block) + POSITION_TILE - 1) // POSITION_TILE * POSITION_TILE
             page = pages[block // PAGE]
-            keys = memory(page + size * PAGE * dim * keys_of, PAGE * dim, dtype)
-            values = memory(page + size * PAGE * dim * values_of, PAGE * dim, dtype)
+            keys = memory(page + size * PAGE * dim * key_index, PAGE * dim, dtype)
+            values = memory(page + size * PAGE * dim * value_index, PAGE * dim, dtype)
             at = block % PAGE * dim
             _compute_scores(rows, score_vectors, together, kind, far, queries, keys, values, at, count, dim, scores)
             for row in range(rows):
@@ -301,9 +303,11 @@ def attention(
 ) -> None:  # fmt: skip
     """out[t, head] = softmax(q[t, head] @ keys.T) @ values over positions 0 to start + t.
 
-    kernels: see `attention_kernels`. q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim). out:
-    float32 (tokens, heads * dim). scratch: this thread's float32 (scratch_floats(dim),). partials: float32 shared by
-    the team, for the results of spans: as many as there are tasks, of width * (dim + 2).
+    All members of the team call it, and share the heads, tiles of rows and spans.
+    kernels: see `attention_kernels`. q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim). pages:
+    int64, the pages' addresses. layer: its index among the layers in the cache. start: the first token's position.
+    partials: float32 shared by the team, flat: width * (dim + 2) for each task, used if there are several spans.
+    scratch: this thread's float32 (scratch_floats(dim),). out: float32 (tokens, >= heads * dim).
     """
     group = heads // kv_heads
     rows = tokens * group
@@ -325,13 +329,13 @@ def attention(
         queries = scratch[: width * dim]
         rest = scratch[width * dim :]
         _gather(q, head, group, rows, first_row, width, dim, queries)
-        keys_of = 2 * layer * kv_heads + head
+        key_index = 2 * layer * kv_heads + head
         low, high = span * span_size, min((span + 1) * span_size, last_seen)
         run_at(
             kernels[width],
             (
-                queries.ctypes.data, dim, pages.ctypes.data, keys_of, keys_of + kv_heads, low, high, start, first_row,
-                group, rest.ctypes.data,
+                queries.ctypes.data, dim, pages.ctypes.data, key_index, key_index + kv_heads, low, high, start,
+                first_row, group, rest.ctypes.data,
             ),
         )  # fmt: skip
         partial = rest[width * SCORE_BLOCK : width * SCORE_BLOCK + size]

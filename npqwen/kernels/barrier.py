@@ -40,19 +40,19 @@ llvmlite.binding.add_symbol("npqwen_yield", _yield_address())
 
 @operation
 def fetch_add(b: ir.IRBuilder, state: Array, slot: Int, n: Int) -> Int:
-    """Add n to a slot atomically; returns what was there before."""
+    """Add n to a slot atomically; returns the old value."""
     return b.atomic_rmw("add", b.gep(state, [slot]), n, "acq_rel")
 
 
 @operation
 def acquire(b: ir.IRBuilder, state: Array, slot: Int) -> Int:
-    """Read a slot; whatever was written before its `release` is visible then."""
+    """Read a slot; everything written before the `release` that set its value is then visible."""
     return b.load_atomic(b.gep(state, [slot]), "acquire", 8)
 
 
 @operation
 def release(b: ir.IRBuilder, state: Array, slot: Int, n: Int) -> None:
-    """Write a slot, after everything this thread has written."""
+    """Write a slot; a thread that acquires the value sees everything this thread has written."""
     b.store_atomic(n, b.gep(state, [slot]), "release", 8)
 
 
@@ -74,12 +74,15 @@ def yield_thread(b: ir.IRBuilder) -> None:
 
 @njit(nogil=True)
 def barrier(team: Any) -> None:
-    """Wait until all members have called it; raises Interrupted in all of them if the team is stopped."""
+    """Wait until all members of a team have called it; raises Interrupted in all of them if the team is stopped.
+
+    team: its state, int64 (SLOTS,).
+    """
     generation = acquire(team, GENERATION)
     if fetch_add(team, ARRIVED, 1) == acquire(team, MEMBERS) - 1:
         release(team, ARRIVED, 0)
         release(team, NEXT, 0)
-        # The last one decides for all, by an odd generation.
+        # The last to arrive decides for all: an odd generation means stopped.
         stop = 1 if acquire(team, STOP) else 0
         release(team, GENERATION, (generation | 1) + 1 + stop)
     else:
@@ -96,7 +99,10 @@ def barrier(team: Any) -> None:
 
 @njit(nogil=True)
 def claim(team: Any, count: int) -> int:
-    """Claim the next `count` items of this step's work: the first of them, or far past any end once stopped."""
+    """Claim the next `count` items of this step's work; returns the index of the first.
+
+    It is past the last item when none are left, and always once the team is stopped.
+    """
     if acquire(team, STOP):
         return 1 << 60
     return fetch_add(team, NEXT, count)

@@ -1,8 +1,8 @@
 """Compiled kernels kept on disk, so that a machine compiles them once.
 
-Numba's own cache does not notice a change in a function that the cached one calls. So the directory is
-named after everything the machine code depends on: the kernels' sources, the versions that
-compiled them, the instruction set, the processor and the size of its pages.
+Numba's own cache does not notice a change in a function that the cached one calls. So the directory is named after
+everything that the machine code depends on: the kernels' sources, the versions that compiled them, the instruction set,
+the processor and the size of its memory pages.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _digest_of_sources() -> bytes:
 
 
 _DIGEST = _digest_of_sources()
-"""Taken when they are imported: an upgrade may change them before the first kernel is compiled."""
+"""Computed at import: an upgrade may change the sources before the first kernel is compiled."""
 
 
 @cache
 def kernel_directory() -> Path:
-    """Where this version's kernels for this processor are kept."""
+    """The directory of the kernels that these sources and versions compile for this processor."""
     digest = hashlib.sha256(_DIGEST)
     codegen = cpu_target.target_context.codegen().magic_tuple()
     versions = numba.__version__, llvmlite.__version__, platform.python_version()
@@ -56,7 +56,7 @@ def kernel_directory() -> Path:
 
 
 class _Locator(caching._CacheLocator):
-    """Puts every function's cache into the kernel directory."""
+    """Numba's locator of cache files: all are in the kernel directory, whose name changes with the sources."""
 
     def get_cache_path(self) -> str:
         return str(kernel_directory())
@@ -79,7 +79,7 @@ class _Entries(caching.CompileResultCacheImpl):
 
 
 class CodeCache(caching.FunctionCache):
-    """One function's. A damaged entry, or no place to write, only means compiling anew."""
+    """Numba's cache of one function, which compiles again if an entry is damaged or cannot be written."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -123,7 +123,7 @@ class _Counter(event.Listener):
 
 @contextmanager
 def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
-    """on_compile(done, total) is called as functions are compiled in here, if there are any to compile."""
+    """Call on_compile(done, total) as functions are compiled inside the `with` block; never if none are."""
     if on_compile is None:
         yield
         return
@@ -135,13 +135,13 @@ def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
 
 
 @contextmanager
-def _hearing_interrupts() -> Iterator[None]:
-    """Ctrl-C in a function that LLVM calls back is raised at the end of this: Python would print it and go on."""
-    before, heard = sys.unraisablehook, []
+def _raising_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end if Ctrl-C came in a callback of LLVM, where Python only prints it."""
+    before, interrupts = sys.unraisablehook, []
 
     def hook(ignored: sys.UnraisableHookArgs, /) -> None:
         if issubclass(ignored.exc_type, KeyboardInterrupt):
-            heard.append(True)
+            interrupts.append(True)
         else:
             before(ignored)
 
@@ -150,23 +150,23 @@ def _hearing_interrupts() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-    if heard:
+    if interrupts:
         raise KeyboardInterrupt
 
 
 def compile_kernel(function: Any, args: tuple[Any, ...]) -> None:
-    """Load `function` for arguments of these types from disk, or compile it and put it there."""
+    """Load `function` for arguments of these types from disk, or compile and store it."""
     signature = tuple(numba.typeof(arg) for arg in args)
     if signature not in function.overloads:
         function._cache = KernelCache(function.py_func)
-        with _hearing_interrupts():
+        with _raising_interrupts():
             function.compile(signature)
 
 
 def address_of(kernel: Any) -> int:
-    """Where an entry's machine code is (see npqwen/kernels/entry.py), loaded from disk or compiled and put there."""
+    """The address of an `entry`'s machine code (npqwen/kernels/entry.py), loaded from disk, or compiled and stored."""
     if kernel.address is None:
         kernel._cache = KernelCache(kernel.__wrapped__)
-        with _hearing_interrupts():
+        with _raising_interrupts():
             kernel.compile()
     return int(kernel.address)

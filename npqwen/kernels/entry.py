@@ -22,9 +22,9 @@ from npqwen.simd.llvm import I8, I64
 def entry(*constants: object, **options: Any) -> Callable[[Callable[..., None]], Any]:
     """Decorate a kernel that takes int64, returns nothing and must not raise.
 
-    constants: what tells it from others that the same code makes; they become part of its name. The linker knows
+    constants: they tell it from other kernels of the same code, and become part of its name. The linker identifies
     functions by name, types and a number that starts at 1 in every process: without the constants it could call one
-    kernel for another, where two processes compiled them.
+    kernel instead of another that a different process compiled.
     `npqwen.kernels.compiled.address_of` compiles it, or loads its machine code.
     """
 

@@ -10,7 +10,7 @@ from numba import njit
 from npqwen.simd.blocks import reduce_max
 
 MAXIMA_BLOCK = 64
-"""Values of which only the maximum is looked at first."""
+"""Values of a block whose maximum decides whether they are compared one by one."""
 
 
 @njit(nogil=True, error_model="numpy")
@@ -26,16 +26,16 @@ def select(values: Any, tops: Any, maxima: Any, ids: Any) -> int:
         maxima[n] = reduce_max(values, n * MAXIMA_BLOCK, MAXIMA_BLOCK)
         _insert(tops, maxima[n])
     # The k-th greatest of the blocks' maxima is at most the k-th greatest of all.
-    candidates = _reaching(values, maxima, tops[-1], ids)
+    candidates = _find_not_below(values, maxima, tops[-1], ids)
     tops[:] = -np.inf
     for n in range(candidates):
         _insert(tops, values[ids[n]])
-    return _reaching(values, maxima, tops[-1], ids)
+    return _find_not_below(values, maxima, tops[-1], ids)
 
 
 @njit(nogil=True)
-def _reaching(values: Any, maxima: Any, bound: np.float32, ids: Any) -> int:
-    """ids = the indices of the values that are not below a bound; returns their number."""
+def _find_not_below(values: Any, maxima: Any, bound: np.float32, ids: Any) -> int:
+    """ids = the indices of the values that are not below a bound, NaN included; returns their number."""
     count = 0
     for at in range(0, values.size, MAXIMA_BLOCK):
         if at + MAXIMA_BLOCK > values.size or not maxima[at // MAXIMA_BLOCK] < bound:

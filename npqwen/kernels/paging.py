@@ -18,7 +18,7 @@ from numba import njit
 from npqwen.simd.llvm import I32, Int, Int32, call, operation
 
 PREFETCH_NEVER, PREFETCH_ALWAYS, PREFETCH_IF_ABSENT = 0, 1, 2
-"""Policies: prefetch nothing, whatever will be used, or those of its pages that are not in memory."""
+"""Policies: prefetch nothing, all memory pages that will be used, or those of them that are not in memory."""
 _PAGE = mmap.PAGESIZE
 _REQUEST_BYTES = 1 << 17
 """Bytes of one request: Linux reads no more for it than the disk takes at once, and drops the rest."""
@@ -61,9 +61,9 @@ def prefetch_policy(paths: Iterable[Path], exceeds_memory: bool) -> int:
 
     exceeds_memory: whether they are larger than the memory available.
 
-    A request costs 50 microseconds for an expert of 2.7 MB even if it is in memory, finding that out 2. Linux tells
-    which pages of a file are in memory to its owner and to those who may write it; to others it says that all are.
-    Windows takes no requests: it reads a page when it is touched.
+    Prefetching an expert of 2.7 MB takes 50 microseconds even if it is in memory; asking whether it is takes 2. Linux
+    answers only the file's owner and users who may write to it; to others it reports every page as in memory. On
+    Windows nothing is prefetched: a page is read when it is touched.
     """
     if sys.platform == "win32":
         return PREFETCH_NEVER
@@ -74,7 +74,7 @@ def prefetch_policy(paths: Iterable[Path], exceeds_memory: bool) -> int:
 
 
 def _address(name: str) -> int:
-    """The address of a function of the C library; on Windows that of another one, which is never called."""
+    """The address of a function of the C library; on Windows, that of an unrelated one, which is never called."""
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.GetLastError
     else:

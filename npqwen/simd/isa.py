@@ -59,14 +59,17 @@ define i32 @product(<16 x i8> %bytes, <16 x i8> %signed) {
 def has_dot_product(triple: str, cpu: str, features: str) -> bool:
     """Whether LLVM may use AArch64's `sdot` and `udot` for this processor.
 
-    The features LLVM finds on an Arm host leave them out (none at all are found on macOS); it derives them
-    from the core's name. It can't be asked, but it sums bytes with `udot` where it may.
+    LLVM's list of an Arm host's features omits them (on macOS it is empty), as LLVM derives them from the core's name.
+    So this compiles a sum of bytes, which becomes `udot` if LLVM may use it.
     """
     return "udot" in _assembly(triple, cpu, features)
 
 
 def has_matrix_product(triple: str, cpu: str, features: str) -> bool:
-    """The same for `smmla`: of one extension with `usdot`, with which LLVM sums products of two kinds of bytes."""
+    """Whether LLVM may use AArch64's `smmla` for this processor.
+
+    It belongs to one extension with `usdot`, which LLVM makes of a sum of products of signed and unsigned bytes.
+    """
     return "usdot" in _assembly(triple, cpu, features)
 
 

@@ -1,5 +1,4 @@
-"""Writing compiled code as LLVM instructions: types, a few helpers, and `operation`, which makes it callable in
-kernels.
+"""Emitting LLVM instructions: types, a few helpers, and `operation`, which makes such code callable in kernels.
 
 Functions that emit instructions take an llvmlite `IRBuilder`, named b, first; the values they take and return are
 LLVM's.
@@ -113,7 +112,7 @@ def constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
 
 
 def undefined(kind: ir.Type) -> ir.Constant:
-    """A value to be overwritten, or not looked at."""
+    """A value to be overwritten, or never read."""
     return ir.Constant(kind, ir.Undefined)
 
 

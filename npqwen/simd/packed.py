@@ -4,9 +4,8 @@ For a matrix of an integer encoding, each block of 32 columns of a tile of `widt
 
     32 * width bytes   int8 values, token after token
      4 * width bytes   float32 scale of each token: the largest magnitude / 127
-     4 * width bytes   int32 start of each token: minus the kernel's zero point (`InstructionSet.zero_point`) times the
-     sum
-                       of the token's values, to which a block's products are added
+     4 * width bytes   int32 start of each token, to which a block's products are added: minus the kernel's zero point
+                       (`InstructionSet.zero_point`) times the sum of the token's values
 
 and the blocks of a tile follow each other. Where the instruction set multiplies pairs of tokens
 (`InstructionSet.pairs`), the values of two tokens alternate: 8 columns of the first, the same 8 of the second, the next
@@ -47,11 +46,11 @@ def paired_values_offset(token: int) -> int:
 
 @register_jitable
 def scale_offset(token: int, width: int) -> int:
-    """Where the scale of a token is."""
+    """Offset of a token's scale in its block."""
     return BLOCK_COLUMNS * width + SCALE_BYTES * token
 
 
 @register_jitable
 def start_offset(token: int, width: int) -> int:
-    """Where the start of a token is."""
+    """Offset of a token's start in its block."""
     return (BLOCK_COLUMNS + SCALE_BYTES) * width + START_BYTES * token

@@ -53,6 +53,7 @@ def without_refcounts(_: Any, arrays: Any) -> Any:
     """
 
     def uncounted(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
+        """`value`, of the Numba type `kind`, as an LLVM value whose arrays have no owner."""
         if isinstance(kind, types.BaseTuple):
             parts = zip(kind, cgutils.unpack_tuple(b, value, len(kind)), strict=True)
             return context.make_tuple(b, kind, [uncounted(context, b, *part) for part in parts])
@@ -84,7 +85,7 @@ def exp(x: np.float32) -> np.float32:
 
 @njit(nogil=True)
 def half(x: np.float32) -> np.uint16:
-    """The bits of the float16 nearest to x; beyond the largest finite one, that."""
+    """The bits of the float16 nearest to x, at most 65504 in magnitude; ties to even."""
     bits = float_bits(x)
     sign = (bits >> np.int32(16)) & np.int32(0x8000)
     magnitude = min(bits & np.int32(0x7FFFFFFF), np.int32(0x477FE000))

@@ -63,7 +63,7 @@ f32s = Vector()
 
 
 def chains(vectors: int) -> int:
-    """How many tiles of so many vectors keep the processor busy: 4, 2 or 1."""
+    """How many tiles of `vectors` vectors keep the processor busy: 1 to 4."""
     return max(1, min(4, ISA.accumulators // vectors))
 
 
