@@ -1,22 +1,29 @@
 """Compiled kernels kept on disk, so that a machine compiles them once.
 
 Numba's own cache does not notice a change in a function that the cached one calls. So the directory is named after
-everything that the machine code depends on: the kernels' sources, the versions that compiled them, the instruction set,
-the processor and the size of its memory pages.
+everything that machine code depends on: the kernels' sources, the versions that compiled them, the instruction set, the
+processor and the size of memory pages. Its files are pickles and machine code, that is, programs: only those that no
+other user could have written are read, and only undamaged ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import mmap
+import os
+import pickle
 import platform
+import stat
 import sys
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import llvmlite
 import numba
@@ -24,7 +31,7 @@ from numba.core import caching, event
 from numba.core.registry import cpu_target
 
 from npqwen.cache_directory import cache_directory
-from npqwen.simd.isa import ISA
+from npqwen.format.files import open_regular
 
 _SOURCES = ("simd", "kernels", "format/encodings.py", "engine/forward.py", "engine/records.py", "reports/bandwidth.py")
 FUNCTIONS = 96
@@ -41,12 +48,14 @@ def _digest_of_sources() -> bytes:
 
 
 _DIGEST = _digest_of_sources()
-"""Computed at import: an upgrade may change the sources before the first kernel is compiled."""
+"""Computed on import: an upgrade may change the sources before the first kernel is compiled."""
 
 
 @cache
 def kernel_directory() -> Path:
-    """The directory of the kernels that these sources and versions compile for this processor."""
+    """The directory of the kernels that these sources and versions compile for this processor. It may not exist yet."""
+    from npqwen.simd.isa import ISA  # chosen on import: the converter needs none
+
     digest = hashlib.sha256(_DIGEST)
     codegen = cpu_target.target_context.codegen().magic_tuple()
     versions = numba.__version__, llvmlite.__version__, platform.python_version()
@@ -55,11 +64,133 @@ def kernel_directory() -> Path:
     return cache_directory() / "kernels" / f"{ISA.name}-{digest.hexdigest()[:20]}"
 
 
+def _is_private(status: os.stat_result) -> bool:
+    """Whether only this user or the system's administrator could have written a file or directory."""
+    if sys.platform == "win32":  # directories of a user's profile are private there
+        return True
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@cache
+def _is_usable(directory: Path) -> bool:
+    """Whether kernels may be read from a directory and written to it; warns if others could have written there."""
+    try:
+        if _is_private(directory.stat()):
+            return True
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    warnings.warn(
+        f"{directory} belongs to another user or others may write to it: kernels are compiled anew and not kept; "
+        "remove it, or name another directory in NPQWEN_CACHE",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+class _Files(caching.IndexDataCacheFile):
+    """The files of one function's cache, each a pickle after a digest of it and of its name.
+
+    Truncated, altered and exchanged files count as missing; unpickled, they could crash or compute something else.
+    """
+
+    private = False
+    """Whether files that other users could have written count as missing, too."""
+
+    def save(self, key: Any, data: Any) -> None:
+        super().save(key, (key, data))
+
+    def load(self, key: Any) -> Any:
+        # The index may name a file that another process has overwritten since.
+        found, data = super().load(key) or (None, None)
+        return data if found == key else None
+
+    def _load_index(self) -> dict[Any, str]:
+        body = self._read(self._index_name)
+        stamp, names = pickle.loads(body) if body is not None else (None, {})
+        return names if stamp == (self._version, self._source_stamp) else {}
+
+    def _save_index(self, overloads: dict[Any, str]) -> None:
+        self._write(self._index_name, self._dump(((self._version, self._source_stamp), overloads)))
+
+    def _load_data(self, name: str) -> Any:
+        body = self._read(name)
+        return None if body is None else pickle.loads(body)
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write(name, self._dump(data))
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            with open_regular(Path(self._cache_path, name)) as file:
+                if self.private and not _is_private(os.fstat(file.fileno())):
+                    return None
+                content = file.readall()  # type: ignore[attr-defined]  # unbuffered
+        except OSError:
+            return None
+        size = hashlib.sha256().digest_size
+        return content[size:] if content[:size] == self._digest(name, content[size:]) else None
+
+    def _write(self, name: str, body: bytes) -> None:
+        with _replacing(Path(self._cache_path, name)) as file:
+            file.write(self._digest(name, body) + body)
+
+    def _digest(self, name: str, body: bytes) -> bytes:
+        return hashlib.sha256(b"\0".join((name.encode(), body))).digest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file for this user only that replaces `path` when it is whole."""
+    partial = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex[:16]}")
+    try:
+        with open(
+            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600), "wb"
+        ) as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+class CodeCache(caching.FunctionCache):
+    """One function's machine code, where Numba keeps it.
+
+    A damaged entry, or a directory that cannot be written, only means compiling anew.
+    """
+
+    _cache_file: _Files
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _Files(locator.get_cache_path(), self._impl.filename_base, locator.get_source_stamp())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling raises
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError:
+            self.disable()
+
+
 class _Locator(caching._CacheLocator):
-    """Numba's locator of cache files: all are in the kernel directory, whose name changes with the sources."""
+    """Keeps every function in the kernel directory."""
 
     def get_cache_path(self) -> str:
         return str(kernel_directory())
+
+    def ensure_cache_path(self) -> None:
+        kernel_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def get_source_stamp(self) -> str:
         return kernel_directory().name
@@ -70,40 +201,24 @@ class _Locator(caching._CacheLocator):
 
 class _Entries(caching.CompileResultCacheImpl):
     def __init__(self, function: Any) -> None:
-        # Not Numba's, which goes elsewhere if NUMBA_CACHE_LOCATOR_CLASSES is set: only our directory is named after
-        # all that the code depends on.
+        # Not Numba's, which uses another directory if NUMBA_CACHE_LOCATOR_CLASSES is set: only ours is named after all
+        # that the code depends on.
         self._lineno = function.__code__.co_firstlineno
         self._locator = _Locator()
         name = f"{Path(inspect.getfile(function)).stem}.{function.__qualname__}"
         self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
 
 
-class CodeCache(caching.FunctionCache):
-    """Numba's cache of one function, which compiles again if an entry is damaged or cannot be written."""
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever unpickling a damaged file raises
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            super().save_overload(sig, data)
-        except OSError:
-            self.disable()
-        except Exception:  # the index is damaged: begin a new one
-            try:
-                self.flush()
-                super().save_overload(sig, data)
-            except OSError:
-                self.disable()
-
-
 class KernelCache(CodeCache):
-    """A kernel's compiled code, in the kernel directory."""
+    """A kernel's machine code, in the kernel directory."""
 
     _impl_class = _Entries
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self._cache_file.private = True
+        if not _is_usable(kernel_directory()):
+            self.disable()
 
 
 class _Counter(event.Listener):
