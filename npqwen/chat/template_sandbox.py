@@ -38,7 +38,13 @@ _ITEM = 64
 """Characters that each item of a list or object counts as, in addition to its text."""
 _WIDE = re.compile(r"\d{5}")
 _PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
-_LIMITED_FILTERS = ("batch", "center", "format", "indent", "join", "replace", "slice", "wordwrap")
+_PADDING_FILTERS = frozenset({"batch", "center", "indent", "slice"})
+_LIST_FILTERS = {
+    "attr", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map", "max",
+    "min", "random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "sort", "sum", "tojson",
+    "unique",
+}  # fmt: skip
+"""Filters that do not print lists and objects."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -49,10 +55,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         # The optimizer would evaluate constant expressions at compile time, without limits.
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_GenerationBlock, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            finalize=_printed,
+            extensions=[_GenerationBlock, loopcontrols],
         )
         self._thread = threading.local()
-        for name in _LIMITED_FILTERS:
+        for name in self.filters.keys() - _LIST_FILTERS:
             self.filters[name] = _limited_filter(name, self.filters[name])
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception
@@ -77,8 +87,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def sized(self, value: Any) -> Any:
         """`value`; SecurityError if it is a string or list that is too large."""
-        if isinstance(value, str | list | tuple) and len(value) > MAX_SIZE:
-            raise SecurityError(f"it makes a text or list of more than {MAX_SIZE:,} characters or items")
+        if isinstance(value, (str, list, tuple)):
+            _check_size(len(value))
+        return value
+
+    def printed(self, value: Any) -> Any:
+        """`value`; SecurityError if it is a list or object whose text would be too large."""
+        _check_printed(value)
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -86,6 +101,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "+":
             return self.sized(left + right)
         if operator == "%" and isinstance(left, str):
+            _check_printed(right)
             _check_format(left, right)
         elif isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
@@ -101,6 +117,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
+            _check_printed(*args, *kwargs.values())
             _check_method(text, method.__name__, [*args, *kwargs.values()])
         return __self.sized(super().call(__context, __obj, *args, **kwargs))
 
@@ -124,6 +141,7 @@ class _Guards(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
+        node.nodes = [_call("printed", part.lineno, part) for part in node.nodes]
         return _call("sized", node.lineno, node)
 
     def _ticking(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
@@ -144,6 +162,13 @@ class _GenerationBlock(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+@jinja2.pass_context
+def _printed(context: Context, value: Any) -> Any:
+    """A value that is about to be printed. (With the context as an argument, it is not called at compile time.)"""
+    _check_printed(value)
+    return value
 
 
 def _up_to(size: int, parts: Iterator[str]) -> Iterator[str]:
@@ -206,6 +231,7 @@ def _limited_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         value, *rest = args if passed is None else args[1:]
+        _check_printed(value)
         arguments = [*rest, *kwargs.values()]
         if name == "format":
             _check_format(str(value), arguments)
@@ -213,7 +239,8 @@ def _limited_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
             _check_replace(str(value), *arguments[:2])
         elif name == "join" and isinstance(value, list | tuple):
             _check_join(str(arguments[0]) if arguments else "", value)
-        _check_widths(arguments if name != "format" else [])
+        elif name in _PADDING_FILTERS:
+            _check_widths(arguments)
         return original(*args, **kwargs)
 
     if passed is not None:
@@ -230,23 +257,27 @@ def _to_json(
 ) -> str:
     """JSON without the HTML escapes of Jinja's own filter."""
     _check_widths([indent])
-    _check_size(_count(value, MAX_SIZE))
+    _check_printed(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _count(value: Any, limit: int) -> int:
-    """Approximate characters of a value in JSON, counted up to `limit`: it may contain one list many times."""
-    size = _ITEM
+def _check_printed(*values: Any) -> None:
+    """Refuse lists and objects whose text would be too large: they may contain one list any number of times."""
+    for value in values:
+        if isinstance(value, (list, tuple, dict)):
+            _check_size(_text_size(value, {}))
+
+
+def _text_size(value: Any, known: dict[int, int]) -> int:
+    """Approximate characters of a value's text. known: the sizes of lists and objects that were met before, by id."""
     if isinstance(value, str):
-        return size + len(value)
-    if isinstance(value, Mapping):
-        size += sum(len(key) for key in value if isinstance(key, str))
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            size += _count(item, limit - size)
-            if size > limit:
-                break
+        return _ITEM + len(value)
+    if not isinstance(value, (list, tuple, dict)):
+        return _ITEM
+    size = known.get(id(value))
+    if size is None:
+        parts = [part for item in value.items() for part in item] if isinstance(value, dict) else value
+        size = known[id(value)] = _ITEM + sum(_text_size(part, known) for part in parts)
     return size
 
 

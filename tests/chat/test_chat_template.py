@@ -249,6 +249,10 @@ def test_a_template_that_fails_or_reaches_out_of_the_sandbox_is_refused(source: 
 
 NESTED = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 DOUBLED = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = OP %}{% endfor %}{{ n.x }}"
+FILTERS = (
+    "string", "join", "pprint", "e", "escape", "urlencode", "upper", "lower", "title", "trim", "capitalize",
+    "striptags", "wordcount", "safe",
+)  # fmt: skip
 LISTS = "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = OP %}{% endfor %}{{ n.x | tojson }}"
 
 
@@ -285,6 +289,13 @@ LISTS = "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = O
         (DOUBLED.replace("OP", "n.x.translate({97: n.x})"), "translate is not available"),
         (LISTS.replace("OP", "n.x + n.x"), "seconds|a text or list of more than 20,000,000"),
         (LISTS.replace("OP", "[n.x, n.x]"), "a text or list of more than 20,000,000"),
+        *(
+            (LISTS.replace("OP", "[n.x, n.x]").replace("n.x | tojson", use), "a text or list of more than 20,000,000")
+            for use in (
+                ["n.x", "n.x ~ 'a'", "'%s' % n.x", "'{}'.format(n.x)", "'{a}'.format(a=n.x)", "{'a': n.x}", "(n.x, 1)"]
+                + [f"n.x | {name}" for name in FILTERS]
+            )
+        ),
         ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "a text or list of more than 20,000,000"),
         ("{{ lipsum(n=100000000) }}", "lipsum"),
         ("{{ strftime_now('%c' * 10000000) }}", "a text or list of more than 20,000,000"),
