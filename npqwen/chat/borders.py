@@ -65,9 +65,9 @@ class BorderedText(str):
     _original: str
 
     def __new__(cls, text: str, original: str) -> BorderedText:
-        made = super().__new__(cls, text)
-        made._original = original
-        return made
+        bordered = super().__new__(cls, text)
+        bordered._original = original
+        return bordered
 
     def __eq__(self, other: object) -> bool:
         return self._original == (other._original if isinstance(other, BorderedText) else other)

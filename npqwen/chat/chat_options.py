@@ -49,11 +49,11 @@ class ChatOptions(GenerationOptions, total=False):
     ]
     thinking: Annotated[
         bool | None,
-        Option("Whether the model thinks first; default: as its chat template has it.", bool, validate=_check_thinking),
+        Option("Whether the model thinks first; default: that of its chat template.", bool, validate=_check_thinking),
     ]
     run_tools: Annotated[
         bool | None,
-        Option("Call the functions that the model asks for, and let it continue with their results.", bool),
+        Option("Run the model's tool calls, and let it continue with their results.", bool),
     ]
     max_steps: Annotated[
         int | None, Option("With run_tools, at most N answers in a row.", int, 1, default=8)
@@ -81,7 +81,10 @@ class ChatSettings:
 
     @classmethod
     def of(cls, options: ChatOptions) -> "ChatSettings":
-        """Raises OptionError for options that no model could obey; the others are checked with the prompt."""
+        """Check `options`.
+
+        Raises OptionError for those that no model could obey; others are refused when a prompt is made.
+        """
         for name in options:
             if name in ("cache", "cached"):
                 raise OptionError(f"{name} is not an option of a chat; a Session or a Conversation keeps the cache")
@@ -106,7 +109,7 @@ class ChatSettings:
         )
 
     def prompter(self, model: ChatModel) -> Prompter:
-        """Makes prompts with these settings."""
+        """A `Prompter` with these settings."""
         return Prompter(model, self.tools, self.thinking, self.template_options)
 
     def override(self, changes: ChatOptions) -> "ChatSettings":

@@ -19,7 +19,7 @@ from npqwen.chat.text_stop import TextStop
 from npqwen.errors import OptionError, SamplingWarning, quoted
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Usage
-from npqwen.generation.options import GenerationOptions
+from npqwen.generation.options import CHAT_DEFAULTS, GenerationOptions
 from npqwen.generation.session import Session
 from npqwen.generation.thinking import CLOSE as END_THINK
 from npqwen.tools.calls import ToolCall
@@ -123,7 +123,7 @@ class ChatStream(AsyncSteps[Event]):
 
     @property
     def thinking_ended_by(self) -> EndedBy | None:
-        """Who cut the current step's thinking short, if anyone did."""
+        """Why the current step's thinking was cut short; None if it was not."""
         return self._stream.thinking_ended_by
 
     @property
@@ -144,22 +144,22 @@ class ChatStream(AsyncSteps[Event]):
         self._stream.end_thinking()
 
     def _with_defaults(self) -> GenerationOptions:
-        """The caller's generation options, and the sampling advised for the mode: with or without thinking."""
+        """The caller's generation options; for those left out, the sampling advised with or without thinking."""
         own, given = self._model.generation_config.sampling, self._settings.generation
         template = self._settings.template_options.get("template")
         kind = self._model.chat_template.thinking(template, self._settings.tools is not None)
         thinking = thinks(kind, self._settings.thinking, self.past)
-        usual = default_sampling(own, kind, thinking)
-        if thinking and (given.get("temperature", usual.temperature) == 0 or given.get("top_k", usual.top_k) == 1):
+        advised = default_sampling(own, kind, thinking)
+        if thinking and (given.get("temperature", advised.temperature) == 0 or given.get("top_k", advised.top_k) == 1):
             self._pending_notices.append(GREEDY)
             warnings.warn(GREEDY, SamplingWarning, stacklevel=_user_stacklevel())
-        advised = {
-            f.name: getattr(usual, f.name) for f in fields(usual) if getattr(usual, f.name) != getattr(own, f.name)
+        changed = {
+            f.name: getattr(advised, f.name) for f in fields(own) if getattr(advised, f.name) != getattr(own, f.name)
         }
-        return cast(GenerationOptions, {"loop_guard": True} | advised | given)
+        return cast(GenerationOptions, CHAT_DEFAULTS | changed | given)
 
     def _take_stops(self) -> list[str]:
-        """The stop strings to find in the answer's text. Names of special tokens are left to the generation."""
+        """The stop strings to find in the answer's text; names of special tokens stay options of the generation."""
         tokenizer = self._model.tokenizer
         strings = list(self._generation.get("stop") or ())
         special = [string for string in strings if tokenizer.token_id(string) in tokenizer.special_ids]
@@ -258,7 +258,7 @@ class ChatStream(AsyncSteps[Event]):
         return "tool_calls" if reason == "stop" and self._calls else reason
 
     def _can_run(self) -> bool:
-        """Whether no call is of a tool that only the caller can run."""
+        """Whether none of the calls is left to the caller, who alone can run tools without a function."""
         tools = self._settings.tools or {}
         return all(call.name not in tools or tools[call.name].function is not None for call in self._calls)
 

@@ -48,8 +48,8 @@ class Conversation:
         **options: Unpack[ChatOptions],
     ) -> None:
         """
-        system: the system message. messages: those of an earlier conversation. options: for all answers; `send` and
-        the like may change them for one. Raises OptionError for wrong messages or options.
+        system: the system message. messages: those of an earlier conversation. options: for all answers; those given
+        to `send`, `stream` or `retry` replace them for one. Raises OptionError for wrong messages or options.
         """
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise OptionError(f"messages is {quoted(messages)}; give a list of messages")
@@ -161,7 +161,7 @@ class Conversation:
         self._messages = self._messages + checked(messages)
 
     def fork(self) -> Conversation:
-        """An independent copy, which shares what was computed. An answer that is still streaming is closed."""
+        """An independent copy, which shares the cache. An answer that is still streaming is closed."""
         self._settle()
         fork = Conversation.__new__(Conversation)
         fork.model = self.model

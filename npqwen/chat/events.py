@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Notice:
-    """Information for the user: old turns were dropped, a setting does harm."""
+    """Information for the user, such as that old turns were dropped, or that a setting is advised against."""
 
     text: str
 

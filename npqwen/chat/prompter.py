@@ -59,6 +59,7 @@ class Prompter:
         return without_needless_cuts(parts, self._all)
 
     def _with_borders(self, message: Message, borders: Borders) -> Message:
+        """`message` with borders in all its keys and values but the role; itself if its role is trusted."""
         names = self._forbidden.get(message["role"])
         if names is None:
             return message

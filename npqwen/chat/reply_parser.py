@@ -119,7 +119,10 @@ class ReplyParser:
         return True
 
     def _read_call(self, final: bool, complete: bool) -> bool:
-        """Leave the block if its end is certain; returns whether it was."""
+        """Leave the block if its end is certain, or the text ends; returns whether it was left.
+
+        final: the text ends here. complete: see `finish`.
+        """
         while (tag := self._next_end()) is not None:
             end, after = tag
             if not is_inside_value(self._rest[:end]):

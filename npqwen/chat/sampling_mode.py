@@ -16,7 +16,7 @@ _SOFT_SWITCH = re.compile(r"(?<!\S)/(no_)?think(?!\w)")
 def thinks(template: Thinking, thinking: bool | None, messages: Sequence[Message]) -> bool:
     """Whether the next answer begins with thinking.
 
-    A hybrid model thinks unless it is told not to, by the template's switch or by the last /think or /no_think in a
+    A hybrid model thinks unless that is switched off, by the template's switch or by the last /think or /no_think in a
     message of the user or the system, which it was trained to obey.
     """
     if template != "switch":
@@ -33,7 +33,7 @@ def thinks(template: Thinking, thinking: bool | None, messages: Sequence[Message
 
 
 def default_sampling(own: Sampling, template: Thinking, thinking: bool) -> Sampling:
-    """The checkpoint's own sampling, or for a hybrid that does not think, Qwen's for that mode.
+    """The checkpoint's own sampling; for a hybrid model that does not think, the one that Qwen advises for that mode.
 
     A hybrid's generation_config.json describes one mode only, thinking (QwenLM/Qwen3, quickstart.md, has both). Values
     that differ from Qwen's were chosen by someone and are kept.

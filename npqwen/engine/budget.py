@@ -19,7 +19,7 @@ class Budget:
 
     weights: int
     working: int
-    """Maximum of what a forward pass writes to."""
+    """Buffers of the forward pass, at most."""
     page: int
     """Keys and values of PAGE tokens."""
     available: int | None

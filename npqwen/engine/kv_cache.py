@@ -1,4 +1,4 @@
-"""The cache of one sequence: what its layers keep of the tokens so far, in pages."""
+"""The cache of one sequence: the keys and values that its layers keep of the tokens so far, in pages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ALIGN = 64
 
 
 class KeysAndValues(NamedTuple):
-    """What an attention layer keeps of every token: a key and a value per head."""
+    """The state of an attention layer: a key and a value per head, for every token."""
 
     heads: int
     head_dim: int
 
 
 def layer_states(config: Config) -> list[KeysAndValues]:
-    """What each layer keeps. All attention layers of a model have the same shape."""
+    """The state that each layer keeps. All attention layers of a model have the same shape."""
     return [KeysAndValues(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
 
 

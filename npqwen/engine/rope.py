@@ -44,12 +44,13 @@ class Rope:
         self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self._compute(0, _MIN_POSITIONS)
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """cos and sin of positions start to start + count: float32 (count, head_dim / 2) each."""
+        """cos and sin of positions start to start + count - 1, scaled: float32 (count, head_dim / 2) each."""
         first, cos, sin = self._tables
         if not first <= start <= start + count <= first + len(cos):
             self._tables = first, cos, sin = start, *self._compute(start, max(count, _MIN_POSITIONS))
         return cos[start - first : start - first + count], sin[start - first : start - first + count]
 
     def _compute(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`tables`, computed."""
         angles = np.arange(start, start + count, dtype=np.float32)[:, None] * self.frequency
         return np.cos(angles) * self.scale, np.sin(angles) * self.scale

@@ -56,12 +56,12 @@ class Weights:
 
     @property
     def bits(self) -> int:
-        """The recipe that made the model: what `--bits` was."""
+        """The recipe's nominal bits per weight: the `--bits` of the conversion."""
         return self.quantization.recipe.bits
 
     @property
     def cache_dtype(self) -> type[np.float16] | type[np.float32]:
-        """What the KV cache stores."""
+        """The dtype of the KV cache."""
         return np.float32 if self.quantization.recipe.cache_dtype == "float32" else np.float16
 
     @property
@@ -90,7 +90,7 @@ class Weights:
             advise_huge_pages(mapping)
 
     def _map(self, path: Path) -> None:
-        """Map a file and add its tensors."""
+        """Map a file and add its tensors. Raises FormatError."""
         header, mapping = _opened(path)
         self._mappings.append(mapping)
         data = np.frombuffer(mapping, np.uint8)
@@ -99,7 +99,7 @@ class Weights:
             if name in self.tensors:
                 raise FormatError(f"{label} is in another file too; {AGAIN}")
             if stored.dtype not in ("F32", "U8"):
-                raise FormatError(f"{label} has dtype {shortened(stored.dtype)}, the format has only F32 and U8")
+                raise FormatError(f"{label} has dtype {shortened(stored.dtype)}, but the format has only F32 and U8")
             if stored.offset % ALIGNMENT:
                 raise FormatError(f"{label} is not aligned to {ALIGNMENT} bytes; {AGAIN}")
             end = stored.offset + stored.nbytes
@@ -175,7 +175,7 @@ def _record(address: int, encoding: Encoding, matrix: Matrix) -> _Record:
 def _check(tensor: MappedTensor, name: str, dtype: str, shape: tuple[int, ...], reason: str) -> None:
     if tensor.dtype != dtype or tensor.shape != shape:
         raise FormatError(
-            f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for "
+            f"{tensor.path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, config.json requires "
             f"{dtype} {list(shape)}{reason}; {AGAIN}"
         )
 
@@ -207,5 +207,5 @@ def _opened(path: Path) -> tuple[Header, mmap.mmap]:
         raise FormatError(f"{path} was not made by npqwen; {AGAIN}")
     if header.metadata.get("format_version") != str(FORMAT_VERSION):
         version = quoted(header.metadata.get("format_version"))
-        raise FormatError(f"{path} has format version {version}, config.json says {FORMAT_VERSION}; {AGAIN}")
+        raise FormatError(f"{path} has format version {version}, but config.json says {FORMAT_VERSION}; {AGAIN}")
     return header, mapping

@@ -22,7 +22,7 @@ _END: Any = object()
 class AsyncSteps(Iterator[Item]):
     """An iterator that `async for` can read, too: every step runs in a thread, so the event loop is never blocked.
 
-    Cancelling a task that reads it ends the iteration: `cancel`, then, once the pass under way has ended, `close`;
+    Cancelling a task that reads it ends the iteration: `cancel`, then, once the pass in progress has ended, `close`;
     only then is CancelledError raised, so that the model is free when the task is done. `async with` closes an
     iteration that is left early.
     """
@@ -33,10 +33,10 @@ class AsyncSteps(Iterator[Item]):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Have the iteration end after the pass under way. Any thread may call this at any time."""
+        """End the iteration after the pass in progress. Any thread may call this at any time."""
 
     async def aclose(self) -> None:
-        """`close`, in a thread."""
+        """Call `close` in a thread."""
         import asyncio
 
         await asyncio.to_thread(self.close)
@@ -51,6 +51,7 @@ class AsyncSteps(Iterator[Item]):
         return self
 
     async def __anext__(self) -> Item:
+        """The next item, computed in a thread. If the task is cancelled, end the iteration before that is raised."""
         import asyncio
 
         step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))

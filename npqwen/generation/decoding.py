@@ -1,4 +1,4 @@
-"""One sequence being generated: which tokens the model must run next, and what their logits make of the text."""
+"""One sequence being generated: which tokens the model must run next, and which text their logits add."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Decoding:
         self._sampler: Sampler | None = None
         self._forced: list[int] = []
         self._run = 0
-        """How many of `ids` the model has run."""
+        """Number of `ids` that the model has run."""
         self._unscored: list[int] = []
         """Forced tokens that have to be run now for the log-probabilities of those after them."""
         self._held = ""
@@ -129,7 +129,7 @@ class Decoding:
         """Make `ids` the next tokens, after any that are forced already, in place of drawn ones.
 
         They become part of the text and of `ids`, count as generated, and run in one forward pass; eos, stop strings
-        and the limit end the text among them as among others. Raises OptionError for ids without a token, or once the
+        and the limit apply to them as to drawn tokens. Raises OptionError for ids without a token, or once the
         text is finished.
         """
         forced = check_ids("ids", ids)
@@ -198,6 +198,7 @@ class Decoding:
         return piece if self.finish_reason is None else piece + self._flush()
 
     def _text_of(self, id: int) -> str:
+        """The text that a token makes certain; sets `finish_reason` if the token ends the text."""
         if id in self._eos_ids:
             self.finish_reason = "stop"
             return ""
@@ -228,7 +229,10 @@ class Decoding:
             watch(self)
 
     def _score_unscored(self, logits: NDArray[np.float32]) -> str:
-        """Log-probabilities of the forced tokens after the first; returns the text of all of them."""
+        """Append the log-probabilities of the forced tokens after the first; returns the text of all of them.
+
+        logits: float32 (tokens, vocab_size), a row for each of these tokens.
+        """
         assert self.logprobs is not None
         self._run += len(self._unscored)
         for row, id in zip(logits, self.ids[-len(self._unscored) :], strict=True):

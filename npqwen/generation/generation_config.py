@@ -1,4 +1,4 @@
-"""What a checkpoint says about generating: `generation_config.json`."""
+"""A checkpoint's `generation_config.json`: the ids that end a text, and the recommended sampling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TRANSFORMERS_DEFAULTS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
 }
-"""What `generation_config.json` means where it says nothing; the keys are the sampling options it may have."""
+"""Defaults for keys that `generation_config.json` lacks; they are the sampling options it may have."""
 
 
 @dataclass(frozen=True)

@@ -59,4 +59,4 @@ class LanguageModel(Protocol):
     def prefill(
         self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
-        """Run a prompt; float32 logits (vocab_size,) of its last token. progress(done, total) follows it."""
+        """Run a prompt; float32 logits (vocab_size,) of its last token. progress(done, total): tokens run."""

@@ -82,7 +82,7 @@ class Option(NamedTuple):
 
     @property
     def expected(self) -> str:
-        """What a value must be, for error messages: "a number from 0 to 1"."""
+        """The values allowed, for error messages: "a number from 0 to 1"."""
         if self.kind is int:
             return whole_range(int(self.low), None if self.high is None else int(self.high))
         if self.kind is float:
@@ -280,7 +280,7 @@ OPTIONS = option_table(GenerationOptions)
 """All options by name, in the order in which messages and `--help` list them."""
 
 CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
-"""Defaults in a chat, where they differ from an option's own."""
+"""Defaults in a chat that differ from the options' own."""
 
 
 def check_options(options: Mapping[str, Any]) -> GenerationOptions:

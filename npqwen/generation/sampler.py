@@ -1,7 +1,7 @@
 """From logits to the next token: bias, penalties, temperature, top-k, top-p, min-p, and the draw.
 
 The order is that of Hugging Face transformers: bias, repetition penalty, presence and frequency penalty, the
-caller's logits_processor, temperature, top-k, top-p, min-p, each applied to what the one before it left.
+caller's logits_processor, temperature, top-k, top-p, min-p, each applied to the result of the one before.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Sampler:
         return id
 
     def add(self, id: int) -> None:
-        """Count `id` as generated: one that was forced rather than drawn."""
+        """Count `id` as generated. For forced tokens: those that are drawn have been counted."""
         self._ids.append(id)
         if id not in self._never:  # a forbidden id may have no logit to penalize
             self._seen.add(id)
@@ -98,6 +98,7 @@ class Sampler:
         return logits
 
     def _processed(self, logits: NDArray[np.float32], processor: LogitsProcessor) -> NDArray[np.float32]:
+        """The logits after the caller's processor; OptionError if it returns anything but an array of their shape."""
         result = processor(self._ids.copy(), logits)
         if result is None:
             return logits
@@ -110,6 +111,7 @@ class Sampler:
         return processed
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
+        """Draw an id from adjusted logits, or take the likeliest if sampling is greedy."""
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
             best = int(logits.argmax())  # argmax finds NaN first
@@ -176,7 +178,10 @@ class Sampler:
         return int(ids[order[np.searchsorted(mass, self._random.random() * mass[-1], side="right")]])
 
     def _check(self, top: float) -> float:
-        """`top`, the maximum of the logits; FormatError or OptionError, by whose fault it is, unless it is finite."""
+        """`top`, the maximum of the logits, if it is finite.
+
+        Raises OptionError if bias or processor may be the cause, else FormatError.
+        """
         if math.isfinite(top):
             return top
         if self._processor is not None or (top == -math.inf and self.sampling.logit_bias):

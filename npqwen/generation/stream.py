@@ -90,14 +90,14 @@ class Stream(AsyncSteps[str]):
             raise OptionError("another thread is running this stream; cancel() ends it") from None
 
     def cancel(self) -> None:
-        """End the text after the pass under way, of one token or one chunk of the prompt. Any thread may call this."""
+        """End the text after the pass in progress: one token, or one chunk of the prompt. Any thread may call this."""
         self._cancelled = True
 
     def force(self, ids: Iterable[int]) -> None:
         """Make `ids` the next tokens, after any that are forced already, in place of drawn ones.
 
         They become part of the text and of `ids`, count as generated, and run in one forward pass; eos, stop strings
-        and max_tokens end the text among them as among others. Call this between two pieces, or from a watch. Raises
+        and max_tokens apply to them as to drawn tokens. Call this between two pieces, or from a watch. Raises
         OptionError for ids without a token, or once the text is finished.
         """
         self._decoding.force(ids)
@@ -150,12 +150,12 @@ class Stream(AsyncSteps[str]):
 
     @property
     def thinking(self) -> ThinkingTracker:
-        """Whether the text is inside its thinking, and how long that is."""
+        """The state of the text's thinking, and its length."""
         return self._decoding.thinking
 
     @property
     def thinking_ended_by(self) -> EndedBy | None:
-        """Who cut the thinking short, if anyone did."""
+        """Why the thinking was cut short; None if it was not."""
         return self._decoding.thinking_ended_by
 
     @property

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from npqwen.generation.thinking import ThinkingTracker
 
 EndedBy = Literal["budget", "loop", "caller"]
-"""Who cut the thinking short."""
+"""Why the thinking was cut short: its budget, a loop, or a call of `end_thinking`."""
 
 
 class Watched(Protocol):
@@ -26,7 +26,7 @@ class Watched(Protocol):
 
     @property
     def thinking(self) -> ThinkingTracker:
-        """Whether the text is inside its thinking."""
+        """The state of the text's thinking."""
 
     @property
     def within_character(self) -> bool:

@@ -1,1 +1,1 @@
-"""Reports of `npqwen info` and `npqwen bench`."""
+"""Reports of `npqwen info`, `npqwen bench` and `npqwen eval`: measurements, tables, JSON."""

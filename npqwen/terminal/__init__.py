@@ -1,1 +1,1 @@
-"""What a terminal shows and reads, and the conversation in it."""
+"""A conversation in a terminal: reading messages and slash commands, showing answers, notices and progress."""

@@ -28,12 +28,12 @@ class AnswerView:
     def __init__(self, terminal: Terminal, mode: ReasoningMode) -> None:
         self.mode: ReasoningMode = mode
         self.reasoning = ""
-        """The last reasoning there was."""
+        """The latest reasoning."""
         self._terminal = terminal
         self._shown_notices: set[str] = set()
 
     def follow(self, stream: ChatStream, hint: str = "") -> None:
-        """Show an answer to its end. The terminal is left in order also by an exception, such as Ctrl-C.
+        """Show an answer to its end. An exception, such as Ctrl-C, still ends the open line and the reasoning.
 
         hint: appended to the line into which the reasoning is folded.
         """
@@ -65,7 +65,7 @@ class AnswerView:
 
 
 def statistics(stream: ChatStream, context: str = "") -> str:
-    """One line: why the answer ended, unless by itself; speed; tokens; `context`, which says how much is used."""
+    """One line: why the answer ended, unless the model ended it; speed; tokens; `context`, the part that is used."""
     usage = stream.usage
     parts = [
         f"{usage.decode_rate:.1f} tok/s",

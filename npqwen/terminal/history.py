@@ -19,8 +19,8 @@ MAX_LENGTH = 10_000
 class History:
     """A file that only its owner can read, with one JSON string per line, oldest first.
 
-    Several terminals may append to it at the same time. If it cannot be read or written there is no history, and no
-    error: `kept` tells.
+    Several terminals may append to it at the same time. If it cannot be read or written, there is no history, but
+    no error either: `kept` is then False.
     """
 
     def __init__(self, path: Path) -> None:

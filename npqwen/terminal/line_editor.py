@@ -31,7 +31,7 @@ Completions = Callable[[str], tuple[str, Iterable[str]]]
 
 
 def message_reader(history: History, completions: Completions) -> LineEditor | PlainReader:
-    """The reader that stdin, a terminal, allows: a line editor if there is also a terminal to draw on."""
+    """A reader for stdin, a terminal: a line editor if stdout or stderr is a terminal that it can draw on."""
     drawn = sys.stdout.isatty() or sys.stderr.isatty()
     dumb = sys.platform != "win32" and os.environ.get("TERM", "dumb") in ("dumb", "unknown")
     return LineEditor(history, completions) if drawn and not dumb else PlainReader()
@@ -84,7 +84,7 @@ class LineEditor:
 
 
 class PlainReader:
-    """Reads messages by lines, which the terminal itself edits, from one that has no escape sequences."""
+    """Reads messages line by line from a terminal without escape sequences, which edits lines itself."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -155,7 +155,7 @@ class _Completer(Completer):
 
 
 def _vi_mode() -> bool:
-    """Whether the user's configuration of readline, the shell's line editor, asks for the keys of vi."""
+    """Whether the user's configuration of readline, the shell's line editor, selects vi's keys."""
     try:
         path = Path(os.environ.get("INPUTRC") or "~/.inputrc").expanduser()
         text = path.read_text(encoding="utf-8", errors="replace")

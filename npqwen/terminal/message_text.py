@@ -32,7 +32,7 @@ def message(text: str) -> str:
 
 
 def _block(text: str) -> str | None:
-    """What follows the three quotes that open a block, if they do."""
+    """The text after the three quotes that open a block; None if the message opens none."""
     start = text.lstrip()
     if start.startswith("/"):
         start = start.partition(" ")[2].lstrip()

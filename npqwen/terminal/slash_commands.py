@@ -1,4 +1,4 @@
-"""Commands in a conversation: what begins with a slash."""
+"""The slash commands of a conversation in a terminal."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 _COMMAND = re.compile(r"/([\w-]*\??)(?:\s+|$)")
 _MAX_CACHE_BYTES = 1 << 30
-"""/save writes at most this many bytes of keys and values; reading the messages again is then the better choice."""
+"""/save leaves out keys and values of more bytes: reading the messages again is then the better choice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """usage: its arguments, for /help. run(chat, arguments): does it; may raise NpqwenError."""
+    """A slash command. usage: its arguments, for /help. run(chat, arguments): executes it; may raise NpqwenError."""
 
     usage: str
     help: str
@@ -36,7 +36,7 @@ class Command:
 
 
 def is_command(message: str) -> bool:
-    """Whether a message is a command: a slash and a word. A path is none; several lines are only with a known one."""
+    """Whether a message is a command: a slash and a word; in a message of several lines, the word of a known one."""
     found = _COMMAND.match(message)
     return found is not None and ("\n" not in message.strip() or _name(found) in COMMANDS)
 
@@ -58,13 +58,13 @@ def run_command(chat: TerminalChat, message: str) -> None:
 
 
 def _name(found: re.Match[str]) -> str:
-    """The command's own name, whichever way it was written."""
+    """The command's own name, for an alias or another spelling."""
     name = found[1].lower().replace("-", "_")
     return _ALIASES.get(name, name)
 
 
 def completions(line: str) -> tuple[str, list[str]]:
-    """For a line up to the cursor: the part at its end to complete, and what it can become.
+    """For a line up to the cursor: the part at its end to complete, and its possible completions.
 
     Commands, names of options after /set, paths after /save and /load.
     """

@@ -25,7 +25,7 @@ _ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x0004
 class Terminal:
     """Writes a model's text to stdout, and notices, progress bars, statistics and reasoning to stderr.
 
-    Text is UTF-8 whatever the locale, and flushed at once. What a terminal is sent contains no control characters but
+    Text is UTF-8 whatever the locale, and flushed at once. Text for a terminal contains no control characters but
     newline and tab, except the escape sequences that this package writes itself; text for a file or pipe is not
     changed. Lines are dim (unless NO_COLOR is set), wrapped and overwritten only on a terminal.
 

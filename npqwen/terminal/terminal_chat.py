@@ -85,11 +85,11 @@ class TerminalChat:
             self.retries, self.question_options = 0, options
 
     def forget_last(self) -> None:
-        """The last question has changed: drop what is known about its answers."""
+        """Forget the state of the last question, which has changed: retries, its options, the context in use."""
         self.retries, self.question_options, self.used = 0, {}, None
 
     def answer(self, begin: Callable[[], ChatStream], without_answer: str = "the question is taken back") -> bool:
-        """Show the answer that `begin` starts; Ctrl-C ends the answer only. Returns whether any text came.
+        """Show the answer that `begin` starts; Ctrl-C ends the answer only. Returns whether it has any text.
 
         without_answer: says what happened to the conversation if there was no text.
         """

@@ -180,7 +180,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "foreign file": (lambda h: h | {"__metadata__": {"format": "pt"}}, "was not made by npqwen"),
     "no metadata": (drop("__metadata__"), "was not made by npqwen"),
     "metadata of another kind": (lambda h: h | {"__metadata__": "npqwen"}, "__metadata__ is not an object of strings"),
-    "metadata of another version": (metadata(format_version="1"), "has format version '1', config.json says 2"),
+    "metadata of another version": (metadata(format_version="1"), "has format version '1', but config.json says 2"),
     "metadata of no version": (metadata(format_version=None), "__metadata__ is not an object of strings"),
     "empty header": (lambda h: b"{}", "its tensors end at byte"),
 }
@@ -193,13 +193,16 @@ WRONG: dict[str, tuple[dict[str, np.ndarray | None], str]] = {
     "unknown unit": ({QKV: np.zeros((16, 2, 640), np.uint8)}, f"tensor {QKV} is U8"),
     "another encoding's unit": (
         {QKV: np.zeros((16, 2, 1088), np.uint8)},
-        rf"tensor {QKV} is U8 \[16, 2, 1088\], config.json asks for U8 \[16, 2, 576\] for int4",
+        rf"tensor {QKV} is U8 \[16, 2, 1088\], config.json requires U8 \[16, 2, 576\] for int4",
     ),
     "two dimensions": ({QKV: np.zeros((16, 1152), np.uint8)}, f"tensor {QKV} is U8"),
     "a matrix as floats": ({QKV: np.zeros((16, 2, 144), np.float32)}, f"tensor {QKV} is F32"),
     "a vector as bytes": ({NORM: np.zeros(320, np.uint8)}, f"tensor {NORM} is U8"),
     "a longer vector": ({NORM: np.zeros(96, np.float32)}, f"tensor {NORM} is F32"),
-    "foreign dtype": ({NORM: np.zeros(80, np.float16)}, f"tensor {NORM} has dtype F16, the format has only F32 and U8"),
+    "foreign dtype": (
+        {NORM: np.zeros(80, np.float16)},
+        f"tensor {NORM} has dtype F16, but the format has only F32 and U8",
+    ),
     "misaligned": ({"a": np.zeros(1, np.float32)}, "is not aligned to 64 bytes"),
 }
 
