@@ -1,4 +1,4 @@
-"""A system's files below a directory: what Linux tells in /proc, /sys and /etc."""
+"""A system's files below a directory: /proc, /sys and /etc of Linux."""
 
 from __future__ import annotations
 

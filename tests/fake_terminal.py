@@ -16,7 +16,7 @@ from npqwen.terminal.terminal import Terminal
 from npqwen.terminal.terminal_chat import TerminalChat
 
 THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
-"""What a model says that thinks, to be filled in."""
+"""A thinking model's output, to be formatted with reasoning and answer."""
 
 
 class Screen(io.StringIO):
@@ -26,7 +26,7 @@ class Screen(io.StringIO):
         return True
 
     def rows(self, columns: int = 80) -> list[str]:
-        """What is on the screen in the end, of the sequences that are used here."""
+        """The text on the screen, by the escape sequences that are used here."""
         rows, row, column = [""], 0, 0
         for part in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", self.getvalue()):
             if part == "\n":

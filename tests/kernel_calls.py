@@ -18,7 +18,7 @@ def run(kernel: Any, *args: Any) -> Any:
 
 
 def together(members: int, kernel: Any, args: Callable[[int], tuple[Any, ...]]) -> None:
-    """kernel(state, *args(member)) in so many threads at once."""
+    """Call kernel(state, *args(member)) in each member of a team of threads."""
     compile_kernel(kernel, (np.zeros(80, np.int64), *args(0)))
     team = Team(members)
     try:

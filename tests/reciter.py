@@ -1,4 +1,4 @@
-"""A model that answers with given texts, whatever it is asked."""
+"""A model that answers with given texts, whatever the prompt."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_logits() -> None:
     assert "perplexity of the text: " in run("logits.py").stdout
     one_token = run("logits.py", str(EXAMPLES / "tiny-qwen3"), "a")
     assert one_token.stdout.count("%") == 10
-    assert "perplexity" not in one_token.stdout  # nothing is foreseen
+    assert "perplexity" not in one_token.stdout  # a single token predicts nothing in the text
     assert "Warning" not in one_token.stderr
 
 

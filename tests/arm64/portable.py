@@ -1,4 +1,4 @@
-"""The same files on two kinds of processor: write what the small models say here, and check it there.
+"""Run the small models' files on two kinds of processor: write their answers on one, and check them on the other.
 
 python portable.py write DIRECTORY             convert them with 4, 8 or 16 bits, keep their answers beside them
 python portable.py check DIRECTORY [NAME...]   map these very files, ask again, and compare

@@ -51,7 +51,7 @@ def test_a_turn_computes_only_what_is_new_and_answers_as_a_fresh_start_does(mode
         assert reply.usage.prompt_tokens == len(prompt)
         assert reply.usage.cached_tokens == min(common_prefix(read, prompt), len(prompt) - 1)
         read = talk._session.ids
-    # All but the last answer and the question: the template has taken the thought, or its empty marks, out of the past.
+    # All but the last answer and the question: the template removes reasoning, or its empty tags, from earlier turns.
     assert reply.usage.prompt_tokens - reply.usage.cached_tokens < 45
     assert reply.usage.prompt_tokens > 100
 
@@ -247,9 +247,9 @@ def test_overflow_drops_the_oldest_turns_as_a_whole_with_a_notice_and_keeps_the_
         assert model.prompts[-1].count("<|im_start|>user") == turn - first + 1
         assert talk.dropped == 2 * first
     assert max(tokens) <= 300 - 300 // 4
-    told = [lines for lines in notices if lines]
-    assert 2 < len(told) < 10  # not every turn: what stays must be read anew each time
-    assert told[0][0].startswith("the conversation exceeds the context of 300 tokens: its oldest ")
+    shown = [lines for lines in notices if lines]
+    assert 2 < len(shown) < 10  # not every turn: what stays must be read anew each time
+    assert shown[0][0].startswith("the conversation exceeds the context of 300 tokens: its oldest ")
     assert len(talk.messages) == 81
     assert [message["content"] for message in talk.messages[1:3]] == ["Question 0 of many.", "Yes, and more."]
 

@@ -14,7 +14,7 @@ TEMPLATES = ["hybrid", "thinking-2507", "instruct-2507", "coder"]
 
 
 def prompt_ids(model: Reciter, messages: list[dict[str, Any]]) -> list[int]:
-    """What the model reads; checked to be the template's own text."""
+    """The decoded prompt; checked to be the template's own text."""
     model.chat(messages)
     assert model.prompts[-1] == model.chat_template.render(messages)
     return model.prompt_ids[-1]

@@ -1,4 +1,4 @@
-"""Conversations in files: what is saved, what is taken up again, and files that are none."""
+"""Conversations in files: saving, continuing, and files that are not conversations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stop strings in a chat: they end the answer, and neither its thought nor its calls."""
+"""Stop strings in a chat: they end the answer, but not its reasoning or its calls."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, OutputError
 from npqwen.format.recipe import recipe_of
 from npqwen.hub import conversions
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege, homes are told otherwise")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege, homes are set in other ways")
 
 
 @pytest.fixture(autouse=True)

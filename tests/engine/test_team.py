@@ -131,12 +131,12 @@ class Unlucky:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
-        self._told = False
+        self._interrupted = False
 
     def acquire(self, timeout: float = -1) -> bool:
         got = self._lock.acquire(timeout=timeout)
-        if not self._told:
-            self._told = True
+        if not self._interrupted:
+            self._interrupted = True
             raise KeyboardInterrupt
         return got
 

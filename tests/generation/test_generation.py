@@ -219,14 +219,14 @@ def test_a_processor_can_write_the_text(model: ReferenceModel) -> None:
 
 def test_samples_are_what_each_seed_gives_alone(model: ReferenceModel) -> None:
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.2, "logprobs": True}
-    told: list[int] = []
-    samples = model.generate("A river is", n=4, seed=7, progress=lambda done, _: told.append(done), **options)
+    reports: list[int] = []
+    samples = model.generate("A river is", n=4, seed=7, progress=lambda done, _: reports.append(done), **options)
     alone = [model.generate("A river is", seed=7 + i, **options) for i in range(4)]
     assert [sample.ids for sample in samples] == [each.ids for each in alone]
     assert [sample.text for sample in samples] == [each.text for each in alone]
     assert len({sample.text for sample in samples}) > 1
     prompt = alone[0].usage.prompt_tokens
-    assert told == [prompt]  # read once
+    assert reports == [prompt]  # read once
     assert [sample.usage.cached_tokens for sample in samples] == [0, prompt - 1, prompt - 1, prompt - 1]
     unseeded = model.generate("A river is", n=2, max_tokens=8, temperature=1.5, stop=iter(["."]))
     assert unseeded[0].ids != unseeded[1].ids
@@ -260,10 +260,10 @@ def test_usage_counts_the_models_time_and_not_the_callers(monkeypatch: pytest.Mo
 
 
 def test_progress_follows_the_prompt(model: ReferenceModel) -> None:
-    told: list[tuple[int, int]] = []
-    generate(model, "a " * 100, max_tokens=1, progress=lambda done, total: told.append((done, total)))
-    assert told[-1][0] == told[-1][1] >= 100
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    reports: list[tuple[int, int]] = []
+    generate(model, "a " * 100, max_tokens=1, progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1][0] == reports[-1][1] >= 100
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
 def test_a_model_without_eos_runs_to_its_limit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says, and what it means where it says nothing."""
+"""A checkpoint's generation_config.json, and the defaults of missing keys."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest, tiny: Callable[[int], Path]) -> Iterat
 
 
 def check_cache(session: Session) -> None:
-    """What the cache holds is, to the bit, what its ids give when they are run in one piece."""
+    """The cache is bitwise that of its ids run in one pass."""
     ids = session.ids
     assert len(ids) == session.cache.length
     model = session.model
@@ -49,7 +49,7 @@ def test_any_turns_give_the_text_of_a_fresh_start(model: Model, seed: int) -> No
     for turn in range(12):
         session = rng.choice(sessions)
         kind = rng.random()
-        if kind < 0.5 or not prompt:  # the conversation goes on from what the session holds
+        if kind < 0.5 or not prompt:  # the conversation continues after the cached tokens
             prompt = session.ids + model.tokenizer.encode(SUM.format(rng.randrange(50), turn))
         elif kind < 0.7:  # the past is changed, as when thoughts are stripped
             cut = rng.randrange(len(prompt))
@@ -84,11 +84,11 @@ def test_only_what_is_new_is_computed(model: Model) -> None:
     done = session.stream(first, temperature=0).completion()
     assert done.usage.cached_tokens == 0
     second = first + done.ids + model.tokenizer.encode("\n" + SUM.format(1, 2))
-    told: list[tuple[int, int]] = []
-    done = session.stream(second, temperature=0, progress=lambda *state: told.append(state)).completion()
+    reports: list[tuple[int, int]] = []
+    done = session.stream(second, temperature=0, progress=lambda *state: reports.append(state)).completion()
     held = second.index(4098, len(first))
     assert done.usage.cached_tokens == held  # all but eos, the last one drawn
-    assert told == [(len(second) - held, len(second) - held)]
+    assert reports == [(len(second) - held, len(second) - held)]
     again = session.stream(second, temperature=0)
     assert again.completion().text == done.text
     assert again.usage.cached_tokens == len(second) - 1  # one token is always run
@@ -232,10 +232,10 @@ def test_forks_are_independent(model: Model) -> None:
 def test_reading_ahead(model: Model) -> None:
     session = Session(model)
     ids = model.tokenizer.encode("A river is a stream of water. " * 20)
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     session.prefill(ids[:50])
-    session.prefill(ids, lambda *state: told.append(state))
-    assert told[-1] == (len(ids) - 50, len(ids) - 50)
+    session.prefill(ids, lambda *state: reports.append(state))
+    assert reports[-1] == (len(ids) - 50, len(ids) - 50)
     session.prefill(ids[:70])
     assert session.ids == ids[:70]
     check_cache(session)

@@ -1,4 +1,4 @@
-"""Stop strings, against a twin that looks at the whole text after every character."""
+"""Stop strings, against an oracle that searches the whole text after every character."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def record(flags: int, efficiency: int, groups: int = 1) -> bytes:
         ([record(1, 0, 2)] * 64, 64),
         ([record(0, 0)], 1),
         ([], 0),
-        ([bytes(12)], 1),  # a size of nothing does not go on for ever
+        ([bytes(12)], 1),  # a record of size 0 does not cause an endless loop
     ],
 )
 def test_cores_of_windows(records: list[bytes], count: int) -> None:

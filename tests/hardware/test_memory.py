@@ -185,7 +185,7 @@ print(once - before, used - before, cache.nbytes, resident("RssFile"))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_weights_stay_in_the_page_cache(large: Path) -> None:
-    """Loading copies no weights; what a forward pass writes to is bounded by one chunk of the prompt."""
+    """Loading copies no weights; the buffers of a forward pass are those of one chunk of the prompt."""
     size = (large / "model.safetensors").stat().st_size
     assert size > 120e6
     command = [sys.executable, "-c", MEMORY, str(large)]

@@ -1,4 +1,4 @@
-"""Products of matrices in AMX's registers: the very sums of the kernels without it."""
+"""Products of matrices in AMX's registers: bitwise the sums of the kernels without it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _run(kernel: int, args: Any) -> None:
 
 
 def _aligned(size: int, offset: int) -> np.ndarray:
-    """Zeroed bytes that begin so many bytes past a line of 64."""
+    """Zeroed bytes that begin at an offset from a cache line."""
     raw = np.zeros(size + 128, np.uint8)
     start = -raw.ctypes.data % 64 + offset
     return raw[start : start + size]

@@ -1,4 +1,4 @@
-"""What LLVM makes of the inner loops, on processors that need not be here: the instructions the kernels live by."""
+"""The instructions that LLVM makes of the inner loops, for processors that this machine need not have."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_neon(encoding: Encoding, tokens: int) -> None:
     assert all(line.rstrip("]")[:-1].endswith(".4b[") for line in dots)
     assert names.count("fcvtl") == 2 * vectors
     assert not {"scvtf", "tbl", "ext", "zip1", "uzp1", "ins"} & set(names)
-    # Where four tokens meet int4, LLVM puts two or three vectors of 150 instructions' on the stack and takes them back.
+    # With four tokens and int4, LLVM spills two or three vectors in 150 instructions.
     assert len(spills(loop)) <= (6 if (encoding, tokens) == (INT4, 4) else 0)
     # A block takes, a vector of rows: 4 loads and 8 masks and shifts (int4) or 8 loads, scales' load and conversion;
     # a token: 2 loads of activations, loads of scale and start, an addition, a spread;
     # each pair of them: 8 dot products, a copy of the start, subtraction, scaling, multiply-add.
-    # Ten more count the loop and make constants; each 64 bytes of the unit are asked for early.
+    # Ten more count the loop and make constants; each 64 bytes of the unit are prefetched.
     weights = 14 if encoding == INT4 else 10
     assert names.count("prfm") == encoding.unit_bytes // 64
     assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 10 + encoding.unit_bytes // 64
@@ -78,7 +78,7 @@ def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str
 
 
 def test_neon_matrix_products_of_one_token() -> None:
-    """Memory is the limit then, and half of an instruction would be for nothing."""
+    """Memory is the limit then, and half of each instruction would be wasted."""
     assert integer_loop(NeonI8mm(), APPLE_M2, INT4, 1, 2) == integer_loop(Neon(), APPLE_M2, INT4, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: kept, found again, told apart, and done without where that cannot be."""
+"""Compiled kernels on disk: stored, found again, distinguished, and compiled each time where they cannot be stored."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def start(code: str, *args: object, cwd: Path | None = None, **environment: str)
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:
-    """The lines of a process that ends well and without a word on stderr."""
+    """The output lines of a process that succeeds and writes nothing to stderr."""
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     return out.splitlines()
 
 
 def small(cache: Path) -> tuple[Path, list[tuple[int, int]]]:
-    """Where the small kernel is kept, and what was told of its compilation."""
+    """The small kernel's directory, and the reported progress of its compilation."""
     directory, calls = finish(start(SMALL, NPQWEN_CACHE=str(cache)))
     return Path(directory), [(int(done), int(of)) for done, of in re.findall(r"\((\d+), (\d+)\)", calls)]
 
@@ -272,9 +272,9 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 
 
 def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path]) -> None:
-    """Their linker tells functions by name, types and a number that starts anew in every process.
+    """The linker identifies functions by name, types and a number that starts again in every process.
 
-    Where the number alone tells two of ours apart, code that two processes compiled does not fit together.
+    Two kernels that differ by the number alone could be mistaken for each other if different processes compiled them.
     """
     for bits in (4, 16):
         with load(tiny(bits), threads=1):
@@ -292,7 +292,7 @@ def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
-    """Numba compiles with functions that LLVM calls back; what they raise ends there."""
+    """Numba compiles with functions that LLVM calls back; exceptions do not leave them."""
     ignored: list[Any] = []
 
     @ctypes.CFUNCTYPE(None)

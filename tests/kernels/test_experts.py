@@ -124,20 +124,20 @@ def test_info_tells_how_many_experts_memory_holds(tiny_moe: Path, monkeypatch: p
     whole = info.inspect(tiny_moe)
     experts, beside = whole.parts["experts"], whole.working + whole.cache + RESERVED
 
-    def told(resident: int) -> str:
+    def memory_line(resident: int) -> str:
         monkeypatch.setattr(machine, "available_memory", lambda: beside + resident)
         found = info.inspect(tiny_moe)
         assert found.as_dict()["resident_weights"] == max(0, min(resident, whole.weights))
         return next((line for line in info.describe(found).splitlines() if line.startswith("memory holds")), "")
 
-    assert told(whole.weights + 1).endswith("all of the weights")
-    assert f"all but {info.size(experts // 2)} of the experts" in told(whole.weights - experts // 2)
+    assert memory_line(whole.weights + 1).endswith("all of the weights")
+    assert f"all but {info.size(experts // 2)} of the experts" in memory_line(whole.weights - experts // 2)
     assert f"of the {info.size(experts / 4)} that a token uses, about 50% ({info.size(experts / 8)}) are read" in (
-        told(whole.weights - experts // 2)
+        memory_line(whole.weights - experts // 2)
     )
-    assert "about 100%" in told(whole.weights - experts)
-    assert "very slow" in told(whole.weights - experts - 1)
-    assert "very slow" in told(-5)
+    assert "about 100%" in memory_line(whole.weights - experts)
+    assert "very slow" in memory_line(whole.weights - experts - 1)
+    assert "very slow" in memory_line(-5)
     monkeypatch.setattr(machine, "available_memory", lambda: None)
     assert "memory holds" not in info.describe(info.inspect(tiny_moe))
 
@@ -248,7 +248,7 @@ def test_router_weights_that_overflow_end_as_an_error(
 
 
 def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
-    """Results are bounded by the buffer, not by what the segments say."""
+    """Results are bounded by the buffer, whatever counts the segments have."""
     rng = np.random.default_rng(0)
     units = random_units(8, np.ones(64, bool), 64, rng)
     layer = np.zeros(1, LAYER)[0]
@@ -261,12 +261,12 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
         pack(rng.standard_normal(64).astype(np.float32), t, WIDEST, INT8.code, x)
     segments = np.array([[0, 0, tokens, WIDEST]])
     found = []
-    for told in (16, tokens):  # what the pass is said to have
-        room = np.full(local_floats(told, 4) + 4096 * 64, 77, np.float32)
-        local = room[: local_floats(told, 4)]
+    for pass_tokens in (16, tokens):  # the number of tokens that the kernel is given
+        room = np.full(local_floats(pass_tokens, 4) + 4096 * 64, 77, np.float32)
+        local = room[: local_floats(pass_tokens, 4)]
         gated = np.zeros(packed_bytes(tokens, 64), np.uint8)
         scratch = np.zeros(max(scratch_floats(64, 4), 64), np.float32)
-        args = (kernels, layer, PREFETCH_NEVER, segments, 1, told, x, local, scratch, gated)
+        args = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, local, scratch, gated)
         together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
         found.append(gated)

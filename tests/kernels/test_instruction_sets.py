@@ -1,6 +1,6 @@
 """Kernels and logits once more, for every other instruction set that this processor offers.
 
-Which one is compiled is chosen when npqwen is imported: so each has a pytest of its own, side by side.
+The instruction set is chosen when npqwen is imported, so each has a pytest process of its own.
 """
 
 from __future__ import annotations

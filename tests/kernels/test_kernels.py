@@ -31,7 +31,7 @@ TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)
 
 
 def readonly(data: np.ndarray) -> np.ndarray:
-    """A copy that cannot be written, and behind which, where the system lets us, nothing can even be read."""
+    """A read-only copy, followed by a guard page where the system allows one."""
     copy = np.array(data)
     copy.flags.writeable = False
     if sys.platform == "win32":

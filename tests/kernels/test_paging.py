@@ -47,7 +47,7 @@ def asked() -> Iterator[list[tuple[int, int, int]]]:
 
 @pytest.fixture
 def in_memory() -> Iterator[set[int]]:
-    """A system that has these addresses' pages in memory; at an address of 0 it refuses to tell."""
+    """A system that has these addresses' pages in memory; at address 0 its query fails."""
     pages: set[int] = set()
 
     def tell(address: int, size: int, seen: int) -> int:
@@ -73,7 +73,7 @@ def _compiled() -> Any:
 def test_a_request_starts_at_a_page(
     page: int, asked: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """madvise refuses any other address; the range asked for holds all that is wanted, and no page more."""
+    """madvise refuses any other address; the range requested covers all bytes, and no further page."""
     monkeypatch.setattr(paging, "_PAGE", page)
     prefetch_pages = _compiled()
     base = 1 << 40
@@ -93,7 +93,7 @@ def test_a_request_starts_at_a_page(
 def test_only_what_is_missing_is_asked_for(
     room: int, asked: list[tuple[int, int, int]], in_memory: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """... however few pages the system is asked about at a time."""
+    """However few pages one query covers."""
     monkeypatch.setattr(paging, "_PAGE", 4096)
     prefetch_pages, base = _compiled(), 1 << 40
     pages = np.random.default_rng(0).random(300) < 0.5

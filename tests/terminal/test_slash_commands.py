@@ -1,4 +1,4 @@
-"""What begins with a slash in a conversation in the terminal."""
+"""The slash commands of a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Say = Callable[..., str]
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """say(chat, line): what is written, stdout and stderr."""
+    """say(chat, line): its output, stdout and stderr."""
 
     def say(chat: TerminalChat, *lines: str) -> str:
         for line in lines:
@@ -49,10 +49,10 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
 
 
 def test_help_names_every_command(say: Say) -> None:
-    told = say(chat_with(Reciter()), "/help")
-    assert all(f"/{name}" in told for name in COMMANDS)
+    output = say(chat_with(Reciter()), "/help")
+    assert all(f"/{name}" in output for name in COMMANDS)
     wanted = ["think", "nothink", "system", "set", "save", "load", "retry", "undo", "clear", "stats", "exit"]
-    assert all(f"/{name} " in told for name in wanted)
+    assert all(f"/{name} " in output for name in wanted)
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(say: Say) -> None:
@@ -227,12 +227,12 @@ def test_a_place_where_no_file_can_be_is_an_error_of_one_line(
     (tmp_path / "~nobody-here").write_text("a file")
     chat = chat_with(model)
     for command in ("/save", "/load"):
-        told = say(chat, f"{command} {name}")
-        assert told.startswith("error: ")
-        assert told.count("\n") == 1
+        output = say(chat, f"{command} {name}")
+        assert output.startswith("error: ")
+        assert output.count("\n") == 1
 
 
-def test_a_saved_state_of_thinking_that_this_model_lacks_is_told(tmp_path: Path, say: Say) -> None:
+def test_a_saved_state_of_thinking_that_this_model_lacks_is_reported(tmp_path: Path, say: Say) -> None:
     path = tmp_path / "talk.json"
     saved = {"format": "npqwen-conversation", "version": 1, "dropped": 0, "thinking": False, "messages": []}
     path.write_text(json.dumps(saved))
@@ -246,10 +246,10 @@ def test_a_saved_state_of_thinking_that_this_model_lacks_is_told(tmp_path: Path,
 def test_stats(model: Model, say: Say) -> None:
     chat = chat_with(model, temperature=0, thinking=False)
     say(chat, SUM, "What is 30 + 12?")
-    told = say(chat, "/stats")
-    assert "4 messages" in told
-    assert f"of {model.context:,}" in told
-    assert "all answers   2:" in told
+    output = say(chat, "/stats")
+    assert "4 messages" in output
+    assert f"of {model.context:,}" in output
+    assert "all answers   2:" in output
 
 
 def test_the_context_in_use_is_told_when_it_is_known(model: Model, tmp_path: Path, say: Say) -> None:

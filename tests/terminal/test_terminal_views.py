@@ -1,4 +1,4 @@
-"""What is shown in the terminal and what is not: answers, thoughts, notices, errors."""
+"""The display in the terminal: answers, reasoning, notices, errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 def test_an_error_is_a_line_and_the_conversation_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     chat = chat_with(Reciter("Yes.", context=64))
     handle(chat, "word " * 100)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.count("\n") == 1
-    assert told.err.startswith("error: the last turn alone")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("error: the last turn alone")
     handle(chat, "q")
     assert capsys.readouterr().out == "Yes."
 
@@ -75,7 +75,7 @@ def test_the_size_is_that_of_the_terminal_that_is_drawn_on(monkeypatch: pytest.M
     monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: sizes[descriptor])
     terminal = Terminal()
     assert (terminal.columns, terminal.rows) == (40, 10)
-    sizes[7] = os.terminal_size((0, 0))  # a terminal that nobody told its size
+    sizes[7] = os.terminal_size((0, 0))  # a terminal that has no known size
     assert (terminal.columns, terminal.rows) == (80, 24)
 
 
