@@ -83,6 +83,10 @@ class Checkpoint:
             if _state(path) != state:
                 raise CheckpointError(f"{path} changed while it was converted; convert the checkpoint again")
 
+    def states(self) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of the last change of all files read so far."""
+        return [(str(path), *state) for path, state in self._states.items()]
+
     def _watch(self, paths: Iterable[Path]) -> None:
         for path in paths:
             self._states.setdefault(path, _state(path))
@@ -141,6 +145,23 @@ def read(tensor: SourceTensor, first: int, count: int) -> npt.NDArray[Any]:
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error.strerror or error}") from error
     return out
+
+
+def read_floats(tensor: SourceTensor, first: int, count: int) -> npt.NDArray[np.float32]:
+    """`read`, as float32; CheckpointError for NaN and infinity too."""
+    floats = widen(read(tensor, first, count))
+    if not np.isfinite(floats).all():
+        raise CheckpointError(f"{tensor.path} holds NaN or infinity; the checkpoint is broken")
+    return floats
+
+
+def widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """float32 of f16, f32 or the bits of bf16."""
+    if stored.dtype == np.uint16:
+        wide = stored.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -189,7 +189,7 @@ class Output:
         """Remove what the conversion of this suffix left, unless its process lives."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
-                if not _try_lock(stack.enter_context(open(self._lock_path(suffix), "r+b"))):
+                if not try_lock(stack.enter_context(open(self._lock_path(suffix), "r+b"))):
                     return
             shutil.rmtree(self._sibling("partial", suffix), ignore_errors=True)
             if (old := self._sibling("old", suffix)).is_dir():
@@ -208,7 +208,7 @@ def _locked(path: Path) -> BinaryIO:
     while True:
         file = open(path, "wb")  # noqa: SIM115
         try:
-            held = _try_lock(file)
+            held = try_lock(file)
         except OSError:
             return file
         # Another conversion may clean it up before it is locked: then it holds the lock, or has removed the file.
@@ -218,7 +218,7 @@ def _locked(path: Path) -> BinaryIO:
         time.sleep(0.01)
 
 
-def _try_lock(file: BinaryIO) -> bool:
+def try_lock(file: BinaryIO) -> bool:
     """Lock a file until it is closed or the process ends; False if another process has locked it.
 
     Raises OSError where the file system has no locks.

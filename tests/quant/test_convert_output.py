@@ -242,7 +242,7 @@ def test_a_lock_that_another_conversion_cleans_up_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
     """It may clean up between the file's creation and its locking; held: while this one tries to lock it."""
-    try_lock = output._try_lock
+    try_lock = output.try_lock
     removed: list[Path] = []
 
     def late(file: BinaryIO) -> bool:
@@ -252,7 +252,7 @@ def test_a_lock_that_another_conversion_cleans_up_is_made_again(
         removed[0].unlink()
         return not held and try_lock(file)
 
-    monkeypatch.setattr(output, "_try_lock", late)
+    monkeypatch.setattr(output, "try_lock", late)
     with output._locked(tmp_path / "lock") as file:
         assert removed == [tmp_path / "lock"]
         assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "lock").stat())
@@ -264,7 +264,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(file: BinaryIO) -> bool:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(output, "_try_lock", refuse)
+    monkeypatch.setattr(output, "try_lock", refuse)
     write_checkpoint(tmp_path / "in")
     (tmp_path / ".out.partial-12-0123abcd").mkdir()
     (tmp_path / ".out.partial-12-0123abcd.lock").touch()

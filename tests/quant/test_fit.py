@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from checkpoints import TINY, decode, read_safetensors
-from npqwen_quant.fit import Codebook, fit
+from npqwen_quant.fit import fit
+from npqwen_quant.search import Codebook
 
 CODEBOOKS = {
     "3 bits": [-24, -15, -8, -2, 5, 12, 20, 31],

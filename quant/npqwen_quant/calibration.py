@@ -1,0 +1,283 @@
+"""Calibration: quantizing with error feedback, layer by layer, resumed where an interrupted one ended.
+
+The text's hidden states lie in a file of a working directory beside the output. Half a layer at a time (attention,
+feed-forward) they are advanced by the unquantized model, which gives the second moments of its matrices' inputs; the
+matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is done when the next
+hidden states have their name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npqwen.atomic_file import writing
+from npqwen.errors import CheckpointError, OutputError
+from npqwen.format.encodings import BLOCK_COLUMNS
+from npqwen.format.layout import pad
+from npqwen_quant import moments
+from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read_floats
+from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
+from npqwen_quant.fit import fit
+from npqwen_quant.moments import Moments
+from npqwen_quant.output import try_lock
+from npqwen_quant.search import F32, I8, U8, Codebook
+
+Progress = Callable[[int, int], object]
+
+_VERSION = 1
+"""Changed with what a working directory's files mean."""
+
+_ROWS = 1 << 14
+"""Rows fitted at a time: an embedding's errors would take as much memory as itself."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text to calibrate with."""
+
+    name: str
+    """Tells one text from another: an interrupted calibration with a text of this name is resumed."""
+    make: Callable[[], npt.NDArray[Any]]
+    """Makes the text: token ids (sequences, tokens). Not called when a calibration is resumed."""
+
+
+@contextlib.contextmanager
+def working_directory(
+    out: Path, checkpoint: Checkpoint, calibration: Calibration, codebooks: Mapping[str, Codebook]
+) -> Iterator[Path]:
+    """A directory beside `out` for what calibration has done so far, of this process alone.
+
+    It is removed on leaving, but after an interruption it stays, to be resumed. What interrupted calibrations for the
+    same place with another text, checkpoint or recipe have left is removed.
+    """
+    books = {name: book.values.tolist() for name, book in codebooks.items()}
+    key = json.dumps([_VERSION, checkpoint.states(), calibration.name, books], sort_keys=True)
+    path = out.with_name(f".{out.name}.calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / "lock", "wb")  # noqa: SIM115
+    with lock:
+        if not try_lock(lock):
+            raise OutputError(f"{out} is being calibrated by another process; wait until it ends")
+        for other in path.parent.glob(f".{glob.escape(out.name)}.calibration-*"):
+            if other != path:
+                _remove_abandoned(other)
+        try:
+            yield path
+        except CheckpointError:  # of no use any more
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove a working directory, unless its process lives."""
+    with contextlib.suppress(OSError), open(directory / "lock", "r+b") as lock:
+        if try_lock(lock):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+class Fits:
+    """The fitted matrices of a checkpoint, by the names of its tensors, in files."""
+
+    def __init__(self, directory: Path, codebooks: Mapping[str, Codebook]) -> None:
+        self._directory = directory
+        self._codebooks = codebooks
+
+    def __contains__(self, source: str) -> bool:
+        return source in self._codebooks
+
+    def rows(self, source: str, first: int, count: int, shape: tuple[int, ...]) -> tuple[U8, I8, F32]:
+        """Indices, block scales and row scales of `count` rows from row `first` on of a matrix of this shape."""
+        rows, columns = shape
+        width = pad(columns, BLOCK_COLUMNS)
+        index_bytes = width // 2 if self._halves(source) else width
+        layout = [("row_scales", "<f4", rows, 1), ("scales", "i1", rows, width // BLOCK_COLUMNS)]
+        layout.append(("indices", "u1", rows, index_bytes))
+        found, offset = {}, 0
+        with open(self._path(source), "rb") as file:
+            for name, dtype, count_of_all, row in layout:
+                size = np.dtype(dtype).itemsize * row
+                file.seek(offset + first * size)
+                found[name] = np.frombuffer(file.read(count * size), dtype).reshape(count, row)
+                offset += count_of_all * size
+        indices = found["indices"]
+        if self._halves(source):
+            indices = np.stack([indices & 15, indices >> 4], -1).reshape(count, width)
+        return np.ascontiguousarray(indices[:, :columns]), found["scales"].copy(), found["row_scales"][:, 0].copy()
+
+    def store(self, source: str, parts: Iterable[tuple[U8, I8, F32]]) -> None:
+        """Store the fits of some rows after the other."""
+        indices, scales, row_scales = (np.concatenate(each) for each in zip(*parts, strict=True))
+        indices = np.pad(indices, ((0, 0), (0, -indices.shape[1] % BLOCK_COLUMNS)))
+        if self._halves(source):
+            indices = indices[:, ::2] | indices[:, 1::2] << np.uint8(4)
+        path = self._path(source)
+        with open(path.with_suffix(".partial"), "wb") as file:
+            for array in (row_scales.astype("<f4"), scales, indices):
+                file.write(np.ascontiguousarray(array).data)
+        path.with_suffix(".partial").replace(path)
+
+    def _halves(self, source: str) -> bool:
+        """Whether indices take half a byte."""
+        return self._codebooks[source].values.size <= 16
+
+    def _path(self, source: str) -> Path:
+        return self._directory / f"{source}.fit"
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, SourceTensor],
+    codebooks: Mapping[str, Codebook],
+    calibration: Calibration,
+    directory: Path,
+    executor: Executor,
+    threads: int,
+    progress: Progress | None = None,
+) -> Fits:
+    """Fit matrices with error feedback.
+
+    codebooks: of the matrices to be fitted, by the checkpoint's names. directory: a working_directory. progress: called
+    with the bytes of those matrices, done and in all; may raise to stop. Raises OutputError if the directory cannot be
+    written, CheckpointError for a checkpoint that cannot be read or has weights that are not finite.
+    """
+    return _Run(checkpoint, sources, codebooks, calibration, directory, executor, threads, progress).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sources: Mapping[str, SourceTensor],
+        codebooks: Mapping[str, Codebook],
+        calibration: Calibration,
+        directory: Path,
+        executor: Executor,
+        threads: int,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.config, self.sources = checkpoint, checkpoint.config, sources
+        self.codebooks, self.calibration, self.directory = codebooks, calibration, directory
+        self.executor, self.threads, self.progress = executor, threads, progress
+        self.fits = Fits(directory, codebooks)
+        self.done, self.total = 0, sum(sources[name].stored.nbytes for name in codebooks)
+
+    def run(self) -> Fits:
+        halves = 2 * self.config.num_hidden_layers
+        with writing(self.directory):
+            at = self._resumed_at(halves)
+            if at < 0:
+                self._begin()
+                at = 0
+            for half in range(halves + 1):
+                if half >= at:
+                    self._half(half, halves)
+                else:
+                    self._count(self._names(half, halves))
+        return self.fits
+
+    def _resumed_at(self, halves: int) -> int:
+        """How many halves of layers are done; -1 if there are no hidden states yet."""
+        done = [half for half in range(halves + 2) if self._hidden(half).exists()]
+        return max(done, default=-1)
+
+    def _hidden(self, half: int) -> Path:
+        """The file of the hidden states that enter this half of a layer."""
+        return self.directory / f"hidden-{half}.npy"
+
+    def _begin(self) -> None:
+        ids = np.asarray(self.calibration.make())
+        name = "model.embed_tokens.weight"
+        table, inverse = np.unique(ids, return_inverse=True)
+        rows = np.concatenate([read_floats(self.sources[name], int(token), 1) for token in table])
+        self._save(rows[inverse.reshape(ids.shape)], 0)
+
+    def _save(self, hidden: F32, half: int) -> None:
+        path = self._hidden(half)
+        with open(path.with_suffix(".partial"), "wb") as file:
+            np.save(file, hidden)
+        path.with_suffix(".partial").replace(path)
+        if half:
+            self._hidden(half - 1).unlink(missing_ok=True)
+
+    def _half(self, half: int, halves: int) -> None:
+        """Advance the hidden states by half a layer, or to the output matrix, and fit the matrices on the way."""
+        hidden: F32 = np.load(self._hidden(half))
+        if half == halves:
+            found = {name: moments.last(self.config, self._load, hidden, WIDEST) for name in self._names(half, halves)}
+            self._fit(found)
+        else:
+            layer = half // 2
+            prefix = f"model.layers.{layer}."
+
+            def load(name: str) -> F32:
+                return self._load(prefix + name)
+
+            if half % 2 == 0:
+                self._fit(_prefixed(prefix, moments.attention(self.config, load, hidden, WIDEST)))
+            elif self.config.is_sparse(layer):
+                for _, of_expert in moments.mixture(self.config, load, hidden, WIDEST):
+                    self._fit(_prefixed(prefix, of_expert))
+            else:
+                self._fit(_prefixed(prefix, moments.feed_forward(self.config, load, hidden, WIDEST)))
+        self._save(hidden, half + 1)
+
+    def _names(self, half: int, halves: int) -> list[str]:
+        """The matrices that are fitted in this half of a layer, or at the end."""
+        if half == halves:
+            return [name for name in self.codebooks if not name.startswith("model.layers.")]
+        part = "self_attn." if half % 2 == 0 else "mlp."
+        return [name for name in self.codebooks if name.startswith(f"model.layers.{half // 2}.{part}")]
+
+    def _load(self, name: str) -> F32:
+        source = self.sources[name]
+        return read_floats(source, 0, source.stored.shape[0])
+
+    def _fit(self, found: Mapping[str, Moments]) -> None:
+        """Fit matrices with the moments of their inputs."""
+        factors: dict[int, list[Factor]] = {}
+        for name, inputs in found.items():
+            if name not in self.codebooks:
+                continue
+            if id(inputs) not in factors:
+                factors[id(inputs)] = [factor(_padded(total)) for total in inputs.sums]
+            self.fits.store(name, self._parts(name, factors[id(inputs)]))
+            self._count([name])
+
+    def _parts(self, name: str, factors: list[Factor]) -> Iterable[tuple[U8, I8, F32]]:
+        source, book = self.sources[name], self.codebooks[name]
+        looked_up_only = name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings
+        for first in range(0, source.stored.shape[0], _ROWS):
+            rows = read_floats(source, first, min(_ROWS, source.stored.shape[0] - first))
+            if looked_up_only:
+                yield fit(rows, book)
+            else:
+                yield fit_with_feedback(rows, book, factors, self.executor, self.threads)
+
+    def _count(self, names: Iterable[str]) -> None:
+        self.done += sum(self.sources[name].stored.nbytes for name in names)
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _prefixed(prefix: str, found: Mapping[str, Moments]) -> dict[str, Moments]:
+    return {prefix + name: inputs for name, inputs in found.items()}
+
+
+def _padded(total: F32) -> F32:
+    """Moments of whole blocks: columns beyond the matrix are always 0."""
+    missing = -len(total) % BLOCK_COLUMNS
+    return np.pad(total, ((0, missing), (0, missing))) if missing else total

@@ -1,0 +1,240 @@
+"""Error feedback: each column's rounding error is made good by the columns not yet rounded.
+
+This is GPTQ (Frantar et al. 2023). With the second moments H = X^T X of a matrix's inputs X, weights w rounded to q
+change the outputs by |(w - q) X^T|^2 = (w - q) H (w - q)^T. Let the inverse of H be U^T D^-1 U, U upper triangular with
+ones on its diagonal and D diagonal. When column k is rounded with the error e_k, the best that the columns j after it
+can do is to change by -e_k U_kj, after which the outputs have changed by the sum of all e_k^2 D_k. So D is the
+importance of the columns when scales are chosen, which happens as a block's first column is reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+
+from npqwen.format.encodings import BLOCK_COLUMNS
+from npqwen.format.layout import pad
+from npqwen_quant.fit import fit, pad_columns, row_factors
+from npqwen_quant.search import (
+    F32,
+    I8,
+    LANES,
+    U8,
+    Codebook,
+    find_largest,
+    interval,
+    jit,
+    refine,
+    round_scale,
+    search,
+)
+
+STEP = 128
+"""Columns between two products of all errors so far with F."""
+
+WIDEST = 6144
+"""Columns whose moments are factored as a whole. A wider matrix's are divided into equal groups of columns, and errors
+are not carried from one to the next."""
+
+DAMPING = 0.01
+"""Added to the moments' diagonal, relative to it."""
+
+_MARGIN = np.float32(1.2)
+"""How much larger than a row's largest scale its block scales can become, as corrections make weights larger."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The inverse of the second moments H of a group of columns as U^T D^-1 U."""
+
+    feedback: F32
+    """U (columns, columns): upper triangular, 1 on the diagonal."""
+    importance: F32
+    """D (columns), relative to its largest."""
+
+
+def factor(moments: F32, damping: float = DAMPING) -> Factor:
+    """Factor second moments (columns, columns), symmetric.
+
+    Works for any input: where the moments have no Cholesky decomposition, the diagonal grows until they have, and
+    moments that are not finite give a factor without any feedback. So do columns that were always 0, for themselves.
+    """
+    columns = len(moments)
+    diagonal = np.diag(moments).astype(np.float64)
+    used = diagonal > 0
+    if not np.isfinite(moments).all() or not used.any():
+        return Factor(np.eye(columns, dtype=np.float32), np.ones(columns, np.float32))
+    # Of correlations the decomposition is as exact for small inputs as for large ones.
+    scale = np.sqrt(np.where(used, diagonal, diagonal.max()))
+    correlations = (moments / scale / scale[:, None]).astype(np.float32)
+    upper = None
+    while upper is None:
+        correlations[np.diag_indices(columns)] = 1 + damping
+        with contextlib.suppress(np.linalg.LinAlgError):
+            # Of the columns in reverse: H = L L^T becomes R R^T with an upper triangular R, U's inverse but for D.
+            upper = np.linalg.cholesky(correlations[::-1, ::-1])[::-1, ::-1]
+        damping = max(10 * damping, 1e-4)
+    root = np.diag(upper).copy()
+    feedback = _inverse_of_triangular(upper) * root[:, None]
+    feedback *= np.float32(1) / scale.astype(np.float32)
+    feedback *= scale.astype(np.float32)[:, None]
+    importance = (root.astype(np.float64) * scale) ** 2
+    importance[~used] = importance[used].min()
+    return Factor(feedback, (importance / importance.max()).astype(np.float32))
+
+
+def _inverse_of_triangular(upper: F32) -> F32:
+    """The inverse of an upper triangular matrix, by products of its parts."""
+    n = len(upper)
+    if n <= 64:
+        inverse: F32 = np.triu(np.linalg.inv(upper))
+        return inverse
+    half = n // 2
+    out = np.zeros((n, n), np.float32)
+    out[:half, :half] = first = _inverse_of_triangular(upper[:half, :half])
+    out[half:, half:] = second = _inverse_of_triangular(upper[half:, half:])
+    np.matmul(first @ -upper[:half, half:], second, out=out[:half, half:])
+    return out
+
+
+@jit
+def _round_block(
+    x: F32,
+    start: int,
+    weights: F32,
+    units: F32,
+    targets: F32,
+    curve: F32,
+    rounded: F32,
+    chosen: F32,
+) -> None:
+    """chosen[lane]: the multiple of the row's unit that suits the block x[start : start + 32, lane] best."""
+    lanes = x.shape[1]
+    block = x[start : start + 32]
+    top, best = np.empty(lanes, np.float32), np.zeros(lanes, np.float32)
+    tried, scale = np.empty(lanes, np.float32), np.zeros(lanes, np.float32)
+    find_largest(block, top)
+    for group in targets:
+        search(block, weights, True, top, group, curve, tried)
+        refine(block, weights, rounded, tried, best, scale)
+    column, importance = np.empty(32, np.float32), np.empty(32, np.float32)
+    for lane in range(lanes):
+        for c in range(32):
+            column[c], importance[c] = block[c, lane], weights[c, lane]
+        chosen[lane], _ = round_scale(column, importance, True, scale[lane], units[lane], 1, rounded)
+
+
+@jit
+def _round_step(
+    rows: F32,
+    corrections: F32,
+    factors: F32,
+    units: F32,
+    feedback: F32,
+    importance: F32,
+    targets: F32,
+    curve: F32,
+    rounded: F32,
+    nearest: U8,
+    errors: F32,
+    block_scales: I8,
+    indices: U8,
+) -> None:
+    """Round some neighbouring columns of some rows, with feedback between them.
+
+    rows: the weights; corrections: what the errors of the columns before take from them, times the rows' factors;
+    feedback and importance: of these columns. Filled are errors, corrected weights less rounded ones, times the rows'
+    factors, block_scales and indices.
+    """
+    count, columns = rows.shape
+    x = np.zeros((columns, LANES), np.float32)
+    unit, chosen, size = np.zeros(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    inverse, error = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    weights = np.empty((32, LANES), np.float32)
+    for first in range(0, count, LANES):
+        lanes = min(LANES, count - first)
+        for lane in range(lanes):
+            unit[lane] = units[first + lane]
+            for c in range(columns):
+                x[c, lane] = rows[first + lane, c] * factors[first + lane] - corrections[first + lane, c]
+        for start in range(0, columns, 32):
+            for c in range(32):
+                weights[c, :] = importance[start + c]
+            _round_block(x, start, weights, unit, targets, curve, rounded, chosen)
+            for lane in range(LANES):
+                size[lane] = chosen[lane] * unit[lane]
+                inverse[lane] = np.float32(1) / size[lane] if size[lane] != 0 else np.float32(0)
+            for lane in range(lanes):
+                block_scales[first + lane, start // 32] = np.int8(chosen[lane])
+            for c in range(start, start + 32):
+                for lane in range(LANES):
+                    error[lane] = x[c, lane] - size[lane] * rounded[interval(x[c, lane] * inverse[lane])]
+                for lane in range(lanes):
+                    indices[first + lane, c] = nearest[interval(x[c, lane] * inverse[lane])]
+                    errors[first + lane, c] = error[lane]
+                for later in range(c + 1, columns):
+                    f = feedback[c, later]
+                    for lane in range(LANES):
+                        x[later, lane] -= error[lane] * f
+
+
+def fit_with_feedback(
+    rows: F32, codebook: F32 | Codebook, factors: list[Factor], executor: Executor | None = None, threads: int = 1
+) -> tuple[U8, I8, F32]:
+    """As npqwen_quant.fit.fit, but for the least squared error of the products with the calibration's inputs.
+
+    rows: float32 (n, columns), finite. factors: of groups of neighbouring columns, which together are all columns, up
+    to a whole block. executor: what runs `threads` groups of rows at a time.
+    """
+    book = codebook if isinstance(codebook, Codebook) else Codebook(np.asarray(codebook, np.float32))
+    n, columns = rows.shape
+    padded = pad_columns(rows)
+    width = padded.shape[1]
+    if sum(len(group.importance) for group in factors) != width:
+        raise ValueError("the factors are not of these columns")
+    row_scales = fit(padded, book)[2] * _MARGIN
+    powers = row_factors(padded)
+    units = row_scales * powers
+    indices, block_scales = np.zeros((n, width), np.uint8), np.zeros((n, width // BLOCK_COLUMNS), np.int8)
+    step_rows = pad(-(-n // max(threads, 1)), LANES)
+    start = 0
+    for group in factors:
+        stop = start + len(group.importance)
+        errors = np.zeros((n, stop - start), np.float32)
+        for first in range(0, stop - start, STEP):
+            last = min(first + STEP, stop - start)
+            corrections = errors[:, :first] @ group.feedback[:first, first:last]
+
+            def round_rows(
+                row: int,
+                group: Factor = group,
+                corrections: F32 = corrections,
+                errors: F32 = errors,
+                start: int = start,
+                first: int = first,
+                last: int = last,
+            ) -> None:
+                r, c = slice(row, row + step_rows), slice(start + first, start + last)
+                _round_step(
+                    padded[r, c],
+                    corrections[r],
+                    powers[r],
+                    units[r],
+                    np.ascontiguousarray(group.feedback[first:last, first:last]),
+                    group.importance[first:last],
+                    book.targets,
+                    book.curve,
+                    book.rounded,
+                    book.nearest,
+                    errors[r, first:last],
+                    block_scales[r, (start + first) // BLOCK_COLUMNS : (start + last) // BLOCK_COLUMNS],
+                    indices[r, c],
+                )
+
+            run = map if executor is None else executor.map
+            list(run(round_rows, range(0, n, step_rows)))
+        start = stop
+    return indices[:, :columns], block_scales, row_scales

@@ -1,0 +1,190 @@
+"""Half a layer at a time of the unquantized model, in float32: what matrices are multiplied with, and what comes out.
+
+Hidden states of the calibration text (sequences, tokens, hidden_size) go through a layer's attention or feed-forward,
+batch by batch, and the second moments of every matrix's inputs are summed up on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from npqwen.engine.rope import Rope
+from npqwen.format.config import Config
+from npqwen_quant.search import F32
+
+Load = Callable[[str], F32]
+"""Reads a tensor of the checkpoint, by its name without the layer's prefix."""
+
+_BATCH = 2048
+"""Tokens at a time: enough for fast products."""
+
+
+class Moments:
+    """A sum of x^T x over inputs x, in groups of columns if there are many."""
+
+    def __init__(self, columns: int, widest: int) -> None:
+        groups = -(-columns // widest)
+        width = -(-columns // groups // 32) * 32
+        self.bounds = [(start, min(start + width, columns)) for start in range(0, columns, width)]
+        self.sums = [np.zeros((stop - start, stop - start), np.float32) for start, stop in self.bounds]
+        self.count = 0
+
+    def add(self, x: F32) -> None:
+        """x: (..., columns)."""
+        flat = x.reshape(-1, x.shape[-1])
+        for (start, stop), total in zip(self.bounds, self.sums, strict=True):
+            part = np.ascontiguousarray(flat[:, start:stop])
+            total += part.T @ part
+        self.count += len(flat)
+
+
+def norm(x: F32, weight: F32, config: Config) -> F32:
+    """RMS norm over the last axis."""
+    normed: F32 = x / np.sqrt((x * x).mean(-1, keepdims=True, dtype=np.float32) + np.float32(config.rms_norm_eps))
+    normed *= weight
+    return normed
+
+
+def batches(hidden: F32) -> Iterator[F32]:
+    """Views of the hidden states of some sequences at a time."""
+    step = max(1, _BATCH // hidden.shape[1])
+    for first in range(0, len(hidden), step):
+        yield hidden[first : first + step]
+
+
+def _silu(x: F32) -> F32:
+    with np.errstate(over="ignore"):  # exp of a large negative number's magnitude: the quotient is 0
+        activated: F32 = x / (1 + np.exp(-x))
+    return activated
+
+
+def attention(config: Config, load: Load, hidden: F32, widest: int) -> dict[str, Moments]:
+    """Add the attention's output to the hidden states, in place. Returns moments by the names of matrices."""
+    c = config
+    w = {
+        part: load(f"self_attn.{part}.weight") for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    }
+    before = load("input_layernorm.weight")
+    inputs, outputs = Moments(c.hidden_size, widest), Moments(c.num_attention_heads * c.head_dim, widest)
+    tokens = hidden.shape[1]
+    cos, sin = (table[:, None] for table in Rope(c).tables(0, tokens))
+    group = c.num_attention_heads // c.num_key_value_heads
+    mask = np.where(np.arange(tokens) <= np.arange(tokens)[:, None], 0, -np.inf).astype(np.float32)
+
+    def heads(x: F32, name: str, count: int) -> F32:
+        """(count, tokens, head_dim)."""
+        y = norm(x.reshape(tokens, count, c.head_dim), w[name], c)
+        a, b = np.split(y, 2, -1)
+        rotated: F32 = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        turned: F32 = rotated.transpose(1, 0, 2)
+        return turned
+
+    for batch in batches(hidden):
+        x = norm(batch, before, c)
+        inputs.add(x)
+        q, k, v = (x @ w[name].T for name in ("q_proj", "k_proj", "v_proj"))
+        mixed = np.empty((*batch.shape[:2], c.num_attention_heads * c.head_dim), np.float32)
+        for i in range(len(batch)):
+            queries = heads(q[i], "q_norm", c.num_attention_heads) / np.float32(math.sqrt(c.head_dim))
+            keys = heads(k[i], "k_norm", c.num_key_value_heads)
+            values = v[i].reshape(tokens, c.num_key_value_heads, c.head_dim).transpose(1, 0, 2)
+            for head in range(c.num_attention_heads):
+                scores = queries[head] @ keys[head // group].T + mask
+                scores = np.exp(scores - scores.max(-1, keepdims=True))
+                scores /= scores.sum(-1, keepdims=True)
+                mixed[i, :, head * c.head_dim : (head + 1) * c.head_dim] = scores @ values[head // group]
+        outputs.add(mixed)
+        batch += mixed @ w["o_proj"].T
+    attn = "self_attn."
+    return {
+        attn + "q_proj.weight": inputs,
+        attn + "k_proj.weight": inputs,
+        attn + "v_proj.weight": inputs,
+        attn + "o_proj.weight": outputs,
+    }
+
+
+def feed_forward(config: Config, load: Load, hidden: F32, widest: int) -> dict[str, Moments]:
+    """Add a dense feed-forward's output to the hidden states, in place. Returns moments by the names of matrices."""
+    names = [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    gate, up, down = (load(name) for name in names)
+    before = load("post_attention_layernorm.weight")
+    inputs, inner = Moments(config.hidden_size, widest), Moments(config.intermediate_size, widest)
+    for batch in batches(hidden):
+        x = norm(batch, before, config)
+        inputs.add(x)
+        activated = _silu(x @ gate.T) * (x @ up.T)
+        inner.add(activated)
+        batch += activated @ down.T
+    return dict(zip(names, (inputs, inputs, inner), strict=True))
+
+
+def last(config: Config, load: Load, hidden: F32, widest: int) -> Moments:
+    """The moments of the output matrix's inputs. load: by the checkpoint's names."""
+    weight, inputs = load("model.norm.weight"), Moments(config.hidden_size, widest)
+    for batch in batches(hidden):
+        inputs.add(norm(batch, weight, config))
+    return inputs
+
+
+Experts = Iterator[tuple[int, Mapping[str, Moments]]]
+
+
+def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Experts:
+    """Add a mixture's output to the hidden states, in place.
+
+    Yields each expert's number and the moments by the names of its matrices: those of the tokens that reached it and,
+    with the weight of _PRIOR tokens, of all its layer's.
+    """
+    mixture = config.mixture
+    assert mixture is not None
+    size = config.hidden_size
+    before, router = load("post_attention_layernorm.weight"), load("mlp.gate.weight")
+    x = np.concatenate([norm(batch, before, config).reshape(-1, size) for batch in batches(hidden)])
+    logits = x @ router.T
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : mixture.num_experts_per_tok]
+    logits = np.exp(logits - logits.max(1, keepdims=True))
+    share = np.take_along_axis(logits / logits.sum(1, keepdims=True), chosen, 1)
+    if mixture.norm_topk_prob:
+        share /= share.sum(1, keepdims=True)
+    out = np.zeros_like(x)
+    every_inner = Moments(mixture.moe_intermediate_size, widest)
+    every = Moments(size, widest)
+    for start in range(0, len(x), _BATCH):
+        every.add(x[start : start + _BATCH])
+
+    def run(expert: int, with_output: bool) -> tuple[F32, F32]:
+        """The inputs that reached the expert, and its activations."""
+        tokens, place = np.nonzero(chosen == expert)
+        gate, up = (load(f"mlp.experts.{expert}.{part}_proj.weight") for part in ("gate", "up"))
+        reached = x[tokens]
+        activated = _silu(reached @ gate.T) * (reached @ up.T)
+        if with_output:
+            down = load(f"mlp.experts.{expert}.down_proj.weight")
+            out[tokens] += share[tokens, place][:, None] * (activated @ down.T)
+        return reached, activated
+
+    for expert in range(mixture.num_experts):
+        every_inner.add(run(expert, True)[1])
+    hidden += out.reshape(hidden.shape)
+    for expert in range(mixture.num_experts):
+        reached, activated = run(expert, False)
+        inputs, inner = _with_prior(every), _with_prior(every_inner)
+        inputs.add(reached)
+        inner.add(activated)
+        names = [f"mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+        yield expert, dict(zip(names, (inputs, inputs, inner), strict=True))
+
+
+_PRIOR = 256
+"""Tokens that the moments of all tokens of a layer count for, beside those that reached an expert."""
+
+
+def _with_prior(every: Moments) -> Moments:
+    moments = Moments(every.bounds[-1][1], every.bounds[0][1])
+    factor = np.float32(_PRIOR / max(every.count, 1))
+    moments.sums = [total * factor for total in every.sums]
+    return moments

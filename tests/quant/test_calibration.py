@@ -1,0 +1,211 @@
+"""Calibration layer by layer, against the example's forward pass and against uninterrupted runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import make_config, shapes, write_checkpoint
+from npqwen_quant import moments
+from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, working_directory
+from npqwen_quant.checkpoint import Checkpoint, read_floats
+from npqwen_quant.search import Codebook
+from reference import qwen3_in_numpy
+
+from npqwen.errors import CheckpointError, OutputError
+
+CODEBOOK = Codebook(np.array([-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29], np.float32))
+FINE = Codebook(np.arange(-32, 32, dtype=np.float32))
+MIXTURE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+    "decoder_sparse_step": 1,
+}
+
+
+class Recorder:
+    """A matrix that keeps what it is multiplied with."""
+
+    __array_ufunc__ = None  # x @ matrix comes here
+
+    def __init__(self, weights: np.ndarray) -> None:
+        self.weights = weights
+        self.inputs: list[np.ndarray] = []
+
+    @property
+    def T(self) -> Recorder:
+        return self
+
+    def __getitem__(self, ids: Any) -> np.ndarray:
+        return np.asarray(self.weights[ids])
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        self.inputs.append(x)
+        return np.asarray(x @ self.weights.T)
+
+
+def expected(directory: Path, tensors: dict[str, np.ndarray], ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Second moments by the names of matrices, from the example's forward pass of each sequence."""
+    config = Checkpoint(directory).config
+    weights: dict[str, Any] = {n: Recorder(w) if w.ndim == 2 else w for n, w in tensors.items()}
+    for row in ids:
+        h = qwen3_in_numpy.forward(config, weights, row, qwen3_in_numpy.Cache(config))
+        qwen3_in_numpy.output_logits(config, weights, h)
+    found = {}
+    for name, matrix in weights.items():
+        if isinstance(matrix, Recorder) and matrix.inputs:
+            x = np.concatenate([np.atleast_2d(x) for x in matrix.inputs]).astype(np.float64)
+            found[name] = x.T @ x
+    return found
+
+
+def text(sequences: int = 6, tokens: int = 20) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 203, (sequences, tokens))
+
+
+@pytest.mark.parametrize("widest", [1000, 64])
+def test_moments_are_those_of_the_forward_pass(tmp_path: Path, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_BATCH", 40)
+    monkeypatch.setattr(moments, "_PRIOR", 0)
+    tensors = write_checkpoint(tmp_path, make_config(**MIXTURE))
+    checkpoint, ids = Checkpoint(tmp_path), text()
+    want = expected(tmp_path, tensors, ids)
+    hidden = tensors["model.embed_tokens.weight"][ids].astype(np.float32)
+    found: dict[str, moments.Moments] = {}
+
+    def whole(name: str) -> np.ndarray:
+        source = checkpoint.tensors[name]
+        return read_floats(source, 0, source.stored.shape[0])
+
+    for i in range(2):
+
+        def load(name: str, prefix: str = f"model.layers.{i}.") -> np.ndarray:
+            return whole(prefix + name)
+
+        parts: list[Mapping[str, moments.Moments]] = [moments.attention(checkpoint.config, load, hidden, widest)]
+        if checkpoint.config.is_sparse(i):
+            parts += [of_expert for _, of_expert in moments.mixture(checkpoint.config, load, hidden, widest)]
+        else:
+            parts.append(moments.feed_forward(checkpoint.config, load, hidden, widest))
+        found |= {f"model.layers.{i}.{name}": sums for part in parts for name, sums in part.items()}
+    found["model.embed_tokens.weight"] = moments.last(checkpoint.config, whole, hidden, widest)
+    missing = {name for name in want if name not in found}
+    assert missing == {"model.layers.1.mlp.gate.weight"}
+    for name, sums in found.items():
+        if name not in want:  # no token reached the expert
+            assert sums.count == 0
+            continue
+        for (start, stop), total in zip(sums.bounds, sums.sums, strict=True):
+            expect = want[name][start:stop, start:stop]
+            np.testing.assert_allclose(total, expect, rtol=1e-3, atol=1e-4 * np.abs(expect).max())
+        assert sums.bounds[-1][1] == len(want[name])
+
+
+def run(
+    directory: Path, out: Path, calibration: Calibration, progress: Progress | None = None
+) -> dict[str, tuple[np.ndarray, ...]]:
+    """Calibrate all matrices but routers; their fits."""
+    checkpoint = Checkpoint(directory)
+    matrices = {
+        n: s for n, s in shapes(checkpoint.raw_config).items() if len(s) == 2 and not n.endswith("mlp.gate.weight")
+    }
+    sources = {name: checkpoint.tensor(name, shape) for name, shape in shapes(checkpoint.raw_config).items()}
+    books = {name: FINE if "v_proj" in name else CODEBOOK for name in matrices}
+    with ThreadPoolExecutor(2) as pool, working_directory(out, checkpoint, calibration, books) as place:
+        fits = calibrate(checkpoint, sources, books, calibration, place, pool, 2, progress)
+        return {name: fits.rows(name, 0, shape[0], shape) for name, shape in matrices.items()}
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if "calibration" in path.name)
+
+
+@pytest.mark.parametrize("changes", [{}, MIXTURE, {"tie_word_embeddings": False}])
+def test_an_interrupted_calibration_is_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path / "source", make_config(**changes))
+    whole = run(tmp_path / "source", tmp_path / "whole", Calibration("text", text))
+    assert leftovers(tmp_path) == []
+    calls = []
+
+    def make() -> np.ndarray:
+        calls.append("made")
+        return text()
+
+    def interrupted(done: int, total: int) -> None:
+        assert done <= total
+        if done > limit:
+            raise KeyboardInterrupt
+
+    for fraction in (0, 30_000, 50_000, 80_000):
+        limit = fraction
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "source", tmp_path / "parts", Calibration("text", make), interrupted)
+        assert len(leftovers(tmp_path)) == 1
+    shown: list[tuple[int, int]] = []
+    parts = run(tmp_path / "source", tmp_path / "parts", Calibration("text", make), lambda *done: shown.append(done))
+    assert calls == ["made"]
+    assert shown[-1][0] == shown[-1][1]
+    assert leftovers(tmp_path) == []
+    for name, fitted in whole.items():
+        for i, array in enumerate(fitted):
+            np.testing.assert_array_equal(array, parts[name][i], name)
+
+
+def test_another_text_begins_anew(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source")
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "source", tmp_path / "out", Calibration(name, text), interrupted)
+        assert len(leftovers(tmp_path)) == 1
+    assert run(tmp_path / "source", tmp_path / "out", Calibration("three", text))
+    assert leftovers(tmp_path) == []
+
+
+def test_two_processes_do_not_share_a_working_directory(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source")
+    checkpoint, calibration = Checkpoint(tmp_path / "source"), Calibration("text", text)
+    with working_directory(tmp_path / "out", checkpoint, calibration, {}) as place:
+        with (
+            pytest.raises(OutputError, match="another process"),
+            working_directory(tmp_path / "out", checkpoint, calibration, {}),
+        ):
+            pass
+        with working_directory(tmp_path / "out", checkpoint, Calibration("other", text), {}):
+            assert place.exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_broken_weights_are_reported(tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path / "source")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    write_checkpoint(tmp_path / "source", tensors=tensors)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        run(tmp_path / "source", tmp_path / "out", Calibration("text", text))
+    assert leftovers(tmp_path) == []
+
+
+def test_rows_of_fits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    fits = Fits(tmp_path, {"a": CODEBOOK, "b": FINE})
+    for name, high in (("a", 16), ("b", 64)):
+        indices = rng.integers(0, high, (50, 70)).astype(np.uint8)
+        scales, row_scales = rng.integers(-127, 128, (50, 3)).astype(np.int8), rng.random(50).astype(np.float32)
+        fits.store(name, [(indices[:20], scales[:20], row_scales[:20]), (indices[20:], scales[20:], row_scales[20:])])
+        got = fits.rows(name, 7, 30, (50, 70))
+        np.testing.assert_array_equal(got[0], indices[7:37])
+        np.testing.assert_array_equal(got[1], scales[7:37])
+        np.testing.assert_array_equal(got[2], row_scales[7:37])
+    assert (tmp_path / "a.fit").stat().st_size == 50 * (48 + 3 + 4)
+    assert "c" not in fits
