@@ -28,4 +28,4 @@ def _home() -> Path:
     try:
         return Path.home()
     except RuntimeError:
-        raise OutputError("this user has no home directory for caches; name a place in NPQWEN_CACHE") from None
+        raise OutputError("this user has no home directory for caches; name a directory in NPQWEN_CACHE") from None

@@ -70,4 +70,4 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"

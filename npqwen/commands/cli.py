@@ -81,7 +81,7 @@ def _run(args: list[str] | None) -> int:
         return _fail(one_line(str(error)))
     except MemoryError as error:
         cause = f" ({one_line(str(error))})" if str(error) else ""
-        return _fail(f"out of memory{cause}; a smaller --context or fewer --bits need less")
+        return _fail(f"out of memory{cause}; use a smaller --context or fewer --bits")
     except BrokenPipeError:
         discard(sys.stdout)
         return READER_GONE

@@ -71,7 +71,8 @@ def eval(
     divergence, how often both have the same most likely token, and greedy continuations. - is the text on stdin.
     """
     if against is None and (layers or store):
-        raise OptionError(f"{'--layers' if layers else '--store'} needs a model to compare with, by --against")
+        option = "--layers" if layers else "--store"
+        raise OptionError(f"{option} needs a model to compare with; give one with --against")
     named = read_texts(texts)
     picture = None
     if plot is not None:
@@ -129,7 +130,7 @@ def _read_text(name: str, label: str) -> str:
             with open(os.path.expanduser(name), "rb") as file:
                 data = _read(file)
     except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "its name is impossible"
+        problem = error.strerror if isinstance(error, OSError) else "its name is not valid"
         raise OptionError(f"{shortened(label, 200)} cannot be read: {problem}") from None
     if len(data) > TEXT_BYTES:
         raise OptionError(f"{label} is larger than {TEXT_BYTES // 1_000_000} MB; evaluate a part of it")
@@ -161,5 +162,5 @@ def _resolve_both(
     converted = is_converted(Path(os.path.expanduser(against)))
     base = resolve(against, None if converted else UNQUANTIZED, terminal)
     if os.path.samefile(path, base):
-        raise OptionError(f"{path} would be compared with itself; give another model by --against")
+        raise OptionError(f"{path} would be compared with itself; give another model with --against")
     return path, base

@@ -285,7 +285,7 @@ class Engine:
         except ValueError:
             raise OptionError("token ids must be one sequence of whole numbers, not nested sequences") from None
         if not tokens.size:
-            raise OptionError("there are no tokens to run; give at least one")
+            raise OptionError("no tokens were given; give at least one")
         if tokens.ndim > 1:
             raise OptionError(f"token ids must be one sequence, not an array of shape {tokens.shape}")
         if tokens.dtype.kind not in "iu":

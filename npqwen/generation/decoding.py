@@ -253,7 +253,7 @@ def check_prompt_ids(model: LanguageModel, ids: TokenIds) -> list[int]:
     """
     prompt = check_ids("the prompt", ids)
     if not prompt:
-        raise OptionError("the prompt is empty, and Qwen3 has no token to begin with; give it some text")
+        raise OptionError("the prompt is empty, and Qwen3 has no start token; give it some text")
     vocab, context = model.config.vocab_size, model.context
     foreign = next((id for id in prompt if not 0 <= id < vocab), None)
     if foreign is not None:

@@ -80,7 +80,7 @@ def check_prompt(prompt: object) -> str:
     if not isinstance(prompt, str):
         raise OptionError(f"the prompt is {quoted(prompt)}, not a string")
     if not prompt:
-        raise OptionError("the prompt is empty, and Qwen3 has no token to begin with; give it some text")
+        raise OptionError("the prompt is empty, and Qwen3 has no start token; give it some text")
     return prompt
 
 

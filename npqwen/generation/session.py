@@ -110,7 +110,7 @@ class Session:
             try:
                 self._stream.close()
             except OptionError:
-                raise OptionError("another thread still runs the session's stream; give each its own fork") from None
+                raise OptionError("another thread is running the session's stream; give each its own fork") from None
             self._ids, self._stream = self.ids, None
         return self.ids
 

@@ -64,7 +64,7 @@ class Stream(AsyncSteps[str]):
             raise OptionError(f"cache is {type(cache).__name__}; make one with the model's new_cache()")
         cached = cache.reusable(cache.length if cached is None else check_whole("cached", cached, 0, cache.length))
         if cached >= len(prompt):
-            raise OptionError(f"the cache holds {cached} tokens, no fewer than the prompt's {len(prompt)}")
+            raise OptionError(f"the cache holds {cached} tokens; it must hold fewer than the prompt's {len(prompt)}")
         if cache.limit <= len(prompt):
             raise ContextLengthError(f"the prompt's {len(prompt)} tokens leave no room in a cache for {cache.limit}")
         limit = min(limit, cache.limit - len(prompt))

@@ -113,7 +113,7 @@ def benchmark(
     the model's context.
     """
     if repeat < 1 or min([*prefill, *decode, *depth, 0]) < 0:
-        raise OptionError("lengths and depths are at least 0, repetitions at least 1")
+        raise OptionError("lengths and depths must be at least 0, repetitions at least 1")
     tests = [("prefill", n, d) for d in depth for n in prefill if n]
     tests += [("decode", n, d) for d in depth for n in decode if n]
     longest = max((n + d for _, n, d in tests), default=0)

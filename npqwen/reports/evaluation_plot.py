@@ -21,7 +21,7 @@ def check_plot(path: Path) -> Path:
         raise OptionError("a plot needs matplotlib; install it: python -m pip install matplotlib") from None
     kinds = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in kinds:
-        raise OptionError(f"{path} has no suffix of a plot; it can be {', '.join(f'.{kind}' for kind in kinds)}")
+        raise OptionError(f"{path} does not have the suffix of a plot: {', '.join(f'.{kind}' for kind in kinds)}")
     return check_path(path)
 
 

@@ -168,7 +168,7 @@ class Output:
             self._lock_path(self._suffix).unlink()
 
     def _settle(self, old: Path) -> None:
-        """Remove a model that was moved aside, or put it back if there is none in its place."""
+        """Remove `old`, a model that was moved aside; if no model has taken its place, put it back."""
         if is_converted(self.path):
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -186,7 +186,7 @@ class Output:
                 self._remove_abandoned(suffix)
 
     def _remove_abandoned(self, suffix: str) -> None:
-        """Remove what the conversion of this suffix left, unless its process lives."""
+        """Remove the remains of the conversion with this suffix, unless its process is still running."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(FileNotFoundError):
                 if not try_lock(stack.enter_context(open(self._lock_path(suffix), "r+b"))):

@@ -1,4 +1,4 @@
-"""The tensors of a converted model with their encodings, by which files are dealt out and written."""
+"""The tensors of a converted model with their encodings, in the order in which they are written to files."""
 
 from __future__ import annotations
 

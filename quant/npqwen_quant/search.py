@@ -83,13 +83,13 @@ class Codebook:
 
     @cached_property
     def nearest(self) -> U8:
-        """The index of the nearest value, by the intervals of _TABLE."""
+        """For each interval of _TABLE, the index of the nearest value: uint8 (_TABLE,)."""
         midpoints = (self.values[1:] + self.values[:-1]) / 2
         return np.searchsorted(midpoints, np.arange(_TABLE) / 2 - 127.75).astype(np.uint8)
 
     @cached_property
     def rounded(self) -> F32:
-        """The nearest value, by the intervals of _TABLE."""
+        """For each interval of _TABLE, the nearest value: float32 (_TABLE,)."""
         return self.values[self.nearest]
 
     @cached_property
@@ -114,7 +114,7 @@ class Codebook:
 
     @cached_property
     def targets(self) -> F32:
-        """Groups of values that a block's largest weight is scaled to, one for each candidate.
+        """Values that a block's largest weight is scaled to, one for each candidate: float32 (4 groups, 6).
 
         Beyond the codebook it is clipped, from which a block with few large weights gains; the more so, the fewer the
         values. The best of each group is tried with exact rounding.

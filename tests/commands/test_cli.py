@@ -141,7 +141,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
     ("args", "message"),
     [
         (["generate", "/no/such", "x"], "there is no directory '/no/such', nor is it a hub id like Qwen/"),
-        (["generate", str(TINY), ""], "the prompt is empty, and Qwen3 has no token to begin with; give"),
+        (["generate", str(TINY), ""], "the prompt is empty, and Qwen3 has no start token; give"),
         (["generate", "/no/such", "x", "--top-p", "3"], "top_p is 3.0; it must be a number from 0 to 1"),
         (["generate", "/no/such", "x", "--max-tokens", "0"], "max_tokens is 0; it must be a whole number"),
         (["generate", str(TINY), SUM, "--context", "20"], "the prompt's 20 tokens leave no room in the"),

@@ -111,7 +111,7 @@ def test_without_a_home_directory_the_error_says_what_to_set(monkeypatch: pytest
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", unknown)
-    with pytest.raises(OutputError, match="name a place in NPQWEN_CACHE"):
+    with pytest.raises(OutputError, match="name a directory in NPQWEN_CACHE"):
         cache_directory()
 
 

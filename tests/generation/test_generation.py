@@ -185,7 +185,7 @@ def test_a_cache_with_a_prefix_saves_its_prefill(model: ReferenceModel) -> None:
     Stream(reciter, ids, cache=room).completion()
     assert reciter.calls[0] == len(ids) - 15
     room.length = 20
-    with pytest.raises(OptionError, match="cache holds 20 tokens, no fewer than the prompt's 20"):
+    with pytest.raises(OptionError, match="cache holds 20 tokens; it must hold fewer than the prompt's 20"):
         Stream(reciter, ids, cache=room)
 
 

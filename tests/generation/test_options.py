@@ -118,7 +118,7 @@ def test_wrong_values_are_named_in_one_short_line(options: dict[Any, Any], messa
 
 def test_an_option_is_found_among_those_allowed() -> None:
     assert find_option("seed").kind is int
-    with pytest.raises(OptionError, match=r"unknown option 'logprobs'; there are top_k, seed"):
+    with pytest.raises(OptionError, match=r"unknown option 'logprobs'; choose from top_k, seed"):
         find_option("logprobs", ["top_k", "seed"])
 
 

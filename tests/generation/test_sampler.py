@@ -326,7 +326,7 @@ def test_options_override_the_models_own() -> None:
     assert own.override({"top_k": 5, "seed": 1, "top_p": None}) == Sampling(0.6, 5, 0.95, seed=1)
     with pytest.raises(OptionError, match=r"unknown option 'temprature'; did you mean temperature\?"):
         own.override({"temprature": 1})
-    with pytest.raises(OptionError, match=r"unknown option 'xyzzy'; there are max_tokens, stop, .*, temperature"):
+    with pytest.raises(OptionError, match=r"unknown option 'xyzzy'; choose from max_tokens, stop, .*, temperature"):
         own.override({"xyzzy": 1})
 
 

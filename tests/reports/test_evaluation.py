@@ -464,12 +464,12 @@ def test_texts_that_are_refused(
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--layers"], "--layers needs a model to compare with, by --against"),
-        (["--store"], "--store needs a model to compare with, by --against"),
+        (["--layers"], "--layers needs a model to compare with; give one with --against"),
+        (["--store"], "--store needs a model to compare with; give one with --against"),
         (["--window", "1"], "window is 1; it must be a whole number from 2 to 2048"),
         (["--window", "9999"], "window is 9999; it must be a whole number from 2 to 2048"),
         (["--stride", "513"], "stride is 513; it must be a whole number from 1 to 512"),
-        (["--against", "SAME"], "SAME would be compared with itself; give another model by --against"),
+        (["--against", "SAME"], "SAME would be compared with itself; give another model with --against"),
         (["--against", "/nowhere"], "there is no directory"),
         (["TEXT"], "TEXT is given twice"),
     ],
@@ -502,7 +502,7 @@ def test_a_plot_without_matplotlib_is_one_line(
 def test_a_plot(run: Run, tiny: Callable[[int], Path], text: Path) -> None:
     pytest.importorskip("matplotlib")
     _, err = run("eval", tiny(4), text, "--plot", text.parent / "plot.txt", status=2)
-    assert "has no suffix of a plot" in err
+    assert "does not have the suffix of a plot: ." in err
     for options in ([], ["--against", tiny(16), "--layers", "--prompts", "0"]):
         path = text.parent / f"plot-{len(options)}.png"
         run("eval", tiny(4), text, "--plot", path, "-q", *options)
