@@ -1,4 +1,4 @@
-"""The inner loops of the kernels as assembly for any processor LLVM knows, whatever this machine is.
+"""The inner loops of the kernels as assembly of any processor that LLVM knows.
 
 A loop is built around the operations of npqwen/simd/tile.py, with pointers in place of Numba's arrays, and compiled by
 LLVM as Numba does it. Nothing of it is run.
@@ -64,7 +64,7 @@ def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
         room = b.gep(w, [I64(-(1 << 20))])
         values = b.add(at, I64(encoding.scale_bytes)) if in_place else at
         for n in range(2):
-            # The block after the one whose sums are scaled.
+            # The next block is multiplied before this one's sums are scaled.
             amx.start_block.emit(
                 b, 1 - n, w, b.add(values, I64(block * (n + 1))), x, b.add(x_at, I64(x_block * (n + 1)))
             )
@@ -102,7 +102,7 @@ def _loop(
     activation: ir.Type,
     body: Body,
 ) -> list[str]:
-    """Compile a loop that carries `count` vectors, and w and x onward by `step` and `x_step` elements a turn."""
+    """Compile a loop of `body`, with `count` vectors of sums; each turn advances by `step` and `x_step` elements."""
     floats = vector(F32, isa.lanes)
     module = ir.Module()
     module.triple, _ = target
@@ -150,7 +150,7 @@ def assembly(module: str, target: tuple[str, str]) -> str:
 
 
 def innermost_loop(text: str, holding: str = "") -> list[str]:
-    """The instructions of the longest loop with no branch inside, among those that hold a given one."""
+    """The instructions of the longest loop without a branch inside that contains the text `holding`."""
     best: list[str] = []
     label, body = "", list[str]()
     for line in (line.split("//")[0].rstrip() for line in text.splitlines()):
@@ -168,7 +168,7 @@ def innermost_loop(text: str, holding: str = "") -> list[str]:
 
 
 def mnemonics(loop: list[str]) -> list[str]:
-    """The names of the instructions alone."""
+    """The instructions' names."""
     return [line.split()[0] for line in loop]
 
 

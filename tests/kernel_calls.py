@@ -12,7 +12,7 @@ from npqwen.kernels.compiled import compile_kernel
 
 
 def run(kernel: Any, *args: Any) -> Any:
-    """Call a kernel, kept compiled like those of the package."""
+    """Call a kernel, compiled and cached like those of the package."""
     compile_kernel(kernel, args)
     return kernel(*args)
 

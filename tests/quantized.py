@@ -1,4 +1,4 @@
-"""The NumPy oracle with a converted model's weights, and with everything rounded that the engine rounds."""
+"""The NumPy reference with a converted model's weights, rounding whatever the engine rounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def int8_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Matrix:
-    """A matrix that rounds what it is multiplied with, as the kernels do for its encoding."""
+    """A matrix that rounds the activations it is multiplied by, as the kernels do for its encoding."""
 
     __array_ufunc__ = None  # x @ matrix comes here.
 
@@ -75,7 +75,7 @@ class QuantizedReference(ReferenceModel):
 
 
 def read_bits(path: Path) -> int:
-    """What a converted directory says of itself."""
+    """`bits` in the config.json of a converted directory."""
     from npqwen.format.config import read_json
 
     return int(read_json(path / "config.json")["quantization_config"]["bits"])
@@ -96,15 +96,11 @@ def _parts(c: Config, name: str, stored: np.ndarray) -> dict[str, Any]:
 
     if part == "qkv_proj":
         q, k, v, _ = np.split(weights, np.cumsum([queries, keys, keys]))
-        return {
-            name.replace("qkv", which): matrix(rows) for which, rows in zip("qkv", (q, k, v), strict=True)
-        }
+        return {name.replace("qkv", which): matrix(rows) for which, rows in zip("qkv", (q, k, v), strict=True)}
     if part == "gate_up_proj":
         both = weights.reshape(-1, 2, 16, weights.shape[1])
         return {
-            name.replace("gate_up", which): matrix(
-                both[:, i].reshape(-1, weights.shape[1])[: c.intermediate_size]
-            )
+            name.replace("gate_up", which): matrix(both[:, i].reshape(-1, weights.shape[1])[: c.intermediate_size])
             for i, which in enumerate(("gate", "up"))
         }
     rows = c.hidden_size if part in ("o_proj", "down_proj") else c.vocab_size

@@ -1,4 +1,4 @@
-"""The packed units of FORMAT.md, read byte by byte: the twin of the converter and of the kernels."""
+"""Units of FORMAT.md read byte by byte: the reference for the converter and the kernels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def integers(units: np.ndarray) -> np.ndarray:
 
 
 def unpack(units: np.ndarray) -> np.ndarray:
-    """The float32 weights (16 * tiles, 64 * units) that a matrix's bytes (tiles, units, bytes) mean."""
+    """The float32 weights (16 * tiles, 64 * units) of a matrix's units (tiles, units, bytes)."""
     tiles, count, size = units.shape
     if size == UNIT_BYTES["bf16"]:
         elements = np.ascontiguousarray(units).view("<u2").reshape(tiles, count, 64, 16)

@@ -40,9 +40,11 @@ def _aligned(size: int, offset: int) -> np.ndarray:
 
 @here
 @INTEGERS
-@pytest.mark.parametrize("plus", [0, 1])
+@pytest.mark.parametrize("accumulate", [0, 1])
 @pytest.mark.parametrize(("groups", "units", "tiles"), [(1, 1, 1), (3, 2, 1), (2, 5, 3), (14, 16, 2)])
-def test_the_same_to_the_bit(encoding: Encoding, plus: int, groups: int, units: int, tiles: int) -> None:
+def test_results_are_those_without_amx_to_the_bit(
+    encoding: Encoding, accumulate: int, groups: int, units: int, tiles: int
+) -> None:
     rng = np.random.default_rng(groups)
     cols, tokens = 64 * units, 16 * tiles
     weights = random_units(encoding.bits, np.ones(16 * groups, bool), cols, rng)
@@ -54,11 +56,11 @@ def test_the_same_to_the_bit(encoding: Encoding, plus: int, groups: int, units: 
     results = []
     for kernel in (amx_rows(encoding), _integer_rows(encoding, 16)):
         out = before.copy()
-        # The last byte that a kernel may write is followed by others, which have to stay.
+        # Guard bytes behind the scratch must not change.
         scratch = _aligned(unpacked_bytes(cols, CHUNK_BYTES) + 64, 4)
         scratch[-64:] = 77
         args = (
-            weights.ctypes.data, units, 0, groups, x.ctypes.data, tiles, out.ctypes.data, out.shape[1], plus,
+            weights.ctypes.data, units, 0, groups, x.ctypes.data, tiles, out.ctypes.data, out.shape[1], accumulate,
             scratch.ctypes.data,
         )  # fmt: skip
         _run(address_of(kernel), args)
@@ -71,15 +73,15 @@ def test_the_same_to_the_bit(encoding: Encoding, plus: int, groups: int, units: 
 
 @here
 @INTEGERS
-def test_the_widest_tiles_are_products_of_matrices(encoding: Encoding) -> None:
+def test_the_widest_tiles_use_matrix_products(encoding: Encoding) -> None:
     kernel = _rows(encoding, 16)
     kernel.compile()  # not from the cache, which keeps no assembly
     assert "tdpbssd" in kernel._library.get_asm_str()
 
 
 @INTEGERS
-def test_instructions(encoding: Encoding) -> None:
-    """Two blocks a turn: what is in the loop beside the loads of registers is the scaling of each sum."""
+def test_inner_loop(encoding: Encoding) -> None:
+    """Two blocks per iteration; besides tile loads and stores it only scales the sums."""
     loop = amx_loop(SAPPHIRE_RAPIDS, encoding)
     names = mnemonics(loop)
     assert names.count("tdpbssd") == 2
@@ -91,8 +93,8 @@ def test_instructions(encoding: Encoding) -> None:
     assert len(loop) < 130
 
 
-def test_without_the_systems_leave() -> None:
-    """Where the system does not let a process have the registers, it is as if the processor had none."""
+def test_without_permission_amx_is_not_available() -> None:
+    """The next best instruction set is chosen if the operating system refuses the tile registers."""
     listed = ",".join("+" + feature for feature in Amx.features)
     codegen = mock.Mock(magic_tuple=lambda: ("x86_64-unknown-linux-gnu", "sapphirerapids", listed))
     with mock.patch.object(cpu_target.target_context, "codegen", return_value=codegen):
@@ -112,7 +114,7 @@ def test_without_the_systems_leave() -> None:
         ("darwin", "x86_64", 0, False),
     ],
 )
-def test_only_linux_is_asked(system: str, machine: str, answer: int, allowed: bool) -> None:
+def test_permission_is_requested_only_on_linux(system: str, machine: str, answer: int, allowed: bool) -> None:
     library = mock.Mock()
     library.syscall.return_value = answer
     with (

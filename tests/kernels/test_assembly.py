@@ -64,14 +64,14 @@ def test_neon(encoding: Encoding, tokens: int) -> None:
 def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str, str]) -> None:
     loop = integer_loop(NeonI8mm(), target, encoding, tokens, 1)
     names = mnemonics(loop)
-    # Two blocks of 32 columns, 8 columns and two tokens an instruction, for each two of four rows.
+    # Two blocks of 32 columns; each instruction multiplies 8 columns of 2 rows by those of 2 tokens.
     assert names.count("smmla") == 2 * 4 * 2 * tokens // 2
     assert "sdot" not in names
-    # Quads are interleaved before nibbles are taken apart: 4 or 8 for all tokens; two more put a pair's rows together.
+    # Quads are interleaved before nibbles are unpacked: 4 or 8 for all tokens. Two more restore each pair's rows.
     interleaved = 4 if encoding == INT4 else 8
     assert names.count("zip1") + names.count("zip2") == 2 * (interleaved + tokens)
     assert not {"scvtf", "tbl", "ext", "trn1", "trn2", "uzp1", "ins"} & set(names)
-    # Of what is on the stack, most are the eight tokens' sums.
+    # Most spills are sums of the eight tokens.
     assert len(spills(loop)) <= 2 * tokens
     sdots = integer_loop(Neon(), target, encoding, 4, 1)
     assert len(loop) < len(sdots) * tokens / 4 * (0.86 if tokens == 8 else 0.95)
@@ -112,14 +112,14 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
         assert all(re.search(register + r"\d+$", line) for line in loop if instruction in line)
         assert names.count("vcvtph2ps") == 2 * vectors
         assert "callq" not in names
-        # Two or three vectors of sums, where there are as many of them as half the registers or int16 ones beside them.
+        # Two or three vectors of sums, where sums fill half the registers or there are int16 sums, too.
         assert len(spills(loop)) <= (len(loop) // 16 if tokens == 16 else 6)
 
 
 @pytest.mark.skipif(ISA.name not in DOT, reason="the portable instruction set has no such instruction")
 @INTEGERS
 def test_this_machine(encoding: Encoding) -> None:
-    """Numba's own compilation, of the kernel as a whole, for this very processor."""
+    """The whole kernel, compiled by Numba for this processor."""
     kernel = _integer_rows(encoding, 1)
     kernel.compile()  # not from the cache, which keeps no assembly
     text = kernel._library.get_asm_str()
@@ -131,7 +131,7 @@ def test_this_machine(encoding: Encoding) -> None:
 @pytest.mark.parametrize(
     ("target", "instruction"), [(CORTEX_A76, "yield"), (ZEN4, "pause"), (("riscv64-unknown-linux-gnu", ""), None)]
 )
-def test_a_waiting_thread_tells_the_processor(target: tuple[str, str], instruction: str | None) -> None:
+def test_a_spinning_thread_executes_the_processors_hint(target: tuple[str, str], instruction: str | None) -> None:
     module = ir.Module()
     module.triple = target[0]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "wait")
@@ -146,7 +146,7 @@ def test_a_waiting_thread_tells_the_processor(target: tuple[str, str], instructi
 
 
 def test_the_dot_product_of_arm_cores() -> None:
-    """LLVM's list of a Raspberry Pi 5's features, as of LLVM 20, does not name it; of a Mac it lists none."""
+    """LLVM 20 lists it neither among the features of a Raspberry Pi 5 nor of a Mac."""
     listed = "+aes,+crc,+fp-armv8,+lse,+neon,-rand,+sha2,-sve"
     assembly('target triple = "aarch64-unknown-linux-gnu"', CORTEX_A76)  # all targets are there
     assert has_dot_product(*CORTEX_A76, listed)

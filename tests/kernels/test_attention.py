@@ -1,4 +1,4 @@
-"""The kernels of attention against NumPy twins of a few lines, for the instruction set of this process."""
+"""Attention kernels of this process's instruction set against NumPy references of a few lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from npqwen.kernels.attention import (
 
 
 class Cache:
-    """Pages of the cache, filled by the words of kernels/attention.py; what is past `length` is old."""
+    """Random pages of the cache as kernels/attention.py describes them, with stale positions past `length`."""
 
     def __init__(self, dtype: Any, length: int, layers: int, kv_heads: int, dim: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ class Cache:
         flat = [part.reshape(pages, layers, 1, kv_heads, -1) for part in (keys, values)]
         whole = np.ascontiguousarray(np.concatenate(flat, axis=2)).reshape(pages, -1)
         assert whole.shape[1] == page_items(layers, kv_heads, dim)
-        # Apart from each other, as the cache's pages are.
+        # Separate allocations, like the cache's pages.
         self.pages = [np.array(page) for page in whole]
         self.addresses = np.array([page.ctypes.data for page in self.pages])
         self.dtype_array = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
@@ -88,7 +88,7 @@ def check_attention(
     q = np.zeros((tokens + 2, (heads + 2 * kv_heads) * dim), np.float32)
     q[:] = rng.standard_normal(q.shape) * size / np.sqrt(dim)
     out = np.full((tokens + 1, heads * dim), 7, np.float32)
-    parts = np.full(8 * members * MAX_ROWS * (dim + 2), 9, np.float32)
+    partials = np.full(8 * members * MAX_ROWS * (dim + 2), 9, np.float32)
     scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
     kernels = attention_kernels(cache.dtype_array.dtype)
     together(
@@ -96,7 +96,7 @@ def check_attention(
         attention,
         lambda member: (
             *(kernels, q, tokens, cache.addresses, cache.dtype_array, layer, heads, kv_heads, dim, start),
-            *(parts, scratches[member], out),
+            *(partials, scratches[member], out),
         ),
     )
     expected = attended(q[:tokens, : heads * dim].reshape(tokens, heads, dim), cache, layer, start)
@@ -135,5 +135,5 @@ def test_attention_split_over_positions(dtype: Any, members: int, tokens: int, g
 
 @DTYPES
 def test_attention_with_sharp_scores(dtype: Any) -> None:
-    """Scores in the hundreds: one position takes it all, and nothing overflows."""
+    """Scores in the hundreds: one position gets all the weight, and nothing overflows."""
     check_attention(dtype, 5, 2, 2, 64, 300, 1, size=200.0)

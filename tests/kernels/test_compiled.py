@@ -93,7 +93,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(filled: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `filled`, to be damaged."""
     return Path(shutil.copytree(filled, tmp_path / "cache"))
 
 
@@ -107,8 +107,8 @@ def test_a_second_process_loads_a_model_without_compiling(tiny: Callable[[int], 
     assert finish(start(LOAD, tiny(4))) == ["[]"]
 
 
-def test_what_names_the_kernels_directory(tmp_path: Path) -> None:
-    """Each kernel's source, the versions and the processor: any change, and others' code is not run."""
+def test_the_directory_depends_on_sources_versions_and_processor(tmp_path: Path) -> None:
+    """So machine code of other sources or for another processor is never loaded."""
     copy = Path(shutil.copytree(Path(npqwen.__file__).parent, tmp_path / "npqwen"))
     code = "from npqwen.kernels.compiled import kernel_directory as d; import npqwen; print(npqwen.__file__, d().name)"
 
@@ -138,12 +138,12 @@ def test_what_names_the_kernels_directory(tmp_path: Path) -> None:
 
 
 def unwritable(tmp_path: Path) -> Path:
-    """A cache directory that nobody, not even root, can make: its parent is a file."""
+    """A cache directory that not even root can create: its parent is a file."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "cache"
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_without_a_writable_cache_kernels_are_compiled_in_each_process(tmp_path: Path) -> None:
     cache = unwritable(tmp_path)
     for _ in range(2):
         assert small(cache)[1][-1] == (FUNCTIONS, FUNCTIONS)
@@ -165,7 +165,7 @@ def test_a_read_only_cache_is_read(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("locator", ["InTreeCacheLocator", "UserWideCacheLocator", "NoSuchLocator"])
-def test_numbas_setting_for_other_places_does_not_move_kernels(cache: Path, locator: str) -> None:
+def test_numbas_setting_of_cache_locators_does_not_apply(cache: Path, locator: str) -> None:
     directory, calls = finish(start(SMALL, NPQWEN_CACHE=str(cache), NUMBA_CACHE_LOCATOR_CLASSES=locator))
     assert (Path(directory).parent, calls) == (cache / "kernels", "")
 
@@ -186,7 +186,7 @@ def damage(directory: Path, pattern: str, how: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
 @pytest.mark.parametrize("how", ["empty", "short", "other", "random", "one bit", "last bit"])
-def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, how: str) -> None:
+def test_a_damaged_entry_is_compiled_again(cache: Path, pattern: str, how: str) -> None:
     damage(next((cache / "kernels").iterdir()), pattern, how)
     assert small(cache)[1] != []
     assert small(cache)[1] == []
@@ -194,7 +194,7 @@ def test_a_damaged_entry_is_compiled_anew(cache: Path, pattern: str, how: str) -
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in directories")
 @pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-def test_a_named_pipe_is_no_entry(cache: Path, pattern: str) -> None:
+def test_a_named_pipe_counts_as_missing(cache: Path, pattern: str) -> None:
     (file,) = next((cache / "kernels").iterdir()).glob(pattern)
     file.unlink()
     os.mkfifo(file)
@@ -203,7 +203,7 @@ def test_a_named_pipe_is_no_entry(cache: Path, pattern: str) -> None:
 
 
 def test_an_entry_is_only_read_for_its_own_function(cache: Path) -> None:
-    """Of another function, it would be other code for the same types; of another signature, code for other types."""
+    """The file of another function would be loaded as code for the same types."""
     names = {}
     for function in ("read", "look"):
         code = SMALL.replace("import read", "import read\nread = njit(read.py_func)").replace(
@@ -218,7 +218,7 @@ def test_an_entry_is_only_read_for_its_own_function(cache: Path) -> None:
     assert small(cache)[1] == []
 
 
-def test_what_is_written_is_for_this_user_only(filled: Path) -> None:
+def test_the_cache_is_private_to_the_user(filled: Path) -> None:
     directory = next((filled / "kernels").iterdir())
     if sys.platform != "win32":
         assert directory.stat().st_mode & 0o777 == 0o700
@@ -240,7 +240,7 @@ def test_code_that_others_could_have_written_is_not_run(cache: Path, which: str,
     process = start(SMALL, NPQWEN_CACHE=str(cache))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0
-    assert "(96, 96)" in out  # compiled anew
+    assert "(96, 96)" in out  # compiled again
     assert ("others may write to it" in err) == (which == "directory")
     if which == "directory":
         assert os.fspath(directory) in err
@@ -251,7 +251,7 @@ def test_importing_the_cache_chooses_no_instruction_set() -> None:
     assert finish(start(code)) == ["False"]
 
 
-def test_a_damaged_entry_of_the_converters_is_compiled_anew(tmp_path: Path) -> None:
+def test_a_damaged_entry_of_the_converter_is_compiled_again(tmp_path: Path) -> None:
     def hits() -> list[str]:
         return finish(start(QUANTIZE, NUMBA_CACHE_DIR=str(tmp_path)))
 

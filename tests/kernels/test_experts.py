@@ -142,30 +142,30 @@ def test_info_tells_how_many_experts_memory_holds(tiny_moe: Path, monkeypatch: p
     assert "memory holds" not in info.describe(info.inspect(tiny_moe))
 
 
-def test_asking_for_experts_changes_no_logits(tiny_moe: Path, golden: Any) -> None:
+def test_prefetching_experts_changes_no_logits(tiny_moe: Path, golden: Any) -> None:
     ids = golden["ids_0"]
     with load(tiny_moe, threads=2) as model:
         found = []
-        for how in (PREFETCH_NEVER, PREFETCH_ALWAYS, PREFETCH_IF_ABSENT):
-            model.weights.model[0]["prefetch"] = how
+        for policy in (PREFETCH_NEVER, PREFETCH_ALWAYS, PREFETCH_IF_ABSENT):
+            model.weights.model[0]["prefetch"] = policy
             found.append(model.logits(ids))
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_all_of_each_chosen_expert_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gate_up_proj of all before down_proj of any: in the order in which they are needed."""
+def test_each_chosen_expert_is_prefetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate_up_proj of all experts before down_proj of any: in the order of use."""
     layer = np.zeros(1, LAYER).view(np.recarray)[0]
     layer["gate_up_proj"]["address"], layer["down_proj"]["address"], layer["expert_bytes"] = 1000, 1200, 300
     segments = np.zeros((5, 4), np.int64)
     segments[:, experts.EXPERT] = [2, 2, 3, 7, 7]
-    asked: list[tuple[int, int]] = []
+    requests: list[tuple[int, int]] = []
     monkeypatch.setattr(
-        experts, "prefetch_pages", lambda how, address, size, seen: asked.append((int(address), int(size)))
+        experts, "prefetch_pages", lambda policy, address, size, residency: requests.append((int(address), int(size)))
     )
     for n in range(12):
         experts.prefetch_matrix.py_func(PREFETCH_ALWAYS, layer, segments, 5, n, np.empty(4, np.float32))
-    assert asked == [(1000 + 300 * e, 200) for e in (2, 3, 7)] + [(1200 + 300 * e, 100) for e in (2, 3, 7)]
+    assert requests == [(1000 + 300 * e, 200) for e in (2, 3, 7)] + [(1200 + 300 * e, 100) for e in (2, 3, 7)]
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -183,7 +183,7 @@ def test_route_is_softmax_then_the_largest(normalize: bool) -> None:
         np.testing.assert_allclose(weights, probabilities[want] / total, rtol=1e-5)
 
 
-def test_of_equal_experts_the_first_is_taken() -> None:
+def test_of_equal_experts_the_first_is_chosen() -> None:
     found, weights = np.empty(2, np.int64), np.empty(2, np.float32)
     experts.route(np.array([1, 3, 3, 3], np.float32), True, found, weights)
     assert found.tolist() == [1, 2]
@@ -280,12 +280,12 @@ def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(tokens: i
     choice = np.array([rng.permutation(count)[:chosen] for _ in range(tokens)])
     slots = np.full_like(choice, -1)
     segments = np.zeros((experts.most_segments(tokens, count, chosen), 4), np.int64)
-    made = experts.arrange(choice, np.empty(count, np.int64), slots, segments)
-    assert made <= len(segments)
+    segment_count = experts.arrange(choice, np.empty(count, np.int64), slots, segments)
+    assert segment_count <= len(segments)
     assert len(set(slots.ravel().tolist())) == tokens * chosen
     end = 0
     covered = 0
-    for s in range(made):
+    for s in range(segment_count):
         expert, first, size, width = segments[s]
         assert first == end
         end = first + -(-size // width) * width
@@ -294,15 +294,15 @@ def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(tokens: i
         assert inside.sum() == size
         covered += size
         for slot in slots[inside]:
-            assert experts.find_segment(segments, made, slot) == s
+            assert experts.find_segment(segments, segment_count, slot) == s
     assert covered == tokens * chosen
     assert end <= experts.most_slots(tokens, count, chosen)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no peak of memory to ask for")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not report the peak of memory")
 @pytest.mark.parametrize("shards", [1, 40])
 def test_conversion_streams_expert_by_expert(tmp_path: Path, shards: int) -> None:
-    """A layer of 200 MB of experts is converted in a fraction of its size, whatever files it comes in."""
+    """Converting a layer of 200 MB of experts takes a fraction of that memory, in one file or many shards."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 256, "num_hidden_layers": 1}
     config = make_config(**(MOE | sizes))
     value = {1: np.float32(1.0), 2: np.uint16(0x3C12)}

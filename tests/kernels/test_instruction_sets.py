@@ -1,4 +1,4 @@
-"""Kernels and logits once more, for every other instruction set that this processor offers.
+"""Kernels and logits for every other instruction set that this processor offers.
 
 The instruction set is chosen when npqwen is imported, so each has a pytest process of its own.
 """
@@ -32,7 +32,7 @@ Runs = dict[str, tuple["subprocess.Popen[bytes]", Path]]
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """The processes and where they write, by instruction set."""
+    """The processes and their log files, by instruction set."""
     kept = request.config.cache
     started: Runs = {}
     for name in OTHERS:
@@ -62,7 +62,7 @@ def test_the_portable_kernels_run_anywhere() -> None:
     assert choose("portable").name == "portable"
 
 
-def test_an_instruction_set_that_is_not_here_is_refused() -> None:
+def test_an_instruction_set_that_this_processor_lacks_is_refused() -> None:
     with pytest.raises(OptionError, match=r"NPQWEN_ISA=mmx cannot run here; this processor offers .*portable"):
         choose("mmx")
     code = "import npqwen.simd.isa"

@@ -1,4 +1,4 @@
-"""Kernels of matrices and vectors against NumPy twins of a few lines, for the instruction set of this process."""
+"""Matrix and vector kernels of this process's instruction set against NumPy references of a few lines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def readonly(data: np.ndarray) -> np.ndarray:
 
 
 def matrix(units: np.ndarray) -> Any:
-    """The record by which kernels know a matrix."""
+    """The MATRIX record of units."""
     record = np.zeros(1, MATRIX)[0]
     record["address"] = units.ctypes.data
     record["encoding"] = {e.unit_bytes: e.code for e in ENCODINGS}[units.shape[2]]
@@ -56,7 +56,7 @@ def matrix(units: np.ndarray) -> Any:
 
 
 def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
-    """Activations x (tokens, cols) as kernels/packing.py describes them, uint8."""
+    """Activations x (tokens, cols) as simd/packed.py describes them, uint8."""
     x = np.pad(x, ((0, -len(x) % width), (0, 0)))
     tiles, cols = len(x) // width, x.shape[1]
     if not encoding.is_integer:
@@ -70,19 +70,19 @@ def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
 
 
 def product(units: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """weight @ x for every row of x, in float64, with the activations rounded as the encoding asks."""
+    """weight @ x for every row of x, in float64, with the activations rounded as for the encoding."""
     if units.shape[2] != BF16.unit_bytes:
         q, scales = int8_blocks(x)
         x = (q * scales[:, :, None].astype(np.float64)).reshape(x.shape)
     return np.asarray(x.astype(np.float64) @ unpack(units).T.astype(np.float64))
 
 
-def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, more: int = 0) -> None:
-    """matmul against the twin; `more` columns and the rows past the last tile stay as they are."""
+def check_matmul(units: np.ndarray, x: np.ndarray, members: int, accumulate: bool, extra: int = 0) -> None:
+    """matmul against the reference; `extra` columns of the output and rows past the last tile must not change."""
     rows, tokens = 16 * units.shape[0], len(x)
     width = run(tile_width, tokens)
     whole = -(-tokens // width) * width
-    before = np.random.default_rng(1).standard_normal((whole + 1, rows + more)).astype(np.float32)
+    before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
     out = before.copy()
     weights = readonly(units)
     record = matrix(weights)
@@ -93,9 +93,11 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, mor
         return np.zeros(scratch_floats(record["cols"]), np.float32)
 
     together(
-        members, matmul, lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, plus, scratch())
+        members,
+        matmul,
+        lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, accumulate, scratch()),
     )
-    expected = product(units, x) + (before[:tokens, :rows] if plus else 0)
+    expected = product(units, x) + (before[:tokens, :rows] if accumulate else 0)
     # The sum of the magnitudes bounds what rounding can do to a sum.
     error = np.abs(out[:tokens, :rows] - expected) / (np.abs(x) @ np.abs(unpack(units)).T + np.abs(expected) + 1e-30)
     assert error.max() < 2e-6
@@ -107,11 +109,11 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, plus: bool, mor
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_matmul(encoding: Encoding, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
-    for (rows, cols), plus in itertools.product([(16, 64), (48, 192), (203, 80)], [False, True]):
+    for (rows, cols), accumulate in itertools.product([(16, 64), (48, 192), (203, 80)], [False, True]):
         units = random_units(encoding.bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
         x = rng.standard_normal((tokens, 64 * units.shape[1])).astype(np.float32)
         x[:, cols:] = 0
-        check_matmul(units, x, 1, plus, more=rows % 32)
+        check_matmul(units, x, 1, accumulate, extra=rows % 32)
 
 
 @ALL
@@ -148,7 +150,7 @@ def test_matmul_shared_by_threads(encoding: Encoding, members: int) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
 @ALL
-def test_pieces_are_whole_and_fit(encoding: Encoding, multiple: int) -> None:
+def test_claims_cover_all_rows_and_fit_the_buffer(encoding: Encoding, multiple: int) -> None:
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [64, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
@@ -172,7 +174,7 @@ def test_pieces_are_whole_and_fit(encoding: Encoding, multiple: int) -> None:
 @INTEGERS
 @pytest.mark.parametrize("first", [0, 32, 96])
 def test_pack_part(encoding: Encoding, first: int) -> None:
-    """A token packed in parts is packed as a whole."""
+    """Packing a token in parts gives the bytes of packing it whole."""
     width = WIDTHS[-1]
     x = np.random.default_rng(first).standard_normal((width, 128)).astype(np.float32)
     whole, parts = (np.zeros(packed_bytes(width, 128), np.uint8) for _ in range(2))
@@ -186,7 +188,7 @@ def test_pack_part(encoding: Encoding, first: int) -> None:
 @pytest.mark.parametrize("q", [-127, 127])
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 def test_matmul_at_the_ends_of_the_integers(q: int, tokens: int) -> None:
-    """Nothing saturates where all of a block's weights and activations are as large as they can be."""
+    """Nothing saturates if all weights and activations of a block have the largest magnitude."""
     for sign in (-1, 1):
         x = np.full((tokens, 128), sign * 3.0, np.float32)
         check_matmul(pack_int8(np.full((16, 128), q, np.int8), np.ones((16, 4))), x, 1, False)
@@ -196,7 +198,7 @@ def test_matmul_at_the_ends_of_the_integers(q: int, tokens: int) -> None:
 
 @INTEGERS
 def test_matmul_with_any_finite_scale(encoding: Encoding) -> None:
-    """Every f16 that is finite, subnormal ones and both zeros among them."""
+    """Every finite float16, including subnormal ones and both zeros."""
     rng = np.random.default_rng(0)
     patterns = np.arange(1 << 16).astype(np.uint16)
     scale = patterns[patterns & 0x7C00 != 0x7C00].view(np.float16)
@@ -307,7 +309,7 @@ def test_exp() -> None:
     x = np.concatenate([x, np.array([0, -0.0, 1e-20, -1e-20, 0.5, -0.5, np.log(2) / 2], np.float32)])
     out = np.empty_like(x)
     run(_exp, x, out)
-    # One ulp is at most 1.2e-7 of the value; the argument's own rounding costs x's share of another.
+    # One ulp is at most 1.2e-7 of the value; rounding of the argument adds x times as much.
     assert np.all(np.abs(out / np.exp(x.astype(np.float64)) - 1) < 3e-7 + 1e-7 * np.abs(x))
     ends = np.array([-1e4, -100, -3e38, 100, 1e4, 3e38], np.float32)
     out = np.empty_like(ends)
@@ -316,7 +318,7 @@ def test_exp() -> None:
     assert np.all((out[3:] > 5e37) & np.isfinite(out[3:]))
 
 
-def test_unhalf_knows_every_finite_float16() -> None:
+def test_unhalf_of_every_finite_float16() -> None:
     patterns = np.arange(1 << 16).astype(np.uint16)
     patterns = patterns[patterns & 0x7C00 != 0x7C00]
     out = np.empty(len(patterns), np.float32)

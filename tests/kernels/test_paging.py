@@ -1,4 +1,4 @@
-"""Requests for pages of mapped files, on systems with pages of 4 to 64 KiB: a Raspberry Pi 5 and Macs have 16."""
+"""Prefetching of mapped files, with memory pages of 4 to 64 KiB: a Raspberry Pi 5 and Macs have 16."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from npqwen.kernels import compiled, paging
 from npqwen.model import Model
 
 
-def _note(name: str, function: Any, *types: Any) -> Any:
-    """Have kernels compiled from now on call `function` for one of the system's; keep what this returns."""
+def _replace(name: str, function: Any, *types: Any) -> Any:
+    """Have kernels that are compiled from now on call `function` for a C function; keep the returned object alive."""
     callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_ssize_t, ctypes.c_size_t, *types)(function)
     llvmlite.binding.add_symbol(f"npqwen_{name}", ctypes.cast(callback, ctypes.c_void_p).value or 0)
     return callback
 
 
 @pytest.fixture
-def asked() -> Iterator[list[tuple[int, int, int]]]:
-    """A system that notes (address, size, advice) of every request, and reads nothing."""
+def requests() -> Iterator[list[tuple[int, int, int]]]:
+    """A system that records (address, size, advice) of every request, and reads nothing."""
     calls: list[tuple[int, int, int]] = []
 
-    def note(address: int, size: int, advice: int) -> int:
+    def madvise(address: int, size: int, advice: int) -> int:
         calls.append((address, size, advice))
         return 0
 
-    callback = _note("madvise", note, ctypes.c_int)
+    callback = _replace("madvise", madvise, ctypes.c_int)
     yield calls
     del callback
     llvmlite.binding.add_symbol("npqwen_madvise", paging._address("madvise"))
@@ -50,15 +50,15 @@ def in_memory() -> Iterator[set[int]]:
     """A system that has these addresses' pages in memory; at address 0 its query fails."""
     pages: set[int] = set()
 
-    def tell(address: int, size: int, seen: int) -> int:
+    def mincore(address: int, size: int, residency: int) -> int:
         if 0 in pages:
             return -1
         for i in range(-(-size // paging._PAGE)):
-            # The other bits mean nothing.
-            ctypes.c_uint8.from_address(seen + i).value = 254 | (address + i * paging._PAGE in pages)
+            # The other bits are undefined.
+            ctypes.c_uint8.from_address(residency + i).value = 254 | (address + i * paging._PAGE in pages)
         return 0
 
-    callback = _note("mincore", tell, ctypes.c_ssize_t)
+    callback = _replace("mincore", mincore, ctypes.c_ssize_t)
     yield pages
     del callback
     llvmlite.binding.add_symbol("npqwen_mincore", paging._address("mincore"))
@@ -71,7 +71,7 @@ def _compiled() -> Any:
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_a_request_starts_at_a_page(
-    page: int, asked: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+    page: int, requests: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """madvise refuses any other address; the range requested covers all bytes, and no further page."""
     monkeypatch.setattr(paging, "_PAGE", page)
@@ -80,18 +80,18 @@ def test_a_request_starts_at_a_page(
     for address, size in ((base, 1), (base + 64, page), (base + page - 64, 128), (base + 5 * page + 576, 30 * page)):
         prefetch_pages(paging.PREFETCH_ALWAYS, address, size, np.empty(4, np.uint8))
         start = address // page * page
-        for at, count, advice in asked:
+        for at, count, advice in requests:
             assert at == start
             assert count <= 1 << 17  # The least that a disk takes at once.
             assert advice == paging._WILLNEED
             start += count
         assert start == address + size
-        asked.clear()
+        requests.clear()
 
 
 @pytest.mark.parametrize("room", [3, 8, 100])
-def test_only_what_is_missing_is_asked_for(
-    room: int, asked: list[tuple[int, int, int]], in_memory: set[int], monkeypatch: pytest.MonkeyPatch
+def test_only_absent_pages_are_requested(
+    room: int, requests: list[tuple[int, int, int]], in_memory: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However few pages one query covers."""
     monkeypatch.setattr(paging, "_PAGE", 4096)
@@ -100,20 +100,22 @@ def test_only_what_is_missing_is_asked_for(
     pages[100:200] = False
     in_memory.update(base + 4096 * i for i in np.flatnonzero(pages).tolist())
     prefetch_pages(paging.PREFETCH_IF_ABSENT, base + 5000, 290 * 4096, np.empty(room, np.uint8))
-    read = {(at - base) // 4096 + i for at, size, _ in asked for i in range(-(-size // 4096))}
+    read = {(at - base) // 4096 + i for at, size, _ in requests for i in range(-(-size // 4096))}
     assert read == set(range(1, 292)) - set(np.flatnonzero(pages).tolist())
-    assert all(size <= 1 << 17 for _, size, _ in asked)
-    asked.clear()
+    assert all(size <= 1 << 17 for _, size, _ in requests)
+    requests.clear()
     in_memory.update(base + 4096 * i for i in range(300))
     prefetch_pages(paging.PREFETCH_IF_ABSENT, base + 5000, 290 * 4096, np.empty(room, np.uint8))
-    assert not asked
+    assert not requests
     in_memory.add(0)
     prefetch_pages(paging.PREFETCH_IF_ABSENT, base + 5000, 290 * 4096, np.empty(room, np.uint8))
-    assert sum(size for _, size, _ in asked) == 290 * 4096 + 5000 - 4096
+    assert sum(size for _, size, _ in requests) == 290 * 4096 + 5000 - 4096
 
 
-def test_looking_takes_a_file_that_one_owns_or_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux tells nobody else which of its pages are in memory."""
+def test_residency_is_known_of_files_that_one_owns_or_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To other users Linux reports all pages as being in memory."""
     path = tmp_path / "file"
     path.touch()
     monkeypatch.setattr(sys, "platform", "linux")
@@ -130,9 +132,9 @@ def test_looking_takes_a_file_that_one_owns_or_may_write(tmp_path: Path, monkeyp
     assert paging.prefetch_policy([path], exceeds_memory=True) == paging.PREFETCH_NEVER
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="this system takes no such requests")
-@pytest.mark.parametrize("how", [paging.PREFETCH_ALWAYS, paging.PREFETCH_IF_ABSENT])
-def test_the_system_takes_the_request(tmp_path: Path, how: int) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no madvise")
+@pytest.mark.parametrize("policy", [paging.PREFETCH_ALWAYS, paging.PREFETCH_IF_ABSENT])
+def test_the_system_accepts_the_request(tmp_path: Path, policy: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(10 * mmap.PAGESIZE))
     with path.open("rb") as file:
@@ -142,11 +144,11 @@ def test_the_system_takes_the_request(tmp_path: Path, how: int) -> None:
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     assert madvise(address + mmap.PAGESIZE, mmap.PAGESIZE + 1, paging._WILLNEED) == 0
-    paging.prefetch_pages(how, address + mmap.PAGESIZE + 64, 2 * mmap.PAGESIZE, np.empty(4, np.uint8))
+    paging.prefetch_pages(policy, address + mmap.PAGESIZE + 64, 2 * mmap.PAGESIZE, np.empty(4, np.uint8))
 
 
-def test_kernels_are_compiled_again_for_another_size_of_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Raspberry Pi 5 can be started with either of two: the size is a constant in the machine code."""
+def test_kernels_are_compiled_again_for_another_page_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Raspberry Pi 5 can be booted with either of two sizes, and the size is a constant in the machine code."""
     found = set()
     for page in (4096, 16384):
         monkeypatch.setattr(mmap, "PAGESIZE", page)
@@ -155,7 +157,7 @@ def test_kernels_are_compiled_again_for_another_size_of_page(monkeypatch: pytest
 
 
 def test_files_are_mapped_from_their_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An offset would have to be a multiple of the page's size, of Windows' 64 KiB even."""
+    """An offset would have to be a multiple of the page size, on Windows of 64 KiB."""
     path = small_model(tmp_path / "model", 4)
     offsets = []
     real = mmap.mmap
@@ -170,19 +172,19 @@ def test_files_are_mapped_from_their_beginning(tmp_path: Path, monkeypatch: pyte
     assert all(tensor.data.ctypes.data % 64 == 0 for tensor in weights.tensors.values())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="large pages are Linux'")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such advice")
 @pytest.mark.parametrize("fits", [True, False])
-def test_files_that_fit_are_read_in_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+def test_files_that_fit_into_memory_use_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
     path = small_model(tmp_path / "model", 4)
     size = (path / "model.safetensors").stat().st_size
-    monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda: (2 * size if fits else size))
+    monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda: 2 * size if fits else size)
     monkeypatch.setattr("npqwen.engine.engine.Budget.check", lambda *_: None)
     with Model(path, threads=1):
         maps = Path("/proc/self/smaps").read_text().split(f"{path}/model.safetensors", 1)[1]
     flags = re.search(r"VmFlags:(.*)", maps)
     assert flags is not None
-    asked = Path("/sys/kernel/mm/transparent_hugepage").exists()
-    assert ("hg" in flags[1].split()) == (fits and asked)
+    supported = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert ("hg" in flags[1].split()) == (fits and supported)
 
 
 SMAPS = """\
@@ -199,7 +201,7 @@ FilePmdMapped:         0 kB
 """
 
 
-def test_what_lies_in_large_pages(tmp_path: Path) -> None:
+def test_bytes_in_huge_pages(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     smaps = tmp_path / "proc/self/smaps"
     path = tmp_path / "a model.safetensors"
