@@ -94,7 +94,7 @@ def _fail(message: str) -> int:
     try:
         sys.stderr.write(f"npqwen: error: {message}\n")
         sys.stderr.flush()
-    except OSError:  # the exit status must do
+    except OSError:  # only the exit status is left to report it
         discard(sys.stderr)
     return FAILED
 

@@ -1,4 +1,4 @@
-"""What the commands share: --help, common options, opening a model, text from arguments and stdin."""
+"""Shared by the commands: --help, common options, opening a model, text from arguments and stdin."""
 
 from __future__ import annotations
 

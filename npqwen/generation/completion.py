@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "loop"]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a text cost: tokens, and wall-clock seconds spent in the model (not in the caller's loop)."""
+    """The cost of a text: tokens, and wall-clock seconds spent in the model (not in the caller's loop)."""
 
     prompt_tokens: int
     generated_tokens: int

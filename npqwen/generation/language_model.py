@@ -1,4 +1,4 @@
-"""What generation needs of a model. `npqwen.model.Model` is one; tests bring their own."""
+"""The interface of a model that generation runs. `npqwen.model.Model` implements it; tests have their own."""
 
 from __future__ import annotations
 

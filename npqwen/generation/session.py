@@ -29,7 +29,7 @@ class Session:
     However a stream ends - finished, closed early, by Ctrl-C during a pass, by an error - the session knows which
     tokens its cache holds and continues from there. One thread at a time.
 
-    Logits are equal to the bit to those of a fresh start, except where attention is split among threads: with few
+    Logits are bitwise equal to those of a fresh start, except where attention is split among threads: with few
     key/value heads, many threads and more than 1,000 tokens they differ by float32 rounding.
     """
 

@@ -13,7 +13,7 @@ ENDING = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     f"\n{CLOSE}\n\n"
 )
-"""What Qwen3 was trained to end its thinking with when it is cut short (QwenLM/Qwen3, thinking_budget.md)."""
+"""The text with which Qwen3 was trained to end thinking that is cut short (QwenLM/Qwen3, thinking_budget.md)."""
 
 
 class ThinkingTracker:

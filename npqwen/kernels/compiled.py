@@ -160,7 +160,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 class CodeCache(caching.FunctionCache):
     """One function's machine code, where Numba keeps it.
 
-    A damaged entry, or a directory that cannot be written, only means compiling anew.
+    A damaged entry, or a directory that cannot be written, only means compiling again.
     """
 
     _cache_file: _Files

@@ -121,7 +121,7 @@ class PartCost:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What each part of a model costs."""
+    """The cost, in KL divergence, of each part of a model."""
 
     tokens: int
     """Counted tokens."""
@@ -174,7 +174,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def as_record(self) -> EvaluationRecord:
-        """What the converted model keeps. Raises OptionError without a base."""
+        """The record for the converted model's config.json. Raises OptionError without a base."""
         divergence = self.total.divergence
         if divergence is None:
             raise OptionError("only a comparison with another model can be stored; give that with --against")

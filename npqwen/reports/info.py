@@ -42,7 +42,7 @@ class Info:
     bits_per_weight: float
     """Stored bits of the matrices, scales and padding included, per weight of the checkpoint."""
     evaluation: EvaluationRecord | None
-    """What `npqwen eval --store` measured of this conversion."""
+    """The result that `npqwen eval --store` stored for this conversion."""
     parts: dict[str, int]
     weights: int
     """Mapped from the files; the system need not keep all of them in memory."""

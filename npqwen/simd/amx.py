@@ -99,7 +99,7 @@ def finish_block(
     for t in range(UNIT_ROWS):
         x_scale = b.load(offset(b, activations, scale_offset(t, UNIT_ROWS), F32), align=4)
         products = b.load(offset(b, sums, CACHE_LINE * t, vector(I32, LANES)), align=CACHE_LINE)
-        # In the order of `dot_block_int`: equal to the bit.
+        # In the order of `dot_block_int`: bitwise equal.
         scaled = b.fmul(ISA.to_float(b, products), splat(b, x_scale, LANES))
         tile[t] = fma(b, scaled, scale, tile[t])
     return tile

@@ -1,4 +1,4 @@
-"""What a kernel needs from an instruction set: the width of a vector, and products of small integers.
+"""The interface of an instruction set: the width of a vector, and products of small integers.
 
 Weights come in blocks of 16 rows by 32 columns (quant/FORMAT.md). One vector of weights holds `lanes` rows by 4
 neighbouring columns, a *quad*, as bytes; a block's 8 quads cover its 32 columns. A product multiplies each quad by the
@@ -57,7 +57,7 @@ class InstructionSet:
         return True
 
     def zero_point(self, encoding: Encoding) -> int:
-        """What `products` adds to each weight; a sum starts from minus it times the sum of the token's activations."""
+        """The integer that `products` adds to each weight; a sum's start subtracts it times the sum of activations."""
         return encoding.zero_point
 
     def products(
@@ -88,7 +88,7 @@ class InstructionSet:
             yield n + 4, b.lshr(stored, constant(I8, 4 * self.lanes, 4))
 
     def int8_quads(self, b: ir.IRBuilder, block: ir.Value) -> Quads:
-        """Bytes as they are stored."""
+        """Quad n is stored quad n."""
         for n in range(QUADS):
             yield n, self.stored_quad(b, block, n)
 
@@ -109,7 +109,7 @@ class InstructionSet:
         return total
 
     def start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
-        """What the sums of a token start from, in every lane."""
+        """The initial value of a token's sums (npqwen/simd/packed.py), in every lane: <lanes x i32>."""
         return splat(b, b.load(offset(b, x, start_offset(token, tokens), I32), align=4), self.lanes)
 
     def broadcast(self, b: ir.IRBuilder, x: ir.Value, token: int, quad: int) -> ir.Value:

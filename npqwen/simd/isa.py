@@ -16,7 +16,7 @@ BEST_FIRST: tuple[type[InstructionSet], ...] = (Amx, Avx512, AvxVnni, Avx2, Neon
 
 
 def available() -> list[type[InstructionSet]]:
-    """What Numba compiles for here, best first.
+    """The instruction sets that Numba can compile for here, best first.
 
     Asks Numba, not the processor: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can narrow it.
     """

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from npqwen.simd.llvm import F32, I8, I32, Float, Int, Int32, call, operation
 
 FAST = {"contract", "reassoc", "nsz", "arcp"}
-"""The liberties kernels take with float32: never `nnan` or `ninf`, which would break masks and checks."""
+"""Fast-math flags of kernels: never `nnan` or `ninf`, which would break masks and checks."""
 
 
 @operation
@@ -91,7 +91,7 @@ def half(x: np.float32) -> np.uint16:
     magnitude = min(bits & np.int32(0x7FFFFFFF), np.int32(0x477FE000))
     odd = (magnitude >> np.int32(13)) & np.int32(1)
     normal = (magnitude + np.int32(0xFFF) + odd - np.int32(0x38000000)) >> np.int32(13)
-    # Adding 0.5 leaves float32 the very bits a subnormal float16 has, rounded alike.
+    # In float32, adding 0.5 rounds the low bits to those of the subnormal float16.
     subnormal = float_bits(bits_float(magnitude) + np.float32(0.5)) - np.int32(0x3F000000)
     return np.uint16(sign | (subnormal if magnitude < np.int32(0x38800000) else normal))
 
