@@ -13,7 +13,7 @@ from unittest import mock
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from npqwen.format.encodings import UNIT_BLOCKS, Encoding
+from npqwen.format.encodings import UNIT_ROWS, Encoding
 from npqwen.simd import amx, tile
 from npqwen.simd.instructions import PREFETCH_DISTANCE, InstructionSet
 from npqwen.simd.llvm import F32, I8, I16, I64, undefined, vector
@@ -28,38 +28,39 @@ SAPPHIRE_RAPIDS = "x86_64-unknown-linux-gnu", "sapphirerapids"
 ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
 
-Body = Callable[[ir.IRBuilder, list[ir.Value], ir.Value, ir.Value, ir.Value, ir.Value], list[ir.Value]]
-"""One turn of a loop: (builder, sums, weights, activations, offset in the weights, in the activations) to sums."""
+Body = Callable[[ir.IRBuilder, list[ir.Value], ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], list[ir.Value]]
+"""One turn of a loop: (builder, sums, weights, activations, offset in the weights, in the activations, codebook) to
+sums."""
 
 
 def integer_loop(
     isa: InstructionSet, target: tuple[str, str], encoding: Encoding, tokens: int, vectors: int
 ) -> list[str]:
-    """The instructions of the loop over the units of an integer encoding: two blocks of 32 columns each."""
+    """The instructions of a loop over half units of an integer encoding: two blocks of 32 columns each."""
 
     def body(
-        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, table: ir.Value
     ) -> list[ir.Value]:
-        prefetched = encoding.scale_bytes if isa.prefetches else encoding.unit_bytes
+        prefetched = encoding.scale_bytes if isa.prefetches else encoding.unit_bytes // 2
         tile.prefetch.emit(b, w, b.add(at, I64(PREFETCH_DISTANCE)), prefetched)
-        for block in range(UNIT_BLOCKS):
+        for block in range(2):
             values = b.add(at, I64(encoding.scale_bytes + encoding.block_bytes * block))
-            scales = b.add(at, I64(encoding.scale_bytes // UNIT_BLOCKS * block))
-            sums = tile.dot_block_int.emit(b, sums, tokens, encoding.code, w, values, scales, x, x_at)
+            scales = b.add(at, I64(UNIT_ROWS * block))
+            sums = tile.dot_block_int.emit(b, sums, tokens, encoding.code, [table], w, values, scales, x, x_at)
             x_at = b.add(x_at, I64(block_bytes(tokens)))
         return sums
 
-    x_step = UNIT_BLOCKS * block_bytes(tokens)
-    return _loop(isa, target, tokens * vectors, encoding.unit_bytes, x_step, I8, I8, body)
+    step, x_step = 2 * encoding.block_bytes, 2 * block_bytes(tokens)
+    return _loop(isa, target, tokens * vectors, step, x_step, I8, I8, body, encoding)
 
 
 def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
-    """The loop over the units of a matrix, of int8 as mapped or of int4 as unpacked, by 16 tokens."""
+    """A loop over two blocks of a matrix, of int8 as mapped or of others as unpacked, by 16 tokens."""
     in_place = encoding.block_bytes == amx.UNPACKED_BLOCK
     block, x_block = amx.UNPACKED_BLOCK, block_bytes(16)
 
     def body(
-        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, _: ir.Value
     ) -> list[ir.Value]:
         room = b.gep(w, [I64(-(1 << 20))])
         values = b.add(at, I64(encoding.scale_bytes)) if in_place else at
@@ -68,12 +69,12 @@ def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
             amx.start_block.emit(
                 b, 1 - n, w, b.add(values, I64(block * (n + 1))), x, b.add(x_at, I64(x_block * (n + 1)))
             )
-            scales, scaled = b.add(at, I64(encoding.scale_bytes // UNIT_BLOCKS * n)), b.add(x_at, I64(x_block * n))
+            scales, scaled = b.add(at, I64(UNIT_ROWS * n)), b.add(x_at, I64(x_block * n))
             sums = amx.finish_block.emit(b, sums, n, w, scales, x, scaled, room)
         return sums
 
     with mock.patch.multiple(amx, ISA=Amx(), LANES=16):
-        return _loop(Amx(), target, 16, encoding.unit_bytes if in_place else 2 * block, 2 * x_block, I8, I8, body)
+        return _loop(Amx(), target, 16, 2 * block, 2 * x_block, I8, I8, body)
 
 
 def floating_loop(
@@ -84,7 +85,7 @@ def floating_loop(
     dtype = {"bf16": tile.BFLOAT16, "half": tile.FLOAT16, "float": tile.FLOAT32}[kind]
 
     def body(
-        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, _: ir.Value
     ) -> list[ir.Value]:
         args = w, at, I64(1 << 12), x, x_at, I64(1)
         return list(tile.multiply_add_column.emit(b, sums, tokens, together, dtype, *args))
@@ -101,6 +102,7 @@ def _loop(
     weight: ir.Type,
     activation: ir.Type,
     body: Body,
+    encoding: Encoding | None = None,
 ) -> list[str]:
     """Compile a loop of `body`, with `count` vectors of sums; each turn advances by `step` and `x_step` elements."""
     floats = vector(F32, isa.lanes)
@@ -110,13 +112,16 @@ def _loop(
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*pointers, I64]), "rows")
     w, x, out, turns = function.args
     entry, turn, end = (function.append_basic_block(name) for name in ("entry", "turn", "end"))
-    ir.IRBuilder(entry).branch(turn)
+    b = ir.IRBuilder(entry)
+    # Loaded once, before the loop.
+    table = undefined(vector(I8, 4 * isa.lanes)) if encoding is None else isa.codebook(b, encoding, x)
+    b.branch(turn)
     b = ir.IRBuilder(turn)
     carried = ir.ArrayType(floats, count)
     i, at, x_at, sums = (b.phi(kind) for kind in (I64, I64, I64, carried))
     with mock.patch.multiple(tile, ISA=isa, LANES=isa.lanes, FLOATS=floats):
         after = undefined(carried)
-        for n, value in enumerate(body(b, [b.extract_value(sums, n) for n in range(count)], w, x, at, x_at)):
+        for n, value in enumerate(body(b, [b.extract_value(sums, n) for n in range(count)], w, x, at, x_at, table)):
             after = b.insert_value(after, value, n)
     for phi, first, following in (
         (i, I64(0), b.add(i, I64(1))),

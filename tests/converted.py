@@ -10,70 +10,60 @@ from typing import Any
 
 import numpy as np
 from checkpoints import TINY, make_config, to_bf16
+from units import CODEBOOKS, PLANES, Units, name_of, row_bytes, unit_bytes
 
-MATRICES = ("embed_tokens", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
-
-
-def pack_int4(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Units (rows / 16, cols / 64, 576) of uint8 q (rows, cols), 0 to 15, and scales (rows, cols / 32)."""
-    rows, cols = q.shape
-    out = np.zeros((rows // 16, cols // 64, 576), np.uint8)
-    out[:, :, :64] = _scales(scale)
-    for block in range(2):
-        for r in range(16):
-            for j in range(4):
-                for k in range(4):
-                    low = q[r::16, 32 * block + 4 * j + k :: 64]
-                    high = q[r::16, 32 * block + 16 + 4 * j + k :: 64]
-                    out[:, :, 64 + 256 * block + 64 * j + 4 * r + k] = low | high << 4
-    return out
+MATRICES = ("embed_tokens", "qk_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
-def pack_int8(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Units (rows / 16, cols / 64, 1088) of int8 q (rows, cols) and scales (rows, cols / 32)."""
-    rows, cols = q.shape
-    out = np.zeros((rows // 16, cols // 64, 1088), np.uint8)
-    out[:, :, :64] = _scales(scale)
-    for block in range(2):
-        for r in range(16):
-            for j in range(8):
-                for k in range(4):
-                    values = q[r::16, 32 * block + 4 * j + k :: 64]
-                    out[:, :, 64 + 512 * block + 64 * j + 4 * r + k] = values.view(np.uint8)
-    return out
+def pack(encoding: str, q: np.ndarray, scales: np.ndarray, row_scales: np.ndarray, codebook: Any = None) -> Units:
+    """A stored matrix of integers q (rows, columns), int8 scales (rows, columns / 32) and float32 row_scales (rows,).
 
-
-def pack_bf16(weights: np.ndarray) -> np.ndarray:
-    """Units (rows / 16, cols / 64, 2048) of float32 weights (rows, cols), rounded."""
-    rows, cols = weights.shape
-    tiles = to_bf16(weights).reshape(rows // 16, 16, cols // 64, 64).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(tiles, "<u2").view(np.uint8).reshape(rows // 16, cols // 64, 2048)
-
-
-def _scales(scale: np.ndarray) -> np.ndarray:
-    rows, blocks = scale.shape
-    turned = scale.astype("<f2").reshape(rows // 16, 16, blocks // 2, 2).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(turned).view(np.uint8).reshape(rows // 16, blocks // 2, 64)
-
-
-def random_units(bits: int, real: np.ndarray, cols: int, rng: np.random.Generator) -> np.ndarray:
-    """Units of random weights of about 1 / sqrt(cols); integers in their whole range, scales of either sign.
-
-    real (a multiple of 16 rows) tells which rows are not padding.
+    codebook: the values of q, plus 32; repeated here.
     """
-    shape = len(real), pad(cols, 64)
-    if bits == 16:
-        weights = rng.standard_normal(shape) / np.sqrt(cols)
+    rows, columns = q.shape
+    planes = PLANES[encoding]
+    shape = rows // 16, columns // 128
+    quads = q.astype(np.uint8).reshape(shape[0], 16, shape[1], 4, 8, 4).transpose(0, 2, 3, 4, 1, 5)
+    quads = quads.reshape(*shape, 4, 8, 64)
+    blocks = np.zeros((*shape, 4, sum(planes), 64), np.uint8)
+    for n in range(8):
+        line, at = 0, 0
+        for p in planes:
+            blocks[:, :, :, line + n % p] |= (quads[:, :, :, n] >> at & (1 << p) - 1) << n // p * p
+            line, at = line + p, at + p
+    stored = scales.astype(np.int8).reshape(shape[0], 16, shape[1], 4).transpose(0, 2, 3, 1).reshape(*shape, 64)
+    units = np.concatenate([stored.view(np.uint8), blocks.reshape(*shape, -1)], 2).reshape(shape[0], -1)
+    head = np.ascontiguousarray(row_scales.astype("<f4").reshape(-1, 16)).view(np.uint8)
+    table = None if codebook is None else np.resize(np.asarray(codebook, np.uint8), 64)
+    return Units(encoding, np.concatenate([head, units], 1), table)
+
+
+def pack_bf16(weights: np.ndarray) -> Units:
+    """A stored matrix of float32 weights (rows, columns), rounded."""
+    rows, cols = weights.shape
+    tiles = to_bf16(weights).reshape(rows // 16, 16, cols // 128, 128).transpose(0, 2, 3, 1)
+    return Units("bf16", np.ascontiguousarray(tiles, "<u2").view(np.uint8).reshape(rows // 16, -1))
+
+
+def random_units(bits: int, real: np.ndarray, cols: int, rng: np.random.Generator) -> Units:
+    """A stored matrix of random weights of about 1 / sqrt(cols): integers in their whole range, both signs of scales.
+
+    real (a multiple of 16 rows) tells which rows are not padding. Columns of padding hold anything beside others.
+    """
+    rows, columns = len(real), pad(cols, 128)
+    encoding = name_of(bits)
+    if encoding == "bf16":
+        weights = rng.standard_normal((rows, columns)) / np.sqrt(cols)
         weights[~real] = weights[:, cols:] = 0
         return pack_bf16(weights)
-    scale = rng.uniform(0.5, 1, (shape[0], shape[1] // 32)) * rng.choice([-1, 1], (shape[0], shape[1] // 32))
-    scale[~real] = scale[:, -(-cols // 32) :] = 0
-    zero = 8 if bits == 4 else 0
-    q = rng.integers(0, 16, shape) if bits == 4 else rng.integers(-127, 128, shape)
-    q[~real] = q[:, cols:] = zero
-    if bits == 4:
-        return pack_int4(q.astype(np.uint8), scale / np.sqrt(cols) / 4)
-    return pack_int8(q.astype(np.int8), scale / np.sqrt(cols) / 64)
+    size = CODEBOOKS.get(encoding)
+    codebook = None if size is None else np.sort(rng.permutation(64)[:size])
+    scales = rng.integers(64, 128, (rows, columns // 32)) * rng.choice([-1, 1], (rows, columns // 32))
+    scales[~real] = scales[:, -(-cols // 32) :] = 0
+    q = rng.integers(-127, 128, (rows, columns)) if bits == 8 else rng.integers(0, 1 << bits, (rows, columns))
+    row_scales = rng.uniform(0.5, 1, rows) / np.sqrt(cols) / 96 / (16 if bits < 8 else 64)
+    row_scales[~real] = 0
+    return pack(encoding, q, scales, row_scales, codebook)
 
 
 def pad(n: int, multiple: int) -> int:
@@ -84,39 +74,47 @@ def tensors(
     config: Mapping[str, Any],
     bits: Mapping[str, int],
     seed: int = 0,
-    units: Callable[[int, np.ndarray, int, np.random.Generator], np.ndarray] = random_units,
+    units: Callable[[int, np.ndarray, int, np.random.Generator], Units] = random_units,
 ) -> dict[str, np.ndarray]:
-    """Random tensors of a converted model. bits: each matrix's encoding, by its role ("qkv_proj", ...)."""
+    """Random tensors of a converted model. bits: each matrix's encoding, by its role ("qk_proj", ...)."""
     rng = np.random.default_rng(seed)
     hidden, dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
 
-    def matrix(part: str, rows: int, cols: int) -> np.ndarray:
-        return units(bits[part], np.arange(pad(rows, 16)) < rows, cols, rng)
+    out: dict[str, np.ndarray] = {}
 
-    gate_up = np.tile((np.arange(pad(inner, 16)) < inner).reshape(-1, 1, 16), (1, 2, 1)).ravel()
+    def matrix(name: str, real: np.ndarray, cols: int) -> None:
+        stored = units(bits[name.split(".")[-1]], real, cols, rng)
+        if stored.codebook is not None:
+            out[name + ".codebook"] = stored.codebook
+        out[name + ".weight"] = stored.rows
+
+    def real(rows: int) -> np.ndarray:
+        found: np.ndarray = np.arange(pad(rows, 16)) < rows
+        return found
+
+    gate_up = np.tile(real(inner).reshape(-1, 1, 16), (1, 2, 1)).ravel()
 
     def vector(size: int) -> np.ndarray:
         out = np.zeros(pad(size, 16), np.float32)
         out[:size] = 1 + 0.1 * rng.standard_normal(size)
         return out
 
-    out = {"model.embed_tokens.weight": matrix("embed_tokens", config["vocab_size"], hidden)}
+    matrix("model.embed_tokens", real(config["vocab_size"]), hidden)
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        out |= {
-            layer + "input_layernorm.weight": vector(hidden),
-            layer + "self_attn.qkv_proj.weight": matrix("qkv_proj", queries + 2 * keys, hidden),
-            layer + "self_attn.q_norm.weight": vector(dim),
-            layer + "self_attn.k_norm.weight": vector(dim),
-            layer + "self_attn.o_proj.weight": matrix("o_proj", hidden, queries),
-            layer + "post_attention_layernorm.weight": vector(hidden),
-            layer + "mlp.gate_up_proj.weight": units(bits["gate_up_proj"], gate_up, hidden, rng),
-            layer + "mlp.down_proj.weight": matrix("down_proj", hidden, inner),
-        }
+        out[layer + "input_layernorm.weight"] = vector(hidden)
+        matrix(layer + "self_attn.qk_proj", real(queries + keys), hidden)
+        matrix(layer + "self_attn.v_proj", real(keys), hidden)
+        out[layer + "self_attn.q_norm.weight"] = vector(dim)
+        out[layer + "self_attn.k_norm.weight"] = vector(dim)
+        matrix(layer + "self_attn.o_proj", real(hidden), queries)
+        out[layer + "post_attention_layernorm.weight"] = vector(hidden)
+        matrix(layer + "mlp.gate_up_proj", gate_up, hidden)
+        matrix(layer + "mlp.down_proj", real(hidden), inner)
     out["model.norm.weight"] = vector(hidden)
     if not config["tie_word_embeddings"]:
-        out["lm_head.weight"] = matrix("lm_head", config["vocab_size"], hidden)
+        matrix("lm_head", real(config["vocab_size"]), hidden)
     return out
 
 
@@ -138,10 +136,15 @@ def write_safetensors(path: Path, values: Mapping[str, np.ndarray], **header: An
     return head
 
 
-def encodings(values: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The encoding of every matrix among the tensors."""
-    names = {576: "int4", 1088: "int8", 2048: "bf16"}
-    return {name: names[value.shape[2]] for name, value in values.items() if value.dtype == np.uint8}
+def encodings(config: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The encoding of every matrix among the tensors, which its width tells."""
+    widths = {"o_proj": config["num_attention_heads"] * config["head_dim"], "down_proj": config["intermediate_size"]}
+    found = {}
+    for name, value in values.items():
+        if value.dtype == np.uint8 and name.endswith(".weight"):
+            units = pad(widths.get(name.split(".")[-2], config["hidden_size"]), 128) // 128
+            found[name] = {row_bytes(e, units): e for e in ("bf16", *PLANES)}[value.shape[1]]
+    return found
 
 
 def write_model(
@@ -150,7 +153,7 @@ def write_model(
     """Write a converted directory. Its tokenizer is the example model's, whatever the vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {"quant_method": "npqwen", "format_version": 2, "bits": bits, "created_by": "a test"}
-    made["encodings"] = encodings(values)
+    made["encodings"] = encodings(config, values)
     text = json.dumps({**config, "quantization_config": made})
     (directory / "config.json").write_text(text, encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -168,11 +171,12 @@ def small_model(directory: Path, bits: int = 4, **changes: Any) -> Path:
 def large_model(directory: Path) -> Path:
     """A model of 140 MB in int4: random nibbles, one small scale."""
 
-    def units(bits: int, real: np.ndarray, cols: int, rng: np.random.Generator) -> np.ndarray:
-        shape = len(real) // 16, pad(cols, 64) // 64, 576
+    def units(bits: int, real: np.ndarray, cols: int, rng: np.random.Generator) -> Units:
+        shape = len(real) // 16, row_bytes("int4", pad(cols, 128) // 128)
         out = rng.integers(0, 256, shape, np.uint8)
-        out[:, :, :64].view("<f2")[:] = 0.2 / np.sqrt(cols)
-        return out
+        out[:, :64].view("<f4")[:] = 0.2 / np.sqrt(cols) / 512
+        out[:, 64:].reshape(len(out), -1, unit_bytes("int4"))[:, :, :64] = 64
+        return Units("int4", out, np.resize(np.arange(0, 64, 4, dtype=np.uint8), 64))
 
     config = make_config(
         hidden_size=1024,

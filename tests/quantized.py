@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from checkpoints import read_safetensors
 from reference import ReferenceCache, ReferenceModel
-from units import UNIT_BYTES, unpack
+from units import Units, read_units
 
-from npqwen.format.config import Config
+from npqwen.format.config import Config, read_json
 
 
 def int8_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +28,7 @@ class Matrix:
     __array_ufunc__ = None  # x @ matrix comes here.
 
     def __init__(self, weights: np.ndarray, cols: int, rounds: bool) -> None:
-        """weights: float32 (rows, cols rounded up to 64)."""
+        """weights: float32 (rows, cols rounded up to 128)."""
         self.weights, self.cols, self.rounds = weights, cols, rounds
 
     @property
@@ -59,9 +59,17 @@ class QuantizedReference(ReferenceModel):
     def from_directory(cls, path: Path, context: int | None = None) -> QuantizedReference:
         config = Config.from_directory(path)
         weights: dict[str, Any] = {}
+        stored: dict[str, np.ndarray] = {}
         for file in sorted(path.glob("*.safetensors")):
-            for name, stored in read_safetensors(file).items():
-                weights |= _parts(config, name, stored)
+            stored |= read_safetensors(file)
+        encodings = read_json(path / "config.json")["quantization_config"]["encodings"]
+        for name, values in stored.items():
+            if values.ndim == 1 and values.dtype != np.uint8:
+                size = config.head_dim if name.split(".")[-2] in ("q_norm", "k_norm") else config.hidden_size
+                weights[name] = values[:size].astype(np.float32)
+            elif name in encodings:
+                matrix = read_units(encodings[name], values, stored.get(name.removesuffix("weight") + "codebook"))
+                weights |= _parts(config, name, matrix)
         model = cls(config, weights)
         model.bits = read_bits(path)
         return model
@@ -76,32 +84,26 @@ class QuantizedReference(ReferenceModel):
 
 def read_bits(path: Path) -> int:
     """`bits` in the config.json of a converted directory."""
-    from npqwen.format.config import read_json
-
     return int(read_json(path / "config.json")["quantization_config"]["bits"])
 
 
-def _parts(c: Config, name: str, stored: np.ndarray) -> dict[str, Any]:
-    """A converted tensor under the checkpoint's names, without padding."""
+def _parts(c: Config, name: str, stored: Units) -> dict[str, Any]:
+    """A converted matrix under the checkpoint's names, without padding."""
     part = name.split(".")[-2]
-    if stored.ndim == 1:
-        size = c.head_dim if part in ("q_norm", "k_norm") else c.hidden_size
-        return {name: stored[:size].astype(np.float32)}
-    weights, rounds = unpack(stored), stored.shape[2] != UNIT_BYTES["bf16"]
+    weights = stored.weights
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     cols = {"o_proj": queries, "down_proj": c.intermediate_size}.get(part, c.hidden_size)
 
     def matrix(rows: np.ndarray) -> Matrix:
-        return Matrix(rows, cols, rounds)
+        return Matrix(rows, cols, stored.encoding != "bf16")
 
-    if part == "qkv_proj":
-        q, k, v, _ = np.split(weights, np.cumsum([queries, keys, keys]))
-        return {name.replace("qkv", which): matrix(rows) for which, rows in zip("qkv", (q, k, v), strict=True)}
+    if part == "qk_proj":
+        return {name.replace("qk", "q"): matrix(weights[:queries]), name.replace("qk", "k"): matrix(weights[queries:])}
     if part == "gate_up_proj":
         both = weights.reshape(-1, 2, 16, weights.shape[1])
         return {
             name.replace("gate_up", which): matrix(both[:, i].reshape(-1, weights.shape[1])[: c.intermediate_size])
             for i, which in enumerate(("gate", "up"))
         }
-    rows = c.hidden_size if part in ("o_proj", "down_proj") else c.vocab_size
+    rows = {"o_proj": c.hidden_size, "down_proj": c.hidden_size, "v_proj": keys}.get(part, c.vocab_size)
     return {name: matrix(weights[:rows])}

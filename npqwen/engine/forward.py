@@ -69,7 +69,7 @@ def attention_block(
     """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to the cache."""
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
-    weight, encoding = layer.input_layernorm, layer.qkv_proj.encoding
+    weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
     norm_and_pack(team, hidden, 0, count, weight, model, encoding, scratch, packed)
     barrier(team)
     project_heads(team, model, layer, tokens, cache, packed, local, scratch, queries)
@@ -222,7 +222,7 @@ def project_gated(
     width = tile_width(count)
     matrix = layer.gate_up_proj
     while True:
-        first, last = claim_local_rows(team, matrix, count, width, GROUPS_PER_BLOCK)
+        first, last = claim_local_rows(team, matrix, matrix.rows // UNIT_ROWS, count, width, GROUPS_PER_BLOCK)
         if first == last:
             return
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
@@ -234,7 +234,7 @@ def project_gated(
 def project_heads(
     team: Any, model: Any, layer: Any, tokens: Any, cache: Any, packed: Any, local: Any, scratch: Any, queries: Any
 ) -> None:
-    """The heads of qkv_proj @ x, x being `packed`. Keys and values go into the cache.
+    """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into the cache.
 
     Queries and keys are normed and rotated, queries scaled by 1 / sqrt(head_dim): queries (tokens, heads * head_dim).
     Each thread does this to the heads that it has computed, while they are in its own cache: in `local`.
@@ -245,25 +245,35 @@ def project_heads(
     first_key = 2 * layer.kv_index * kv_heads  # the page's heads: for each layer the keys', then the values'
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
     scale = np.float32(1.0) / np.sqrt(np.float32(dim))
+    # The rows of both matrices are one pool of work: row groups of qk_proj, then those of v_proj.
+    qk_groups = layer.qk_proj.rows // UNIT_ROWS
+    groups = qk_groups + layer.v_proj.rows // UNIT_ROWS
     while True:
-        first, last = claim_local_rows(team, layer.qkv_proj, count, width, dim // UNIT_ROWS)
-        if first == last:
+        first, end = claim_local_rows(team, layer.qk_proj, groups, count, width, dim // UNIT_ROWS)
+        if first == end:
             return
-        multiply_local_rows(model.matmul_kernels, layer.qkv_proj, packed, count, width, first, last, scratch, local)
-        rows, first_head = UNIT_ROWS * (last - first), UNIT_ROWS * first // dim
-        for head in range(first_head, UNIT_ROWS * last // dim):
-            for t in range(count):
-                at = t * rows + (head - first_head) * dim
-                x = local[at : at + dim]
-                if head < heads:
-                    query = queries[t, head * dim : (head + 1) * dim]
-                    rms_norm(x, q_norm, model.rms_norm_eps, query)
-                    rotate(query, tokens.cos[t], tokens.sin[t])
-                    for k in range(dim):
-                        query[k] *= scale
-                elif head < heads + kv_heads:
-                    rms_norm(x, k_norm, model.rms_norm_eps, x)
-                    rotate(x, tokens.cos[t], tokens.sin[t])
-                    store_key(cache.addresses, cache.dtype, first_key + head - heads, tokens.start + t, x)
-                else:
-                    store_value(cache.addresses, cache.dtype, first_key + head - heads, tokens.start + t, x)
+        while first < end:
+            in_qk = first < qk_groups
+            matrix = layer.qk_proj if in_qk else layer.v_proj
+            last, before = (min(end, qk_groups), 0) if in_qk else (end, qk_groups)
+            multiply_local_rows(
+                model.matmul_kernels, matrix, packed, count, width, first - before, last - before, scratch, local
+            )
+            rows, first_head = UNIT_ROWS * (last - first), UNIT_ROWS * first // dim
+            for head in range(first_head, UNIT_ROWS * last // dim):
+                for t in range(count):
+                    at = t * rows + (head - first_head) * dim
+                    x = local[at : at + dim]
+                    if head < heads:
+                        query = queries[t, head * dim : (head + 1) * dim]
+                        rms_norm(x, q_norm, model.rms_norm_eps, query)
+                        rotate(query, tokens.cos[t], tokens.sin[t])
+                        for k in range(dim):
+                            query[k] *= scale
+                    elif head < heads + kv_heads:
+                        rms_norm(x, k_norm, model.rms_norm_eps, x)
+                        rotate(x, tokens.cos[t], tokens.sin[t])
+                        store_key(cache.addresses, cache.dtype, first_key + head - heads, tokens.start + t, x)
+                    else:
+                        store_value(cache.addresses, cache.dtype, first_key + head - heads, tokens.start + t, x)
+            first = last

@@ -15,7 +15,8 @@ from npqwen.kernels.packing import WIDEST
 LAYER = np.dtype(
     [
         ("input_layernorm", np.int64),
-        ("qkv_proj", MATRIX),
+        ("qk_proj", MATRIX),
+        ("v_proj", MATRIX),
         ("q_norm", np.int64),
         ("k_norm", np.int64),
         ("o_proj", MATRIX),

@@ -37,7 +37,8 @@ def parts(engine: Engine, donor: Engine) -> list[Part]:
         tuple(np.flatnonzero(chosen).tolist()) for chosen in (np.ones_like(sparse), ~sparse, sparse)
     )
     kinds = [
-        Part("qkv_proj of all layers", ("qkv_proj",), every),
+        # Together: they are multiplied by the same packed activations.
+        Part("qk_proj and v_proj of all layers", ("qk_proj", "v_proj"), every),
         Part("o_proj of all layers", ("o_proj",), every),
         Part("gate_up_proj of all dense layers", ("gate_up_proj",), dense),
         Part("down_proj of all dense layers", ("down_proj",), dense),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +14,15 @@ from numpy.typing import NDArray
 from npqwen.engine.records import LAYER, MODEL
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
-from npqwen.format.encodings import Encoding
+from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.format.files import open_regular
-from npqwen.format.layout import Experts, Layout, Matrix, Vector
+from npqwen.format.layout import Codebook, Experts, Layout, Matrix, Tensor, Vector
 from npqwen.format.quantization import AGAIN, FORMAT_VERSION, Quantization
 from npqwen.format.safetensors import ALIGNMENT, INDEX, Header, HeaderError, read_header, read_index
 from npqwen.kernels.paging import advise_huge_pages
 
-_Record = tuple[int, int, int, int]
-"""A MATRIX: address, code of the encoding, padded rows, padded columns."""
+_Record = tuple[int, int, int, int, int]
+"""A MATRIX: addresses of its unit rows and its codebook, code of the encoding, padded rows, padded columns."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Weights:
                     self.layers[i][role] = self._matrix(tensor)
                 else:
                     self._experts(self.layers[i], tensor)
+            self._check_same_packing(layout.layer(i))
         known = {tensor.name for tensor in layout}
         for name in self.quantization.encodings:
             if name not in known:
@@ -130,6 +133,16 @@ class Weights:
                     f"{self.directory / 'config.json'} gives tensor {shortened(name)} an encoding, but its other keys "
                     f"describe a model without that tensor; {AGAIN}"
                 )
+
+    def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse encodings of q, k and v for which their common input would be packed in two ways."""
+        names = [tensors[role].name for role in ("qk_proj", "v_proj")]
+        first, second = (self.quantization.encodings[name] for name in names)
+        if (first.is_integer, first.zero_point) != (second.is_integer, second.zero_point):
+            raise FormatError(
+                f"{self.directory / 'config.json'}: tensor {names[1]} cannot be {second.name} where {names[0]} is "
+                f"{first.name}; {AGAIN}"
+            )
 
     def _find(self, name: str) -> MappedTensor:
         if name not in self.tensors:
@@ -142,34 +155,44 @@ class Weights:
         _check(tensor, vector.name, "F32", vector.shape, "")
         return tensor.data.ctypes.data
 
-    def _units(self, matrix: Matrix | Experts) -> tuple[MappedTensor, Encoding]:
-        """A tensor of units, checked to be in its encoding."""
+    def _units(self, matrix: Matrix | Experts) -> tuple[int, int, Encoding]:
+        """The address of a tensor of units, that of its codebook or 0, and its encoding, all checked."""
         tensor = self._find(matrix.name)
         encoding = self.quantization.encodings.get(matrix.name)
         if encoding is None:
             raise FormatError(
                 f"{self.directory / 'config.json'} does not name the encoding of tensor {matrix.name}; {AGAIN}"
             )
-        _check(tensor, matrix.name, "U8", (*matrix.units, encoding.unit_bytes), f" for {encoding.name}")
-        return tensor, encoding
+        _check(tensor, matrix.name, "U8", matrix.shape(encoding), f" for {encoding.name}")
+        codebook = self._codebook(Codebook(matrix.name), encoding) if encoding.codebook else 0
+        return tensor.data.ctypes.data, codebook, encoding
+
+    def _codebook(self, codebook: Codebook, encoding: Encoding) -> int:
+        """The address of a codebook: kernels rely on its values and on its repetition."""
+        tensor = self._find(codebook.name)
+        _check(tensor, codebook.name, "U8", codebook.shape, f" for {encoding.name}")
+        rounds = tensor.data.reshape(-1, len(encoding.codebook))
+        if (rounds != rounds[0]).any() or rounds.max() >= 2 * ZERO_POINT:
+            raise FormatError(
+                f"{tensor.path}: tensor {codebook.name} is not {len(encoding.codebook)} values below "
+                f"{2 * ZERO_POINT}, repeated; {AGAIN}"
+            )
+        return tensor.data.ctypes.data
 
     def _matrix(self, matrix: Matrix) -> _Record:
-        tensor, encoding = self._units(matrix)
-        return _record(tensor.data.ctypes.data, encoding, matrix)
+        return _record(*self._units(matrix), matrix)
 
     def _experts(self, layer: np.void, experts: Experts) -> None:
         """The first expert's matrices, and the distance from each expert to the next."""
-        tensor, encoding = self._units(experts)
+        address, codebook, encoding = self._units(experts)
         gate_up, down = experts.matrices(0)
-        rows, columns = gate_up.units
-        address = tensor.data.ctypes.data
-        layer["gate_up_proj"] = _record(address, encoding, gate_up)
-        layer["down_proj"] = _record(address + rows * columns * encoding.unit_bytes, encoding, down)
-        layer["expert_bytes"] = experts.units[1] * encoding.unit_bytes
+        layer["gate_up_proj"] = _record(address, codebook, encoding, gate_up)
+        layer["down_proj"] = _record(address + math.prod(gate_up.shape(encoding)), codebook, encoding, down)
+        layer["expert_bytes"] = experts.shape(encoding)[1]
 
 
-def _record(address: int, encoding: Encoding, matrix: Matrix) -> _Record:
-    return address, encoding.code, *matrix.padded
+def _record(address: int, codebook: int, encoding: Encoding, matrix: Matrix) -> _Record:
+    return address, codebook, encoding.code, *matrix.padded
 
 
 def _check(tensor: MappedTensor, name: str, dtype: str, shape: tuple[int, ...], reason: str) -> None:

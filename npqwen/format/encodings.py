@@ -1,8 +1,9 @@
 """Encodings of matrices: one record for each (quant/FORMAT.md, "Units").
 
-A matrix is stored in *units* of 16 rows x 64 columns. A unit consists of its scales, if the encoding has any, and two
-*blocks* of 32 columns. All code that depends on how a matrix is stored asks its `Encoding`; which encoding a conversion
-chooses for which matrix is up to its recipe (npqwen.format.recipe).
+A matrix is stored in *units* of 16 rows x 128 columns, each of four *blocks* of 32 columns. In encodings of integers
+each row of a block has an int8 scale and each row of the matrix a float32 scale: a weight is row scale x block scale x
+a small integer, its *value*. All code that depends on how a matrix is stored asks its `Encoding`; which encoding a
+conversion chooses for which matrix is up to its recipe (npqwen.format.recipe).
 """
 
 from __future__ import annotations
@@ -11,12 +12,24 @@ from dataclasses import dataclass
 
 UNIT_ROWS = 16
 """Rows of a unit, whatever the width of a vector register."""
-UNIT_COLUMNS = 64
-"""Columns of a unit."""
+UNIT_COLUMNS = 128
+"""Columns of a unit: as many as make every part of a unit a multiple of 64 bytes."""
 BLOCK_COLUMNS = 32
 """Columns of a block: those that share a scale, in each row."""
 UNIT_BLOCKS = UNIT_COLUMNS // BLOCK_COLUMNS
 """Blocks of a unit."""
+LINE_BYTES = 64
+"""Bytes of a line: one for each row and each of 4 neighbouring columns."""
+QUADS = 8
+"""Quads of a block: 4 neighbouring columns of 16 rows."""
+CODEBOOK_BYTES = 64
+"""Bytes of a stored codebook, which repeats to fill them."""
+ZERO_POINT = 32
+"""Added to the values of encodings of fewer than 8 bits, which makes them unsigned integers below 64.
+
+Sums of two products with int8 then fit int16 (63 * 127 * 2 * 2 < 32768), which AVX2 needs, and as these encodings have
+the same zero point, matrices of different ones can be multiplied by the same packed activations.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,28 +40,57 @@ class Encoding:
     """As files and users name it: "int4"."""
     code: int
     """Index into the tables of kernels, 0 and up without gaps."""
-    bits: int
-    """Nominal bits per weight, without scales."""
-    scale_bytes: int
-    """Bytes of the f16 scales that a unit begins with: of 16 rows for its first block, then for its second. 0: none."""
-    block_bytes: int
-    """Bytes of a block's weights: 16 rows x 32 columns."""
-    is_integer: bool
+    planes: tuple[int, ...]
+    """Widths in bits of the planes that a block's integers are divided into, the lowest bits first. A plane of p bits
+    takes p lines; bits p * f and up of each byte of its line j belong to quad j + p * f."""
+    is_integer: bool = True
     """True: integers with scales, multiplied with int8 activations. False: floats, multiplied with float32."""
-    zero_point: int = 0
-    """Added to integers before they are stored, which makes them unsigned; 0 if they are stored signed."""
-    largest: int = 0
-    """The largest magnitude of a stored integer."""
+    codebook: tuple[int, ...] = ()
+    """The values that stored integers stand for, ascending, as the converter writes them: files have a codebook for
+    each matrix. Empty: the values follow from the stored integers."""
 
     @property
-    def low(self) -> int:
-        """The smallest integer that a weight divided by its scale can be."""
-        return -self.zero_point or -self.largest
+    def bits(self) -> int:
+        """Bits per weight, without scales."""
+        return sum(self.planes)
 
     @property
-    def high(self) -> int:
-        """The largest integer that a weight divided by its scale can be."""
-        return self.largest - self.zero_point
+    def zero_point(self) -> int:
+        """Added to values, it makes what kernels multiply unsigned; 0 if that is signed."""
+        return ZERO_POINT if self.is_integer and self.bits < 8 else 0
+
+    @property
+    def step(self) -> int:
+        """The distance of neighbouring values, if there is no codebook."""
+        return 2 * ZERO_POINT >> self.bits if self.zero_point else 1
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """What the integers 0, 1, ... of an encoding of integers stand for, ascending.
+
+        With a zero point and no codebook, a stored q is the value q * step - zero_point; without a zero point the
+        values themselves are stored, signed.
+        """
+        if self.codebook or not self.is_integer:
+            return self.codebook
+        if self.zero_point:
+            return tuple(range(-self.zero_point, self.zero_point, self.step))
+        return tuple(range(1 - (1 << self.bits - 1), 1 << self.bits - 1))
+
+    @property
+    def largest(self) -> int:
+        """The largest integer that kernels multiply by, in magnitude."""
+        return 2 * ZERO_POINT - 1 if self.zero_point else (1 << self.bits - 1) - 1
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the int8 scales that a unit begins with: of 16 rows for each of its blocks. 0: none."""
+        return UNIT_BLOCKS * UNIT_ROWS if self.is_integer else 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block's weights: 16 rows x 32 columns."""
+        return LINE_BYTES * self.bits
 
     @property
     def unit_bytes(self) -> int:
@@ -56,14 +98,27 @@ class Encoding:
         return self.scale_bytes + UNIT_BLOCKS * self.block_bytes
 
     @property
+    def row_scale_bytes(self) -> int:
+        """Bytes of the float32 scales of 16 rows, which precede their units. 0: none."""
+        return 4 * UNIT_ROWS if self.is_integer else 0
+
+    def row_bytes(self, units: int) -> int:
+        """Bytes of a unit row: the scales of 16 rows, then so many units."""
+        return self.row_scale_bytes + units * self.unit_bytes
+
+    @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales included."""
+        """Stored bits per weight, block scales included."""
         return 8 * self.unit_bytes / (UNIT_ROWS * UNIT_COLUMNS)
 
 
-INT4 = Encoding("int4", code=0, bits=4, scale_bytes=64, block_bytes=256, is_integer=True, zero_point=8, largest=15)
-INT8 = Encoding("int8", code=1, bits=8, scale_bytes=64, block_bytes=512, is_integer=True, largest=127)
-BF16 = Encoding("bf16", code=2, bits=16, scale_bytes=0, block_bytes=1024, is_integer=False)
+INT4 = Encoding(
+    "int4", code=0, planes=(4,),
+    # Of the least squared error of trained weights in blocks of 32.
+    codebook=(-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29),
+)  # fmt: skip
+INT8 = Encoding("int8", code=1, planes=(8,))
+BF16 = Encoding("bf16", code=2, planes=(16,), is_integer=False)
 
 ENCODINGS = (INT4, INT8, BF16)
 """In the order of their codes."""

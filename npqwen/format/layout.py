@@ -1,7 +1,7 @@
 """Which tensors a converted model has: names, padded sizes, order, and what each is made from (quant/FORMAT.md).
 
 The converter writes the tensors of a `Layout`, the reader looks for them. Encodings are not part of it: a matrix counts
-in units of 16 rows x 64 columns, whatever their bytes.
+in units of 16 rows x 128 columns, whatever their bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from npqwen.format.config import Config
-from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
+from npqwen.format.encodings import CODEBOOK_BYTES, UNIT_COLUMNS, UNIT_ROWS, Encoding
 
 
 def ceil_div(n: int, divisor: int) -> int:
@@ -73,6 +73,11 @@ class Matrix:
         rows, columns = self.units
         return rows * UNIT_ROWS, columns * UNIT_COLUMNS
 
+    def shape(self, encoding: Encoding) -> tuple[int, int]:
+        """Of the tensor: unit rows, and bytes of each."""
+        rows, columns = self.units
+        return rows, encoding.row_bytes(columns)
+
     @property
     def sources(self) -> dict[str, tuple[int, ...]]:
         """The checkpoint's tensors that this is made from, with their shapes."""
@@ -80,8 +85,24 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Codebook:
+    """The values of a matrix tensor's integers, in an encoding that has a codebook: unsigned bytes."""
+
+    matrix: str
+    """The name of the matrix tensor."""
+
+    @property
+    def name(self) -> str:
+        return self.matrix.removesuffix(".weight") + ".codebook"
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (CODEBOOK_BYTES,)
+
+
+@dataclass(frozen=True)
 class Experts:
-    """A layer's experts in one tensor: expert by expert, all units of gate_up_proj and then all of down_proj."""
+    """A layer's experts in one tensor: expert by expert, gate_up_proj and then down_proj."""
 
     name: str
     source: str
@@ -95,10 +116,10 @@ class Experts:
         prefix = f"{self.source}{expert}."
         return _gate_up(prefix, self.hidden, self.inner), _plain(f"{prefix}down_proj.weight", self.hidden, self.inner)
 
-    @property
-    def units(self) -> tuple[int, int]:
-        """Experts, and units of each."""
-        return self.count, sum(rows * columns for rows, columns in (matrix.units for matrix in self.matrices(0)))
+    def shape(self, encoding: Encoding) -> tuple[int, int]:
+        """Of the tensor: experts, and bytes of each."""
+        shapes = [matrix.shape(encoding) for matrix in self.matrices(0)]
+        return self.count, sum(rows * row_bytes for rows, row_bytes in shapes)
 
     @property
     def sources(self) -> dict[str, tuple[int, ...]]:
@@ -125,19 +146,19 @@ class Layout:
         """None if the embedding is used for it."""
 
     def layer(self, i: int) -> dict[str, Tensor]:
-        """Layer i's tensors by their role (qkv_proj, router, experts, ...), in the order in which a pass uses them."""
+        """Layer i's tensors by their role (qk_proj, router, experts, ...), in the order in which a pass uses them."""
         c, prefix = self.config, f"model.layers.{i}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         hidden, queries, keys = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        # head_dim is a multiple of 16, so no padding lies between q, k and v.
-        qkv = (
+        # head_dim is a multiple of 16, so no padding lies between q and k.
+        qk = (
             Part(attention + "q_proj.weight", queries),
             Part(attention + "k_proj.weight", keys, start=queries // UNIT_ROWS),
-            Part(attention + "v_proj.weight", keys, start=(queries + keys) // UNIT_ROWS),
         )
         tensors: dict[str, Tensor] = {
             "input_layernorm": Vector(prefix + "input_layernorm.weight", hidden),
-            "qkv_proj": Matrix(attention + "qkv_proj.weight", hidden, qkv),
+            "qk_proj": Matrix(attention + "qk_proj.weight", hidden, qk),
+            "v_proj": _plain(attention + "v_proj.weight", keys, hidden),
             "q_norm": Vector(attention + "q_norm.weight", c.head_dim),
             "k_norm": Vector(attention + "k_norm.weight", c.head_dim),
             "o_proj": _plain(attention + "o_proj.weight", hidden, queries),

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from npqwen.format.encodings import ENCODINGS, UNIT_BLOCKS, UNIT_COLUMNS, UNIT_ROWS, Encoding
+from npqwen.format.encodings import CODEBOOK_BYTES, ENCODINGS, UNIT_BLOCKS, UNIT_COLUMNS, UNIT_ROWS, Encoding
 from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.compiled import address_of
@@ -31,8 +31,10 @@ from npqwen.simd.tile import (
     LANES,
     chains,
     dot_block_int,
+    load_codebook,
     multiply_add_column,
     prefetch,
+    scale_rows,
     store,
     store_add,
     store_add_tiles,
@@ -55,34 +57,43 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
     """The kernel for weights of an integer encoding and tiles of `tokens` tokens."""
     vectors = ISA.tiles[tokens]
     rows = vectors * LANES
-    code, unit, scale_bytes, half = encoding.code, encoding.unit_bytes, encoding.scale_bytes, encoding.block_bytes
-    scales, x_block = scale_bytes // UNIT_BLOCKS, block_bytes(tokens)
+    code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
+    row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
+    x_block = block_bytes(tokens)
     # Prefetching line by line between loads gives a tenth more bandwidth than prefetching a whole unit first.
-    prefetched = scale_bytes if ISA.prefetches else unit
+    prefetched = scale_bytes if ISA.prefetches else unit // 2
 
     @entry(encoding.name, tokens, vectors)
     def integer_rows(
-        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, accumulate: int,
-        scratch: int,
+        address: int, codebook: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int,
+        accumulate: int, scratch: int,
     ) -> None:  # fmt: skip
-        w = memory(address, last * units * unit, np.uint8)
+        group_bytes = row_scale_bytes + units * unit
+        w = memory(address, last * group_bytes, np.uint8)
         packed = memory(x, tiles * units * UNIT_BLOCKS * x_block, np.uint8)
         results = memory(out, tiles * tokens * stride, np.float32)
+        table = load_codebook(code, memory(codebook, CODEBOOK_BYTES, np.uint8))
         for tile in range(tiles):
             for group in range(first, last):
                 for row in range(0, UNIT_ROWS, rows):
                     sums = zeros(tokens, vectors, 1)
-                    at = group * units * unit
+                    at = group * group_bytes + row_scale_bytes
+                    scales_at = at + row
+                    block_at = at + scale_bytes + 4 * row
                     x_at = tile * units * UNIT_BLOCKS * x_block
-                    for _ in range(units):
-                        scales_at = at + 2 * row
-                        block_at = at + scale_bytes + 4 * row
-                        prefetch(w, at + PREFETCH_DISTANCE, prefetched)
-                        sums = dot_block_int(sums, tokens, code, w, block_at, scales_at, packed, x_at)
+                    # Two blocks a turn: with four, LLVM would load early, and have no registers for it.
+                    for half in range(2 * units):
+                        prefetch(w, block_at - scale_bytes + PREFETCH_DISTANCE, prefetched)
+                        sums = dot_block_int(sums, tokens, code, table, w, block_at, scales_at, packed, x_at)
                         x_at += x_block
-                        sums = dot_block_int(sums, tokens, code, w, block_at + half, scales_at + scales, packed, x_at)
+                        sums = dot_block_int(
+                            sums, tokens, code, table, w, block_at + block_size, scales_at + UNIT_ROWS, packed, x_at
+                        )
                         x_at += x_block
-                        at += unit
+                        # The second half ends the unit.
+                        block_at += 2 * block_size + half % 2 * scale_bytes
+                        scales_at += 2 * UNIT_ROWS + half % 2 * (unit - scale_bytes)
+                    sums = scale_rows(sums, vectors, w, group * group_bytes + 4 * row)
                     place = tile * tokens * stride + group * UNIT_ROWS + row
                     if accumulate:
                         store_add(sums, results, place, vectors, stride)
@@ -104,8 +115,8 @@ def _bf16_rows(tokens: int) -> Any:
 
     @entry(tokens, vectors)
     def bf16_rows(
-        address: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int, accumulate: int,
-        scratch: int,
+        address: int, codebook: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int,
+        accumulate: int, scratch: int,
     ) -> None:  # fmt: skip
         cols = units * UNIT_COLUMNS
         w = memory(address, last * UNIT_ROWS * cols, np.uint16)
@@ -161,9 +172,10 @@ def _rows(encoding: Encoding, tokens: int) -> Any:
 KERNELS = tuple({width: _rows(encoding, width) for width in WIDTHS} for encoding in ENCODINGS)
 """The kernels by the code of the encoding, then by the width of a tile.
 
-A kernel multiplies row groups first to last - 1 of the matrix at `address`, of `units` units a group, by `tiles` tiles
-of packed activations at x. The results go to float32 at `out`, `stride` of them a token, and are added to what is there
-if `accumulate` is 1 and not 0. scratch: the address of `scratch_floats` float32.
+A kernel multiplies row groups first to last - 1 of the matrix at `address`, of `units` units a group and the codebook
+at `codebook` (0 in encodings that have none), by `tiles` tiles of packed activations at x. The results go to float32 at
+`out`, `stride` of them a token, and are added to what is there if `accumulate` is 1 and not 0. scratch: the address of
+`scratch_floats` float32.
 """
 
 
@@ -187,10 +199,10 @@ def local_floats(tokens: int, multiple: int) -> int:
 
 
 @njit(nogil=True)
-def chunk_groups(team: Any, matrix: Any, tokens: int, width: int) -> int:
-    """How many row groups a thread claims at a time: an eighth of its share, unless that is more than a chunk."""
+def chunk_groups(team: Any, matrix: Any, groups: int, tokens: int, width: int) -> int:
+    """How many of `groups` row groups a thread claims at a time: an eighth of its share, at most a chunk."""
     streams = tokens <= width and not (_MATRICES and width == UNIT_ROWS)  # unpacked weights have to fit scratch
-    groups, members, size = matrix.rows // UNIT_ROWS, acquire(team, MEMBERS), group_bytes(matrix)
+    members, size = acquire(team, MEMBERS), group_bytes(matrix)
     chunk = max(1, min(groups // (8 * members), (STREAM_BYTES if streams else CHUNK_BYTES) // size))
     if not IS_INTEGER[matrix.encoding]:
         rounded = (chunk + _TOGETHER[width] - 1) // _TOGETHER[width] * _TOGETHER[width]
@@ -200,15 +212,15 @@ def chunk_groups(team: Any, matrix: Any, tokens: int, width: int) -> int:
 
 
 @njit(nogil=True)
-def claim_local_rows(team: Any, matrix: Any, tokens: int, width: int, multiple: int) -> Any:
+def claim_local_rows(team: Any, matrix: Any, groups: int, tokens: int, width: int, multiple: int) -> Any:
     """The next row groups for this thread, which keeps their results: (first, last), equal when none are left.
 
+    groups: those of the matrix, or of it and of matrices with the same input whose row groups follow in one pool.
     first is a multiple of `multiple`, and so is last except at the end. The results of all tokens, rounded up to whole
     tiles, are at most `local_floats`.
     """
-    groups = matrix.rows // UNIT_ROWS
     fitting = _LOCAL_FLOATS // (whole_tiles(tokens, width) * UNIT_ROWS)
-    chunk = max(multiple, min(chunk_groups(team, matrix, tokens, width), fitting) // multiple * multiple)
+    chunk = max(multiple, min(chunk_groups(team, matrix, groups, tokens, width), fitting) // multiple * multiple)
     first = min(claim(team, chunk), groups)
     return first, min(first + chunk, groups)
 
@@ -222,7 +234,8 @@ def run_kernel(
     run_at(
         kernels[matrix.encoding, width],
         (
-            address, matrix.cols // UNIT_COLUMNS, first, last, x, tiles, out, stride, accumulate, scratch.ctypes.data,
+            address, matrix.codebook, matrix.cols // UNIT_COLUMNS, first, last, x, tiles, out, stride, accumulate,
+            scratch.ctypes.data,
         ),
     )  # fmt: skip
 
@@ -255,7 +268,7 @@ def matmul(
     """
     groups = matrix.rows // UNIT_ROWS
     tiles = whole_tiles(tokens, width) // width
-    chunk = chunk_groups(team, matrix, tokens, width)
+    chunk = chunk_groups(team, matrix, groups, tokens, width)
     while True:
         first = claim(team, chunk)
         if first >= groups:

@@ -52,19 +52,19 @@ def whole_tiles(tokens: int, width: int) -> int:
 
 
 def packed_bytes(tokens: int, columns: int) -> int:
-    """Bytes that hold this many tokens for any encoding and tile width; columns is a multiple of 64."""
+    """Bytes that hold this many tokens for any encoding and tile width; columns is a multiple of 128."""
     return -(-tokens // WIDEST) * WIDEST * columns * 4
 
 
 @njit(nogil=True)
 def packed_row_bytes(encoding: int, columns: int) -> int:
-    """Bytes of one token for weights of an encoding (a code); columns is a multiple of 64."""
+    """Bytes of one token for weights of an encoding (a code); columns is a multiple of 128."""
     return columns // BLOCK_COLUMNS * block_bytes(1) if IS_INTEGER[encoding] else columns * 4
 
 
 @njit(nogil=True)
 def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
-    """Pack one token's activations x, float32 (columns,), a multiple of 64, into tiles of `width` tokens.
+    """Pack one token's activations x, float32 (columns,), a multiple of 128, into tiles of `width` tokens.
 
     encoding: the code of the encoding of the weights to multiply by. packed: uint8, all tokens'.
     """

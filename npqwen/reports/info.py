@@ -19,7 +19,7 @@ from npqwen.simd.isa import ISA, available
 
 PARTS = {
     "embedding": ("embed_tokens",),
-    "attention": ("qkv_proj", "o_proj"),
+    "attention": ("qk_proj", "v_proj", "o_proj"),
     "feed-forward": ("gate_up_proj", "down_proj"),
     "experts": ("experts",),
     "routers": ("gate",),

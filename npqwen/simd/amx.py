@@ -8,6 +8,7 @@ block is multiplied while the sums of the one before are scaled.
 from __future__ import annotations
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 
 from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS
@@ -17,7 +18,6 @@ from npqwen.simd.llvm import (
     CACHE_LINE,
     F32,
     I8,
-    I16,
     I32,
     I64,
     VOID,
@@ -35,7 +35,7 @@ from npqwen.simd.llvm import (
     vector,
 )
 from npqwen.simd.packed import scale_offset
-from npqwen.simd.tile import LANES
+from npqwen.simd.tile import LANES, block_scales, bytes_
 
 SUM_BYTES = UNIT_ROWS * CACHE_LINE
 """Bytes of a register of sums."""
@@ -63,13 +63,26 @@ def release(b: ir.IRBuilder) -> None:
     _do(b, "tilerelease")
 
 
+@operation(returns=lambda encoding, codebook: types.UniTuple(bytes_, 1))
+def load_signed_codebook(b: ir.IRBuilder, encoding: Const, codebook: Array) -> Tile:
+    """A matrix's codebook without the zero point, for `unpack_block`. Not read if the encoding has none."""
+    table = ISA.codebook(b, ENCODINGS[encoding], codebook)
+    return [b.sub(table, constant(I8, CACHE_LINE, ENCODINGS[encoding].zero_point))]
+
+
 @operation
-def unpack_block(b: ir.IRBuilder, encoding: Const, w: Array, at: Int, out: Array, out_at: Int) -> None:
-    """out[out_at:] = the block of weights at uint8 w[at:] as int8: 512 bytes in quads; encoding: a code."""
+def unpack_block(
+    b: ir.IRBuilder, encoding: Const, codebook: Tile, w: Array, at: Int, out: Array, out_at: Int
+) -> None:
+    """out[out_at:] = the values of the block of weights at uint8 w[at:], int8: 512 bytes in quads.
+
+    encoding: a code. codebook: from `load_signed_codebook`.
+    """
     block, place = element(b, w, at, I8), element(b, out, out_at, I8)
-    zero_point = constant(I8, CACHE_LINE, ENCODINGS[encoding].zero_point)
-    for n, quad in ISA.quads(b, ENCODINGS[encoding], block):
-        b.store(b.sub(quad, zero_point), offset(b, place, CACHE_LINE * n, quad.type), align=CACHE_LINE)
+    zero_point = 0 if ENCODINGS[encoding].codebook else ENCODINGS[encoding].zero_point
+    for n, quad in ISA.quads(b, ENCODINGS[encoding], codebook[0], block):
+        values = b.sub(quad, constant(I8, CACHE_LINE, zero_point))
+        b.store(values, offset(b, place, CACHE_LINE * n, quad.type), align=CACHE_LINE)
 
 
 @operation
@@ -88,14 +101,13 @@ def finish_block(
 ) -> Tile:
     """tile + the sums that `start_block` began, times the scales of weights and activations.
 
-    tile: 16 vectors, one a token. w[scales_at:]: the block's float16 scales. x[x_at:]: its activations
+    tile: 16 vectors, one a token. w[scales_at:]: the block's int8 scales. x[x_at:]: its activations
     (npqwen/simd/packed.py). room: uint8, 64-aligned, 2 * SUM_BYTES.
     """
-    halves = element(b, w, scales_at, vector(I16, LANES))
     activations = element(b, x, x_at, I8)
     sums = offset(b, room, n * SUM_BYTES, I8)
     _do(b, "tilestored64", I8(_SUMS + n), sums, I64(CACHE_LINE))
-    scale = ISA.from_half(b, b.load(halves, align=2))
+    scale = block_scales(b, element(b, w, scales_at, I8))
     for t in range(UNIT_ROWS):
         x_scale = b.load(offset(b, activations, scale_offset(t, UNIT_ROWS), F32), align=4)
         products = b.load(offset(b, sums, CACHE_LINE * t, vector(I32, LANES)), align=CACHE_LINE)

@@ -40,6 +40,9 @@ class Neon(NativeHalf):
             total = call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, b.bitcast(lane, _BYTES))
         return total
 
+    def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
+        return call(b, "llvm.aarch64.neon.tbl1.v16i8", _BYTES, table, indices)
+
     def to_float(self, b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
         return b.fsub(b.bitcast(sums, _FLOATS), constant(F32, 4, float(_BIAS)))
 
@@ -58,11 +61,11 @@ class NeonI8mm(Neon):
     pairs: ClassVar[bool] = True
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
         if tokens == 1:  # half of each instruction would be wasted
-            return super().products(b, encoding, block, x, tokens)
-        return self._products_of_pairs(b, self.octets(b, encoding, block), x, tokens)
+            return super().products(b, encoding, table, block, x, tokens)
+        return self._products_of_pairs(b, self.octets(b, encoding, table, block), x, tokens)
 
     def _products_of_pairs(
         self, b: ir.IRBuilder, octets: list[list[ir.Value]], x: ir.Value, tokens: int
@@ -79,22 +82,21 @@ class NeonI8mm(Neon):
             for high in (False, True):
                 yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
 
-    def octets(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> list[list[ir.Value]]:
-        """For each 8 columns of the block the octet of rows 0 and 1, and that of rows 2 and 3.
-
-        From the block's quads, unless there is a method that is faster for an encoding, such as `int4_octets`.
-        """
-        if hasattr(self, f"{encoding.name}_octets"):
-            octets: list[list[ir.Value]] = getattr(self, f"{encoding.name}_octets")(b, block)
-            return octets
-        quads = dict(self.quads(b, encoding, block))
-        return _octets(b, [quads[n] for n in range(QUADS)])
-
-    def int4_octets(self, b: ir.IRBuilder, block: ir.Value) -> list[list[ir.Value]]:
-        """Interleaved while two quads share their bytes, which halves the work."""
-        stored = _octets(b, [self.stored_quad(b, block, n) for n in range(QUADS // 2)])
-        low = [[b.and_(octet, constant(I8, 16, 15)) for octet in halves] for halves in stored]
-        return low + [[b.lshr(octet, constant(I8, 16, 4)) for octet in halves] for halves in stored]
+    def octets(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value
+    ) -> list[list[ir.Value]]:
+        """For each 8 columns of the block the octet of rows 0 and 1, and that of rows 2 and 3."""
+        width = encoding.planes[0]
+        if width % 2 or len(encoding.planes) > 1:
+            quads = dict(self.quads(b, encoding, table, block))
+            return _octets(b, [quads[n] for n in range(QUADS)])
+        # Interleaved while quads share their bytes, which saves work.
+        lines = _octets(b, [self.line(b, block, n) for n in range(width)])
+        return [
+            [self.quad(b, encoding, table, [(line, shift, width)]) for line in halves]
+            for shift in range(0, 8, width)
+            for halves in lines
+        ]
 
 
 def _octets(b: ir.IRBuilder, quads: list[ir.Value]) -> list[list[ir.Value]]:

@@ -53,12 +53,13 @@ def quantize_block(b: ir.IRBuilder, x: Array, at: Int, out: Array, out_at: Int, 
 
 
 @operation
-def dequantize_block_row(
-    b: ir.IRBuilder, encoding: Int, r: Int, w: Array, at: Int, scale: Float, out: Array, out_at: Int
-) -> None:
-    """out[out_at:] = scale * row r (0 to 15) of the block of weights at uint8 w[at:], 32 float32.
+def read_block_row(
+    b: ir.IRBuilder, encoding: Int, r: Int, w: Array, at: Int, codebook: Array, row_scale: Float, block_scale: Float,
+    out: Array, out_at: Int,
+) -> None:  # fmt: skip
+    """out[out_at:] = row r (0 to 15) of the block of weights at uint8 w[at:], 32 float32.
 
-    encoding: the code of an integer encoding.
+    encoding: the code of an integer encoding. codebook: the matrix's, not read if the encoding has none.
     """
     first, lane = b.udiv(r, r.type(ISA.lanes)), b.trunc(b.urem(r, r.type(ISA.lanes)), I32)
     block = element(b, w, b.add(at, b.mul(first, r.type(4 * ISA.lanes))), I8)
@@ -67,13 +68,14 @@ def dequantize_block_row(
         if each.is_integer:
             with b.if_then(b.icmp_signed("==", encoding, encoding.type(each.code))):
                 words = undefined(vector(I32, BLOCK_COLUMNS // 4))
-                for n, quad in ISA.quads(b, each, block):
+                for n, quad in ISA.quads(b, each, ISA.codebook(b, each, codebook), block):
                     word = b.extract_element(b.bitcast(quad, vector(I32, ISA.lanes)), lane)
                     words = b.insert_element(words, word, I32(n))
                 stored = b.sext(b.bitcast(words, vector(I8, BLOCK_COLUMNS)), vector(I32, BLOCK_COLUMNS))
-                integers = b.sub(stored, constant(I32, BLOCK_COLUMNS, each.zero_point))
-                floats = b.sitofp(integers, vector(F32, BLOCK_COLUMNS))
-                b.store(b.fmul(floats, splat(b, scale, BLOCK_COLUMNS)), place, align=4)
+                values = b.sub(stored, constant(I32, BLOCK_COLUMNS, each.zero_point))
+                # Exact: of at most 15 bits.
+                scaled = b.fmul(b.sitofp(values, vector(F32, BLOCK_COLUMNS)), splat(b, block_scale, BLOCK_COLUMNS))
+                b.store(b.fmul(scaled, splat(b, row_scale, BLOCK_COLUMNS)), place, align=4)
 
 
 @operation

@@ -2,35 +2,34 @@
 
 Weights come in blocks of 16 rows by 32 columns (quant/FORMAT.md). One vector of weights holds `lanes` rows by 4
 neighbouring columns, a *quad*, as bytes; a block's 8 quads cover its 32 columns. A product multiplies each quad by the
-4 activations of its columns and adds up the 32 products of each row in an int32 lane.
+4 activations of its columns and adds up the 32 products of each row in an int32 lane. Blocks are stored in lines of 64
+bytes, in which quads have fields of some bits: `quads` takes them apart for any encoding of integers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
 from llvmlite import ir
 
+from npqwen.format.encodings import QUADS as QUADS
 from npqwen.format.encodings import Encoding
-from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, splat, vector
+from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, splat, undefined, vector
 from npqwen.simd.packed import start_offset, values_offset
 
-QUADS = 8
-"""Quads of a block."""
 PREFETCH_DISTANCE = 2048
 """Bytes between weights that are read and those prefetched: further than a processor's own prefetching goes."""
 
 Quads = Iterator[tuple[int, ir.Value]]
 """Quads with their numbers in the block, 0 to 7."""
+Field = tuple[ir.Value, int, int]
+"""Some bits of a quad in a line: the line, their first bit in each byte, how many they are."""
 
 
 class InstructionSet:
-    """One way to compile the kernels; this base class runs on any processor LLVM knows.
-
-    An encoding of integers needs one method, which unpacks its blocks: `int4_quads` for the encoding named int4. A
-    subclass overrides it where its registers want another order.
-    """
+    """One way to compile the kernels; this base class runs on any processor LLVM knows."""
 
     name: ClassVar[str] = "portable"
     lanes: ClassVar[int] = 8
@@ -47,7 +46,7 @@ class InstructionSet:
     matrices: ClassVar[bool] = False
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
     prefetches: ClassVar[bool] = False
-    """Whether `stored_quad` prefetches, where a quad of all 16 rows is one vector and one cache line."""
+    """Whether `line` prefetches, where a line is one vector and one cache line."""
     pairs: ClassVar[bool] = False
     """Whether `products` of several tokens takes their activations by pairs (npqwen/simd/packed.py)."""
 
@@ -57,43 +56,68 @@ class InstructionSet:
         return True
 
     def zero_point(self, encoding: Encoding) -> int:
-        """The integer that `products` adds to each weight; a sum's start subtracts it times the sum of activations."""
+        """The integer that `products` adds to each value; a sum's start subtracts it times the sum of activations."""
         return encoding.zero_point
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
         """Sums of a block of integer weights times the activations at x (npqwen/simd/packed.py), token after token.
 
-        Each is <lanes x i32> for `to_float`.
+        Each is <lanes x i32> for `to_float`. table: from `codebook`.
         """
-        quads = list(self.quads(b, encoding, block))
+        quads = list(self.quads(b, encoding, table, block))
         return (
             self.dot(b, quads, offset(b, x, values_offset(t), I8), self.start(b, x, t, tokens)) for t in range(tokens)
         )
 
-    def quads(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> Quads:
+    def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
+        """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""
+        kind = vector(I8, 4 * self.lanes)
+        return b.load(b.bitcast(place, kind.as_pointer()), align=1) if encoding.codebook else ir.Constant(kind, None)
+
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> Quads:
         """A block's 8 quads, <4 * lanes x i8>, in the order in which they are read.
 
-        The bytes are integers as stored: unsigned if the encoding has a zero point, else signed.
+        The bytes are values plus the encoding's zero point, or signed values if that is 0.
         """
-        quads: Quads = getattr(self, f"{encoding.name}_quads")(b, block)
-        return quads
+        starts = [sum(encoding.planes[:i]) for i in range(len(encoding.planes))]
+        lines: dict[int, ir.Value] = {}
 
-    def int4_quads(self, b: ir.IRBuilder, block: ir.Value) -> Quads:
-        """Quad n in the low nibbles, quad n + 4 in the high ones."""
-        for n in range(4):
-            stored = self.stored_quad(b, block, n)
-            yield n, b.and_(stored, constant(I8, 4 * self.lanes, 15))
-            yield n + 4, b.lshr(stored, constant(I8, 4 * self.lanes, 4))
+        def field(plane: int, n: int) -> tuple[ir.Value, int, int]:
+            p = encoding.planes[plane]
+            number = starts[plane] + n % p
+            if number not in lines:
+                lines[number] = self.line(b, block, number)
+            return lines[number], n // p * p, p
 
-    def int8_quads(self, b: ir.IRBuilder, block: ir.Value) -> Quads:
-        """Quad n is stored quad n."""
-        for n in range(QUADS):
-            yield n, self.stored_quad(b, block, n)
+        first = encoding.planes[0]
+        for n in (line + first * f for line in range(first) for f in range(QUADS // first)):
+            fields = [field(plane, n) for plane in range(len(encoding.planes))]
+            yield n, self.quad(b, encoding, table, fields)
 
-    def stored_quad(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
-        """The n-th 4 bytes of each of `lanes` rows, <4 * lanes x i8>."""
+    def quad(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, fields: list[Field]) -> ir.Value:
+        """One quad of `quads`, of which each field holds some bits, the lowest first."""
+        at = 0 if encoding.codebook else encoding.step.bit_length() - 1
+        parts = []
+        for line, shift, width in fields:
+            mask = constant(I8, line.type.count, (1 << width) - 1 << at)
+            moved = _shift(b, line, at - shift)
+            parts.append(line if width == 8 else b.and_(moved, mask))
+            at += width
+        bits = functools.reduce(b.or_, parts)
+        return self.lookup(b, table, bits) if encoding.codebook else bits
+
+    def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
+        """table[i] for each byte i of indices, 0 to 15."""
+        found = undefined(indices.type)
+        for lane in map(I32, range(indices.type.count)):
+            index = b.zext(b.extract_element(indices, lane), I32)
+            found = b.insert_element(found, b.extract_element(table, index), lane)
+        return found
+
+    def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
+        """The bytes of `lanes` rows in the n-th line, <4 * lanes x i8>."""
         return b.load(offset(b, block, CACHE_LINE * n, vector(I8, 4 * self.lanes)), align=1)
 
     def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
@@ -129,6 +153,12 @@ class InstructionSet:
         scaled = b.fmul(b.bitcast(magnitude, vector(F32, n)), constant(F32, n, 2.0**112))
         sign = b.shl(b.and_(bits, constant(I32, n, 0x8000)), constant(I32, n, 16))
         return b.bitcast(b.or_(b.bitcast(scaled, vector(I32, n)), sign), vector(F32, n))
+
+
+def _shift(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
+    """Every byte shifted left by so many bits, or right if they are negative."""
+    count = constant(I8, line.type.count, abs(bits))
+    return b.shl(line, count) if bits > 0 else b.lshr(line, count) if bits else line
 
 
 class NativeHalf(InstructionSet):

@@ -45,10 +45,11 @@ FLOATS = vector(F32, LANES)
 
 
 class Vector(types.Type):
-    """`LANES` float32 in a register."""
+    """A register: `LANES` float32, or as many bytes as these."""
 
-    def __init__(self) -> None:
-        super().__init__(name=f"f32x{LANES}")
+    def __init__(self, name: str, kind: ir.VectorType) -> None:
+        self.kind = kind
+        super().__init__(name=f"{name}x{kind.count}")
 
 
 @register_model(Vector)
@@ -56,10 +57,11 @@ class VectorModel(models.PrimitiveModel):
     """Passed on and held as an LLVM vector."""
 
     def __init__(self, manager: Any, numba_type: Vector) -> None:
-        super().__init__(manager, numba_type, FLOATS)
+        super().__init__(manager, numba_type, numba_type.kind)
 
 
-f32s = Vector()
+f32s = Vector("f32", FLOATS)
+bytes_ = Vector("i8", vector(I8, 4 * LANES))
 
 
 def chains(vectors: int) -> int:
@@ -115,20 +117,29 @@ def _place(b: ir.IRBuilder, out: ir.Value, at: ir.Value, n: int, rows: int, stri
     return element(b, out, step(b, step(b, at, t, stride), r * LANES), FLOATS)
 
 
+@operation(returns=lambda encoding, codebook: types.UniTuple(bytes_, 1))
+def load_codebook(b: ir.IRBuilder, encoding: Const, codebook: Array) -> Tile:
+    """A matrix's codebook, for `dot_block_int`; encoding: a code. Not read if the encoding has none."""
+    return [ISA.codebook(b, ENCODINGS[encoding], codebook)]
+
+
 @operation
 def dot_block_int(
-    b: ir.IRBuilder, tile: Tile, tokens: Const, encoding: Const, w: Array, at: Int, scales_at: Int, x: Array, x_at: Int
-) -> Tile:
-    """tile + a block of weights @ the tokens' activations.
+    b: ir.IRBuilder, tile: Tile, tokens: Const, encoding: Const, codebook: Tile,
+    w: Array, at: Int, scales_at: Int, x: Array, x_at: Int,
+) -> Tile:  # fmt: skip
+    """tile + a block of weights @ the tokens' activations, but for the rows' scales.
 
-    encoding: the code of an integer encoding. w: uint8, the block's weights at w[at:], their float16 scales at
-    w[scales_at:], both of the tile's first row. x: uint8, the block's activations at x[x_at:] (npqwen/simd/packed.py).
+    encoding: the code of an integer encoding. codebook: from `load_codebook`. w: uint8, the block's weights at w[at:],
+    their int8 scales at w[scales_at:], both of the tile's first row. x: uint8, the block's activations at x[x_at:]
+    (npqwen/simd/packed.py).
     """
     block, scales, activations = element(b, w, at, I8), element(b, w, scales_at, I8), element(b, x, x_at, I8)
     rows = len(tile) // tokens
     for r in range(rows):
-        products = ISA.products(b, ENCODINGS[encoding], offset(b, block, 4 * LANES * r, I8), activations, tokens)
-        scale = ISA.from_half(b, b.load(offset(b, scales, 2 * LANES * r, vector(I16, LANES)), align=2))
+        place = offset(b, block, 4 * LANES * r, I8)
+        products = ISA.products(b, ENCODINGS[encoding], codebook[0], place, activations, tokens)
+        scale = block_scales(b, offset(b, scales, LANES * r, I8))
         for t, sums in enumerate(products):
             x_scale = b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4)
             # Not the scales first: LLVM would make that product early, and have no register for it.
@@ -136,6 +147,20 @@ def dot_block_int(
             n = t * rows + r
             tile[n] = fma(b, scaled, scale, tile[n])
     return tile
+
+
+def block_scales(b: ir.IRBuilder, place: ir.Value) -> ir.Value:
+    """A block's int8 scales of `LANES` rows, as float32."""
+    scales = b.load(b.bitcast(place, vector(I8, LANES).as_pointer()), align=1)
+    return b.sitofp(b.sext(scales, vector(I32, LANES)), FLOATS)
+
+
+@operation
+def scale_rows(b: ir.IRBuilder, tile: Tile, rows: Const, w: Array, at: Int) -> Tile:
+    """tile * the rows' float32 scales, which begin at the uint8 w[at:]; rows: vectors of rows a token."""
+    place = element(b, w, at, I8)
+    scales = [b.load(offset(b, place, 4 * LANES * r, FLOATS), align=4) for r in range(rows)]
+    return [b.fmul(value, scales[n % rows]) for n, value in enumerate(tile)]
 
 
 BFLOAT16, FLOAT16, FLOAT32 = range(3)

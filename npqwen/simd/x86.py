@@ -1,4 +1,4 @@
-"""x86-64: AVX2, and the dot-product instruction `vpdpbusd` in its 256- and 512-bit forms."""
+"""x86-64: AVX2, the dot-product instruction `vpdpbusd` in its 256- and 512-bit forms, and byte shuffles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, NativeHalf, Quads
+from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, vector
 
 
@@ -24,16 +24,16 @@ class Avx2(NativeHalf):
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
         # Quad after quad, for all tokens each: sixteen registers hold the sums, but not eight quads beside them.
         signed = encoding.zero_point == 0
-        # Quads whose pairs of products add up in int16: all eight of int4, 15 * 127 * 2 * 8 = 30480 < 32767; only one
-        # of int8, 127 * 127 * 2 = 32258.
+        # Quads whose pairs of products add up in int16: two below 64, 63 * 127 * 2 * 2 = 32004 < 32767; only one of
+        # int8, 127 * 127 * 2 = 32258.
         run = 32767 // (encoding.largest * 127 * 2)
         narrow: list[Any] = [None] * tokens
         totals: list[Any] = [None] * tokens
-        for n, (number, quad) in enumerate(self.quads(b, encoding, block)):
+        for n, (number, quad) in enumerate(self.quads(b, encoding, table, block)):
             magnitude = _with_sign(b, quad, quad) if signed else quad
             for t in range(tokens):
                 activations = b.bitcast(self.broadcast(b, x, t, number), quad.type)
@@ -47,6 +47,10 @@ class Avx2(NativeHalf):
         for t in range(tokens):
             start = self.start(b, x, t, tokens)
             yield b.add(_widen(b, narrow[t]) if totals[t] is None else totals[t], start)
+
+    def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
+        # Within each 16 bytes, by the low nibbles of bytes whose highest bit is 0.
+        return call(b, "llvm.x86.avx2.pshuf.b", indices.type, table, indices)
 
 
 def _with_sign(b: ir.IRBuilder, x: ir.Value, sign: ir.Value) -> ir.Value:
@@ -69,12 +73,13 @@ class AvxVnni(Avx2):
         return encoding.zero_point or 128
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value, x: ir.Value, tokens: int
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
         chains, together = (2, 1) if tokens == 1 else (1, 4)
         words = vector(I32, self.lanes)
-        quads = list(self.quads(b, encoding, block)) if tokens > together else self.quads(b, encoding, block)
+        unpacked = self.quads(b, encoding, table, block)
+        quads = list(unpacked) if tokens > together else unpacked
         for first in range(0, tokens, together):
             sums = [
                 [self.start(b, x, t, tokens), *[constant(I32, self.lanes, 0)] * (chains - 1)]
@@ -103,25 +108,51 @@ class Avx512(AvxVnni):
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
     prefetches: ClassVar[bool] = True
 
-    def stored_quad(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
+    def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
         prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
-        return super().stored_quad(b, block, n)
+        return super().line(b, block, n)
 
-    def quads(self, b: ir.IRBuilder, encoding: Encoding, block: ir.Value) -> Quads:
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> Quads:
         # All of them before the products: there are registers, and with one token that is a hundredth faster.
-        yield from list(super().quads(b, encoding, block))
+        yield from sorted(super().quads(b, encoding, table, block), key=lambda quad: quad[0])
 
-    def int4_quads(self, b: ir.IRBuilder, block: ir.Value) -> Quads:
-        stored = [self.stored_quad(b, block, n) for n in range(4)]
-        low = [b.and_(quad, constant(I8, 4 * self.lanes, 15)) for quad in stored]
-        yield from enumerate(low + [b.lshr(quad, constant(I8, 4 * self.lanes, 4)) for quad in stored])
+    def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
+        return call(b, "llvm.x86.avx512.pshuf.b.512", indices.type, table, indices)
 
 
-class Amx(Avx512):
+class Avx512Vbmi(Avx512):
+    """`vpermb` looks bytes up in 64, and ignores the upper two bits of an index."""
+
+    name: ClassVar[str] = "avx512vbmi"
+    features: ClassVar[frozenset[str]] = Avx512.features | {"avx512vbmi"}
+
+    def quad(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, fields: list[Field]) -> ir.Value:
+        if not encoding.codebook:
+            return super().quad(b, encoding, table, fields)
+        # The codebook repeats, so that bits above the index's do not matter: only those of lower planes are masked.
+        bits, at = None, 0
+        for line, shift, width in fields:
+            moved = _shift_words(b, line, at - shift)
+            below = constant(I8, line.type.count, (1 << at) - 1)
+            bits = moved if bits is None else b.or_(b.and_(bits, below), b.and_(moved, b.not_(below)))
+            at += width
+        return call(b, "llvm.x86.avx512.permvar.qi.512", table.type, table, bits)
+
+
+def _shift_words(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
+    """Bytes shifted left, or right if bits is negative; what leaves one byte of two enters the other."""
+    if bits == 0:
+        return line
+    words = b.bitcast(line, vector(I16, line.type.count // 2))
+    count = constant(I16, words.type.count, abs(bits))
+    return b.bitcast(b.shl(words, count) if bits > 0 else b.lshr(words, count), line.type)
+
+
+class Amx(Avx512Vbmi):
     """Tiles of 16 tokens are products of matrices (npqwen/simd/amx.py); fewer tokens take `vpdpbusd`."""
 
     name: ClassVar[str] = "amx"
-    features: ClassVar[frozenset[str]] = Avx512.features | {"amx-tile", "amx-int8"}
+    features: ClassVar[frozenset[str]] = Avx512Vbmi.features | {"amx-tile", "amx-int8"}
     matrices: ClassVar[bool] = True
 
     @classmethod

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from npqwen.checks import check_whole
 from npqwen.errors import CheckpointError, OutputError, shortened
 from npqwen.format.encodings import UNIT_ROWS, Encoding
-from npqwen.format.layout import Matrix, Part, Vector, ceil_div
+from npqwen.format.layout import Codebook, Matrix, Part, Vector, ceil_div
 from npqwen.format.quantization import FORMAT_VERSION, Quantization
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, make_header
@@ -62,7 +62,7 @@ def convert(
 ) -> None:
     """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
 
-    bits: the recipe (npqwen.format.recipe); 4 and 8 store blocks of 32 integers with one scale, 16 stores bf16.
+    bits: the recipe (npqwen.format.recipe); 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
     threads: how many quantize at a time; by default the CPUs of this process, at most 64.
     progress: called with the bytes of the checkpoint's tensors, done and in all; may raise to stop.
@@ -86,7 +86,11 @@ def convert(
     copied += sorted(source.glob("additional_chat_templates/*.jinja"))
     total = sum(len(_header(shard)) for shard in shards) + sum(tensor.nbytes for tensor in tensors)
     output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
-    encodings = {tensor.name: tensor.encoding for tensor in tensors if tensor.encoding is not None}
+    encodings = {
+        planned.name: planned.encoding
+        for planned in tensors
+        if planned.encoding is not None and not isinstance(planned.tensor, Codebook)
+    }
     config = checkpoint.raw_config | Quantization(recipe, encodings).as_dict()
     with output:
         for path in copied:
@@ -116,7 +120,7 @@ def _refuse_impossible_counts(checkpoint: Checkpoint) -> None:
 def _find(checkpoint: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, SourceTensor]:
     """The checkpoint's tensors that the plan needs; CheckpointError for one missing, of wrong shape or unknown."""
     found = {
-        name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.tensor.sources.items()
+        name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.sources.items()
     }
     for name, tensor in checkpoint.tensors.items():
         # A tied lm_head repeats the embedding; old checkpoints saved the rotary frequencies.
@@ -210,6 +214,9 @@ def _packed(
             pending.append(pool.submit(_pack_vector, planned.tensor, sources))
             continue
         assert planned.encoding is not None
+        if isinstance(planned.tensor, Codebook):
+            pending.append(pool.submit(_pack_codebook, planned.encoding))
+            continue
         for matrix in planned.matrices():
             stride = max(part.stride for part in matrix.parts)
             step = max(1, _TASK // (UNIT_ROWS * matrix.columns * stride)) * stride
@@ -232,9 +239,13 @@ def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> _Packed:
     return out, source.stored.nbytes
 
 
+def _pack_codebook(encoding: Encoding) -> _Packed:
+    return blocks.codebook(encoding), 0
+
+
 def _pack_rows(matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor]) -> _Packed:
-    """The unit rows first to last - 1 of a matrix: uint8 (unit rows, units, unit_bytes)."""
-    out = np.empty((last - first, matrix.units[1], encoding.unit_bytes), np.uint8)
+    """The unit rows first to last - 1 of a matrix: uint8 (unit rows, bytes of one)."""
+    out = np.empty((last - first, matrix.shape(encoding)[1]), np.uint8)
     bytes_read = 0
     for part in matrix.parts:
         start = max(0, ceil_div(first - part.start, part.stride))
@@ -273,11 +284,6 @@ def _pack(
     largest = blocks.quantize(_widen(rows), out, start, part.stride, encoding)
     if not np.isfinite(largest):
         raise _not_finite(source, part.source)
-    if largest > blocks.largest_weight(encoding):
-        raise CheckpointError(
-            f"{source.path}: {part.source} has a weight of {largest:.3g}, too large for the f16 scales of "
-            f"{encoding.name}; convert it to 16 bits"
-        )
 
 
 def _not_finite(source: SourceTensor, name: str) -> CheckpointError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from npqwen.format.config import Config
 from npqwen.format.encodings import Encoding
-from npqwen.format.layout import Experts, Layout, Matrix, Tensor, Vector
+from npqwen.format.layout import Codebook, Experts, Layout, Matrix, Tensor, Vector
 from npqwen.format.recipe import Recipe
 from npqwen.format.safetensors import DTYPE_BYTES
 
@@ -17,7 +17,7 @@ from npqwen.format.safetensors import DTYPE_BYTES
 class OutputTensor:
     """A tensor to be written."""
 
-    tensor: Tensor
+    tensor: Tensor | Codebook
     encoding: Encoding | None
     """None for a vector, which is float32."""
 
@@ -31,17 +31,22 @@ class OutputTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if isinstance(self.tensor, Vector):
+        if isinstance(self.tensor, (Vector, Codebook)):
             return self.tensor.shape
         assert self.encoding is not None
-        return *self.tensor.units, self.encoding.unit_bytes
+        return self.tensor.shape(self.encoding)
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint's tensors that it is made from, with their shapes."""
+        return {} if isinstance(self.tensor, Codebook) else self.tensor.sources
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def matrices(self) -> Iterator[Matrix]:
-        """The matrices it consists of, in the order of their bytes; none if it is a vector."""
+        """The matrices it consists of, in the order of their bytes; none if it is a vector or a codebook."""
         if isinstance(self.tensor, Matrix):
             yield self.tensor
         elif isinstance(self.tensor, Experts):
@@ -51,7 +56,10 @@ class OutputTensor:
 
 def plan(config: Config, recipe: Recipe) -> list[OutputTensor]:
     """Every tensor of the converted model, in the order of its files."""
-    return [
-        OutputTensor(tensor, None if isinstance(tensor, Vector) else recipe.encoding(tensor.name))
-        for tensor in Layout(config)
-    ]
+    found = []
+    for tensor in Layout(config):
+        encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name)
+        if encoding is not None and encoding.codebook:
+            found.append(OutputTensor(Codebook(tensor.name), encoding))
+        found.append(OutputTensor(tensor, encoding))
+    return found

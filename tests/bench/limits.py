@@ -36,7 +36,7 @@ from llvmlite import ir
 from numba import njit
 
 from npqwen.engine.forward import forward
-from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS, Encoding
+from npqwen.format.encodings import BLOCK_COLUMNS, CODEBOOK_BYTES, ENCODINGS, UNIT_COLUMNS, UNIT_ROWS, Encoding
 from npqwen.format.recipe import RECIPES
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
@@ -57,7 +57,8 @@ load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 @operation
 def dots(b: ir.IRBuilder, sums: Tile, encoding: Const, w: Array, x: Array, at: Int) -> Tile:
     """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums.  encoding: a code."""
-    products = ISA.products(b, ENCODINGS[encoding], element(b, w, I64(0), I8), element(b, x, at, I8), len(sums))
+    kind, block = ENCODINGS[encoding], element(b, w, I64(0), I8)
+    products = ISA.products(b, kind, ISA.codebook(b, kind, block), block, element(b, x, at, I8), len(sums))
     return [
         b.bitcast(b.add(b.bitcast(total, vector(I32, LANES)), product), FLOATS)
         for total, product in zip(sums, products, strict=True)
@@ -101,7 +102,7 @@ def matrices_only(scaled: bool) -> Callable[[Any, Any, int], float]:
                 sums = finish_block(sums, 0, w, 0, x, 0, room)
             start_block(0, w, 512, x, 0)
             if scaled:
-                sums = finish_block(sums, 1, w, 32, x, 640, room)
+                sums = finish_block(sums, 1, w, 16, x, 640, room)
         release()
         return kept(sums)
 
@@ -118,10 +119,11 @@ def seconds(work: Callable[[], Any]) -> float:
 def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: int) -> tuple[float, dict[str, float]]:
     """Multiply-adds per second on this thread: the matrix kernel's, and by name those of its limits."""
     rng = np.random.default_rng(0)
-    units = rng.integers(0, 255, (rows // 16, cols // 64, encoding.unit_bytes), np.uint8)
-    units[:, :, :64].view(np.uint16)[:] = np.float16(0.01).view(np.uint16)
+    units = rng.integers(0, 255, (rows // 16, encoding.row_bytes(cols // UNIT_COLUMNS)), np.uint8)
+    units[:, : encoding.row_scale_bytes].view(np.float32)[:] = 1e-4
+    codebook = np.resize(np.arange(0, 64, 4, dtype=np.uint8), CODEBOOK_BYTES)
     matrix = np.zeros(1, MATRIX)
-    matrix[0] = units.ctypes.data, encoding.code, rows, cols
+    matrix[0] = units.ctypes.data, codebook.ctypes.data, encoding.code, rows, cols
     state = np.zeros(SLOTS, np.int64)
     state[MEMBERS] = 1
     kernels, out = matmul_kernels([encoding.code]), np.zeros((tokens, rows), np.float32)

@@ -25,7 +25,8 @@ from npqwen.format.config import Config
 from npqwen.model import load
 
 IDS = np.random.default_rng(0).integers(0, 200, 40)
-QKV = "model.layers.1.self_attn.qkv_proj.weight"
+QK = "model.layers.1.self_attn.qk_proj.weight"
+CODEBOOK = "model.layers.1.self_attn.qk_proj.codebook"
 NORM = "model.layers.0.input_layernorm.weight"
 
 
@@ -57,7 +58,7 @@ def test_a_model_made_by_hand(tmp_path: Path, bits: int, tolerance: float, tied:
 
 def test_matrices_of_different_encodings(tmp_path: Path) -> None:
     config = make_config(tie_word_embeddings=False)
-    bits = dict(zip(MATRICES, (8, 4, 16, 8, 4, 16), strict=True))
+    bits = dict(zip(MATRICES, (8, 4, 4, 16, 8, 4, 16), strict=True))
     check(write_model(tmp_path / "model", config, tensors(config, bits), 4))
 
 
@@ -69,14 +70,14 @@ def test_a_weight_is_where_the_format_says(tmp_path: Path) -> None:
         if "proj" in name:
             value[:] = 0  # Only the embedding and the last norm are left.
     embedding = np.random.default_rng(1).standard_normal((32, 64)).astype(np.float32)
-    units = bytearray(2 * 2048)
+    units = bytearray(2 * 4096)
     for row in range(32):
         for column in range(64):
             top_half = struct.pack("<f", embedding[row, column])[2:]
-            at = 2048 * (row // 16) + 2 * (16 * column + row % 16)
+            at = 4096 * (row // 16) + 2 * (16 * column + row % 16)
             units[at : at + 2] = top_half
             embedding[row, column] = struct.unpack("<f", b"\0\0" + top_half)[0]
-    made["model.embed_tokens.weight"] = np.frombuffer(units, np.uint8).reshape(2, 1, 2048)
+    made["model.embed_tokens.weight"] = np.frombuffer(units, np.uint8).reshape(2, 4096)
     norm = made["model.norm.weight"] = np.linspace(0.5, 2, 64, dtype=np.float32)
     expected = embedding / np.sqrt((embedding**2).mean(1, keepdims=True) + 1e-6) * norm @ embedding.T
     with load(write_model(tmp_path / "model", config, made, 16), threads=1) as loaded:
@@ -186,17 +187,21 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 WRONG: dict[str, tuple[dict[str, np.ndarray | None], str]] = {
-    "missing tensor": ({QKV: None}, rf"{QKV} is missing"),
+    "missing tensor": ({QK: None}, rf"{QK} is missing"),
     "missing vector": ({NORM: None}, rf"{NORM} is missing"),
-    "wrong number of rows": ({QKV: np.zeros((15, 2, 576), np.uint8)}, rf"tensor {QKV} is U8 \[15, 2, 576\], config"),
-    "wrong number of columns": ({QKV: np.zeros((16, 1, 576), np.uint8)}, f"tensor {QKV} is U8"),
-    "unknown unit": ({QKV: np.zeros((16, 2, 640), np.uint8)}, f"tensor {QKV} is U8"),
+    "wrong number of rows": ({QK: np.zeros((11, 1152), np.uint8)}, rf"tensor {QK} is U8 \[11, 1152\], config"),
+    "wrong number of columns": ({QK: np.zeros((12, 64 + 2 * 1088), np.uint8)}, f"tensor {QK} is U8"),
+    "unknown unit": ({QK: np.zeros((12, 1088), np.uint8)}, f"tensor {QK} is U8"),
     "another encoding's unit": (
-        {QKV: np.zeros((16, 2, 1088), np.uint8)},
-        rf"tensor {QKV} is U8 \[16, 2, 1088\], config.json requires U8 \[16, 2, 576\] for int4",
+        {QK: np.zeros((12, 64 + 2112), np.uint8)},
+        rf"tensor {QK} is U8 \[12, 2176\], config.json requires U8 \[12, 1152\] for int4",
     ),
-    "two dimensions": ({QKV: np.zeros((16, 1152), np.uint8)}, f"tensor {QKV} is U8"),
-    "a matrix as floats": ({QKV: np.zeros((16, 2, 144), np.float32)}, f"tensor {QKV} is F32"),
+    "one dimension": ({QK: np.zeros(12 * 1152, np.uint8)}, f"tensor {QK} is U8"),
+    "a matrix as floats": ({QK: np.zeros((12, 288), np.float32)}, f"tensor {QK} is F32"),
+    "no codebook": ({CODEBOOK: None}, rf"{CODEBOOK} is missing"),
+    "a longer codebook": ({CODEBOOK: np.zeros(128, np.uint8)}, rf"tensor {CODEBOOK} is U8 \[128\], .* for int4"),
+    "a codebook of 64 values": ({CODEBOOK: np.arange(64, dtype=np.uint8)}, f"{CODEBOOK} is not 16 values below 64"),
+    "a codebook of large values": ({CODEBOOK: np.full(64, 64, np.uint8)}, rf"{CODEBOOK} is not 16 values below 64"),
     "a vector as bytes": ({NORM: np.zeros(320, np.uint8)}, f"tensor {NORM} is U8"),
     "a longer vector": ({NORM: np.zeros(96, np.float32)}, f"tensor {NORM} is F32"),
     "foreign dtype": (
@@ -255,9 +260,12 @@ def configured(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
+ENCODINGS = encodings(make_config(), values())
+
+
 def quantization(**changes: Any) -> dict[str, Any]:
     made: dict[str, Any] = {"quant_method": "npqwen", "format_version": 2, "bits": 4, "created_by": "a test"}
-    made |= {"encodings": encodings(values())} | changes
+    made |= {"encodings": ENCODINGS} | changes
     return {"quantization_config": {key: value for key, value in made.items() if value is not None}}
 
 
@@ -275,11 +283,11 @@ def quantization(**changes: Any) -> dict[str, Any]:
         (quantization(format_version=2.0), r"format version 2\.0"),
         (quantization(encodings=None), "quantization_config has no encodings"),
         (quantization(encodings=["int4"]), "quantization_config has no encodings"),
-        (quantization(encodings={QKV: "int5"}), f"tensor {QKV} has the encoding 'int5', which this npqwen does not"),
-        (quantization(encodings={QKV: 4}), f"tensor {QKV} has the encoding 4, which this npqwen does not"),
-        (quantization(encodings={QKV: "int4"}), "not name the encoding of tensor model.embed_tokens.weight"),
-        (quantization(encodings={**encodings(values()), QKV: "int8"}), f"tensor {QKV} is U8 .* for int8"),
-        (quantization(encodings={**encodings(values()), "model.x": "int4"}), r"gives tensor model\.x an encoding"),
+        (quantization(encodings={QK: "int7"}), f"tensor {QK} has the encoding 'int7', which this npqwen does not"),
+        (quantization(encodings={QK: 4}), f"tensor {QK} has the encoding 4, which this npqwen does not"),
+        (quantization(encodings={QK: "int4"}), "not name the encoding of tensor model.embed_tokens.weight"),
+        (quantization(encodings={**ENCODINGS, QK: "int8"}), f"tensor {QK} is U8 .* for int8"),
+        (quantization(encodings={**ENCODINGS, "model.x": "int4"}), r"gives tensor model\.x an encoding"),
         (quantization(bits=16), "has the encoding int4, which models of 16 bits do not have"),
         (quantization(bits=4.0), r"bits is 4\.0; it can be 4, 8 or 16"),
         (quantization(bits=None), "bits"),
@@ -291,7 +299,7 @@ def quantization(**changes: Any) -> dict[str, Any]:
         ({"hidden_size": 200}, r"tensor model\.embed_tokens\.weight is U8"),
         ({"vocab_size": 300}, r"tensor model\.embed_tokens\.weight is U8"),
         ({"intermediate_size": 300}, "tensor model.layers.0.mlp.gate_up_proj.weight is U8"),
-        ({"num_attention_heads": 8}, f"tensor {QKV.replace('1', '0')} is U8"),
+        ({"num_attention_heads": 8}, f"tensor {QK.replace('1', '0')} is U8"),
         ({"num_hidden_layers": 3}, "model.layers.2"),
         ({"num_hidden_layers": 1}, r"gives tensor model\.layers\.1\.self_attn.* an encoding, but its other keys"),
         ({"num_hidden_layers": 2**31}, r"model\.layers\.2|num_hidden_layers"),
@@ -343,14 +351,14 @@ def test_a_tensor_in_two_shards(model: Path) -> None:
 def test_commands_report_one_line(
     model: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_safetensors(model / "model.safetensors", {name: v for name, v in values().items() if name != QKV})
+    write_safetensors(model / "model.safetensors", {name: v for name, v in values().items() if name != QK})
     with pytest.raises(SystemExit) as exit:
         cli.main([word.format(model) for word in command])
     out, err = capsys.readouterr()
     assert exit.value.code == 2
     assert out == ""
     assert err.startswith("npqwen: error: ")
-    assert QKV in err
+    assert QK in err
     assert err.count("\n") == 1
 
 

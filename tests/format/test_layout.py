@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from checkpoints import make_config, shapes
 from converted import MATRICES, tensors
+from units import PLANES, unit_bytes
 
 from npqwen.format.config import Config
 from npqwen.format.encodings import BF16, ENCODINGS, INT4
-from npqwen.format.layout import Experts, Layout, Matrix, Vector
+from npqwen.format.layout import Codebook, Experts, Layout, Matrix, Vector
 from npqwen.format.recipe import RECIPES
 
 SHAPES: list[dict[str, Any]] = [
@@ -32,9 +33,13 @@ MIXTURE: dict[str, Any] = {
 @pytest.mark.parametrize("changes", SHAPES)
 def test_names_shapes_and_order(changes: dict[str, Any]) -> None:
     config = make_config(**changes)
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for tensor in Layout(Config.from_dict(config)):
-        found[tensor.name] = tensor.shape if isinstance(tensor, Vector) else (*tensor.units, INT4.unit_bytes)
+        if isinstance(tensor, Vector):
+            found[tensor.name] = tensor.shape
+        else:
+            codebook = Codebook(tensor.name)
+            found |= {codebook.name: codebook.shape, tensor.name: tensor.shape(INT4)}
     expected = {name: value.shape for name, value in tensors(config, dict.fromkeys(MATRICES, 4)).items()}
     assert list(found.items()) == list(expected.items())
 
@@ -55,18 +60,25 @@ def test_parts_fill_their_matrix_once(changes: dict[str, Any]) -> None:
         matrices: list[Matrix] = [tensor] if isinstance(tensor, Matrix) else []
         if isinstance(tensor, Experts):
             matrices = [matrix for expert in range(tensor.count) for matrix in tensor.matrices(expert)]
-            assert tensor.units == (5, sum(int(np.prod(matrix.units)) for matrix in tensor.matrices(3)))
+            assert tensor.shape(BF16) == (5, sum(4096 * int(np.prod(matrix.units)) for matrix in tensor.matrices(3)))
         for matrix in matrices:
             rows = [part.start + i * part.stride for part in matrix.parts for i in range(part.unit_rows)]
             assert sorted(rows) == list(range(matrix.units[0]))
-            assert matrix.padded == (16 * matrix.units[0], 64 * matrix.units[1])
-            assert matrix.units[1] == -(-matrix.columns // 64)
+            assert matrix.padded == (16 * matrix.units[0], 128 * matrix.units[1])
+            assert matrix.units[1] == -(-matrix.columns // 128)
 
 
 def test_encodings_are_what_the_format_says() -> None:
-    assert {encoding.name: encoding.unit_bytes for encoding in ENCODINGS} == {"int4": 576, "int8": 1088, "bf16": 2048}
-    assert [encoding.code for encoding in ENCODINGS] == [0, 1, 2]
-    assert [(encoding.low, encoding.high) for encoding in ENCODINGS if encoding.is_integer] == [(-8, 7), (-127, 127)]
+    assert {encoding.name: encoding.unit_bytes for encoding in ENCODINGS} == {
+        name: unit_bytes(name) for name in ("bf16", *PLANES)
+    }
+    assert [encoding.code for encoding in ENCODINGS] == list(range(len(ENCODINGS)))
+    for encoding in ENCODINGS:
+        if encoding.is_integer:
+            bits = encoding.bits
+            assert len(encoding.values) == (255 if bits == 8 else 1 << bits)
+            assert list(encoding.values) == sorted(set(encoding.values))
+            assert all(abs(value) <= 127 if bits == 8 else -32 <= value < 32 for value in encoding.values)
 
 
 def test_routers_are_bf16_in_every_recipe() -> None:

@@ -12,7 +12,7 @@ from converted import random_units
 from numba import njit
 from numba.core.registry import cpu_target
 
-from npqwen.format.encodings import INT4, INT8, Encoding
+from npqwen.format.encodings import ENCODINGS, Encoding
 from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import run_at
@@ -20,9 +20,11 @@ from npqwen.kernels.matmul import CHUNK_BYTES, _integer_rows, _rows
 from npqwen.kernels.packing import pack, packed_bytes
 from npqwen.simd import isa
 from npqwen.simd.isa import ISA
-from npqwen.simd.x86 import Amx, Avx512
+from npqwen.simd.x86 import Amx, Avx512Vbmi
 
-INTEGERS = pytest.mark.parametrize("encoding", [INT4, INT8], ids=["int4", "int8"])
+INTEGERS = pytest.mark.parametrize(
+    "encoding", [encoding for encoding in ENCODINGS if encoding.is_integer], ids=lambda encoding: encoding.name
+)
 here = pytest.mark.skipif(not ISA.matrices, reason="this processor has no AMX, or it is not used")
 
 
@@ -41,13 +43,14 @@ def _aligned(size: int, offset: int) -> np.ndarray:
 @here
 @INTEGERS
 @pytest.mark.parametrize("accumulate", [0, 1])
-@pytest.mark.parametrize(("groups", "units", "tiles"), [(1, 1, 1), (3, 2, 1), (2, 5, 3), (14, 16, 2)])
+@pytest.mark.parametrize(("groups", "units", "tiles"), [(1, 1, 1), (3, 2, 1), (2, 5, 3), (14, 8, 2)])
 def test_results_are_those_without_amx_to_the_bit(
     encoding: Encoding, accumulate: int, groups: int, units: int, tiles: int
 ) -> None:
     rng = np.random.default_rng(groups)
-    cols, tokens = 64 * units, 16 * tiles
+    cols, tokens = 128 * units, 16 * tiles
     weights = random_units(encoding.bits, np.ones(16 * groups, bool), cols, rng)
+    codebook = np.zeros(64, np.uint8) if weights.codebook is None else weights.codebook
     x = _aligned(packed_bytes(tokens, cols), 16)
     for t in range(tokens):
         values = rng.standard_normal(cols) * 10.0 ** rng.integers(-3, 4)
@@ -60,8 +63,8 @@ def test_results_are_those_without_amx_to_the_bit(
         scratch = _aligned(unpacked_bytes(cols, CHUNK_BYTES) + 64, 4)
         scratch[-64:] = 77
         args = (
-            weights.ctypes.data, units, 0, groups, x.ctypes.data, tiles, out.ctypes.data, out.shape[1], accumulate,
-            scratch.ctypes.data,
+            weights.rows.ctypes.data, codebook.ctypes.data, units, 0, groups, x.ctypes.data, tiles, out.ctypes.data,
+            out.shape[1], accumulate, scratch.ctypes.data,
         )  # fmt: skip
         _run(address_of(kernel), args)
         assert np.all(scratch[-64:] == 77)
@@ -87,7 +90,7 @@ def test_inner_loop(encoding: Encoding) -> None:
     assert names.count("tdpbssd") == 2
     assert names.count("tileloadd") == 4
     assert names.count("tilestored") == 2
-    assert names.count("vcvtdq2ps") == 32
+    assert names.count("vcvtdq2ps") == 32 + 2  # and the scales
     assert len([name for name in names if name.startswith("vfmadd")]) == 32
     assert len(spills(loop)) <= 4
     assert len(loop) < 130
@@ -101,7 +104,7 @@ def test_without_permission_amx_is_not_available() -> None:
         with mock.patch.object(Amx, "allowed", return_value=True):
             assert isa.available()[0] is Amx
         with mock.patch.object(Amx, "allowed", return_value=False):
-            assert isa.available()[0] is Avx512
+            assert isa.available()[0] is Avx512Vbmi
 
 
 @pytest.mark.parametrize(

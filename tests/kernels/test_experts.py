@@ -250,22 +250,22 @@ def test_router_weights_that_overflow_end_as_an_error(
 def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
     """Results are bounded by the buffer, whatever counts the segments have."""
     rng = np.random.default_rng(0)
-    units = random_units(8, np.ones(64, bool), 64, rng)
+    units = random_units(8, np.ones(64, bool), 128, rng)
     layer = np.zeros(1, LAYER)[0]
-    layer["gate_up_proj"]["address"] = units.ctypes.data
+    layer["gate_up_proj"]["address"] = units.rows.ctypes.data
     for name, rows in (("gate_up_proj", 64), ("down_proj", 16)):
-        layer[name]["encoding"], layer[name]["rows"], layer[name]["cols"] = INT8.code, rows, 64
+        layer[name]["encoding"], layer[name]["rows"], layer[name]["cols"] = INT8.code, rows, 128
     kernels, tokens = matmul_kernels([INT8.code]), 3 * 1024
-    x = np.zeros(packed_bytes(tokens, 64), np.uint8)
+    x = np.zeros(packed_bytes(tokens, 128), np.uint8)
     for t in range(tokens):
-        pack(rng.standard_normal(64).astype(np.float32), t, WIDEST, INT8.code, x)
+        pack(rng.standard_normal(128).astype(np.float32), t, WIDEST, INT8.code, x)
     segments = np.array([[0, 0, tokens, WIDEST]])
     found = []
     for pass_tokens in (16, tokens):  # the number of tokens that the kernel is given
         room = np.full(local_floats(pass_tokens, 4) + 4096 * 64, 77, np.float32)
         local = room[: local_floats(pass_tokens, 4)]
-        gated = np.zeros(packed_bytes(tokens, 64), np.uint8)
-        scratch = np.zeros(max(scratch_floats(64, 4), 64), np.float32)
+        gated = np.zeros(packed_bytes(tokens, 128), np.uint8)
+        scratch = np.zeros(max(scratch_floats(128, 4), 128), np.float32)
         args = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, local, scratch, gated)
         together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from converted import pack_bf16, pack_int4, pack_int8, random_units
+from converted import pack as pack_units
+from converted import pack_bf16, random_units
 from kernel_calls import run, together
 from numba import njit
 from quantized import int8_blocks
-from units import unpack
+from units import CODEBOOKS, Units
 
-from npqwen.format.encodings import BF16, ENCODINGS, INT4, INT8, Encoding
+from npqwen.format.encodings import BY_NAME, ENCODINGS, Encoding
 from npqwen.kernels.barrier import MEMBERS
 from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
@@ -26,7 +27,9 @@ from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
 
 ALL = pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda encoding: encoding.name)
-INTEGERS = pytest.mark.parametrize("encoding", [INT4, INT8], ids=["int4", "int8"])
+INTEGERS = pytest.mark.parametrize(
+    "encoding", [encoding for encoding in ENCODINGS if encoding.is_integer], ids=lambda encoding: encoding.name
+)
 TOKENS = (1, 2, 3, 4, 5, 7, 13, 16, 17, 33)
 
 
@@ -46,13 +49,19 @@ def readonly(data: np.ndarray) -> np.ndarray:
     return memory[size - data.nbytes : size].view(data.dtype).reshape(data.shape)
 
 
-def matrix(units: np.ndarray) -> Any:
-    """The MATRIX record of units."""
+def matrix(units: Units) -> Any:
+    """The MATRIX record of units that the caller keeps alive."""
     record = np.zeros(1, MATRIX)[0]
-    record["address"] = units.ctypes.data
-    record["encoding"] = {e.unit_bytes: e.code for e in ENCODINGS}[units.shape[2]]
-    record["rows"], record["cols"] = 16 * units.shape[0], 64 * units.shape[1]
+    record["address"] = units.rows.ctypes.data
+    record["codebook"] = 0 if units.codebook is None else units.codebook.ctypes.data
+    record["encoding"] = BY_NAME[units.encoding].code
+    record["rows"], record["cols"] = units.shape
     return record
+
+
+def guarded(units: Units) -> Units:
+    """A copy of a matrix that cannot be written, and behind whose tensors nothing can be read."""
+    return Units(units.encoding, readonly(units.rows), None if units.codebook is None else readonly(units.codebook))
 
 
 def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
@@ -69,22 +78,30 @@ def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
     return np.concatenate([part.view(np.uint8).reshape(tiles, cols // 32, -1) for part in parts], 2).reshape(-1)
 
 
-def product(units: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """weight @ x for every row of x, in float64, with the activations rounded as for the encoding."""
-    if units.shape[2] != BF16.unit_bytes:
-        q, scales = int8_blocks(x)
-        x = (q * scales[:, :, None].astype(np.float64)).reshape(x.shape)
-    return np.asarray(x.astype(np.float64) @ unpack(units).T.astype(np.float64))
+def product(units: Units, x: np.ndarray) -> np.ndarray:
+    """weight @ x for every row of x: of integers to the bit, of floats in float64."""
+    if units.encoding == "bf16":
+        return np.asarray(x.astype(np.float64) @ units.weights.T.astype(np.float64))
+    q, scales = int8_blocks(x)
+    total = np.zeros((len(x), units.shape[0]), np.float32)
+    values = units.values.reshape(units.shape[0], -1, 32)
+    for block in range(q.shape[1]):
+        sums = q[:, block].astype(np.int32) @ values[:, block].T
+        scaled = sums.astype(np.float32) * scales[:, block, None]
+        # Exact, and rounded once: a fused multiply-add.
+        terms = scaled.astype(np.float64) * units.block_scales[:, block].astype(np.float64)
+        total = (total.astype(np.float64) + terms).astype(np.float32)
+    return np.asarray(total * units.row_scales)
 
 
-def check_matmul(units: np.ndarray, x: np.ndarray, members: int, accumulate: bool, extra: int = 0) -> None:
+def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, extra: int = 0) -> None:
     """matmul against the reference; `extra` columns of the output and rows past the last tile must not change."""
-    rows, tokens = 16 * units.shape[0], len(x)
+    rows, tokens = units.shape[0], len(x)
     width = run(tile_width, tokens)
     whole = -(-tokens // width) * width
     before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
     out = before.copy()
-    weights = readonly(units)
+    weights = guarded(units)
     record = matrix(weights)
     encoding = ENCODINGS[record["encoding"]]
     kernels = matmul_kernels([encoding.code])
@@ -98,9 +115,12 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, accumulate: boo
         lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, accumulate, scratch()),
     )
     expected = product(units, x) + (before[:tokens, :rows] if accumulate else 0)
-    # The sum of the magnitudes bounds what rounding can do to a sum.
-    error = np.abs(out[:tokens, :rows] - expected) / (np.abs(x) @ np.abs(unpack(units)).T + np.abs(expected) + 1e-30)
-    assert error.max() < 2e-6
+    if encoding.is_integer:
+        assert np.array_equal(out[:tokens, :rows], expected)
+    else:
+        # The sum of the magnitudes bounds what rounding can do to a sum.
+        bound = np.abs(x) @ np.abs(units.weights).T + np.abs(expected) + 1e-30
+        assert (np.abs(out[:tokens, :rows] - expected) / bound).max() < 2e-6
     assert np.array_equal(out[:, rows:], before[:, rows:])
     assert np.array_equal(out[whole:], before[whole:])
 
@@ -109,9 +129,9 @@ def check_matmul(units: np.ndarray, x: np.ndarray, members: int, accumulate: boo
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_matmul(encoding: Encoding, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
-    for (rows, cols), accumulate in itertools.product([(16, 64), (48, 192), (203, 80)], [False, True]):
+    for (rows, cols), accumulate in itertools.product([(16, 128), (48, 384), (203, 80)], [False, True]):
         units = random_units(encoding.bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
-        x = rng.standard_normal((tokens, 64 * units.shape[1])).astype(np.float32)
+        x = rng.standard_normal((tokens, units.shape[1])).astype(np.float32)
         x[:, cols:] = 0
         check_matmul(units, x, 1, accumulate, extra=rows % 32)
 
@@ -120,10 +140,10 @@ def test_matmul(encoding: Encoding, tokens: int) -> None:
 def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encoding) -> None:
     """To the bit, for all widths of tiles and every number of row groups."""
     rng = np.random.default_rng(0)
-    units = random_units(encoding.bits, np.ones(144, bool), 320, rng)
-    x = rng.standard_normal((33, 320)).astype(np.float32)
+    units = random_units(encoding.bits, np.ones(144, bool), 384, rng)
+    x = rng.standard_normal((33, 384)).astype(np.float32)
     record, kernels = matrix(units), matmul_kernels([encoding.code])
-    scratch = np.zeros(scratch_floats(320), np.float32)
+    scratch = np.zeros(scratch_floats(384), np.float32)
     results = []
     for count in (1, 2, 4, 5, 16, 33):
         width = run(tile_width, count)
@@ -151,7 +171,7 @@ def test_matmul_shared_by_threads(encoding: Encoding, members: int) -> None:
 @pytest.mark.parametrize("multiple", [1, 4, 8])
 @ALL
 def test_claims_cover_all_rows_and_fit_the_buffer(encoding: Encoding, multiple: int) -> None:
-    for rows, cols, tokens, members in itertools.product([16, 208, 6144], [64, 5120], [1, 5, 256], [1, 3]):
+    for rows, cols, tokens, members in itertools.product([16, 208, 6144], [128, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
         width = run(tile_width, tokens)
@@ -160,7 +180,7 @@ def test_claims_cover_all_rows_and_fit_the_buffer(encoding: Encoding, multiple: 
         state[MEMBERS] = members
         end = 0
         while True:
-            first, last = run(claim_local_rows, state, record, tokens, width, multiple)
+            first, last = run(claim_local_rows, state, record, rows // 16, tokens, width, multiple)
             assert first == end
             if first == last:
                 break
@@ -185,41 +205,43 @@ def test_pack_part(encoding: Encoding, first: int) -> None:
     assert np.array_equal(whole, parts)
 
 
-@pytest.mark.parametrize("q", [-127, 127])
+@pytest.mark.parametrize("end", [0, -1])
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-def test_matmul_at_the_ends_of_the_integers(q: int, tokens: int) -> None:
+@INTEGERS
+def test_matmul_at_the_ends_of_the_integers(encoding: Encoding, tokens: int, end: int) -> None:
     """Nothing saturates if all weights and activations of a block have the largest magnitude."""
+    q = {"int8": (-127, 127)}.get(encoding.name, (0, (1 << encoding.bits) - 1))[end]
+    codebook = np.linspace(0, 63, 16).astype(np.uint8) if encoding.name in CODEBOOKS else None
     for sign in (-1, 1):
         x = np.full((tokens, 128), sign * 3.0, np.float32)
-        check_matmul(pack_int8(np.full((16, 128), q, np.int8), np.ones((16, 4))), x, 1, False)
-        four = pack_int4(np.full((16, 128), 15 if q > 0 else 0, np.uint8), np.ones((16, 4)))
-        check_matmul(four, x, 1, False)
+        scales = np.full((16, 4), sign * 127)
+        check_matmul(pack_units(encoding.name, np.full((16, 128), q), scales, np.ones(16), codebook), x, 1, False)
 
 
 @INTEGERS
-def test_matmul_with_any_finite_scale(encoding: Encoding) -> None:
-    """Every finite float16, including subnormal ones and both zeros."""
+def test_matmul_with_any_scale(encoding: Encoding) -> None:
+    """Every int8, and float32 from subnormal ones to as large as sums allow, of either sign."""
     rng = np.random.default_rng(0)
-    patterns = np.arange(1 << 16).astype(np.uint16)
-    scale = patterns[patterns & 0x7C00 != 0x7C00].view(np.float16)
-    scale = scale[rng.permutation(len(scale))].reshape(-1, 2)
-    q = rng.integers(0, 16, (len(scale), 64)) if encoding == INT4 else rng.integers(-127, 128, (len(scale), 64))
-    units = pack_int4(q.astype(np.uint8), scale) if encoding == INT4 else pack_int8(q.astype(np.int8), scale)
-    check_matmul(units, rng.standard_normal((2, 64)).astype(np.float32), 2, False)
+    scales = np.concatenate([np.arange(-128, 128), rng.integers(-128, 128, 256)]).reshape(128, 4)
+    row_scales = 10.0 ** rng.uniform(-44, 30, 128) * rng.choice([-1, 1], 128)
+    row_scales[::9] = 0
+    units = random_units(encoding.bits, np.ones(128, bool), 128, rng)
+    units = pack_units(encoding.name, units.integers, scales, row_scales.astype(np.float32), units.codebook)
+    check_matmul(units, rng.standard_normal((2, 128)).astype(np.float32), 2, False)
 
 
 def test_matmul_with_large_and_tiny_bfloat16() -> None:
     rng = np.random.default_rng(0)
-    weights = rng.standard_normal((16, 64)) * 10.0 ** rng.integers(-37, 30, (16, 64))
-    check_matmul(pack_bf16(weights.astype(np.float32)), rng.standard_normal((3, 64)).astype(np.float32), 1, False)
+    weights = rng.standard_normal((16, 128)) * 10.0 ** rng.integers(-37, 30, (16, 128))
+    check_matmul(pack_bf16(weights.astype(np.float32)), rng.standard_normal((3, 128)).astype(np.float32), 1, False)
 
 
 @ALL
 def test_read_row(encoding: Encoding) -> None:
     units = random_units(encoding.bits, np.arange(48) < 37, 150, np.random.default_rng(3))
-    weights = readonly(units)
-    for row, expected in enumerate(unpack(units)):
-        out = np.full(192, np.nan, np.float32)
+    weights = guarded(units)
+    for row, expected in enumerate(units.weights):
+        out = np.full(256, np.nan, np.float32)
         run(read_row, matrix(weights), row, out)
         assert np.array_equal(out, expected)
 
@@ -245,7 +267,7 @@ def test_packed_activations_fit_their_buffer() -> None:
     for tokens, encoding in itertools.product(range(1, 70), ENCODINGS):
         width = run(tile_width, tokens)
         assert width in WIDTHS
-        assert len(packed(np.zeros((tokens, 64), np.float32), encoding, width)) <= packed_bytes(tokens, 64)
+        assert len(packed(np.zeros((tokens, 128), np.float32), encoding, width)) <= packed_bytes(tokens, 128)
 
 
 @pytest.mark.parametrize("size", [16, 72, 128, 1000])

@@ -28,16 +28,15 @@ from checkpoints import (
 )
 from fake_system import MOUNTS, tree
 from npqwen_quant import conversion, convert
-from units import UNIT_BYTES, unpack
+from units import CODEBOOKS, name_of, read_units, row_bytes
 
 from npqwen.errors import OptionError
 
-UNITS = {4: "int4", 8: "int8", 16: "bf16"}
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 def padded(rows: np.ndarray) -> np.ndarray:
-    return np.pad(rows, ((0, -rows.shape[0] % 16), (0, -rows.shape[1] % 64)))
+    return np.pad(rows, ((0, -rows.shape[0] % 16), (0, -rows.shape[1] % 128)))
 
 
 def expected(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
@@ -46,12 +45,12 @@ def expected(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarra
     for name, values in tensors.items():
         if values.ndim == 1:
             out[name] = np.pad(values, (0, -len(values) % 16))
-        elif not any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+        elif not any(part in name for part in ("q_proj", "k_proj", "gate_proj", "up_proj")):
             out[name] = padded(values)
     for i in range(layers):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        qkv = [tensors[f"{attention}{part}_proj.weight"] for part in "qkv"]
-        out[attention + "qkv_proj.weight"] = padded(np.concatenate(qkv))
+        qk = [tensors[f"{attention}{part}_proj.weight"] for part in "qk"]
+        out[attention + "qk_proj.weight"] = padded(np.concatenate(qk))
         gate, up = (padded(tensors[f"{mlp}{part}_proj.weight"]) for part in ("gate", "up"))
         sixteens = [half[r : r + 16] for r in range(0, len(gate), 16) for half in (gate, up)]
         out[mlp + "gate_up_proj.weight"] = np.concatenate(sixteens)
@@ -68,23 +67,34 @@ def read_model(directory: Path) -> dict[str, np.ndarray]:
 def check(directory: Path, tensors: dict[str, np.ndarray], layers: int, bits: int, exact: bool) -> None:
     """Every tensor of a converted model: name, shape, and what its bytes mean."""
     got, want = read_model(directory), expected(tensors, layers)
+    codebooks = {name: got.pop(name) for name in list(got) if name.endswith(".codebook")}
+    encodings = json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]["encodings"]
     assert got.keys() == want.keys()
+    assert encodings.keys() == {name for name, values in want.items() if values.ndim == 2}
+    named = {name.removesuffix("weight") + "codebook" for name in encodings if encodings[name] in CODEBOOKS}
+    assert codebooks.keys() == named
     for name, values in want.items():
         if values.ndim == 1:
             assert got[name].dtype == np.float32
             np.testing.assert_array_equal(got[name], values)
             continue
-        shape = (values.shape[0] // 16, values.shape[1] // 64, UNIT_BYTES[UNITS[bits]])
+        assert encodings[name] == name_of(bits)
+        shape = (values.shape[0] // 16, row_bytes(encodings[name], values.shape[1] // 128))
         assert got[name].dtype == np.uint8
         assert got[name].shape == shape
-        meant = unpack(got[name])
+        meant = read_units(
+            encodings[name], got[name], codebooks.get(name.removesuffix("weight") + "codebook")
+        ).weights
         if bits == 16:
             np.testing.assert_array_equal(meant, values if exact else from_bf16(to_bf16(values)))
             continue
-        assert not meant[values == 0].any()
+        assert not meant[~values.any(1)].any()
+        meant = np.where(values == 0, 0, meant)  # what a block of other weights has for zero
         blocks = np.abs(values).reshape(-1, 32).max(1)
         error = np.abs(meant - values).reshape(-1, 32).max(1)
-        assert (error <= blocks * {4: 0.18, 8: 0.008}[bits] + 1e-7).all()
+        # Block scales are 127ths of the row's largest.
+        row = np.repeat(np.abs(values).max(1), values.shape[1] // 32)
+        assert (error <= blocks * {4: 0.18, 8: 0.008}[bits] + row * 0.006).all()
         assert np.square(meant - values).sum() < {4: 0.01, 8: 5e-5}[bits] * np.square(values).sum()
 
 
@@ -107,13 +117,14 @@ def test_every_tensor(tmp_path: Path, bits: int, style: str, dtype: str, shards:
     convert(tmp_path / "in", tmp_path / "out", bits)
     check(tmp_path / "out", tensors, config["num_hidden_layers"], bits, exact=dtype == "BF16")
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    matrices = [name for name, stored in read_model(tmp_path / "out").items() if stored.dtype == np.uint8]
+    model = read_model(tmp_path / "out")
+    matrices = [name for name in model if model[name].dtype == np.uint8 and name.endswith(".weight")]
     assert written.pop("quantization_config") == {
         "quant_method": "npqwen",
         "format_version": 2,
         "bits": bits,
         "created_by": f"npqwen {version('npqwen')}",
-        "encodings": dict.fromkeys(matrices, UNITS[bits]),
+        "encodings": dict.fromkeys(matrices, name_of(bits)),
     }
     assert written == config
 
@@ -170,9 +181,10 @@ def test_files_are_safetensors_aligned_to_64(tmp_path: Path, shard_bytes: int) -
         assert index["metadata"]["total_size"] == sum(a.nbytes for a in read_model(tmp_path / "out").values())
     layer = "model.layers.0."
     assert order[0] == "model.embed_tokens.weight"
-    assert order[1:9] == [
+    assert order[1:10] == [
         layer + "input_layernorm.weight",
-        layer + "self_attn.qkv_proj.weight",
+        layer + "self_attn.qk_proj.weight",
+        layer + "self_attn.v_proj.weight",
         layer + "self_attn.q_norm.weight",
         layer + "self_attn.k_norm.weight",
         layer + "self_attn.o_proj.weight",
@@ -228,7 +240,7 @@ def test_bf16_rounds_to_even(tmp_path: Path) -> None:
     tensors["model.embed_tokens.weight"][0, :6] = bits.view(np.float32)
     write_checkpoint(tmp_path / "in", config, tensors, dtype="F32")
     convert(tmp_path / "in", tmp_path / "out", 16)
-    embedding = unpack(read_model(tmp_path / "out")["model.embed_tokens.weight"])
+    embedding = read_units("bf16", read_model(tmp_path / "out")["model.embed_tokens.weight"]).weights
     want = np.array([0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x8000, 0x7F7F], np.uint32) << 16
     np.testing.assert_array_equal(embedding[0, :6].view(np.uint32), want)
 

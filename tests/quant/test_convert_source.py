@@ -93,13 +93,12 @@ def test_one_weight_in_many(tmp_path: Path, bits: int) -> None:
         convert(tmp_path / "in", tmp_path / "out", bits)
 
 
-@pytest.mark.parametrize(("bits", "size"), [(4, 6e5), (8, 9e6), (16, 3.4e38)])
-def test_weights_too_large_for_the_encoding(tmp_path: Path, bits: int, size: float) -> None:
+def test_a_weight_too_large_for_bf16(tmp_path: Path) -> None:
     tensors = random_tensors(make_config(), "F32")
-    tensors[K_PROJ][3, 4] = size
+    tensors[K_PROJ][3, 4] = 3.4e38
     write_checkpoint(tmp_path / "in", tensors=tensors, dtype="F32")
     with pytest.raises(CheckpointError, match=f"{K_PROJ} has a weight .*too large"):
-        convert(tmp_path / "in", tmp_path / "out", bits)
+        convert(tmp_path / "in", tmp_path / "out", 16)
     assert os.listdir(tmp_path) == ["in"]
 
 

@@ -6,13 +6,14 @@ import itertools
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import make_config
 from converted import MATRICES, small_model, tensors, write_model
+from units import CODEBOOKS, row_bytes
 
 from npqwen import OptionError
 from npqwen.commands import cli
@@ -46,22 +47,19 @@ def data_bytes(directory: Path) -> int:
 
 
 def test_parts_of_a_model_counted_by_hand(tmp_path: Path) -> None:
-    """Untied, every matrix in another encoding: 576, 1088 or 2048 bytes for 16 x 64 weights."""
+    """Untied, every matrix in another encoding: 1088, 2112 or 4096 bytes for 16 x 128 weights."""
     config = make_config(tie_word_embeddings=False)  # hidden 72, inner 100, heads 4 + 2 of 32, vocab 203, 2 layers
-    bits = dict(zip(MATRICES, (8, 4, 16, 8, 4, 16), strict=True))
+    bits = dict(zip(MATRICES, (8, 4, 4, 16, 8, 4, 16), strict=True))
     path = write_model(tmp_path / "model", config, tensors(config, bits), 4)
     info = inspect(path)
-    vocabulary, hidden, queries = (
-        13 * 2,
-        5,
-        2,
-    )  # groups of rows times units across; groups of rows; units across
+    vocabulary, hidden = 13, 5  # groups of rows; one unit covers each row
+    int4, int8, bf16, codebook = 64 + 1088, 64 + 2112, 4096, 64
     assert info.parts == {
-        "embedding": vocabulary * 1088,
-        "attention": 2 * (16 * 2 * 576 + hidden * queries * 2048),
-        "feed-forward": 2 * (14 * 2 * 1088 + hidden * 2 * 576),
+        "embedding": vocabulary * int8,
+        "attention": 2 * (2 * codebook + 16 * int4 + hidden * bf16),
+        "feed-forward": 2 * (codebook + 14 * int8 + hidden * int4),
         "norms": 4 * (80 + 2 * (80 + 32 + 32 + 80)),
-        "output": vocabulary * 2048,
+        "output": vocabulary * bf16,
     }
     assert info.weights == sum(info.parts.values()) == data_bytes(path)
     assert info.encodings == ["int4", "int8", "bf16"]
@@ -79,11 +77,27 @@ def test_unknown_tensors_are_no_part(tmp_path: Path) -> None:
     assert inspect(write_model(tmp_path / "more", config, more, 4)).parts == parts
 
 
-@pytest.mark.parametrize(("bits", "per_weight"), [(4, 4.5), (8, 8.5), (16, 16.0)])
-def test_bits_per_weight(tiny: Callable[[int], Path], bits: int, per_weight: float) -> None:
-    """All of the example's sizes are multiples of 64: 18 bytes for 32 weights, 34, or 64."""
+def tiny_bits(recipe: Mapping[str, str]) -> float:
+    """Bits per weight of the example by a recipe: the encoding of each matrix by its role, or of the "others".
+
+    All of its sizes are multiples of 128.
+    """
+    layer = {"qk": (768, 256), "v": (256, 256), "o": (256, 512), "gate_up": (1536, 256), "down": (256, 768)}
+    stored = weights = 0
+    for role, (rows, columns) in [("embed", (4128, 256)), *4 * list(layer.items())]:
+        encoding = recipe.get(role, recipe["others"])
+        stored += rows // 16 * row_bytes(encoding, columns // 128) + (64 if encoding in CODEBOOKS else 0)
+        weights += rows * columns
+    return 8 * stored / weights
+
+
+RECIPES = {4: {"others": "int4"}, 8: {"others": "int8"}, 16: {"others": "bf16"}}
+
+
+@pytest.mark.parametrize("bits", RECIPES)
+def test_bits_per_weight(tiny: Callable[[int], Path], bits: int) -> None:
     info = inspect(tiny(bits))
-    assert info.bits_per_weight == per_weight
+    assert info.bits_per_weight == pytest.approx(tiny_bits(RECIPES[bits]))
     assert info.weights == sum(info.parts.values()) == data_bytes(tiny(bits))
     assert "output" not in info.parts  # tied
     # 4 layers of 2 heads of 128, keys and values, float16 or for bf16 float32.
@@ -98,7 +112,8 @@ def test_info_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
     found = json.loads(out)
     assert found["path"] == str(tiny(4))
     assert found["config"]["hidden_size"] == 256
-    assert (found["bits"], found["bits_per_weight"], found["context"]) == (4, 4.5, 512)
+    assert (found["bits"], found["context"]) == (4, 512)
+    assert found["bits_per_weight"] == pytest.approx(tiny_bits(RECIPES[4]))
     assert sum(found["parts"].values()) == found["weights"] == data_bytes(tiny(4))
     assert found["needed"] == found["weights"] + found["cache"] + found["working"]
     assert found["kernels"] == ISA.name
@@ -114,9 +129,9 @@ def test_info_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
         ["type", "qwen3, 5.0M parameters"],
         ["layers", "4 of width 256, feed-forward 768"],
         ["attention", "4 query and 2 key/value heads of 128"],
-        ["encoding", "int8; 8.50 bits per weight"],
+        ["encoding", "int8; 8.36 bits per weight"],
         ["embedding", "1.1 MB"],
-        ["weights", "5.3 MB, mapped from the files"],
+        ["weights", "5.2 MB, mapped from the files"],
         ["cache", "8.4 MB at 2048 tokens of context"],
     ):
         assert expected in lines
@@ -224,7 +239,7 @@ def test_bytes_per_token_of_an_untied_embedding(tmp_path: Path) -> None:
     """Its table is not read whole for one row; the output's is."""
     path = small_model(tmp_path / "model", 8, tie_word_embeddings=False)
     with load(path, threads=1) as model:
-        assert bytes_per_token(model, 0) == data_bytes(path) - 13 * 2 * 1088
+        assert bytes_per_token(model, 0) == data_bytes(path) - 13 * (64 + 2112)
 
 
 def test_read_bandwidth() -> None:
