@@ -256,7 +256,7 @@ def test_a_session_whose_stream_runs_in_another_thread_says_so(model: Model) -> 
     thread.start()
     try:
         assert inside.wait(60)
-        with pytest.raises(OptionError, match="another thread still runs"):
+        with pytest.raises(OptionError, match="another thread is running the session"):
             session.stream([4, 5])
     finally:
         go_on.set()
