@@ -16,7 +16,7 @@ TURN = "<|im_start|>user\n"
 
 BEGINNINGS = (
     *("The", "A", "In", "I", "What", "How", "1.", "#", "def ", "import", "<", "{", '"', "\n", "Q:", "$"),
-    *("Die", "Le", "La", "El", "O", "Il", "De", "В", "ال", "यह", "中", "我", "日", "この", "한", "ท"),
+    *("Die", "Le", "La", "El", "O", "Il", "De", "Да", "ال", "यह", "中", "我", "日", "この", "한", "ท"),
 )
 """Texts of many kinds and languages begin like this."""
 

@@ -59,6 +59,9 @@ def store(fitted: Fit, encoding: Encoding, out: U8, start: int, stride: int) -> 
     head = encoding.row_scale_bytes
     # Without a zero point the values are stored, of which the first is the least.
     offset = 0 if encoding.zero_point else encoding.values[0]
+    # No weight becomes infinite by being rounded up.
+    most = np.finfo(np.float32).max * (1 - 2.0**-20) / 127 / max(map(abs, encoding.values))
+    row_scales = np.minimum(row_scales, np.float32(most))
     for i in range(ceil_div(len(q), UNIT_ROWS)):
         rows = slice(i * UNIT_ROWS, (i + 1) * UNIT_ROWS)
         line = out[start + i * stride]
@@ -76,11 +79,7 @@ def quantize(rows: F32, out: U8, start: int, stride: int, encoding: Encoding) ->
     """
     largest = float(np.maximum(rows.max(initial=0), -rows.min(initial=0)))
     if np.isfinite(largest):
-        values = np.array(encoding.values, np.float32)
-        q, scales, row_scales = fit(rows, values)
-        # No weight becomes infinite by being rounded up.
-        most = np.finfo(np.float32).max * (1 - 2.0**-20) / 127 / np.abs(values).max()
-        store((q, scales, np.minimum(row_scales, np.float32(most))), encoding, out, start, stride)
+        store(fit(rows, np.array(encoding.values, np.float32)), encoding, out, start, stride)
     return largest
 
 

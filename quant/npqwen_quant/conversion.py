@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -14,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.checks import check_whole
-from npqwen.errors import CheckpointError, OutputError, shortened
+from npqwen.errors import CheckpointError, OptionError, OutputError, shortened
 from npqwen.format.encodings import UNIT_ROWS, Encoding
 from npqwen.format.layout import Codebook, Matrix, Part, Vector, ceil_div
 from npqwen.format.quantization import FORMAT_VERSION, Quantization
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, make_header
 from npqwen.hardware.machine import usable_cpus
-from npqwen_quant import blocks
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read
+from npqwen_quant import blocks, search
+from npqwen_quant.calibration import Calibration, Fits, calibrate, working_directory
+from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read, widen
 from npqwen_quant.output import Output
 from npqwen_quant.plan import OutputTensor, plan
 
@@ -59,6 +61,8 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     shard_bytes: int = 4_000_000_000,
+    calibration: Calibration | None = None,
+    calibration_progress: Progress | None = None,
 ) -> None:
     """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
 
@@ -67,6 +71,9 @@ def convert(
     threads: how many quantize at a time; by default the CPUs of this process, at most 64.
     progress: called with the bytes of the checkpoint's tensors, done and in all; may raise to stop.
     shard_bytes: size of the output's files; all tensors are in one file, if they fit.
+    calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback). An
+    interrupted calibration is resumed by the next one with the same arguments. calibration_progress: as progress, for
+    the bytes of the matrices.
 
     `out` appears complete and synced, or not at all. Raises CheckpointError for a source that cannot be converted or
     changes on the way, OutputError for an `out` that cannot be written, OptionError for impossible options.
@@ -78,6 +85,9 @@ def convert(
     checkpoint = Checkpoint(source)
     _refuse_impossible_counts(checkpoint)
     tensors = plan(checkpoint.config, recipe)
+    codebooks = {} if calibration is None else _codebooks(tensors)
+    if calibration is not None and not codebooks:
+        raise OptionError(f"calibration makes no difference to {bits} bits; use it with fewer")
     sources = _find(checkpoint, tensors)
     _refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     output = Output(out, force=force)
@@ -92,15 +102,33 @@ def convert(
         if planned.encoding is not None and not isinstance(planned.tensor, Codebook)
     }
     config = checkpoint.raw_config | Quantization(recipe, encodings).as_dict()
-    with output:
+    with output, contextlib.ExitStack() as stack:
         for path in copied:
             with output.create(str(path.relative_to(source))) as write:
                 write(checkpoint.read_file(path))
-        _write_tensors(output, shards, sources, threads, progress)
+        fits = None
+        if calibration is not None:
+            place = stack.enter_context(working_directory(output.path, checkpoint, calibration, codebooks))
+            with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-calibrate") as pool:
+                fits = calibrate(
+                    checkpoint, sources, codebooks, calibration, place, pool, threads, calibration_progress
+                )
+        _write_tensors(output, shards, sources, fits, threads, progress)
         with output.create("config.json") as write:  # the last: without it this is not a model
             write((json.dumps(config, indent=2) + "\n").encode())
         checkpoint.check_unchanged()
         output.complete()
+
+
+def _codebooks(tensors: Sequence[OutputTensor]) -> dict[str, search.Codebook]:
+    """Codebooks of the matrices that calibration changes, by the checkpoint's names: those of less than 8 bits."""
+    return {
+        part.source: search.Codebook(np.array(planned.encoding.values, np.float32))
+        for planned in tensors
+        if planned.encoding is not None and planned.encoding.is_integer and planned.encoding.bits < 8
+        for matrix in planned.matrices()
+        for part in matrix.parts
+    }
 
 
 def _refuse_impossible_counts(checkpoint: Checkpoint) -> None:
@@ -119,9 +147,7 @@ def _refuse_impossible_counts(checkpoint: Checkpoint) -> None:
 
 def _find(checkpoint: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, SourceTensor]:
     """The checkpoint's tensors that the plan needs; CheckpointError for one missing, of wrong shape or unknown."""
-    found = {
-        name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.sources.items()
-    }
+    found = {name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.sources.items()}
     for name, tensor in checkpoint.tensors.items():
         # A tied lm_head repeats the embedding; old checkpoints saved the rotary frequencies.
         if name in found or name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"):
@@ -167,6 +193,7 @@ def _write_tensors(
     output: Output,
     shards: Sequence[Shard],
     sources: dict[str, SourceTensor],
+    fits: Fits | None,
     threads: int,
     progress: Progress | None,
 ) -> None:
@@ -182,7 +209,7 @@ def _write_tensors(
                 weight_map |= {tensor.name: name for tensor in tensors}
                 with output.create(name) as write:
                     write(_header(tensors))
-                    for data, bytes_read in _packed(pool, threads, tensors, sources):
+                    for data, bytes_read in _packed(pool, threads, tensors, sources, fits):
                         write(data.data)
                         done += bytes_read
                         if progress:
@@ -206,6 +233,7 @@ def _packed(
     threads: int,
     tensors: Sequence[OutputTensor],
     sources: dict[str, SourceTensor],
+    fits: Fits | None,
 ) -> Iterator[_Packed]:
     """The tensors' bytes, in order. The pool runs a few tasks ahead of the consumer, which bounds the memory."""
     pending: deque[Future[_Packed]] = deque()
@@ -223,7 +251,7 @@ def _packed(
             unit_rows = matrix.units[0]
             for first in range(0, unit_rows, step):
                 last = min(first + step, unit_rows)
-                pending.append(pool.submit(_pack_rows, matrix, planned.encoding, first, last, sources))
+                pending.append(pool.submit(_pack_rows, matrix, planned.encoding, first, last, sources, fits))
                 while len(pending) > threads + 2:
                     yield pending.popleft().result()
     while pending:
@@ -233,7 +261,7 @@ def _packed(
 def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> _Packed:
     source = sources[vector.name]
     out = np.zeros(vector.shape, np.float32)
-    out[: vector.length] = _widen(read(source, 0, vector.length))
+    out[: vector.length] = widen(read(source, 0, vector.length))
     if not np.isfinite(out).all():
         raise _not_finite(source, vector.name)
     return out, source.stored.nbytes
@@ -243,7 +271,9 @@ def _pack_codebook(encoding: Encoding) -> _Packed:
     return blocks.codebook(encoding), 0
 
 
-def _pack_rows(matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor]) -> _Packed:
+def _pack_rows(
+    matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor], fits: Fits | None
+) -> _Packed:
     """The unit rows first to last - 1 of a matrix: uint8 (unit rows, bytes of one)."""
     out = np.empty((last - first, matrix.shape(encoding)[1]), np.uint8)
     bytes_read = 0
@@ -253,9 +283,13 @@ def _pack_rows(matrix: Matrix, encoding: Encoding, first: int, last: int, source
         if start < stop:
             row = start * UNIT_ROWS
             count = min(stop * UNIT_ROWS, part.rows) - row
-            rows = read(sources[part.source], row, count)
-            _pack(rows, out, part.start + start * part.stride - first, encoding, part, sources)
-            bytes_read += rows.nbytes
+            place = part.start + start * part.stride - first
+            if fits is not None and part.source in fits:
+                fitted = fits.rows(part.source, row, count, (part.rows, matrix.columns))
+                blocks.store(fitted, encoding, out, place, part.stride)
+            else:
+                _pack(read(sources[part.source], row, count), out, place, encoding, part, sources)
+            bytes_read += sources[part.source].stored.nbytes // part.rows * count
     return out, bytes_read
 
 
@@ -276,27 +310,18 @@ def _pack(
         bits = _narrow(rows)
         infinite = (bits & 0x7F80) == 0x7F80
         if infinite.any():
-            if np.isfinite(_widen(rows)).all():
+            if np.isfinite(widen(rows)).all():
                 raise CheckpointError(f"{source.path}: {part.source} has a weight too large for {encoding.name}")
             raise _not_finite(source, part.source)
         blocks.pack_bf16(bits, out, start, part.stride)
         return
-    largest = blocks.quantize(_widen(rows), out, start, part.stride, encoding)
+    largest = blocks.quantize(widen(rows), out, start, part.stride, encoding)
     if not np.isfinite(largest):
         raise _not_finite(source, part.source)
 
 
 def _not_finite(source: SourceTensor, name: str) -> CheckpointError:
     return CheckpointError(f"{source.path}: {name} holds NaN or infinity; the checkpoint is broken")
-
-
-def _widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float32 of f16, f32 or the bits of bf16."""
-    if stored.dtype == np.uint16:
-        wide = stored.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def _narrow(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:

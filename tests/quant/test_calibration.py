@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import make_config, shapes, write_checkpoint
-from npqwen_quant import moments
+from npqwen_quant import convert, moments
 from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, working_directory
 from npqwen_quant.checkpoint import Checkpoint, read_floats
 from npqwen_quant.search import Codebook
-from reference import qwen3_in_numpy
+from quantized import QuantizedReference
+from reference import ReferenceModel, qwen3_in_numpy
 
-from npqwen.errors import CheckpointError, OutputError
+from npqwen.errors import CheckpointError, OptionError, OutputError
+from npqwen.format.config import Config
 
 CODEBOOK = Codebook(np.array([-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29], np.float32))
 FINE = Codebook(np.arange(-32, 32, dtype=np.float32))
@@ -209,3 +211,45 @@ def test_rows_of_fits(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got[2], row_scales[7:37])
     assert (tmp_path / "a.fit").stat().st_size == 50 * (48 + 3 + 4)
     assert "c" not in fits
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}])
+def test_a_calibrated_conversion_is_nearer_to_the_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
+    raw = make_config(hidden_size=128, intermediate_size=160, **changes)
+    tensors = write_checkpoint(tmp_path / "source", raw)
+    shown: list[tuple[int, int]] = []
+    ids = text(24, 40) % 23  # few tokens, so that inputs depend on each other
+    convert(tmp_path / "source", tmp_path / "plain", 4)
+    convert(
+        tmp_path / "source",
+        tmp_path / "calibrated",
+        4,
+        calibration=Calibration("text", lambda: ids),
+        calibration_progress=lambda *done: shown.append(done),
+    )
+    assert shown[-1][0] == shown[-1][1]
+    assert leftovers(tmp_path) == []
+    exact = ReferenceModel(Config.from_dict(raw), {name: w.astype(np.float32) for name, w in tensors.items()})
+    error = {"plain": 0.0, "calibrated": 0.0}
+    for name in error:
+        converted = QuantizedReference.from_directory(tmp_path / name)
+        for row in ids:
+            error[name] += float(((converted.logits(row) - exact.logits(row)) ** 2).sum())
+    assert error["calibrated"] < 0.8 * error["plain"]
+
+
+def test_only_few_bits_are_calibrated(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source")
+    for bits in (8, 16):
+        with pytest.raises(OptionError, match="makes no difference"):
+            convert(tmp_path / "source", tmp_path / "out", bits, calibration=Calibration("text", text))
+
+
+def test_mixtures_are_converted_with_calibration(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", make_config(**MIXTURE))
+    for out in ("first", "second"):
+        convert(tmp_path / "source", tmp_path / out, 4, calibration=Calibration("text", text))
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("first", "second")]
+    assert files[0] == files[1]
+    convert(tmp_path / "source", tmp_path / "plain", 4)
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() != files[0]
