@@ -342,7 +342,8 @@ def attention(
         if spans == 1:
             _normalize(partial, width, dim, rows, first_row, group, head, out)
         else:
-            partials[task * size : (task + 1) * size] = partial
+            for i in range(size):  # Numba would compile an assignment of slices with its formatted error message
+                partials[task * size + i] = partial[i]
     if spans > 1:
         barrier(team)
         while True:

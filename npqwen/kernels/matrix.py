@@ -54,17 +54,19 @@ def read_row(matrix: Any, row: int, out: Any) -> None:
     """out = row `row` of a MATRIX, as an embedding is looked up; out: float32 (matrix.cols,)."""
     encoding, r = matrix.encoding, row % UNIT_ROWS
     size = group_bytes(matrix)
-    w = memory(matrix.address + row // UNIT_ROWS * size, size, np.uint8)
+    address = matrix.address + row // UNIT_ROWS * size
+    w, block_scales = memory(address, size, np.uint8), memory(address, size, np.int8)
+    row_scales, halves = memory(address, UNIT_ROWS, np.float32), memory(address, size // 2, np.uint16)
     for u in range(matrix.cols // UNIT_COLUMNS):
         unit = _ROW_SCALE_BYTES[encoding] + u * UNIT_BYTES[encoding]
         if IS_INTEGER[encoding]:
             codebook = memory(matrix.codebook, CODEBOOK_BYTES, np.uint8)
             for block in range(UNIT_BLOCKS):
                 at = unit + _SCALE_BYTES[encoding] + _BLOCK_BYTES[encoding] * block
-                block_scale = np.float32(w.view(np.int8)[unit + UNIT_ROWS * block + r])
+                block_scale = np.float32(block_scales[unit + UNIT_ROWS * block + r])
                 place = u * UNIT_COLUMNS + block * BLOCK_COLUMNS
-                read_block_row(encoding, r, w, at, codebook, w.view(np.float32)[r], block_scale, out, place)
+                read_block_row(encoding, r, w, at, codebook, row_scales[r], block_scale, out, place)
         else:
             for c in range(UNIT_COLUMNS):
-                bits = np.int32(w.view(np.uint16)[unit // 2 + UNIT_ROWS * c + r]) << np.int32(16)
+                bits = np.int32(halves[unit // 2 + UNIT_ROWS * c + r]) << np.int32(16)
                 out[u * UNIT_COLUMNS + c] = bits_float(bits)
