@@ -26,6 +26,11 @@ from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER
 from npqwen.simd.scalar import memory, without_refcounts
 
+_step = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles a function that only compiled code calls, without the wrappers for other callers."""
+_inline = njit(nogil=True, inline="always")
+"""Compiles a function only as a part of its caller."""
+
 
 @njit(nogil=True)
 def forward(
@@ -62,7 +67,7 @@ def forward(
         barrier(team)
 
 
-@njit(nogil=True, inline="always")
+@_inline
 def attention_block(
     team: Any, model: Any, layer: Any, tokens: Any, cache: Any, activations: Any, scratch: Any, local: Any
 ) -> None:
@@ -85,7 +90,7 @@ def attention_block(
     barrier(team)
 
 
-@njit(nogil=True, inline="always")
+@_inline
 def dense_feed_forward(
     team: Any, model: Any, layer: Any, count: int, activations: Any, scratch: Any, local: Any
 ) -> None:
@@ -100,7 +105,7 @@ def dense_feed_forward(
     barrier(team)
 
 
-@njit(nogil=True)
+@_step
 def sparse_feed_forward(
     team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, scratch: Any, local: Any
 ) -> None:
@@ -144,7 +149,7 @@ def sparse_feed_forward(
     barrier(team)
 
 
-@njit(nogil=True)
+@_step
 def final_norm(team: Any, model: Any, first: int, hidden: Any, output: Any) -> None:
     """output.values = the final norm of the tokens from `first` on."""
     weight = memory(model.norm, model.hidden_size, np.float32)
@@ -155,7 +160,7 @@ def final_norm(team: Any, model: Any, first: int, hidden: Any, output: Any) -> N
         rms_norm(hidden[first + t], weight, model.rms_norm_eps, output.values[t])
 
 
-@njit(nogil=True, inline="always")
+@_inline
 def project_logits(team: Any, model: Any, first: int, activations: Any, output: Any, scratch: Any) -> None:
     """output.values = lm_head @ the final norm of the tokens from `first` on."""
     hidden, packed = activations.hidden, activations.packed
@@ -165,7 +170,7 @@ def project_logits(team: Any, model: Any, first: int, activations: Any, output: 
     matmul(team, model.matmul_kernels, matrix, packed, rows, tile_width(rows), output.values, 0, scratch)
 
 
-@njit(nogil=True)
+@_step
 def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
     """hidden[t] = the embedding of ids[t]."""
     while True:
@@ -175,7 +180,7 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
         read_row(embed_tokens, ids[t], hidden[t])
 
 
-@njit(nogil=True)
+@_step
 def norm_and_pack(
     team: Any, hidden: Any, first: int, count: int, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
 ) -> None:
@@ -200,7 +205,7 @@ def norm_and_pack(
         pack(normed, t, width, encoding, packed)
 
 
-@njit(nogil=True)
+@_step
 def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
     """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of an encoding (a code)."""
     width = tile_width(count)
@@ -211,7 +216,7 @@ def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
         pack(x[t], t, width, encoding, packed)
 
 
-@njit(nogil=True)
+@_step
 def project_gated(
     team: Any, model: Any, layer: Any, packed: Any, count: int, local: Any, scratch: Any, gated: Any
 ) -> None:
@@ -230,7 +235,7 @@ def project_gated(
         pack_gated(local, matrix, first, last, 0, padded, width, layer.down_proj, scratch, gated)
 
 
-@njit(nogil=True)
+@_step
 def project_heads(
     team: Any, model: Any, layer: Any, tokens: Any, cache: Any, packed: Any, local: Any, scratch: Any, queries: Any
 ) -> None:

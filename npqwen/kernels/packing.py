@@ -20,7 +20,7 @@ from npqwen.simd.packed import (
     start_offset,
     values_offset,
 )
-from npqwen.simd.scalar import FAST
+from npqwen.simd.scalar import FAST, memory
 
 WIDTHS = tuple(sorted(ISA.tiles))
 """Numbers of tokens that a tile can have."""
@@ -78,13 +78,14 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
     first and x.size are multiples of 32; the rest is as for `pack`.
     """
     tile, lane = token // width, token % width
-    floats = packed.view(np.float32)
+    start, size = packed.ctypes.data, packed.size
+    floats = memory(start, size // 4, np.float32)
     if not IS_INTEGER[encoding]:
         at = (tile * columns + first) * width + lane
         for i in range(x.size):
             floats[at + i * width] = x[i]
         return
-    words, values = packed.view(np.int32), packed.view(np.int8)
+    words, values = memory(start, size // 4, np.int32), memory(start, size, np.int8)
     for block in range(x.size // BLOCK_COLUMNS):
         at = (tile * (columns // BLOCK_COLUMNS) + first // BLOCK_COLUMNS + block) * block_bytes(width)
         if _PAIRS and width > 1:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
-from npqwen.simd.llvm import F32, I8, I32, Float, Int, Int32, call, operation
+from npqwen.simd.llvm import F32, I32, Float, Int32, call, operation
 
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 """Fast-math flags of kernels: never `nnan` or `ninf`, which would break masks and checks."""
@@ -34,15 +35,19 @@ def round_even(b: ir.IRBuilder, value: Float) -> Float:
     return call(b, "llvm.rint.f32", F32, value)
 
 
-@operation(returns=lambda address: types.voidptr)
-def _pointer(b: ir.IRBuilder, address: Int) -> Any:
-    return b.inttoptr(address, I8.as_pointer())
+@intrinsic
+def memory(_: Any, address: Any, count: Any, dtype: Any) -> Any:
+    """The `count` items at an address as an array: `carray`, of which Numba would compile two functions per dtype."""
+    kind = types.Array(dtype.dtype, 1, "C")
 
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, values: Any) -> Any:
+        array = context.make_array(kind)(context, b)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        start = b.inttoptr(values[0], array.data.type)
+        populate_array(array, data=start, shape=[values[1]], strides=[size], itemsize=size, meminfo=None)
+        return array._getvalue()
 
-@njit(nogil=True)
-def memory(address: int, count: int, dtype: Any) -> Any:
-    """The `count` items at an address as an array."""
-    return carray(_pointer(address), (count,), dtype)
+    return kind(types.int64, types.int64, dtype), generate
 
 
 @intrinsic
