@@ -42,11 +42,13 @@ print(*calls)
 # One of the functions that conversion compiles.
 QUANTIZE = """
 import numpy as np
-from npqwen_quant.blocks import _to_f16
-half = np.empty(3, np.int32)
-_to_f16(np.array([1, -2, 0.5], np.float32), half)
-assert half.tolist() == [0x3C00, 0x4000, 0x3800], half
-print(sum(_to_f16.stats.cache_hits.values()))
+from npqwen.format.encodings import INT4, UNIT_COLUMNS, UNIT_ROWS
+from npqwen_quant.blocks import _store
+scales = np.full((UNIT_ROWS, UNIT_COLUMNS // 32), 7, np.int8)
+unit = np.empty(INT4.unit_bytes, np.uint8)
+_store(np.full((UNIT_ROWS, UNIT_COLUMNS), 3, np.uint8), scales, INT4.planes, 0, unit)
+assert unit.tolist() == [7] * scales.size + [0x33] * (unit.size - scales.size), unit
+print(sum(_store.stats.cache_hits.values()))
 """
 LOAD = """
 import sys
