@@ -15,9 +15,14 @@ from npqwen.terminal.terminal import Terminal
 @click.option(
     "--bits", type=int, default=DEFAULT_BITS, show_default=True, metavar="|".join(CHOICES), help="Bits per weight."
 )
+@click.option(
+    "--calibrate",
+    metavar="self|FILE|DIRECTORY",
+    help="Lose less by error feedback (GPTQ), for a text: one that the model writes itself, or files. Takes minutes.",
+)
 @click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
-def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -> None:
+def convert(source: str, out: str | None, bits: int, calibrate: str | None, force: bool, quiet: bool) -> None:
     """Convert SOURCE, a checkpoint directory or Hugging Face id, into the directory OUT.
 
     Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
@@ -26,6 +31,11 @@ def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -
 
     check_numba()
     with Terminal(quiet=quiet) as terminal:
+        calibration = None
+        if calibrate is not None:
+            from npqwen.commands.calibration import calibration_text
+
+            calibration = calibration_text(calibrate, terminal)
         path = hub.convert(
             source,
             out,
@@ -34,5 +44,7 @@ def convert(source: str, out: str | None, bits: int, force: bool, quiet: bool) -
             notice=terminal.notice,
             progress=terminal.conversion_progress,
             download_bars=terminal.shows_bars,
+            calibration=calibration,
+            calibration_progress=terminal.calibration_progress,
         )
         terminal.text(f"{path}\n")

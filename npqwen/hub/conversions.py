@@ -14,12 +14,16 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError, quoted
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub.repository import download, latest_commit
+
+if TYPE_CHECKING:
+    from npqwen_quant.calibration import Calibration
 
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -89,11 +93,14 @@ def convert(
     notice: Notice | None = None,
     progress: Progress | None = None,
     download_bars: bool = False,
+    calibration: Callable[[Path], Calibration] | None = None,
+    calibration_progress: Progress | None = None,
 ) -> Path:
     """Convert a checkpoint directory or hub id into `out`, by default into the cache; returns the directory.
 
-    force: convert again, and replace a converted model that is there. Raises what `resolve` and `npqwen_quant.convert`
-    raise; the other parameters are those of `resolve`.
+    force: convert again, and replace a converted model that is there. calibration: makes the text of a checkpoint
+    directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in the cache. Raises what
+    `resolve` and `npqwen_quant.convert` raise; the other parameters are those of `resolve`.
     """
     from npqwen_quant import convert as convert_directory
 
@@ -109,11 +116,19 @@ def convert(
         target = _local_target(directory, recipe)
     if is_converted(directory):
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
-    if out is None and not force:
+    if out is None and not force and calibration is None:
         return _converted_once(directory, target, recipe, tell, progress)
     target = target if out is None else Path(os.path.expanduser(out))
     started = _announced(f"converting {source} to {recipe.name}, into {target}", tell, progress)
-    convert_directory(directory, target, bits, force=force, progress=started)
+    convert_directory(
+        directory,
+        target,
+        bits,
+        force=force or out is None,
+        progress=started,
+        calibration=None if calibration is None else calibration(directory),
+        calibration_progress=calibration_progress,
+    )
     return target
 
 

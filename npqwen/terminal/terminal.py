@@ -149,6 +149,14 @@ class Terminal:
         """Show progress of a conversion, in bytes."""
         self._progress("converting", "B", done, total)
 
+    def calibration_progress(self, done: int, total: int) -> None:
+        """Show progress of a calibration, in bytes of matrices."""
+        self._progress("calibrating", "B", done, total)
+
+    def writing_progress(self, done: int, total: int) -> None:
+        """Show progress of a text that is written to be calibrated with, in tokens."""
+        self._progress("writing", " tokens", done, total)
+
     def prompt_progress(self, done: int, total: int) -> None:
         """Show progress of a prompt, in tokens. A short one needs no bar."""
         if total > 256:

@@ -49,8 +49,9 @@ class Calibration:
 
     name: str
     """Tells one text from another: an interrupted calibration with a text of this name is resumed."""
-    make: Callable[[], npt.NDArray[Any]]
-    """Makes the text: token ids (sequences, tokens). Not called when a calibration is resumed."""
+    make: Callable[[Path], npt.NDArray[Any]]
+    """Makes the text: token ids (sequences, tokens). Not called when a calibration is resumed. It can use the directory
+    it is called with for files, which are removed later."""
 
 
 @contextlib.contextmanager
@@ -199,7 +200,7 @@ class _Run:
         return self.directory / f"hidden-{half}.npy"
 
     def _begin(self) -> None:
-        ids = np.asarray(self.calibration.make())
+        ids = np.asarray(self.calibration.make(self.directory))
         name = "model.embed_tokens.weight"
         table, inverse = np.unique(ids, return_inverse=True)
         rows = np.concatenate([read_floats(self.sources[name], int(token), 1) for token in table])
