@@ -102,34 +102,45 @@ class Fits:
 
     def rows(self, source: str, first: int, count: int, shape: tuple[int, ...]) -> tuple[U8, I8, F32]:
         """Indices, block scales and row scales of `count` rows from row `first` on of a matrix of this shape."""
-        rows, columns = shape
-        width = pad(columns, BLOCK_COLUMNS)
-        index_bytes = width // 2 if self._halves(source) else width
-        layout = [("row_scales", "<f4", rows, 1), ("scales", "i1", rows, width // BLOCK_COLUMNS)]
-        layout.append(("indices", "u1", rows, index_bytes))
-        found, offset = {}, 0
+        row_scales, scales, packed = (
+            np.empty((count, width), dtype) for dtype, width in self._arrays(source, shape[1])
+        )
         with open(self._path(source), "rb") as file:
-            for name, dtype, count_of_all, row in layout:
-                size = np.dtype(dtype).itemsize * row
-                file.seek(offset + first * size)
-                found[name] = np.frombuffer(file.read(count * size), dtype).reshape(count, row)
-                offset += count_of_all * size
-        indices = found["indices"]
-        if self._halves(source):
-            indices = np.stack([indices & 15, indices >> 4], -1).reshape(count, width)
-        return np.ascontiguousarray(indices[:, :columns]), found["scales"].copy(), found["row_scales"][:, 0].copy()
+            for start, array in self._places(shape[0], first, (row_scales, scales, packed)):
+                file.seek(start)
+                file.readinto(array.data)
+        indices = np.stack([packed & 15, packed >> 4], -1).reshape(count, -1) if self._halves(source) else packed
+        return np.ascontiguousarray(indices[:, : shape[1]]), scales, row_scales[:, 0]
 
-    def store(self, source: str, parts: Iterable[tuple[U8, I8, F32]]) -> None:
-        """Store the fits of some rows after the other."""
-        indices, scales, row_scales = (np.concatenate(each) for each in zip(*parts, strict=True))
-        indices = np.pad(indices, ((0, 0), (0, -indices.shape[1] % BLOCK_COLUMNS)))
-        if self._halves(source):
-            indices = indices[:, ::2] | indices[:, 1::2] << np.uint8(4)
+    def store(self, source: str, shape: tuple[int, ...], parts: Iterable[tuple[U8, I8, F32]]) -> None:
+        """Store the fits of a matrix of this shape, given as those of some rows after the other."""
         path = self._path(source)
+        first = 0
         with open(path.with_suffix(".partial"), "wb") as file:
-            for array in (row_scales.astype("<f4"), scales, indices):
-                file.write(np.ascontiguousarray(array).data)
+            for indices, scales, row_scales in parts:
+                packed = np.pad(indices, ((0, 0), (0, -indices.shape[1] % BLOCK_COLUMNS)))
+                if self._halves(source):
+                    packed = packed[:, ::2] | packed[:, 1::2] << np.uint8(4)
+                arrays = row_scales.reshape(-1, 1).astype("<f4"), np.ascontiguousarray(scales), packed
+                for start, array in self._places(shape[0], first, arrays):
+                    file.seek(start)
+                    file.write(array.data)
+                first += len(indices)
         path.with_suffix(".partial").replace(path)
+
+    def _arrays(self, source: str, columns: int) -> tuple[tuple[str, int], ...]:
+        """dtype and width of a file's arrays: row scales, block scales, indices."""
+        width = pad(columns, BLOCK_COLUMNS)
+        return ("<f4", 1), ("i1", width // BLOCK_COLUMNS), ("u1", width // 2 if self._halves(source) else width)
+
+    @staticmethod
+    def _places(rows: int, first: int, arrays: Iterable[npt.NDArray[Any]]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Where the rows from `first` on of each array begin in the file."""
+        offset = 0
+        for array in arrays:
+            row_bytes = array.shape[1] * array.itemsize
+            yield offset + first * row_bytes, array
+            offset += rows * row_bytes
 
     def _halves(self, source: str) -> bool:
         """Whether indices take half a byte."""
@@ -255,7 +266,7 @@ class _Run:
                 continue
             if id(inputs) not in factors:
                 factors[id(inputs)] = [factor(_padded(total)) for total in inputs.sums]
-            self.fits.store(name, self._parts(name, factors[id(inputs)]))
+            self.fits.store(name, self.sources[name].stored.shape, self._parts(name, factors[id(inputs)]))
             self._count([name])
 
     def _parts(self, name: str, factors: list[Factor]) -> Iterable[tuple[U8, I8, F32]]:

@@ -204,7 +204,9 @@ def test_rows_of_fits(tmp_path: Path) -> None:
     for name, high in (("a", 16), ("b", 64)):
         indices = rng.integers(0, high, (50, 70)).astype(np.uint8)
         scales, row_scales = rng.integers(-127, 128, (50, 3)).astype(np.int8), rng.random(50).astype(np.float32)
-        fits.store(name, [(indices[:20], scales[:20], row_scales[:20]), (indices[20:], scales[20:], row_scales[20:])])
+        fits.store(
+            name, (50, 70), [(indices[:20], scales[:20], row_scales[:20]), (indices[20:], scales[20:], row_scales[20:])]
+        )
         got = fits.rows(name, 7, 30, (50, 70))
         np.testing.assert_array_equal(got[0], indices[7:37])
         np.testing.assert_array_equal(got[1], scales[7:37])
