@@ -220,7 +220,7 @@ def _texts(texts: dict[str, Score], total: Score) -> list[str]:
     for name, score in rows:
         row = f"| {name} | {score.tokens} | {_number(score.nll, 4)} | {_number(score.perplexity, 3)} |"
         if score.divergence is not None:
-            row += f" {_number(score.divergence.kl, 6)} | {score.divergence.top_1.mean:.2%} |"
+            row += f" {_number(score.divergence.kl, 7)} | {score.divergence.top_1.mean:.2%} |"
         lines.append(row)
     return lines
 
@@ -228,8 +228,8 @@ def _texts(texts: dict[str, Score], total: Score) -> list[str]:
 def _divergence(d: Divergence, greedy: Greedy | None) -> list[str]:
     rows = [
         ("perplexity of the base", _number(perplexity(d.base_nll), 3)),
-        ("nats per token more than the base", _number(d.nll_increase, 6)),
-        ("KL divergence, mean", _number(d.kl, 6)),
+        ("nats per token more than the base", _number(d.nll_increase, 5)),
+        ("KL divergence, mean", _number(d.kl, 7)),
         ("99th percentile", f"{d.kl_99:.4f}"),
         ("maximum", f"{d.kl_max:.4f}"),
         ("same most likely token (top-1)", _share(d.top_1)),
@@ -250,7 +250,7 @@ def _layers(costs: LayerCosts) -> list[str]:
         "",
         "| part | KL divergence | of the whole model's |",
         "|---|---:|---:|",
-        *(f"| {row.part} | {_number(row.kl, 6)} | {row.kl.mean / whole:.1%} |" for row in rows),
+        *(f"| {row.part} | {_number(row.kl, 7)} | {row.kl.mean / whole:.1%} |" for row in rows),
     ]
 
 

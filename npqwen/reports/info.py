@@ -183,7 +183,7 @@ def _fits(info: Info) -> str:
 
 def _evaluation(e: EvaluationRecord) -> str:
     return (
-        f"KL divergence {e.kl_divergence:.6f} ± {e.kl_error:.6f}"
+        f"KL divergence {e.kl_divergence:.7f} ± {e.kl_error:.7f}"
         f"{f' from {e.against}' if e.against else ''}, same top-1 {e.top_1:.2%}; {e.tokens} tokens of {e.text}"
     )
 

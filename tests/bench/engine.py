@@ -116,6 +116,11 @@ class Llama:
         if not self._c.llama_get_logits_ith(self._context, -1):
             raise SystemExit("llama.cpp gave no logits")
 
+    def logits(self, rows: int) -> npt.NDArray[np.float32]:
+        """A copy of the logits of the last run: (rows, vocabulary), as many as it computed."""
+        found = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (rows, self.vocabulary()))
+        return np.array(found, np.float32)
+
 
 class Npqwen:
     """npqwen, called as its own generation calls the model."""

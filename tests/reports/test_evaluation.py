@@ -409,7 +409,7 @@ def test_what_is_stored_is_shown(run: Run, text: Path, tmp_path: Path, tiny: Cal
     )
     shown = run("info", tmp_path / "model")[0]
     (line,) = (line for line in shown.splitlines() if line.startswith("evaluation "))
-    assert f"KL divergence {kept['kl_divergence']:.6f} ± " in line
+    assert f"KL divergence {kept['kl_divergence']:.7f} ± " in line
     assert line.endswith(f"from bf16, same top-1 {kept['top_1']:.2%}; {kept['tokens']} tokens of some text.txt")
     assert json.loads(run("info", tmp_path / "model", "--json")[0])["evaluation"] == kept
     assert Quantization.from_directory(tmp_path / "model").as_dict()["quantization_config"]["evaluation"] == kept
