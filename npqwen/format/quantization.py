@@ -26,6 +26,7 @@ AGAIN = "copy or convert it again (with --force)"
 _KEY = "quantization_config"
 _METHOD = "npqwen"
 _EVALUATION = "evaluation"
+_CALIBRATION = "calibration"
 _IMPOSSIBLE = 1e18
 """More than any number of an evaluation."""
 
@@ -77,6 +78,8 @@ class Quantization:
     encodings: Mapping[str, Encoding]
     """Of every matrix tensor, by its name in the files. A layer's experts are one tensor."""
     evaluation: EvaluationRecord | None = None
+    calibration: str | None = None
+    """The name of the text that it was calibrated with: "self", or the beginning of a digest; None if with none."""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -89,6 +92,8 @@ class Quantization:
             "created_by": f"npqwen {version('npqwen')}",
             "encodings": {name: encoding.name for name, encoding in self.encodings.items()},
         }
+        if self.calibration is not None:
+            entry[_CALIBRATION] = self.calibration
         if self.evaluation is not None:
             entry[_EVALUATION] = asdict(self.evaluation)
         return {_KEY: entry}
@@ -126,7 +131,9 @@ class Quantization:
                     f"do not have; {AGAIN}"
                 )
             encodings[tensor] = encoding
-        return cls(recipe, encodings, EvaluationRecord.from_dict(found.get(_EVALUATION)))
+        calibration = found.get(_CALIBRATION)
+        name = shortened(calibration) if isinstance(calibration, str) else None
+        return cls(recipe, encodings, EvaluationRecord.from_dict(found.get(_EVALUATION)), name)
 
 
 def store_evaluation(directory: Path, evaluation: EvaluationRecord) -> None:

@@ -41,6 +41,8 @@ class Info:
     parameters: int
     bits_per_weight: float
     """Stored bits of the matrices, scales and padding included, per weight of the checkpoint."""
+    calibration: str | None
+    """The name of the text that the conversion was calibrated with, None if with none."""
     evaluation: EvaluationRecord | None
     """The result that `npqwen eval --store` stored for this conversion."""
     parts: dict[str, int]
@@ -104,6 +106,7 @@ def inspect(directory: Path, context: int | None = None) -> Info:
         encodings=[encoding.name for encoding in ENCODINGS if encoding.code in weights.encodings],
         parameters=parameters(config),
         bits_per_weight=8 * matrices / weights_in_matrices(config),
+        calibration=weights.quantization.calibration,
         evaluation=weights.quantization.evaluation,
         parts={part: size for part, size in parts.items() if size},
         weights=budget.weights,
@@ -181,6 +184,10 @@ def _fits(info: Info) -> str:
     return "too little to run it"
 
 
+def _text(calibration: str) -> str:
+    return "the model's own text" if calibration == "self" else f"text {calibration}"
+
+
 def _evaluation(e: EvaluationRecord) -> str:
     return (
         f"KL divergence {e.kl_divergence:.7f} ± {e.kl_error:.7f}"
@@ -223,6 +230,7 @@ def describe(info: Info) -> str:
         ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),
         *((f"  {part}", size(count)) for part, count in info.parts.items()),
         ("weights", f"{size(info.weights)}, mapped from the files"),
+        *([("calibrated", f"with {_text(info.calibration)}")] if info.calibration is not None else []),
         *([("evaluation", _evaluation(info.evaluation))] if info.evaluation is not None else []),
         ("cache", f"{size(info.cache)} at {info.context} tokens of context"),
         ("working", f"{size(info.working)} at most, for {info.threads} threads"),

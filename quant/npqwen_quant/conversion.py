@@ -101,7 +101,8 @@ def convert(
         for planned in tensors
         if planned.encoding is not None and not isinstance(planned.tensor, Codebook)
     }
-    config = checkpoint.raw_config | Quantization(recipe, encodings).as_dict()
+    name = None if calibration is None else calibration.name
+    config = checkpoint.raw_config | Quantization(recipe, encodings, calibration=name).as_dict()
     with output, contextlib.ExitStack() as stack:
         for path in copied:
             with output.create(str(path.relative_to(source))) as write:

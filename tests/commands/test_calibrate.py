@@ -14,6 +14,7 @@ from npqwen.commands.calibration import SEQUENCES, TOKENS, windows
 from npqwen.commands.convert import convert
 from npqwen.generation import own_text
 from npqwen.model import load
+from npqwen.reports.info import describe, inspect
 from npqwen.tokenizer import Tokenizer
 
 TEXT = "river (noun): a large natural stream of water. " * 12
@@ -39,6 +40,8 @@ def test_with_a_file_or_a_directory(tmp_path: Path) -> None:
     assert weights(tmp_path / "file") == weights(tmp_path / "directory")
     assert run(TINY, tmp_path / "plain").exit_code == 0
     assert weights(tmp_path / "plain") != weights(tmp_path / "file")
+    assert "with text " in describe(inspect(tmp_path / "file"))
+    assert "calibrated" not in describe(inspect(tmp_path / "plain"))
     with load(tmp_path / "file") as calibrated, load(tmp_path / "plain") as plain:
         ids = Tokenizer.from_directory(TINY).encode(TEXT)[:40]
         assert (calibrated.logits(ids).argmax(1) == plain.logits(ids).argmax(1)).mean() > 0.8
@@ -51,6 +54,7 @@ def test_with_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert result.exit_code == 0, result.output
         assert "writes a text" in result.stderr
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    assert "with the model's own text" in describe(inspect(tmp_path / "first"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
