@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -57,7 +58,9 @@ def _own_text(source: Path, terminal: Terminal) -> Calibration:
         terminal.notice(f"the model writes a text to be calibrated with; first it is converted to {_WRITER_BITS} bits")
         convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
         with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:
-            return write_own_text(model, progress=terminal.writing_progress)
+            ids = write_own_text(model, progress=terminal.writing_progress)
+        shutil.rmtree(writer, ignore_errors=True)  # the fits need its room
+        return ids
 
     return Calibration(OWN, write)
 

@@ -95,6 +95,8 @@ def convert(
     copied = [path for name in COPIED if (path := source / name).is_file()]
     copied += sorted(source.glob("additional_chat_templates/*.jinja"))
     total = sum(len(_header(shard)) for shard in shards) + sum(tensor.nbytes for tensor in tensors)
+    if calibration is not None:
+        total *= 2  # fits take as much as the output, and are removed after it is written
     output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
     encodings = {
         planned.name: planned.encoding
