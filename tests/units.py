@@ -7,9 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-PLANES = {"int4": (4,), "int8": (8,)}
+PLANES = {"int4": (4,), "int8": (8,), "int5": (4, 1), "int6": (4, 2), "int3": (2, 1)}
 """Bits of the planes of a block, by encoding of integers."""
-CODEBOOKS = {"int4": 16}
+CODEBOOKS = {"int4": 16, "int3": 8}
 """Values in a codebook, of encodings that have one."""
 
 

@@ -119,7 +119,10 @@ INT4 = Encoding(
 )  # fmt: skip
 INT8 = Encoding("int8", code=1, planes=(8,))
 BF16 = Encoding("bf16", code=2, planes=(16,), is_integer=False)
+INT5 = Encoding("int5", code=3, planes=(4, 1))
+INT6 = Encoding("int6", code=4, planes=(4, 2))
+INT3 = Encoding("int3", code=5, planes=(2, 1), codebook=(-24, -15, -8, -2, 5, 12, 20, 31))
 
-ENCODINGS = (INT4, INT8, BF16)
+ENCODINGS = (INT4, INT8, BF16, INT5, INT6, INT3)
 """In the order of their codes."""
 BY_NAME = {encoding.name: encoding for encoding in ENCODINGS}

@@ -59,14 +59,15 @@ def test_neon(encoding: Encoding, tokens: int) -> None:
     assert names.count("tbl") == 2 * vectors * (9 if encoding.codebook else 1)
     assert not {"fcvtl", "ext", "zip1", "uzp1", "ins"} & set(names)
     # Where lines hold several quads, LLVM puts some vectors of 200 instructions' on the stack and takes them back.
-    assert len(spills(loop)) <= (0 if encoding.bits == 8 else 12)
+    assert len(spills(loop)) <= (0 if encoding.bits == 8 else len(loop) // 10)
     # A block takes, a vector of rows: its lines' unpacking, scales' load and conversion (3);
     # a token: 2 loads of activations, loads of scale and start, an addition, a spread;
     # each pair of them: 8 dot products, a copy of the start, subtraction, scaling, multiply-add.
     # Fourteen more count the loop and make constants; each 64 bytes of half a unit are asked for early.
     weights, prefetches = unpacking(encoding) + 4, -(-encoding.unit_bytes // 128)
     assert names.count("prfm") == prefetches
-    assert len(loop) <= 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors) + 14 + prefetches
+    work = 2 * (weights * vectors + 6 * tokens + 12 * tokens * vectors)
+    assert len(loop) - len(spills(loop)) <= work + 14 + prefetches
 
 
 @pytest.mark.parametrize("target", [APPLE_M2, NEOVERSE_V1], ids=["m2", "v1"])
@@ -83,7 +84,7 @@ def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str
     assert names.count("zip1") + names.count("zip2") == 2 * (interleaved + tokens)
     assert not {"fcvtl", "ext", "trn1", "trn2", "uzp1", "ins"} & set(names)
     # Most spills are sums of the eight tokens.
-    assert len(spills(loop)) <= 2 * tokens
+    assert len(spills(loop)) <= 3 * tokens
     sdots = integer_loop(Neon(), target, encoding, 4, 1)
     assert len(loop) < len(sdots) * tokens / 4 * (0.86 if tokens == 8 else 0.97)
 
@@ -128,7 +129,10 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
         assert names.count(shuffle) == (2 * 8 * vectors if encoding.codebook else 0)
         assert "callq" not in names
         # Some sums, where they fill half the registers or there are int16 sums, too.
-        assert len(spills(loop)) <= (len(loop) // 12 if tokens == 16 or isa.name == "avx2" else 8)
+        # Sixteen registers do not hold what is taken apart, either, where a quad's bits lie in two planes.
+        lone = len(encoding.planes) == 1 or tokens == 16
+        most = len(loop) // (12 if lone else 5) if tokens == 16 or isa.lanes == 8 else 0
+        assert len(spills(loop)) <= most
 
 
 @pytest.mark.skipif(ISA.name not in DOT, reason="the portable instruction set has no such instruction")

@@ -211,7 +211,8 @@ def test_pack_part(encoding: Encoding, first: int) -> None:
 def test_matmul_at_the_ends_of_the_integers(encoding: Encoding, tokens: int, end: int) -> None:
     """Nothing saturates if all weights and activations of a block have the largest magnitude."""
     q = {"int8": (-127, 127)}.get(encoding.name, (0, (1 << encoding.bits) - 1))[end]
-    codebook = np.linspace(0, 63, 16).astype(np.uint8) if encoding.name in CODEBOOKS else None
+    size = CODEBOOKS.get(encoding.name)
+    codebook = None if size is None else np.linspace(0, 63, size).astype(np.uint8)
     for sign in (-1, 1):
         x = np.full((tokens, 128), sign * 3.0, np.float32)
         scales = np.full((16, 4), sign * 127)

@@ -14,7 +14,7 @@ from units import Units, row_bytes
 from npqwen.format.encodings import BY_NAME, ENCODINGS
 
 QUANTIZE = [encoding.name for encoding in ENCODINGS if encoding.is_integer]
-TYPICAL = {"int4": 0.0072, "int8": 4e-5}
+TYPICAL = {"int3": 0.028, "int4": 0.0072, "int5": 0.0022, "int6": 6e-4, "int8": 4e-5}
 """Relative squared errors of trained weights: an upper limit for each encoding."""
 
 
@@ -53,11 +53,12 @@ def least_errors(rows: np.ndarray, encoding: str) -> np.ndarray:
 
 
 def rounded(rows: np.ndarray, encoding: str) -> np.ndarray:
-    """Plain rounding: the largest weight of a block is the last value, and scales are rounded to int8 of the row's."""
+    """Plain rounding: a block's largest weight is the largest value, and scales are rounded to int8 times the row's."""
     values = np.array(BY_NAME[encoding].values, np.float64)
     w = rows.astype(np.float64).reshape(len(rows), -1, 32)
-    scales = np.abs(w).max(2) / values[-1]
-    unit = scales.max(1, keepdims=True) / 127
+    largest = np.take_along_axis(w, np.abs(w).argmax(2)[..., None], 2)[..., 0]
+    scales = largest / values[np.abs(values).argmax()]
+    unit = np.abs(scales).max(1, keepdims=True) / 127
     scales = np.rint(scales / np.where(unit == 0, 1, unit)) * unit
     v = nearest(w / np.where(scales == 0, np.inf, scales)[:, :, None], values)
     return np.asarray((v * scales[:, :, None]).reshape(rows.shape))
@@ -144,7 +145,7 @@ def test_odd_shapes_are_padded_with_zero(encoding: str, shape: tuple[int, int]) 
     assert not units.block_scales[shape[0] :].any()
     assert not units.block_scales[:, -(-shape[1] // 32) :].any()
     assert not units.weights[shape[0] :].any()
-    step = np.abs(rows).max() / (7 if encoding != "int8" else 127)
+    step = np.abs(rows).max() / {"int3": 3, "int8": 127}.get(encoding, 7)
     assert np.abs(units.weights[: shape[0], : shape[1]] - rows).max() < step
 
 
