@@ -142,7 +142,7 @@ def load(
     """Map a model into memory, after downloading and converting it if necessary.
 
     model: a Hugging Face id ("Qwen/Qwen3-0.6B"), a checkpoint directory, or a converted directory.
-    bits: 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
+    bits: 3, 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
     threads: default: one per core. context: maximum tokens of a prompt and its continuation; default: the model's own
     limit.
 

@@ -120,7 +120,7 @@ def test_a_converted_directory_is_used_in_place(
 @pytest.mark.parametrize("bits", [0, 5, "4", True, 4.5])
 def test_impossible_bits(checkpoint: Path, bits: Any) -> None:
     for function in (hub.resolve, hub.convert):
-        with pytest.raises(OptionError, match="it can be 4, 8 or 16"):
+        with pytest.raises(OptionError, match="it can be 3, 4, 8 or 16"):
             function(checkpoint, bits=bits)
 
 

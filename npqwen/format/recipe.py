@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from npqwen.errors import OptionError, quoted
-from npqwen.format.encodings import BF16, INT4, INT8, Encoding
+from npqwen.format.encodings import BF16, INT3, INT4, INT5, INT6, INT8, Encoding
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,17 @@ class Recipe:
     bits: int
     """Nominal bits per weight: the recipe's name on the command line and in files."""
     matrices: Encoding
-    """Of all matrices but the routers."""
+    """Of all matrices but those below."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Of the keys and values of models made by this recipe."""
     routers: Encoding = BF16
     """Of a mixture's routers: a wrong choice of experts costs more than any rounding within them."""
+    vocabulary: Encoding | None = None
+    """Of the embedding and the output matrix, whose rounding costs as much as that of all layers together; as the other
+    matrices by default."""
+    v_proj: Encoding | None = None
+    """Of v_proj, a twentieth of a layer's weights, whose rounding costs as much as that of q_proj, k_proj, gate_proj
+    and up_proj; as the other matrices by default."""
 
     @property
     def name(self) -> str:
@@ -33,13 +39,18 @@ class Recipe:
 
     def encoding(self, tensor: str) -> Encoding:
         """The encoding of the matrix tensor of this name."""
-        return self.routers if tensor.endswith(".mlp.gate.weight") else self.matrices
+        if tensor.endswith(".mlp.gate.weight"):
+            return self.routers
+        if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
+            return self.vocabulary or self.matrices
+        return self.v_proj or self.matrices if tensor.endswith(".v_proj.weight") else self.matrices
 
 
 RECIPES = {
     recipe.bits: recipe
     for recipe in (
-        Recipe(INT4.bits, INT4),
+        Recipe(INT3.bits, INT3, vocabulary=INT5, v_proj=INT5),
+        Recipe(INT4.bits, INT4, vocabulary=INT5, v_proj=INT6),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.
         Recipe(BF16.bits, BF16, cache_dtype="float32"),

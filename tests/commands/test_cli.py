@@ -145,7 +145,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", "/no/such", "x", "--top-p", "3"], "top_p is 3.0; it must be a number from 0 to 1"),
         (["generate", "/no/such", "x", "--max-tokens", "0"], "max_tokens is 0; it must be a whole number"),
         (["generate", str(TINY), SUM, "--context", "20"], "the prompt's 20 tokens leave no room in the"),
-        (["generate", str(TINY), "x", "--bits", "5"], "bits is 5; it can be 4, 8 or 16"),
+        (["generate", str(TINY), "x", "--bits", "5"], "bits is 5; it can be 3, 4, 8 or 16"),
         (["generate", str(TINY), "x", "--temprature", "1"], "No such option '--temprature'"),
         (["generate", str(TINY)], "Missing argument 'PROMPT'; see npqwen generate --help"),
         (["generate", str(TINY), "x", "--top-k", "many"], "Invalid value for '--top-k'"),

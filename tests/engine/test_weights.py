@@ -289,7 +289,7 @@ def quantization(**changes: Any) -> dict[str, Any]:
         (quantization(encodings={**ENCODINGS, QK: "int8"}), f"tensor {QK} is U8 .* for int8"),
         (quantization(encodings={**ENCODINGS, "model.x": "int4"}), r"gives tensor model\.x an encoding"),
         (quantization(bits=16), "has the encoding int4, which models of 16 bits do not have"),
-        (quantization(bits=4.0), r"bits is 4\.0; it can be 4, 8 or 16"),
+        (quantization(bits=4.0), r"bits is 4\.0; it can be 3, 4, 8 or 16"),
         (quantization(bits=None), "bits"),
         (quantization(bits=5), "bits"),
         (quantization(bits="4"), "bits"),

@@ -81,10 +81,12 @@ def test_encodings_are_what_the_format_says() -> None:
             assert all(abs(value) <= 127 if bits == 8 else -32 <= value < 32 for value in encoding.values)
 
 
-def test_routers_are_bf16_in_every_recipe() -> None:
+def test_encodings_that_recipes_choose() -> None:
     layout = Layout(Config.from_dict(make_config(**MIXTURE)))
     for bits, recipe in RECIPES.items():
         assert recipe.bits == bits
         for role, tensor in layout.layer(0).items():
             if not isinstance(tensor, Vector):
-                assert recipe.encoding(tensor.name) == (BF16 if role == "router" else recipe.matrices)
+                expected = {"router": BF16, "v_proj": recipe.v_proj or recipe.matrices}.get(role, recipe.matrices)
+                assert recipe.encoding(tensor.name) == expected
+        assert recipe.encoding(layout.embed_tokens.name) == (recipe.vocabulary or recipe.matrices)

@@ -35,6 +35,17 @@ from npqwen.errors import OptionError
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
+VOCABULARY = {3: "int5", 4: "int5"}
+V_PROJ = {3: "int5", 4: "int6"}
+
+
+def recipe(bits: int, name: str) -> str:
+    """The encoding of a matrix tensor."""
+    if "embed_tokens" in name or "lm_head" in name:
+        return VOCABULARY.get(bits, name_of(bits))
+    return V_PROJ.get(bits, name_of(bits)) if "v_proj" in name else name_of(bits)
+
+
 def padded(rows: np.ndarray) -> np.ndarray:
     return np.pad(rows, ((0, -rows.shape[0] % 16), (0, -rows.shape[1] % 128)))
 
@@ -78,7 +89,7 @@ def check(directory: Path, tensors: dict[str, np.ndarray], layers: int, bits: in
             assert got[name].dtype == np.float32
             np.testing.assert_array_equal(got[name], values)
             continue
-        assert encodings[name] == name_of(bits)
+        assert encodings[name] == recipe(bits, name)
         shape = (values.shape[0] // 16, row_bytes(encodings[name], values.shape[1] // 128))
         assert got[name].dtype == np.uint8
         assert got[name].shape == shape
@@ -94,11 +105,11 @@ def check(directory: Path, tensors: dict[str, np.ndarray], layers: int, bits: in
         error = np.abs(meant - values).reshape(-1, 32).max(1)
         # Block scales are 127ths of the row's largest.
         row = np.repeat(np.abs(values).max(1), values.shape[1] // 32)
-        assert (error <= blocks * {4: 0.18, 8: 0.008}[bits] + row * 0.006).all()
-        assert np.square(meant - values).sum() < {4: 0.01, 8: 5e-5}[bits] * np.square(values).sum()
+        assert (error <= blocks * {3: 0.35, 4: 0.18, 8: 0.008}[bits] + row * 0.006).all()
+        assert np.square(meant - values).sum() < {3: 0.04, 4: 0.01, 8: 5e-5}[bits] * np.square(values).sum()
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
 @pytest.mark.parametrize(
     ("style", "dtype", "shards", "changes"),
     [
@@ -124,12 +135,12 @@ def test_every_tensor(tmp_path: Path, bits: int, style: str, dtype: str, shards:
         "format_version": 2,
         "bits": bits,
         "created_by": f"npqwen {version('npqwen')}",
-        "encodings": dict.fromkeys(matrices, name_of(bits)),
+        "encodings": {name: recipe(bits, name) for name in matrices},
     }
     assert written == config
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
 def test_the_example_model(tmp_path: Path, bits: int) -> None:
     convert(TINY, tmp_path / "out", bits, threads=2)
     tensors = {name: decode(data) for name, data in read_safetensors(TINY / "model.safetensors").items()}

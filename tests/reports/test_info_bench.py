@@ -91,7 +91,7 @@ def tiny_bits(recipe: Mapping[str, str]) -> float:
     return 8 * stored / weights
 
 
-RECIPES = {4: {"others": "int4"}, 8: {"others": "int8"}, 16: {"others": "bf16"}}
+RECIPES = {4: {"others": "int4", "v": "int6", "embed": "int5"}, 8: {"others": "int8"}, 16: {"others": "bf16"}}
 
 
 @pytest.mark.parametrize("bits", RECIPES)
