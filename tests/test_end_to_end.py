@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,3 +51,16 @@ def test_from_python(converted: Path) -> None:
             model.generate("1 " * 60)
     finally:
         model.close()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_few_bits_still_add_and_call_tools(tiny: Callable[[int], Path], bits: int) -> None:
+    def get_weather(city: str) -> dict[str, Any]:
+        """Get the current weather in a city."""
+        return {"city": city, "degrees": 17, "sky": "foggy"}
+
+    with npqwen.load(tiny(bits), threads=1) as model:
+        assert model.generate(SUM, temperature=0).text.endswith("17 + 25 = 42")
+        question = "What is the weather in London?"
+        reply = model.chat(question, tools=[get_weather], run_tools=True, thinking=False, temperature=0)
+        assert reply.text == "It is 17 degrees and foggy in London."
