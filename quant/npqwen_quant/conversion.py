@@ -66,7 +66,7 @@ def convert(
 ) -> None:
     """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
 
-    bits: the recipe (npqwen.format.recipe); 4 and 8 store small integers with scales, 16 stores bf16.
+    bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
     threads: how many quantize at a time; by default the CPUs of this process, at most 64.
     progress: called with the bytes of the checkpoint's tensors, done and in all; may raise to stop.
