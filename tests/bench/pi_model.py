@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from assembly import CORTEX_A76, floating_loop, integer_loop
 
 from npqwen.engine.engine import CHUNK, SPARSE_CHUNK
-from npqwen.format.encodings import INT4, INT8, Encoding
+from npqwen.format.encodings import INT3, INT4, INT8, Encoding
 from npqwen.kernels.attention import POSITION_TILE
 from npqwen.simd.arm import Neon
 
@@ -110,7 +110,7 @@ def pipes(loop: list[str]) -> Pipes:
         name, _, operands = line.partition("\t")
         if name in ("scvtf", "fcvtl", "fcvtl2", "fcvtzs", "frintn"):
             out.first += 2
-        elif name in ("ushr", "sshr", "shl", "ushll", "ushll2", "shll", "shll2", "sshll", "sshll2"):
+        elif name in ("ushr", "sshr", "shl", "ushll", "ushll2", "shll", "shll2", "sshll", "sshll2", "usra"):
             out.second += 1
         elif name in ("ldr", "ldur", "prfm", "prfum"):
             out.load += 1
@@ -136,6 +136,7 @@ def pipes(loop: list[str]) -> Pipes:
                 "fmla",
                 "dup",
                 "orr",
+                "tbl",
             ), line
             out.either += 1
         else:
@@ -207,7 +208,7 @@ def main() -> None:
           "| memory's time | pipes' time |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     for shape in SHAPES:
-        for encoding in (INT4, INT8):
+        for encoding in (INT3, INT4, INT8):
             cost = costs(encoding)
             start = prefill(shape, cost, args.prefill, args.busy, args.bandwidth * 1e9)
             memory, cpu = decode(shape, cost, args.depth, args.busy, args.bandwidth * 1e9)
