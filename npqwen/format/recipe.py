@@ -31,6 +31,8 @@ class Recipe:
     v_proj: Encoding | None = None
     """Of v_proj, a twentieth of a layer's weights, whose rounding costs as much as that of q_proj, k_proj, gate_proj
     and up_proj; as the other matrices by default."""
+    down_proj: Encoding | None = None
+    """Of dense layers' down_proj, whose rounding costs the most beside v_proj's; as the other matrices by default."""
 
     @property
     def name(self) -> str:
@@ -43,13 +45,17 @@ class Recipe:
             return self.routers
         if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
             return self.vocabulary or self.matrices
-        return self.v_proj or self.matrices if tensor.endswith(".v_proj.weight") else self.matrices
+        if tensor.endswith(".v_proj.weight"):
+            return self.v_proj or self.matrices
+        if tensor.endswith(".down_proj.weight"):
+            return self.down_proj or self.matrices
+        return self.matrices
 
 
 RECIPES = {
     recipe.bits: recipe
     for recipe in (
-        Recipe(INT3.bits, INT3, vocabulary=INT5, v_proj=INT5),
+        Recipe(INT3.bits, INT3, vocabulary=INT5, v_proj=INT4, down_proj=INT4),
         Recipe(INT4.bits, INT4, vocabulary=INT5, v_proj=INT6),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.

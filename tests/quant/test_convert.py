@@ -36,14 +36,17 @@ UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 VOCABULARY = {3: "int5", 4: "int5"}
-V_PROJ = {3: "int5", 4: "int6"}
+V_PROJ = {3: "int4", 4: "int6"}
+DOWN_PROJ = {3: "int4"}
 
 
 def recipe(bits: int, name: str) -> str:
     """The encoding of a matrix tensor."""
     if "embed_tokens" in name or "lm_head" in name:
         return VOCABULARY.get(bits, name_of(bits))
-    return V_PROJ.get(bits, name_of(bits)) if "v_proj" in name else name_of(bits)
+    if "v_proj" in name:
+        return V_PROJ.get(bits, name_of(bits))
+    return DOWN_PROJ.get(bits, name_of(bits)) if "down_proj" in name else name_of(bits)
 
 
 def padded(rows: np.ndarray) -> np.ndarray:
