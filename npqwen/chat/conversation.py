@@ -217,7 +217,7 @@ class Conversation:
             raise FormatError(f"{path} is not a saved conversation")
         if raw.get("version") != VERSION:
             raise FormatError(
-                f"{path} has format version {quoted(raw.get('version'))}, this npqwen reads {VERSION}; upgrade it"
+                f"{path} has format version {quoted(raw.get('version'))}; this npqwen reads {VERSION}; upgrade it"
             )
         messages, dropped, thinking = raw.get("messages"), raw.get("dropped"), raw.get("thinking")
         if not isinstance(messages, list) or not isinstance(dropped, int) or not 0 <= dropped <= len(messages):

@@ -68,7 +68,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         raise FormatError(f"{path} is not a saved session")
     version = header.metadata.get("format_version")
     if version != VERSION:
-        raise FormatError(f"{path} has format version {quoted(version)}, this npqwen reads {VERSION}; upgrade npqwen")
+        raise FormatError(f"{path} has format version {quoted(version)}; this npqwen reads {VERSION}; upgrade npqwen")
     pages = header.tensors.get("page.0")
     if pages is not None and pages.dtype in ("F16", "F32") and pages.dtype != _dtype(cache):
         raise FormatError(f"{path} has keys and values in {pages.dtype}, but this model uses {_dtype(cache)}")

@@ -173,7 +173,7 @@ def _check_version(directory: Path, found: Mapping[str, Any]) -> None:
     made, ours = found.get("format_version"), FORMAT_VERSION
     if type(made) is int and made == ours:
         return
-    problem = f"{directory} has format version {quoted(made)}, this npqwen reads {ours}"
+    problem = f"{directory} has format version {quoted(made)}; this npqwen reads {ours}"
     if type(made) is int and made < ours:
         raise FormatError(
             f"{problem}; convert its checkpoint again: npqwen convert CHECKPOINT {directory} "

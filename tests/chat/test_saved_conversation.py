@@ -65,7 +65,7 @@ def test_a_conversation_is_computed_again_if_its_cache_is_damaged(model: Model, 
         ("", "it is not JSON"),
         ("[]", "not a saved conversation"),
         ("{}", "not a saved conversation"),
-        ('{"format": "npqwen-conversation", "version": 9}', "version 9, this npqwen reads 1"),
+        ('{"format": "npqwen-conversation", "version": 9}', "version 9; this npqwen reads 1"),
         ('{"format": "npqwen-conversation", "version": 1}', "damaged"),
         ('{"format": "npqwen-conversation", "version": 1, "dropped": 5, "messages": []}', "damaged"),
         (

@@ -272,10 +272,10 @@ def quantization(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (quantization(format_version=3), "format version 3, this npqwen reads 2; upgrade npqwen"),
+        (quantization(format_version=3), "format version 3; this npqwen reads 2; upgrade npqwen"),
         (
             quantization(format_version=1, encodings=None),
-            "format version 1, this npqwen reads 2; convert its checkpoint again: npqwen convert CHECKPOINT .* "
+            "format version 1; this npqwen reads 2; convert its checkpoint again: npqwen convert CHECKPOINT .* "
             "--bits 4 --force",
         ),
         (quantization(format_version=None), "format version None"),
