@@ -31,6 +31,8 @@ _MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
 """Tokens up to which several tiles of the middle width are faster than one of the widest."""
 _PAIRS = ISA.pairs
+_PAIR_PITCH = 2 * OCTET
+"""Bytes from one octet of a token to its next where the tokens of a pair alternate; a literal to the compiler."""
 
 
 @njit(nogil=True)
@@ -90,7 +92,7 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
         at = (tile * (columns // BLOCK_COLUMNS) + first // BLOCK_COLUMNS + block) * block_bytes(width)
         if _PAIRS and width > 1:
             values_at = at + paired_values_offset(lane)
-            scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, 2 * OCTET)
+            scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, _PAIR_PITCH)
         else:
             values_at = at + values_offset(lane)
             scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, OCTET)
