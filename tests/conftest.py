@@ -13,7 +13,7 @@ from converted import large_model
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts() -> None:
-    """Have programs that tests start hear SIGINT and SIGQUIT, which a shell's background job and its children ignore."""
+    """Have programs that tests start hear SIGINT and SIGQUIT, which background jobs of a shell ignore."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGQUIT") and signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
