@@ -146,7 +146,7 @@ def test_this_machine(encoding: Encoding) -> None:
     assert len([line for line in loop if DOT[ISA.name] in line]) == 2 * 8 * ISA.tiles[1]
     # On NEON, LLVM spills some vectors of the encodings that are unpacked: not solved yet, see `test_neon`.
     found = spills(loop)
-    assert len(found) <= (len(loop) // 5 if ISA.lanes == 4 and encoding.bits < 8 else 0), (len(found), len(loop))
+    assert len(found) <= (len(loop) // 10 if ISA.lanes == 4 and encoding.bits < 8 else 0), (len(found), len(loop))
 
 
 @pytest.mark.parametrize(
