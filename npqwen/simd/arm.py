@@ -30,15 +30,28 @@ class Neon(NativeHalf):
     lanes: ClassVar[int] = 4
     features: ClassVar[frozenset[str]] = frozenset({"dotprod"})
     accumulators: ClassVar[int] = 16
+    register: ClassVar[str] = "w"
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
-    def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
-        halves = [b.load(offset(b, x, at, _WORDS), align=1) for at in (0, 16)]
-        total = b.add(start, constant(I32, 4, _BIAS_BITS))
-        for n, quad in quads:
-            lane = b.shuffle_vector(halves[n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
-            total = call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, b.bitcast(lane, _BYTES))
-        return total
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
+        halves = [
+            [b.load(offset(b, x, values_offset(t) + at, _WORDS), align=1) for at in (0, 16)] for t in range(tokens)
+        ]
+        bias = constant(I32, 4, _BIAS_BITS)
+        sums = [[b.add(self.start(b, x, t, tokens), bias)] * len(blocks) for t in range(tokens)]
+        for line in self.quads(b, encoding, table, blocks):
+            for n, quads in line:
+                for t in range(tokens):
+                    lane = b.shuffle_vector(halves[t][n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
+                    values = b.bitcast(lane, _BYTES)
+                    sums[t] = [
+                        call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, values)
+                        for total, quad in zip(sums[t], quads, strict=True)
+                    ]
+            sums = self.settle(b, encoding, sums)
+        yield from sums
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         return call(b, "llvm.aarch64.neon.tbl1.v16i8", _BYTES, table, indices)
@@ -61,11 +74,14 @@ class NeonI8mm(Neon):
     pairs: ClassVar[bool] = True
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
-    ) -> Iterator[ir.Value]:
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
         if tokens == 1:  # half of each instruction would be wasted
-            return super().products(b, encoding, table, block, x, tokens)
-        return self._products_of_pairs(b, self.octets(b, encoding, table, block), x, tokens)
+            return super().products(b, encoding, table, blocks, x, tokens)
+        by_block = [
+            self._products_of_pairs(b, self.octets(b, encoding, table, block), x, tokens) for block in blocks
+        ]
+        return map(list, zip(*by_block, strict=True))
 
     def _products_of_pairs(
         self, b: ir.IRBuilder, octets: list[list[ir.Value]], x: ir.Value, tokens: int
@@ -88,7 +104,7 @@ class NeonI8mm(Neon):
         """For each 8 columns of the block the octet of rows 0 and 1, and that of rows 2 and 3."""
         width = encoding.planes[0]
         if width % 2 or len(encoding.planes) > 1:
-            quads = dict(self.quads(b, encoding, table, block))
+            quads = {n: quad for line in self.quads(b, encoding, table, [block]) for n, (quad,) in line}
             return _octets(b, [quads[n] for n in range(QUADS)])
         # Interleaved while quads share their bytes, which saves work.
         lines = _octets(b, [self.line(b, block, n) for n in range(width)])

@@ -136,16 +136,15 @@ def dot_block_int(
     """
     block, scales, activations = element(b, w, at, I8), element(b, w, scales_at, I8), element(b, x, x_at, I8)
     rows = len(tile) // tokens
-    for r in range(rows):
-        place = offset(b, block, 4 * LANES * r, I8)
-        products = ISA.products(b, ENCODINGS[encoding], codebook[0], place, activations, tokens)
-        scale = block_scales(b, offset(b, scales, LANES * r, I8))
-        for t, sums in enumerate(products):
-            x_scale = b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4)
+    blocks = [offset(b, block, 4 * LANES * r, I8) for r in range(rows)]
+    products = ISA.products(b, ENCODINGS[encoding], codebook[0], blocks, activations, tokens)
+    factors = [block_scales(b, offset(b, scales, LANES * r, I8)) for r in range(rows)]
+    for t, sums in enumerate(products):
+        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
+        for r in range(rows):
             # Not the scales first: LLVM would make that product early, and have no register for it.
-            scaled = b.fmul(ISA.to_float(b, sums), splat(b, x_scale, LANES))
-            n = t * rows + r
-            tile[n] = fma(b, scaled, scale, tile[n])
+            scaled = b.fmul(ISA.to_float(b, sums[r]), x_scale)
+            tile[t * rows + r] = fma(b, scaled, factors[r], tile[t * rows + r])
     return tile
 
 
