@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from npqwen.format.encodings import CODEBOOK_BYTES, ENCODINGS, UNIT_BLOCKS, UNIT_ROWS, Encoding
+from npqwen.format.encodings import CODEBOOK_BYTES, UNIT_BLOCKS, UNIT_ROWS, Encoding
 from npqwen.kernels.entry import entry
 from npqwen.simd.amx import (
     SUM_BYTES,
@@ -28,12 +28,8 @@ from npqwen.simd.scalar import memory
 from npqwen.simd.tile import prefetch, scale_rows, store, store_add, zeros
 
 _UNPACKED_UNIT = UNIT_BLOCKS * UNPACKED_BLOCK
-
-
-def unpacked_bytes(cols: int, chunk_bytes: int) -> int:
-    """Bytes of scratch for chunks of `chunk_bytes` of weights, or of one row group where that is more."""
-    smallest = min(encoding.unit_bytes for encoding in ENCODINGS if encoding.is_integer)
-    return CACHE_LINE + 2 * SUM_BYTES + max(cols * UNIT_ROWS, chunk_bytes // smallest * _UNPACKED_UNIT)
+AMX_ROOM_BYTES = 2 * SUM_BYTES
+"""Bytes of scratch beside unpacked weights."""
 
 
 def amx_rows(encoding: Encoding) -> Any:

@@ -7,8 +7,6 @@ block is multiplied while the sums of the one before are scaled.
 
 from __future__ import annotations
 
-import itertools
-
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -82,7 +80,7 @@ def unpack_block(
     """
     block, place = element(b, w, at, I8), element(b, out, out_at, I8)
     zero_point = 0 if ENCODINGS[encoding].codebook else ENCODINGS[encoding].zero_point
-    for n, (quad,) in itertools.chain.from_iterable(ISA.quads(b, ENCODINGS[encoding], codebook[0], [block])):
+    for n, (quad,) in ISA.quads(b, ENCODINGS[encoding], codebook[0], [block]):
         values = b.sub(quad, constant(I8, CACHE_LINE, zero_point))
         b.store(values, offset(b, place, CACHE_LINE * n, quad.type), align=CACHE_LINE)
 

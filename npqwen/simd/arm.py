@@ -8,7 +8,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import QUADS, NativeHalf
+from npqwen.simd.instructions import QUADS, UNPACKED, NativeHalf
 from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, undefined, vector
 from npqwen.simd.packed import OCTET, start_offset, values_offset
 
@@ -41,16 +41,15 @@ class Neon(NativeHalf):
         ]
         bias = constant(I32, 4, _BIAS_BITS)
         sums = [[b.add(self.start(b, x, t, tokens), bias)] * len(blocks) for t in range(tokens)]
-        for line in self.quads(b, encoding, table, blocks):
-            for n, quads in line:
-                for t in range(tokens):
-                    lane = b.shuffle_vector(halves[t][n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
-                    values = b.bitcast(lane, _BYTES)
-                    sums[t] = [
-                        call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, values)
-                        for total, quad in zip(sums[t], quads, strict=True)
-                    ]
-            sums = self.settle(b, encoding, sums)
+        for n, quads in self.quads(b, encoding, table, blocks):
+            for t in range(tokens):
+                lane = b.shuffle_vector(halves[t][n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
+                values = b.bitcast(lane, _BYTES)
+                sums[t] = [
+                    call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, values)
+                    for total, quad in zip(sums[t], quads, strict=True)
+                ]
+            sums = self.settle(b, encoding, n, sums)
         yield from sums
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
@@ -98,13 +97,19 @@ class NeonI8mm(Neon):
             for high in (False, True):
                 yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
 
+    def unpacked(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> list[ir.Value]:
+        return [octet for halves in self.octets(b, encoding, table, block) for octet in halves]
+
     def octets(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value
     ) -> list[list[ir.Value]]:
         """For each 8 columns of the block the octet of rows 0 and 1, and that of rows 2 and 3."""
+        if encoding is UNPACKED:
+            lines = [self.line(b, block, n) for n in range(QUADS)]
+            return [list(pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
         width = encoding.planes[0]
         if width % 2 or len(encoding.planes) > 1:
-            quads = {n: quad for line in self.quads(b, encoding, table, [block]) for n, (quad,) in line}
+            quads = {n: quad for n, (quad,) in self.quads(b, encoding, table, [block])}
             return _octets(b, [quads[n] for n in range(QUADS)])
         # Interleaved while quads share their bytes, which saves work.
         lines = _octets(b, [self.line(b, block, n) for n in range(width)])

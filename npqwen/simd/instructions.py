@@ -10,20 +10,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 from llvmlite import ir
 
 from npqwen.format.encodings import QUADS as QUADS
-from npqwen.format.encodings import Encoding
+from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, settle, splat, undefined, vector
 from npqwen.simd.packed import start_offset, values_offset
 
 PREFETCH_DISTANCE = 2048
 """Bytes between weights that are read and those prefetched: further than a processor's own prefetching goes."""
 
-Quads = Iterator[list[tuple[int, list[ir.Value]]]]
-"""Line by line: numbers of quads in a block, 0 to 7, each with the quads of this number of all blocks."""
+
+
+@dataclass(frozen=True)
+class _Unpacked(Encoding):
+    """Weights of fewer than 8 bits taken apart: a byte each, the value plus the zero point."""
+
+    @property
+    def zero_point(self) -> int:
+        return ZERO_POINT
+
+
+UNPACKED = _Unpacked("unpacked", code=-1, planes=(8,))
+"""How kernels keep weights that they unpack once for many tokens. No file has it."""
+
+Quads = Iterator[tuple[int, list[ir.Value]]]
+"""Numbers in a block, 0 to 7, each with the quads of this number of all blocks."""
 Field = tuple[ir.Value, int, int]
 """Some bits of a quad in a line: the line, their first bit in each byte, how many they are."""
 
@@ -71,15 +86,14 @@ class InstructionSet:
         each block's rows, <lanes x i32> for `to_float`.
         """
         sums = [[self.start(b, x, t, tokens) for _ in blocks] for t in range(tokens)]
-        for line in self.quads(b, encoding, table, blocks):
-            for n, quads in line:
-                for t in range(tokens):
-                    sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
+        for n, quads in self.quads(b, encoding, table, blocks):
+            for t in range(tokens):
+                sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
         yield from sums
 
-    def settle(self, b: ir.IRBuilder, encoding: Encoding, sums: list[list[ir.Value]]) -> list[list[ir.Value]]:
-        """The sums, computed before another line is read, if the registers could not hold what LLVM reads early."""
-        if not self.register or encoding.bits == 8:
+    def settle(self, b: ir.IRBuilder, encoding: Encoding, n: int, sums: list[list[ir.Value]]) -> list[list[ir.Value]]:
+        """The sums after quad n, computed before another line is read, where registers would not hold more lines."""
+        if not self.register or encoding.bits == 8 or n < QUADS // 2:
             return sums
         settled = iter(settle(b, self.register, [value for values in sums for value in values]))
         return [[next(settled) for _ in values] for values in sums]
@@ -90,7 +104,7 @@ class InstructionSet:
         return b.load(b.bitcast(place, kind.as_pointer()), align=1) if encoding.codebook else ir.Constant(kind, None)
 
     def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:
-        """The 8 quads of each block, <4 * lanes x i8>: those of a line of each block, then those of the next.
+        """The 8 quads of each block, <4 * lanes x i8>, in the order in which they are read.
 
         The bytes are values plus the encoding's zero point, or signed values if that is 0.
         """
@@ -106,21 +120,24 @@ class InstructionSet:
             return [(line, n // p * p, p) for line in lines[number]]
 
         first = encoding.planes[0]
-        for line in range(first):
-            found = []
-            for n in range(line, QUADS, first):
-                planes = [fields(plane, n) for plane in range(len(encoding.planes))]
-                found.append((n, [self.quad(b, encoding, table, list(parts)) for parts in zip(*planes, strict=True)]))
-            yield found
+        for n in (line + first * f for line in range(first) for f in range(QUADS // first)):
+            planes = [fields(plane, n) for plane in range(len(encoding.planes))]
+            yield n, [self.quad(b, encoding, table, list(parts)) for parts in zip(*planes, strict=True)]
+
+    def unpacked(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> list[ir.Value]:
+        """The lines of a block as UNPACKED: 8 of <4 * lanes x i8>."""
+        quads = {n: quad for n, (quad,) in self.quads(b, encoding, table, [block])}
+        return [quads[n] for n in range(QUADS)]
 
     def quad(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, fields: list[Field]) -> ir.Value:
         """One quad of `quads`, of which each field holds some bits, the lowest first."""
+        if encoding.bits == 8:
+            return fields[0][0]
         at = 0 if encoding.codebook else encoding.step.bit_length() - 1
         parts = []
         for line, shift, width in fields:
             mask = constant(I8, line.type.count, (1 << width) - 1 << at)
-            moved = _shift(b, line, at - shift)
-            parts.append(line if width == 8 else b.and_(moved, mask))
+            parts.append(b.and_(_shift(b, line, at - shift), mask))
             at += width
         bits = functools.reduce(b.or_, parts)
         return self.lookup(b, table, bits) if encoding.codebook else bits

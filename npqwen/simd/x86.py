@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
+from npqwen.simd.instructions import PREFETCH_DISTANCE, Field, NativeHalf, Quads
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, vector
 
 
@@ -34,20 +35,17 @@ class Avx2(NativeHalf):
         run = 32767 // (encoding.largest * 127 * 2)
         narrow: list[list[Any]] = [[None] * len(blocks) for _ in range(tokens)]
         totals = [[constant(I32, self.lanes, 0)] * len(blocks) for _ in range(tokens)]
-        step = 0
-        for line in self.quads(b, encoding, table, blocks):
-            for n, quads in line:
-                magnitudes = [_with_sign(b, quad, quad) for quad in quads] if signed else quads
-                step += 1
-                for t in range(tokens):
-                    activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
-                    for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
-                        factor = _with_sign(b, activations, quad) if signed else activations
-                        pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, factor)
-                        narrow[t][r] = pairs if step % run == 1 % run else b.add(narrow[t][r], pairs)
-                        if step % run == 0:
-                            totals[t][r] = b.add(totals[t][r], _widen(b, narrow[t][r]))
-            totals = self.settle(b, encoding, totals)
+        for step, (n, quads) in enumerate(self.quads(b, encoding, table, blocks)):
+            magnitudes = [_with_sign(b, quad, quad) for quad in quads] if signed else quads
+            for t in range(tokens):
+                activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
+                for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
+                    factor = _with_sign(b, activations, quad) if signed else activations
+                    pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, factor)
+                    narrow[t][r] = pairs if step % run == 0 else b.add(narrow[t][r], pairs)
+                    if step % run == run - 1:
+                        totals[t][r] = b.add(totals[t][r], _widen(b, narrow[t][r]))
+            totals = self.settle(b, encoding, n, totals)
         for t in range(tokens):
             start = self.start(b, x, t, tokens)
             yield [b.add(total, start) for total in totals[t]]
@@ -89,19 +87,17 @@ class AvxVnni(Avx2):
                 [self.start(b, x, t, tokens)] * len(blocks) + [zero] * (chains - 1) * len(blocks)
                 for t in range(first, first + together)
             ]
-            for line in quads:
-                for step, (n, found) in enumerate(line):
-                    unsigned = found if encoding.zero_point else [b.xor(quad, sign) for quad in found]
-                    for t, parts in enumerate(sums, first):
-                        for r, quad in enumerate(unsigned):
-                            part = step % chains * len(blocks) + r
-                            parts[part] = call(
-                                b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", words,
-                                parts[part], b.bitcast(quad, words), self.broadcast(b, x, t, n),
-                            )  # fmt: skip
-                sums = self.settle(b, encoding, sums)
+            for step, (n, found) in enumerate(quads):
+                unsigned = found if encoding.zero_point else [b.xor(quad, sign) for quad in found]
+                for t, parts in enumerate(sums, first):
+                    for r, quad in enumerate(unsigned, step % chains * len(blocks)):
+                        parts[r] = call(
+                            b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", words,
+                            parts[r], b.bitcast(quad, words), self.broadcast(b, x, t, n),
+                        )  # fmt: skip
+                sums = self.settle(b, encoding, n, sums)
             for parts in sums:
-                yield parts if chains == 1 else [b.add(*pair) for pair in zip(parts[: len(blocks)], parts[len(blocks) :], strict=True)]
+                yield [functools.reduce(b.add, parts[r :: len(blocks)]) for r in range(len(blocks))]
 
 
 class Avx512(AvxVnni):
@@ -124,8 +120,7 @@ class Avx512(AvxVnni):
 
     def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:
         # All of them before the products: there are registers, and with one token that is a hundredth faster.
-        lines = super().quads(b, encoding, table, blocks)
-        yield sorted((quad for line in lines for quad in line), key=lambda quad: quad[0])
+        yield from sorted(super().quads(b, encoding, table, blocks), key=lambda quad: quad[0])
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         return call(b, "llvm.x86.avx512.pshuf.b.512", indices.type, table, indices)
