@@ -48,8 +48,7 @@ CHUNK_BYTES = 1 << 17
 """Bytes of weights that a thread claims at a time: they stay in its cache for all tiles of tokens."""
 STREAM_BYTES = 1 << 19
 """Bytes of a chunk where there is one tile: weights are read once, and every chunk begins by waiting for memory."""
-_MANY_TILES = 2
-"""Tiles of the widest width for which unpacking weights once is worth storing them."""
+_UNPACK_FROM = ISA.unpack_from
 _LOCAL_FLOATS = 1 << 16
 """float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
 _LINE_COLUMNS = CACHE_LINE // (2 * UNIT_ROWS)
@@ -185,7 +184,7 @@ at `codebook` (0 in encodings that have none), by `tiles` tiles of packed activa
 UNPACKERS = {
     encoding.code: unpack_rows(encoding)
     for encoding in ENCODINGS
-    if encoding.is_integer and encoding.bits < 8 and not _MATRICES
+    if ISA.unpack_from and encoding.is_integer and encoding.bits < 8
 }
 """Kernels that unpack, by the code of the encoding."""
 MULTIPLIER = unpacked_rows(WIDEST)
@@ -254,7 +253,7 @@ def run_kernel(
 ) -> None:  # fmt: skip
     """Run the kernel for tiles of `width` tokens on a matrix like `matrix` at an address; arguments as for KERNELS."""
     unpack = kernels[matrix.encoding, 0]
-    if unpack and width == WIDEST and tiles >= _MANY_TILES:
+    if unpack and width == WIDEST and tiles >= _UNPACK_FROM:
         run_unpacked(
             unpack, kernels[_SHARED, WIDEST], matrix.encoding, address, matrix.codebook, matrix.cols, tiles, x, first,
             last, out, stride, accumulate, scratch,

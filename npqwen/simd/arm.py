@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
 from npqwen.simd.instructions import QUADS, UNPACKED, NativeHalf
-from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, undefined, vector
+from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, settle, undefined, vector
 from npqwen.simd.packed import OCTET, start_offset, values_offset
 
 _BYTES, _WORDS, _LONGS, _FLOATS = vector(I8, 16), vector(I32, 4), vector(I64, 2), vector(F32, 4)
@@ -30,7 +30,7 @@ class Neon(NativeHalf):
     lanes: ClassVar[int] = 4
     features: ClassVar[frozenset[str]] = frozenset({"dotprod"})
     accumulators: ClassVar[int] = 16
-    register: ClassVar[str] = "w"
+    unpack_from: ClassVar[int] = 4
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def products(
@@ -49,7 +49,10 @@ class Neon(NativeHalf):
                     call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, values)
                     for total, quad in zip(sums[t], quads, strict=True)
                 ]
-            sums = self.settle(b, encoding, n, sums)
+            if n >= QUADS // 2:
+                # The last quad of a line, or the last but one: more lines at a time would not fit the registers.
+                settled = iter(settle(b, "w", [total for totals in sums for total in totals]))
+                sums = [[next(settled) for _ in blocks] for _ in range(tokens)]
         yield from sums
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:

@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from npqwen.format.encodings import QUADS as QUADS
 from npqwen.format.encodings import ZERO_POINT, Encoding
-from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, settle, splat, undefined, vector
+from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, splat, undefined, vector
 from npqwen.simd.packed import start_offset, values_offset
 
 PREFETCH_DISTANCE = 2048
@@ -62,9 +62,9 @@ class InstructionSet:
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
     prefetches: ClassVar[bool] = False
     """Whether `line` prefetches, where a line is one vector and one cache line."""
-    register: ClassVar[str] = ""
-    """The constraint letter of inline assembly for a vector register; empty where registers hold all that is unpacked
-    of a block."""
+    unpack_from: ClassVar[int] = 32
+    """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
+    nothing is computed beside; 0: never."""
     pairs: ClassVar[bool] = False
     """Whether `products` of several tokens takes their activations by pairs (npqwen/simd/packed.py)."""
 
@@ -90,13 +90,6 @@ class InstructionSet:
             for t in range(tokens):
                 sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
         yield from sums
-
-    def settle(self, b: ir.IRBuilder, encoding: Encoding, n: int, sums: list[list[ir.Value]]) -> list[list[ir.Value]]:
-        """The sums after quad n, computed before another line is read, where registers would not hold more lines."""
-        if not self.register or encoding.bits == 8 or n < QUADS // 2:
-            return sums
-        settled = iter(settle(b, self.register, [value for values in sums for value in values]))
-        return [[next(settled) for _ in values] for values in sums]
 
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
         """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""

@@ -22,7 +22,6 @@ class Avx2(NativeHalf):
     name: ClassVar[str] = "avx2"
     lanes: ClassVar[int] = 8
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
-    register: ClassVar[str] = "x"
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def products(
@@ -45,7 +44,6 @@ class Avx2(NativeHalf):
                     narrow[t][r] = pairs if step % run == 0 else b.add(narrow[t][r], pairs)
                     if step % run == run - 1:
                         totals[t][r] = b.add(totals[t][r], _widen(b, narrow[t][r]))
-            totals = self.settle(b, encoding, n, totals)
         for t in range(tokens):
             start = self.start(b, x, t, tokens)
             yield [b.add(total, start) for total in totals[t]]
@@ -95,7 +93,6 @@ class AvxVnni(Avx2):
                             b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", words,
                             parts[r], b.bitcast(quad, words), self.broadcast(b, x, t, n),
                         )  # fmt: skip
-                sums = self.settle(b, encoding, n, sums)
             for parts in sums:
                 yield [functools.reduce(b.add, parts[r :: len(blocks)]) for r in range(len(blocks))]
 
@@ -112,7 +109,8 @@ class Avx512(AvxVnni):
     accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
     prefetches: ClassVar[bool] = True
-    register: ClassVar[str] = ""
+    # With wide tiles, unpacking is a small part of the work.
+    unpack_from: ClassVar[int] = 0
 
     def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
         prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
