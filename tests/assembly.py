@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from npqwen.format.encodings import UNIT_ROWS, Encoding
 from npqwen.simd import amx, tile
-from npqwen.simd.instructions import PREFETCH_DISTANCE, InstructionSet
+from npqwen.simd.instructions import PREFETCH_DISTANCE, UNPACKED, InstructionSet
 from npqwen.simd.llvm import F32, I8, I16, I64, undefined, vector
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.x86 import Amx
@@ -52,6 +52,24 @@ def integer_loop(
 
     step, x_step = 2 * encoding.block_bytes, 2 * block_bytes(tokens)
     return _loop(isa, target, tokens * vectors, step, x_step, I8, I8, body, encoding)
+
+
+def unpacked_loop(isa: InstructionSet, target: tuple[str, str]) -> list[str]:
+    """The instructions of a loop over two blocks of unpacked weights by tiles of the widest width."""
+    tokens = max(isa.tiles)
+    block, x_block = UNPACKED.block_bytes, block_bytes(tokens)
+
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, _: ir.Value
+    ) -> list[ir.Value]:
+        scales = b.gep(w, [I64(-(1 << 20))])
+        for n in range(2):
+            values, scales_at = b.add(at, I64(block * n)), b.add(at, I64(UNIT_ROWS * n))
+            multiplied = b.add(x_at, I64(x_block * n))
+            sums = tile.dot_block_unpacked.emit(b, sums, tokens, w, values, scales, scales_at, x, multiplied)
+        return sums
+
+    return _loop(isa, target, tokens * isa.tiles[tokens], 2 * block, 2 * x_block, I8, I8, body)
 
 
 def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.format.encodings import ENCODINGS
 from npqwen.kernels.attention import MAX_ROWS
+from npqwen.kernels.matmul import KERNEL_TABLE
 from npqwen.kernels.matrix import MATRIX
-from npqwen.kernels.packing import WIDEST
 
 LAYER = np.dtype(
     [
@@ -46,7 +45,7 @@ MODEL = np.dtype(
         ("rms_norm_eps", np.float32),
         ("norm_topk_prob", np.bool_),
         ("prefetch", np.int64),
-        ("matmul_kernels", np.int64, (len(ENCODINGS), WIDEST + 1)),
+        ("matmul_kernels", np.int64, KERNEL_TABLE),
         ("attention_kernels", np.int64, (MAX_ROWS + 1,)),
     ]
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from npqwen.format.encodings import CODEBOOK_BYTES, ENCODINGS, UNIT_BLOCKS, UNIT_ROWS, Encoding
+from npqwen.format.encodings import CODEBOOK_BYTES, UNIT_BLOCKS, UNIT_ROWS, Encoding
 from npqwen.kernels.entry import entry
 from npqwen.simd.amx import (
     SUM_BYTES,
@@ -19,7 +19,7 @@ from npqwen.simd.amx import (
     load_signed_codebook,
     release,
     start_block,
-    unpack_block,
+    unpack_signed,
 )
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.llvm import CACHE_LINE
@@ -28,12 +28,8 @@ from npqwen.simd.scalar import memory
 from npqwen.simd.tile import prefetch, scale_rows, store, store_add, zeros
 
 _UNPACKED_UNIT = UNIT_BLOCKS * UNPACKED_BLOCK
-
-
-def unpacked_bytes(cols: int, chunk_bytes: int) -> int:
-    """Bytes of scratch for chunks of `chunk_bytes` of weights, or of one row group where that is more."""
-    smallest = min(encoding.unit_bytes for encoding in ENCODINGS if encoding.is_integer)
-    return CACHE_LINE + 2 * SUM_BYTES + max(cols * UNIT_ROWS, chunk_bytes // smallest * _UNPACKED_UNIT)
+AMX_ROOM_BYTES = 2 * SUM_BYTES
+"""Bytes of scratch beside unpacked weights."""
 
 
 def amx_rows(encoding: Encoding) -> Any:
@@ -70,7 +66,7 @@ def amx_rows(encoding: Encoding) -> Any:
                     at = (group - first) * group_bytes + row_scale_bytes + scale_bytes
                 x_at = tile * units * UNIT_BLOCKS * x_block
                 if unpacks and tile == 0:
-                    unpack_block(code, table, w, unit_at + scale_bytes, values, at)
+                    unpack_signed(code, table, w, unit_at + scale_bytes, values, at)
                 start_block(0, values, at, packed, x_at)
                 for u in range(units):
                     if tile == 0:
@@ -93,8 +89,8 @@ def amx_rows(encoding: Encoding) -> Any:
                                 next_at -= UNPACKED_BLOCK
                                 next_x -= x_block
                         if unpacks and tile == 0:
-                            unpack_block(code, table, w, second, values, at + UNPACKED_BLOCK)
-                            unpack_block(code, table, w, following, values, next_at)
+                            unpack_signed(code, table, w, second, values, at + UNPACKED_BLOCK)
+                            unpack_signed(code, table, w, following, values, next_at)
                         start_block(1, values, at + UNPACKED_BLOCK, packed, x_at + x_block)
                         sums = finish_block(sums, 0, w, scales_at, packed, x_at, room)
                         start_block(0, values, next_at, packed, next_x)

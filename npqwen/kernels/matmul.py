@@ -15,12 +15,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from npqwen.format.encodings import CODEBOOK_BYTES, ENCODINGS, UNIT_BLOCKS, UNIT_COLUMNS, UNIT_ROWS, Encoding
-from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
+from npqwen.kernels.amx_matmul import AMX_ROOM_BYTES, amx_rows
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import IS_INTEGER, group_bytes
 from npqwen.kernels.packing import WIDEST, WIDTHS, whole_tiles
+from npqwen.kernels.unpacked_matmul import run_unpacked, unpack_rows, unpacked_bytes, unpacked_rows
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
@@ -47,6 +48,7 @@ CHUNK_BYTES = 1 << 17
 """Bytes of weights that a thread claims at a time: they stay in its cache for all tiles of tokens."""
 STREAM_BYTES = 1 << 19
 """Bytes of a chunk where there is one tile: weights are read once, and every chunk begins by waiting for memory."""
+_UNPACK_FROM = ISA.unpack_from
 _LOCAL_FLOATS = 1 << 16
 """float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
 _LINE_COLUMNS = CACHE_LINE // (2 * UNIT_ROWS)
@@ -179,18 +181,37 @@ at `codebook` (0 in encodings that have none), by `tiles` tiles of packed activa
 """
 
 
+UNPACKERS = {
+    encoding.code: unpack_rows(encoding)
+    for encoding in ENCODINGS
+    if ISA.unpack_from and encoding.is_integer and encoding.bits < 8
+}
+"""Kernels that unpack, by the code of the encoding."""
+MULTIPLIER = unpacked_rows(WIDEST)
+"""The kernel for unpacked weights and the widest tiles."""
+_SHARED = len(ENCODINGS)
+KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 1)
+"""Shape of `matmul_kernels`."""
+
+
 def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
-    """Addresses of the kernels of some encodings (codes), compiled or loaded: [code, width], 0 where there is none."""
-    addresses = np.zeros((len(ENCODINGS), WIDEST + 1), np.int64)
+    """Addresses of the kernels of some encodings (codes), compiled or loaded: [code, width], 0 where there is none.
+
+    [code, 0] is that of an encoding's kernel of UNPACKERS, and [len(ENCODINGS), WIDEST] that of MULTIPLIER.
+    """
+    addresses = np.zeros(KERNEL_TABLE, np.int64)
     for code in encodings:
         for width, kernel in KERNELS[code].items():
             addresses[code, width] = address_of(kernel)
+        if code in UNPACKERS:
+            addresses[code, 0], addresses[_SHARED, WIDEST] = address_of(UNPACKERS[code]), address_of(MULTIPLIER)
     return addresses
 
 
 def scratch_floats(cols: int, multiple: int = 1) -> int:
     """float32 that a thread may need for a matrix of `cols` columns, claiming at least `multiple` row groups."""
-    return unpacked_bytes(multiple * cols, CHUNK_BYTES) // 4 if _MATRICES else 0
+    room = AMX_ROOM_BYTES if _MATRICES else 0
+    return (unpacked_bytes(multiple * cols, CHUNK_BYTES) + room) // 4
 
 
 def local_floats(tokens: int, multiple: int) -> int:
@@ -231,6 +252,13 @@ def run_kernel(
     stride: int, accumulate: int, scratch: Any,
 ) -> None:  # fmt: skip
     """Run the kernel for tiles of `width` tokens on a matrix like `matrix` at an address; arguments as for KERNELS."""
+    unpack = kernels[matrix.encoding, 0]
+    if unpack and width == WIDEST and tiles >= _UNPACK_FROM:
+        run_unpacked(
+            unpack, kernels[_SHARED, WIDEST], matrix.encoding, address, matrix.codebook, matrix.cols, tiles, x, first,
+            last, out, stride, accumulate, scratch,
+        )  # fmt: skip
+        return
     run_at(
         kernels[matrix.encoding, width],
         (

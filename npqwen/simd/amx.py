@@ -65,13 +65,13 @@ def release(b: ir.IRBuilder) -> None:
 
 @operation(returns=lambda encoding, codebook: types.UniTuple(bytes_, 1))
 def load_signed_codebook(b: ir.IRBuilder, encoding: Const, codebook: Array) -> Tile:
-    """A matrix's codebook without the zero point, for `unpack_block`. Not read if the encoding has none."""
+    """A matrix's codebook without the zero point, for `unpack_signed`. Not read if the encoding has none."""
     table = ISA.codebook(b, ENCODINGS[encoding], codebook)
     return [b.sub(table, constant(I8, CACHE_LINE, ENCODINGS[encoding].zero_point))]
 
 
 @operation
-def unpack_block(
+def unpack_signed(
     b: ir.IRBuilder, encoding: Const, codebook: Tile, w: Array, at: Int, out: Array, out_at: Int
 ) -> None:
     """out[out_at:] = the values of the block of weights at uint8 w[at:], int8: 512 bytes in quads.
@@ -80,7 +80,7 @@ def unpack_block(
     """
     block, place = element(b, w, at, I8), element(b, out, out_at, I8)
     zero_point = 0 if ENCODINGS[encoding].codebook else ENCODINGS[encoding].zero_point
-    for n, quad in ISA.quads(b, ENCODINGS[encoding], codebook[0], block):
+    for n, (quad,) in ISA.quads(b, ENCODINGS[encoding], codebook[0], [block]):
         values = b.sub(quad, constant(I8, CACHE_LINE, zero_point))
         b.store(values, offset(b, place, CACHE_LINE * n, quad.type), align=CACHE_LINE)
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import QUADS, NativeHalf
-from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, undefined, vector
+from npqwen.simd.instructions import QUADS, UNPACKED, NativeHalf
+from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, settle, undefined, vector
 from npqwen.simd.packed import OCTET, start_offset, values_offset
 
 _BYTES, _WORDS, _LONGS, _FLOATS = vector(I8, 16), vector(I32, 4), vector(I64, 2), vector(F32, 4)
@@ -30,15 +30,30 @@ class Neon(NativeHalf):
     lanes: ClassVar[int] = 4
     features: ClassVar[frozenset[str]] = frozenset({"dotprod"})
     accumulators: ClassVar[int] = 16
+    unpack_from: ClassVar[int] = 4
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
-    def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
-        halves = [b.load(offset(b, x, at, _WORDS), align=1) for at in (0, 16)]
-        total = b.add(start, constant(I32, 4, _BIAS_BITS))
-        for n, quad in quads:
-            lane = b.shuffle_vector(halves[n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
-            total = call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, b.bitcast(lane, _BYTES))
-        return total
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
+        halves = [
+            [b.load(offset(b, x, values_offset(t) + at, _WORDS), align=1) for at in (0, 16)] for t in range(tokens)
+        ]
+        bias = constant(I32, 4, _BIAS_BITS)
+        sums = [[b.add(self.start(b, x, t, tokens), bias)] * len(blocks) for t in range(tokens)]
+        for n, quads in self.quads(b, encoding, table, blocks):
+            for t in range(tokens):
+                lane = b.shuffle_vector(halves[t][n // 4], undefined(_WORDS), constant(I32, 4, n % 4))
+                values = b.bitcast(lane, _BYTES)
+                sums[t] = [
+                    call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, quad, values)
+                    for total, quad in zip(sums[t], quads, strict=True)
+                ]
+            if n >= QUADS // 2:
+                # The last quad of a line, or the last but one: more lines at a time would not fit the registers.
+                settled = iter(settle(b, "w", [total for totals in sums for total in totals]))
+                sums = [[next(settled) for _ in blocks] for _ in range(tokens)]
+        yield from sums
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         return call(b, "llvm.aarch64.neon.tbl1.v16i8", _BYTES, table, indices)
@@ -61,11 +76,14 @@ class NeonI8mm(Neon):
     pairs: ClassVar[bool] = True
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
-    ) -> Iterator[ir.Value]:
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
         if tokens == 1:  # half of each instruction would be wasted
-            return super().products(b, encoding, table, block, x, tokens)
-        return self._products_of_pairs(b, self.octets(b, encoding, table, block), x, tokens)
+            return super().products(b, encoding, table, blocks, x, tokens)
+        by_block = [
+            self._products_of_pairs(b, self.octets(b, encoding, table, block), x, tokens) for block in blocks
+        ]
+        return map(list, zip(*by_block, strict=True))
 
     def _products_of_pairs(
         self, b: ir.IRBuilder, octets: list[list[ir.Value]], x: ir.Value, tokens: int
@@ -82,13 +100,19 @@ class NeonI8mm(Neon):
             for high in (False, True):
                 yield b.bitcast(_interleave(b, sums[0], sums[1], _LONGS, high), _WORDS)
 
+    def unpacked(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> list[ir.Value]:
+        return [octet for halves in self.octets(b, encoding, table, block) for octet in halves]
+
     def octets(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value
     ) -> list[list[ir.Value]]:
         """For each 8 columns of the block the octet of rows 0 and 1, and that of rows 2 and 3."""
+        if encoding is UNPACKED:
+            lines = [self.line(b, block, n) for n in range(QUADS)]
+            return [list(pair) for pair in zip(lines[::2], lines[1::2], strict=True)]
         width = encoding.planes[0]
         if width % 2 or len(encoding.planes) > 1:
-            quads = dict(self.quads(b, encoding, table, block))
+            quads = {n: quad for n, (quad,) in self.quads(b, encoding, table, [block])}
             return _octets(b, [quads[n] for n in range(QUADS)])
         # Interleaved while quads share their bytes, which saves work.
         lines = _octets(b, [self.line(b, block, n) for n in range(width)])

@@ -68,7 +68,7 @@ def read_block_row(
         if each.is_integer:
             with b.if_then(b.icmp_signed("==", encoding, encoding.type(each.code))):
                 words = undefined(vector(I32, BLOCK_COLUMNS // 4))
-                for n, quad in ISA.quads(b, each, ISA.codebook(b, each, codebook), block):
+                for n, (quad,) in ISA.quads(b, each, ISA.codebook(b, each, codebook), [block]):
                     word = b.extract_element(b.bitcast(quad, vector(I32, ISA.lanes)), lane)
                     words = b.insert_element(words, word, I32(n))
                 stored = b.sext(b.bitcast(words, vector(I8, BLOCK_COLUMNS)), vector(I32, BLOCK_COLUMNS))

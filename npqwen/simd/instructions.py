@@ -10,20 +10,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 from llvmlite import ir
+from numba.core.registry import cpu_target
 
 from npqwen.format.encodings import QUADS as QUADS
-from npqwen.format.encodings import Encoding
+from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, splat, undefined, vector
 from npqwen.simd.packed import start_offset, values_offset
 
-PREFETCH_DISTANCE = 2048
-"""Bytes between weights that are read and those prefetched: further than a processor's own prefetching goes."""
+_CPU = cpu_target.target_context.codegen().magic_tuple()[1]
+PREFETCH_DISTANCE = 8192 if _CPU.startswith("znver") else 2048
+"""Bytes between weights that are read and those prefetched: further than a processor's own prefetching goes. Measured
+on AMD's Zen 5 and on Intel's Sapphire Rapids (docs/lab.md)."""
 
-Quads = Iterator[tuple[int, ir.Value]]
-"""Quads with their numbers in the block, 0 to 7."""
+
+@dataclass(frozen=True)
+class _Unpacked(Encoding):
+    """Weights of fewer than 8 bits taken apart: a byte each, the value plus the zero point."""
+
+    @property
+    def zero_point(self) -> int:
+        return ZERO_POINT
+
+
+UNPACKED = _Unpacked("unpacked", code=-1, planes=(8,))
+"""How kernels keep weights that they unpack once for many tokens. No file has it."""
+
+Quads = Iterator[tuple[int, list[ir.Value]]]
+"""Numbers in a block, 0 to 7, each with the quads of this number of all blocks."""
 Field = tuple[ir.Value, int, int]
 """Some bits of a quad in a line: the line, their first bit in each byte, how many they are."""
 
@@ -47,6 +64,9 @@ class InstructionSet:
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
     prefetches: ClassVar[bool] = False
     """Whether `line` prefetches, where a line is one vector and one cache line."""
+    unpack_from: ClassVar[int] = 32
+    """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
+    nothing is computed beside; 0: never."""
     pairs: ClassVar[bool] = False
     """Whether `products` of several tokens takes their activations by pairs (npqwen/simd/packed.py)."""
 
@@ -60,50 +80,62 @@ class InstructionSet:
         return encoding.zero_point
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
-    ) -> Iterator[ir.Value]:
-        """Sums of a block of integer weights times the activations at x (npqwen/simd/packed.py), token after token.
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
+        """Sums of blocks of integer weights times the activations at x (npqwen/simd/packed.py).
 
-        Each is <lanes x i32> for `to_float`. table: from `codebook`.
+        table: from `codebook`. blocks: one for each vector of rows of the tile. Returns, for each token, the sums of
+        each block's rows, <lanes x i32> for `to_float`.
         """
-        quads = list(self.quads(b, encoding, table, block))
-        return (
-            self.dot(b, quads, offset(b, x, values_offset(t), I8), self.start(b, x, t, tokens)) for t in range(tokens)
-        )
+        sums = [[self.start(b, x, t, tokens) for _ in blocks] for t in range(tokens)]
+        for n, quads in self.quads(b, encoding, table, blocks):
+            for t in range(tokens):
+                sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
+        yield from sums
 
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
         """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""
         kind = vector(I8, 4 * self.lanes)
         return b.load(b.bitcast(place, kind.as_pointer()), align=1) if encoding.codebook else ir.Constant(kind, None)
 
-    def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> Quads:
-        """A block's 8 quads, <4 * lanes x i8>, in the order in which they are read.
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:
+        """The 8 quads of each block, <4 * lanes x i8>, in the order in which they are read.
 
         The bytes are values plus the encoding's zero point, or signed values if that is 0.
         """
         starts = [sum(encoding.planes[:i]) for i in range(len(encoding.planes))]
-        lines: dict[int, ir.Value] = {}
+        lines: dict[int, list[ir.Value]] = {}
 
-        def field(plane: int, n: int) -> tuple[ir.Value, int, int]:
+        def fields(plane: int, n: int) -> list[Field]:
+            """A plane's bits of quad n, in each block."""
             p = encoding.planes[plane]
             number = starts[plane] + n % p
             if number not in lines:
-                lines[number] = self.line(b, block, number)
-            return lines[number], n // p * p, p
+                lines[number] = [self.line(b, block, number) for block in blocks]
+            return [(line, n // p * p, p) for line in lines[number]]
 
+        if self.prefetches:  # in the order of their addresses
+            for number in range(encoding.bits):
+                lines[number] = [self.line(b, block, number) for block in blocks]
         first = encoding.planes[0]
         for n in (line + first * f for line in range(first) for f in range(QUADS // first)):
-            fields = [field(plane, n) for plane in range(len(encoding.planes))]
-            yield n, self.quad(b, encoding, table, fields)
+            planes = [fields(plane, n) for plane in range(len(encoding.planes))]
+            yield n, [self.quad(b, encoding, table, list(parts)) for parts in zip(*planes, strict=True)]
+
+    def unpacked(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> list[ir.Value]:
+        """The lines of a block as UNPACKED: 8 of <4 * lanes x i8>."""
+        quads = {n: quad for n, (quad,) in self.quads(b, encoding, table, [block])}
+        return [quads[n] for n in range(QUADS)]
 
     def quad(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, fields: list[Field]) -> ir.Value:
         """One quad of `quads`, of which each field holds some bits, the lowest first."""
+        if encoding.bits == 8:
+            return fields[0][0]
         at = 0 if encoding.codebook else encoding.step.bit_length() - 1
         parts = []
         for line, shift, width in fields:
             mask = constant(I8, line.type.count, (1 << width) - 1 << at)
-            moved = _shift(b, line, at - shift)
-            parts.append(line if width == 8 else b.and_(moved, mask))
+            parts.append(b.and_(_shift(b, line, at - shift), mask))
             at += width
         bits = functools.reduce(b.or_, parts)
         return self.lookup(b, table, bits) if encoding.codebook else bits
@@ -120,16 +152,13 @@ class InstructionSet:
         """The bytes of `lanes` rows in the n-th line, <4 * lanes x i8>."""
         return b.load(offset(b, block, CACHE_LINE * n, vector(I8, 4 * self.lanes)), align=1)
 
-    def dot(self, b: ir.IRBuilder, quads: list[tuple[int, ir.Value]], x: ir.Value, start: ir.Value) -> ir.Value:
-        """start + quads @ x, <lanes x i32> for `to_float`; x points at 32 int8, -127 to 127."""
-        total = start
-        for n, quad in quads:
-            words = b.bitcast(quad, vector(I32, self.lanes))
-            for k in range(4):
-                # Byte k of each word, sign-extended.
-                column = b.ashr(b.shl(words, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
-                value = b.sext(b.load(offset(b, x, 4 * n + k, I8), align=1), I32)
-                total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
+    def dot(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, x: ir.Value, token: int, n: int) -> ir.Value:
+        """total + the n-th quad @ a token's activations, -127 to 127, at x: <lanes x i32>."""
+        words = b.bitcast(quad, vector(I32, self.lanes))
+        for k in range(4):
+            column = b.ashr(b.shl(words, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
+            value = b.sext(b.load(offset(b, x, values_offset(token) + 4 * n + k, I8), align=1), I32)
+            total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
         return total
 
     def start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:

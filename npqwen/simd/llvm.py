@@ -156,3 +156,16 @@ def step(b: ir.IRBuilder, index: ir.Value, count: int, stride: ir.Value | int = 
 def prefetch_line(b: ir.IRBuilder, place: ir.Value) -> None:
     """Prefetch the cache line at an address, a pointer to I8, into the first-level cache; it need not be mapped."""
     call(b, "llvm.prefetch.p0", VOID, place, I32(0), I32(3), I32(1))
+
+
+def settle(b: ir.IRBuilder, register: str, values: list[ir.Value]) -> list[ir.Value]:
+    """The values, computed before anything is loaded that follows: LLVM schedules loads early, and spills registers.
+
+    register: the constraint letter of inline assembly for registers of such values.
+    """
+    kind = ir.LiteralStructType([value.type for value in values])
+    outputs = [f"={register}"] * len(values)
+    inputs = [str(n) for n in range(len(values))]
+    function = ir.FunctionType(kind, [value.type for value in values])
+    after = b.asm(function, "", ",".join([*outputs, *inputs, "~{memory}"]), values, side_effect=True)
+    return [b.extract_value(after, n) for n in range(len(values))]

@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
-from npqwen.format.encodings import ENCODINGS
-from npqwen.simd.instructions import PREFETCH_DISTANCE
+from npqwen.format.encodings import ENCODINGS, UNIT_ROWS, Encoding
+from npqwen.simd.instructions import PREFETCH_DISTANCE, UNPACKED
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import (
     CACHE_LINE,
@@ -134,18 +134,50 @@ def dot_block_int(
     their int8 scales at w[scales_at:], both of the tile's first row. x: uint8, the block's activations at x[x_at:]
     (npqwen/simd/packed.py).
     """
-    block, scales, activations = element(b, w, at, I8), element(b, w, scales_at, I8), element(b, x, x_at, I8)
+    return _add_products(b, tile, tokens, ENCODINGS[encoding], codebook[0], w, at, w, scales_at, x, x_at)
+
+
+@operation
+def dot_block_unpacked(
+    b: ir.IRBuilder, tile: Tile, tokens: Const, values: Array, at: Int, w: Array, scales_at: Int, x: Array, x_at: Int
+) -> Tile:
+    """tile + a block of weights from `unpack_block` @ the tokens' activations, but for the rows' scales.
+
+    values: uint8, the unpacked block at values[at:]. The rest is as for `dot_block_int`.
+    """
+    return _add_products(b, tile, tokens, UNPACKED, None, values, at, w, scales_at, x, x_at)
+
+
+@operation
+def unpack_block(
+    b: ir.IRBuilder, encoding: Const, codebook: Tile, w: Array, at: Int, out: Array, out_at: Int
+) -> None:
+    """out[out_at:] = the block of weights at uint8 w[at:], unpacked for `dot_block_unpacked`: 512 uint8.
+
+    encoding: the code of an integer encoding of fewer than 8 bits. codebook: from `load_codebook`.
+    """
+    for row in range(0, 4 * UNIT_ROWS, 4 * LANES):
+        block = offset(b, element(b, w, at, I8), row, I8)
+        for n, line in enumerate(ISA.unpacked(b, ENCODINGS[encoding], codebook[0], block)):
+            b.store(line, offset(b, element(b, out, out_at, I8), CACHE_LINE * n + row, line.type), align=16)
+
+
+def _add_products(
+    b: ir.IRBuilder, tile: list[ir.Value], tokens: int, encoding: Encoding, table: ir.Value | None,
+    values: ir.Value, at: ir.Value, w: ir.Value, scales_at: ir.Value, x: ir.Value, x_at: ir.Value,
+) -> list[ir.Value]:  # fmt: skip
+    """tile + the block of weights at values[at:] @ the tokens' activations, times both blocks' scales."""
+    block, scales, activations = element(b, values, at, I8), element(b, w, scales_at, I8), element(b, x, x_at, I8)
     rows = len(tile) // tokens
-    for r in range(rows):
-        place = offset(b, block, 4 * LANES * r, I8)
-        products = ISA.products(b, ENCODINGS[encoding], codebook[0], place, activations, tokens)
-        scale = block_scales(b, offset(b, scales, LANES * r, I8))
-        for t, sums in enumerate(products):
-            x_scale = b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4)
+    blocks = [offset(b, block, 4 * LANES * r, I8) for r in range(rows)]
+    products = ISA.products(b, encoding, table, blocks, activations, tokens)
+    factors = [block_scales(b, offset(b, scales, LANES * r, I8)) for r in range(rows)]
+    for t, sums in enumerate(products):
+        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
+        for r in range(rows):
             # Not the scales first: LLVM would make that product early, and have no register for it.
-            scaled = b.fmul(ISA.to_float(b, sums), splat(b, x_scale, LANES))
-            n = t * rows + r
-            tile[n] = fma(b, scaled, scale, tile[n])
+            scaled = b.fmul(ISA.to_float(b, sums[r]), x_scale)
+            tile[t * rows + r] = fma(b, scaled, factors[r], tile[t * rows + r])
     return tile
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
+from npqwen.simd.instructions import PREFETCH_DISTANCE, Field, NativeHalf, Quads
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, vector
 
 
@@ -24,29 +25,28 @@ class Avx2(NativeHalf):
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
-    ) -> Iterator[ir.Value]:
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
         # Quad after quad, for all tokens each: sixteen registers hold the sums, but not eight quads beside them.
         signed = encoding.zero_point == 0
         # Quads whose pairs of products add up in int16: two below 64, 63 * 127 * 2 * 2 = 32004 < 32767; only one of
         # int8, 127 * 127 * 2 = 32258.
         run = 32767 // (encoding.largest * 127 * 2)
-        narrow: list[Any] = [None] * tokens
-        totals: list[Any] = [None] * tokens
-        for n, (number, quad) in enumerate(self.quads(b, encoding, table, block)):
-            magnitude = _with_sign(b, quad, quad) if signed else quad
+        narrow: list[list[Any]] = [[None] * len(blocks) for _ in range(tokens)]
+        totals = [[constant(I32, self.lanes, 0)] * len(blocks) for _ in range(tokens)]
+        for step, (n, quads) in enumerate(self.quads(b, encoding, table, blocks)):
+            magnitudes = [_with_sign(b, quad, quad) for quad in quads] if signed else quads
             for t in range(tokens):
-                activations = b.bitcast(self.broadcast(b, x, t, number), quad.type)
-                if signed:
-                    activations = _with_sign(b, activations, quad)
-                pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, activations)
-                narrow[t] = pairs if n % run == 0 else b.add(narrow[t], pairs)
-                if run < QUADS and (n % run == run - 1 or n == QUADS - 1):
-                    wide = _widen(b, narrow[t])
-                    totals[t] = wide if totals[t] is None else b.add(totals[t], wide)
+                activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
+                for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
+                    factor = _with_sign(b, activations, quad) if signed else activations
+                    pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, factor)
+                    narrow[t][r] = pairs if step % run == 0 else b.add(narrow[t][r], pairs)
+                    if step % run == run - 1:
+                        totals[t][r] = b.add(totals[t][r], _widen(b, narrow[t][r]))
         for t in range(tokens):
             start = self.start(b, x, t, tokens)
-            yield b.add(_widen(b, narrow[t]) if totals[t] is None else totals[t], start)
+            yield [b.add(total, start) for total in totals[t]]
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         # Within each 16 bytes, by the low nibbles of bytes whose highest bit is 0.
@@ -73,26 +73,28 @@ class AvxVnni(Avx2):
         return encoding.zero_point or 128
 
     def products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value, x: ir.Value, tokens: int
-    ) -> Iterator[ir.Value]:
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
         chains, together = (2, 1) if tokens == 1 else (1, 4)
-        words = vector(I32, self.lanes)
-        unpacked = self.quads(b, encoding, table, block)
+        words, zero, sign = vector(I32, self.lanes), constant(I32, self.lanes, 0), constant(I8, 4 * self.lanes, 0x80)
+        unpacked = self.quads(b, encoding, table, blocks)
         quads = list(unpacked) if tokens > together else unpacked
         for first in range(0, tokens, together):
             sums = [
-                [self.start(b, x, t, tokens), *[constant(I32, self.lanes, 0)] * (chains - 1)]
+                [self.start(b, x, t, tokens)] * len(blocks) + [zero] * (chains - 1) * len(blocks)
                 for t in range(first, first + together)
             ]
-            for n, (number, quad) in enumerate(quads):
-                unsigned = quad if encoding.zero_point else b.xor(quad, constant(I8, 4 * self.lanes, 0x80))
+            for step, (n, found) in enumerate(quads):
+                unsigned = found if encoding.zero_point else [b.xor(quad, sign) for quad in found]
                 for t, parts in enumerate(sums, first):
-                    parts[n % chains] = call(
-                        b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", words,
-                        parts[n % chains], b.bitcast(unsigned, words), self.broadcast(b, x, t, number),
-                    )  # fmt: skip
-            yield from (parts[0] if chains == 1 else b.add(*parts) for parts in sums)
+                    for r, quad in enumerate(unsigned, step % chains * len(blocks)):
+                        parts[r] = call(
+                            b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", words,
+                            parts[r], b.bitcast(quad, words), self.broadcast(b, x, t, n),
+                        )  # fmt: skip
+            for parts in sums:
+                yield [functools.reduce(b.add, parts[r :: len(blocks)]) for r in range(len(blocks))]
 
 
 class Avx512(AvxVnni):
@@ -107,14 +109,16 @@ class Avx512(AvxVnni):
     accumulators: ClassVar[int] = 16
     tiles: ClassVar[dict[int, int]] = {1: 1, 4: 1, 16: 1}
     prefetches: ClassVar[bool] = True
+    # With wide tiles, unpacking is a small part of the work.
+    unpack_from: ClassVar[int] = 0
 
     def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
         prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
         return super().line(b, block, n)
 
-    def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> Quads:
+    def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:
         # All of them before the products: there are registers, and with one token that is a hundredth faster.
-        yield from sorted(super().quads(b, encoding, table, block), key=lambda quad: quad[0])
+        yield from sorted(super().quads(b, encoding, table, blocks), key=lambda quad: quad[0])
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         return call(b, "llvm.x86.avx512.pshuf.b.512", indices.type, table, indices)

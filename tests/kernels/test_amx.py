@@ -13,11 +13,12 @@ from numba import njit
 from numba.core.registry import cpu_target
 
 from npqwen.format.encodings import ENCODINGS, Encoding
-from npqwen.kernels.amx_matmul import amx_rows, unpacked_bytes
+from npqwen.kernels.amx_matmul import AMX_ROOM_BYTES, amx_rows
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import run_at
 from npqwen.kernels.matmul import CHUNK_BYTES, _integer_rows, _rows
 from npqwen.kernels.packing import pack, packed_bytes
+from npqwen.kernels.unpacked_matmul import unpacked_bytes
 from npqwen.simd import isa
 from npqwen.simd.isa import ISA
 from npqwen.simd.x86 import Amx, Avx512Vbmi
@@ -60,7 +61,7 @@ def test_results_are_those_without_amx_to_the_bit(
     for kernel in (amx_rows(encoding), _integer_rows(encoding, 16)):
         out = before.copy()
         # Guard bytes behind the scratch must not change.
-        scratch = _aligned(unpacked_bytes(cols, CHUNK_BYTES) + 64, 4)
+        scratch = _aligned(unpacked_bytes(cols, CHUNK_BYTES) + AMX_ROOM_BYTES + 64, 4)
         scratch[-64:] = 77
         args = (
             weights.rows.ctypes.data, codebook.ctypes.data, units, 0, groups, x.ctypes.data, tiles, out.ctypes.data,

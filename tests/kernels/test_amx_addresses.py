@@ -14,6 +14,7 @@ from units import Units
 
 from npqwen.format.encodings import BY_NAME, ENCODINGS
 from npqwen.kernels import amx_matmul
+from npqwen.kernels.unpacked_matmul import unpacked_bytes
 
 INTEGERS = [encoding.name for encoding in ENCODINGS if encoding.is_integer]
 
@@ -88,7 +89,7 @@ def test_every_block_is_multiplied_once(encoding: str, groups: int, units: int, 
     x = rng.standard_normal((16 * tiles, 128 * units)).astype(np.float32)
     packed = pack(x)
     out = np.zeros((16 * tiles, 16 * groups), np.float32)
-    scratch = np.zeros(amx_matmul.unpacked_bytes(128 * units, 1 << 14), np.uint8)
+    scratch = np.zeros(unpacked_bytes(128 * units, 1 << 14) + amx_matmul.AMX_ROOM_BYTES, np.uint8)
     registers = Registers(weights)
     operations: dict[str, Any] = {
         "memory": memory,
@@ -97,7 +98,7 @@ def test_every_block_is_multiplied_once(encoding: str, groups: int, units: int, 
         "prefetch": lambda *_: None,
         "zeros": lambda *_: np.zeros((16, 16), np.float32),
         "load_signed_codebook": lambda *_: None,
-        "unpack_block": registers.unpack_block,
+        "unpack_signed": registers.unpack_block,
         "start_block": registers.start_block,
         "finish_block": registers.finish_block,
         "scale_rows": scale_rows,
