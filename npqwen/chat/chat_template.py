@@ -121,6 +121,10 @@ class ChatTemplate:
         if thinking is not None:
             _check_thinking(kind, thinking)
 
+    def source(self, template: str | None = None) -> str:
+        """A template's text, of the one used without tools unless it is named. Raises OptionError if there is none."""
+        return self._program(template, tools=False).source
+
     def _program(self, name: str | None, tools: bool) -> _Program:
         programs = self._programs
         if not programs:
@@ -139,7 +143,7 @@ class _Program:
     """One template, compiled on first use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: Path) -> None:
-        self._source = source
+        self.source = source
         self._special_tokens = special_tokens
         self._where = where
 
@@ -148,10 +152,10 @@ class _Program:
         """The environment, the compiled template, and the variables that it uses without setting them."""
         environment = LimitedEnvironment()
         try:
-            if len(self._source) > MAX_SOURCE:
-                raise ValueError(f"it has {len(self._source):,} characters; the limit is {MAX_SOURCE:,}")
-            template = environment.from_string(self._source)
-            names = meta.find_undeclared_variables(environment.parse(self._source))
+            if len(self.source) > MAX_SOURCE:
+                raise ValueError(f"it has {len(self.source):,} characters; the limit is {MAX_SOURCE:,}")
+            template = environment.from_string(self.source)
+            names = meta.find_undeclared_variables(environment.parse(self.source))
         except Exception as error:  # Jinja's, and Python's own for the program that Jinja writes
             line = getattr(error, "lineno", None)
             place = "" if line is None or not isinstance(error, TemplateError) else f" (line {line})"

@@ -15,6 +15,7 @@ from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen.terminal.autosave import Autosave
     from npqwen.terminal.reasoning_view import ReasoningMode
     from npqwen.terminal.terminal_chat import TerminalChat
 
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
     default=None,
     help="Leave the reasoning on the screen, or hide it; default: fold it into one line when it ends.",
 )
+@click.option("--continue", "-c", "continues", is_flag=True, help="Continue the last conversation.")
+@click.option("--no-save", is_flag=True, help="Keep neither the conversation nor what is typed.")
 @generation_options(CHAT_DEFAULTS)
 @model_options
 def chat(
     model: str,
     question: str | None,
+    continues: bool,
+    no_save: bool,
     system: str | None,
     thinking: bool | None,
     show: bool | None,
@@ -49,8 +54,15 @@ def chat(
     In the terminal, /help lists the commands. With a QUESTION, or text on stdin, or both (the text is then appended
     to the question), there is one answer: its text to stdout, everything else to stderr. By default, sampling
     is as the model's authors recommend, with or without thinking.
+
+    Conversations in the terminal are saved in the cache, readable by you alone; --continue finds the last one with
+    MODEL, or else the last one.
     """
     check_options(options)
+    if continues and (question or "").isdecimal():
+        raise OptionError(
+            f"-c continues the last conversation; for a context of {question} tokens, write --context {question}"
+        )
     message = _single_message(question)
     mode: ReasoningMode = "fold" if show is None else "show" if show else "hide"
     system = None if system is None else argument_text(system)
@@ -59,20 +71,38 @@ def chat(
         closing(open_model(model, bits, threads, context, terminal)) as loaded,
         warnings.catch_warnings(),
     ):
+        from npqwen.cache_directory import cache_directory
         from npqwen.terminal.answer_view import AnswerView
+        from npqwen.terminal.autosave import Autosave
         from npqwen.terminal.interrupts import restored_terminal
         from npqwen.terminal.settings import Settings
         from npqwen.terminal.terminal_chat import TerminalChat
 
         warnings.simplefilter("ignore", SamplingWarning)  # the answer has a notice that says the same
-        view = AnswerView(terminal, mode)
-        settings = Settings(loaded, **options)
-        session = TerminalChat(loaded, terminal, view, settings, system=system, thinking=thinking, name=model)
+        saves = not no_save and (continues or message is None or _interactive())
+        autosave = Autosave(cache_directory() / "conversations") if saves or continues else None
+        session = TerminalChat(
+            loaded,
+            terminal,
+            AnswerView(terminal, mode),
+            Settings(loaded, **options),
+            system=system,
+            thinking=thinking,
+            name=model,
+            autosave=autosave if saves else None,
+        )
+        if continues and autosave is not None:
+            _continue(session, autosave)
+            session.settings.update(options)
+            if system is not None:
+                session.conversation.system = system
+            if thinking is not None:
+                session.conversation.thinking = thinking
         with restored_terminal():
             if message is None:
-                converse(session)
+                converse(session, keep_history=not no_save)
             else:
-                _answer(session, message)
+                session.ask_once(message, ends_thinking=_interactive())
 
 
 def _single_message(question: str | None) -> str | None:
@@ -86,25 +116,35 @@ def _single_message(question: str | None) -> str | None:
     return text
 
 
-def _answer(chat: TerminalChat, message: str) -> None:
-    """Answer one message. Ctrl-C and errors end the command."""
-    from npqwen.terminal.answer_view import statistics
-
-    with chat.terminal.echo_off():
-        stream = chat.conversation.stream(message, **chat.settings.options)
-        chat.view.follow(stream)
-    chat.terminal.notice(statistics(stream))
+def _interactive() -> bool:
+    """Whether somebody sees the answer come and can press Ctrl-C for less than the end of the command."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def converse(chat: TerminalChat) -> None:
+def _continue(chat: TerminalChat, autosave: Autosave) -> None:
+    """Restore the last conversation with this model, if there is one."""
+    last, problems = autosave.last(chat.model_name)
+    for problem in problems:
+        chat.terminal.notice(f"skipped: {problem}")
+    if last is None:
+        chat.terminal.notice("there is no earlier conversation; this is a new one")
+    else:
+        chat.restore(*last)
+
+
+def converse(chat: TerminalChat, *, keep_history: bool = True) -> None:
     """Hold a conversation in the terminal, with a history from earlier runs."""
     from npqwen.cache_directory import cache_directory
+    from npqwen.terminal.completions import completions
+    from npqwen.terminal.file_commands import show_last_turns
     from npqwen.terminal.history import History
     from npqwen.terminal.line_editor import message_reader
     from npqwen.terminal.repl import run
-    from npqwen.terminal.slash_commands import completions
 
     history = History(cache_directory() / "history")
+    history.enabled = keep_history
+    if keep_history:
+        chat.history = history
     reader = message_reader(history, completions)
     terminal = chat.terminal
     terminal.notice(
@@ -114,6 +154,7 @@ def converse(chat: TerminalChat) -> None:
     readable = history.kept
     if not readable:
         terminal.notice(f"{history.path} cannot be read: there is no history of earlier conversations")
+    show_last_turns(chat)
     terminal.blank_line()
     run(chat, reader)
     if readable and not history.kept:

@@ -31,13 +31,14 @@ class AnswerView:
         """The latest reasoning."""
         self._terminal = terminal
         self._shown_notices: set[str] = set()
+        self._reasoning_view: ReasoningView | None = None
 
-    def follow(self, stream: ChatStream, hint: str = "") -> None:
+    def follow(self, stream: ChatStream, hint: str = "", thinking_hint: str = "") -> None:
         """Show an answer to its end. An exception, such as Ctrl-C, still ends the open line and the reasoning.
 
-        hint: appended to the line into which the reasoning is folded.
+        hint: appended to the line into which the reasoning is folded. thinking_hint: shown while the model thinks.
         """
-        view = ReasoningView(self._terminal, self.mode)
+        self._reasoning_view = view = ReasoningView(self._terminal, self.mode, thinking_hint)
         try:
             for event in stream:
                 if isinstance(event, Reasoning):
@@ -52,6 +53,11 @@ class AnswerView:
                 self.reasoning = stream.reasoning
             view.close(stream.thinking_tokens, _INCOMPLETE)
             self._terminal.end_line()
+
+    def announce_end_of_thinking(self) -> None:
+        """Say that the thinking of the present answer is being ended."""
+        if self._reasoning_view is not None:
+            self._reasoning_view.announce_end()
 
     def _show(self, event: Event) -> None:
         if isinstance(event, Text):

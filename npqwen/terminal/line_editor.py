@@ -23,9 +23,9 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from npqwen.terminal.history import History
-from npqwen.terminal.message_text import in_block, is_continued, joined, message
+from npqwen.terminal.message_text import in_block, is_continued, is_yes, joined, message
 
-PROMPT, CONTINUATION = "> ", ". "
+PROMPT, CONTINUATION, CHOICE = "> ", ". ", "[y/N] "
 Completions = Callable[[str], tuple[str, Iterable[str]]]
 """completions(line): for a line up to the cursor, the part at its end to replace, and the replacements."""
 
@@ -67,6 +67,7 @@ class LineEditor:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
+            enable_open_in_editor=True,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
             vi_mode=_vi_mode(),
             key_bindings=_key_bindings(),
@@ -81,6 +82,14 @@ class LineEditor:
     def is_empty(self) -> bool:
         """After KeyboardInterrupt: whether nothing had been typed."""
         return not self._session.default_buffer.text
+
+    def confirm(self, question: str) -> bool:
+        """Whether the user answers a question with yes; Ctrl-C and Ctrl-D mean no."""
+        session: PromptSession[str] = PromptSession(input=self._session.input, output=self._session.output)
+        try:
+            return is_yes(session.prompt(f"{question} {CHOICE}"))
+        except (EOFError, KeyboardInterrupt):
+            return False
 
 
 class PlainReader:
@@ -107,6 +116,14 @@ class PlainReader:
     def is_empty(self) -> bool:
         """After KeyboardInterrupt: whether no line of the message had been ended."""
         return not self._text
+
+    def confirm(self, question: str) -> bool:
+        """Whether the user answers a question with yes; Ctrl-C and Ctrl-D mean no."""
+        try:
+            return is_yes(_input(f"{question} {CHOICE}"))
+        except (EOFError, KeyboardInterrupt):
+            _prompt("\n")
+            return False
 
 
 def _input(prompt: str) -> str:

@@ -11,6 +11,7 @@ from npqwen.terminal.terminal import Terminal, without_control_characters
 ReasoningMode = Literal["fold", "show", "hide"]
 ROWS = 6
 """Rows of reasoning that are visible at a time."""
+_HEADING = "thinking..."
 _MARGIN = "  "
 _MAX_COLUMNS = 100
 
@@ -21,16 +22,20 @@ class ReasoningView:
     mode: "fold" shows the last rows while the model thinks and replaces them with one line at the end, "show" leaves
     all of the reasoning on the screen, "hide" shows none. Unless stderr is a terminal, nothing but the text itself is
     written, in mode "show".
+
+    hint: what the user can do meanwhile, shown in the line above the reasoning if the window is wide enough.
     """
 
-    def __init__(self, terminal: Terminal, mode: ReasoningMode) -> None:
+    def __init__(self, terminal: Terminal, mode: ReasoningMode, hint: str = "") -> None:
         self._terminal = terminal
         self._mode = mode
+        self._hint = hint
+        self._heading = _HEADING
         self._start = time.monotonic()
         self._rows: list[str] = []
         """The last rows, wrapped; the last one is still growing."""
         self._drawn: list[str] = []
-        """The rows on the screen, below the line "thinking..."."""
+        """The rows on the screen, below the heading."""
         self.open = False
         """Whether reasoning has begun and not ended."""
 
@@ -40,13 +45,21 @@ class ReasoningView:
         if not self.open:
             self.open = True
             self._start = time.monotonic()
-            if self._mode != "show" and terminal.redraws:
-                terminal.write_error(terminal.dim("thinking..."))
+            if self._hint and len(_HEADING) + len(self._hint) + 3 < terminal.columns:
+                self._heading = f"{_HEADING} ({self._hint})"
+            if terminal.redraws and (self._hint or self._mode != "show"):
+                terminal.write_error(terminal.dim(self._heading) + ("\n" if self._mode == "show" else ""))
         if self._mode == "show":
             terminal.write_error(terminal.dim(text))
         elif self._mode == "fold" and terminal.redraws:
             self._wrap(without_control_characters(text).replace("\t", " "))
             self._draw()
+
+    def announce_end(self) -> None:
+        """Say that the thinking is being ended, which takes a moment."""
+        self._heading = "ending the thinking..."
+        if self.open and self._mode != "show" and self._terminal.redraws:
+            self._redraw()
 
     def close(self, tokens: int, remark: str = "") -> None:
         """End the reasoning, of `tokens` tokens, and replace what is folded with a line that ends with `remark`."""
@@ -92,14 +105,21 @@ class ReasoningView:
             return
         dim = self._terminal.dim
         if len(rows) == len(self._drawn) and rows[:-1] == self._drawn[:-1] and rows[-1].startswith(self._drawn[-1]):
-            output = dim(rows[-1][len(self._drawn[-1]) :])  # only the last row has grown
+            self._terminal.write_error(dim(rows[-1][len(self._drawn[-1]) :]))  # only the last row has grown
+            self._drawn = rows
         else:
-            output = self._cursor_to_top() + "\r\x1b[J" + "\n".join([dim("thinking..."), *map(dim, rows)])
+            self._redraw(rows)
+
+    def _redraw(self, rows: list[str] | None = None) -> None:
+        """Draw the heading and `rows` (default: those on the screen) in place of what is on the screen."""
+        rows = self._drawn if rows is None else rows
+        dim = self._terminal.dim
+        lines = "\n".join([dim(self._heading), *map(dim, rows)])
+        self._terminal.write_error(f"{self._cursor_to_top()}\r\x1b[J{lines}")
         self._drawn = rows
-        self._terminal.write_error(output)
 
     def _cursor_to_top(self) -> str:
-        """Move to the line "thinking...". A terminal that has become narrower has wrapped long rows."""
+        """Move to the heading. A terminal that has become narrower has wrapped long rows."""
         columns = self._terminal.columns
         rows = sum(max(1, -(-width(row) // columns)) for row in self._drawn)
         return f"\x1b[{rows}A" if rows else ""

@@ -12,9 +12,9 @@ import pytest
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from npqwen.terminal.completions import completions
 from npqwen.terminal.history import MAX_ENTRIES, MAX_LENGTH, History
 from npqwen.terminal.line_editor import LineEditor, PlainReader, message_reader
-from npqwen.terminal.slash_commands import completions
 
 UP, ALT_ENTER = "\x1b[A", "\x1b\r"
 CTRL_C, CTRL_D = "\x03", "\x04"

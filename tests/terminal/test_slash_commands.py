@@ -17,9 +17,10 @@ import npqwen
 from npqwen import ChatStream
 from npqwen.errors import OptionError
 from npqwen.model import Model
+from npqwen.terminal.completions import completions
 from npqwen.terminal.repl import handle
 from npqwen.terminal.settings import Settings
-from npqwen.terminal.slash_commands import COMMANDS, completions, is_command
+from npqwen.terminal.slash_commands import COMMANDS, is_command
 from npqwen.terminal.terminal_chat import TerminalChat
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
@@ -172,7 +173,7 @@ def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say)
 def test_retry_asks_as_the_question_was_asked(say: Say) -> None:
     model = Reciter("a", "b", "c", "d")
     chat = chat_with(model)
-    say(chat, "/nothink why?", f"/think {'why? ' * 3000}", "/retry")
+    say(chat, "/nothink why?", f"/think {'why? ' * 3000}", "/undo", "/retry")
     assert model.prompts[1].endswith("why?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     say(chat, "/think", "/retry", "so?")
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in model.prompts[2:])
@@ -187,9 +188,9 @@ def test_retry_that_is_stopped_before_its_text_leaves_the_answer_there_was(say: 
         raise KeyboardInterrupt
 
     model.forward = interrupted  # type: ignore[assignment, method-assign]
-    assert "stopped before the answer began: the previous answer is kept" in say(chat, "/retry")
+    assert "stopped before the answer began; the previous answer is kept" in say(chat, "/retry")
     assert [message["content"] for message in chat.conversation.messages] == ["q", "first"]
-    assert "stopped before the answer began: the question is taken back" in say(chat, "r")
+    assert "stopped before the answer began; /retry asks the question again" in say(chat, "r")
 
 
 def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
@@ -197,11 +198,11 @@ def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
     assert "needs the name of a file" in say(chat, "/save")
     say(chat, SUM)
     path = tmp_path / "talk.json"
-    assert "2 messages saved to" in say(chat, f"/save {path}")
+    assert f"saved {path}: 2 messages, 0.2 MB" in say(chat, f"/save {path}")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.npqwen-cache"]
     assert json.loads(path.read_text())["thinking"] is False
     other = chat_with(model, temperature=0)
-    assert "2 messages loaded from" in say(other, f"/load {path}")
+    assert f"loaded {path}: 2 messages\n" in say(other, f"/load {path}")
     assert other.conversation.thinking is False
     assert other.conversation.messages == chat.conversation.messages
     assert other.conversation.tokens == chat.conversation.tokens > 0
