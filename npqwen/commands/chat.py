@@ -130,6 +130,8 @@ def _continue(chat: TerminalChat, autosave: Autosave) -> None:
         chat.terminal.notice("there is no earlier conversation; this is a new one")
     else:
         chat.restore(*last)
+        count = len(chat.conversation.messages)
+        chat.terminal.notice(f"continuing the last conversation: {count} message{'' if count == 1 else 's'}")
 
 
 def converse(chat: TerminalChat, *, keep_history: bool = True) -> None:

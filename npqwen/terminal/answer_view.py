@@ -51,7 +51,7 @@ class AnswerView:
         finally:
             if stream.reasoning:
                 self.reasoning = stream.reasoning
-            view.close(stream.thinking_tokens, _INCOMPLETE)
+            view.close(stream.thinking_tokens, interrupted=True)
             self._terminal.end_line()
 
     def announce_end_of_thinking(self) -> None:
@@ -76,7 +76,7 @@ def statistics(stream: ChatStream, context: str = "") -> str:
     parts = [
         f"{usage.decode_rate:.1f} tok/s",
         f"{usage.generated_tokens} tokens",
-        f"first after {usage.first_token_seconds:.2f} s",
+        f"first token after {usage.first_token_seconds:.2f} s",
     ]
     reply = stream.reply
     if reply is None:

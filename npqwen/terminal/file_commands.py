@@ -50,7 +50,8 @@ def load(chat: TerminalChat, arguments: str) -> None:
     if chat.autosave is not None:
         chat.autosave.begin()
     chat.file = str(path)
-    chat.terminal.notice(f"loaded {path}: {count(len(chat.conversation.messages), 'message')}")
+    loaded = f"loaded {path}: {count(len(chat.conversation.messages), 'message')}"
+    chat.terminal.notice("; ".join(filter(None, (loaded, chat.context_usage()))))
     show_last_turns(chat)
 
 
@@ -66,11 +67,12 @@ def show_last_turns(chat: TerminalChat) -> None:
     lines = [f"... {count(first, 'message')} before"] if first else []
     for message in messages[first:]:
         if message["role"] == "user":
-            lines.append("> " + _shortened(message["content"], _QUESTION_LENGTH))
+            lines += ["", "> " + _shortened(message["content"], _QUESTION_LENGTH)]
         else:
             lines.append(_shortened(message["content"], _ANSWER_LENGTH))
     if chat.unanswered is not None:
-        lines += ["> " + _shortened(chat.unanswered.text, _QUESTION_LENGTH), "(no answer yet; /retry asks it again)"]
+        question = _shortened(chat.unanswered.text, _QUESTION_LENGTH)
+        lines += ["", f"> {question}", "(no answer yet; /retry asks the question again)"]
     if lines and not chat.terminal.quiet:
         chat.terminal.lines("\n".join(lines), dim=True)
 

@@ -61,7 +61,7 @@ class ReasoningView:
         if self.open and self._mode != "show" and self._terminal.redraws:
             self._redraw()
 
-    def close(self, tokens: int, remark: str = "") -> None:
+    def close(self, tokens: int, remark: str = "", *, interrupted: bool = False) -> None:
         """End the reasoning, of `tokens` tokens, and replace what is folded with a line that ends with `remark`."""
         if not self.open:
             return
@@ -74,7 +74,8 @@ class ReasoningView:
         self._drawn = []
         if terminal.redraws or self._mode == "show":
             seconds = time.monotonic() - self._start
-            terminal.notice(f"thought for {seconds:.1f} s, {tokens} tokens{remark}")
+            verb = "thinking interrupted after" if interrupted else "thought for"
+            terminal.notice(f"{verb} {seconds:.1f} s, {tokens} tokens{remark}")
 
     def _wrap(self, text: str) -> None:
         """Append `text` to the rows, wrapped between words where possible; blank rows are left out."""

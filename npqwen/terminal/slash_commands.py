@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from npqwen.chat.messages import joined
 from npqwen.errors import OptionError
 from npqwen.terminal.file_commands import count, load, save
 from npqwen.terminal.setting_commands import nothink, set_, show, system, think
@@ -127,7 +128,7 @@ def _undo(chat: TerminalChat, arguments: str) -> None:
     if chat.unanswered is not None:
         taken, chat.unanswered = chat.unanswered.text, None
     else:
-        taken = str(chat.conversation.undo())
+        taken = joined({"content": chat.conversation.undo()})["content"]
         chat.forget_last()
     question = " ".join(taken.split())
     chat.terminal.notice(f"taken back: {question if len(question) <= 60 else question[:57] + '...'}")

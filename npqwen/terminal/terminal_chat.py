@@ -140,10 +140,10 @@ class TerminalChat:
             self.last_usage = stream.usage
             self.totals.add(stream.usage)
             self.used = self.conversation.tokens
-            if stream.usage.generated_tokens and self.shows_statistics:
-                self.terminal.notice(statistics(stream, self.context_usage()))
         if stream is None or not stream.messages:
             self.terminal.notice(f"stopped before the answer began; {without_answer}")
+        elif self.shows_statistics:
+            self.terminal.notice(statistics(stream, self.context_usage()))
 
     def _begin_question(self, watch: list[Watch]) -> ChatStream:
         assert self.unanswered is not None
