@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import TINY
@@ -55,3 +56,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 140 MB in int4, whose passes take a while."""
     return large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """say(chat, line...): what typing these lines in a conversation in the terminal shows, stdout and stderr."""
+    from npqwen.terminal.repl import handle
+
+    def say(chat: Any, *lines: str) -> str:
+        for line in lines:
+            handle(chat, line)
+        done = capsys.readouterr()
+        return done.out + done.err
+
+    return say
