@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, size
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.generation.options import OPTIONS, GenerationOptions, Option
 from npqwen.terminal.terminal import Terminal
@@ -206,8 +206,6 @@ def open_model(
     loaded = load(path, threads=threads, context=context, on_compile=terminal.compilation_progress)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
-        from npqwen.reports.info import size
-
         terminal.notice(
             f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
             "the rest will be read from disk again and again"

@@ -17,10 +17,11 @@ from units import CODEBOOKS, row_bytes
 
 from npqwen import OptionError
 from npqwen.commands import cli
+from npqwen.errors import size
 from npqwen.model import load
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import benchmark, bytes_per_token
-from npqwen.reports.info import inspect, size
+from npqwen.reports.info import inspect
 from npqwen.simd.isa import ISA
 
 Run = Callable[..., tuple[str, str]]
