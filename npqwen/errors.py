@@ -56,3 +56,12 @@ def quoted(value: object) -> str:
         return shortened(repr(value))
     except Exception:  # an int of too many digits, or a __repr__ that fails
         return f"a value of type {type(value).__name__}"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of ten: "335 MB", "4.7 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -140,7 +140,7 @@ def open_model(
     loaded = load(path, threads=threads, context=context, on_compile=terminal.compilation_progress)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
-        from npqwen.reports.info import size
+        from npqwen.errors import size
 
         terminal.notice(
             f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "

@@ -26,7 +26,8 @@ from npqwen.hardware import machine
 from npqwen.hardware.cgroup import memory, read
 from npqwen.model import Model
 from npqwen.reports import bench
-from npqwen.reports.info import active_parameters, parameters, size
+from npqwen.errors import size
+from npqwen.reports.info import active_parameters, parameters
 from npqwen.simd.isa import available
 
 

@@ -20,7 +20,7 @@ from npqwen.commands import cli
 from npqwen.model import load
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import benchmark, bytes_per_token
-from npqwen.reports.info import inspect, size
+from npqwen.reports.info import inspect
 from npqwen.simd.isa import ISA
 
 Run = Callable[..., tuple[str, str]]
