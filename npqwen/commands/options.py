@@ -17,6 +17,7 @@ from npqwen.terminal.terminal import Terminal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from npqwen.hub.support import Purpose
     from npqwen.model import Model
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -53,10 +54,18 @@ threads_option = click.option(
 )
 
 
+low_disk_option = click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Download and convert one file of weights at a time, and keep none; resumes after an interruption.",
+)
+
+
 def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context and --quiet, for commands that load a model."""
+    """Add --bits, --threads, --context, --low-disk and --quiet, for commands that load a model."""
     for option in (
         quiet_option,
+        low_disk_option,
         click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
         threads_option,
         bits_option,
@@ -114,14 +123,21 @@ def _given(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ..
     return [argument_text(value) for value in values] or None
 
 
-def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
-    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress."""
+def resolve(
+    model: str, bits: int | None, terminal: Terminal, *, purpose: Purpose = "arrays", low_disk: bool = False
+) -> Path:
+    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
     from npqwen import hub
 
     check_numba()
     return hub.resolve(
         model,
         bits,
+        purpose=purpose,
+        low_disk=low_disk,
         notice=terminal.notice,
         progress=terminal.conversion_progress,
         download_bars=terminal.shows_bars,
@@ -129,10 +145,20 @@ def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
 
 
 def open_model(
-    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
+    model: str,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    terminal: Terminal,
+    *,
+    purpose: Purpose = "arrays",
+    low_disk: bool = False,
 ) -> Model:
-    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
-    path = resolve(model, bits, terminal)
+    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
+    path = resolve(model, bits, terminal, purpose=purpose, low_disk=low_disk)
 
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load

@@ -19,7 +19,7 @@ _REVISION = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9_][\w./+-]*", re.ASCII)
 _URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 _PAGES = ("tree", "blob", "resolve", "raw", "commit", "commits")
 _OFFICIAL = re.compile(
-    r"Qwen3-(?:Coder-)?[\d.]+B(?:-A[\d.]+B)?(?:-Base|-(?:Instruct|Thinking)(?:-\d{4})?)?(?![\w.]*\d)", re.IGNORECASE
+    r"Qwen3-(?:Coder-)?[\d.]+B(?:-A[\d.]+B)?(?:-Base|-(?:Instruct|Thinking)(?:-\d{4})?)?(?![A-Za-z0-9])", re.IGNORECASE
 )
 _OLLAMA = re.compile(r"qwen3(?::(?:([\d.]+b)(?:-[\w.-]+)?|[\w.-]+))?", re.ASCII | re.IGNORECASE)
 _SPARSE = {"30B": "30B-A3B", "235B": "235B-A22B"}
@@ -89,8 +89,10 @@ def official(text: str) -> str | None:
 def _official_case(name: str) -> str:
     """A name of Qwen's with its capitals: Qwen3-0.6B-Base of qwen3-0.6b-base."""
     parts = name.split("-")
-    return "-".join(part.upper() if i and part[:2].lstrip("aA")[:1].isdigit() else part[:1].upper() + part[1:]
-                    for i, part in enumerate(parts))
+    return "-".join(
+        part.upper() if i and part[:2].lstrip("aA")[:1].isdigit() else part[:1].upper() + part[1:]
+        for i, part in enumerate(parts)
+    )
 
 
 def advice(name: str, originals: tuple[str, ...] = ()) -> str:
@@ -115,7 +117,7 @@ def _split(text: str) -> tuple[str, str | None]:
 
 def _is_url(text: str) -> bool:
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-    return _URL.match(text) is not None or bool(endpoint) and text.startswith(f"{endpoint}/")
+    return _URL.match(text) is not None or (bool(endpoint) and text.startswith(f"{endpoint}/"))
 
 
 def _from_url(url: str) -> tuple[str, str | None]:

@@ -101,23 +101,15 @@ class HubSource(Source):
             raise ModelNotFoundError(f"{self.label} changed on the hub just now; try again")
         return Path(found)
 
-    @contextlib.contextmanager
-    def shard(self, name: str, directory: Path, bars: bool) -> Iterator[Path]:
-        """Download one file into `directory`, and remove it on leaving without an error.
-
-        A file that is in huggingface_hub's cache is used there, and stays.
-        """
+    def shard(self, name: str, directory: Path, bars: bool) -> Path:
+        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         kept = try_to_load_from_cache(self.repository, name, revision=self.commit)
         if isinstance(kept, str):
-            yield Path(kept)
-            return
+            return Path(kept)
         with _errors(self.label), _progress_bars(bars):
-            path = Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=directory))
-        yield path
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=directory))
 
 
 class SnapshotSource(LocalSource):

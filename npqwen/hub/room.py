@@ -42,7 +42,7 @@ def check_room(label: str, needs: Mapping[Path, tuple[str, int]], advice: str) -
         if needed and needed + _RESERVE > free:
             parts = " and ".join(f"{size(needs[place][1])} {needs[place][0]}" for place in places if needs[place][1])
             where = " and ".join(str(place) for place in places if needs[place][1])
-            raise OutputError(f"{label} needs {parts}, but {where} has {size(free)} free; {advice}")
+            raise OutputError(f"{label} needs {parts}, but only {size(free)} are free in {where}; {advice}")
 
 
 def free_bytes(place: Path) -> int:

@@ -80,7 +80,7 @@ class Source(ABC):
         """Its config.json, unchecked. CheckpointError if it is missing or damaged."""
         if "config.json" not in self.files:
             raise CheckpointError(
-                f"{self.label}: config.json is missing, so it is not a model in the format of Hugging Face; is it complete?"
+                f"{self.label}: config.json is missing, so this is no checkpoint, or not a complete one"
             )
         try:
             return read_json(self.small_file("config.json"))

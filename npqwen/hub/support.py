@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from npqwen.errors import CheckpointError, OptionError, quoted, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
 from npqwen.format.config import MODEL_TYPES, Config, read_json
 from npqwen.format.files import read_small
 from npqwen.format.safetensors import INDEX
@@ -51,17 +51,23 @@ def check(source: Source, purpose: Purpose) -> None:
         )
     _refuse_quantized(source, raw)
     Config.from_dict(raw, f"{source.label}: config.json")
-    _refuse_heads(source, raw, purpose)
+    _refuse_heads(source, raw)
     if "tokenizer.json" not in source.files:
         raise CheckpointError(
             f"{source.label} has no tokenizer.json, which npqwen needs; add it from the model that this one was made "
             "from, or save it with transformers' fast tokenizer"
         )
+    check_purpose(source, purpose)
+
+
+def check_purpose(source: Source, purpose: Purpose) -> None:
+    """Raise OptionError for a model that cannot do this, although npqwen runs it."""
+    _refuse_other_tasks(source, purpose)
     if purpose == "chat":
-        check_template(source)
+        _check_template(source)
 
 
-def check_template(source: Source) -> None:
+def _check_template(source: Source) -> None:
     """Raise OptionError for a model without a chat template."""
     if "chat_template.jinja" in source.files or source.has("additional_chat_templates/*.jinja"):
         return
@@ -72,14 +78,14 @@ def check_template(source: Source) -> None:
         )
 
 
-def file_error(path: Path, label: str) -> CheckpointError:
+def file_error(path: Path, label: str) -> NpqwenError:
     """The error about a file that was given in place of a directory."""
     kind = _OTHER_WEIGHTS.get(path.suffix.lower())
     if kind == "GGUF":
         return CheckpointError(f"{label} is a GGUF file, which npqwen does not read; {advice(path.name)}")
     if kind is not None:
         return CheckpointError(f"{label} is a file of {kind}, which npqwen does not read; {advice(path.name)}")
-    return CheckpointError(f"{label} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
+    return ModelNotFoundError(f"{label} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
 
 
 def _refuse_pointers(source: Source) -> None:
@@ -89,7 +95,7 @@ def _refuse_pointers(source: Source) -> None:
     for name, file in source.matching("*.safetensors", "*.json").items():
         if file.nbytes <= _POINTER_BYTES and _begins(source.small_file(name), _POINTER):
             raise CheckpointError(
-                f"{source.label}/{name} is a Git LFS pointer, not the file itself; run `git lfs pull` in {source.label}, "
+                f"{source.label}/{name} is a Git LFS pointer, not the file itself; run `git lfs pull` there, "
                 f"or {advice(source.label, source.originals)}"
             )
 
@@ -153,34 +159,35 @@ def _refuse_quantized(source: Source, raw: dict[str, Any]) -> None:
     )
 
 
-def _refuse_heads(source: Source, raw: dict[str, Any], purpose: Purpose) -> None:
-    """Models that score or embed in place of writing."""
-    label, names = source.label, source.files
+def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
+    """Architectures whose output is not a next token's logits."""
     architectures = raw.get("architectures")
-    other = [
-        name for name in architectures if isinstance(name, str) and not name.endswith(("ForCausalLM", "Qwen3Model"))
-    ] if isinstance(architectures, list) else []
-    name = PurePosixPath(source.model.replace("\\", "/")).name
-    reranks = "1_LogitScore/config.json" in names or source.pipeline == "text-ranking"
-    if any("SequenceClassification" in name for name in other):
+    for name in architectures if isinstance(architectures, list) else []:
+        if not isinstance(name, str) or name.endswith(("ForCausalLM", "Model")):
+            continue
+        if "SequenceClassification" in name:
+            raise CheckpointError(
+                f"{source.label} is a classifier or reranker ({shortened(name)}), which does not write text; npqwen "
+                "runs language models, such as Qwen/Qwen3-0.6B"
+            )
         raise CheckpointError(
-            f"{label} is a classifier or reranker ({shortened(other[0])}), which does not write text; npqwen runs "
-            "language models, such as Qwen/Qwen3-0.6B"
-        )
-    if other:
-        raise CheckpointError(
-            f"{label} is of the architecture {shortened(other[0])}, which is not supported; npqwen runs "
+            f"{source.label} is of the architecture {shortened(name)}, which is not supported; npqwen runs "
             "Qwen3ForCausalLM and Qwen3MoeForCausalLM, such as Qwen/Qwen3-0.6B"
         )
+
+
+def _refuse_other_tasks(source: Source, purpose: Purpose) -> None:
+    """Rerankers and embedding models have the architecture of a language model, but were not trained to write."""
     if purpose == "arrays":
         return
-    if reranks or _RERANKER.search(name):
+    name = PurePosixPath(source.model.replace("\\", "/")).name
+    if "1_LogitScore/config.json" in source.files or source.pipeline == "text-ranking" or _RERANKER.search(name):
         raise OptionError(
-            f"{label} is a reranker, which judges a document in place of writing; load it in Python for its logits "
-            "of yes and no, or use a language model, such as Qwen/Qwen3-0.6B"
+            f"{source.label} is a reranker, which judges documents and does not write text; load it in Python for its "
+            "logits of yes and no, or use a language model, such as Qwen/Qwen3-0.6B"
         )
-    if "1_Pooling/config.json" in names or _EMBEDDER.search(name):
+    if "1_Pooling/config.json" in source.files or _EMBEDDER.search(name):
         raise OptionError(
-            f"{label} is an embedding model, which does not write text; load it in Python for its hidden states "
+            f"{source.label} is an embedding model, which does not write text; load it in Python for its hidden states "
             "(model.hidden), or use a language model, such as Qwen/Qwen3-0.6B"
         )

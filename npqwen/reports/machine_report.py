@@ -21,12 +21,11 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from npqwen.errors import OutputError
+from npqwen.errors import OutputError, size
 from npqwen.hardware import machine
 from npqwen.hardware.cgroup import memory, read
 from npqwen.model import Model
 from npqwen.reports import bench
-from npqwen.errors import size
 from npqwen.reports.info import active_parameters, parameters
 from npqwen.simd.isa import available
 

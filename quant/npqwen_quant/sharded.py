@@ -148,9 +148,7 @@ class _State:
 
     def _store(self) -> None:
         with new_file(self._path) as file:
-            file.write(
-                json.dumps({"weight_map": self.weight_map, "started": self.started, "done": self.done}).encode()
-            )
+            file.write(json.dumps({"weight_map": self.weight_map, "started": self.started, "done": self.done}).encode())
 
 
 def _weight_map(checkpoint: Checkpoint, shards: Shards, state: _State, place: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from npqwen_quant import Shards, convert, convert_shards, sharded
 
 from npqwen.errors import CheckpointError, OutputError
 
-MOE = {
+MOE: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 5,
     "num_experts_per_tok": 2,
@@ -58,7 +59,7 @@ def test_the_result_is_that_of_an_ordinary_conversion(
     tmp_path: Path, bits: int, shards: int, shard_bytes: int, mixture: bool
 ) -> None:
     """Borders of shards divide q from k, gate from up, and a layer's experts."""
-    config = make_config(**(MOE if mixture else {}), tie_word_embeddings=False)
+    config = make_config(tie_word_embeddings=False, **(MOE if mixture else {}))
     write_checkpoint(tmp_path / "in", config, shards=shards, tokenizer=True)
     convert(tmp_path / "in", tmp_path / "want", bits, shard_bytes=shard_bytes)
     remote = Remote(tmp_path / "in")
@@ -111,7 +112,7 @@ def interrupted_at(n: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("at", [1, 4, 12, 25, 28])
+@pytest.mark.parametrize("at", [1, 4, 12, 20, 24])
 def test_an_interrupted_conversion_is_resumed(tmp_path: Path, at: int) -> None:
     write_checkpoint(tmp_path / "in", shards=3)
     convert(tmp_path / "in", tmp_path / "want")

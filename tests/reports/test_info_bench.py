@@ -17,6 +17,7 @@ from units import CODEBOOKS, row_bytes
 
 from npqwen import OptionError
 from npqwen.commands import cli
+from npqwen.errors import size
 from npqwen.model import load
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import benchmark, bytes_per_token
