@@ -13,6 +13,7 @@ from npqwen.commands.options import (
     Counts,
     bits_option,
     context_option,
+    low_disk_option,
     open_model,
     quiet_option,
     resolve,
@@ -48,6 +49,7 @@ _LENGTHS = Counts(0, "128,512")
     help="Numbers of threads, such as 1,2,4, each measured; default: one per core.",
 )
 @context_option
+@low_disk_option
 @quiet_option
 def bench(
     model: str,
@@ -60,6 +62,7 @@ def bench(
     bits: int | None,
     threads: list[int] | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
 ) -> None:
     """Measure tokens per second of MODEL, and the share of the memory's read bandwidth that decoding reaches."""
@@ -71,7 +74,7 @@ def bench(
 
         path = check_path(Path(report))
     with Terminal(quiet=quiet) as terminal:
-        converted = str(resolve(model, bits, terminal))
+        converted = str(resolve(model, bits, terminal, low_disk=low_disk))
 
         from npqwen.engine.team import check_threads
         from npqwen.reports.bench import Report, benchmark

@@ -63,6 +63,7 @@ def chat(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -79,7 +80,9 @@ def chat(
     system = None if system is None else argument_text(system)
     with (
         terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        closing(
+            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk)
+        ) as loaded,
         warnings.catch_warnings(),
     ):
         from npqwen.terminal.answer_view import AnswerView

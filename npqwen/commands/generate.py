@@ -34,6 +34,7 @@ def generate(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -50,7 +51,9 @@ def generate(
     check_options(options)
     with (
         terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        closing(
+            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk)
+        ) as loaded,
     ):
         pieces = stream(loaded, prompt, progress=terminal.prompt_progress, **options)
         for piece in pieces:

@@ -18,6 +18,7 @@ from npqwen.terminal.terminal import Terminal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from npqwen.hub.support import Purpose
     from npqwen.model import Model
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -99,9 +100,16 @@ context_option = click.option(
 )
 
 
+low_disk_option = click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Download and convert one file of weights at a time, and keep none; resumes after an interruption.",
+)
+
+
 def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context and --quiet, for commands that load a model."""
-    for option in (quiet_option, context_option, threads_option, bits_option):
+    """Add --bits, --threads, --context, --low-disk and --quiet, for commands that load a model."""
+    for option in (quiet_option, low_disk_option, context_option, threads_option, bits_option):
         command = option(command)
     return command
 
@@ -177,14 +185,21 @@ class Counts(click.ParamType):  # type: ignore[type-arg]
         return counts
 
 
-def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
-    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress."""
+def resolve(
+    model: str, bits: int | None, terminal: Terminal, *, purpose: Purpose = "arrays", low_disk: bool = False
+) -> Path:
+    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
     from npqwen import hub
 
     check_numba()
     return hub.resolve(
         model,
         bits,
+        purpose=purpose,
+        low_disk=low_disk,
         notice=terminal.notice,
         progress=terminal.conversion_progress,
         download_bars=terminal.shows_bars,
@@ -192,13 +207,23 @@ def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
 
 
 def open_model(
-    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
+    model: str,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    terminal: Terminal,
+    *,
+    purpose: Purpose = "arrays",
+    low_disk: bool = False,
 ) -> Model:
-    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
+    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
     from npqwen.hardware.contention import Contention, too_many_threads
 
     contention = Contention()
-    path = resolve(model, bits, terminal)
+    path = resolve(model, bits, terminal, purpose=purpose, low_disk=low_disk)
 
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load

@@ -69,7 +69,7 @@ def used(directory: Path, model: str, revision: str | None = None, commit: str |
         before = read(directory)
         known = before is not None and before.model == model and not before.replaced
         if known and before is not None and (revision is None or before.revisions.get(revision) == commit):
-            os.utime(directory / NAME)
+            touch(directory)
             return
         revisions = dict(before.revisions) if before is not None and before.model == model else {}
         if revision is not None and commit is not None:
@@ -82,6 +82,12 @@ def used(directory: Path, model: str, revision: str | None = None, commit: str |
                 time = last_used(other)
                 _write(other, changed)
                 os.utime(other / NAME, (time, time))
+
+
+def touch(directory: Path) -> None:
+    """Record that a conversion is used now, whatever it was made from."""
+    with contextlib.suppress(OSError):
+        os.utime(directory / NAME)
 
 
 def conversions(root: Path) -> Iterator[Path]:

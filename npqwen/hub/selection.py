@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from npqwen.checks import choice, near_names
-from npqwen.errors import ModelNotFoundError, quoted
+from npqwen.errors import ModelNotFoundError, NpqwenError, quoted
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
+from npqwen.hub.names import parse
 
 
 def select(
@@ -23,7 +24,7 @@ def select(
     by_path = [one for one in conversions if _same_path(model, one.path) or _same_path(model, Path(one.model))]
     if by_path:
         return by_path, []
-    wanted, _, revision = model.partition("@")
+    wanted, revision = _parsed(model)
     known = {one.model for one in conversions} | {one.model for one in downloads}
     names = _matching(wanted, known)
     chosen = [one for one in conversions if one.model in names and (not revision or _has(one, revision))]
@@ -35,11 +36,21 @@ def select(
     return chosen, fetched
 
 
+def _parsed(model: str) -> tuple[str, str | None]:
+    """Name and revision."""
+    try:
+        name = parse(model)
+    except NpqwenError:  # only a part of a name, perhaps
+        wanted, _, revision = model.partition("@")
+        return wanted, revision or None
+    return name.repository, name.revision
+
+
 def _matching(wanted: str, known: Iterable[str]) -> set[str]:
     """The known names that are `wanted`, in any case; else those whose last part it is."""
-    wanted = wanted.rstrip("/").lower()
-    whole = {name for name in known if wanted == name.lower() or wanted.endswith(f"/{name.lower()}")}
-    return whole or {name for name in known if wanted == name.lower().rpartition("/")[2]}
+    wanted = wanted.lower()
+    whole = {name for name in known if wanted == name.lower()}
+    return whole or {name for name in known if wanted.rpartition("/")[2] == name.lower().rpartition("/")[2]}
 
 
 def _tails(known: Iterable[str]) -> dict[str, str]:
