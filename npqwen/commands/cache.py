@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -61,7 +60,7 @@ def prune(dry_run: bool, yes: bool) -> None:
         terminal.lines(f"nothing to remove in {root}")
         return
     total = size(freed_bytes([one.path for one in found]))
-    terminal.lines(_table(found, root))
+    terminal.lines(_table(found))
     if dry_run:
         terminal.lines(f"{total} would be freed")
         return
@@ -73,9 +72,8 @@ def prune(dry_run: bool, yes: bool) -> None:
     terminal.lines(f"removed {len(found) - len(kept)} of {len(found)}" if kept else f"{total} freed")
 
 
-def _table(found: list[Leftover], root: Path) -> str:
+def _table(found: list[Leftover]) -> str:
     from npqwen.hub.disk_usage import freed_bytes
     from npqwen.reports.columns import columns
 
-    rows = [(size(freed_bytes([one.path])), str(one.path.relative_to(root)), one.reason) for one in found]
-    return columns(rows).rstrip("\n")
+    return columns([(size(freed_bytes([one.path])), one.reason) for one in found]).rstrip("\n")

@@ -75,8 +75,8 @@ def _announce(conversions: list[Conversion], downloads: list[Download], terminal
     from npqwen.reports.columns import columns
     from npqwen.reports.models import bits, name
 
-    rows = [(name(one), f"{bits(one)} bits", size(freed_bytes([one.path])), str(one.path)) for one in conversions]
-    rows += [(one.model, "download", size(one.bytes), str(one.path)) for one in downloads]
+    rows = [(name(one), f"{bits(one)} bits", size(freed_bytes([one.path])), one.stale or "") for one in conversions]
+    rows += [(one.model, "download", size(one.bytes), "") for one in downloads]
     terminal.lines(columns(rows).rstrip("\n"))
     if downloads:
         terminal.lines("Other programs that use these downloads will have to download them again.")

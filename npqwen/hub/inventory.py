@@ -49,7 +49,7 @@ def staleness(path: Path) -> str | None:
     """Why a conversion will not be used again, as a clause; None if it may be."""
     name = _NAME.fullmatch(path.name)
     if name is not None and int(name["version"]) < FORMAT_VERSION:
-        return f"its format version is {name['version']}, but this npqwen reads {FORMAT_VERSION}"
+        return f"of format version {name['version']}; this npqwen reads {FORMAT_VERSION}"
     known = record.read(path)
     if known is None:
         return "an earlier npqwen made it" if name is not None and name["files"] is None else None

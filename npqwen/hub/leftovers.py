@@ -67,7 +67,7 @@ def interrupted_work(root: Path) -> list[Leftover]:
             if name["lock"] and path.with_name(path.name.removesuffix(".lock")).exists():
                 continue  # goes with its directory
             if _is_free(lock):
-                found.append(Leftover(path, _REASONS[name["kind"]], lock))
+                found.append(Leftover(path, f"{folder.name}: {_REASONS[name['kind']]}", lock))
     return found
 
 
@@ -77,7 +77,7 @@ def other_kernels(root: Path) -> list[Leftover]:
 
     usable = {path.name for path in usable_directories()}
     return [
-        Leftover(path, "kernels for another processor, or another version of npqwen, Python or Numba")
+        Leftover(path, f"{path.name}: kernels of another version or processor")
         for path in sorted(root.glob("kernels/*"))
         if path.name not in usable
     ]

@@ -24,37 +24,42 @@ def select(
     by_path = [one for one in conversions if _same_path(model, one.path) or _same_path(model, Path(one.model))]
     if by_path:
         return by_path, []
-    wanted, revision = _parsed(model)
     known = {one.model for one in conversions} | {one.model for one in downloads}
-    names = _matching(wanted, known)
+    names, revision = _matching(model, known)
     chosen = [one for one in conversions if one.model in names and (not revision or _has(one, revision))]
     fetched = [one for one in downloads if one.model in names and not revision]
     if not chosen and not fetched:
-        near = near_names(wanted, known) or near_names(wanted.rpartition("/")[2], _tails(known))
-        there = f"did you mean {choice([_tails(known).get(one, one) for one in near])}?" if near else "see npqwen list"
+        near = _near(model.partition("@")[0], sorted(known))
+        there = f"did you mean {choice(near)}?" if near else "see npqwen list"
         raise ModelNotFoundError(f"no model {quoted(model)} is in the cache; {there}")
     return chosen, fetched
 
 
-def _parsed(model: str) -> tuple[str, str | None]:
-    """Name and revision."""
+def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
+    """The known names that are meant, in any case, and a revision. A name without its owner may be any owner's."""
+    wanted, _, revision = model.partition("@")
     try:
         name = parse(model)
-    except NpqwenError:  # only a part of a name, perhaps
-        wanted, _, revision = model.partition("@")
-        return wanted, revision or None
-    return name.repository, name.revision
+    except NpqwenError:  # a part of a name, perhaps
+        whole: set[str] = set()
+    else:
+        revision = name.revision or ""
+        whole = {one for one in known if one.lower() == name.repository.lower()}
+    ownerless = set() if "/" in wanted else {one for one in known if _tail(one).lower() == wanted.lower()}
+    return whole or ownerless, revision or None
 
 
-def _matching(wanted: str, known: Iterable[str]) -> set[str]:
-    """The known names that are `wanted`, in any case; else those whose last part it is."""
-    wanted = wanted.lower()
-    whole = {name for name in known if wanted == name.lower()}
-    return whole or {name for name in known if wanted.rpartition("/")[2] == name.lower().rpartition("/")[2]}
+def _near(wanted: str, known: list[str]) -> list[str]:
+    """Known names that come near the whole name, or else its last part."""
+    near = near_names(wanted, known)
+    if near:
+        return near
+    tails = {_tail(one): one for one in known}
+    return [tails[one] for one in near_names(_tail(wanted), tails)]
 
 
-def _tails(known: Iterable[str]) -> dict[str, str]:
-    return {name.rpartition("/")[2]: name for name in known}
+def _tail(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _has(one: Conversion, revision: str) -> bool:

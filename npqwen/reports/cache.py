@@ -28,10 +28,8 @@ class Usage:
     path: Path
     parts: dict[str, int]
     """By what lies in the cache's directory."""
-    prunable: int
-    """Of those, what `npqwen cache prune` would free."""
-    leftovers: int
-    """How many things that is."""
+    leftovers: list[Leftover]
+    """What `npqwen cache prune` would remove."""
     downloads: int
     """Of Qwen3 checkpoints in huggingface_hub's cache."""
     downloaded: list[str]
@@ -44,8 +42,7 @@ class Usage:
         return cls(
             path=root,
             parts={entry.name: bytes_of([entry]) for entry in entries},
-            prunable=freed_bytes([one.path for one in leftovers]),
-            leftovers=len(leftovers),
+            leftovers=list(leftovers),
             downloads=sum(one.bytes for one in downloads),
             downloaded=[one.model for one in downloads],
         )
@@ -55,13 +52,21 @@ class Usage:
         """Bytes of the whole cache."""
         return sum(self.parts.values())
 
+    @property
+    def prunable(self) -> int:
+        """Bytes that `npqwen cache prune` would free."""
+        return freed_bytes([one.path for one in self.leftovers])
+
     def as_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
         return {
             "path": str(self.path),
             "bytes": self.total,
             "parts": self.parts,
-            "prunable": {"count": self.leftovers, "bytes": self.prunable},
+            "prunable": {
+                "bytes": self.prunable,
+                "items": [{"path": str(one.path), "reason": one.reason} for one in self.leftovers],
+            },
             "downloads": {"models": self.downloaded, "bytes": self.downloads},
         }
 
