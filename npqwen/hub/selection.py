@@ -50,10 +50,7 @@ def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
 
 
 def _near(wanted: str, known: list[str]) -> list[str]:
-    """Known names that come near the whole name, or else its last part."""
-    near = near_names(wanted, known)
-    if near:
-        return near
+    """Known names whose last part comes near that of the wanted one."""
     tails = {_tail(one): one for one in known}
     return [tails[one] for one in near_names(_tail(wanted), tails)]
 
