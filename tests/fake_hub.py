@@ -133,6 +133,13 @@ class FakeHub:
         return 200, headers | {"Accept-Ranges": "bytes"}, files[file]
 
 
+class Connection:
+    """What stands between this machine and the hub."""
+
+    error: Exception | None = None
+    """Raised by every query."""
+
+
 def _digest(file: str, data: bytes) -> str:
     """What the hub names a file's content by: SHA-256 in LFS, otherwise Git's hash of the blob."""
     if file.endswith(_LARGE):
