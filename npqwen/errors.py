@@ -43,6 +43,10 @@ class SamplingWarning(UserWarning):
     """Sampling options that Qwen's authors advise against."""
 
 
+class ThreadsWarning(UserWarning):
+    """More threads than CPUs that this process may use, which is slower than as many threads as CPUs."""
+
+
 def shortened(text: str, limit: int = 80) -> str:
     """Text from a file or a server, for a message: on one line, printable, cut to `limit` characters and "..."."""
     printable = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text[: 4 * limit])

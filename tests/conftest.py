@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,16 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NPQWEN_CACHE", str(place))
         yield kernel_directory()  # It stays there for this process, whatever a test makes of NPQWEN_CACHE.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def idle_machine() -> Iterator[None]:
+    """Have no command remark that this machine is busy, or has few CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npqwen.hardware.contention.usable_cpus", lambda: 1024)
+        if hasattr(os, "getloadavg"):
+            patch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+        yield
 
 
 @pytest.fixture(scope="session")
