@@ -88,12 +88,13 @@ class Transfer:
         else:
             assert isinstance(source, LocalSource)
             directory = source.directory
+        times = "once, " if once else ""
         convert(
             directory,
             target,
             recipe.bits,
             force=force,
-            progress=self._announced(f"converting {source.label} to {recipe.name}, {'once, ' if once else ''}into {target}"),
+            progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
         )
