@@ -97,6 +97,10 @@ class FakeHub:
             end = int(wanted[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {wanted[1]}-{end}/{len(data)}"
             status, data = 206, data[int(wanted[1]) : end + 1]
+        # Before the answer: a test may look as soon as the client has it.
+        self.traffic.append((request.path, len(data) if body else 0))
+        if body and "ETag" in headers:
+            self.downloads.append(headers["X-File"])
         request.send_response(status)
         for key, value in headers.items():
             request.send_header(key, value)
@@ -104,9 +108,6 @@ class FakeHub:
         request.end_headers()
         if body:
             request.wfile.write(data)
-        self.traffic.append((request.path, len(data) if body else 0))
-        if body and "ETag" in headers:
-            self.downloads.append(headers["X-File"])
 
     def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and the whole body."""
@@ -131,6 +132,13 @@ class FakeHub:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_digest(file, files[file])}"', "X-File": file}
         return 200, headers | {"Accept-Ranges": "bytes"}, files[file]
+
+
+class Connection:
+    """What stands between this machine and the hub."""
+
+    error: Exception | None = None
+    """Raised by every query."""
 
 
 def _digest(file: str, data: bytes) -> str:

@@ -232,7 +232,7 @@ def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bo
         if (other := _same_weights(target)) is not None:
             transfer.update(other, target)
         else:
-            transfer.convert(target, recipe, low_disk=low_disk)
+            transfer.convert(target, recipe, low_disk=low_disk, once=True)
     except OutputError as error:
         if is_converted(target):  # another process was faster, and its result is as good
             return

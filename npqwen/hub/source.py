@@ -82,10 +82,11 @@ class Source(ABC):
             raise CheckpointError(
                 f"{self.label}: config.json is missing, so this is no checkpoint, or not a complete one"
             )
+        path = self.small_file("config.json")
         try:
-            return read_json(self.small_file("config.json"))
+            return read_json(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.label}: {error}") from None
+            raise CheckpointError(f"{self.label}: {str(error).replace(str(path), path.name)}") from None
 
     def matching(self, *patterns: str) -> dict[str, File]:
         """The files that a conversion uses and that match one of some patterns, by name."""

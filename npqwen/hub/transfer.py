@@ -68,10 +68,14 @@ class Transfer:
         *,
         low_disk: bool = False,
         force: bool = False,
+        once: bool = False,
         calibration: Callable[[Path], Calibration] | None = None,
         calibration_progress: Progress | None = None,
     ) -> None:
-        """Convert to `target`, after a download if the source is on the hub. See `npqwen.hub.convert`."""
+        """Convert to `target`, after a download if the source is on the hub. See `npqwen.hub.convert`.
+
+        once: whether to say that it will not be done again.
+        """
         from npqwen_quant import convert
 
         source = self.source
@@ -84,12 +88,13 @@ class Transfer:
         else:
             assert isinstance(source, LocalSource)
             directory = source.directory
+        times = "once, " if once else ""
         convert(
             directory,
             target,
             recipe.bits,
             force=force,
-            progress=self._announced(f"converting {source.label} to {recipe.name}, into {target}"),
+            progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
         )

@@ -20,6 +20,20 @@ from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen.format.quantization import EvaluationRecord, Quantization, store_evaluation
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "my model"
+    write_checkpoint(directory, tokenizer=True)
+    return directory
+
+
 def bits_of(directory: Path) -> int:
     return int(json.loads((directory / "config.json").read_text())["quantization_config"]["bits"])
 
@@ -30,7 +44,7 @@ def test_a_checkpoint_is_converted_once_into_the_cache(checkpoint: Path, cache: 
     first = hub.resolve(checkpoint, notice=notices.append, progress=lambda *state: progress.append(state))
     assert cache in first.parents
     assert bits_of(first) == 4
-    assert notices == [f"converting {checkpoint} to int4, into {first}"]
+    assert notices == [f"converting {checkpoint} to int4, once, into {first}"]
     assert progress[-1][0] == progress[-1][1] > 0
     notices.clear()
     assert hub.resolve(str(checkpoint), 4, notice=notices.append) == first

@@ -12,7 +12,21 @@ from checkpoints import make_config, write_checkpoint
 from fake_hub import FakeHub
 
 from npqwen import hub
-from npqwen.errors import OptionError, OutputError
+from npqwen.errors import ModelNotFoundError, OptionError, OutputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "my model"
+    write_checkpoint(directory, tokenizer=True)
+    return directory
 
 
 @pytest.fixture
@@ -105,7 +119,7 @@ def test_an_interrupted_download_is_resumed(
         return str(download(repository, name, **options))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unlucky)
-    with pytest.raises(hub.conversions.ModelNotFoundError, match="cannot be downloaded: the connection was lost"):
+    with pytest.raises(ModelNotFoundError, match="cannot be downloaded: the connection was lost"):
         hub.resolve("org/name", low_disk=True)
     assert same(hub.resolve("org/name", low_disk=True), want)
     assert fake_hub.downloads.count("model-00001-of-00004.safetensors") == 1

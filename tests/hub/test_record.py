@@ -14,6 +14,20 @@ from npqwen.hub import record
 from npqwen.hub.record import NAME, Record
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "my model"
+    write_checkpoint(directory, tokenizer=True)
+    return directory
+
+
 def test_the_last_use(checkpoint: Path) -> None:
     place = hub.resolve(checkpoint)
     os.utime(place / NAME, (1000, 1000))
@@ -72,7 +86,8 @@ def test_damaged_records_are_written_again(checkpoint: Path, text: str | bytes) 
 def test_revisions_of_the_wrong_kind_are_damage(checkpoint: Path) -> None:
     place = hub.resolve(checkpoint)
     raw = json.loads((place / NAME).read_text())
-    for revisions in ([], {"main": 3}, None):
+    wrong: list[object] = [[], {"main": 3}, None]
+    for revisions in wrong:
         (place / NAME).write_text(json.dumps(raw | {"revisions": revisions}))
         assert record.read(place) is None
 

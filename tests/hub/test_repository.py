@@ -15,8 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from checkpoints import read_safetensors, write_checkpoint
-from conftest import Connection
-from fake_hub import FakeHub
+from fake_hub import Connection, FakeHub
 from huggingface_hub.errors import HFValidationError
 
 from npqwen import hub
@@ -25,6 +24,20 @@ from npqwen.hub import record, room
 from npqwen.hub.repository import download_directory
 
 WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "my model"
+    write_checkpoint(directory, tokenizer=True)
+    return directory
 
 
 def bits_of(directory: Path) -> int:
