@@ -34,8 +34,8 @@ SUM = "What is 17 + 25?"
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def command(model: Any, *args: str, stdin: str = "") -> SimpleNamespace:
         model.bits, model.threads, model.close = 4, 1, lambda: None
-        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_: model)
-        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_: model)
+        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_, **__: model)
+        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_, **__: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as exit:
             cli.main(["chat", "m", *args])
@@ -100,7 +100,7 @@ import npqwen.commands.chat, npqwen.commands.options
 from npqwen.commands.cli import main
 model = Reciter("Yes.")
 model.bits, model.threads, model.close = 4, 1, lambda: None
-npqwen.commands.chat.open_model = lambda *_: model
+npqwen.commands.chat.open_model = lambda *_, **__: model
 npqwen.commands.options.PATIENCE = float(sys.argv[2])
 try:
     main(sys.argv[3:])
