@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from contextlib import closing
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.options import Command, argument_text, generation_options, model_options, open_model, stdin_text
+from npqwen.commands.options import (
+    Command,
+    Switch,
+    argument_text,
+    generation_options,
+    keyboard_notice,
+    model_options,
+    open_model,
+    stdin_text,
+)
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
@@ -19,15 +29,27 @@ if TYPE_CHECKING:
     from npqwen.terminal.reasoning_view import ReasoningMode
     from npqwen.terminal.terminal_chat import TerminalChat
 
+_WAITING = (
+    "waiting for text on stdin, which is appended to the question; "
+    f"to ask without it, add < {os.devnull}"
+)
+
 
 @click.command(cls=Command)
 @click.argument("model")
 @click.argument("question", required=False)
 @click.option("--system", metavar="TEXT", help="The system message.")
-@click.option("--think/--no-think", "thinking", default=None, help="Whether to think before answering.")
+@click.option(
+    "--think/--no-think",
+    "thinking",
+    cls=Switch,
+    default=None,
+    help="Whether to think before answering; default: the model's own.",
+)
 @click.option(
     "--show-thinking/--hide-thinking",
     "show",
+    cls=Switch,
     default=None,
     help="Leave the reasoning on the screen, or hide it; default: fold it into one line when it ends.",
 )
@@ -46,6 +68,7 @@ def chat(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -63,12 +86,15 @@ def chat(
         raise OptionError(
             f"-c continues the last conversation; for a context of {question} tokens, write --context {question}"
         )
-    message = _single_message(question)
+    terminal = Terminal(quiet=quiet)
+    message = _single_message(question, terminal)
     mode: ReasoningMode = "fold" if show is None else "show" if show else "hide"
     system = None if system is None else argument_text(system)
     with (
-        Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        terminal,
+        closing(
+            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk)
+        ) as loaded,
         warnings.catch_warnings(),
     ):
         from npqwen.cache_directory import cache_directory
@@ -105,11 +131,11 @@ def chat(
                 session.ask_once(message, ends_thinking=_interactive())
 
 
-def _single_message(question: str | None) -> str | None:
+def _single_message(question: str | None, terminal: Terminal) -> str | None:
     """The one message to answer, from the argument and stdin; None for a conversation in the terminal."""
     text = None if question in (None, "-") else argument_text(question or "")
     if question == "-" or not sys.stdin.isatty():
-        piped = stdin_text()
+        piped = stdin_text(terminal, keyboard_notice("the question") if text is None else _WAITING)
         text = piped if text is None else f"{text}\n\n{piped}" if piped.strip() else text
     if text is not None and not text.strip():
         raise OptionError("there is no question: the argument or stdin is empty")

@@ -8,7 +8,7 @@ from pathlib import Path
 from npqwen.chat.conversation import cache_file
 from npqwen.chat.messages import joined
 from npqwen.chat.saved_conversation import SavedConversation
-from npqwen.errors import FormatError, OptionError, OutputError
+from npqwen.errors import FormatError, OptionError, OutputError, size
 from npqwen.terminal.terminal_chat import TerminalChat
 
 _MAX_CACHE_BYTES = 1 << 30
@@ -38,9 +38,9 @@ def save(chat: TerminalChat, arguments: str) -> None:
         with_cache = False
         chat.conversation.save(path, cache=False, **about)  # type: ignore[arg-type]
     chat.file = str(path)
-    size = sum(file.stat().st_size for file in (path, cache_file(path)) if os.path.exists(file))
+    written = sum(file.stat().st_size for file in (path, cache_file(path)) if os.path.exists(file))
     without = "" if with_cache or not chat.conversation.cache_bytes else ", without the cache"
-    chat.terminal.notice(f"saved {path}: {count(len(saved.messages), 'message')}, {_size(size)}{without}")
+    chat.terminal.notice(f"saved {path}: {count(len(saved.messages), 'message')}, {size(written)}{without}")
 
 
 def load(chat: TerminalChat, arguments: str) -> None:
@@ -98,10 +98,6 @@ def _may_replace(chat: TerminalChat, path: Path) -> bool:
     if chat.confirm is None:
         raise OutputError(f"{about}; choose another name")
     return chat.confirm(f"{about}. Overwrite it?")
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{max(size / 1e3, 0.1):.1f} kB"
 
 
 def count(number: int, noun: str) -> str:

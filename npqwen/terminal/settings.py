@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from npqwen.errors import OptionError
-from npqwen.generation.options import OPTIONS, Option, check_options, find_option
+from npqwen.generation.options import ELSEWHERE, OPTIONS, Option, check_options, find_option
 
 if TYPE_CHECKING:
     from npqwen.generation.language_model import LanguageModel
 
 NAMES = tuple(name for name, option in OPTIONS.items() if option.settable)
 """The options that `/set` knows."""
-_OTHER_NAMES = {"num_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "temp": "temperature"}
-"""Names that other programs give to options."""
 
 
 def option_name(name: str) -> str:
-    """The name of the option that a user means, in our spelling; it may be unknown."""
+    """The name of the option that a user means, perhaps by its name in another program; it may be unknown."""
     name = name.lower().lstrip("-").replace("-", "_")
-    return _OTHER_NAMES.get(name, name)
+    return ELSEWHERE.get(name, name)
 
 
 class Settings:

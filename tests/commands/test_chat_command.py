@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,8 +32,8 @@ SUM = "What is 17 + 25?"
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def command(model: Any, *args: str, stdin: str = "") -> SimpleNamespace:
         model.bits, model.threads, model.close = 4, 1, lambda: None
-        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_: model)
-        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_: model)
+        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_, **__: model)
+        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_, **__: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as exit:
             cli.main(["chat", "m", *args])
@@ -86,6 +87,74 @@ def test_errors_are_one_line_and_status_2(args: list[str], template: str, messag
     assert done.err.startswith("npqwen: error: ")
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+# A question in the argument, and a pipe on stdin that stays open: as a program that spawned us leaves it.
+ASK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from reciter import Reciter
+import npqwen.commands.chat, npqwen.commands.options
+from npqwen.commands.cli import main
+model = Reciter("Yes.")
+model.bits, model.threads, model.close = 4, 1, lambda: None
+npqwen.commands.chat.open_model = lambda *_, **__: model
+npqwen.commands.options.PATIENCE = float(sys.argv[2])
+try:
+    main(sys.argv[3:])
+finally:
+    sys.stderr.write(repr(model.prompts))
+"""
+
+
+def asking(*arguments: str, patience: float = 0.05) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK, str(Path(__file__).parents[1]), str(patience), "chat", "m", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["and a lake?", ""])
+def test_a_silent_stdin_is_told_and_what_comes_later_is_not_lost(text: str) -> None:
+    with asking("What is a river?") as process:
+        assert process.stderr is not None
+        notice = process.stderr.readline()
+        assert notice == (
+            f"waiting for text on stdin, which is appended to the question; to ask without it, add < {os.devnull}\n"
+        )
+        assert process.poll() is None
+        out, err = process.communicate(text, timeout=60)
+    assert (process.returncode, out) == (0, "Yes.")
+    message = f"What is a river?\\n\\n{text}" if text else "What is a river?"
+    assert f"user\\n{message}<|im_end|>" in err
+
+
+def test_waiting_for_a_question_is_told_too() -> None:
+    with asking() as process:
+        assert process.stderr is not None
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        assert process.stderr.readline() == f"waiting for the question on stdin; {end} on an empty line ends it\n"
+        out, err = process.communicate("Well?", timeout=60)
+    assert (process.returncode, out) == (0, "Yes.")
+    assert "user\\nWell?<|im_end|>" in err
+
+
+@pytest.mark.parametrize(("arguments", "patience"), [(["-q"], 0.0), ([], 60.0)])
+def test_stdin_that_is_quiet_or_has_text_needs_no_notice(arguments: list[str], patience: float) -> None:
+    with asking("What?", *arguments, patience=patience) as process:
+        out, err = process.communicate("more", timeout=60)
+    assert (process.returncode, out) == (0, "Yes.")
+    assert "waiting" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_the_wait_for_stdin() -> None:
+    with asking("What?") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting for text")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "[]"
 
 
 def test_a_model_without_a_template_is_told_about_generate(run: Command) -> None:

@@ -140,7 +140,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["generate", "/no/such", "x"], "there is no directory '/no/such', nor is it a hub id like Qwen/"),
+        (["generate", "/no/such", "x"], "'/no/such' is neither a directory nor a hub id like Qwen/"),
         (["generate", str(TINY), ""], "the prompt is empty, and Qwen3 has no start token; give"),
         (["generate", "/no/such", "x", "--top-p", "3"], "top_p is 3.0; it must be a number from 0 to 1"),
         (["generate", "/no/such", "x", "--max-tokens", "0"], "max_tokens is 0; it must be a whole number"),
@@ -154,7 +154,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", "/no/such", "x", "--logit-bias", "5=nan"], "logit_bias[5] is nan; it must be a number, or"),
         (["generate", "/no/such", "x", "--logit-bias", "-5=1"], "logit_bias has the key -5; each must be a token"),
         (["generate", str(TINY), "x", "--logit-bias", "4128=1"], "logit_bias has token id 4128; the model's are 0"),
-        (["convert", "/no/such", "/tmp/out"], "there is no directory '/no/such'"),
+        (["convert", "/no/such", "/tmp/out"], "'/no/such' is neither a directory nor a hub id"),
         (["speak"], "No such command 'speak'; see npqwen --help"),
     ],
 )
@@ -188,8 +188,9 @@ def test_a_notice_cannot_control_a_terminal(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = "npqwen.hub.conversions"
-    monkeypatch.setattr(f"{hub}.latest_commit", lambda repository: (None, "the hub says \x1b]0;title\x07no"))
-    monkeypatch.setattr(f"{hub}._newest_conversion", lambda repository, recipe: tmp_path / "my\x7fmodel")
+    monkeypatch.setattr(f"{hub}.look_up", lambda name: (None, "the hub says \x1b]0;title\x07no"))
+    (tmp_path / "my\x7fmodel").mkdir()
+    monkeypatch.setattr(f"{hub}._newest_conversion", lambda name, recipe: tmp_path / "my\x7fmodel")
     assert f"the hub says ]0;titleno; using {tmp_path}/mymodel" in run("info", "org/name").err
 
 
