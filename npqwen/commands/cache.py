@@ -26,8 +26,8 @@ class _Group(Command, click.Group):
 def cache(ctx: click.Context, as_json: bool) -> None:
     """Show where the cache is, what lies in it, and how large it is.
 
-    It holds conversions, compiled kernels, and conversations with their history. NPQWEN_CACHE names another directory for
-    it. Downloads lie in huggingface_hub's own cache (HF_HOME).
+    It holds conversions, compiled kernels, and conversations with their history. NPQWEN_CACHE names another directory
+    for it. Downloads lie in huggingface_hub's own cache (HF_HOME).
     """
     if ctx.invoked_subcommand is not None:
         return
