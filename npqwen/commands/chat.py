@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     default=None,
     help="Leave the reasoning on the screen, or hide it; default: fold it into one line when it ends.",
 )
+@click.option("--no-markdown", "plain", is_flag=True, help="Show answers as they are written, Markdown unrendered.")
 @generation_options(CHAT_DEFAULTS)
 @model_options
 def chat(
@@ -38,6 +39,7 @@ def chat(
     system: str | None,
     thinking: bool | None,
     show: bool | None,
+    plain: bool,
     bits: int | None,
     threads: int | None,
     context: int | None,
@@ -65,7 +67,7 @@ def chat(
         from npqwen.terminal.terminal_chat import TerminalChat
 
         warnings.simplefilter("ignore", SamplingWarning)  # the answer has a notice that says the same
-        view = AnswerView(terminal, mode)
+        view = AnswerView(terminal, mode, markdown=not plain)
         settings = Settings(loaded, **options)
         session = TerminalChat(loaded, terminal, view, settings, system=system, thinking=thinking, name=model)
         with restored_terminal():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from npqwen.terminal.styles import BOLD, CODE, ITALIC, PLAIN, STRUCK, UNDERLINED, Run, combined
 from npqwen.terminal.width import letter_width
@@ -24,9 +25,6 @@ _LINK = re.compile(rf"\[([^\[\]]+)\]\((?!\))({_URL})(?:\s+\"[^\"]*\")?\)")
 _LINK_BEGUN = re.compile(rf"\[[^\[\]]*(?:\](?:\({_URL}(?:\([^\s()]*|\s+(?:\"[^\"]*\"?)?)?)?)?")
 _MATH_ENDS = {"$$": re.compile(r"\$\$"), "$": re.compile(r"(?<=\S)\$(?!\d)"), "\\(": re.compile(r"\\\)")}
 _MATH_STARTS = re.compile(r"\$\$|\$(?![\s\d])|\\\(")
-_NOT_AFTER_OPENING = frozenset(")]},.;:!?/%|，。、；：！？）」』】》")
-_NOT_BEFORE_CLOSING = frozenset("([{/|（「『【《")
-_BEFORE_UNDERSCORE = frozenset("([{\"'“‘*~—–-")
 
 
 def spans(text: str, before: str = "", *, final: bool, guess: bool = False) -> tuple[list[Run], int]:
@@ -193,21 +191,28 @@ def _run_length(text: str, at: int) -> int:
 
 
 def _can_open(marks: str, before: str, after: str) -> bool:
-    """Whether marks between these characters may open a span: before a word, after none."""
-    if not after or after.isspace() or after in _NOT_AFTER_OPENING:
+    """Whether marks between these characters may open a span: before a word, and not after one."""
+    if not after or after.isspace() or after in ",.;:!?/%|":
         return False
+    kind = unicodedata.category(after)
+    if kind in ("Pe", "Pf") or (kind == "Po" and letter_width(after) == 2):
+        return False
+    if not before or before.isspace():
+        return True
     if marks[0] == "_":
-        return not before or before.isspace() or before in _BEFORE_UNDERSCORE
-    return not before or before not in "/\\" and not _is_narrow_word(before)
+        return before in "\"'*~" or unicodedata.category(before) in ("Ps", "Pi", "Pd")
+    return before not in "/\\" and not _is_narrow_word(before)
 
 
 def _can_close(marks: str, before: str, after: str) -> bool:
-    """Whether marks between these characters may close a span."""
-    if before.isspace() or before in _NOT_BEFORE_CLOSING:
+    """Whether marks between these characters may close a span: after a word."""
+    if before.isspace() or before in "/|" or unicodedata.category(before) in ("Ps", "Pi"):
         return False
+    if not after:
+        return True
     if marks == "*":
-        return not after or after != "/" and not _is_narrow_word(after)
-    return marks[0] != "_" or not after or not after.isalnum()
+        return after != "/" and not _is_narrow_word(after)
+    return marks[0] != "_" or not after.isalnum()
 
 
 def _is_narrow_word(letter: str) -> bool:

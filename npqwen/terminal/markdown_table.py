@@ -14,7 +14,7 @@ _MIN_WIDTH = 5
 """Least width of a column whose cells are wrapped."""
 _DELIMITERS = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
 _PIPE = re.compile(r"(?<!\\)\|")
-_GAP = 3
+_BAR: Run = (" │ ", DIM)
 
 
 def is_delimiter_row(line: str) -> bool:
@@ -41,7 +41,7 @@ class MarkdownTable:
         natural = [
             max((_width(row[n]) for row in self._rows if n < len(row)), default=0) or 1 for n in range(count)
         ]
-        room = columns - _GAP * (count - 1)
+        room = columns - len(_BAR[0]) * (count - 1)
         widest = max(natural)
         while sum(min(one, widest) for one in natural) > room and widest > _MIN_WIDTH:
             widest -= 1
@@ -59,12 +59,14 @@ class MarkdownTable:
             yield from self._lines_of(row)
 
     def lines_of(self, line: str) -> Iterator[list[Run]]:
-        """The lines of one more row, in the same layout."""
+        """The lines of one more row, in the same layout; a row that does not fit it is one line, not aligned."""
         row = self._row(_split(line))
-        excess = " ".join("".join(text for text, _ in cell) for cell in row[len(self._widths) :])
-        yield from self._lines_of(self._wrapped(row[: len(self._widths)]))
-        if excess:
-            yield [(excess, PLAIN)]
+        if len(row) <= len(self._widths) and all(
+            _width(cell) <= columns for cell, columns in zip(row, self._widths, strict=False)
+        ):
+            yield from self._lines_of(self._wrapped(row))
+        else:
+            yield [run for cell in row for run in (*cell, _BAR)][:-1]
 
     def _row(self, texts: list[str], style: str = PLAIN) -> list[list[Run]]:
         if not self._styles:
@@ -99,7 +101,7 @@ class MarkdownTable:
                 left = space // 2 if alignment == "::" else space if alignment == "-:" else 0
                 last = column == len(row) - 1
                 line += [(" " * left, PLAIN), *letters, ("" if last else " " * (space - left), PLAIN)]
-                line += [] if last else [(" │ ", DIM)]
+                line += [] if last else [_BAR]
             yield line
 
 

@@ -30,7 +30,8 @@ _MATH = re.compile(r"[ \t]*(\\\[|\$\$|\\begin\{)")
 _MATH_ENDS = {"\\[": "\\]", "$$": "$$", "\\begin{": "\\end{"}
 _ROW = re.compile(r"[ \t]*\|")
 _UNDECIDED = re.compile(
-    r"[ \t]*(?:([-*_])(?:[ \t]*\1)*[ \t]*|[+]|#{1,6}[ \t]*|\d{1,9}[.)]?|`{1,2}|`{3,}[^`]*|~{1,2}|~{3,}.*|\$|\\[a-z]{0,5}|\|.*)?"
+    r"[ \t]*(?:([-*_])(?:[ \t]*\1)*[ \t]*|[+]|#{1,6}[ \t]*|\d{1,9}[.)]?"
+    r"|`{1,2}|`{3,}[^`]*|~{1,2}|~{3,}.*|\$|\\[a-z]{0,5}|\|.*)?"
 )
 
 
@@ -65,10 +66,10 @@ class MarkdownText:
         self._style = PLAIN
         self._fence = ""
         """The characters that opened the block of code."""
-        self._fence_quotes = 0
-        """The marks of quotes before them."""
         self._math_end = ""
         """What ends the block of mathematics."""
+        self._block_quotes = 0
+        """Marks of quotes before the lines of either block."""
         self._math_seen = ""
         """The last characters of its present line."""
         self._table: list[str] = []
@@ -110,7 +111,7 @@ class MarkdownText:
             rows.add([(self._line, PLAIN)])
             self._line = ""
             if self._math_end and self._math_end in self._math_seen:
-                self._math_end = ""
+                self._end_block()
             self._math_seen = self._math_seen[-len(r"\end{") :]
         else:
             runs, end = spans(self._line, self._before, final=final) if rows.styles else ([(self._line, PLAIN)], None)
@@ -125,17 +126,19 @@ class MarkdownText:
                 self._rows.end()
         else:
             self._end_table()
-            self._math_end = ""
+            self._end_block()
             self._rows.end()
         self._state, self._line, self._before, self._style, self._math_seen = "start", "", "", PLAIN, ""
 
     def _preview(self) -> list[Run]:
         """What is held back, as it may be printed later."""
+        line = self._line[: 2 * self._rows.columns]  # more than fits a row
         if self._state == "inline" and self._rows.styles:
-            runs = spans(self._line, self._before, final=True, guess=True)[0]
+            runs = spans(line, self._before, final=True, guess=True)[0]
             return [(text, combined(self._style, style)) for text, style in runs]
-        held = self._line if self._line.strip() else self._table[-1] if self._table else ""
-        return [(held, PLAIN)] if held else []
+        if self._table and self._table_layout is None and not line.strip():
+            line = self._table[-1]
+        return [(line, PLAIN)] if line.strip() else []
 
     # --- the start of a line ---
 
@@ -143,16 +146,17 @@ class MarkdownText:
         """Recognize the kind of the line, and begin it. Returns whether that is done, and its text may be printed."""
         line = self._line
         quotes = 0
-        while quotes < (self._fence_quotes if self._fence else _MAX_QUOTES) and (quote := _QUOTE.match(line)):
+        most = self._block_quotes if self._fence or self._math_end else _MAX_QUOTES
+        while quotes < most and (quote := _QUOTE.match(line)):
             if quote.end() == len(line) and not final:  # a space may follow
                 return False
             line = line[quote.end() :]
             quotes += 1
         prefix = [_QUOTE_BAR] * quotes
-        if self._fence and quotes < self._fence_quotes:
+        if quotes < self._block_quotes:
             if not final and not line.strip():  # a mark may follow
                 return False
-            self._fence = ""
+            self._end_block()
         undecided = not final and len(line) < _LONGEST_START
         if self._fence:
             return self._start_code(line, prefix, undecided)
@@ -184,12 +188,13 @@ class MarkdownText:
             return True
         if final and fence is not None and len(line) < _LONGEST_START:
             self._fence = fence[1] or fence[2]
-            self._fence_quotes = prefix.count(_QUOTE_BAR)
+            self._block_quotes = prefix.count(_QUOTE_BAR)
             self._begin("", prefix, prefix, "verbatim")
             self._rows.add_verbatim(line, DIM)
             return True
         if math is not None:
             self._math_end = _MATH_ENDS[math[1]]
+            self._block_quotes = prefix.count(_QUOTE_BAR)
             self._begin(line, prefix, hanging, "plain")
             opening = self._line[: len(math[1])]  # which may be the closing mark, too
             self._rows.add([(opening, PLAIN)])
@@ -207,10 +212,14 @@ class MarkdownText:
             return False
         if closing is None:
             return self._begin(line, prefix, prefix, "verbatim", indent=False)
-        self._fence = ""
+        self._end_block()
         self._begin("", prefix, prefix, "verbatim")
         self._rows.add_verbatim(line, DIM)
         return True
+
+    def _end_block(self) -> None:
+        """End the block of code or mathematics, if there is one."""
+        self._fence, self._math_end, self._block_quotes = "", "", 0
 
     def _begin(
         self,
@@ -233,7 +242,7 @@ class MarkdownText:
     def _add_row(self, line: str, prefix: list[Run]) -> None:
         text = line.strip()
         prefix = [*prefix, (_blank(line[: len(line) - len(line.lstrip())]), PLAIN)]
-        if self._table and (prefix != self._table_prefix or len(self._table) == 1 and not is_delimiter_row(text)):
+        if self._table and (prefix != self._table_prefix or (len(self._table) == 1 and not is_delimiter_row(text))):
             self._end_table()
         self._line = ""
         if self._table_layout is not None:

@@ -73,16 +73,7 @@ class RowPrinter:
         """Print what has been appended and, until the next `draw`, `preview`, as far as the row has room for it."""
         columns = self._columns()
         settled, self._settled = self._settled, []
-        preview = [(text.replace("\t", _TAB), style if self.styles else PLAIN) for text, style in preview]
-        shown: list[Cell] = []
-        row = self._wrap.column
-        if self._redraws and not self._newlines:
-            for cell in self._wrap.unsettled + cells(preview):
-                row += letter_width(cell[0])
-                if row >= columns or not has_certain_width(cell[0]):
-                    row -= letter_width(cell[0])
-                    break
-                shown.append(cell)
+        shown, row = self._fitting(preview, columns)
         new = settled + shown
         same = 0
         while same < min(len(new), len(self._shown)) and new[same] == self._shown[same]:
@@ -95,6 +86,21 @@ class RowPrinter:
         self._shown, self._shown_width = shown, row
         if output:
             self._write(output)
+
+    def _fitting(self, preview: Sequence[Run], columns: int) -> tuple[list[Cell], int]:
+        """What follows the settled characters in the row, as far as it can be replaced; the columns that it ends at."""
+        shown: list[Cell] = []
+        row = self._wrap.column
+        if not self._redraws or self._newlines:
+            return shown, row
+        for text, style in (*self._wrap.unsettled, *preview):
+            for letter in text.replace("\t", _TAB):
+                after = row + letter_width(letter)
+                if after >= columns or not has_certain_width(letter):
+                    return shown, row
+                row = after
+                shown.append((letter, style if self.styles else PLAIN))
+        return shown, row
 
     def close(self) -> None:
         """Print what is left, and one newline if anything was printed."""

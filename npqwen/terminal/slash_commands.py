@@ -76,6 +76,8 @@ def completions(line: str) -> tuple[str, list[str]]:
         return argument, [name for name in NAMES if name.startswith(argument)]
     if command in ("/thought", "/reasoning"):
         return argument, [mode for mode in _REASONING_MODES if mode.startswith(argument)]
+    if command == "/markdown":
+        return argument, [state for state in ("on", "off") if state.startswith(argument)]
     return argument, _paths(argument) if command in ("/save", "/load") else []
 
 
@@ -134,6 +136,14 @@ def _thought(chat: TerminalChat, arguments: str) -> None:
         raise OptionError("there has been no reasoning yet")
     else:
         chat.terminal.lines(chat.view.reasoning, dim=True)
+
+
+def _markdown(chat: TerminalChat, arguments: str) -> None:
+    if arguments not in ("", "on", "off"):
+        raise OptionError(f"/markdown {arguments}: give on or off, or nothing")
+    if arguments:
+        chat.view.markdown = arguments == "on"
+    chat.terminal.notice(f"Markdown is {'rendered' if chat.view.markdown else 'shown as it is written'}")
 
 
 def _system(chat: TerminalChat, arguments: str) -> None:
@@ -275,6 +285,7 @@ COMMANDS = {
     "think": Command("[QUESTION]", "think before answering, or before this answer only", _think),
     "nothink": Command("[QUESTION]", "answer without thinking, or this question only", _nothink),
     "thought": Command("[fold|show|hide]", "show the last reasoning in full, or choose how it is shown", _thought),
+    "markdown": Command("[on|off]", "render Markdown in answers, or show it as it is written", _markdown),
     "system": Command("[TEXT|-]", "show, set or (-) remove the system message", _system),
     "set": Command("[NAME VALUE]", "set a generation option; without a name, list them all", _set),
     "retry": Command("", "answer the last question again", _retry),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 from npqwen.terminal.styles import CODE, PLAIN, Cell, Run
 from npqwen.terminal.width import letter_width, width
 
-_NO_START = frozenset(")]}>.,:;!?%'\"…’”»、。，．：；？！）］｝〉》」』】〕〗ー々\u200d\ufe0f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
-"""A row does not begin with these: closing punctuation, and what belongs to the emoji before it."""
-_NO_END = frozenset("([{<‘“«（［｛〈《「『【〔〖\u200d")
+_NO_START = frozenset(("Pe", "Pf", "Po", "Lm", "Mn", "Me", "Cf", "Sk"))
+"""Unicode categories that do not begin a row: closing punctuation, and what belongs to the character before it."""
+_NO_END = frozenset(("Ps", "Pi"))
+"""Opening punctuation."""
+_JOINER = "\u200d"
+"""Makes one emoji of two."""
 
 
 class WordWrap:
@@ -19,7 +23,8 @@ class WordWrap:
     closing or after opening punctuation. Inline code (style CODE) and words that are wider than a row are not broken:
     the terminal does that, so that text copied from it has them in one piece.
 
-    columns: the width of rows, one less than the terminal's; may be changed at any time. hard: break words that are wider than a row, and code.
+    columns: the width of rows, one less than the terminal's; may be changed at any time.
+    hard: break words that are wider than a row, and code.
     """
 
     def __init__(self, columns: int, *, hard: bool = False) -> None:
@@ -99,8 +104,11 @@ class WordWrap:
 
     def _breaks_before(self, letter: str, columns: int, style: str) -> bool:
         last = self._word[-1][0]
-        wide = columns == 2 or (columns == 1 and letter_width(last) == 2)
-        return wide and letter not in _NO_START and last not in _NO_END and (self._hard or not style.endswith(CODE))
+        if columns == 0 or (columns == 1 and letter_width(last) < 2) or last == _JOINER:
+            return False
+        if not self._hard and style.endswith(CODE):
+            return False
+        return unicodedata.category(letter) not in _NO_START and unicodedata.category(last) not in _NO_END
 
     def _new_row(self) -> list[Cell]:
         hanging = self._prefix(self._hanging)

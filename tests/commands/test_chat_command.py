@@ -50,7 +50,7 @@ Command = Callable[..., SimpleNamespace]
 
 def test_one_question_gives_the_answers_text_alone(run: Command) -> None:
     done = run(Reciter(THOUGHT.format("so", 42)), "What?")
-    assert (done.status, done.out) == (0, "It is 42.")
+    assert (done.status, done.out) == (0, "It is 42.\n")
     assert "tok/s" in done.err
     assert "\x1b" not in done.err
     assert "Hm" not in done.err
@@ -69,7 +69,7 @@ def test_one_question_gives_the_answers_text_alone(run: Command) -> None:
 )
 def test_stdin_is_the_message_or_joined_to_it(args: list[str], stdin: str, message: str, run: Command) -> None:
     model = Reciter("Yes.")
-    assert run(model, *args, stdin=stdin).out == "Yes."
+    assert run(model, *args, stdin=stdin).out == "Yes.\n"
     assert f"user\n{message}<|im_end|>" in model.prompts[0]
 
 
