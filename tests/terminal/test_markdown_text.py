@@ -6,6 +6,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import pyte
@@ -125,8 +126,8 @@ def test_a_mark_that_closes_too_late_is_shown_as_written() -> None:
 
 
 def test_lists_hang_and_nest() -> None:
-    source = "- one two three four\n  - five six seven eight\n    1. nine ten eleven twelve\n10) ten\n* star\n- [ ] to do\n"
-    assert shown(source, 18) == [
+    source = "- one two three four\n  - five six seven eight\n    1. nine ten eleven twelve\n"
+    assert shown(f"{source}10) ten\n* star\n- [ ] to do\n", 18) == [
         "• one two three",
         "  four",
         "  • five six",
@@ -156,7 +157,7 @@ def test_code_is_verbatim_and_the_terminal_wraps_it() -> None:
     writing = Writing(30).add(f"Code:\n\n```python\n{code}\n```\nafter **that**")
     writing.text.close()
     assert f"{code}\n" in writing.written.replace("\x1b[2m", "").replace("\x1b[0m", "")
-    assert shown(f"```python\n{code}\n```\n", 90)[1:-1] == code.replace("\t", " " * 8).rstrip().split("\n") + [""]
+    assert shown(f"```python\n{code}\n```\n", 90)[1:-1] == [*code.replace("\t", " " * 8).rstrip().split("\n"), ""]
     assert letters(writing.screen(), "bold") == "that"
 
 
@@ -227,7 +228,7 @@ def test_a_long_table_does_not_wait_for_its_end() -> None:
     assert "a │ 59" in writing.screen().display[61]
     writing.add(row.format("a longer text" * 9))
     writing.text.close()
-    assert writing.written.count("a longer text") == 9
+    assert "".join(writing.screen().display).count("longer") == 9
 
 
 def test_without_styles_marks_stay_and_structure_is_drawn() -> None:
@@ -264,11 +265,12 @@ def test_a_word_that_does_not_fit_moves_to_the_next_row() -> None:
 
 # --- any text ---
 
-PARTS = (
-    "* ** *** _ __ ` `` ``` ~~ ~~~ # ## > - + | |-|-| 1. [ ]( ) ](u) \\ \\* $ $$ \\[ \\] \\( \\) --- *** ! . : , ( < &"
-).split(" ")
-PARTS += ["\n", "\n\n", " ", "  ", "    ", "\t", "- ", "1. ", "> ", "# ", "| a | b |\n", "|---|:-:|\n", "```\n", "a", "of "]
-PARTS += ["word", "words of it ", "wide" * 8, "中文", "。", "「", "😀", "e\u0301", "👩\u200d👧", "http://a.b/c_d_e ", "x*y", "_z_"]
+MARKS = ["*", "**", "***", "_", "__", "`", "``", "```", "~~", "~~~", "#", "##", "-", "+", "---", ">", "|", "1.", "<", "&"]
+MARKS += ["[", "](", ")", "](u)", "\\", "\\*", "$", "$$", "\\[", "\\]", "\\(", "\\)", "!", ".", ":", ",", "("]
+BLOCKS = ["\n", "\n\n", "- ", "1. ", "> ", "# ", "| a | b |\n", "|---|:-:|\n", "```\n", "***\n"]
+WORDS = ["a", "of ", "word", "words of it ", "wide" * 8, "http://a.b/c_d_e ", "x*y", "_z_", " ", "  ", "    ", "\t"]
+OTHERS = ["中文", "。", "「", "😀", "e\u0301", "👩\u200d👧"]
+PARTS = [*MARKS, *BLOCKS, *WORDS, *OTHERS]
 
 
 def random_text(random: np.random.Generator, parts: int = 40) -> str:
@@ -277,7 +279,7 @@ def random_text(random: np.random.Generator, parts: int = 40) -> str:
 
 def pieces_of(text: str, random: np.random.Generator) -> list[str]:
     cuts = [0, *sorted(random.integers(0, len(text) + 1, random.integers(0, 12))), len(text)]
-    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 def cells(screen: pyte.Screen) -> list[list[pyte.screens.Char]]:

@@ -37,7 +37,7 @@ def test_words_wrap_as_textwrap_wraps_them() -> None:
     ("text", "expected"),
     [
         ("中文可以在任何地方换行", ["中文可以在", "任何地方换", "行"]),
-        ("标点不在行，首出现", ["标点不在", "行，首出现"]),
+        ("标点不在行。首出现", ["标点不在", "行。首出现"]),
         ("五个字五「引号」", ["五个字五", "「引号」"]),
         ("abc中文 words中文", ["abc中文", "words中文"]),
         ("か\u3099" * 6, ["か\u3099" * 5, "か\u3099"]),
@@ -72,7 +72,7 @@ def test_a_prefix_takes_half_of_the_row_at_most() -> None:
 def test_rows_do_not_depend_on_the_pieces(hard: bool) -> None:
     random = np.random.default_rng(1)
     for _ in range(300):
-        text = "".join(random.choice(list("ab  中。「😀\u0301\u200d-") + ["word", "wwwwwwwwwwwwwww"], 40))
+        text = "".join(random.choice([*"ab  中。「😀\u0301\u200d-", "word", "w" * 15], 40))
         columns = int(random.integers(4, 20))
         whole = rows(text, columns, hard=hard, size=len(text))
         assert rows(text, columns, hard=hard) == whole == rows(text, columns, hard=hard, size=3)
