@@ -8,6 +8,7 @@ import io
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -170,6 +171,8 @@ class Terminal:
         except (OSError, ValueError):  # not a file, as in tests
             return False
         if sys.stderr.isatty():
+            if stat.S_ISFIFO(out.st_mode):
+                wait_for_reader(sys.stdout.fileno())
             return stat.S_ISFIFO(out.st_mode) or stat.S_ISSOCK(out.st_mode)
         return self._line_open and bool(out.st_ino) and os.path.samestat(out, err)
 
@@ -267,6 +270,23 @@ def one_line(message: str) -> str:
     if len(line) <= ERROR_LENGTH:
         return line
     return f"{line[: ERROR_LENGTH - 305]} ... {line[-300:]}"
+
+
+def wait_for_reader(pipe: int, seconds: float = 0.1) -> None:
+    """Wait until what was written into `pipe` has been read, at most so many seconds, and a moment more.
+
+    A program that shows it on this terminal, such as tee, can then do so before something else is written there.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+    import termios
+
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        while any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))) and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def discard(stream: Any) -> None:
