@@ -39,6 +39,8 @@ class RowPrinter:
         """What is on the screen after the settled characters."""
         self._shown_width = 0
         """Columns that the last row takes on the screen."""
+        self._adopted: list[Cell] = []
+        """Shown characters, the next one last, that stay where they are if the text turns out to have them."""
 
     @property
     def columns(self) -> int:
@@ -49,6 +51,7 @@ class RowPrinter:
         """Begin a line with `prefix`, and the rows that it is wrapped into, but the first, with `hanging`."""
         self._fit()
         self._begun = True
+        self._adopted = []
         self._settled += [("\n", PLAIN)] * self._newlines
         self._newlines = 0
         self._settled += self._wrap.begin(prefix, hanging)
@@ -56,8 +59,9 @@ class RowPrinter:
     def add(self, runs: Sequence[Run]) -> None:
         """Append text without newlines to the line."""
         self._fit()
-        for text, style in runs:
-            self._settled += self._wrap.add(text.replace("\t", _TAB), style if self.styles else PLAIN)
+        for text, style in self._shown_as(runs):
+            adopted = self._adopt(text, style)
+            self._settled += self._wrap.add(text[adopted:], style)
 
     def add_verbatim(self, text: str, style: str = PLAIN) -> None:
         """Append text that is not wrapped here: the terminal does it, and text copied from it has no line breaks."""
@@ -72,34 +76,37 @@ class RowPrinter:
     def draw(self, preview: Sequence[Run] = ()) -> None:
         """Print what has been appended and, until the next `draw`, `preview`, as far as the row has room for it."""
         columns = self._columns()
+        following = [*self._wrap.unsettled, *cells(self._shown_as(preview))]
         settled, self._settled = self._settled, []
-        shown, row = self._fitting(preview, columns)
+        shown, row = self._fitting(following, columns)
         new = settled + shown
         same = 0
         while same < min(len(new), len(self._shown)) and new[same] == self._shown[same]:
             same += 1
         replaced = sum(letter_width(letter) for letter, _ in self._shown[same:])
         output = rendered(new[same:])
-        if replaced:
-            # After a change of the window's width the row may have been broken: then it is left as it is.
-            output = (f"\x1b[{replaced}D\x1b[K" if self._shown_width < columns else "\n") + output
+        if replaced and self._shown_width < columns:
+            output = f"\x1b[{replaced}D\x1b[K{output}"
+        elif replaced and output and not output.startswith("\n"):
+            output = f"\n{output}"  # the window has become narrower, and the row been broken: it is left as it is
         self._shown, self._shown_width = shown, row
         if output:
             self._write(output)
 
-    def _fitting(self, preview: Sequence[Run], columns: int) -> tuple[list[Cell], int]:
-        """What follows the settled characters in the row, as far as it can be replaced; the columns that it ends at."""
+    def _fitting(self, following: list[Cell], columns: int) -> tuple[list[Cell], int]:
+        """How much of what follows the settled characters may be shown; and where the row then ends."""
         shown: list[Cell] = []
         row = self._wrap.column
         if not self._redraws or self._newlines:
             return shown, row
-        for text, style in (*self._wrap.unsettled, *preview):
-            for letter in text.replace("\t", _TAB):
-                after = row + letter_width(letter)
-                if after >= columns or not has_certain_width(letter):
-                    return shown, row
-                row = after
-                shown.append((letter, style if self.styles else PLAIN))
+        if self._adopted:
+            adopted = self._adopted[::-1]
+            return (adopted if following[: len(adopted)] == adopted else []), row
+        for letter, style in following:
+            row += letter_width(letter)
+            if row >= columns or not has_certain_width(letter):
+                return shown, row - letter_width(letter)
+            shown.append((letter, style))
         return shown, row
 
     def close(self) -> None:
@@ -111,12 +118,29 @@ class RowPrinter:
             self._write("\n")
         self._begun = False
 
+    def _shown_as(self, runs: Sequence[Run]) -> list[Run]:
+        return [(text.replace("\t", _TAB), style if self.styles else PLAIN) for text, style in runs]
+
     def _fit(self) -> None:
         """Heed a change of the terminal's width."""
         columns = self._columns() - 1
         if columns == self._wrap.columns:
             return
-        if self._shown_width > columns:  # the terminal has broken the row somewhere: the next word begins a new one
-            self._settled += self._wrap.settle()
-            self._wrap.column = max(self._wrap.column, columns + 1)
         self._wrap.columns = columns
+        if self._shown_width > columns:  # the terminal has broken the row, or cut it off
+            unsettled = self._wrap.unsettled
+            self._settled += self._wrap.overflow(in_word=bool(unsettled) and unsettled[-1][0] != " ")
+            self._adopted = self._shown[len(unsettled) :][::-1]
+
+    def _adopt(self, text: str, style: str) -> int:
+        """Settle of the text's beginning what is on the screen already; returns how many characters that are."""
+        count = 0
+        while self._adopted and count < len(text) and self._adopted[-1] == (text[count], style):
+            self._settled.append(self._adopted.pop())
+            count += 1
+        if self._adopted and count < len(text):
+            self._adopted = []
+            self._wrap.overflow(in_word=False)
+        elif count:
+            self._wrap.overflow(in_word=text[count - 1] != " ")
+        return count

@@ -40,6 +40,8 @@ class WordWrap:
         self._word: list[Cell] = []
         """The last word, which moves to the next row if it becomes too wide."""
         self._word_width = 0
+        self._lost = False
+        """Whether it is unknown how much of its row a wide word leaves free."""
 
     @property
     def unsettled(self) -> list[Cell]:
@@ -52,7 +54,7 @@ class WordWrap:
         Of either, what is beyond half the row is left out, first from spaces at its beginning.
         """
         self._gap, self._word, self._word_width = [], [], 0
-        self._fresh = True
+        self._fresh, self._lost = True, False
         first = self._prefix([(letter, style) for text, style in prefix for letter in text])
         self._hanging = [(letter, style) for text, style in hanging for letter in text]
         self.column = _width(first)
@@ -85,7 +87,8 @@ class WordWrap:
         if not self._word:
             if self._fresh and self.column > self.columns:  # a wide word ends here, in a row that the terminal began
                 self._fresh = False
-                self.column = self.column % (self.columns + 1) or self.columns
+                self.column = self.columns if self._lost else self.column % (self.columns + 1) or self.columns
+                self._lost = False
             return []
         settled = self._gap + self._word
         self.column += len(self._gap) + self._word_width
@@ -97,6 +100,17 @@ class WordWrap:
         """Settle the last word, and drop the spaces after it: the line ends here."""
         settled = self.settle()
         self._gap = []
+        return settled
+
+    def overflow(self, in_word: bool) -> list[Cell]:
+        """Settle everything, in a row that the terminal has broken somewhere: the next word begins a new one.
+
+        in_word: what comes next still belongs to the last word.
+        """
+        settled = self.unsettled
+        self._gap, self._word, self._word_width = [], [], 0
+        self.column = self.columns + 1
+        self._fresh, self._lost = in_word, True
         return settled
 
     def _fits(self) -> bool:
@@ -113,7 +127,7 @@ class WordWrap:
     def _new_row(self) -> list[Cell]:
         hanging = self._prefix(self._hanging)
         self.column = _width(hanging)
-        self._fresh = True
+        self._fresh, self._lost = True, False
         self._gap = []
         return [("\n", PLAIN), *hanging]
 

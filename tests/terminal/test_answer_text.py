@@ -182,12 +182,13 @@ def test_text_in_a_file_and_a_pipe_is_text_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pty")
-def test_text_that_another_program_shows_late_is_not_glued_to_statistics() -> None:
+def test_text_that_another_program_shows_late_is_not_glued_to_statistics(tmp_path: Path) -> None:
     import pty
 
     master, slave = pty.openpty()
     try:
-        script = '"$@" < /dev/null | { sleep 1; cat >&2; }'
+        over = tmp_path / "over"
+        script = f'{{ "$@" < /dev/null; : > {over}; }} | {{ until [ -e {over} ]; do sleep 0.1; done; cat >&2; }}'
         program = [sys.executable, "-c", CHILD, str(TESTS), str(TESTS.parent), "Yes.", "chat", "m", "q"]
         subprocess.run(["sh", "-c", script, "sh", *program], stdout=slave, stderr=slave, timeout=60, check=True)
         written = os.read(master, 10_000).decode().replace("\r", "")
