@@ -53,6 +53,7 @@ _WAITING = (
     default=None,
     help="Leave the reasoning on the screen, or hide it; default: fold it into one line when it ends.",
 )
+@click.option("--no-markdown", "plain", is_flag=True, help="Show answers as they are written, Markdown unrendered.")
 @click.option("--continue", "-c", "continues", is_flag=True, help="Continue the last conversation.")
 @click.option("--no-save", is_flag=True, help="Keep neither the conversation nor what is typed.")
 @generation_options(CHAT_DEFAULTS)
@@ -65,6 +66,7 @@ def chat(
     system: str | None,
     thinking: bool | None,
     show: bool | None,
+    plain: bool,
     bits: int | None,
     threads: int | None,
     context: int | None,
@@ -110,7 +112,7 @@ def chat(
         session = TerminalChat(
             loaded,
             terminal,
-            AnswerView(terminal, mode),
+            AnswerView(terminal, mode, markdown=not plain),
             Settings(loaded, **options),
             system=system,
             thinking=thinking,

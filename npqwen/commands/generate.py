@@ -55,10 +55,17 @@ def generate(
             open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk)
         ) as loaded,
     ):
+        from npqwen.terminal.answer_text import answer_text
+
         pieces = stream(loaded, prompt, progress=terminal.prompt_progress, **options)
-        for piece in pieces:
-            terminal.text(piece)
-        terminal.end_line()
+        text = answer_text(terminal, exact=True)
+        complete = False
+        try:
+            for piece in pieces:
+                text.add(piece)
+            complete = True
+        finally:
+            text.close(complete=complete)
         terminal.notice(_statistics(pieces))
 
 

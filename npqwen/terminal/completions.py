@@ -26,8 +26,8 @@ def completions(line: str) -> tuple[str, list[str]]:
         return _setting(argument)
     if name in ("save", "load"):
         return argument, _paths(argument)
-    words = {"thought": REASONING_MODES, "show": SUBJECTS, "help": COMMANDS}.get(name, ())
-    return argument, [word for word in words if word.startswith(argument)]
+    words = {"thought": REASONING_MODES, "markdown": ("on", "off"), "show": SUBJECTS, "help": COMMANDS}
+    return argument, [word for word in words.get(name, ()) if word.startswith(argument)]
 
 
 def _setting(argument: str) -> tuple[str, list[str]]:

@@ -104,6 +104,14 @@ def _thought(chat: TerminalChat, arguments: str) -> None:
         chat.terminal.lines(chat.view.reasoning, dim=True)
 
 
+def _markdown(chat: TerminalChat, arguments: str) -> None:
+    if arguments not in ("", "on", "off"):
+        raise OptionError(f"/markdown {arguments}: give on or off, or nothing")
+    if arguments:
+        chat.view.markdown = arguments == "on"
+    chat.terminal.notice(f"Markdown is {'rendered' if chat.view.markdown else 'shown as it is written'}")
+
+
 def _retry(chat: TerminalChat, arguments: str) -> None:
     if chat.unanswered is not None:
         chat.ask(chat.unanswered.text, **chat.unanswered.options)
@@ -175,6 +183,7 @@ COMMANDS = {
     "think": Command("[QUESTION]", "think before answering, or before this answer only", think),
     "nothink": Command("[QUESTION]", "answer without thinking, or this question only", nothink),
     "thought": Command("[fold|show|hide]", "show the last reasoning in full, or choose how it is shown", _thought),
+    "markdown": Command("[on|off]", "render Markdown in answers, or show it as it is written", _markdown),
     "system": Command("[TEXT|-]", "show, set or (-) remove the system message", system),
     "set": Command("[NAME VALUE]", "set a generation option, or (verbose, quiet) show or hide statistics", set_),
     "show": Command("[SUBJECT]", "show info (of the model), parameters, system or template", show),

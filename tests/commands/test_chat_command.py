@@ -48,7 +48,7 @@ Command = Callable[..., SimpleNamespace]
 
 def test_one_question_gives_the_answers_text_alone(run: Command) -> None:
     done = run(Reciter(THOUGHT.format("so", 42)), "What?")
-    assert (done.status, done.out) == (0, "It is 42.")
+    assert (done.status, done.out) == (0, "It is 42.\n")
     assert "tok/s" in done.err
     assert "\x1b" not in done.err
     assert "Hm" not in done.err
@@ -67,7 +67,7 @@ def test_one_question_gives_the_answers_text_alone(run: Command) -> None:
 )
 def test_stdin_is_the_message_or_joined_to_it(args: list[str], stdin: str, message: str, run: Command) -> None:
     model = Reciter("Yes.")
-    assert run(model, *args, stdin=stdin).out == "Yes."
+    assert run(model, *args, stdin=stdin).out == "Yes.\n"
     assert f"user\n{message}<|im_end|>" in model.prompts[0]
 
 
@@ -124,7 +124,7 @@ def test_a_silent_stdin_is_told_and_what_comes_later_is_not_lost(text: str) -> N
         )
         assert process.poll() is None
         out, err = process.communicate(text, timeout=60)
-    assert (process.returncode, out) == (0, "Yes.")
+    assert (process.returncode, out) == (0, "Yes.\n")
     message = f"What is a river?\\n\\n{text}" if text else "What is a river?"
     assert f"user\\n{message}<|im_end|>" in err
 
@@ -135,7 +135,7 @@ def test_waiting_for_a_question_is_told_too() -> None:
         end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
         assert process.stderr.readline() == f"waiting for the question on stdin; {end} on an empty line ends it\n"
         out, err = process.communicate("Well?", timeout=60)
-    assert (process.returncode, out) == (0, "Yes.")
+    assert (process.returncode, out) == (0, "Yes.\n")
     assert "user\\nWell?<|im_end|>" in err
 
 
@@ -143,7 +143,7 @@ def test_waiting_for_a_question_is_told_too() -> None:
 def test_stdin_that_is_quiet_or_has_text_needs_no_notice(arguments: list[str], patience: float) -> None:
     with asking("What?", *arguments, patience=patience) as process:
         out, err = process.communicate("more", timeout=60)
-    assert (process.returncode, out) == (0, "Yes.")
+    assert (process.returncode, out) == (0, "Yes.\n")
     assert "waiting" not in err
 
 

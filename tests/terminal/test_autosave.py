@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_once_and_no_answer_is_lost(
     monkeypatch.setattr(os, "fsync", full)
     handle(chat, "q")
     output = capsys.readouterr()
-    assert output.out == "firstsecond"
+    assert output.out == "first\nsecond\n"
     assert output.err.count("this conversation is not being saved: ") == 1
     assert "no room is left on the disk" in output.err
     assert [message["content"] for message in chat.conversation.messages] == ["p", "first", "q", "second"]
@@ -224,7 +224,7 @@ def test_a_directory_that_cannot_be_made_is_told_and_the_chat_works(
     chat = chat_saved_in(tmp_path / "cache" / "conversations", "Yes.")
     handle(chat, "q")
     output = capsys.readouterr()
-    assert output.out == "Yes."
+    assert output.out == "Yes.\n"
     assert output.err.count("this conversation is not being saved: ") == 1
 
 
