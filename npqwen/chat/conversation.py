@@ -139,7 +139,7 @@ class Conversation:
     def stream_retry(self, **options: Unpack[ChatOptions]) -> ChatStream:
         """Replace the last answer by a new one, and stream its events. If it ends before any text, the old one stays.
 
-        Raises OptionError if there is no user's message yet.
+        Raises OptionError if there is no user message yet.
         """
         self._settle()
         at = self._last_turn()
@@ -274,7 +274,7 @@ class Conversation:
         """The index of the last user's message. Raises OptionError if there is none."""
         users = [at for at, message in enumerate(self._messages) if message["role"] == "user"]
         if not users:
-            raise OptionError("the conversation has no user's message yet")
+            raise OptionError("the conversation has no user message yet")
         return users[-1]
 
     def _last_start(self, messages: list[Message] | None = None) -> int:

@@ -119,8 +119,8 @@ def chat(
             name=model,
             autosave=autosave if saves else None,
         )
-        if continues and autosave is not None:
-            _continue(session, autosave)
+        continued = continues and autosave is not None and _continue(session, autosave)
+        if continued:
             session.settings.update(options)
             if system is not None:
                 session.conversation.system = system
@@ -128,8 +128,10 @@ def chat(
                 session.conversation.thinking = thinking
         with restored_terminal():
             if message is None:
-                converse(session, keep_history=not no_save)
+                converse(session, keep_history=not no_save, continued=continued)
             else:
+                if continued:
+                    _tell_continued(session)
                 session.ask_once(message, ends_thinking=_interactive())
 
 
@@ -149,21 +151,29 @@ def _interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def _continue(chat: TerminalChat, autosave: Autosave) -> None:
-    """Restore the last conversation with this model, if there is one."""
+def _continue(chat: TerminalChat, autosave: Autosave) -> bool:
+    """Restore the last conversation with this model; returns whether there is one."""
     last, problems = autosave.last(chat.model_name)
     for problem in problems:
         chat.terminal.notice(f"skipped: {problem}")
     if last is None:
         chat.terminal.notice("there is no earlier conversation; this is a new one")
-    else:
-        chat.restore(*last)
-        count = len(chat.conversation.messages)
-        chat.terminal.notice(f"continuing the last conversation: {count} message{'' if count == 1 else 's'}")
+        return False
+    chat.restore(*last)
+    return True
 
 
-def converse(chat: TerminalChat, *, keep_history: bool = True) -> None:
-    """Hold a conversation in the terminal, with a history from earlier runs."""
+def _tell_continued(chat: TerminalChat) -> None:
+    from npqwen.terminal.file_commands import count
+
+    chat.terminal.notice(f"continuing the last conversation: {count(len(chat.conversation.messages), 'message')}")
+
+
+def converse(chat: TerminalChat, *, keep_history: bool = True, continued: bool = False) -> None:
+    """Hold a conversation in the terminal, with a history from earlier runs.
+
+    keep_history: whether what is typed is added to it. continued: show the end of the conversation so far.
+    """
     from npqwen.cache_directory import cache_directory
     from npqwen.terminal.completions import completions
     from npqwen.terminal.file_commands import show_last_turns
@@ -184,8 +194,10 @@ def converse(chat: TerminalChat, *, keep_history: bool = True) -> None:
     readable = history.kept
     if not readable:
         terminal.notice(f"{history.path} cannot be read: there is no history of earlier conversations")
-    show_last_turns(chat)
+    if continued:
+        _tell_continued(chat)
+        show_last_turns(chat)
     terminal.blank_line()
     run(chat, reader)
     if readable and not history.kept:
-        terminal.notice(f"{history.path} cannot be written: the history will lack what was entered now")
+        terminal.notice(f"{history.path} cannot be written: what you typed is not in the history")

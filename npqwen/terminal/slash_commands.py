@@ -152,11 +152,12 @@ def _clear(chat: TerminalChat, arguments: str) -> None:
 def _stats(chat: TerminalChat, arguments: str) -> None:
     model, totals, last = chat.model, chat.totals, chat.last_usage
     thinking = {True: "on", False: "off", None: "the model's default"}[chat.conversation.thinking]
-    messages, dropped = len(chat.conversation.messages), chat.conversation.dropped
+    dropped = chat.conversation.dropped
+    hidden = f", the oldest {dropped} no longer shown to the model" if dropped else ""
     lines = [
         f"model         {chat.name}, {model.bits} bits per weight, {count(model.threads, 'thread')}",
         f"thinking      {thinking}",
-        f"conversation  {count(messages, 'message')}, {dropped} of them dropped",
+        f"conversation  {count(len(chat.conversation.messages), 'message')}{hidden}",
     ]
     if context := chat.context_usage():
         size = f"{chat.conversation.cache_bytes / 1e6:.1f} MB"

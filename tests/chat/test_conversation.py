@@ -80,9 +80,9 @@ def test_retry_and_undo(model: Model) -> None:
     assert talk.retry(max_tokens=2).finish_reason == "length"
     assert talk.undo() == "What is 17 + 25?"
     assert talk.messages == [{"role": "system", "content": "Be brief."}]
-    with pytest.raises(OptionError, match="the conversation has no user's message yet"):
+    with pytest.raises(OptionError, match="the conversation has no user message yet"):
         talk.undo()
-    with pytest.raises(OptionError, match="the conversation has no user's message yet"):
+    with pytest.raises(OptionError, match="the conversation has no user message yet"):
         talk.retry()
 
 

@@ -185,7 +185,7 @@ def test_a_history_that_cannot_be_written_is_told(
         )
         converse(chat_with(Reciter("Yes.")))
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: the history will lack what was entered now"
+    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: what you typed is not in the history"
 
 
 # --- a real terminal ---

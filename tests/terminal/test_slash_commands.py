@@ -60,8 +60,8 @@ def test_what_only_begins_like_a_command_is_said_to_the_model(said: str, say: Sa
 
 def test_retry_undo_and_clear(say: Say) -> None:
     chat = chat_with(Reciter("first", "second", "third"), system="s", thinking=False)
-    assert "has no user's message yet" in say(chat, "/retry")
-    assert "has no user's message yet" in say(chat, "/undo")
+    assert "has no user message yet" in say(chat, "/retry")
+    assert "has no user message yet" in say(chat, "/undo")
     say(chat, "q", "/retry")
     assert [message["content"] for message in chat.conversation.messages] == ["s", "q", "second"]
     assert "taken back: q" in say(chat, "/undo")
