@@ -18,6 +18,7 @@ _PARTS = {
     "local": "conversions of checkpoint directories",
     "kernels": "compiled kernels",
     "history": "what was entered in conversations",
+    "conversations": "saved conversations",
 }
 
 
