@@ -18,7 +18,7 @@ _PARTS = {
     "local": "conversions of checkpoint directories",
     "kernels": "compiled kernels",
     "history": "what was entered in conversations",
-    "conversations": "the newest conversations, for chat --continue",
+    "conversations": "saved conversations",
 }
 
 

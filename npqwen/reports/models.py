@@ -85,7 +85,7 @@ def _downloads(found: Sequence[Download], conversions: Sequence[Conversion]) -> 
     rows += [(one.model, size(one.bytes), ago(one.last_used, now), use(one, conversions)) for one in found]
     return (
         f"{columns(rows)}\nDownloads lie in huggingface_hub's cache, which other programs may share. A model that is "
-        "converted runs\nwithout its download: npqwen rm --download MODEL removes it.\n"
+        "converted runs\nwithout its download: npqwen rm --download MODEL removes it, and keeps the conversion.\n"
     )
 
 

@@ -84,7 +84,7 @@ def test_list_for_people_and_for_programs(run: Run, checkpoint: Path, cache: Pat
     assert table[4] == ["DOWNLOAD", "SIZE", "LAST USED"]
     assert table[5][0] == ID
     assert table[5][-1] == "converted"
-    assert "npqwen rm --download MODEL removes it" in out
+    assert "npqwen rm --download MODEL removes it, and keeps the conversion." in out
 
     found = json.loads(run("list", "--json")[1])
     ours, theirs = found["conversions"]
@@ -102,7 +102,8 @@ def test_rm_removes_what_is_named_and_nothing_else(run: Run, checkpoint: Path, c
     places = [Path(run("pull", ID, "--bits", bits)[1].strip()) for bits in (4, 8)]
     status, out, err = run("rm", ID, "--bits", "8", "-y")
     assert (status, out) == (0, "")
-    assert err.splitlines()[-1] == "removed 1 conversion"
+    assert "removed 1 conversion" in err.splitlines()
+    assert err.splitlines()[-1].endswith(f", is kept; npqwen rm --download {ID} removes it")
     assert rows(err)[0][:2] == [ID, "8 bits"]
     assert [place.exists() for place in (kept, *places)] == [True, True, False]
     assert run("rm", "name", "--yes")[0] == 0
@@ -126,7 +127,7 @@ def test_rm_of_a_download(run: Run, tmp_path: Path, fake_hub: FakeHub) -> None:
     assert run("list", "--json")[1].count("not converted") == 1
     status, out, err = run("rm", ID, "--yes")
     assert (status, out) == (2, "")
-    assert err == "npqwen: error: org/name is not converted; rm --download org/name removes its download\n"
+    assert err == "npqwen: error: org/name is not converted; npqwen rm --download org/name removes its download\n"
     status, out, err = run("rm", "org/bert", "--download", "--yes")
     assert (status, err) == (2, "npqwen: error: no model 'org/bert' is in the cache; see npqwen list\n")
     status, out, err = run("rm", "--download", ID, "--yes")
@@ -137,10 +138,26 @@ def test_rm_of_a_download(run: Run, tmp_path: Path, fake_hub: FakeHub) -> None:
     assert (tmp_path / "hf" / "models--org--bert").exists()
 
 
+def test_rm_of_a_download_keeps_the_conversion(run: Run, tmp_path: Path, fake_hub: FakeHub) -> None:
+    status, out, err = run("pull", ID)
+    place = Path(out.strip())
+    assert err.splitlines()[-1].endswith(f" is not needed to run the model; npqwen rm --download {ID} removes it")
+    status, _, err = run("rm", "--download", ID, "--yes")
+    assert status == 0
+    assert rows(err)[0][:2] + rows(err)[0][3:] == [ID, "download", "converted"]
+    assert err.splitlines()[-1] == "removed 1 download"
+    assert not (tmp_path / "hf" / "models--org--name").exists()
+    fetched = len(fake_hub.downloads)
+    assert run("pull", ID)[1] == f"{place}\n"
+    assert len(fake_hub.downloads) == fetched
+    _, _, err = run("rm", "--download", ID, "--yes")
+    assert err == f"npqwen: error: {ID} has no download; without --download, rm removes its conversions\n"
+
+
 def test_rm_of_both_and_of_several(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     run("pull", ID)
     run("pull", checkpoint)
-    _, _, err = run("rm", ID, checkpoint, "--download", "--yes")
+    _, _, err = run("rm", ID, checkpoint, "--all", "--yes")
     assert err.splitlines()[-1] == "removed 2 conversions and 1 download"
     assert run("list")[1] == "no model is converted yet; npqwen pull MODEL does that\n"
     assert checkpoint.exists()
@@ -153,6 +170,7 @@ def test_rm_of_both_and_of_several(run: Run, checkpoint: Path, tmp_path: Path) -
         ([ID, "zzz"], "no model 'zzz' is in the cache; see npqwen list"),
         ([ID, "--bits", "8"], "org/name is not converted to 8 bits, but to 4"),
         ([ID], "nothing was removed, since stdin is not a terminal to ask on; confirm with --yes"),
+        ([ID, "--bits", "4", "--download"], "--bits, --download and --all exclude each other; give one of them"),
         ([], "Missing argument 'MODEL...'; see npqwen rm --help"),
     ],
 )
