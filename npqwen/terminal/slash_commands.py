@@ -285,7 +285,7 @@ COMMANDS = {
     "think": Command("[QUESTION]", "think before answering, or before this answer only", _think),
     "nothink": Command("[QUESTION]", "answer without thinking, or this question only", _nothink),
     "thought": Command("[fold|show|hide]", "show the last reasoning in full, or choose how it is shown", _thought),
-    "markdown": Command("[on|off]", "render Markdown in answers, or show it as it is written", _markdown),
+    "markdown": Command("[on|off]", "render the Markdown of answers, or do not", _markdown),
     "system": Command("[TEXT|-]", "show, set or (-) remove the system message", _system),
     "set": Command("[NAME VALUE]", "set a generation option; without a name, list them all", _set),
     "retry": Command("", "answer the last question again", _retry),

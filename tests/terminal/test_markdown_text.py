@@ -222,6 +222,11 @@ def test_a_wide_table_wraps_its_cells_if_it_can() -> None:
     assert sum(row.count("abcdef") for row in rows) == 18
 
 
+def test_a_cell_may_have_several_lines() -> None:
+    table = "| a | b |\n|---|---|\n| x | **one<br>two**<br/>three |\n"
+    assert shown(table) == ["a │ b", "──┼──────", "x │ one", "  │ two", "  │ three"]
+
+
 def test_a_long_table_does_not_wait_for_its_end() -> None:
     row = "| a | {} |\n"
     writing = Writing(80).add("| n | m |\n|---|---|\n" + "".join(row.format(n) for n in range(60)))
