@@ -78,6 +78,9 @@ def letters(screen: pyte.Screen, attribute: str) -> str:
         ("#### A", "A", "bold", "A"),
         (r"\*not\* but *so*", "*not* but so", "italics", "so"),
         ("**N**umber", "Number", "bold", "N"),
+        ("1. **src/**: sources", "1. src/: sources", "bold", "src/"),
+        ("- **`x`** and **?** and **-5 %**", "• x and ? and -5 %", "bold", "x?-5 %"),
+        ("**(a)** *(b)* **[c](d)**", "(a) (b) c (d)", "bold", "(a)c (d)"),
         ("**a *b c**", "a *b c", "bold", "a *b c"),
     ],
 )
