@@ -58,8 +58,6 @@ class _Group(Command, click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                click.echo(err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
 
 

@@ -74,10 +74,12 @@ class PipedText:
 
     def add(self, text: str) -> None:
         body = text if self._exact else text.rstrip("\n")
+        newlines = len(text) - len(body)
         if body:
-            self._terminal.write_text("\n" * self._newlines + body)
-            self._begun, self._newlines = True, 0
-        self._newlines += len(text) - len(body)
+            body = "\n" * self._newlines + body
+            self._begun, self._newlines = True, 0  # before writing, which Ctrl-C may interrupt
+            self._terminal.write_text(body)
+        self._newlines += newlines
 
     def pause(self) -> None:
         pass

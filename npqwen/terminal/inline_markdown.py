@@ -191,11 +191,13 @@ def _run_length(text: str, at: int) -> int:
 
 
 def _can_open(marks: str, before: str, after: str) -> bool:
-    """Whether marks between these characters may open a span: before a word, and not after one."""
-    if not after or after.isspace() or after in ",.;:!?/%|":
+    """Whether marks between these characters may open a span: before a word, and not after one.
+
+    Single ones are no markup before closing punctuation either, such as in *.py or (*).
+    """
+    if not after or after.isspace() or after == "/":
         return False
-    kind = unicodedata.category(after)
-    if kind in ("Pe", "Pf") or (kind == "Po" and letter_width(after) == 2):
+    if len(marks) == 1 and (after in ",.;:!?%|" or unicodedata.category(after) in ("Pe", "Pf")):
         return False
     if not before or before.isspace():
         return True
@@ -205,14 +207,16 @@ def _can_open(marks: str, before: str, after: str) -> bool:
 
 
 def _can_close(marks: str, before: str, after: str) -> bool:
-    """Whether marks between these characters may close a span: after a word."""
-    if before.isspace() or before in "/|" or unicodedata.category(before) in ("Ps", "Pi"):
+    """Whether marks between these characters may close a span: after a word, single ones also not before one."""
+    if before.isspace() or unicodedata.category(before) in ("Ps", "Pi"):
         return False
     if not after:
         return True
-    if marks == "*":
-        return after != "/" and not _is_narrow_word(after)
-    return marks[0] != "_" or not after.isalnum()
+    if marks[0] == "_":
+        return not after.isalnum()
+    if after == "/" or (marks == "*" and before in "/|"):
+        return False
+    return marks != "*" or not _is_narrow_word(after)
 
 
 def _is_narrow_word(letter: str) -> bool:

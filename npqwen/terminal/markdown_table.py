@@ -14,6 +14,8 @@ _MIN_WIDTH = 5
 """Least width of a column whose cells are wrapped."""
 _DELIMITERS = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
 _PIPE = re.compile(r"(?<!\\)\|")
+_BREAK = re.compile(r"<br\s*/?>")
+"""Begins a line inside a cell: the only HTML that tables of models have."""
 _BAR: Run = (" │ ", DIM)
 
 
@@ -39,7 +41,7 @@ class MarkdownTable:
         """Choose the widths of the columns, to fit into `columns`. Returns False if there are too many of them."""
         count = max(map(len, self._rows))
         natural = [
-            max((_width(row[n]) for row in self._rows if n < len(row)), default=0) or 1 for n in range(count)
+            max((_widest(row[n]) for row in self._rows if n < len(row)), default=0) or 1 for n in range(count)
         ]
         room = columns - len(_BAR[0]) * (count - 1)
         widest = max(natural)
@@ -62,11 +64,11 @@ class MarkdownTable:
         """The lines of one more row, in the same layout; a row that does not fit it is one line, not aligned."""
         row = self._row(_split(line))
         if len(row) <= len(self._widths) and all(
-            _width(cell) <= columns for cell, columns in zip(row, self._widths, strict=False)
+            _widest(cell) <= columns for cell, columns in zip(row, self._widths, strict=False)
         ):
             yield from self._lines_of(self._wrapped(row))
         else:
-            yield [run for cell in row for run in (*cell, _BAR)][:-1]
+            yield [(text.replace("\n", " "), style) for cell in row for text, style in (*cell, _BAR)][:-1]
 
     def _row(self, texts: list[str], style: str = PLAIN) -> list[list[Run]]:
         if not self._styles:
@@ -80,8 +82,11 @@ class MarkdownTable:
             wrap = WordWrap(columns, hard=True)
             letters: list[Cell] = []
             for text, style in row[number] if number < len(row) else ():
-                letters += wrap.add(text, style)
-            letters += wrap.settle()
+                first, *others = text.split("\n")
+                letters += wrap.add(first, style)
+                for line in others:
+                    letters += [*wrap.end(), ("\n", PLAIN), *wrap.begin(), *wrap.add(line, style)]
+            letters += wrap.end()
             lines: list[list[Cell]] = [[]]
             for letter in letters:
                 if letter[0] == "\n":
@@ -107,8 +112,13 @@ class MarkdownTable:
 
 def _split(line: str) -> list[str]:
     """The texts of a row's cells."""
-    texts = [text.strip().replace("\\|", "|") for text in _PIPE.split(line)]
+    texts = [_BREAK.sub("\n", text.strip().replace("\\|", "|")) for text in _PIPE.split(line)]
     return texts[texts[0] == "" : len(texts) - (len(texts) > 1 and texts[-1] == "")] or [""]
+
+
+def _widest(cell: list[Run]) -> int:
+    """The width of the cell's widest line."""
+    return max(map(width, "".join(text for text, _ in cell).split("\n")))
 
 
 def _width(cell: list[Run]) -> int:

@@ -36,7 +36,7 @@ _UNDECIDED = re.compile(
 
 
 class MarkdownText:
-    """Prints Markdown with a `RowPrinter`, line by line: no markup extends over lines but the four blocks below.
+    """Prints Markdown with a `RowPrinter`, line by line: no markup extends over lines but the three blocks.
 
                     +------------------------------------------+
         line ------>| start: held until its kind is certain    |

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from npqwen.errors import OutputError
-from npqwen.terminal.plain_text import PlainText
 from npqwen.terminal.row_printer import RowPrinter
+from npqwen.terminal.styles import PLAIN
+from npqwen.terminal.word_wrap import WordWrap
 
 DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
 ERROR_LENGTH = 1000
@@ -59,6 +60,9 @@ class Terminal:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.clear_bar()
+        text_ended = self._text_is_new and not self._line_open and sys.stdout.isatty()
+        if kind is KeyboardInterrupt and sys.stderr.isatty() and not text_ended:
+            self.write_error("\n")  # after the ^C that the terminal shows
 
     @property
     def shows_bars(self) -> bool:
@@ -152,11 +156,14 @@ class Terminal:
         """On a terminal, lines wrapped between words; a path or URL that is too long stays in one piece."""
         if not sys.stderr.isatty():
             return text
-        parts: list[str] = []
-        plain = PlainText(RowPrinter(parts.append, lambda: self.columns, redraws=False, styles=False))
-        plain.add(text)
-        plain.close()
-        return "".join(parts).removesuffix("\n")
+        lines = []
+        for line in text.split("\n"):
+            wrap = WordWrap(self.columns - 1)
+            words = line.lstrip(" ")
+            indentation = [(line[: len(line) - len(words)], PLAIN)]
+            letters = wrap.begin(indentation, indentation) + wrap.add(words) + wrap.end()
+            lines.append("".join(letter for letter, _ in letters))
+        return "\n".join(lines)
 
     def _meets_text(self) -> bool:
         """Whether a line on stderr may continue a row of text.

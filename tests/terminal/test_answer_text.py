@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_terminal import THOUGHT, chat_with, emulated, on_screen
 from reciter import Reciter
 
+from npqwen.errors import OutOfMemoryError
 from npqwen.terminal.answer_text import PipedText, answer_text
 from npqwen.terminal.repl import handle
 from npqwen.terminal.terminal import Terminal, wait_for_reader
@@ -216,3 +218,54 @@ def test_statistics_wait_for_a_reader_that_is_not_much_later() -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+# --- what interrupts a text ---
+
+
+class Failing(Reciter):
+    """Raises `error` at its fifth pass."""
+
+    error: type[BaseException]
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        if len(self.calls) == 5:
+            raise self.error("no room")
+        return super().forward(*arguments, **options)
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError, KeyboardInterrupt])
+def test_a_text_that_breaks_off_ends_with_a_newline(
+    error: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Failing("One two three four five six seven.", template="instruct-2507")
+    model.error = error
+    handle(chat_with(model), "q")
+    text = capsys.readouterr().out
+    assert text.endswith("\n")
+    assert "One two three four five six seven.".startswith(text[:-1])
+    assert 0 < len(text) < 30
+
+
+def test_what_was_held_back_is_shown_as_written_when_the_text_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_screen(monkeypatch)
+    model = Failing("**One two three four five six seven.**", template="instruct-2507")
+    model.error = KeyboardInterrupt
+    handle(chat_with(model), "q")
+    first, second, *_ = screen.rows()
+    assert first.startswith("**One")
+    assert second.startswith("stopped, ")
+
+
+@pytest.mark.parametrize("text", ["", "Yes", "Yes\n"])
+def test_ctrl_c_leaves_the_cursor_at_the_beginning_of_a_row(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_screen(monkeypatch)
+
+    def interrupted() -> None:
+        with Terminal() as terminal:
+            terminal.text(text)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert screen.getvalue() == text.rstrip("\n") + "\n"

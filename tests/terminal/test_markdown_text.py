@@ -78,6 +78,9 @@ def letters(screen: pyte.Screen, attribute: str) -> str:
         ("#### A", "A", "bold", "A"),
         (r"\*not\* but *so*", "*not* but so", "italics", "so"),
         ("**N**umber", "Number", "bold", "N"),
+        ("1. **src/**: sources", "1. src/: sources", "bold", "src/"),
+        ("- **`x`** and **?** and **-5 %**", "• x and ? and -5 %", "bold", "x?-5 %"),
+        ("**(a)** *(b)* **[c](d)**", "(a) (b) c (d)", "bold", "(a)c (d)"),
         ("**a *b c**", "a *b c", "bold", "a *b c"),
     ],
 )
@@ -220,6 +223,11 @@ def test_a_wide_table_wraps_its_cells_if_it_can() -> None:
     rows = shown(f"{many}\n|{'-|' * 9}\n{many}", 30)
     assert " ".join(rows).startswith("| abcdef | abcdef")
     assert sum(row.count("abcdef") for row in rows) == 18
+
+
+def test_a_cell_may_have_several_lines() -> None:
+    table = "| a | b |\n|---|---|\n| x | **one<br>two**<br/>three |\n"
+    assert shown(table) == ["a │ b", "──┼──────", "x │ one", "  │ two", "  │ three"]
 
 
 def test_a_long_table_does_not_wait_for_its_end() -> None:
