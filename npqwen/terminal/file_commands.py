@@ -46,6 +46,10 @@ def save(chat: TerminalChat, arguments: str) -> None:
 def load(chat: TerminalChat, arguments: str) -> None:
     """`/load`: continue a saved conversation with its settings; its last turns are shown."""
     path = _path(chat, arguments, "/load")
+    if not os.path.exists(path):
+        raise OptionError(
+            f"{path} does not exist; /load continues a saved conversation (to talk to another model: npqwen chat MODEL)"
+        )
     chat.restore(SavedConversation.read(path), path)
     if chat.autosave is not None:
         chat.autosave.begin()

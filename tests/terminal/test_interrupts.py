@@ -15,10 +15,7 @@ from npqwen.generation.thinking import ENDING
 from npqwen.terminal.repl import handle
 from npqwen.terminal.terminal_chat import TerminalChat
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning"),
-    pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs a signal raised at a moment"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 WORDS = " ".join(["so"] * 40)
 LONG = f"<think>\n{WORDS}\n</think>\n\nIt is so."
 
