@@ -23,6 +23,7 @@ from npqwen.errors import (
     OutOfMemoryError,
     OutputError,
     SamplingWarning,
+    ThreadsWarning,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ __all__ = [
     "Session",
     "Stream",
     "Text",
+    "ThreadsWarning",
     "TokenLogprobs",
     "Tokenizer",
     "ToolCall",
@@ -135,16 +137,21 @@ def load(
     *,
     threads: int | None = None,
     context: int | None = None,
+    revision: str | None = None,
+    low_disk: bool = False,
     notice: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Map a model into memory, after downloading and converting it if necessary.
 
-    model: a Hugging Face id ("Qwen/Qwen3-0.6B"), a checkpoint directory, or a converted directory.
+    model: a Hugging Face id ("Qwen/Qwen3-0.6B", or "Qwen/Qwen3-0.6B@main" with a branch, tag or commit), a checkpoint
+    directory, or a converted directory.
     bits: 3, 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
-    threads: default: one per core. context: maximum tokens of a prompt and its continuation; default: the model's own
-    limit.
+    threads: default: one per core. More than the CPUs that this process may use are slower, and give a ThreadsWarning.
+    context: maximum tokens of a prompt and its continuation; default: the model's own limit.
+    revision: a branch, tag or commit of the Hugging Face id, unless its name has one after "@".
+    low_disk: download and convert one file of weights at a time, and keep none; resumes after an interruption.
 
     Nothing is printed. notice(line) receives what was found, downloaded or converted, and where.
     progress(bytes_done, bytes_total) follows the conversion, on_compile(done, total) the compilation of the kernels on
@@ -154,10 +161,15 @@ def load(
     """
     from npqwen import hub
 
-    path = hub.resolve(model, bits, notice=notice, progress=progress)
+    path = hub.resolve(model, bits, revision=revision, low_disk=low_disk, notice=notice, progress=progress)
 
+    from npqwen.hardware.contention import too_many_threads
     from npqwen.model import load
 
+    if isinstance(threads, int) and (problem := too_many_threads(threads)) is not None:
+        import warnings
+
+        warnings.warn(problem, ThreadsWarning, stacklevel=2)
     return load(path, threads=threads, context=context, on_compile=on_compile)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -21,11 +22,12 @@ _ABANDONED = 3600
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def new_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Yields a temporary file, which replaces `path` on leaving; after an exception it is removed instead.
 
-    The directory is made if need be. A link is followed, and a replaced file passes its permissions on. Raises
-    OutputError if `path` is a directory or a device, and for every OSError within.
+    The directory is made if need be. A link is followed, and a replaced file passes its permissions on. private: only
+    the owner can read a new file. Raises OutputError if `path` is a directory or a device, and for every OSError
+    within.
     """
     with writing(path):
         if path.is_dir():
@@ -34,10 +36,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             raise OutputError(f"{path} is not a regular file; give the name of a file")
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+        remove_abandoned(target.parent, target.name)
         partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb", opener=_open_private if private else None) as file:
                 if target.exists():
                     shutil.copymode(target, partial)
                 yield file
@@ -93,10 +95,13 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files of this name that killed processes left behind."""
-    for entry in path.parent.iterdir():
-        if entry.name.startswith(f".{path.name}.partial-"):
-            with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime > _ABANDONED:
-                    entry.unlink()
+def remove_abandoned(directory: Path, name: str = "") -> None:
+    """Remove temporary files that killed processes left in `directory`: those of one file, or of all."""
+    for entry in directory.glob(f".{glob.escape(name) if name else '*'}.partial-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime > _ABANDONED:
+                entry.unlink()
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,39 @@ def number_range(low: float, high: float) -> str:
     return f"a number from {low:g} to {high:g}"
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """For an unknown name: the known one closest to it ("did you mean top_k?"), or all of them."""
+def suggestion(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """For an unknown name: the known ones that it may stand for ("did you mean top_k?"), or all of them.
+
+    elsewhere: what other programs call some of the known names.
+    """
+    known = list(known)
+    near = near_names(name, known, elsewhere)
+    return f"did you mean {choice(near)}?" if near else f"choose from {', '.join(known)}"
+
+
+def near_names(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> list[str]:
+    """The known names that a misspelt one may stand for, at most four.
+
+    In this order: the one that `elsewhere` translates it to; all that it abbreviates, as "temp" does "temperature"; the
+    one that it is closest to. Case, and "-" for "_", do not matter.
+    """
+    known = list(known)
+    plain = _plain(name)
+    translated = (elsewhere or {}).get(plain)
+    if translated is not None and translated in known:
+        return [translated]
+    if abbreviated := [one for one in known if plain and _plain(one).startswith(plain)]:
+        return abbreviated[:4]
     import difflib
 
-    known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+    by_plain = {_plain(one): one for one in known}
+    return [by_plain[one] for one in difflib.get_close_matches(plain, by_plain, 1)]
+
+
+def choice(names: list[str]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _plain(name: str) -> str:
+    return name.strip("-").lower().replace("-", "_")

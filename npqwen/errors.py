@@ -43,6 +43,10 @@ class SamplingWarning(UserWarning):
     """Sampling options that Qwen's authors advise against."""
 
 
+class ThreadsWarning(UserWarning):
+    """More threads than CPUs that this process may use, which is slower than as many threads as CPUs."""
+
+
 def shortened(text: str, limit: int = 80) -> str:
     """Text from a file or a server, for a message: on one line, printable, cut to `limit` characters and "..."."""
     printable = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text[: 4 * limit])
@@ -56,3 +60,12 @@ def quoted(value: object) -> str:
         return shortened(repr(value))
     except Exception:  # an int of too many digits, or a __repr__ that fails
         return f"a value of type {type(value).__name__}"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of ten: "335 MB", "4.7 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from npqwen.chat.template_files import TemplateFiles
 from npqwen.engine.engine import Engine
 from npqwen.errors import NpqwenError
 from npqwen.generation import generate as text
@@ -54,6 +55,8 @@ class Model(Engine):
         with ThreadPoolExecutor(1) as reader:
             # A Qwen3 tokenizer takes as long to read as everything else: they are read side by side.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
+            # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
+            self._template_files = reader.submit(TemplateFiles.from_directory, path)
             super().__init__(path, threads=threads, context=context, on_compile=on_compile)
             try:
                 self.tokenizer = tokenizer.result()
@@ -102,7 +105,8 @@ class Model(Engine):
         """The checkpoint's chat templates. A base model has none; then `render` and the chats raise OptionError."""
         from npqwen.chat.chat_template import ChatTemplate
 
-        return ChatTemplate.from_directory(self.path)
+        files = self._template_files.result()
+        return ChatTemplate(files.sources, files.special_tokens, self.path)
 
     def render(
         self,

@@ -1,14 +1,17 @@
-"""What the whole session shares: compiled kernels, and the example model in every encoding."""
+"""What tests share: compiled kernels, the example model in every encoding, and a Hugging Face hub on this machine."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import TINY
 from converted import large_model
+from fake_hub import Connection, FakeHub
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +38,16 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield kernel_directory()  # It stays there for this process, whatever a test makes of NPQWEN_CACHE.
 
 
+@pytest.fixture(scope="session", autouse=True)
+def idle_machine() -> Iterator[None]:
+    """Have no command remark that this machine is busy, or has few CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npqwen.hardware.contention.usable_cpus", lambda: 1024)
+        if hasattr(os, "getloadavg"):
+            patch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """tiny(bits): the example model, converted once."""
@@ -55,3 +68,70 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 140 MB in int4, whose passes take a while."""
     return large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """say(chat, line...): what typing these lines in a conversation in the terminal shows, stdout and stderr."""
+    from npqwen.terminal.repl import handle
+
+    def say(chat: Any, *lines: str) -> str:
+        for line in lines:
+            handle(chat, line)
+        done = capsys.readouterr()
+        return done.out + done.err
+
+    return say
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The output directories of all conversions."""
+    import npqwen_quant
+
+    places: list[Path] = []
+
+    def count(name: str) -> None:
+        convert = getattr(npqwen_quant, name)
+
+        def counted(source: Path, out: Path, *args: Any, **options: Any) -> None:
+            places.append(out)
+            convert(source, out, *args, **options)
+
+        monkeypatch.setattr(npqwen_quant, name, counted)
+
+    count("convert")
+    count("convert_shards")
+    return places
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The hub that huggingface_hub uses in this process, with a cache of the test's own."""
+    from huggingface_hub import constants
+
+    server = FakeHub()
+    url = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def connection(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Connection:
+    """What stands between huggingface_hub in this process and the fake hub."""
+    import huggingface_hub
+
+    state = Connection()
+    model_info = huggingface_hub.HfApi.model_info
+
+    def query(*args: Any, **options: Any) -> Any:
+        if state.error is not None:
+            raise state.error
+        return model_info(*args, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", query)
+    return state

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+_LARGE = (".safetensors", ".gguf", ".bin", "tokenizer.json")
+"""Files that repositories keep in Git LFS: the hub names them by the SHA-256 of their content."""
+
+
+@dataclass
+class Repository:
+    """Every commit's files, and the commits that branches and tags name."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    pipeline: str | None = None
 
 
 class FakeHub:
-    """`publish` repositories, point HF_ENDPOINT at `url`, and see in `downloads` which files were fetched."""
+    """`publish` repositories, point HF_ENDPOINT at `url`, and see what was requested.
+
+    downloads: the files fetched. traffic: path and bytes of the body of every request answered.
+    """
 
     def __init__(self) -> None:
-        self.repositories: dict[str, tuple[str, dict[str, bytes]]] = {}
+        self.repositories: dict[str, Repository] = {}
         self.downloads: list[str] = []
+        self.traffic: list[tuple[str, int]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,12 +56,29 @@ class FakeHub:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
-    def publish(self, repository: str, directory: Path, extra: dict[str, bytes] | None = None) -> str:
-        """Put the files of a directory up as the newest commit, whose id is returned."""
-        files = {path.name: path.read_bytes() for path in directory.iterdir()} | (extra or {})
+    def publish(
+        self,
+        repository: str,
+        directory: Path | None = None,
+        extra: dict[str, bytes] | None = None,
+        *,
+        revision: str = "main",
+        card: dict[str, Any] | None = None,
+        pipeline: str | None = None,
+    ) -> str:
+        """Put the files of a directory up as the newest commit of a branch, and return the commit's id.
+
+        card: the model card's metadata.
+        """
+        paths = [path for path in directory.rglob("*") if path.is_file()] if directory is not None else []
+        files = {path.relative_to(directory or ".").as_posix(): path.read_bytes() for path in paths} | (extra or {})
         content = "".join(f"{name} {hashlib.sha1(data).hexdigest()}" for name, data in sorted(files.items()))
         commit = hashlib.sha1(content.encode()).hexdigest()
-        self.repositories[repository] = commit, files
+        found = self.repositories.setdefault(repository, Repository())
+        found.commits[commit] = files
+        found.revisions[revision] = commit
+        found.card |= card or {}
+        found.pipeline = pipeline
         return commit
 
     def close(self) -> None:
@@ -50,26 +86,21 @@ class FakeHub:
         self._server.server_close()
         self._thread.join()
 
+    @property
+    def bytes_sent(self) -> int:
+        return sum(nbytes for _, nbytes in self.traffic)
+
     def _answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
-        path = unquote(urlsplit(request.path).path).strip("/")
-        api = path.startswith("api/models/")
-        name = "/".join(path.removeprefix("api/models/").split("/")[:2])
-        headers: dict[str, str] = {}
-        status, data = 200, b""
-        if name not in self.repositories:
-            status, headers["X-Error-Code"] = 401, "RepoNotFound"
-        elif api:
-            commit, files = self.repositories[name]
-            answer = self._tree(files) if "/tree/" in path else self._info(name, commit, files)
-            data = json.dumps(answer).encode()
-            headers["Content-Type"] = "application/json"
-        else:
-            commit, files = self.repositories[name]
-            file = path.split("/", 4)[4]
-            data = files[file]
-            headers |= {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
-            if body:
-                self.downloads.append(file)
+        status, headers, data = self._respond(request)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
+        if wanted and status == 200:
+            end = int(wanted[2] or len(data) - 1)
+            headers["Content-Range"] = f"bytes {wanted[1]}-{end}/{len(data)}"
+            status, data = 206, data[int(wanted[1]) : end + 1]
+        # Before the answer: a test may look as soon as the client has it.
+        self.traffic.append((request.path, len(data) if body else 0))
+        if body and "ETag" in headers:
+            self.downloads.append(headers["X-File"])
         request.send_response(status)
         for key, value in headers.items():
             request.send_header(key, value)
@@ -78,14 +109,64 @@ class FakeHub:
         if body:
             request.wfile.write(data)
 
-    @staticmethod
-    def _info(name: str, commit: str, files: dict[str, bytes]) -> dict[str, Any]:
-        siblings = [{"rfilename": file} for file in files]
-        return {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
+    def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and the whole body."""
+        parts = urlsplit(request.path)
+        path = [unquote(part) for part in parts.path.strip("/").split("/")]
+        api = path[:2] == ["api", "models"]
+        owner, name, *rest = path[2:] if api else path
+        repository = self.repositories.get(f"{owner}/{name}")
+        if repository is None:
+            return 401, {"X-Error-Code": "RepoNotFound"}, b""
+        revision = rest[1] if len(rest) > 1 else "main"  # after "revision", "tree" or "resolve"
+        commit = repository.revisions.get(revision, revision)
+        if commit not in repository.commits:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        files = repository.commits[commit]
+        if api:
+            blobs = "blobs" in parse_qs(parts.query)
+            answer: Any = _tree(files) if rest[:1] == ["tree"] else _info(f"{owner}/{name}", commit, repository, blobs)
+            return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+        file = "/".join(rest[2:])
+        if file not in files:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_digest(file, files[file])}"', "X-File": file}
+        return 200, headers | {"Accept-Ranges": "bytes"}, files[file]
 
-    @staticmethod
-    def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
-        return [
-            {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for file, data in files.items()
-        ]
+
+class Connection:
+    """What stands between this machine and the hub."""
+
+    error: Exception | None = None
+    """Raised by every query."""
+
+
+def _digest(file: str, data: bytes) -> str:
+    """What the hub names a file's content by: SHA-256 in LFS, otherwise Git's hash of the blob."""
+    if file.endswith(_LARGE):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _lfs(file: str, data: bytes, key: str) -> dict[str, Any]:
+    """What a file in LFS has besides; the API of information and that of trees call the hash differently."""
+    found = {"lfs": {key: _digest(file, data), "size": len(data), "pointerSize": 134}}
+    return found if file.endswith(_LARGE) else {}
+
+
+def _info(name: str, commit: str, repository: Repository, blobs: bool) -> dict[str, Any]:
+    siblings: list[dict[str, Any]] = []
+    for file, data in repository.commits[commit].items():
+        entry: dict[str, Any] = {"rfilename": file}
+        if blobs:
+            entry |= {"size": len(data), "blobId": _digest(file, data)} | _lfs(file, data, "sha256")
+        siblings.append(entry)
+    found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "cardData": repository.card}
+    return found | ({"pipeline_tag": repository.pipeline} if repository.pipeline else {})
+
+
+def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    return [
+        {"type": "file", "path": file, "size": len(data), "oid": _digest(file, data)} | _lfs(file, data, "oid")
+        for file, data in files.items()
+    ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
 from typing import Any
 
+import pyte
 import pytest
 from reciter import Reciter
 
@@ -20,30 +20,25 @@ THOUGHT = "<think>\nHm, {}.\n</think>\n\nIt is {}."
 
 
 class Screen(io.StringIO):
-    """A terminal to write to."""
+    """A terminal to write to, emulated by pyte."""
 
     def isatty(self) -> bool:
         return True
 
     def rows(self, columns: int = 80) -> list[str]:
-        """The text on the screen, by the escape sequences that are used here."""
-        rows, row, column = [""], 0, 0
-        for part in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", self.getvalue()):
-            if part == "\n":
-                row, column = row + 1, 0
-                rows += [""] * (row + 1 - len(rows))
-            elif part == "\r":
-                column = 0
-            elif part.endswith("A") and len(part) > 1:
-                row -= int(part[2:-1])
-                assert row >= 0
-            elif part == "\x1b[J":
-                rows = [*rows[:row], rows[row][:column]]
-            elif len(part) == 1:
-                assert len(rows[row]) == column < columns
-                rows[row] += part
-                column += 1
-        return rows
+        """The rows on the screen, down to the cursor's, without spaces at their ends."""
+        screen = emulated(self.getvalue(), columns)
+        return [row.rstrip() for row in screen.display[: screen.cursor.y + 1]]
+
+
+def emulated(written: str, columns: int, lines: int = 200) -> pyte.Screen:
+    """A terminal after `written`, which has ended lines with "\\n" alone, as programs do."""
+    screen = pyte.Screen(columns, lines)
+    screen.set_mode(pyte.modes.LNM)
+    stream = pyte.Stream(screen)
+    for letter in written:  # of several at once, pyte drops those after a zero-width joiner
+        stream.feed(letter)
+    return screen
 
 
 def on_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:

@@ -61,6 +61,7 @@ class ReferenceModel:
     """
 
     bits = 32
+    threads = 1
     weight_bytes = 0
     fingerprint = "reference"
     tokenizer: Tokenizer

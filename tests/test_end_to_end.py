@@ -33,7 +33,7 @@ def test_the_command_line(converted: Path, capsys: pytest.CaptureFixture[str]) -
         cli.main(["generate", str(converted), SUM, "--temperature", "0"])
     assert exit.value.code == 0
     out, errors = capsys.readouterr()
-    assert out == ANSWER
+    assert out == f"{ANSWER}\n"
     assert errors.splitlines()[-1].endswith("; the text ended")
 
 

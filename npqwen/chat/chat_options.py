@@ -10,7 +10,7 @@ from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.checks import suggestion
 from npqwen.errors import OptionError, quoted
-from npqwen.generation.options import OPTIONS, GenerationOptions, Option, check_options, option_table
+from npqwen.generation.options import ELSEWHERE, OPTIONS, GenerationOptions, Option, check_options, option_table
 from npqwen.tools.toolbox import Tool, as_tools
 
 _NOT_FOR_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
@@ -89,7 +89,8 @@ class ChatSettings:
             if name in ("cache", "cached"):
                 raise OptionError(f"{name} is not an option of a chat; a Session or a Conversation keeps the cache")
             if name not in CHAT_OPTIONS and name not in OPTIONS:
-                raise OptionError(f"unknown option {quoted(name)}; {suggestion(name, [*CHAT_OPTIONS, *OPTIONS])}")
+                hint = suggestion(name, [*CHAT_OPTIONS, *OPTIONS], ELSEWHERE)
+                raise OptionError(f"unknown option {quoted(name)}; {hint}")
         given: dict[str, Any] = {
             name: CHAT_OPTIONS[name].check(value)
             for name, value in options.items()

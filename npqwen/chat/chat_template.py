@@ -16,20 +16,14 @@ from typing import Any, Literal
 from jinja2 import Template, TemplateError, meta
 
 from npqwen.chat.messages import Message, checked, joined
+from npqwen.chat.template_files import SPECIAL, TemplateFiles
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from npqwen.errors import CheckpointError, OptionError, quoted, shortened
-from npqwen.format.config import read_json
-from npqwen.format.files import read_small
 from npqwen.tools.json_values import plain
-
-FILE = "chat_template.jinja"
-DIRECTORY = "additional_chat_templates"
-"""Hugging Face's directory of further templates, each named by its file."""
 
 Thinking = Literal["switch", "always", "never"]
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_SET_HERE = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *_SPECIAL)
+_SET_HERE = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *SPECIAL)
 _QUESTION: Message = {"role": "user", "content": "?"}
 
 
@@ -49,14 +43,8 @@ class ChatTemplate:
     @classmethod
     def from_directory(cls, directory: Path) -> ChatTemplate:
         """Read a model's templates, perhaps none. Raises CheckpointError for damaged files."""
-        path = directory / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
-        sources = {"default": _read(directory / FILE)} if (directory / FILE).is_file() else {}
-        for file in sorted((directory / DIRECTORY).glob("*.jinja")):
-            sources[file.name.removesuffix(".jinja")] = _read(file)
-        return cls(
-            sources or _in_config(config.get("chat_template"), path), _special_tokens(directory, config), directory
-        )
+        files = TemplateFiles.from_directory(directory)
+        return cls(files.sources, files.special_tokens, directory)
 
     def render(
         self,
@@ -121,6 +109,10 @@ class ChatTemplate:
         if thinking is not None:
             _check_thinking(kind, thinking)
 
+    def source(self, template: str | None = None) -> str:
+        """A template's text, of the one used without tools unless it is named. Raises OptionError if there is none."""
+        return self._program(template, tools=False).source
+
     def _program(self, name: str | None, tools: bool) -> _Program:
         programs = self._programs
         if not programs:
@@ -139,7 +131,7 @@ class _Program:
     """One template, compiled on first use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: Path) -> None:
-        self._source = source
+        self.source = source
         self._special_tokens = special_tokens
         self._where = where
 
@@ -148,10 +140,10 @@ class _Program:
         """The environment, the compiled template, and the variables that it uses without setting them."""
         environment = LimitedEnvironment()
         try:
-            if len(self._source) > MAX_SOURCE:
-                raise ValueError(f"it has {len(self._source):,} characters; the limit is {MAX_SOURCE:,}")
-            template = environment.from_string(self._source)
-            names = meta.find_undeclared_variables(environment.parse(self._source))
+            if len(self.source) > MAX_SOURCE:
+                raise ValueError(f"it has {len(self.source):,} characters; the limit is {MAX_SOURCE:,}")
+            template = environment.from_string(self.source)
+            names = meta.find_undeclared_variables(environment.parse(self.source))
         except Exception as error:  # Jinja's, and Python's own for the program that Jinja writes
             line = getattr(error, "lineno", None)
             place = "" if line is None or not isinstance(error, TemplateError) else f" (line {line})"
@@ -278,34 +270,3 @@ def _with_objects(message: Message, at: int) -> Message:
 def _reason(error: Exception) -> str:
     """An error's message on one line; its class if the message is empty, as MemoryError's is."""
     return shortened(str(error), 500) or type(error).__name__
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_small(path).decode("utf-8").replace("\r\n", "\n")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def _in_config(value: Any, path: Path) -> dict[str, str]:
-    """The templates in tokenizer_config.json: none, one, or a list of named ones."""
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": value}
-    if isinstance(value, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
-        for entry in value
-    ):
-        return {entry["name"]: entry["template"] for entry in value}
-    raise CheckpointError(f"{path}: chat_template is neither a string nor a list of named templates")
-
-
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    path = directory / "special_tokens_map.json"
-    entries = (read_json(path) if path.is_file() else {}) | {k: v for k, v in config.items() if v is not None}
-    found = {name: entries.get(name) for name in _SPECIAL}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}

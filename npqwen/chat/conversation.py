@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from npqwen.atomic_file import new_file
 from npqwen.chat.chat_model import ChatModel
@@ -16,16 +15,22 @@ from npqwen.chat.chat_options import ChatOptions, ChatSettings
 from npqwen.chat.chat_stream import ChatStream
 from npqwen.chat.events import Reply
 from npqwen.chat.messages import Message, checked
+from npqwen.chat.saved_conversation import SavedConversation
 from npqwen.chat.window import Window
 from npqwen.checks import check_path
-from npqwen.errors import FormatError, NpqwenError, OptionError, quoted
-from npqwen.format.files import read_small
+from npqwen.errors import NpqwenError, OptionError, quoted
 from npqwen.generation.session import Session
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FORMAT, VERSION = "npqwen-conversation", 1
+
+class About(TypedDict, total=False):
+    """What a saved conversation keeps besides what the `Conversation` has; see `SavedConversation`."""
+
+    model: str | None
+    options: dict[str, Any] | None
+    unanswered: str | None
 
 
 class Conversation:
@@ -134,7 +139,7 @@ class Conversation:
     def stream_retry(self, **options: Unpack[ChatOptions]) -> ChatStream:
         """Replace the last answer by a new one, and stream its events. If it ends before any text, the old one stays.
 
-        Raises OptionError if there is no user's message yet.
+        Raises OptionError if there is no user message yet.
         """
         self._settle()
         at = self._last_turn()
@@ -172,29 +177,26 @@ class Conversation:
         fork._stream = None
         return fork
 
-    def save(self, path: str | os.PathLike[str], *, cache: bool = True) -> None:
+    def saved(self, **about: Unpack[About]) -> SavedConversation:
+        """The conversation as `save` writes it. An answer that is still streaming is closed."""
+        self._settle()
+        return SavedConversation(self._messages, self._dropped, self.thinking, **about)
+
+    def save(self, path: str | os.PathLike[str], *, cache: bool = True, **about: Unpack[About]) -> None:
         """Write the messages and `thinking` to a JSON file, and the keys and values to `path`.npqwen-cache beside it.
 
         The second file is large and works with this model only. It saves computing the conversation again; `load`
-        works without it. cache: whether to write it. An answer that is still streaming is closed. Raises OutputError
-        if a file cannot be written.
+        works without it. cache: whether to write it. about: what else the JSON file keeps, for who shows it. An answer
+        that is still streaming is closed. Raises OutputError if a file cannot be written.
         """
-        self._settle()
+        text = self.saved(**about).encode()
         path = check_path(path)
-        saved = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dropped": self._dropped,
-            "thinking": self.thinking,
-            "messages": self._messages,
-        }
-        text = json.dumps(saved, ensure_ascii=False, indent=1) + "\n"
         with new_file(path) as file:
-            file.write(text.encode())
+            file.write(text)
             if cache:
-                self._session.save(_cache_of(path))
+                self._session.save(cache_file(path))
             else:  # an older cache belongs to other messages
-                _cache_of(path).unlink(missing_ok=True)
+                cache_file(path).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, model: ChatModel, path: str | os.PathLike[str], **options: Unpack[ChatOptions]) -> Conversation:
@@ -205,33 +207,18 @@ class Conversation:
         """
         ChatSettings.of(options)  # now errors below are the file's
         path = check_path(path)
-        try:
-            raw = json.loads(read_small(path).decode("utf-8"))
-        except FileNotFoundError:
-            raise FormatError(f"{path} does not exist") from None
-        except OSError as error:
-            raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise FormatError(f"{path} is not a saved conversation: it is not JSON") from None
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise FormatError(f"{path} is not a saved conversation")
-        if raw.get("version") != VERSION:
-            raise FormatError(
-                f"{path} has format version {quoted(raw.get('version'))}; this npqwen reads {VERSION}; upgrade it"
-            )
-        messages, dropped, thinking = raw.get("messages"), raw.get("dropped"), raw.get("thinking")
-        if not isinstance(messages, list) or not isinstance(dropped, int) or not 0 <= dropped <= len(messages):
-            raise FormatError(f"{path} is damaged: its messages cannot be read")
-        if not isinstance(thinking, bool | None):
-            raise FormatError(f"{path} is damaged: thinking is {quoted(thinking)}, not true, false or null")
-        options.setdefault("thinking", thinking)
-        try:
-            conversation = cls(model, messages=messages, **options)
-        except OptionError as error:
-            raise FormatError(f"{path} is damaged: {error}") from None
-        conversation._dropped = dropped
+        return cls.restore(model, SavedConversation.read(path), path, **options)
+
+    @classmethod
+    def restore(
+        cls, model: ChatModel, saved: SavedConversation, path: Path, **options: Unpack[ChatOptions]
+    ) -> Conversation:
+        """The conversation that was read from `path`, as `load` returns it."""
+        options.setdefault("thinking", saved.thinking)
+        conversation = cls(model, messages=saved.messages, **options)
+        conversation._dropped = saved.dropped
         with contextlib.suppress(NpqwenError):
-            conversation._session = Session.load(model, _cache_of(path))
+            conversation._session = Session.load(model, cache_file(path))
         return conversation
 
     def _begin(
@@ -287,7 +274,7 @@ class Conversation:
         """The index of the last user's message. Raises OptionError if there is none."""
         users = [at for at, message in enumerate(self._messages) if message["role"] == "user"]
         if not users:
-            raise OptionError("the conversation has no user's message yet")
+            raise OptionError("the conversation has no user message yet")
         return users[-1]
 
     def _last_start(self, messages: list[Message] | None = None) -> int:
@@ -298,5 +285,6 @@ class Conversation:
         return max(users[-1] - first, 0) if users else 0
 
 
-def _cache_of(path: Path) -> Path:
+def cache_file(path: Path) -> Path:
+    """The file of keys and values that belongs to a saved conversation."""
     return path.with_name(path.name + ".npqwen-cache")

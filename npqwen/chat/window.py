@@ -49,9 +49,10 @@ class Window:
             dropped = starts[low] - first
             ids = self._encode(shown(messages, dropped))
         if len(ids) >= self._context:
+            what = "turn" if messages[-1]["role"] == "tool" else "message"
             raise ContextLengthError(
-                f"the last turn alone, with the system message, has {len(ids)} tokens; the context is {self._context}: "
-                "shorten the message, or load the model with a longer context"
+                f"this {what} is too long: with the system message it takes {len(ids):,} tokens, and the context is "
+                f"{self._context:,}; shorten it, or load the model with a longer context"
             )
         return ids, dropped
 

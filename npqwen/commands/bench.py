@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 import click
 
-from npqwen.commands.options import Command, model_options, open_model
+from npqwen.commands.options import (
+    Command,
+    Counts,
+    bits_option,
+    context_option,
+    low_disk_option,
+    open_model,
+    quiet_option,
+    resolve,
+)
 from npqwen.terminal.terminal import Terminal
 
-
-class _Counts(click.ParamType):  # type: ignore[type-arg]
-    """Numbers of tokens, separated by commas."""
-
-    name = "N,N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        try:
-            return [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 128,512", param, ctx)
+_LENGTHS = Counts(0, "128,512")
 
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--prefill", type=_Counts(), default="512", show_default=True, help="Prompt lengths, such as 512,4096.")
-@click.option("--decode", type=_Counts(), default="64", show_default=True, help="Numbers of tokens to generate.")
-@click.option("--depth", type=_Counts(), default="0", show_default=True, help="Tokens in the cache beforehand.")
-@click.option("--repeat", type=int, default=5, show_default=True, help="Measured runs of each.")
+@click.option("--prefill", "-p", type=_LENGTHS, default="512", help="Prompt lengths, such as 512,4096; default: 512.")
+@click.option("--decode", "-n", type=_LENGTHS, default="64", help="Numbers of tokens to generate; default: 64.")
+@click.option("--depth", "-d", type=_LENGTHS, default="0", help="Tokens in the cache beforehand; default: 0.")
+@click.option(
+    "--repeat", "-r", type=click.IntRange(1), metavar="N", default=5, help="Measured runs of each; default: 5."
+)
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 @click.option(
     "--report",
@@ -41,7 +40,17 @@ class _Counts(click.ParamType):  # type: ignore[type-arg]
     help="Also write a report to share, with machine and versions, nothing private; as JSON if FILE ends in .json. "
     "Default: npqwen-bench.md, with --report after MODEL.",
 )
-@model_options
+@bits_option
+@click.option(
+    "--threads",
+    "-t",
+    type=Counts(1, "1,2,4"),
+    metavar="N,N",
+    help="Numbers of threads, such as 1,2,4, each measured; default: one per core.",
+)
+@context_option
+@low_disk_option
+@quiet_option
 def bench(
     model: str,
     prefill: list[int],
@@ -51,8 +60,9 @@ def bench(
     as_json: bool,
     report: str | None,
     bits: int | None,
-    threads: int | None,
+    threads: list[int] | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
 ) -> None:
     """Measure tokens per second of MODEL, and the share of the memory's read bandwidth that decoding reaches."""
@@ -63,15 +73,24 @@ def bench(
         from npqwen.reports.machine_report import check_path
 
         path = check_path(Path(report))
-    with (
-        Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
-    ):
-        from npqwen.reports.bench import benchmark
+    with Terminal(quiet=quiet) as terminal:
+        converted = str(resolve(model, bits, terminal, low_disk=low_disk))
+
+        from npqwen.engine.team import check_threads
+        from npqwen.reports.bench import Report, benchmark
         from npqwen.reports.machine_report import collect, write
 
-        speed = benchmark(loaded, prefill, decode, depth, repeat, progress=terminal.benchmark_progress)
+        for count in threads or ():
+            check_threads(count)
+        reports = []
+        counts: Sequence[int | None] = threads or [None]
+        for number in counts:
+            with closing(open_model(converted, None, number, context, terminal)) as loaded:
+                progress = terminal.benchmark_progress
+                reports.append(benchmark(loaded, prefill, decode, depth, repeat, progress=progress))
+                speed = Report.merged(reports)
+                facts = collect(loaded, speed)
         terminal.text((json.dumps(speed.as_dict(), indent=2) if as_json else speed.as_markdown()) + "\n")
         if path is not None:
-            write(collect(loaded, speed), path)
+            write(facts, path)
             terminal.notice(f"report written to {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from contextlib import closing
@@ -9,38 +10,67 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.options import Command, argument_text, generation_options, model_options, open_model, stdin_text
+from npqwen.commands.options import (
+    Command,
+    Switch,
+    argument_text,
+    generation_options,
+    keyboard_notice,
+    model_options,
+    open_model,
+    stdin_text,
+)
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen.terminal.autosave import Autosave
     from npqwen.terminal.reasoning_view import ReasoningMode
     from npqwen.terminal.terminal_chat import TerminalChat
+
+_WAITING = (
+    "waiting for text on stdin, which is appended to the question; "
+    f"to ask without it, add < {os.devnull}"
+)
 
 
 @click.command(cls=Command)
 @click.argument("model")
 @click.argument("question", required=False)
 @click.option("--system", metavar="TEXT", help="The system message.")
-@click.option("--think/--no-think", "thinking", default=None, help="Whether to think before answering.")
+@click.option(
+    "--think/--no-think",
+    "thinking",
+    cls=Switch,
+    default=None,
+    help="Whether to think before answering; default: the model's own.",
+)
 @click.option(
     "--show-thinking/--hide-thinking",
     "show",
+    cls=Switch,
     default=None,
     help="Leave the reasoning on the screen, or hide it; default: fold it into one line when it ends.",
 )
+@click.option("--no-markdown", "plain", is_flag=True, help="Show answers as they are written, Markdown unrendered.")
+@click.option("--continue", "-c", "continues", is_flag=True, help="Continue the last conversation.")
+@click.option("--no-save", is_flag=True, help="Keep neither the conversation nor what is typed.")
 @generation_options(CHAT_DEFAULTS)
 @model_options
 def chat(
     model: str,
     question: str | None,
+    continues: bool,
+    no_save: bool,
     system: str | None,
     thinking: bool | None,
     show: bool | None,
+    plain: bool,
     bits: int | None,
     threads: int | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -49,62 +79,112 @@ def chat(
     In the terminal, /help lists the commands. With a QUESTION, or text on stdin, or both (the text is then appended
     to the question), there is one answer: its text to stdout, everything else to stderr. By default, sampling
     is as the model's authors recommend, with or without thinking.
+
+    Conversations in the terminal are saved in the cache, readable by you alone; --continue finds the last one with
+    MODEL, or else the last one.
     """
     check_options(options)
-    message = _single_message(question)
+    if continues and (question or "").isdecimal():
+        raise OptionError(
+            f"-c continues the last conversation; for a context of {question} tokens, write --context {question}"
+        )
+    terminal = Terminal(quiet=quiet)
+    message = _single_message(question, terminal)
     mode: ReasoningMode = "fold" if show is None else "show" if show else "hide"
     system = None if system is None else argument_text(system)
     with (
-        Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        terminal,
+        closing(
+            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk)
+        ) as loaded,
         warnings.catch_warnings(),
     ):
+        from npqwen.cache_directory import cache_directory
         from npqwen.terminal.answer_view import AnswerView
+        from npqwen.terminal.autosave import Autosave
         from npqwen.terminal.interrupts import restored_terminal
         from npqwen.terminal.settings import Settings
         from npqwen.terminal.terminal_chat import TerminalChat
 
         warnings.simplefilter("ignore", SamplingWarning)  # the answer has a notice that says the same
-        view = AnswerView(terminal, mode)
-        settings = Settings(loaded, **options)
-        session = TerminalChat(loaded, terminal, view, settings, system=system, thinking=thinking, name=model)
+        saves = not no_save and (continues or message is None or _interactive())
+        autosave = Autosave(cache_directory() / "conversations") if saves or continues else None
+        session = TerminalChat(
+            loaded,
+            terminal,
+            AnswerView(terminal, mode, markdown=not plain),
+            Settings(loaded, **options),
+            system=system,
+            thinking=thinking,
+            name=model,
+            autosave=autosave if saves else None,
+        )
+        continued = continues and autosave is not None and _continue(session, autosave)
+        if continued:
+            session.settings.update(options)
+            if system is not None:
+                session.conversation.system = system
+            if thinking is not None:
+                session.conversation.thinking = thinking
         with restored_terminal():
             if message is None:
-                converse(session)
+                converse(session, keep_history=not no_save, continued=continued)
             else:
-                _answer(session, message)
+                if continued:
+                    _tell_continued(session)
+                session.ask_once(message, ends_thinking=_interactive())
 
 
-def _single_message(question: str | None) -> str | None:
+def _single_message(question: str | None, terminal: Terminal) -> str | None:
     """The one message to answer, from the argument and stdin; None for a conversation in the terminal."""
     text = None if question in (None, "-") else argument_text(question or "")
     if question == "-" or not sys.stdin.isatty():
-        piped = stdin_text()
+        piped = stdin_text(terminal, keyboard_notice("the question") if text is None else _WAITING)
         text = piped if text is None else f"{text}\n\n{piped}" if piped.strip() else text
     if text is not None and not text.strip():
         raise OptionError("there is no question: the argument or stdin is empty")
     return text
 
 
-def _answer(chat: TerminalChat, message: str) -> None:
-    """Answer one message. Ctrl-C and errors end the command."""
-    from npqwen.terminal.answer_view import statistics
-
-    with chat.terminal.echo_off():
-        stream = chat.conversation.stream(message, **chat.settings.options)
-        chat.view.follow(stream)
-    chat.terminal.notice(statistics(stream))
+def _interactive() -> bool:
+    """Whether somebody sees the answer come and can press Ctrl-C for less than the end of the command."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def converse(chat: TerminalChat) -> None:
-    """Hold a conversation in the terminal, with a history from earlier runs."""
+def _continue(chat: TerminalChat, autosave: Autosave) -> bool:
+    """Restore the last conversation with this model; returns whether there is one."""
+    last, problems = autosave.last(chat.model_name)
+    for problem in problems:
+        chat.terminal.notice(f"skipped: {problem}")
+    if last is None:
+        chat.terminal.notice("there is no earlier conversation; this is a new one")
+        return False
+    chat.restore(*last)
+    return True
+
+
+def _tell_continued(chat: TerminalChat) -> None:
+    from npqwen.terminal.file_commands import count
+
+    chat.terminal.notice(f"continuing the last conversation: {count(len(chat.conversation.messages), 'message')}")
+
+
+def converse(chat: TerminalChat, *, keep_history: bool = True, continued: bool = False) -> None:
+    """Hold a conversation in the terminal, with a history from earlier runs.
+
+    keep_history: whether what is typed is added to it. continued: show the end of the conversation so far.
+    """
     from npqwen.cache_directory import cache_directory
+    from npqwen.terminal.completions import completions
+    from npqwen.terminal.file_commands import show_last_turns
     from npqwen.terminal.history import History
     from npqwen.terminal.line_editor import message_reader
     from npqwen.terminal.repl import run
-    from npqwen.terminal.slash_commands import completions
 
     history = History(cache_directory() / "history")
+    history.enabled = keep_history
+    if keep_history:
+        chat.history = history
     reader = message_reader(history, completions)
     terminal = chat.terminal
     terminal.notice(
@@ -114,7 +194,10 @@ def converse(chat: TerminalChat) -> None:
     readable = history.kept
     if not readable:
         terminal.notice(f"{history.path} cannot be read: there is no history of earlier conversations")
+    if continued:
+        _tell_continued(chat)
+        show_last_turns(chat)
     terminal.blank_line()
     run(chat, reader)
     if readable and not history.kept:
-        terminal.notice(f"{history.path} cannot be written: the history will lack what was entered now")
+        terminal.notice(f"{history.path} cannot be written: what you typed is not in the history")

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from npqwen.checks import choice, near_names
 from npqwen.commands.options import Command
 from npqwen.errors import NpqwenError
 from npqwen.terminal.terminal import Terminal, discard, one_line
@@ -16,8 +17,13 @@ from npqwen.terminal.terminal import Terminal, discard, one_line
 FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
-COMMANDS = ("bench", "chat", "convert", "eval", "generate", "info")
+COMMANDS = ("bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm")
 """Each is the function of this name in the module of this name."""
+_ELSEWHERE = {
+    "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
+    "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
+}
+"""Commands of other programs -> the one here."""
 
 
 class _Group(Command, click.Group):
@@ -33,13 +39,31 @@ class _Group(Command, click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if name in COMMANDS or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        near = near_names(name, COMMANDS, _ELSEWHERE)
+        hint = f"; did you mean {choice(near)}?" if near else ""
+        raise click.UsageError(f"No such command '{name}'{hint}", ctx)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A row for each command: its first sentence, wrapped. click's own cuts it at the end of the line."""
+        commands = {name: self.get_command(ctx, name) for name in COMMANDS}
+        rows = [(name, _first_sentence(command.help or "")) for name, command in commands.items() if command]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                click.echo(err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".")
 
 
 def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -73,10 +97,11 @@ def _run(args: list[str] | None) -> int:
     try:
         status = cli.main(args, prog_name="npqwen", standalone_mode=False)
     except click.ClickException as error:
-        hint = ""
+        message = one_line(error.format_message()).rstrip(".")
         if isinstance(error, click.UsageError) and error.ctx is not None:
-            hint = f"; see {error.ctx.command_path} --help"
-        return _fail(one_line(error.format_message()).rstrip(".") + hint)
+            see = " See" if message.endswith("?") else "; see"
+            message += f"{see} {error.ctx.command_path} --help"
+        return _fail(message)
     except NpqwenError as error:
         return _fail(one_line(str(error)))
     except MemoryError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from npqwen.commands.options import Command, check_numba
+from npqwen.commands.options import Command, check_numba, low_disk_option
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.terminal import Terminal
 
@@ -21,9 +21,12 @@ from npqwen.terminal.terminal import Terminal
     help="Lose less by error feedback (GPTQ), for a text: one that the model writes itself, or files. Takes minutes.",
 )
 @click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
+@low_disk_option
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
-def convert(source: str, out: str | None, bits: int, calibrate: str | None, force: bool, quiet: bool) -> None:
-    """Convert SOURCE, a checkpoint directory or Hugging Face id, into the directory OUT.
+def convert(
+    source: str, out: str | None, bits: int, calibrate: str | None, force: bool, low_disk: bool, quiet: bool
+) -> None:
+    """Convert SOURCE, a checkpoint directory or a Hugging Face id, into the directory OUT.
 
     Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
     """
@@ -41,6 +44,7 @@ def convert(source: str, out: str | None, bits: int, calibrate: str | None, forc
             out,
             bits,
             force=force,
+            low_disk=low_disk,
             notice=terminal.notice,
             progress=terminal.conversion_progress,
             download_bars=terminal.shows_bars,

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from npqwen.commands.options import Command, bits_option, open_model, quiet_option, resolve, threads_option
+from npqwen.commands.options import (
+    Command,
+    bits_option,
+    low_disk_option,
+    open_model,
+    quiet_option,
+    resolve,
+    threads_option,
+)
 from npqwen.errors import OptionError, shortened
 from npqwen.terminal.terminal import Terminal
 
@@ -49,6 +57,7 @@ UNQUANTIZED = 16
 @click.option("--plot", metavar="FILE", help="Also draw a plot (.png, .svg, .pdf); needs matplotlib.")
 @bits_option
 @threads_option
+@low_disk_option
 @quiet_option
 def eval(
     model: str,
@@ -63,6 +72,7 @@ def eval(
     plot: str | None,
     bits: int | None,
     threads: int | None,
+    low_disk: bool,
     quiet: bool,
 ) -> None:
     """Measure how well MODEL predicts the text files TEXT: perplexity, and what quantizing it costs.
@@ -80,7 +90,7 @@ def eval(
 
         picture = check_plot(Path(plot))
     with Terminal(quiet=quiet) as terminal, ExitStack() as opened:
-        path, base_path = _resolve_both(model, against, bits, terminal)
+        path, base_path = _resolve_both(model, against, bits, terminal, low_disk)
 
         def opened_model(path: Path) -> Model:
             return opened.enter_context(closing(open_model(str(path), None, threads, None, terminal)))
@@ -151,16 +161,16 @@ def _read(file: BinaryIO) -> bytes:
 
 
 def _resolve_both(
-    model: str, against: str | None, bits: int | None, terminal: Terminal
+    model: str, against: str | None, bits: int | None, terminal: Terminal, low_disk: bool
 ) -> tuple[Path, Path | None]:
     """The converted directories of both models, converted first if necessary."""
     from npqwen.format.quantization import is_converted
 
-    path = resolve(model, bits, terminal)
+    path = resolve(model, bits, terminal, low_disk=low_disk)
     if against is None:
         return path, None
     converted = is_converted(Path(os.path.expanduser(against)))
-    base = resolve(against, None if converted else UNQUANTIZED, terminal)
+    base = resolve(against, None if converted else UNQUANTIZED, terminal, low_disk=low_disk)
     if os.path.samefile(path, base):
         raise OptionError(f"{path} would be compared with itself; give another model with --against")
     return path, base

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.options import Command, argument_text, generation_options, model_options, open_model, stdin_text
+from npqwen.commands.options import (
+    Command,
+    argument_text,
+    generation_options,
+    keyboard_notice,
+    model_options,
+    open_model,
+    stdin_text,
+)
 from npqwen.generation.options import check_options
 from npqwen.terminal.terminal import Terminal
 
@@ -26,6 +34,7 @@ def generate(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    low_disk: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -36,16 +45,27 @@ def generate(
     """
     from npqwen.generation.generate import check_prompt, stream
 
-    prompt = check_prompt(stdin_text() if prompt == "-" else argument_text(prompt))
+    terminal = Terminal(quiet=quiet)
+    prompt = stdin_text(terminal, keyboard_notice("the prompt")) if prompt == "-" else argument_text(prompt)
+    prompt = check_prompt(prompt)
     check_options(options)
     with (
-        Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        terminal,
+        closing(
+            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk)
+        ) as loaded,
     ):
+        from npqwen.terminal.answer_text import answer_text
+
         pieces = stream(loaded, prompt, progress=terminal.prompt_progress, **options)
-        for piece in pieces:
-            terminal.text(piece)
-        terminal.end_line()
+        text = answer_text(terminal, exact=True)
+        complete = False
+        try:
+            for piece in pieces:
+                text.add(piece)
+            complete = True
+        finally:
+            text.close(complete=complete)
         terminal.notice(_statistics(pieces))
 
 

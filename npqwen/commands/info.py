@@ -6,18 +6,19 @@ import json
 
 import click
 
-from npqwen.commands.options import Command, bits_option, resolve
+from npqwen.commands.options import Command, bits_option, low_disk_option, resolve
 from npqwen.terminal.terminal import Terminal
 
 
 @click.command(cls=Command)
 @click.argument("model")
 @bits_option
+@low_disk_option
 @click.option(
     "--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit."
 )
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
-def info(model: str, bits: int | None, context: int | None, as_json: bool) -> None:
+def info(model: str, bits: int | None, low_disk: bool, context: int | None, as_json: bool) -> None:
     """Describe MODEL: shapes, bits per weight, bytes of each part, memory needed, and the kernels that will run.
 
     Like the other commands, this downloads and converts the model first if necessary.
@@ -25,6 +26,6 @@ def info(model: str, bits: int | None, context: int | None, as_json: bool) -> No
     from npqwen.reports.info import describe, inspect
 
     with Terminal() as terminal:
-        path = resolve(model, bits, terminal)
+        path = resolve(model, bits, terminal, low_disk=low_disk)
         found = inspect(path, context)
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found)) + "\n")

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from npqwen.errors import OptionError
-from npqwen.format.recipe import CHOICES
+from npqwen.errors import OptionError, size
+from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.generation.options import OPTIONS, GenerationOptions, Option
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from npqwen.hub.support import Purpose
     from npqwen.model import Model
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
+PATIENCE = 1.0
+"""Seconds without input on stdin after which a notice says that it is read."""
+
 
 class Command(click.Command):
-    """A command whose --help, or -h, is written as all text is: with one line for an error, such as a full disk."""
+    """A command whose --help, or -h, is written as all text is: with one line for an error, such as a full disk.
+
+    An unknown option, or a value that was meant for another one, is refused with what to type instead.
+    """
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
@@ -36,6 +44,41 @@ class Command(click.Command):
         return option
 
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from npqwen.commands.flag_hints import hint
+
+            instead = hint(ctx, error.option_name)
+            problem = f"No such option '{error.option_name}'"
+            raise click.UsageError(f"{problem}; {instead}" if instead else problem, ctx) from None
+        except click.BadParameter as error:
+            from npqwen.commands.flag_hints import value_hint
+
+            instead = value_hint(error)
+            if not instead:
+                raise
+            raise click.BadParameter(f"{error.message.rstrip('.')}; {instead}", error.ctx, error.param) from None
+
+
+class Switch(click.Option):
+    """A pair of flags such as --think/--no-think, of which only one may be given."""
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        for opts, value in ((self.opts, True), (self.secondary_opts, False)):
+            parser.add_option(obj=self, opts=opts, dest=self.name, action="append_const", const=value)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> Any:
+        given = opts.get(self.name or "")
+        if isinstance(given, list):
+            if len(set(given)) > 1:
+                both = f"{self.opts[0]} and {self.secondary_opts[0]}"
+                raise click.UsageError(f"{both} exclude each other; give one of them", ctx)
+            opts = {**opts, self.name or "": given[0]}
+        return super().consume_value(ctx, opts)
+
+
 def _show_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
         Terminal().text(f"{ctx.get_help()}\n")
@@ -43,24 +86,30 @@ def _show_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> 
 
 
 bits_option = click.option(
-    "--bits", type=int, metavar="|".join(CHOICES), help="Bits per weight, if not converted yet."
+    "--bits",
+    type=int,
+    metavar="|".join(CHOICES),
+    help=f"Bits per weight, if not converted yet; default: {DEFAULT_BITS}.",
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics.")
+threads_option = click.option(
+    "--threads", "-t", type=int, metavar="N", help="Number of threads; default: one per core."
+)
+context_option = click.option(
+    "--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."
 )
 
 
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics.")
-threads_option = click.option(
-    "--threads", type=int, metavar="N", help="Number of threads; default: one per core."
+low_disk_option = click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Download and convert one file of weights at a time, and keep none; resumes after an interruption.",
 )
 
 
 def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context and --quiet, for commands that load a model."""
-    for option in (
-        quiet_option,
-        click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
-        threads_option,
-        bits_option,
-    ):
+    """Add --bits, --threads, --context, --low-disk and --quiet, for commands that load a model."""
+    for option in (quiet_option, low_disk_option, context_option, threads_option, bits_option):
         command = option(command)
     return command
 
@@ -96,9 +145,10 @@ def generation_options(defaults: GenerationOptions) -> Callable[[Decorated], Dec
 def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
     if option.kind is bool:
         help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
-        return click.option(f"{option.flag_name}/--no-{option.flag_name[2:]}", default=None, help=help)
+        return click.option(f"{option.flag_name}/--no-{option.flag_name[2:]}", cls=Switch, default=None, help=help)
     return click.option(
-        option.flag_name,
+        option.name,
+        *sorted((option.flag_name, *option.aliases), key=lambda flag: flag.startswith("--")),
         type=_Bias() if option.kind is None else option.kind,
         metavar=option.metavar,
         multiple=option.repeated,
@@ -114,14 +164,42 @@ def _given(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ..
     return [argument_text(value) for value in values] or None
 
 
-def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
-    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress."""
+class Counts(click.ParamType):  # type: ignore[type-arg]
+    """Numbers separated by commas, each at least `low`."""
+
+    name = "N,N"
+
+    def __init__(self, low: int, example: str) -> None:
+        self._low = low
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            counts = [int(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as {self._example}", param, ctx)
+        if min(counts) < self._low:
+            self.fail(f"{min(counts)} is too small: it must be at least {self._low}", param, ctx)
+        return counts
+
+
+def resolve(
+    model: str, bits: int | None, terminal: Terminal, *, purpose: Purpose = "arrays", low_disk: bool = False
+) -> Path:
+    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
     from npqwen import hub
 
     check_numba()
     return hub.resolve(
         model,
         bits,
+        purpose=purpose,
+        low_disk=low_disk,
         notice=terminal.notice,
         progress=terminal.conversion_progress,
         download_bars=terminal.shows_bars,
@@ -129,10 +207,23 @@ def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
 
 
 def open_model(
-    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
+    model: str,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    terminal: Terminal,
+    *,
+    purpose: Purpose = "arrays",
+    low_disk: bool = False,
 ) -> Model:
-    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
-    path = resolve(model, bits, terminal)
+    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
+    from npqwen.hardware.contention import Contention, too_many_threads
+
+    contention = Contention()
+    path = resolve(model, bits, terminal, purpose=purpose, low_disk=low_disk)
 
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load
@@ -140,12 +231,13 @@ def open_model(
     loaded = load(path, threads=threads, context=context, on_compile=terminal.compilation_progress)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
-        from npqwen.reports.info import size
-
         terminal.notice(
             f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
             "the rest will be read from disk again and again"
         )
+    crowded = too_many_threads(loaded.threads) or contention.hint(loaded.threads)
+    if crowded is not None:
+        terminal.notice(crowded)
     return loaded
 
 
@@ -158,13 +250,31 @@ def check_numba() -> None:
         raise OptionError(f"NUMBA_NUM_THREADS is {threads}, which Numba refuses; unset it")
 
 
-def stdin_text() -> str:
-    """All of stdin as UTF-8, with "\\n" line ends and without the last of them."""
+def stdin_text(terminal: Terminal, waiting: str) -> str:
+    """All of stdin as UTF-8, with "\\n" line ends and without the last of them.
+
+    waiting: a notice for somebody who does not know that stdin is read, if nothing comes from it for a moment.
+    """
+    notice = threading.Timer(PATIENCE, terminal.notice, (waiting,))
+    notice.daemon = True
+    notice.start()
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
+        data = sys.stdin.buffer.read(1)
+        notice.cancel()
+        if data:  # at a keyboard, reading after the end would wait for another end
+            data += sys.stdin.buffer.read()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OptionError(f"the prompt on stdin is not UTF-8 (at byte {error.start})") from None
+    finally:
+        notice.cancel()
     return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+def keyboard_notice(what: str) -> str:
+    """A notice that `what` is read from stdin, and how it is ended at the keyboard."""
+    end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+    return f"waiting for {what} on stdin; {end} on an empty line ends it"
 
 
 def argument_text(text: str) -> str:

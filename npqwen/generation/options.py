@@ -61,6 +61,7 @@ class Option(NamedTuple):
     flag: whether the command line has it; repeated: whether its flag may be given more than once.
     settable: whether `/set` has it.
     validate: replaces the check by type and range: (name, value) -> the value to use, or OptionError.
+    aliases: further spellings of its flag. elsewhere: its names in other programs, for suggestions.
     """
 
     help: str
@@ -73,6 +74,8 @@ class Option(NamedTuple):
     repeated: bool = False
     settable: bool = True
     validate: Callable[[str, Any], Any] | None = None
+    aliases: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
     name: str = ""
 
     @property
@@ -146,7 +149,14 @@ class GenerationOptions(TypedDict, total=False):
 
     max_tokens: Annotated[
         int | None,
-        Option("Generate at most N tokens; default: until the text ends or the context is full.", int, 1, metavar="N"),
+        Option(
+            "Generate at most N tokens; default: until the text ends or the context is full.",
+            int,
+            1,
+            metavar="N",
+            aliases=("-n",),
+            elsewhere=("max_new_tokens", "n_predict", "num_predict", "predict", "max_completion_tokens", "max_length"),
+        ),
     ]
     stop: Annotated[
         str | Iterable[str] | None,
@@ -156,6 +166,7 @@ class GenerationOptions(TypedDict, total=False):
             metavar="TEXT",
             repeated=True,
             validate=check_stop,
+            elsewhere=("reverse_prompt", "stop_sequences", "stop_strings", "extra_eos_token"),
         ),
     ]
     logprobs: Annotated[
@@ -191,7 +202,12 @@ class GenerationOptions(TypedDict, total=False):
     ]
     thinking_budget: Annotated[
         int | None,
-        Option("End the model's thinking after N tokens and have it answer; default: no limit.", int, metavar="N"),
+        Option(
+            "End the model's thinking after N tokens and have it answer; default: no limit.",
+            int,
+            metavar="N",
+            elsewhere=("reasoning_budget", "budget_tokens", "max_thinking_tokens"),
+        ),
     ]
     loop_guard: Annotated[
         LoopGuard | bool | None,
@@ -199,35 +215,70 @@ class GenerationOptions(TypedDict, total=False):
     ]
     temperature: Annotated[
         float | None,
-        Option("Divide the logits by T; 0 always takes the likeliest token.", float, 0, 100, metavar="T"),
+        Option(
+            "Divide the logits by T; 0 always takes the likeliest token; default: the model's own.",
+            float,
+            0,
+            100,
+            metavar="T",
+            aliases=("--temp",),
+            elsewhere=("temp",),
+        ),
     ]
-    top_k: Annotated[int | None, Option("Draw only from the K likeliest tokens; 0: all.", int, metavar="K")]
+    top_k: Annotated[
+        int | None,
+        Option("Draw only from the K likeliest tokens; 0: all; default: the model's own.", int, metavar="K"),
+    ]
     top_p: Annotated[
         float | None,
-        Option("Draw only from the likeliest tokens that sum to probability P; 1: all.", float, 0, 1, metavar="P"),
+        Option(
+            "Draw only from the likeliest tokens that sum to probability P; 1: all; default: the model's own.",
+            float,
+            0,
+            1,
+            metavar="P",
+        ),
     ]
     min_p: Annotated[
         float | None,
-        Option("Draw only from tokens at least P times as likely as the likeliest; 0: all.", float, 0, 1, metavar="P"),
+        Option(
+            "Draw only from tokens at least P times as likely as the likeliest; 0: all; default: the model's own.",
+            float,
+            0,
+            1,
+            metavar="P",
+        ),
     ]
     repetition_penalty: Annotated[
         float | None,
         Option(
-            "Divide positive logits of tokens in prompt or text by X and multiply negative ones; 1: off.",
+            "Divide positive logits of tokens in prompt or text by X and multiply negative ones; 1: off; "
+            "default: the model's own.",
             float,
             0.01,
             100,
             metavar="X",
+            elsewhere=("repeat_penalty",),
         ),
     ]
     presence_penalty: Annotated[
         float | None,
-        Option("Subtract X from the logits of tokens generated so far; 0: off.", float, -100, 100, metavar="X"),
+        Option(
+            "Subtract X from the logits of tokens generated so far; 0: off; default: the model's own.",
+            float,
+            -100,
+            100,
+            metavar="X",
+        ),
     ]
     frequency_penalty: Annotated[
         float | None,
         Option(
-            "Subtract X from a token's logit for each time it was generated; 0: off.", float, -100, 100, metavar="X"
+            "Subtract X from a token's logit for each time it was generated; default: 0, off.",
+            float,
+            -100,
+            100,
+            metavar="X",
         ),
     ]
     logit_bias: Annotated[
@@ -242,7 +293,13 @@ class GenerationOptions(TypedDict, total=False):
     ]
     seed: Annotated[
         int | None,
-        Option("Generate the same text again for the same seed, prompt and options.", int, metavar="N"),
+        Option(
+            "Generate the same text again for the same seed, prompt and options; default: another text each time.",
+            int,
+            metavar="N",
+            aliases=("-s",),
+            elsewhere=("random_seed", "rng_seed"),
+        ),
     ]
     progress: Annotated[
         Progress | None,
@@ -279,6 +336,9 @@ def option_table(definitions: Any, inherited: Iterable[str] = ()) -> dict[str, O
 OPTIONS = option_table(GenerationOptions)
 """All options by name, in the order in which messages and `--help` list them."""
 
+ELSEWHERE = {other: option.name for option in OPTIONS.values() for other in option.elsewhere}
+"""What other programs call an option -> its name here."""
+
 CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
 """Defaults in a chat that differ from the options' own."""
 
@@ -299,6 +359,6 @@ def check_options(options: Mapping[str, Any]) -> GenerationOptions:
 def find_option(name: str, among: Iterable[str] = OPTIONS) -> Option:
     """The option of this name; OptionError, with the closest name, if it is not one of `among` (default: all)."""
     if name not in among:
-        raise OptionError(f"unknown option {quoted(name)}; {suggestion(name, among)}")
+        raise OptionError(f"unknown option {quoted(name)}; {suggestion(name, among, ELSEWHERE)}")
     return OPTIONS[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from npqwen.generation.options import GenerationOptions, LoopGuard
-from npqwen.generation.watched import Watch, Watched
+from npqwen.generation.watched import EndedBy, Watch, Watched
 
 _LONGEST_CHARACTER = 4
 """Bytes of one character in UTF-8, and so the most tokens it can take."""
@@ -23,17 +23,21 @@ def option_watches(options: GenerationOptions) -> list[Watch]:
 
 
 class ThinkingBudget:
-    """Ends the thinking after `tokens` tokens, tags not counted; a few more if they complete a character."""
+    """Ends the thinking after `tokens` tokens, tags not counted; a few more if they complete a character.
 
-    def __init__(self, tokens: int) -> None:
+    by: who ends it, as the text's `thinking_ended_by` will tell.
+    """
+
+    def __init__(self, tokens: int, by: EndedBy = "budget") -> None:
         self.tokens = tokens
+        self._by = by
 
     def __call__(self, text: Watched) -> None:
         over = text.thinking.length - self.tokens
         if over < 0 or not text.thinking.is_open:
             return
         if not text.within_character or over >= _LONGEST_CHARACTER:
-            text.end_thinking("budget")
+            text.end_thinking(self._by)
 
 
 class LoopWatch:

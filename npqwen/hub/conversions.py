@@ -1,16 +1,14 @@
 """Converted models: a directory of the user's, or a conversion in the user's cache, made when it is first needed.
 
-A conversion in the cache is named after the state of its checkpoint (the commit, or the files' sizes and times), the
-recipe and the format version; so a changed checkpoint or a new version means another conversion.
+A conversion in the cache is named after the contents of its checkpoint (the hub's hashes, or the files' sizes and
+times), the recipe and the format version. A new commit with the same contents has the same conversion; one whose small
+files alone are new gets a directory with links to the old one's weights.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
-import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,12 @@ from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError, quoted
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
-from npqwen.hub.repository import download, latest_commit
+from npqwen.hub import record
+from npqwen.hub.names import HubName, with_revision
+from npqwen.hub.repository import MAIN, downloaded, folder, look_up
+from npqwen.hub.source import LocalSource, Source
+from npqwen.hub.support import Purpose, check, check_purpose, file_error
+from npqwen.hub.transfer import Transfer
 
 if TYPE_CHECKING:
     from npqwen_quant.calibration import Calibration
@@ -28,60 +31,71 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-# The files that a conversion depends on.
-_FINGERPRINTED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
-
 
 def resolve(
     model: str | os.PathLike[str],
     bits: int | None = None,
     *,
+    revision: str | None = None,
+    purpose: Purpose = "arrays",
+    low_disk: bool = False,
     notice: Notice | None = None,
     progress: Progress | None = None,
     download_bars: bool = False,
 ) -> Path:
     """The converted directory that `model` names, made first if need be.
 
-    model: a converted directory, a checkpoint directory, or a hub id "org/name". A checkpoint is converted into
-    `cache_directory()`, once for each state of its files (on the hub: each commit) and each `bits`.
+    model: a converted directory, a checkpoint directory, or a name on the hub: "org/name", "org/name@revision", a URL
+    of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A checkpoint is converted into `cache_directory()`, once for
+    each state of its files and each `bits`.
     bits: the recipe (npqwen.format.recipe), by default 4; None accepts any converted directory.
+    revision: a branch, tag or commit of the hub's repository, if the name has none.
+    purpose: what the model must be able to do; checked before a download or a conversion.
+    low_disk: download and convert one file of weights at a time, and keep none of them.
     notice(line): called with what is done and where. progress(done, total): bytes converted so far.
     download_bars: let huggingface_hub draw its progress bars on stderr.
 
-    Raises ModelNotFoundError if there is no such directory or repository, or if the hub cannot be reached and there is
-    no local copy; OptionError for a converted directory of other bits; what `npqwen_quant.convert` raises.
+    Raises ModelNotFoundError if there is no such directory, repository or revision, or if the hub cannot be reached and
+    there is no local copy; CheckpointError for a model that npqwen cannot run; OptionError for a converted directory of
+    other bits, or a model that cannot do what it must; OutputError if it does not fit on the disk; what
+    `npqwen_quant.convert` raises.
     """
     recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
     tell = notice or _ignore
-    if (directory := _directory(model)) is not None:
+    directory = _directory(model)
+    if directory is not None:
+        _refuse_revision(directory, revision)
         if is_converted(directory):
+            check_purpose(LocalSource(directory), purpose)
             return _with_bits(directory, bits)
-        return _converted_once(directory, _local_target(directory, recipe), recipe, tell, progress)
-    repository = _repository(model)
-    commit, problem = latest_commit(repository)
-    if commit is not None:
-        target = _hub_target(repository, commit, recipe)
-        if is_converted(target):
-            tell(f"using {target}")
-            return target
-    elif (kept := _newest_conversion(repository, recipe)) is not None:
-        tell(f"{problem}; using {kept}")
-        return kept
-    snapshot = _downloaded(repository, problem, tell, download_bars)
-    if is_converted(snapshot):
-        tell(f"using {snapshot}")
-        return _with_bits(snapshot, bits)
-    return _converted_once(snapshot, _hub_target(repository, snapshot.name, recipe), recipe, tell, progress)
+        source: Source = LocalSource(directory)
+    else:
+        name = with_revision(model, revision)
+        found, problem = look_up(name)
+        if found is None:
+            if (kept := _newest_conversion(name, recipe)) is not None:
+                tell(f"{problem}; using {kept}")
+                check_purpose(LocalSource(kept, str(name)), purpose)
+                record.touch(kept)
+                return kept
+            source = downloaded(name, problem)
+            tell(f"{problem}; using the copy downloaded before")
+        else:
+            source = found
+    transfer = Transfer(source, tell, download_bars, progress)
+    target = _target(source, recipe)
+    if is_converted(target):
+        check_purpose(source, purpose)
+        tell(f"using {target}")
+    elif (directory := transfer.converted_already()) is not None:
+        check_purpose(LocalSource(directory, source.label), purpose)
+        tell(f"using {directory}")
+        return _with_bits(directory, bits)
+    else:
+        check(source, purpose)
+        _convert_once(transfer, target, recipe, low_disk)
+    record.used(target, source.model, source.revision, source.commit)
+    return target
 
 
 def convert(
@@ -90,45 +104,59 @@ def convert(
     bits: int = DEFAULT_BITS,
     *,
     force: bool = False,
+    revision: str | None = None,
+    low_disk: bool = False,
     notice: Notice | None = None,
     progress: Progress | None = None,
     download_bars: bool = False,
     calibration: Callable[[Path], Calibration] | None = None,
     calibration_progress: Progress | None = None,
 ) -> Path:
-    """Convert a checkpoint directory or hub id into `out`, by default into the cache; returns the directory.
+    """Convert a checkpoint directory or a repository of the hub into `out`, by default into the cache.
 
-    force: convert again, and replace a converted model that is there. calibration: makes the text of a checkpoint
-    directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in the cache. Raises what
-    `resolve` and `npqwen_quant.convert` raise; the other parameters are those of `resolve`.
+    Returns the converted directory. force: convert again, and replace a converted model that is there. calibration:
+    makes the text of a checkpoint directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in
+    the cache, and all weights are needed, so it excludes low_disk. Raises what `resolve` and `npqwen_quant.convert`
+    raise; the other parameters are those of `resolve`.
     """
-    from npqwen_quant import convert as convert_directory
-
     recipe = recipe_of(bits)
     tell = notice or _ignore
+    if low_disk and calibration is not None:
+        raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
     directory = _directory(source)
-    if directory is None:
-        repository = _repository(source)
-        _, problem = latest_commit(repository)
-        directory = _downloaded(repository, problem, tell, download_bars)
-        target = _hub_target(repository, directory.name, recipe)
+    found: Source | None
+    if directory is not None:
+        _refuse_revision(directory, revision)
+        found = LocalSource(directory)
     else:
-        target = _local_target(directory, recipe)
-    if is_converted(directory):
+        name = with_revision(source, revision)
+        found, problem = look_up(name)
+        if found is None:
+            found = downloaded(name, problem)
+            tell(f"{problem}; using the copy downloaded before")
+    transfer = Transfer(found, tell, download_bars, progress)
+    if transfer.converted_already(download=False) is not None:
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
-    if out is None and not force and calibration is None:
-        return _converted_once(directory, target, recipe, tell, progress)
-    target = target if out is None else Path(os.path.expanduser(out))
-    started = _announced(f"converting {source} to {recipe.name}, into {target}", tell, progress)
-    convert_directory(
-        directory,
-        target,
-        bits,
-        force=force or out is None,
-        progress=started,
-        calibration=None if calibration is None else calibration(directory),
-        calibration_progress=calibration_progress,
-    )
+    target = _target(found, recipe)
+    in_cache = out is None
+    if in_cache and not force and calibration is None and is_converted(target):
+        tell(f"using {target}")
+    else:
+        check(found, "arrays")
+        if in_cache and not force and calibration is None:
+            _convert_once(transfer, target, recipe, low_disk)
+        else:
+            target = target if out is None else Path(os.path.expanduser(out))
+            transfer.convert(
+                target,
+                recipe,
+                low_disk=low_disk,
+                force=force or in_cache,
+                calibration=calibration,
+                calibration_progress=calibration_progress,
+            )
+    if in_cache:
+        record.used(target, found.model, found.revision, found.commit)
     return target
 
 
@@ -146,8 +174,13 @@ def _with_bits(directory: Path, bits: int | None) -> Path:
     return directory
 
 
+def _refuse_revision(directory: Path, revision: str | None) -> None:
+    if revision is not None:
+        raise OptionError(f"revision is {quoted(revision)}, but {directory} is a directory, which has no revisions")
+
+
 def _directory(model: str | os.PathLike[str]) -> Path | None:
-    """The directory of this name; None if it can only be a hub id."""
+    """The directory of this name; None if it can only be on the hub."""
     path = Path(os.path.expanduser(model))
     try:
         mode = path.stat().st_mode
@@ -158,87 +191,51 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
             return None
         raise ModelNotFoundError(f"{model} cannot be read: {error.strerror or error}") from None
     if not stat.S_ISDIR(mode):
-        raise ModelNotFoundError(f"{model} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
+        raise file_error(path, os.fspath(model))
     return path
 
 
-def _repository(model: str | os.PathLike[str]) -> str:
-    name = os.fspath(model)
-    if not _HUB_ID.fullmatch(name):
-        raise ModelNotFoundError(f"there is no directory {quoted(name)}, nor is it a hub id like Qwen/Qwen3-0.6B")
-    return name
-
-
-def _downloaded(repository: str, problem: str, tell: Notice, bars: bool) -> Path:
-    """`download`, with a notice of it."""
-    if not problem:
-        tell(f"downloading {repository} (huggingface_hub keeps it in its cache)")
-    directory = download(repository, problem, bars=bars)
-    if problem:
-        tell(f"{problem}; using the copy downloaded before")
-    return directory
-
-
-def _local_target(directory: Path, recipe: Recipe) -> Path:
+def _target(source: Source, recipe: Recipe) -> Path:
     """Where the conversion of a checkpoint in its present state belongs."""
-    resolved = directory.resolve()
-    files = {path for pattern in _FINGERPRINTED for path in resolved.glob(pattern)}
-    states = []
-    for path in sorted(files):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # a dangling link
-            continue
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-        states.append((path.name, status.st_size, status.st_mtime_ns))
-    digest = hashlib.sha256(json.dumps([str(resolved), states]).encode()).hexdigest()
-    return _target("local", resolved.name or "root", digest, recipe)
+    name = f"{source.weights_digest[:12]}-{source.files_digest[:8]}-{recipe.name}-v{FORMAT_VERSION}"
+    return cache_directory() / source.folder / name
 
 
-def _hub_target(repository: str, commit: str, recipe: Recipe) -> Path:
-    return _target("hub", repository.replace("/", "--"), commit, recipe)
-
-
-def _target(kind: str, name: str, state: str, recipe: Recipe) -> Path:
-    return cache_directory() / kind / name / f"{state[:12]}-{recipe.name}-v{FORMAT_VERSION}"
-
-
-def _newest_conversion(repository: str, recipe: Recipe) -> Path | None:
-    """The newest conversion of any commit of the repository, None if there is none."""
-    pattern = _hub_target(repository, "*", recipe)
+def _same_weights(target: Path) -> Path | None:
+    """Another conversion that differs from `target` in small files only; None if there is none."""
+    weights, _, recipe = target.name.split("-", 2)
     try:
-        found = [path for path in pattern.parent.glob(pattern.name) if is_converted(path)]
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+        found = sorted(path for path in target.parent.glob(f"{weights}-*-{recipe}") if is_converted(path))
+    except OSError:  # the cache cannot be read
+        return None
+    return found[0] if found else None
+
+
+def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
+    """The conversion that was last used of all that were this revision of the repository; None if there is none."""
+    parent = cache_directory() / folder(name.repository)
+    revision = name.revision or MAIN
+    try:
+        found = [
+            path
+            for path in parent.glob(f"*-{recipe.name}-v{FORMAT_VERSION}")
+            if is_converted(path) and (known := record.read(path)) is not None and revision in known.revisions
+        ]
+        return max(found, key=record.last_used, default=None)
     except OSError:  # the cache cannot be read
         return None
 
 
-def _converted_once(source: Path, target: Path, recipe: Recipe, tell: Notice, progress: Progress | None) -> Path:
-    """Convert into the cache, unless it has been done."""
-    if is_converted(target):
-        tell(f"using {target}")
-        return target
-    from npqwen_quant import convert as convert_directory
-
-    started = _announced(f"converting {source} to {recipe.name}, once, into {target}", tell, progress)
+def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool) -> None:
+    """Convert into the cache."""
     try:
-        convert_directory(source, target, recipe.bits, progress=started)
+        if (other := _same_weights(target)) is not None:
+            transfer.update(other, target)
+        else:
+            transfer.convert(target, recipe, low_disk=low_disk, once=True)
     except OutputError as error:
-        if not is_converted(target):  # else another process was faster, and its result is as good
-            raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
-    return target
-
-
-def _announced(line: str, tell: Notice, progress: Progress | None) -> Progress:
-    """`progress`, with a notice before its first call: by then the converter has checked the checkpoint."""
-
-    def announced(done: int, total: int) -> None:
-        nonlocal line
-        if line:
-            tell(line)
-            line = ""
-        if progress is not None:
-            progress(done, total)
-
-    return announced
+        if is_converted(target):  # another process was faster, and its result is as good
+            return
+        if "NPQWEN_CACHE" in str(error):
+            raise
+        raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error

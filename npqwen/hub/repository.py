@@ -1,4 +1,4 @@
-"""Repositories on the Hugging Face hub: their newest commit, and their files, through huggingface_hub.
+"""Repositories on the Hugging Face hub: the files of a revision, and downloading them, through huggingface_hub.
 
 What its client raises becomes one line. Network errors are those of requests or httpx, by its version, so they are
 caught as Exception.
@@ -8,54 +8,186 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+import glob
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError, shortened
+from npqwen.hub.names import HubName
+from npqwen.hub.source import IGNORED, PATTERNS, File, LocalSource, Source, is_wanted
 
-# The files of a conversion. Weights of other frameworks stay on the hub.
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-# Of subdirectories, only additional_chat_templates is needed.
-_IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
+MAIN = "main"
+"""The revision of a name without one, in records of conversions."""
 
 
-def latest_commit(repository: str) -> tuple[str | None, str]:
-    """The newest commit of a repository; or None, and a clause that says why the hub cannot be used.
+class HubSource(Source):
+    """A commit of a repository on the hub, of which nothing needs to be here.
 
-    Raises ModelNotFoundError if there is no such repository, or none that this user may read.
+    answer: what the hub says of it (`HfApi.model_info` with the files' metadata).
+    """
+
+    remote = True
+
+    def __init__(self, name: HubName, answer: Any) -> None:
+        self.repository: str = getattr(answer, "id", None) or name.repository
+        self.label = str(HubName(self.repository, name.revision))
+        self.model = self.repository
+        self.revision = name.revision or MAIN
+        self.commit: str = answer.sha
+        self.files = {file.rfilename: self._file(file) for file in answer.siblings or []}
+        card = getattr(answer, "card_data", None)
+        bases = getattr(card, "base_model", None) or []
+        self.originals = tuple(base for base in ([bases] if isinstance(bases, str) else bases) if isinstance(base, str))
+        self.pipeline = getattr(answer, "pipeline_tag", None)
+
+    def _file(self, file: Any) -> File:
+        lfs = file.lfs
+        digest = lfs["sha256"] if lfs else file.blob_id
+        return File(file.size or 0, digest or f"{self.commit}/{file.rfilename}")
+
+    @property
+    def folder(self) -> Path:
+        return folder(self.repository)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The files that a conversion uses."""
+        return sorted(name for name in self.files if is_wanted(name))
+
+    @property
+    def shards(self) -> list[str]:
+        """The files of weights."""
+        return sorted(self.matching("*.safetensors"))
+
+    def small_file(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        with _errors(self.label), _progress_bars(False):
+            return Path(hf_hub_download(self.repository, name, revision=self.commit))
+
+    def missing(self, names: Iterable[str]) -> int:
+        """Bytes of some files that are not in huggingface_hub's cache."""
+        from huggingface_hub import try_to_load_from_cache
+
+        blobs = download_directory() / f"models--{self.repository.replace('/', '--')}" / "blobs"
+        total = 0
+        for name in names:
+            file = self.files[name]
+            if (blobs / file.digest).exists() or isinstance(
+                try_to_load_from_cache(self.repository, name, revision=self.commit), str
+            ):
+                continue
+            begun = blobs.glob(f"{glob.escape(file.digest)}*.incomplete") if "/" not in file.digest else ()
+            total += max(0, file.nbytes - sum(_size(path) for path in begun))
+        return total
+
+    def download(self, *, weights: bool, bars: bool) -> Path:
+        """Download what is missing into huggingface_hub's own cache; returns the directory there.
+
+        weights: False leaves them on the hub. bars: let huggingface_hub draw its progress bars on stderr.
+        Raises ModelNotFoundError if it cannot be reached, OutputError if the disk is full.
+        """
+        from huggingface_hub import snapshot_download
+
+        revision = None if self.revision == MAIN else self.revision
+        ignored = IGNORED if weights else [*IGNORED, "*.safetensors"]
+        with _errors(self.label), _progress_bars(bars):
+            found = snapshot_download(
+                self.repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=ignored
+            )
+        if Path(found).name != self.commit:
+            raise ModelNotFoundError(f"{self.label} changed on the hub just now; try again")
+        return Path(found)
+
+    def shard(self, name: str, directory: Path, bars: bool) -> Path:
+        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is."""
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        kept = try_to_load_from_cache(self.repository, name, revision=self.commit)
+        if isinstance(kept, str):
+            return Path(kept)
+        with _errors(self.label), _progress_bars(bars):
+            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=directory))
+
+
+class SnapshotSource(LocalSource):
+    """A revision that was downloaded before, in huggingface_hub's cache, while the hub cannot be used."""
+
+    def __init__(self, name: HubName, directory: Path) -> None:
+        super().__init__(directory, str(name))
+        self.model = name.repository
+        self.revision = name.revision or MAIN
+        self.commit = directory.name
+
+    @staticmethod
+    def _content(path: Path, status: os.stat_result) -> str:
+        # A link leads to a file whose name is the hub's digest; where there are no links, a conversion is made anew.
+        return Path(os.readlink(path)).name if path.is_symlink() else LocalSource._content(path, status)
+
+    @property
+    def folder(self) -> Path:
+        return folder(self.model)
+
+    @property
+    def _salt(self) -> str:
+        return ""
+
+
+def folder(repository: str) -> Path:
+    """Where in the cache's directory the conversions of a repository lie."""
+    return Path("hub", repository.replace("/", "--"))
+
+
+def look_up(name: HubName) -> tuple[HubSource | None, str]:
+    """What the hub says of a name; or None, and a clause that says why the hub cannot be used.
+
+    Raises ModelNotFoundError if there is no such repository or revision, or none that this user may read.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HFValidationError  # type: ignore[attr-defined]
 
-    with _errors(repository):
+    with _errors(str(name)):
         try:
-            commit = HfApi().model_info(repository, timeout=10).sha
-            return commit or None, "" if commit else "the hub names no commit"
+            answer = HfApi().model_info(name.repository, revision=name.revision, timeout=10, files_metadata=True)
         except Exception as error:
-            # After these two another attempt is pointless. A proxy may also answer with a page instead of JSON.
+            # After these another attempt is pointless. A proxy may also answer with a page instead of JSON.
             if isinstance(error, HFValidationError) or _is_missing(error):
                 raise
             return None, _problem(error)
+        if not answer.sha:
+            return None, "the hub names no commit"
+        return HubSource(name, answer), ""
 
 
-def download(repository: str, problem: str, *, bars: bool) -> Path:
-    """Download what is missing of a repository into huggingface_hub's own cache; returns the directory there.
+def downloaded(name: HubName, problem: str) -> SnapshotSource:
+    """What an earlier download has left; ModelNotFoundError if there is none.
 
-    problem: the clause of `latest_commit`; unless empty, only a complete earlier download is returned.
-    bars: let huggingface_hub draw its progress bars on stderr.
-    Raises ModelNotFoundError if there is no copy, OutputError if the disk is full.
+    problem: the clause of `look_up`.
     """
     from huggingface_hub import snapshot_download
 
-    with _errors(repository, problem), _progress_bars(bars):
+    with _errors(str(name), problem):
         path = snapshot_download(
-            repository, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED, local_files_only=bool(problem)
+            name.repository,
+            revision=name.revision,
+            allow_patterns=PATTERNS,
+            ignore_patterns=IGNORED,
+            local_files_only=True,
         )
-    return Path(path)
+    return SnapshotSource(name, Path(path))
+
+
+def download_directory() -> Path:
+    """huggingface_hub's own cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE).expanduser()
 
 
 @contextlib.contextmanager
-def _errors(repository: str, problem: str = "") -> Iterator[None]:
+def _errors(label: str, problem: str = "") -> Iterator[None]:
     """Turn each of huggingface_hub's errors into one line."""
     try:
         yield
@@ -63,24 +195,37 @@ def _errors(repository: str, problem: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{repository} cannot be downloaded: the disk is full") from None
+            raise OutputError(f"{label} cannot be downloaded: the disk is full") from None
+        if _is_a(error, "RevisionNotFoundError"):
+            repository, _, revision = label.partition("@")
+            raise ModelNotFoundError(
+                f"{repository} has no revision {shortened(revision or MAIN)}: no branch, tag or commit of this name"
+            ) from None
+        if _is_a(error, "GatedRepoError"):
+            repository = label.partition("@")[0]
+            raise ModelNotFoundError(
+                f"{repository} is gated: accept its conditions on https://huggingface.co/{repository}, then log in "
+                "with `hf auth login`"
+            ) from None
         if _is_missing(error):
             raise ModelNotFoundError(
-                f"there is no directory {repository}, and no such repository on the hub that you may read; "
+                f"there is no directory {label}, and no such repository on the hub that you may read; "
                 "check the name, or log in with `hf auth login` if it is private or gated"
             ) from None
         if problem:
-            raise ModelNotFoundError(
-                f"there is no directory {repository}, it is not in the cache, and {problem}"
-            ) from None
-        raise ModelNotFoundError(f"{repository} cannot be downloaded: {_first_line(error)}") from None
+            raise ModelNotFoundError(f"there is no directory {label}, it is not in the cache, and {problem}") from None
+        raise ModelNotFoundError(f"{label} cannot be downloaded: {_first_line(error)}") from None
 
 
 def _is_missing(error: Exception) -> bool:
-    # huggingface_hub.errors has it only since 0.25.
-    from huggingface_hub.utils import RepositoryNotFoundError  # type: ignore[attr-defined]
+    return _is_a(error, "RepositoryNotFoundError") or _is_a(error, "RevisionNotFoundError")
 
-    return isinstance(error, RepositoryNotFoundError)
+
+def _is_a(error: Exception, name: str) -> bool:
+    # huggingface_hub.errors has them only since 0.25.
+    import huggingface_hub.utils
+
+    return isinstance(error, getattr(huggingface_hub.utils, name))
 
 
 def _problem(error: Exception) -> str:
@@ -94,6 +239,13 @@ def _problem(error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return shortened(text.splitlines()[0], 200) if text else type(error).__name__
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 @contextlib.contextmanager

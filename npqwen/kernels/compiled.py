@@ -56,12 +56,23 @@ def kernel_directory() -> Path:
     """The directory of the kernels that these sources and versions compile for this processor. It may not exist yet."""
     from npqwen.simd.isa import ISA  # chosen on import: the converter needs none
 
+    return _directory_of(ISA.name)
+
+
+def usable_directories() -> list[Path]:
+    """`kernel_directory()` for each instruction set that this processor has, whichever is chosen."""
+    from npqwen.simd.isa import available
+
+    return [_directory_of(isa.name) for isa in available()]
+
+
+def _directory_of(isa: str) -> Path:
     digest = hashlib.sha256(_DIGEST)
     codegen = cpu_target.target_context.codegen().magic_tuple()
     versions = numba.__version__, llvmlite.__version__, platform.python_version()
-    for part in (*versions, ISA.name, codegen, mmap.PAGESIZE):
+    for part in (*versions, isa, codegen, mmap.PAGESIZE):
         digest.update(repr(part).encode())
-    return cache_directory() / "kernels" / f"{ISA.name}-{digest.hexdigest()[:20]}"
+    return cache_directory() / "kernels" / f"{isa}-{digest.hexdigest()[:20]}"
 
 
 def _is_private(status: os.stat_result) -> bool:

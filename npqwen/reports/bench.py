@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Measure:
     tokens: int
     depth: int
     """Tokens in the cache at the start."""
+    threads: int
     rates: list[float]
     """Tokens per second."""
     bytes_per_token: int
@@ -43,7 +44,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Report:
-    """A model's speed and the machine it was measured on."""
+    """A model's speed, with one or several numbers of threads, and the machine it was measured on."""
 
     model: str
     bits: int
@@ -52,15 +53,26 @@ class Report:
     """The recipe's name, such as "int4"."""
     weights: int
     """Bytes."""
-    threads: int
+    threads: list[int]
+    """The numbers of threads that were measured."""
     kernels: str
     processor: str
     version: str
-    read_bandwidth: float
-    """Bytes per second with this many threads: the median of all measurements."""
+    read_bandwidth: list[float]
+    """Bytes per second with each number of threads: the median of all measurements."""
     huge_pages: int | None
     """Bytes of the weights that are mapped by huge pages, which are faster to read; None if the system does not say."""
     measures: list[Measure]
+
+    @classmethod
+    def merged(cls, reports: Sequence[Report]) -> Report:
+        """One report of several that differ in their threads only."""
+        return replace(
+            reports[-1],
+            threads=[threads for report in reports for threads in report.threads],
+            read_bandwidth=[bandwidth for report in reports for bandwidth in report.read_bandwidth],
+            measures=[measure for report in reports for measure in report.measures],
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All fields and the medians, for JSON."""
@@ -76,25 +88,34 @@ class Report:
             pages = f"; {min(1.0, self.huge_pages / self.weights):.0%} of the weights are in huge pages"
         lines = [
             f"{self.model}: {self.encoding}",
-            f"{self.processor}, {self.threads} threads, {self.kernels} kernels, npqwen {self.version}",
-            f"memory reads {self.read_bandwidth / 1e9:.1f} GB/s{pages}",
+            f"{self.processor}, {self.kernels} kernels, npqwen {self.version}",
+            f"memory reads {bandwidths(self.threads, self.read_bandwidth)}{pages}",
             "",
             *table(self.as_dict()["measures"]),
         ]
         return "\n".join(lines)
 
 
+def bandwidths(threads: list[int], rates: list[float]) -> str:
+    """Read bandwidths, in bytes per second, with these numbers of threads: "10.1 GB/s with 1 thread, ..."."""
+    return ", ".join(
+        f"{rate / 1e9:.1f} GB/s with {count} {'thread' if count == 1 else 'threads'}"
+        for count, rate in zip(threads, rates, strict=True)
+    )
+
+
 def table(measures: list[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table of the measures, as `Report.as_dict` has them."""
     lines = [
-        "| test | depth | tokens/s (median) | min - max | MB a token | share of bandwidth |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| test | depth | threads | tokens/s (median) | min - max | MB a token | share of bandwidth |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for m in measures:
         spread = f"{min(m['rates']):.1f} - {max(m['rates']):.1f}"
         read = m["bytes_per_token"]
         memory = f"{read / 1e6:.0f} | {m['bandwidth_share']:.0%}" if read else " | "
-        lines.append(f"| {m['test']} {m['tokens']} | {m['depth']} | {m['median']:.1f} | {spread} | {memory} |")
+        cells = f"{m['test']} {m['tokens']}", m["depth"], m["threads"], f"{m['median']:.1f}", spread, memory
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
@@ -121,7 +142,7 @@ def benchmark(
         raise OptionError(f"{longest} tokens do not fit the model's context of {model.context}")
     ids = np.random.default_rng(0).integers(0, min(len(model.tokenizer), model.config.vocab_size), longest + 1)
     done = 0
-    bandwidths: list[float] = []
+    readings: list[float] = []
     measures = []
     logits = np.empty((1, model.config.vocab_size), np.float32)
     with ReadBandwidth(model.threads, _bytes_to_read()) as memory:
@@ -133,7 +154,7 @@ def benchmark(
             rates, shares = [], []
             for turn in range(repeat + 1):
                 # The machine's speed drifts: compare with the bandwidth of the same moment.
-                bandwidths.append(memory.measure())
+                readings.append(memory.measure())
                 cache.truncate(before)
                 start = time.perf_counter()
                 if test == "prefill":
@@ -143,22 +164,22 @@ def benchmark(
                         model.forward(ids[i : i + 1], cache, out=logits)
                 if turn:
                     rates.append(tokens / (time.perf_counter() - start))
-                    shares.append(rates[-1] * read / bandwidths[-1])
+                    shares.append(rates[-1] * read / readings[-1])
                 done += 1
                 if progress is not None:
                     progress(done, len(tests) * (repeat + 1))
-            measures.append(Measure(test, tokens, before, rates, read, float(np.median(shares))))
-        bandwidths.append(memory.measure())
+            measures.append(Measure(test, tokens, before, model.threads, rates, read, float(np.median(shares))))
+        readings.append(memory.measure())
     return Report(
         model=str(model.path),
         bits=model.bits,
         encoding=model.weights.quantization.recipe.name,
         weights=model.weight_bytes,
-        threads=model.threads,
+        threads=[model.threads],
         kernels=ISA.name,
         processor=processor(),
         version=__version__,
-        read_bandwidth=float(np.median(bandwidths)),
+        read_bandwidth=[float(np.median(readings))],
         huge_pages=huge_page_bytes(model.weights.paths),
         measures=measures,
     )

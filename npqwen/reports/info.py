@@ -11,6 +11,7 @@ from npqwen.engine.buffers import Buffers
 from npqwen.engine.engine import chunk_size, context_length
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
+from npqwen.errors import size
 from npqwen.format.config import Config
 from npqwen.format.encodings import ENCODINGS
 from npqwen.format.quantization import EvaluationRecord
@@ -155,15 +156,6 @@ def active_parameters(c: Config) -> int:
     )
     unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
     return parameters(c) - idle - unread
-
-
-def size(count: float) -> str:
-    """A number of bytes for people, in powers of ten: "335 MB", "4.7 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _parameters(info: Info) -> str:

@@ -21,12 +21,12 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from npqwen.errors import OutputError
+from npqwen.errors import OutputError, size
 from npqwen.hardware import machine
 from npqwen.hardware.cgroup import memory, read
 from npqwen.model import Model
 from npqwen.reports import bench
-from npqwen.reports.info import active_parameters, parameters, size
+from npqwen.reports.info import active_parameters, parameters
 from npqwen.simd.isa import available
 
 
@@ -76,7 +76,7 @@ def collect(model: Model, speed: bench.Report, root: Path = Path("/")) -> dict[s
             "memory_available": machine.available_memory(root),
             "memory_limit": memory(root),
             "page": mmap.PAGESIZE,
-            "read_bandwidth": round(speed.read_bandwidth),
+            "read_bandwidth": [round(rate) for rate in speed.read_bandwidth],
         },
         "software": {
             "system": _system(root),
@@ -117,8 +117,8 @@ def markdown(facts: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> str
     m, s, r = facts["machine"], facts["software"], facts["run"]
     rows = [
         ("machine", f"{m['processor']} ({m['core']}, {m['architecture']}), {m['processors']} processors"),
-        ("kernels", f"{r['kernels']} of {', '.join(r['kernels_available'])}; {r['threads']} threads"),
-        ("memory", _memory(m)),
+        ("kernels", f"{r['kernels']} of {', '.join(r['kernels_available'])}"),
+        ("memory", _memory(m, r["threads"])),
         ("used", _used(r)),
         ("system", f"{s['system']}, kernel {s['kernel']}"),
         ("versions", f"Python {s['python']}, numba {s['numba']}, llvmlite {s['llvmlite']}, numpy {s['numpy']}"),
@@ -131,8 +131,8 @@ def markdown(facts: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> str
     return "\n".join(lines) + "\n"
 
 
-def _memory(m: dict[str, Any]) -> str:
-    parts = [f"reads {m['read_bandwidth'] / 1e9:.1f} GB/s"]
+def _memory(m: dict[str, Any], threads: list[int]) -> str:
+    parts = [f"reads {bench.bandwidths(threads, m['read_bandwidth'])}"]
     if m["memory"] is not None:
         parts.insert(0, size(m["memory"]))
     if m["memory_available"] is not None:

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from npqwen.chat.events import Finish, Notice, Reasoning, Text
+from npqwen.terminal.answer_text import AnswerText, answer_text
 from npqwen.terminal.reasoning_view import ReasoningMode, ReasoningView
 from npqwen.terminal.terminal import Terminal
 from npqwen.tools.calls import ToolCall
@@ -23,21 +24,28 @@ _INCOMPLETE = ", incomplete"
 
 
 class AnswerView:
-    """Shows answers: text unchanged (Markdown too), reasoning as `mode` says, every other event as a dim line."""
+    """Shows answers: text (on a terminal, wrapped), reasoning as `mode` says, every other event as a dim line.
 
-    def __init__(self, terminal: Terminal, mode: ReasoningMode) -> None:
+    markdown: on a terminal, render the text as Markdown.
+    """
+
+    def __init__(self, terminal: Terminal, mode: ReasoningMode, *, markdown: bool = True) -> None:
         self.mode: ReasoningMode = mode
+        self.markdown = markdown
         self.reasoning = ""
         """The latest reasoning."""
         self._terminal = terminal
         self._shown_notices: set[str] = set()
+        self._reasoning_view: ReasoningView | None = None
 
-    def follow(self, stream: ChatStream, hint: str = "") -> None:
-        """Show an answer to its end. An exception, such as Ctrl-C, still ends the open line and the reasoning.
+    def follow(self, stream: ChatStream, hint: str = "", thinking_hint: str = "") -> None:
+        """Show an answer to its end. An exception, such as Ctrl-C, still ends the text and the reasoning.
 
-        hint: appended to the line into which the reasoning is folded.
+        hint: appended to the line into which the reasoning is folded. thinking_hint: shown while the model thinks.
         """
-        view = ReasoningView(self._terminal, self.mode)
+        self._reasoning_view = view = ReasoningView(self._terminal, self.mode, thinking_hint)
+        text = answer_text(self._terminal, markdown=self.markdown)
+        complete = False
         try:
             for event in stream:
                 if isinstance(event, Reasoning):
@@ -46,21 +54,29 @@ class AnswerView:
                     cut_off = isinstance(event, Finish) and event.reply.finish_reason == "length"
                     ended = _THINKING_ENDED_BY.get(stream.thinking_ended_by or "", _INCOMPLETE if cut_off else "")
                     view.close(stream.thinking_tokens, ended + hint)
-                self._show(event)
+                self._show(event, text)
+            complete = True
         finally:
             if stream.reasoning:
                 self.reasoning = stream.reasoning
-            view.close(stream.thinking_tokens, _INCOMPLETE)
-            self._terminal.end_line()
+            view.close(stream.thinking_tokens, interrupted=True)
+            text.close(complete=complete)
 
-    def _show(self, event: Event) -> None:
+    def announce_end_of_thinking(self) -> None:
+        """Say that the thinking of the present answer is being ended."""
+        if self._reasoning_view is not None:
+            self._reasoning_view.announce_end()
+
+    def _show(self, event: Event, text: AnswerText) -> None:
         if isinstance(event, Text):
-            self._terminal.text(event.text)
+            text.add(event.text)
         elif isinstance(event, ToolCall):
             arguments = json.dumps(event.arguments, ensure_ascii=False)
+            text.pause()
             self._terminal.notice(f"calls {event.name} with {arguments}; there are no tools here")
         elif isinstance(event, Notice) and event.text not in self._shown_notices:
             self._shown_notices.add(event.text)  # A notice about a setting comes with every answer.
+            text.pause()
             self._terminal.notice(event.text)
 
 
@@ -70,7 +86,7 @@ def statistics(stream: ChatStream, context: str = "") -> str:
     parts = [
         f"{usage.decode_rate:.1f} tok/s",
         f"{usage.generated_tokens} tokens",
-        f"first after {usage.first_token_seconds:.2f} s",
+        f"first token after {usage.first_token_seconds:.2f} s",
     ]
     reply = stream.reply
     if reply is None:

@@ -27,6 +27,8 @@ class History:
         self.path = path
         self.kept = True
         """Whether the file has been readable, and contains what was added."""
+        self.enabled = True
+        """Whether entries are added."""
 
     def entries(self) -> list[str]:
         """The newest entries. A file that has grown too long is shortened."""
@@ -44,8 +46,8 @@ class History:
         return entries[-MAX_ENTRIES:]
 
     def add(self, entry: str) -> None:
-        """Append an entry."""
-        if len(entry) > MAX_LENGTH:
+        """Append an entry, if `enabled`."""
+        if not self.enabled or len(entry) > MAX_LENGTH:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Signals during a conversation: Ctrl-C stops one answer, and no signal leaves the terminal without echo."""
+"""Signals during a conversation: Ctrl-C ends the thinking or the answer, no signal leaves the terminal without echo."""
 
 from __future__ import annotations
 
@@ -7,32 +7,76 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
+
+from npqwen.generation.watches import ThinkingBudget
+
+if TYPE_CHECKING:
+    from npqwen.generation.watched import Watched
 
 _RESET = "\x1b[?2004l\x1b[?25h"
 """Bracketed paste off, cursor visible."""
 
 
-@contextlib.contextmanager
-def one_interrupt() -> Iterator[None]:
-    """Let the first Ctrl-C raise KeyboardInterrupt and ignore the following ones, which would disturb the cleanup."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    interrupted = False
+class AnswerInterrupts:
+    """What Ctrl-C does during one answer.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        if not interrupted:
-            interrupted = True
+    While the model thinks, the first Ctrl-C ends the thinking, as a thinking budget does: the answer follows.
+    Otherwise it raises KeyboardInterrupt, once; later ones are ignored, as they would disturb the cleanup.
+
+    ends_thinking: whether the thinking can be ended. on_end: called as soon as it is about to be.
+    """
+
+    def __init__(self, ends_thinking: bool, on_end: Callable[[], None]) -> None:
+        self._ends_thinking = ends_thinking
+        self._on_end = on_end
+        self._text: Watched | None = None
+        self._requested = False
+        self._end: ThinkingBudget | None = None
+        self._raises = False
+
+    def watch(self, text: Watched) -> None:
+        """Watch the answer (the generation option `watch`): a signal's handler must not change a text itself."""
+        self._text = text
+        if not self._requested or not text.thinking.is_open:
+            return
+        if self._end is None:
+            self._end = ThinkingBudget(text.thinking.length, by="caller")
+            self._on_end()
+        self._end(text)
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle Ctrl-C within, in the main thread; outside `raising`, it is ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Where Ctrl-C may raise KeyboardInterrupt."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._raises:
+            return
+        thinks = self._text is not None and self._text.thinking.is_open
+        if thinks and self._ends_thinking and not self._requested:
+            self._requested = True
+        else:
+            self._raises = False
             raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -21,11 +22,12 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.utils import get_cwidth
 
 from npqwen.terminal.history import History
-from npqwen.terminal.message_text import in_block, is_continued, joined, message
+from npqwen.terminal.message_text import in_block, is_continued, is_yes, joined, message
 
-PROMPT, CONTINUATION = "> ", ". "
+PROMPT, CONTINUATION, CHOICE = "> ", ". ", "[y/N] "
 Completions = Callable[[str], tuple[str, Iterable[str]]]
 """completions(line): for a line up to the cursor, the part at its end to replace, and the replacements."""
 
@@ -67,20 +69,89 @@ class LineEditor:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
+            enable_open_in_editor=True,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
             vi_mode=_vi_mode(),
-            key_bindings=_key_bindings(),
+            key_bindings=self._key_bindings(),
             input=input,
             output=output,
         )
 
     def read(self) -> str:
         """The next message. Raises EOFError at the end of the input, KeyboardInterrupt on Ctrl-C."""
-        return message(self._session.prompt())
+        self._session.app.erase_when_done = False
+        text = self._session.prompt()
+        if self._session.app.erase_when_done:
+            output = self._session.output
+            for at, line in enumerate(text.split("\n")):
+                output.write(f"{CONTINUATION if at else PROMPT}{line.expandtabs(4)}\n")
+            output.flush()
+        return message(text)
 
     def is_empty(self) -> bool:
         """After KeyboardInterrupt: whether nothing had been typed."""
         return not self._session.default_buffer.text
+
+    def confirm(self, question: str) -> bool:
+        """Whether the user answers a question with yes; Ctrl-C and Ctrl-D mean no."""
+        session: PromptSession[str] = PromptSession(input=self._session.input, output=self._session.output)
+        try:
+            return is_yes(session.prompt(f"{question} {CHOICE}"))
+        except (EOFError, KeyboardInterrupt):
+            return False
+
+
+    def _key_bindings(self) -> KeyBindings:
+        bindings = KeyBindings()
+        editing = has_focus(DEFAULT_BUFFER)  # and not searching the history
+
+        @bindings.add("enter", filter=editing)
+        def send_or_continue(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            if in_block(buffer.text):
+                buffer.insert_text("\n")
+            elif buffer.text.endswith("\\"):
+                buffer.cursor_position = len(buffer.text)
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                self._send(buffer)
+
+        @bindings.add("escape", "enter", filter=editing & emacs_mode)
+        def add_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @bindings.add("c-d", filter=editing)
+        def send_or_leave(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            if not buffer.text:
+                event.app.exit(exception=EOFError)
+            elif buffer.document.is_cursor_at_the_end and buffer.text.endswith("\n"):
+                self._send(buffer)
+            else:
+                buffer.delete()
+
+        @bindings.add("pageup", filter=editing)
+        def page_up(event: KeyPressEvent) -> None:
+            event.current_buffer.cursor_up(self._page)
+
+        @bindings.add("pagedown", filter=editing)
+        def page_down(event: KeyPressEvent) -> None:
+            event.current_buffer.cursor_down(self._page)
+
+        return bindings
+
+    @property
+    def _page(self) -> int:
+        """How many lines PageUp and PageDown move."""
+        return max(1, self._session.output.get_size().rows - 2)
+
+    def _send(self, buffer: Buffer) -> None:
+        """Send the message. The window shows a part of one that is taller: `read` then writes all of it."""
+        size = self._session.output.get_size()
+        rows = sum(1 + (len(PROMPT) + get_cwidth(line)) // size.columns for line in buffer.text.split("\n"))
+        self._session.app.erase_when_done = rows > size.rows
+        buffer.validate_and_handle()
 
 
 class PlainReader:
@@ -107,6 +178,14 @@ class PlainReader:
     def is_empty(self) -> bool:
         """After KeyboardInterrupt: whether no line of the message had been ended."""
         return not self._text
+
+    def confirm(self, question: str) -> bool:
+        """Whether the user answers a question with yes; Ctrl-C and Ctrl-D mean no."""
+        try:
+            return is_yes(_input(f"{question} {CHOICE}"))
+        except (EOFError, KeyboardInterrupt):
+            _prompt("\n")
+            return False
 
 
 def _input(prompt: str) -> str:
@@ -162,36 +241,3 @@ def _vi_mode() -> bool:
     except (OSError, RuntimeError):  # there is no such file, or no home directory
         return False
     return re.search(r"^\s*set\s+editing-mode\s+vi\b", text, re.MULTILINE) is not None
-
-
-def _key_bindings() -> KeyBindings:
-    bindings = KeyBindings()
-    editing = has_focus(DEFAULT_BUFFER)  # and not searching the history
-
-    @bindings.add("enter", filter=editing)
-    def send_or_continue(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if in_block(buffer.text):
-            buffer.insert_text("\n")
-        elif buffer.text.endswith("\\"):
-            buffer.cursor_position = len(buffer.text)
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @bindings.add("escape", "enter", filter=editing & emacs_mode)
-    def add_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    @bindings.add("c-d", filter=editing)
-    def send_or_leave(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if not buffer.text:
-            event.app.exit(exception=EOFError)
-        elif buffer.document.is_cursor_at_the_end and buffer.text.endswith("\n"):
-            buffer.validate_and_handle()
-        else:
-            buffer.delete()
-
-    return bindings

@@ -31,6 +31,11 @@ def message(text: str) -> str:
     return text[: len(text) - len(block) - len(QUOTES)] + inside
 
 
+def is_yes(text: str) -> bool:
+    """Whether an answer to a question means yes."""
+    return text.strip().lower() in ("y", "yes")
+
+
 def _block(text: str) -> str | None:
     """The text after the three quotes that open a block; None if the message opens none."""
     start = text.lstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from npqwen.errors import NpqwenError
-from npqwen.terminal.slash_commands import is_command, run_command
+from npqwen.terminal.slash_commands import answer_to_word, is_command, run_command
 from npqwen.terminal.terminal_chat import TerminalChat
 
 
@@ -18,9 +18,13 @@ class MessageReader(Protocol):
     def is_empty(self) -> bool:
         """After KeyboardInterrupt: whether nothing had been typed, as far as is known."""
 
+    def confirm(self, question: str) -> bool:
+        """Whether the user answers a question with yes; Ctrl-C and the end of the input mean no."""
+
 
 def run(chat: TerminalChat, reader: MessageReader) -> None:
     """Read and handle messages until the user leaves."""
+    chat.confirm = reader.confirm
     warned = False
     while not chat.finished:
         try:
@@ -48,9 +52,12 @@ def handle(chat: TerminalChat, message: str) -> None:
     try:
         if is_command(message):
             run_command(chat, message)
+        elif hint := answer_to_word(message):
+            chat.terminal.lines(hint)
         else:
             chat.ask(message)
     except NpqwenError as error:
         chat.terminal.error(str(error))
+    chat.save_automatically()
     if not chat.finished:
         chat.terminal.blank_line()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npqwen.generation.options import OPTIONS, check_options, find_option
+from npqwen.errors import OptionError
+from npqwen.generation.options import ELSEWHERE, OPTIONS, Option, check_options, find_option
 
 if TYPE_CHECKING:
     from npqwen.generation.language_model import LanguageModel
 
 NAMES = tuple(name for name, option in OPTIONS.items() if option.settable)
 """The options that `/set` knows."""
+
+
+def option_name(name: str) -> str:
+    """The name of the option that a user means, perhaps by its name in another program; it may be unknown."""
+    name = name.lower().lstrip("-").replace("-", "_")
+    return ELSEWHERE.get(name, name)
 
 
 class Settings:
@@ -22,13 +30,46 @@ class Settings:
         self._model = model
         self.options = self._checked(options)
 
-    def set(self, name: str, text: str) -> None:
-        """Set an option, or remove it if `text` is "default". An OptionError leaves all of them unchanged."""
-        option = find_option(name.lower().replace("-", "_"), NAMES)
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The options that can be set by `/set` and kept in a file."""
+        return {name: value for name, value in self.options.items() if name in NAMES}
+
+    def set(self, name: str, text: str) -> str:
+        """Set an option, or remove it if `text` is "default"; returns its name and new value, to be shown.
+
+        An OptionError leaves all of them unchanged.
+        """
+        option = find_option(option_name(name), NAMES)
+        if not text:
+            raise OptionError(
+                f"{option.name} needs a value: {option.expected}, or default for the model's own; it is "
+                f"{_as_text(self.options[option.name]) if option.name in self.options else 'default'} now"
+            )
         options = {key: value for key, value in self.options.items() if key != option.name}
-        if text.lower() != "default":
-            options[option.name] = option.parse(text)
+        if text.lower() == "default":
+            self.options = self._checked(options)
+            return f"{option.name} is the default again"
+        options[option.name] = option.parse(_unquoted(option, text))
         self.options = self._checked(options)
+        return f"{option.name} is {_as_text(self.options[option.name])}"
+
+    def replace(self, options: Mapping[str, Any]) -> list[str]:
+        """Set just these options of those that `/set` knows; returns what is wrong with those that are left out."""
+        self.options = {name: value for name, value in self.options.items() if name not in NAMES}
+        problems = []
+        for name, value in options.items():
+            try:
+                find_option(name, NAMES)
+                self.options = self._checked({**self.options, name: value})
+            except OptionError as error:
+                problems.append(str(error))
+        return problems
+
+    def update(self, options: Mapping[str, Any]) -> None:
+        """Set these options in addition; those that are None stay as they are. Raises OptionError."""
+        given = {name: value for name, value in options.items() if value is not None}
+        self.options = self._checked({**self.options, **given})
 
     def table(self, defaults: Mapping[str, Any]) -> str:
         """A table of all options. defaults: the values of those that are not set."""
@@ -45,6 +86,16 @@ class Settings:
         checked = check_options(options)
         check_for_model(self._model, checked)
         return dict(checked)
+
+
+def _unquoted(option: Option, text: str) -> str:
+    r"""A text in double quotes as JSON reads it, so that "\n" and " " can be written; any other as it is."""
+    if option.kind is str and len(text) > 1 and text[0] == text[-1] == '"':
+        try:
+            return str(json.loads(text))
+        except ValueError:
+            return text
+    return text
 
 
 def _as_text(value: Any) -> str:

@@ -6,12 +6,16 @@ import contextlib
 import errno
 import io
 import os
+import stat
 import sys
-import textwrap
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from npqwen.errors import OutputError
+from npqwen.terminal.row_printer import RowPrinter
+from npqwen.terminal.styles import PLAIN
+from npqwen.terminal.word_wrap import WordWrap
 
 DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
 ERROR_LENGTH = 1000
@@ -27,19 +31,25 @@ class Terminal:
 
     Text is UTF-8 whatever the locale, and flushed at once. Text for a terminal contains no control characters but
     newline and tab, except the escape sequences that this package writes itself; text for a file or pipe is not
-    changed. Lines are dim (unless NO_COLOR is set), wrapped and overwritten only on a terminal.
+    changed. Lines are dim (unless NO_COLOR is set), wrapped and overwritten only on a terminal. Where text and lines
+    may meet, because stdout is a pipe, a line begins a row of its own.
 
     quiet: leave out notices, progress bars, and everything that is overwritten later. On exit from the context, an
     unfinished progress bar is removed.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        ansi = sys.stderr.isatty() and _understands_ansi()
+        ansi = _understands_ansi(sys.stderr)
         self.quiet = quiet
         self.redraws = ansi and not quiet
         """Whether text on stderr may be written over later."""
+        self.draws_text = _understands_ansi(sys.stdout)
+        """Whether stdout is a terminal that understands escape sequences."""
         self._dims = ansi and not os.environ.get("NO_COLOR")
-        self._at_line_start = True
+        self._line_open = False
+        """Whether the last text on stdout did not end with a newline."""
+        self._text_is_new = False
+        """Whether there has been text since the last line on stderr."""
         self._bar: Any = None
         self._task = ""
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -50,8 +60,9 @@ class Terminal:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.clear_bar()
-        if kind is not None and issubclass(kind, Exception):  # the error's message begins a line
-            self.end_line()
+        text_ended = self._text_is_new and not self._line_open and sys.stdout.isatty()
+        if kind is KeyboardInterrupt and sys.stderr.isatty() and not text_ended:
+            self.write_error("\n")  # after the ^C that the terminal shows
 
     @property
     def shows_bars(self) -> bool:
@@ -61,37 +72,46 @@ class Terminal:
     @property
     def columns(self) -> int:
         """The current width of the terminal."""
-        return max(_size().columns, 8)
+        return max(_size(sys.stderr).columns, 8)
 
     @property
     def rows(self) -> int:
         """The current height of the terminal."""
-        return max(_size().lines, 4)
+        return max(_size(sys.stderr).lines, 4)
 
     # --- stdout ---
 
     def text(self, text: str) -> None:
-        """Write text of the model to stdout. Raises BrokenPipeError if the reader has gone, else OutputError."""
+        """Write text to stdout, on a terminal without control characters. Raises what `write_text` does."""
+        self.write_text(without_control_characters(text) if sys.stdout.isatty() else text)
+
+    def write_text(self, text: str) -> None:
+        """Write `text`, escape sequences included, to stdout.
+
+        Raises BrokenPipeError if the reader has gone, else OutputError.
+        """
         if not text:
             return
-        self._at_line_start = text.endswith("\n")
+        self._line_open, self._text_is_new = not text.endswith("\n"), True
         try:
-            sys.stdout.write(without_control_characters(text) if sys.stdout.isatty() else text)
+            sys.stdout.write(text)
             sys.stdout.flush()
         except OSError as error:
-            self._at_line_start = True
+            self._text_is_new = False
             discard(sys.stdout)
             # Windows reports EINVAL where other systems report EPIPE.
             if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
                 raise BrokenPipeError from None
             raise OutputError(f"cannot write to stdout: {error.strerror}") from None
 
-    def end_line(self) -> None:
-        """On a terminal, end the line of text that is still open; in a file or pipe the text stays unchanged."""
-        if not self._at_line_start:
-            self._at_line_start = True
-            if sys.stdout.isatty():
-                self.text("\n")
+    def text_printer(self) -> RowPrinter:
+        """A printer of rows on stdout, a terminal."""
+        return RowPrinter(
+            self.write_text,
+            lambda: max(_size(sys.stdout).columns, 8),
+            redraws=self.draws_text,
+            styles=self.draws_text and not os.environ.get("NO_COLOR"),
+        )
 
     # --- stderr ---
 
@@ -102,10 +122,11 @@ class Terminal:
 
     def lines(self, text: str, *, dim: bool = False) -> None:
         """Write lines, also when `quiet`: the user has asked for them."""
-        self.end_line()
         self.clear_bar()
+        separator = "\n" if self._text_is_new and self._meets_text() else ""
+        self._text_is_new = False
         text = self._wrapped(without_control_characters(text))
-        self.write_error((self.dim(text) if dim else text) + "\n")
+        self.write_error(separator + (self.dim(text) if dim else text) + "\n")
 
     def error(self, message: str) -> None:
         """Write an error as one line, also when `quiet`."""
@@ -127,21 +148,40 @@ class Terminal:
         sys.stderr.write(text)
         sys.stderr.flush()
 
+    def error_printer(self) -> RowPrinter:
+        """A printer of rows on stderr, a terminal."""
+        return RowPrinter(self.write_error, lambda: self.columns, redraws=self.redraws, styles=self._dims)
+
     def _wrapped(self, text: str) -> str:
         """On a terminal, lines wrapped between words; a path or URL that is too long stays in one piece."""
         if not sys.stderr.isatty():
             return text
-        columns = self.columns
-        lines: list[str] = []
+        lines = []
         for line in text.split("\n"):
-            indent = line[: len(line) - len(line.lstrip())][: columns // 2]
-            if len(line) < columns:
-                lines.append(line)
-            else:
-                lines += textwrap.wrap(
-                    line, columns - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-                )
+            wrap = WordWrap(self.columns - 1)
+            words = line.lstrip(" ")
+            indentation = [(line[: len(line) - len(words)], PLAIN)]
+            letters = wrap.begin(indentation, indentation) + wrap.add(words) + wrap.end()
+            lines.append("".join(letter for letter, _ in letters))
         return "\n".join(lines)
+
+    def _meets_text(self) -> bool:
+        """Whether a line on stderr may continue a row of text.
+
+        That is so if both streams are one terminal, file or pipe, in which the text's last row is open; or if another
+        program may show the text on this terminal, and be late.
+        """
+        if sys.stdout.isatty():
+            return self._line_open and sys.stderr.isatty()
+        try:
+            out, err = os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno())
+        except (OSError, ValueError):  # not a file, as in tests
+            return False
+        if sys.stderr.isatty():
+            if stat.S_ISFIFO(out.st_mode):
+                wait_for_reader(sys.stdout.fileno())
+            return stat.S_ISFIFO(out.st_mode) or stat.S_ISSOCK(out.st_mode)
+        return self._line_open and bool(out.st_ino) and os.path.samestat(out, err)
 
     # --- progress bars, on stderr ---
 
@@ -239,6 +279,23 @@ def one_line(message: str) -> str:
     return f"{line[: ERROR_LENGTH - 305]} ... {line[-300:]}"
 
 
+def wait_for_reader(pipe: int, seconds: float = 0.1) -> None:
+    """Wait until what was written into `pipe` has been read, at most so many seconds, and a moment more.
+
+    A program that shows it on this terminal, such as tee, can then do so before something else is written there.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+    import termios
+
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        while any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))) and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.02)
+
+
 def discard(stream: Any) -> None:
     """Redirect a stream that cannot be written to the null device: its buffer would fail again at exit."""
     try:
@@ -258,20 +315,23 @@ def _in_foreground(terminal: int) -> bool:
         return False
 
 
-def _size() -> os.terminal_size:
-    """The size of stderr's terminal; stdout may be a file."""
-    with contextlib.suppress(OSError, ValueError):  # not a terminal, or not a file
-        size = os.get_terminal_size(sys.stderr.fileno())
-        if size.columns and size.lines:
-            return size
+def _size(first: TextIO) -> os.terminal_size:
+    """The size of the terminal that `first` is, or the other standard streams, of which some may be files."""
+    for stream in (first, sys.stderr, sys.stdout):
+        with contextlib.suppress(OSError, ValueError):  # not a terminal, or not a file
+            size = os.get_terminal_size(stream.fileno())
+            if size.columns and size.lines:
+                return size
     import shutil
 
     size = shutil.get_terminal_size()
     return os.terminal_size((size.columns or 80, size.lines or 24))  # Python 3.10 lets zeros pass
 
 
-def _understands_ansi() -> bool:
-    """Whether stderr's terminal understands ANSI escape sequences; on Windows, this enables them."""
+def _understands_ansi(stream: TextIO) -> bool:
+    """Whether the stream is a terminal that understands ANSI escape sequences; on Windows, this enables them."""
+    if not stream.isatty():
+        return False
     if sys.platform != "win32":
         return os.environ.get("TERM", "dumb") != "dumb"
     import ctypes
@@ -280,7 +340,7 @@ def _understands_ansi() -> bool:
     kernel = ctypes.WinDLL("kernel32", use_last_error=True)
     mode = ctypes.c_uint32()
     try:
-        handle = ctypes.c_void_p(msvcrt.get_osfhandle(sys.stderr.fileno()))
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))
     except OSError:
         return False
     if not kernel.GetConsoleMode(handle, ctypes.byref(mode)):

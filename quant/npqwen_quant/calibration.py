@@ -8,11 +8,7 @@ hidden states have their name.
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -23,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.atomic_file import writing
-from npqwen.errors import CheckpointError, OutputError
 from npqwen.format.encodings import BLOCK_COLUMNS
 from npqwen.format.layout import pad
 from npqwen_quant import moments
@@ -31,7 +26,6 @@ from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read_floats
 from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 from npqwen_quant.moments import Moments
-from npqwen_quant.output import try_lock
 from npqwen_quant.search import F32, I8, U8, Codebook
 
 Progress = Callable[[int, int], object]
@@ -54,40 +48,10 @@ class Calibration:
     it is called with for files, which are removed later."""
 
 
-@contextlib.contextmanager
-def working_directory(
-    out: Path, checkpoint: Checkpoint, calibration: Calibration, codebooks: Mapping[str, Codebook]
-) -> Iterator[Path]:
-    """A directory beside `out` for what calibration has done so far, of this process alone.
-
-    It is removed on leaving, but after an interruption it stays, to be resumed. What interrupted calibrations for the
-    same place with another text, checkpoint or recipe have left is removed.
-    """
+def calibration_key(checkpoint: Checkpoint, calibration: Calibration, codebooks: Mapping[str, Codebook]) -> str:
+    """What a calibration depends on: a working directory of another key is of no use."""
     books = {name: book.values.tolist() for name, book in codebooks.items()}
-    key = json.dumps([_VERSION, checkpoint.states(), calibration.name, books], sort_keys=True)
-    path = out.with_name(f".{out.name}.calibration-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "wb")  # noqa: SIM115
-    with lock:
-        if not try_lock(lock):
-            raise OutputError(f"{out} is being calibrated by another process; wait until it ends")
-        for other in path.parent.glob(f".{glob.escape(out.name)}.calibration-*"):
-            if other != path:
-                _remove_abandoned(other)
-        try:
-            yield path
-        except CheckpointError:  # of no use any more
-            shutil.rmtree(path, ignore_errors=True)
-            raise
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove a working directory, unless its process lives."""
-    with contextlib.suppress(OSError), open(directory / "lock", "r+b") as lock:
-        if try_lock(lock):
-            shutil.rmtree(directory, ignore_errors=True)
+    return json.dumps([_VERSION, checkpoint.states(), calibration.name, books], sort_keys=True)
 
 
 class Fits:

@@ -21,6 +21,10 @@ CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
 
 
+_PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
+"""Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
+
+
 @dataclass(frozen=True)
 class SourceTensor:
     """A tensor of a checkpoint, and the file that it lies in."""
@@ -36,8 +40,11 @@ class Checkpoint:
     `model.`, are read too.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong."""
+    def __init__(self, directory: Path, *, weights: bool = True) -> None:
+        """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong.
+
+        weights: False for a directory that holds none; then `tensors` is empty.
+        """
         if not directory.is_dir():
             raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory")
         self.directory = directory
@@ -46,7 +53,8 @@ class Checkpoint:
         self.raw_config = read_json(directory / "config.json")
         _refuse_quantized(self.raw_config, directory)
         self.config = Config.from_dict(self.raw_config, str(directory / "config.json"))
-        self.tensors = _with_prefix(self._read_tensors())
+        self.tensors = with_prefix(self._read_tensors()) if weights else {}
+        refuse_packed(self.tensors, directory)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""
@@ -58,16 +66,7 @@ class Checkpoint:
                     "not used for it (tie_word_embeddings is false); is the download complete?"
                 )
             raise CheckpointError(f"{self.directory} has no tensor {name}; is the download complete?")
-        stored = tensor.stored
-        if stored.shape != shape:
-            raise CheckpointError(
-                f"{tensor.path}: {name} has shape {list(stored.shape)}, but config.json says {list(shape)}"
-            )
-        if stored.dtype not in CONVERTIBLE:
-            raise CheckpointError(
-                f"{tensor.path}: {name} is stored as {shortened(stored.dtype)}; only BF16, F16 and F32 can be converted"
-            )
-        return tensor
+        return checked(name, tensor, shape)
 
     def read_file(self, path: Path) -> bytes:
         """A small file of the checkpoint, whole; CheckpointError if it cannot be read."""
@@ -112,16 +111,35 @@ class Checkpoint:
     def _read_header(self, path: Path) -> dict[str, SourceTensor]:
         """The tensors of one file."""
         self._watch([path])
-        try:
-            with open_regular(path) as file:
-                stored = read_header(file).tensors
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        except HeaderError as error:
-            raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
-        return {name: SourceTensor(path, tensor) for name, tensor in stored.items()}
+        return read_tensors(path)
+
+
+def read_tensors(path: Path) -> dict[str, SourceTensor]:
+    """The tensors of one file; CheckpointError if it is missing or damaged."""
+    try:
+        with open_regular(path) as file:
+            stored = read_header(file).tensors
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except HeaderError as error:
+        raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
+    return {name: SourceTensor(path, tensor) for name, tensor in stored.items()}
+
+
+def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
+    """The tensor; CheckpointError if it has another shape than this, or a dtype that cannot be converted."""
+    stored = tensor.stored
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"{tensor.path}: {name} has shape {list(stored.shape)}, but config.json says {list(shape)}"
+        )
+    if stored.dtype not in CONVERTIBLE:
+        raise CheckpointError(
+            f"{tensor.path}: {name} is stored as {shortened(stored.dtype)}; only BF16, F16 and F32 can be converted"
+        )
+    return tensor
 
 
 def read(tensor: SourceTensor, first: int, count: int) -> npt.NDArray[Any]:
@@ -186,8 +204,26 @@ def _refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
     )
 
 
-def _with_prefix(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
+def refuse_packed(tensors: Iterable[str], directory: Path) -> None:
+    """CheckpointError for weights that are quantized already, though config.json does not say so."""
+    for name in tensors:
+        if name.endswith(_PACKED):
+            raise CheckpointError(
+                f"{directory} is quantized already, as by MLX, GPTQ or AWQ: it has a tensor {shortened(name)}; convert "
+                "the unquantized checkpoint, in BF16, F16 or F32"
+            )
+
+
+def is_bare(names: Iterable[str]) -> bool:
+    """Whether these are a base model's names, without the leading `model.`."""
+    return not any(name.startswith("model.") for name in names)
+
+
+def prefixed(name: str) -> str:
+    """The name in Qwen3ForCausalLM of a bare base model's tensor."""
+    return name if name == "lm_head.weight" else "model." + name
+
+
+def with_prefix(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
     """The tensors under the names of Qwen3ForCausalLM."""
-    if any(name.startswith("model.") for name in tensors):
-        return tensors
-    return {name if name == "lm_head.weight" else "model." + name: tensor for name, tensor in tensors.items()}
+    return {prefixed(name): tensor for name, tensor in tensors.items()} if is_bare(tensors) else tensors

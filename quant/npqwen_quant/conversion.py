@@ -5,34 +5,35 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from npqwen.checks import check_whole
 from npqwen.errors import CheckpointError, OptionError, OutputError, shortened
-from npqwen.format.encodings import UNIT_ROWS, Encoding
-from npqwen.format.layout import Codebook, Matrix, Part, Vector, ceil_div
-from npqwen.format.quantization import FORMAT_VERSION, Quantization
-from npqwen.format.recipe import DEFAULT_BITS, recipe_of
-from npqwen.format.safetensors import INDEX, make_header
+from npqwen.format.files import read_small
+from npqwen.format.layout import Codebook
+from npqwen.format.quantization import Quantization
+from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
+from npqwen.format.safetensors import INDEX
 from npqwen.hardware.machine import usable_cpus
-from npqwen_quant import blocks, search
-from npqwen_quant.calibration import Calibration, Fits, calibrate, working_directory
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read, widen
+from npqwen_quant import search
+from npqwen_quant.calibration import Calibration, Fits, calibrate, calibration_key
+from npqwen_quant.checkpoint import Checkpoint, SourceTensor
 from npqwen_quant.output import Output
+from npqwen_quant.packing import header, packed
 from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.working import working_directory
 
 Progress = Callable[[int, int], object]
-Shard = list[OutputTensor]
+OutputFile = list[OutputTensor]
 
+TOKENIZER = "tokenizer.json"
 COPIED = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
@@ -44,9 +45,6 @@ COPIED = (
     "LICENSE",
     "README.md",
 )
-
-# Weights per task: in float32 they fill a core's cache.
-_TASK = 1 << 20
 
 # Each takes some 7 MB, and no disk keeps up with more.
 _MAX_THREADS = 64
@@ -80,47 +78,106 @@ def convert(
     """
     source, out = Path(source), Path(out)
     recipe = recipe_of(bits)
-    threads = _default_threads() if threads is None else check_whole("threads", threads, 1)
+    threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
     checkpoint = Checkpoint(source)
-    _refuse_impossible_counts(checkpoint)
+    refuse_impossible_counts(checkpoint, len(checkpoint.tensors))
     tensors = plan(checkpoint.config, recipe)
     codebooks = {} if calibration is None else _codebooks(tensors)
     if calibration is not None and not codebooks:
         raise OptionError(f"calibration makes no difference to {bits} bits; use it with fewer")
     sources = _find(checkpoint, tensors)
-    _refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
+    refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     output = Output(out, force=force)
-    shards = _deal(tensors, shard_bytes)
-    copied = [path for name in COPIED if (path := source / name).is_file()]
-    copied += sorted(source.glob("additional_chat_templates/*.jinja"))
-    total = sum(len(_header(shard)) for shard in shards) + sum(tensor.nbytes for tensor in tensors)
+    files = deal(tensors, shard_bytes)
+    copied = copied_files(source)
+    total = sum(len(header(file)) for file in files) + sum(tensor.nbytes for tensor in tensors)
     if calibration is not None:
         total *= 2  # fits take as much as the output, and are removed after it is written
     output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
+    name = None if calibration is None else calibration.name
+    with output, contextlib.ExitStack() as stack:
+        write_copies(output, checkpoint, copied)
+        fits = None
+        if calibration is not None:
+            key = calibration_key(checkpoint, calibration, codebooks)
+            place = stack.enter_context(working_directory(output.path, "calibration", key))
+            with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-calibrate") as pool:
+                fits = calibrate(
+                    checkpoint, sources, codebooks, calibration, place, pool, threads, calibration_progress
+                )
+        _write_tensors(output, files, sources, fits, threads, progress)
+        complete(output, checkpoint, recipe, tensors, name)
+
+
+def update(
+    converted: str | os.PathLike[str], source: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> None:
+    """Write `converted` again as `out`, with the tokenizer, templates and other small files of `source`.
+
+    source: a directory of the checkpoint that `converted` was made from, whose weights and config.json are the same as
+    then; the weights may be missing. Files of weights are hard links where the disk has them. A stored evaluation is
+    kept unless the tokenizer changed. Raises as `convert` does.
+    """
+    converted, source, out = Path(converted), Path(source), Path(out)
+    checkpoint = Checkpoint(source, weights=False)
+    quantization = Quantization.from_directory(converted)
+    output = Output(out, force=False)
+    with output:
+        for path in sorted([*converted.glob("*.safetensors"), *converted.glob(INDEX)]):
+            output.link(path, path.name)
+        write_copies(output, checkpoint, copied_files(source))
+        if not _equal(converted / TOKENIZER, output.partial / TOKENIZER):
+            quantization = replace(quantization, evaluation=None)
+        _complete(output, checkpoint, quantization)
+
+
+def _equal(first: Path, second: Path) -> bool:
+    """Whether two small files have the same content."""
+    try:
+        return read_small(first) == read_small(second)
+    except OSError:
+        return False
+
+
+def copied_files(source: Path) -> list[Path]:
+    """The files of a checkpoint that its conversion has too."""
+    found = [path for name in COPIED if (path := source / name).is_file()]
+    return found + sorted(source.glob("additional_chat_templates/*.jinja"))
+
+
+def write_copies(output: Output, checkpoint: Checkpoint, copied: Iterable[Path]) -> None:
+    """Write copies of files of the checkpoint."""
+    for path in copied:
+        with output.create(str(path.relative_to(checkpoint.directory))) as write:
+            write(checkpoint.read_file(path))
+
+
+def complete(
+    output: Output,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tensors: Sequence[OutputTensor],
+    calibration: str | None = None,
+) -> None:
+    """Write config.json, without which a directory is not a model, and give the output its name.
+
+    calibration: the name of the text. Raises CheckpointError if the checkpoint has changed since it was first read.
+    """
     encodings = {
         planned.name: planned.encoding
         for planned in tensors
         if planned.encoding is not None and not isinstance(planned.tensor, Codebook)
     }
-    name = None if calibration is None else calibration.name
-    config = checkpoint.raw_config | Quantization(recipe, encodings, calibration=name).as_dict()
-    with output, contextlib.ExitStack() as stack:
-        for path in copied:
-            with output.create(str(path.relative_to(source))) as write:
-                write(checkpoint.read_file(path))
-        fits = None
-        if calibration is not None:
-            place = stack.enter_context(working_directory(output.path, checkpoint, calibration, codebooks))
-            with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-calibrate") as pool:
-                fits = calibrate(
-                    checkpoint, sources, codebooks, calibration, place, pool, threads, calibration_progress
-                )
-        _write_tensors(output, shards, sources, fits, threads, progress)
-        with output.create("config.json") as write:  # the last: without it this is not a model
-            write((json.dumps(config, indent=2) + "\n").encode())
-        checkpoint.check_unchanged()
-        output.complete()
+    _complete(output, checkpoint, Quantization(recipe, encodings, calibration=calibration))
+
+
+def _complete(output: Output, checkpoint: Checkpoint, quantization: Quantization) -> None:
+    config = checkpoint.raw_config | quantization.as_dict()
+    with output.create("config.json") as write:
+        write((json.dumps(config, indent=2) + "\n").encode())
+    checkpoint.check_unchanged()
+    output.complete()
 
 
 def _codebooks(tensors: Sequence[OutputTensor]) -> dict[str, search.Codebook]:
@@ -134,9 +191,12 @@ def _codebooks(tensors: Sequence[OutputTensor]) -> dict[str, search.Codebook]:
     }
 
 
-def _refuse_impossible_counts(checkpoint: Checkpoint) -> None:
-    """CheckpointError for more layers or experts than there are tensors: a plan of them might not fit into memory."""
-    config, available = checkpoint.config, len(checkpoint.tensors)
+def refuse_impossible_counts(checkpoint: Checkpoint, available: int) -> None:
+    """CheckpointError for more layers or experts than tensors: a plan of them might not fit into memory.
+
+    available: the number of the checkpoint's tensors.
+    """
+    config = checkpoint.config
     layers = config.num_hidden_layers
     experts = 0
     if config.mixture is not None and layers <= available:
@@ -152,67 +212,62 @@ def _find(checkpoint: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, 
     """The checkpoint's tensors that the plan needs; CheckpointError for one missing, of wrong shape or unknown."""
     found = {name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.sources.items()}
     for name, tensor in checkpoint.tensors.items():
-        # A tied lm_head repeats the embedding; old checkpoints saved the rotary frequencies.
-        if name in found or name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq"):
-            continue
-        raise CheckpointError(
-            f"{tensor.path} has a tensor {shortened(name)}, which no Qwen3 model of this config.json has; "
-            "is it of another architecture, or an adapter?"
-        )
+        refuse_unknown(name, found, tensor.path)
     return found
 
 
-def _refuse_nesting(source: Path, out: Path) -> None:
+def refuse_unknown(name: str, planned: Container[str], path: Path) -> None:
+    """CheckpointError for a tensor that the plan does not need, unless it is known to be of no use."""
+    # A tied lm_head repeats the embedding; old checkpoints saved the rotary frequencies.
+    if name not in planned and name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
+        raise CheckpointError(
+            f"{path} has a tensor {shortened(name)}, which no Qwen3 model of this config.json has; "
+            "is it of another architecture, or an adapter?"
+        )
+
+
+def refuse_nesting(source: Path, out: Path) -> None:
     if out == source or source in out.parents:
         raise OutputError(f"{out} lies in the checkpoint's own directory {source}; choose another place")
     if out in source.parents:
         raise OutputError(f"{out} contains the checkpoint {source}; choose another place")
 
 
-def _default_threads(root: Path = Path("/")) -> int:
+def default_threads(root: Path = Path("/")) -> int:
     """root: where /proc and /sys are."""
     return min(usable_cpus(root), _MAX_THREADS)
 
 
-def _deal(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[Shard]:
+def deal(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[OutputFile]:
     """Deal the tensors out, in order, to files of at most `shard_bytes`, or of one tensor."""
-    shards: list[Shard] = [[]]
+    files: list[OutputFile] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
+        if files[-1] and size + tensor.nbytes > shard_bytes:
+            files.append([])
             size = 0
-        shards[-1].append(tensor)
+        files[-1].append(tensor)
         size += tensor.nbytes
-    return shards
-
-
-def _header(shard: Shard) -> bytes:
-    metadata = {"format": "npqwen", "format_version": str(FORMAT_VERSION)}
-    return make_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in shard), metadata)
+    return files
 
 
 def _write_tensors(
     output: Output,
-    shards: Sequence[Shard],
+    files: Sequence[OutputFile],
     sources: dict[str, SourceTensor],
     fits: Fits | None,
     threads: int,
     progress: Progress | None,
 ) -> None:
     done, total = 0, sum(source.stored.nbytes for source in sources.values())
-    weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
         try:
             if progress:
                 progress(done, total)
-            for i, tensors in enumerate(shards, 1):
-                numbered = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                name = "model.safetensors" if len(shards) == 1 else numbered
-                weight_map |= {tensor.name: name for tensor in tensors}
+            for name, tensors in zip(names(files), files, strict=True):
                 with output.create(name) as write:
-                    write(_header(tensors))
-                    for data, bytes_read in _packed(pool, threads, tensors, sources, fits):
+                    write(header(tensors))
+                    for data, bytes_read in packed(pool, threads, tensors, sources, fits):
                         write(data.data)
                         done += bytes_read
                         if progress:
@@ -220,119 +275,21 @@ def _write_tensors(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    if len(shards) > 1:
-        size = sum(tensor.nbytes for tensors in shards for tensor in tensors)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        with output.create(INDEX) as write:
-            write(json.dumps(index, indent=2).encode())
+    write_index(output, files)
 
 
-_Packed = tuple[npt.NDArray[Any], int]
-"""Bytes for the output, and how many bytes of the checkpoint they were made from."""
+def names(files: Sequence[OutputFile]) -> list[str]:
+    """What the files are called."""
+    if len(files) == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
 
 
-def _packed(
-    pool: ThreadPoolExecutor,
-    threads: int,
-    tensors: Sequence[OutputTensor],
-    sources: dict[str, SourceTensor],
-    fits: Fits | None,
-) -> Iterator[_Packed]:
-    """The tensors' bytes, in order. The pool runs a few tasks ahead of the consumer, which bounds the memory."""
-    pending: deque[Future[_Packed]] = deque()
-    for planned in tensors:
-        if isinstance(planned.tensor, Vector):
-            pending.append(pool.submit(_pack_vector, planned.tensor, sources))
-            continue
-        assert planned.encoding is not None
-        if isinstance(planned.tensor, Codebook):
-            pending.append(pool.submit(_pack_codebook, planned.encoding))
-            continue
-        for matrix in planned.matrices():
-            stride = max(part.stride for part in matrix.parts)
-            step = max(1, _TASK // (UNIT_ROWS * matrix.columns * stride)) * stride
-            unit_rows = matrix.units[0]
-            for first in range(0, unit_rows, step):
-                last = min(first + step, unit_rows)
-                pending.append(pool.submit(_pack_rows, matrix, planned.encoding, first, last, sources, fits))
-                while len(pending) > threads + 2:
-                    yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> _Packed:
-    source = sources[vector.name]
-    out = np.zeros(vector.shape, np.float32)
-    out[: vector.length] = widen(read(source, 0, vector.length))
-    if not np.isfinite(out).all():
-        raise _not_finite(source, vector.name)
-    return out, source.stored.nbytes
-
-
-def _pack_codebook(encoding: Encoding) -> _Packed:
-    return blocks.codebook(encoding), 0
-
-
-def _pack_rows(
-    matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor], fits: Fits | None
-) -> _Packed:
-    """The unit rows first to last - 1 of a matrix: uint8 (unit rows, bytes of one)."""
-    out = np.empty((last - first, matrix.shape(encoding)[1]), np.uint8)
-    bytes_read = 0
-    for part in matrix.parts:
-        start = max(0, ceil_div(first - part.start, part.stride))
-        stop = min(part.unit_rows, ceil_div(last - part.start, part.stride))
-        if start < stop:
-            row = start * UNIT_ROWS
-            count = min(stop * UNIT_ROWS, part.rows) - row
-            place = part.start + start * part.stride - first
-            if fits is not None and part.source in fits:
-                fitted = fits.rows(part.source, row, count, (part.rows, matrix.columns))
-                blocks.store(fitted, encoding, out, place, part.stride)
-            else:
-                _pack(read(sources[part.source], row, count), out, place, encoding, part, sources)
-            bytes_read += sources[part.source].stored.nbytes // part.rows * count
-    return out, bytes_read
-
-
-def _pack(
-    rows: npt.NDArray[Any],
-    out: npt.NDArray[np.uint8],
-    start: int,
-    encoding: Encoding,
-    part: Part,
-    sources: dict[str, SourceTensor],
-) -> None:
-    """Store a part's rows (n, columns) in the unit rows `start`, `start + part.stride`, ... of `out`.
-
-    Raises CheckpointError for a weight that the encoding cannot store.
-    """
-    source = sources[part.source]
-    if not encoding.is_integer:
-        bits = _narrow(rows)
-        infinite = (bits & 0x7F80) == 0x7F80
-        if infinite.any():
-            if np.isfinite(widen(rows)).all():
-                raise CheckpointError(f"{source.path}: {part.source} has a weight too large for {encoding.name}")
-            raise _not_finite(source, part.source)
-        blocks.pack_bf16(bits, out, start, part.stride)
+def write_index(output: Output, files: Sequence[OutputFile]) -> None:
+    """Write the index of the files, if there is more than one."""
+    if len(files) == 1:
         return
-    largest = blocks.quantize(widen(rows), out, start, part.stride, encoding)
-    if not np.isfinite(largest):
-        raise _not_finite(source, part.source)
-
-
-def _not_finite(source: SourceTensor, name: str) -> CheckpointError:
-    return CheckpointError(f"{source.path}: {name} holds NaN or infinity; the checkpoint is broken")
-
-
-def _narrow(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """The bits of bf16: copied from bf16, rounded to nearest, ties to even, from f16 or f32."""
-    if stored.dtype == np.uint16:
-        return stored
-    values = stored.astype(np.float32, copy=False).view(np.uint32)
-    rounded = (values + 0x7FFF + ((values >> 16) & 1)) >> 16
-    # Rounding may carry a NaN's last bits beyond its exponent.
-    rounded[(values & 0x7FFFFFFF) > blocks.INFINITY] = 0x7FC0
-    return rounded.astype(np.uint16)
+    size = sum(tensor.nbytes for tensors in files for tensor in tensors)
+    weight_map = {tensor.name: name for name, tensors in zip(names(files), files, strict=True) for tensor in tensors}
+    with output.create(INDEX) as write:
+        write(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2).encode())

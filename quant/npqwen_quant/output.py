@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from npqwen.atomic_file import exchange, sync_directory, writing
-from npqwen.errors import OutputError
+from npqwen.errors import OutputError, size
 from npqwen.format.quantization import is_converted
 
 if sys.platform == "win32":
@@ -24,7 +24,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-_WRITE_BYTES = 1 << 21
+WRITE_BYTES = 1 << 21
 """Bytes per write, aligned in the file: Linux keeps each in one huge page, if the file system supports it."""
 
 
@@ -53,7 +53,7 @@ class Output:
             existing = next(parent for parent in self.path.parents if parent.exists())
             free = shutil.disk_usage(existing).free
         if free < nbytes:
-            raise OutputError(f"{self.path} would take {_size(nbytes)}, but only {_size(free)} is free there")
+            raise OutputError(f"{self.path} would take {size(nbytes)}, but only {size(free)} is free there")
 
     def __enter__(self) -> Output:
         with writing(self.path):
@@ -86,10 +86,10 @@ class Output:
         def write(data: memoryview | bytes) -> None:
             rest = memoryview(data).cast("B")
             while rest:
-                taken = rest[: _WRITE_BYTES - len(buffer)]
+                taken = rest[: WRITE_BYTES - len(buffer)]
                 buffer.extend(taken)
                 rest = rest[len(taken) :]
-                if len(buffer) == _WRITE_BYTES:
+                if len(buffer) == WRITE_BYTES:
                     flush()
 
         def flush() -> None:
@@ -104,6 +104,21 @@ class Output:
             flush()
             with writing(self.path):
                 os.fsync(file.fileno())
+
+    def adopt(self, file: Path, name: str) -> None:
+        """Move a synced file of the same disk into the directory."""
+        with writing(self.path):
+            file.rename(self.partial / name)
+
+    def link(self, file: Path, name: str) -> None:
+        """Put a file of the same disk into the directory without copying it; copied where there are no hard links."""
+        with writing(self.path):
+            try:
+                os.link(file, self.partial / name)
+            except OSError:
+                shutil.copyfile(file, self.partial / name)
+                with open(self.partial / name, "rb+") as copy:
+                    os.fsync(copy.fileno())
 
     def complete(self) -> None:
         """Give the directory its name; every file in it has been synced."""
@@ -233,7 +248,3 @@ def try_lock(file: BinaryIO) -> bool:
             return False
         raise
     return True
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

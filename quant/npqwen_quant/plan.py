@@ -56,10 +56,13 @@ class OutputTensor:
 
 def plan(config: Config, recipe: Recipe) -> list[OutputTensor]:
     """Every tensor of the converted model, in the order of its files."""
-    found = []
+    return list(planned(config, recipe))
+
+
+def planned(config: Config, recipe: Recipe) -> Iterator[OutputTensor]:
+    """`plan`, one tensor after the other: a hostile config.json may have more than memory holds."""
     for tensor in Layout(config):
         encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name)
         if encoding is not None and encoding.codebook:
-            found.append(OutputTensor(Codebook(tensor.name), encoding))
-        found.append(OutputTensor(tensor, encoding))
-    return found
+            yield OutputTensor(Codebook(tensor.name), encoding)
+        yield OutputTensor(tensor, encoding)

@@ -127,7 +127,7 @@ def test_survey_of_a_raspberry_pi(tiny: Callable[[int], Path], tmp_path: Path, m
     assert rows["memory"].startswith("8.4 GB, reads ")
     assert f"Python {platform.python_version()}, numba " in rows["versions"]
     assert "c0ffee" not in text + json.dumps(facts)  # the board's serial number
-    assert re.search(r"^\| prefill 4 \| 0 \| \d+\.\d \|", text, re.M)
+    assert re.search(r"^\| prefill 4 \| 0 \| 2 \| \d+\.\d \|", text, re.M)
     assert len(text) < 4000
 
 

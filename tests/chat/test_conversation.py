@@ -80,9 +80,9 @@ def test_retry_and_undo(model: Model) -> None:
     assert talk.retry(max_tokens=2).finish_reason == "length"
     assert talk.undo() == "What is 17 + 25?"
     assert talk.messages == [{"role": "system", "content": "Be brief."}]
-    with pytest.raises(OptionError, match="the conversation has no user's message yet"):
+    with pytest.raises(OptionError, match="the conversation has no user message yet"):
         talk.undo()
-    with pytest.raises(OptionError, match="the conversation has no user's message yet"):
+    with pytest.raises(OptionError, match="the conversation has no user message yet"):
         talk.retry()
 
 
@@ -268,7 +268,7 @@ def test_a_message_that_is_too_long_by_itself_is_refused_and_not_kept() -> None:
     talk = Reciter("Yes.", "No.", context=120).conversation("Be brief.", thinking=False)
     talk.send("Short?")
     before = talk.messages
-    with pytest.raises(ContextLengthError, match=r"the last turn alone.* has \d+ tokens; the context is 120"):
+    with pytest.raises(ContextLengthError, match=r"message is too long: .* takes \d+ tokens, and the context is 120"):
         talk.send("1 " * 100)
     assert talk.messages == before
     assert talk.send("Short?").text == "No."
@@ -289,7 +289,7 @@ def test_a_tools_result_that_overflows_drops_old_turns_and_is_never_cut() -> Non
     assert talk.send("Read!").text == "Read."
     assert "1 " * 50 in model.prompts[3]
     assert talk.dropped > 0
-    with pytest.raises(ContextLengthError, match="the last turn alone"):
+    with pytest.raises(ContextLengthError, match="this turn is too long"):
         talk.send("Read more!")
     assert talk.messages[-1]["role"] == "tool"  # it was run; what comes next can do without it
     assert talk.send("Never mind.").text == "End."

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,8 +32,8 @@ SUM = "What is 17 + 25?"
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def command(model: Any, *args: str, stdin: str = "") -> SimpleNamespace:
         model.bits, model.threads, model.close = 4, 1, lambda: None
-        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_: model)
-        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_: model)
+        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_, **__: model)
+        monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_, **__: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as exit:
             cli.main(["chat", "m", *args])
@@ -50,7 +48,7 @@ Command = Callable[..., SimpleNamespace]
 
 def test_one_question_gives_the_answers_text_alone(run: Command) -> None:
     done = run(Reciter(THOUGHT.format("so", 42)), "What?")
-    assert (done.status, done.out) == (0, "It is 42.")
+    assert (done.status, done.out) == (0, "It is 42.\n")
     assert "tok/s" in done.err
     assert "\x1b" not in done.err
     assert "Hm" not in done.err
@@ -69,7 +67,7 @@ def test_one_question_gives_the_answers_text_alone(run: Command) -> None:
 )
 def test_stdin_is_the_message_or_joined_to_it(args: list[str], stdin: str, message: str, run: Command) -> None:
     model = Reciter("Yes.")
-    assert run(model, *args, stdin=stdin).out == "Yes."
+    assert run(model, *args, stdin=stdin).out == "Yes.\n"
     assert f"user\n{message}<|im_end|>" in model.prompts[0]
 
 
@@ -89,6 +87,74 @@ def test_errors_are_one_line_and_status_2(args: list[str], template: str, messag
     assert done.err.startswith("npqwen: error: ")
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+# A question in the argument, and a pipe on stdin that stays open: as a program that spawned us leaves it.
+ASK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from reciter import Reciter
+import npqwen.commands.chat, npqwen.commands.options
+from npqwen.commands.cli import main
+model = Reciter("Yes.")
+model.bits, model.threads, model.close = 4, 1, lambda: None
+npqwen.commands.chat.open_model = lambda *_, **__: model
+npqwen.commands.options.PATIENCE = float(sys.argv[2])
+try:
+    main(sys.argv[3:])
+finally:
+    sys.stderr.write(repr(model.prompts))
+"""
+
+
+def asking(*arguments: str, patience: float = 0.05) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK, str(Path(__file__).parents[1]), str(patience), "chat", "m", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["and a lake?", ""])
+def test_a_silent_stdin_is_told_and_what_comes_later_is_not_lost(text: str) -> None:
+    with asking("What is a river?") as process:
+        assert process.stderr is not None
+        notice = process.stderr.readline()
+        assert notice == (
+            f"waiting for text on stdin, which is appended to the question; to ask without it, add < {os.devnull}\n"
+        )
+        assert process.poll() is None
+        out, err = process.communicate(text, timeout=60)
+    assert (process.returncode, out) == (0, "Yes.\n")
+    message = f"What is a river?\\n\\n{text}" if text else "What is a river?"
+    assert f"user\\n{message}<|im_end|>" in err
+
+
+def test_waiting_for_a_question_is_told_too() -> None:
+    with asking() as process:
+        assert process.stderr is not None
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        assert process.stderr.readline() == f"waiting for the question on stdin; {end} on an empty line ends it\n"
+        out, err = process.communicate("Well?", timeout=60)
+    assert (process.returncode, out) == (0, "Yes.\n")
+    assert "user\\nWell?<|im_end|>" in err
+
+
+@pytest.mark.parametrize(("arguments", "patience"), [(["-q"], 0.0), ([], 60.0)])
+def test_stdin_that_is_quiet_or_has_text_needs_no_notice(arguments: list[str], patience: float) -> None:
+    with asking("What?", *arguments, patience=patience) as process:
+        out, err = process.communicate("more", timeout=60)
+    assert (process.returncode, out) == (0, "Yes.\n")
+    assert "waiting" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_the_wait_for_stdin() -> None:
+    with asking("What?") as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting for text")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "[]"
 
 
 def test_a_model_without_a_template_is_told_about_generate(run: Command) -> None:
@@ -119,7 +185,7 @@ def test_a_history_that_cannot_be_written_is_told(
         )
         converse(chat_with(Reciter("Yes.")))
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: the history will lack what was entered now"
+    assert last == f"{tmp_path / 'cache' / 'history'} cannot be written: what you typed is not in the history"
 
 
 # --- a real terminal ---
@@ -162,156 +228,6 @@ def test_a_job_in_the_background_leaves_the_terminal_alone(when: str) -> None:
         os.close(slave)
         os.close(master)
     assert (done.stdout, done.stderr) == ("ended\n", "")
-
-
-CHILD = """
-import fcntl, sys, termios, time
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from npqwen.model import Model
-forward = Model.forward
-def slow(*args, **options):
-    time.sleep(float(sys.argv[1]))
-    return forward(*args, **options)
-Model.forward = slow
-from npqwen.commands.cli import main
-main(sys.argv[2:])
-"""
-
-
-class PseudoTerminal:
-    """`npqwen chat` with the tiny model in a terminal, each pass of it slowed down."""
-
-    def __init__(self, model: Path, cache: Path, *arguments: str) -> None:
-        import pty
-
-        self.master, self.slave = pty.openpty()
-        environment = os.environ | {"TERM": "xterm", "XDG_CACHE_HOME": str(cache)}
-        environment.pop("NO_COLOR", None)
-        options = ["chat", str(model), "--threads", "1", "--temperature", "0", *arguments]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, "0.05", *options],
-            stdin=self.slave, stdout=self.slave, stderr=self.slave, start_new_session=True, env=environment,
-        )  # fmt: skip
-        self._seen = ""
-
-    def until(self, text: str, seconds: float = 60) -> str:
-        """Everything written up to the text."""
-        end = time.monotonic() + seconds
-        while text not in self._seen:
-            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"no {text!r} after {self._seen!r}"
-            self._seen += os.read(self.master, 4096).decode("utf-8", "replace")
-        at = self._seen.index(text) + len(text)
-        before, self._seen = self._seen[:at], self._seen[at:]
-        return before
-
-    def prompt(self) -> str:
-        """Everything up to the next prompt: it is ready when bracketed paste is on and the cursor visible."""
-        return self.until("\x1b[?2004h") + self.until("\x1b[?25h")
-
-    def send(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def settings(self) -> list[Any]:
-        import termios
-
-        return termios.tcgetattr(self.slave)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.slave)
-        os.close(self.master)
-
-
-@pytest.fixture
-def terminal(tiny: Callable[[int], Path], tmp_path: Path) -> Iterator[Callable[..., PseudoTerminal]]:
-    """terminal(): starts a conversation in a terminal."""
-    if sys.platform == "win32":
-        pytest.skip("has no pty")
-    opened: list[PseudoTerminal] = []
-
-    def start(*arguments: str) -> PseudoTerminal:
-        opened.append(PseudoTerminal(tiny(4), tmp_path, *arguments))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        one.close()
-
-
-def test_in_a_terminal(terminal: Callable[..., PseudoTerminal]) -> None:
-    chat = terminal()
-    chat.until("/help lists the commands")
-    chat.prompt()
-    chat.send(f"{SUM}\n")
-    shown = chat.until("17 + 25 = 42")
-    assert "\x1b[2m" in shown
-    assert "thought for " in shown
-    chat.until("context ")
-    chat.prompt()
-    chat.send("Define river.\n")
-    chat.until("thinking...")
-    chat.send("\x03")
-    chat.until("stopped")
-    chat.until("taken back")
-    chat.prompt()
-    chat.send("half a line")
-    chat.until("half a line")
-    chat.send("\x03")
-    assert "again, or Ctrl-D" not in chat.prompt()
-    chat.send("/nonsense\n")
-    chat.until("unknown command /nonsense")
-    chat.prompt()
-    chat.send("\x03")
-    chat.until("again, or Ctrl-D")
-    chat.prompt()
-    chat.send("/nothink\n")
-    chat.until("thinking is off")
-    chat.prompt()
-    chat.send("\x1b[200~What is\n11 + 31?\x1b[201~\n")
-    chat.until("tok/s")
-    chat.prompt()
-    chat.send("/exit\n")
-    assert chat.process.wait(30) == 0
-
-
-def test_keys_typed_during_an_answer_wait_for_the_prompt(terminal: Callable[..., PseudoTerminal]) -> None:
-    chat = terminal("--no-think")
-    chat.prompt()
-    chat.send(f"{SUM}\n")
-    chat.until("17")
-    chat.send("/stats\nWhat is")
-    assert "/stats" not in chat.until("tok/s")
-    chat.until("all answers")
-    chat.until("What is")
-    chat.send(" 30 + 12?\n")
-    chat.until("42")
-    chat.prompt()
-    chat.send("\x04")
-    assert chat.process.wait(30) == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", None), getattr(signal, "SIGQUIT", None)])
-@pytest.mark.parametrize("answering", [False, True])
-def test_a_signal_leaves_the_terminal_as_it_was(
-    number: signal.Signals, answering: bool, terminal: Callable[..., PseudoTerminal]
-) -> None:
-    chat = terminal()
-    before = chat.settings()
-    chat.prompt()
-    assert chat.settings() != before
-    if answering:
-        chat.send("Define river.\n")
-        chat.until("thinking...")
-        assert chat.settings() != before
-    if sys.platform == "linux":  # SIGQUIT would leave a core file
-        import resource
-
-        resource.prlimit(chat.process.pid, resource.RLIMIT_CORE, (0, 0))
-    chat.process.send_signal(number)
-    assert chat.process.wait(30) == -number
-    assert chat.settings() == before
 
 
 def test_the_line_editor_is_only_imported_for_a_conversation(tiny: Callable[[int], Path]) -> None:

@@ -64,7 +64,7 @@ def run(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(run: Run) -> None:
     done = run("generate", str(TINY), SUM, "--temperature", "0")
-    assert (done.status, done.out) == (0, ANSWER)
+    assert (done.status, done.out) == (0, f"{ANSWER}\n")
     converting, compiling, statistics = done.err.splitlines()
     assert converting.startswith(f"converting {TINY} to int4, once, into ")
     assert compiling == "compiling 3 kernels (once for this machine)"
@@ -75,7 +75,7 @@ def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(run: Run) -> None
 
 def test_quiet_leaves_stderr_empty(run: Run) -> None:
     done = run("generate", str(TINY), SUM, "--temperature", "0", "--quiet")
-    assert (done.out, done.err) == (ANSWER, "")
+    assert (done.out, done.err) == (f"{ANSWER}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_quiet_leaves_stderr_empty(run: Run) -> None:
 )
 def test_how_a_text_ends_is_told(run: Run, options: list[str], text: str, end: str) -> None:
     done = run("generate", str(TINY), SUM, "--temperature", "0", *options)
-    assert done.out == text
+    assert done.out == f"{text}\n"  # one newline more than the text, which may end in newlines itself
     assert done.err.splitlines()[-1].endswith(f"; {end}")
 
 
@@ -104,7 +104,7 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
     more = "--presence-penalty -0.5 --seed 9 --threads 3 --frequency-penalty 0.25"
     bias = "--logit-bias 5=-inf --logit-bias 7=2.5"
     done = run("generate", str(TINY), "x", *options.split(), *more.split(), *bias.split())
-    assert (done.status, done.out, done.threads) == (0, "", 3)
+    assert (done.status, done.out, done.threads) == (0, "\n", 3)
     penalties: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": -0.5, "frequency_penalty": 0.25}
     rest: dict[str, Any] = {"logit_bias": {5: -math.inf, 7: 2.5}, "seed": 9}
     assert given == [npqwen.Sampling(temperature=0.7, top_k=3, top_p=0.8, min_p=0.1, **penalties, **rest)]
@@ -140,7 +140,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["generate", "/no/such", "x"], "there is no directory '/no/such', nor is it a hub id like Qwen/"),
+        (["generate", "/no/such", "x"], "'/no/such' is neither a directory nor a hub id like Qwen/"),
         (["generate", str(TINY), ""], "the prompt is empty, and Qwen3 has no start token; give"),
         (["generate", "/no/such", "x", "--top-p", "3"], "top_p is 3.0; it must be a number from 0 to 1"),
         (["generate", "/no/such", "x", "--max-tokens", "0"], "max_tokens is 0; it must be a whole number"),
@@ -154,7 +154,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", "/no/such", "x", "--logit-bias", "5=nan"], "logit_bias[5] is nan; it must be a number, or"),
         (["generate", "/no/such", "x", "--logit-bias", "-5=1"], "logit_bias has the key -5; each must be a token"),
         (["generate", str(TINY), "x", "--logit-bias", "4128=1"], "logit_bias has token id 4128; the model's are 0"),
-        (["convert", "/no/such", "/tmp/out"], "there is no directory '/no/such'"),
+        (["convert", "/no/such", "/tmp/out"], "'/no/such' is neither a directory nor a hub id"),
         (["speak"], "No such command 'speak'; see npqwen --help"),
     ],
 )
@@ -188,8 +188,9 @@ def test_a_notice_cannot_control_a_terminal(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = "npqwen.hub.conversions"
-    monkeypatch.setattr(f"{hub}.latest_commit", lambda repository: (None, "the hub says \x1b]0;title\x07no"))
-    monkeypatch.setattr(f"{hub}._newest_conversion", lambda repository, recipe: tmp_path / "my\x7fmodel")
+    monkeypatch.setattr(f"{hub}.look_up", lambda name: (None, "the hub says \x1b]0;title\x07no"))
+    (tmp_path / "my\x7fmodel").mkdir()
+    monkeypatch.setattr(f"{hub}._newest_conversion", lambda name, recipe: tmp_path / "my\x7fmodel")
     assert f"the hub says ]0;titleno; using {tmp_path}/mymodel" in run("info", "org/name").err
 
 
@@ -321,7 +322,8 @@ def test_text_comes_piece_by_piece_and_ctrl_c_keeps_it() -> None:
     rest, errors = process.communicate(timeout=20)
     text = (first + rest).decode()
     assert process.returncode == 130
-    assert ANSWER.startswith(text)
+    assert text.endswith("\n")
+    assert ANSWER.startswith(text[:-1])
     assert 3 <= len(text) < len(ANSWER)
     assert b"Traceback" not in errors
     assert b"error" not in errors
@@ -400,7 +402,7 @@ def test_an_argument_is_utf8_in_any_locale_and_so_is_the_text() -> None:
     script = script.replace("Slow.from_directory", "Parrot.from_directory")
     command = [sys.executable, "-c", script, "0", "generate", str(TINY), "naïve 東京 🎉", "--quiet"]
     done = subprocess.run(command, capture_output=True, env=ascii_locale(), timeout=20)
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "naïve 東京 🎉", b"")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, "naïve 東京 🎉\n", b"")
 
 
 def test_a_path_that_is_no_utf8_is_written_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

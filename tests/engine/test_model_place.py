@@ -17,6 +17,7 @@ from npqwen.cache_directory import cache_directory
 from npqwen.errors import CheckpointError, ModelNotFoundError, OutputError
 from npqwen.format.recipe import recipe_of
 from npqwen.hub import conversions
+from npqwen.hub.names import HubName
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege, homes are set in other ways")
 
@@ -32,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     directory = tmp_path / "my model"
-    write_checkpoint(directory)
+    write_checkpoint(directory, tokenizer=True)
     return directory
 
 
@@ -41,7 +42,7 @@ NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c
 
 @pytest.mark.parametrize("model", [*NEITHER, "a\0b"])
 def test_names_that_are_neither_path_nor_id(model: str) -> None:
-    with pytest.raises((ModelNotFoundError, CheckpointError), match=r"no directory|config\.json is missing"):
+    with pytest.raises((ModelNotFoundError, CheckpointError), match=r"neither a directory|config\.json is missing"):
         hub.resolve(model)
 
 
@@ -49,7 +50,7 @@ def test_a_file_is_not_a_model(checkpoint: Path) -> None:
     for path in (checkpoint / "model.safetensors", checkpoint / "config.json"):
         with pytest.raises(ModelNotFoundError, match="is a file; give its directory"):
             hub.resolve(path)
-    with pytest.raises(ModelNotFoundError, match="there is no directory"):
+    with pytest.raises(ModelNotFoundError, match="neither a directory nor a hub id"):
         hub.resolve(checkpoint / "model.safetensors" / "inside")
 
 
@@ -83,7 +84,7 @@ def test_files_that_this_user_cannot_read(checkpoint: Path, monkeypatch: pytest.
 @posix
 def test_broken_links_do_not_exist(checkpoint: Path) -> None:
     place = hub.resolve(checkpoint)
-    (checkpoint / "tokenizer.json").symlink_to(checkpoint / "pruned")
+    (checkpoint / "vocab.json").symlink_to(checkpoint / "pruned")
     assert hub.resolve(checkpoint) == place
     (checkpoint / "model.safetensors").rename(checkpoint / "gone")
     (checkpoint / "model.safetensors").symlink_to(checkpoint / "pruned")
@@ -120,4 +121,4 @@ def test_an_unreadable_cache_counts_as_empty(cache: Path, monkeypatch: pytest.Mo
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "glob", refuse)
-    assert conversions._newest_conversion("org/name", recipe_of(4)) is None
+    assert conversions._newest_conversion(HubName("org/name"), recipe_of(4)) is None

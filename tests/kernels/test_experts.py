@@ -19,7 +19,7 @@ from reference import ReferenceModel
 from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
 from npqwen.engine.records import LAYER
-from npqwen.errors import FormatError
+from npqwen.errors import FormatError, size
 from npqwen.format.encodings import INT8
 from npqwen.hardware import machine
 from npqwen.kernels import experts
@@ -131,8 +131,8 @@ def test_info_tells_how_many_experts_memory_holds(tiny_moe: Path, monkeypatch: p
         return next((line for line in info.describe(found).splitlines() if line.startswith("memory holds")), "")
 
     assert memory_line(whole.weights + 1).endswith("all of the weights")
-    assert f"all but {info.size(experts // 2)} of the experts" in memory_line(whole.weights - experts // 2)
-    assert f"of the {info.size(experts / 4)} that a token uses, about 50% ({info.size(experts / 8)}) are read" in (
+    assert f"all but {size(experts // 2)} of the experts" in memory_line(whole.weights - experts // 2)
+    assert f"of the {size(experts / 4)} that a token uses, about 50% ({size(experts / 8)}) are read" in (
         memory_line(whole.weights - experts // 2)
     )
     assert "about 100%" in memory_line(whole.weights - experts)

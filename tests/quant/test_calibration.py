@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from checkpoints import make_config, shapes, write_checkpoint
 from npqwen_quant import convert, moments
-from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, working_directory
+from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, calibration_key
 from npqwen_quant.checkpoint import Checkpoint, read_floats
 from npqwen_quant.search import Codebook
+from npqwen_quant.working import working_directory
 from quantized import QuantizedReference
 from reference import ReferenceModel, qwen3_in_numpy
 
@@ -121,7 +122,8 @@ def run(
     }
     sources = {name: checkpoint.tensor(name, shape) for name, shape in shapes(checkpoint.raw_config).items()}
     books = {name: FINE if "v_proj" in name else CODEBOOK for name in matrices}
-    with ThreadPoolExecutor(2) as pool, working_directory(out, checkpoint, calibration, books) as place:
+    key = calibration_key(checkpoint, calibration, books)
+    with ThreadPoolExecutor(2) as pool, working_directory(out, "calibration", key) as place:
         fits = calibrate(checkpoint, sources, books, calibration, place, pool, 2, progress)
         return {name: fits.rows(name, 0, shape[0], shape) for name, shape in matrices.items()}
 
@@ -177,14 +179,15 @@ def test_another_text_begins_anew(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_share_a_working_directory(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source")
-    checkpoint, calibration = Checkpoint(tmp_path / "source"), Calibration("text", text)
-    with working_directory(tmp_path / "out", checkpoint, calibration, {}) as place:
+    checkpoint = Checkpoint(tmp_path / "source")
+    key, other = (calibration_key(checkpoint, Calibration(name, text), {}) for name in ("text", "other"))
+    with working_directory(tmp_path / "out", "calibration", key) as place:
         with (
             pytest.raises(OutputError, match="another process"),
-            working_directory(tmp_path / "out", checkpoint, calibration, {}),
+            working_directory(tmp_path / "out", "calibration", key),
         ):
             pass
-        with working_directory(tmp_path / "out", checkpoint, Calibration("other", text), {}):
+        with working_directory(tmp_path / "out", "calibration", other):
             assert place.exists()
     assert leftovers(tmp_path) == []
 

@@ -286,7 +286,7 @@ def test_threads_respect_a_container_quota(
     files = {"proc/self/cgroup": "0::/a", "proc/self/mountinfo": MOUNTS}
     files |= {} if quota is None else {"sys/fs/cgroup/unified/a/cpu.max": quota}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
-    assert conversion._default_threads(tree(tmp_path, files)) == threads
+    assert conversion.default_threads(tree(tmp_path, files)) == threads
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no peak of memory to ask for")

@@ -297,7 +297,7 @@ def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path, monkeypatch: py
     write_checkpoint(tmp_path / "in")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 50_000, 50_000))
-    with pytest.raises(OutputError, match=r"would take .* MB, but only 0.1 MB is free"):
+    with pytest.raises(OutputError, match=r"would take .* MB, but only 50 kB is free"):
         convert(tmp_path / "in", tmp_path / "out", progress=never)
     assert os.listdir(tmp_path) == ["in"]
 
@@ -305,7 +305,7 @@ def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("write_bytes", [1, 1000, 4096, 1 << 21])
 def test_files_are_written_in_aligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_bytes: int) -> None:
     """Each begins at a multiple of its size, whatever the sizes of the data: empty, or many times larger."""
-    monkeypatch.setattr("npqwen_quant.output._WRITE_BYTES", write_bytes)
+    monkeypatch.setattr("npqwen_quant.output.WRITE_BYTES", write_bytes)
     sizes = []
 
     class Slow(io.FileIO):

@@ -17,10 +17,11 @@ from units import CODEBOOKS, row_bytes
 
 from npqwen import OptionError
 from npqwen.commands import cli
+from npqwen.errors import size
 from npqwen.model import load
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import benchmark, bytes_per_token
-from npqwen.reports.info import inspect, size
+from npqwen.reports.info import inspect
 from npqwen.simd.isa import ISA
 
 Run = Callable[..., tuple[str, str]]
@@ -174,14 +175,15 @@ def test_bench_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
     assert err == ""
     report = json.loads(out)
     assert report["model"] == str(tiny(4))
-    assert (report["bits"], report["encoding"], report["threads"], report["kernels"]) == (4, "int4", 2, ISA.name)
+    assert (report["bits"], report["encoding"], report["threads"], report["kernels"]) == (4, "int4", [2], ISA.name)
     assert report["weights"] == data_bytes(tiny(4))
-    assert 1e8 < report["read_bandwidth"] < 1e13
+    (bandwidth,) = report["read_bandwidth"]
+    assert 1e8 < bandwidth < 1e13
     tests = [(m["test"], m["tokens"], m["depth"]) for m in report["measures"]]
     at = [[("prefill", 8, d), ("prefill", 300, d)] for d in (0, 20)]
     assert sorted(tests) == sorted([*at[0], *at[1], ("decode", 3, 0), ("decode", 3, 20)])
     for measure in report["measures"]:
-        assert len(measure["rates"]) == 2
+        assert len(measure["rates"]) == measure["threads"] == 2
         assert min(measure["rates"]) > 0
         assert min(measure["rates"]) <= measure["median"] <= max(measure["rates"])
         assert (measure["bandwidth_share"] > 0) == (measure["test"] == "decode")
@@ -194,11 +196,57 @@ def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
     out, _ = run("bench", tiny(16), "--prefill", "5", "--decode", "2", "--repeat", "1", "--threads", "1")
     lines = out.splitlines()
     assert lines[0] == f"{tiny(16)}: bf16"
-    assert f"1 threads, {ISA.name} kernels" in lines[1]
-    assert re.fullmatch(r"memory reads \d+\.\d GB/s(; \d+% of the weights are in huge pages)?", lines[2])
+    assert f", {ISA.name} kernels" in lines[1]
+    assert re.fullmatch(r"memory reads \d+\.\d GB/s with 1 thread(; \d+% of the weights are in huge pages)?", lines[2])
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert len({len(row) for row in rows}) == 1  # a table of Markdown has as many cells in every row
-    assert [row[:2] for row in rows[2:]] == [["prefill 5", "0"], ["decode 2", "0"]]
+    assert [row[:3] for row in rows[2:]] == [["prefill 5", "0", "1"], ["decode 2", "0", "1"]]
+
+
+def test_bench_of_several_numbers_of_threads(run: Run, tiny: Callable[[int], Path], tmp_path: Path) -> None:
+    load(tiny(4)).close()
+    report = tmp_path / "shared.md"
+    args = ["bench", tiny(4), "-p", "5", "-n", "2", "-d", "3", "-r", "1", "--threads", "1,2"]
+    out, err = run(*args, "--report", report)
+    assert err == f"report written to {report}\n"
+    *_, bandwidth, _, head, _, first, second, third, fourth = out.splitlines()
+    assert re.match(r"memory reads \d+\.\d GB/s with 1 thread, \d+\.\d GB/s with 2 threads", bandwidth)
+    assert head.startswith("| test | depth | threads | tokens/s")
+    rows = [row.split("|")[1:4] for row in (first, second, third, fourth)]
+    assert rows == [[f" {test} ", " 3 ", f" {n} "] for n in (1, 2) for test in ("prefill 5", "decode 2")]
+    assert first in report.read_text(encoding="utf-8")
+    assert fourth in report.read_text(encoding="utf-8")
+
+    found = json.loads(run(*args, "--json")[0])
+    assert found["threads"] == [1, 2]
+    assert len(found["read_bandwidth"]) == 2
+    assert [(m["threads"], m["test"]) for m in found["measures"]] == [
+        (1, "prefill"), (1, "decode"), (2, "prefill"), (2, "decode"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeat", "0"], "Invalid value for '--repeat' / '-r': 0 is not in the range x>=1"),
+        (["--threads", "1,0"], "Invalid value for '--threads' / '-t': 0 is too small: it must be at least 1"),
+        (["--threads", "1,,2"], "'1,,2' is not a list of numbers such as 1,2,4"),
+        (["--depth", "-5"], "-5 is too small: it must be at least 0"),
+    ],
+)
+def test_bench_refuses_before_it_opens_the_model(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr("npqwen.hub.resolve", None)
+    out, err = run("bench", "m", *options, status=2)
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_bench_refuses_a_number_of_threads_before_it_measures(run: Run, tiny: Callable[[int], Path]) -> None:
+    """Too many for the engine, after one that it could run."""
+    out, err = run("bench", tiny(4), "--threads", "1,5000", "--decode", "9999", status=2)
+    assert (out, err) == ("", "npqwen: error: threads is 5000; it must be a whole number from 1 to 1024\n")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +260,7 @@ def test_bench_reports_the_share_of_huge_pages(
     monkeypatch.setattr("npqwen.reports.bench.huge_page_bytes", lambda paths: found)
     args = ["--prefill", "2", "--decode", "0", "--repeat", "1", "--threads", "1"]
     out, _ = run("bench", tiny(4), *args)
-    assert re.fullmatch(r"memory reads \d+\.\d GB/s" + shown, out.splitlines()[2])
+    assert re.fullmatch(r"memory reads \d+\.\d GB/s with 1 thread" + shown, out.splitlines()[2])
     assert json.loads(run("bench", tiny(4), *args, "--json")[0])["huge_pages"] == found
 
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.data_structures import Size
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from prompt_toolkit.output.vt100 import Vt100_Output
 
+from npqwen.terminal.completions import completions
 from npqwen.terminal.history import MAX_ENTRIES, MAX_LENGTH, History
 from npqwen.terminal.line_editor import LineEditor, PlainReader, message_reader
-from npqwen.terminal.slash_commands import completions
 
 UP, ALT_ENTER = "\x1b[A", "\x1b\r"
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -148,6 +150,49 @@ def test_ctrl_r_searches_the_history(editor: Editor, tmp_path: Path) -> None:
     for entry in ("first river", "second", "third"):
         history.add(entry)
     assert editor("\x12riv\r\r", history).read() == "first river"
+
+
+@pytest.mark.parametrize(
+    ("keys", "confirmed"),
+    [("y\r", True), ("Yes \r", True), ("n\r", False), ("\r", False), ("yo\r", False), (CTRL_C, False), (CTRL_D, False)],
+)
+def test_only_yes_confirms(
+    keys: str, confirmed: bool, editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "history"
+    assert editor(keys, History(path)).confirm("Really?") is confirmed
+    assert not path.exists()
+    typed = "" if keys == CTRL_D else keys.replace("\r", "\n").replace(CTRL_C, "\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert PlainReader().confirm("Really?") is confirmed
+
+
+def written(keys: str, rows: int, columns: int) -> str:
+    """What an editor in a window of this size writes after the last key."""
+    stream = io.StringIO()
+    with create_pipe_input() as pipe:
+        pipe.send_text(keys)
+        output = Vt100_Output(stream, lambda: Size(rows, columns), term="xterm")
+        LineEditor(input=pipe, output=output).read()
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "width"), [(40, 3), (10, 30)])
+def test_a_message_taller_than_the_window_is_written_whole_once_it_is_sent(columns: int, width: int) -> None:
+    lines = [f"{number} {'x' * width}" for number in range(30 if width == 3 else 4)]
+    shown = "> " + "\n. ".join(lines) + "\n"
+    assert written(pasted("\n".join(lines)) + "\r", 12, columns).replace("\r", "").endswith(shown)
+    assert not written(pasted("\n".join(lines)) + "\r", 200, columns).replace("\r", "").endswith(shown)
+
+
+def test_a_tall_message_shows_no_control_characters_and_is_moved_through_by_pages() -> None:
+    shown = written(pasted("\n".join(["a\x1b[31mb\tc"] * 20)) + "\r", 8, 40)
+    assert "31m" not in shown.replace("?[31m", "")
+    with create_pipe_input() as pipe:
+        pipe.send_text(pasted("\n".join(map(str, range(30)))) + "\x1b[5~\x1b[5~!\x1b[6~?\r")
+        output = Vt100_Output(io.StringIO(), lambda: Size(12, 40), term="xterm")
+        lines = LineEditor(input=pipe, output=output).read().split("\n")
+    assert [line for line in lines if not line.isdigit()] == ["9!", "19?"]
 
 
 def test_damaged_entries_are_not_recalled(editor: Editor, tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,37 +12,18 @@ from reciter import Reciter
 
 import npqwen
 from npqwen import ChatStream
-from npqwen.errors import OptionError
 from npqwen.model import Model
-from npqwen.terminal.repl import handle
-from npqwen.terminal.settings import Settings
-from npqwen.terminal.slash_commands import COMMANDS, completions, is_command
-from npqwen.terminal.terminal_chat import TerminalChat
+from npqwen.terminal.slash_commands import COMMANDS, is_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 SUM = "What is 17 + 25?"
+Say = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[[int], Path]) -> Iterator[Model]:
     with npqwen.load(tiny(4), threads=1) as loaded:
         yield loaded
-
-
-Say = Callable[..., str]
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """say(chat, line): its output, stdout and stderr."""
-
-    def say(chat: TerminalChat, *lines: str) -> str:
-        for line in lines:
-            handle(chat, line)
-        done = capsys.readouterr()
-        return done.out + done.err
-
-    return say
 
 
 def test_help_names_every_command(say: Say) -> None:
@@ -80,69 +58,10 @@ def test_what_only_begins_like_a_command_is_said_to_the_model(said: str, say: Sa
     assert chat.conversation.messages[0]["content"] == said
 
 
-def test_think_and_nothink_switch_and_with_a_question_only_once(say: Say) -> None:
-    model = Reciter("<think>\n\n</think>\n\na", "b", "c")
-    chat = chat_with(model)
-    say(chat, "/nothink")
-    assert chat.conversation.thinking is False
-    say(chat, "/think why?", "so?", "/think")
-    assert model.prompts[0].endswith("why?<|im_end|>\n<|im_start|>assistant\n")
-    assert model.prompts[1].endswith("</think>\n\n")
-    assert chat.conversation.thinking is True
-
-
-@pytest.mark.parametrize(
-    ("template", "line", "why"),
-    [("instruct-2507", "/think", "does not think"), ("thinking-2507", "/no_think", "always thinks")],
-)
-def test_a_model_without_the_switch_refuses_it(template: str, line: str, why: str, say: Say) -> None:
-    chat = chat_with(Reciter(template=template))
-    assert why in say(chat, line)
-    assert chat.conversation.thinking is None
-
-
-def test_system_is_shown_set_and_taken_away(say: Say) -> None:
-    model = Reciter("a", "b")
-    chat = chat_with(model, system="Be brief.")
-    assert "Be brief." in say(chat, "/system")
-    say(chat, "/system Be\nlong.", "x")
-    assert model.prompts[0].startswith("<|im_start|>system\nBe\nlong.<|im_end|>")
-    say(chat, "/system -", "y")
-    assert model.prompts[1].startswith("<|im_start|>user\nx")
-
-
-def test_set_is_checked_as_the_api_does(say: Say) -> None:
-    chat = chat_with(Reciter(), temperature=0.5)
-    assert "unknown option 'temprature'; did you mean temperature?" in say(chat, "/set temprature 1")
-    assert "must be a number from 0 to 1" in say(chat, "/set top_p 3")
-    assert "top_k is 'x'; it must be a whole number, 0 or more" in say(chat, "/set top_k x")
-    assert "needs a value" in say(chat, "/set top_k")
-    assert "max_tokens is 0" in say(chat, "/set max_tokens 0")
-    assert chat.settings.options == {"temperature": 0.5}
-    say(chat, "/set top-k 7", "/set loop_guard off", "/set temperature default")
-    assert chat.settings.options == {"top_k": 7, "loop_guard": False}
-    table = say(chat, "/set")
-    assert re.search(r"top_k +7 +set\n", table)
-    assert re.search(r"temperature +0\.6\n", table)
-    say(chat, "/nothink")
-    assert re.search(r"temperature +0\.7\n", say(chat, "/set"))
-
-
-def test_a_bias_on_a_token_that_is_not_there_is_refused_before_any_question() -> None:
-    with pytest.raises(OptionError, match="logit_bias has token id 4128; the model's are 0 to 4127"):
-        Settings(Reciter(), logit_bias={4128: 1.0})
-
-
-def test_settings_reach_the_answer(say: Say) -> None:
-    chat = chat_with(Reciter("one two three four", "a b c"))
-    assert "cut off at max_tokens" in say(chat, "/set max_tokens 2", "x")
-    assert "cut off" not in say(chat, "/set max_tokens default", "x")
-
-
 def test_retry_undo_and_clear(say: Say) -> None:
     chat = chat_with(Reciter("first", "second", "third"), system="s", thinking=False)
-    assert "has no user's message yet" in say(chat, "/retry")
-    assert "has no user's message yet" in say(chat, "/undo")
+    assert "has no user message yet" in say(chat, "/retry")
+    assert "has no user message yet" in say(chat, "/undo")
     say(chat, "q", "/retry")
     assert [message["content"] for message in chat.conversation.messages] == ["s", "q", "second"]
     assert "taken back: q" in say(chat, "/undo")
@@ -172,7 +91,7 @@ def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say)
 def test_retry_asks_as_the_question_was_asked(say: Say) -> None:
     model = Reciter("a", "b", "c", "d")
     chat = chat_with(model)
-    say(chat, "/nothink why?", f"/think {'why? ' * 3000}", "/retry")
+    say(chat, "/nothink why?", f"/think {'why? ' * 3000}", "/undo", "/retry")
     assert model.prompts[1].endswith("why?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     say(chat, "/think", "/retry", "so?")
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in model.prompts[2:])
@@ -187,60 +106,9 @@ def test_retry_that_is_stopped_before_its_text_leaves_the_answer_there_was(say: 
         raise KeyboardInterrupt
 
     model.forward = interrupted  # type: ignore[assignment, method-assign]
-    assert "stopped before the answer began: the previous answer is kept" in say(chat, "/retry")
+    assert "stopped before the answer began; the previous answer is kept" in say(chat, "/retry")
     assert [message["content"] for message in chat.conversation.messages] == ["q", "first"]
-    assert "stopped before the answer began: the question is taken back" in say(chat, "r")
-
-
-def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
-    chat = chat_with(model, temperature=0, thinking=False)
-    assert "needs the name of a file" in say(chat, "/save")
-    say(chat, SUM)
-    path = tmp_path / "talk.json"
-    assert "2 messages saved to" in say(chat, f"/save {path}")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.npqwen-cache"]
-    assert json.loads(path.read_text())["thinking"] is False
-    other = chat_with(model, temperature=0)
-    assert "2 messages loaded from" in say(other, f"/load {path}")
-    assert other.conversation.thinking is False
-    assert other.conversation.messages == chat.conversation.messages
-    assert other.conversation.tokens == chat.conversation.tokens > 0
-    assert "30 + 12 = 42" in say(other, "What is 30 + 12?", "/save")
-    assert len(json.loads(path.read_text())["messages"]) == 4
-
-
-def test_save_spares_a_file_of_somebody_else_and_load_refuses_it(tmp_path: Path, say: Say) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("mine")
-    chat = chat_with(Reciter())
-    assert "is not a saved conversation" in say(chat, f"/save {path}")
-    assert "is not a saved conversation" in say(chat, f"/load {path}")
-    assert path.read_text() == "mine"
-    assert "does not exist" in say(chat, f"/load {tmp_path / 'none.json'}")
-
-
-@pytest.mark.parametrize("name", ["~nobody-here/talk.json", "x" * 5000])
-def test_a_place_where_no_file_can_be_is_an_error_of_one_line(
-    name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "~nobody-here").write_text("a file")
-    chat = chat_with(model)
-    for command in ("/save", "/load"):
-        output = say(chat, f"{command} {name}")
-        assert output.startswith("error: ")
-        assert output.count("\n") == 1
-
-
-def test_a_saved_state_of_thinking_that_this_model_lacks_is_reported(tmp_path: Path, say: Say) -> None:
-    path = tmp_path / "talk.json"
-    saved = {"format": "npqwen-conversation", "version": 1, "dropped": 0, "thinking": False, "messages": []}
-    path.write_text(json.dumps(saved))
-    chat = chat_with(Reciter(template="thinking-2507"))
-    assert "cannot be switched to it" in say(chat, f"/load {path}")
-    assert chat.conversation.thinking is None
-    path.write_text(json.dumps(saved | {"thinking": "no"}))
-    assert "is damaged" in say(chat, f"/load {path}")
+    assert "stopped before the answer began; /retry asks the question again" in say(chat, "r")
 
 
 def test_stats(model: Model, say: Say) -> None:
@@ -273,24 +141,21 @@ def test_exit_leaves(say: Say) -> None:
         assert chat.finished
 
 
-def test_tab_completes_commands_and_options() -> None:
-    assert completions("/th") == ("/th", ["/think", "/thought"])
-    assert completions("/set top_p") == ("top_p", ["top_p"])
-    assert {"top_k", "top_p"} <= set(completions("/set top")[1])
-    assert completions("/thought s") == ("s", ["show"])
-    for line in ("st", "", "what is top", "/set top_k s", "/set /th", "/system t"):
-        assert completions(line)[1] == []
+@pytest.mark.parametrize(
+    ("word", "hint"), [("exit", "/exit or press Ctrl-D"), ("Quit ", "/exit"), ("exit()", "/exit"), ("help", "/help")]
+)
+def test_a_word_for_this_program_is_not_sent_to_the_model(word: str, hint: str, say: Say) -> None:
+    chat = chat_with(Reciter("It is a word."))
+    assert hint in say(chat, word)
+    assert not chat.finished
+    assert chat.conversation.messages == []
+    say(chat, f" {word}")
+    assert chat.conversation.messages[0]["content"] == f" {word}"
 
 
-def test_tab_completes_paths_also_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my talks").mkdir()
-    for name in ("my talk.json", ".hidden", "my talks/a.json"):
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert completions("/load my t") == ("my t", ["my talk.json", f"my talks{os.sep}"])
-    assert completions("/save my talks/") == ("my talks/", ["my talks/a.json"])
-    assert completions("/save ~/.h") == ("~/.h", ["~/.hidden"])
-    assert completions("/load ") == ("", ["my talk.json", f"my talks{os.sep}"])
-    assert completions("/load none/x") == ("none/x", [])
+def test_help_for_one_command(say: Say) -> None:
+    for line in ("/help set", "/? /set", "/help SET"):
+        output = say(chat_with(Reciter()), line)
+        assert output.startswith("  /set [NAME VALUE] ")
+        assert output.count("\n") == 1
+    assert "there is no command /sett" in say(chat_with(Reciter()), "/help sett")

@@ -9,9 +9,11 @@ import pytest
 from fake_terminal import THOUGHT, chat_with, on_screen
 from reciter import Reciter
 
-from npqwen.terminal.reasoning_view import ROWS, ReasoningView, width
+from npqwen.terminal.answer_text import answer_text
+from npqwen.terminal.reasoning_view import ROWS, ReasoningView
 from npqwen.terminal.repl import handle
 from npqwen.terminal.terminal import Terminal, without_control_characters
+from npqwen.terminal.width import width
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
 
@@ -22,9 +24,9 @@ def test_an_error_is_a_line_and_the_conversation_goes_on(capsys: pytest.CaptureF
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1
-    assert output.err.startswith("error: the last turn alone")
+    assert output.err.startswith("error: this message is too long: with the system message it takes ")
     handle(chat, "q")
-    assert capsys.readouterr().out == "Yes."
+    assert capsys.readouterr().out == "Yes.\n"
 
 
 def test_a_thought_is_folded_to_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +117,14 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPa
     terminal.text(evil)
     terminal.notice(evil)
     ReasoningView(terminal, "show").add(evil)
-    written = screen.getvalue().replace("\x1b[2m", "").replace("\x1b[22m", "")
+    for markdown in (False, True):
+        text = answer_text(terminal, markdown=markdown)
+        text.add(evil)
+        text.close(complete=True)
+    written = re.sub("\x1b\\[(\\d+m|\\d+D|K)", "", screen.getvalue())
     assert not set(written) & {"\x1b", "\x07", "\x9b", "\r"}
     assert written.startswith("a]0;titleb[2Jc31mde\ttab\nend\n")
+    assert "a]0;titleb[2Jc31mde    tab\nend\n" in written
     assert without_control_characters("safe\u202egnp.exe") == "safegnp.exe"
     assert without_control_characters("é 👩‍👩‍👧 \u0301") == "é 👩‍👩‍👧 \u0301"
 
@@ -125,7 +132,7 @@ def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPa
 def test_a_path_is_not_broken_by_wrapping(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
     Terminal().notice(f"using {'/a-directory' * 10}/model and some words that follow it, on the next line")
-    assert f"{'/a-directory' * 10}/model\n" in screen.getvalue()
+    assert f"\n{'/a-directory' * 10}/model and" in screen.getvalue()
 
 
 def test_no_color_means_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,42 @@
+"""The command `npqwen pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from npqwen.commands.options import Command, bits_option, low_disk_option, quiet_option, resolve
+from npqwen.errors import size
+from npqwen.terminal.terminal import Terminal
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@bits_option
+@low_disk_option
+@quiet_option
+def pull(model: str, bits: int | None, low_disk: bool, quiet: bool) -> None:
+    """Download and convert MODEL ahead of its first use.
+
+    The other commands do so, too, when they first need it. The path of the converted model is written to stdout. A
+    model whose repository has not changed is neither downloaded nor converted again.
+    """
+    with Terminal(quiet=quiet) as terminal:
+        path = resolve(model, bits, terminal, low_disk=low_disk)
+        _tell_of_download(path, terminal)
+        terminal.text(f"{path}\n")
+
+
+def _tell_of_download(path: Path, terminal: Terminal) -> None:
+    """What of the model is in huggingface_hub's cache, now that it is converted."""
+    from npqwen.hub.downloads import downloads
+    from npqwen.hub.record import read
+
+    known = read(path)
+    for one in downloads():
+        if known is not None and one.model == known.model:
+            terminal.notice(
+                f"the download, {size(one.bytes)}, is not needed to run the model; npqwen rm --download {one.model} "
+                "removes it"
+            )

@@ -1,0 +1,67 @@
+"""Qwen3 checkpoints in huggingface_hub's cache. Other programs share it, so only its own functions change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from npqwen.errors import CheckpointError, OutputError
+from npqwen.format.config import MODEL_TYPES, read_json
+from npqwen.format.quantization import is_converted
+
+
+@dataclass(frozen=True)
+class Download:
+    """All revisions of one repository that were downloaded."""
+
+    model: str
+    """The hub id."""
+    path: Path
+    commits: tuple[str, ...]
+    bytes: int
+    last_used: float
+    """Seconds since the epoch."""
+    runs_in_place: bool
+    """Whether it is a converted model, which runs from there."""
+
+
+def downloads() -> list[Download]:
+    """The downloaded checkpoints of supported families, and converted models, by name."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]
+
+    try:
+        found = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    chosen = []
+    for repository in found:
+        snapshots = [revision.snapshot_path for revision in repository.revisions]
+        if repository.repo_type == "model" and any(map(_is_ours, snapshots)):
+            chosen.append(
+                Download(
+                    repository.repo_id,
+                    repository.repo_path,
+                    tuple(sorted(revision.commit_hash for revision in repository.revisions)),
+                    repository.size_on_disk,
+                    repository.last_accessed,
+                    any(map(is_converted, snapshots)),
+                )
+            )
+    return sorted(chosen, key=lambda download: download.model.lower())
+
+
+def remove_download(download: Download) -> None:
+    """Remove all of its revisions. Raises OutputError if they are still there afterwards."""
+    from huggingface_hub import constants, scan_cache_dir
+
+    scan_cache_dir(constants.HF_HUB_CACHE).delete_revisions(*download.commits).execute()
+    if any(left.model == download.model for left in downloads()):
+        raise OutputError(f"{download.path} cannot be removed entirely; check who owns it, and whether it is in use")
+
+
+def _is_ours(snapshot: Path) -> bool:
+    try:
+        return read_json(snapshot / "config.json").get("model_type") in MODEL_TYPES
+    except CheckpointError:
+        return False

@@ -1,0 +1,132 @@
+"""What the cache does not need any more: conversions that will not be used again, remains of interrupted work, and
+kernels of other versions or machines."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from npqwen.format.quantization import is_converted
+from npqwen.hub.inventory import conversions, staleness
+from npqwen.hub.removal import REMOVED, remove, remove_tree
+
+_HIDDEN = re.compile(
+    rf"\.(?P<name>.+)\.(?P<kind>partial|old|calibration|low-disk|{REMOVED})-(?P<suffix>[0-9a-f-]+)(?P<lock>\.lock)?",
+    re.ASCII,
+)
+_REASONS = {
+    "partial": "an interrupted conversion",
+    "old": "what an interrupted conversion was to replace",
+    "calibration": "an interrupted calibration, which could be resumed",
+    "low-disk": "an interrupted download and conversion, which could be resumed",
+    REMOVED: "an interrupted removal",
+}
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something in the cache that can be removed."""
+
+    path: Path
+    reason: str
+    """What it is, and why it is not needed."""
+    lock: Path | None = None
+    """A file that the process to which it belongs holds locked while it lives."""
+
+
+def leftovers(root: Path) -> list[Leftover]:
+    """All that can be removed from the cache directory `root`."""
+    return [*stale_conversions(root), *interrupted_work(root), *other_kernels(root)]
+
+
+def stale_conversions(root: Path) -> list[Leftover]:
+    """Conversions that will not be used again."""
+    return [
+        Leftover(one.path, f"{one.model}{'' if one.bits is None else f', {one.bits} bits'}: {one.stale}")
+        for one in conversions(root)
+        if one.stale is not None
+    ]
+
+
+def interrupted_work(root: Path) -> list[Leftover]:
+    """The remains of interrupted conversions and removals, without those of processes that live.
+
+    A model that a killed conversion had moved aside, without anything in its place, is none: the next conversion puts
+    it back.
+    """
+    found = []
+    for folder in sorted([*root.glob("hub/*"), *root.glob("local/*")]):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = _HIDDEN.fullmatch(path.name)
+            if name is None or (name["kind"] == "old" and not is_converted(folder / name["name"])):
+                continue
+            lock = _lock(path, name)
+            if name["lock"] and path.with_name(path.name.removesuffix(".lock")).exists():
+                continue  # goes with its directory
+            if _is_free(lock):
+                found.append(Leftover(path, f"{folder.name}: {_REASONS[name['kind']]}", lock))
+    return found
+
+
+def other_kernels(root: Path) -> list[Leftover]:
+    """Compiled kernels that this version of npqwen cannot use on this machine."""
+    from npqwen.kernels.compiled import usable_directories
+
+    usable = {path.name for path in usable_directories()}
+    return [
+        Leftover(path, f"{path.name}: kernels of another version or processor")
+        for path in sorted(root.glob("kernels/*"))
+        if path.name not in usable
+    ]
+
+
+def remove_leftover(leftover: Leftover) -> bool:
+    """Remove it, unless a process has begun to use it since; whether it was removed. Raises OutputError."""
+    with _held(leftover.lock) as free:
+        if not free or (is_converted(leftover.path) and _is_needed(leftover.path)):
+            return False
+        if leftover.path.name.startswith("."):
+            remove_tree(leftover.path)
+        else:
+            remove(leftover.path)
+    if leftover.lock is not None:
+        remove_tree(leftover.lock)
+    return True
+
+
+def _is_needed(path: Path) -> bool:
+    """Whether this is a conversion, not its remains, that has become of use since it was found."""
+    return not path.name.startswith(".") and staleness(path) is None
+
+
+def _lock(path: Path, name: re.Match[str]) -> Path | None:
+    if name["kind"] == REMOVED:
+        return None
+    if name["kind"] in ("partial", "old"):
+        return path.with_name(f".{name['name']}.partial-{name['suffix']}.lock")
+    return path / "lock"
+
+
+def _is_free(lock: Path | None) -> bool:
+    with _held(lock) as free:
+        return free
+
+
+@contextlib.contextmanager
+def _held(lock: Path | None) -> Iterator[bool]:
+    """Hold a lock; yields whether it is ours. What has no lock belongs to nobody."""
+    from npqwen_quant.output import try_lock
+
+    with contextlib.ExitStack() as stack:
+        free = True
+        if lock is not None:
+            try:
+                free = try_lock(stack.enter_context(open(lock, "r+b")))
+            except FileNotFoundError:
+                pass
+            except OSError:  # no locks on this file system, or a file of another user: who knows
+                free = False
+        yield free

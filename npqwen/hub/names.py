@@ -1,0 +1,142 @@
+"""Names of repositories on the hub, as people write them: ids, with a revision, without their owner, as URLs."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, quoted
+
+OWNER = "Qwen"
+"""Of a name without an owner, such as Qwen3-0.6B."""
+
+_PART = r"[A-Za-z0-9_][\w.-]*"
+_ID = re.compile(rf"[A-Za-z0-9][\w.-]*/{_PART}", re.ASCII)
+_WITHOUT_OWNER = re.compile(r"Qwen\d(\.\d+)?-[\w.-]*", re.ASCII | re.IGNORECASE)
+_REVISION = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9_][\w./+-]*", re.ASCII)
+_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
+_PAGES = ("tree", "blob", "resolve", "raw", "commit", "commits")
+_OFFICIAL = re.compile(
+    r"Qwen3-(?:Coder-)?[\d.]+B(?:-A[\d.]+B)?(?:-Base|-(?:Instruct|Thinking)(?:-\d{4})?)?(?![A-Za-z0-9])", re.IGNORECASE
+)
+_OLLAMA = re.compile(r"qwen3(?::(?:([\d.]+b)(?:-[\w.-]+)?|[\w.-]+))?", re.ASCII | re.IGNORECASE)
+_SPARSE = {"30B": "30B-A3B", "235B": "235B-A22B"}
+"""Of mixtures, what ollama calls by the number of all weights."""
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository of the hub, and which state of it."""
+
+    repository: str
+    revision: str | None = None
+    """A branch, a tag or a commit; None is the newest commit of the main branch."""
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def parse(model: str | os.PathLike[str]) -> HubName:
+    """The repository that a name means which is no path: "owner/name", "owner/name@revision", "Qwen3-0.6B" without the
+    owner Qwen, or the URL of a page of the hub.
+
+    Raises ModelNotFoundError for anything else, CheckpointError for the name of a GGUF file ("owner/name:Q4_K_M").
+    """
+    text = os.fspath(model)
+    name, revision = _from_url(text) if _is_url(text) else _split(text)
+    name, colon, tag = name.partition(":")
+    owned = _ID.fullmatch(name) is not None
+    if colon and owned:
+        raise CheckpointError(f"{quoted(text)} names a GGUF file (:{tag}), which npqwen does not read; {advice(name)}")
+    if colon or _OLLAMA.fullmatch(name):
+        found = _OLLAMA.fullmatch(f"{name}{colon}{tag}")
+        if found is None:
+            raise _neither(text)
+        size = (found[1] or "8b").upper()
+        raise ModelNotFoundError(
+            f"{quoted(text)} is ollama's name of a model; give its id on the hub, "
+            f"{'' if found[1] else 'such as '}{OWNER}/Qwen3-{_SPARSE.get(size, size)}"
+        )
+    if not owned and _WITHOUT_OWNER.fullmatch(name):
+        name, owned = f"{OWNER}/{_official_case(name)}", True
+    if not owned:
+        raise _neither(text)
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise ModelNotFoundError(
+            f"{quoted(text)}: {quoted(revision)} is not a revision; give a branch, a tag or a commit after the @"
+        )
+    return HubName(name, revision)
+
+
+def with_revision(model: str | os.PathLike[str], revision: str | None) -> HubName:
+    """`parse`, with a revision that was given apart from the name. OptionError if the name has another one."""
+    name = parse(model)
+    if revision is None or revision == name.revision:
+        return name
+    if name.revision is not None:
+        raise OptionError(f"{name} names a revision already, but revision is {quoted(revision)}; give one of them")
+    return parse(f"{name.repository}@{revision}")
+
+
+def official(text: str) -> str | None:
+    """The repository of Qwen's that a file, a directory or a repository is named after; None if there is none."""
+    found = _OFFICIAL.search(text)
+    return None if found is None else f"{OWNER}/{_official_case(found[0])}"
+
+
+def _official_case(name: str) -> str:
+    """A name of Qwen's with its capitals: Qwen3-0.6B-Base of qwen3-0.6b-base."""
+    parts = name.split("-")
+    return "-".join(
+        part.upper() if i and part[:2].lstrip("aA")[:1].isdigit() else part[:1].upper() + part[1:]
+        for i, part in enumerate(parts)
+    )
+
+
+def advice(name: str, originals: tuple[str, ...] = ()) -> str:
+    """What to use instead of a model in another format, as a clause.
+
+    originals: what its model card says that it was made from.
+    """
+    known = next((original for original in originals if _ID.fullmatch(original)), None) or official(name)
+    if known is not None:
+        return f"use the original, {known}"
+    return "use the original checkpoint in BF16, such as Qwen/Qwen3-0.6B"
+
+
+def _neither(text: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"{quoted(text)} is neither a directory nor a hub id like Qwen/Qwen3-0.6B")
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    name, at, revision = text.partition("@")
+    return name, revision if at else None
+
+
+def _is_url(text: str) -> bool:
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    return _URL.match(text) is not None or (bool(endpoint) and text.startswith(f"{endpoint}/"))
+
+
+def _from_url(url: str) -> tuple[str, str | None]:
+    """Name and revision in the URL of a page of the hub, such as .../Qwen/Qwen3-0.6B/tree/main."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    path = url[len(endpoint) :] if endpoint and url.startswith(f"{endpoint}/") else _URL.sub("", url, count=1)
+    path, at, typed = unquote(re.split(r"[?#]", path)[0]).strip("/").partition("@")
+    owner, _, rest = path.partition("/")
+    if owner in ("datasets", "spaces", "collections", "papers", "docs"):
+        raise ModelNotFoundError(f"{quoted(url)} is not the page of a model; give one like {_page('Qwen/Qwen3-0.6B')}")
+    name, *pages = rest.split("/")
+    if at:
+        return f"{owner}/{name}", typed
+    if len(pages) < 2 or pages[0] not in _PAGES:
+        return f"{owner}/{name}", None
+    # Of a file's page, the revision is the first part; a branch's own slashes are written %2F, decoded above.
+    revision = "/".join(pages[1:4]) if pages[1] == "refs" else pages[1]
+    return f"{owner}/{name}", None if revision == "main" else revision
+
+
+def _page(repository: str) -> str:
+    return f"https://huggingface.co/{repository}"

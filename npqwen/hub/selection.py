@@ -1,0 +1,70 @@
+"""Which conversions and downloads a user means by a model's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from npqwen.checks import choice, near_names
+from npqwen.errors import ModelNotFoundError, NpqwenError, quoted
+from npqwen.hub.downloads import Download
+from npqwen.hub.inventory import Conversion
+from npqwen.hub.names import parse
+
+
+def select(
+    model: str, conversions: Sequence[Conversion], downloads: Sequence[Download]
+) -> tuple[list[Conversion], list[Download]]:
+    """The conversions and downloads of a model.
+
+    model: its id, with or without the owner and in any case; "id@revision"; the path of its checkpoint; or the path of
+    one conversion. Raises ModelNotFoundError, with names that come near, if there is none of it.
+    """
+    by_path = [one for one in conversions if _same_path(model, one.path) or _same_path(model, Path(one.model))]
+    if by_path:
+        return by_path, []
+    known = {one.model for one in conversions} | {one.model for one in downloads}
+    names, revision = _matching(model, known)
+    chosen = [one for one in conversions if one.model in names and (not revision or _has(one, revision))]
+    fetched = [one for one in downloads if one.model in names and not revision]
+    if not chosen and not fetched:
+        near = _near(model.partition("@")[0], sorted(known))
+        there = f"did you mean {choice(near)}?" if near else "see npqwen list"
+        raise ModelNotFoundError(f"no model {quoted(model)} is in the cache; {there}")
+    return chosen, fetched
+
+
+def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
+    """The known names that are meant, in any case, and a revision. A name without its owner may be any owner's."""
+    wanted, _, revision = model.partition("@")
+    try:
+        name = parse(model)
+    except NpqwenError:  # a part of a name, perhaps
+        whole: set[str] = set()
+    else:
+        revision = name.revision or ""
+        whole = {one for one in known if one.lower() == name.repository.lower()}
+    ownerless = set() if "/" in wanted else {one for one in known if _tail(one).lower() == wanted.lower()}
+    return whole or ownerless, revision or None
+
+
+def _near(wanted: str, known: list[str]) -> list[str]:
+    """Known names whose last part comes near that of the wanted one."""
+    tails = {_tail(one): one for one in known}
+    return [tails[one] for one in near_names(_tail(wanted), tails)]
+
+
+def _tail(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _has(one: Conversion, revision: str) -> bool:
+    named = revision in one.revisions
+    return named or (len(revision) >= 7 and any(commit.startswith(revision) for commit in one.revisions.values()))
+
+
+def _same_path(text: str, path: Path) -> bool:
+    """Whether a path of a user is this one; a checkpoint that is gone is known by its path, too."""
+    typed = os.path.expanduser(text)
+    return path.is_absolute() and str(path) in (os.path.abspath(typed), os.path.realpath(typed))

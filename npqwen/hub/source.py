@@ -1,0 +1,174 @@
+"""A checkpoint before it is converted: its files, with sizes and digests, wherever they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from npqwen.errors import CheckpointError
+from npqwen.format.config import read_json
+from npqwen.format.safetensors import INDEX
+
+PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+"""The files of a conversion. Weights of other frameworks stay on the hub."""
+IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
+"""Of subdirectories, only additional_chat_templates is needed."""
+
+WEIGHTS = ("config.json", "*.safetensors", INDEX)
+"""What a converted model's weights depend on."""
+SMALL = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+"""The other files that a converted model has, but for those that only people read."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a checkpoint."""
+
+    nbytes: int
+    digest: str
+    """Differs when the content differs: a hash of the content, or the file's size and time."""
+
+
+class Source(ABC):
+    """A checkpoint that a user named.
+
+    label: how messages call it. model: its hub id, or the absolute path of its directory. files: by their paths in it.
+    originals: the repositories that it was made from, as its model card says. pipeline: the task that the hub shows.
+    remote: whether the files are on the hub. revision, commit: of the hub's repositories.
+    """
+
+    label: str
+    model: str
+    files: Mapping[str, File]
+    originals: tuple[str, ...] = ()
+    pipeline: str | None = None
+    remote = False
+    revision: str | None = None
+    commit: str | None = None
+
+    @abstractmethod
+    def small_file(self, name: str) -> Path:
+        """A small file, here."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where in the cache's directory its conversions lie."""
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """Its config.json, unchecked. CheckpointError if it is missing or damaged."""
+        if "config.json" not in self.files:
+            raise CheckpointError(
+                f"{self.label}: config.json is missing, so this is no checkpoint, or not a complete one"
+            )
+        path = self.small_file("config.json")
+        try:
+            return read_json(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.label}: {str(error).replace(str(path), path.name)}") from None
+
+    def matching(self, *patterns: str) -> dict[str, File]:
+        """The files that a conversion uses and that match one of some patterns, by name."""
+        return {
+            name: file
+            for name, file in sorted(self.files.items())
+            if is_wanted(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
+        }
+
+    def has(self, pattern: str) -> bool:
+        """Whether a file's path matches a pattern."""
+        return any(fnmatchcase(name, pattern) for name in self.files)
+
+    @property
+    def weights_digest(self) -> str:
+        """Of all that a conversion's weights depend on: 64 hexadecimal digits."""
+        return self._digest(WEIGHTS)
+
+    @property
+    def files_digest(self) -> str:
+        """Of the small files: tokenizer, chat templates, sampling defaults."""
+        return self._digest(SMALL)
+
+    def _digest(self, patterns: tuple[str, ...]) -> str:
+        states = [(name, file.digest) for name, file in self.matching(*patterns).items()]
+        return hashlib.sha256(json.dumps([self._salt, states]).encode()).hexdigest()
+
+    @property
+    def _salt(self) -> str:
+        """What is part of the digests besides the files."""
+        return ""
+
+
+class LocalSource(Source):
+    """A checkpoint directory on this machine.
+
+    label: how messages call it; by default, as the directory is written. Raises CheckpointError if it cannot be read.
+    """
+
+    def __init__(self, directory: Path, label: str | None = None) -> None:
+        self.directory = directory
+        self.label = label or str(directory)
+        self.model = str(directory.resolve())
+        files: dict[str, File] = {}
+        try:
+            found = [*directory.iterdir(), *(directory / "additional_chat_templates").glob("*.jinja")]
+            found += directory.glob("1_*/config.json")
+        except OSError as error:
+            raise CheckpointError(f"{self.label} cannot be read: {error.strerror or error}") from None
+        for path in found:
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # a dangling link
+                continue
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            digest = self._content(path, status)
+            files[path.relative_to(directory).as_posix()] = File(status.st_size, digest)
+        self.files = files
+
+    @staticmethod
+    def _content(path: Path, status: os.stat_result) -> str:
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+    def small_file(self, name: str) -> Path:
+        return self.directory / name
+
+    @property
+    def folder(self) -> Path:
+        return Path("local", Path(self.model).name or "root")
+
+    @property
+    def _salt(self) -> str:
+        return self.model
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a conversion uses the file of this name in a repository."""
+    return _matches(name, PATTERNS) and not _matches(name, IGNORED)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,193 @@
+"""Whether npqwen can run a checkpoint, told from its config.json and list of files, before anything is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
+from npqwen.format.config import MODEL_TYPES, Config, read_json
+from npqwen.format.files import read_small
+from npqwen.format.safetensors import INDEX
+from npqwen.hub.names import advice
+from npqwen.hub.source import Source
+
+Purpose = Literal["arrays", "text", "chat"]
+"""What a model is opened for: with "arrays" its logits and hidden states, with "text" it writes, with "chat" it answers
+by its chat template."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""No pointer is larger."""
+
+_OTHER_WEIGHTS = {
+    ".gguf": "GGUF",
+    ".bin": "PyTorch pickles (.bin)",
+    ".pth": "PyTorch pickles (.pth)",
+    ".pt": "PyTorch pickles (.pt)",
+    ".onnx": "ONNX",
+    ".npz": "NumPy archives",
+    ".h5": "TensorFlow",
+    ".msgpack": "Flax",
+}
+_RERANKER = re.compile(r"rerank", re.IGNORECASE)
+_EMBEDDER = re.compile(r"qwen3-embedding", re.IGNORECASE)
+
+
+def check(source: Source, purpose: Purpose) -> None:
+    """Raise CheckpointError for a checkpoint that npqwen cannot run, OptionError for one that cannot do this.
+
+    The message names what would work.
+    """
+    _refuse_pointers(source)
+    _refuse_other_files(source)
+    raw = source.raw_config
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
+            f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
+        )
+    _refuse_quantized(source, raw)
+    Config.from_dict(raw, f"{source.label}: config.json")
+    _refuse_heads(source, raw)
+    if "tokenizer.json" not in source.files:
+        raise CheckpointError(
+            f"{source.label} has no tokenizer.json, which npqwen needs; add it from the model that this one was made "
+            "from, or save it with transformers' fast tokenizer"
+        )
+    check_purpose(source, purpose)
+
+
+def check_purpose(source: Source, purpose: Purpose) -> None:
+    """Raise OptionError for a model that cannot do this, although npqwen runs it."""
+    _refuse_other_tasks(source, purpose)
+    if purpose == "chat":
+        _check_template(source)
+
+
+def _check_template(source: Source) -> None:
+    """Raise OptionError for a model without a chat template."""
+    if "chat_template.jinja" in source.files or source.has("additional_chat_templates/*.jinja"):
+        return
+    path = source.small_file("tokenizer_config.json") if "tokenizer_config.json" in source.files else None
+    if path is None or not read_json(path).get("chat_template"):
+        raise OptionError(
+            f"{source.label} has no chat template, like all base models; continue a text with generate instead"
+        )
+
+
+def file_error(path: Path, label: str) -> NpqwenError:
+    """The error about a file that was given in place of a directory."""
+    kind = _OTHER_WEIGHTS.get(path.suffix.lower())
+    if kind == "GGUF":
+        return CheckpointError(f"{label} is a GGUF file, which npqwen does not read; {advice(path.name)}")
+    if kind is not None:
+        return CheckpointError(f"{label} is a file of {kind}, which npqwen does not read; {advice(path.name)}")
+    return ModelNotFoundError(f"{label} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
+
+
+def _refuse_pointers(source: Source) -> None:
+    """Files of a clone without Git LFS: three lines in place of the content. The hub gives content."""
+    if source.remote:
+        return
+    for name, file in source.matching("*.safetensors", "*.json").items():
+        if file.nbytes <= _POINTER_BYTES and _begins(source.small_file(name), _POINTER):
+            raise CheckpointError(
+                f"{source.label}/{name} is a Git LFS pointer, not the file itself; run `git lfs pull` there, "
+                f"or {advice(source.label, source.originals)}"
+            )
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    try:
+        return read_small(path, _POINTER_BYTES).startswith(start)
+    except OSError:
+        return False
+
+
+def _refuse_other_files(source: Source) -> None:
+    """Adapters, and weights of other programs without any in safetensors."""
+    label, names = source.label, set(source.files)
+    if {"model.safetensors", INDEX} & names:
+        return
+    if "adapter_config.json" in names:
+        base = read_json(source.small_file("adapter_config.json")).get("base_model_name_or_path")
+        whose = f" of {shortened(base)}" if isinstance(base, str) and base else ""
+        raise CheckpointError(
+            f"{label} is a LoRA adapter{whose}, which npqwen does not apply; merge it into its model with peft "
+            "(merge_and_unload, save_pretrained), and use the result"
+        )
+    if _is_download_cache(label):
+        repository = "/".join(PurePosixPath(label.replace("\\", "/")).name.split("--")[1:])
+        raise CheckpointError(f"{label} is huggingface_hub's cache of a model; give its id, {shortened(repository)}")
+    for suffix, kind in _OTHER_WEIGHTS.items():
+        found = sorted(name for name in names if name.lower().endswith(suffix))
+        if found and suffix == ".gguf":
+            raise CheckpointError(
+                f"{label} holds GGUF files ({shortened(found[0])}), which npqwen does not read; "
+                f"{advice(found[0] if label == '.' else label, source.originals)}"
+            )
+        if found and "config.json" in names:
+            raise CheckpointError(
+                f"{label} has only {shortened(found[0])}, and npqwen reads no {kind}; use a repository with "
+                "model.safetensors, or save it in transformers (save_pretrained writes safetensors)"
+            )
+    if "config.json" in names:
+        raise CheckpointError(f"{label} has neither model.safetensors nor an index of shards; is it complete?")
+
+
+def _is_download_cache(label: str) -> bool:
+    path = Path(label)
+    return path.name.startswith("models--") and (path / "snapshots").is_dir()
+
+
+def _refuse_quantized(source: Source, raw: dict[str, Any]) -> None:
+    label = source.label
+    found = raw.get("quantization_config") or raw.get("compression_config") or raw.get("quantization")
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if isinstance(raw.get("quantization"), dict) and method is None:
+        bits = raw["quantization"].get("bits")
+        kind = f"a model for MLX, quantized to {quoted(bits)} bits"
+    else:
+        kind = f"quantized already ({shortened(str(method))})"
+    raise CheckpointError(
+        f"{label} is {kind}, which npqwen does not read; {advice(label, source.originals)}, and --bits to quantize it"
+    )
+
+
+def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
+    """Architectures whose output is not a next token's logits."""
+    architectures = raw.get("architectures")
+    for name in architectures if isinstance(architectures, list) else []:
+        if not isinstance(name, str) or name.endswith(("ForCausalLM", "Model")):
+            continue
+        if "SequenceClassification" in name:
+            raise CheckpointError(
+                f"{source.label} is a classifier or reranker ({shortened(name)}), which does not write text; npqwen "
+                "runs language models, such as Qwen/Qwen3-0.6B"
+            )
+        raise CheckpointError(
+            f"{source.label} is of the architecture {shortened(name)}, which is not supported; npqwen runs "
+            "Qwen3ForCausalLM and Qwen3MoeForCausalLM, such as Qwen/Qwen3-0.6B"
+        )
+
+
+def _refuse_other_tasks(source: Source, purpose: Purpose) -> None:
+    """Rerankers and embedding models have the architecture of a language model, but were not trained to write."""
+    if purpose == "arrays":
+        return
+    name = PurePosixPath(source.model.replace("\\", "/")).name
+    if "1_LogitScore/config.json" in source.files or source.pipeline == "text-ranking" or _RERANKER.search(name):
+        raise OptionError(
+            f"{source.label} is a reranker, which judges documents and does not write text; load it in Python for its "
+            "logits of yes and no, or use a language model, such as Qwen/Qwen3-0.6B"
+        )
+    if "1_Pooling/config.json" in source.files or _EMBEDDER.search(name):
+        raise OptionError(
+            f"{source.label} is an embedding model, which does not write text; load it in Python for its hidden states "
+            "(model.hidden), or use a language model, such as Qwen/Qwen3-0.6B"
+        )

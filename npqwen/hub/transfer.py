@@ -1,0 +1,161 @@
+"""From a checkpoint, wherever it is, to a converted directory: what is told, downloaded, checked and converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npqwen.errors import size
+from npqwen.format.config import Config
+from npqwen.format.quantization import is_converted
+from npqwen.format.recipe import Recipe
+from npqwen.hub.repository import HubSource, download_directory
+from npqwen.hub.room import check_room, converted_bytes, free_bytes
+from npqwen.hub.source import LocalSource, Source
+
+if TYPE_CHECKING:
+    from npqwen_quant.calibration import Calibration
+
+Progress = Callable[[int, int], None]
+
+
+class Transfer:
+    """The work on one source.
+
+    tell: receives notices. bars: let huggingface_hub draw its progress bars on stderr. progress(done, total): receives
+    bytes converted so far.
+    """
+
+    def __init__(self, source: Source, tell: Callable[[str], None], bars: bool, progress: Progress | None) -> None:
+        self.source = source
+        self._tell = tell
+        self._bars = bars
+        self._progress = progress
+
+    def converted_already(self, *, download: bool = True) -> Path | None:
+        """The directory of a source that is a converted model itself, downloaded if it is on the hub; else None."""
+        source = self.source
+        if "config.json" not in source.files or not is_converted(source.small_file("config.json").parent):
+            return None
+        if isinstance(source, HubSource):
+            if download:
+                self._announce_download(source, None, None)
+                return source.download(weights=True, bars=self._bars)
+            return source.small_file("config.json").parent
+        assert isinstance(source, LocalSource)
+        return source.directory
+
+    def update(self, other: Path, target: Path) -> None:
+        """Convert to `target`, whose weights are those of `other`, a conversion: only small files are needed."""
+        from npqwen_quant import update
+
+        source = self.source
+        if isinstance(source, HubSource):
+            directory = source.download(weights=False, bars=False)
+        else:
+            assert isinstance(source, LocalSource)
+            directory = source.directory
+        update(other, directory, target)
+        self._tell(
+            f"the weights of {source.label} were converted before: only small files are new, in {target}"
+        )
+
+    def convert(
+        self,
+        target: Path,
+        recipe: Recipe,
+        *,
+        low_disk: bool = False,
+        force: bool = False,
+        once: bool = False,
+        calibration: Callable[[Path], Calibration] | None = None,
+        calibration_progress: Progress | None = None,
+    ) -> None:
+        """Convert to `target`, after a download if the source is on the hub. See `npqwen.hub.convert`.
+
+        once: whether to say that it will not be done again.
+        """
+        from npqwen_quant import convert
+
+        source = self.source
+        if isinstance(source, HubSource):
+            if low_disk:
+                self._convert_shards(source, target, recipe, force)
+                return
+            self._announce_download(source, target, recipe)
+            directory = source.download(weights=True, bars=self._bars)
+        else:
+            assert isinstance(source, LocalSource)
+            directory = source.directory
+        times = "once, " if once else ""
+        convert(
+            directory,
+            target,
+            recipe.bits,
+            force=force,
+            progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
+            calibration=None if calibration is None else calibration(directory),
+            calibration_progress=calibration_progress,
+        )
+
+    def _convert_shards(self, source: HubSource, target: Path, recipe: Recipe, force: bool) -> None:
+        from npqwen_quant import Shards, convert_shards
+
+        shards = {name: source.files[name].nbytes for name in source.shards}
+        largest = max(shards.values())
+        converted = self._converted_bytes(recipe, sum(shards.values()))
+        self._tell(
+            f"downloading {source.label} file by file, {size(sum(shards.values()))} in all and {size(largest)} at a "
+            f"time, and converting it to {recipe.name}, about {size(converted)}, into {target} "
+            f"({size(free_bytes(target))} free)"
+        )
+        directory = source.download(weights=False, bars=False)
+
+        def fetch(name: str, place: Path) -> Path:
+            return source.shard(name, place, self._bars)
+
+        convert_shards(
+            directory,
+            target,
+            Shards(source.weights_digest, shards, fetch),
+            recipe.bits,
+            force=force,
+            progress=self._progress,
+        )
+
+    def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:
+        """Tell what is downloaded and converted, and where; OutputError if the disks have no room for it."""
+        place = download_directory()
+        rest = source.missing(source.wanted)
+        needs = {place: ("to download", rest)}
+        line = f"downloading {source.label}: {size(rest)} into {place} ({size(free_bytes(place))} free)"
+        advice = "free some, or name other places in HF_HOME and NPQWEN_CACHE"
+        if target is not None and recipe is not None:
+            weights = sum(source.files[name].nbytes for name in source.shards)
+            converted = self._converted_bytes(recipe, weights)
+            needs[target.parent] = ("for the conversion", converted)
+            line += f", then converting it to {recipe.name}, about {size(converted)}"
+            largest = max((source.files[name].nbytes for name in source.shards), default=0)
+            if largest < rest:
+                advice += f", or use low_disk (--low-disk), which needs {size(largest + converted)} at a time"
+        check_room(source.label, needs, advice)
+        if rest:
+            self._tell(line)
+
+    def _converted_bytes(self, recipe: Recipe, weights: int) -> int:
+        config = Config.from_dict(self.source.raw_config, f"{self.source.label}: config.json")
+        return converted_bytes(config, recipe, weights) or weights
+
+    def _announced(self, line: str) -> Progress:
+        """The progress function, with a notice before its first call: by then the converter has checked the source."""
+
+        def announced(done: int, total: int) -> None:
+            nonlocal line
+            if line:
+                self._tell(line)
+                line = ""
+            if self._progress is not None:
+                self._progress(done, total)
+
+        return announced

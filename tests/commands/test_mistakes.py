@@ -1,0 +1,463 @@
+"""Typical mistakes: what is typed, and the words it gets. Every one is a single line and exit status 2.
+
+For models of the hub, the requests are counted: one that npqwen cannot run costs less than 100 kB.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import TINY, make_config, random_tensors, write_checkpoint, write_safetensors
+from fake_hub import Connection, FakeHub
+
+from npqwen.commands import cli
+
+CHEAP = 100_000
+"""Bytes that a model may cost which cannot run."""
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 1192135096\n" % (b"0123456789abcdef" * 4)
+WEIGHTS = bytes(3 * CHEAP)
+TOKENIZER = {name: (TINY / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, empty."""
+    monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command in this process: the one line on stderr without its beginning, after notices."""
+
+    def command(*args: str, stdin: bytes = b"") -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit:
+            cli.main(list(args))
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2, err
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.endswith("\n")
+        lines = err.splitlines()
+        assert [line for line in lines if line.startswith("npqwen: error: ")] == lines[-1:]
+        return lines[-1].removeprefix("npqwen: error: ")
+
+    return command
+
+
+def config(**changes: Any) -> bytes:
+    return json.dumps(make_config(**changes)).encode()
+
+
+def small_checkpoint(**changes: Any) -> dict[str, bytes]:
+    """The files of a repository whose weights nobody should need."""
+    return {"config.json": config(**changes), "model.safetensors": WEIGHTS} | TOKENIZER
+
+
+SUPPORTED = "npqwen runs qwen3 and qwen3_moe models, such as Qwen/Qwen3-0.6B"
+QUANTIZED = "which npqwen does not read; use the original, Qwen/Qwen3-8B, and --bits to quantize it"
+
+FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
+    # what is typed: (files, model card, words)
+    "meta-llama/Llama-3.2-1B": (
+        small_checkpoint(model_type="llama"),
+        {},
+        f"meta-llama/Llama-3.2-1B is of the family 'llama', which is not supported; {SUPPORTED}",
+    ),
+    "google/gemma-3-1b-it": (
+        small_checkpoint(model_type="gemma3_text"),
+        {},
+        f"google/gemma-3-1b-it is of the family 'gemma3_text', which is not supported; {SUPPORTED}",
+    ),
+    "Qwen/Qwen2.5-7B-Instruct": (
+        small_checkpoint(model_type="qwen2"),
+        {"base_model": "Qwen/Qwen2.5-7B"},
+        f"Qwen/Qwen2.5-7B-Instruct is of the family 'qwen2', which is not supported; {SUPPORTED}",
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": (
+        small_checkpoint(model_type="qwen3_vl"),
+        {},
+        f"Qwen/Qwen3-VL-8B-Instruct is of the family 'qwen3_vl', which is not supported; {SUPPORTED}",
+    ),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": (
+        small_checkpoint(model_type="qwen3_next"),
+        {},
+        f"Qwen/Qwen3-Next-80B-A3B-Instruct is of the family 'qwen3_next', which is not supported; {SUPPORTED}",
+    ),
+    "Qwen3.5-4B": (
+        small_checkpoint(model_type="qwen3_5"),
+        {},
+        f"Qwen/Qwen3.5-4B is of the family 'qwen3_5', which is not supported; {SUPPORTED}",
+    ),
+    "Qwen/Qwen3-8B-FP8": (
+        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        {"base_model": ["Qwen/Qwen3-8B"]},
+        f"Qwen/Qwen3-8B-FP8 is quantized already (fp8), {QUANTIZED}",
+    ),
+    "https://huggingface.co/Qwen/Qwen3-8B-AWQ/tree/main": (
+        small_checkpoint(quantization_config={"quant_method": "awq", "bits": 4}),
+        {"base_model": "Qwen/Qwen3-8B"},
+        f"Qwen/Qwen3-8B-AWQ is quantized already (awq), {QUANTIZED}",
+    ),
+    "JunHowie/Qwen3-8B-GPTQ-Int4": (
+        small_checkpoint(quantization_config={"quant_method": "gptq", "bits": 4}),
+        {},
+        f"JunHowie/Qwen3-8B-GPTQ-Int4 is quantized already (gptq), {QUANTIZED}",
+    ),
+    "unsloth/Qwen3-8B-bnb-4bit": (
+        small_checkpoint(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        {},
+        f"unsloth/Qwen3-8B-bnb-4bit is quantized already (bitsandbytes), {QUANTIZED}",
+    ),
+    "RedHatAI/Qwen3-8B-quantized.w4a16": (
+        small_checkpoint(quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+        {"base_model": "Qwen/Qwen3-8B"},
+        f"RedHatAI/Qwen3-8B-quantized.w4a16 is quantized already (compressed-tensors), {QUANTIZED}",
+    ),
+    "mlx-community/Qwen3-8B-4bit": (
+        small_checkpoint(
+            quantization={"group_size": 64, "bits": 4}, quantization_config={"group_size": 64, "bits": 4}
+        ),
+        {"base_model": "Qwen/Qwen3-8B"},
+        f"mlx-community/Qwen3-8B-4bit is a model for MLX, quantized to 4 bits, {QUANTIZED}",
+    ),
+    "unsloth/Qwen3-0.6B-GGUF": (
+        {"Qwen3-0.6B-Q4_K_M.gguf": WEIGHTS, "config.json": config(), "README.md": b"x"},
+        {"base_model": ["Qwen/Qwen3-0.6B"]},
+        "unsloth/Qwen3-0.6B-GGUF holds GGUF files (Qwen3-0.6B-Q4_K_M.gguf), which npqwen does not read; "
+        "use the original, Qwen/Qwen3-0.6B",
+    ),
+    "somebody/mine-GGUF": (
+        {"mine-Q8_0.gguf": WEIGHTS},
+        {},
+        "somebody/mine-GGUF holds GGUF files (mine-Q8_0.gguf), which npqwen does not read; "
+        "use the original checkpoint in BF16, such as Qwen/Qwen3-0.6B",
+    ),
+    "somebody/qwen3-lora": (
+        {
+            "adapter_config.json": b'{"base_model_name_or_path": "Qwen/Qwen3-8B", "peft_type": "LORA"}',
+            "adapter_model.safetensors": WEIGHTS,
+        },
+        {},
+        "somebody/qwen3-lora is a LoRA adapter of Qwen/Qwen3-8B, which npqwen does not apply; merge it into its model "
+        "with peft (merge_and_unload, save_pretrained), and use the result",
+    ),
+    "somebody/qwen3-pickled": (
+        {"config.json": config(), "pytorch_model.bin": WEIGHTS} | TOKENIZER,
+        {},
+        "somebody/qwen3-pickled has only pytorch_model.bin, and npqwen reads no PyTorch pickles (.bin); use a "
+        "repository with model.safetensors, or save it in transformers (save_pretrained writes safetensors)",
+    ),
+    "somebody/qwen3-reranker-seq": (
+        small_checkpoint(architectures=["Qwen3ForSequenceClassification"]),
+        {},
+        "somebody/qwen3-reranker-seq is a classifier or reranker (Qwen3ForSequenceClassification), which does not "
+        "write text; npqwen runs language models, such as Qwen/Qwen3-0.6B",
+    ),
+    "Qwen/Qwen3-Reranker-0.6B": (
+        small_checkpoint(),
+        {},
+        "Qwen/Qwen3-Reranker-0.6B is a reranker, which judges documents and does not write text; load it in Python "
+        "for its logits of yes and no, or use a language model, such as Qwen/Qwen3-0.6B",
+    ),
+    "somebody/judge": (
+        small_checkpoint() | {"1_LogitScore/config.json": b"{}"},
+        {},
+        "somebody/judge is a reranker, which judges documents and does not write text",
+    ),
+    "somebody/vectors": (
+        small_checkpoint() | {"1_Pooling/config.json": b"{}", "modules.json": b"[]"},
+        {},
+        "somebody/vectors is an embedding model, which does not write text; load it in Python for its hidden states "
+        "(model.hidden), or use a language model, such as Qwen/Qwen3-0.6B",
+    ),
+    "somebody/no-tokenizer": (
+        {"config.json": config(), "model.safetensors": WEIGHTS},
+        {},
+        "somebody/no-tokenizer has no tokenizer.json, which npqwen needs; add it from the model that this one was "
+        "made from, or save it with transformers' fast tokenizer",
+    ),
+    "somebody/no-config": (
+        {"model.safetensors": WEIGHTS} | TOKENIZER,
+        {},
+        "somebody/no-config: config.json is missing, so this is no checkpoint, or not a complete one",
+    ),
+    "somebody/bad-config": (
+        small_checkpoint() | {"config.json": b'{"model_type": "qwen3"'},
+        {},
+        "somebody/bad-config: config.json is not valid JSON: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("typed", FOREIGN)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_models_of_the_hub_that_cannot_run(fake_hub: FakeHub, run: Run, typed: str, command: str) -> None:
+    files, card, words = FOREIGN[typed]
+    repository = typed.removeprefix("https://huggingface.co/").removesuffix("/tree/main")
+    repository = repository if "/" in repository else f"Qwen/{repository}"
+    fake_hub.publish(repository, extra=files, card=card)
+    assert run(command, typed, "Hello").startswith(words)
+    assert 0 < fake_hub.bytes_sent < CHEAP, fake_hub.traffic
+    assert not {"model.safetensors", "tokenizer.json"} & set(fake_hub.downloads)
+
+
+@pytest.mark.parametrize("command", ["convert", "info", "bench", "pull"])
+@pytest.mark.parametrize("typed", ["Qwen/Qwen3-8B-FP8", "unsloth/Qwen3-0.6B-GGUF", "google/gemma-3-1b-it"])
+def test_every_command_that_takes_a_model(fake_hub: FakeHub, run: Run, typed: str, command: str) -> None:
+    files, card, words = FOREIGN[typed]
+    fake_hub.publish(typed, extra=files, card=card)
+    assert run(command, typed) == words
+    assert 0 < fake_hub.bytes_sent < CHEAP
+
+
+def test_a_base_model_in_a_chat(fake_hub: FakeHub, run: Run, place: Path) -> None:
+    """Before the weights; and a checkpoint here, before it is converted."""
+    base = small_checkpoint() | {"tokenizer_config.json": b"{}"}
+    fake_hub.publish("Qwen/Qwen3-0.6B-Base", extra=base)
+    words = "has no chat template, like all base models; continue a text with generate instead"
+    assert run("chat", "Qwen3-0.6B-Base", "Hello") == f"Qwen/Qwen3-0.6B-Base {words}"
+    assert fake_hub.bytes_sent < CHEAP
+    for name, data in base.items():
+        (place / name).write_bytes(data)
+    assert run("chat", ".", "Hello") == f". {words}"
+    assert not (place.parent / "cache").exists()
+
+
+def test_names_that_the_hub_does_not_have(fake_hub: FakeHub, connection: Connection, run: Run) -> None:
+    fake_hub.publish("Qwen/Qwen3-0.6B", extra=small_checkpoint())
+    assert run("chat", "Qwen/Qwen3-0.5B", "Hello") == (
+        "there is no directory Qwen/Qwen3-0.5B, and no such repository on the hub that you may read; check the name, "
+        "or log in with `hf auth login` if it is private or gated"
+    )
+    assert run("chat", "Qwen3-0.6B@v9", "Hello") == (
+        "Qwen/Qwen3-0.6B has no revision v9: no branch, tag or commit of this name"
+    )
+    connection.error = OSError("no route to host")
+    assert run("chat", "Qwen3-0.6B", "Hello") == (
+        "there is no directory Qwen/Qwen3-0.6B, it is not in the cache, and the hub cannot be reached "
+        "(no route to host)"
+    )
+
+
+def write_gguf(place: Path) -> None:
+    (place / "Qwen3-0.6B-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(20))
+
+
+def in_directory(name: str, write: Callable[[Path], object]) -> Callable[[Path], None]:
+    def prepare(place: Path) -> None:
+        (place / name).mkdir()
+        write(place / name)
+
+    return prepare
+
+
+def write_local(place: Path, files: dict[str, bytes] | None = None, **changes: Any) -> None:
+    """A checkpoint, with some files replaced."""
+    write_checkpoint(place, make_config(**changes), random_tensors(make_config()), tokenizer=True)
+    for name, data in (files or {}).items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(data)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def prepare(place: Path) -> None:
+        write_local(place)
+        (place / name).unlink()
+
+    return prepare
+
+
+def write_pickled(place: Path) -> None:
+    write_local(place)
+    (place / "model.safetensors").rename(place / "pytorch_model.bin")
+
+
+def write_truncated(place: Path) -> None:
+    write_local(place)
+    path = place / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_mlx(place: Path) -> None:
+    """As mlx-lm writes it, but for the words in config.json that tell it."""
+    tensors = random_tensors(make_config())
+    name = "model.layers.0.self_attn.q_proj"
+    write_local(place)
+    packed = {f"{name}.weight": tensors[f"{name}.weight"][:, :9], f"{name}.scales": tensors[f"{name}.weight"][:, :2]}
+    write_safetensors(place / "model.safetensors", tensors | packed)
+
+
+def write_hub_cache(place: Path) -> None:
+    (place / "snapshots" / "0123").mkdir(parents=True)
+    (place / "refs").mkdir()
+
+
+def write_beside_other_files(place: Path) -> None:
+    (place / "in").mkdir()
+    write_local(place / "in")
+    (place / "out").mkdir()
+    (place / "out" / "thesis").touch()
+
+
+LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
+    # what is there, what is typed, the words
+    (lambda place: None, ["generate", "./modle", "x"], "'./modle' is neither a directory nor a hub id like Qwen/"),
+    (lambda place: None, ["generate", "qwen3:8b", "x"], "'qwen3:8b' is ollama's name of a model; give its id on the "),
+    (lambda place: None, ["generate", "qwen3:8b", "x"], "hub, Qwen/Qwen3-8B"),
+    (lambda place: None, ["generate", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M", "x"], "names a GGUF file (:Q4_K_M), which "),
+    (lambda place: None, ["chat", "hf.co/unsloth/Qwen3-8B-GGUF:Q4_K_M", "x"], "; use the original, Qwen/Qwen3-8B"),
+    (lambda place: None, ["generate", ".", "x"], ".: config.json is missing, so this is no checkpoint, or not a "),
+    (
+        write_gguf,
+        ["generate", "Qwen3-0.6B-Q4_K_M.gguf", "x"],
+        "Qwen3-0.6B-Q4_K_M.gguf is a GGUF file, which npqwen does not read; use the original, Qwen/Qwen3-0.6B",
+    ),
+    (
+        write_gguf,
+        ["generate", ".", "x"],
+        ". holds GGUF files (Qwen3-0.6B-Q4_K_M.gguf), which npqwen does not read; use the original, Qwen/Qwen3-0.6B",
+    ),
+    (
+        in_directory("qwen3-8b-q4", write_gguf),
+        ["convert", "qwen3-8b-q4"],
+        "qwen3-8b-q4 holds GGUF files (Qwen3-0.6B-Q4_K_M.gguf), which npqwen does not read; use the original, Qwen/",
+    ),
+    (
+        lambda place: (place / "pytorch_model.bin").write_bytes(b"x"),
+        ["generate", "pytorch_model.bin", "x"],
+        "pytorch_model.bin is a file of PyTorch pickles (.bin), which npqwen does not read; use the original ",
+    ),
+    (
+        write_pickled,
+        ["generate", ".", "x"],
+        ". has only pytorch_model.bin, and npqwen reads no PyTorch pickles (.bin); use a repository with ",
+    ),
+    (write_local, ["generate", "model.safetensors", "x"], "model.safetensors is a file; give its directory, or a hub"),
+    (
+        lambda place: write_local(place, {"model.safetensors": POINTER}),
+        ["generate", ".", "x"],
+        "./model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull` there, or use the original ",
+    ),
+    (
+        lambda place: write_local(place, {"tokenizer.json": POINTER}),
+        ["convert", "."],
+        "./tokenizer.json is a Git LFS pointer, not the file itself; run `git lfs pull` there, or use the original ",
+    ),
+    (
+        in_directory("Qwen3-8B", lambda place: write_local(place, {"model.safetensors": POINTER})),
+        ["generate", "Qwen3-8B", "x"],
+        "run `git lfs pull` there, or use the original, Qwen/Qwen3-8B",
+    ),
+    (write_mlx, ["generate", ".", "x"], ". is quantized already, as by MLX, GPTQ or AWQ: it has a tensor model."),
+    (
+        lambda place: write_local(place, quantization={"group_size": 64, "bits": 8}),
+        ["generate", ".", "x"],
+        ". is a model for MLX, quantized to 8 bits, which npqwen does not read; use the original checkpoint in BF16",
+    ),
+    (
+        lambda place: write_local(place, quantization_config={"quant_method": "awq"}),
+        ["generate", ".", "x"],
+        ". is quantized already (awq), which npqwen does not read; use the original checkpoint in BF16, such as ",
+    ),
+    (
+        lambda place: (place / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}'),
+        ["chat", ".", "x"],
+        ". is a LoRA adapter of Qwen/Qwen3-8B, which npqwen does not apply; merge it into its model with peft ",
+    ),
+    (lambda place: write_local(place, model_type="llama"), ["info", "."], ". is of the family 'llama', which is not"),
+    (without("tokenizer.json"), ["convert", "."], ". has no tokenizer.json, which npqwen needs; add it from the "),
+    (without("tokenizer.json"), ["generate", ".", "x"], ". has no tokenizer.json, which npqwen needs; add it "),
+    (without("config.json"), ["generate", ".", "x"], ".: config.json is missing, so this is no checkpoint, or not a "),
+    (without("model.safetensors"), ["convert", "."], ". has neither model.safetensors nor an index of shards; is it "),
+    (write_truncated, ["generate", ".", "x"], "model.safetensors is damaged or truncated: tensor "),
+    (
+        lambda place: write_local(place, {"config.json": b'{"model_type": '}),
+        ["generate", ".", "x"],
+        ".: config.json is not valid JSON: ",
+    ),
+    (
+        lambda place: write_local(place, architectures=["Qwen3ForSequenceClassification"]),
+        ["chat", ".", "x"],
+        ". is a classifier or reranker (Qwen3ForSequenceClassification), which does not write text; npqwen runs ",
+    ),
+    (
+        in_directory("Qwen3-Reranker-0.6B", write_local),
+        ["generate", "Qwen3-Reranker-0.6B", "x"],
+        "Qwen3-Reranker-0.6B is a reranker, which judges documents and does not write text; load it in Python for ",
+    ),
+    (
+        lambda place: write_local(place, {"1_Pooling/config.json": b"{}"}),
+        ["generate", ".", "x"],
+        ". is an embedding model, which does not write text; load it in Python for its hidden states (model.hidden)",
+    ),
+    (
+        in_directory("models--Qwen--Qwen3-0.6B", write_hub_cache),
+        ["generate", "models--Qwen--Qwen3-0.6B", "x"],
+        "models--Qwen--Qwen3-0.6B is huggingface_hub's cache of a model; give its id, Qwen/Qwen3-0.6B",
+    ),
+    (write_local, ["convert", ".", "."], "choose another place"),
+    (write_local, ["convert", ".", "./out"], "lies in the checkpoint's own directory"),
+    (
+        in_directory("in", write_local),
+        ["convert", "in", "in/../in"],
+        "lies in the checkpoint's own directory",
+    ),
+    (
+        write_beside_other_files,
+        ["convert", "in", "out"],
+        "exists already; choose another place, or replace it with --force",
+    ),
+    (write_local, ["generate", ".", "x", "--bits", "5"], "bits is 5; it can be 3, 4, 8 or 16"),
+    (write_local, ["generate", ".", "x", "--temprature", "1"], "No such option '--temprature'"),
+    (write_local, ["generate", ".", "x", "--temperature", "hot"], "Invalid value for '--temperature'"),
+    (write_local, ["generate", ".", "x", "--temperature", "-1"], "temperature is -1.0; it must be a number from 0"),
+    (write_local, ["generate", ".", "x", "--top-p", "2"], "top_p is 2.0; it must be a number from 0 to 1"),
+    (write_local, ["generate", ".", "x", "--threads", "-1"], "threads is -1; it must be a whole number"),
+    (write_local, ["generate", ".", "x", "--max-tokens", "-1"], "max_tokens is -1; it must be a whole number"),
+    (write_local, ["chat", ".", "x", "--think", "--no-think"], "--think and --no-think exclude each other; give one"),
+    (
+        write_local,
+        ["convert", ".", "out", "--calibrate", "self", "--low-disk"],
+        "calibration reads all weights several times; use it without low_disk (--low-disk)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("prepare", "typed", "words"), LOCAL, ids=[f"{' '.join(t)}-{w[:20]}" for _, t, w in LOCAL])
+def test_directories_files_and_options(
+    run: Run, place: Path, prepare: Callable[[Path], object], typed: list[str], words: str
+) -> None:
+    prepare(place)
+    before = sorted(path for path in place.rglob("*"))
+    assert words in run(*typed)
+    assert sorted(path for path in place.rglob("*")) == before
+    if "threads" not in words:  # which are checked when a model is loaded
+        assert not list((place.parent / "cache").rglob("config.json"))
+
+
+def test_binary_stdin(run: Run) -> None:
+    assert run("chat", str(TINY), "-", stdin=b"\x89PNG\xff") == "the prompt on stdin is not UTF-8 (at byte 0)"
+    assert run("generate", str(TINY), "-", stdin=b"ab\xff").startswith("the prompt on stdin is not UTF-8 (at byte 2)")
+    assert run("chat", str(TINY), "", stdin=b" \n") == "there is no question: the argument or stdin is empty"
+
+
+def test_prompts_and_contexts_that_are_too_large(run: Run) -> None:
+    """What is said of each, with the example model, whose context is 2,048 tokens."""
+    assert "context is 50000" in (words := run("generate", str(TINY), "x", "--context", "50000"))
+    assert "2048" in words
+    assert run("generate", str(TINY), "a b " * 4000) == (
+        "the prompt's 8001 tokens leave no room in the context of 2048; shorten it"
+    )

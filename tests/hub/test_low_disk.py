@@ -1,0 +1,160 @@
+"""--low-disk: at most one file of weights of the source on the disk, and none afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from checkpoints import make_config, write_checkpoint
+from fake_hub import FakeHub
+
+from npqwen import hub
+from npqwen.errors import ModelNotFoundError, OptionError, OutputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "my model"
+    write_checkpoint(directory, tokenizer=True)
+    return directory
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "sharded", make_config(tie_word_embeddings=False), shards=4, tokenizer=True)
+    return tmp_path / "sharded"
+
+
+def weights(*places: Path) -> list[str]:
+    """Files of weights of the checkpoint below some directories, whatever they are called meanwhile."""
+    found = (path for place in places for path in place.rglob("*") if path.is_file())
+    return sorted(path.name for path in found if "-of-00004" in path.name and path.stat().st_size > 1000)
+
+
+def same(first: Path, second: Path) -> bool:
+    names = [
+        sorted(path.name for path in place.iterdir() if path.name != "npqwen-source.json") for place in (first, second)
+    ]
+    return names[0] == names[1] and all(
+        (first / name).read_bytes() == (second / name).read_bytes() for name in names[0]
+    )
+
+
+@pytest.mark.parametrize("into_cache", [True, False])
+def test_one_shard_at_a_time(
+    fake_hub: FakeHub, sharded: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, into_cache: bool
+) -> None:
+    fake_hub.publish("org/name", sharded)
+    want = hub.convert(sharded, tmp_path / "want")
+    on_disk: list[list[str]] = []
+    notices: list[str] = []
+
+    def progress(done: int, total: int) -> None:
+        on_disk.append(weights(cache, tmp_path / "hf", tmp_path / "out", tmp_path))
+
+    shutil.copytree(sharded, tmp_path / "elsewhere")
+    total = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    shutil.rmtree(sharded)
+    shutil.rmtree(tmp_path / "elsewhere")
+    if into_cache:
+        place = hub.resolve("org/name", low_disk=True, notice=notices.append, progress=progress)
+    else:
+        place = hub.convert("org/name", tmp_path / "out", low_disk=True, notice=notices.append, progress=progress)
+    assert same(place, want)
+    assert max(len(set(names)) for names in on_disk) == 1
+    assert weights(tmp_path) == []
+    assert [path.name for path in place.parent.iterdir() if path.name.startswith(".")] == []
+    assert sorted(name for name in fake_hub.downloads if name.endswith("safetensors")) == [
+        f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)
+    ]
+    assert notices[0].startswith(f"downloading org/name file by file, {total / 1000:.0f} kB in all and ")
+
+
+def test_a_model_in_one_file(fake_hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
+    fake_hub.publish("org/name", checkpoint)
+    want = hub.convert(checkpoint, tmp_path / "want")
+    assert same(hub.resolve("org/name", low_disk=True), want)
+    assert fake_hub.downloads.count("model.safetensors") == 1
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_an_interrupted_run_is_resumed(fake_hub: FakeHub, sharded: Path, cache: Path, tmp_path: Path) -> None:
+    fake_hub.publish("org/name", sharded)
+    want = hub.convert(sharded, tmp_path / "want")
+    third = "model-00003-of-00004.safetensors"
+
+    def stop(done: int, total: int) -> None:
+        if third in fake_hub.downloads:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.resolve("org/name", low_disk=True, progress=stop)
+    assert same(hub.resolve("org/name", low_disk=True), want)
+    shards = [name for name in fake_hub.downloads if name.endswith("safetensors")]
+    assert len(shards) == len(set(shards)) == 4
+
+
+def test_an_interrupted_download_is_resumed(
+    fake_hub: FakeHub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_hub.publish("org/name", sharded)
+    want = hub.convert(sharded, tmp_path / "want")
+    download = huggingface_hub.hf_hub_download
+    calls: list[str] = []
+
+    def unlucky(repository: str, name: str, **options: Any) -> str:
+        calls.append(name)
+        if name.startswith("model-00002") and calls.count(name) == 1:
+            raise OSError("the connection was lost")
+        return str(download(repository, name, **options))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unlucky)
+    with pytest.raises(ModelNotFoundError, match="cannot be downloaded: the connection was lost"):
+        hub.resolve("org/name", low_disk=True)
+    assert same(hub.resolve("org/name", low_disk=True), want)
+    assert fake_hub.downloads.count("model-00001-of-00004.safetensors") == 1
+
+
+def test_what_is_in_the_hub_clients_cache_is_used_and_stays(fake_hub: FakeHub, sharded: Path, tmp_path: Path) -> None:
+    fake_hub.publish("org/name", sharded)
+    hub.resolve("org/name", 8)
+    fake_hub.downloads.clear()
+    hub.resolve("org/name", 4, low_disk=True)
+    assert fake_hub.downloads == []
+    assert len({path.name for path in (tmp_path / "hf").rglob("*.safetensors")}) == 4
+
+
+def test_calibration_needs_all_weights(fake_hub: FakeHub, sharded: Path) -> None:
+    fake_hub.publish("org/name", sharded)
+
+    def never(source: Path) -> Any:
+        raise AssertionError
+
+    with pytest.raises(OptionError, match="calibration reads all weights several times; use it without low_disk"):
+        hub.convert("org/name", low_disk=True, calibration=never)
+    assert fake_hub.traffic == []
+
+
+def test_local_checkpoints_have_nothing_to_download(checkpoint: Path, tmp_path: Path) -> None:
+    place = hub.resolve(checkpoint, low_disk=True)
+    assert hub.resolve(checkpoint) == place
+    assert (checkpoint / "model.safetensors").exists()
+
+
+def test_too_little_disk(fake_hub: FakeHub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub.publish("org/name", sharded)
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="but only 200 kB is free there; NPQWEN_CACHE can name another place"):
+        hub.resolve("org/name", low_disk=True)
+    assert not [name for name in fake_hub.downloads if name.endswith("safetensors")]
