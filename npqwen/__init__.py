@@ -135,6 +135,7 @@ def load(
     *,
     threads: int | None = None,
     context: int | None = None,
+    yarn: float | None = None,
     notice: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
@@ -144,7 +145,9 @@ def load(
     model: a Hugging Face id ("Qwen/Qwen3-0.6B"), a checkpoint directory, or a converted directory.
     bits: 3, 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
     threads: default: one per core. context: maximum tokens of a prompt and its continuation; default: the model's own
-    limit.
+    limit. yarn: extends the context by YaRN, by a factor from 1 to 4: tokens needed / tokens trained on, such as 2 for
+    65,536 tokens with a Qwen3 that was trained on 32,768. It is for models trained on fewer than 131,072 tokens, and
+    makes answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
 
     Nothing is printed. notice(line) receives what was found, downloaded or converted, and where.
     progress(bytes_done, bytes_total) follows the conversion, on_compile(done, total) the compilation of the kernels on
@@ -158,7 +161,7 @@ def load(
 
     from npqwen.model import load
 
-    return load(path, threads=threads, context=context, on_compile=on_compile)
+    return load(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile)
 
 
 def __getattr__(name: str) -> Any:

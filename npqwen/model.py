@@ -48,13 +48,14 @@ class Model(Engine):
         *,
         threads: int | None = None,
         context: int | None = None,
+        yarn: float | None = None,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `load`."""
         with ThreadPoolExecutor(1) as reader:
             # A Qwen3 tokenizer takes as long to read as everything else: they are read side by side.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
-            super().__init__(path, threads=threads, context=context, on_compile=on_compile)
+            super().__init__(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile)
             try:
                 self.tokenizer = tokenizer.result()
                 self.generation_config = GenerationConfig.from_directory(path)
@@ -162,14 +163,16 @@ def load(
     *,
     threads: int | None = None,
     context: int | None = None,
+    yarn: float | None = None,
     on_compile: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Map a converted directory.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. on_compile(done, total): called while kernels are compiled, on the first use on a machine.
+    own. yarn: the factor by which YaRN extends the context, see `npqwen.load`. on_compile(done, total): called while
+    kernels are compiled, on the first use on a machine.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
     options, OutOfMemoryError if memory cannot hold the buffers and the cache of a context that is given.
     """
-    return Model(Path(path), threads=threads, context=context, on_compile=on_compile)
+    return Model(Path(path), threads=threads, context=context, yarn=yarn, on_compile=on_compile)

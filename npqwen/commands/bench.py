@@ -53,6 +53,7 @@ def bench(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    yarn: float | None,
     quiet: bool,
 ) -> None:
     """Measure tokens per second of MODEL, and the share of the memory's read bandwidth that decoding reaches."""
@@ -65,7 +66,7 @@ def bench(
         path = check_path(Path(report))
     with (
         Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        closing(open_model(model, bits, threads, context, terminal, yarn)) as loaded,
     ):
         from npqwen.reports.bench import benchmark
         from npqwen.reports.machine_report import collect, write

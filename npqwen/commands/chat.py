@@ -41,6 +41,7 @@ def chat(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    yarn: float | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -56,7 +57,7 @@ def chat(
     system = None if system is None else argument_text(system)
     with (
         Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        closing(open_model(model, bits, threads, context, terminal, yarn)) as loaded,
         warnings.catch_warnings(),
     ):
         from npqwen.terminal.answer_view import AnswerView

@@ -26,6 +26,7 @@ def generate(
     bits: int | None,
     threads: int | None,
     context: int | None,
+    yarn: float | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -40,7 +41,7 @@ def generate(
     check_options(options)
     with (
         Terminal(quiet=quiet) as terminal,
-        closing(open_model(model, bits, threads, context, terminal)) as loaded,
+        closing(open_model(model, bits, threads, context, terminal, yarn)) as loaded,
     ):
         pieces = stream(loaded, prompt, progress=terminal.prompt_progress, **options)
         for piece in pieces:

@@ -52,11 +52,19 @@ threads_option = click.option(
     "--threads", type=int, metavar="N", help="Number of threads; default: one per core."
 )
 
+yarn_option = click.option(
+    "--yarn",
+    type=float,
+    metavar="FACTOR",
+    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse.",
+)
+
 
 def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context and --quiet, for commands that load a model."""
+    """Add --bits, --threads, --context, --yarn and --quiet, for commands that load a model."""
     for option in (
         quiet_option,
+        yarn_option,
         click.option("--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."),
         threads_option,
         bits_option,
@@ -129,7 +137,12 @@ def resolve(model: str, bits: int | None, terminal: Terminal) -> Path:
 
 
 def open_model(
-    model: str, bits: int | None, threads: int | None, context: int | None, terminal: Terminal
+    model: str,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    terminal: Terminal,
+    yarn: float | None = None,
 ) -> Model:
     """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal."""
     path = resolve(model, bits, terminal)
@@ -137,7 +150,7 @@ def open_model(
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load
 
-    loaded = load(path, threads=threads, context=context, on_compile=terminal.compilation_progress)
+    loaded = load(path, threads=threads, context=context, yarn=yarn, on_compile=terminal.compilation_progress)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         from npqwen.reports.info import size

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen.checks import check_whole
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
+from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
@@ -57,13 +58,14 @@ class Engine:
         *,
         threads: int | None = None,
         context: int | None = None,
+        yarn: float | None = None,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `npqwen.model.load` for the options and errors."""
         if threads is not None:
             check_threads(threads)
         self.path = path
-        self.config = Config.from_directory(path)
+        self.config = with_yarn(Config.from_directory(path), yarn)
         self.context = context_length(self.config, context)
         """Maximum tokens of a prompt and its continuation together."""
         self.weights = Weights(path, self.config)
@@ -313,14 +315,3 @@ class Engine:
 def chunk_size(config: Config) -> int:
     """Tokens of a prompt that one pass runs."""
     return CHUNK if config.mixture is None else SPARSE_CHUNK
-
-
-def context_length(config: Config, requested: int | None) -> int:
-    """Maximum tokens of a sequence: as requested, by default all that the model supports.
-
-    Raises OptionError for a request beyond that.
-    """
-    longest = config.max_position_embeddings
-    if config.yarn is not None:
-        longest = max(longest, int(config.yarn.factor * config.yarn.original_max_position_embeddings))
-    return longest if requested is None else check_whole("context", requested, 1, longest)

@@ -73,7 +73,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
     if pages is not None and pages.dtype in ("F16", "F32") and pages.dtype != _dtype(cache):
         raise FormatError(f"{path} has keys and values in {pages.dtype}, but this model uses {_dtype(cache)}")
     if header.metadata.get("fingerprint") != fingerprint:
-        raise FormatError(f"{path} was saved from another model, or other weights; start a new session")
+        raise FormatError(f"{path} is of another model, other weights or another YaRN factor; start a new session")
     stored = header.tensors.get("ids")
     if stored is None or len(stored.shape) != 1 or stored.shape[0] >= 2**31:
         raise damaged
