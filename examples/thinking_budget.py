@@ -27,7 +27,7 @@ def main() -> None:
             allowed = "no limit" if budget is None else f"{budget} tokens"
             print(f"--- {allowed}\nreasoning: {reply.reasoning}\nanswer: {reply.text}")
     if MODEL is TINY:
-        print("(The small model does not know the sentence that ends its reasoning; a real Qwen3 does.)", file=sys.stderr)
+        print("(The small model was never taught what ends its reasoning here; try Qwen/Qwen3-0.6B.)", file=sys.stderr)
 
 
 if __name__ == "__main__":

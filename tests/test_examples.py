@@ -117,7 +117,7 @@ def test_thinking_budget() -> None:
     ending = "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
     assert short.startswith(f"12 tokens\nreasoning: 17 + 20 = 37.\n\n{ending}\nanswer: ")
     assert none.startswith(f"0 tokens\nreasoning: {ending}\nanswer: ")
-    assert "The small model does not know the sentence" in done.stderr
+    assert "The small model was never taught what" in done.stderr
 
 
 def test_asyncio_app() -> None:

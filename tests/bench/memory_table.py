@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What models take on disk and in memory, at the real models' shapes: the arithmetic of `npqwen info`, nothing measured.
+"""What models take on disk and in memory, at the real models' shapes: computed as `npqwen info` does, not measured.
 
     python tests/bench/memory_table.py [--context 8192] [--threads 4]
 
-Each model is a converted directory whose file has a header and no data (a hole, which takes no room), so that sizes come
-from the code that reads converted models: every matrix in the encoding that its recipe gives it, with scales, codebooks
-and padding. Prints a Markdown table; README.md and docs/ have its rows (tests/test_memory_table.py).
+Sizes of files are those of the converter's plan: every matrix in the encoding that its recipe gives it, with scales,
+codebooks and padding. Buffers are those that a model of one layer allocates, whose file has a header but no data.
+Prints the Markdown table of docs/models.md (tests/test_memory_table.py compares).
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ def hollow(directory: Path, raw: Mapping[str, Any], bits: int) -> Config:
 
 def needs(name: str, bits: int, context: int = CONTEXT, threads: int = THREADS) -> Needs:
     """What a model of `make_checkpoint.SIZES` takes."""
+    config = Config.from_dict(SIZES[name])
     with tempfile.TemporaryDirectory() as place:
-        config = hollow(Path(place), SIZES[name], bits)
-        weights = Weights(Path(place), config)
+        layer = hollow(Path(place), {**SIZES[name], "num_hidden_layers": 1}, bits)
+        weights = Weights(Path(place), layer)
         budget = Budget(
-            weights=weights.nbytes,
-            working=Buffers(config, weights, threads, chunk_size(config)).nbytes,
+            weights=sum(planned.nbytes for planned in plan(config, recipe_of(bits))),
+            working=Buffers(layer, weights, threads, chunk_size(layer)).nbytes,
             page=KVCache(config, 1, weights.cache_dtype).page_bytes,
             available=None,
         )
