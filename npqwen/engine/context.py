@@ -12,7 +12,8 @@ from npqwen.format.config import Config, Yarn
 LARGEST_FACTOR = 4
 """The largest factor by which Qwen extends its models."""
 VALIDATED = 131_072
-"""Tokens of the longest context that Qwen validated with YaRN. Models trained on as many have no use for it."""
+"""Tokens of the longest context that Qwen validated with YaRN, for 4B and larger. Models trained on as many do not need
+it."""
 
 
 def context_length(config: Config, requested: int | None) -> int:
