@@ -20,7 +20,7 @@ from npqwen.errors import OptionError, SamplingWarning, quoted
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Usage
 from npqwen.generation.options import CHAT_DEFAULTS, GenerationOptions
-from npqwen.generation.session import Session
+from npqwen.generation.session import Session, check_session
 from npqwen.generation.thinking import CLOSE as END_THINK
 from npqwen.tools.calls import ToolCall
 from npqwen.tools.toolbox import ToolResult, error_text
@@ -341,10 +341,7 @@ def stream_chat(
 
     session: one of this model, kept between calls; a prefix of the prompt that it has computed is not computed again.
     """
-    if session is not None and not isinstance(session, Session):
-        raise OptionError(f"session is {quoted(session)}; it must be a Session of this model")
-    if session is not None and session.model is not model:
-        raise OptionError("the session belongs to another model; start one with this model")
+    check_session(session, model)
     settings = ChatSettings.of(options)
     prompter = settings.prompter(model)
 
