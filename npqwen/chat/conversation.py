@@ -62,6 +62,9 @@ class Conversation:
         self._dropped = 0
         self._stream: ChatStream | None = None
 
+    def __repr__(self) -> str:
+        return f"<Conversation: {len(self.messages)} messages, {self.tokens} of {self.model.context} tokens>"
+
     @property
     def messages(self) -> list[Message]:
         """A copy of all messages so far, including those that the model no longer sees."""

@@ -84,7 +84,8 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
     count, pending = stored.shape[0], 0 if rest is None else rest.shape[0]
     if count + pending > cache.limit:
         raise ContextLengthError(
-            f"{path} holds {count + pending} tokens and the context is {cache.limit}; load the model with a longer context"
+            f"{path} holds {count + pending} tokens and the context is {cache.limit}; "
+            "load the model with a longer context"
         )
     # The numbers of tokens determine the header.
     expected = _header(cache, count, pending, fingerprint)

