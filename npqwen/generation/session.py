@@ -14,7 +14,7 @@ from npqwen.engine import snapshot
 from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
-from npqwen.generation.options import OPTIONS
+from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Session:
         """The text of `ids`, without special tokens such as <|im_end|>."""
         return self.model.tokenizer.decode(self.ids)
 
+    @with_options(OPTIONS)
     def stream(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream:
         """Replace the text by a prompt, and generate what follows. The prefix that both share is not computed again.
 
@@ -84,6 +85,7 @@ class Session:
         self._stream = Stream(self.model, ids, cache=self.cache, cached=reused, **options)
         return self._stream
 
+    @with_options(OPTIONS)
     def continue_(self, **options: Unpack[GenerationOptions]) -> Stream:
         """Generate what follows the text so far, as if it were a prompt of which only the last token is to be computed.
 

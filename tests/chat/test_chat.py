@@ -13,8 +13,7 @@ import pytest
 from reciter import Reciter, without_ids
 
 import npqwen
-from npqwen.chat.chat_stream import ChatStream
-from npqwen.chat.events import Finish, Notice, Reasoning, Reply, Text
+from npqwen.chat.events import Finish, Notice, Reasoning, Text
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import Session
 from npqwen.model import Model
