@@ -35,7 +35,8 @@ def generate(
     PROMPT is raw text, without a chat template; - reads it from stdin, without its last line break. By default,
     sampling is as the model's authors recommend (generation_config.json).
     """
-    from npqwen.generation.generate import check_prompt, stream
+    from npqwen.generation.decoding import check_prompt
+    from npqwen.generation.generate import stream
 
     prompt = check_prompt(stdin_text() if prompt == "-" else argument_text(prompt))
     check_options(options)

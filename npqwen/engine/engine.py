@@ -64,13 +64,11 @@ class Engine:
         """Map the converted directory `path`; see `npqwen.model.load` for the options and errors."""
         if threads is not None:
             check_threads(threads)
-        self.path = path
-        self.config = with_yarn(Config.from_directory(path), yarn)
-        self.context = context_length(self.config, context)
-        """Maximum tokens of a prompt and its continuation together."""
+        self._path = path
+        self._config = with_yarn(Config.from_directory(path), yarn)
+        self._context = context_length(self.config, context)
         self.weights = Weights(path, self.config)
-        self.weight_bytes = self.weights.nbytes
-        """Bytes of the mapped weights."""
+        self._weight_bytes = self.weights.nbytes
         available = available_memory()
         self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
         if not self._exceeds_memory:
@@ -78,9 +76,7 @@ class Engine:
         kept = [isinstance(state, KeysAndValues) for state in layer_states(self.config)]
         self.weights.layers["kv_index"] = np.cumsum(kept) - 1
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
-        self.bits = self.weights.bits
-        self.cache_dtype = self.weights.cache_dtype
-        self.threads = default_threads() if threads is None else int(threads)
+        self._threads = default_threads() if threads is None else int(threads)
         self._origin = object()
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
@@ -103,6 +99,41 @@ class Engine:
         output = Output(1, False, self._buffers.logits(1))
         sample = self._arguments(np.zeros(1, np.int64), cache, self.weights.layers, True, output)
         compile_kernel(forward, (self._team.state, 0, *sample))
+
+    @property
+    def path(self) -> Path:
+        """The converted directory."""
+        return self._path
+
+    @property
+    def config(self) -> Config:
+        """The dimensions, from config.json."""
+        return self._config
+
+    @property
+    def context(self) -> int:
+        """Maximum tokens of a prompt and its continuation together."""
+        return self._context
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight that the model was converted with."""
+        return self.weights.bits
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute."""
+        return self._threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the mapped weights."""
+        return self._weight_bytes
+
+    @property
+    def cache_dtype(self) -> type[np.float16] | type[np.float32]:
+        """The type of the numbers in the KV cache."""
+        return self.weights.cache_dtype
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""

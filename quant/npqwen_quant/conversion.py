@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from npqwen.format.quantization import FORMAT_VERSION, Quantization
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, make_header
 from npqwen.hardware.machine import usable_cpus
+from npqwen.progress import Progress, bars_or
 from npqwen_quant import blocks, search
 from npqwen_quant.calibration import Calibration, Fits, calibrate, working_directory
 from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read, widen
 from npqwen_quant.output import Output
 from npqwen_quant.plan import OutputTensor, plan
 
-Progress = Callable[[int, int], object]
 Shard = list[OutputTensor]
 
 COPIED = (
@@ -59,7 +59,7 @@ def convert(
     *,
     force: bool = False,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     shard_bytes: int = 4_000_000_000,
     calibration: Calibration | None = None,
     calibration_progress: Progress | None = None,
@@ -69,15 +69,17 @@ def convert(
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
     threads: how many quantize at a time; by default the CPUs of this process, at most 64.
-    progress: called with the bytes of the checkpoint's tensors, done and in all; may raise to stop.
+    progress: bars on stderr; default: if stderr is a terminal or a notebook's. False shows none, True always shows
+    them. A function (bytes_done, bytes_total) of the checkpoint's tensors takes their place; it may raise to stop.
     shard_bytes: size of the output's files; all tensors are in one file, if they fit.
     calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback). An
-    interrupted calibration is resumed by the next one with the same arguments. calibration_progress: as progress, for
-    the bytes of the matrices.
+    interrupted calibration is resumed by the next one with the same arguments. calibration_progress: a function
+    (bytes_done, bytes_total) of the matrices, in place of a bar.
 
     `out` appears complete and synced, or not at all. Raises CheckpointError for a source that cannot be converted or
     changes on the way, OutputError for an `out` that cannot be written, OptionError for impossible options.
     """
+    bars, own = bars_or(progress)
     source, out = Path(source), Path(out)
     recipe = recipe_of(bits)
     threads = _default_threads() if threads is None else check_whole("threads", threads, 1)
@@ -105,7 +107,7 @@ def convert(
     }
     name = None if calibration is None else calibration.name
     config = checkpoint.raw_config | Quantization(recipe, encodings, calibration=name).as_dict()
-    with output, contextlib.ExitStack() as stack:
+    with output, bars, contextlib.ExitStack() as stack:
         for path in copied:
             with output.create(str(path.relative_to(source))) as write:
                 write(checkpoint.read_file(path))
@@ -114,9 +116,16 @@ def convert(
             place = stack.enter_context(working_directory(output.path, checkpoint, calibration, codebooks))
             with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-calibrate") as pool:
                 fits = calibrate(
-                    checkpoint, sources, codebooks, calibration, place, pool, threads, calibration_progress
+                    checkpoint,
+                    sources,
+                    codebooks,
+                    calibration,
+                    place,
+                    pool,
+                    threads,
+                    calibration_progress or bars.of("calibrating"),
                 )
-        _write_tensors(output, shards, sources, fits, threads, progress)
+        _write_tensors(output, shards, sources, fits, threads, own or bars.of("converting"))
         with output.create("config.json") as write:  # the last: without it this is not a model
             write((json.dumps(config, indent=2) + "\n").encode())
         checkpoint.check_unchanged()
