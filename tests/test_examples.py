@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -118,6 +119,29 @@ def test_thinking_budget() -> None:
     assert short.startswith(f"12 tokens\nreasoning: 17 + 20 = 37.\n\n{ending}\nanswer: ")
     assert none.startswith(f"0 tokens\nreasoning: {ending}\nanswer: ")
     assert "The small model was never taught what" in done.stderr
+
+
+def test_labels() -> None:
+    lines = [line.partition(": ") for line in run("labels.py").stdout.splitlines()]
+    assert [(word, ranked.split()[0]) for word, _, ranked in lines] == [
+        ("river", "noun"),
+        ("beautiful", "adjective"),
+        ("quickly", "adverb"),
+        ("write", "verb"),
+    ]
+    assert all(len(ranked.split(", ")) == 4 for _, _, ranked in lines)
+
+
+def test_session() -> None:
+    lines = run("session.py").stdout.splitlines()
+    assert lines[0].startswith("1231 tokens computed in ")
+    assert "MB, and loaded in " in lines[1]
+    assert lines[2] == "Define river. river (noun): a large natural stream of water (larger than a creek)."
+    assert lines[4] == "What is 17 + 25? 17 + 25 = 42"
+    for cost in lines[3::2]:
+        cached, computed = (int(number) for number in re.findall(r"\d+", cost))
+        assert cached >= 1231
+        assert computed < 30
 
 
 def test_asyncio_app() -> None:
