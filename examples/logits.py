@@ -13,7 +13,7 @@ import numpy as np
 import npqwen
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("tiny-qwen3")
-TEXT = sys.argv[2] if len(sys.argv) > 2 else "river (noun): a large natural"
+TEXT = sys.argv[2] if len(sys.argv) > 2 else "winter (noun): the coldest season of the"
 
 
 def main() -> None:

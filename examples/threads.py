@@ -13,7 +13,7 @@ from pathlib import Path
 import npqwen
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("tiny-qwen3")
-WORDS = sys.argv[2:] or ["river", "winter", "teacher", "bread"]
+WORDS = sys.argv[2:] or ["river", "winter", "teacher", "house"]
 PROMPT = "<|im_start|>user\nDefine {}.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
@@ -23,8 +23,8 @@ def main() -> None:
         def define(word: str) -> str:
             return model.generate(PROMPT.format(word), max_tokens=100, temperature=0).text
 
-        for word, meaning in zip(WORDS, pool.map(define, WORDS), strict=True):
-            print(f"{word}: {meaning}")
+        for meaning in pool.map(define, WORDS):
+            print(meaning)
 
 
 if __name__ == "__main__":

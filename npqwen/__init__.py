@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from npqwen.chat.events import Reasoning as Reasoning
     from npqwen.chat.events import Reply as Reply
     from npqwen.chat.events import Text as Text
+    from npqwen.engine.kv_cache import KVCache as KVCache
     from npqwen.generation.completion import Completion as Completion
     from npqwen.generation.completion import FinishReason as FinishReason
     from npqwen.generation.completion import Logprob as Logprob
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from npqwen.generation.options import LoopGuard as LoopGuard
     from npqwen.generation.sampler import Sampler as Sampler
     from npqwen.generation.sampling import Sampling as Sampling
+    from npqwen.generation.score import ContinuationScore as ContinuationScore
     from npqwen.generation.session import Session as Session
     from npqwen.generation.stream import Stream as Stream
     from npqwen.model import Model as Model
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from npqwen.reports.evaluation_report import Evaluation as Evaluation
     from npqwen.tokenizer import Tokenizer as Tokenizer
     from npqwen.tools.calls import ToolCall as ToolCall
+    from npqwen.tools.toolbox import Tool as Tool
     from npqwen.tools.toolbox import ToolResult as ToolResult
 
     __version__: str
@@ -66,6 +69,7 @@ __all__ = [
     "ClosedError",
     "Completion",
     "ContextLengthError",
+    "ContinuationScore",
     "Conversation",
     "Evaluation",
     "Event",
@@ -73,6 +77,7 @@ __all__ = [
     "FinishReason",
     "FormatError",
     "GenerationOptions",
+    "KVCache",
     "Logprob",
     "LoopGuard",
     "Model",
@@ -93,6 +98,7 @@ __all__ = [
     "ThreadsWarning",
     "TokenLogprobs",
     "Tokenizer",
+    "Tool",
     "ToolCall",
     "ToolResult",
     "Usage",
@@ -105,6 +111,7 @@ _LAZY = {
     "ChatOptions": "npqwen.chat.chat_options",
     "ChatStream": "npqwen.chat.chat_stream",
     "Completion": "npqwen.generation.completion",
+    "ContinuationScore": "npqwen.generation.score",
     "Conversation": "npqwen.chat.conversation",
     "Evaluation": "npqwen.reports.evaluation_report",
     "Event": "npqwen.chat.events",
@@ -112,6 +119,7 @@ _LAZY = {
     "FinishReason": "npqwen.generation.completion",
     "Logprob": "npqwen.generation.completion",
     "GenerationOptions": "npqwen.generation.options",
+    "KVCache": "npqwen.engine.kv_cache",
     "LoopGuard": "npqwen.generation.options",
     "Model": "npqwen.model",
     "Notice": "npqwen.chat.events",
@@ -124,6 +132,7 @@ _LAZY = {
     "Text": "npqwen.chat.events",
     "TokenLogprobs": "npqwen.generation.completion",
     "Tokenizer": "npqwen.tokenizer",
+    "Tool": "npqwen.tools.toolbox",
     "ToolCall": "npqwen.tools.calls",
     "ToolResult": "npqwen.tools.toolbox",
     "Usage": "npqwen.generation.completion",
@@ -139,8 +148,9 @@ def load(
     context: int | None = None,
     revision: str | None = None,
     low_disk: bool = False,
+    yarn: float | None = None,
     notice: Callable[[str], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], Any] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Map a model into memory, after downloading and converting it if necessary.
@@ -152,25 +162,56 @@ def load(
     context: maximum tokens of a prompt and its continuation; default: the model's own limit.
     revision: a branch, tag or commit of the Hugging Face id, unless its name has one after "@".
     low_disk: download and convert one file of weights at a time, and keep none; resumes after an interruption.
+    yarn: extends the context by YaRN, by a factor from 1 to 4: tokens needed / tokens trained on, such as 2 for 65,536
+    tokens with a Qwen3 that was trained on 32,768. It is for models trained on fewer than 131,072 tokens, and makes
+    answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
 
-    Nothing is printed. notice(line) receives what was found, downloaded or converted, and where.
-    progress(bytes_done, bytes_total) follows the conversion, on_compile(done, total) the compilation of the kernels on
-    first use.
+    progress: bars on stderr for download, conversion and compilation; default: if stderr is a terminal or a notebook's.
+    False shows none, True always shows them. A function (bytes_done, bytes_total) follows the conversion instead.
+    notice: a function (line) that receives what was found, downloaded or converted, and where. on_compile: a function
+    (done, total) that follows the compilation of the kernels on first use, in place of its bar.
 
     Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
     """
     from npqwen import hub
+    from npqwen.progress import bars_or
 
-    path = hub.resolve(model, bits, revision=revision, low_disk=low_disk, notice=notice, progress=progress)
+    bars, own = bars_or(progress)
+    with bars:
+        path = hub.resolve(
+            model,
+            bits,
+            revision=revision,
+            low_disk=low_disk,
+            notice=notice,
+            progress=own or bars.of("converting"),
+            download_bars=bars.shown,
+        )
 
-    from npqwen.hardware.contention import too_many_threads
-    from npqwen.model import load
+        from npqwen.hardware.contention import too_many_threads
+        from npqwen.model import load
 
-    if isinstance(threads, int) and (problem := too_many_threads(threads)) is not None:
-        import warnings
+        if isinstance(threads, int) and (problem := too_many_threads(threads)) is not None:
+            import warnings
 
-        warnings.warn(problem, ThreadsWarning, stacklevel=2)
-    return load(path, threads=threads, context=context, on_compile=on_compile)
+            warnings.warn(problem, ThreadsWarning, stacklevel=2)
+        return load(
+            path,
+            threads=threads,
+            context=context,
+            yarn=yarn,
+            on_compile=on_compile or bars.of("compiling kernels, once for this machine", " kernels"),
+            name=_name(model),
+        )
+
+
+def _name(model: str | os.PathLike[str]) -> str | None:
+    """A hub id, or the name of a directory."""
+    from os import fspath
+    from os.path import basename, expanduser, isdir, realpath
+
+    path = expanduser(fspath(model))
+    return basename(realpath(path)) if isdir(path) else path
 
 
 def __getattr__(name: str) -> Any:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
 from npqwen.engine.engine import Engine
 from npqwen.errors import NpqwenError
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
 from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.sampler import greatest
 from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
@@ -28,16 +30,22 @@ if TYPE_CHECKING:
     from npqwen.chat.chat_template import ChatTemplate
     from npqwen.chat.conversation import Conversation
     from npqwen.chat.events import Reply
-    from npqwen.generation.generate import Prompts
+    from npqwen.generation.decoding import Prompt, Prompts
     from npqwen.generation.options import GenerationOptions
+    from npqwen.generation.score import ContinuationScore
     from npqwen.generation.session import Session
+    from npqwen.tools.toolbox import Tool
+
+    Messages = str | Sequence[Mapping[str, Any]]
+    Tools = Sequence[Callable[..., Any] | Mapping[str, Any] | Tool]
 
 
 class Model(Engine):
     """A converted Qwen3 model, made by `npqwen.load`.
 
-    Text: `generate`, `stream`. Conversations: `chat`, `stream_chat`, `conversation`, `render`. Arrays: `logits`,
-    `hidden`, and `forward` or `prefill` with a cache of `new_cache`.
+    Text: `generate`, `stream`, `score`. Conversations: `chat`, `stream_chat`, `conversation`, `render`, `count_tokens`.
+    Arrays: `logits`, `hidden`, and `forward` or `prefill` with a KV cache of `new_cache`. What it is: `name`, `path`,
+    `bits`, `context`, `threads`, `weight_bytes`, `config`, `tokenizer`, `generation_config`, `chat_template`.
 
     Any number of threads may call it: one forward pass runs at a time, on all of the model's own threads, and the
     other callers wait. `close()`, or a `with` statement, ends those threads and unmaps the files.
@@ -49,56 +57,133 @@ class Model(Engine):
         *,
         threads: int | None = None,
         context: int | None = None,
+        yarn: float | None = None,
         on_compile: Callable[[int, int], None] | None = None,
+        name: str | None = None,
     ) -> None:
         """Map the converted directory `path`; see `load`."""
+        self._name = name or path.name
         with ThreadPoolExecutor(1) as reader:
             # A Qwen3 tokenizer takes as long to read as everything else: they are read side by side.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
             # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
-            super().__init__(path, threads=threads, context=context, on_compile=on_compile)
+            super().__init__(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile)
             try:
-                self.tokenizer = tokenizer.result()
-                self.generation_config = GenerationConfig.from_directory(path)
+                self._tokenizer = tokenizer.result()
+                self._generation_config = GenerationConfig.from_directory(path)
             except NpqwenError:
                 self.close()
                 raise
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name}: {self.bits} bits, context {self.context}, threads {self.threads}>"
+
+    @property
+    def name(self) -> str:
+        """The hub id that the model was loaded by, or its directory's name."""
+        return self._name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        return self._tokenizer
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The checkpoint's own sampling, and its eos ids."""
+        return self._generation_config
 
     def _compile(self) -> None:
         super()._compile()
         greatest(np.zeros(2, np.float32), 1)  # the sampler's kernel: now, so that on_compile includes it
 
-    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> Stream:
-        """Continue `prompt`, raw text without a chat template, piece by piece; see `Stream` and `GenerationOptions`.
+    @with_options(OPTIONS)
+    def stream(
+        self, prompt: Prompt, *, session: Session | None = None, **options: Unpack[GenerationOptions]
+    ) -> Stream:
+        """Continue `prompt`, raw text without a chat template or token ids, piece by piece; see `Stream`.
 
-        Raises OptionError and ContextLengthError before anything is computed.
+        session: a `Session` of this model, which keeps what was computed between calls. options: see
+        `npqwen.GenerationOptions`. Raises OptionError and ContextLengthError before anything is computed.
         """
-        return text.stream(self, prompt, **options)
-
-    @overload
-    def generate(self, prompt: str, *, n: None = None, **options: Unpack[GenerationOptions]) -> Completion: ...
-
-    @overload
-    def generate(self, prompt: str, *, n: int, **options: Unpack[GenerationOptions]) -> list[Completion]: ...
+        return text.stream(self, prompt, session=session, **options)
 
     @overload
     def generate(
-        self, prompt: Prompts, *, n: None = None, **options: Unpack[GenerationOptions]
+        self,
+        prompt: Prompt,
+        *,
+        n: None = None,
+        session: Session | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, n: int, session: Session | None = None, **options: Unpack[GenerationOptions]
     ) -> list[Completion]: ...
 
     @overload
-    def generate(self, prompt: Prompts, *, n: int, **options: Unpack[GenerationOptions]) -> list[list[Completion]]: ...
-
     def generate(
-        self, prompt: str | Prompts, *, n: int | None = None, **options: Unpack[GenerationOptions]
-    ) -> Completion | list[Completion] | list[list[Completion]]:
-        """Continue a prompt, raw text without a chat template, to its end; a list of prompts gives a list.
+        self,
+        prompt: Prompts,
+        *,
+        n: None = None,
+        session: Session | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Completion]: ...
 
-        n: a list of n completions of each prompt, drawn with seed, seed + 1, ... if a seed is given. options: see
-        `GenerationOptions`. Raises OptionError and ContextLengthError before anything is computed.
+    @overload
+    def generate(
+        self, prompt: Prompts, *, n: int, session: Session | None = None, **options: Unpack[GenerationOptions]
+    ) -> list[list[Completion]]: ...
+
+    @with_options(OPTIONS)
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        n: int | None = None,
+        session: Session | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion | list[Completion] | list[list[Completion]]:
+        """Continue a prompt, raw text without a chat template or token ids, to its end; a list of prompts gives a list.
+
+        n: a list of n completions of each prompt, drawn with seed, seed + 1, ... if a seed is given. session: a
+        `Session` of this model, which keeps what was computed between calls. options: see `npqwen.GenerationOptions`.
+        Raises OptionError and ContextLengthError before anything is computed.
         """
-        return text.generate(self, prompt, n=n, **options)
+        return text.generate(self, prompt, n=n, session=session, **options)
+
+    @overload
+    def score(self, prompt: Prompt, continuations: str, *, session: Session | None = None) -> ContinuationScore: ...
+
+    @overload
+    def score(
+        self, prompt: Prompt, continuations: Prompts, *, session: Session | None = None
+    ) -> list[ContinuationScore]: ...
+
+    def score(
+        self, prompt: Prompt, continuations: str | Prompts, *, session: Session | None = None
+    ) -> ContinuationScore | list[ContinuationScore]:
+        """How likely each of some continuations of a prompt is; the prompt is computed once.
+
+            best = max(model.score("The sky is", [" blue", " green"]), key=lambda score: score.logprob)
+
+        prompt, continuations: raw text without a chat template, or token ids. session: a `Session` of this model, which
+        afterwards holds the prompt; prompts that begin alike then compute only what differs.
+
+        A continuation is encoded by itself and appended to the prompt's tokens. So write " blue" after "is": a prompt
+        that ends in a space, or in the middle of a word, ends in tokens that the model rarely saw there.
+        lm-evaluation-harness encodes prompt and continuation together and takes the tokens after as many as the prompt
+        has alone, which are the same wherever the continuation begins with a space and the prompt does not end in one.
+
+        Raises OptionError, CheckpointError and ContextLengthError before anything is computed.
+        """
+        from npqwen.generation.score import score
+
+        return score(self, prompt, continuations, session=session)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -110,8 +195,8 @@ class Model(Engine):
 
     def render(
         self,
-        messages: str | Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        messages: Messages,
+        tools: Tools | None = None,
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
         **template_options: Any,
@@ -119,26 +204,61 @@ class Model(Engine):
         """The prompt that the chat template makes of a conversation; see `ChatTemplate.render`."""
         return self.chat_template.render(messages, tools, thinking, add_generation_prompt, **template_options)
 
+    def count_tokens(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        thinking: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> int:
+        """How many tokens of the context `chat` with these arguments reads, all that the chat template adds included.
+
+        It is the answer's `usage.prompt_tokens`. A string is a single message of the user, as in `chat`; for raw text,
+        count `model.tokenizer.encode(text)`. Raises what `chat` raises for wrong messages and options.
+        """
+        from npqwen.chat.chat_options import ChatSettings
+        from npqwen.chat.messages import checked
+
+        settings = ChatSettings.of({"tools": tools, "thinking": thinking, "template_options": template_options})
+        return len(settings.prompter(self).ids(checked(messages)))
+
+    @overload
+    def chat(
+        self, messages: Messages, *, n: None = None, session: Session | None = None, **options: Unpack[ChatOptions]
+    ) -> Reply: ...
+
+    @overload
+    def chat(
+        self, messages: Messages, *, n: int, session: Session | None = None, **options: Unpack[ChatOptions]
+    ) -> list[Reply]: ...
+
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def chat(
         self,
-        messages: str | Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
+        n: int | None = None,
         session: Session | None = None,
         **options: Unpack[ChatOptions],
-    ) -> Reply:
+    ) -> Reply | list[Reply]:
         """Answer a conversation.
 
         messages: [{"role": "user", "content": "17 + 25?"}, ...]; a string is a single message of the user. Append the
-        reply's `messages` to continue. session: a `Session` of this model, which keeps what was computed between calls.
-        options: see `npqwen.chat.chat_options.ChatOptions`.
+        reply's `messages` to continue. n: a list of n answers, drawn with seed, seed + 1, ... if a seed is given.
+        session: a `Session` of this model, which keeps what was computed between calls. options: see
+        `npqwen.ChatOptions`.
 
         Raises OptionError for wrong messages or options, ContextLengthError for a conversation that does not fit.
         """
-        return self.stream_chat(messages, session=session, **options).run()
+        from npqwen.chat.chat_stream import chat
 
+        return chat(self, messages, n=n, session=session, **options)
+
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def stream_chat(
         self,
-        messages: str | Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         session: Session | None = None,
         **options: Unpack[ChatOptions],
@@ -148,6 +268,7 @@ class Model(Engine):
 
         return stream_chat(self, messages, session=session, **options)
 
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def conversation(
         self,
         system: str | None = None,
@@ -166,14 +287,17 @@ def load(
     *,
     threads: int | None = None,
     context: int | None = None,
+    yarn: float | None = None,
     on_compile: Callable[[int, int], None] | None = None,
+    name: str | None = None,
 ) -> Model:
-    """Map a converted directory.
+    """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. on_compile(done, total): called while kernels are compiled, on the first use on a machine.
+    own. yarn: the factor by which YaRN extends the context, see `npqwen.load`. on_compile(done, total): called while
+    kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
     options, OutOfMemoryError if memory cannot hold the buffers and the cache of a context that is given.
     """
-    return Model(Path(path), threads=threads, context=context, on_compile=on_compile)
+    return Model(Path(path), threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)

@@ -20,6 +20,7 @@ from npqwen.simd.llvm import F32, I8, I16, I64, undefined, vector
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.x86 import Amx
 
+CORTEX_A72 = "aarch64-unknown-linux-gnu", "cortex-a72"
 CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
 APPLE_M2 = "aarch64-unknown-linux-gnu", "apple-m2"
 NEOVERSE_V1 = "aarch64-unknown-linux-gnu", "neoverse-v1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from npqwen.format.config import Config
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
 from npqwen.tokenizer import Tokenizer
+from npqwen.tools.calls import ToolCall
 
 EOS = 4098
 TEMPLATES = Path(__file__).parent / "data" / "templates"
@@ -109,6 +110,11 @@ class Reciter:
 
     def conversation(self, system: str | None = None, **options: Any) -> Conversation:
         return Conversation(self, system, **options)
+
+
+def without_ids(calls: Iterable[ToolCall]) -> list[ToolCall]:
+    """The calls, without their random ids."""
+    return [replace(call, id="") for call in calls]
 
 
 def recite(text: str | list[int], context: int = 1000) -> Reciter:

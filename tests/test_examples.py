@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -54,7 +55,9 @@ def test_generate() -> None:
 
 
 def test_logits() -> None:
-    assert "perplexity of the text: " in run("logits.py").stdout
+    winter = run("logits.py").stdout
+    assert winter.splitlines()[0].endswith("%  ' year'")
+    assert "perplexity of the text: " in winter
     one_token = run("logits.py", str(EXAMPLES / "tiny-qwen3"), "a")
     assert one_token.stdout.count("%") == 10
     assert "perplexity" not in one_token.stdout  # a single token predicts nothing in the text
@@ -67,7 +70,7 @@ def test_qwen3_in_numpy() -> None:
 
 def test_threads() -> None:
     lines = run("threads.py", str(EXAMPLES / "tiny-qwen3"), "river", "winter").stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["river", "winter"]
+    assert [line.split()[0] for line in lines] == ["river", "winter"]
 
 
 def test_chat() -> None:
@@ -109,10 +112,36 @@ def test_tools() -> None:
 
 
 def test_thinking_budget() -> None:
-    whole, ample, short = run("thinking_budget.py").stdout.splitlines()
-    assert whole == "budget none: 22 tokens of reasoning, then: 17 + 25 = 42"
-    assert ample == whole.replace("none", "400")
-    assert short.startswith("budget 16: ")
+    done = run("thinking_budget.py")
+    whole, short, none = done.stdout.split("--- ")[1:]
+    assert whole == "no limit\nreasoning: 17 + 20 = 37. 37 + 5 = 42.\nanswer: 17 + 25 = 42\n"
+    ending = "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
+    assert short.startswith(f"12 tokens\nreasoning: 17 + 20 = 37.\n\n{ending}\nanswer: ")
+    assert none.startswith(f"0 tokens\nreasoning: {ending}\nanswer: ")
+    assert "The small model was never taught what" in done.stderr
+
+
+def test_labels() -> None:
+    lines = [line.partition(": ") for line in run("labels.py").stdout.splitlines()]
+    assert [(word, ranked.split()[0]) for word, _, ranked in lines] == [
+        ("river", "noun"),
+        ("beautiful", "adjective"),
+        ("quickly", "adverb"),
+        ("write", "verb"),
+    ]
+    assert all(len(ranked.split(", ")) == 4 for _, _, ranked in lines)
+
+
+def test_session() -> None:
+    lines = run("session.py").stdout.splitlines()
+    assert lines[0].startswith("1231 tokens computed in ")
+    assert "MB, and loaded in " in lines[1]
+    assert lines[2] == "Define river. river (noun): a large natural stream of water (larger than a creek)."
+    assert lines[4] == "What is 17 + 25? 17 + 25 = 42"
+    for cost in lines[3::2]:
+        cached, computed = (int(number) for number in re.findall(r"\d+", cost))
+        assert cached >= 1231
+        assert computed < 30
 
 
 def test_asyncio_app() -> None:

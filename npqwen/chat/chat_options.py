@@ -88,6 +88,8 @@ class ChatSettings:
         for name in options:
             if name in ("cache", "cached"):
                 raise OptionError(f"{name} is not an option of a chat; a Session or a Conversation keeps the cache")
+            if name == "n":
+                raise OptionError("n is an option of model.chat; fork() a conversation for several answers")
             if name not in CHAT_OPTIONS and name not in OPTIONS:
                 hint = suggestion(name, [*CHAT_OPTIONS, *OPTIONS], ELSEWHERE)
                 raise OptionError(f"unknown option {quoted(name)}; {hint}")

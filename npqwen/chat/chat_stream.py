@@ -16,13 +16,14 @@ from npqwen.chat.messages import Message, checked
 from npqwen.chat.reply_parser import ReplyParser
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.chat.text_stop import TextStop
+from npqwen.checks import check_whole
 from npqwen.errors import OptionError, SamplingWarning, quoted
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Usage
 from npqwen.generation.options import CHAT_DEFAULTS, GenerationOptions
-from npqwen.generation.session import Session
+from npqwen.generation.session import Session, check_session
 from npqwen.generation.thinking import CLOSE as END_THINK
-from npqwen.tools.calls import ToolCall
+from npqwen.tools.calls import ToolCall, call_id
 from npqwen.tools.toolbox import ToolResult, error_text
 
 if TYPE_CHECKING:
@@ -238,8 +239,8 @@ class ChatStream(AsyncSteps[Event]):
             elif isinstance(piece, Reasoning):
                 self._reasoning.append(piece.text)
             else:
-                earlier = [call for message in self.past + self.messages for call in message.get("tool_calls", [])]
-                piece = replace(piece, id=f"call_{len(earlier) + len(self._calls)}")
+                seed, prompt = self._stream.sampling.seed, self._stream.prompt_ids
+                piece = replace(piece, id=call_id(seed, prompt, len(self._calls)))
                 self._calls.append(piece)
             yield piece
 
@@ -341,14 +342,37 @@ def stream_chat(
 
     session: one of this model, kept between calls; a prefix of the prompt that it has computed is not computed again.
     """
-    if session is not None and not isinstance(session, Session):
-        raise OptionError(f"session is {quoted(session)}; it must be a Session of this model")
-    if session is not None and session.model is not model:
-        raise OptionError("the session belongs to another model; start one with this model")
-    settings = ChatSettings.of(options)
+    check_session(session, model)
+    return _answer(model, messages, session or Session(model), ChatSettings.of(options))
+
+
+def chat(
+    model: ChatModel,
+    messages: str | Sequence[Mapping[str, Any]],
+    *,
+    n: int | None = None,
+    session: Session | None = None,
+    **options: Unpack[ChatOptions],
+) -> Reply | list[Reply]:
+    """Answer a conversation, or give a list of n answers, for which the prompt is computed once; see `Model.chat`."""
+    samples = 1 if n is None else check_whole("n", n, 1)
+    check_session(session, model)
+    first, settings = session or Session(model), ChatSettings.of(options)
+    seed = settings.generation.get("seed")
+    replies = []
+    for i in range(samples):
+        if i and seed is not None:
+            settings = replace(settings, generation=settings.generation | {"seed": seed + i})
+        replies.append(_answer(model, messages, first.fork() if i else first, settings).run())
+    return replies[0] if n is None else replies
+
+
+def _answer(
+    model: ChatModel, messages: str | Sequence[Mapping[str, Any]], session: Session, settings: ChatSettings
+) -> ChatStream:
     prompter = settings.prompter(model)
 
     def prompts(messages: list[Message]) -> tuple[list[int], list[str]]:
         return prompter.ids(messages), []
 
-    return ChatStream(model, session or Session(model), checked(messages), settings, prompts)
+    return ChatStream(model, session, checked(messages), settings, prompts)

@@ -7,7 +7,7 @@ of Hugging Face transformers, and render byte-identical text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from npqwen.chat.template_files import SPECIAL, TemplateFiles
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from npqwen.errors import CheckpointError, OptionError, quoted, shortened
 from npqwen.tools.json_values import plain
+from npqwen.tools.toolbox import Tool, as_tools
 
 Thinking = Literal["switch", "always", "never"]
 
@@ -49,7 +50,7 @@ class ChatTemplate:
     def render(
         self,
         messages: str | Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] | None = None,
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
         template: str | None = None,
@@ -57,10 +58,10 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation, ready to be encoded.
 
-        messages: see `npqwen.chat.messages.checked`. tools: JSON schemas. thinking: True or False, if the template has
-        a switch for it or always behaves so; None is the template's default. add_generation_prompt: end with the
-        opening of an answer. template: a template's name; default "tool_use" with tools if there is one, otherwise
-        "default". options: variables that the template uses.
+        messages: see `npqwen.chat.messages.checked`. tools: functions or JSON schemas. thinking: True or False, if the
+        template has a switch for it or always behaves so; None is the template's default. add_generation_prompt: end
+        with the opening of an answer. template: a template's name; default "tool_use" with tools if there is one,
+        otherwise "default". options: variables that the template uses.
 
         Raises OptionError for wrong messages or options, and for messages that the template refuses.
         """
@@ -69,7 +70,7 @@ class ChatTemplate:
     def prepare(
         self,
         messages: str | Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] | None = None,
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
         template: str | None = None,
@@ -77,8 +78,7 @@ class ChatTemplate:
     ) -> Rendering:
         """Check the arguments of `render`, and convert messages to the form that the template reads."""
         program = self._program(template, tools is not None)
-        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(t, Mapping) for t in tools)):
-            raise OptionError(f"tools is {quoted(tools)}; give a list of JSON schemas")
+        on_offer = as_tools(tools)
         for name in options:
             if name == "enable_thinking":
                 raise OptionError("give thinking=True or thinking=False; it sets the template's enable_thinking")
@@ -94,7 +94,7 @@ class ChatTemplate:
         return Rendering(
             program,
             program.adapted(checked(messages)),
-            None if tools is None else plain(list(tools), "tools"),
+            None if on_offer is None else [tool.schema for tool in on_offer.values()],
             bool(add_generation_prompt),
             variables,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from npqwen.atomic_file import new_file
 from npqwen.chat.chat_model import ChatModel
-from npqwen.chat.chat_options import ChatOptions, ChatSettings
+from npqwen.chat.chat_options import CHAT_OPTIONS, ChatOptions, ChatSettings
 from npqwen.chat.chat_stream import ChatStream
 from npqwen.chat.events import Reply
 from npqwen.chat.messages import Message, checked
@@ -19,6 +19,7 @@ from npqwen.chat.saved_conversation import SavedConversation
 from npqwen.chat.window import Window
 from npqwen.checks import check_path
 from npqwen.errors import NpqwenError, OptionError, quoted
+from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.session import Session
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class Conversation:
         self._dropped = 0
         self._stream: ChatStream | None = None
 
+    def __repr__(self) -> str:
+        return f"<Conversation: {len(self.messages)} messages, {self.tokens} of {self.model.context} tokens>"
+
     @property
     def messages(self) -> list[Message]:
         """A copy of all messages so far, including those that the model no longer sees."""
@@ -114,10 +118,12 @@ class Conversation:
         cache = self._session.cache
         return sum(page.nbytes for page in cache.pages(cache.length))
 
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def send(self, content: str | list[dict[str, Any]] | None = None, **options: Unpack[ChatOptions]) -> Reply:
         """Send a user's message and return the whole answer. See `stream`."""
         return self.stream(content, **options).run()
 
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def stream(self, content: str | list[dict[str, Any]] | None = None, **options: Unpack[ChatOptions]) -> ChatStream:
         """Send a user's message and stream the answer's events.
 
@@ -132,10 +138,12 @@ class Conversation:
             raise OptionError("the conversation is empty; send a message first")
         return self._begin(new, self._messages, options)
 
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def retry(self, **options: Unpack[ChatOptions]) -> Reply:
         """Answer the last user's message again, perhaps with other options. See `stream_retry`."""
         return self.stream_retry(**options).run()
 
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def stream_retry(self, **options: Unpack[ChatOptions]) -> ChatStream:
         """Replace the last answer by a new one, and stream its events. If it ends before any text, the old one stays.
 

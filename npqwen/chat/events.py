@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from npqwen.errors import quoted
 from npqwen.generation.completion import TokenLogprobs, Usage
 from npqwen.tools.calls import ToolCall
 from npqwen.tools.toolbox import ToolResult
@@ -53,10 +54,15 @@ class Reply:
     tool_calls: list[ToolCall]
     usage: Usage
     finish_reason: ChatFinishReason
-    messages: list[dict[str, Any]] = field(repr=False)
-    tool_results: list[ToolResult] = field(default_factory=list, repr=False)
+    messages: list[dict[str, Any]]
+    tool_results: list[ToolResult] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    logprobs: list[TokenLogprobs] | None = None
+
+    def __repr__(self) -> str:
+        calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""
+        reasoning = f", reasoning={quoted(self.reasoning)}" if self.reasoning else ""
+        return f"Reply({quoted(self.text)}{calls}{reasoning}, finish_reason={self.finish_reason!r})"
 
 
 @dataclass(frozen=True)

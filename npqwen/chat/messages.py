@@ -11,13 +11,16 @@ from npqwen.tools.json_values import plain
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+_SYSTEM = "developer"
+"""What OpenAI's newer clients call the system message."""
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def checked(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     """Copies of `messages`, checked and made of plain JSON values; a string is a single message of the user.
 
-    A message is {"role": ..., "content": ...}. role: "system", "user", "assistant" or "tool". content: a string, or a
+    A message is {"role": ..., "content": ...}. role: "system" (or "developer", which becomes "system"), "user",
+    "assistant" or "tool". content: a string, or a
     list of {"type": "text", "text": ...}. An assistant's message may also have reasoning_content (or reasoning, or
     thinking), and tool_calls, a list of {"function": {"name": ..., "arguments": ...}} whose arguments are an object, a
     JSON string or None; with either, content may be absent. Keys whose value is None are ignored; other keys are
@@ -39,6 +42,8 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise OptionError(f"{where} is of type {type(message).__name__}; give an object with a role and a content")
     checked = {key: value for key, value in plain(message, where).items() if value is not None}
+    if checked.get("role") == _SYSTEM:
+        checked["role"] = "system"
     role = checked.get("role")
     if role not in ROLES:
         raise OptionError(f"{where} has the role {quoted(role)}; it must be one of {', '.join(ROLES)}")

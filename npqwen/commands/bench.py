@@ -63,6 +63,7 @@ def bench(
     threads: list[int] | None,
     context: int | None,
     low_disk: bool,
+    yarn: float | None,
     quiet: bool,
 ) -> None:
     """Measure tokens per second of MODEL, and the share of the memory's read bandwidth that decoding reaches."""
@@ -85,7 +86,7 @@ def bench(
         reports = []
         counts: Sequence[int | None] = threads or [None]
         for number in counts:
-            with closing(open_model(converted, None, number, context, terminal)) as loaded:
+            with closing(open_model(converted, None, number, context, terminal, yarn=yarn)) as loaded:
                 progress = terminal.benchmark_progress
                 reports.append(benchmark(loaded, prefill, decode, depth, repeat, progress=progress))
                 speed = Report.merged(reports)

@@ -71,6 +71,7 @@ def chat(
     threads: int | None,
     context: int | None,
     low_disk: bool,
+    yarn: float | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -95,7 +96,7 @@ def chat(
     with (
         terminal,
         closing(
-            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk)
+            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk, yarn=yarn)
         ) as loaded,
         warnings.catch_warnings(),
     ):

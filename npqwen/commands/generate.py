@@ -35,6 +35,7 @@ def generate(
     threads: int | None,
     context: int | None,
     low_disk: bool,
+    yarn: float | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -43,7 +44,8 @@ def generate(
     PROMPT is raw text, without a chat template; - reads it from stdin, without its last line break. By default,
     sampling is as the model's authors recommend (generation_config.json).
     """
-    from npqwen.generation.generate import check_prompt, stream
+    from npqwen.generation.decoding import check_prompt
+    from npqwen.generation.generate import stream
 
     terminal = Terminal(quiet=quiet)
     prompt = stdin_text(terminal, keyboard_notice("the prompt")) if prompt == "-" else argument_text(prompt)
@@ -52,7 +54,7 @@ def generate(
     with (
         terminal,
         closing(
-            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk)
+            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk, yarn=yarn)
         ) as loaded,
     ):
         from npqwen.terminal.answer_text import answer_text

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from npqwen.commands.options import Command, bits_option, low_disk_option, resolve
+from npqwen.commands.options import Command, bits_option, low_disk_option, resolve, yarn_option
 from npqwen.terminal.terminal import Terminal
 
 
@@ -17,8 +17,11 @@ from npqwen.terminal.terminal import Terminal
 @click.option(
     "--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit."
 )
+@yarn_option
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
-def info(model: str, bits: int | None, low_disk: bool, context: int | None, as_json: bool) -> None:
+def info(
+    model: str, bits: int | None, low_disk: bool, context: int | None, yarn: float | None, as_json: bool
+) -> None:
     """Describe MODEL: shapes, bits per weight, bytes of each part, memory needed, and the kernels that will run.
 
     Like the other commands, this downloads and converts the model first if necessary.
@@ -27,5 +30,5 @@ def info(model: str, bits: int | None, low_disk: bool, context: int | None, as_j
 
     with Terminal() as terminal:
         path = resolve(model, bits, terminal, low_disk=low_disk)
-        found = inspect(path, context)
+        found = inspect(path, context, yarn)
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found)) + "\n")

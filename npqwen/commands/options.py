@@ -106,10 +106,17 @@ low_disk_option = click.option(
     help="Download and convert one file of weights at a time, and keep none; resumes after an interruption.",
 )
 
+yarn_option = click.option(
+    "--yarn",
+    type=float,
+    metavar="FACTOR",
+    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse.",
+)
+
 
 def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context, --low-disk and --quiet, for commands that load a model."""
-    for option in (quiet_option, low_disk_option, context_option, threads_option, bits_option):
+    """Add --bits, --threads, --context, --yarn, --low-disk and --quiet, for commands that load a model."""
+    for option in (quiet_option, low_disk_option, yarn_option, context_option, threads_option, bits_option):
         command = option(command)
     return command
 
@@ -215,6 +222,7 @@ def open_model(
     *,
     purpose: Purpose = "arrays",
     low_disk: bool = False,
+    yarn: float | None = None,
 ) -> Model:
     """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
 
@@ -228,7 +236,7 @@ def open_model(
     from npqwen.hardware.machine import available_memory
     from npqwen.model import load
 
-    loaded = load(path, threads=threads, context=context, on_compile=terminal.compilation_progress)
+    loaded = load(path, threads=threads, context=context, yarn=yarn, on_compile=terminal.compilation_progress)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         terminal.notice(

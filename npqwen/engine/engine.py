@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen.checks import check_whole
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
+from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
@@ -57,18 +58,17 @@ class Engine:
         *,
         threads: int | None = None,
         context: int | None = None,
+        yarn: float | None = None,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `npqwen.model.load` for the options and errors."""
         if threads is not None:
             check_threads(threads)
-        self.path = path
-        self.config = Config.from_directory(path)
-        self.context = context_length(self.config, context)
-        """Maximum tokens of a prompt and its continuation together."""
+        self._path = path
+        self._config = with_yarn(Config.from_directory(path), yarn)
+        self._context = context_length(self.config, context)
         self.weights = Weights(path, self.config)
-        self.weight_bytes = self.weights.nbytes
-        """Bytes of the mapped weights."""
+        self._weight_bytes = self.weights.nbytes
         available = available_memory()
         self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
         if not self._exceeds_memory:
@@ -76,9 +76,7 @@ class Engine:
         kept = [isinstance(state, KeysAndValues) for state in layer_states(self.config)]
         self.weights.layers["kv_index"] = np.cumsum(kept) - 1
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
-        self.bits = self.weights.bits
-        self.cache_dtype = self.weights.cache_dtype
-        self.threads = default_threads() if threads is None else int(threads)
+        self._threads = default_threads() if threads is None else int(threads)
         self._origin = object()
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
@@ -101,6 +99,41 @@ class Engine:
         output = Output(1, False, self._buffers.logits(1))
         sample = self._arguments(np.zeros(1, np.int64), cache, self.weights.layers, True, output)
         compile_kernel(forward, (self._team.state, 0, *sample))
+
+    @property
+    def path(self) -> Path:
+        """The converted directory."""
+        return self._path
+
+    @property
+    def config(self) -> Config:
+        """The dimensions, from config.json."""
+        return self._config
+
+    @property
+    def context(self) -> int:
+        """Maximum tokens of a prompt and its continuation together."""
+        return self._context
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight that the model was converted with."""
+        return self.weights.bits
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute."""
+        return self._threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the mapped weights."""
+        return self._weight_bytes
+
+    @property
+    def cache_dtype(self) -> type[np.float16] | type[np.float32]:
+        """The type of the numbers in the KV cache."""
+        return self.weights.cache_dtype
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
@@ -313,14 +346,3 @@ class Engine:
 def chunk_size(config: Config) -> int:
     """Tokens of a prompt that one pass runs."""
     return CHUNK if config.mixture is None else SPARSE_CHUNK
-
-
-def context_length(config: Config, requested: int | None) -> int:
-    """Maximum tokens of a sequence: as requested, by default all that the model supports.
-
-    Raises OptionError for a request beyond that.
-    """
-    longest = config.max_position_embeddings
-    if config.yarn is not None:
-        longest = max(longest, int(config.yarn.factor * config.yarn.original_max_position_embeddings))
-    return longest if requested is None else check_whole("context", requested, 1, longest)

@@ -84,6 +84,9 @@ class KVCache:
         self._shared: set[int] = set()
         """Indices of pages that another cache may hold too: they are copied before they are written."""
 
+    def __repr__(self) -> str:
+        return f"<KVCache: {self.length} of {self.limit} tokens, {self.nbytes / 1e6:.1f} MB>"
+
     @property
     def addresses(self) -> NDArray[np.int64]:
         """The address of each page, 0 where there is none yet."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), with YaRN (Peng et al. 2023) if config.json has `rope_type` yarn."""
+"""Rotary position embedding (Su et al. 2021), with YaRN (Peng et al. 2023) if the config has it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Snapshots: a cache in a file, with its tokens and the fingerprint of its model.
 
-The file is a valid safetensors file. `ids` is I32 (tokens,). `page.0`, `page.1`, ... are F16 or F32 (layers, 2,
+The file is a valid safetensors file. `ids` is I32 (tokens,); `pending`, if there are any, are those that follow and
+are not computed yet, such as the last one drawn. `page.0`, `page.1`, ... are F16 or F32 (layers, 2,
 kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in tiles of 16 positions. A tile of keys is
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
 the last token are 0. `__metadata__` has the format, its version and the fingerprint.
@@ -29,12 +30,13 @@ FORMAT, VERSION = "npqwen-cache", "1"
 
 
 def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
-    """Write a cache and its tokens, `ids`, to a file that replaces another atomically. fingerprint: of its model.
+    """Write a cache and its text to a file that replaces another atomically. fingerprint: of its model.
 
-    Raises OutputError if the file cannot be written.
+    ids: the tokens in the cache, and perhaps some after them. Raises OutputError if the file cannot be written.
     """
-    header = _header(cache, len(ids), fingerprint)
-    size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, len(ids)))
+    counts = cache.length, len(ids) - cache.length
+    header = _header(cache, *counts, fingerprint)
+    size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, *counts))
     with cache.in_use, new_file(path) as file:
         free = shutil.disk_usage(os.path.dirname(file.name)).free
         if free < size:
@@ -46,7 +48,7 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
 
 
 def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
-    """Fill an empty cache from a file; returns its tokens' ids. fingerprint, vocab_size: of the cache's model.
+    """Fill an empty cache from a file; returns the ids that `save` was given. fingerprint, vocab_size: of its model.
 
     Raises FormatError for a file that is damaged, not a snapshot or another model's, ContextLengthError if it holds
     more tokens than the cache may.
@@ -73,21 +75,26 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
     if pages is not None and pages.dtype in ("F16", "F32") and pages.dtype != _dtype(cache):
         raise FormatError(f"{path} has keys and values in {pages.dtype}, but this model uses {_dtype(cache)}")
     if header.metadata.get("fingerprint") != fingerprint:
-        raise FormatError(f"{path} was saved from another model, or other weights; start a new session")
-    stored = header.tensors.get("ids")
-    if stored is None or len(stored.shape) != 1 or stored.shape[0] >= 2**31:
+        raise FormatError(f"{path} is of another model, other weights or another YaRN factor; start a new session")
+    stored, rest = header.tensors.get("ids"), header.tensors.get("pending")
+    if stored is None or any(
+        tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] >= 2**31) for tensor in (stored, rest)
+    ):
         raise damaged
-    count = stored.shape[0]
-    if count > cache.limit:
+    count, pending = stored.shape[0], 0 if rest is None else rest.shape[0]
+    if count + pending > cache.limit:
         raise ContextLengthError(
-            f"{path} holds {count} tokens and the context is {cache.limit}; load the model with a longer context"
+            f"{path} holds {count + pending} tokens and the context is {cache.limit}; "
+            "load the model with a longer context"
         )
-    # The number of tokens determines the header.
-    expected = _header(cache, count, fingerprint)
+    # The numbers of tokens determine the header.
+    expected = _header(cache, count, pending, fingerprint)
     file.seek(0)
     if file.read(len(expected)) != expected:
         raise damaged
-    ids = np.frombuffer(file.read(4 * count), "<i4")
+    ids = np.frombuffer(file.read(4 * (count + pending)), "<i4")
+    if ids.size != count + pending:
+        raise damaged
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise damaged
     if count:
@@ -101,20 +108,22 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
     return list(map(int, ids))
 
 
-def _tensors(cache: KVCache, count: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor of a snapshot of `count` tokens."""
+def _tensors(cache: KVCache, count: int, pending: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor of a snapshot of `count` tokens, and `pending` that are not computed."""
     layers, two, heads, _, size = cache.page_shape
     tensors: list[tuple[str, str, tuple[int, ...]]] = [("ids", "I32", (count,))]
+    if pending:
+        tensors.append(("pending", "I32", (pending,)))
     for start in range(0, count, PAGE):
         tiles = ceil_div(min(PAGE, count - start), POSITION_TILE)
         tensors.append((f"page.{start // PAGE}", _dtype(cache), (layers, two, heads, tiles, size)))
     return tensors
 
 
-def _header(cache: KVCache, count: int, fingerprint: str) -> bytes:
+def _header(cache: KVCache, count: int, pending: int, fingerprint: str) -> bytes:
     """The file's first bytes, up to the data."""
     metadata = {"format": FORMAT, "format_version": VERSION, "fingerprint": fingerprint}
-    return make_header(_tensors(cache, count), metadata)
+    return make_header(_tensors(cache, count, pending), metadata)
 
 
 def _dtype(cache: KVCache) -> str:

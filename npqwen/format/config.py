@@ -70,6 +70,24 @@ class Config:
             and (layer + 1) % mixture.decoder_sparse_step == 0
         )
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest context, YaRN's extension included."""
+        if self.yarn is None:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.yarn.factor * self.yarn.original_max_position_embeddings))
+
+    @property
+    def trained_context(self) -> int:
+        """Tokens of the context that the model was trained on, to which a factor of YaRN refers.
+
+        Without YaRN in config.json, the largest power of two up to max_position_embeddings: Qwen3's 40,960 are the
+        32,768 of its training and 8,192 for the prompt (Qwen3's model cards, "Processing Long Texts").
+        """
+        if self.yarn is not None:
+            return self.yarn.original_max_position_embeddings
+        return 1 << self.max_position_embeddings.bit_length() - 1
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> Config:
         """Check a parsed `config.json`, in the style of the hub's files or of transformers 5.

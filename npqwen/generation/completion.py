@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from npqwen.errors import quoted
 
 FinishReason = Literal["stop", "length", "loop"]
 """Why a text ended: eos or a stop string; max_tokens or a full context; the loop guard."""
@@ -67,7 +69,10 @@ class Completion:
     """
 
     text: str
-    ids: list[int] = field(repr=False)
+    ids: list[int]
     finish_reason: FinishReason
     usage: Usage
-    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    logprobs: list[TokenLogprobs] | None = None
+
+    def __repr__(self) -> str:
+        return f"Completion({quoted(self.text)}, finish_reason={self.finish_reason!r}, tokens={len(self.ids)})"

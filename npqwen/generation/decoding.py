@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_ids
-from npqwen.errors import CheckpointError, ContextLengthError, OptionError
+from npqwen.errors import CheckpointError, ContextLengthError, OptionError, quoted
 from npqwen.generation.completion import FinishReason, Logprob, TokenLogprobs
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions
@@ -20,6 +20,7 @@ from npqwen.generation.thinking import ThinkingTracker, ending_ids
 from npqwen.generation.watched import EndedBy, Watch
 from npqwen.tokenizer import StreamDecoder, Tokenizer
 
+NO_START = "and Qwen3 has no start token; give it some text"
 
 class Decoding:
     """The state of one text. It never runs the model; a driver does, once for each step of one or of many texts:
@@ -243,31 +244,44 @@ class Decoding:
 
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 """One sequence of token ids."""
+Prompt = str | TokenIds
+"""A text, which is encoded, or its token ids."""
+Prompts = list[str] | tuple[str, ...] | list[list[int]]
+"""Several of them."""
 
 
-def check_prompt_ids(model: LanguageModel, ids: TokenIds) -> list[int]:
-    """The prompt's ids as a list of ints.
-
-    Raises OptionError unless they are a sequence of at least one token id, CheckpointError for an id that the model
-    does not have, and ContextLengthError for a prompt that fills the context.
-    """
-    prompt = check_ids("the prompt", ids)
+def check_prompt(prompt: str) -> str:
+    """`prompt`; OptionError if it is empty."""
     if not prompt:
-        raise OptionError("the prompt is empty, and Qwen3 has no start token; give it some text")
+        raise OptionError(f"the prompt is empty, {NO_START}")
+    return prompt
+
+
+def check_prompt_ids(model: LanguageModel, prompt: Prompt, room: int = 1, name: str = "the prompt") -> list[int]:
+    """The prompt's ids as a list of ints. room: how many tokens must fit into the context after it. name: for messages.
+
+    Raises OptionError unless it is text or a sequence of at least one token id, CheckpointError for an id that the
+    model does not have, and ContextLengthError for a prompt that is too long.
+    """
+    if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
+        raise OptionError(f"{name} is {quoted(prompt)}; give text or token ids")
+    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else check_ids(name, prompt)
+    if not ids:
+        raise OptionError(f"{name} is empty, {NO_START}")
     vocab, context = model.config.vocab_size, model.context
-    foreign = next((id for id in prompt if not 0 <= id < vocab), None)
+    foreign = next((id for id in ids if not 0 <= id < vocab), None)
     if foreign is not None:
         raise CheckpointError(
-            f"the prompt has token id {foreign} but the model has {vocab} embeddings; "
+            f"{name} has token id {foreign} but the model has {vocab} embeddings; "
             f"is {model.path / 'tokenizer.json'} another model's?"
         )
-    if len(prompt) >= context:
+    if len(ids) + room > context:
         longer = context < model.config.max_position_embeddings
         raise ContextLengthError(
-            f"the prompt's {len(prompt)} tokens leave no room in the context of {context}; shorten it"
+            f"{name}'s {len(ids)} tokens leave no room in the context of {context}; shorten it"
             + (", or load the model with a longer context" if longer else "")
         )
-    return prompt
+    return ids
 
 
 def check_for_model(model: LanguageModel, options: GenerationOptions) -> Sampling:

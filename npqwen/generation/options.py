@@ -6,10 +6,11 @@ of `Sampling` follow these definitions. To add an option, add an entry to `Gener
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from npqwen.checks import check_number, check_whole, is_number, number_range, suggestion, whole_range
 from npqwen.errors import OptionError, quoted
@@ -28,6 +29,7 @@ It changes the logits in place, or returns an array of the same shape to use ins
 """
 Progress = Callable[[int, int], None]
 """progress(done, total), in prompt tokens."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 Kind = type[int] | type[float] | type[bool] | type[str]
 
 
@@ -343,6 +345,23 @@ CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
 """Defaults in a chat that differ from the options' own."""
 
 
+def with_options(*tables: Iterable[str]) -> Callable[[Function], Function]:
+    """Have `help()` and completion at a prompt show these options in place of a function's `**options`.
+
+    Type checkers read them from the function's own signature.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        names = [name for table in tables for name in table]
+        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+        function.__signature__ = signature.replace(parameters=fixed + options)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
 def check_options(options: Mapping[str, Any]) -> GenerationOptions:
     """A copy of `options`, checked and without those that are None.
 
@@ -358,6 +377,8 @@ def check_options(options: Mapping[str, Any]) -> GenerationOptions:
 
 def find_option(name: str, among: Iterable[str] = OPTIONS) -> Option:
     """The option of this name; OptionError, with the closest name, if it is not one of `among` (default: all)."""
+    if name == "n":
+        raise OptionError("n is an option of generate and chat, which return n results; a stream has one text")
     if name not in among:
         raise OptionError(f"unknown option {quoted(name)}; {suggestion(name, among, ELSEWHERE)}")
     return OPTIONS[name]

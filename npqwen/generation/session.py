@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from npqwen.checks import check_ids, check_path
+from npqwen.checks import check_path
 from npqwen.engine import snapshot
-from npqwen.errors import OptionError
-from npqwen.generation.decoding import TokenIds
+from npqwen.errors import ContextLengthError, OptionError, quoted
+from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
-from npqwen.generation.options import OPTIONS
+from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
@@ -24,10 +25,17 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Runs prompts that share a prefix, as the turns of a conversation do, and computes only what differs.
+    """A text and its KV cache: prompts that share a prefix, as the turns of a conversation do, compute what differs.
 
-    However a stream ends - finished, closed early, by Ctrl-C during a pass, by an error - the session knows which
-    tokens its cache holds and continues from there. One thread at a time.
+        session = npqwen.Session(model)
+        session.stream("Once upon a time", max_tokens=50).completion()
+        session.append(" Suddenly")
+        print(session.continue_(max_tokens=50).completion().text)
+        print(session.text)
+
+    `stream` and `prefill` replace the text by a prompt, `append` and `continue_` add to it. However a stream ends -
+    finished, closed early, by Ctrl-C during a pass, by an error - the session knows which tokens its cache holds and
+    continues from there. It needs no closing. One thread at a time; `fork()` for more.
 
     Logits are bitwise equal to those of a fresh start, except where attention is split among threads: with few
     key/value heads, many threads and more than 1,000 tokens they differ by float32 rounding.
@@ -41,42 +49,76 @@ class Session:
     def _start(self, model: LanguageModel, cache: KVCache, ids: Sequence[int]) -> None:
         self.model = model
         self.cache = cache
+        """The keys and values of the first `cache.length` of `ids`."""
         self._ids = list(ids)
         self._stream: Stream | None = None
 
+    def __repr__(self) -> str:
+        count, computed = len(self.ids), self.cache.length
+        rest = "" if computed == count else f", {computed} of them computed"
+        return f"<Session: {count} of {self.model.context} tokens{rest}>"
+
     @property
     def ids(self) -> list[int]:
-        """The tokens whose keys and values the cache holds."""
-        ids = self._ids if self._stream is None else self._stream.prompt_ids + self._stream.ids
-        return ids[: self.cache.length]
+        """All tokens: the prompt and everything drawn after it, also eos and the last one, which is not computed yet.
 
-    def stream(self, ids: TokenIds, **options: Unpack[GenerationOptions]) -> Stream:
-        """Generate what follows the prompt `ids`; the prefix it shares with the cache is not computed again.
-
-        An unfinished stream of this session is closed. Raises what `Stream` raises; the session then keeps its cache.
+        The first `cache.length` of them have their keys and values in the cache.
         """
-        prompt = check_ids("the prompt", ids)
+        return list(self._ids) if self._stream is None else self._stream.prompt_ids + self._stream.ids
+
+    @property
+    def text(self) -> str:
+        """The text of `ids`, without special tokens such as <|im_end|>."""
+        return self.model.tokenizer.decode(self.ids)
+
+    @with_options(OPTIONS)
+    def stream(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream:
+        """Replace the text by a prompt, and generate what follows. The prefix that both share is not computed again.
+
+        prompt: text or token ids. An unfinished stream of this session is closed. Raises what `Stream` raises; the
+        session then keeps its text.
+        """
+        ids = check_prompt_ids(self.model, prompt)
         known = self._settle()
         # The last token is always run: its logits are not stored.
-        reused = self.cache.reusable(min(common_prefix(known, prompt), max(0, len(prompt) - 1)))
-        self._stream = Stream(self.model, prompt, cache=self.cache, cached=reused, **options)
+        reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
+        self._stream = Stream(self.model, ids, cache=self.cache, cached=reused, **options)
         return self._stream
 
-    def prefill(self, ids: TokenIds, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read `ids` ahead, such as a long document, to `fork` or `save` it; afterwards the cache holds just these.
+    @with_options(OPTIONS)
+    def continue_(self, **options: Unpack[GenerationOptions]) -> Stream:
+        """Generate what follows the text so far, as if it were a prompt of which only the last token is to be computed.
 
-        progress(done, total) is called after every chunk. An interruption keeps the chunks that were done.
+        After an eos, which is part of the text, the model begins something new. Greedy texts are what one longer stream
+        would give; `seed` and the penalties of generated tokens start anew. Raises OptionError for an empty session.
         """
-        prompt = check_ids("the prompt", ids)
-        if progress is not None:
-            OPTIONS["progress"].check(progress)
-        known = self._settle()
-        reused = self.cache.reusable(common_prefix(known, prompt))
-        rest = np.array(prompt[reused:], np.int64)
-        self.cache.truncate(reused)
-        self._ids = prompt
-        if rest.size:
-            self.model.prefill(rest, self.cache, progress)
+        self._settle()
+        if not self._ids:
+            raise OptionError("the session is empty, so there is nothing to continue; stream or prefill a prompt first")
+        return self.stream(self._ids, **options)
+
+    def prefill(self, prompt: Prompt, progress: Callable[[int, int], None] | None = None) -> NDArray[np.float32]:
+        """Replace the text by a prompt, and compute it: a long document, say, to continue, `fork` or `save`.
+
+        prompt: text or token ids. progress(done, total): called after every chunk with tokens. Returns the float32
+        logits (vocab_size,) of the token that follows. An interruption keeps the chunks that were done.
+
+        Raises what `stream` raises; the session then keeps its text.
+        """
+        return self._read(check_prompt_ids(self.model, prompt, room=0), progress)
+
+    def append(self, more: Prompt, progress: Callable[[int, int], None] | None = None) -> NDArray[np.float32]:
+        """Compute text or token ids after the text so far; see `prefill` for the rest.
+
+        Text is encoded by itself: no token spans the border to the text before it.
+        """
+        new = check_prompt_ids(self.model, more, room=0)
+        self._settle()
+        if len(self._ids) + len(new) > self.model.context:
+            raise ContextLengthError(
+                f"{len(self._ids)} tokens and {len(new)} more exceed the context of {self.model.context}"
+            )
+        return self._read(self._ids + new, progress)
 
     def fork(self) -> Session:
         """An independent session with the same past; keys and values are shared until one of them changes."""
@@ -104,15 +146,33 @@ class Session:
         session._start(model, cache, ids)
         return session
 
+    def _read(self, ids: list[int], progress: Callable[[int, int], None] | None) -> NDArray[np.float32]:
+        """Make `ids` the text, and compute what the cache lacks of it; the logits (vocab_size,) of the last token."""
+        if progress is not None:
+            OPTIONS["progress"].check(progress)
+        known = self._settle()
+        reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
+        self.cache.truncate(reused)
+        self._ids = ids
+        return self.model.prefill(np.array(ids[reused:], np.int64), self.cache, progress)
+
     def _settle(self) -> list[int]:
-        """End the last stream, and return the ids that the cache holds."""
+        """End the last stream; the ids whose keys and values the cache holds."""
         if self._stream is not None:
             try:
                 self._stream.close()
             except OptionError:
                 raise OptionError("another thread is running the session's stream; give each its own fork") from None
             self._ids, self._stream = self.ids, None
-        return self.ids
+        return self._ids[: self.cache.length]
+
+
+def check_session(session: Session | None, model: LanguageModel) -> None:
+    """Raise OptionError unless `session` is a session of this model, or None."""
+    if session is not None and not isinstance(session, Session):
+        raise OptionError(f"session is {quoted(session)}; it must be a Session of this model")
+    if session is not None and session.model is not model:
+        raise OptionError("the session belongs to another model; start one with this model")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from npqwen.checks import check_whole
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Completion, FinishReason, TokenLogprobs, Usage
-from npqwen.generation.decoding import Decoding, TokenIds, check_prompt_ids
+from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.sampling import Sampling
@@ -38,7 +38,7 @@ class Stream(AsyncSteps[str]):
     def __init__(
         self,
         model: LanguageModel,
-        ids: TokenIds,
+        prompt: Prompt,
         *,
         cache: KVCache | None = None,
         cached: int | None = None,
@@ -46,14 +46,14 @@ class Stream(AsyncSteps[str]):
     ) -> None:
         """Prepare to continue a prompt.
 
-        ids: the prompt. cache: one of this model's, which already holds the first `cached` prompt tokens (default: all
-        tokens it holds); tokens after them are discarded, and at least one must remain to run. While the stream runs
-        it holds a prefix of prompt and text, at the end all but the last drawn or forced tokens.
+        prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
+        (default: all tokens it holds); tokens after them are discarded, and at least one must remain to run. While the
+        stream runs it holds a prefix of prompt and text, at the end all but the last drawn or forced tokens.
 
         Raises OptionError, CheckpointError or ContextLengthError before anything is computed or changed.
         """
         given = check_options(options)
-        prompt = check_prompt_ids(model, ids)
+        prompt = check_prompt_ids(model, prompt)
         self.max_tokens = given.get("max_tokens")
         """The option, None if it is left out."""
         room = model.context - len(prompt)

@@ -8,7 +8,8 @@ from typing import Any
 
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
-from npqwen.engine.engine import chunk_size, context_length
+from npqwen.engine.context import context_length, with_yarn
+from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.weights import Weights
 from npqwen.errors import size
@@ -76,14 +77,14 @@ class Info:
         return asdict(self) | {"needed": self.needed}
 
 
-def inspect(directory: Path, context: int | None = None) -> Info:
+def inspect(directory: Path, context: int | None = None, yarn: float | None = None) -> Info:
     """Inspect a converted directory without loading it.
 
-    context: tokens to count memory for, by default the model's limit. Raises FormatError or CheckpointError for a
-    directory that cannot be loaded, OptionError for a context beyond the limit.
+    context: tokens to count memory for, by default the model's limit. yarn: as of `npqwen.load`. Raises FormatError or
+    CheckpointError for a directory that cannot be loaded, OptionError for a context beyond the limit.
     """
 
-    config = Config.from_directory(directory)
+    config = with_yarn(Config.from_directory(directory), yarn)
     context = context_length(config, context)
     weights = Weights(directory, config)
     parts = {
@@ -163,6 +164,12 @@ def _parameters(info: Info) -> str:
     return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
 
 
+def _longest(c: Config) -> str:
+    if c.yarn is None:
+        return f"{c.longest_context:,}"
+    return f"{c.longest_context:,} by YaRN, {c.yarn.factor:g} x {c.yarn.original_max_position_embeddings:,}"
+
+
 def _fits(info: Info) -> str:
     if info.fitting_context >= info.context:
         return "enough"
@@ -217,7 +224,7 @@ def describe(info: Info) -> str:
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         (
             "positions",
-            f"up to {context_length(c, None)}, rope_theta {c.rope_theta:g}{', YaRN' if c.yarn else ''}",
+            f"up to {_longest(c)}, rope_theta {c.rope_theta:g}",
         ),
         ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),
         *((f"  {part}", size(count)) for part, count in info.parts.items()),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import json
 import re
+import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,7 @@ _MAX_DEPTH = 100
 class ToolCall:
     """A tool call written by the model.
 
-    id: distinguishes the calls of a conversation; the model neither writes nor sees it.
+    id: unique among calls (see `call_id`); the model neither writes nor sees it.
     """
 
     name: str
@@ -48,6 +50,16 @@ class ToolCall:
         """The call as an entry of a message's `tool_calls`; `arguments` is an object, not a JSON string."""
         function = {"name": self.name, "arguments": copy.deepcopy(self.arguments)}
         return ({"id": self.id} if self.id else {}) | {"type": "function", "function": function}
+
+
+def call_id(seed: int | None, prompt_ids: Sequence[int], index: int) -> str:
+    """An id for the index-th call in the answer to a prompt: random, so that no two answers share one.
+
+    With a seed, which makes the answer repeatable, the id is a hash of these three and repeatable, too.
+    """
+    if seed is None:
+        return f"call_{secrets.token_hex(12)}"
+    return f"call_{hashlib.sha256(repr((seed, list(prompt_ids), index)).encode()).hexdigest()[:24]}"
 
 
 def read_calls(block: str, schemas: Schemas, *, complete: bool = True) -> tuple[list[ToolCall], str]:

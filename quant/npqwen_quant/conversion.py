@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from npqwen.format.quantization import Quantization
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.format.safetensors import INDEX
 from npqwen.hardware.machine import usable_cpus
+from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
 from npqwen_quant.calibration import Calibration, Fits, calibrate, calibration_key
 from npqwen_quant.checkpoint import Checkpoint, SourceTensor
@@ -28,7 +29,6 @@ from npqwen_quant.packing import header, packed
 from npqwen_quant.plan import OutputTensor, plan
 from npqwen_quant.working import working_directory
 
-Progress = Callable[[int, int], object]
 OutputFile = list[OutputTensor]
 
 TOKENIZER = "tokenizer.json"
@@ -57,7 +57,7 @@ def convert(
     *,
     force: bool = False,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     shard_bytes: int = 4_000_000_000,
     calibration: Calibration | None = None,
     calibration_progress: Progress | None = None,
@@ -67,15 +67,17 @@ def convert(
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
     threads: how many quantize at a time; by default the CPUs of this process, at most 64.
-    progress: called with the bytes of the checkpoint's tensors, done and in all; may raise to stop.
+    progress: bars on stderr; default: if stderr is a terminal or a notebook's. False shows none, True always shows
+    them. A function (bytes_done, bytes_total) of the checkpoint's tensors takes their place; it may raise to stop.
     shard_bytes: size of the output's files; all tensors are in one file, if they fit.
     calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback). An
-    interrupted calibration is resumed by the next one with the same arguments. calibration_progress: as progress, for
-    the bytes of the matrices.
+    interrupted calibration is resumed by the next one with the same arguments. calibration_progress: a function
+    (bytes_done, bytes_total) of the matrices, in place of a bar.
 
     `out` appears complete and synced, or not at all. Raises CheckpointError for a source that cannot be converted or
     changes on the way, OutputError for an `out` that cannot be written, OptionError for impossible options.
     """
+    bars, own = bars_or(progress)
     source, out = Path(source), Path(out)
     recipe = recipe_of(bits)
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
@@ -96,7 +98,7 @@ def convert(
         total *= 2  # fits take as much as the output, and are removed after it is written
     output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
     name = None if calibration is None else calibration.name
-    with output, contextlib.ExitStack() as stack:
+    with output, bars, contextlib.ExitStack() as stack:
         write_copies(output, checkpoint, copied)
         fits = None
         if calibration is not None:
@@ -104,9 +106,16 @@ def convert(
             place = stack.enter_context(working_directory(output.path, "calibration", key))
             with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-calibrate") as pool:
                 fits = calibrate(
-                    checkpoint, sources, codebooks, calibration, place, pool, threads, calibration_progress
+                    checkpoint,
+                    sources,
+                    codebooks,
+                    calibration,
+                    place,
+                    pool,
+                    threads,
+                    calibration_progress or bars.of("calibrating"),
                 )
-        _write_tensors(output, files, sources, fits, threads, progress)
+        _write_tensors(output, files, sources, fits, threads, own or bars.of("converting"))
         complete(output, checkpoint, recipe, tensors, name)
 
 

@@ -23,11 +23,11 @@ from npqwen.format.layout import Codebook, Matrix, Part, Vector
 from npqwen.format.quantization import FORMAT_VERSION
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, read_index
+from npqwen.progress import Progress
 from npqwen_quant import blocks
 from npqwen_quant.checkpoint import Checkpoint, SourceTensor, checked, is_bare, prefixed, read_tensors, refuse_packed
 from npqwen_quant.conversion import (
     OutputFile,
-    Progress,
     complete,
     copied_files,
     deal,

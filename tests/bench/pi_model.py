@@ -11,6 +11,7 @@ times, memory's and the pipes'. Prints the Markdown tables of docs/raspberry-pi.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -18,71 +19,56 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assembly import CORTEX_A76, floating_loop, integer_loop
+from assembly import CORTEX_A72, CORTEX_A76, floating_loop, integer_loop
+from make_checkpoint import SIZES
+from npqwen_quant.plan import plan
 
-from npqwen.engine.engine import CHUNK, SPARSE_CHUNK
-from npqwen.format.encodings import INT3, INT4, INT8, Encoding
+from npqwen.engine.engine import chunk_size
+from npqwen.format.config import Config
+from npqwen.format.encodings import BF16, ENCODINGS, INT3, INT4, INT8, Encoding
+from npqwen.format.layout import Experts
+from npqwen.format.recipe import recipe_of
 from npqwen.kernels.attention import POSITION_TILE
 from npqwen.simd.arm import Neon
+from npqwen.simd.instructions import InstructionSet
 
 CORES, HERTZ = 4, 2.4e9
 BARRIER, BARRIERS = 1e-6, 10
 """Seconds of a barrier, and barriers per layer."""
-VOCABULARY = 151_936
+MODELS = ("0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Qwen3 model's shape. experts: of a mixture, `active` of them per token."""
+class Stored:
+    """A tensor of matrices of a converted model. Counts are of weights and of bytes."""
 
-    name: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    inner: int
-    tied: bool
-    experts: int = 1
-    active: int = 1
-
-    @property
-    def attention_weights(self) -> int:
-        """In all layers."""
-        return self.layers * self.hidden * 128 * (2 * self.heads + 2 * self.kv_heads)
-
-    @property
-    def expert_weights(self) -> int:
-        """One expert in all layers, or the feed-forward part of a dense model."""
-        return self.layers * 3 * self.hidden * self.inner
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights that one token uses, without the output matrix."""
-        return self.attention_weights + self.active * self.expert_weights
-
-    @property
-    def output_weights(self) -> int:
-        return self.hidden * VOCABULARY
-
-    @property
-    def all_weights(self) -> int:
-        embeddings = self.output_weights * (1 if self.tied else 2)
-        return self.attention_weights + self.experts * self.expert_weights + embeddings
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of one position: float16 keys and values."""
-        return self.layers * 2 * self.kv_heads * 128 * 2
+    weights: int
+    nbytes: int
+    encoding: Encoding
+    share: float
+    """Of the tensor, what one token uses: of a mixture's experts the chosen ones, of an untied embedding next to
+    nothing."""
 
 
-SHAPES = (
-    Shape("0.6B", 1024, 28, 16, 8, 3072, True),
-    Shape("1.7B", 2048, 28, 16, 8, 6144, True),
-    Shape("4B", 2560, 36, 32, 8, 9728, True),
-    Shape("8B", 4096, 36, 32, 8, 12288, False),
-    Shape("14B", 5120, 40, 40, 8, 17408, False),
-    Shape("30B-A3B", 2048, 48, 32, 4, 768, False, 128, 8),
-)
+def stored(config: Config, bits: int) -> list[Stored]:
+    """The matrices of a model as `--bits` stores them."""
+    found = []
+    for planned in plan(config, recipe_of(bits)):
+        if planned.encoding is None or not planned.sources:
+            continue
+        share = 1.0
+        if planned.name.endswith("embed_tokens.weight") and not config.tie_word_embeddings:
+            share = 0.0
+        elif config.mixture is not None and isinstance(planned.tensor, Experts):
+            share = config.mixture.num_experts_per_tok / config.mixture.num_experts
+        weights = sum(math.prod(shape) for shape in planned.sources.values())
+        found.append(Stored(weights, planned.nbytes, planned.encoding, share))
+    return found
+
+
+def cache_bytes(config: Config) -> int:
+    """Bytes of one position: float16 keys and values."""
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
 
 
 @dataclass
@@ -147,49 +133,53 @@ def pipes(loop: list[str]) -> Pipes:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cycles per multiply-add, by kind of loop."""
+    """Cycles per multiply-add, by kind of loop and encoding."""
 
-    encoding: Encoding
-    one: float
+    one: dict[Encoding, float]
     """Matrices, one token."""
-    many: float
+    many: dict[Encoding, float]
     """Matrices, tiles of several tokens."""
     attention: float
 
 
-def costs(encoding: Encoding) -> Costs:
+def costs() -> Costs:
     isa, most = Neon(), max(Neon.tiles)
 
-    def integers(tokens: int) -> float:
+    def integers(encoding: Encoding, tokens: int) -> float:
         rows = isa.tiles[tokens]
         return pipes(integer_loop(isa, CORTEX_A76, encoding, tokens, rows)).cycles / (64 * isa.lanes * rows * tokens)
 
     rows = max(1, min(POSITION_TILE // isa.lanes, isa.accumulators // most))
     columns = max(1, min(4, isa.accumulators // (rows * most)))
     halves = pipes(floating_loop(isa, CORTEX_A76, "half", most, rows, columns)).cycles
-    return Costs(encoding, integers(1), integers(most), halves / (isa.lanes * rows * most * columns))
+    whole = [encoding for encoding in ENCODINGS if encoding.is_integer]
+    # A mixture's routers are in bf16; they are too small to show.
+    one, many = ({BF16: 0.0} | {e: integers(e, tokens) for e in whole} for tokens in (1, most))
+    return Costs(one, many, halves / (isa.lanes * rows * most * columns))
 
 
-def decode(shape: Shape, cost: Costs, depth: int, busy: float, bandwidth: float) -> tuple[float, float]:
+def decode(
+    config: Config, matrices: list[Stored], cost: Costs, depth: int, busy: float, bandwidth: float
+) -> tuple[float, float]:
     """Seconds of decoding a token at `depth`: memory's and the pipes'."""
-    weights = shape.layer_weights + shape.output_weights
-    memory = (weights * cost.encoding.bits_per_weight / 8 + depth * shape.cache_bytes) / bandwidth
-    group = shape.heads // shape.kv_heads
+    memory = (sum(m.share * m.nbytes for m in matrices) + depth * cache_bytes(config)) / bandwidth
+    group = config.num_attention_heads // config.num_key_value_heads
     rows = -(-group // max(Neon.tiles)) * max(Neon.tiles) if group > 1 else 1
-    scores = shape.layers * shape.kv_heads * rows * 2 * 128 * depth
-    cycles = weights * cost.one + scores * cost.attention
-    wait = shape.layers * BARRIERS * BARRIER
+    scores = config.num_hidden_layers * config.num_key_value_heads * rows * 2 * config.head_dim * depth
+    cycles = sum(m.share * m.weights * cost.one[m.encoding] for m in matrices) + scores * cost.attention
+    wait = config.num_hidden_layers * BARRIERS * BARRIER
     return memory + wait, cycles / (CORES * HERTZ * busy) + wait
 
 
-def prefill(shape: Shape, cost: Costs, tokens: int, busy: float, bandwidth: float) -> float:
-    """Seconds of a prompt, in chunks that each read all weights once."""
-    piece = CHUNK if shape.experts == 1 else SPARSE_CHUNK
-    stored = shape.attention_weights + shape.experts * shape.expert_weights
-    memory = -(-tokens // piece) * stored * cost.encoding.bits_per_weight / 8 / bandwidth
+def prefill(
+    config: Config, matrices: list[Stored], cost: Costs, tokens: int, busy: float, bandwidth: float
+) -> float:
+    """Seconds of a prompt, in chunks that each read all layers once; the output matrix multiplies one token only."""
+    layers = [m for m in matrices if m.weights != config.vocab_size * config.hidden_size]
+    memory = -(-tokens // chunk_size(config)) * sum(m.nbytes for m in layers) / bandwidth
     # A token sees half of the prompt on average.
-    scores = shape.layers * shape.heads * 2 * 128 * tokens * tokens / 2
-    cycles = tokens * shape.layer_weights * cost.many + scores * cost.attention
+    scores = config.num_hidden_layers * config.num_attention_heads * 2 * config.head_dim * tokens * tokens / 2
+    cycles = tokens * sum(m.share * m.weights * cost.many[m.encoding] for m in layers) + scores * cost.attention
     return max(memory, cycles / (CORES * HERTZ * busy))
 
 
@@ -207,13 +197,14 @@ def main() -> None:
     print(f"| model | bits | weights, GB | prefill {args.prefill}, tok/s | decode at {args.depth}, tok/s "
           "| memory's time | pipes' time |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
-        for encoding in (INT3, INT4, INT8):
-            cost = costs(encoding)
-            start = prefill(shape, cost, args.prefill, args.busy, args.bandwidth * 1e9)
-            memory, cpu = decode(shape, cost, args.depth, args.busy, args.bandwidth * 1e9)
-            size = shape.all_weights * encoding.bits_per_weight / 8 / 1e9
-            print(f"| {shape.name} | {encoding.bits} | {size:.2f} | {args.prefill / start:.3g} "
+    cost = costs()
+    for name in MODELS:
+        config = Config.from_dict(SIZES[name])
+        for bits in (3, 4, 8):
+            matrices = stored(config, bits)
+            start = prefill(config, matrices, cost, args.prefill, args.busy, args.bandwidth * 1e9)
+            memory, cpu = decode(config, matrices, cost, args.depth, args.busy, args.bandwidth * 1e9)
+            print(f"| {name} | {bits} | {sum(m.nbytes for m in matrices) / 1e9:.2f} | {args.prefill / start:.3g} "
                   f"| {1 / max(memory, cpu):.3g} | {1e3 * memory:.0f} ms | {1e3 * cpu:.0f} ms |")  # fmt: skip
 
 
@@ -222,11 +213,19 @@ def print_loops() -> None:
     print("| loop | tokens x rows | instructions | `sdot` and `fmla` | vector, load, integer operations "
           "| cycles | multiply-adds a cycle |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
-    for encoding in (INT4, INT8):
+    for encoding in (INT3, INT4, INT8):
         for tokens, vectors in isa.tiles.items():
             loop = integer_loop(isa, CORTEX_A76, encoding, tokens, vectors)
             row(f"{encoding.name}, 64 columns", tokens, vectors, loop, 64)
     row("attention, 1 column", 4, 4, floating_loop(isa, CORTEX_A76, "half", 4, 4, 1), 1)
+    print("\nInstructions a multiply-add, with the dot product and in the portable kernels (Raspberry Pi 4):")
+    cores: tuple[tuple[InstructionSet, tuple[str, str]], ...] = ((isa, CORTEX_A76), (InstructionSet(), CORTEX_A72))
+    for encoding in (INT4, INT8):
+        for core, target in cores:
+            for tokens, vectors in core.tiles.items():
+                loop = integer_loop(core, target, encoding, tokens, vectors)
+                each = len(loop) / (64 * core.lanes * vectors * tokens)
+                print(f"{encoding.name}, {target[1]}, {tokens} x {core.lanes * vectors}: {each:.2f}")
 
 
 def row(name: str, tokens: int, vectors: int, loop: list[str], columns: int) -> None:

@@ -179,7 +179,7 @@ def nested(levels: int) -> Any:
         (b"Hi", "messages is of type bytes"),
         (["Hi"], r"messages\[0\] is of type str; give an object"),
         ([{"content": "Hi"}], r"messages\[0\] has the role None; it must be one of system, user, assistant, tool"),
-        ([*HI, {"role": "developer", "content": "Hi"}], r"messages\[1\] has the role 'developer'"),
+        ([*HI, {"role": "critic", "content": "Hi"}], r"messages\[1\] has the role 'critic'"),
         ([{"role": "user"}], r"messages\[0\], with the role user, has no content"),
         ([{"role": "user", "content": None}], "has no content"),
         ([{"role": "assistant", "tool_calls": []}], "with the role assistant, has no content"),

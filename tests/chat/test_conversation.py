@@ -50,7 +50,7 @@ def test_a_turn_computes_only_what_is_new_and_answers_as_a_fresh_start_does(mode
         assert reply.text == model.chat(talk.messages[:-1], thinking=thinking, **GREEDY).text
         assert reply.usage.prompt_tokens == len(prompt)
         assert reply.usage.cached_tokens == min(common_prefix(read, prompt), len(prompt) - 1)
-        read = talk._session.ids
+        read = talk._session.ids[: talk.tokens]
     # All but the last answer and the question: the template removes reasoning, or its empty tags, from earlier turns.
     assert reply.usage.prompt_tokens - reply.usage.cached_tokens < 45
     assert reply.usage.prompt_tokens > 100

@@ -10,7 +10,7 @@ import unicodedata
 from typing import Any
 
 import pytest
-from reciter import TOKENIZER, Reciter
+from reciter import TOKENIZER, Reciter, without_ids
 
 from npqwen.chat.events import Reasoning, Text
 from npqwen.errors import OptionError
@@ -18,7 +18,7 @@ from npqwen.tools.calls import ToolCall
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 CODER = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
-PARIS = ToolCall("get_weather", {"city": "Paris"}, "call_0")
+PARIS = ToolCall("get_weather", {"city": "Paris"})
 ran: list[str] = []
 
 
@@ -136,13 +136,13 @@ def test_tool_calls_are_found_however_the_stream_is_divided() -> None:
         spelled = [id for piece in pieces for letter in piece for id in TOKENIZER.encode(letter)]
         model = Reciter(spelled)  # no tag is a token of its own
         events = list(model.stream_chat("?", tools=[get_weather], thinking=False))
-        assert [event for event in events if isinstance(event, ToolCall)] == [PARIS]
+        assert without_ids(event for event in events if isinstance(event, ToolCall)) == [PARIS]
 
 
 @pytest.mark.parametrize("template", ["hybrid", "coder", "instruct-2507"])
 @pytest.mark.parametrize("text", [CALL, CODER])
 def test_calls_of_both_styles_are_read_with_every_template(template: str, text: str) -> None:
-    assert Reciter(text, template=template).chat("?", tools=[get_weather]).tool_calls == [PARIS]
+    assert without_ids(Reciter(text, template=template).chat("?", tools=[get_weather]).tool_calls) == [PARIS]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_the_presence_penalty_does_not_count_the_prompt() -> None:
 
 def test_agents_can_use_a_model_that_thinks_by_default() -> None:
     reply = Reciter(f"<think>\nI need the weather.\n</think>\n\nLet me see.\n{CALL}").chat("?", tools=[get_weather])
-    assert reply.tool_calls == [PARIS]
+    assert without_ids(reply.tool_calls) == [PARIS]
     assert reply.text == "Let me see."
     assert reply.finish_reason == "tool_calls"
 
@@ -288,7 +288,7 @@ def test_invalid_bytes_become_replacement_characters_and_spoil_nothing_else() ->
     reply = talk.send("?")
     assert reply.reasoning == "A\ufffd"
     assert reply.text == "B\ufffd C\ufffd\n\ufffd"
-    assert reply.tool_calls == [PARIS]
+    assert without_ids(reply.tool_calls) == [PARIS]
     talk.add({"role": "tool", "content": "sunny"})
     assert talk.send().text == "Yes."
     assert "B\ufffd C\ufffd" in model.prompts[1]

@@ -118,6 +118,23 @@ def test_a_running_stream_can_be_saved(model: Model, tmp_path: Path) -> None:
     assert whole[:5] + rest.ids == whole
 
 
+def test_the_last_token_drawn_is_saved_though_it_is_not_computed(model: Model, tmp_path: Path) -> None:
+    session = Session(model)
+    session.stream(IDS[:40], max_tokens=5, seed=1, logit_bias={4096: -100, 4098: -100}).completion()
+    session.save(tmp_path / "s")
+    loaded = Session.load(model, tmp_path / "s")
+    assert (len(session.ids), session.cache.length) == (45, 44)
+    assert (loaded.ids, loaded.cache.length) == (session.ids, 44)
+    more = loaded.continue_(max_tokens=5, temperature=0).completion()
+    assert more.ids == session.continue_(max_tokens=5, temperature=0).completion().ids
+    assert more.usage.cached_tokens == 44
+    data = (tmp_path / "s").read_bytes()
+    for end in range(0, len(data), 9973):
+        (tmp_path / "cut").write_bytes(data[:end])
+        with pytest.raises(FormatError, match="truncated or not a saved session"):
+            Session.load(model, tmp_path / "cut")
+
+
 def test_a_save_that_fails_leaves_the_old_file_alone(
     model: Model, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +228,7 @@ def test_any_truncation_is_noticed(model: Model, saved: Path) -> None:
         (lambda head: head.pop("__metadata__"), "not a saved session"),
         (lambda head: head.update(__metadata__=[1]), "not a saved session"),
         (lambda head: head["__metadata__"].update(format_version="2"), "format version '2'; this npqwen reads 1"),
-        (lambda head: head["__metadata__"].update(fingerprint="0" * 64), "another model, or other weights"),
+        (lambda head: head["__metadata__"].update(fingerprint="0" * 64), "another model, other weights or"),
         (lambda head: head["__metadata__"].update(more="1"), "truncated or not a saved session"),
         (lambda head: head.pop("ids"), "truncated or not a saved session"),
         (lambda head: head.update(ids=None), "truncated or not a saved session"),

@@ -16,7 +16,8 @@ from reference import ReferenceModel
 
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import Completion
-from npqwen.generation.generate import check_prompt, generate, stream
+from npqwen.generation.decoding import check_prompt
+from npqwen.generation.generate import generate, stream
 from npqwen.generation.options import check_options
 from npqwen.generation.sampling import Sampling
 from npqwen.generation.stream import Stream
@@ -130,8 +131,8 @@ def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
     for check in (lambda: stream(model, ""), lambda: check_prompt("")):
         with pytest.raises(OptionError, match=r"prompt is empty.*give it some text"):
             check()
-    with pytest.raises(OptionError, match="the prompt is b'x', not a string"):
-        stream(model, b"x")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="the prompt is b'x'; give text or token ids"):
+        stream(model, b"x")
 
 
 def test_a_foreign_tokenizers_ids_are_refused(model: ReferenceModel) -> None:
@@ -302,11 +303,14 @@ def test_samples_of_a_list_of_prompts(model: ReferenceModel) -> None:
     ("prompts", "error", "message"),
     [
         (["1", ""], OptionError, "the prompt is empty"),
-        (["1", None], OptionError, "the prompt is None, not a string"),
+        (["1", None], OptionError, "the prompt is None; give text or token ids"),
         (["1", "a b " * 2000], ContextLengthError, "leave no room"),
-        (5, OptionError, "the prompt is int, not a string or a list of strings"),
-        ({"1": 2}, OptionError, "the prompt is dict"),
-        (iter("ab"), OptionError, "not a string or a list"),
+        (5, OptionError, "the prompt is 5; give text, token ids, or a list of prompts"),
+        ({"1": 2}, OptionError, "the prompt is {'1': 2}; give text, token ids, or a list of prompts"),
+        (iter("ab"), OptionError, "give text, token ids, or a list of prompts"),
+        ([1, "a"], OptionError, "the prompt has 'a'; each token id must be a whole number"),
+        ([[1], [0.5]], OptionError, r"the prompt has 0\.5; each token id must be a whole number"),
+        (["1", [4128]], CheckpointError, "token id 4128"),
     ],
     ids=lambda value: str(value)[:30],
 )
