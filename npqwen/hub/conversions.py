@@ -95,12 +95,14 @@ def convert(
     download_bars: bool = False,
     calibration: Callable[[Path], Calibration] | None = None,
     calibration_progress: Progress | None = None,
+    measure: Callable[[Path, Path], object] | None = None,
 ) -> Path:
     """Convert a checkpoint directory or hub id into `out`, by default into the cache; returns the directory.
 
     force: convert again, and replace a converted model that is there. calibration: makes the text of a checkpoint
-    directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in the cache. Raises what
-    `resolve` and `npqwen_quant.convert` raise; the other parameters are those of `resolve`.
+    directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in the cache. measure(checkpoint,
+    converted): called with both directories when the conversion is complete. Raises what `resolve` and
+    `npqwen_quant.convert` raise; the other parameters are those of `resolve`.
     """
     from npqwen_quant import convert as convert_directory
 
@@ -117,18 +119,21 @@ def convert(
     if is_converted(directory):
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
     if out is None and not force and calibration is None:
-        return _converted_once(directory, target, recipe, tell, progress)
-    target = target if out is None else Path(os.path.expanduser(out))
-    started = _announced(f"converting {source} to {recipe.name}, into {target}", tell, progress)
-    convert_directory(
-        directory,
-        target,
-        bits,
-        force=force or out is None,
-        progress=started,
-        calibration=None if calibration is None else calibration(directory),
-        calibration_progress=calibration_progress,
-    )
+        _converted_once(directory, target, recipe, tell, progress)
+    else:
+        target = target if out is None else Path(os.path.expanduser(out))
+        started = _announced(f"converting {source} to {recipe.name}, into {target}", tell, progress)
+        convert_directory(
+            directory,
+            target,
+            bits,
+            force=force or out is None,
+            progress=started,
+            calibration=None if calibration is None else calibration(directory),
+            calibration_progress=calibration_progress,
+        )
+    if measure is not None:
+        measure(directory, target)
     return target
 
 
