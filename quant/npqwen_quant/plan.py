@@ -58,7 +58,7 @@ def plan(config: Config, recipe: Recipe) -> list[OutputTensor]:
     """Every tensor of the converted model, in the order of its files."""
     found = []
     for tensor in Layout(config):
-        encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name)
+        encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name, config.mixture is not None)
         if encoding is not None and encoding.codebook:
             found.append(OutputTensor(Codebook(tensor.name), encoding))
         found.append(OutputTensor(tensor, encoding))
