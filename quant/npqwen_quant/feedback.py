@@ -255,8 +255,7 @@ def fit_with_feedback(
         r = slice(row, row + _COMPARED)
         fitted = plain[0][r], plain[1][r], plain[2][r]
         worse = ~(losses[r] <= _plain_losses(padded[r], fitted, book, powers[r], factors))
-        for ours, plains in zip((indices[r], block_scales[r], row_scales[r]), fitted, strict=True):
-            ours[worse] = plains[worse]
+        indices[r][worse], block_scales[r][worse], row_scales[r][worse] = (part[worse] for part in fitted)
 
     list(run(keep_plain, range(0, n, _COMPARED)))
     return indices[:, :columns], block_scales, row_scales

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from npqwen_quant import convert
-from numpy.typing import NDArray
 from npqwen_quant.calibration import Calibration
+from numpy.typing import NDArray
 
 from npqwen.commands.calibration import text_named
 from npqwen.generation.language_model import LanguageModel

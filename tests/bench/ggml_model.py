@@ -9,9 +9,9 @@ import gguf
 import gguf_from_checkpoint
 import numpy as np
 from engine import Llama
-from numpy.typing import ArrayLike, NDArray
 from npqwen_quant import moments
 from npqwen_quant.checkpoint import Checkpoint, read_floats
+from numpy.typing import ArrayLike, NDArray
 
 from npqwen.engine.kv_cache import KVCache
 from npqwen.model import Model
@@ -109,7 +109,7 @@ def importances(directory: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np
         match = gguf_from_checkpoint.EXPERT.fullmatch(name)
         target = names.get_name(match[1] + match[3] if match else name, try_suffixes=(".weight",))
         assert target is not None
-        stacks.setdefault(target, []).append(np.diag(inputs.sums[0]) / max(inputs.count, 1))
+        stacks.setdefault(target, []).append(np.diag(inputs.sums[0]) / np.float32(max(inputs.count, 1)))
     return {name: np.stack(stack) for name, stack in stacks.items()}
 
 

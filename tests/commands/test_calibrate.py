@@ -156,7 +156,7 @@ def test_a_text_too_short_to_hold_a_part_out_is_said_to_be(tmp_path: Path) -> No
 def test_measured_on_another_text(tmp_path: Path, calibrate: bool) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_text("What is 17 + 25? " * 3)
-    options = ["--calibrate", tmp_path / "a.txt"] if calibrate else []
+    options: list[str | Path] = ["--calibrate", tmp_path / "a.txt"] if calibrate else []
     result = run(TINY, tmp_path / "out", *options, "--evaluate", tmp_path / "b.txt")
     assert result.exit_code == 0, result.output
     found = evaluation(tmp_path / "out")
@@ -169,10 +169,10 @@ def test_measured_on_its_own_text_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_texts: None
 ) -> None:
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
-    plain = Path(run(TINY, "--quiet", "--bits", 8).stdout.strip())
+    plain = Path(run(TINY, "--quiet", "--bits", "8").stdout.strip())
     assert evaluation(plain) is None
     before = (plain / "model.safetensors").stat().st_mtime_ns
-    assert Path(run(TINY, "--quiet", "--bits", 8, "--evaluate", "self").stdout.strip()) == plain
+    assert Path(run(TINY, "--quiet", "--bits", "8", "--evaluate", "self").stdout.strip()) == plain
     assert (plain / "model.safetensors").stat().st_mtime_ns == before
     assert evaluation(plain) is not None
 

@@ -66,5 +66,5 @@ def test_numbers_of_an_evaluation_against_bf16(tiny: Callable[[int], Path]) -> N
 def test_a_checkpoint_that_is_gone_is_named(tiny: Callable[[int], Path], tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
-    with load(tiny(4), threads=1) as model, pytest.raises(CheckpointError, match="neither model.safetensors"):
+    with load(tiny(4), threads=1) as model, pytest.raises(CheckpointError, match=r"neither model\.safetensors"):
         evaluate_conversion(model, tmp_path / "source", np.zeros((1, 4), np.int64), "text")
