@@ -43,7 +43,7 @@ are not carried from one to the next."""
 DAMPING = 0.01
 """Added to the moments' diagonal, relative to it."""
 
-_COMPARED = 1024
+_COMPARED = 256
 """Rows compared with the plain fit at a time."""
 
 _MARGIN = np.float32(1.2)
@@ -250,11 +250,13 @@ def fit_with_feedback(
         losses += _losses(errors, group)
         start = stop
 
+    inverses = [_inverses_of_steps(group.feedback) for group in factors]
+
     def keep_plain(row: int) -> None:
         """Replace those of some rows that have become worse than with the plain fit."""
         r = slice(row, row + _COMPARED)
         fitted = plain[0][r], plain[1][r], plain[2][r]
-        worse = ~(losses[r] <= _plain_losses(padded[r], fitted, book, powers[r], factors))
+        worse = ~(losses[r] <= _plain_losses(padded[r], fitted, book, powers[r], factors, inverses))
         indices[r][worse], block_scales[r][worse], row_scales[r][worse] = (part[worse] for part in fitted)
 
     list(run(keep_plain, range(0, n, _COMPARED)))
@@ -268,7 +270,12 @@ def _losses(errors: F32, group: Factor) -> npt.NDArray[np.float64]:
 
 
 def _plain_losses(
-    rows: F32, fitted: tuple[U8, I8, F32], book: Codebook, powers: F32, factors: list[Factor]
+    rows: F32,
+    fitted: tuple[U8, I8, F32],
+    book: Codebook,
+    powers: F32,
+    factors: list[Factor],
+    inverses: list[list[F32]],
 ) -> npt.NDArray[np.float64]:
     """How much a fit without feedback changes the squared outputs of each row, in the same unit as _losses."""
     indices, block_scales, row_scales = fitted
@@ -276,21 +283,30 @@ def _plain_losses(
     rounded = book.values[indices].reshape(*block_scales.shape, BLOCK_COLUMNS) * sizes[:, :, None]
     left = rows * powers[:, None] - rounded.reshape(rows.shape)
     losses, start = np.zeros(len(rows)), 0
-    for group in factors:
+    for group, of_group in zip(factors, inverses, strict=True):
         stop = start + len(group.importance)
-        losses += _losses(_errors_of(left[:, start:stop], group.feedback), group)
+        losses += _losses(_errors_of(left[:, start:stop], group.feedback, of_group), group)
         start = stop
     return losses
 
 
-def _errors_of(left: F32, feedback: F32) -> F32:
+def _inverses_of_steps(feedback: F32) -> list[F32]:
+    """The inverses of U's blocks of STEP columns on the diagonal."""
+    return [
+        _inverse_of_triangular(feedback[first : first + STEP, first : first + STEP])
+        for first in range(0, len(feedback), STEP)
+    ]
+
+
+def _errors_of(left: F32, feedback: F32, inverses: list[F32]) -> F32:
     """The errors e of columns rounded one after the other, of what is left in the end, weights less rounded ones.
 
     Corrections subtract e_k U_kj from the columns j after k. So what is left is e U, and e follows from the first
     column on.
     """
     errors = np.empty_like(left)
-    for first in range(0, left.shape[1], STEP):
+    for i, inverse in enumerate(inverses):
+        first = i * STEP
         c = slice(first, first + STEP)
-        errors[:, c] = (left[:, c] - errors[:, :first] @ feedback[:first, c]) @ np.linalg.inv(feedback[c, c])
+        errors[:, c] = (left[:, c] - errors[:, :first] @ feedback[:first, c]) @ inverse
     return errors
