@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from checkpoints import TINY
 from click.testing import CliRunner, Result
+from npqwen_quant import convert as convert_directory
+from npqwen_quant.calibration import Calibration
 from numpy.typing import NDArray
 
 from npqwen.commands import calibration
@@ -20,6 +23,7 @@ from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.own_text import write_own_text
 from npqwen.model import load
 from npqwen.reports import checkpoint_evaluation
+from npqwen.reports.checkpoint_evaluation import evaluate_conversion
 from npqwen.reports.info import describe, inspect
 from npqwen.tokenizer import Tokenizer
 
@@ -86,6 +90,22 @@ def test_with_its_own_text(tmp_path: Path) -> None:
     assert 1e-5 < found.kl_divergence < 0.05
     assert f"KL divergence {found.kl_divergence:.7f}" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_what_the_model_wrote_lowers_the_divergence_on_other_text(
+    tmp_path: Path, tiny: Callable[[int], Path]
+) -> None:
+    with load(tiny(8), threads=1) as writer:
+        ids = write_own_text(writer, 12, 128)
+        held_out = spread(writer.tokenizer.encode((TINY / "heldout.txt").read_text(encoding="utf-8")), 8)
+    for bits, limit in ((4, 0.0006), (3, 0.0019)):
+        out = tmp_path / str(bits)
+        convert_directory(TINY, out, bits, calibration=Calibration("own", lambda place: ids))
+        found = {}
+        for directory in (tiny(bits), out):
+            with load(directory, threads=1) as model:
+                found[directory] = evaluate_conversion(model, TINY, held_out, "").kl_divergence
+        assert found[out] < min(0.8 * found[tiny(bits)], limit)
 
 
 def test_in_the_cache_it_replaces_the_plain_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
