@@ -1,11 +1,10 @@
-"""Texts for `npqwen convert --calibrate`: the model's own, or files."""
+"""Texts for `npqwen convert`, to calibrate with and to measure the result on: the model's own, or files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +19,26 @@ from npqwen.terminal.terminal import Terminal
 if TYPE_CHECKING:
     from npqwen_quant.calibration import Calibration
 
+    from npqwen.model import Model
+
+Ids = NDArray[Any]
+
 OWN = "self"
 """The argument that stands for text that the model writes itself."""
 
 SEQUENCES, TOKENS = 64, 512
-"""Of files, at most: sequences spread over the text evenly, and tokens of each."""
+"""Of files, at most: sequences to calibrate with, spread over the text evenly, and tokens of each."""
+
+MEASURED_TOKENS = 2048
+"""On which a conversion is measured, at most: its mean divergence is known to a tenth then."""
+
+_MEASURED_SEQUENCES = MEASURED_TOKENS // TOKENS
+
+_OWN_TOKENS = 256
+"""Of a sequence that a model writes to be measured on."""
+
+_SEED = 1 << 16
+"""Of the sequences that a model writes to be measured on: none is one of those that it is calibrated with."""
 
 _WRITER_BITS = 8
 """Of the conversion that writes: its text is as good as the checkpoint's."""
@@ -32,57 +46,105 @@ _WRITER_BITS = 8
 _SUFFIXES = {".txt", ".md"}
 
 
-def calibration_text(argument: str, terminal: Terminal) -> Callable[[Path], Calibration]:
-    """What a checkpoint directory is calibrated with.
+class OwnText:
+    """Text that the model writes itself."""
 
-    argument: "self", a text file, or a directory, whose .txt and .md files are taken. Raises OptionError for what
-    cannot be read as text.
-    """
-    if argument == OWN:
-        return lambda source: _own_text(source, terminal)
-    texts = read_texts(_files(argument))
-    digest = hashlib.sha256(repr(list(texts.values())).encode()).hexdigest()[:12]
-    return lambda source: _text_of_files(source, "\n\n".join(texts.values()), digest)
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
 
+    def calibration(self, source: Path) -> Calibration:
+        """What a checkpoint directory is calibrated with: text that its conversion to 8 bits writes."""
+        from npqwen_quant.calibration import Calibration
 
-def _own_text(source: Path, terminal: Terminal) -> Calibration:
-    from npqwen_quant.calibration import Calibration
+        terminal = self._terminal
 
-    def write(place: Path) -> NDArray[Any]:
-        from npqwen_quant import convert
+        def write(place: Path) -> Ids:
+            from npqwen_quant import convert
 
+            from npqwen.generation.own_text import write_own_text
+            from npqwen.model import Model
+
+            writer = place / "writer"
+            terminal.notice(
+                f"the model writes a text to be calibrated with; first it is converted to {_WRITER_BITS} bits"
+            )
+            convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
+            with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:
+                ids = write_own_text(model, progress=terminal.writing_progress)
+            shutil.rmtree(writer, ignore_errors=True)  # the fits need its room
+            return ids
+
+        return Calibration(OWN, write)
+
+    def to_measure(self, model: Model, calibrated: bool) -> tuple[str, Ids]:
+        """The name and the token ids (sequences, tokens) of text to measure a converted model on, which it writes.
+
+        Its divergence from the checkpoint there is the same as on text that the checkpoint writes (docs/lab.md).
+        """
         from npqwen.generation.own_text import write_own_text
-        from npqwen.model import Model
 
-        writer = place / "writer"
-        terminal.notice(f"the model writes a text to be calibrated with; first it is converted to {_WRITER_BITS} bits")
-        convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
-        with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:
-            ids = write_own_text(model, progress=terminal.writing_progress)
-        shutil.rmtree(writer, ignore_errors=True)  # the fits need its room
-        return ids
-
-    return Calibration(OWN, write)
+        sequences = MEASURED_TOKENS // _OWN_TOKENS
+        progress = self._terminal.writing_progress
+        return "the model's own text", write_own_text(model, sequences, _OWN_TOKENS, seed=_SEED, progress=progress)
 
 
-def _text_of_files(source: Path, text: str, digest: str) -> Calibration:
-    from npqwen_quant.calibration import Calibration
+class FileText:
+    """The text of a file, or of all .txt and .md files below a directory."""
 
-    from npqwen.tokenizer import Tokenizer
+    def __init__(self, argument: str) -> None:
+        """Raises OptionError for what cannot be read as text."""
+        texts = read_texts(_files(argument))
+        self.name = "stdin" if argument == "-" else Path(os.path.expanduser(argument)).resolve().name
+        self._text = "\n\n".join(texts.values())
+        self._digest = hashlib.sha256(repr(list(texts.values())).encode()).hexdigest()[:12]
 
-    def cut(place: Path) -> NDArray[Any]:
-        return windows(Tokenizer.from_directory(source).encode(text))
+    def calibration(self, source: Path) -> Calibration:
+        """What a checkpoint directory is calibrated with: sequences spread over the text."""
+        from npqwen_quant.calibration import Calibration
 
-    return Calibration(digest, cut)
+        from npqwen.tokenizer import Tokenizer
+
+        def cut(place: Path) -> Ids:
+            return divided(Tokenizer.from_directory(source).encode(self._text))[0]
+
+        return Calibration(self._digest, cut)
+
+    def to_measure(self, model: Model, calibrated: bool) -> tuple[str, Ids]:
+        """The name and the token ids (sequences, tokens) of text to measure a converted model on.
+
+        calibrated: it was calibrated with this text, so only what was held out will do; no sequences if the text is too
+        short for that. Raises OptionError for a text of fewer than 2 tokens.
+        """
+        ids = model.tokenizer.encode(self._text)
+        if len(ids) < 2:
+            raise OptionError(f"{self.name} is too short to measure on; a text must have at least 2 tokens")
+        if calibrated:
+            return f"{self.name}, held out", divided(ids)[1][:, : model.context]
+        return self.name, spread(ids, _MEASURED_SEQUENCES)[:, : model.context]
 
 
-def windows(ids: list[int]) -> NDArray[np.int64]:
-    """Sequences of at most TOKENS tokens, at most SEQUENCES, spread evenly over a text: (sequences, tokens)."""
+def text_named(argument: str, terminal: Terminal) -> OwnText | FileText:
+    """The text that an argument names: "self", a text file, or a directory; OptionError if it cannot be read."""
+    return OwnText(terminal) if argument == OWN else FileText(argument)
+
+
+def spread(ids: list[int], sequences: int) -> NDArray[np.int64]:
+    """Sequences of at most TOKENS tokens, at most so many, spread evenly over a text: (sequences, tokens)."""
     tokens = min(TOKENS, len(ids))
-    sequences = min(SEQUENCES, len(ids) // tokens)
-    starts = np.linspace(0, len(ids) - tokens, sequences).astype(np.int64)
+    starts = np.linspace(0, len(ids) - tokens, min(sequences, len(ids) // tokens)).astype(np.int64)
     cut: NDArray[np.int64] = np.array(ids, np.int64)[starts[:, None] + np.arange(tokens)]
     return cut
+
+
+def divided(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sequences of a text to calibrate with, and others that are held out; none of a text of fewer than 4 sequences."""
+    every = spread(ids, SEQUENCES + _MEASURED_SEQUENCES)
+    count = len(every)
+    share = count * _MEASURED_SEQUENCES // (SEQUENCES + _MEASURED_SEQUENCES)
+    held = max(1, share) if count >= 4 else 0
+    chosen = np.zeros(count, np.bool_)
+    chosen[[(2 * i + 1) * count // (2 * held) for i in range(held)]] = True
+    return every[~chosen], every[chosen]
 
 
 def _files(argument: str) -> tuple[str, ...]:
@@ -91,5 +153,5 @@ def _files(argument: str) -> tuple[str, ...]:
         return (argument,)
     found = sorted(str(path) for path in directory.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
     if not found:
-        raise OptionError(f"{argument} has no text to calibrate with: no .txt and no .md file")
+        raise OptionError(f"{argument} has no text: no .txt and no .md file")
     return tuple(found)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from npqwen.commands.options import Command, check_numba, low_disk_option
+from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.terminal import Terminal
+
+if TYPE_CHECKING:
+    from npqwen.commands.calibration import FileText, OwnText
 
 
 @click.command(cls=Command)
@@ -20,11 +29,26 @@ from npqwen.terminal.terminal import Terminal
     metavar="self|FILE|DIRECTORY",
     help="Lose less by error feedback (GPTQ), for a text: one that the model writes itself, or files. Takes minutes.",
 )
+@click.option(
+    "--evaluate",
+    metavar="self|FILE|DIRECTORY",
+    help="Measure the divergence from SOURCE on this text, and store it for info; default with --calibrate: on a part "
+    "of the text that is held out, at most 2048 tokens.",
+)
+@click.option("--no-evaluate", is_flag=True, help="Measure nothing.")
 @click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
 @low_disk_option
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
 def convert(
-    source: str, out: str | None, bits: int, calibrate: str | None, force: bool, low_disk: bool, quiet: bool
+    source: str,
+    out: str | None,
+    bits: int,
+    calibrate: str | None,
+    evaluate: str | None,
+    no_evaluate: bool,
+    force: bool,
+    low_disk: bool,
+    quiet: bool,
 ) -> None:
     """Convert SOURCE, a checkpoint directory or a Hugging Face id, into the directory OUT.
 
@@ -32,13 +56,16 @@ def convert(
     """
     from npqwen import hub
 
+    if evaluate is not None and no_evaluate:
+        raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
     check_numba()
     with Terminal(quiet=quiet) as terminal:
-        calibration = None
-        if calibrate is not None:
-            from npqwen.commands.calibration import calibration_text
+        text = measured = None
+        if calibrate is not None or evaluate is not None:
+            from npqwen.commands.calibration import text_named
 
-            calibration = calibration_text(calibrate, terminal)
+            text = None if calibrate is None else text_named(calibrate, terminal)
+            measured = text if evaluate in (None, calibrate) else text_named(str(evaluate), terminal)
         path = hub.convert(
             source,
             out,
@@ -48,7 +75,35 @@ def convert(
             notice=terminal.notice,
             progress=terminal.conversion_progress,
             download_bars=terminal.shows_bars,
-            calibration=calibration,
+            calibration=None if text is None else text.calibration,
             calibration_progress=terminal.calibration_progress,
+            measure=None if measured is None or no_evaluate else _measurement(measured, measured is text, terminal),
         )
         terminal.text(f"{path}\n")
+
+
+def _measurement(text: OwnText | FileText, calibrated: bool, terminal: Terminal) -> Callable[[Path, Path], None]:
+    """A function that measures a conversion on a text and stores the result.
+
+    calibrated: the model was calibrated with the same text.
+    """
+
+    def measure(source: Path, converted: Path) -> None:
+        from npqwen.format.quantization import store_evaluation
+        from npqwen.model import load
+        from npqwen.reports.checkpoint_evaluation import evaluate_conversion
+        from npqwen.reports.info import evaluation_line
+
+        terminal.notice("converted; now the divergence from the checkpoint is measured")
+        with closing(load(converted, on_compile=terminal.compilation_progress)) as model:
+            name, ids = text.to_measure(model, calibrated)
+            if not len(ids):
+                terminal.notice(
+                    "nothing is measured: the text is too short to hold a part out; give another one with --evaluate"
+                )
+                return
+            record = evaluate_conversion(model, source, ids, name, terminal.evaluation_progress)
+        store_evaluation(converted, record)
+        terminal.notice(evaluation_line(record))
+
+    return measure

@@ -6,7 +6,8 @@ every matrix's encoding in `quantization_config.encodings`; the reader takes enc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from npqwen.errors import OptionError, quoted
@@ -33,14 +34,20 @@ class Recipe:
     and up_proj; as the other matrices by default."""
     down_proj: Encoding | None = None
     """Of dense layers' down_proj, whose rounding costs the most beside v_proj's; as the other matrices by default."""
+    mixture: Mapping[str, Encoding] = field(default_factory=dict)
+    """In mixtures of experts, of the attention's matrices named here: they are few beside the experts, but every token
+    uses them, and most of the damage is theirs."""
 
     @property
     def name(self) -> str:
         """As reports and directories of the cache show it: "int4"."""
         return self.matrices.name
 
-    def encoding(self, tensor: str) -> Encoding:
-        """The encoding of the matrix tensor of this name."""
+    def encoding(self, tensor: str, is_mixture: bool) -> Encoding:
+        """The encoding of the matrix tensor of this name, in a dense model or in a mixture of experts."""
+        part = tensor.removesuffix(".weight").rpartition(".")[2]
+        if is_mixture and part in self.mixture:
+            return self.mixture[part]
         if tensor.endswith(".mlp.gate.weight"):
             return self.routers
         if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -55,8 +62,15 @@ class Recipe:
 RECIPES = {
     recipe.bits: recipe
     for recipe in (
-        Recipe(INT3.bits, INT3, vocabulary=INT5, v_proj=INT4, down_proj=INT4),
-        Recipe(INT4.bits, INT4, vocabulary=INT5, v_proj=INT6),
+        Recipe(
+            INT3.bits,
+            INT3,
+            vocabulary=INT5,
+            v_proj=INT4,
+            down_proj=INT4,
+            mixture={"qk_proj": INT4, "v_proj": INT5, "o_proj": INT4},
+        ),
+        Recipe(INT4.bits, INT4, vocabulary=INT5, v_proj=INT6, mixture={"qk_proj": INT5, "o_proj": INT5}),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.
         Recipe(BF16.bits, BF16, cache_dtype="float32"),

@@ -111,18 +111,22 @@ def convert(
     download_bars: bool = False,
     calibration: Callable[[Path], Calibration] | None = None,
     calibration_progress: Progress | None = None,
+    measure: Callable[[Path, Path], object] | None = None,
 ) -> Path:
     """Convert a checkpoint directory or a repository of the hub into `out`, by default into the cache.
 
     Returns the converted directory. force: convert again, and replace a converted model that is there. calibration:
     makes the text of a checkpoint directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in
-    the cache, and all weights are needed, so it excludes low_disk. Raises what `resolve` and `npqwen_quant.convert`
-    raise; the other parameters are those of `resolve`.
+    the cache. measure(checkpoint, converted): called with both directories when the conversion is complete. These two
+    need all weights, so they exclude low_disk. Raises what `resolve` and `npqwen_quant.convert` raise; the other
+    parameters are those of `resolve`.
     """
     recipe = recipe_of(bits)
     tell = notice or _ignore
     if low_disk and calibration is not None:
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
+    if low_disk and measure is not None:
+        raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
     directory = _directory(source)
     found: Source | None
     if directory is not None:
@@ -157,6 +161,8 @@ def convert(
             )
     if in_cache:
         record.used(target, found.model, found.revision, found.commit)
+    if measure is not None:
+        measure(transfer.directory(), target)
     return target
 
 

@@ -46,6 +46,13 @@ class Transfer:
         assert isinstance(source, LocalSource)
         return source.directory
 
+    def directory(self) -> Path:
+        """The checkpoint's directory, with its weights, which are downloaded unless they are there."""
+        if isinstance(self.source, HubSource):
+            return self.source.download(weights=True, bars=self._bars)
+        assert isinstance(self.source, LocalSource)
+        return self.source.directory
+
     def update(self, other: Path, target: Path) -> None:
         """Convert to `target`, whose weights are those of `other`, a conversion: only small files are needed."""
         from npqwen_quant import update
@@ -84,10 +91,7 @@ class Transfer:
                 self._convert_shards(source, target, recipe, force)
                 return
             self._announce_download(source, target, recipe)
-            directory = source.download(weights=True, bars=self._bars)
-        else:
-            assert isinstance(source, LocalSource)
-            directory = source.directory
+        directory = self.directory()
         times = "once, " if once else ""
         convert(
             directory,

@@ -187,7 +187,8 @@ def _text(calibration: str) -> str:
     return "the model's own text" if calibration == "self" else f"text {calibration}"
 
 
-def _evaluation(e: EvaluationRecord) -> str:
+def evaluation_line(e: EvaluationRecord) -> str:
+    """What was measured, for people."""
     return (
         f"KL divergence {e.kl_divergence:.7f} ± {e.kl_error:.7f}"
         f"{f' from {e.against}' if e.against else ''}, same top-1 {e.top_1:.2%}; {e.tokens} tokens of {e.text}"
@@ -230,7 +231,7 @@ def describe(info: Info) -> str:
         *((f"  {part}", size(count)) for part, count in info.parts.items()),
         ("weights", f"{size(info.weights)}, mapped from the files"),
         *([("calibrated", f"with {_text(info.calibration)}")] if info.calibration is not None else []),
-        *([("evaluation", _evaluation(info.evaluation))] if info.evaluation is not None else []),
+        *([("evaluation", evaluation_line(info.evaluation))] if info.evaluation is not None else []),
         ("cache", f"{size(info.cache)} at {info.context} tokens of context"),
         ("working", f"{size(info.working)} at most, for {info.threads} threads"),
         ("needed", size(info.needed)),

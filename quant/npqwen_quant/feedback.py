@@ -14,6 +14,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from npqwen.format.encodings import BLOCK_COLUMNS
 from npqwen.format.layout import pad
@@ -42,6 +43,9 @@ are not carried from one to the next."""
 DAMPING = 0.01
 """Added to the moments' diagonal, relative to it."""
 
+_COMPARED = 256
+"""Rows compared with the plain fit at a time."""
+
 _MARGIN = np.float32(1.2)
 """How much larger than a row's largest scale its block scales can become, as corrections make weights larger."""
 
@@ -54,6 +58,8 @@ class Factor:
     """U (columns, columns): upper triangular, 1 on the diagonal."""
     importance: F32
     """D (columns), relative to its largest."""
+    largest: float = 1.0
+    """The largest of D."""
 
 
 def factor(moments: F32, damping: float = DAMPING) -> Factor:
@@ -83,7 +89,8 @@ def factor(moments: F32, damping: float = DAMPING) -> Factor:
     feedback *= scale.astype(np.float32)[:, None]
     importance = (root.astype(np.float64) * scale) ** 2
     importance[~used] = importance[used].min()
-    return Factor(feedback, (importance / importance.max()).astype(np.float32))
+    largest = float(importance.max())
+    return Factor(feedback, (importance / largest).astype(np.float32), largest)
 
 
 def _inverse_of_triangular(upper: F32) -> F32:
@@ -186,6 +193,8 @@ def fit_with_feedback(
 ) -> tuple[U8, I8, F32]:
     """As npqwen_quant.fit.fit, but for the least squared error of the products with the calibration's inputs.
 
+    In no row are these worse than with the plain fit, which is kept where feedback does not help.
+
     rows: float32 (n, columns), finite. factors: of groups of neighbouring columns, which together are all columns, up
     to a whole block. executor: what runs `threads` groups of rows at a time.
     """
@@ -195,9 +204,12 @@ def fit_with_feedback(
     width = padded.shape[1]
     if sum(len(group.importance) for group in factors) != width:
         raise ValueError("the factors are not of these columns")
-    row_scales = fit(padded, book)[2] * _MARGIN
+    plain = fit(padded, book)
+    row_scales = plain[2] * _MARGIN
     powers = row_factors(padded)
     units = row_scales * powers
+    losses = np.zeros(n)
+    run = map if executor is None else executor.map
     indices, block_scales = np.zeros((n, width), np.uint8), np.zeros((n, width // BLOCK_COLUMNS), np.int8)
     step_rows = pad(-(-n // max(threads, 1)), LANES)
     start = 0
@@ -234,7 +246,67 @@ def fit_with_feedback(
                     indices[r, c],
                 )
 
-            run = map if executor is None else executor.map
             list(run(round_rows, range(0, n, step_rows)))
+        losses += _losses(errors, group)
         start = stop
+
+    inverses = [_inverses_of_steps(group.feedback) for group in factors]
+
+    def keep_plain(row: int) -> None:
+        """Replace those of some rows that have become worse than with the plain fit."""
+        r = slice(row, row + _COMPARED)
+        fitted = plain[0][r], plain[1][r], plain[2][r]
+        worse = ~(losses[r] <= _plain_losses(padded[r], fitted, book, powers[r], factors, inverses))
+        indices[r][worse], block_scales[r][worse], row_scales[r][worse] = (part[worse] for part in fitted)
+
+    list(run(keep_plain, range(0, n, _COMPARED)))
     return indices[:, :columns], block_scales, row_scales
+
+
+def _losses(errors: F32, group: Factor) -> npt.NDArray[np.float64]:
+    """How much the errors of a group of columns change the squared outputs of each row."""
+    losses: npt.NDArray[np.float64] = np.einsum("rc,rc,c->r", errors, errors, group.importance, dtype=np.float64)
+    return group.largest * losses
+
+
+def _plain_losses(
+    rows: F32,
+    fitted: tuple[U8, I8, F32],
+    book: Codebook,
+    powers: F32,
+    factors: list[Factor],
+    inverses: list[list[F32]],
+) -> npt.NDArray[np.float64]:
+    """How much a fit without feedback changes the squared outputs of each row, in the same unit as _losses."""
+    indices, block_scales, row_scales = fitted
+    sizes = block_scales * (row_scales * powers)[:, None]
+    rounded = book.values[indices].reshape(*block_scales.shape, BLOCK_COLUMNS) * sizes[:, :, None]
+    left = rows * powers[:, None] - rounded.reshape(rows.shape)
+    losses, start = np.zeros(len(rows)), 0
+    for group, of_group in zip(factors, inverses, strict=True):
+        stop = start + len(group.importance)
+        losses += _losses(_errors_of(left[:, start:stop], group.feedback, of_group), group)
+        start = stop
+    return losses
+
+
+def _inverses_of_steps(feedback: F32) -> list[F32]:
+    """The inverses of U's blocks of STEP columns on the diagonal."""
+    return [
+        _inverse_of_triangular(feedback[first : first + STEP, first : first + STEP])
+        for first in range(0, len(feedback), STEP)
+    ]
+
+
+def _errors_of(left: F32, feedback: F32, inverses: list[F32]) -> F32:
+    """The errors e of columns rounded one after the other, of what is left in the end, weights less rounded ones.
+
+    Corrections subtract e_k U_kj from the columns j after k. So what is left is e U, and e follows from the first
+    column on.
+    """
+    errors = np.empty_like(left)
+    for i, inverse in enumerate(inverses):
+        first = i * STEP
+        c = slice(first, first + STEP)
+        errors[:, c] = (left[:, c] - errors[:, :first] @ feedback[:first, c]) @ inverse
+    return errors

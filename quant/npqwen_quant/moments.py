@@ -22,15 +22,23 @@ _BATCH = 2048
 """Tokens at a time: enough for fast products."""
 
 
+NONE = 0
+"""As the widest group of columns: no moments are summed up, only the hidden states advance."""
+
+
 class Moments:
-    """A sum of x^T x over inputs x, in groups of columns if there are many."""
+    """A sum of x^T x over inputs x, in groups of columns if there are many. widest: columns of a group, at most."""
 
     def __init__(self, columns: int, widest: int) -> None:
+        self.count = 0
+        self.bounds: list[tuple[int, int]] = []
+        self.sums: list[F32] = []
+        if widest == NONE:
+            return
         groups = -(-columns // widest)
         width = -(-columns // groups // 32) * 32
         self.bounds = [(start, min(start + width, columns)) for start in range(0, columns, width)]
         self.sums = [np.zeros((stop - start, stop - start), np.float32) for start, stop in self.bounds]
-        self.count = 0
 
     def add(self, x: F32) -> None:
         """x: (..., columns)."""
@@ -137,7 +145,7 @@ def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Experts:
     """Add a mixture's output to the hidden states, in place.
 
     Yields each expert's number and the moments by the names of its matrices: those of the tokens that reached it and,
-    with the weight of _PRIOR tokens, of all its layer's.
+    with the weight of _PRIOR tokens, of all its layer's. Nothing if no moments are summed up.
     """
     mixture = config.mixture
     assert mixture is not None
@@ -170,6 +178,8 @@ def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Experts:
     for expert in range(mixture.num_experts):
         every_inner.add(run(expert, True)[1])
     hidden += out.reshape(hidden.shape)
+    if widest == NONE:
+        return
     for expert in range(mixture.num_experts):
         reached, activated = run(expert, False)
         inputs, inner = _with_prior(every), _with_prior(every_inner)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import gguf
 import gguf_from_checkpoint
 import numpy as np
 from engine import Llama
-from gguf import GGUFReader
+from npqwen_quant import moments
+from npqwen_quant.checkpoint import Checkpoint, read_floats
 from numpy.typing import ArrayLike, NDArray
 
 from npqwen.engine.kv_cache import KVCache
@@ -59,16 +61,59 @@ class GgmlModel:
         return last
 
 
-def quantized(checkpoint: Path, kind: str, place: Path) -> Path:
-    """A checkpoint quantized by llama.cpp's recipe of this name, without importances, in the directory `place`."""
-    floats, out = place / "bf16.gguf", place / f"{kind}.gguf"
+def quantized(
+    checkpoint: Path, kind: str, place: Path, importances: Mapping[str, NDArray[np.float32]] | None = None
+) -> Path:
+    """A checkpoint quantized by llama.cpp's recipe of this name, in the directory `place`."""
+    floats, out = place / "bf16.gguf", place / f"{kind}{'-with-importances' if importances else ''}.gguf"
     if not floats.exists():
         gguf_from_checkpoint.write_float(checkpoint, floats, "bf16")
-    gguf_from_checkpoint.quantize(floats, out, kind)
+    gguf_from_checkpoint.quantize(floats, out, kind, importances=importances)
     return out
+
+
+def importances(directory: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """Mean squares of the inputs of each column of all matrices, by GGUF names; of experts (experts, columns).
+
+    ids: the text (sequences, tokens). They are what llama.cpp's imatrix program computes.
+    """
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.config
+
+    def load(name: str, prefix: str = "") -> NDArray[np.float32]:
+        source = checkpoint.tensors[prefix + name]
+        return read_floats(source, 0, source.stored.shape[0])
+
+    found: dict[str, moments.Moments] = {}
+    hidden = load("model.embed_tokens.weight")[ids]
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+
+        def of_layer(name: str, prefix: str = prefix) -> NDArray[np.float32]:
+            return load(name, prefix)
+
+        widest = config.intermediate_size + config.num_attention_heads * config.head_dim
+        halves: list[Mapping[str, moments.Moments]] = [moments.attention(config, of_layer, hidden, widest)]
+        if config.is_sparse(i):
+            halves += [of_expert for _, of_expert in moments.mixture(config, of_layer, hidden, widest)]
+        else:
+            halves.append(moments.feed_forward(config, of_layer, hidden, widest))
+        found |= {prefix + name: inputs for half in halves for name, inputs in half.items()}
+    found["lm_head.weight"] = moments.last(config, load, hidden, 1 << 20)
+    if config.tie_word_embeddings:
+        found["model.embed_tokens.weight"] = found["lm_head.weight"]
+    arch = gguf.MODEL_ARCH.QWEN3MOE if config.mixture is not None else gguf.MODEL_ARCH.QWEN3
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    stacks: dict[str, list[NDArray[np.float32]]] = {}
+    for name, inputs in found.items():
+        match = gguf_from_checkpoint.EXPERT.fullmatch(name)
+        target = names.get_name(match[1] + match[3] if match else name, try_suffixes=(".weight",))
+        assert target is not None
+        stacks.setdefault(target, []).append(np.diag(inputs.sums[0]) / np.float32(max(inputs.count, 1)))
+    return {name: np.stack(stack) for name, stack in stacks.items()}
 
 
 def bits_per_weight(path: Path) -> float:
     """Stored bits of the matrices, scales included, per weight."""
-    matrices = [tensor for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1]
+    matrices = [tensor for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1]
     return float(8 * sum(tensor.n_bytes for tensor in matrices) / sum(tensor.n_elements for tensor in matrices))

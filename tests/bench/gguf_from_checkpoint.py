@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ FILE_TYPES = {
     "iq4_xs": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
     "q3_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M,
     "q3_k_s": llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_S,
+    "iq3_s": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_S,
+    "iq3_m": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ3_M,
 }
 # ggml's number of each tensor format, for --pure's embedding and output matrix.
 TENSOR_TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -204,14 +206,34 @@ def write_float(checkpoint: Path, out: Path, kind: str = "bf16") -> None:
     part.replace(out)
 
 
-def quantize(source: Path, out: Path, kind: str, *, pure: bool = False, threads: int = 0) -> float:
-    """Quantize a float GGUF with llama.cpp; returns the seconds it took. `threads` 0 means all."""
+def quantize(
+    source: Path,
+    out: Path,
+    kind: str,
+    *,
+    pure: bool = False,
+    threads: int = 0,
+    importances: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> float:
+    """Quantize a float GGUF with llama.cpp; returns the seconds it took.
+
+    threads: 0 means all. importances: of each column of a matrix, by GGUF names (one row for each expert of a stack):
+    what llama.cpp calls an importance matrix.
+    """
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = FILE_TYPES[kind]
     options.nthread = threads
     options.pure = pure
     if pure:
         options.token_embedding_type = options.output_tensor_type = TENSOR_TYPES[kind]
+    entries = None
+    if importances:
+        arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in importances.items()}
+        entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))()  # an entry without a name is the last
+        for entry, (name, values) in zip(entries, arrays.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        options.imatrix = entries
     part = out.with_name(out.name + ".part")
     llama_cpp.llama_log_set(_LOGGER, ctypes.c_void_p(0))
     start = time.perf_counter()

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import TINY
 from click.testing import CliRunner, Result
+from npqwen_quant import convert as convert_directory
+from npqwen_quant.calibration import Calibration
+from numpy.typing import NDArray
 
-from npqwen.commands.calibration import SEQUENCES, TOKENS, windows
+from npqwen.commands import calibration
+from npqwen.commands.calibration import SEQUENCES, TOKENS, FileText, divided, spread
 from npqwen.commands.convert import convert
+from npqwen.format.quantization import EvaluationRecord, Quantization
 from npqwen.generation import own_text
+from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.own_text import write_own_text
 from npqwen.model import load
+from npqwen.reports import checkpoint_evaluation
+from npqwen.reports.checkpoint_evaluation import evaluate_conversion
 from npqwen.reports.info import describe, inspect
 from npqwen.tokenizer import Tokenizer
 
@@ -26,6 +36,23 @@ def run(*arguments: str | Path) -> Result:
 
 def weights(directory: Path) -> bytes:
     return (directory / "model.safetensors").read_bytes()
+
+
+def evaluation(directory: Path) -> EvaluationRecord | None:
+    return Quantization.from_directory(directory).evaluation
+
+
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models write less, and texts of files are divided into shorter sequences."""
+
+    def write(
+        model: LanguageModel, sequences: int = 4, tokens: int = 24, **options: Any
+    ) -> NDArray[np.int32]:
+        return write_own_text(model, min(sequences, 4), min(tokens, 24), **options)
+
+    monkeypatch.setattr(own_text, "write_own_text", write)
+    monkeypatch.setattr(calibration, "TOKENS", 16)
 
 
 def test_with_a_file_or_a_directory(tmp_path: Path) -> None:
@@ -47,15 +74,38 @@ def test_with_a_file_or_a_directory(tmp_path: Path) -> None:
         assert (calibrated.logits(ids).argmax(1) == plain.logits(ids).argmax(1)).mean() > 0.8
 
 
-def test_with_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_text, "write_own_text", functools.partial(own_text.write_own_text, sequences=4, tokens=24))
+@pytest.mark.usefixtures("short_texts")
+def test_with_its_own_text(tmp_path: Path) -> None:
     for out in ("first", "second"):
         result = run(TINY, tmp_path / out, "--calibrate", "self")
         assert result.exit_code == 0, result.output
         assert "writes a text" in result.stderr
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
-    assert "with the model's own text" in describe(inspect(tmp_path / "first"))
+    shown = describe(inspect(tmp_path / "first"))
+    assert "with the model's own text" in shown
+    assert "92 tokens of the model's own text" in shown
+    found = evaluation(tmp_path / "first")
+    assert found == evaluation(tmp_path / "second")
+    assert found is not None
+    assert 1e-5 < found.kl_divergence < 0.05
+    assert f"KL divergence {found.kl_divergence:.7f}" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_what_the_model_wrote_lowers_the_divergence_on_other_text(
+    tmp_path: Path, tiny: Callable[[int], Path]
+) -> None:
+    with load(tiny(8), threads=1) as writer:
+        ids = write_own_text(writer, 12, 128)
+        held_out = spread(writer.tokenizer.encode((TINY / "heldout.txt").read_text(encoding="utf-8")), 8)
+    for bits, limit in ((4, 0.0006), (3, 0.0019)):
+        out = tmp_path / str(bits)
+        convert_directory(TINY, out, bits, calibration=Calibration("own", lambda place: ids))
+        found = {}
+        for directory in (tiny(bits), out):
+            with load(directory, threads=1) as model:
+                found[directory] = evaluate_conversion(model, TINY, held_out, "").kl_divergence
+        assert found[out] < min(0.8 * found[tiny(bits)], limit)
 
 
 def test_in_the_cache_it_replaces_the_plain_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +129,97 @@ def test_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_windows_are_spread_over_the_text() -> None:
-    assert windows(list(range(10))).tolist() == [list(range(10))]
-    found = windows(list(range(1000 * TOKENS)))
+def test_sequences_are_spread_over_the_text() -> None:
+    assert spread(list(range(10)), SEQUENCES).tolist() == [list(range(10))]
+    found = spread(list(range(1000 * TOKENS)), SEQUENCES)
     assert found.shape == (SEQUENCES, TOKENS)
     assert found[0, 0] == 0
     assert found[-1, -1] == 1000 * TOKENS - 1
     assert (np.diff(found[:, 0]) > TOKENS).all()
-    assert windows(list(range(3 * TOKENS + 5)))[:, 0].tolist() == [0, 514, 1029]
+    assert spread(list(range(3 * TOKENS + 5)), SEQUENCES)[:, 0].tolist() == [0, 514, 1029]
+
+
+@pytest.mark.parametrize(("sequences", "held"), [(0.1, 0), (1, 0), (3, 0), (4, 1), (16, 1), (34, 2), (68, 4), (500, 4)])
+def test_what_is_held_out_is_not_calibrated_with(sequences: float, held: int) -> None:
+    ids = list(range(int(sequences * TOKENS)))
+    calibrating, measuring = divided(ids)
+    assert len(measuring) == held
+    assert len(calibrating) == min(max(int(sequences), 1), SEQUENCES + 4) - held
+    assert not set(calibrating.ravel()) & set(measuring.ravel())
+    assert len(set(calibrating.ravel()) | set(measuring.ravel())) == calibrating.size + measuring.size
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_a_part_of_the_files_is_held_out_and_measured_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    result = run(TINY, tmp_path / "out", "--calibrate", tmp_path / "a.txt")
+    assert result.exit_code == 0, result.output
+    found = evaluation(tmp_path / "out")
+    assert found is not None
+    assert (found.text, found.against, found.window) == ("a.txt, held out", "the checkpoint", 16)
+    with load(tmp_path / "out") as model:
+        ids = FileText(str(tmp_path / "a.txt")).to_measure(model, True)[1]
+        assert found.tokens == 15 * len(ids)
+        assert ids.tolist() == divided(model.tokenizer.encode(TEXT))[1].tolist()
+
+
+def test_a_text_too_short_to_hold_a_part_out_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    result = run(TINY, tmp_path / "out", "--calibrate", tmp_path / "a.txt")
+    assert result.exit_code == 0, result.output
+    assert "nothing is measured: the text is too short" in result.stderr
+    assert evaluation(tmp_path / "out") is None
+
+
+@pytest.mark.usefixtures("short_texts")
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_measured_on_another_text(tmp_path: Path, calibrate: bool) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text("What is 17 + 25? " * 3)
+    options: list[str | Path] = ["--calibrate", tmp_path / "a.txt"] if calibrate else []
+    result = run(TINY, tmp_path / "out", *options, "--evaluate", tmp_path / "b.txt")
+    assert result.exit_code == 0, result.output
+    found = evaluation(tmp_path / "out")
+    assert found is not None
+    assert found.text == "b.txt"
+    assert (Quantization.from_directory(tmp_path / "out").calibration is not None) == calibrate
+
+
+def test_measured_on_its_own_text_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_texts: None
+) -> None:
+    monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
+    plain = Path(run(TINY, "--quiet", "--bits", "8").stdout.strip())
+    assert evaluation(plain) is None
+    before = (plain / "model.safetensors").stat().st_mtime_ns
+    assert Path(run(TINY, "--quiet", "--bits", "8", "--evaluate", "self").stdout.strip()) == plain
+    assert (plain / "model.safetensors").stat().st_mtime_ns == before
+    assert evaluation(plain) is not None
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_no_measurement(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    result = run(TINY, tmp_path / "out", "--calibrate", tmp_path / "a.txt", "--no-evaluate")
+    assert result.exit_code == 0, result.output
+    assert "divergence" not in result.stderr
+    assert evaluation(tmp_path / "out") is None
+    result = run(TINY, tmp_path / "none", "--evaluate", "self", "--no-evaluate")
+    assert "exclude each other" in str(result.exception)
+    result = run(TINY, tmp_path / "none", "--evaluate", tmp_path / "missing.txt")
+    assert "missing.txt cannot be read" in str(result.exception)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_an_interrupted_measurement_leaves_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_evaluation, "final_states", interrupted)
+    result = run(TINY, tmp_path / "out", "--evaluate", "self")
+    assert result.exit_code != 0
+    assert evaluation(tmp_path / "out") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with load(tmp_path / "out") as model:
+        assert model.bits == 4

@@ -11,7 +11,7 @@ from converted import MATRICES, tensors
 from units import PLANES, unit_bytes
 
 from npqwen.format.config import Config
-from npqwen.format.encodings import BF16, ENCODINGS, INT4
+from npqwen.format.encodings import BF16, ENCODINGS, INT3, INT4, INT5, INT6, INT8, Encoding
 from npqwen.format.layout import Codebook, Experts, Layout, Matrix, Vector
 from npqwen.format.recipe import RECIPES
 
@@ -81,12 +81,26 @@ def test_encodings_are_what_the_format_says() -> None:
             assert all(abs(value) <= 127 if bits == 8 else -32 <= value < 32 for value in encoding.values)
 
 
-def test_encodings_that_recipes_choose() -> None:
-    layout = Layout(Config.from_dict(make_config(**MIXTURE)))
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_encodings_that_recipes_choose(is_mixture: bool) -> None:
+    expected: dict[int, dict[str, Encoding]] = {
+        3: {"embed_tokens": INT5, "qk_proj": INT3, "v_proj": INT4, "o_proj": INT3, "down_proj": INT4, "mlp": INT3},
+        4: {"embed_tokens": INT5, "qk_proj": INT4, "v_proj": INT6, "o_proj": INT4, "down_proj": INT4, "mlp": INT4},
+        8: dict.fromkeys(("embed_tokens", "qk_proj", "v_proj", "o_proj", "down_proj", "mlp"), INT8),
+        16: dict.fromkeys(("embed_tokens", "qk_proj", "v_proj", "o_proj", "down_proj", "mlp"), BF16),
+    }
+    if is_mixture:
+        expected[3] |= {"qk_proj": INT4, "v_proj": INT5, "o_proj": INT4}
+        expected[4] |= {"qk_proj": INT5, "o_proj": INT5}
+    layout = Layout(Config.from_dict(make_config(**(MIXTURE if is_mixture else {}))))
     for bits, recipe in RECIPES.items():
         assert recipe.bits == bits
-        for role, tensor in layout.layer(0).items():
-            if not isinstance(tensor, Vector):
-                expected = {"router": BF16, "v_proj": recipe.v_proj or recipe.matrices}.get(role, recipe.matrices)
-                assert recipe.encoding(tensor.name) == expected
-        assert recipe.encoding(layout.embed_tokens.name) == (recipe.vocabulary or recipe.matrices)
+        for tensor in layout:
+            if isinstance(tensor, Vector):
+                continue
+            part = tensor.name.removesuffix(".weight").split(".")[-1]
+            encoding = recipe.encoding(tensor.name, is_mixture)
+            if tensor.name.endswith(".mlp.gate.weight"):
+                assert encoding == BF16
+            else:
+                assert encoding == expected[bits].get(part, expected[bits]["mlp"]), tensor.name

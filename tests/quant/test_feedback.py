@@ -148,6 +148,63 @@ def test_any_weights(size: float) -> None:
     assert (np.abs(got).max(1) <= 4 * np.abs(w).max(1) + 1e-33).all()
 
 
+def strange_rows() -> dict[str, np.ndarray]:
+    """Rows of 128 weights."""
+    rng = np.random.default_rng(4)
+    noise = rng.standard_normal((24, 128))
+    outlier = noise * 0.01
+    outlier[np.arange(24), rng.integers(0, 128, 24)] = 30
+    rows = {
+        "zero": noise * 0,
+        "constant": np.ones((24, 128)) * rng.standard_normal((24, 1)),
+        "on the grid": np.repeat(rng.integers(1, 128, (24, 4)), 32, 1) * rng.integers(-8, 8, (24, 128)) / 64,
+        "one outlier": outlier,
+        "one weight": noise * (rng.random(noise.shape) < 0.01),
+        "blocks of all sizes": noise * np.repeat(10.0 ** rng.uniform(-9, 0, (24, 4)), 32, 1),
+        "one sign": np.abs(noise),
+        "huge": noise / np.abs(noise).max() * 3e38,
+        "small": noise * 1e-30,
+        "near the normal numbers' end": noise * 1e-37,
+        "subnormal": noise * 1e-42,
+        "mixed": noise * 10.0 ** rng.uniform(-38, 38, (24, 1)),
+        "mixed in a row": noise * 10.0 ** rng.uniform(-38, 37, (24, 128)),
+    }
+    return {name: values.astype(np.float32) for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("kind", strange_rows())
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_no_row_is_worse_than_without_feedback(name: str, kind: str) -> None:
+    """Of any finite weights, for inputs with few and many directions, in one group of columns and in two."""
+    w, values = strange_rows()[kind], CODEBOOKS[name]
+    plain = restored(fit(w, values), values)
+    size = np.maximum(np.abs(w).max(1, keepdims=True), 1e-30).astype(np.float64)
+    for tokens in (5, 400):
+        x = correlated(tokens, 128)
+        for groups in ([slice(0, 128)], [slice(0, 64), slice(64, 128)]):
+            fitted = fit_with_feedback(w, values, [factor(x[:, group].T @ x[:, group]) for group in groups])
+            got = restored(fitted, values)
+            assert np.isfinite(got.astype(np.float32)).all()
+            ours, plainly = np.zeros(len(w)), np.zeros(len(w))
+            for group in groups:
+                moments = damped(x[:, group].T @ x[:, group])
+                for total, other in ((ours, got), (plainly, plain)):
+                    error = ((w - other) / size)[:, group]
+                    total += ((error @ moments) * error).sum(1)
+            # Sums are in float32; and scales are no subnormal numbers.
+            assert (ours <= plainly * (1 + 1e-3) + 1e-10 * np.trace(x.T @ x)).all()
+
+
+def test_weights_that_plain_rounding_meets_are_met() -> None:
+    x, values = correlated(300, 128), CODEBOOKS["4 bits"]
+    rng = np.random.default_rng(5)
+    scales = rng.integers(-127, 128, (16, 4))
+    scales[:, 0] = 127
+    w = (np.repeat(scales, 32, 1) * values[rng.integers(0, 16, (16, 128))] * 2.0**-14).astype(np.float32)
+    np.testing.assert_array_equal(restored(fit(w, values), values), w)
+    np.testing.assert_array_equal(restored(fit_with_feedback(w, values, [factor(x.T @ x)]), values), w)
+
+
 def test_threads_and_the_number_of_rows_change_nothing() -> None:
     x, w, values = correlated(300, 160), weights(200, 160), CODEBOOKS["4 bits"]
     factors = [factor(x.T @ x)]

@@ -1,0 +1,54 @@
+"""A checkpoint's own predictions, against the example's forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import make_config, write_checkpoint
+from npqwen_quant import unquantized
+from npqwen_quant.checkpoint import Checkpoint
+from reference import ReferenceModel
+
+from npqwen.errors import CheckpointError
+from npqwen.format.config import Config
+
+MIXTURE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+    "decoder_sparse_step": 1,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, MIXTURE, {"tie_word_embeddings": False}])
+def test_logits_are_those_of_the_forward_pass(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unquantized, "_ROWS", 100)
+    raw = make_config(**changes)
+    tensors = write_checkpoint(tmp_path, raw)
+    exact = ReferenceModel(Config.from_dict(raw), {name: w.astype(np.float32) for name, w in tensors.items()})
+    ids = np.random.default_rng(0).integers(0, raw["vocab_size"], (3, 17))
+    shown: list[tuple[int, int]] = []
+    checkpoint = Checkpoint(tmp_path)
+    states = unquantized.final_states(checkpoint, ids, lambda *done: shown.append(done))
+    assert shown == [(1, 2), (2, 2)]
+    for row, hidden in zip(ids, states, strict=True):
+        want = exact.logits(row)
+        np.testing.assert_allclose(
+            unquantized.logits(checkpoint, hidden), want, rtol=1e-4, atol=1e-5 * np.abs(want).max()
+        )
+
+
+def test_broken_weights_are_reported(tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.inf
+    write_checkpoint(tmp_path, tensors=tensors)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        unquantized.final_states(Checkpoint(tmp_path), np.zeros((1, 3), np.int64))
