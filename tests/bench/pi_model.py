@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assembly import CORTEX_A72, CORTEX_A76, floating_loop, integer_loop
+from assembly import CORTEX_A72, CORTEX_A76, floating_loop, integer_loop, unpacked_loop
 from make_checkpoint import SIZES
 from npqwen_quant.plan import plan
 
@@ -152,9 +152,14 @@ def costs() -> Costs:
     rows = max(1, min(POSITION_TILE // isa.lanes, isa.accumulators // most))
     columns = max(1, min(4, isa.accumulators // (rows * most)))
     halves = pipes(floating_loop(isa, CORTEX_A76, "half", most, rows, columns)).cycles
-    whole = [encoding for encoding in ENCODINGS if encoding.is_integer]
     # A mixture's routers are in bf16; they are too small to show.
-    one, many = ({BF16: 0.0} | {e: integers(e, tokens) for e in whole} for tokens in (1, most))
+    one, many = {BF16: 0.0}, {BF16: 0.0, INT8: integers(INT8, most)}
+    # Weights of fewer bits are unpacked once for many tiles.
+    unpacked = pipes(unpacked_loop(isa, CORTEX_A76)).cycles / (64 * isa.lanes * isa.tiles[most] * most)
+    for encoding in ENCODINGS:
+        if encoding.is_integer:
+            one[encoding] = integers(encoding, 1)
+            many.setdefault(encoding, unpacked)
     return Costs(one, many, halves / (isa.lanes * rows * most * columns))
 
 
@@ -217,6 +222,7 @@ def print_loops() -> None:
         for tokens, vectors in isa.tiles.items():
             loop = integer_loop(isa, CORTEX_A76, encoding, tokens, vectors)
             row(f"{encoding.name}, 64 columns", tokens, vectors, loop, 64)
+    row("unpacked, 64 columns", max(isa.tiles), isa.tiles[max(isa.tiles)], unpacked_loop(isa, CORTEX_A76), 64)
     row("attention, 1 column", 4, 4, floating_loop(isa, CORTEX_A76, "half", 4, 4, 1), 1)
     print("\nInstructions a multiply-add, with the dot product and in the portable kernels (Raspberry Pi 4):")
     cores: tuple[tuple[InstructionSet, tuple[str, str]], ...] = ((isa, CORTEX_A76), (InstructionSet(), CORTEX_A72))
