@@ -10,7 +10,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from checkpoints import write_checkpoint
 
 from npqwen import hub
 from npqwen.cache_directory import cache_directory
@@ -23,18 +22,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privile
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+def no_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # the hub is not even asked
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
 
 
 NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c", "../x", "~nobody-here", "x" * 5000]
