@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +59,8 @@ class TerminalChat:
     """One conversation with `model`, shown on `terminal`.
 
     view: shows the answers. settings: the generation options. system, thinking: as for a `Conversation`, which is the
-    attribute `conversation`. name: the model's name to show. autosave: where the conversation is saved by itself, None
-    for nowhere. history: the file of what is typed, if there is one.
+    attribute `conversation`. name: the model's name to show and to save. autosave: where the conversation is saved by
+    itself, None for nowhere. history: the file of what is typed, if there is one.
     """
 
     def __init__(
@@ -108,11 +107,6 @@ class TerminalChat:
     def conversation_options(self) -> dict[str, Any]:
         """Options of every conversation in this terminal."""
         return {"progress": self.terminal.prompt_progress}
-
-    @property
-    def model_name(self) -> str:
-        """The model's name for files that others may read: the name of its directory without the path, or a hub id."""
-        return Path(self.name).resolve().name if os.path.isdir(self.name) else self.name
 
     def ask(self, question: str, **options: Any) -> None:
         """Ask, and show the answer. `options` are for this question only."""
@@ -183,7 +177,7 @@ class TerminalChat:
     def saved(self) -> SavedConversation:
         """The conversation and its settings as files keep them."""
         unanswered = None if self.unanswered is None else self.unanswered.text
-        return self.conversation.saved(model=self.model_name, options=self.settings.plain, unanswered=unanswered)
+        return self.conversation.saved(model=self.name, options=self.settings.plain, unanswered=unanswered)
 
     def save_automatically(self) -> None:
         """Save the conversation where `--continue` finds it, or nothing if it is empty. A failure is told once."""
@@ -218,8 +212,8 @@ class TerminalChat:
         if saved.unanswered is not None:
             self.unanswered = Question(saved.unanswered)
         self.used = loaded.tokens or None  # without a saved cache, unknown until the messages are read
-        if saved.model not in (None, self.model_name):
-            self.terminal.notice(f"this conversation was held with {saved.model}; {self.model_name} continues it")
+        if saved.model not in (None, self.name):
+            self.terminal.notice(f"this conversation was held with {saved.model}; {self.name} continues it")
         for problem in problems:
             self.terminal.notice(f"a saved setting is ignored: {problem}")
 
