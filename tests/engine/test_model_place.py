@@ -13,7 +13,7 @@ import pytest
 
 from npqwen import hub
 from npqwen.cache_directory import cache_directory
-from npqwen.errors import CheckpointError, ModelNotFoundError, OutputError
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 from npqwen.format.recipe import recipe_of
 from npqwen.hub import conversions
 from npqwen.hub.names import HubName
@@ -32,6 +32,12 @@ NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c
 @pytest.mark.parametrize("model", [*NEITHER, "a\0b"])
 def test_names_that_are_neither_path_nor_id(model: str) -> None:
     with pytest.raises((ModelNotFoundError, CheckpointError), match=r"neither a directory|config\.json is missing"):
+        hub.resolve(model)
+
+
+@pytest.mark.parametrize("model", [3, None, b"x"])
+def test_what_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(OptionError, match="it must be a string or a Path"):
         hub.resolve(model)
 
 
