@@ -127,7 +127,7 @@ class SnapshotSource(LocalSource):
 
     @staticmethod
     def _content(path: Path, status: os.stat_result) -> str:
-        # A link leads to a file whose name is the hub's digest; where there are no links, a conversion is made anew.
+        # A link leads to a file whose name is the hub's digest. Without links, a new conversion is made.
         return Path(os.readlink(path)).name if path.is_symlink() else LocalSource._content(path, status)
 
     @property
@@ -213,7 +213,7 @@ def _errors(label: str, problem: str = "") -> Iterator[None]:
             ) from None
         if _is_missing(error):
             raise ModelNotFoundError(
-                f"there is no directory {label}, and no such repository on the hub that you may read; "
+                f"{label} is neither a directory nor a repository on the hub that can be read; "
                 "check the name, or log in with `hf auth login` if it is private or gated"
             ) from None
         if problem:

@@ -80,7 +80,7 @@ class Source(ABC):
         """Its config.json, unchecked. CheckpointError if it is missing or damaged."""
         if "config.json" not in self.files:
             raise CheckpointError(
-                f"{self.label}: config.json is missing, so this is no checkpoint, or not a complete one"
+                f"{self.label}: config.json is missing: this is not a checkpoint, or not a complete one"
             )
         path = self.small_file("config.json")
         try:

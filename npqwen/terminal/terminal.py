@@ -280,7 +280,7 @@ def one_line(message: str) -> str:
 
 
 def wait_for_reader(pipe: int, seconds: float = 0.1) -> None:
-    """Wait until what was written into `pipe` has been read, at most so many seconds, and a moment more.
+    """Wait until what was written into `pipe` has been read, at most `seconds`, and a moment more.
 
     A program that shows it on this terminal, such as tee, can then do so before something else is written there.
     """

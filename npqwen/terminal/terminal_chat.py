@@ -127,7 +127,7 @@ class TerminalChat:
     def answer(self, begin: Begin, without_answer: str) -> None:
         """Show the answer that `begin` starts. Ctrl-C ends the thinking or the answer, not the conversation.
 
-        without_answer: what is told if the answer was stopped before its text began.
+        without_answer: the notice if the answer was stopped before its text began.
         """
         stream, _ = self._follow(begin, "" if self.view.mode == "show" else "; /thought shows it", ends_thinking=True)
         if stream is not None:
@@ -180,7 +180,7 @@ class TerminalChat:
         return self.conversation.saved(model=self.name, options=self.settings.plain, unanswered=unanswered)
 
     def save_automatically(self) -> None:
-        """Save the conversation where `--continue` finds it, or nothing if it is empty. A failure is told once."""
+        """Save the conversation where `--continue` finds it, or nothing if it is empty. A failure is reported once."""
         if self.autosave is None:
             return
         saved = self.saved()
@@ -198,7 +198,7 @@ class TerminalChat:
     def restore(self, saved: SavedConversation, path: Path) -> None:
         """Continue the conversation and the settings that were read from `path`.
 
-        Settings that this model cannot obey are left out, and named.
+        Settings that this model does not support are left out, and named.
         """
         loaded = Conversation.restore(self.model, saved, path, **self.conversation_options)
         problems = [] if saved.options is None else self.settings.replace(saved.options)

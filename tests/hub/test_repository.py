@@ -337,7 +337,7 @@ def test_the_command_line_finds_no_repository_and_no_hub(
     assert absent.returncode == 2
     assert absent.stdout == ""
     (line,) = absent.stderr.splitlines()
-    assert line.startswith("npqwen: error: there is no directory org/absent, and no such repository on ")
+    assert line.startswith("npqwen: error: org/absent is neither a directory nor a repository on the hub ")
     unreachable = command("http://127.0.0.1:9", "generate", "org/absent", "Hello")
     assert unreachable.returncode == 2
     (line,) = unreachable.stderr.splitlines()
