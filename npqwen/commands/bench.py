@@ -17,6 +17,7 @@ from npqwen.commands.options import (
     open_model,
     quiet_option,
     resolve,
+    yarn_option,
 )
 from npqwen.terminal.terminal import Terminal
 
@@ -49,6 +50,7 @@ _LENGTHS = Counts(0, "128,512")
     help="Numbers of threads, such as 1,2,4, each measured; default: one per core.",
 )
 @context_option
+@yarn_option
 @low_disk_option
 @quiet_option
 def bench(

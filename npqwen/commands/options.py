@@ -110,7 +110,8 @@ yarn_option = click.option(
     "--yarn",
     type=float,
     metavar="FACTOR",
-    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse.",
+    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse. "
+    "Default: the model's own, which is none for Qwen's.",
 )
 
 

@@ -43,7 +43,7 @@ def run(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     """The command in this process: status, out, err, and the model that was loaded."""
     done = SimpleNamespace(model=None)
 
-    def load(path: Path, *, threads: Any, context: int | None, yarn: Any, on_compile: Any) -> ReferenceModel:
+    def load(path: Path, *, threads: Any, context: int | None, on_compile: Any, **_: Any) -> ReferenceModel:
         on_compile(0, 3)
         on_compile(3, 3)
         done.threads = threads

@@ -470,7 +470,7 @@ def test_texts_that_are_refused(
         (["--window", "9999"], "window is 9999; it must be a whole number from 2 to 2048"),
         (["--stride", "513"], "stride is 513; it must be a whole number from 1 to 512"),
         (["--against", "SAME"], "SAME would be compared with itself; give another model with --against"),
-        (["--against", "/nowhere"], "there is no directory"),
+        (["--against", "/nowhere"], "'/nowhere' is neither a directory nor a hub id"),
         (["TEXT"], "TEXT is given twice"),
     ],
 )
