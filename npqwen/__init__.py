@@ -174,6 +174,7 @@ def load(
     Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
     """
     from npqwen import hub
+    from npqwen.hub.names import model_name
     from npqwen.progress import bars_or
 
     bars, own = bars_or(progress)
@@ -201,17 +202,8 @@ def load(
             context=context,
             yarn=yarn,
             on_compile=on_compile or bars.of("compiling kernels, once for this machine", " kernels"),
-            name=_name(model),
+            name=model_name(model, revision),
         )
-
-
-def _name(model: str | os.PathLike[str]) -> str | None:
-    """A hub id, or the name of a directory."""
-    from os import fspath
-    from os.path import basename, expanduser, isdir, realpath
-
-    path = expanduser(fspath(model))
-    return basename(realpath(path)) if isdir(path) else path
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,18 @@ import numpy as np
 TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
 
 
+MIXTURE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+    "decoder_sparse_step": 1,
+}
+"""Changes of `make_config` that make a mixture of experts, but for its first layer."""
+
+
 def make_config(style: str = "hub", **changes: Any) -> dict[str, Any]:
     """A small Qwen3's config.json in the style of the hub's files ("hub") or of transformers 5 ("v5").
 

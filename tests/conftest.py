@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import TINY
+from checkpoints import TINY, write_checkpoint
 from converted import large_model
 from fake_hub import Connection, FakeHub
 
@@ -82,6 +82,22 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return done.out + done.err
 
     return say
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache, empty: a directory of the test's own, which does not exist yet."""
+    place = tmp_path / "cache"
+    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small checkpoint directory with a tokenizer."""
+    directory = tmp_path / "my model"
+    write_checkpoint(directory, tokenizer=True)
+    return directory
 
 
 @pytest.fixture

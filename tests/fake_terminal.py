@@ -8,7 +8,6 @@ from typing import Any
 
 import pyte
 import pytest
-from reciter import Reciter
 
 from npqwen.terminal.answer_view import AnswerView
 from npqwen.terminal.settings import Settings
@@ -55,8 +54,6 @@ def on_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
 
 def chat_with(model: Any, mode: Any = "fold", **options: Any) -> TerminalChat:
     """A conversation with a model, shown on the present stdout and stderr."""
-    if isinstance(model, Reciter):
-        model.bits, model.threads = 4, 1  # type: ignore[attr-defined]
     terminal = Terminal()
     fixed = {name: options.pop(name) for name in ("system", "thinking") if name in options}
     return TerminalChat(model, terminal, AnswerView(terminal, mode), Settings(model, **options), name="m", **fixed)

@@ -44,6 +44,10 @@ class Reciter:
     prompts, as ids and as text.
     """
 
+    name = "m"
+    bits = 4
+    threads = 1
+
     def __init__(
         self,
         *texts: str | list[int],
@@ -66,6 +70,9 @@ class Reciter:
         self._texts = [TOKENIZER.encode(text) if isinstance(text, str) else text for text in texts]
         self._script: list[int] = []
         self._start = 0
+
+    def close(self) -> None:
+        pass
 
     def new_cache(self, room: int | None = None) -> RecitersCache:
         assert room is None or room <= self.context

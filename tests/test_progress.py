@@ -126,8 +126,8 @@ def test_every_part_of_loading_has_its_bar_or_its_function(monkeypatch: pytest.M
     monkeypatch.setattr(hub, "resolve", resolve)
     monkeypatch.setattr("npqwen.model.load", load)
     text = shown(monkeypatch, Stderr(), lambda: npqwen.load("Qwen/Qwen3-0.6B"))
-    assert given["download_bars"] is True
-    assert given["name"] == "Qwen/Qwen3-0.6B"
+    place = {"revision": None, "low_disk": False, "notice": None}
+    assert given == {**place, "download_bars": True, "name": "Qwen/Qwen3-0.6B"}
     assert "converting:  50%" in text
     assert "5.00M/10.0M" in text
     assert "compiling kernels, once for this machine: 100%" in text

@@ -129,7 +129,7 @@ def text_named(argument: str, terminal: Terminal) -> OwnText | FileText:
 
 
 def spread(ids: list[int], sequences: int) -> NDArray[np.int64]:
-    """Sequences of at most TOKENS tokens, at most so many, spread evenly over a text: (sequences, tokens)."""
+    """At most `sequences` sequences of at most TOKENS tokens, spread evenly over a text: (sequences, tokens)."""
     tokens = min(TOKENS, len(ids))
     starts = np.linspace(0, len(ids) - tokens, min(sequences, len(ids) // tokens)).astype(np.int64)
     cut: NDArray[np.int64] = np.array(ids, np.int64)[starts[:, None] + np.arange(tokens)]

@@ -117,7 +117,7 @@ def chat(
             Settings(loaded, **options),
             system=system,
             thinking=thinking,
-            name=model,
+            name=loaded.name,
             autosave=autosave if saves else None,
         )
         continued = continues and autosave is not None and _continue(session, autosave)
@@ -154,7 +154,7 @@ def _interactive() -> bool:
 
 def _continue(chat: TerminalChat, autosave: Autosave) -> bool:
     """Restore the last conversation with this model; returns whether there is one."""
-    last, problems = autosave.last(chat.model_name)
+    last, problems = autosave.last(chat.name)
     for problem in problems:
         chat.terminal.notice(f"skipped: {problem}")
     if last is None:

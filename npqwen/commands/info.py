@@ -26,9 +26,10 @@ def info(
 
     Like the other commands, this downloads and converts the model first if necessary.
     """
+    from npqwen.hub.names import model_name
     from npqwen.reports.info import describe, inspect
 
     with Terminal() as terminal:
         path = resolve(model, bits, terminal, low_disk=low_disk)
         found = inspect(path, context, yarn)
-        terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found)) + "\n")
+        terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found, model_name(model))) + "\n")

@@ -43,7 +43,6 @@ class Command(click.Command):
             option.callback = _show_help
         return option
 
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
@@ -99,7 +98,6 @@ context_option = click.option(
     "--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."
 )
 
-
 low_disk_option = click.option(
     "--low-disk",
     is_flag=True,
@@ -110,8 +108,8 @@ yarn_option = click.option(
     "--yarn",
     type=float,
     metavar="FACTOR",
-    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse. "
-    "Default: the model's own, which is none for Qwen's.",
+    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse; "
+    "default: as in config.json, mostly off.",
 )
 
 
@@ -235,9 +233,12 @@ def open_model(
     path = resolve(model, bits, terminal, purpose=purpose, low_disk=low_disk)
 
     from npqwen.hardware.machine import available_memory
+    from npqwen.hub.names import model_name
     from npqwen.model import load
 
-    loaded = load(path, threads=threads, context=context, yarn=yarn, on_compile=terminal.compilation_progress)
+    progress = terminal.compilation_progress
+    name = model_name(model)
+    loaded = load(path, threads=threads, context=context, yarn=yarn, on_compile=progress, name=name)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         terminal.notice(

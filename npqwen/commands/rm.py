@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--bits", type=int, metavar="|".join(CHOICES), help="Only the conversion to so many bits; default: all.")
+@click.option("--bits", type=int, metavar="|".join(CHOICES), help="Only conversions to this many bits; default: all.")
 @click.option("--download", is_flag=True, help="Remove the download, and keep the conversions.")
 @click.option("--all", "everything", is_flag=True, help="Remove the conversions and the download.")
 @yes_option

@@ -260,8 +260,8 @@ def check_prompt(prompt: str) -> str:
 def check_prompt_ids(model: LanguageModel, prompt: Prompt, room: int = 1, name: str = "the prompt") -> list[int]:
     """The prompt's ids as a list of ints. room: how many tokens must fit into the context after it. name: for messages.
 
-    Raises OptionError unless it is text or a sequence of at least one token id, CheckpointError for an id that the
-    model does not have, and ContextLengthError for a prompt that is too long.
+    Raises OptionError unless it is text or a sequence of at least one of the model's token ids, CheckpointError if the
+    tokenizer makes others of the text, and ContextLengthError for a prompt that is too long.
     """
     if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
         raise OptionError(f"{name} is {quoted(prompt)}; give text or token ids")
@@ -270,6 +270,8 @@ def check_prompt_ids(model: LanguageModel, prompt: Prompt, room: int = 1, name: 
         raise OptionError(f"{name} is empty, {NO_START}")
     vocab, context = model.config.vocab_size, model.context
     foreign = next((id for id in ids if not 0 <= id < vocab), None)
+    if foreign is not None and not isinstance(prompt, str):
+        raise OptionError(f"{name} has token id {foreign}; the model's are 0 to {vocab - 1}")
     if foreign is not None:
         raise CheckpointError(
             f"{name} has token id {foreign} but the model has {vocab} embeddings; "

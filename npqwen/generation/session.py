@@ -90,7 +90,7 @@ class Session:
         """Generate what follows the text so far, as if it were a prompt of which only the last token is to be computed.
 
         After an eos, which is part of the text, the model begins something new. Greedy texts are what one longer stream
-        would give; `seed` and the penalties of generated tokens start anew. Raises OptionError for an empty session.
+        would give; `seed` and the penalties of generated tokens start over. Raises OptionError for an empty session.
         """
         self._settle()
         if not self._ids:

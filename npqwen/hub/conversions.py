@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npqwen.cache_directory import cache_directory
+from npqwen.checks import check_path
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError, quoted
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
@@ -187,7 +188,7 @@ def _refuse_revision(directory: Path, revision: str | None) -> None:
 
 def _directory(model: str | os.PathLike[str]) -> Path | None:
     """The directory of this name; None if it can only be on the hub."""
-    path = Path(os.path.expanduser(model))
+    path = Path(os.path.expanduser(check_path(model)))
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):

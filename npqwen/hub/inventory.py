@@ -22,7 +22,7 @@ class Conversion:
 
     path: Path
     model: str
-    """The hub id, or the path of the checkpoint; of a conversion without a record, as its directory tells."""
+    """The hub id, or the path of the checkpoint; of a conversion without a record, the name of its directory."""
     revisions: Mapping[str, str]
     """Of the hub: branches, tags and commits that it is, with their commits."""
     bits: int | None

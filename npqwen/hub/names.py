@@ -80,6 +80,14 @@ def with_revision(model: str | os.PathLike[str], revision: str | None) -> HubNam
     return parse(f"{name.repository}@{revision}")
 
 
+def model_name(model: str | os.PathLike[str], revision: str | None = None) -> str:
+    """A model's name for messages, and for files that others may read: the last part of its directory's path, or the
+    repository on the hub, however it was written. Raises what `with_revision` raises.
+    """
+    path = os.path.expanduser(os.fspath(model))
+    return os.path.basename(os.path.realpath(path)) if os.path.isdir(path) else str(with_revision(model, revision))
+
+
 def official(text: str) -> str | None:
     """The repository of Qwen's that a file, a directory or a repository is named after; None if there is none."""
     found = _OFFICIAL.search(text)

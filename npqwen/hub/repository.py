@@ -93,9 +93,13 @@ class HubSource(Source):
 
         revision = None if self.revision == MAIN else self.revision
         ignored = IGNORED if weights else [*IGNORED, "*.safetensors"]
-        with _errors(self.label), _progress_bars(bars):
+        with _errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
-                self.repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=ignored
+                self.repository,
+                revision=revision,
+                allow_patterns=PATTERNS,
+                ignore_patterns=ignored,
+                tqdm_class=tqdm_class,
             )
         if Path(found).name != self.commit:
             raise ModelNotFoundError(f"{self.label} changed on the hub just now; try again")
@@ -123,7 +127,7 @@ class SnapshotSource(LocalSource):
 
     @staticmethod
     def _content(path: Path, status: os.stat_result) -> str:
-        # A link leads to a file whose name is the hub's digest; where there are no links, a conversion is made anew.
+        # A link leads to a file whose name is the hub's digest. Without links, a new conversion is made.
         return Path(os.readlink(path)).name if path.is_symlink() else LocalSource._content(path, status)
 
     @property
@@ -209,7 +213,7 @@ def _errors(label: str, problem: str = "") -> Iterator[None]:
             ) from None
         if _is_missing(error):
             raise ModelNotFoundError(
-                f"there is no directory {label}, and no such repository on the hub that you may read; "
+                f"{label} is neither a directory nor a repository on the hub that can be read; "
                 "check the name, or log in with `hf auth login` if it is private or gated"
             ) from None
         if problem:
@@ -249,18 +253,32 @@ def _size(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
+def _progress_bars(shown: bool) -> Iterator[Any]:
+    """Show or hide huggingface_hub's progress bars; gives a class of bars for it, which are removed at the end.
+
+    By itself it leaves some open (2.4), and what is written later appears in the same rows.
+    """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
+        tqdm,
     )
 
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    opened: list[Any] = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "leave": False})  # type: ignore[no-untyped-call]
+            opened.append(self)
+
+    hidden = not shown and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
     try:
-        yield
+        yield Bar
     finally:
-        enable_progress_bars()
+        for bar in reversed(opened):
+            bar.close()
+        if hidden:
+            enable_progress_bars()

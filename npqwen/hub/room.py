@@ -13,7 +13,7 @@ from npqwen.format.recipe import Recipe
 _RESERVE = 1 << 26
 """Bytes that stay free: headers, small files, and what other programs write meanwhile."""
 _TIMES = 16
-"""A conversion that seems larger than so many times the weights comes from an impossible config.json."""
+"""A conversion that seems larger than this many times the weights comes from an impossible config.json."""
 
 
 def converted_bytes(config: Config, recipe: Recipe, weights: int) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import INDEX
+from npqwen.format.small_files import SMALL_FILES, TEMPLATES
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 """The files of a conversion. Weights of other frameworks stay on the hub."""
@@ -25,19 +26,6 @@ IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 
 WEIGHTS = ("config.json", "*.safetensors", INDEX)
 """What a converted model's weights depend on."""
-SMALL = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-"""The other files that a converted model has, but for those that only people read."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class Source(ABC):
         """Its config.json, unchecked. CheckpointError if it is missing or damaged."""
         if "config.json" not in self.files:
             raise CheckpointError(
-                f"{self.label}: config.json is missing, so this is no checkpoint, or not a complete one"
+                f"{self.label}: config.json is missing: this is not a checkpoint, or not a complete one"
             )
         path = self.small_file("config.json")
         try:
@@ -108,7 +96,7 @@ class Source(ABC):
     @property
     def files_digest(self) -> str:
         """Of the small files: tokenizer, chat templates, sampling defaults."""
-        return self._digest(SMALL)
+        return self._digest(SMALL_FILES)
 
     def _digest(self, patterns: tuple[str, ...]) -> str:
         states = [(name, file.digest) for name, file in self.matching(*patterns).items()]
@@ -132,7 +120,7 @@ class LocalSource(Source):
         self.model = str(directory.resolve())
         files: dict[str, File] = {}
         try:
-            found = [*directory.iterdir(), *(directory / "additional_chat_templates").glob("*.jinja")]
+            found = [*directory.iterdir(), *directory.glob(TEMPLATES)]
             found += directory.glob("1_*/config.json")
         except OSError as error:
             raise CheckpointError(f"{self.label} cannot be read: {error.strerror or error}") from None

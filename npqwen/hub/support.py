@@ -10,6 +10,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, Opti
 from npqwen.format.config import MODEL_TYPES, Config, read_json
 from npqwen.format.files import read_small
 from npqwen.format.safetensors import INDEX
+from npqwen.format.small_files import TEMPLATES
 from npqwen.hub.names import advice
 from npqwen.hub.source import Source
 
@@ -69,7 +70,7 @@ def check_purpose(source: Source, purpose: Purpose) -> None:
 
 def _check_template(source: Source) -> None:
     """Raise OptionError for a model without a chat template."""
-    if "chat_template.jinja" in source.files or source.has("additional_chat_templates/*.jinja"):
+    if "chat_template.jinja" in source.files or source.has(TEMPLATES):
         return
     path = source.small_file("tokenizer_config.json") if "tokenizer_config.json" in source.files else None
     if path is None or not read_json(path).get("chat_template"):

@@ -1,4 +1,4 @@
-"""From a checkpoint, wherever it is, to a converted directory: what is told, downloaded, checked and converted."""
+"""From a checkpoint, wherever it is, to a converted directory: checks, notices, download and conversion."""
 
 from __future__ import annotations
 

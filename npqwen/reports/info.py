@@ -210,23 +210,20 @@ def _resident(info: Info, resident: int, chosen: float) -> str:
     )
 
 
-def describe(info: Info) -> str:
-    """The facts as lines of text, one each."""
+def describe(info: Info, name: str | None = None) -> str:
+    """The facts as lines of text, one each. name: what the model is called, if that is not its directory."""
     c = info.config
     heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
     mixture = c.mixture
     experts = "" if mixture is None else f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
     lines = [
-        ("model", info.path),
+        *([("model", info.path)] if name is None else [("model", name), ("files", info.path)]),
         ("type", f"{c.model_type}, {_parameters(info)}"),
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
         ("attention", heads),
         *([("mixture", f"{experts}, {mixture.num_experts_per_tok} a token")] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
-        (
-            "positions",
-            f"up to {_longest(c)}, rope_theta {c.rope_theta:g}",
-        ),
+        ("positions", f"up to {_longest(c)}, rope_theta {c.rope_theta:g}"),
         ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),
         *((f"  {part}", size(count)) for part, count in info.parts.items()),
         ("weights", f"{size(info.weights)}, mapped from the files"),

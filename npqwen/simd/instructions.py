@@ -37,7 +37,7 @@ class _Unpacked(Encoding):
 
 
 UNPACKED = _Unpacked("unpacked", code=-1, planes=(8,))
-"""How kernels keep weights that they unpack once for many tokens. No file has it."""
+"""How kernels keep weights that they unpack once for many tokens. Not an encoding of files."""
 
 Quads = Iterator[tuple[int, list[ir.Value]]]
 """Numbers in a block, 0 to 7, each with the quads of this number of all blocks."""

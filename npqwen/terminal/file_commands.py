@@ -16,7 +16,7 @@ _MAX_CACHE_BYTES = 1 << 30
 _TURNS = 2
 """How many turns of a conversation are shown when it is continued."""
 _QUESTION_LENGTH, _ANSWER_LENGTH = 200, 600
-"""Of longer ones, the beginning of so many characters is shown."""
+"""Longer ones are cut to this many characters."""
 
 
 def save(chat: TerminalChat, arguments: str) -> None:

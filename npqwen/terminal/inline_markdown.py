@@ -9,7 +9,7 @@ from npqwen.terminal.styles import BOLD, CODE, ITALIC, PLAIN, STRUCK, UNDERLINED
 from npqwen.terminal.width import letter_width
 
 LIMIT = 300
-"""Longest span, in characters: what does not end within so many is shown as written."""
+"""Longest span, in characters: a longer one is shown as written."""
 _MAX_DEPTH = 6
 _HOLD = -1
 """The text so far does not tell."""

@@ -16,6 +16,7 @@ ReasoningMode = Literal["fold", "show", "hide"]
 ROWS = 6
 """Rows of reasoning that are visible at a time."""
 _HEADING = "thinking..."
+_ENDING = "ending the thinking..."
 _MARGIN = "  "
 _MAX_COLUMNS = 100
 
@@ -34,7 +35,7 @@ class ReasoningView:
         self._terminal = terminal
         self._mode = mode
         self._hint = hint
-        self._heading = _HEADING
+        self._ending = False
         self._start = time.monotonic()
         self._whole = PlainText(terminal.error_printer(), DIM)
         """All of the reasoning, in mode "show" on a terminal."""
@@ -42,7 +43,7 @@ class ReasoningView:
         self._rows = [""]
         """The last rows, wrapped; the last one, without its last word, is still growing."""
         self._drawn: list[str] = []
-        """The rows on the screen, below the heading."""
+        """The rows on the screen, the heading first."""
         self.open = False
         """Whether reasoning has begun and not ended."""
 
@@ -52,10 +53,10 @@ class ReasoningView:
         if not self.open:
             self.open = True
             self._start = time.monotonic()
-            if self._hint and len(_HEADING) + len(self._hint) + 3 < terminal.columns:
-                self._heading = f"{_HEADING} ({self._hint})"
-            if terminal.redraws and (self._mode != "show" or self._heading != _HEADING):
-                terminal.write_error(terminal.dim(self._heading) + ("\n" if self._mode == "show" else ""))
+            heading = self._heading()
+            if terminal.redraws and (self._mode != "show" or heading != _HEADING):
+                terminal.write_error(terminal.dim(heading) + ("\n" if self._mode == "show" else ""))
+                self._drawn = [heading]
         if self._mode == "show":
             if sys.stderr.isatty():
                 self._whole.add(without_control_characters(text))
@@ -67,9 +68,9 @@ class ReasoningView:
 
     def announce_end(self) -> None:
         """Say that the thinking is being ended, which takes a moment."""
-        self._heading = "ending the thinking..."
+        self._ending = True
         if self.open and self._mode != "show" and self._terminal.redraws:
-            self._redraw()
+            self._redraw(self._drawn[1:])
 
     def close(self, tokens: int, remark: str = "", *, interrupted: bool = False) -> None:
         """End the reasoning, of `tokens` tokens, and replace what is folded with a line that ends with `remark`."""
@@ -108,28 +109,33 @@ class ReasoningView:
 
     def _draw(self) -> None:
         limit = min(ROWS, self._terminal.rows - 2)
+        heading, *drawn = self._drawn
         last = self._rows[-1] + "".join(letter for letter, _ in self._wrap.unsettled)
         rows = [_MARGIN + row for row in (*self._rows[:-1], last) if row][-limit:]
-        if rows == self._drawn:
+        if rows == drawn:
             return
-        dim = self._terminal.dim
-        if len(rows) == len(self._drawn) and rows[:-1] == self._drawn[:-1] and rows[-1].startswith(self._drawn[-1]):
-            self._terminal.write_error(dim(rows[-1][len(self._drawn[-1]) :]))  # only the last row has grown
-            self._drawn = rows
+        if drawn and len(rows) == len(drawn) and rows[:-1] == drawn[:-1] and rows[-1].startswith(drawn[-1]):
+            self._terminal.write_error(self._terminal.dim(rows[-1][len(drawn[-1]) :]))  # only the last row has grown
+            self._drawn = [heading, *rows]
         else:
             self._redraw(rows)
 
-    def _redraw(self, rows: list[str] | None = None) -> None:
-        """Draw the heading and `rows` (default: those on the screen) in place of what is on the screen."""
-        rows = self._drawn if rows is None else rows
-        dim = self._terminal.dim
-        lines = "\n".join([dim(self._heading), *map(dim, rows)])
-        self._terminal.write_error(f"{self._cursor_to_top()}\r\x1b[J{lines}")
-        self._drawn = rows
+    def _redraw(self, rows: list[str]) -> None:
+        """Draw the heading and `rows` in place of what is on the screen."""
+        drawn = [self._heading(), *rows]
+        self._terminal.write_error(f"{self._cursor_to_top()}\r\x1b[J" + "\n".join(map(self._terminal.dim, drawn)))
+        self._drawn = drawn
+
+    def _heading(self) -> str:
+        """The line above the reasoning, as long as the window is wide."""
+        if self._ending:
+            return _ENDING
+        heading = f"{_HEADING} ({self._hint})"
+        return heading if self._hint and len(heading) < self._terminal.columns else _HEADING
 
     def _cursor_to_top(self) -> str:
         """Move to the heading. A terminal that has become narrower has wrapped long rows."""
         columns = self._terminal.columns
-        rows = sum(max(1, -(-width(row) // columns)) for row in self._drawn)
-        return f"\x1b[{rows}A" if rows else ""
+        rows = sum(max(1, -(-width(row) // columns)) for row in self._drawn) - 1
+        return f"\x1b[{rows}A" if rows > 0 else ""
 

@@ -122,7 +122,7 @@ class RowPrinter:
         return [(text.replace("\t", _TAB), style if self.styles else PLAIN) for text, style in runs]
 
     def _fit(self) -> None:
-        """Heed a change of the terminal's width."""
+        """Adapt to a change of the terminal's width."""
         columns = self._columns() - 1
         if columns == self._wrap.columns:
             return

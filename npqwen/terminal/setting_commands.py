@@ -116,7 +116,7 @@ def show(chat: TerminalChat, subject: str) -> None:
     elif subject == "system":
         system(chat, "")
     elif subject == "template":
-        chat.terminal.lines(chat.model.chat_template.source().strip())
+        chat.terminal.lines(chat.model.chat_template.source().strip(), wrap=False)
     else:
         raise OptionError(f"/show {subject}: choose from {', '.join(SUBJECTS)}")
 
@@ -124,7 +124,7 @@ def show(chat: TerminalChat, subject: str) -> None:
 def _show_info(chat: TerminalChat) -> None:
     from npqwen.reports.info import describe, inspect
 
-    chat.terminal.lines(describe(inspect(Path(chat.model.path), chat.model.context)))
+    chat.terminal.lines(describe(inspect(Path(chat.model.path), chat.model.context), chat.name))
 
 
 def _show_parameters(chat: TerminalChat) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from npqwen.chat.messages import joined
+from npqwen.checks import choice, near_names
 from npqwen.errors import OptionError
 from npqwen.terminal.file_commands import count, load, save
 from npqwen.terminal.setting_commands import nothink, set_, show, system, think
@@ -55,8 +55,10 @@ def run_command(chat: TerminalChat, message: str) -> None:
     name = command_name(found[1])
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, [*COMMANDS, *_ALIASES], 1, 0.5)
-        hint = f"did you mean /{_ALIASES.get(near[0], near[0])}?" if near else "/help lists the commands"
+        if name in _SHELL_COMMANDS:
+            raise OptionError(f"unknown command /{name}; leave the chat and type npqwen {name}")
+        near = dict.fromkeys(f"/{command_name(other)}" for other in near_names(name, [*COMMANDS, *_ALIASES]))
+        hint = f"did you mean {choice(list(near))}?" if near else "/help lists the commands"
         raise OptionError(f"unknown command /{found[1]}; {hint} (to send it as a message, put a space before it)")
     arguments = message[found.end() :].strip()
     if arguments and not command.usage:
@@ -204,3 +206,4 @@ _ALIASES = {
     "?": "help",
     "help?": "help",
 }
+_SHELL_COMMANDS = ("list", "pull", "rm")

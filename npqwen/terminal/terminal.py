@@ -120,12 +120,14 @@ class Terminal:
         if not self.quiet:
             self.lines(" ".join(line.split()), dim=True)
 
-    def lines(self, text: str, *, dim: bool = False) -> None:
-        """Write lines, also when `quiet`: the user has asked for them."""
+    def lines(self, text: str, *, dim: bool = False, wrap: bool = True) -> None:
+        """Write lines, on a terminal wrapped between words, also when `quiet`: the user has asked for them."""
         self.clear_bar()
         separator = "\n" if self._text_is_new and self._meets_text() else ""
         self._text_is_new = False
-        text = self._wrapped(without_control_characters(text))
+        text = without_control_characters(text)
+        if wrap and sys.stderr.isatty():
+            text = self._wrapped(text)
         self.write_error(separator + (self.dim(text) if dim else text) + "\n")
 
     def error(self, message: str) -> None:
@@ -153,9 +155,7 @@ class Terminal:
         return RowPrinter(self.write_error, lambda: self.columns, redraws=self.redraws, styles=self._dims)
 
     def _wrapped(self, text: str) -> str:
-        """On a terminal, lines wrapped between words; a path or URL that is too long stays in one piece."""
-        if not sys.stderr.isatty():
-            return text
+        """Lines wrapped between words; a path or URL that is too long stays in one piece."""
         lines = []
         for line in text.split("\n"):
             wrap = WordWrap(self.columns - 1)
@@ -280,7 +280,7 @@ def one_line(message: str) -> str:
 
 
 def wait_for_reader(pipe: int, seconds: float = 0.1) -> None:
-    """Wait until what was written into `pipe` has been read, at most so many seconds, and a moment more.
+    """Wait until what was written into `pipe` has been read, at most `seconds`, and a moment more.
 
     A program that shows it on this terminal, such as tee, can then do so before something else is written there.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +59,8 @@ class TerminalChat:
     """One conversation with `model`, shown on `terminal`.
 
     view: shows the answers. settings: the generation options. system, thinking: as for a `Conversation`, which is the
-    attribute `conversation`. name: the model's name to show. autosave: where the conversation is saved by itself, None
-    for nowhere. history: the file of what is typed, if there is one.
+    attribute `conversation`. name: the model's name to show and to save. autosave: where the conversation is saved by
+    itself, None for nowhere. history: the file of what is typed, if there is one.
     """
 
     def __init__(
@@ -109,11 +108,6 @@ class TerminalChat:
         """Options of every conversation in this terminal."""
         return {"progress": self.terminal.prompt_progress}
 
-    @property
-    def model_name(self) -> str:
-        """The model's name for files that others may read: the name of its directory without the path, or a hub id."""
-        return Path(self.name).resolve().name if os.path.isdir(self.name) else self.name
-
     def ask(self, question: str, **options: Any) -> None:
         """Ask, and show the answer. `options` are for this question only."""
         self.unanswered = Question(question, options)
@@ -133,7 +127,7 @@ class TerminalChat:
     def answer(self, begin: Begin, without_answer: str) -> None:
         """Show the answer that `begin` starts. Ctrl-C ends the thinking or the answer, not the conversation.
 
-        without_answer: what is told if the answer was stopped before its text began.
+        without_answer: the notice if the answer was stopped before its text began.
         """
         stream, _ = self._follow(begin, "" if self.view.mode == "show" else "; /thought shows it", ends_thinking=True)
         if stream is not None:
@@ -183,10 +177,10 @@ class TerminalChat:
     def saved(self) -> SavedConversation:
         """The conversation and its settings as files keep them."""
         unanswered = None if self.unanswered is None else self.unanswered.text
-        return self.conversation.saved(model=self.model_name, options=self.settings.plain, unanswered=unanswered)
+        return self.conversation.saved(model=self.name, options=self.settings.plain, unanswered=unanswered)
 
     def save_automatically(self) -> None:
-        """Save the conversation where `--continue` finds it, or nothing if it is empty. A failure is told once."""
+        """Save the conversation where `--continue` finds it, or nothing if it is empty. A failure is reported once."""
         if self.autosave is None:
             return
         saved = self.saved()
@@ -204,7 +198,7 @@ class TerminalChat:
     def restore(self, saved: SavedConversation, path: Path) -> None:
         """Continue the conversation and the settings that were read from `path`.
 
-        Settings that this model cannot obey are left out, and named.
+        Settings that this model does not support are left out, and named.
         """
         loaded = Conversation.restore(self.model, saved, path, **self.conversation_options)
         problems = [] if saved.options is None else self.settings.replace(saved.options)
@@ -218,8 +212,8 @@ class TerminalChat:
         if saved.unanswered is not None:
             self.unanswered = Question(saved.unanswered)
         self.used = loaded.tokens or None  # without a saved cache, unknown until the messages are read
-        if saved.model not in (None, self.model_name):
-            self.terminal.notice(f"this conversation was held with {saved.model}; {self.model_name} continues it")
+        if saved.model not in (None, self.name):
+            self.terminal.notice(f"this conversation was held with {saved.model}; {self.name} continues it")
         for problem in problems:
             self.terminal.notice(f"a saved setting is ignored: {problem}")
 

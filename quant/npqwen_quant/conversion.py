@@ -19,6 +19,7 @@ from npqwen.format.layout import Codebook
 from npqwen.format.quantization import Quantization
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.format.safetensors import INDEX
+from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES, TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
@@ -30,21 +31,6 @@ from npqwen_quant.plan import OutputTensor, plan
 from npqwen_quant.working import working_directory
 
 OutputFile = list[OutputTensor]
-
-TOKENIZER = "tokenizer.json"
-COPIED = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "README.md",
-)
 
 # Each takes some 7 MB, and no disk keeps up with more.
 _MAX_THREADS = 64
@@ -151,8 +137,8 @@ def _equal(first: Path, second: Path) -> bool:
 
 def copied_files(source: Path) -> list[Path]:
     """The files of a checkpoint that its conversion has too."""
-    found = [path for name in COPIED if (path := source / name).is_file()]
-    return found + sorted(source.glob("additional_chat_templates/*.jinja"))
+    found = (sorted(source.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
+    return [path for paths in found for path in paths if path.is_file()]
 
 
 def write_copies(output: Output, checkpoint: Checkpoint, copied: Iterable[Path]) -> None:

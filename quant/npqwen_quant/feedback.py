@@ -1,4 +1,4 @@
-"""Error feedback: each column's rounding error is made good by the columns not yet rounded.
+"""Error feedback: each column's rounding error is compensated by the columns not yet rounded.
 
 This is GPTQ (Frantar et al. 2023). With the second moments H = X^T X of a matrix's inputs X, weights w rounded to q
 change the outputs by |(w - q) X^T|^2 = (w - q) H (w - q)^T. Let the inverse of H be U^T D^-1 U, U upper triangular with

@@ -31,7 +31,6 @@ SUM = "What is 17 + 25?"
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def command(model: Any, *args: str, stdin: str = "") -> SimpleNamespace:
-        model.bits, model.threads, model.close = 4, 1, lambda: None
         monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_, **__: model)
         monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_, **__: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
@@ -97,7 +96,6 @@ from reciter import Reciter
 import npqwen.commands.chat, npqwen.commands.options
 from npqwen.commands.cli import main
 model = Reciter("Yes.")
-model.bits, model.threads, model.close = 4, 1, lambda: None
 npqwen.commands.chat.open_model = lambda *_, **__: model
 npqwen.commands.options.PATIENCE = float(sys.argv[2])
 try:

@@ -121,7 +121,6 @@ def test_aliases_set_the_option(flags: str, options: dict[str, Any], monkeypatch
 def test_short_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     model = Reciter("Yes.")
-    model.close = lambda: None  # type: ignore[attr-defined]
 
     def opened(*arguments: Any, **rest: Any) -> Reciter:
         seen.append(arguments[:4])

@@ -192,7 +192,7 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "somebody/no-config": (
         {"model.safetensors": WEIGHTS} | TOKENIZER,
         {},
-        "somebody/no-config: config.json is missing, so this is no checkpoint, or not a complete one",
+        "somebody/no-config: config.json is missing: this is not a checkpoint, or not a complete one",
     ),
     "somebody/bad-config": (
         small_checkpoint() | {"config.json": b'{"model_type": "qwen3"'},
@@ -239,7 +239,7 @@ def test_a_base_model_in_a_chat(fake_hub: FakeHub, run: Run, place: Path) -> Non
 def test_names_that_the_hub_does_not_have(fake_hub: FakeHub, connection: Connection, run: Run) -> None:
     fake_hub.publish("Qwen/Qwen3-0.6B", extra=small_checkpoint())
     assert run("chat", "Qwen/Qwen3-0.5B", "Hello") == (
-        "there is no directory Qwen/Qwen3-0.5B, and no such repository on the hub that you may read; check the name, "
+        "Qwen/Qwen3-0.5B is neither a directory nor a repository on the hub that can be read; check the name, "
         "or log in with `hf auth login` if it is private or gated"
     )
     assert run("chat", "Qwen3-0.6B@v9", "Hello") == (
@@ -319,7 +319,7 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (lambda place: None, ["generate", "qwen3:8b", "x"], "hub, Qwen/Qwen3-8B"),
     (lambda place: None, ["generate", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M", "x"], "names a GGUF file (:Q4_K_M), which "),
     (lambda place: None, ["chat", "hf.co/unsloth/Qwen3-8B-GGUF:Q4_K_M", "x"], "; use the original, Qwen/Qwen3-8B"),
-    (lambda place: None, ["generate", ".", "x"], ".: config.json is missing, so this is no checkpoint, or not a "),
+    (lambda place: None, ["generate", ".", "x"], ".: config.json is missing: this is not a checkpoint, or not a "),
     (
         write_gguf,
         ["generate", "Qwen3-0.6B-Q4_K_M.gguf", "x"],
@@ -380,7 +380,7 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (lambda place: write_local(place, model_type="llama"), ["info", "."], ". is of the family 'llama', which is not"),
     (without("tokenizer.json"), ["convert", "."], ". has no tokenizer.json, which npqwen needs; add it from the "),
     (without("tokenizer.json"), ["generate", ".", "x"], ". has no tokenizer.json, which npqwen needs; add it "),
-    (without("config.json"), ["generate", ".", "x"], ".: config.json is missing, so this is no checkpoint, or not a "),
+    (without("config.json"), ["generate", ".", "x"], ".: config.json is missing: this is not a checkpoint, or not a "),
     (without("model.safetensors"), ["convert", "."], ". has neither model.safetensors nor an index of shards; is it "),
     (write_truncated, ["generate", ".", "x"], "model.safetensors is damaged or truncated: tensor "),
     (
@@ -457,8 +457,8 @@ def test_binary_stdin(run: Run) -> None:
 def test_prompts_and_contexts_that_are_too_large(run: Run) -> None:
     """What is said of each, with the example model, whose context is 2,048 tokens."""
     assert run("generate", str(TINY), "x", "--context", "50000") == (
-        "a context of 50,000 tokens is too large: this model supports at most 2,048, and 8,192 with --yarn 4 (in "
-        "Python, yarn=4)"
+        "a context of 50,000 tokens is too large: this model supports at most 2,048, and 8,192 with --yarn 4 "
+        "(in Python, yarn=4)"
     )
     assert run("generate", str(TINY), "a b " * 4000) == (
         "the prompt's 8001 tokens leave no room in the context of 2048; shorten it"

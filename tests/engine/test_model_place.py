@@ -10,11 +10,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from checkpoints import write_checkpoint
 
 from npqwen import hub
 from npqwen.cache_directory import cache_directory
-from npqwen.errors import CheckpointError, ModelNotFoundError, OutputError
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 from npqwen.format.recipe import recipe_of
 from npqwen.hub import conversions
 from npqwen.hub.names import HubName
@@ -23,18 +22,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a privile
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
+def no_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # the hub is not even asked
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
 
 
 NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c", "../x", "~nobody-here", "x" * 5000]
@@ -43,6 +32,12 @@ NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c
 @pytest.mark.parametrize("model", [*NEITHER, "a\0b"])
 def test_names_that_are_neither_path_nor_id(model: str) -> None:
     with pytest.raises((ModelNotFoundError, CheckpointError), match=r"neither a directory|config\.json is missing"):
+        hub.resolve(model)
+
+
+@pytest.mark.parametrize("model", [3, None, b"x"])
+def test_what_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(OptionError, match="it must be a string or a Path"):
         hub.resolve(model)
 
 

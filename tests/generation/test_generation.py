@@ -135,9 +135,12 @@ def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
         stream(model, b"x")
 
 
-def test_a_foreign_tokenizers_ids_are_refused(model: ReferenceModel) -> None:
-    with pytest.raises(CheckpointError, match="token id 4128 but the model has 4128 embeddings"):
+def test_ids_that_the_model_does_not_have_are_refused(model: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="the prompt has token id 4128; the model's are 0 to 4127"):
         Stream(model, [1, 4128])
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text: [1, 4128])
+    with pytest.raises(CheckpointError, match=r"token id 4128 but the model has 4128 embeddings; is .*tokenizer\.json"):
+        Stream(model, "x")
 
 
 def test_embedding_rows_without_a_token_are_never_drawn(model: ReferenceModel) -> None:
@@ -310,7 +313,7 @@ def test_samples_of_a_list_of_prompts(model: ReferenceModel) -> None:
         (iter("ab"), OptionError, "give text, token ids, or a list of prompts"),
         ([1, "a"], OptionError, "the prompt has 'a'; each token id must be a whole number"),
         ([[1], [0.5]], OptionError, r"the prompt has 0\.5; each token id must be a whole number"),
-        (["1", [4128]], CheckpointError, "token id 4128"),
+        (["1", [4128]], OptionError, "token id 4128"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from npqwen.errors import CheckpointError, ContextLengthError, OptionError
+from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.session import Session
 from npqwen.model import Model, load
 from npqwen.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def test_a_continuation_inside_a_word_is_encoded_by_itself(model: Model) -> None
         ("a", ["b", None], OptionError, r"continuations\[1\] is None; give text or token ids"),
         ("a", ["b", 7], OptionError, r"continuations\[1\] is 7; give text or token ids"),
         ("a", [[1.5]], OptionError, r"continuations\[0\] has 1\.5; each token id must be a whole number"),
-        ("a", [[99999]], CheckpointError, r"continuations\[0\] has token id 99999"),
+        ("a", [[99999]], OptionError, r"continuations\[0\] has token id 99999; the model's are 0 to 4127"),
         ([5] * 150, ["b", [5] * 51], ContextLengthError, "150 tokens and a continuation's 51 exceed"),
     ],
 )

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
 from converted import small_model
 
 from npqwen import hub
@@ -25,21 +24,9 @@ from npqwen.hub.leftovers import Leftover, interrupted_work, leftovers, other_ke
 from npqwen.hub.selection import select
 from npqwen.kernels.compiled import kernel_directory, usable_directories
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 MAIN = {"main": "a" * 40}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
 
 
 def conversion(

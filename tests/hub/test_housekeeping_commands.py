@@ -14,28 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
 from fake_hub import FakeHub
 
 from npqwen.commands import cli
 from npqwen.reports.columns import ago, columns
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 Run = Callable[..., tuple[Any, str, str]]
 ID = "org/name"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
 
 
 @pytest.fixture

@@ -14,19 +14,7 @@ from fake_hub import FakeHub
 from npqwen import hub
 from npqwen.errors import ModelNotFoundError, OptionError, OutputError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError
-from npqwen.hub.names import HubName, advice, official, parse, with_revision
+from npqwen.hub.names import HubName, advice, model_name, official, parse, with_revision
 
 SMALL = HubName("Qwen/Qwen3-0.6B")
 
@@ -36,6 +38,19 @@ SMALL = HubName("Qwen/Qwen3-0.6B")
 )
 def test_names(text: str, name: HubName) -> None:
     assert parse(text) == name
+    assert model_name(text) == str(name)
+
+
+def test_a_directory_is_called_by_its_own_name_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen" / "my model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "Qwen")
+    for written in ("my model", Path("my model"), "../Qwen/my model/", "./my model/.", tmp_path / "Qwen" / "my model"):
+        assert model_name(written) == "my model"
+    assert model_name(".") == "Qwen"
+
+
+def test_a_revision_that_was_given_apart_is_part_of_the_name() -> None:
+    assert model_name("Qwen3-0.6B", "v1.0") == model_name("hf.co/Qwen/Qwen3-0.6B@v1.0") == "Qwen/Qwen3-0.6B@v1.0"
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,7 @@ from npqwen import hub
 from npqwen.hub import record
 from npqwen.hub.record import NAME, Record
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_the_last_use(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import pyte
 import pytest
 from checkpoints import read_safetensors, write_checkpoint
 from fake_hub import Connection, FakeHub
@@ -23,21 +25,9 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, Outp
 from npqwen.hub import record, room
 from npqwen.hub.repository import download_directory
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "cache"
-    monkeypatch.setenv("NPQWEN_CACHE", str(place))
-    return place
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    directory = tmp_path / "my model"
-    write_checkpoint(directory, tokenizer=True)
-    return directory
 
 
 def bits_of(directory: Path) -> int:
@@ -63,6 +53,31 @@ def test_a_model_is_downloaded_and_converted_once(
     found = record.read(first)
     assert found == record.Record("org/name", {"main": commit})
     assert len(conversions) == fake_hub.downloads.count(WEIGHTS) == 1
+
+
+def test_no_bar_of_a_download_is_left_among_later_lines(
+    fake_hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stderr = Screen()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("COLUMNS", "100")
+    fake_hub.publish("org/name", checkpoint)
+    notices: list[str] = []
+
+    def notice(line: str) -> None:
+        notices.append(line)
+        stderr.write(f"{line}\n")
+
+    hub.resolve("org/name", notice=notice, download_bars=True)
+    assert "Fetching" in stderr.getvalue()
+    screen = pyte.Screen(1000, 50)
+    pyte.Stream(screen).feed(stderr.getvalue().replace("\n", "\r\n"))
+    assert [row.rstrip() for row in screen.display if row.strip()] == notices
+    assert len(notices) == 2
 
 
 def test_a_new_commit_with_the_same_contents_converts_and_downloads_nothing(
@@ -322,7 +337,7 @@ def test_the_command_line_finds_no_repository_and_no_hub(
     assert absent.returncode == 2
     assert absent.stdout == ""
     (line,) = absent.stderr.splitlines()
-    assert line.startswith("npqwen: error: there is no directory org/absent, and no such repository on ")
+    assert line.startswith("npqwen: error: org/absent is neither a directory nor a repository on the hub ")
     unreachable = command("http://127.0.0.1:9", "generate", "org/absent", "Hello")
     assert unreachable.returncode == 2
     (line,) = unreachable.stderr.splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import make_config, shapes, write_checkpoint
+from checkpoints import MIXTURE, make_config, shapes, write_checkpoint
 from npqwen_quant import convert, moments
 from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, calibration_key
 from npqwen_quant.checkpoint import Checkpoint, read_floats
@@ -23,15 +23,6 @@ from npqwen.format.config import Config
 
 CODEBOOK = Codebook(np.array([-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29], np.float32))
 FINE = Codebook(np.arange(-32, 32, dtype=np.float32))
-MIXTURE: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 40,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [0],
-    "decoder_sparse_step": 1,
-}
 
 
 class Recorder:

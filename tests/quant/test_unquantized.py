@@ -7,23 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import make_config, write_checkpoint
+from checkpoints import MIXTURE, make_config, write_checkpoint
 from npqwen_quant import unquantized
 from npqwen_quant.checkpoint import Checkpoint
 from reference import ReferenceModel
 
 from npqwen.errors import CheckpointError
 from npqwen.format.config import Config
-
-MIXTURE: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 40,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [0],
-    "decoder_sparse_step": 1,
-}
 
 
 @pytest.mark.parametrize("changes", [{}, MIXTURE, {"tie_word_embeddings": False}])

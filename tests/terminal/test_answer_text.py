@@ -151,7 +151,6 @@ sys.path[:0] = sys.argv[1:3]
 from reciter import Reciter
 import npqwen.commands.chat, npqwen.commands.generate, npqwen.commands.options
 model = Reciter(*sys.argv[3].split("|"), template="instruct-2507")
-model.bits, model.threads, model.close = 4, 1, lambda: None
 for place in (npqwen.commands.chat, npqwen.commands.generate, npqwen.commands.options):
     place.open_model = lambda *rest, **options: model
 from npqwen.commands.cli import main

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_terminal import chat_with
+from fake_terminal import chat_with, on_screen
 from reciter import Reciter
 
 import npqwen
 from npqwen.errors import OptionError
 from npqwen.model import Model
+from npqwen.terminal.repl import handle
 from npqwen.terminal.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
@@ -167,8 +168,16 @@ def test_words_of_ollama_do_what_they_do_there(say: Say) -> None:
 def test_show_tells_what_the_model_is(model: Model, say: Say) -> None:
     for line in ("/show", "/show info"):
         output = say(chat_with(model), line)
-        assert re.search(r"type +qwen3, 5\.0M parameters\n", output)
+        assert re.match(rf"model +m\nfiles +{re.escape(str(model.path))}\ntype +qwen3, 5\.0M parameters\n", output)
         assert f"at {model.context} tokens of context" in output
+
+
+def test_a_template_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_screen(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "30")
+    chat = chat_with(Reciter())
+    handle(chat, "/show template")
+    assert chat.model.chat_template.source().strip() in screen.getvalue()
 
 
 def test_a_saved_setting_that_is_impossible_is_left_out_and_named() -> None:

@@ -36,7 +36,11 @@ def test_help_names_every_command(say: Say) -> None:
 def test_an_unknown_command_is_refused_with_the_nearest(say: Say) -> None:
     chat = chat_with(Reciter())
     assert "error: unknown command /retyr; did you mean /retry?" in say(chat, "/retyr")
+    assert "did you mean /retry?" in say(chat, "/ret")
+    assert "did you mean /save?" in say(chat, "/sa")
+    assert "did you mean /exit?" in say(chat, "/qui")
     assert "/help lists the commands" in say(chat, "/zzzzzz")
+    assert "leave the chat and type npqwen list" in say(chat, "/list")
     assert "takes no arguments" in say(chat, "/undo 3")
     assert chat.conversation.messages == []
 

@@ -101,6 +101,19 @@ def test_a_thought_never_takes_more_rows_than_it_may(monkeypatch: pytest.MonkeyP
     assert len([row for row in screen.rows() if row]) == 1
 
 
+def test_a_thought_in_a_window_that_becomes_narrower_leaves_no_rows_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_screen(monkeypatch)
+    view = ReasoningView(Terminal(), "fold", "Ctrl-C: answer now")
+    view.add("")
+    assert screen.rows(24) == ["thinking... (Ctrl-C: ans", "wer now)"]  # as a terminal of 24 columns breaks it
+    monkeypatch.setenv("COLUMNS", "24")
+    for number in range(20):
+        view.add(f"and {number}\n")
+    assert screen.rows(24) == ["thinking...", *(f"  and {number}" for number in range(21 - ROWS, 20))]
+    view.close(3)
+    assert re.fullmatch(r"thought for \d+\.\d s, 3", screen.rows(24)[0])
+
+
 @pytest.mark.parametrize(("mode", "seen"), [("show", True), ("hide", False)])
 def test_thoughts_stay_or_are_hidden(mode: str, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
