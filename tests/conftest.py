@@ -86,7 +86,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """run(argument..., status=0): what the command writes to stdout and stderr. Some modules have a `run` of their own."""
+    """run(argument..., status=0): what the command writes to stdout and stderr."""
     from npqwen.commands import cli
 
     def command(*args: object, status: int = 0) -> tuple[str, str]:
