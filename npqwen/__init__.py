@@ -201,7 +201,7 @@ def load(
             threads=threads,
             context=context,
             yarn=yarn,
-            on_compile=on_compile or bars.of("compiling kernels, once for this machine", " kernels"),
+            on_compile=on_compile or bars.of("compiling kernels (once)", " kernels"),
             name=model_name(model, revision),
         )
 

@@ -85,6 +85,21 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """run(argument..., status=0): what the command writes to stdout and stderr."""
+    from npqwen.commands import cli
+
+    def command(*args: object, status: int = 0) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        assert exit.value.code == status, err
+        return out, err
+
+    return command
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache, empty: a directory of the test's own, which does not exist yet."""
     place = tmp_path / "cache"

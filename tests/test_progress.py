@@ -130,7 +130,7 @@ def test_every_part_of_loading_has_its_bar_or_its_function(monkeypatch: pytest.M
     assert given == {**place, "download_bars": True, "name": "Qwen/Qwen3-0.6B"}
     assert "converting:  50%" in text
     assert "5.00M/10.0M" in text
-    assert "compiling kernels, once for this machine: 100%" in text
+    assert "compiling kernels (once): 100%" in text
     assert text.endswith("\n")
     seen: list[tuple[int, int]] = []
     text = shown(monkeypatch, Stderr(), lambda: npqwen.load(tmp_path, on_compile=lambda *state: seen.append(state)))

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from contextlib import closing
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,7 +36,17 @@ _WAITING = (
 )
 
 
-@click.command(cls=Command)
+class _Chat(Command):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for flag, value in pairwise(args):
+            if flag == "-c" and value.isdecimal():  # llama.cpp's context
+                raise OptionError(
+                    f"-c continues the last conversation; for a context of {value} tokens, write --context {value}"
+                )
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_Chat)
 @click.argument("model")
 @click.argument("question", required=False)
 @click.option("--system", metavar="TEXT", help="The system message.")
@@ -85,10 +96,6 @@ def chat(
     MODEL, or else the last one.
     """
     check_options(options)
-    if continues and (question or "").isdecimal():
-        raise OptionError(
-            f"-c continues the last conversation; for a context of {question} tokens, write --context {question}"
-        )
     terminal = Terminal(quiet=quiet)
     message = _single_message(question, terminal)
     mode: ReasoningMode = "fold" if show is None else "show" if show else "hide"

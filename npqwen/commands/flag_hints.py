@@ -26,8 +26,9 @@ _ARGUMENTS = {
     **dict.fromkeys(("m", "model", "hf", "hf_repo"), "model"),
     **dict.fromkeys(("p", "prompt"), "prompt"),
     **dict.fromkeys(("f", "file"), "file"),
+    **dict.fromkeys(("rev", "revision"), "revision"),
 }
-"""Such flags for what is an argument here, or stdin."""
+"""Such flags for what is an argument here, a part of one, or stdin."""
 
 _PROMPTS = ("prompt", "question")
 """Arguments that are text for the model; it may come from stdin, too."""
@@ -47,7 +48,11 @@ def hint(ctx: click.Context, flag: str) -> str:
         return f"it is an argument without a flag: {usage}"
     if meant == "file" and takes_text:
         return f"the text of a file is read from stdin: {usage.replace('PROMPT', '-')} < FILE"
+    if meant == "revision" and arguments & {"model", "source"}:
+        return "a revision is written after the model's name: Qwen/Qwen3-0.6B@main"
     flags = _long_flags(ctx)
+    if flag == "--verbose" and "quiet" in flags:
+        return "statistics are shown unless --quiet is given"
     near = [flags[name] for name in near_names(flag, flags, _ELSEWHERE)]
     return f"did you mean {choice(list(dict.fromkeys(near)))}?" if near else ""
 

@@ -24,7 +24,8 @@ def pull(model: str, bits: int | None, low_disk: bool, quiet: bool) -> None:
     """
     with Terminal(quiet=quiet) as terminal:
         path = resolve(model, bits, terminal, low_disk=low_disk)
-        _tell_of_download(path, terminal)
+        if not low_disk:
+            _tell_of_download(path, terminal)
         terminal.text(f"{path}\n")
 
 

@@ -213,7 +213,7 @@ class Terminal:
     def compilation_progress(self, done: int, total: int) -> None:
         """Show progress of the compilation, in kernels; without a terminal, one line that explains the delay."""
         if self.shows_bars:
-            self._progress("compiling kernels (once for this machine)", "", done, total)
+            self._progress("compiling kernels (once)", "", done, total)
         elif self._task != "compiling":
             self._task = "compiling"
             self.notice(f"compiling {total} kernels (once for this machine)")

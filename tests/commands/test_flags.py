@@ -54,6 +54,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("convert m --q-bits 4", "did you mean --bits?"),
         ("chat m x --nothink", "did you mean --no-think?"),
         ("chat m x --hidethinking", "did you mean --hide-thinking?"),
+        ("chat m x -c 4096", "for a context of 4096 tokens, write --context 4096"),
+        ("chat m -c 4096", "for a context of 4096 tokens, write --context 4096"),
+        ("chat m x --revision main", "a revision is written after the model's name: Qwen/Qwen3-0.6B@main;"),
+        ("convert m --revision main", "a revision is written after the model's name"),
+        ("chat m x --verbose", "statistics are shown unless --quiet is given;"),
         # beginnings come before names that look alike
         ("chat m x --tempera 0", "did you mean --temperature?"),
         ("chat m x --pres 0", "did you mean --presence-penalty?"),

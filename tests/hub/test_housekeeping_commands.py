@@ -53,6 +53,9 @@ def test_pull_downloads_converts_and_writes_the_path(run: Run, fake_hub: FakeHub
     fetched = len(fake_hub.downloads)
     assert run("pull", ID, "--bits", "8", "-q") == (0, f"{place}\n", "")
     assert len(fake_hub.downloads) == fetched
+    hint = f"is not needed to run the model; npqwen rm --download {ID} removes it"
+    assert hint in err
+    assert hint not in run("pull", ID, "--low-disk")[2]  # of which only small files are left
 
 
 def test_list_for_people_and_for_programs(run: Run, checkpoint: Path, cache: Path, tmp_path: Path) -> None:

@@ -13,27 +13,12 @@ import pytest
 from checkpoints import TINY
 from npqwen_quant import convert
 
-from npqwen.commands import cli
 from npqwen.format.quantization import EvaluationRecord, Quantization, store_evaluation
 from npqwen.model import load
 from npqwen.reports.info import describe, inspect
 
 TEXT = (TINY / "heldout.txt").read_text(encoding="utf-8")
 Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command: what it writes to stdout and stderr."""
-
-    def command(*args: object, status: int = 0) -> tuple[str, str]:
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        assert exit.value.code == status, err
-        return out, err
-
-    return command
 
 
 @pytest.fixture

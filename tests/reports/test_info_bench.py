@@ -16,7 +16,6 @@ from converted import MATRICES, small_model, tensors, write_model
 from units import CODEBOOKS, row_bytes
 
 from npqwen import OptionError
-from npqwen.commands import cli
 from npqwen.errors import size
 from npqwen.model import load
 from npqwen.reports.bandwidth import ReadBandwidth
@@ -25,20 +24,6 @@ from npqwen.reports.info import inspect
 from npqwen.simd.isa import ISA
 
 Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command: what it writes to stdout and stderr."""
-
-    def command(*args: object, status: int = 0) -> tuple[str, str]:
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        assert exit.value.code == status, err
-        return out, err
-
-    return command
 
 
 def data_bytes(directory: Path) -> int:
