@@ -16,11 +16,14 @@ from fake_hub import Connection, FakeHub
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts() -> None:
-    """Have programs that tests start hear SIGINT and SIGQUIT, which background jobs of a shell ignore."""
+    """Have programs that tests start hear SIGINT, SIGQUIT and SIGHUP, which a shell's background jobs or nohup ignore."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGQUIT") and signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # A handler becomes the default in other programs, and this one still outlives a hangup.
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
