@@ -16,7 +16,7 @@ from fake_hub import Connection, FakeHub
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts() -> None:
-    """Have programs that tests start hear SIGINT, SIGQUIT and SIGHUP, which a shell's background jobs or nohup ignore."""
+    """Have programs that tests start hear SIGINT, SIGQUIT and SIGHUP, which background jobs and `nohup` ignore."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGQUIT") and signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
