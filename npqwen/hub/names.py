@@ -39,8 +39,8 @@ class HubName:
 
 
 def parse(model: str | os.PathLike[str]) -> HubName:
-    """The repository that a name means which is no path: "owner/name", "owner/name@revision", "Qwen3-0.6B" without the
-    owner Qwen, or the URL of a page of the hub.
+    """The repository on the hub that a name means: "owner/name", "owner/name@revision", "Qwen3-0.6B" without the owner
+    Qwen, or the URL of a page of the hub.
 
     Raises ModelNotFoundError for anything else, CheckpointError for the name of a GGUF file ("owner/name:Q4_K_M").
     """
