@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import struct
 import subprocess
@@ -33,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from make_checkpoint import GENERATION, SIZES, TINY, TOKENIZER_FILES, tensors
 from npqwen_quant import convert
+from peak import memory
 
 from npqwen.format.config import Config
 from npqwen.format.safetensors import read_header
@@ -195,14 +195,6 @@ def converted(source: Path, out: Path, bits: int) -> tuple[int, float]:
     return int(done.stdout), time.perf_counter() - start
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux' getrusage includes the parent process.
-        return int(next(line.split()[1] for line in status.open() if line.startswith("VmHWM"))) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def difference(found: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Relative difference of each token's logits."""
     return np.asarray(np.linalg.norm(found - want, axis=1) / np.linalg.norm(want, axis=1))
@@ -298,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["convert"]:
         source, out, bits = arguments[1:]
         convert(Path(source), Path(out), int(bits))
-        print(peak_memory())
+        print(memory())
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path, help="a directory on a file system with sparse files")

@@ -2,6 +2,7 @@
 """Write a Hugging Face style Qwen3 checkpoint with random weights, at a real model's shapes.
 
     python tests/bench/make_checkpoint.py 0.6B OUT [--layers N] [--shard-mb 2000] [--seed 0]
+    python tests/bench/make_checkpoint.py 30B-A3B OUT --convert 3
 
 The directory has the files of the real model: config.json, generation_config.json, tokenizer files, and bf16
 safetensors, sharded with an index if they are large. Speed and memory do not depend on the values of a dense model's
@@ -10,8 +11,11 @@ the embedding is made large enough that tokens stay distinct through the layers 
 often. Real routers prefer some experts.
 
 The tokenizer is copied from --tokenizer (by default the small one in examples/); its vocabulary is smaller than the
-embedding, as in the real models. Takes the memory of a few tensors. On disk 0.6B takes 1.2 GB, 30B-A3B 61 GB (less with
---layers).
+embedding, as in the real models. On disk 0.6B takes 1.2 GB, 30B-A3B 61 GB (less with --layers).
+
+With --convert BITS, OUT is a converted model instead, made as by `npqwen convert --low-disk`: each file of weights is
+generated when it would be downloaded, and removed when it is converted, so that the disk holds one at a time. The same
+command resumes an interrupted conversion. Prints seconds and peaks of memory and disk. Not on Windows.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ import math
 import shutil
 import struct
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -156,13 +162,54 @@ def deviation(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> floa
     return 0.7 / math.sqrt(shape[-1])
 
 
+class Tensor(NamedTuple):
+    """A tensor of a file of weights. number: its place among all of the checkpoint, from which its values follow."""
+
+    number: int
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * math.prod(self.shape)
+
+
+def deal(config: dict[str, Any], shard_bytes: int) -> dict[str, list[Tensor]]:
+    """The tensors of every file of weights, by its name."""
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for number, (name, shape) in enumerate(tensors(config)):
+        tensor = Tensor(number, name, shape)
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def header(shard: list[Tensor]) -> bytes:
+    """The beginning of a file of weights: the length of its header, and the header."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        offsets = [offset, offset + tensor.nbytes]
+        entries[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": offsets}
+        offset += tensor.nbytes
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head
+
+
 def write_values(file: BinaryIO, rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> None:
     """Write one tensor in bf16: a vector of values near 1, a matrix of normal values."""
     if len(shape) == 1:
         file.write(_bf16(1 + 0.1 * rng.standard_normal(shape, dtype=np.float32)).data)
         return
     rows, columns = shape
-    step = max(1, (1 << 24) // columns)
+    step = max(1, (1 << 20) // columns)
     for row in range(0, rows, step):
         values = rng.standard_normal((min(step, rows - row), columns), dtype=np.float32)
         values *= deviation
@@ -173,46 +220,77 @@ def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return (values.view(np.uint32) >> 16).astype("<u2")
 
 
-def write(config: dict[str, Any], out: Path, tokenizer: Path, shard_bytes: int, seed: int) -> None:
-    """Write the checkpoint directory and print a line to stderr for every shard."""
+def write_shard(path: Path, config: dict[str, Any], shard: list[Tensor], seed: int) -> None:
+    """Write a file of weights, which has its name only when it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(header(shard))
+        for tensor in shard:
+            rng = np.random.Generator(np.random.SFC64([seed, tensor.number]))
+            write_values(file, rng, tensor.shape, deviation(config, tensor.name, tensor.shape))
+    partial.replace(path)
+
+
+def write_others(config: dict[str, Any], out: Path, tokenizer: Path, shards: dict[str, list[Tensor]]) -> None:
+    """Write all files of the checkpoint directory but the weights."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2), encoding="utf-8")
     for name in TOKENIZER_FILES:
         shutil.copyfile(tokenizer / name, out / name)
-
-    shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
-    size = total = 0
-    for name, shape in tensors(config):
-        count = 2 * math.prod(shape)
-        if shards[-1] and size + count > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, shape, count))
-        size += count
-        total += count
-    rng = np.random.default_rng(seed)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        filename = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            filename = "model.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, shape, count in shard:
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + count]}
-            weight_map[name] = filename
-            offset += count
-        head = json.dumps(header, separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)
-        with (out / filename).open("wb") as file:
-            file.write(struct.pack("<Q", len(head)) + head)
-            for name, shape, _ in shard:
-                write_values(file, rng, shape, deviation(config, name, shape))
-        print(f"{out / filename}  {offset / 1e9:.2f} GB", file=sys.stderr, flush=True)
     if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write(config: dict[str, Any], out: Path, tokenizer: Path, shard_bytes: int, seed: int) -> None:
+    """Write the checkpoint directory and print a line to stderr for every file of weights."""
+    shards = deal(config, shard_bytes)
+    write_others(config, out, tokenizer, shards)
+    for name, shard in shards.items():
+        write_shard(out / name, config, shard, seed)
+        print(f"{out / name}  {(out / name).stat().st_size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+
+
+def write_converted(config: dict[str, Any], out: Path, tokenizer: Path, shard_bytes: int, seed: int, bits: int) -> None:
+    """Convert the checkpoint to `out` with one file of weights on disk at a time; prints to stderr what it took."""
+    import peak  # not on Windows
+    from npqwen_quant import Shards, convert_shards
+
+    shards = deal(config, shard_bytes)
+    files = {name: len(header(shard)) + sum(tensor.nbytes for tensor in shard) for name, shard in shards.items()}
+    key = json.dumps([config, shard_bytes, seed])
+    start = time.perf_counter()
+    measured = -math.inf
+    generating = 0.0
+    disk = 0
+
+    def fetch(name: str, place: Path) -> Path:
+        nonlocal generating
+        began = time.perf_counter()
+        if not (place / name).exists():
+            write_shard(place / name, config, shards[name], seed)
+        generating += time.perf_counter() - began
+        print(f"{name}  {files[name] / 1e9:.2f} GB, {began - start:.0f} s", file=sys.stderr, flush=True)
+        return place / name
+
+    def progress(done: int, total: int) -> None:
+        nonlocal disk, measured
+        if time.perf_counter() < measured + 1:
+            return
+        measured = time.perf_counter()
+        disk = max(disk, peak.disk(out.parent.glob(f".{out.name}.*")))
+
+    with tempfile.TemporaryDirectory() as others:
+        write_others(config, Path(others), tokenizer, shards)
+        convert_shards(others, out, Shards(key, files, fetch), bits, progress=progress)
+    print(
+        f"{time.perf_counter() - start:.0f} s, {generating:.0f} of them for the weights; peak of memory "
+        f"{peak.memory() / 1e9:.2f} GB, of disk {disk / 1e9:.2f} GB",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:
@@ -224,11 +302,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="number of layers, instead of the real model's")
     parser.add_argument("--shard-mb", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--convert", type=int, metavar="BITS", help="write a converted model, not the checkpoint")
     options = parser.parse_args()
     config = dict(SIZES[options.size])
     if options.layers:
         config["num_hidden_layers"] = config["max_window_layers"] = options.layers
-    write(config, options.out, options.tokenizer, options.shard_mb << 20, options.seed)
+    arguments = config, options.out, options.tokenizer, options.shard_mb << 20, options.seed
+    if options.convert is None:
+        write(*arguments)
+    else:
+        write_converted(*arguments, options.convert)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@
 Each model is loaded, a prompt run and tokens decoded in a separate process, in a memory control group (version 1 or 2)
 below this process's, which counts mapped weights too; where none can be created, under a limit on the address space
 (RLIMIT_AS), which is stricter. The model's files are evicted from the page cache first, so that the group is charged
-for them; kernels are compiled, unless --cache names a directory. Prints a Markdown table. Linux only.
+for them; kernels are compiled, unless --cache names a directory. All weights are read once before the prompt: what
+prefill and decoding read from the disk was evicted meanwhile. Prints a Markdown table. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -31,8 +33,8 @@ from npqwen.hardware.machine import processor
 
 POLL_SECONDS = 0.02
 HEADER = (
-    "| run | limit, GB | prefill, tok/s | decode, tok/s | peak anonymous, GB | peak with mapped files, GB "
-    "| peak of the group, GB | seconds in all |\n|---|---|---|---|---|---|---|---|"
+    "| run | limit, GB | prefill, tok/s | decode, tok/s | read again, GB | peak anonymous, GB "
+    "| peak with mapped files, GB | peak of the group, GB | seconds in all |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -133,7 +135,7 @@ def drop(directory: Path) -> None:
 
 
 def measure(model: Path, prompt: int, tokens: int, threads: int | None) -> None:
-    """In the child process: print tokens per second as JSON."""
+    """In the child process: print tokens per second, and bytes read from the disk meanwhile, as JSON."""
     import numpy as np
 
     import npqwen.model
@@ -141,26 +143,37 @@ def measure(model: Path, prompt: int, tokens: int, threads: int | None) -> None:
     loaded = npqwen.model.load(model, threads=threads)
     ids = np.random.default_rng(0).integers(0, len(loaded.tokenizer), prompt + tokens)
     cache = loaded.new_cache(prompt + tokens)
-    loaded.prefill(ids[:32], cache)  # reads all weights from disk
+    for tensor in loaded.weights.tensors.values():  # the prompt reads no more of a mixture than the chosen experts
+        tensor.data[:: mmap.PAGESIZE].max()
+    loaded.prefill(ids[:32], cache)
     cache.truncate(0)
+    before = bytes_read()
     times = [time.perf_counter()]
     loaded.prefill(ids[:prompt], cache)
     times.append(time.perf_counter())
     for i in range(prompt, prompt + tokens):
         loaded.forward(ids[i : i + 1], cache)
     times.append(time.perf_counter())
+    again = bytes_read() - before
     loaded.close()
-    print(json.dumps({"prefill": prompt / (times[1] - times[0]), "decode": tokens / (times[2] - times[1])}))
+    speeds = {"prefill": prompt / (times[1] - times[0]), "decode": tokens / (times[2] - times[1])}
+    print(json.dumps(speeds | {"again": again}))
+
+
+def bytes_read() -> int:
+    """What this process has read from the disk so far: by page faults, read-ahead and prefetching, too."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
 
 
 def row(name: str, limit: int, group: Path | None, run: Run) -> str:
     """A row of the Markdown table."""
-    speeds = ["", ""]
+    speeds = ["", "", ""]
     if run.status:
         name += f": killed by signal {-run.status}" if run.status < 0 else f": failed with status {run.status}"
     elif run.out.startswith("{"):
         found = json.loads(run.out)
-        speeds = [f"{found['prefill']:.1f}", f"{found['decode']:.2f}"]
+        speeds = [f"{found['prefill']:.1f}", f"{found['decode']:.2f}", f"{found['again'] / 1e9:.2f}"]
     most = "unknown" if run.group is None else f"{run.group / 1e9:.2f}"
     under = f"{limit / 1e9:.2f}" + (" (address space)" if group is None else "")
     return (
