@@ -47,11 +47,12 @@ def answers(path: Path, name: str) -> dict[str, np.ndarray]:
             out[f"logits_{k}"] = model.logits(ids)
             cache = model.new_cache()
             logits = model.prefill(ids, cache)
-            greedy = []
+            greedy, steps = [], []
             for _ in range(NEW):
+                steps.append(logits)
                 greedy.append(int(logits.argmax()))
                 logits = model.prefill(greedy[-1:], cache)
-            out[f"greedy_{k}"] = np.array(greedy)
+            out[f"greedy_{k}"], out[f"steps_{k}"] = np.array(greedy), np.array(steps)
     return out
 
 
@@ -80,18 +81,29 @@ def check(directory: Path, *names: str) -> None:
 
 
 def compare(name: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray], allowed: float) -> None:
-    """End the program unless greedy tokens are the same and logits close, as shares of the largest of their prompt."""
-    rows = []
+    """End the program unless greedy tokens are the same and logits close, as shares of the largest of their prompt.
+
+    Where the logits of two tokens differ by less than that, either may be chosen, and what follows is not compared; at
+    least nine tenths of the tokens are. Logits of transformers' steps are not known: there all tokens are compared.
+    """
+    rows, same = [], 0
     for k in PROMPTS:
         logits = expected[f"logits_{k}"]
         rows.append(np.abs(found[f"logits_{k}"] - logits).max(axis=1) / np.abs(logits).max())
-        greedy = expected[f"greedy_{k}"][:NEW]
-        if not np.array_equal(found[f"greedy_{k}"], greedy):
-            sys.exit(f"{name}: prompt {k} goes on {found[f'greedy_{k}'].tolist()}, there {greedy.tolist()}")
+        here, greedy = found[f"greedy_{k}"], expected[f"greedy_{k}"][:NEW]
+        differing = np.flatnonzero(here != greedy)
+        at = int(differing[0]) if len(differing) else NEW
+        same += at
+        if at < NEW:
+            step = expected[f"steps_{k}"][at] if f"steps_{k}" in expected else None
+            if step is None or step[greedy[at]] - step[here[at]] > allowed * np.abs(step).max():
+                sys.exit(f"{name}: prompt {k} goes on {here.tolist()}, there {greedy.tolist()}")
+    if same < 0.9 * len(PROMPTS) * NEW:
+        sys.exit(f"{name}: only {same} of {len(PROMPTS) * NEW} greedy tokens could be compared")
     differences = np.sort(np.concatenate(rows))
     most = differences[-1 - len(differences) // TIPPED] if "moe" in name else differences[-1]
     print(
-        f"{name}: the same {len(PROMPTS) * NEW} greedy tokens; logits of {len(differences)} tokens differ by "
+        f"{name}: the same {same} of {len(PROMPTS) * NEW} greedy tokens; logits of {len(differences)} tokens differ by "
         f"{np.median(differences):.1e} (median), {most:.1e}, {differences[-1]:.1e} (most)"
     )
     if not (most <= allowed and differences[-1] <= 5 * allowed):
