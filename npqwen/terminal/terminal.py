@@ -121,7 +121,7 @@ class Terminal:
             self.lines(" ".join(line.split()), dim=True)
 
     def lines(self, text: str, *, dim: bool = False, wrap: bool = True) -> None:
-        """Write lines, on a terminal wrapped between words, also when `quiet`: the user has asked for them."""
+        """Write lines, on a terminal wrapped between words, even when `quiet`: they answer a command."""
         self.clear_bar()
         separator = "\n" if self._text_is_new and self._meets_text() else ""
         self._text_is_new = False
