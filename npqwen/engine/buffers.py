@@ -16,6 +16,7 @@ from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
 from npqwen.simd.llvm import CACHE_LINE
 
+
 class Buffers:
     """The arrays of passes of up to `tokens` tokens, of sequences of up to `context`; see npqwen.engine.records.
 

@@ -223,7 +223,7 @@ class Engine:
         Returns for each piece float32 logits (rows, vocab_size), equal to the bit to those of a pass of its own. They
         are views of `out` if it is given, an array that `new_logits` made for at least as many rows.
 
-        Raises OptionError for another model's cache, for one cache in two pieces, and for more tokens than a pass takes.
+        Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes.
         """
         count = sum(piece.rows for piece in pieces)
         self._check_pieces(pieces, count, out)

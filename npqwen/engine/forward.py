@@ -186,8 +186,8 @@ def norm_and_pack(
 ) -> None:
     """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix of an encoding.
 
-    rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code. scratch: this
-    thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
+    rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
+    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
     """
     count = rows.size
     width = tile_width(count)

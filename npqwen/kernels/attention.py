@@ -60,8 +60,8 @@ SPAN = 1024
 SEQUENCE = np.dtype([("first", np.int64), ("tokens", np.int64), ("start", np.int64), ("pages", np.int64)])
 """A sequence's part in a pass.
 
-first: the index, in the pass, of the first of its `tokens`. start: that token's position. pages: the address of an array
-of int64, the addresses of the pages that hold its keys and values.
+first: the index, in the pass, of the first of its `tokens`. start: that token's position. pages: the address of an
+array of int64, the addresses of the pages that hold its keys and values.
 """
 
 
@@ -276,7 +276,9 @@ def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _gather(q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any) -> None:
+def _gather(
+    q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any
+) -> None:
     """out = the queries of `width` rows from first_row on, (head_dim, width); zeros past the last of `rows` rows.
 
     first: the index of the sequence's first token in q.
