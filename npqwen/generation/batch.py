@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,8 @@ KEPT = 32
 """Default limit of caches of texts that have ended."""
 STALL = 0.15
 """Seconds that a pass may take while texts are being written: pieces of prompts are cut to fit."""
+ALONE = 1.0
+"""Seconds that a pass of prompts alone may take, after which others can join or leave."""
 _TILE = 16
 """Tokens by which pieces of prompts grow and shrink; a pass takes at least so many, however slow it is."""
 _SHORT = 32
@@ -76,11 +78,15 @@ class BatchStatistics:
     """Of prompts that were begun, cached ones included."""
     cached_tokens: int = 0
     generated_tokens: int = 0
-    seconds: float = 0.0
-    """In forward passes."""
+    prefill_seconds: float = 0.0
+    """In passes of prompts, or parts of them, alone or beside texts."""
+    decode_seconds: float = 0.0
+    """In passes of texts alone."""
+    cache_bytes: int = 0
+    """Of all pages, shared ones counted once, after the last step."""
     preempted: int = 0
     """How often a sequence had to give its memory to an older one, and was computed again."""
-    longest_pass: float = field(default=0.0)
+    longest_pass: float = 0.0
     """Seconds of the longest pass in which a text was being written."""
 
 
@@ -110,9 +116,8 @@ class Batch:
         self._running: list[_Entry] = []
         self._prefixes = Prefixes()
         self._logits: NDArray[np.float32] | None = None
-        self._share = 2 * _TILE
-        """Tokens of prompts in a pass that takes about STALL seconds."""
-        self._seconds_per_token = 1e-3
+        self._seconds_per_token = STALL / (2 * _TILE)
+        """Of prompts, as measured in recent passes."""
         self.statistics = BatchStatistics()
 
     @property
@@ -180,6 +185,7 @@ class Batch:
         chosen = self._reserve(self._choose())
         if chosen:
             self._run(chosen)
+        self.statistics.cache_bytes = self.cache_bytes
         return bool(self._waiting or self._running)
 
     def fail(self, error: BaseException) -> None:
@@ -192,6 +198,7 @@ class Batch:
     def forget(self) -> None:
         """Give up the caches of texts that have ended."""
         self._prefixes.clear()
+        self.statistics.cache_bytes = self.cache_bytes
 
     def _drop_cancelled(self) -> None:
         for entry in [entry for entry in self._running if entry.cancelled]:
@@ -271,11 +278,11 @@ class Batch:
             return left > _SHORT, entry.arrived + left * self._seconds_per_token
 
         chosen: list[tuple[_Entry, int]] = []
-        room = self._model.chunk
+        room = self._prompt_tokens(ALONE)
         for entry in sorted(self._running, key=deadline):
             sequence = entry.sequence
             if sequence.left > _SHORT and writes:
-                room, writes = min(room, self._share), False  # once: the share is of all prompts together
+                room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
             size = min(sequence.left, room)
             rest = sequence.left - size
             if 0 < rest < sequence.rows:  # rows of logits come from one pass
@@ -332,24 +339,33 @@ class Batch:
         rows = sum(piece.rows for piece in pieces)
         if self._logits is None or len(self._logits) < rows + _TILE:
             self._logits = self._model.new_logits(rows + _TILE)
+        reads = [entry.sequence.reads_prompt for entry, _ in chosen]
         start = time.perf_counter()
         logits = self._model.forward_pieces(pieces, self._logits)
-        self._account(pieces, time.perf_counter() - start)
+        self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
         for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
             self._advance(entry, row if piece.rows else None)
 
-    def _account(self, pieces: list[Piece], seconds: float) -> None:
-        """Learn from a pass how many tokens of prompts fit into the next one."""
-        tokens, statistics = sum(piece.ids.size for piece in pieces), self.statistics
+    def _account(self, tokens: int, reads: list[bool], seconds: float) -> None:
+        """Count a pass, and learn from it how many tokens of prompts fit into the next one.
+
+        reads: for each sequence of the pass, whether it ran a piece of its prompt.
+        """
+        statistics = self.statistics
         statistics.passes += 1
-        statistics.seconds += seconds
-        is_mixed = any(piece.rows for piece in pieces)
-        if tokens >= _TILE:
-            self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 4
-            scaled = tokens * min(2.0, max(0.5, STALL / seconds))
-            self._share = min(self._model.chunk, max(_TILE, int(scaled) // _TILE * _TILE))
-        if is_mixed:
+        if not any(reads):
+            statistics.decode_seconds += seconds
+        else:
+            statistics.prefill_seconds += seconds
+            if tokens >= _TILE:
+                self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
+        if not all(reads):
             statistics.longest_pass = max(statistics.longest_pass, seconds)
+
+    def _prompt_tokens(self, seconds: float) -> int:
+        """How many tokens of prompts take about so many seconds."""
+        tokens = int(seconds / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
+        return min(self._model.chunk, max(_TILE, tokens))
 
     def _advance(self, entry: _Entry, logits: NDArray[np.float32] | None) -> None:
         """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""

@@ -80,6 +80,7 @@ def finish(batch: Batch) -> None:
 def small(batch: Batch, monkeypatch: pytest.MonkeyPatch, tokens: int = 48) -> None:
     """Have the batch run prompts in small pieces, as a slow machine does."""
     monkeypatch.setattr(batch_module, "STALL", 1e-9)
+    monkeypatch.setattr(batch_module, "ALONE", 1e-9)
     monkeypatch.setattr(batch_module, "_TILE", tokens)
 
 
@@ -167,7 +168,8 @@ def test_a_long_prompt_does_not_stop_the_texts_that_are_being_written(
 ) -> None:
     batch = Batch(dense)
     small(batch, monkeypatch, 32)
-    writing = [Text(batch, dense, "One two", temperature=0.8, seed=i, max_tokens=200, logit_bias=ENDLESS) for i in range(3)]
+    options: dict[str, Any] = {"temperature": 0.8, "max_tokens": 200, "logit_bias": ENDLESS}
+    writing = [Text(batch, dense, "One two", seed=i, **options) for i in range(3)]
     for _ in range(5):
         batch.step()
     long = Text(batch, dense, STORY, temperature=0, max_tokens=5)
@@ -213,7 +215,8 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever(
 
 def test_when_memory_is_short_the_youngest_waits_and_is_computed_again(dense: Model) -> None:
     page = dense.new_cache(1).page_bytes
-    options: dict[str, Any] = {"temperature": 0.9, "seed": 1, "max_tokens": 600, "logprobs": True, "logit_bias": ENDLESS}
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 1, "max_tokens": 600, "logprobs": True}
+    options["logit_bias"] = ENDLESS
     batch = Batch(dense, memory=5 * page)
     kept = Text(batch, dense, "Something that has ended before, long ago and far away, and was kept", max_tokens=1)
     finish(batch)
