@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from npqwen.errors import shortened
 
 if TYPE_CHECKING:
     from npqwen.server.run import Run
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,11 +31,11 @@ class Exchange:
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
-"""The exchange in whose task, or in a task of which, this code runs; None outside of one."""
+"""The exchange that the running code belongs to, also in tasks that its handler has begun; None outside of one."""
 
 
 class Exchanges:
-    """ASGI middleware: an `Exchange` for every request."""
+    """ASGI middleware: an `Exchange` for every request. Its end is logged, at level INFO."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -40,9 +46,34 @@ class Exchanges:
             return
         exchange = Exchange()
         token = current.set(exchange)
+        started = time.perf_counter()
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, noted)
         finally:
             current.reset(token)
             for release in exchange.at_end:
                 release()
+            if _log.isEnabledFor(logging.INFO):
+                seconds = time.perf_counter() - started
+                path = shortened(scope["path"])
+                _log.info("%s %s %d%s, %.2f s", scope["method"], path, status, _work(exchange), seconds)
+
+
+def _work(exchange: Exchange) -> str:
+    """The model and the tokens of a request, for the log."""
+    model = "" if exchange.model is None else f" {exchange.model}"
+    if not exchange.runs:
+        return model
+    usages = [usage for run in exchange.runs for usage in run.usages]
+    prompts = sum(run.prompt_tokens for run in exchange.runs)
+    cached = sum(usage.cached_tokens for usage in usages)
+    generated = sum(usage.generated_tokens for usage in usages)
+    ended = "" if len(usages) == sum(run.choices for run in exchange.runs) else ", ended early"
+    return f"{model}: {prompts} prompt tokens, {cached} cached; {generated} generated{ended}"

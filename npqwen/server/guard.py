@@ -163,10 +163,7 @@ def own_path(scope: Scope) -> str:
 
 def _without_port(host: str) -> str:
     """The lower-case name of a Host header: "localhost" of "localhost:8000", "[::1]" of "[::1]:8000"."""
-    if host.startswith("["):
-        name = host.partition("]")[0] + "]"
-    else:
-        name = host.partition(":")[0]
+    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
     return name.lower().rstrip(".")
 
 

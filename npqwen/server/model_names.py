@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 
 from npqwen.errors import ModelNotFoundError, OptionError, quoted
 
-_OLLAMA = re.compile(r"qwen3(?P<coder>-coder)?:(?P<size>[\d.]+b)(?:-a[\d.]+b)?(?:-(?P<kind>thinking|instruct))?.*", re.ASCII)
+_OLLAMA = re.compile(
+    r"qwen3(?P<coder>-coder)?:(?P<size>[\d.]+b)(?:-a[\d.]+b)?(?:-(?P<kind>thinking|instruct))?.*", re.ASCII
+)
 
 
 class ModelNames:
@@ -53,13 +55,14 @@ class ModelNames:
         return None
 
     def _by_pattern(self, plain: str) -> str | None:
-        return next((model for alias, model in self._aliases.items() if "*" in alias and fnmatchcase(plain, alias)), None)
+        patterns = {alias: model for alias, model in self._aliases.items() if "*" in alias}
+        return next((model for alias, model in patterns.items() if fnmatchcase(plain, alias)), None)
 
     def _listed(self) -> str:
         exact = [alias for alias in self._aliases if "*" not in alias]
-        return f"there are {', '.join([*self._names, *exact])}" if len(self._names + exact) > 1 else (
-            f"there is only {self._names[0]}"
-        )
+        if len(self._names) + len(exact) == 1:
+            return f"there is only {self._names[0]}"
+        return f"there are {', '.join([*self._names, *exact])}"
 
 
 def _plain(name: str) -> str:
@@ -73,7 +76,5 @@ def _ollama_matches(name: str, own: str) -> bool:
         return False
     coder, size, kind = found["coder"] or "", found["size"], found["kind"] or ""
     model = own.rpartition("/")[2]
-    pattern = rf"qwen3{coder}-{re.escape(size)}(-a[\d.]+b)?(-[a-z]*)?(-\d+)?" if kind == "" else (
-        rf"qwen3{coder}-{re.escape(size)}(-a[\d.]+b)?-{kind}(-\d+)?"
-    )
-    return re.fullmatch(pattern, model) is not None
+    mode = f"-{kind}" if kind else r"(-[a-z]+)?"
+    return re.fullmatch(rf"qwen3{coder}-{re.escape(size)}(-a[\d.]+b)?{mode}(-\d+)?", model) is not None

@@ -54,12 +54,7 @@ class Models:
         self._settings = settings or Settings()
         self._clock = clock
         queue = self._settings.queue
-        slots = [
-            _Slot(model)
-            if isinstance(model, Offer)
-            else _Slot(Offer(model.name, model.path, lambda model=model: model), Worker(model, queue=queue))
-            for model in models
-        ]
+        slots = [_Slot(model) if isinstance(model, Offer) else _loaded(model, queue) for model in models]
         if not slots:
             raise OptionError("there is no model to serve; give at least one")
         names = [slot.name for slot in slots]
@@ -92,9 +87,9 @@ class Models:
         return [self._state(slot) for slot in self._slots.values()]
 
     @property
-    def load_error(self) -> BaseException | None:
-        """Why the newest attempt to load the default model failed; None if it did not."""
-        return next(iter(self._slots.values())).error
+    def in_use(self) -> int:
+        """How many requests use a model, or wait for one."""
+        return sum(slot.users for slot in self._slots.values())
 
     def state(self, name: str | None) -> ModelState:
         """What is known of one model. Raises what `worker` raises for its name."""
@@ -193,10 +188,8 @@ class Models:
                 await in_thread(model.close)
                 raise ClosedError("the server is shutting down")
             slot.worker = Worker(model, queue=self._settings.queue)
-            slot.error = None
             _log.info("loaded %s in %.1f s", slot.name, time.perf_counter() - started)
         except BaseException as error:
-            slot.error = error
             if not isinstance(error, NpqwenError):
                 _log.error("%s cannot be loaded", slot.name, exc_info=error)
             raise
@@ -263,13 +256,14 @@ class Models:
 
     def _state(self, slot: _Slot) -> ModelState:
         statistics = WorkerStatistics(alive=True) if slot.worker is None else slot.worker.statistics
+        expires = slot.worker is not None and slot.can_expire and not math.isinf(slot.expires)
         return ModelState(
             slot.name,
             slot.offer,
             slot.worker,
             slot.loading is not None,
             statistics.plus(slot.earlier),
-            None if slot.worker is None or not slot.can_expire or math.isinf(slot.expires) else slot.expires - self._clock(),
+            slot.expires - self._clock() if expires else None,
         )
 
 
@@ -283,7 +277,6 @@ class _Slot:
         self.worker = worker
         self.can_expire = worker is None
         self.loading: asyncio.Task[None] | None = None
-        self.error: BaseException | None = None
         self.users = 0
         """Requests that use it, or wait for it."""
         self.used = 0.0
@@ -302,6 +295,11 @@ class _Slot:
             return False
         statistics = self.worker.statistics
         return not statistics.running and not statistics.waiting
+
+
+def _loaded(model: Model, queue: int) -> _Slot:
+    """The slot of a model that the caller has loaded."""
+    return _Slot(Offer(model.name, model.path, lambda: model), Worker(model, queue=queue))
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from npqwen.chat.events import Event, Finish, Reply
 from npqwen.errors import ClosedError
-from npqwen.generation.completion import Completion, TokenLogprobs
+from npqwen.generation.completion import Completion, TokenLogprobs, Usage
+from npqwen.server.exchange import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,11 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, RunEvent] | BaseException | None] = asyncio.Queue()
         self._left = choices
+        self.usages: list[Usage] = []
+        """The cost of the choices that have ended."""
+        exchange = current.get()
+        if exchange is not None:
+            exchange.runs.append(self)
 
     def cancel(self) -> None:
         """End the request after the pass in progress, also within a prompt. Any thread may call this, repeatedly."""
@@ -84,8 +90,10 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         if isinstance(item, BaseException):
             self._left = 0
             raise item
-        if isinstance(item[1], Finish | Completed):
+        event = item[1]
+        if isinstance(event, Finish | Completed):
             self._left -= 1
+            self.usages.append(event.reply.usage if isinstance(event, Finish) else event.completion.usage)
         return item
 
     async def replies(self) -> list[Reply]:

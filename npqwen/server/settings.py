@@ -10,9 +10,8 @@ from typing import Any
 
 from npqwen.checks import check_number, check_whole, suggestion
 from npqwen.errors import OptionError, quoted
+from npqwen.server.worker import QUEUE
 
-QUEUE = 64
-"""Default limit of requests that wait for a model."""
 BODY_LIMIT = 32_000_000
 """Default limit of a request's body in bytes: a conversation that fills a context of 262,144 tokens has a few."""
 KEEP_ALIVE = 300.0
@@ -58,9 +57,8 @@ class Settings:
                 raise OptionError(f"{quoted(host)} is not a host name; give a name such as raspberrypi.local, or *")
         for origin in self.origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise OptionError(
-                    f"{quoted(origin)} is not an origin; give scheme, host and port, such as http://localhost:3000, or *"
-                )
+                example = "give scheme, host and port, such as http://localhost:3000, or *"
+                raise OptionError(f"{quoted(origin)} is not an origin; {example}")
         check_whole("body_limit", self.body_limit, 1)
         check_whole("queue", self.queue, 1)
         if self.memory is not None:
@@ -68,7 +66,7 @@ class Settings:
         if self.keep_alive is not None:
             check_number("keep_alive", self.keep_alive, -1e9, 1e9)
         for alias, model in self.aliases.items():
-            if not isinstance(alias, str) or not alias.strip("*") and alias != "*" or not isinstance(model, str):
+            if not isinstance(alias, str) or not isinstance(model, str) or not alias or not model:
                 raise OptionError(f"aliases has {quoted(alias)}: {quoted(model)}; both must be names of models")
 
     @classmethod

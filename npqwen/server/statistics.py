@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class WorkerStatistics:
 
     def plus(self, earlier: WorkerStatistics) -> WorkerStatistics:
         """These numbers, and the sums of a worker that has ended."""
-        sums = {one.name: getattr(self, one.name) + getattr(earlier, one.name) for one in fields(self) if one.name in SUMS}
-        return WorkerStatistics(**{one.name: getattr(self, one.name) for one in fields(self)} | sums)
+        return replace(self, **{name: getattr(self, name) + getattr(earlier, name) for name in _SUMS})
 
 
-SUMS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "prefill_seconds", "decode_seconds")
+_SUMS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "prefill_seconds", "decode_seconds")
 """The fields that only grow."""

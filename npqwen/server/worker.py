@@ -15,6 +15,7 @@ from npqwen.generation.decoding import check_prompt_ids
 from npqwen.generation.stream import Stream
 from npqwen.server.requests import ChatRequest, Request, TextRequest
 from npqwen.server.run import Completed, Run, Scored
+from npqwen.server.statistics import WorkerStatistics
 
 if TYPE_CHECKING:
     from npqwen.chat.chat_stream import ChatStream
@@ -33,7 +34,13 @@ class Worker:
         self.model = model
         self._queue = queue
         self._waiting = 0
+        self._running = 0
         self._turn = threading.Lock()
+
+    @property
+    def statistics(self) -> WorkerStatistics:
+        """What it has done, and is doing."""
+        return WorkerStatistics(waiting=self._waiting, running=self._running)
 
     async def start(self, request: Request) -> Run:
         """Check a request, make its prompt and put it into the queue.
@@ -58,8 +65,12 @@ class Worker:
         try:
             with self._turn:
                 self._waiting -= 1
-                for index in range(request.n):
-                    self._choice(run, request, index)
+                self._running += 1
+                try:
+                    for index in range(request.n):
+                        self._choice(run, request, index)
+                finally:
+                    self._running -= 1
         except BaseException as error:
             run.put(error)
 
