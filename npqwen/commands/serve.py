@@ -225,15 +225,9 @@ def _offer(
 ) -> Offer:
     """An offer of MODEL, which is downloaded and converted now if necessary."""
     from npqwen.hub.names import model_name
-    from npqwen.model import Model, load
     from npqwen.server.offer import Offer
 
     check_numba()
     path = resolve(model, bits, terminal, purpose="text", low_disk=low_disk)
-    name = model_name(model)
-
-    def load_it() -> Model:
-        progress = terminal.compilation_progress
-        return load(path, threads=threads, context=context, yarn=yarn, on_compile=progress, name=name)
-
-    return Offer(name, path, load_it)
+    progress = terminal.compilation_progress
+    return Offer.of(path, model_name(model), threads=threads, context=context, yarn=yarn, on_compile=progress)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import monitoring, text_routes
+from npqwen.server import monitoring, ollama, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
@@ -56,7 +56,7 @@ def application(models: Models, settings: Settings) -> Starlette:
         await models.close()
 
     made = Starlette(
-        routes=_routes(),
+        routes=_routes(models),
         middleware=_middleware(settings),
         exception_handlers={
             HTTPException: _refuse,
@@ -72,10 +72,11 @@ def application(models: Models, settings: Settings) -> Starlette:
     return made
 
 
-def _routes() -> list[BaseRoute]:
+def _routes(models: Models) -> list[BaseRoute]:
     return [
-        *monitoring.routes,
-        *text_routes.routes,
+        *ollama.routes(models),
+        *monitoring.routes(models),
+        *text_routes.routes(models),
     ]
 
 

@@ -299,7 +299,7 @@ class _Slot:
 
 def _loaded(model: Model, queue: int) -> _Slot:
     """The slot of a model that the caller has loaded."""
-    return _Slot(Offer(model.name, model.path, lambda: model), Worker(model, queue=queue))
+    return _Slot(Offer.loaded(model), Worker(model, queue=queue))
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

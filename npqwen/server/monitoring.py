@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -66,9 +67,17 @@ _METRICS = (
 """Metrics of each model, with the prefix npqwen_."""
 
 
-async def health(request: Request) -> Response:
+def routes(models: Models) -> list[Route]:
+    """The routes over these models."""
+    return [
+        Route("/health", partial(health, models)),
+        Route("/v1/health", partial(health, models)),
+        Route("/metrics", partial(metrics, models)),
+    ]
+
+
+async def health(models: Models, request: Request) -> Response:
     """Whether requests are answered: 200, or 503 while the first model is loaded or if an engine has stalled."""
-    models: Models = request.app.state.models
     states = models.states
     if stalled := [state.name for state in states if is_stalled(state)]:
         return JSONReply({"status": "stalled", "models": stalled}, 503)
@@ -87,9 +96,8 @@ def is_stalled(state: ModelState) -> bool:
     return not found.alive or (busy and time.monotonic() - found.heartbeat > STALLED)
 
 
-async def metrics(request: Request) -> Response:
+async def metrics(models: Models, request: Request) -> Response:
     """Numbers for Prometheus, in its text format; those of a model are labelled with its name."""
-    models: Models = request.app.state.models
     return PlainTextResponse("".join(_lines(models.states)), media_type="text/plain; version=0.0.4")
 
 
@@ -118,6 +126,3 @@ def _number(value: float) -> str:
 
 def _escaped(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-routes = [Route("/health", health), Route("/v1/health", health), Route("/metrics", metrics)]

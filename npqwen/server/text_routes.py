@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,8 +17,17 @@ from npqwen.server.fields import FieldError, read_fields
 from npqwen.server.json_text import JSONReply
 from npqwen.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from npqwen.server.models import Models
 
-async def tokenize(request: Request) -> Response:
+
+def routes(models: Models) -> list[Route]:
+    """The routes over these models."""
+    handlers = {"/tokenize": tokenize, "/detokenize": detokenize, "/apply-template": apply_template}
+    return [Route(path, partial(handler, models), methods=["POST"]) for path, handler in handlers.items()]
+
+
+async def tokenize(models: Models, request: Request) -> Response:
     """The token ids of a text: {"content": "..."} gives {"tokens": [...]}.
 
     parse_special, by default true: names of special tokens in the text are those tokens. with_pieces: objects of each
@@ -28,18 +38,18 @@ async def tokenize(request: Request) -> Response:
     fields.flag("add_special")
     special = fields.flag("parse_special") is not False
     pieces = bool(fields.flag("with_pieces"))
-    worker = await request.app.state.models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"))
     tokenizer: Tokenizer = worker.model.tokenizer
     ids = await in_thread(lambda: encode(tokenizer, text, special))
     tokens: list[Any] = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids] if pieces else ids
     return JSONReply({"tokens": tokens})
 
 
-async def detokenize(request: Request) -> Response:
+async def detokenize(models: Models, request: Request) -> Response:
     """The text of token ids, special tokens included: {"tokens": [...]} gives {"content": "..."}."""
     fields = await read_fields(request)
     ids = fields.required("tokens", fields.items)
-    worker = await request.app.state.models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"))
     size = worker.model.config.vocab_size
     for at, id in enumerate(ids):
         if type(id) is not int or not 0 <= id < size:
@@ -49,7 +59,7 @@ async def detokenize(request: Request) -> Response:
     return JSONReply({"content": await in_thread(lambda: tokenizer.decode(ids, special=True))})
 
 
-async def apply_template(request: Request) -> Response:
+async def apply_template(models: Models, request: Request) -> Response:
     """The prompt that a conversation makes: {"messages": [...], "tools": [...]} gives {"prompt": "..."}.
 
     chat_template_kwargs: variables of the template, enable_thinking among them.
@@ -60,7 +70,7 @@ async def apply_template(request: Request) -> Response:
     variables = fields.object("chat_template_kwargs")
     options = {} if variables is None else dict(variables.values)
     thinking = options.pop("enable_thinking", None)
-    worker = await request.app.state.models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"))
     model = worker.model
     prompt = await in_thread(
         lambda: model.chat_template.prepare(messages, tools or None, thinking, True, **options).text()
@@ -85,10 +95,3 @@ def _piece(data: bytes) -> str | list[int]:
         return data.decode()
     except UnicodeDecodeError:
         return list(data)
-
-
-routes = [
-    Route("/tokenize", tokenize, methods=["POST"]),
-    Route("/detokenize", detokenize, methods=["POST"]),
-    Route("/apply-template", apply_template, methods=["POST"]),
-]
