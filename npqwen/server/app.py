@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
+from npqwen.server import openai
 from npqwen.server.models import Models
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def app(*models: Model) -> Starlette:
     """An ASGI application that serves these models; mount it, or run it with uvicorn."""
-    application = Starlette(routes=[])
-    application.state.models = Models(*models)
+    offered = Models(*models)
+    application = Starlette(routes=openai.routes(offered))
+    application.state.models = offered
     return application
