@@ -146,6 +146,7 @@ class Answer:
             tool_results=list(tool_results),
             notices=list(notices),
             logprobs=None if logprobs is None else list(logprobs),
+            reasoning_tokens=self._decoding.thinking.length,
         )
 
     def _record(self, pieces: Iterable[Piece]) -> list[Piece]:

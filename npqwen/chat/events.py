@@ -47,6 +47,7 @@ class Reply:
     tool_results: the results of calls run by `run_tools`.
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
+    reasoning_tokens: how many of the last step's tokens are reasoning.
     """
 
     text: str
@@ -58,6 +59,7 @@ class Reply:
     tool_results: list[ToolResult] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    reasoning_tokens: int = 0
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""

@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import monitoring, ollama, text_routes
+from npqwen.server import monitoring, ollama, openai, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
@@ -62,6 +62,7 @@ def application(models: Models, settings: Settings) -> Starlette:
             HTTPException: _refuse,
             NpqwenError: _fail,
             ClientGoneError: _client_gone,
+            ClientDisconnect: _client_gone,
             Exception: _internal_error,
         },
         lifespan=lifespan,
@@ -74,6 +75,7 @@ def application(models: Models, settings: Settings) -> Starlette:
 
 def _routes(models: Models) -> list[BaseRoute]:
     return [
+        *openai.routes(models),
         *ollama.routes(models),
         *monitoring.routes(models),
         *text_routes.routes(models),

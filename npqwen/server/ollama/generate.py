@@ -14,7 +14,7 @@ from npqwen.server.fields import FieldError, Fields, read_fields
 from npqwen.server.ollama.answer import Head, text_part
 from npqwen.server.ollama.answering import answer, load_or_let_go
 from npqwen.server.ollama.body import Body, read_body, refuse_images
-from npqwen.server.openai.fill_in import fill_in
+from npqwen.server.openai.completion_request import CompletionBody
 from npqwen.server.requests import ChatRequest, TextRequest
 
 if TYPE_CHECKING:
@@ -72,4 +72,5 @@ def _request(model: Model, body: Body, prompt: _Prompt) -> ChatRequest | TextReq
     options = cast(GenerationOptions, {**body.options.generation, **body.generation})
     if prompt.suffix is None:
         return TextRequest(prompt.text, options)
-    return fill_in(prompt.text, prompt.suffix, options, model.tokenizer)
+    completion = CompletionBody(None, [prompt.text], prompt.suffix, dict(options), 1, False, False, False)
+    return completion.requests(model.tokenizer)[0]

@@ -35,8 +35,8 @@ _WITHOUT_EFFECT = (
     "f16_kv", "low_vram", "main_gpu", "mirostat_eta", "mirostat_tau", "num_batch", "num_gpu", "num_keep", "numa",
     "use_mlock", "use_mmap",
 )  # fmt: skip
-"""About graphics cards, memory and batches, which have no effect on the text, and num_keep: what a prompt keeps when it is
-cut. Here none is."""
+"""About graphics cards, memory and batches, which have no effect on the text; and num_keep, the start of a prompt that
+survives when the rest is cut, which never happens here."""
 MAX_STOPS = 64
 """The most stop strings; each is searched for in every piece of text."""
 
