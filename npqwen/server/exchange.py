@@ -1,4 +1,4 @@
-"""What one HTTP request has used: the models that it keeps loaded, and the runs that it started."""
+"""What one HTTP request has used: the model that it keeps loaded, and the tokens that it cost."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.errors import shortened
-
-if TYPE_CHECKING:
-    from npqwen.server.run import Run
+from npqwen.generation.completion import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +22,12 @@ class Exchange:
 
     model: str | None = None
     """The name of the model that it asked for last."""
-    runs: list[Run] = field(default_factory=list)
+    prompt_tokens: int = 0
+    """Of the runs that it started."""
+    choices: int = 0
+    """Answers that it wants."""
+    usages: list[Usage] = field(default_factory=list)
+    """Of the answers that have ended."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """Called when the response is complete, or the client is gone."""
 
@@ -69,11 +71,9 @@ class Exchanges:
 def _work(exchange: Exchange) -> str:
     """The model and the tokens of a request, for the log."""
     model = "" if exchange.model is None else f" {exchange.model}"
-    if not exchange.runs:
+    if not exchange.choices:
         return model
-    usages = [usage for run in exchange.runs for usage in run.usages]
-    prompts = sum(run.prompt_tokens for run in exchange.runs)
-    cached = sum(usage.cached_tokens for usage in usages)
-    generated = sum(usage.generated_tokens for usage in usages)
-    ended = "" if len(usages) == sum(run.choices for run in exchange.runs) else ", ended early"
-    return f"{model}: {prompts} prompt tokens, {cached} cached; {generated} generated{ended}"
+    cached = sum(usage.cached_tokens for usage in exchange.usages)
+    generated = sum(usage.generated_tokens for usage in exchange.usages)
+    ended = "" if len(exchange.usages) == exchange.choices else ", ended early"
+    return f"{model}: {exchange.prompt_tokens} prompt tokens, {cached} cached; {generated} generated{ended}"

@@ -59,11 +59,10 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, RunEvent] | BaseException | None] = asyncio.Queue()
         self._left = choices
-        self.usages: list[Usage] = []
-        """The cost of the choices that have ended."""
-        exchange = current.get()
-        if exchange is not None:
-            exchange.runs.append(self)
+        self._exchange = current.get()
+        if self._exchange is not None:
+            self._exchange.prompt_tokens += prompt_tokens
+            self._exchange.choices += choices
 
     def cancel(self) -> None:
         """End the request after the pass in progress, also within a prompt. Any thread may call this, repeatedly."""
@@ -93,7 +92,8 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         event = item[1]
         if isinstance(event, Finish | Completed):
             self._left -= 1
-            self.usages.append(event.reply.usage if isinstance(event, Finish) else event.completion.usage)
+            if self._exchange is not None:
+                self._exchange.usages.append(_usage(event))
         return item
 
     async def replies(self) -> list[Reply]:
@@ -114,3 +114,7 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         if len(results) < self.choices:
             raise ClosedError("the request was cancelled")
         return [results[index] for index in range(self.choices)]
+
+
+def _usage(event: Finish | Completed) -> Usage:
+    return event.reply.usage if isinstance(event, Finish) else event.completion.usage
