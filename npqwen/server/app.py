@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import monitoring, ollama, openai, text_routes
+from npqwen.server import front, monitoring, ollama, openai, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
@@ -75,6 +75,7 @@ def application(models: Models, settings: Settings) -> Starlette:
 
 def _routes(models: Models) -> list[BaseRoute]:
     return [
+        *front.routes(),
         *openai.routes(models),
         *ollama.routes(models),
         *monitoring.routes(models),

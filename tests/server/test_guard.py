@@ -30,6 +30,14 @@ def locked(tiny_model: npqwen.Model) -> Starlette:
     return app(tiny_model, api_keys=[KEY, OTHER])
 
 
+def test_browsers_get_the_page_and_ollamas_clients_their_sentence(open_app: Starlette) -> None:
+    browser = call(open_app, "GET", "/", {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert browser.headers["content-type"].startswith("text/html")
+    client = call(open_app, "GET", "/", {"accept": "*/*"})
+    assert (client.status, client.body, client.headers["vary"]) == (200, b"Ollama is running", "Accept")
+    assert call(open_app, "HEAD", "/").status == 200
+
+
 # --- keys ---
 
 
@@ -55,6 +63,7 @@ def test_each_key_is_enough_in_either_header(key: str, locked: Starlette) -> Non
 def test_health_and_the_page_need_no_key(locked: Starlette) -> None:
     assert call(locked, "GET", "/health").status == 200
     assert call(locked, "GET", "/").status == 200
+    assert call(locked, "GET", "/page/app.js").status == 200
 
 
 def test_keys_are_compared_in_constant_time(locked: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
