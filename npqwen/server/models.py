@@ -212,8 +212,8 @@ class Models:
                 if self._settings.memory is None:
                     return  # weights are mapped: what does not fit is read from disk again and again
                 raise OutOfMemoryError(
-                    f"{slot.name} needs {size(need)} of memory; {size(max(0, self._limit - taken))} of the "
-                    f"{size(self._limit)} that the server may use are left"
+                    f"{slot.name} needs {size(need)} of memory, but {size(max(0, self._limit - taken))} of the "
+                    f"{size(self._limit)} for models are left; start the server with more --memory"
                 )
             left = deadline - self._clock()
             if left <= 0:
@@ -245,6 +245,7 @@ class Models:
     def _sweep_later(self) -> None:
         """Have `sweep` run when the next model may go."""
         if self._sweeper is None or self._sweeper.done():
+            self._changed = asyncio.Event()  # of the running loop, which tests change
             self._sweeper = asyncio.create_task(self._sweep_on())
 
     async def _sweep_on(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from npqwen.chat.chat_options import ChatSettings
@@ -19,7 +21,7 @@ from npqwen.server.statistics import WorkerStatistics
 
 if TYPE_CHECKING:
     from npqwen.chat.chat_stream import ChatStream
-    from npqwen.generation.completion import TokenLogprobs
+    from npqwen.generation.completion import TokenLogprobs, Usage
     from npqwen.model import Model
 
 QUEUE = 64
@@ -35,12 +37,13 @@ class Worker:
         self._queue = queue
         self._waiting = 0
         self._running = 0
+        self._sums = WorkerStatistics()
         self._turn = threading.Lock()
 
     @property
     def statistics(self) -> WorkerStatistics:
         """What it has done, and is doing."""
-        return WorkerStatistics(waiting=self._waiting, running=self._running)
+        return replace(self._sums, waiting=self._waiting, running=self._running, heartbeat=time.monotonic())
 
     async def start(self, request: Request) -> Run:
         """Check a request, make its prompt and put it into the queue.
@@ -94,9 +97,23 @@ class Worker:
             if tokens and not isinstance(item, Finish):
                 scored += len(tokens)
                 run.put((index, Scored(tuple(tokens))))
+            if isinstance(item, Finish):
+                self._count(stream.usage)
             run.put((index, Text(item) if isinstance(item, str) else item))
         if isinstance(stream, Stream):
+            self._count(stream.usage)
             run.put((index, Completed(stream.completion())))
+
+    def _count(self, usage: Usage) -> None:
+        sums = WorkerStatistics(
+            requests=1,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            generated_tokens=usage.generated_tokens,
+            prefill_seconds=usage.prefill_seconds,
+            decode_seconds=usage.decode_seconds,
+        )
+        self._sums = sums.plus(self._sums)
 
     def close(self) -> None:
         """End the thread, and the requests that are running."""

@@ -6,8 +6,9 @@ import hmac
 import socket
 from typing import Any
 
+import httpx
 import pytest
-from asgi import call, post
+from asgi import call
 from serving import served
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -114,7 +115,7 @@ def test_its_own_names_and_addresses_reach_the_server(host: str, open_app: Starl
     assert call(open_app, "GET", "/health", {"host": host}).status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "127.0.0.1.evil.example", "", "[", "::1"])
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:1", "127.0.0.1.evil.example", "", "[", "::1"])
 def test_a_name_that_was_rebound_to_this_machine_is_refused(host: str, open_app: Starlette) -> None:
     for path in ("/health", "/v1/models", "/api/tags"):
         reply = call(open_app, "GET", path, {"host": host})
@@ -176,7 +177,7 @@ def test_any_page_may_call_if_a_setting_says_so(tiny_model: npqwen.Model) -> Non
     assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "*")
 
 
-@pytest.mark.parametrize("path", ["/slots", "/v1/stream", "/v1/streams", "/v1/responses", "/v1/conversations", "/api/me"])
+@pytest.mark.parametrize("path", ["/slots", "/v1/stream", "/v1/responses", "/v1/conversations", "/api/me"])
 def test_nobody_can_list_what_others_ask(path: str, open_app: Starlette) -> None:
     assert call(open_app, "GET", path).status in (404, 405)
 
@@ -272,20 +273,20 @@ def test_mounted_below_a_prefix_everything_holds(tiny_model: npqwen.Model) -> No
 
 
 def test_a_mounted_app_is_served_too(tiny_model: npqwen.Model) -> None:
-    import httpx
-
     with served(Starlette(routes=[Mount("/llm", app=app(tiny_model))])) as url:
         assert httpx.get(f"{url}/llm/health").json() == {"status": "ok"}
         found = httpx.post(f"{url}/llm/tokenize", json={"content": "hi"}).json()
         assert found == {"tokens": tiny_model.tokenizer.encode("hi")}
 
 
-def test_an_error_within_a_handler_is_told_in_one_line(tiny_model: npqwen.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = app(tiny_model)
-
+def test_an_error_of_the_servers_own_tells_clients_nothing(
+    tiny_model: npqwen.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("secret")
 
     monkeypatch.setattr("npqwen.server.text_routes.encode", fail)
-    with pytest.raises(RuntimeError):  # for the server's log
-        post(broken, "/tokenize", {"content": "x"})
+    with served(app(tiny_model)) as url:
+        reply = httpx.post(f"{url}/tokenize", json={"content": "x"})
+    assert reply.status_code == 500
+    assert reply.json()["error"]["message"] == "internal error; the server's log has the details"
