@@ -146,6 +146,8 @@ class Answer:
             tool_results=list(tool_results),
             notices=list(notices),
             logprobs=None if logprobs is None else list(logprobs),
+            stop_string=self.stop_string,
+            thinking_tokens=self._decoding.thinking.length,
         )
 
     def _record(self, pieces: Iterable[Piece]) -> list[Piece]:

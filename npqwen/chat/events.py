@@ -28,6 +28,23 @@ class Text:
 
 
 @dataclass(frozen=True)
+class CallStart:
+    """The model has begun to write its call number `index`; the call itself, with this id, follows as a ToolCall."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """A piece of the JSON text of a call's arguments."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Notice:
     """Information for the user, such as that old turns were dropped, or that a setting is advised against."""
 
@@ -47,6 +64,8 @@ class Reply:
     tool_results: the results of calls run by `run_tools`.
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
+    stop_string: the one of `stop` that ended the last step, if one did.
+    thinking_tokens: tokens of the last step's thinking.
     """
 
     text: str
@@ -58,6 +77,8 @@ class Reply:
     tool_results: list[ToolResult] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    stop_string: str | None = None
+    thinking_tokens: int = 0
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""
@@ -73,4 +94,4 @@ class Finish:
 
 
 Piece = Reasoning | Text | ToolCall
-Event = Piece | ToolResult | Notice | Finish
+Event = Piece | CallStart | CallArguments | ToolResult | Notice | Finish
