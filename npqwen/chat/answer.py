@@ -147,7 +147,7 @@ class Answer:
             notices=list(notices),
             logprobs=None if logprobs is None else list(logprobs),
             stop_string=self.stop_string,
-            thinking_tokens=self._decoding.thinking.length,
+            reasoning_tokens=self._decoding.thinking.length,
         )
 
     def _record(self, pieces: Iterable[Piece]) -> list[Piece]:

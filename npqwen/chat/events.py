@@ -29,7 +29,11 @@ class Text:
 
 @dataclass(frozen=True)
 class CallStart:
-    """The model has begun to write its call number `index`; the call itself, with this id, follows as a ToolCall."""
+    """The beginning of a tool call; its arguments follow, and then a ToolCall or an UnfinishedCall with the same id.
+
+    index: how many calls the answer began before. It comes while the call is being written if the call names a tool on
+    offer before its arguments, otherwise at its end.
+    """
 
     index: int
     id: str
@@ -38,10 +42,23 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """A piece of the JSON text of a call's arguments."""
+    """A piece of the JSON text of a tool call's arguments. All pieces together spell the ToolCall's `arguments`."""
 
     index: int
     text: str
+
+
+@dataclass(frozen=True)
+class UnfinishedCall:
+    """The end of a tool call that was begun and cannot be run: it was cut off, or its text is malformed.
+
+    arguments: the JSON text of its arguments as far as it came, all pieces together.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,9 @@ class Reply:
     tool_results: the results of calls run by `run_tools`.
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
+    unfinished_calls: the last step's calls that were cut off or malformed. They are not part of `messages`.
     stop_string: the one of `stop` that ended the last step, if one did.
-    thinking_tokens: tokens of the last step's thinking.
+    reasoning_tokens: how many of the last step's tokens are reasoning.
     """
 
     text: str
@@ -77,8 +95,9 @@ class Reply:
     tool_results: list[ToolResult] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    unfinished_calls: list[UnfinishedCall] = field(default_factory=list)
     stop_string: str | None = None
-    thinking_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""
@@ -93,5 +112,5 @@ class Finish:
     reply: Reply
 
 
-Piece = Reasoning | Text | ToolCall
-Event = Piece | CallStart | CallArguments | ToolResult | Notice | Finish
+Piece = Reasoning | Text | CallStart | CallArguments | ToolCall | UnfinishedCall
+Event = Piece | ToolResult | Notice | Finish

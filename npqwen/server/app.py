@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
+from npqwen.server import anthropic
 from npqwen.server.models import Models
+from npqwen.server.openai import responses
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 def app(*models: Model) -> Starlette:
     """An ASGI application that serves these models; mount it, or run it with uvicorn."""
-    application = Starlette(routes=[])
-    application.state.models = Models(*models)
+    workers = Models(*models)
+    application = Starlette(routes=[*anthropic.routes(workers), *responses.routes(workers)])
+    application.state.models = workers
     return application

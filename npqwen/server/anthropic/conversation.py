@@ -15,7 +15,7 @@ from npqwen.server.tool_results import matched
 _log = logging.getLogger(__name__)
 
 _BILLING = "x-anthropic-billing-header"
-"""What a block begins with that Claude Code writes anew for every request: with it, no two prompts have a common prefix."""
+"""How a block begins that is different in every request of Claude Code: with it, no two prompts have a common prefix."""
 
 _ROLES = ("user", "assistant", "system")
 _UNSEEN = ("redacted_thinking", "fallback", "container_upload", "tool_reference")
@@ -39,7 +39,7 @@ def read_messages(body: Fields) -> list[Message]:
         messages += _turn(fields)
     if messages[-1]["role"] == "assistant":
         place = f"messages[{len(given) - 1}]"
-        raise FieldError(f"{place} is the assistant's, and answers cannot be continued; end with the user's turn", place)
+        raise FieldError(f"{place} is the assistant's, and an answer cannot be continued; end with the user's", place)
     return matched(messages)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text
+from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text, UnfinishedCall
 from npqwen.server.json_text import json_text
 from npqwen.server.opaque_reasoning import pack, placeholder
 from npqwen.server.run import RunEvent
@@ -31,6 +31,8 @@ class Message:
         self._omit_thinking = omit_thinking
         self._call: str | None = None
         """The id of the call whose block is open."""
+        self._broken = 0
+        """Blocks that the events had, and `body` has not."""
         self._pieces: list[str] = []
         """The text of the open block."""
         self._open = ""
@@ -71,6 +73,8 @@ class Message:
             return [self._delta("input_json_delta", "partial_json", event.text)]
         if isinstance(event, ToolCall):
             return self._whole_call(event)
+        if isinstance(event, UnfinishedCall):
+            return self._broken_call()
         return self._finish(event.reply) if isinstance(event, Finish) else []
 
     def _begin(self, block: Json) -> list[Json]:
@@ -96,6 +100,16 @@ class Message:
         self.body["content"][-1]["input"] = call.arguments
         return events + self._end()
 
+    def _broken_call(self) -> list[Json]:
+        """The end of the open call's block; `body` does not have it, as nobody should run it.
+
+        Indices in events count it: a client that streams has seen it.
+        """
+        events = self._end()
+        self.body["content"].pop()
+        self._broken += 1
+        return events
+
     def _end(self) -> list[Json]:
         """Close the block that is open, if there is one."""
         if not self._open:
@@ -116,7 +130,7 @@ class Message:
 
     @property
     def _index(self) -> int:
-        return len(self.body["content"]) - 1
+        return len(self.body["content"]) + self._broken - 1
 
     def _finish(self, reply: Reply) -> list[Json]:
         closed = self._end()

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.anthropic.conversation import read_messages, read_tools
-from npqwen.server.effort import EFFORTS, thinking_budget
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.openai.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
 
 if TYPE_CHECKING:
-    from npqwen.chat.chat_model import ChatModel
+    from npqwen.model import Model
 
 _CHOICES = {"auto": None, "any": "required", "none": "none"}
 _FORMATS = ("json_schema",)
@@ -28,7 +28,7 @@ class MessagesRequest:
     stream: bool
 
 
-def read_request(body: Fields, model: ChatModel) -> MessagesRequest:
+def read_request(body: Fields, model: Model) -> MessagesRequest:
     """What a body of /v1/messages or of /v1/messages/count_tokens wants of a model.
 
     Unlike in Anthropic's own API, max_tokens may be absent: the answer then ends when it is complete or the context is
@@ -93,27 +93,29 @@ def _tool_choice(body: Fields, tools: list[str]) -> dict[str, Any]:
     return {"tool_choice": name} | ({} if parallel or not tools else {"parallel_tool_calls": False})
 
 
-def _thinking(body: Fields, thinking: Fields | None, model: ChatModel, tools: bool) -> dict[str, Any]:
+def _thinking(body: Fields, thinking: Fields | None, model: Model, tools: bool) -> dict[str, Any]:
     """Whether and how long the model thinks: as in Anthropic's API, not at all unless that is requested.
 
-    A model that cannot switch its thinking off is made to end it at once if it is disabled. "adaptive" leaves it to
-    the model, within the limit that output_config.effort sets.
+    "adaptive" leaves it to the model, within the budget that output_config.effort stands for. A model that never
+    thinks stays within any budget.
     """
     config = body.object("output_config")
-    effort = None if config is None else config.one_of("effort", EFFORTS)
+    effort = None if config is None else config.one_of("effort", tuple(EFFORTS))
     kind = None if thinking is None else thinking.required("type", lambda name: thinking.one_of(name, _KINDS))
     can = model.chat_template.thinking(None, tools)
-    if can == "never":  # no limit is exceeded by a model that does not think
-        return {}
+    wants: bool | None = None
+    budget = limit = None
     if kind == "enabled":
         assert thinking is not None
         budget = thinking.required("budget_tokens", lambda name: thinking.whole(name, 0))
-        return {"thinking": True, "thinking_budget": budget}
-    if kind == "adaptive":
-        return {} if effort is None else {"thinking_budget": thinking_budget(effort)}
-    if can == "switch":
-        return {"thinking": False}
-    return {"thinking_budget": 0} if kind == "disabled" else {}
+        wants = True
+    elif kind == "adaptive":
+        limit = None if effort is None else EFFORTS[effort]
+    elif kind == "disabled" or can == "switch":
+        wants = False
+    if can == "never":
+        return {}
+    return ReasoningFields(wants, budget, limit, "apart", {}).options(model, tools)
 
 
 _KINDS = ("enabled", "disabled", "adaptive")

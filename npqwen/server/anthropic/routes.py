@@ -14,14 +14,14 @@ from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.messages import checked
 from npqwen.errors import ClosedError, ContextLengthError
 from npqwen.server.anthropic.message import Message
-from npqwen.server.anthropic.request import MessagesRequest, read_request
+from npqwen.server.anthropic.request import read_request
 from npqwen.server.failure import CONTEXT_LENGTH_EXCEEDED, Failure, failure_of
 from npqwen.server.fields import read_fields
 from npqwen.server.json_text import JSONReply, server_sent
 from npqwen.server.streaming import ClientGoneError, StreamedRun, until_disconnected
 
 if TYPE_CHECKING:
-    from npqwen.chat.chat_model import ChatModel
+    from npqwen.model import Model
     from npqwen.server.models import Models
     from npqwen.server.requests import ChatRequest
     from npqwen.server.run import Progress, Run, RunEvent
@@ -45,14 +45,16 @@ def routes(models: Models) -> list[Route]:
         id = _request_id()
         try:
             body = await read_fields(request)
-            worker = await models.worker(body.text("model"))
+            name = body.text("model")
+            worker = await models.worker(name)
             wanted = read_request(body, worker.model)
             try:
                 run = await worker.start(wanted.chat)
             except ContextLengthError as error:
                 tokens = await asyncio.to_thread(_prompt_tokens, worker.model, wanted.chat)
                 raise _too_long(error, tokens, worker.model.context) from None
-            return await _answer(request, run, wanted, worker.model, id)
+            message = Message(name or worker.model.name, run.prompt_tokens, omit_thinking=wanted.omit_thinking)
+            return await _answer(request, run, message, wanted.stream, worker.model.context, id)
         except ClientGoneError:
             return Response(status_code=499)
         except Exception as error:
@@ -82,18 +84,17 @@ def error_reply(failure: Failure, id: str | None = None) -> Response:
     return JSONReply(_error(failure, id), status_code=failure.status, headers=headers)
 
 
-async def _answer(request: Request, run: Run, wanted: MessagesRequest, model: ChatModel, id: str) -> Response:
-    message = Message(model.name, run.prompt_tokens, omit_thinking=wanted.omit_thinking)
+async def _answer(request: Request, run: Run, message: Message, stream: bool, context: int, id: str) -> Response:
     headers = {"request-id": id}
-    if wanted.stream:
-        return StreamedRun(run, _MessageStream(message, run.prompt_tokens, model.context, id), headers)
+    if stream:
+        return StreamedRun(run, _MessageStream(message, run.prompt_tokens, context, id), headers)
 
     async def finished() -> dict[str, Any]:
         try:
             async for _, event in run:
                 message.push(event)
         except ContextLengthError as error:
-            raise _too_long(error, run.prompt_tokens, model.context) from None
+            raise _too_long(error, run.prompt_tokens, context) from None
         if not message.finished:
             raise ClosedError("the request was cancelled")
         return message.body
@@ -146,7 +147,7 @@ def _too_long(error: ContextLengthError, tokens: int, context: int) -> ContextLe
     return ContextLengthError(f"prompt is too long: {tokens} tokens > {context - 1} maximum")
 
 
-def _prompt_tokens(model: ChatModel, request: ChatRequest) -> int:
+def _prompt_tokens(model: Model, request: ChatRequest) -> int:
     settings = ChatSettings.of(request.options)
     return len(settings.prompter(model).ids(checked(request.messages)))
 

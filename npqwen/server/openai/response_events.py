@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Any
 
-from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text
+from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text, UnfinishedCall
 from npqwen.server.failure import CONTEXT_LENGTH_EXCEEDED, Failure
 from npqwen.server.json_text import json_text
 from npqwen.server.opaque_reasoning import pack
@@ -75,6 +75,8 @@ class Answer:
             self._add_arguments(event.text)
         elif isinstance(event, ToolCall):
             self._whole_call(event)
+        elif isinstance(event, UnfinishedCall):
+            self._end("incomplete")
         elif isinstance(event, Finish):
             self._finish(event.reply)
         return self._taken()
@@ -208,7 +210,7 @@ class Answer:
                 "input_tokens": usage.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": usage.generated_tokens,
-                "output_tokens_details": {"reasoning_tokens": reply.thinking_tokens},
+                "output_tokens_details": {"reasoning_tokens": reply.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.generated_tokens,
             },
         }

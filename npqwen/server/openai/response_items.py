@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Any, cast
+from typing import Any
 
 from npqwen.chat.messages import Message
 from npqwen.errors import quoted
@@ -32,10 +33,14 @@ def read_messages(body: Fields, items: list[Fields] | None) -> list[Message]:
         messages.append({"role": "user", "content": body.required("input", body.text)})
     for item in items or []:
         _add(messages, item)
-    messages = [message for message in messages if message.keys() != {"role", "content", "reasoning_content"} or message["content"]]
+    messages = [message for message in messages if not _is_reasoning_only(message)]
     if all(message["role"] == "system" for message in messages):
         raise FieldError("input has no message", "input")
     return matched(messages)
+
+
+def _is_reasoning_only(message: Message) -> bool:
+    return "reasoning_content" in message and not message["content"] and "tool_calls" not in message
 
 
 def _add(messages: list[Message], item: Fields) -> None:
@@ -47,12 +52,8 @@ def _add(messages: list[Message], item: Fields) -> None:
             messages.append({"role": "assistant", "content": "", "reasoning_content": reasoning})
     elif kind in ("function_call", "custom_tool_call"):
         tool = ClientTool(item.required("name", item.text), item.text("namespace"), kind == "custom_tool_call")
-        arguments: Any
-        if tool.custom:
-            arguments = tool.arguments(item.text("input") or "")
-        else:
-            arguments = item.text("arguments") or "{}"
-        call = {"id": _call_id(item), "type": "function", "function": {"name": tool.model_name, "arguments": arguments}}
+        function = {"name": tool.model_name, "arguments": _arguments(item, tool)}
+        call = {"id": _call_id(item), "type": "function", "function": function}
         _answer(messages).setdefault("tool_calls", []).append(call)
     elif kind in ("function_call_output", "custom_tool_call_output"):
         item.required("output", item.any)
@@ -89,7 +90,22 @@ def _reasoning(item: Fields) -> str:
 
 
 def _call_id(item: Fields) -> str:
-    return cast(str, item.required("call_id", item.text))
+    return item.required("call_id", item.text)
+
+
+def _arguments(item: Fields, tool: ClientTool) -> Any:
+    """A call's arguments, as text if it is a JSON object's: the text that the model wrote is in the cache.
+
+    Text that is none, from a call that was cut off, becomes an argument itself: the conversation can go on.
+    """
+    if tool.custom:
+        return tool.arguments(item.text("input") or "")
+    text = item.text("arguments") or "{}"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    return text if isinstance(value, dict) else {"arguments": text}
 
 
 def _text(fields: Fields, name: str) -> str:

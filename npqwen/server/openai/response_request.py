@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from npqwen.chat.chat_options import ChatOptions
-from npqwen.server.effort import EFFORTS, thinking_budget
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.openai.reasoning_fields import reasoning_fields
 from npqwen.server.openai.response_items import read_messages
 from npqwen.server.openai.response_tools import ClientTools, read_tool_choice, read_tools
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
 
 if TYPE_CHECKING:
-    from npqwen.chat.chat_model import ChatModel
+    from npqwen.model import Model
 
 _SEND_ALL = "nothing is stored here; send the whole conversation in input"
 _TOLERATED = (
@@ -47,7 +47,7 @@ class ResponsesRequest:
     stream: bool
 
 
-def read_request(body: Fields, model: ChatModel) -> ResponsesRequest:
+def read_request(body: Fields, model: Model) -> ResponsesRequest:
     """What a body of /v1/responses or of /v1/responses/input_tokens wants of a model.
 
     Raises FieldError for what cannot be obeyed, and OptionError for options that contradict each other.
@@ -61,7 +61,6 @@ def read_request(body: Fields, model: ChatModel) -> ResponsesRequest:
     lists = [body.objects("tools") or []]
     lists += [item.objects("tools") or [] for item in items or [] if item.any("type") == "additional_tools"]
     tools, choice = read_tool_choice(body, read_tools(lists))
-    reasoning = body.object("reasoning")
     parallel = body.flag("parallel_tool_calls")
     options: dict[str, Any] = {
         "tools": tools.schemas or None,
@@ -71,7 +70,7 @@ def read_request(body: Fields, model: ChatModel) -> ResponsesRequest:
         "temperature": body.number("temperature", 0, 100),
         "top_p": body.number("top_p", 0, 1),
         "schema": _schema(body),
-        **_thinking(reasoning, model, bool(tools.by_name)),
+        **reasoning_fields(body).options(model, bool(tools.by_name)),
     }
     _check_include(body)
     body.ignore(*_TOLERATED)
@@ -81,7 +80,7 @@ def read_request(body: Fields, model: ChatModel) -> ResponsesRequest:
             cast(ChatOptions, {name: value for name, value in options.items() if value is not None}),
         ),
         tools,
-        _wants_summary(reasoning),
+        _wants_summary(body),
         _echo(body),
         bool(body.flag("stream")),
     )
@@ -94,7 +93,8 @@ def _check_include(body: Fields) -> None:
     if not all(isinstance(name, str) for name in include):
         body.wrong("include", "a list of strings")
     if "message.output_text.logprobs" in include:
-        raise FieldError("include has message.output_text.logprobs; /v1/chat/completions has log-probabilities", "include")
+        problem = "include has message.output_text.logprobs; /v1/chat/completions has log-probabilities"
+        raise FieldError(problem, "include")
 
 
 def _schema(body: Fields) -> Any:
@@ -112,18 +112,8 @@ def _schema(body: Fields) -> Any:
     return {"type": "object"} if kind == "json_object" else None
 
 
-def _thinking(reasoning: Fields | None, model: ChatModel, tools: bool) -> dict[str, Any]:
-    """Whether and how long the model thinks; by default as its template does. A model that never does stays so."""
-    effort = None if reasoning is None else reasoning.one_of("effort", EFFORTS)
-    can = model.chat_template.thinking(None, tools)
-    if effort is None or can == "never":
-        return {}
-    if effort == "none" and can == "switch":
-        return {"thinking": False}
-    return {"thinking": True, "thinking_budget": thinking_budget(effort)}
-
-
-def _wants_summary(reasoning: Fields | None) -> bool:
+def _wants_summary(body: Fields) -> bool:
+    reasoning = body.object("reasoning")
     if reasoning is None:
         return False
     kinds = ("auto", "concise", "detailed", "none")
