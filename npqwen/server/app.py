@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
-from npqwen.server import anthropic
+from npqwen.server import anthropic, openai
 from npqwen.server.models import Models
-from npqwen.server.openai import responses
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def app(*models: Model) -> Starlette:
     """An ASGI application that serves these models; mount it, or run it with uvicorn."""
-    workers = Models(*models)
-    application = Starlette(routes=[*anthropic.routes(workers), *responses.routes(workers)])
-    application.state.models = workers
+    offered = Models(*models)
+    application = Starlette(routes=[*openai.routes(offered), *anthropic.routes(offered)])
+    application.state.models = offered
     return application

@@ -21,9 +21,8 @@ def placed(messages: Sequence[Message], template: ChatTemplate) -> list[Message]
     text begins the user's next turn, or is a turn of the user's if none follows.
     """
     first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    placed: list[Message] = []
-    if first:
-        placed.append({"role": "system", "content": "\n\n".join(_text(message) for message in messages[:first])})
+    beginning = "\n\n".join(_text(message) for message in messages[:first])
+    placed = [{"role": "system", "content": beginning}] if first else []
     rest = messages[first:]
     if all(message["role"] != "system" for message in rest) or _reads_later_system_messages(template):
         return placed + list(rest)

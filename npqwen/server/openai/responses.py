@@ -1,14 +1,12 @@
-"""The routes of the Responses API."""
+"""POST /v1/responses and /v1/responses/input_tokens."""
 
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.messages import checked
@@ -16,7 +14,6 @@ from npqwen.errors import ClosedError, ContextLengthError
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.fields import read_fields
 from npqwen.server.json_text import JSONReply, server_sent
-from npqwen.server.openai.errors import answering_errors
 from npqwen.server.openai.response_events import Answer
 from npqwen.server.openai.response_request import read_request
 from npqwen.server.streaming import StreamedRun, until_disconnected
@@ -26,17 +23,8 @@ if TYPE_CHECKING:
     from npqwen.server.run import Progress, Run, RunEvent
 
 
-def routes(models: Models) -> list[Route]:
-    """The routes of the API, each with and without /v1."""
-    endpoints = [("/responses", partial(_responses, models)), ("/responses/input_tokens", partial(_count, models))]
-    return [
-        Route(prefix + path, answering_errors(handler), methods=["POST"])
-        for path, handler in endpoints
-        for prefix in ("/v1", "")
-    ]
-
-
-async def _responses(models: Models, request: Request) -> Response:
+async def create_response(models: Models, request: Request) -> Response:
+    """Answer an input, in one piece or as a stream. Raises what the request's fields, model and worker raise."""
     body = await read_fields(request)
     name = body.text("model")
     worker = await models.worker(name)
@@ -62,7 +50,8 @@ async def _finished(run: Run, answer: Answer) -> dict[str, Any]:
     return answer.body
 
 
-async def _count(models: Models, request: Request) -> Response:
+async def count_input_tokens(models: Models, request: Request) -> Response:
+    """Count the tokens of the prompt that an input would become. Raises what its fields and model raise."""
     body = await read_fields(request)
     model = (await models.worker(body.text("model"))).model
     chat = read_request(body, model).chat
