@@ -145,6 +145,7 @@ class Message:
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_read_input_tokens": usage.cached_tokens,
             "output_tokens": usage.generated_tokens,
+            "output_tokens_details": {"thinking_tokens": reply.reasoning_tokens},
         }
         self.finished = True
         return [
