@@ -82,6 +82,7 @@ class Reply:
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
     unfinished_calls: the last step's calls that were cut off or malformed. They are not part of `messages`.
+    stop_string: the one of `stop` that ended the last step, if one did.
     reasoning_tokens: how many of the last step's tokens are reasoning.
     """
 
@@ -95,6 +96,7 @@ class Reply:
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     unfinished_calls: list[UnfinishedCall] = field(default_factory=list)
+    stop_string: str | None = None
     reasoning_tokens: int = 0
 
     def __repr__(self) -> str:
