@@ -151,6 +151,8 @@ class Answer:
             notices=list(notices),
             logprobs=None if logprobs is None else list(logprobs),
             unfinished_calls=list(self.unfinished_calls),
+            stop_string=self.stop_string,
+            reasoning_tokens=self._decoding.thinking.length,
         )
 
     def _record(self, pieces: Iterable[Piece]) -> list[Piece]:

@@ -82,6 +82,8 @@ class Reply:
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
     unfinished_calls: the last step's calls that were cut off or malformed. They are not part of `messages`.
+    stop_string: the one of `stop` that ended the last step, if one did.
+    reasoning_tokens: how many of the last step's tokens are reasoning.
     """
 
     text: str
@@ -94,6 +96,8 @@ class Reply:
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     unfinished_calls: list[UnfinishedCall] = field(default_factory=list)
+    stop_string: str | None = None
+    reasoning_tokens: int = 0
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""
