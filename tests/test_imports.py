@@ -25,6 +25,7 @@ LAYERS = (
     "npqwen.chat",
     "npqwen.tools",
     "npqwen.generation",
+    "npqwen.structure",
     "npqwen.engine",
     "npqwen.kernels",
     "npqwen.simd",

@@ -19,7 +19,7 @@ from npqwen.chat.messages import Message, checked, joined
 from npqwen.chat.template_files import SPECIAL, TemplateFiles
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from npqwen.errors import CheckpointError, OptionError, quoted, shortened
-from npqwen.tools.json_values import plain
+from npqwen.structure.json_values import plain
 from npqwen.tools.toolbox import Tool, as_tools
 
 Thinking = Literal["switch", "always", "never"]

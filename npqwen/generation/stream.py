@@ -20,6 +20,7 @@ from npqwen.generation.sampling import Sampling
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
 from npqwen.generation.watches import option_watches
+from npqwen.structure.structure import Structured
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -159,6 +160,11 @@ class Stream(AsyncSteps[str]):
         return self._decoding.thinking_ended_by
 
     @property
+    def structured(self) -> Structured | None:
+        """The part of the text that has the structure given by an option; None until it is complete."""
+        return self._decoding.structured
+
+    @property
     def within_character(self) -> bool:
         """Whether the last token ended inside a character's bytes."""
         return self._decoding.within_character
@@ -182,7 +188,7 @@ class Stream(AsyncSteps[str]):
         if self.finish_reason is None:
             raise OptionError("the stream was closed before its end; its text so far is in .text")
         logprobs = None if self.logprobs is None else list(self.logprobs)
-        return Completion(self.text, list(self.ids), self.finish_reason, self.usage, logprobs)
+        return Completion(self.text, list(self.ids), self.finish_reason, self.usage, logprobs, self.structured)
 
     def _generate(self) -> Generator[str, None, None]:
         decoding = self._decoding

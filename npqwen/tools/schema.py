@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_type
 from npqwen.errors import OptionError, quoted
 from npqwen.tools.arguments import COLLECTIONS
 from npqwen.tools.docstrings import read_docstring
-from npqwen.tools.hints import (
+from npqwen.structure.hints import (
     called_function,
     field_hints,
     is_named_tuple,
