@@ -39,6 +39,14 @@ class OutOfMemoryError(NpqwenError, MemoryError):
     """Too little available memory for the request. Raised before the machine would swap."""
 
 
+class QueueFullError(NpqwenError):
+    """Too many requests are waiting for a model. `retry_after`: seconds after which to try again."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class SamplingWarning(UserWarning):
     """Sampling options that Qwen's authors advise against."""
 

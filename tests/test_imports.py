@@ -16,6 +16,7 @@ LAYERS = (
     "npqwen.__main__",
     "npqwen.commands",
     "npqwen.terminal",
+    "npqwen.server",
     "npqwen.reports",
     "npqwen",  # the names that users import
     "npqwen.reports.evaluation",

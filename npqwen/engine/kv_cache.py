@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
-from npqwen.engine.records import CachePages
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
@@ -91,11 +90,6 @@ class KVCache:
     def addresses(self) -> NDArray[np.int64]:
         """The address of each page, 0 where there is none yet."""
         return self._held.addresses
-
-    @property
-    def for_kernels(self) -> CachePages:
-        """The cache as the forward pass takes it."""
-        return CachePages(self._held.addresses, self.dtype_array)
 
     @property
     def nbytes(self) -> int:
