@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from npqwen.chat.answer import Answer
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions, ChatSettings
 from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, Reply
@@ -138,8 +137,9 @@ class ChatStream(AsyncSteps[Event]):
         """Set the stream and the answer of the next step."""
         prepared = self._prepared
         self._answering = True
-        self._stream = self._session.stream(prompt_ids, **prepared.options)
-        self._answer = Answer(self._stream, prepared.stops, prepared.schemas)
+        options = prepared.later_options if self.messages else prepared.options
+        self._stream = self._session.stream(prompt_ids, **options)
+        self._answer = prepared.answer(self._stream)
 
     def _run(self) -> Generator[Event, None, None]:
         try:

@@ -63,8 +63,9 @@ class Decoding:
         self.finish_reason: FinishReason | None = None
         self.thinking = ThinkingTracker(tokenizer, prompt_ids)
         self.thinking_ended_by: EndedBy | None = None
-        structure = Structure.of(options)
-        self._guide = None if structure is None else Guide(model, structure, self.thinking, prompt_ids)
+        self.structure = Structure.of(options)
+        """What the text must be, if an option says so."""
+        self._guide = None if self.structure is None else Guide(model, self.structure, self.thinking, prompt_ids)
         self._stop = StopStrings(options.get("stop") or ())
         self._stop_ids = {
             id: string
@@ -130,8 +131,8 @@ class Decoding:
         """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
 
         logits: float32 (rows, vocab_size), the last row that of the last token; None if nothing was pending. Raises
-        what a logits_processor or a watch raises, OptionError if bias, processor or structure leave no token to draw, and
-        FormatError for logits that are not finite.
+        what a logits_processor or a watch raises, OptionError if bias, processor or the text's structure leave no token
+        to draw, or the structure forbids a forced one, and FormatError for logits that are not finite.
         """
         piece = self._score_unscored(logits) if self._unscored and logits is not None else self._step(logits)
         if piece:

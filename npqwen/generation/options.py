@@ -98,6 +98,8 @@ class Option(NamedTuple):
             return whole_range(int(self.low), None if self.high is None else int(self.high))
         if self.kind is float:
             return number_range(self.low, math.inf if self.high is None else self.high)
+        if self.read is not None:
+            return "the name of a file"
         return "on or off" if self.kind is bool else "text"
 
     def check(self, value: Any) -> Any:

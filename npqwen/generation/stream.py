@@ -20,7 +20,7 @@ from npqwen.generation.sampling import Sampling
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
 from npqwen.generation.watches import option_watches
-from npqwen.structure.structure import Structured
+from npqwen.structure.structure import Structure, Structured
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -158,6 +158,11 @@ class Stream(AsyncSteps[str]):
     def thinking_ended_by(self) -> EndedBy | None:
         """Why the thinking was cut short; None if it was not."""
         return self._decoding.thinking_ended_by
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the text must be, if an option says so."""
+        return self._decoding.structure
 
     @property
     def structured(self) -> Structured | None:
