@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from npqwen.generation.watched import EndedBy
+    from npqwen.structure.structure import Structure
 
 
 class ChatStream(AsyncSteps[Event]):
@@ -115,6 +116,11 @@ class ChatStream(AsyncSteps[Event]):
     def thinking_ended_by(self) -> EndedBy | None:
         """Why the current step's thinking was cut short; None if it was not."""
         return self._stream.thinking_ended_by
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the current step's answer must be, if an option says so."""
+        return self._stream.structure
 
     @property
     def finish_reason(self) -> ChatFinishReason | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from npqwen.checks import check_ids
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError, quoted
 from npqwen.generation.completion import FinishReason, Logprob, TokenLogprobs
-from npqwen.generation.guide import Guide, compiled
+from npqwen.generation.guide import Guide, model_vocabulary
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions
 from npqwen.generation.sampler import Sampler, greatest
@@ -323,7 +323,7 @@ def check_for_model(model: LanguageModel, options: GenerationOptions) -> Samplin
         ending_ids(model.tokenizer)
     structure = Structure.of(options)
     if structure is not None:
-        compiled(model, structure)
+        model_vocabulary(model).compiled(structure)
     return sampling
 
 

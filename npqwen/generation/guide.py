@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.thinking import OPEN, ThinkingTracker
-from npqwen.structure.constraint import Constraint
 from npqwen.structure.structure import Structure, Structured
-from npqwen.structure.vocabulary import vocabulary_of
+from npqwen.structure.vocabulary import Vocabulary, vocabulary_of
 
 _TURN, _END = "<|im_start|>assistant\n", "<|im_end|>"
 """What Qwen's chat templates write before an answer, where a hybrid model may begin to think, and what ends it."""
@@ -42,7 +41,7 @@ class Guide:
         tokenizer = model.tokenizer
         self._tokenizer = tokenizer
         self._structure = structure
-        self._constraint = compiled(model, structure)
+        self._constraint = model_vocabulary(model).constraint(structure)
         self._thinking = thinking
         self._think = tokenizer.token_id(OPEN)
         self._blank = tokenizer.encode(_BLANK)
@@ -111,7 +110,6 @@ class Guide:
         return Structured(self._structure, self._tokenizer.decode(ids[self._start :]))
 
 
-def compiled(model: LanguageModel, structure: Structure) -> Constraint:
-    """A constraint of one text of this model. OptionError if no text of its vocabulary can have this structure."""
-    ends = model.generation_config.eos_ids
-    return vocabulary_of(model.tokenizer, model.config.vocab_size, ends).constraint(structure)
+def model_vocabulary(model: LanguageModel) -> Vocabulary:
+    """The vocabulary of a model, for which structures are compiled."""
+    return vocabulary_of(model.tokenizer, model.config.vocab_size, model.generation_config.eos_ids)

@@ -64,7 +64,7 @@ class Sampler:
         `allowed` leave no token to draw, and what the processor raises.
         """
         logits = self._adjusted(logits)
-        id = self._choose(logits, len(logits)) if allowed is None else self._choose_allowed(logits, allowed)
+        id = self._choose(logits) if allowed is None else self._choose_allowed(logits, allowed)
         self.add(id)
         return id
 
@@ -136,18 +136,21 @@ class Sampler:
             return best
         return self._choose(self._masked, count)
 
-    def _choose(self, logits: NDArray[np.float32], count: int) -> int:
+    def _choose(self, logits: NDArray[np.float32], count: int | None = None) -> int:
         """Draw an id from adjusted logits, or take the likeliest if sampling is greedy.
 
-        count: how many of them are allowed; the others are minus infinity.
+        count: how many of them are allowed, if not all; the others are minus infinity.
         """
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
             best = int(logits.argmax())  # argmax finds NaN first
             self._check(float(logits[best]))
             return best
-        if s.top_k or count <= MANY:
-            return self._draw(greatest(logits, min(s.top_k or count, count)), logits)
+        k = s.top_k
+        if count is not None and (k or count <= MANY):
+            k = min(k or count, count)
+        if k:
+            return self._draw(greatest(logits, k), logits)
         p = self._weights(logits)
         if s.top_p < 1:
             total = float(p.sum())

@@ -57,10 +57,8 @@ class Constraint:
         """Take the next token of the text. OptionError if it is not allowed."""
         if id in self._eos_ids and self._matcher.is_accepting():
             return
-        if not self._matcher.validate_tokens([id]):
-            self._check()
+        if not self._matcher.consume_token(id) and "doesn't satisfy" in self._matcher.get_error():
             raise OptionError(f"token id {id} was forced into the text, where {self._option} does not allow it")
-        self._matcher.consume_token(id)
         self._check()
 
     def _check(self) -> None:

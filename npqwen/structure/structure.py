@@ -12,6 +12,7 @@ from npqwen.errors import OptionError, quoted, shortened
 from npqwen.structure.grammar_text import lark_text, literal
 from npqwen.structure.instances import instance
 from npqwen.structure.json_values import plain
+from npqwen.structure.regex_text import narrowed_classes
 from npqwen.structure.type_schema import type_schema
 
 if TYPE_CHECKING:
@@ -148,15 +149,18 @@ _TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependent
 
 
 def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy that allows less where the schema does not say: no properties but those that are listed, which is what
-    people mean who list them, and integers of 18 digits, for models that write digits without end.
+    r"""A copy that allows less where the schema does not say: no properties but those that are listed, which is what
+    people mean who list them; integers of 18 digits, for models that write digits without end; ASCII for \d and \w.
 
-    A schema that combines others by allOf stays as it is, since each of them would forbid the others' properties.
+    A schema that combines others by allOf may have more properties: each of the others would forbid the rest.
     """
     found: list[dict[str, Any]] = []
     copy: dict[str, Any] = _copied(schema, found)
+    for one in found:
+        if isinstance(one.get("pattern"), str):
+            one["pattern"] = narrowed_classes(one["pattern"], ascii=True)
     if any("allOf" in one for one in found):
-        return schema
+        return copy
     for one in found:
         if "properties" in one and not one.keys() & {"patternProperties", "unevaluatedProperties"}:
             one.setdefault("additionalProperties", False)
@@ -195,7 +199,7 @@ def _regex_structure(value: str) -> Structure:
     if not value:
         raise OptionError("regex is empty; give a regular expression")
     _check_size("regex", value)
-    return Structure("regex", checked("regex", _matcher_class().grammar_from_regex(value)))
+    return Structure("regex", checked("regex", _matcher_class().grammar_from_regex(narrowed_classes(value, ascii=False))))
 
 
 def _choice_structure(value: list[str]) -> Structure:

@@ -37,6 +37,10 @@ class Vocabulary:
 
     def constraint(self, structure: Structure) -> Constraint:
         """A constraint of one text. OptionError if no text can have this structure, or it is too complex."""
+        return Constraint(self.compiled(structure).deep_copy(), self._size, self._eos_ids, structure.option)
+
+    def compiled(self, structure: Structure) -> LLMatcher:
+        """llguidance's matcher at the beginning of a text. OptionError as for `constraint`."""
         with self._lock:
             matcher = self._compiled.get(structure.grammar)
             if matcher is not None:
@@ -47,7 +51,7 @@ class Vocabulary:
                 self._compiled[structure.grammar] = matcher
                 if len(self._compiled) > _KEPT:
                     self._compiled.popitem(last=False)
-        return Constraint(matcher.deep_copy(), self._size, self._eos_ids, structure.option)
+        return matcher
 
     def _compile(self, structure: Structure) -> LLMatcher:
         from llguidance import LLMatcher
