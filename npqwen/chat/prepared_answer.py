@@ -34,7 +34,7 @@ class PreparedAnswer:
     later_options: those of the steps after the first, once tools have been run: a `tool_choice` that demands a call
     is fulfilled then.
     stops: the other stop strings, which end the answer's text, but neither reasoning nor calls.
-    schemas: the parameters of the tools on offer.
+    schemas: the parameters of the tools that may be called.
     one_call: whether the answer ends after its first call.
     notices: texts for the user, such as that a setting is advised against.
     """
@@ -61,6 +61,7 @@ def prepare(
     `ChatTemplate.render` and `check_prompt_ids` raise: OptionError, ContextLengthError.
     """
     options, notices = _with_defaults(model, settings, messages)
+    offered = (settings.tools or {}).values()
     special_ids, token_id = model.tokenizer.special_ids, model.tokenizer.token_id
     strings = list(options.get("stop") or ())
     special = [string for string in strings if token_id(string) in special_ids]
@@ -77,7 +78,7 @@ def prepare(
         options,
         later,
         [string for string in strings if string not in special],
-        {name: tool.parameters for name, tool in (settings.tools or {}).items()},
+        {} if settings.tool_choice == "none" else {tool.name: tool.parameters for tool in offered},
         not settings.parallel_tool_calls,
         notices,
     )

@@ -186,8 +186,9 @@ def _copied(schema: Any, found: list[dict[str, Any]]) -> Any:
 
 
 def _schema_structure(value: Any) -> Structure:
+    schema = value_schema(value)
     try:
-        text = json.dumps(value_schema(value), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         raise OptionError("schema has a number that JSON does not have, or is nested too deeply") from None
     kind = None if value is True or isinstance(value, dict) else value

@@ -46,9 +46,26 @@ def pydantic_schema(kind: Any) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
     try:
-        return dict(TypeAdapter(kind).json_schema())
+        return dict(_checked_by_pydantic(TypeAdapter(kind).json_schema()))
     except Exception as error:  # a model's own code can raise anything
         raise OptionError(f"schema: {kind.__name__} has no JSON schema: {quoted(str(error))}") from None
+
+
+_NOT_OF_JSON = {"binary", "password", "path", "file-path", "directory-path", "base64url", "json-string"}
+"""Formats of pydantic's own."""
+
+
+def _checked_by_pydantic(schema: Any) -> Any:
+    """A copy without what only pydantic can check: that items of a set differ, and formats of its own."""
+    if isinstance(schema, list):
+        return [_checked_by_pydantic(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in ("enum", "const", "default", "examples") else _checked_by_pydantic(value)
+        for key, value in schema.items()
+        if not (key == "uniqueItems" and value is True) and not (key == "format" and value in _NOT_OF_JSON)
+    }
 
 
 def check_literal(kind: Any, values: list[Any], where: str) -> dict[str, Any]:
@@ -146,8 +163,11 @@ def fields(kind: Any) -> dict[str, tuple[Any, bool]]:
             if field.init
         }
     else:
-        hints = type_hints(kind)  # without Required and NotRequired
         needed = {name: name in kind.__required_keys__ for name in field_hints(kind)}
+        for name, hint in hints.items():
+            mark = str(get_origin(hint)).rpartition(".")[2]  # of typing or typing_extensions
+            if mark in ("Required", "NotRequired"):  # __required_keys__ is wrong where annotations are strings
+                hints[name], needed[name] = get_args(hint)[0], mark == "Required"
     unknown = next((name for name in needed if name not in hints), None)
     if unknown is not None:
         raise OptionError(f"schema: the type of {kind.__name__}.{unknown} cannot be resolved; define it in its module")

@@ -6,11 +6,9 @@
     chrt -f 5 python tests/bench/mask_cost.py build/bench/0.6B-int4 --threads 2
 
 MODEL is a converted directory with the vocabulary of Qwen3, 151,936. Its tokenizer, which may be small, is padded to
-as many tokens: random texts of letters, digits and punctuation, as a real vocabulary has them. Texts are drawn from
-random logits under each structure; a table has the median and the 99th percentile of a step's cost in microseconds (the
-mask, its application, and the token that the matcher takes), the share of the median decode step, how many tokens were
-forced, and what drawing without a mask costs. The last line is the share of a decode step that the issue is about: the
-greatest median.
+as many tokens: random merges of its own. Texts are drawn from random logits under each structure; a table has the
+median and the 99th percentile of what the structure adds to a step (the mask, its application, and taking the token),
+and the median's share of a decode step. Forced tokens are not drawn; one run of them counts once.
 """
 
 from __future__ import annotations
@@ -62,10 +60,11 @@ def padded(tokenizer: Path) -> Tokenizer:
     vocab, rng = dict(model["vocab"]), np.random.default_rng(0)
     taken = set(vocab.values()) | added
     pieces = [piece for piece in vocab if len(piece) < 8]
+    later = [piece for piece in pieces if not piece.startswith(("Ġ", "Ċ"))]  # blanks only begin tokens
     free = (id for id in range(VOCABULARY - 300) if id not in taken)
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     for id in free:
-        while (merge := tuple(pieces[i] for i in rng.integers(0, len(pieces), 2))) and "".join(merge) in vocab:
+        while "".join(merge := (pieces[rng.integers(len(pieces))], later[rng.integers(len(later))])) in vocab:
             pass
         vocab["".join(merge)] = id
         merges.append(merge)
@@ -98,7 +97,7 @@ def steps(vocabulary: Vocabulary, options: dict[str, Any], eos: int, texts: int)
             drawn = sampler(logits, constraint.allowed())
             with_mask = time.perf_counter() - start
             start = time.perf_counter()
-            Sampler.__call__(sampler, logits)
+            sampler(logits)
             without = time.perf_counter() - start
             if drawn == eos:
                 break
@@ -138,8 +137,8 @@ def main(args: list[str]) -> None:
     print(f"vocabulary made in {time.perf_counter() - start:.2f} s")
     step = decode_seconds(given.model, given.threads, 60)
     print(f"decode step: {1e3 * step:.2f} ms\n")
-    print("| structure | drawn | forced | first mask, ms | median, us | 99 %, us | share of a step |\n|---|---|---|---|---|---|---|")
-    worst = 0.0
+    print("| structure | drawn | forced | first mask, ms | median, us | 99 %, us | share of a step |")
+    print("|---|---|---|---|---|---|---|")
     for name, options in STRUCTURES.items():
         if "schema" in options:
             options = {"schema": check_schema("schema", options["schema"])}
@@ -151,12 +150,10 @@ def main(args: list[str]) -> None:
         found = list(steps(vocabulary, options, eos, given.texts))
         drawn = np.array([seconds for seconds, forced in found if not forced])
         median, high = np.percentile(drawn, [50, 99])
-        worst = max(worst, median / step)
         print(
             f"| {name} | {len(drawn)} | {len(found) - len(drawn)} | {1e3 * first:.1f} | {1e6 * median:.0f} | "
             f"{1e6 * high:.0f} | {100 * median / step:.2f} % |"
         )
-    print(f"\nat most {100 * worst:.2f} % of a decode step")
 
 
 if __name__ == "__main__":
