@@ -200,7 +200,8 @@ def _regex_structure(value: str) -> Structure:
     if not value:
         raise OptionError("regex is empty; give a regular expression")
     _check_size("regex", value)
-    return Structure("regex", checked("regex", _matcher_class().grammar_from_regex(narrowed_classes(value, ascii=False))))
+    grammar = _matcher_class().grammar_from_regex(narrowed_classes(value, ascii=False))
+    return Structure("regex", checked("regex", grammar))
 
 
 def _choice_structure(value: list[str]) -> Structure:

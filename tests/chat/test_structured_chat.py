@@ -144,7 +144,8 @@ def test_tags_in_strings_of_the_json_are_text() -> None:
 
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
-TAGS = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>"
+VALUES = "<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n"
+TAGS = f"<tool_call>\n<function=add>\n{VALUES}</function>\n</tool_call>"
 STYLES = [("hybrid", CALL), ("coder", TAGS)]
 
 
@@ -249,7 +250,10 @@ def test_with_tools_and_a_schema_the_answer_is_calls_or_json(template: str, call
     ("options", "message"),
     [
         ({"tool_choice": "required"}, "tool_choice is 'required', but there are no tools"),
-        ({"tool_choice": "sub", "tools": [add]}, "tool_choice is 'sub'; it must be auto, none, required or one of the tools add"),
+        (
+            {"tool_choice": "sub", "tools": [add]},
+            "tool_choice is 'sub'; it must be auto, none, required or one of the tools add",
+        ),
         ({"tool_choice": 1, "tools": [add]}, "tool_choice is 1; it must be auto, none, required or a tool's name"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls is 'no'; it must be True or False"),
         ({"schema": SCHEMA, "regex": "a"}, "schema and regex exclude each other; give one of them"),
@@ -262,11 +266,13 @@ def test_impossible_demands_are_refused(options: Any, message: str) -> None:
 
 
 def test_schemas_of_tools_are_followed_as_far_as_they_are_known_or_exactly() -> None:
-    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "dependentRequired": {"a": []}}
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    parameters["dependentRequired"] = {"a": []}
     tool: dict[str, Any] = {"name": "f", "parameters": parameters}
     reply = Reciter("x").chat(QUESTION, tools=[tool], tool_choice="f", thinking=False)
     assert isinstance(reply.tool_calls[0].arguments["a"], int)
-    with pytest.raises(OptionError, match=r'the schema of the tool f cannot be used: Unimplemented keys: \["dependentRequired"\]'):
+    problem = r'the schema of the tool f cannot be used: Unimplemented keys: \["dependentRequired"\]'
+    with pytest.raises(OptionError, match=problem):
         Reciter("x").chat(QUESTION, tools=[{**tool, "strict": True}], tool_choice="f")
 
 

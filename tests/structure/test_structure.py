@@ -94,13 +94,15 @@ BOMBS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", BOMBS, ids=range(len(BOMBS)))
 def test_a_bomb_gives_an_error_or_a_text_of_bounded_length(options: dict[str, Any]) -> None:
-    start = time.perf_counter()
+    start, problem = time.perf_counter(), ""
     try:
         done = generate(recite("a" * 50), "x", max_tokens=20, **options)
     except OptionError as error:
-        assert "\n" not in str(error)
-        assert "<state>" not in str(error)
-        assert next(iter(options)) in str(error)
+        problem = str(error)
+    if problem:
+        assert "\n" not in problem
+        assert "<state>" not in problem
+        assert next(iter(options)) in problem
     else:
         assert len(done.ids) <= 20
     assert time.perf_counter() - start < 60
@@ -123,7 +125,8 @@ def test_at_most_one_structure() -> None:
 
 def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    for options in ({"schema": {"type": "object", "title": "new"}}, {"regex": "new+"}, {"choice": ["new"]}, {"grammar": 'start: "new"'}):
+    new: list[Any] = [{"schema": {"title": "new"}}, {"regex": "new+"}, {"choice": ["new"]}, {"grammar": 'start: "new"'}]
+    for options in new:
         with pytest.raises(OptionError, match=r'pip install "npqwen\[grammar\]"'):
             check_options(options)
 
@@ -151,7 +154,10 @@ def test_objects_have_the_listed_properties_only_unless_the_schema_says_otherwis
 def test_integers_have_at_most_18_digits_unless_the_schema_says_otherwise() -> None:
     done = generate(recite("1" * 50), "x", schema={"type": "integer"})
     assert done.text == "1" * 18
-    assert generate(recite("1" * 50), "x", schema={"type": "integer", "minimum": 0}, max_tokens=40).finish_reason == "length"
+    assert (
+        generate(recite("1" * 50), "x", schema={"type": "integer", "minimum": 0}, max_tokens=40).finish_reason
+        == "length"
+    )
 
 
 def test_the_users_own_blanks_come_first() -> None:

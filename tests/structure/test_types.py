@@ -38,7 +38,7 @@ Name = NewType("Name", str)
 
 class Model(pydantic.BaseModel):
     x: int = 1
-    inner: Optional["Inner"] = None
+    inner: Inner | None = None
 
 
 class Inner(pydantic.BaseModel):
@@ -60,7 +60,7 @@ class Tree:
     model: Model
     both: Leaf | Pair | None
     mode: Literal["r", "w", 0]
-    children: tuple["Tree", ...] = ()
+    children: tuple[Tree, ...] = ()
     table: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     anything: Any = None
     old: Union[int, str] = 0  # noqa: UP007
@@ -111,7 +111,7 @@ def test_a_dataclass_of_everything() -> None:
     ("kind", "value", "expected"),
     [
         (list[int], [1, 2], [1, 2]),
-        (Optional[int], None, None),
+        (Optional[int], None, None),  # noqa: UP045
         (Color, "red", Color.RED),
         (Options, {"deep": False, "level": 2}, {"deep": False, "level": 2}),
         (Pair, [1, "a"], Pair(1, "a")),
@@ -131,7 +131,15 @@ def test_hints_can_be_schemas_themselves(kind: Any, value: Any, expected: Any) -
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(int, "1"), (int, True), (Leaf, {"name": "a", "more": 1}), (Leaf, {}), (Pair, [1]), (Color, 4), (Literal["a"], "b")],
+    [
+        (int, "1"),
+        (int, True),
+        (Leaf, {"name": "a", "more": 1}),
+        (Leaf, {}),
+        (Pair, [1]),
+        (Color, 4),
+        (Literal["a"], "b"),
+    ],
 )
 def test_values_of_another_type_are_no_instances(kind: Any, value: Any) -> None:
     with pytest.raises(Mismatch):
@@ -145,7 +153,7 @@ class Odd:
 
 @dataclasses.dataclass
 class Lost:
-    where: "Nowhere"  # type: ignore[name-defined]  # noqa: F821
+    where: Nowhere  # type: ignore[name-defined]  # noqa: F821
 
 
 @pytest.mark.parametrize(
