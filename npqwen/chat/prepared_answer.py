@@ -17,7 +17,8 @@ from npqwen.generation.decoding import check_prompt_ids
 from npqwen.generation.options import CHAT_DEFAULTS, GenerationOptions
 from npqwen.structure.structure import OPTIONS as STRUCTURES
 from npqwen.structure.structure import Structure
-from npqwen.tools.calls import CLOSE, OPEN, Schemas
+from npqwen.tools.calls import CLOSE, OPEN
+from npqwen.tools.parameter_value import Schemas
 
 GREEDY = "greedy sampling makes Qwen3's thinking repeat itself without end; a temperature of 0.6 is advised"
 

@@ -60,7 +60,7 @@ class Fields:
     def refuse(self, name: str, reason: str, *neutral: Any) -> None:
         """Refuse the field with this reason unless it is absent, null or one of the `neutral` values."""
         value = self.any(name)
-        if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
+        if value is not None and not any(_equal(value, one) for one in neutral):
             raise FieldError(f"{self.place(name)} is not supported: {reason}", self.place(name))
 
     def ignore(self, *names: str) -> None:
@@ -197,6 +197,11 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise FieldError(f"the body has the number {shortened(digits)}, which is too large")
     return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are the same in JSON, where true is not 1."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _is_unicode(text: str) -> bool:

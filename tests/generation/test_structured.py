@@ -180,11 +180,18 @@ def without_forced(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> A
         return run()
 
 
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.5},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+    {"temperature": 2.0, "min_p": 0.1, "presence_penalty": 1.0},
+]
+
+
 @pytest.mark.parametrize(
     "options", [{"schema": s} for s in SCHEMAS.values()] + [{"grammar": LARK}, {"regex": "abc(de|fg)hij"}]
 )
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.5}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
-                                      {"temperature": 2.0, "min_p": 0.1, "presence_penalty": 1.0}])  # fmt: skip
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_forced_tokens_are_those_that_would_be_drawn(
     options: Any, sampling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

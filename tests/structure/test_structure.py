@@ -34,17 +34,29 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("schema", "{}", "schema is '{}'; it must be a dictionary"),
     ("schema", False, "schema is False; it must be a dictionary"),
     ("schema", {"type": "objekt"}, "schema cannot be used: Invalid type: objekt"),
-    ("schema", {"type": "array", "uniqueItems": True}, 'Unimplemented keys: ["uniqueItems"]; remove them, or ignore them with'),
+    (
+        "schema", {"type": "array", "uniqueItems": True},
+        'Unimplemented keys: ["uniqueItems"]; remove them, or ignore them with',
+    ),
     ("schema", {"$ref": "#/$defs/no"}, "schema cannot be used: Pointer '/$defs/no' does not exist"),
-    ("schema", {"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable schema: minimum (5) is greater than maximum (3)"),
-    ("schema", {"type": "string", "pattern": "a(?=b)"}, "look-around, including look-ahead and look-behind, is not supported"),
+    (
+        "schema", {"type": "integer", "minimum": 5, "maximum": 3},
+        "Unsatisfiable schema: minimum (5) is greater than maximum (3)",
+    ),
+    (
+        "schema", {"type": "string", "pattern": "a(?=b)"},
+        "look-around, including look-ahead and look-behind, is not supported",
+    ),
     ("schema", {"const": float("nan")}, "schema has a number that JSON does not have"),
     ("schema", {"a": {1, 2}}, "schema['a'] is of type set, which is not a JSON value"),
     ("schema", {1: 2}, "schema has a key that is not a string"),
     ("schema", CYCLE, "... is nested more than 128 levels deep"),
     ("schema", nested(200), "... is nested more than 128 levels deep"),
     ("schema", {"x-guidance": {"no": 1}}, "unknown field `no`"),
-    ("schema", {"properties": {f"p{i}": {"type": "string"} for i in range(20_000)}}, "schema cannot be used: schema too large"),
+    (
+        "schema", {"properties": {f"p{i}": {"type": "string"} for i in range(20_000)}},
+        "schema cannot be used: schema too large",
+    ),
     ("schema", {"enum": ["x" * MAX_SIZE]}, "schema has 1,048,7"),
     ("regex", "(a", "regex cannot be used: unclosed group"),
     ("regex", "a{2,1}", "regex cannot be used: invalid repetition count range"),
@@ -63,7 +75,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("grammar", "start: foo", 'grammar cannot be used: at 1(8): unknown name: "foo"'),
     ("grammar", "root ::= foo", "grammar cannot be read as GBNF: Rule 'foo' not found"),
     ("grammar", 'x ::= "a"', "grammar cannot be read as GBNF: No 'root' rule found"),
-    ("grammar", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "grammar cannot be read as GBNF: maximum recursion depth"),
+    (
+        "grammar", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000,
+        "grammar cannot be read as GBNF: maximum recursion depth",
+    ),
     ("grammar", {"a": 1}, "grammar is {'a': 1}; it must be a string, a Lark or GBNF grammar"),
 ]  # fmt: skip
 
