@@ -50,21 +50,30 @@ def scripted(tiny_model: npqwen.Model) -> Iterator[tuple[ScriptedModels, openai.
 # 4: generation continues after the client leaves (see test_openai_vanishing.py, too)
 
 
-def test_a_long_prompt_is_given_up_in_the_middle_when_its_client_leaves(large: Path, runs: Runs) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_prompt_is_given_up_in_the_middle_when_its_client_leaves(
+    large: Path, runs: Runs, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
     with npqwen.load(large, threads=1) as model:
-        application = app(model)
-        with served(application) as url:
+        forward = model.forward_pieces
+
+        def counted(pieces: Any, *args: Any) -> Any:
+            computed.append(sum(len(piece.ids) for piece in pieces))
+            return forward(pieces, *args)
+
+        monkeypatch.setattr(model, "forward_pieces", counted)
+        with served(app(model)) as url:
             host, port = url.removeprefix("http://").split(":")
-            body = json.dumps({"prompt": [n % 4000 for n in range(8000)], "stream": True}).encode()
+            body = json.dumps({"prompt": [n % 4000 for n in range(8000)], "stream": stream}).encode()
             with socket.create_connection((host, int(port)), timeout=30) as connection:
                 head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body)
-                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+                wait_until(lambda: computed)
             wait_until(lambda: runs.newest.cancelled)
             answer = httpx.post(f"{url}/v1/completions", json={"prompt": [1, 2, 3], "max_tokens": 1}, timeout=60)
             assert answer.status_code == 200
-            worker = application.state.models.state(None).worker
-            assert 0 <= worker.statistics.prompt_tokens < 8000
+    assert 0 < sum(computed) < 8000
 
 
 # 5, 6, 7: JSON lands in the reasoning; thinking off drops the schema; a schema switches thinking off
@@ -76,7 +85,7 @@ def test_a_long_prompt_is_given_up_in_the_middle_when_its_client_leaves(large: P
 def test_json_of_the_schema_is_in_the_content_and_thinking_stays_as_it_was(
     client: openai.OpenAI, thinking: bool, stream: bool
 ) -> None:
-    options: Any = {"seed": 1, "response_format": FORMAT, "extra_body": {"enable_thinking": thinking}, "max_tokens": 200}
+    options: Any = {"seed": 1, "response_format": FORMAT, "extra_body": {"enable_thinking": thinking}}
     answer: Any = client.chat.completions.create(model="", messages=SUM, stream=stream, **options)
     if stream:
         deltas = [chunk.choices[0].delta for chunk in answer]
@@ -237,7 +246,7 @@ def test_a_stream_gives_the_message_that_an_answer_in_one_piece_has(
 
 def test_a_budget_of_thinking_is_enforced(client: openai.OpenAI) -> None:
     usages = [
-        client.chat.completions.create(model="", messages=SUM, seed=1, max_tokens=100, extra_body=fields).usage
+        client.chat.completions.create(model="", messages=SUM, seed=1, max_tokens=150, extra_body=fields).usage
         for fields in (
             {},
             {"thinking_budget": 5},
@@ -248,7 +257,7 @@ def test_a_budget_of_thinking_is_enforced(client: openai.OpenAI) -> None:
     lengths = [usage.completion_tokens_details.reasoning_tokens for usage in usages]  # type: ignore[union-attr]
     assert lengths[0] > 20  # type: ignore[operator]
     ending = lengths[1] - 5  # type: ignore[operator]
-    assert 0 <= ending < 30, "the sentence that ends the thinking"
+    assert 0 <= ending < 60, "the sentence that ends the thinking"
     assert lengths[1:] == 3 * [5 + ending]
 
 
