@@ -74,7 +74,8 @@ def test_null_is_as_good_as_absent() -> None:
         "temperature", "n", "stop", "tools", "tool_choice", "response_format", "logit_bias", "stream", "thinking",
         "best_of", "audio", "functions", "reasoning", "stream_options", "max_tokens", "seed", "parallel_tool_calls",
     )  # fmt: skip
-    assert request(**dict.fromkeys(names)).options == {}
+    fields: dict[str, Any] = dict.fromkeys(names)
+    assert request(**fields).options == {}
 
 
 @pytest.mark.parametrize(
