@@ -6,12 +6,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from checkpoints import TINY, write_checkpoint
 from converted import large_model
 from fake_hub import Connection, FakeHub
+
+if TYPE_CHECKING:
+    from serving import Runs
+
+    from npqwen.model import Model
 
 TESTS = Path(__file__).parent
 
@@ -83,6 +88,35 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 140 MB in int4, whose passes take a while."""
     return large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Callable[[int], Path]) -> Iterator[Model]:
+    """The example model with 16 bits, the one that `server` has: what it computes by itself is the oracle."""
+    import npqwen
+
+    with npqwen.load(tiny(16), threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Model) -> Iterator[str]:
+    """The address of a server with the example model."""
+    from serving import served
+
+    from npqwen.server import app
+
+    with served(app(tiny_model)) as url:
+        yield url
+
+
+@pytest.fixture
+def runs() -> Iterator[Runs]:
+    """The runs that the test's requests start."""
+    from serving import watched_runs
+
+    with watched_runs() as seen:
+        yield seen
 
 
 @pytest.fixture
