@@ -88,7 +88,7 @@ class ScriptedModels:
         self.runs: list[Run] = []
         self.error: Exception | None = None
 
-    async def worker(self, name: str | None) -> ScriptedModels:
+    async def worker(self, name: str | None, keep_alive: float | None = None) -> ScriptedModels:
         return self
 
     async def start(self, request: Request) -> Run:
