@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from npqwen.chat.events import ChatFinishReason, Piece, Reasoning, Reply, Text
+from npqwen.chat.events import CallArguments, CallStart, ChatFinishReason, Piece, Reasoning, Reply, Text, UnfinishedCall
 from npqwen.chat.messages import Message
 from npqwen.chat.reply_parser import ReplyParser
 from npqwen.chat.text_stop import TextStop
 from npqwen.generation.thinking import CLOSE as END_THINK
-from npqwen.tools.calls import Schemas, ToolCall, call_id
+from npqwen.tools.calls import ToolCall, call_id
+from npqwen.tools.parameter_value import Schemas
 
 if TYPE_CHECKING:
     from npqwen.generation.completion import FinishReason, TokenLogprobs, Usage
@@ -72,7 +73,10 @@ class Answer:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self.calls: list[ToolCall] = []
-        """The calls so far, with ids."""
+        """The finished calls so far."""
+        self.unfinished_calls: list[UnfinishedCall] = []
+        self._call_id = ""
+        """That of the latest call."""
 
     @property
     def text(self) -> str:
@@ -107,7 +111,7 @@ class Answer:
     def finish(self) -> list[Piece]:
         """The events that were held back, at the end of the text; the decoding is finished, or `stopped` is set.
 
-        An unfinished call is read only if the model ended the text itself, and no limit or stop string did.
+        A call without its end is read only if the model ended the text itself, and no limit or stop string did.
         """
         if self.stopped:
             return []
@@ -116,7 +120,7 @@ class Answer:
         return pieces + self._record(self._stop.finish())
 
     def message(self, *, calls: bool = True) -> Message:
-        """The answer so far as a message. calls: whether it has the calls."""
+        """The answer so far as a message. calls: whether it has the finished calls."""
         message: Message = {"role": "assistant", "content": self.text}
         if self._reasoning or END_THINK in self.text:  # otherwise templates read it from the text before </think>
             message["reasoning_content"] = self.reasoning
@@ -146,6 +150,8 @@ class Answer:
             tool_results=list(tool_results),
             notices=list(notices),
             logprobs=None if logprobs is None else list(logprobs),
+            unfinished_calls=list(self.unfinished_calls),
+            stop_string=self.stop_string,
             reasoning_tokens=self._decoding.thinking.length,
         )
 
@@ -157,9 +163,13 @@ class Answer:
                 self._text.append(piece.text)
             elif isinstance(piece, Reasoning):
                 self._reasoning.append(piece.text)
-            else:
-                decoding = self._decoding
-                piece = replace(piece, id=call_id(decoding.sampling.seed, decoding.prompt_ids, len(self.calls)))
+            elif not isinstance(piece, CallArguments):
+                if isinstance(piece, CallStart):
+                    self._call_id = call_id(self._decoding.sampling.seed, self._decoding.prompt_ids, piece.index)
+                piece = replace(piece, id=self._call_id)
+            if isinstance(piece, ToolCall):
                 self.calls.append(piece)
+            elif isinstance(piece, UnfinishedCall):
+                self.unfinished_calls.append(piece)
             recorded.append(piece)
         return recorded

@@ -12,7 +12,7 @@ from npqwen.chat.messages import Message
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.generation.decoding import check_prompt_ids
 from npqwen.generation.options import CHAT_DEFAULTS, GenerationOptions
-from npqwen.tools.calls import Schemas
+from npqwen.tools.parameter_value import Schemas
 
 GREEDY = "greedy sampling makes Qwen3's thinking repeat itself without end; a temperature of 0.6 is advised"
 

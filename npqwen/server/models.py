@@ -187,7 +187,7 @@ class Models:
             if self._closed:
                 await in_thread(model.close)
                 raise ClosedError("the server is shutting down")
-            slot.worker = Worker(model, queue=self._settings.queue)
+            slot.worker = Worker(model, queue_limit=self._settings.queue)
             _log.info("loaded %s in %.1f s", slot.name, time.perf_counter() - started)
         except BaseException as error:
             if not isinstance(error, NpqwenError):
@@ -300,7 +300,7 @@ class _Slot:
 
 def _loaded(model: Model, queue: int) -> _Slot:
     """The slot of a model that the caller has loaded."""
-    return _Slot(Offer.loaded(model), Worker(model, queue=queue))
+    return _Slot(Offer.loaded(model), Worker(model, queue_limit=queue))
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

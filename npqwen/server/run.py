@@ -56,7 +56,7 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         self.prompt_tokens = prompt_tokens
         self.cancelled = False
         self._cancel = cancel
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, RunEvent] | BaseException | None] = asyncio.Queue()
         self._left = choices
         self._exchange = current.get()
@@ -69,12 +69,12 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         if not self.cancelled:
             self.cancelled = True
             self._cancel(self)
-            self.put(None)
+            if not self.loop.is_closed():
+                self.loop.call_soon_threadsafe(self.receive, None)
 
-    def put(self, item: tuple[int, RunEvent] | BaseException | None) -> None:
-        """Deliver an event, an exception that ends the run, or None for its end. Called by the engine's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, item)
+    def receive(self, item: tuple[int, RunEvent] | BaseException | None) -> None:
+        """Take an event, an exception that ends the run, or None for its end. Called in the event loop's thread."""
+        self._events.put_nowait(item)
 
     def __aiter__(self) -> Run:
         return self

@@ -15,6 +15,7 @@ from npqwen.server.openai.chat import chat_completions
 from npqwen.server.openai.completions import completions
 from npqwen.server.openai.errors import Handler, answering_errors, error_body
 from npqwen.server.openai.models import list_models, retrieve_model
+from npqwen.server.openai.responses import count_input_tokens, create_response
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
@@ -25,6 +26,8 @@ def routes(models: Models) -> list[Route]:
     endpoints: list[tuple[str, str, Handler]] = [
         ("/chat/completions", "POST", partial(chat_completions, models)),
         ("/completions", "POST", partial(completions, models)),
+        ("/responses", "POST", partial(create_response, models)),
+        ("/responses/input_tokens", "POST", partial(count_input_tokens, models)),
         ("/embeddings", "POST", _embeddings),
         ("/models", "GET", partial(list_models, models)),
         ("/models/{name:path}", "GET", partial(retrieve_model, models)),
