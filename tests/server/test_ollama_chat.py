@@ -10,13 +10,13 @@ import httpx
 import ollama
 import pytest
 from serving import ScriptedModels, served, wait_until
-from starlette.applications import Starlette
 
 import npqwen
 from npqwen.chat.events import Text
 from npqwen.errors import ClosedError
 from npqwen.server import streaming
-from npqwen.server.ollama import routes
+from npqwen.server.app import application
+from npqwen.server.settings import Settings
 
 SUM: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
 WEATHER: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
@@ -208,7 +208,7 @@ def test_log_probabilities(client: ollama.Client, tiny_model: npqwen.Model) -> N
 
 def test_a_client_that_goes_ends_its_answer(tiny_model: npqwen.Model) -> None:
     models: Any = ScriptedModels(tiny_model)
-    with served(Starlette(routes=routes(models))) as url:
+    with served(application(models, Settings())) as url:
         with httpx.stream("POST", f"{url}/api/chat", json={"messages": SUM}) as stream:
             next(stream.iter_lines())
         wait_until(lambda: models.runs[0].cancelled)
@@ -219,12 +219,12 @@ def test_a_client_that_goes_ends_its_answer(tiny_model: npqwen.Model) -> None:
 
 def test_an_error_in_the_middle_of_a_stream_reaches_the_client(tiny_model: npqwen.Model) -> None:
     models: Any = ScriptedModels(tiny_model)
-    with served(Starlette(routes=routes(models))) as url, ollama.Client(host=url) as client:
+    with served(application(models, Settings())) as url, ollama.Client(host=url) as client:
         stream = client.chat("m", SUM, stream=True)
         assert next(stream).message.content == ""
-        models.runs[0].put((0, Text("Well")))
+        models.put((0, Text("Well")))
         assert next(stream).message.content == "Well"
-        models.runs[0].put(ClosedError("the server is shutting down"))
+        models.put(ClosedError("the server is shutting down"))
         with pytest.raises(ollama.ResponseError, match="shutting down"):
             next(stream)
 
@@ -232,10 +232,10 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_client(tiny_model: npqwe
 def test_a_stream_is_never_silent(tiny_model: npqwen.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "KEEPALIVE", 0.02)
     models: Any = ScriptedModels(tiny_model)
-    with served(Starlette(routes=routes(models))) as url, ollama.Client(host=url) as client:
+    with served(application(models, Settings())) as url, ollama.Client(host=url) as client:
         stream = client.chat("m", SUM, stream=True)
         parts = [next(stream) for _ in range(4)]
-        models.runs[0].put((0, Text("Well")))
+        models.put((0, Text("Well")))
         while not parts[-1].message.content:
             parts.append(next(stream))
         assert {part.message.content for part in parts} == {"", "Well"}
