@@ -196,7 +196,7 @@ class Models:
             self._share_memory()
             _log.info("loaded %s in %.1f s", slot.name, time.perf_counter() - started)
         except BaseException as error:
-            if not isinstance(error, NpqwenError):
+            if not isinstance(error, NpqwenError | asyncio.CancelledError):
                 _log.error("%s cannot be loaded", slot.name, exc_info=error)
             raise
         finally:
