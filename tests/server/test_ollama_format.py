@@ -1,4 +1,4 @@
-"""`format` in ollama's API, with and without `think`: the structure is guaranteed, and thinking is not changed by it."""
+"""`format` in ollama's API, with and without `think`: structure is guaranteed, and thinking is not changed by it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import ollama
 import pytest
 
 import npqwen
+from npqwen.generation.options import OPTIONS
 
 pytest.importorskip("llguidance")
+pytestmark = pytest.mark.skipif("schema" not in OPTIONS, reason="needs the option schema")
 
 SUM = "What is 17 + 25?"
 SCHEMA: dict[str, Any] = {
