@@ -222,7 +222,7 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_client(tiny_model: npqwe
     with served(application(models, Settings())) as url, ollama.Client(host=url) as client:
         stream = client.chat("m", SUM, stream=True)
         assert next(stream).message.content == ""
-        models.put((0, Text("Well")))
+        models.put(Text("Well"))
         assert next(stream).message.content == "Well"
         models.put(ClosedError("the server is shutting down"))
         with pytest.raises(ollama.ResponseError, match="shutting down"):
@@ -235,7 +235,7 @@ def test_a_stream_is_never_silent(tiny_model: npqwen.Model, monkeypatch: pytest.
     with served(application(models, Settings())) as url, ollama.Client(host=url) as client:
         stream = client.chat("m", SUM, stream=True)
         parts = [next(stream) for _ in range(4)]
-        models.put((0, Text("Well")))
+        models.put(Text("Well"))
         while not parts[-1].message.content:
             parts.append(next(stream))
         assert {part.message.content for part in parts} == {"", "Well"}
