@@ -108,7 +108,7 @@ class ScriptedModels:
     async def close(self) -> None:
         pass
 
-    async def worker(self, name: str | None) -> ScriptedModels:
+    async def worker(self, name: str | None, keep_alive: float | None = None) -> ScriptedModels:
         return self
 
     async def start(self, request: Request) -> Run:

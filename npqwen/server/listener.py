@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from npqwen.checks import check_whole
 from npqwen.errors import OptionError, quoted
 from npqwen.server.settings import is_address
 
@@ -29,6 +30,7 @@ class Listener:
 
     def __init__(self, host: str, port: int, path: str | None) -> None:
         """port: 0 for any free one. path: of a UNIX socket, in place of host and port."""
+        check_whole("port", port, 0, 65535)
         self.host = host.removeprefix("[").removesuffix("]")
         self.path = path
         self.sockets = [_bound_path(path)] if path is not None else _bound(self.host, port)
