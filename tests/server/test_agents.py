@@ -6,7 +6,6 @@ import json
 import socket
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -53,7 +52,9 @@ def test_a_request_of_claude_code_is_read_whole_and_answered() -> None:
     assert (call["name"], call["input"]) == ("Read", {"file_path": "/home/me/shop/cart.py"})
     assert stream.message["stop_reason"] == "tool_use"
     read = model.prompts[0]
-    assert read.startswith("<|im_start|>system\nYou are Claude Code, Anthropic's official CLI for Claude.\n\nYou are an")
+    assert read.startswith(
+        "<|im_start|>system\nYou are Claude Code, Anthropic's official CLI for Claude.\n\nYou are an"
+    )
     assert "billing" not in read
     assert read.count('{"type": "function", "function": {"name": ') == 18
     assert "web_search_20250305" not in read
@@ -180,10 +181,11 @@ def test_a_client_that_goes_ends_its_request(
     path: str, name: str, call: str, reader: Any, stream: bool, held: Held, runs: Runs
 ) -> None:
     body = json.dumps(recorded(name) | {"stream": stream}).encode()
-    with served(app(held)) as url:
-        address = urlsplit(url)
-        with socket.create_connection((address.hostname, address.port)) as sent:
-            head = f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n\r\n"
+    model: Any = held
+    with served(app(model)) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as sent:
+            head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n\r\n"
             sent.sendall(head.encode() + body)
             wait_until(lambda: runs.all)
             if stream:
