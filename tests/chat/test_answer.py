@@ -58,7 +58,7 @@ class Driver:
         if not decoding.ids and ids:
             logits = self.model.prefill(ids, self.cache).reshape(1, -1)
         elif ids:
-            logits = self.model.forward(ids, self.cache, all_logits=decoding.all_logits)
+            logits = self.model.forward(ids, self.cache, all_logits=decoding.rows > 1)
         yield from self.answer.push(decoding.accept(logits))
         if self.answer.stopped or decoding.finished:
             self.finished = True

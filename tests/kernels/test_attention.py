@@ -88,7 +88,9 @@ class Part:
         self.cache = Cache(dtype, start + tokens, 2, kv_heads, dim, seed=start)
 
 
-def attend(parts: list[Part], q: np.ndarray, heads: int, kv_heads: int, members: int, spans: int = 4) -> np.ndarray:
+def attend(
+    parts: list[Part], q: np.ndarray, heads: int, kv_heads: int, members: int, spans: int = 4
+) -> np.ndarray[Any, Any]:
     """attention() over the parts, of layer 1; q: (tokens, heads, dim). spans: for how many there is room, each."""
     tokens, _, dim = q.shape
     rows = np.full((tokens + 2, (heads + 2 * kv_heads) * dim), 9, np.float32)
@@ -112,12 +114,12 @@ def attend(parts: list[Part], q: np.ndarray, heads: int, kv_heads: int, members:
         ),
     )
     assert np.all(out[tokens:] == 7)
-    return np.asarray(out[:tokens])
+    return np.array(out[:tokens])
 
 
 def queries(tokens: int, heads: int, dim: int, size: float = 1.0) -> np.ndarray:
     rng = np.random.default_rng(tokens)
-    return (rng.standard_normal((tokens, heads, dim)) * size / np.sqrt(dim)).astype(np.float32)
+    return np.asarray(rng.standard_normal((tokens, heads, dim)) * size / np.sqrt(dim), np.float32)
 
 
 def check_attention(

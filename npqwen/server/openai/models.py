@@ -19,19 +19,20 @@ async def list_models(models: Models, request: Request) -> Response:
     Codex reads `models` in place of `data`. What it requires of an entry differs from version to version, and one that
     it cannot read makes it refuse the whole list; it does accept an empty one.
     """
-    return JSONReply({"object": "list", "data": [await _model(models, name) for name in models.names], "models": []})
+    return JSONReply({"object": "list", "data": [_model(models, name) for name in models.names], "models": []})
 
 
 async def retrieve_model(models: Models, request: Request) -> Response:
     """One model; ModelNotFoundError if it is not on offer."""
-    return JSONReply(await _model(models, request.path_params["name"]))
+    return JSONReply(_model(models, request.path_params["name"]))
 
 
-async def _model(models: Models, name: str) -> dict[str, Any]:
+def _model(models: Models, name: str) -> dict[str, Any]:
     """What clients read about the length of the context has three names."""
-    context = (await models.worker(name)).model.context
+    state = models.state(name)
+    context = state.offer.context
     return {
-        "id": name,
+        "id": state.name,
         "object": "model",
         "created": 0,
         "owned_by": "npqwen",

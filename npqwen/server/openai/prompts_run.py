@@ -30,8 +30,10 @@ class PromptsRun:
     def __init__(self, worker: Worker, requests: Sequence[TextRequest]) -> None:
         self._worker = worker
         self._requests = requests
-        self._runs: list[Run] = []
-        """The runs that were started."""
+        self._prompts = iter(range(len(requests)))
+        """The prompts that were not started yet."""
+        self._runs: dict[int, Run] = {}
+        """The runs that were started, by prompt."""
         self._cancelled = False
 
     @classmethod
@@ -49,12 +51,12 @@ class PromptsRun:
     def cancel(self) -> None:
         """End all prompts."""
         self._cancelled = True
-        for run in self._runs:
+        for run in self._runs.values():
             run.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RunEvent]]:
         events: Queue = asyncio.Queue()
-        readers = [asyncio.create_task(self._read(index, events)) for index in range(len(self._runs))]
+        readers = [asyncio.create_task(self._read(prompt, events)) for prompt in self._runs]
         left = len(readers)
         try:
             while left:
@@ -93,8 +95,9 @@ class PromptsRun:
 
     async def _start_next(self) -> int | None:
         """Start the next prompt, and return its index; None if there is none left."""
-        prompt = len(self._runs)
-        if prompt == len(self._requests) or self._cancelled:
-            return None
-        self._runs.append(await self._worker.start(self._requests[prompt]))
+        prompt = None if self._cancelled else next(self._prompts, None)
+        if prompt is not None:
+            self._runs[prompt] = await self._worker.start(self._requests[prompt])
+            if self._cancelled:  # meanwhile
+                self._runs[prompt].cancel()
         return prompt

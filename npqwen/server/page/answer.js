@@ -1,0 +1,99 @@
+// An answer as it comes: applies the chunks of a stream to a message of conversations.js.
+
+import { chunks, request, ServerError } from "./stream.js";
+
+export function emptyAnswer(model) {
+  return { role: "assistant", content: "", reasoning: "", calls: [], finish: null, error: null, model, usage: null, times: {} };
+}
+
+export class Answer {
+  // conversation, message: what the answer belongs to. onchange(answer) is called whenever the message has changed.
+  constructor(conversation, message, onchange) {
+    this.conversation = conversation;
+    this.message = message;
+    this.progress = null; // {done, total, cached}: tokens of the prompt that are read
+    this.pieces = 0; // chunks with text so far: about one token each
+    this.error = null; // the ServerError that ended it
+    this.controller = new AbortController();
+    this.onchange = onchange;
+  }
+
+  stop() {
+    this.controller.abort();
+  }
+
+  // Runs until the answer is over, however it ends; never throws.
+  async run(body, key) {
+    const { message } = this;
+    this.started = performance.now();
+    try {
+      const response = await request("v1/chat/completions", { key, body, signal: this.controller.signal });
+      for await (const chunk of chunks(response)) {
+        this.apply(chunk);
+        this.onchange(this);
+      }
+      if (message.finish === null) throw new ServerError("The connection ended before the answer did.");
+    } catch (error) {
+      if (error.name === "AbortError") message.finish = "stopped";
+      else {
+        this.error = error instanceof ServerError ? error : new ServerError(`This page has a bug: ${error.message}`);
+        message.error = this.error.message;
+        message.finish = "error";
+      }
+    }
+    // A part of a call is of no use, and no server would take it back.
+    if (message.finish !== "tool_calls") message.calls = message.calls.filter((call) => isObject(call.arguments));
+  }
+
+  apply(chunk) {
+    const { message } = this;
+    const progress = chunk.prompt_progress;
+    if (progress) this.progress = { done: progress.processed, total: progress.total, cached: progress.cache };
+    if (chunk.usage) message.usage = usageOf(chunk.usage);
+    const choice = chunk.choices?.[0];
+    if (!choice) return;
+    const { content, reasoning_content: reasoning, tool_calls: calls } = choice.delta ?? {};
+    if (content || reasoning || calls?.length) this.clock(Boolean(reasoning));
+    if (reasoning) message.reasoning += reasoning;
+    if (content) message.content += content;
+    for (const { index = 0, id, function: called } of calls ?? []) {
+      const call = (message.calls[index] ??= { id: "", name: "", arguments: "" });
+      if (id) call.id = id;
+      call.name += called?.name ?? "";
+      call.arguments += called?.arguments ?? "";
+    }
+    if (choice.finish_reason) message.finish = choice.finish_reason;
+  }
+
+  clock(thinking) {
+    const { times, reasoning } = this.message;
+    const now = performance.now() - this.started;
+    times.first ??= now;
+    if (reasoning && !thinking) times.thought ??= now;
+    times.last = now;
+    this.pieces++;
+    this.progress = null;
+  }
+}
+
+function isObject(text) {
+  try {
+    return typeof JSON.parse(text) === "object";
+  } catch {
+    return false;
+  }
+}
+
+function usageOf(usage) {
+  return {
+    prompt: usage.prompt_tokens ?? 0,
+    cached: usage.prompt_tokens_details?.cached_tokens ?? 0,
+    completion: usage.completion_tokens ?? 0,
+    reasoning: usage.completion_tokens_details?.reasoning_tokens ?? 0,
+  };
+}
+
+// Tokens a second after the first one, or null if that cannot be told.
+export function speed(tokens, { first, last }) {
+  return tokens > 1 && last > first ? ((tokens - 1) / (last - first)) * 1000 : null;
+}

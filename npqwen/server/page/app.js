@@ -1,0 +1,437 @@
+// The page: what the parts show, and what happens when the reader does something.
+
+import { Answer, emptyAnswer } from "./answer.js";
+import * as conversations from "./conversations.js";
+import { element, number } from "./dom.js";
+import { keyForm, messageView } from "./message_view.js";
+import { defaults, requestFields, SettingsDialog } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { remember, remembered, Storage } from "./storage.js";
+import { models, ServerError } from "./stream.js";
+
+const MOST_RETRIES = 5; // by itself, of a request that the server was too busy for
+const NEAR_END = 48; // pixels from the end of the conversation that count as being there
+
+const $ = (id) => document.getElementById(id);
+const transcript = $("transcript");
+const input = $("input");
+const narrow = matchMedia("(max-width: 48rem)");
+
+const storage = new Storage(otherTab);
+const all = new Map(); // conversations by id; one without messages is not saved
+const answers = new Map(); // running Answers by the conversation's id
+const waits = new Map(); // {left, attempt, timer} of answers that are tried again by themselves, by the message's id
+let current = conversations.newConversation(defaults());
+let views = []; // of the messages on the screen
+let offered = []; // models
+let key = remembered("key", "");
+let atEnd = true;
+let frame = 0;
+
+const settings = new SettingsDialog($("settings"), { onchange: changeSettings, onkey: useKey });
+const sidebar = new Sidebar($("list"), $("search"), {
+  open: (id) => open(all.get(id)),
+  rename(id, title) {
+    all.get(id).title = title;
+    save(all.get(id));
+  },
+  remove,
+  save: (id) => download([all.get(id)]),
+});
+const actions = {
+  edit(message, text) {
+    conversations.append(current, message.parent, { role: "user", content: text });
+    ask();
+  },
+  retry,
+  proceed(message) {
+    conversations.append(current, message.id, { role: "user", content: "Continue where you stopped." });
+    ask();
+  },
+  wait(message) {
+    forgetWait(message.id);
+    draw();
+  },
+  select(message) {
+    conversations.select(current, message);
+    save(current);
+    draw();
+  },
+  results(message, texts) {
+    message.calls.forEach(({ id }, i) =>
+      conversations.append(current, i ? current.head : message.id, { role: "tool", call: id, content: texts[i] }));
+    ask();
+  },
+  useKey(value, message) {
+    useKey(value);
+    retry(message);
+  },
+  versions: (message) => conversations.versions(current, message),
+  needsKey: (message) => message.status === 401,
+};
+
+// Asking and answering
+
+function send() {
+  const text = input.value.trim();
+  if (!text || answers.has(current.id)) return;
+  input.value = "";
+  grow();
+  conversations.append(current, current.head, { role: "user", content: text });
+  ask();
+}
+
+// Has the model answer the last message on the screen; or tries an answer again that failed before its first word.
+async function ask(failed = null, attempt = 0) {
+  const conversation = current;
+  const path = conversations.path(conversation).filter((message) => message !== failed);
+  const model = modelOf(conversation);
+  const message = failed ?? conversations.append(conversation, conversation.head, emptyAnswer(model));
+  Object.assign(message, emptyAnswer(model), { status: 0 });
+  all.set(conversation.id, conversation);
+  conversation.updated = Date.now();
+  const answer = new Answer(conversation, message, ({ conversation: changed }) => {
+    storage.putSoon(changed);
+    if (changed === current) drawSoon();
+  });
+  let body;
+  try {
+    body = { model, messages: conversations.request(conversation, path), stream: true,
+      stream_options: { include_usage: true }, return_progress: true, ...requestFields(conversation.settings) };
+  } catch (error) {
+    Object.assign(message, { error: error.message, finish: "error" });
+    save(conversation);
+    draw();
+    return;
+  }
+  answers.set(conversation.id, answer);
+  await save(conversation);
+  atEnd = true;
+  draw();
+  await answer.run(body, key);
+  answers.delete(conversation.id);
+  message.status = answer.error?.status ?? 0;
+  if (answer.error?.retryAfter && attempt < MOST_RETRIES) waitAndRetry(conversation, message, answer.error, attempt + 1);
+  await save(conversation);
+  if (conversation === current) draw();
+  else drawSidebar();
+}
+
+function retry(message) {
+  forgetWait(message.id);
+  if (answers.has(current.id)) return;
+  const begun = message.content || message.reasoning || message.calls.length;
+  const last = message.id === current.head;
+  if (!begun && last) ask(message);
+  else {
+    current.head = message.parent;
+    ask();
+  }
+}
+
+function waitAndRetry(conversation, message, { retryAfter }, attempt) {
+  const wait = { left: retryAfter, attempt };
+  wait.timer = setInterval(() => {
+    wait.left--;
+    if (wait.left <= 0) {
+      forgetWait(message.id);
+      if (conversation === current && conversation.head === message.id && !answers.has(conversation.id))
+        ask(message, attempt);
+    }
+    drawSoon();
+  }, 1000);
+  waits.set(message.id, wait);
+}
+
+function forgetWait(id) {
+  clearInterval(waits.get(id)?.timer);
+  waits.delete(id);
+}
+
+function stop() {
+  answers.get(current.id)?.stop();
+}
+
+// Conversations
+
+function open(conversation) {
+  current = conversation;
+  closeSidebar();
+  views = [];
+  transcript.replaceChildren();
+  atEnd = true;
+  draw();
+  input.focus();
+}
+
+function newChat() {
+  open(conversations.newConversation(defaults()));
+}
+
+async function save(conversation) {
+  drawSidebar();
+  if (!all.has(conversation.id)) return;
+  try {
+    await storage.put(conversation);
+  } catch (error) {
+    notice(`This conversation could not be saved (${error.message}).`);
+  }
+}
+
+async function remove(id) {
+  answers.get(id)?.stop();
+  all.delete(id);
+  if (current.id === id) newChat();
+  drawSidebar();
+  await storage.delete(id);
+}
+
+async function otherTab(id) {
+  if (answers.has(id)) return;
+  const conversation = await storage.get(id);
+  if (conversation) all.set(id, conversation);
+  else all.delete(id);
+  if (current.id === id) open(conversation ?? conversations.newConversation(defaults()));
+  else drawSidebar();
+}
+
+function download(chosen) {
+  const name = chosen.length === 1 ? chosen[0].title.replace(/[^\p{L}\p{N} _-]/gu, "").trim() || "chat" : "npqwen chats";
+  const url = URL.createObjectURL(new Blob([conversations.exported(chosen)], { type: "application/json" }));
+  element("a", { href: url, download: `${name}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+async function importFile(file) {
+  let found;
+  try {
+    found = conversations.imported(await file.text());
+  } catch (error) {
+    notice(`${file.name} cannot be imported: ${error.message}.`);
+    return;
+  }
+  for (const conversation of found) {
+    all.set(conversation.id, conversation);
+    await save(conversation);
+  }
+  notice("");
+  if (found.length) open(found[0]);
+}
+
+function changeSettings(values) {
+  const { model } = current.settings;
+  current.settings = model ? { ...values, model } : values;
+  if (all.has(current.id)) storage.putSoon(current);
+}
+
+// Models and the key
+
+async function loadModels() {
+  try {
+    offered = await models(key);
+    notice("");
+  } catch (error) {
+    offered = [];
+    if (error instanceof ServerError && error.status === 401) notice(key ? error.message : "", keyForm(useKey));
+    else notice(error.message, element("button", { type: "button", onclick: loadModels }, "Retry"));
+  }
+  drawModels();
+}
+
+function useKey(value) {
+  key = value;
+  remember("key", key);
+  return loadModels();
+}
+
+function modelOf(conversation) {
+  const { model } = conversation.settings;
+  return offered.some(({ id }) => id === model) ? model : (offered[0]?.id ?? model ?? "");
+}
+
+// Drawing
+
+function drawSoon() {
+  frame ||= requestAnimationFrame(draw);
+}
+
+function draw() {
+  cancelAnimationFrame(frame);
+  frame = 0;
+  const path = conversations.path(current);
+  let same = 0;
+  while (same < path.length && views[same]?.message === path[same]) same++;
+  for (const view of views.splice(same)) view.element.remove();
+  for (const message of path.slice(same)) {
+    const view = messageView(message, actions);
+    views.push(view);
+    transcript.append(view.element);
+  }
+  const answer = answers.get(current.id) ?? null;
+  views.forEach((view, i) =>
+    view.update({
+      answer: answer?.message === view.message ? answer : null,
+      waiting: waits.get(view.message.id)?.left ?? null,
+      showThinking: settings.showThinking,
+      last: i === views.length - 1,
+    }));
+  $("welcome").hidden = path.length > 0;
+  $("send").hidden = answer !== null;
+  $("stop").hidden = answer === null;
+  if (atEnd) transcript.scrollTop = transcript.scrollHeight;
+  drawContext(path);
+  drawSidebar();
+  drawModels();
+}
+
+function drawSidebar() {
+  const place = all.has(current.id) ? `#${current.id}` : "";
+  if (location.hash !== place) history.replaceState(null, "", place || location.pathname);
+  const newest = [...all.values()].sort((a, b) => b.updated - a.updated);
+  const running = [...answers.keys()];
+  const state = JSON.stringify([newest.map(({ id, title }) => [id, title]), current.id, running]);
+  if (state === drawSidebar.state) return;
+  drawSidebar.state = state;
+  sidebar.update(newest, current.id, new Set(running));
+  document.title = current.title ? `${current.title} – npqwen` : "npqwen";
+}
+
+function drawModels() {
+  const select = $("model");
+  const state = JSON.stringify([offered, modelOf(current)]);
+  if (state === drawModels.state) return;
+  drawModels.state = state;
+  select.replaceChildren(...offered.map(({ id }) => element("option", { value: id }, id)));
+  select.value = modelOf(current);
+  select.disabled = offered.length === 0;
+  $("welcome-model").textContent = modelOf(current);
+  drawContext(conversations.path(current));
+}
+
+function drawContext(path) {
+  const used = path.findLast((message) => message.usage)?.usage;
+  const tokens = used ? used.prompt + used.completion : 0;
+  const context = offered.find(({ id }) => id === modelOf(current))?.context ?? null;
+  const meter = $("context");
+  meter.hidden = !tokens;
+  const share = context ? Math.min(1, tokens / context) : 0;
+  meter.querySelector(".text").textContent =
+    context ? `${number(tokens)} of ${number(context)} tokens of context` : `${number(tokens)} tokens of context`;
+  const bar = meter.querySelector(".bar");
+  bar.hidden = !context;
+  bar.firstElementChild.style.width = `${share * 100}%`;
+  bar.classList.toggle("nearly-full", share > 0.9);
+}
+
+function notice(text, ...more) {
+  $("notice").replaceChildren(...(text ? [element("span", { class: "grow" }, text)] : []), ...more);
+}
+
+function grow() {
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight + 2}px`;
+}
+
+function closeSidebar() {
+  document.body.classList.remove("with-sidebar");
+  $("menu").setAttribute("aria-expanded", !narrow.matches);
+}
+
+function toggleSidebar() {
+  const name = narrow.matches ? "with-sidebar" : "without-sidebar";
+  const there = document.body.classList.toggle(name) === narrow.matches;
+  $("menu").setAttribute("aria-expanded", there);
+}
+
+function setTheme(theme) {
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  try {
+    localStorage.setItem("npqwen.theme", theme);
+  } catch {
+    // it holds until the page is closed
+  }
+}
+
+// What the reader does
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+$("stop").addEventListener("click", stop);
+$("new").addEventListener("click", newChat);
+$("menu").addEventListener("click", toggleSidebar);
+$("shade").addEventListener("click", closeSidebar);
+$("open-settings").addEventListener("click", () => settings.open(current.settings, key));
+$("export").addEventListener("click", () => download([...all.values()]));
+$("import").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", async ({ target }) => {
+  for (const file of target.files) await importFile(file);
+  target.value = "";
+});
+$("theme").value = document.documentElement.dataset.theme ?? "auto";
+$("theme").addEventListener("change", ({ target }) => setTheme(target.value));
+$("model").addEventListener("change", ({ target }) => {
+  current.settings.model = target.value;
+  if (all.has(current.id)) save(current);
+  drawModels();
+});
+$("down").addEventListener("click", () => {
+  atEnd = true;
+  transcript.scrollTop = transcript.scrollHeight;
+});
+transcript.addEventListener("scroll", () => {
+  atEnd = transcript.scrollHeight - transcript.scrollTop - transcript.clientHeight < NEAR_END;
+  $("down").hidden = atEnd;
+});
+new ResizeObserver(() => {
+  if (atEnd) transcript.scrollTop = transcript.scrollHeight;
+}).observe(transcript);
+input.addEventListener("input", grow);
+input.addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
+  if (event.key === "Enter" && !event.shiftKey) {
+    event.preventDefault();
+    send();
+  } else if (event.key === "ArrowUp" && !input.value && !answers.has(current.id)) {
+    const last = views.findLast((view) => view.message.role === "user");
+    if (!last) return;
+    event.preventDefault();
+    last.edit();
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "k") {
+    event.preventDefault();
+    newChat();
+  } else if (event.key === "Escape" && !$("settings").open) {
+    if (document.body.classList.contains("with-sidebar")) closeSidebar();
+    else stop();
+  }
+});
+addEventListener("hashchange", () => {
+  const wanted = all.get(location.hash.slice(1));
+  if (wanted && wanted !== current) open(wanted);
+});
+addEventListener("pagehide", () => {
+  for (const { conversation } of answers.values()) storage.put(conversation).catch(() => {});
+});
+
+async function start() {
+  draw();
+  const loading = loadModels();
+  try {
+    await storage.open();
+    for (const conversation of await storage.all()) all.set(conversation.id, conversation);
+  } catch {
+    notice("This browser does not let the page save conversations: they last until it is closed.");
+  }
+  // Where this tab was, unless a new conversation has begun meanwhile.
+  const last = all.get(location.hash.slice(1));
+  if (last && !current.messages.length) open(last);
+  draw();
+  await loading;
+}
+
+start();

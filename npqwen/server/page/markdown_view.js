@@ -1,0 +1,120 @@
+// Markdown on the screen, also while it comes: only the blocks that changed are made anew.
+
+import { copy, element, icon } from "./dom.js";
+import { parse } from "./markdown.js";
+
+export class MarkdownView {
+  constructor() {
+    this.element = element("div", { class: "markdown" });
+    this.blocks = []; // {from, key, node} of what is on the screen
+  }
+
+  // Shows text, which begins with the one shown before. open: more is to come.
+  update(text, open) {
+    // All but the last two blocks are final: what follows cannot change them.
+    const kept = Math.max(0, this.blocks.length - 2);
+    const from = kept ? this.blocks[kept].from : 0;
+    const rest = text.slice(from);
+    const found = parse(rest, open);
+    found.forEach((block, i) => {
+      const raw = rest.slice(block.from, block.to);
+      const key = open && i === found.length - 1 ? `${raw}\0` : raw;
+      const old = this.blocks[kept + i];
+      const entry = { from: from + block.from, key, block, node: old?.node };
+      if (old?.key !== key && !(old && this.extend(old, block))) {
+        entry.node = render(block);
+        if (old) old.node.replaceWith(entry.node);
+        else this.element.append(entry.node);
+      }
+      this.blocks[kept + i] = entry;
+    });
+    for (const { node } of this.blocks.splice(kept + found.length)) node.remove();
+  }
+
+  // Code grows in place, so that a selection and the position of a scrollbar in it stay.
+  extend({ block, node }, next) {
+    if (block.type !== "code" || next.type !== "code" || block.language !== next.language) return false;
+    const text = node.querySelector("code").firstChild;
+    if (!text || !next.text.startsWith(block.text)) return false;
+    text.appendData(next.text.slice(block.text.length));
+    return true;
+  }
+}
+
+export function render(block) {
+  switch (block.type) {
+    case "heading":
+      return filled(element(`h${Math.min(block.level + 1, 6)}`), block.inline);
+    case "code":
+      return codeBlock(block);
+    case "math":
+      return element("div", { class: "math" }, block.text);
+    case "rule":
+      return element("hr");
+    case "quote":
+      return element("blockquote", {}, ...block.children.map(render));
+    case "list":
+      return list(block);
+    case "table":
+      return table(block);
+    default:
+      return filled(element("p"), block.inline);
+  }
+}
+
+function codeBlock({ language, text }) {
+  const button = element("button", { type: "button", class: "quiet", "aria-label": "Copy code", title: "Copy" },
+    icon("copy"));
+  const code = element("code", {}, document.createTextNode(text));
+  button.addEventListener("click", () => copy(code.textContent, button));
+  const head = element("figcaption", {}, element("span", {}, language || "text"), button);
+  return element("figure", { class: "code" }, head, element("pre", { tabindex: "0" }, code));
+}
+
+function list({ ordered, start, loose, items }) {
+  const made = element(ordered ? "ol" : "ul", { start: ordered && start !== 1 ? start : null });
+  for (const { checked, children } of items) {
+    const item = element("li", { class: checked === null ? null : "task" });
+    if (checked !== null)
+      item.append(element("input", { type: "checkbox", disabled: true, checked, "aria-label": "Task" }));
+    for (const child of children) {
+      if (child.type === "paragraph" && !loose) filled(item, child.inline);
+      else item.append(render(child));
+    }
+    made.append(item);
+  }
+  return made;
+}
+
+function table({ alignments, header, rows }) {
+  const row = (name, cells) =>
+    element("tr", {}, ...cells.map((cell, i) => filled(element(name, { class: alignments[i] }), cell)));
+  const head = element("thead", {}, row("th", header));
+  const body = element("tbody", {}, ...rows.map((cells) => row("td", cells)));
+  return element("div", { class: "table", tabindex: "0" }, element("table", {}, head, body));
+}
+
+function filled(parent, nodes) {
+  for (const node of nodes) parent.append(inline(node));
+  return parent;
+}
+
+function inline(node) {
+  if (typeof node === "string") return node;
+  switch (node.type) {
+    case "break":
+      return element("br");
+    case "code":
+      return element("code", {}, node.text);
+    case "math":
+      return element("span", { class: "math" }, node.text);
+    case "link":
+      if (!node.href) return filled(element("span", { class: "no-link" }), node.children);
+      return filled(
+        element("a", { href: node.href, title: node.href, target: "_blank", rel: "noopener noreferrer nofollow" }),
+        node.children,
+      );
+    default:
+      return filled(element(node.type), node.children);
+  }
+}

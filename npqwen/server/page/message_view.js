@@ -1,0 +1,272 @@
+// One message on the screen.
+
+import { speed } from "./answer.js";
+import { copy, element, icon, iconButton, number, seconds } from "./dom.js";
+import { MarkdownView } from "./markdown_view.js";
+
+const ENDINGS = {
+  length: "Stopped at the limit of tokens.",
+  loop: "Stopped, because the text kept repeating itself.",
+  stopped: "Stopped.",
+};
+
+// actions, of all views: edit(message, text), retry(message), proceed(message), wait(message) to not retry, select(message),
+// results(message, texts) of its calls, useKey(key, message); and versions(message), needsKey(message).
+export function messageView(message, actions) {
+  const Kind = { user: UserView, tool: ResultView, assistant: AnswerView }[message.role];
+  return new Kind(message, actions);
+}
+
+class MessageView {
+  constructor(message, actions, label) {
+    this.message = message;
+    this.actions = actions;
+    this.element = element("article", { class: `message ${message.role}`, "aria-label": label });
+  }
+
+  // "‹ 2/3 ›"
+  versions() {
+    const all = this.actions.versions(this.message);
+    if (all.length < 2) return null;
+    const at = all.indexOf(this.message);
+    const step = (to, name, label) =>
+      iconButton(name, label, () => this.actions.select(all[to]), { disabled: !all[to] });
+    return element("span", { class: "versions" },
+      step(at - 1, "left", "Previous version"), `${at + 1}/${all.length}`, step(at + 1, "right", "Next version"));
+  }
+
+  copyButton(text) {
+    const button = iconButton("copy", "Copy", () => copy(text(), button));
+    return button;
+  }
+}
+
+class UserView extends MessageView {
+  constructor(message, actions) {
+    super(message, actions, "You");
+    this.editing = false;
+  }
+
+  update() {
+    if (this.editing) return;
+    const edit = iconButton("edit", "Edit", () => this.edit());
+    const footer = element("footer", {}, this.versions(), this.copyButton(() => this.message.content), edit);
+    this.element.replaceChildren(element("div", { class: "bubble" }, this.message.content), footer);
+  }
+
+  edit() {
+    const area = element("textarea", { "aria-label": "Edit the message", rows: "3" });
+    area.value = this.message.content;
+    const end = () => {
+      this.editing = false;
+      this.update();
+      document.getElementById("input").focus();
+    };
+    const send = () => {
+      if (!area.value.trim()) return;
+      end();
+      this.actions.edit(this.message, area.value);
+    };
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        end();
+      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        send();
+      }
+    });
+    this.editing = true;
+    this.element.replaceChildren(
+      element("form", { class: "edit", onsubmit: (event) => (event.preventDefault(), send()) }, area,
+        element("div", { class: "row" },
+          element("button", { type: "button", onclick: end }, "Cancel"),
+          element("button", { class: "primary" }, "Send"))));
+    area.focus();
+  }
+}
+
+class ResultView extends MessageView {
+  constructor(message, actions) {
+    super(message, actions, "Result of a tool");
+  }
+
+  update() {
+    this.element.replaceChildren(
+      element("details", { class: "fold" }, element("summary", {}, icon("right"), "Result"),
+        element("pre", { tabindex: "0" }, this.message.content)));
+  }
+}
+
+class AnswerView extends MessageView {
+  constructor(message, actions) {
+    super(message, actions, "Answer");
+    this.thought = new MarkdownView();
+    this.text = new MarkdownView();
+    this.label = element("span", { class: "label" });
+    this.preview = element("span", { class: "preview" });
+    const summary = element("summary", { onclick: () => (this.toggled = true) }, icon("right"), this.label, this.preview);
+    this.thinking = element("details", { class: "fold thinking", hidden: true }, summary, this.thought.element);
+    this.toggled = false; // the reader has opened or closed the thought
+    this.calls = element("div", { class: "calls" });
+    this.status = element("div", { class: "status" });
+    this.bar = element("progress", { "aria-label": "Prompt read" });
+    this.statusText = element("span");
+    this.status.append(this.statusText, this.bar);
+    this.error = element("div", { class: "error", role: "alert", hidden: true });
+    this.footer = element("footer");
+    this.element.append(this.thinking, this.text.element, this.calls, this.status, this.error, this.footer);
+    this.shown = null; // what the parts that are made as a whole were made of
+  }
+
+  // answer: the running Answer, or null. waiting: seconds until it is tried again, or null. showThinking: open the
+  // thought while it comes. last: it is the last message.
+  update({ answer = null, waiting = null, showThinking = false, last = true } = {}) {
+    const { message } = this;
+    const running = answer !== null;
+    this.element.setAttribute("aria-busy", running);
+    this.text.update(message.content, running);
+    this.updateThought(running, showThinking);
+    this.updateStatus(answer);
+    this.updateCalls(running, last);
+    const state = JSON.stringify([running, message.finish, message.error, waiting, last,
+      this.actions.versions(message).map(({ id }) => id), message.usage]);
+    if (this.shown !== state) {
+      this.shown = state;
+      this.updateError(running, waiting, answer, last);
+      this.updateFooter(running, last);
+    }
+    if (running) this.updateSpeed(answer);
+  }
+
+  updateThought(running, showThinking) {
+    const { reasoning, content, calls, times, usage } = this.message;
+    this.thinking.hidden = !reasoning;
+    if (!reasoning) return;
+    const thinking = running && !content && !calls.length;
+    if (!this.toggled) this.thinking.open = thinking && showThinking;
+    this.thought.update(reasoning, thinking);
+    const end = times.thought ?? times.last;
+    const parts = [thinking ? "Thinking" : end > times.first ? `Thought for ${seconds(end - times.first)}` : "Thought"];
+    if (usage?.reasoning) parts.push(`${number(usage.reasoning)} tokens`);
+    else if (thinking) parts.push(seconds(end - times.first));
+    this.label.textContent = parts.join(" · ");
+    this.thinking.classList.toggle("live", thinking);
+    this.preview.textContent = thinking ? reasoning.trimEnd().split("\n").at(-1).slice(-300) : "";
+  }
+
+  updateStatus(answer) {
+    const { content, reasoning, calls } = this.message;
+    this.status.hidden = !answer || Boolean(content || reasoning || calls.length);
+    if (this.status.hidden) return;
+    const { progress } = answer;
+    this.bar.hidden = !progress?.total;
+    if (progress?.total) {
+      this.bar.max = progress.total;
+      this.bar.value = progress.done;
+      const cached = progress.cached ? `, ${number(progress.cached)} cached` : "";
+      this.statusText.textContent =
+        `Reading the prompt: ${number(progress.done)} of ${number(progress.total)} tokens${cached}`;
+    } else this.statusText.textContent = "Waiting for the first word";
+  }
+
+  updateCalls(running, last) {
+    const { calls, finish } = this.message;
+    const state = JSON.stringify([calls, running, last, finish]);
+    if (this.calls.dataset.state === state || (!calls.length && !this.calls.firstChild)) return;
+    this.calls.dataset.state = state;
+    const asking = last && !running && calls.length > 0 && finish === "tool_calls";
+    this.calls.replaceChildren(...calls.filter(Boolean).map((call) =>
+      element("div", { class: "call" },
+        element("div", { class: "name" }, icon("tool"), call.name),
+        element("pre", { tabindex: "0" }, pretty(call.arguments)))));
+    if (asking) this.calls.append(this.resultForm());
+  }
+
+  // The reader is the one who runs tools here.
+  resultForm() {
+    const { calls } = this.message;
+    const areas = calls.map((call) =>
+      element("label", {}, `Result of ${call.name}`, element("textarea", { rows: "2", required: true })));
+    const send = (event) => {
+      event.preventDefault();
+      this.actions.results(this.message, areas.map((label) => label.querySelector("textarea").value));
+    };
+    return element("form", { class: "results", onsubmit: send }, ...areas,
+      element("div", { class: "row" }, element("button", { class: "primary" }, "Send results")));
+  }
+
+  updateError(running, waiting, answer, last) {
+    const { message } = this;
+    const { finish, error } = message;
+    const text = error ?? (finish === null ? "This answer was interrupted." : ENDINGS[finish]);
+    this.error.hidden = running || !text;
+    if (this.error.hidden) return;
+    this.error.classList.toggle("mild", !error);
+    const retry = element("button", { type: "button", onclick: () => this.actions.retry(message) },
+      waiting === null ? "Retry" : "Retry now");
+    const row = element("div", { class: "row" }, retry);
+    if (message.content && last)
+      row.append(element("button", { type: "button", onclick: () => this.actions.proceed(message) }, "Continue"));
+    if (waiting !== null)
+      row.append(
+        element("span", { class: "hint" }, `Trying again in ${waiting} s`),
+        element("button", { type: "button", onclick: () => this.actions.wait(message) }, "Cancel"));
+    const key = this.actions.needsKey(message) ? keyForm((value) => this.actions.useKey(value, message)) : null;
+    this.error.replaceChildren(element("p", {}, text), ...(key ? [key] : [row]));
+  }
+
+  updateFooter(running, last) {
+    const { message } = this;
+    this.speed = element("span", { class: "speed" }, running ? "" : this.summary());
+    this.speed.title = running ? "" : this.details();
+    this.footer.replaceChildren(this.versions() ?? "");
+    if (!running) {
+      if (message.content) this.footer.append(this.copyButton(() => message.content));
+      this.footer.append(iconButton("retry", "Answer again", () => this.actions.retry(message)));
+    } else this.footer.append(element("span", { class: "dot" }));
+    this.footer.append(this.speed);
+    this.footer.classList.toggle("last", last);
+  }
+
+  updateSpeed({ pieces }) {
+    const rate = speed(pieces, this.message.times);
+    this.speed.textContent = rate === null ? "" : `about ${rate.toFixed(1)} tokens/s`;
+  }
+
+  summary() {
+    const { usage, times } = this.message;
+    const parts = [];
+    const rate = usage && speed(usage.completion, times);
+    if (rate) parts.push(`${rate.toFixed(1)} tokens/s`);
+    if (usage) parts.push(`${number(usage.completion)} tokens`);
+    if (times.first) parts.push(`first after ${seconds(times.first)}`);
+    return parts.join(" · ");
+  }
+
+  details() {
+    const { usage, model } = this.message;
+    if (!usage) return model;
+    const cached = usage.cached ? `, ${number(usage.cached)} of them cached` : "";
+    return `${model}\nprompt: ${number(usage.prompt)} tokens${cached}`;
+  }
+}
+
+export function keyForm(onkey) {
+  const input = element("input", { type: "password", name: "key", required: true, autocomplete: "current-password",
+    "aria-label": "API key", placeholder: "API key" });
+  const submit = (event) => {
+    event.preventDefault();
+    onkey(input.value.trim());
+  };
+  return element("form", { class: "key row", onsubmit: submit }, input,
+    element("button", { class: "primary" }, "Use this key"));
+}
+
+function pretty(json) {
+  try {
+    return JSON.stringify(JSON.parse(json), null, 2);
+  } catch {
+    return json; // still coming
+  }
+}

@@ -1,0 +1,107 @@
+// Requests to this server's OpenAI API.
+
+// What went wrong, in one line. status: of HTTP, or 0. retryAfter: seconds that the server wants us to wait, or null.
+export class ServerError extends Error {
+  constructor(message, { status = 0, retryAfter = null } = {}) {
+    super(message);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
+}
+
+// Sends a request; path is relative to the page. Returns the response if it is a success, or throws a ServerError.
+// A cancelled request throws AbortError.
+export async function request(path, { key = "", body, signal } = {}) {
+  const headers = {};
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, {
+      method: body === undefined ? "GET" : "POST",
+      headers,
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal,
+      cache: "no-store",
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The server cannot be reached. Is it running?");
+  }
+  if (response.ok) return response;
+  const retryAfter = Number.parseInt(response.headers.get("Retry-After"), 10);
+  throw new ServerError(await reason(response), {
+    status: response.status,
+    retryAfter: Number.isFinite(retryAfter) ? Math.min(Math.max(retryAfter, 1), 600) : null,
+  });
+}
+
+async function reason(response) {
+  const text = (await response.text().catch(() => "")).trim();
+  try {
+    const { error } = JSON.parse(text);
+    const message = typeof error === "string" ? error : error?.message;
+    if (typeof message === "string" && message) return message;
+  } catch {
+    // not JSON: a proxy's page
+  }
+  return `The server answered ${response.status} ${response.statusText}`.trim();
+}
+
+// The ids of the models on offer, and what is known of each: [{id, context}], context in tokens or null.
+export async function models(key) {
+  const response = await request("v1/models", { key });
+  const { data } = await response.json();
+  return data.map((model) => ({ id: String(model.id), context: contextOf(model) }));
+}
+
+function contextOf(model) {
+  const length = model.context_length ?? model.max_model_len ?? model.meta?.n_ctx;
+  return Number.isFinite(length) ? length : null;
+}
+
+// The chunks of a streamed answer. Throws a ServerError for an error in the stream, and if the connection is lost.
+export async function* chunks(response) {
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") return;
+    let chunk;
+    try {
+      chunk = JSON.parse(data);
+    } catch {
+      throw new ServerError("The server sent something that is not JSON.");
+    }
+    if (chunk.error) throw new ServerError(String(chunk.error.message ?? chunk.error));
+    yield chunk;
+  }
+}
+
+// The data of server-sent events in a stream of bytes, as text.
+export async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  let data = [];
+  try {
+    for (;;) {
+      let piece;
+      try {
+        piece = await reader.read();
+      } catch (error) {
+        if (error.name === "AbortError") throw error;
+        throw new ServerError("The connection to the server was lost.");
+      }
+      if (piece.done) return;
+      // A "\r" at the end may be the first half of "\r\n".
+      const lines = (rest + piece.value).split(/\r\n|\n|\r(?!$)/);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
+        else if (line === "" && data.length) {
+          yield data.join("\n");
+          data = [];
+        }
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
