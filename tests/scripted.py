@@ -55,9 +55,12 @@ def ask(model: Any, path: str, body: Any) -> httpx.Response:
     """The response to one request, without a socket in between; a stream is read to its end."""
 
     async def response() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app(model)), base_url="http://127.0.0.1") as http:
+        application = app(model)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://127.0.0.1") as http:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await asyncio.wait_for(http.post(path, content=content), 60)
+            answer = await asyncio.wait_for(http.post(path, content=content), 60)
+        await application.state.models.close()
+        return answer
 
     return asyncio.run(response())
 

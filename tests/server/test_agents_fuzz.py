@@ -116,7 +116,8 @@ def test_no_body_is_an_internal_error(
     statuses: dict[int, int] = {}
 
     async def fuzz() -> None:
-        transport = httpx.ASGITransport(app(model))
+        application = app(model)
+        transport = httpx.ASGITransport(application)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as http:
             for _ in range(COUNT):
                 content = mutated(request, draw)
@@ -129,6 +130,7 @@ def test_no_body_is_an_internal_error(
                     assert stream.over
                 else:
                     check(response)
+        await application.state.models.close()
 
     asyncio.run(fuzz())
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
