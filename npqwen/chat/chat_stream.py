@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 class ChatStream(AsyncSteps[Event]):
     """An answer's events: Reasoning, Text, ToolCall, ToolResult, Notice and, at the end, Finish.
 
+    Before each ToolCall come a CallStart and the CallArguments, while the call is being written; a call that began so
+    and was cut off, or is malformed, ends in an UnfinishedCall in place of the ToolCall.
+
     Iterate with `for` or `async for`. `text` and `reasoning` hold the current step's text so far, `usage` the cost of
     all steps, `messages` those to append to the conversation `past`; `reply` is None until the end. `close()`, or
     leaving an `async with` block, ends the answer early: text that was begun stays in `messages`, a call without its
