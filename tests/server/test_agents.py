@@ -102,7 +102,8 @@ def test_a_request_of_codex_is_read_whole_and_answered() -> None:
     read = model.prompts[0]
     assert read.startswith("<|im_start|>system\nYou are Codex, a coding agent")
     assert "Approval policy: on-request.\n</permissions instructions>\n\n# Tools" in read
-    assert read.count('{"type": "function", "function": {"name": ') == 6
+    assert read.count('{"type": "function", "function": {"name": ') == 9
+    assert '"multi_agent_v1__spawn_agent"' in read
     assert '"mcp__tracker__get_issue"' in read
     assert "<think>\nI should read cart.py.\n</think>\n\nI'll look at the file and the issue.\n<tool_call>" in read
     first, second = "return sum(-item.price for item in cart)\n\n</tool_response>", "The total is negative."
