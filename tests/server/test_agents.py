@@ -137,18 +137,20 @@ def test_a_long_call_is_never_silent(path: str, name: str, call: str, reader: An
     long = f'<tool_call>\n{{"name": "{tool}", "arguments": {{"{field}": "{"line after line " * 50}"}}}}\n</tool_call>'
     model = Held(long, context=16384, at=100)
     pieces: list[str] = []
-    begun = 0
+    waited = 0
     with client(model) as http, http.stream("POST", path, json=recorded(name), headers=HEADERS) as got:
         stream = reader()
         for event in server_sent(got.iter_lines()):
+            before = keepalives(stream)
             stream.push(event)
-            delta = event.get("delta")
-            if delta:
+            if delta := event.get("delta"):
                 pieces.append(delta if isinstance(delta, str) else delta.get("partial_json", ""))
-                begun += not model.go.is_set()
-            if keepalives(stream) >= 3:
-                model.go.set()
-    assert begun > 20, "no arguments came while the call was being written"
+            elif pieces and keepalives(stream) > before and not model.go.is_set():
+                waited += 1
+                if waited == 3:
+                    assert len("".join(pieces)) > 100, "no arguments came while the call was being written"
+                    model.go.set()
+    assert waited == 3
     assert "".join(pieces) == f'{{"{field}": "{"line after line " * 50}"}}'
 
 
