@@ -13,6 +13,7 @@ export class Answer {
     this.message = message;
     this.progress = null; // {done, total, cached}: tokens of the prompt that are read
     this.pieces = 0; // chunks with text so far: about one token each
+    this.left = false;
     this.error = null; // the ServerError that ended it
     this.controller = new AbortController();
     this.onchange = onchange;
@@ -20,6 +21,11 @@ export class Answer {
 
   stop() {
     this.controller.abort();
+  }
+
+  // The page is being closed: what breaks from now on is no error of the server's.
+  leave() {
+    this.left = true;
   }
 
   // Runs until the answer is over, however it ends; never throws.
@@ -34,6 +40,7 @@ export class Answer {
       }
       if (message.finish === null) throw new ServerError("The connection ended before the answer did.");
     } catch (error) {
+      if (this.left) return;
       if (error.name === "AbortError") message.finish = "stopped";
       else {
         this.error = error instanceof ServerError ? error : new ServerError(`This page has a bug: ${error.message}`);

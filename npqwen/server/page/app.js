@@ -329,7 +329,7 @@ function notice(text, ...more) {
 
 function grow() {
   input.style.height = "auto";
-  input.style.height = `${input.scrollHeight + 2}px`;
+  input.style.height = `${input.scrollHeight}px`;
 }
 
 function closeSidebar() {
@@ -415,10 +415,14 @@ addEventListener("hashchange", () => {
   if (wanted && wanted !== current) open(wanted);
 });
 addEventListener("pagehide", () => {
-  for (const { conversation } of answers.values()) storage.put(conversation).catch(() => {});
+  for (const answer of answers.values()) {
+    answer.leave();
+    storage.put(answer.conversation).catch(() => {});
+  }
 });
 
 async function start() {
+  const place = location.hash.slice(1);
   draw();
   const loading = loadModels();
   try {
@@ -428,7 +432,7 @@ async function start() {
     notice("This browser does not let the page save conversations: they last until it is closed.");
   }
   // Where this tab was, unless a new conversation has begun meanwhile.
-  const last = all.get(location.hash.slice(1));
+  const last = all.get(place);
   if (last && !current.messages.length) open(last);
   draw();
   await loading;

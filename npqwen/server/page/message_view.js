@@ -206,14 +206,14 @@ class AnswerView extends MessageView {
     const retry = element("button", { type: "button", onclick: () => this.actions.retry(message) },
       waiting === null ? "Retry" : "Retry now");
     const row = element("div", { class: "row" }, retry);
-    if (message.content && last)
+    if (message.content)
       row.append(element("button", { type: "button", onclick: () => this.actions.proceed(message) }, "Continue"));
     if (waiting !== null)
       row.append(
         element("span", { class: "hint" }, `Trying again in ${waiting} s`),
         element("button", { type: "button", onclick: () => this.actions.wait(message) }, "Cancel"));
     const key = this.actions.needsKey(message) ? keyForm((value) => this.actions.useKey(value, message)) : null;
-    this.error.replaceChildren(element("p", {}, text), ...(key ? [key] : [row]));
+    this.error.replaceChildren(element("p", {}, text), ...(last ? [key ?? row] : []));
   }
 
   updateFooter(running, last) {
@@ -230,8 +230,10 @@ class AnswerView extends MessageView {
   }
 
   updateSpeed({ pieces }) {
-    const rate = speed(pieces, this.message.times);
-    this.speed.textContent = rate === null ? "" : `about ${rate.toFixed(1)} tokens/s`;
+    const { first, last } = this.message.times;
+    // The first pieces say little.
+    this.speed.textContent =
+      last - first > 500 ? `about ${speed(pieces, this.message.times).toFixed(1)} tokens/s` : "";
   }
 
   summary() {

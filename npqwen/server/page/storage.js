@@ -48,7 +48,10 @@ export class Storage {
     clearTimeout(this.timers.get(conversation.id));
     this.timers.delete(conversation.id);
     if (!this.database) return;
-    await finished(this.store("readwrite").put(conversation));
+    const store = this.store("readwrite");
+    const putting = finished(store.put(conversation));
+    store.transaction.commit(); // at once: the page may be about to close
+    await putting;
     this.channel.postMessage(conversation.id);
   }
 
