@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from browser import Browser, Page
     from fake_api import FakeApi
 
+TESTS = Path(__file__).parent
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts() -> None:
@@ -69,6 +71,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
         return out
 
     return converted
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained mixture of experts in int4."""
+    from npqwen_quant import convert
+
+    out = tmp_path_factory.mktemp("tiny-moe") / "tiny-qwen3-moe"
+    convert(TESTS / "data" / "tiny-qwen3-moe", out, bits=4)
+    return out
 
 
 @pytest.fixture(scope="session")

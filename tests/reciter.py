@@ -16,6 +16,7 @@ from npqwen.chat.chat_stream import ChatStream, stream_chat
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.conversation import Conversation
 from npqwen.chat.events import Reply
+from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.format.config import Config
 from npqwen.generation.generation_config import GenerationConfig
@@ -34,6 +35,14 @@ class RecitersCache(KVCache):
     """Pages that nobody writes, and the ids that were run (those up to `length` count)."""
 
     ids: tuple[int, ...] = ()
+    script: list[int] | None = None
+    start = 0
+
+    def fork(self, length: int | None = None) -> RecitersCache:
+        fork = super().fork(length)
+        assert isinstance(fork, RecitersCache)
+        fork.script = None
+        return fork
 
 
 class Reciter:
@@ -73,6 +82,27 @@ class Reciter:
 
     def close(self) -> None:
         pass
+
+    chunk = 256
+
+    def new_logits(self, rows: int) -> NDArray[np.float32]:
+        return np.empty((rows, self.config.vocab_size), np.float32)
+
+    def forward_pieces(
+        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Each text's prompt ends with the first piece whose logits are read."""
+        found = []
+        for piece in pieces:
+            assert isinstance(piece.cache, RecitersCache)
+            script, start = piece.cache.script, piece.cache.start
+            if piece.rows and script is None:
+                script, start = [*self._texts.pop(0), EOS], piece.cache.length + piece.ids.size
+            self._script, self._start = script or [], start
+            logits = self.forward(piece.ids, piece.cache, all_logits=True)
+            piece.cache.script, piece.cache.start = script, start
+            found.append(logits[len(logits) - piece.rows :])
+        return found
 
     def new_cache(self, room: int | None = None) -> RecitersCache:
         assert room is None or room <= self.context

@@ -6,7 +6,7 @@ It shares no computation with the package, only the config, the tokenizer and th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
+from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config
@@ -41,6 +42,9 @@ class ReferenceCache(KVCache):
         super().__init__(config, 0, np.float32)
         self.limit = limit
         self.arrays = qwen3_in_numpy.Cache(config)
+
+    def reserve(self, tokens: int) -> None:
+        """The arrays grow by themselves."""
 
     def truncate(self, length: int) -> None:
         super().truncate(length)
@@ -81,6 +85,16 @@ class ReferenceModel:
     @classmethod
     def from_directory(cls, path: Path, context: int | None = None) -> Self:
         return cls(Config.from_directory(path), read_weights(path), path, context)
+
+    chunk = 256
+
+    def new_logits(self, rows: int) -> Array:
+        return np.empty((rows, self.config.vocab_size), np.float32)
+
+    def forward_pieces(self, pieces: Sequence[Piece], out: Array | None = None) -> list[Array]:
+        return [
+            self.forward(piece.ids, piece.cache, all_logits=True)[piece.ids.size - piece.rows :] for piece in pieces
+        ]
 
     def new_cache(self, room: int | None = None) -> ReferenceCache:
         return ReferenceCache(self.config, room or self.context)

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from npqwen.chat.answer import Answer
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions, ChatSettings
-from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, Reasoning, Reply, Text
+from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, Reply
 from npqwen.chat.messages import Message, checked
-from npqwen.chat.reply_parser import ReplyParser
-from npqwen.chat.sampling_mode import default_sampling, thinks
-from npqwen.chat.text_stop import TextStop
+from npqwen.chat.prepared_answer import GREEDY, Prompts, prepare
 from npqwen.checks import check_whole
 from npqwen.errors import OptionError, SamplingWarning, quoted
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Usage
-from npqwen.generation.options import CHAT_DEFAULTS, GenerationOptions
 from npqwen.generation.session import Session, check_session
-from npqwen.generation.thinking import CLOSE as END_THINK
-from npqwen.tools.calls import ToolCall, call_id
 from npqwen.tools.toolbox import ToolResult, error_text
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from npqwen.generation.stream import Stream
     from npqwen.generation.watched import EndedBy
-
-GREEDY = "greedy sampling makes Qwen3's thinking repeat itself without end; a temperature of 0.6 is advised"
 
 
 class ChatStream(AsyncSteps[Event]):
@@ -50,16 +42,14 @@ class ChatStream(AsyncSteps[Event]):
         session: Session,
         messages: Sequence[Message],
         settings: ChatSettings,
-        prompts: Callable[[list[Message]], tuple[list[int], list[str]]],
+        prompts: Prompts,
         on_end: Callable[[ChatStream], None] | None = None,
     ) -> None:
         """
-        prompts(messages): the prompt's ids, and notices for the user. on_end(stream): called once, however the answer
-        ends.
+        prompts: makes the prompt of each step. on_end(stream): called once, however the answer ends.
 
         Raises OptionError or ContextLengthError before anything is computed.
         """
-        self._model = model
         self._session = session
         self.past = list(messages)
         self._settings = settings
@@ -73,12 +63,12 @@ class ChatStream(AsyncSteps[Event]):
         self._cancelled = False
         self._results: list[ToolResult] = []
         self._notices: list[str] = []
-        self._pending_notices: list[str] = []
         self._usages: list[Usage] = []
-        self._schemas = {name: tool.parameters for name, tool in (settings.tools or {}).items()}
-        self._generation = self._with_defaults()
-        self._stops = self._take_stops()
-        self._stream = self._next_stream()
+        self._prepared = prepare(model, settings, self.past, prompts)
+        self._pending_notices = list(self._prepared.notices)
+        if GREEDY in self._pending_notices:
+            warnings.warn(GREEDY, SamplingWarning, stacklevel=_user_stacklevel())
+        self._begin_step(self._prepared.prompt_ids)
         self._events = self._run()
 
     def __next__(self) -> Event:
@@ -100,12 +90,12 @@ class ChatStream(AsyncSteps[Event]):
     @property
     def text(self) -> str:
         """The current step's text so far."""
-        return "".join(self._text)
+        return self._answer.text
 
     @property
     def reasoning(self) -> str:
         """The current step's reasoning so far."""
-        return "".join(self._reasoning)
+        return self._answer.reasoning
 
     @property
     def usage(self) -> Usage:
@@ -144,50 +134,22 @@ class ChatStream(AsyncSteps[Event]):
         """Make the model stop thinking and answer, in Qwen's own words; OptionError if it is not thinking."""
         self._stream.end_thinking()
 
-    def _with_defaults(self) -> GenerationOptions:
-        """The caller's generation options; for those left out, the sampling advised with or without thinking."""
-        own, given = self._model.generation_config.sampling, self._settings.generation
-        template = self._settings.template_options.get("template")
-        kind = self._model.chat_template.thinking(template, self._settings.tools is not None)
-        thinking = thinks(kind, self._settings.thinking, self.past)
-        advised = default_sampling(own, kind, thinking)
-        if thinking and (given.get("temperature", advised.temperature) == 0 or given.get("top_k", advised.top_k) == 1):
-            self._pending_notices.append(GREEDY)
-            warnings.warn(GREEDY, SamplingWarning, stacklevel=_user_stacklevel())
-        changed = {
-            f.name: getattr(advised, f.name) for f in fields(own) if getattr(advised, f.name) != getattr(own, f.name)
-        }
-        return cast(GenerationOptions, CHAT_DEFAULTS | changed | given)
-
-    def _take_stops(self) -> list[str]:
-        """The stop strings to find in the answer's text; names of special tokens stay options of the generation."""
-        tokenizer = self._model.tokenizer
-        strings = list(self._generation.get("stop") or ())
-        special = [string for string in strings if tokenizer.token_id(string) in tokenizer.special_ids]
-        self._generation["stop"] = special
-        return [string for string in strings if string not in special]
-
-    def _next_stream(self) -> Stream:
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: list[ToolCall] = []
+    def _begin_step(self, prompt_ids: list[int]) -> None:
+        """Set the stream and the answer of the next step."""
+        prepared = self._prepared
         self._answering = True
-        ids, notices = self._prompts(self.past + self.messages)
-        self._pending_notices += notices
-        stream = self._session.stream(ids, **self._generation)
-        self._stop = TextStop(self._stops)
-        self._parser = ReplyParser(stream.thinking.is_open, self._schemas)
-        return stream
+        self._stream = self._session.stream(prompt_ids, **prepared.options)
+        self._answer = Answer(self._stream, prepared.stops, prepared.schemas)
 
     def _run(self) -> Generator[Event, None, None]:
         try:
             step = 1
             while True:
                 yield from self._new_notices()
-                yield from self._answer()
+                yield from self._write()
                 if self._cancelled:
                     return
-                runnable = self._settings.run_tools and self._finish_reason() == "tool_calls" and self._can_run()
+                runnable = self._settings.run_tools and self._answer.finish_reason == "tool_calls" and self._can_run()
                 if not runnable:
                     break
                 if step == self._settings.max_steps:
@@ -198,9 +160,13 @@ class ChatStream(AsyncSteps[Event]):
                 if self._cancelled:
                     return
                 self._usages.append(self._stream.usage)
-                self._stream = self._next_stream()
+                ids, notices = self._prompts(self.past + self.messages)
+                self._pending_notices += notices
+                self._begin_step(ids)
             yield from self._new_notices()
-            self.reply = self._build_reply()
+            self.reply = self._answer.reply(
+                self.usage, messages=self.messages, tool_results=self._results, notices=self._notices
+            )
             self._end()
             yield Finish(self.reply)
         finally:
@@ -211,12 +177,13 @@ class ChatStream(AsyncSteps[Event]):
             self._notices.append(self._pending_notices.pop(0))
             yield Notice(self._notices[-1])
 
-    def _answer(self) -> Iterator[Piece]:
+    def _write(self) -> Iterator[Piece]:
+        """The events of the current step, which becomes a message."""
         if self._cancelled:
             return
         for piece in self._stream:
-            yield from self._recorded(self._stop.push(self._parser.push(piece)))
-            if self._stop.found is not None:
+            yield from self._answer.push(piece)
+            if self._answer.stopped:
                 self._stream.close()
                 break
             if self._cancelled:
@@ -226,46 +193,18 @@ class ChatStream(AsyncSteps[Event]):
                 if self._cancelled:
                     return
                 raise OptionError("the session was used for another answer, which ended this one; fork it first")
-            complete = self._stream.finish_reason == "stop" and self._stream.stop_string is None
-            yield from self._recorded(self._stop.push(self._parser.finish(complete)))
-            yield from self._recorded(self._stop.finish())
-        self.messages.append(self._message())
+            yield from self._answer.finish()
+        self.messages.append(self._answer.message())
         self._answering = False
-
-    def _recorded(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            if isinstance(piece, Text):
-                self._text.append(piece.text)
-            elif isinstance(piece, Reasoning):
-                self._reasoning.append(piece.text)
-            else:
-                seed, prompt = self._stream.sampling.seed, self._stream.prompt_ids
-                piece = replace(piece, id=call_id(seed, prompt, len(self._calls)))
-                self._calls.append(piece)
-            yield piece
-
-    def _message(self) -> Message:
-        """The current step as a message."""
-        message: Message = {"role": "assistant", "content": self.text}
-        if self._reasoning or END_THINK in self.text:  # otherwise templates read it from the text before </think>
-            message["reasoning_content"] = self.reasoning
-        if self._calls:
-            message["tool_calls"] = [call.as_message() for call in self._calls]
-        return message
-
-    def _finish_reason(self) -> ChatFinishReason:
-        reason = self._stream.finish_reason if self._stop.found is None else "stop"
-        assert reason is not None
-        return "tool_calls" if reason == "stop" and self._calls else reason
 
     def _can_run(self) -> bool:
         """Whether none of the calls is left to the caller, who alone can run tools without a function."""
         tools = self._settings.tools or {}
-        return all(call.name not in tools or tools[call.name].function is not None for call in self._calls)
+        return all(call.name not in tools or tools[call.name].function is not None for call in self._answer.calls)
 
     def _run_calls(self) -> Iterator[ToolResult]:
         tools = self._settings.tools or {}
-        for call in self._calls:
+        for call in self._answer.calls:
             tool = tools.get(call.name)
             if tool is None:
                 unknown = OptionError(f"there is no tool {quoted(call.name)}; the tools are {', '.join(tools)}")
@@ -277,20 +216,6 @@ class ChatStream(AsyncSteps[Event]):
             yield result
             if self._cancelled:
                 return
-
-    def _build_reply(self) -> Reply:
-        reason = self._finish_reason()
-        return Reply(
-            text=self.text,
-            reasoning=self.reasoning,
-            tool_calls=list(self._calls),
-            usage=self.usage,
-            finish_reason=reason,
-            messages=copy.deepcopy(self.messages),
-            tool_results=list(self._results),
-            notices=list(self._notices),
-            logprobs=None if self._stream.logprobs is None else list(self._stream.logprobs),
-        )
 
     def _end(self) -> None:
         if self._ended:
@@ -305,14 +230,13 @@ class ChatStream(AsyncSteps[Event]):
         """After an early end, keep complete steps and the text that was begun; drop calls that lack results."""
         if self._answering:
             if self.text.strip():
-                self._calls = []
-                self.messages.append(self._message())
+                self.messages.append(self._answer.message(calls=False))
             return
         calls = next(
             (at for at in range(len(self.messages) - 1, -1, -1) if self.messages[at]["role"] == "assistant"), 0
         )
         results = len(self.messages) - calls - 1
-        if results < len(self._calls):
+        if results < len(self._answer.calls):
             del self.messages[calls:]
 
 

@@ -28,6 +28,40 @@ class Text:
 
 
 @dataclass(frozen=True)
+class CallStart:
+    """The beginning of a tool call; its arguments follow, and then a ToolCall or an UnfinishedCall with the same id.
+
+    index: how many calls the answer began before. It comes while the call is being written if the call names a tool on
+    offer before its arguments, otherwise at its end.
+    """
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """A piece of the JSON text of a tool call's arguments. All pieces together spell the ToolCall's `arguments`."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class UnfinishedCall:
+    """The end of a tool call that was begun and cannot be run: it was cut off, or its text is malformed.
+
+    arguments: the JSON text of its arguments as far as it came, all pieces together.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Notice:
     """Information for the user, such as that old turns were dropped, or that a setting is advised against."""
 
@@ -47,6 +81,9 @@ class Reply:
     tool_results: the results of calls run by `run_tools`.
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
+    unfinished_calls: the last step's calls that were cut off or malformed. They are not part of `messages`.
+    stop_string: the one of `stop` that ended the last step, if one did.
+    reasoning_tokens: how many of the last step's tokens are reasoning.
     """
 
     text: str
@@ -58,6 +95,9 @@ class Reply:
     tool_results: list[ToolResult] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    unfinished_calls: list[UnfinishedCall] = field(default_factory=list)
+    stop_string: str | None = None
+    reasoning_tokens: int = 0
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""
@@ -72,5 +112,5 @@ class Finish:
     reply: Reply
 
 
-Piece = Reasoning | Text | ToolCall
+Piece = Reasoning | Text | CallStart | CallArguments | ToolCall | UnfinishedCall
 Event = Piece | ToolResult | Notice | Finish

@@ -5,17 +5,18 @@ Qwen3 writes `<think>`, its reasoning, `</think>`, the answer, and each call bet
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Literal
 
-from npqwen.chat.events import Piece, Reasoning, Text
+from npqwen.chat.events import CallArguments, CallStart, Piece, Reasoning, Text, UnfinishedCall
 from npqwen.generation.thinking import CLOSE as END_THINK
 from npqwen.generation.thinking import OPEN as THINK
-from npqwen.tools.calls import CLOSE, OPEN, Schemas, is_inside_value, read_calls
+from npqwen.tools.calls import CLOSE, OPEN, is_inside_value, read_calls
+from npqwen.tools.parameter_value import Schemas
+from npqwen.tools.partial_call import PartialCall
 
 _END_FUNCTION = "</function>"
-_ENDS = re.compile(f"{CLOSE}|{OPEN}")
-_BARE_ENDS = re.compile(f"{_END_FUNCTION}|{CLOSE}|{OPEN}")
 _MAX_DOUBTS = 16
 """Closing tags inside one value before the block is given up as a call: each costs a scan of the whole block."""
 _QUOTES = "`'\""
@@ -37,10 +38,13 @@ class ReplyParser:
 
     In the states thinking and text, characters are emitted as soon as they cannot belong to a tag; tags are never
     emitted, not even in parts. A tag between two quotes or backticks is text. Newlines next to tags belong to the
-    chat template and are dropped. In the state call, the whole block is buffered: at its end, the calls in it are
-    emitted, or its text if it cannot be read as a call. A closing tag inside a value of the call (a string, a
-    parameter) ends the block only if what follows shows that it does: another call or the end of the text.
-    Reasoning without `</think>` stays reasoning.
+    chat template and are dropped. Reasoning without `</think>` stays reasoning.
+
+    In the state call, the whole block is buffered: at its end, the calls in it are emitted, or its text if it cannot be
+    read as a call. A closing tag inside a value of the call (a string, a parameter) ends the block only if what follows
+    shows that it does: another call or the end of the text. Meanwhile `PartialCall` reads the block up to such a tag;
+    once it is certain which tool is called, the arguments are emitted as they come. A call that began so and is not
+    there at the block's end is emitted as an UnfinishedCall in place of the block's text. Calls have no ids.
     """
 
     def __init__(self, thinking: bool = False, schemas: Schemas | None = None) -> None:
@@ -59,6 +63,10 @@ class ReplyParser:
         """Where to look for the next tag in the block."""
         self._doubtful: list[tuple[int, int]] = []
         """Tags inside values so far, as `_next_end` returns them."""
+        self._partial = PartialCall(self._schemas)
+        """Reads the block while it is written."""
+        self._calls = 0
+        """How many calls have begun."""
         self._given_up = False
         """Whether a block was given up without its end: tags that follow may be part of it, and open no call."""
         self._reasoning, self._answer = _BlankTrimmer(), _BlankTrimmer()
@@ -73,7 +81,8 @@ class ReplyParser:
     def finish(self, complete: bool = True) -> list[Piece]:
         """The events that were held back, at the end of the text.
 
-        complete: the model ended the text itself. If it was cut off (max_tokens), an unfinished call is text.
+        complete: the model ended the text itself. If it was cut off (max_tokens), an unfinished call is text, or an
+        UnfinishedCall if its beginning has been emitted.
         """
         self._run(final=True, complete=complete)
         trimmer, kind = self._current()
@@ -116,6 +125,7 @@ class ReplyParser:
             self._state = "text"
         elif tag != CLOSE and not self._given_up:
             self._state, self._searched, self._doubtful = "call", 0, []
+            self._partial = PartialCall(self._schemas)
         return True
 
     def _read_call(self, final: bool, complete: bool) -> bool:
@@ -130,6 +140,7 @@ class ReplyParser:
             # The tag may be part of a value: that depends on what follows.
             is_end = self._is_followed_by_call(after, final, complete) if after > end else False
             if is_end is None:
+                self._read_arguments(end)
                 return False
             if is_end:
                 return self._leave_call(end, after)
@@ -137,12 +148,19 @@ class ReplyParser:
             if len(self._doubtful) == _MAX_DOUBTS:
                 return self._leave_call(*self._doubtful[0], complete=False)
             self._searched = max(after, end + 1)
+        if final:
+            return self._leave_call(len(self._rest), len(self._rest), complete)
         self._searched = max(self._searched, len(self._rest) - len(CLOSE))
-        return final and self._leave_call(len(self._rest), len(self._rest), complete)
+        self._read_arguments(len(self._rest) - self._ends.held(self._rest))
+        return False
+
+    @property
+    def _ends(self) -> _Tags:
+        return _BARE_ENDS if self._bare else _ENDS
 
     def _next_end(self) -> tuple[int, int] | None:
         """The end of the block if the next tag ends it, and the index to continue at."""
-        tag = (_BARE_ENDS if self._bare else _ENDS).search(self._rest, self._searched)
+        tag = self._ends.pattern.search(self._rest, self._searched)
         if tag is None:
             return None
         return tag.start(), tag.start() if tag[0] == OPEN else tag.end()
@@ -165,20 +183,52 @@ class ReplyParser:
             # A value without an end swallowed the tags after it: the first of them did end the block.
             return self._leave_call(*self._doubtful[0], complete)
         self._given_up = self._given_up or not complete
+        self._read_arguments(end)
+        if self._partial.name is not None:
+            piece = self._partial.finish(block, calls[0]) if calls else None
+            if piece is not None:
+                self._emit_arguments(piece)
+                self._pieces.append(calls.pop(0))
+            else:
+                self._pieces.append(UnfinishedCall(self._calls - 1, "", self._partial.name, self._partial.text))
+                text = text if calls else ""
         self._emit(Text, self._answer.push(text))
         self._answer.at_tag()
-        self._pieces += calls
+        for call in calls:
+            self._emit_start(call.name)
+            self._emit_arguments(json.dumps(call.arguments, ensure_ascii=False))
+            self._pieces.append(call)
         self._rest = self._rest[after:]
         self._last = ""
         self._state = "text"
         return True
 
 
+    def _read_arguments(self, end: int) -> None:
+        """Emit what is certain of the call that is being written; `_rest[:end]` is the block so far.
+
+        After a tag that may end the block nothing is certain.
+        """
+        begun = self._partial.name is not None
+        text = self._partial.read(self._rest, min(end, self._doubtful[0][0]) if self._doubtful else end)
+        if not begun and self._partial.name is not None:
+            self._emit_start(self._partial.name)
+        self._emit_arguments(text)
+
+    def _emit_start(self, name: str) -> None:
+        self._pieces.append(CallStart(self._calls, "", name))
+        self._calls += 1
+
+    def _emit_arguments(self, text: str) -> None:
+        if text:
+            self._pieces.append(CallArguments(self._calls - 1, text))
+
+
 class _Tags:
     """Finds tags in a text that arrives in pieces."""
 
     def __init__(self, tags: list[str]) -> None:
-        self._pattern = re.compile("|".join(map(re.escape, tags)))
+        self.pattern = re.compile("|".join(map(re.escape, tags)))
         self._prefixes = {tag[:length] for tag in tags for length in range(1, len(tag))}
         self._longest = max(map(len, tags)) - 1
 
@@ -188,7 +238,7 @@ class _Tags:
         last: the character before `text`. final: nothing follows `text`.
         """
         at = 0
-        while (tag := self._pattern.search(text, at)) is not None:
+        while (tag := self.pattern.search(text, at)) is not None:
             before = text[tag.start() - 1] if tag.start() else last
             if before and before in _QUOTES:
                 if tag.end() == len(text) and not final:
@@ -197,11 +247,17 @@ class _Tags:
                     at = tag.end()
                     continue
             return tag.start(), tag[0]
-        if not final:
-            for length in range(min(self._longest, len(text) - at), 0, -1):
-                if text[-length:] in self._prefixes:
-                    return len(text) - length, ""
-        return len(text), ""
+        return len(text) - (0 if final else self.held(text[at:])), ""
+
+    def held(self, text: str) -> int:
+        """How many characters at the end of `text` may be the beginning of a tag."""
+        lengths = range(min(self._longest, len(text)), 0, -1)
+        return next((length for length in lengths if text[-length:] in self._prefixes), 0)
+
+
+_ENDS = _Tags([CLOSE, OPEN])
+_BARE_ENDS = _Tags([_END_FUNCTION, CLOSE, OPEN])
+"""What ends a block."""
 
 
 class _BlankTrimmer:

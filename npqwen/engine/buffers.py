@@ -11,26 +11,22 @@ from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
 from npqwen.kernels import attention, matmul
-from npqwen.kernels.attention import MAX_ROWS
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
 from npqwen.simd.llvm import CACHE_LINE
 
-_SPANS = 8
-"""Spans per thread that attention makes at most when it splits positions."""
-
 
 class Buffers:
-    """The arrays of passes of up to `tokens` tokens, see npqwen.engine.records.
+    """The arrays of passes of up to `tokens` tokens, of sequences of up to `context`; see npqwen.engine.records.
 
     They are zeroed, so that the padding of every row stays zero, and use memory only where they are written.
     """
 
-    def __init__(self, config: Config, weights: Weights, threads: int, tokens: int) -> None:
+    def __init__(self, config: Config, weights: Weights, threads: int, tokens: int, context: int) -> None:
         model = weights.model[0]
         layers = weights.layers
-        dim = int(model["head_dim"])
+        dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         hidden = int(model["embed_tokens"]["cols"])
         attended = int(layers["o_proj"]["cols"].max())
         sparse = layers["expert_bytes"] > 0
@@ -58,9 +54,9 @@ class Buffers:
             hidden=_floats(tokens, hidden),
             packed=_bytes(packed_bytes(max(tokens, slots), max(hidden, attended))),
             gated=_bytes(packed_bytes(tokens, inner)),
-            queries=_floats(tokens, config.num_attention_heads * dim),
+            queries=_floats(tokens, heads * dim),
             attended=_floats(tokens, attended),
-            partials=np.zeros(_SPANS * threads * MAX_ROWS * (dim + 2), np.float32),
+            partials=np.zeros(attention.partial_floats(kv_heads, heads // kv_heads, dim, context), np.float32),
         )
         multiple = max(dim // UNIT_ROWS, GROUPS_PER_BLOCK)
         columns = max(hidden, attended, inner, expert_inner)
@@ -81,11 +77,18 @@ class Buffers:
         return sum(array.nbytes for array in (*self.activations, *(self.experts or ()), *self.workspace))
 
     def logits(self, rows: int) -> NDArray[np.float32]:
-        """An array for this many rows of logits, padded to whole tiles of tokens: (>= rows, padded vocabulary)."""
-        rows = pad(rows, tile_width.py_func(rows)) if rows else 0
-        if len(self._logits) < rows:
-            self._logits = np.empty((rows, self._logits.shape[1]), np.float32)
+        """An array for this many rows of logits: (at least `padded_rows(rows)`, padded vocabulary)."""
+        if len(self._logits) < self.padded_rows(rows):
+            self._logits = self.new_logits(rows)
         return self._logits
+
+    def new_logits(self, rows: int) -> NDArray[np.float32]:
+        """A new array for this many rows of logits: (padded_rows(rows), padded vocabulary)."""
+        return np.empty((self.padded_rows(rows), self._logits.shape[1]), np.float32)
+
+    def padded_rows(self, rows: int) -> int:
+        """`rows`, padded to whole tiles of tokens."""
+        return pad(rows, tile_width.py_func(rows)) if rows else 0
 
 
 def _floats(rows: int, columns: int) -> NDArray[np.float32]:

@@ -7,10 +7,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,14 +24,14 @@ from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
-from npqwen.engine.records import Output, Tokens
+from npqwen.engine.records import Output, Sequences, Tokens
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError, quoted
 from npqwen.format.config import Config
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
-from npqwen.kernels.attention import attention_kernels
+from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel, reporting
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kernels.paging import prefetch_policy
@@ -43,6 +45,17 @@ SPARSE_CHUNK = 512
 """Tokens of a prompt that one pass of a mixture of experts runs: each expert sees only a part of them."""
 SHORT_PASS = 4
 """Passes of at most this many tokens run on the calling thread too: Ctrl-C can wait that long."""
+
+
+class Piece(NamedTuple):
+    """What one pass runs of one sequence."""
+
+    ids: NDArray[np.int64]
+    """The tokens after those in the cache, (tokens,)."""
+    cache: KVCache
+    """With room for them, see `KVCache.reserve`; the tokens are appended to it."""
+    rows: int
+    """Of how many of the last tokens logits are computed."""
 
 
 class Engine:
@@ -83,7 +96,8 @@ class Engine:
         # An engine that nobody closed ends its threads when it is collected; at exit they are daemons.
         weakref.finalize(self, self._team.close).atexit = False
         self.chunk = chunk_size(self.config)
-        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk)
+        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context)
+        self._rows = np.arange(self.chunk)
         page = self.new_cache(1).page_bytes
         Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
@@ -96,8 +110,8 @@ class Engine:
         model = self.weights.model[0]
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
-        output = Output(1, False, self._buffers.logits(1))
-        sample = self._arguments(np.zeros(1, np.int64), cache, self.weights.layers, True, output)
+        output = Output(np.zeros(1, np.int64), False, self._buffers.logits(1))
+        sample = self._arguments([Piece(np.zeros(1, np.int64), cache, 1)], self.weights.layers, True, output)
         compile_kernel(forward, (self._team.state, 0, *sample))
 
     @property
@@ -201,6 +215,50 @@ class Engine:
         """A hash of the config and samples of the weights; see `npqwen.engine.fingerprint`."""
         return fingerprint(self.config, self.weights)
 
+    def forward_pieces(
+        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """One forward pass over pieces of several sequences, together at most `chunk` tokens.
+
+        Returns for each piece float32 logits (rows, vocab_size), equal to the bit to those of a pass of its own. They
+        are views of `out` if it is given, an array that `new_logits` made for at least as many rows.
+
+        Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes.
+        """
+        count = sum(piece.rows for piece in pieces)
+        self._check_pieces(pieces, count, out)
+        with ExitStack() as in_use:
+            for piece in pieces:
+                in_use.enter_context(piece.cache.in_use)
+            with self._turn():
+                logits = self._buffers.logits(count) if out is None else out
+                self._forward(pieces, self.weights.layers, True, Output(_last_tokens(pieces), False, logits))
+                for piece in pieces:
+                    piece.cache.length += piece.ids.size
+                found = logits[:count, : self.config.vocab_size]
+                found = found.copy() if out is None else found
+        ends = list(accumulate(piece.rows for piece in pieces))
+        return [found[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
+
+    def new_logits(self, rows: int) -> NDArray[np.float32]:
+        """An array for the logits of passes of up to this many rows, see `forward_pieces`."""
+        return self._buffers.new_logits(rows)
+
+    def _check_pieces(self, pieces: Sequence[Piece], rows: int, out: NDArray[np.float32] | None) -> None:
+        for piece in pieces:
+            self._check_origin(piece.cache)
+        if len({id(piece.cache) for piece in pieces}) < len(pieces):
+            raise OptionError("two pieces of a pass have the same cache; each sequence needs its own, such as a fork")
+        tokens = sum(piece.ids.size for piece in pieces)
+        if not 0 < tokens <= self.chunk or not all(piece.ids.size for piece in pieces):
+            raise OptionError(f"a pass takes 1 to {self.chunk} tokens, and some of each sequence; these are {tokens}")
+        if out is not None and out.shape[0] < self._buffers.padded_rows(rows):
+            raise OptionError(f"out has {len(out)} rows, too few for logits of {rows} tokens; see new_logits")
+
+    def _check_origin(self, cache: KVCache) -> None:
+        if getattr(cache, "origin", None) is not self._origin:  # kernels write where a cache says
+            raise OptionError("the cache belongs to another model; make one with this model's new_cache()")
+
     def _run(
         self,
         tokens: NDArray[np.int64],
@@ -210,8 +268,7 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float32]:
         """Append the tokens to the cache, chunk by chunk; logits of the last `rows` of them, in `out` if given."""
-        if getattr(cache, "origin", None) is not self._origin:  # kernels write where a cache says
-            raise OptionError("the cache belongs to another model; make one with this model's new_cache()")
+        self._check_origin(cache)
         first = tokens.size - rows
         with cache.in_use:
             cache.reserve(tokens.size)
@@ -229,12 +286,13 @@ class Engine:
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, out: NDArray[np.float32]) -> None:
         """One forward pass of at most `chunk` tokens; `out` receives the logits of the last len(out) of them."""
         rows = len(out)
+        pieces = [Piece(ids, cache, rows)]
         with self._turn():
             logits = self._buffers.logits(rows)
             # A single row is not padded to a tile: the kernels write it in place.
             direct = rows == 1 and out.shape[1] == logits.shape[1] and out.flags.carray
-            output = Output(rows, False, out if direct else logits)
-            self._forward(ids, cache, self.weights.layers, True, output)
+            output = Output(_last_tokens(pieces), False, out if direct else logits)
+            self._forward(pieces, self.weights.layers, True, output)
             cache.length += ids.size
             if not direct:
                 out[:] = logits[:rows, : self.config.vocab_size]
@@ -245,11 +303,13 @@ class Engine:
         """One forward pass; states (len(chosen), tokens, hidden_size) receives the chosen hidden states."""
         found: dict[int, NDArray[np.float32]] = {}
         last = self.config.num_hidden_layers
+        pieces = [Piece(ids, cache, 0)]
         with self._turn():
             done = 0
             for i in sorted(set(chosen)):
                 normed = np.empty((ids.size if i == last else 0, self.config.hidden_size), np.float32)
-                self._forward(ids, cache, self.weights.layers[done:i], not found, Output(len(normed), True, normed))
+                output = Output(self._rows[: len(normed)], True, normed)
+                self._forward(pieces, self.weights.layers[done:i], not found, output)
                 hidden = self._buffers.activations.hidden[: ids.size, : self.config.hidden_size]
                 found[i] = normed if i == last else hidden.copy()
                 done = i
@@ -257,25 +317,40 @@ class Engine:
         for state, i in zip(states, chosen, strict=True):
             state[:] = found[i]
 
-    def _forward(
-        self, ids: NDArray[np.int64], cache: KVCache, layers: NDArray[np.void], embed: bool, output: Output
-    ) -> None:
+    def _forward(self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output) -> None:
         """Run some layers on the team of threads, in the caller's turn."""
-        # Weights that do not fit into memory are read from disk: then no pass is short.
-        on_caller = ids.size <= SHORT_PASS and not self._exceeds_memory
-        self._team.run(forward, *self._arguments(ids, cache, layers, embed, output), on_caller=on_caller)
+        # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk: then no pass is
+        # short.
+        is_short = sum(piece.ids.size for piece in pieces) <= SHORT_PASS and not self._exceeds_memory
+        on_caller = is_short or threading.current_thread() is not threading.main_thread()
+        self._team.run(forward, *self._arguments(pieces, layers, embed, output), on_caller=on_caller)
 
     def _arguments(
-        self, ids: NDArray[np.int64], cache: KVCache, layers: NDArray[np.void], embed: bool, output: Output
+        self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output
     ) -> tuple[Any, ...]:
         """The arguments of `npqwen.engine.forward.forward` after the team's state and the member."""
         buffers = self._buffers
-        tokens = Tokens(ids, embed, cache.length, *self._rope.tables(cache.length, ids.size))
+        records = np.empty(len(pieces), SEQUENCE)
+        first = 0
+        for i, (ids, cache, _) in enumerate(pieces):
+            records[i] = first, ids.size, cache.length, cache.addresses.ctypes.data
+            first += ids.size
+        rows = self._rows[:first]
+        if len(pieces) == 1:
+            ids, start = pieces[0].ids, pieces[0].cache.length
+            positions, pages = rows + start, np.full(first, records["pages"][0])
+            cos, sin = self._rope.tables(start, first)
+        else:
+            counts = records["tokens"]
+            ids = np.concatenate([piece.ids for piece in pieces])
+            positions = rows + np.repeat(records["start"] - records["first"], counts)
+            pages = np.repeat(records["pages"], counts)
+            cos, sin = self._rope.at(positions)
         return (
             self.weights.model[0],
             layers,
-            tokens,
-            cache.for_kernels,
+            Tokens(ids, rows, embed, positions, pages, cos, sin),
+            Sequences(records, pieces[0].cache.dtype_array),
             buffers.activations,
             buffers.experts,
             buffers.workspace,
@@ -341,6 +416,13 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    """The indices, within the pass, of the tokens whose logits are computed."""
+    ends = accumulate(piece.ids.size for piece in pieces)
+    chosen = [np.arange(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True)]
+    return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
 
 
 def chunk_size(config: Config) -> int:

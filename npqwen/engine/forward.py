@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.kernels.attention import attention, store_key, store_value
+from npqwen.kernels.attention import PAGE, attention, store_key, store_value
 from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.experts import (
     arrange,
@@ -34,7 +34,7 @@ _inline = njit(nogil=True, inline="always")
 
 @njit(nogil=True)
 def forward(
-    team: Any, member: int, model: Any, layers: Any, tokens: Any, cache: Any, activations: Any, experts: Any,
+    team: Any, member: int, model: Any, layers: Any, tokens: Any, sequences: Any, activations: Any, experts: Any,
     workspace: Any, output: Any,
 ) -> None:  # fmt: skip
     """One pass: embedding, layers, final norm, output matrix. Every thread of the team calls it with its own `member`.
@@ -43,7 +43,7 @@ def forward(
     the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse.
     """
     team, layers = without_refcounts((team, layers))
-    tokens, cache = without_refcounts((tokens, cache))
+    tokens, sequences = without_refcounts((tokens, sequences))
     activations, output, workspace = without_refcounts((activations, output, workspace))
     scratch, local = workspace.scratch[member], workspace.local[member]
     if tokens.embed:
@@ -51,37 +51,36 @@ def forward(
         barrier(team)
     for i in range(layers.size):
         layer = layers[i]
-        attention_block(team, model, layer, tokens, cache, activations, scratch, local)
+        attention_block(team, model, layer, tokens, sequences, activations, scratch, local)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
-            dense_feed_forward(team, model, layer, tokens.ids.size, activations, scratch, local)
+            dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
         elif layer.expert_bytes == 0:
-            dense_feed_forward(team, model, layer, tokens.ids.size, activations, scratch, local)
+            dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
         else:
             sparse_feed_forward(team, model, layer, tokens.ids.size, activations, experts, scratch, local)
-    if output.rows:
-        first = tokens.ids.size - output.rows
+    if output.tokens.size:
         if output.normed:
-            final_norm(team, model, first, activations.hidden, output)
+            final_norm(team, model, activations.hidden, output)
         else:
-            project_logits(team, model, first, activations, output, scratch)
+            project_logits(team, model, activations, output, scratch)
         barrier(team)
 
 
 @_inline
 def attention_block(
-    team: Any, model: Any, layer: Any, tokens: Any, cache: Any, activations: Any, scratch: Any, local: Any
+    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, scratch: Any, local: Any
 ) -> None:
-    """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to the cache."""
+    """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to their caches."""
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    norm_and_pack(team, hidden, 0, count, weight, model, encoding, scratch, packed)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed)
     barrier(team)
-    project_heads(team, model, layer, tokens, cache, packed, local, scratch, queries)
+    project_heads(team, model, layer, tokens, sequences.dtype, packed, local, scratch, queries)
     barrier(team)
     attention(
-        team, model.attention_kernels, queries, count, cache.addresses, cache.dtype, layer.kv_index,
-        model.num_attention_heads, model.num_key_value_heads, model.head_dim, tokens.start, partials, scratch, attended,
+        team, model.attention_kernels, queries, sequences.records, sequences.dtype, layer.kv_index,
+        model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
     )  # fmt: skip
     barrier(team)
     pack_all(team, attended, count, layer.o_proj.encoding, packed)
@@ -92,12 +91,13 @@ def attention_block(
 
 @_inline
 def dense_feed_forward(
-    team: Any, model: Any, layer: Any, count: int, activations: Any, scratch: Any, local: Any
+    team: Any, model: Any, layer: Any, rows: Any, activations: Any, scratch: Any, local: Any
 ) -> None:
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
     hidden, packed, gated, _, _, _ = activations
+    count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
-    norm_and_pack(team, hidden, 0, count, weight, model, encoding, scratch, packed)
+    norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed)
     barrier(team)
     project_gated(team, model, layer, packed, count, local, scratch, gated)
     barrier(team)
@@ -150,22 +150,22 @@ def sparse_feed_forward(
 
 
 @_step
-def final_norm(team: Any, model: Any, first: int, hidden: Any, output: Any) -> None:
-    """output.values = the final norm of the tokens from `first` on."""
+def final_norm(team: Any, model: Any, hidden: Any, output: Any) -> None:
+    """output.values = the final norm of output.tokens."""
     weight = memory(model.norm, model.hidden_size, np.float32)
     while True:
         t = claim(team, 1)
-        if t >= output.rows:
+        if t >= output.tokens.size:
             return
-        rms_norm(hidden[first + t], weight, model.rms_norm_eps, output.values[t])
+        rms_norm(hidden[output.tokens[t]], weight, model.rms_norm_eps, output.values[t])
 
 
 @_inline
-def project_logits(team: Any, model: Any, first: int, activations: Any, output: Any, scratch: Any) -> None:
-    """output.values = lm_head @ the final norm of the tokens from `first` on."""
+def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any) -> None:
+    """output.values = lm_head @ the final norm of output.tokens."""
     hidden, packed = activations.hidden, activations.packed
-    rows, matrix = output.rows, model.lm_head
-    norm_and_pack(team, hidden, first, rows, model.norm, model, matrix.encoding, scratch, packed)
+    rows, matrix = output.tokens.size, model.lm_head
+    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed)
     barrier(team)
     matmul(team, model.matmul_kernels, matrix, packed, rows, tile_width(rows), output.values, 0, scratch)
 
@@ -182,13 +182,14 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 
 @_step
 def norm_and_pack(
-    team: Any, hidden: Any, first: int, count: int, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
+    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
 ) -> None:
-    """packed = RMSNorm of hidden[first : first + count], padded to whole tiles, as input of a matrix of an encoding.
+    """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix of an encoding.
 
-    weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code. scratch: this
-    thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
+    rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
+    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
     """
+    count = rows.size
     width = tile_width(count)
     cols = hidden.shape[1]
     normed = scratch[:cols]
@@ -199,7 +200,7 @@ def norm_and_pack(
         if t >= whole_tiles(count, width):
             return
         if t < count:
-            rms_norm(hidden[first + t], weights, model.rms_norm_eps, normed)
+            rms_norm(hidden[rows[t]], weights, model.rms_norm_eps, normed)
         else:
             normed[:] = np.float32(0.0)
         pack(normed, t, width, encoding, packed)
@@ -237,9 +238,10 @@ def project_gated(
 
 @_step
 def project_heads(
-    team: Any, model: Any, layer: Any, tokens: Any, cache: Any, packed: Any, local: Any, scratch: Any, queries: Any
-) -> None:
-    """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into the cache.
+    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, local: Any, scratch: Any,
+    queries: Any,
+) -> None:  # fmt: skip
+    """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into their sequences' caches.
 
     Queries and keys are normed and rotated, queries scaled by 1 / sqrt(head_dim): queries (tokens, heads * head_dim).
     Each thread does this to the heads that it has computed, while they are in its own cache: in `local`.
@@ -269,6 +271,8 @@ def project_heads(
                 for t in range(count):
                     at = t * rows + (head - first_head) * dim
                     x = local[at : at + dim]
+                    position = tokens.positions[t]
+                    pages = memory(tokens.pages[t], position // PAGE + 1, np.int64)
                     if head < heads:
                         query = queries[t, head * dim : (head + 1) * dim]
                         rms_norm(x, q_norm, model.rms_norm_eps, query)
@@ -278,7 +282,7 @@ def project_heads(
                     elif head < heads + kv_heads:
                         rms_norm(x, k_norm, model.rms_norm_eps, x)
                         rotate(x, tokens.cos[t], tokens.sin[t])
-                        store_key(cache.addresses, cache.dtype, first_key + head - heads, tokens.start + t, x)
+                        store_key(pages, cache_dtype, first_key + head - heads, position, x)
                     else:
-                        store_value(cache.addresses, cache.dtype, first_key + head - heads, tokens.start + t, x)
+                        store_value(pages, cache_dtype, first_key + head - heads, position, x)
             first = last

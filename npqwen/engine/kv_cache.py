@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
-from npqwen.engine.records import CachePages
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
@@ -93,14 +93,14 @@ class KVCache:
         return self._held.addresses
 
     @property
-    def for_kernels(self) -> CachePages:
-        """The cache as the forward pass takes it."""
-        return CachePages(self._held.addresses, self.dtype_array)
+    def page_count(self) -> int:
+        """Allocated pages, including shared ones."""
+        return len(self._held.arrays)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the allocated pages, including shared ones."""
-        return len(self._held.arrays) * self.page_bytes
+        return self.page_count * self.page_bytes
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more, in pages that no fork shares.
@@ -200,6 +200,11 @@ class KVCache:
             f"{available / 1e9:.2f} GB of memory are available, enough for {fits} tokens; "
             "shorten the prompt, or close other programs"
         )
+
+
+def held_bytes(caches: Iterable[KVCache]) -> int:
+    """Bytes of the pages of several caches, shared ones counted once."""
+    return sum({id(page): page.nbytes for cache in caches for page in cache._held.arrays}.values())
 
 
 def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:

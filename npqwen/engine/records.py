@@ -61,24 +61,28 @@ Bytes = NDArray[np.uint8]
 
 
 class Tokens(NamedTuple):
-    """The tokens of one pass."""
+    """The tokens of one pass: a few of each of one or more sequences, one sequence after another."""
 
     ids: Ints
     """(tokens,)"""
+    rows: Ints
+    """0, 1, ... tokens - 1."""
     embed: bool
     """Whether the pass begins with the embedding; otherwise `Activations.hidden` is what earlier layers left."""
-    start: int
-    """Position of the first token."""
+    positions: Ints
+    """(tokens,), in their own sequences."""
+    pages: Ints
+    """(tokens,): `SEQUENCE.pages` of their own sequences."""
     cos: Floats
     """(tokens, head_dim / 2), of the rotary embedding."""
     sin: Floats
 
 
-class CachePages(NamedTuple):
-    """The pages of the KV cache."""
+class Sequences(NamedTuple):
+    """The sequences of one pass, and their KV caches."""
 
-    addresses: Ints
-    """Of each page."""
+    records: NDArray[np.void]
+    """(sequences,) of SEQUENCE, see `npqwen.kernels.attention`."""
     dtype: NDArray[Any]
     """An empty array of the pages' dtype: uint16 stands for the bits of float16."""
 
@@ -134,11 +138,11 @@ class Workspace(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The results of the pass, which also extends the cache."""
+    """The results of the pass, which also extends the caches."""
 
-    rows: int
-    """How many of the last tokens have results; 0 skips the final norm and the output matrix."""
+    tokens: Ints
+    """Which tokens have results; none skips the final norm and the output matrix."""
     normed: bool
     """Whether the results are the final norm's; otherwise they are logits."""
     values: Floats
-    """(at least rows, hidden_size) if normed, else (rows padded to whole tiles, padded vocabulary)."""
+    """A row for each of `tokens`: (>= rows, hidden_size) if normed, else (whole tiles of rows, padded vocabulary)."""

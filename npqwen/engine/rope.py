@@ -41,16 +41,16 @@ class Rope:
                 factor = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
             self.scale = np.float32(factor)
         self.frequency = frequency.astype(np.float32)
-        self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self._compute(0, _MIN_POSITIONS)
+        self._tables: tuple[int, NDArray[np.float32], NDArray[np.float32]] = 0, *self.at(np.arange(_MIN_POSITIONS))
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin of positions start to start + count - 1, scaled: float32 (count, head_dim / 2) each."""
         first, cos, sin = self._tables
         if not first <= start <= start + count <= first + len(cos):
-            self._tables = first, cos, sin = start, *self._compute(start, max(count, _MIN_POSITIONS))
+            self._tables = first, cos, sin = start, *self.at(np.arange(start, start + max(count, _MIN_POSITIONS)))
         return cos[start - first : start - first + count], sin[start - first : start - first + count]
 
-    def _compute(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """`tables`, computed."""
-        angles = np.arange(start, start + count, dtype=np.float32)[:, None] * self.frequency
+    def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin of any positions (n,), scaled: float32 (n, head_dim / 2) each."""
+        angles = positions.astype(np.float32)[:, None] * self.frequency
         return np.cos(angles) * self.scale, np.sin(angles) * self.scale

@@ -30,7 +30,7 @@ class Decoding:
             piece = decoding.accept(logits of ids, or None if there are no ids)
 
     model: only its tokenizer, configuration and ids are used. prompt_ids: not empty, checked by `check_prompt_ids`.
-    options: checked. limit: the most tokens to generate. cached: how many prompt tokens need not be run.
+    options: checked. limit: the most tokens to generate.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class Decoding:
         watches: Iterable[Watch] = (),
         *,
         limit: int,
-        cached: int = 0,
     ) -> None:
         tokenizer = model.tokenizer
         self._tokenizer = tokenizer
@@ -52,7 +51,6 @@ class Decoding:
         self._top = options.get("top_logprobs") or 0
         self._watches = list(watches)
         self._limit = limit
-        self._cached = cached
         self.prompt_ids = prompt_ids
         self.ids: list[int] = []
         """The ids generated so far."""
@@ -100,16 +98,23 @@ class Decoding:
         return self._decoder.within_character
 
     @property
-    def all_logits(self) -> bool:
-        """Whether `accept` needs the logits of every pending token, not only of the last."""
-        return bool(self._unscored)
+    def rows(self) -> int:
+        """Of how many of the last pending tokens `accept` needs the logits."""
+        return len(self._unscored) or 1
+
+    @property
+    def target_length(self) -> int:
+        """How many tokens of prompt and text must be in the cache before the next step; pending ones are the last."""
+        return len(self.prompt_ids) + self._run + len(self._pending())
 
     def pending(self) -> list[int]:
         """The ids to run next, after those that were pending before; none if the next step needs no logits."""
+        return self.prompt_ids if self._sampler is None else self._pending()
+
+    def _pending(self) -> list[int]:
+        """The pending ids of the text."""
         if self._unscored:
             return self._unscored
-        if self._sampler is None:
-            return self.prompt_ids[self._cached :]
         if self.finish_reason is not None or (self._forced and self.logprobs is None):
             return []
         return self.ids[self._run :]
@@ -117,7 +122,7 @@ class Decoding:
     def accept(self, logits: NDArray[np.float32] | None) -> str:
         """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
 
-        logits: float32 (rows, vocab_size), the last row that of the last token; None if nothing was pending. Raises
+        logits: float32 (`rows`, vocab_size), the last row that of the last token; None if nothing was pending. Raises
         what a logits_processor or a watch raises, OptionError if bias or processor leave no token to draw, and
         FormatError for logits that are not finite.
         """

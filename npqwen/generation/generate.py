@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, overload
 
 from npqwen.checks import check_whole
 from npqwen.errors import OptionError, quoted
+from npqwen.generation.batch import Batch
 from npqwen.generation.completion import Completion
 from npqwen.generation.decoding import Prompt, Prompts, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
@@ -98,7 +99,7 @@ def generate(
     check_session(session, model)
     alone = _is_one(prompt)
     ids = [check_prompt_ids(model, each) for each in ([prompt] if alone else prompt)]  # type: ignore[arg-type]
-    done = [_samples(model, each, samples, session, given) for each in ids]
+    done = _all(model, ids, samples, session, given)
     texts = [each[0] for each in done] if n is None else done
     return texts[0] if alone else texts
 
@@ -112,16 +113,30 @@ def _is_one(prompt: object) -> bool:
     return bool(prompt) and not hasattr(prompt[0], "__len__")
 
 
-def _samples(
-    model: LanguageModel, prompt: list[int], n: int, session: Session | None, options: GenerationOptions
-) -> list[Completion]:
-    """n completions of one prompt. The later ones continue a copy of the first one's cache."""
-    first = stream(model, prompt, session=session, **options)
-    done = [first.completion()]
-    later, seed = options.copy(), options.get("seed")
-    later.pop("progress", None)
-    for i in range(1, n):
-        later["seed"] = None if seed is None else seed + i
-        cache = first.cache.fork(first.cache.reusable(len(prompt) - 1))
-        done.append(Stream(model, prompt, cache=cache, **later).completion())
-    return done
+def _all(
+    model: LanguageModel, prompts: list[list[int]], n: int, session: Session | None, options: GenerationOptions
+) -> list[list[Completion]]:
+    """n completions of each prompt, all in one batch; the session has the first one of the last prompt."""
+    if not prompts:
+        return []
+    batch = Batch(model) if len(prompts) * n > 1 else None
+    session = session or Session(model)
+    last = session.stream(prompts[-1], batch=batch, **options)
+    samples = [_sampled(options, i) for i in range(n)]
+    streams = [
+        [
+            last if prompt is prompts[-1] and i == 0 else Stream(model, prompt, batch=batch, **sampled)
+            for i, sampled in enumerate(samples)
+        ]
+        for prompt in prompts
+    ]
+    return [[stream.completion() for stream in each] for each in streams]
+
+
+def _sampled(options: GenerationOptions, i: int) -> GenerationOptions:
+    """The options of sample i: its own seed, and no report of the prompt, which sample 0 reads."""
+    options, seed = options.copy(), options.get("seed")
+    if i:
+        options.pop("progress", None)
+        options["seed"] = None if seed is None else seed + i
+    return options

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from npqwen.engine.engine import Piece
     from npqwen.engine.kv_cache import KVCache
     from npqwen.format.config import Config
     from npqwen.generation.generation_config import GenerationConfig
@@ -43,6 +44,21 @@ class LanguageModel(Protocol):
     @property
     def fingerprint(self) -> str:
         """Equal for models that compute the same keys and values."""
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens that one pass takes."""
+
+    def forward_pieces(
+        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """One pass over pieces of several sequences.
+
+        Returns float32 logits (rows, vocab_size) of each, perhaps views of `out`.
+        """
+
+    def new_logits(self, rows: int) -> NDArray[np.float32]:
+        """An array for `forward_pieces` to put at least this many rows of logits into."""
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from npqwen.engine.kv_cache import KVCache
+    from npqwen.generation.batch import Batch
     from npqwen.generation.options import GenerationOptions
 
 
@@ -48,8 +49,7 @@ class Session:
 
     def _start(self, model: LanguageModel, cache: KVCache, ids: Sequence[int]) -> None:
         self.model = model
-        self.cache = cache
-        """The keys and values of the first `cache.length` of `ids`."""
+        self._cache = cache
         self._ids = list(ids)
         self._stream: Stream | None = None
 
@@ -57,6 +57,11 @@ class Session:
         count, computed = len(self.ids), self.cache.length
         rest = "" if computed == count else f", {computed} of them computed"
         return f"<Session: {count} of {self.model.context} tokens{rest}>"
+
+    @property
+    def cache(self) -> KVCache:
+        """The keys and values of the first `cache.length` of `ids`."""
+        return self._cache if self._stream is None else self._stream.cache
 
     @property
     def ids(self) -> list[int]:
@@ -72,17 +77,17 @@ class Session:
         return self.model.tokenizer.decode(self.ids)
 
     @with_options(OPTIONS)
-    def stream(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream:
+    def stream(self, prompt: Prompt, *, batch: Batch | None = None, **options: Unpack[GenerationOptions]) -> Stream:
         """Replace the text by a prompt, and generate what follows. The prefix that both share is not computed again.
 
-        prompt: text or token ids. An unfinished stream of this session is closed. Raises what `Stream` raises; the
-        session then keeps its text.
+        prompt: text or token ids. batch: see `Stream`. An unfinished stream of this session is closed. Raises what
+        `Stream` raises; the session then keeps its text.
         """
         ids = check_prompt_ids(self.model, prompt)
         known = self._settle()
         # The last token is always run: its logits are not stored.
         reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
-        self._stream = Stream(self.model, ids, cache=self.cache, cached=reused, **options)
+        self._stream = Stream(self.model, ids, cache=self._cache, cached=reused, batch=batch, **options)
         return self._stream
 
     @with_options(OPTIONS)
@@ -163,7 +168,7 @@ class Session:
                 self._stream.close()
             except OptionError:
                 raise OptionError("another thread is running the session's stream; give each its own fork") from None
-            self._ids, self._stream = self.ids, None
+            self._ids, self._cache, self._stream = self.ids, self.cache, None
         return self._ids[: self.cache.length]
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.checks import check_whole
-from npqwen.errors import ContextLengthError, OptionError
+from npqwen.errors import OptionError
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Completion, FinishReason, TokenLogprobs, Usage
-from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
+from npqwen.generation.decoding import Prompt
 from npqwen.generation.language_model import LanguageModel
-from npqwen.generation.options import GenerationOptions, check_options
+from npqwen.generation.options import GenerationOptions
 from npqwen.generation.sampling import Sampling
+from npqwen.generation.sequence import Sequence
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
-from npqwen.generation.watches import option_watches
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from npqwen.engine.kv_cache import KVCache
+    from npqwen.generation.batch import Batch
 
 
 class Stream(AsyncSteps[str]):
@@ -42,48 +41,32 @@ class Stream(AsyncSteps[str]):
         *,
         cache: KVCache | None = None,
         cached: int | None = None,
+        batch: Batch | None = None,
         **options: Unpack[GenerationOptions],
     ) -> None:
         """Prepare to continue a prompt.
 
         prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
         (default: all tokens it holds); tokens after them are discarded, and at least one must remain to run. While the
-        stream runs it holds a prefix of prompt and text, at the end all but the last drawn or forced tokens.
+        stream runs it holds a prefix of prompt and text, at the end all but the last drawn or forced tokens. batch:
+        runs this stream together with its others; whichever is iterated, all of them advance.
 
         Raises OptionError, CheckpointError or ContextLengthError before anything is computed or changed.
         """
-        given = check_options(options)
-        prompt = check_prompt_ids(model, prompt)
-        self.max_tokens = given.get("max_tokens")
-        """The option, None if it is left out."""
-        room = model.context - len(prompt)
-        limit = room if self.max_tokens is None else min(room, self.max_tokens)
-        if cache is None:
-            cache = model.new_cache(len(prompt) + limit)
-        elif not hasattr(cache, "length") or not hasattr(cache, "limit"):
-            raise OptionError(f"cache is {type(cache).__name__}; make one with the model's new_cache()")
-        cached = cache.reusable(cache.length if cached is None else check_whole("cached", cached, 0, cache.length))
-        if cached >= len(prompt):
-            raise OptionError(f"the cache holds {cached} tokens; it must hold fewer than the prompt's {len(prompt)}")
-        if cache.limit <= len(prompt):
-            raise ContextLengthError(f"the prompt's {len(prompt)} tokens leave no room in a cache for {cache.limit}")
-        limit = min(limit, cache.limit - len(prompt))
-        self.cache = cache
-        self._decoding = Decoding(model, prompt, given, option_watches(given), limit=limit, cached=cached)
-        self._model = model
-        self._progress = given.get("progress")
-        self._cached = cached
-        self._prefill_seconds = self._first_token_seconds = self._decode_seconds = 0.0
+        self._sequence = sequence = Sequence(model, prompt, cache=cache, cached=cached, **options)
+        self._decoding = sequence.decoding
+        self._batch = batch
         self._cancelled = False
-        self._pieces = self._generate()
-        if cached != cache.length:
-            cache.truncate(cached)
+        self._model = model
+        self._pieces = self._generate() if batch is None else batch.pieces(sequence)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
     def close(self) -> None:
         """End the text early. Raises OptionError while another thread iterates; see `cancel`."""
+        if self._batch is not None:
+            self._batch.cancel(self._sequence)
         try:
             self._pieces.close()
         except ValueError:  # the generator is running
@@ -92,6 +75,8 @@ class Stream(AsyncSteps[str]):
     def cancel(self) -> None:
         """End the text after the pass in progress: one token, or one chunk of the prompt. Any thread may call this."""
         self._cancelled = True
+        if self._batch is not None:
+            self._batch.cancel(self._sequence)
 
     def force(self, ids: Iterable[int]) -> None:
         """Make `ids` the next tokens, after any that are forced already, in place of drawn ones.
@@ -112,6 +97,19 @@ class Stream(AsyncSteps[str]):
         No effect if its end is forced already. Raises OptionError if the model is not thinking.
         """
         self._decoding.end_thinking(by)
+
+    @property
+    def cache(self) -> KVCache:
+        """The KV cache. In a batch it may be another one after the next piece."""
+        sequence = self._sequence
+        if sequence.cache is None:  # the batch has not begun to run this stream
+            sequence.cache = self._model.new_cache(sequence.room)
+        return sequence.cache
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The option, None if it is left out."""
+        return self._sequence.max_tokens
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -166,67 +164,51 @@ class Stream(AsyncSteps[str]):
     @property
     def usage(self) -> Usage:
         """Tokens and seconds so far."""
-        return Usage(
-            prompt_tokens=len(self.prompt_ids),
-            generated_tokens=len(self.ids),
-            prefill_seconds=self._prefill_seconds,
-            first_token_seconds=self._first_token_seconds,
-            decode_seconds=self._decode_seconds,
-            cached_tokens=self._cached,
-        )
+        return self._sequence.usage
 
     def completion(self) -> Completion:
         """Generate the rest; returns the whole text. Raises OptionError if the stream was closed before its end."""
         for _ in self:
             pass
-        if self.finish_reason is None:
-            raise OptionError("the stream was closed before its end; its text so far is in .text")
-        logprobs = None if self.logprobs is None else list(self.logprobs)
-        return Completion(self.text, list(self.ids), self.finish_reason, self.usage, logprobs)
+        return self._sequence.completion()
 
     def _generate(self) -> Generator[str, None, None]:
-        decoding = self._decoding
-        start = time.perf_counter()
+        sequence, decoding, cache = self._sequence, self._decoding, self.cache
+        sequence.start_clock()
         try:
-            logits: NDArray[np.float32] | None = self._prefill()
+            logits: NDArray[np.float32] | None = self._prefill(cache)
         except _Cancelled:
             return
-        self._prefill_seconds = time.perf_counter() - start
         buffer = logits
         while True:
-            first = not decoding.ids
-            piece = decoding.accept(logits)
-            seconds = time.perf_counter() - start
-            if not first:
-                self._decode_seconds += seconds
-            elif decoding.ids:
-                self._first_token_seconds = seconds
+            piece = sequence.accept(logits)
             if piece:
                 yield piece
             if decoding.finished or self._cancelled:
                 return
-            start = time.perf_counter()
-            logits = self._forward(decoding.pending(), buffer)
+            sequence.start_clock()
+            logits = self._forward(cache, buffer)
 
-    def _prefill(self) -> NDArray[np.float32]:
+    def _prefill(self, cache: KVCache) -> NDArray[np.float32]:
         """Run the prompt; its last token's logits (1, vocab_size)."""
+        report = self._sequence.progress
 
         def progress(done: int, total: int) -> None:
-            if self._progress is not None:
-                self._progress(done, total)
+            if report is not None:
+                report(done, total)
             if self._cancelled:
                 raise _Cancelled
 
-        ids = np.array(self._decoding.pending(), np.int32)
-        return self._model.prefill(ids, self.cache, progress).reshape(1, -1)
+        return self._model.prefill(np.array(self._sequence.todo(), np.int32), cache, progress).reshape(1, -1)
 
-    def _forward(self, ids: list[int], buffer: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    def _forward(self, cache: KVCache, buffer: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
         """Run the pending tokens; the logits that the next step takes, in `buffer` if they are one row."""
-        if not ids:
+        ids = np.array(self._sequence.todo(), np.int32)
+        if not ids.size:
             return None
-        if self._decoding.all_logits:
-            return self._model.forward(np.array(ids, np.int32), self.cache, all_logits=True)
-        return self._model.forward(np.array(ids, np.int32), self.cache, out=buffer)
+        if self._sequence.rows > 1:
+            return self._model.forward(ids, cache, all_logits=True)
+        return self._model.forward(ids, cache, out=buffer)
 
 
 class _Cancelled(Exception):

@@ -84,6 +84,17 @@ def total_memory(root: Path = Path("/")) -> int | None:
     return _meminfo(root).get("MemTotal")
 
 
+def resident_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process occupies, mapped files included; None if unknown. root: where /proc is."""
+    if sys.platform == "win32":
+        return _windows_resident_memory()
+    pages = (read(root / "proc/self/statm") or "").split()
+    if len(pages) > 1 and pages[1].isdigit():
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = _command("ps", "-o", "rss=", "-p", str(os.getpid())) if sys.platform == "darwin" else ""
+    return int(found) * 1024 if found.isdigit() else None
+
+
 def _meminfo(root: Path) -> dict[str, int]:
     """The fields of /proc/meminfo in bytes."""
     found = {}
@@ -112,6 +123,33 @@ def _windows_memory() -> tuple[int | None, int | None]:
     if sys.platform != "win32" or not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None, None
     return status.ullTotalPhys, status.ullAvailPhys
+
+
+def _windows_resident_memory() -> int | None:
+    if sys.platform != "win32":
+        return None
+    counters = _MemoryCounters(cb=ctypes.sizeof(_MemoryCounters))
+    process = ctypes.c_void_p(-1)  # the pseudo handle of this process
+    if not ctypes.windll.kernel32.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb):
+        return None
+    return int(counters.WorkingSetSize)
+
+
+class _MemoryCounters(ctypes.Structure):
+    """Windows' PROCESS_MEMORY_COUNTERS."""
+
+    _fields_: ClassVar = [
+        ("cb", ctypes.c_uint32),
+        ("PageFaultCount", ctypes.c_uint32),
+        ("PeakWorkingSetSize", ctypes.c_size_t),
+        ("WorkingSetSize", ctypes.c_size_t),
+        ("QuotaPeakPagedPoolUsage", ctypes.c_size_t),
+        ("QuotaPagedPoolUsage", ctypes.c_size_t),
+        ("QuotaPeakNonPagedPoolUsage", ctypes.c_size_t),
+        ("QuotaNonPagedPoolUsage", ctypes.c_size_t),
+        ("PagefileUsage", ctypes.c_size_t),
+        ("PeakPagefileUsage", ctypes.c_size_t),
+    ]
 
 
 class _MemoryStatus(ctypes.Structure):

@@ -1,8 +1,11 @@
 """Causal attention over a KV cache, with an online softmax (Milakov & Gimelshein 2018, Dao et al. 2022).
 
-The query heads that share a key/value head are rows of one product, and so are neighbouring tokens: each key and value
-is read once for all of them. Row r of a key/value head is query head `r % group` of token `r // group`, group being the
-query heads per key/value head.
+The query heads that share a key/value head are rows of one product, and so are neighbouring tokens of a sequence: each
+key and value is read once for all of them. Row r of a key/value head is query head `r % group` of the sequence's token
+`r // group`, group being the query heads per key/value head.
+
+Positions are cut into spans of `SPAN`, whose results are merged from the first to the last, whoever computes them. So a
+token's result depends on its own sequence alone, to the bit: not on the other tokens of the pass, nor on the threads.
 
 The cache comes in pages of `PAGE` positions, of float16 (uint16 to Numba) or float32, the dtype of the array
 `cache_dtype`. A page holds, layer by layer, the keys of each head and then the values of each. Keys lie in position
@@ -51,8 +54,15 @@ FAR_BYTES = 8192
 MAX_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
 _LOWEST = np.float32(-3.0e38)
-_MIN_SPAN = 512
-"""Positions that are worth a task of their own when there are fewer heads than threads."""
+SPAN = 1024
+"""Positions whose results are computed apart and merged: a task of its own when there are fewer heads than threads."""
+
+SEQUENCE = np.dtype([("first", np.int64), ("tokens", np.int64), ("start", np.int64), ("pages", np.int64)])
+"""A sequence's part in a pass.
+
+first: the index, in the pass, of the first of its `tokens`. start: that token's position. pages: the address of an
+array of int64, the addresses of the pages that hold its keys and values.
+"""
 
 
 def page_items(layers: int, kv_heads: int, head_dim: int) -> int:
@@ -99,8 +109,13 @@ def store_value(pages: Any, cache_dtype: Any, index: int, position: int, value: 
 
 
 def scratch_floats(head_dim: int) -> int:
-    """float32 of scratch for one thread's attention."""
-    return MAX_ROWS * (2 * head_dim + SCORE_BLOCK + 2)
+    """float32 of scratch for one thread's attention: queries, scores, and the results of one span and of all."""
+    return MAX_ROWS * (3 * head_dim + SCORE_BLOCK + 4)
+
+
+def partial_floats(kv_heads: int, group: int, head_dim: int, context: int) -> int:
+    """float32 of the results of all spans of a few tokens of the longest sequence, see `is_divided`."""
+    return kv_heads * -(-context // SPAN) * row_width.py_func(MEMORY_BOUND_ROWS * group) * (head_dim + 2)
 
 
 # The parts of a kernel, inlined into it. rows, vectors, together, dtype and far are constants: see `_attend`.
@@ -261,13 +276,18 @@ def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _gather(q: Any, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any) -> None:
-    """out = the queries of `width` rows from first_row on, (head_dim, width); zeros past the last of `rows` rows."""
+def _gather(
+    q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any
+) -> None:
+    """out = the queries of `width` rows from first_row on, (head_dim, width); zeros past the last of `rows` rows.
+
+    first: the index of the sequence's first token in q.
+    """
     for t in range(width):
         row = first_row + t
         if row < rows:
             at = (head * group + row % group) * dim
-            line = q[row // group]
+            line = q[first + row // group]
             for i in range(dim):
                 out[i * width + t] = line[at + i]
         else:
@@ -285,77 +305,119 @@ def row_width(rows: int) -> int:
 
 
 @njit(nogil=True)
-def span_count(team: Any, tokens: int, heads: int, kv_heads: int, end: int) -> int:
-    """How many spans to cut positions 0 to end - 1 into, so that all threads have work when one token is decoded."""
-    rows = tokens * (heads // kv_heads)
+def _row_tiles(sequence: Any, group: int) -> Any:
+    """A sequence's rows, how many of them are multiplied at once, and how many such tiles there are."""
+    rows = sequence.tokens * group
     width = row_width(rows)
-    tasks = kv_heads * ((rows + width - 1) // width)
+    return rows, width, (rows + width - 1) // width
+
+
+@njit(nogil=True)
+def _span_count(sequence: Any) -> int:
+    """How many spans the positions have that a sequence's tokens see."""
+    return (sequence.start + sequence.tokens + SPAN - 1) // SPAN
+
+
+@njit(nogil=True)
+def is_divided(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, room: int) -> bool:
+    """Whether each span is a task, as heads and tiles are too few for all threads; room: float32 for their results."""
     members = acquire(team, MEMBERS)
-    if tasks >= 4 * members or members == 1:
-        return 1
-    return max(1, min((4 * members + tasks - 1) // tasks, end // _MIN_SPAN))
+    tasks, floats = 0, 0
+    for i in range(sequences.size):
+        _, width, tiles = _row_tiles(sequences[i], group)
+        tasks += kv_heads * tiles
+        floats += kv_heads * tiles * _span_count(sequences[i]) * width * (dim + 2)
+    return members > 1 and tasks < 4 * members and floats <= room
 
 
 @njit(nogil=True)
 def attention(
-    team: Any, kernels: Any, q: Any, tokens: int, pages: Any, cache_dtype: Any, layer: int, heads: int, kv_heads: int,
-    dim: int, start: int, partials: Any, scratch: Any, out: Any,
+    team: Any, kernels: Any, q: Any, sequences: Any, cache_dtype: Any, layer: int, heads: int, kv_heads: int, dim: int,
+    partials: Any, scratch: Any, out: Any,
 ) -> None:  # fmt: skip
-    """out[t, head] = softmax(q[t, head] @ keys.T) @ values over positions 0 to start + t.
+    """out[t, head] = softmax(q[t, head] @ keys.T) @ values over the positions of t's sequence up to its own.
 
-    All members of the team call it, and share the heads, tiles of rows and spans.
-    kernels: see `attention_kernels`. q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim). pages:
-    int64, the pages' addresses. layer: its index among the layers in the cache. start: the first token's position.
-    partials: float32 shared by the team, flat: width * (dim + 2) for each task, used if there are several spans.
-    scratch: this thread's float32 (scratch_floats(dim),). out: float32 (tokens, >= heads * dim).
+    All members of the team call it, and share the sequences, heads, tiles of rows and spans.
+    kernels: see `attention_kernels`. q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim). sequences:
+    SEQUENCE records, in the order of their tokens. layer: its index among the layers in the cache. partials: float32
+    shared by the team, flat, see `partial_floats`. scratch: this thread's float32 (scratch_floats(dim),). out: float32
+    (tokens, >= heads * dim).
     """
     group = heads // kv_heads
-    rows = tokens * group
-    width = row_width(rows)
-    tiles = (rows + width - 1) // width
-    end = start + tokens
-    spans = span_count(team, tokens, heads, kv_heads, end)
-    span_size = ((end + spans - 1) // spans + SCORE_BLOCK - 1) // SCORE_BLOCK * SCORE_BLOCK
-    size = width * (dim + 2)
-    tasks = kv_heads * tiles * spans
-    while True:
-        task = claim(team, 1)
-        if task >= tasks:
-            break
+    divided = is_divided(team, sequences, group, kv_heads, dim, partials.size)
+    # Tasks are claimed in order, so a thread only ever moves on to later sequences.
+    i, before, place = 0, 0, 0
+    task = claim(team, 1)
+    while i < sequences.size:
+        sequence = sequences[i]
+        rows, width, tiles = _row_tiles(sequence, group)
+        spans = _span_count(sequence)
+        size = width * (dim + 2)
+        units = spans if divided else 1
+        tasks = kv_heads * tiles * units
+        if task >= before + tasks:
+            i, before, place = i + 1, before + tasks, place + tasks * size
+            continue
+        at = task - before
         # The last tiles see the most positions: they go first.
-        span, tile, head = task % spans, tiles - 1 - task // spans // kv_heads, task // spans % kv_heads
+        unit, tile, head = at % units, tiles - 1 - at // units // kv_heads, at // units % kv_heads
         first_row = tile * width
-        last_seen = start + (min(first_row + width, rows) - 1) // group + 1
-        queries = scratch[: width * dim]
-        rest = scratch[width * dim :]
-        _gather(q, head, group, rows, first_row, width, dim, queries)
+        last_seen = sequence.start + (min(first_row + width, rows) - 1) // group + 1
+        queries, rest = scratch[: width * dim], scratch[width * dim :]
+        _gather(q, sequence.first, head, group, rows, first_row, width, dim, queries)
         key_index = 2 * layer * kv_heads + head
-        low, high = span * span_size, min((span + 1) * span_size, last_seen)
-        run_at(
-            kernels[width],
-            (
-                queries.ctypes.data, dim, pages.ctypes.data, key_index, key_index + kv_heads, low, high, start,
-                first_row, group, rest.ctypes.data,
-            ),
-        )  # fmt: skip
         partial = rest[width * SCORE_BLOCK : width * SCORE_BLOCK + size]
-        if spans == 1:
-            _normalize(partial, width, dim, rows, first_row, group, head, out)
-        else:
-            for i in range(size):  # Numba would compile an assignment of slices with its formatted error message
-                partials[task * size + i] = partial[i]
-    if spans > 1:
+        merged = rest[width * SCORE_BLOCK + size : width * SCORE_BLOCK + 2 * size]
+        for span in range(unit if divided else 0, unit + 1 if divided else spans):
+            run_at(
+                kernels[width],
+                (
+                    queries.ctypes.data, dim, sequence.pages, key_index, key_index + kv_heads, span * SPAN,
+                    min((span + 1) * SPAN, last_seen), sequence.start, first_row, group, rest.ctypes.data,
+                ),
+            )  # fmt: skip
+            if divided:
+                _copy(partial, size, partials, place + at * size)
+            elif span == 0:
+                _copy(partial, size, merged, 0)
+            else:
+                _merge(merged, partial, width, dim)
+        if not divided:
+            _normalize(merged, width, dim, rows, first_row, group, head, out[sequence.first :])
+        task = claim(team, 1)
+    if divided:
         barrier(team)
-        while True:
-            task = claim(team, 1)
-            if task >= kv_heads * tiles:
-                break
-            tile, head = tiles - 1 - task // kv_heads, task % kv_heads
-            first = task * spans
-            merged = partials[first * size : (first + 1) * size]
-            for span in range(1, spans):
-                _merge(merged, partials[(first + span) * size : (first + span + 1) * size], width, dim)
-            _normalize(merged, width, dim, rows, tile * width, group, head, out)
+        _merge_spans(team, sequences, group, kv_heads, dim, partials, out)
+
+
+@njit(nogil=True)
+def _merge_spans(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, partials: Any, out: Any) -> None:
+    """Merge the results of all spans, from the first to the last, as one thread does that computes all of them."""
+    i, before, place = 0, 0, 0
+    task = claim(team, 1)
+    while i < sequences.size:
+        sequence = sequences[i]
+        rows, width, tiles = _row_tiles(sequence, group)
+        spans, size = _span_count(sequence), width * (dim + 2)
+        tasks = kv_heads * tiles
+        if task >= before + tasks:
+            i, before, place = i + 1, before + tasks, place + tasks * spans * size
+            continue
+        at = task - before
+        first = place + at * spans * size
+        merged = partials[first : first + size]
+        for span in range(1, spans):
+            _merge(merged, partials[first + span * size : first + (span + 1) * size], width, dim)
+        tile, head = tiles - 1 - at // kv_heads, at % kv_heads
+        _normalize(merged, width, dim, rows, tile * width, group, head, out[sequence.first :])
+        task = claim(team, 1)
+
+
+@njit(nogil=True)
+def _copy(source: Any, size: int, target: Any, at: int) -> None:
+    """target[at : at + size] = source[:size]; Numba would compile that with its formatted error message."""
+    for i in range(size):
+        target[at + i] = source[i]
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -373,7 +435,7 @@ def _merge(merged: Any, partial: Any, width: int, dim: int) -> None:
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def _normalize(partial: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any) -> None:
-    """out = accumulator / denominator, each row where its token and head belong."""
+    """out = accumulator / denominator, each row where its token and head belong; out begins with the first token."""
     for t in range(min(width, rows - first_row)):
         row = first_row + t
         line = out[row // group]

@@ -97,7 +97,7 @@ def inspect(directory: Path, context: int | None = None, yarn: float | None = No
     threads = machine.default_threads()
     budget = Budget(
         weights=sum(parts.values()),
-        working=Buffers(config, weights, threads, chunk_size(config)).nbytes,
+        working=Buffers(config, weights, threads, chunk_size(config), context).nbytes,
         page=KVCache(config, 1, weights.cache_dtype).page_bytes,
         available=machine.available_memory(),
     )

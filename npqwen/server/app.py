@@ -2,18 +2,122 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
 
+from npqwen.errors import NpqwenError, shortened
+from npqwen.server import anthropic, front, monitoring, ollama, openai, text_routes
+from npqwen.server.exchange import Exchanges
+from npqwen.server.failure import Failure, failure_of
+from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
 from npqwen.server.models import Models
+from npqwen.server.offer import Offer
+from npqwen.server.refusal import refusal
+from npqwen.server.settings import Settings
+from npqwen.server.streaming import ClientGoneError
 
 if TYPE_CHECKING:
     from npqwen.model import Model
 
+CLIENT_GONE = 499
+"""The status that logs have of a request whose client went; nobody receives it."""
 
-def app(*models: Model) -> Starlette:
-    """An ASGI application that serves these models; mount it, or run it with uvicorn."""
-    application = Starlette(routes=[])
-    application.state.models = Models(*models)
-    return application
+
+def app(*models: Model | Offer, **settings: Any) -> Starlette:
+    """An ASGI application that serves models; run it with uvicorn, or mount it, also below a prefix.
+
+        application = npqwen.server.app(npqwen.load("Qwen/Qwen3-0.6B"))
+
+    models: loaded ones, which stay the caller's to close, and offers, which are loaded when a request needs them.
+    settings: the fields of `npqwen.server.settings.Settings`, such as api_keys, hosts and origins.
+
+    Its lifespan closes what it has loaded; an application that is mounted has none, so its owner awaits
+    `application.state.models.close()`. Raises OptionError for impossible settings.
+    """
+    chosen = Settings.of(settings)
+    return application(Models(*models, settings=chosen), chosen)
+
+
+def application(models: Models, settings: Settings) -> Starlette:
+    """An ASGI application that serves `models`."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await models.close()
+
+    made = Starlette(
+        routes=_routes(models),
+        middleware=_middleware(settings),
+        exception_handlers={
+            HTTPException: _refuse,
+            NpqwenError: _fail,
+            ClientGoneError: _client_gone,
+            ClientDisconnect: _client_gone,
+            Exception: _internal_error,
+        },
+        lifespan=lifespan,
+    )
+    made.router.redirect_slashes = False
+    made.state.models = models
+    made.state.settings = settings
+    return made
+
+
+def _routes(models: Models) -> list[BaseRoute]:
+    return [
+        *front.routes(),
+        *openai.routes(models),
+        *anthropic.routes(models),
+        *ollama.routes(models),
+        *monitoring.routes(models),
+        *text_routes.routes(models),
+    ]
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    """From the outside to the inside."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.origins,
+        allow_methods=("GET", "POST", "DELETE", "HEAD"),
+        allow_headers=("*",),
+        expose_headers=("retry-after",),
+    )
+    return [
+        Middleware(Exchanges),
+        Middleware(Guard, settings),
+        *([cors] if settings.origins else []),
+        Middleware(Keys, settings),
+        Middleware(BodyLimit, settings.body_limit),
+    ]
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = shortened(own_path(request.scope))
+    problem = {404: f"there is no {path} here", 405: f"{path} does not take {request.method}"}
+    failure = Failure(error.status_code, problem.get(error.status_code, error.detail))
+    return refusal(request.scope, failure, error.headers)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    return refusal(request.scope, failure_of(error))
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """The server logs the traceback."""
+    return refusal(request.scope, Failure(500, "internal error; the server's log has the details", "internal_error"))

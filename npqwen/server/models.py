@@ -1,33 +1,324 @@
-"""The models that a server offers, by name."""
+"""The models that a server offers: found by name, loaded when needed, and let go when idle or in another's way."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from npqwen.errors import ModelNotFoundError, quoted
+from npqwen.engine.budget import RESERVED
+from npqwen.errors import ClosedError, NpqwenError, OptionError, OutOfMemoryError, QueueFullError, size
+from npqwen.hardware.machine import available_memory
+from npqwen.server.background import in_thread
+from npqwen.server.exchange import current
+from npqwen.server.model_names import ModelNames
+from npqwen.server.offer import Offer
+from npqwen.server.settings import KEEP_ALIVE, Settings
+from npqwen.server.statistics import WorkerStatistics
 from npqwen.server.worker import Worker
 
 if TYPE_CHECKING:
     from npqwen.model import Model
 
+PATIENCE = 60.0
+"""Seconds that a request waits for memory which other models' requests take."""
+POLL = 0.05
+"""Seconds between two looks whether a model that is in the way has become idle."""
+
+_log = logging.getLogger(__name__)
+
 
 class Models:
-    """Finds the worker of a model."""
+    """Finds the worker of a model.
 
-    def __init__(self, *models: Model) -> None:
-        self._workers = {model.name: Worker(model) for model in models}
+    A model is in use while a request that got it by `worker` is being answered; then it is never let go. All methods
+    belong to the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        *models: Model | Offer,
+        settings: Settings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        available: Callable[[], int | None] = available_memory,
+    ) -> None:
+        """models: loaded models, which stay loaded and are the caller's to close, and offers.
+
+        clock: seconds. available: bytes of memory that models may take; read now, unless the settings limit them.
+        """
+        self._settings = settings or Settings()
+        self._clock = clock
+        queue = self._settings.queue
+        slots = [_Slot(model) if isinstance(model, Offer) else _loaded(model, queue) for model in models]
+        if not slots:
+            raise OptionError("there is no model to serve; give at least one")
+        names = [slot.name for slot in slots]
+        for name in names:
+            if names.count(name) > 1:
+                raise OptionError(f"two models are named {name}; serve one of them, or rename its directory")
+        self._slots = {slot.name: slot for slot in slots}
+        self._names = ModelNames(names, self._settings.aliases)
+        keep_alive = self._settings.keep_alive
+        if keep_alive is None:
+            keep_alive = KEEP_ALIVE if len(slots) > 1 else -1.0
+        self._keep_alive = math.inf if keep_alive < 0 else keep_alive
+        self._limit = self._settings.memory
+        if self._limit is None:
+            found = available()
+            self._limit = None if found is None else max(0, found - RESERVED)
+        self._loading = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def names(self) -> list[str]:
-        """The names that clients may use; the first is the default."""
-        return list(self._workers)
+        """The names of the models; the first is the default."""
+        return list(self._slots)
 
-    async def worker(self, name: str | None) -> Worker:
+    @property
+    def states(self) -> list[ModelState]:
+        """What is known of every model."""
+        return [self._state(slot) for slot in self._slots.values()]
+
+    @property
+    def in_use(self) -> int:
+        """How many requests use a model, or wait for one."""
+        return sum(slot.users for slot in self._slots.values())
+
+    def state(self, name: str | None) -> ModelState:
+        """What is known of one model. Raises what `worker` raises for its name."""
+        return self._state(self._slots[self._names.find(name)])
+
+    async def worker(self, name: str | None, keep_alive: float | None = None) -> Worker:
         """The worker of a model, which is loaded if necessary; None: the default model's.
 
-        Raises ModelNotFoundError for a name that is not on offer.
+        keep_alive: seconds for which the model stays loaded after this request, negative for ever; None: as the
+        settings have it.
+
+        Raises ModelNotFoundError for a name that is not on offer, QueueFullError if other models take the memory and
+        are in use, OutOfMemoryError, and what loading raises; the next request tries again.
         """
-        name = name or self.names[0]
-        if name not in self._workers:
-            raise ModelNotFoundError(f"there is no model {quoted(name)} here; there are {', '.join(self.names)}")
-        return self._workers[name]
+        slot = self._slots[self._names.find(name)]
+        if self._closed:
+            raise ClosedError("the server is shutting down")
+        slot.keep_alive = self._keep_alive if keep_alive is None else math.inf if keep_alive < 0 else keep_alive
+        self._use(slot)
+        slot.users += 1
+        try:
+            while slot.worker is None:
+                if slot.loading is None:
+                    slot.loading = asyncio.create_task(self._load(slot))
+                    slot.loading.add_done_callback(_retrieve)
+                await asyncio.shield(slot.loading)
+        finally:
+            slot.users -= 1
+            self._touch(slot)
+        self._sweep_later()
+        return slot.worker
+
+    async def let_go(self, name: str | None) -> bool:
+        """Unload a model now, or as soon as it is idle. Whether it is unloaded when this returns."""
+        slot = self._slots[self._names.find(name)]
+        slot.keep_alive = 0.0
+        self._touch(slot)
+        if slot.can_go():
+            await self._unload(slot)
+        self._sweep_later()
+        return slot.worker is None
+
+    async def sweep(self) -> float | None:
+        """Let go of the models that have been idle for long enough. Returns seconds until the next may go, if any."""
+        now = self._clock()
+        for slot in self._slots.values():
+            if slot.can_go() and slot.expires <= now:
+                _log.info("%s was idle and is let go", slot.name)
+                await self._unload(slot)
+        # A model that has expired, but is in use, is looked at again when that use ends, or a second later.
+        waits = [
+            slot.expires - now if slot.expires > now else 1.0
+            for slot in self._slots.values()
+            if slot.can_expire and slot.worker is not None and not math.isinf(slot.expires)
+        ]
+        return min(waits, default=None)
+
+    async def close(self) -> None:
+        """End all workers, and close the models that were loaded here. Later requests raise ClosedError."""
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._sweeper
+        for slot in self._slots.values():
+            if slot.worker is not None and slot.can_expire:
+                await self._unload(slot)
+            elif slot.worker is not None:
+                await in_thread(slot.worker.close)
+
+    def _use(self, slot: _Slot) -> None:
+        """Keep a model in use until the end of the current HTTP request."""
+        exchange = current.get()
+        if exchange is None:
+            return
+        exchange.model = slot.name
+        slot.users += 1
+
+        def release() -> None:
+            slot.users -= 1
+            self._touch(slot)
+
+        exchange.at_end.append(release)
+
+    def _touch(self, slot: _Slot) -> None:
+        slot.used = self._clock()
+        self._changed.set()
+
+    async def _load(self, slot: _Slot) -> None:
+        try:
+            async with self._loading:
+                await self._make_room(slot)
+                started = time.perf_counter()
+                model = await in_thread(slot.offer.load)
+            if self._closed:
+                await in_thread(model.close)
+                raise ClosedError("the server is shutting down")
+            slot.worker = Worker(model, queue_limit=self._settings.queue)
+            _log.info("loaded %s in %.1f s", slot.name, time.perf_counter() - started)
+        except BaseException as error:
+            if not isinstance(error, NpqwenError):
+                _log.error("%s cannot be loaded", slot.name, exc_info=error)
+            raise
+        finally:
+            slot.loading = None
+
+    async def _make_room(self, slot: _Slot) -> None:
+        """Let go of idle models, the least recently used first, until this one fits; wait for one to become idle."""
+        need = slot.offer.weight_bytes + RESERVED
+        deadline = self._clock() + PATIENCE
+        while self._limit is not None and (taken := self._taken()) + need > self._limit:
+            loaded = [other for other in self._slots.values() if other.worker is not None]
+            idle = [other for other in loaded if other.can_go()]
+            if idle:
+                oldest = min(idle, key=lambda other: other.used)
+                _log.info("%s is let go: %s needs its memory", oldest.name, slot.name)
+                await self._unload(oldest)
+                continue
+            if not any(other.can_expire for other in loaded):
+                if self._settings.memory is None:
+                    return  # weights are mapped: what does not fit is read from disk again and again
+                raise OutOfMemoryError(
+                    f"{slot.name} needs {size(need)} of memory, but {size(max(0, self._limit - taken))} of the "
+                    f"{size(self._limit)} for models are left; start the server with more --memory"
+                )
+            left = deadline - self._clock()
+            if left <= 0:
+                raise QueueFullError(
+                    f"{slot.name} does not fit into memory beside the models that are in use; try again later",
+                    retry_after=30,
+                )
+            await asyncio.sleep(min(left, POLL))
+
+    def _taken(self) -> int:
+        """Bytes of memory that the loaded models take."""
+        return sum(
+            slot.offer.weight_bytes + RESERVED + slot.worker.statistics.cache_bytes
+            for slot in self._slots.values()
+            if slot.worker is not None
+        )
+
+    async def _unload(self, slot: _Slot) -> None:
+        worker, slot.worker = slot.worker, None
+        assert worker is not None
+        slot.earlier = worker.statistics.plus(slot.earlier)
+
+        def close() -> None:
+            worker.close()
+            worker.model.close()
+
+        await in_thread(close)
+
+    def _sweep_later(self) -> None:
+        """Have `sweep` run when the next model may go."""
+        if self._sweeper is None or self._sweeper.done():
+            self._changed = asyncio.Event()  # of the running loop, which tests change
+            self._sweeper = asyncio.create_task(self._sweep_on())
+
+    async def _sweep_on(self) -> None:
+        while not self._closed:
+            self._changed.clear()
+            wait = await self.sweep()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait)
+
+    def _state(self, slot: _Slot) -> ModelState:
+        statistics = WorkerStatistics(alive=True) if slot.worker is None else slot.worker.statistics
+        expires = slot.worker is not None and slot.can_expire and not math.isinf(slot.expires)
+        return ModelState(
+            slot.name,
+            slot.offer,
+            slot.worker,
+            slot.loading is not None,
+            statistics.plus(slot.earlier),
+            slot.expires - self._clock() if expires else None,
+        )
+
+
+class _Slot:
+    """One model on offer, loaded or not."""
+
+    def __init__(self, offer: Offer, worker: Worker | None = None) -> None:
+        """worker: of a model that the caller has loaded; it is never let go."""
+        self.name = offer.name
+        self.offer = offer
+        self.worker = worker
+        self.can_expire = worker is None
+        self.loading: asyncio.Task[None] | None = None
+        self.users = 0
+        """Requests that use it, or wait for it."""
+        self.used = 0.0
+        """When a request last began or ended to use it."""
+        self.keep_alive = math.inf
+        self.earlier = WorkerStatistics()
+        """Sums of its workers that have ended."""
+
+    @property
+    def expires(self) -> float:
+        return self.used + self.keep_alive
+
+    def can_go(self) -> bool:
+        """Whether it is loaded, and not in use."""
+        if self.worker is None or not self.can_expire or self.users:
+            return False
+        statistics = self.worker.statistics
+        return not statistics.running and not statistics.waiting
+
+
+def _loaded(model: Model, queue: int) -> _Slot:
+    """The slot of a model that the caller has loaded."""
+    return _Slot(Offer.loaded(model), Worker(model, queue_limit=queue))
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Take note of a task's exception: those who wait for it have it, too, or are gone."""
+    if not task.cancelled():
+        task.exception()
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What is known of a model at one moment."""
+
+    name: str
+    offer: Offer
+    worker: Worker | None
+    """None: it is not loaded."""
+    loading: bool
+    statistics: WorkerStatistics
+    """Sums since the server's start, those of workers that have ended included."""
+    expires_in: float | None
+    """Seconds after which it is let go if it stays idle; None: it is not loaded, or stays."""

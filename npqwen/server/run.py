@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from npqwen.chat.events import Event, Finish, Reply
 from npqwen.errors import ClosedError
-from npqwen.generation.completion import Completion, TokenLogprobs
+from npqwen.generation.completion import Completion, TokenLogprobs, Usage
+from npqwen.server.exchange import current
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,21 +56,25 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         self.prompt_tokens = prompt_tokens
         self.cancelled = False
         self._cancel = cancel
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, RunEvent] | BaseException | None] = asyncio.Queue()
         self._left = choices
+        self._exchange = current.get()
+        if self._exchange is not None:
+            self._exchange.prompt_tokens += prompt_tokens
+            self._exchange.choices += choices
 
     def cancel(self) -> None:
         """End the request after the pass in progress, also within a prompt. Any thread may call this, repeatedly."""
         if not self.cancelled:
             self.cancelled = True
             self._cancel(self)
-            self.put(None)
+            if not self.loop.is_closed():
+                self.loop.call_soon_threadsafe(self.receive, None)
 
-    def put(self, item: tuple[int, RunEvent] | BaseException | None) -> None:
-        """Deliver an event, an exception that ends the run, or None for its end. Called by the engine's thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, item)
+    def receive(self, item: tuple[int, RunEvent] | BaseException | None) -> None:
+        """Take an event, an exception that ends the run, or None for its end. Called in the event loop's thread."""
+        self._events.put_nowait(item)
 
     def __aiter__(self) -> Run:
         return self
@@ -84,8 +89,11 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         if isinstance(item, BaseException):
             self._left = 0
             raise item
-        if isinstance(item[1], Finish | Completed):
+        event = item[1]
+        if isinstance(event, Finish | Completed):
             self._left -= 1
+            if self._exchange is not None:
+                self._exchange.usages.append(_usage(event))
         return item
 
     async def replies(self) -> list[Reply]:
@@ -106,3 +114,7 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         if len(results) < self.choices:
             raise ClosedError("the request was cancelled")
         return [results[index] for index in range(self.choices)]
+
+
+def _usage(event: Finish | Completed) -> Usage:
+    return event.reply.usage if isinstance(event, Finish) else event.completion.usage

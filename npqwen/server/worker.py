@@ -1,91 +1,184 @@
-"""A model that serves requests: they are prepared here, and computed on a thread of its own."""
+"""A model that serves requests: their prompts are made here, and a thread of its own computes all of them together."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import queue
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from npqwen.chat.chat_options import ChatSettings
-from npqwen.chat.chat_stream import stream_chat
-from npqwen.chat.events import Finish, Text
-from npqwen.chat.messages import checked
-from npqwen.errors import QueueFullError
-from npqwen.generation.decoding import check_prompt_ids
-from npqwen.generation.stream import Stream
-from npqwen.server.requests import ChatRequest, Request, TextRequest
-from npqwen.server.run import Completed, Run, Scored
+from npqwen.checks import check_whole
+from npqwen.engine.budget import RESERVED
+from npqwen.errors import ClosedError, QueueFullError
+from npqwen.generation.batch import PARALLEL, Batch
+from npqwen.hardware.machine import available_memory
+from npqwen.server.job import Job, prepare_choices
+from npqwen.server.requests import Request
+from npqwen.server.run import Run
+from npqwen.server.statistics import WorkerStatistics
 
 if TYPE_CHECKING:
-    from npqwen.chat.chat_stream import ChatStream
-    from npqwen.generation.completion import TokenLogprobs
     from npqwen.model import Model
+    from npqwen.server.run import RunEvent
+
+    _Item = tuple[Run, tuple[int, RunEvent] | BaseException]
 
 QUEUE = 64
 """Default limit of requests that wait."""
+_LONGEST_RETRY = 60
+"""The most seconds after which a client is told to try again."""
+
+_log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Runs the requests of one model."""
+    """Runs the requests of one model. All methods but `start` may be called from any thread.
 
-    def __init__(self, model: Model, *, queue: int = QUEUE) -> None:
-        """queue: how many requests may wait."""
+    One thread, the engine's, owns the batch; others talk to it by a queue of functions that it calls between two
+    passes. What a pass has given is handed to the event loop of each request in one call.
+    """
+
+    def __init__(
+        self, model: Model, *, queue_limit: int = QUEUE, parallel: int = PARALLEL, memory: int | None = None
+    ) -> None:
+        """queue_limit: how many requests may wait. parallel: how many sequences run at once. memory: bytes for keys and
+        values; None: what the machine has available beside the weights.
+        """
         self.model = model
-        self._queue = queue
-        self._waiting = 0
-        self._turn = threading.Lock()
+        self._queue_limit = check_whole("queue", queue_limit, 1)
+        self._batch = Batch(model, parallel=check_whole("parallel", parallel, 1), memory=memory or _memory(model))
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: list[Job] = []
+        self._outbox: list[_Item] = []
+        self._starting = 0
+        """Requests whose prompts are being made."""
+        self._requests = 0
+        self._seconds = 1.0
+        """Of a request, from its arrival to its end: an average in which newer ones count more."""
+        self._closed = False
+        self._idle = True
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name=f"npqwen-engine-{model.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def statistics(self) -> WorkerStatistics:
+        """What it has done, and is doing."""
+        batch, done = self._batch, self._batch.statistics
+        return WorkerStatistics(
+            waiting=batch.waiting + self._starting,
+            running=batch.running,
+            requests=self._requests,
+            prompt_tokens=done.prompt_tokens,
+            cached_tokens=done.cached_tokens,
+            generated_tokens=done.generated_tokens,
+            prefill_seconds=done.prefill_seconds,
+            decode_seconds=done.decode_seconds,
+            cache_bytes=done.cache_bytes,
+            heartbeat=time.monotonic() if self._idle else self._beat,
+            alive=self._thread.is_alive(),
+        )
 
     async def start(self, request: Request) -> Run:
         """Check a request, make its prompt and put it into the queue.
 
-        Raises OptionError and ContextLengthError for requests that cannot be obeyed, QueueFullError if too many wait.
+        Raises OptionError and ContextLengthError for requests that cannot be obeyed, QueueFullError if too many wait,
+        ClosedError after `close`.
         """
-        if self._waiting >= self._queue:
-            raise QueueFullError("too many requests are waiting; try again later", retry_after=5)
-        length = await asyncio.to_thread(self._prompt_tokens, request)
-        run = Run(request.n, length, lambda run: None)
-        self._waiting += 1
-        threading.Thread(target=self._compute, args=(run, request), daemon=True).start()
-        return run
-
-    def _prompt_tokens(self, request: Request) -> int:
-        if isinstance(request, TextRequest):
-            return len(check_prompt_ids(self.model, request.prompt))
-        settings = ChatSettings.of(request.options)
-        return len(settings.prompter(self.model).ids(checked(request.messages)))
-
-    def _compute(self, run: Run, request: Request) -> None:
+        if self._closed:
+            raise ClosedError("the server is shutting down")
+        waiting = self._batch.waiting + self._starting
+        if waiting >= self._queue_limit:
+            seconds = self._seconds * (waiting + 1) / max(1, self._batch.running)
+            raise QueueFullError(
+                f"{waiting} requests are waiting already; try again later",
+                retry_after=max(1, min(_LONGEST_RETRY, round(seconds))),
+            )
+        self._starting += 1
         try:
-            with self._turn:
-                self._waiting -= 1
-                for index in range(request.n):
-                    self._choice(run, request, index)
-        except BaseException as error:
-            run.put(error)
-
-    def _choice(self, run: Run, request: Request, index: int) -> None:
-        options = request.options.copy()
-        seed = options.get("seed")
-        if seed is not None:
-            options["seed"] = seed + index
-        stream: Stream | ChatStream
-        if isinstance(request, ChatRequest):
-            stream = stream_chat(self.model, request.messages, **options)
-            inner = stream._stream
-        else:
-            stream = inner = Stream(self.model, request.prompt, **options)
-        scored = 0
-        for item in stream:
-            if run.cancelled:
-                stream.close()
-                return
-            tokens: list[TokenLogprobs] = (inner.logprobs or [])[scored:]
-            if tokens and not isinstance(item, Finish):
-                scored += len(tokens)
-                run.put((index, Scored(tuple(tokens))))
-            run.put((index, Text(item) if isinstance(item, str) else item))
-        if isinstance(stream, Stream):
-            run.put((index, Completed(stream.completion())))
+            choices = await asyncio.to_thread(prepare_choices, self.model, request)
+        finally:
+            self._starting -= 1
+        if self._closed:
+            raise ClosedError("the server is shutting down")
+        job = Job(choices, self._batch, self._post)
+        prompt_tokens = len(choices[0].sequence.decoding.prompt_ids)
+        job.run = Run(request.n, prompt_tokens, lambda run: self._calls.put(job.leave))
+        self._calls.put(lambda: self._join(job))
+        return job.run
 
     def close(self) -> None:
-        """End the thread, and the requests that are running."""
+        """End the engine's thread after the pass in progress; running and waiting requests raise ClosedError."""
+        self._closed = True
+        self._calls.put(lambda: None)
+        self._thread.join()
+
+    def forget(self) -> None:
+        """Give up the keys and values of requests that have ended."""
+        self._calls.put(self._batch.forget)
+
+    def _join(self, job: Job) -> None:
+        self._requests += 1
+        self._jobs.append(job)
+        job.join()
+
+    def _post(self, run: Run, item: tuple[int, RunEvent] | BaseException) -> None:
+        self._outbox.append((run, item))
+
+    def _work(self) -> None:
+        batch, busy = self._batch, False
+        while True:
+            try:
+                self._take_calls(wait=not busy)
+                if self._closed:
+                    break
+                self._beat = time.monotonic()
+                busy = batch.step()
+            except BaseException as error:
+                _log.exception("the engine of %s failed; its requests are ended", self.model.name)
+                batch.fail(error)
+                busy = False
+            self._deliver()
+        batch.fail(ClosedError("the server is shutting down"))
+        self._deliver()
+
+    def _take_calls(self, wait: bool) -> None:
+        """Make the calls that others have put into the queue; wait: for at least one."""
+        with suppress(queue.Empty):
+            if wait:
+                self._idle = True
+                call = self._calls.get()
+                self._idle = False
+                call()
+            while True:
+                self._calls.get_nowait()()
+
+    def _deliver(self) -> None:
+        """Hand the events of a step to the loops that wait for them."""
+        for job in [job for job in self._jobs if job.seconds is not None]:
+            self._jobs.remove(job)
+            self._seconds += ((job.seconds or 0.0) - self._seconds) / 8
+        outbox, self._outbox = self._outbox, []
+        loops: dict[int, list[_Item]] = {}
+        for run, item in outbox:
+            loops.setdefault(id(run.loop), []).append((run, item))
+        for items in loops.values():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                items[0][0].loop.call_soon_threadsafe(_receive, items)
+
+
+def _receive(items: list[_Item]) -> None:
+    for run, item in items:
+        run.receive(item)
+
+
+def _memory(model: Model) -> int | None:
+    """Bytes that keys and values may take: what is available beside the weights, at least those of one page."""
+    available = available_memory()
+    if available is None:
+        return None
+    return max(model.new_cache(1).page_bytes, available - model.weight_bytes - RESERVED)

@@ -6,33 +6,20 @@ brace, a number in quotes, an unescaped `&` (the tags are not XML). What cannot 
 
 from __future__ import annotations
 
-import ast
 import copy
 import hashlib
-import json
 import re
 import secrets
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from npqwen.tools.parameter_value import JSON, Schemas, json_copy
+from npqwen.tools.tagged_call import FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END, tagged_calls
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
-Schemas = Mapping[str, Mapping[str, Any]]
-"""The JSON schema of each tool's parameters, by the tool's name."""
-
-_FUNCTION = re.compile(r"<function=([^>\n]*)>")
-_FUNCTION_END = "</function>"
-_PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
-_PARAMETER_END = "</parameter>"
-_NEXT_LINE = re.compile(r"\n[ \t]*(?=<parameter=[^>\n]*>|</function>)")
-_NEXT = re.compile(r"<parameter=[^>\n]*>|</function>")
-_MARK = re.compile(r"<parameter=[^>\n]*>|</function>|<function=[^>\n]*>")
 _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
-_JSON = json.JSONDecoder(strict=False)  # models write unescaped newlines in strings
-_MAX_DEPTH = 100
-"""Nesting depth of arguments; code that reads them recurses."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +66,16 @@ def read_calls(block: str, schemas: Schemas, *, complete: bool = True) -> tuple[
 def is_inside_value(block: str) -> bool:
     """Whether an unfinished block ends inside a value, where a closing tag would be part of that value."""
     if _is_tagged(block.lstrip()):
-        marks = list(_PARAMETER.finditer(block))
+        marks = list(PARAMETER.finditer(block))
         if not marks:
             return False
         last = marks[-1].end()
-        return _PARAMETER_END not in block[last:] and _FUNCTION_END not in block[last:]
+        return PARAMETER_END not in block[last:] and FUNCTION_END not in block[last:]
     return _scan(block)[1]
 
 
 def _is_tagged(text: str) -> bool:
-    return text[:1] not in ("{", "[") and _FUNCTION.search(text) is not None
+    return text[:1] not in ("{", "[") and FUNCTION.search(text) is not None
 
 
 # --- JSON ---
@@ -117,14 +104,14 @@ def _first_value(text: str, complete: bool) -> tuple[Any, int]:
     A complete text may lack closing brackets at its end.
     """
     try:
-        value, end = _JSON.raw_decode(text)
-        return _json_copy(value), end
+        value, end = JSON.raw_decode(text)
+        return json_copy(value), end
     except (ValueError, RecursionError):
         pass
     closers, in_string = _scan(text)
     if complete and closers and not in_string:
         try:
-            return _json_copy(_JSON.decode(text + closers)), len(text)
+            return json_copy(JSON.decode(text + closers)), len(text)
         except (ValueError, RecursionError):
             pass
     return None, len(text)
@@ -160,7 +147,7 @@ def _from_json(value: Any) -> list[ToolCall]:
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = _json_copy(_JSON.decode(arguments.strip() or "{}"))
+            arguments = json_copy(JSON.decode(arguments.strip() or "{}"))
         except (ValueError, RecursionError):
             return []
     if arguments is None:
@@ -177,122 +164,12 @@ def _tagged_calls(text: str, schemas: Schemas, complete: bool) -> tuple[list[Too
     calls: list[ToolCall] = []
     rest = []
     at = 0
-    while (start := _FUNCTION.search(text, at)) is not None:
-        rest.append(text[at : start.start()].strip())
-        name = start[1].strip(" \t\"'")
-        properties = schemas.get(name, {}).get("properties")
-        arguments, at, finished = _parameters(text, start.end(), properties if isinstance(properties, Mapping) else {})
-        if not name or not (finished or complete):
-            rest.append(text[start.start() : at].strip())
+    for call in tagged_calls(text, schemas):
+        rest.append(text[at : call.start].strip())
+        at = call.end
+        if not call.name or not (call.closed or complete):
+            rest.append(text[call.start : at].strip())
         else:
-            calls.append(ToolCall(name, arguments))
+            calls.append(ToolCall(call.name, dict(call.arguments)))
     rest.append(text[at:].strip())
     return calls, "\n".join(part for part in rest if part)
-
-
-def _parameters(text: str, at: int, properties: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:
-    """The arguments of the function whose tag ends at `at`, the index after it, and whether it was closed."""
-    arguments: dict[str, Any] = {}
-    while (mark := _MARK.search(text, at)) is not None:
-        if mark[0] == _FUNCTION_END:
-            return arguments, mark.end(), True
-        if not mark[0].startswith("<parameter"):
-            return arguments, mark.start(), True
-        name = mark[0][len("<parameter=") : -1].strip(" \t\"'")
-        end, at = _value_end(text, mark.end())
-        value = text[mark.end() : end].removeprefix("\n").removesuffix("\n")
-        arguments[name] = parse_value(value, properties.get(name, {"type": "string"}))
-    return arguments, len(text), False
-
-
-def _value_end(text: str, start: int) -> tuple[int, int]:
-    """The end of the value that begins at `start`, and the index to continue at.
-
-    If the closing tag is missing, the next tag at the start of a line ends the value. If a closing tag follows before
-    the next parameter, such a line is part of the value.
-    """
-    closing = text.find(_PARAMETER_END, start)
-    line = _NEXT_LINE.search(text, start)
-    if closing >= 0:
-        other = _PARAMETER.search(text, start)
-        if line is None or line.start() > closing or (other is None or other.start() > closing):
-            return closing, closing + len(_PARAMETER_END)
-    if line is not None:
-        return line.start(), line.end()
-    inline = _NEXT.search(text, start)
-    end = len(text) if inline is None else inline.start()
-    return end, end
-
-
-def parse_value(value: str, schema: Any) -> Any:
-    """The value that a text spells, of the type in its JSON schema; the text itself if it is not of that type."""
-    if not isinstance(schema, Mapping):
-        return value
-    options = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(options, list):
-        for option in sorted(options, key=_is_text):
-            parsed = parse_value(value, option)
-            if not isinstance(parsed, str):
-                return parsed
-        return value
-    kinds = schema.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
-    text = value.strip()
-    if ("null" in kinds or schema.get("nullable")) and text in ("null", "None"):
-        return None
-    choices = schema.get("enum")
-    if isinstance(choices, list) and value not in choices:
-        return next((choice for choice in choices if text in (choice, str(choice), json.dumps(choice))), value)
-    if "string" in kinds:
-        return value
-    literal = _literal(text)
-    if not kinds and "enum" not in schema and literal is not _NOTHING:
-        return literal
-    if "boolean" in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    number = isinstance(literal, int | float) and not isinstance(literal, bool) and abs(literal) < float("inf")
-    if "integer" in kinds and number and literal == int(literal):
-        return int(literal)
-    if "number" in kinds and number:
-        return literal
-    if ("object" in kinds and isinstance(literal, dict)) or ("array" in kinds and isinstance(literal, list)):
-        return literal
-    return value
-
-
-def _is_text(schema: Any) -> bool:
-    return isinstance(schema, Mapping) and schema.get("type") == "string"
-
-
-_NOTHING = object()
-
-
-def _literal(text: str) -> Any:
-    """The value of a JSON or Python literal; _NOTHING if the text is neither."""
-    try:
-        return _json_copy(_JSON.decode(text))
-    except (ValueError, RecursionError):
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about invalid escape sequences
-            value = ast.literal_eval(text)
-        return _json_copy(value)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return _NOTHING
-
-
-def _json_copy(value: Any) -> Any:
-    """A copy made of JSON types, with lone surrogates, which JSON escapes can spell, replaced.
-
-    Raises ValueError or TypeError for anything else, and for a value nested too deeply.
-    """
-    if not _is_shallow(value, _MAX_DEPTH):
-        raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def _is_shallow(value: Any, depth: int) -> bool:
-    """Whether a value is nested at most `depth` levels deep."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return depth > 0 and all(_is_shallow(part, depth - 1) for part in parts)

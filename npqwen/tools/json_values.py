@@ -8,7 +8,7 @@ from typing import Any
 from npqwen.errors import OptionError
 
 _MAX_DEPTH = 128
-"""Nesting depth: whatever prints values recurses. Calls written by models have a lower limit (`tools.calls`)."""
+"""Nesting depth: whatever prints values recurses. Calls written by models have a lower limit (`parameter_value.py`)."""
 
 
 def plain(value: Any, where: str) -> Any:

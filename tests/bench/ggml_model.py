@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -13,6 +13,7 @@ from npqwen_quant import moments
 from npqwen_quant.checkpoint import Checkpoint, read_floats
 from numpy.typing import ArrayLike, NDArray
 
+from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.model import Model
 
@@ -45,6 +46,17 @@ class GgmlModel:
     def new_cache(self, room: int | None = None) -> KVCache:
         self._llama.truncate(0)
         return _Cache(self._base, self._llama)
+
+    chunk = 256
+
+    def new_logits(self, rows: int) -> NDArray[np.float32]:
+        return np.empty((rows, self.config.vocab_size), np.float32)
+
+    def forward_pieces(
+        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        (piece,) = pieces  # llama.cpp's context holds one sequence
+        return [self.forward(piece.ids, piece.cache, all_logits=True)[piece.ids.size - piece.rows :]]
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None

@@ -28,9 +28,9 @@ class Passive(Reciter):
         raise AssertionError
 
 
-def decoding(limit: int = 100, cached: int = 0, prompt: list[int] = PROMPT, **options: Any) -> Decoding:
+def decoding(limit: int = 100, prompt: list[int] = PROMPT, **options: Any) -> Decoding:
     given = check_options({"temperature": 0, **options})
-    return Decoding(Passive(), prompt, given, option_watches(given), limit=limit, cached=cached)
+    return Decoding(Passive(), prompt, given, option_watches(given), limit=limit)
 
 
 def rows(*ids: int) -> NDArray[np.float32]:
@@ -43,7 +43,7 @@ def rows(*ids: int) -> NDArray[np.float32]:
 def test_the_prompt_is_pending_then_each_token_drawn_until_eos() -> None:
     text = decoding()
     one, two = TOKENIZER.encode("12")
-    assert (text.pending(), text.all_logits) == (PROMPT, False)
+    assert (text.pending(), text.rows, text.target_length) == (PROMPT, 1, len(PROMPT))
     assert text.pending() == PROMPT  # until its logits are there
     assert text.accept(rows(one)) == "1"
     assert text.pending() == [one]
@@ -54,9 +54,8 @@ def test_the_prompt_is_pending_then_each_token_drawn_until_eos() -> None:
     assert text.pending() == []
 
 
-def test_only_the_last_row_counts_and_cached_tokens_are_not_pending() -> None:
-    text = decoding(cached=1)
-    assert text.pending() == PROMPT[1:]
+def test_only_the_last_row_counts() -> None:
+    text = decoding()
     assert text.accept(rows(7, 8, *TOKENIZER.encode("5"))) == "5"
 
 
@@ -77,15 +76,15 @@ def test_forced_tokens_with_log_probabilities_ask_for_the_logits_of_all() -> Non
     one, two, three, four = TOKENIZER.encode("1234")
     text.accept(rows(one))
     text.force([two, three, four])
-    assert (text.pending(), text.all_logits) == ([one], False)
+    assert (text.pending(), text.rows, text.target_length) == ([one], 1, len(PROMPT) + 1)
     assert text.accept(rows(two)) == ""  # held until the others have their log-probabilities
-    assert (text.pending(), text.all_logits) == ([two, three], True)
+    assert (text.pending(), text.rows, text.target_length) == ([two, three], 2, len(PROMPT) + 3)
     assert text.accept(rows(9, four)) == "234"
     assert text.logprobs is not None
     assert [entry.id for entry in text.logprobs] == text.ids
     likely, unlikely = 1 - np.log(np.e + VOCAB - 1), -np.log(np.e + VOCAB - 1)
     assert [entry.logprob for entry in text.logprobs] == pytest.approx([likely, likely, unlikely, likely], abs=1e-5)
-    assert (text.pending(), text.all_logits) == ([four], False)
+    assert (text.pending(), text.rows, text.target_length) == ([four], 1, len(PROMPT) + 4)
 
 
 def test_a_finished_text_still_asks_for_the_logits_that_its_log_probabilities_need() -> None:
@@ -142,7 +141,7 @@ def test_many_sequences_side_by_side_give_the_texts_they_give_alone(seed: int) -
     while running:
         for k in rng.sample(running, rng.randint(1, len(running))):
             pending = texts[k].pending()
-            logits = model.forward(pending, caches[k], all_logits=texts[k].all_logits) if pending else None
+            logits = model.forward(pending, caches[k], all_logits=texts[k].rows > 1) if pending else None
             texts[k].accept(logits)
         running = [k for k in running if not texts[k].finished]
 

@@ -222,17 +222,18 @@ def test_a_processor_can_write_the_text(model: ReferenceModel) -> None:
 
 
 def test_samples_are_what_each_seed_gives_alone(model: ReferenceModel) -> None:
+    text = "A river is a long way of water. " * 4
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.2, "logprobs": True}
     reports: list[int] = []
-    samples = model.generate("A river is", n=4, seed=7, progress=lambda done, _: reports.append(done), **options)
-    alone = [model.generate("A river is", seed=7 + i, **options) for i in range(4)]
+    samples = model.generate(text, n=4, seed=7, progress=lambda done, _: reports.append(done), **options)
+    alone = [model.generate(text, seed=7 + i, **options) for i in range(4)]
     assert [sample.ids for sample in samples] == [each.ids for each in alone]
     assert [sample.text for sample in samples] == [each.text for each in alone]
     assert len({sample.text for sample in samples}) > 1
     prompt = alone[0].usage.prompt_tokens
     assert reports == [prompt]  # read once
     assert [sample.usage.cached_tokens for sample in samples] == [0, prompt - 1, prompt - 1, prompt - 1]
-    unseeded = model.generate("A river is", n=2, max_tokens=8, temperature=1.5, stop=iter(["."]))
+    unseeded = model.generate(text, n=2, max_tokens=8, temperature=1.5, stop=iter(["."]))
     assert unseeded[0].ids != unseeded[1].ids
     assert [len(model.generate("1", n=1, max_tokens=1)), len(model.generate("1", n=2, max_tokens=1))] == [1, 2]
 
@@ -245,7 +246,7 @@ def test_impossible_numbers_of_samples(model: ReferenceModel, n: Any) -> None:
 
 def test_usage_counts_the_models_time_and_not_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("npqwen.generation.stream.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("npqwen.generation.sequence.time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     class Slow(Reciter):
         def forward(self, ids: ArrayLike, *args: Any, **options: Any) -> NDArray[np.float32]:

@@ -12,11 +12,12 @@ from kernel_calls import run, together
 from npqwen.kernels.attention import (
     MAX_ROWS,
     PAGE,
+    SEQUENCE,
     attention,
     attention_kernels,
+    is_divided,
     page_items,
     scratch_floats,
-    span_count,
     store_key,
     store_value,
 )
@@ -79,29 +80,55 @@ def attended(q: np.ndarray, cache: Cache, layer: int, start: int) -> np.ndarray:
     return np.asarray(out.reshape(tokens, heads * dim))
 
 
-def check_attention(
-    dtype: Any, tokens: int, group: int, kv_heads: int, dim: int, start: int, members: int, size: float = 1.0
-) -> None:
-    layers, layer, heads = 2, 1, group * kv_heads
-    cache = Cache(dtype, start + tokens, layers, kv_heads, dim, seed=start)
-    rng = np.random.default_rng(tokens)
-    q = np.zeros((tokens + 2, (heads + 2 * kv_heads) * dim), np.float32)
-    q[:] = rng.standard_normal(q.shape) * size / np.sqrt(dim)
+class Part:
+    """What a pass runs of one sequence: its cache, and the position of the first of `tokens`."""
+
+    def __init__(self, dtype: Any, tokens: int, start: int, kv_heads: int, dim: int) -> None:
+        self.tokens, self.start = tokens, start
+        self.cache = Cache(dtype, start + tokens, 2, kv_heads, dim, seed=start)
+
+
+def attend(
+    parts: list[Part], q: np.ndarray, heads: int, kv_heads: int, members: int, spans: int = 4
+) -> np.ndarray[Any, Any]:
+    """attention() over the parts, of layer 1; q: (tokens, heads, dim). spans: for how many there is room, each."""
+    tokens, _, dim = q.shape
+    rows = np.full((tokens + 2, (heads + 2 * kv_heads) * dim), 9, np.float32)
+    rows[:tokens, : heads * dim] = q.reshape(tokens, -1)
     out = np.full((tokens + 1, heads * dim), 7, np.float32)
-    partials = np.full(8 * members * MAX_ROWS * (dim + 2), 9, np.float32)
+    partials = np.full(spans * tokens * kv_heads * MAX_ROWS * (dim + 2), 9, np.float32)
     scratches = np.full((members, scratch_floats(dim)), 9, np.float32)
-    kernels = attention_kernels(cache.dtype_array.dtype)
+    records, first = np.zeros(len(parts), SEQUENCE), 0
+    for record, part in zip(records, parts, strict=True):
+        addresses = part.cache.addresses.ctypes.data
+        record["first"], record["tokens"], record["start"], record["pages"] = first, part.tokens, part.start, addresses
+        first += part.tokens
+    dtype = parts[0].cache.dtype_array
+    kernels = attention_kernels(dtype.dtype)
     together(
         members,
         attention,
         lambda member: (
-            *(kernels, q, tokens, cache.addresses, cache.dtype_array, layer, heads, kv_heads, dim, start),
+            *(kernels, rows, records, dtype, 1, heads, kv_heads, dim),
             *(partials, scratches[member], out),
         ),
     )
-    expected = attended(q[:tokens, : heads * dim].reshape(tokens, heads, dim), cache, layer, start)
-    assert np.abs(out[:tokens] - expected).max() < 1e-5 * max(1, size / 10)
     assert np.all(out[tokens:] == 7)
+    return np.array(out[:tokens])
+
+
+def queries(tokens: int, heads: int, dim: int, size: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(tokens)
+    return np.asarray(rng.standard_normal((tokens, heads, dim)) * size / np.sqrt(dim), np.float32)
+
+
+def check_attention(
+    dtype: Any, tokens: int, group: int, kv_heads: int, dim: int, start: int, members: int, size: float = 1.0
+) -> None:
+    q = queries(tokens, group * kv_heads, dim, size)
+    part = Part(dtype, tokens, start, kv_heads, dim)
+    out = attend([part], q, group * kv_heads, kv_heads, members)
+    assert np.abs(out - attended(q, part.cache, 1, start)).max() < 1e-5 * max(1, size / 10)
 
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -123,14 +150,62 @@ def test_attention_across_blocks_and_pages(dtype: Any, dim: int, start: int) -> 
         check_attention(dtype, tokens, 2, 2, dim, start, 1)
 
 
+def divides(members: int, parts: list[Part], group: int, kv_heads: int, dim: int, room: int = 1 << 30) -> bool:
+    records = np.zeros(len(parts), SEQUENCE)
+    records["tokens"] = [part.tokens for part in parts]
+    records["start"] = [part.start for part in parts]
+    return bool(run(is_divided, np.full(80, members, np.int64), records, group, kv_heads, dim, room))
+
+
 @DTYPES
 @pytest.mark.parametrize("members", [2, 3, 4])
 @pytest.mark.parametrize(("tokens", "group", "kv_heads"), [(1, 1, 1), (1, 2, 2), (1, 5, 1), (2, 3, 1), (3, 1, 2)])
-def test_attention_split_over_positions(dtype: Any, members: int, tokens: int, group: int, kv_heads: int) -> None:
-    start = 2300
-    state = np.full(80, members, np.int64)
-    assert run(span_count, state, tokens, group * kv_heads, kv_heads, start + tokens) > 1
-    check_attention(dtype, tokens, group, kv_heads, 64, start, members)
+def test_spans_shared_by_threads_are_merged_as_by_one(
+    dtype: Any, members: int, tokens: int, group: int, kv_heads: int
+) -> None:
+    part = Part(dtype, tokens, 2300, kv_heads, 64)
+    assert divides(members, [part], group, kv_heads, 64)
+    check_attention(dtype, tokens, group, kv_heads, 64, 2300, members)
+    q = queries(tokens, group * kv_heads, 64)
+    alone = attend([part], q, group * kv_heads, kv_heads, 1)
+    assert np.array_equal(attend([part], q, group * kv_heads, kv_heads, members), alone)
+    without_room = attend([part], q, group * kv_heads, kv_heads, members, spans=0)
+    assert np.array_equal(without_room, alone)
+
+
+def test_spans_are_tasks_only_where_threads_lack_work_and_there_is_room() -> None:
+    part = Part(np.float16, 1, 2300, 2, 16)
+    assert divides(2, [part], 2, 2, 16)
+    assert divides(2, [part], 2, 2, 16, room=2 * 3 * 2 * 18)
+    assert not divides(2, [part], 2, 2, 16, room=2 * 3 * 2 * 18 - 1)
+    assert not divides(1, [part], 2, 2, 16)
+    assert not divides(2, 4 * [part], 2, 2, 16)
+
+
+@DTYPES
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize(("group", "kv_heads"), [(1, 1), (2, 2), (8, 1)])
+def test_a_sequence_in_company_is_the_sequence_alone_to_the_bit(
+    dtype: Any, members: int, group: int, kv_heads: int
+) -> None:
+    dim, heads = 32, group * kv_heads
+    parts = [
+        Part(dtype, tokens, start, kv_heads, dim)
+        for tokens, start in [(1, 0), (1, 1100), (33, 1020), (1, 2047), (5, 64), (2, 1023)]
+    ]
+    q = queries(sum(part.tokens for part in parts), heads, dim)
+    together_ = attend(parts, q, heads, kv_heads, members)
+    first = 0
+    for part in parts:
+        mine = slice(first, first + part.tokens)
+        assert np.array_equal(together_[mine], attend([part], q[mine], heads, kv_heads, 1))
+        assert np.abs(together_[mine] - attended(q[mine], part.cache, 1, part.start)).max() < 1e-5
+        for t in range(part.tokens):  # and each token is what it is in a pass of its own
+            alone = Part(dtype, 1, part.start + t, kv_heads, dim)
+            alone.cache = part.cache
+            row = attend([alone], q[first + t : first + t + 1], heads, kv_heads, 1)
+            assert np.array_equal(row[0], together_[first + t])
+        first += part.tokens
 
 
 @DTYPES

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from npqwen.chat.messages import checked
-from npqwen.tools.calls import ToolCall, parse_value, read_calls
+from npqwen.tools.calls import ToolCall, read_calls
+from npqwen.tools.parameter_value import parse_value
 
 
 @pytest.mark.parametrize(

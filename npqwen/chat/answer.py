@@ -1,0 +1,175 @@
+"""One step of an answer: the text that a model writes in one go, taken apart while it comes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from npqwen.chat.events import CallArguments, CallStart, ChatFinishReason, Piece, Reasoning, Reply, Text, UnfinishedCall
+from npqwen.chat.messages import Message
+from npqwen.chat.reply_parser import ReplyParser
+from npqwen.chat.text_stop import TextStop
+from npqwen.generation.thinking import CLOSE as END_THINK
+from npqwen.tools.calls import ToolCall, call_id
+from npqwen.tools.parameter_value import Schemas
+
+if TYPE_CHECKING:
+    from npqwen.generation.completion import FinishReason, TokenLogprobs, Usage
+    from npqwen.generation.sampling import Sampling
+    from npqwen.generation.thinking import ThinkingTracker
+    from npqwen.tools.toolbox import ToolResult
+
+
+class Decoded(Protocol):
+    """What an answer reads of the text that is being generated. `Decoding` and `Stream` have it."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's ids."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+
+    @property
+    def thinking(self) -> ThinkingTracker:
+        """The state of the text's thinking."""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the text ended; None before that."""
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """The log-probabilities of its tokens, if they are computed."""
+
+
+class Answer:
+    """Takes the pieces of a model's text, and gives the events that they make certain.
+
+    It runs nothing; a driver does, alone or for many answers at once:
+
+        answer = Answer(decoding, prepared.stops, prepared.schemas)
+        for piece in the text of decoding:
+            events = answer.push(piece)
+            if answer.stopped:
+                break  # and end the decoding
+        events = answer.finish()
+
+    decoding: at its start; its `thinking` says whether the text begins inside an open `<think>`. stops: the strings
+    that end the answer's text; reasoning and calls may contain them. schemas: the parameters of the tools on offer.
+    """
+
+    def __init__(self, decoding: Decoded, stops: Sequence[str] = (), schemas: Schemas | None = None) -> None:
+        self._decoding = decoding
+        self._stop = TextStop(stops)
+        self._parser = ReplyParser(decoding.thinking.is_open, schemas)
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self.calls: list[ToolCall] = []
+        """The finished calls so far."""
+        self.unfinished_calls: list[UnfinishedCall] = []
+        self._call_id = ""
+        """That of the latest call."""
+
+    @property
+    def text(self) -> str:
+        """The answer's text so far, without tags."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return "".join(self._reasoning)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text contained one of `stops`: the answer ends before it, and the driver must end the text."""
+        return self._stop.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stop.found or self._decoding.stop_string
+
+    @property
+    def finish_reason(self) -> ChatFinishReason | None:
+        """Why the answer ended; None before that."""
+        reason = "stop" if self.stopped else self._decoding.finish_reason
+        return "tool_calls" if reason == "stop" and self.calls else reason
+
+    def push(self, piece: str) -> list[Piece]:
+        """The events that are certain once `piece` has been appended to the text. May set `stopped`."""
+        return self._record(self._stop.push(self._parser.push(piece)))
+
+    def finish(self) -> list[Piece]:
+        """The events that were held back, at the end of the text; the decoding is finished, or `stopped` is set.
+
+        A call without its end is read only if the model ended the text itself, and no limit or stop string did.
+        """
+        if self.stopped:
+            return []
+        complete = self._decoding.finish_reason == "stop" and self._decoding.stop_string is None
+        pieces = self._record(self._stop.push(self._parser.finish(complete)))
+        return pieces + self._record(self._stop.finish())
+
+    def message(self, *, calls: bool = True) -> Message:
+        """The answer so far as a message. calls: whether it has the finished calls."""
+        message: Message = {"role": "assistant", "content": self.text}
+        if self._reasoning or END_THINK in self.text:  # otherwise templates read it from the text before </think>
+            message["reasoning_content"] = self.reasoning
+        if calls and self.calls:
+            message["tool_calls"] = [call.as_message() for call in self.calls]
+        return message
+
+    def reply(
+        self,
+        usage: Usage,
+        *,
+        messages: Sequence[Message] | None = None,
+        tool_results: Sequence[ToolResult] = (),
+        notices: Sequence[str] = (),
+    ) -> Reply:
+        """The finished answer; this is its last step. messages: those of all steps, if there are others."""
+        reason = self.finish_reason
+        assert reason is not None, "the answer is not finished"
+        logprobs = self._decoding.logprobs
+        return Reply(
+            text=self.text,
+            reasoning=self.reasoning,
+            tool_calls=list(self.calls),
+            usage=usage,
+            finish_reason=reason,
+            messages=[self.message()] if messages is None else copy.deepcopy(list(messages)),
+            tool_results=list(tool_results),
+            notices=list(notices),
+            logprobs=None if logprobs is None else list(logprobs),
+            unfinished_calls=list(self.unfinished_calls),
+            stop_string=self.stop_string,
+            reasoning_tokens=self._decoding.thinking.length,
+        )
+
+    def _record(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The pieces, which become part of the answer; calls get their ids."""
+        recorded: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Text):
+                self._text.append(piece.text)
+            elif isinstance(piece, Reasoning):
+                self._reasoning.append(piece.text)
+            elif not isinstance(piece, CallArguments):
+                if isinstance(piece, CallStart):
+                    self._call_id = call_id(self._decoding.sampling.seed, self._decoding.prompt_ids, piece.index)
+                piece = replace(piece, id=self._call_id)
+            if isinstance(piece, ToolCall):
+                self.calls.append(piece)
+            elif isinstance(piece, UnfinishedCall):
+                self.unfinished_calls.append(piece)
+            recorded.append(piece)
+        return recorded

@@ -1,0 +1,233 @@
+"""The command `npqwen serve`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npqwen.commands.options import (
+    Command,
+    argument_text,
+    bits_option,
+    check_numba,
+    context_option,
+    low_disk_option,
+    quiet_option,
+    resolve,
+    threads_option,
+    yarn_option,
+)
+from npqwen.errors import OptionError, quoted
+from npqwen.terminal.terminal import Terminal
+
+if TYPE_CHECKING:
+    from npqwen.server.listener import Listener
+    from npqwen.server.offer import Offer
+    from npqwen.server.settings import Settings
+
+PORT = 8000
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """Seconds: "300", "5m", "1h30m"; negative for ever."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        from npqwen.server.duration import seconds
+
+        try:
+            return seconds(str(value))
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, in powers of ten: "8GB", "500M"."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).lower(), re.ASCII)
+        count = round(float(found[1]) * _BYTES[found[2]]) if found else 0
+        if count < 1:
+            self.fail(f"{value!r} is not a size such as 8GB or 500MB", param, ctx)
+        return count
+
+
+class Alias(click.ParamType):  # type: ignore[type-arg]
+    """A name, and the model that it stands for."""
+
+    name = "NAME=MODEL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, model = str(value).partition("=")
+        if not (name and equals and model):
+            self.fail(f"{value!r} is not a name and a model, such as gpt-4o=Qwen/Qwen3-0.6B", param, ctx)
+        return name, model
+
+
+@click.command(cls=Command)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", metavar="HOST", help="Address to listen on; default: this machine only.")
+@click.option(
+    "--port", default=PORT, type=click.IntRange(0, 65535), metavar="N", help=f"Port; 0: any free one; default: {PORT}."
+)
+@click.option("--uds", metavar="PATH", help="Listen on a UNIX socket instead.")
+@click.option("--api-key", "api_keys", multiple=True, metavar="KEY", help="Require this key; may be repeated.")
+@click.option("--api-key-file", metavar="FILE", help="Require one of the keys in FILE, one a line.")
+@click.option("--tls-cert", metavar="FILE", help="Certificate for HTTPS, in PEM format.")
+@click.option("--tls-key", metavar="FILE", help="The certificate's private key.")
+@click.option(
+    "--cors", "origins", multiple=True, metavar="ORIGIN",
+    help="Let web pages of this origin call the server, such as http://localhost:3000; *: any; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--allow-host", "hosts", multiple=True, metavar="NAME",
+    help="A further name under which clients may reach the server; *: any; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--alias", "aliases", multiple=True, type=Alias(),
+    help="Another name for a model; * in NAME stands for any characters; may be repeated.",
+)  # fmt: skip
+@click.option("--queue", type=click.IntRange(1), metavar="N", help="At most N requests wait; default: 64.")
+@click.option(
+    "--keep-alive", default=None, type=Duration(),
+    help="Let go of a model that was idle for this long; -1: never; default: 5m, a single model never.",
+)  # fmt: skip
+@click.option(
+    "--memory", default=None, type=Size(), help="Memory that loaded models may take together; default: what is free."
+)
+@click.option("--log", is_flag=True, help="Write one line for each request to stderr.")
+@bits_option
+@threads_option
+@context_option
+@yarn_option
+@low_disk_option
+@quiet_option
+def serve(
+    models: tuple[str, ...],
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    low_disk: bool,
+    yarn: float | None,
+    quiet: bool,
+    host: str,
+    port: int,
+    uds: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
+    api_keys: tuple[str, ...],
+    api_key_file: str | None,
+    origins: tuple[str, ...],
+    hosts: tuple[str, ...],
+    aliases: tuple[tuple[str, str], ...],
+    queue: int | None,
+    keep_alive: float | None,
+    memory: int | None,
+    log: bool,
+) -> None:
+    """Serve MODEL, or several, by the APIs of OpenAI, Anthropic and ollama, and on a web page.
+
+    The first MODEL is loaded at once and answers requests that name none; others are loaded when a request names them.
+    """
+    terminal = Terminal(quiet=quiet)
+    _check_installed()
+    from npqwen.server.listener import Listener, tls_context
+    from npqwen.server.models import Models
+    from npqwen.server.serving import log_to_stderr, run
+    from npqwen.server.settings import Settings
+    from npqwen.server.worker import QUEUE
+
+    names = [argument_text(model) for model in models]
+    settings = Settings(
+        api_keys=(*map(argument_text, api_keys), *_keys_in(api_key_file)),
+        hosts=hosts,
+        origins=origins,
+        queue=QUEUE if queue is None else queue,
+        keep_alive=keep_alive,
+        memory=memory,
+        aliases={argument_text(name): argument_text(model) for name, model in aliases},
+    )
+    tls = tls_context(tls_cert, tls_key)
+    with terminal, Listener(host, port, uds) as listener:
+        offers = [_offer(name, bits, threads, context, yarn, terminal, low_disk) for name in names]
+        served = Models(*offers, settings=settings)
+        log_to_stderr(requests=log)
+        run(
+            served,
+            settings,
+            listener,
+            tls,
+            announce=lambda: _announce(terminal, served.names, listener, settings, tls is not None),
+            tell=terminal.notice,
+        )
+
+
+def _announce(terminal: Terminal, names: list[str], listener: Listener, settings: Settings, tls: bool) -> None:
+    url = listener.url(tls)
+    what = ", ".join(names)
+    terminal.lines(f"npqwen serves {what} on {url} (Ctrl-C stops)")
+    if listener.path is None:
+        terminal.notice(f"page {url}/, OpenAI {url}/v1, Anthropic {url}, ollama {url}")
+    if not listener.is_local and not settings.api_keys:
+        terminal.lines(
+            "warning: everybody who can reach this machine may use the model; --api-key KEY requires a key, and "
+            "--host 127.0.0.1 keeps others out"
+        )
+    if not listener.is_local and not tls and settings.api_keys:
+        terminal.notice("without --tls-cert, keys and conversations cross the network unencrypted")
+
+
+def _check_installed() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise OptionError(f'{error.name} is not installed; pip install "npqwen[server]"') from None
+
+
+def _keys_in(file: str | None) -> Sequence[str]:
+    """The keys in a file: one a line, without blank lines and those that begin with "#"."""
+    if file is None:
+        return ()
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise OptionError(f"--api-key-file {quoted(file)} cannot be read: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise OptionError(f"--api-key-file {quoted(file)} has no key; write one a line")
+    return keys
+
+
+def _offer(
+    model: str,
+    bits: int | None,
+    threads: int | None,
+    context: int | None,
+    yarn: float | None,
+    terminal: Terminal,
+    low_disk: bool,
+) -> Offer:
+    """An offer of MODEL, which is downloaded and converted now if necessary."""
+    from npqwen.hub.names import model_name
+    from npqwen.server.offer import Offer
+
+    check_numba()
+    path = resolve(model, bits, terminal, purpose="text", low_disk=low_disk)
+    progress = terminal.compilation_progress
+    return Offer.of(path, model_name(model), threads=threads, context=context, yarn=yarn, on_compile=progress)

@@ -1,0 +1,403 @@
+"""The driver that runs many texts at once: which tokens of which sequences go into the next forward pass."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npqwen.engine.engine import Piece
+from npqwen.engine.kv_cache import held_bytes
+from npqwen.errors import OutOfMemoryError
+from npqwen.format.layout import ceil_div
+from npqwen.generation.prefixes import SHARED, Ids, Kept, Prefixes, common_prefix
+from npqwen.kernels.attention import PAGE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.generation.language_model import LanguageModel
+    from npqwen.generation.sequence import Sequence
+
+PARALLEL = 16
+"""Default limit of sequences that run at once."""
+KEPT = 32
+"""Default limit of caches of texts that have ended."""
+STALL = 0.15
+"""Seconds that a pass may take while texts are being written: pieces of prompts are cut to fit."""
+ALONE = 1.0
+"""Seconds that a pass of prompts alone may take, after which others can join or leave."""
+_TILE = 16
+"""Tokens by which pieces of prompts grow and shrink; a pass takes at least so many, however slow it is."""
+_SHORT = 32
+"""Tokens up to which the rest of a prompt, or forced tokens, run at once like a step of a text."""
+_ROOM = 256
+"""Tokens of a text that have to fit into memory before its sequence begins; its growth may evict others later."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A sequence in the batch."""
+
+    sequence: Sequence
+    on_text: Callable[[str], None]
+    """Called after every step with its text, perhaps ""."""
+    on_end: Callable[[BaseException | None], None]
+    """Called once, with what ended the sequence before its text was finished, if something did."""
+    arrived: float
+    prompt: Ids
+    lent: bool
+    """Whether its cache is somebody else's, who uses it afterwards."""
+    cancelled: bool = False
+
+    @property
+    def cache(self) -> KVCache:
+        cache = self.sequence.cache
+        assert cache is not None  # made when the sequence began to run
+        return cache
+
+    def computed(self) -> Ids:
+        """The tokens in the cache."""
+        prompt, length = self.prompt, self.sequence.length
+        if length <= len(prompt):
+            return prompt[:length]
+        return np.concatenate([prompt, np.array(self.sequence.decoding.ids[: length - len(prompt)], np.int32)])
+
+
+@dataclass
+class BatchStatistics:
+    """What a batch has done so far."""
+
+    passes: int = 0
+    prompt_tokens: int = 0
+    """Of prompts that were begun, cached ones included."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    """In passes of prompts, or parts of them, alone or beside texts."""
+    decode_seconds: float = 0.0
+    """In passes of texts alone."""
+    cache_bytes: int = 0
+    """Of all pages, shared ones counted once, after the last step."""
+    preempted: int = 0
+    """How often a sequence had to give its memory to an older one, and was computed again."""
+    longest_pass: float = 0.0
+    """Seconds of the longest pass in which a text was being written."""
+
+
+class Batch:
+    """Runs sequences together. One thread calls `step`, which runs one forward pass and takes one step of each text.
+
+    Sequences join and leave at every step. All texts that are being written take part in every pass; what is left of
+    the pass is filled with pieces of prompts, cut so that no text waits for longer than about `STALL` seconds. Among
+    prompts, the one goes first that would have been finished first if each had the machine for itself, so short ones
+    need not wait for long ones, and long ones do not starve. Prefixes that other sequences have computed are not
+    computed again. A text is the same to the bit as without company.
+
+    Memory: a sequence begins when the pages of its prompt fit. If texts outgrow the memory, caches of texts that have
+    ended are given up, then the youngest sequence waits again and is computed anew.
+    """
+
+    def __init__(
+        self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None, kept: int = KEPT
+    ) -> None:
+        """parallel: the most sequences that run at once. memory: bytes for keys and values; None: what is available.
+        kept: the most caches of ended texts that are kept."""
+        self._model = model
+        self._parallel = parallel
+        self._memory = memory
+        self._kept = kept
+        self._waiting: deque[_Entry] = deque()
+        self._running: list[_Entry] = []
+        self._prefixes = Prefixes()
+        self._logits: NDArray[np.float32] | None = None
+        self._seconds_per_token = STALL / (2 * _TILE)
+        """Of prompts, as measured in recent passes."""
+        self.statistics = BatchStatistics()
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences have not begun to run."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many sequences take part in passes."""
+        return len(self._running)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all pages, shared ones counted once."""
+        return held_bytes([*(entry.cache for entry in self._running), *self._prefixes.caches])
+
+    def add(
+        self,
+        sequence: Sequence,
+        on_text: Callable[[str], None],
+        on_end: Callable[[BaseException | None], None],
+    ) -> None:
+        """Let a sequence join; `step` calls on_text(text) after each of its steps, and on_end(error or None) once."""
+        prompt = np.array(sequence.decoding.prompt_ids, np.int32)
+        lent = sequence.cache is not None
+        self._waiting.append(_Entry(sequence, on_text, on_end, time.perf_counter(), prompt, lent))
+
+    def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
+        """Let a sequence join; its pieces of text, for which all sequences advance. Raises what ended it early."""
+        texts: deque[str] = deque()
+        ends: list[BaseException | None] = []
+        self.add(sequence, texts.append, ends.append)
+
+        def generate() -> Generator[str, None, None]:
+            try:
+                while True:
+                    while texts:
+                        if piece := texts.popleft():
+                            yield piece
+                    if ends:
+                        break
+                    self.step()
+                if ends[0] is not None:
+                    raise ends[0]
+            finally:
+                self.cancel(sequence)
+
+        return generate()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Have a sequence leave at the next step. Any thread may call this; no effect if it has left."""
+        for entry in [*self._waiting, *self._running]:
+            if entry.sequence is sequence:
+                entry.cancelled = True
+
+    def step(self) -> bool:
+        """Run one pass; returns whether there is anything left to run.
+
+        Exceptions of one sequence (of a logits_processor, say) end that sequence only. What the model raises in a pass
+        is raised here; all sequences are as they were before it.
+        """
+        self._drop_cancelled()
+        self._begin()
+        chosen = self._reserve(self._choose())
+        if chosen:
+            self._run(chosen)
+        self.statistics.cache_bytes = self.cache_bytes
+        return bool(self._waiting or self._running)
+
+    def fail(self, error: BaseException) -> None:
+        """End all sequences with an exception."""
+        entries = [*self._running, *self._waiting]
+        self._running, self._waiting = [], deque()
+        for entry in entries:
+            entry.on_end(error)
+
+    def forget(self) -> None:
+        """Give up the caches of texts that have ended."""
+        self._prefixes.clear()
+        self.statistics.cache_bytes = self.cache_bytes
+
+    def _drop_cancelled(self) -> None:
+        for entry in [entry for entry in self._running if entry.cancelled]:
+            self._end(entry)
+        gone = [entry for entry in self._waiting if entry.cancelled]
+        for entry in gone:
+            self._waiting.remove(entry)
+            entry.on_end(None)
+
+    def _begin(self) -> None:
+        """Let waiting sequences run, the oldest first, as far as there is room."""
+        for entry in list(self._waiting):
+            if len(self._running) >= self._parallel:
+                return
+            length, source = self._longest_prefix(entry)
+            if length < 0:
+                continue  # what it shares with another sequence is being computed
+            if not self._has_memory(entry, length):
+                return
+            self._waiting.remove(entry)
+            self._running.append(entry)
+            try:
+                self._set_cache(entry, length, source)
+            except OutOfMemoryError as error:
+                self._end(entry, error)
+
+    def _longest_prefix(self, entry: _Entry) -> tuple[int, _Entry | Kept | None]:
+        """The longest prefix that is computed already, and by whom; -1 if it is worth waiting for a longer one."""
+        most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
+        source: _Entry | Kept | None = None
+        best = entry.sequence.length
+        length, kept = self._prefixes.longest(entry.prompt[:most])
+        if length >= max(SHARED, best + 1):
+            best, source = length, kept
+        coming = 0
+        for other in self._running:
+            shared = common_prefix(other.prompt, entry.prompt[:most])
+            if shared == len(other.prompt) < other.sequence.length:
+                shared = common_prefix(other.computed(), entry.prompt[:most])
+            length = min(shared, other.sequence.length)
+            if length >= max(SHARED, best + 1):
+                best, source = length, other
+            coming = max(coming, min(shared, len(other.prompt)))
+        return (-1, None) if coming >= best + SHARED else (best, source)
+
+    def _set_cache(self, entry: _Entry, length: int, source: _Entry | Kept | None) -> None:
+        sequence = entry.sequence
+        if isinstance(source, Kept):
+            sequence.cache = self._prefixes.use(source, length)
+        elif source is not None:
+            sequence.cache = source.cache.fork(length)
+        elif sequence.cache is None:
+            sequence.cache = self._model.new_cache()
+        if not sequence.decoding.ids:
+            sequence.cached = length
+            sequence.start_clock()
+            self.statistics.prompt_tokens += len(entry.prompt)
+            self.statistics.cached_tokens += length
+
+    def _has_memory(self, entry: _Entry, shared: int) -> bool:
+        """Whether the pages of a sequence's prompt fit, after giving up old caches; true if nothing else is running."""
+        if self._memory is None or not self._running:
+            return True
+        missing = _pages(entry) - shared // PAGE
+        missing += sum(max(0, _pages(other) - other.cache.page_count) for other in self._running)
+        while self.cache_bytes + missing * self._running[0].cache.page_bytes > self._memory:
+            if not self._prefixes.drop_oldest():
+                return False
+        return True
+
+    def _choose(self) -> list[tuple[_Entry, int]]:
+        """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts."""
+        writes = any(not entry.sequence.reads_prompt for entry in self._running)
+
+        def deadline(entry: _Entry) -> tuple[bool, float]:
+            left = entry.sequence.left
+            return left > _SHORT, entry.arrived + left * self._seconds_per_token
+
+        chosen: list[tuple[_Entry, int]] = []
+        room = self._prompt_tokens(ALONE)
+        for entry in sorted(self._running, key=deadline):
+            sequence = entry.sequence
+            if sequence.left > _SHORT and writes:
+                room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
+            size = min(sequence.left, room)
+            rest = sequence.left - size
+            if 0 < rest < sequence.rows:  # rows of logits come from one pass
+                size -= sequence.rows - rest
+            if size > 0:
+                chosen.append((entry, size))
+                room -= size
+        return chosen
+
+    def _reserve(self, chosen: list[tuple[_Entry, int]]) -> list[tuple[_Entry, int]]:
+        """Allocate the pages that the pass will write; those sequences for which there is memory."""
+        ready: list[tuple[_Entry, int]] = []
+        for entry, size in chosen:
+            while entry in self._running:
+                try:
+                    self._check_memory(entry, size)
+                    entry.cache.reserve(size)
+                except OutOfMemoryError as error:
+                    self._make_room(entry, error)
+                else:
+                    ready.append((entry, size))
+                    break
+        return [(entry, size) for entry, size in ready if entry in self._running]
+
+    def _check_memory(self, entry: _Entry, size: int) -> None:
+        """Raise OutOfMemoryError if the pages for `size` more tokens would exceed the limit."""
+        cache = entry.cache
+        pages = ceil_div(cache.length + size, PAGE) - cache.page_count
+        if pages > 0 and self._memory is not None and self.cache_bytes + pages * cache.page_bytes > self._memory:
+            raise OutOfMemoryError(
+                f"{cache.length + size} tokens do not fit into {self._memory / 1e9:.2f} GB of memory for keys and "
+                "values; shorten the prompt, or give the server more memory"
+            )
+
+    def _make_room(self, entry: _Entry, error: OutOfMemoryError) -> None:
+        """Give up an old cache, or have the youngest sequence wait again; alone, this sequence ends with the error."""
+        if self._prefixes.drop_oldest():
+            return
+        youngest = max(self._running, key=lambda other: other.arrived)
+        if len(self._running) == 1:
+            self._end(entry, error, keep=False)
+            return
+        self._running.remove(youngest)
+        youngest.sequence.cache = None
+        self._waiting.appendleft(youngest)
+        self.statistics.preempted += 1
+
+    def _run(self, chosen: list[tuple[_Entry, int]]) -> None:
+        pieces = []
+        for entry, size in chosen:
+            sequence = entry.sequence
+            rows = sequence.rows if size == sequence.left else 0
+            pieces.append(Piece(np.array(sequence.todo(size), np.int64), entry.cache, rows))
+        rows = sum(piece.rows for piece in pieces)
+        if self._logits is None or len(self._logits) < rows + _TILE:
+            self._logits = self._model.new_logits(rows + _TILE)
+        reads = [entry.sequence.reads_prompt for entry, _ in chosen]
+        start = time.perf_counter()
+        logits = self._model.forward_pieces(pieces, self._logits)
+        self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
+        for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
+            self._advance(entry, row if piece.rows else None)
+
+    def _account(self, tokens: int, reads: list[bool], seconds: float) -> None:
+        """Count a pass, and learn from it how many tokens of prompts fit into the next one.
+
+        reads: for each sequence of the pass, whether it ran a piece of its prompt.
+        """
+        statistics = self.statistics
+        statistics.passes += 1
+        if not any(reads):
+            statistics.decode_seconds += seconds
+        else:
+            statistics.prefill_seconds += seconds
+            if tokens >= _TILE:
+                self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
+        if not all(reads):
+            statistics.longest_pass = max(statistics.longest_pass, seconds)
+
+    def _prompt_tokens(self, seconds: float) -> int:
+        """How many tokens of prompts take about so many seconds."""
+        tokens = int(seconds / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
+        return min(self._model.chunk, max(_TILE, tokens))
+
+    def _advance(self, entry: _Entry, logits: NDArray[np.float32] | None) -> None:
+        """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""
+        sequence = entry.sequence
+        decoding = sequence.decoding
+        before = len(decoding.ids)
+        try:
+            if sequence.progress is not None and not before:
+                sequence.progress(sequence.length - sequence.cached, len(entry.prompt) - sequence.cached)
+            while logits is not None or not sequence.left:
+                entry.on_text(sequence.accept(logits))
+                if decoding.finished or entry.cancelled:
+                    break
+                sequence.start_clock()
+                logits = None
+        except Exception as error:
+            self._end(entry, error)
+            return
+        self.statistics.generated_tokens += len(decoding.ids) - before
+        if decoding.finished or entry.cancelled:
+            self._end(entry)
+
+    def _end(self, entry: _Entry, error: BaseException | None = None, keep: bool = True) -> None:
+        """Have a running sequence leave, and keep its cache for others."""
+        self._running.remove(entry)
+        if keep and entry.sequence.cache is not None and not entry.lent:
+            self._prefixes.keep(entry.computed(), entry.cache)
+            if len(self._prefixes) > self._kept:
+                self._prefixes.drop_oldest()
+        entry.on_end(error)
+
+
+def _pages(entry: _Entry) -> int:
+    """How many pages a sequence's prompt and the beginning of its text take."""
+    return ceil_div(min(len(entry.prompt) + _ROOM, entry.sequence.room), PAGE)

@@ -1,0 +1,147 @@
+"""A text that is being generated with its KV cache: what every driver runs, alone or with others in one pass."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.checks import check_whole
+from npqwen.errors import ContextLengthError, OptionError
+from npqwen.generation.completion import Completion, Usage
+from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
+from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.options import GenerationOptions, check_options
+from npqwen.generation.watches import option_watches
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from npqwen.engine.kv_cache import KVCache
+
+
+class Sequence:
+    """A `Decoding`, the KV cache of its tokens, and what they cost.
+
+    The driver runs `todo()` after the tokens in `cache` and hands the logits to `accept`; meanwhile the cache holds a
+    prefix of prompt and text, at the end all but the last drawn or forced tokens.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        *,
+        cache: KVCache | None = None,
+        cached: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> None:
+        """Prepare to continue a prompt.
+
+        prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
+        (default: all tokens it holds), while at least one must remain to run. Without one, the driver sets `cache`.
+
+        Raises OptionError, CheckpointError or ContextLengthError before anything is changed.
+        """
+        given = check_options(options)
+        prompt = check_prompt_ids(model, prompt)
+        self.max_tokens = given.get("max_tokens")
+        """The option, None if it is left out."""
+        room = model.context - len(prompt)
+        limit = room if self.max_tokens is None else min(room, self.max_tokens)
+        if cache is not None:
+            if not hasattr(cache, "length") or not hasattr(cache, "limit"):
+                raise OptionError(f"cache is {type(cache).__name__}; make one with the model's new_cache()")
+            cached = cache.reusable(cache.length if cached is None else check_whole("cached", cached, 0, cache.length))
+            if cached >= len(prompt):
+                raise OptionError(
+                    f"the cache holds {cached} tokens; it must hold fewer than the prompt's {len(prompt)}"
+                )
+            if cache.limit <= len(prompt):
+                raise ContextLengthError(
+                    f"the prompt's {len(prompt)} tokens leave no room in a cache for {cache.limit}"
+                )
+            limit = min(limit, cache.limit - len(prompt))
+        self.decoding = Decoding(model, prompt, given, option_watches(given), limit=limit)
+        self.progress = given.get("progress")
+        """progress(done, total): to be called as the prompt's tokens are run."""
+        self.room = len(prompt) + limit
+        """The most tokens that prompt and text can have."""
+        if cache is not None and cached != cache.length:
+            cache.truncate(cached or 0)
+        self.cache = cache
+        """The keys and values of the first tokens; None until a driver has made it."""
+        self.cached = cached or 0
+        """Prompt tokens that the cache held already when it was given."""
+        self.prefill_seconds = self.first_token_seconds = self.decode_seconds = 0.0
+        self._since = 0.0
+
+    @property
+    def length(self) -> int:
+        """How many tokens are in the cache."""
+        return 0 if self.cache is None else self.cache.length
+
+    @property
+    def left(self) -> int:
+        """How many tokens `todo` has."""
+        return self.decoding.target_length - self.length
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the prompt is not computed yet."""
+        return self.length < len(self.decoding.prompt_ids)
+
+    def todo(self, most: int | None = None) -> list[int]:
+        """The tokens to run after those in the cache, at most the first `most`; none if `accept` takes None now."""
+        start, end = self.length, self.decoding.target_length
+        if most is not None:
+            end = min(end, start + most)
+        prompt, ids = self.decoding.prompt_ids, self.decoding.ids
+        if start >= len(prompt):
+            return ids[start - len(prompt) : end - len(prompt)]
+        return prompt[start:end] + ids[: max(0, end - len(prompt))]
+
+    @property
+    def rows(self) -> int:
+        """Of how many of the last tokens of `todo` the logits go to `accept`."""
+        return self.decoding.rows
+
+    def start_clock(self) -> None:
+        """Begin to count the time that the next step takes."""
+        self._since = time.perf_counter()
+
+    def accept(self, logits: NDArray[np.float32] | None) -> str:
+        """Take one step with the logits of the tokens that were run, see `Decoding.accept`; returns its text."""
+        decoding = self.decoding
+        first = not decoding.ids
+        if first:
+            self.prefill_seconds = time.perf_counter() - self._since
+        piece = decoding.accept(logits)
+        now = time.perf_counter()
+        if not first:
+            self.decode_seconds += now - self._since
+        elif decoding.ids:
+            self.first_token_seconds = now - self._since
+        return piece
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens and seconds so far."""
+        return Usage(
+            prompt_tokens=len(self.decoding.prompt_ids),
+            generated_tokens=len(self.decoding.ids),
+            prefill_seconds=self.prefill_seconds,
+            first_token_seconds=self.first_token_seconds,
+            decode_seconds=self.decode_seconds,
+            cached_tokens=self.cached,
+        )
+
+    def completion(self) -> Completion:
+        """The whole text; OptionError if it was closed before its end."""
+        decoding = self.decoding
+        if decoding.finish_reason is None:
+            raise OptionError("the stream was closed before its end; its text so far is in .text")
+        logprobs = None if decoding.logprobs is None else list(decoding.logprobs)
+        return Completion(decoding.text, list(decoding.ids), decoding.finish_reason, self.usage, logprobs)

@@ -1,0 +1,155 @@
+"""An answer as the Messages API describes it: the finished message, and the events that lead to it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text, UnfinishedCall
+from npqwen.server.json_text import json_text
+from npqwen.server.opaque_reasoning import pack, placeholder
+from npqwen.server.run import RunEvent
+from npqwen.tools.calls import ToolCall
+
+Json = dict[str, Any]
+
+_STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens", "loop": "max_tokens"}
+
+
+class Message:
+    """Takes a run's events, and gives those of the API.
+
+        message_start (content_block_start content_block_delta* content_block_stop)* message_delta message_stop
+
+    Blocks come one after another, in the order in which the model writes: thinking, text, calls of tools. `body` is
+    the message so far; after the last event it is what a client gets that does not stream.
+    """
+
+    def __init__(self, model: str, prompt_tokens: int, *, omit_thinking: bool = False) -> None:
+        """omit_thinking: thinking blocks have no text; the client gets it in their signature, to send it back."""
+        self.finished = False
+        self._omit_thinking = omit_thinking
+        self._call: str | None = None
+        """The id of the call whose block is open."""
+        self._broken = 0
+        """Blocks that the events had, and `body` has not."""
+        self._pieces: list[str] = []
+        """The text of the open block."""
+        self._open = ""
+        """The type of the block that is open, "" for none."""
+        self.body: Json = {
+            "id": f"msg_{secrets.token_hex(12)}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {
+                "input_tokens": prompt_tokens,
+                "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0,
+                "output_tokens": 0,
+            },
+        }
+
+    def start(self) -> Json:
+        """The first event."""
+        return {"type": "message_start", "message": {**self.body, "content": [], "usage": dict(self.body["usage"])}}
+
+    def push(self, event: RunEvent) -> list[Json]:
+        """The events that an event of the run becomes."""
+        if isinstance(event, Reasoning):
+            opened = self._begin({"type": "thinking", "thinking": "", "signature": ""})
+            self._pieces.append(event.text)
+            return opened + ([] if self._omit_thinking else [self._delta("thinking_delta", "thinking", event.text)])
+        if isinstance(event, Text):
+            opened = self._begin({"type": "text", "text": ""})
+            self._pieces.append(event.text)
+            return [*opened, self._delta("text_delta", "text", event.text)]
+        if isinstance(event, CallStart):
+            return self._begin_call(event.id, event.name)
+        if isinstance(event, CallArguments):
+            return [self._delta("input_json_delta", "partial_json", event.text)]
+        if isinstance(event, ToolCall):
+            return self._whole_call(event)
+        if isinstance(event, UnfinishedCall):
+            return self._broken_call()
+        return self._finish(event.reply) if isinstance(event, Finish) else []
+
+    def _begin(self, block: Json) -> list[Json]:
+        """Open a block, unless one of its type, which text can still be added to, is open."""
+        if self._open == block["type"] != "tool_use":
+            return []
+        closed = self._end()
+        self._open = block["type"]
+        self.body["content"].append(block)
+        return [*closed, {"type": "content_block_start", "index": self._index, "content_block": dict(block)}]
+
+    def _begin_call(self, id: str, name: str) -> list[Json]:
+        opened = self._begin({"type": "tool_use", "id": id, "name": name, "input": {}})
+        self._call = id
+        return opened
+
+    def _whole_call(self, call: ToolCall) -> list[Json]:
+        """The end of a call's block; all of it, if the call was not announced by its start."""
+        events: list[Json] = []
+        if self._call != call.id:
+            events = self._begin_call(call.id, call.name)
+            events.append(self._delta("input_json_delta", "partial_json", json_text(call.arguments)))
+        self.body["content"][-1]["input"] = call.arguments
+        return events + self._end()
+
+    def _broken_call(self) -> list[Json]:
+        """The end of the open call's block; `body` does not have it, as nobody should run it.
+
+        Indices in events count it: a client that streams has seen it.
+        """
+        events = self._end()
+        self.body["content"].pop()
+        self._broken += 1
+        return events
+
+    def _end(self) -> list[Json]:
+        """Close the block that is open, if there is one."""
+        if not self._open:
+            return []
+        events: list[Json] = []
+        block, text = self.body["content"][-1], "".join(self._pieces)
+        if self._open == "text":
+            block["text"] = text
+        elif self._open == "thinking":
+            block["thinking"] = "" if self._omit_thinking else text
+            block["signature"] = pack(text) if self._omit_thinking else placeholder()
+            events.append(self._delta("signature_delta", "signature", block["signature"]))
+        self._open, self._call, self._pieces = "", None, []
+        return [*events, {"type": "content_block_stop", "index": self._index}]
+
+    def _delta(self, kind: str, key: str, text: str) -> Json:
+        return {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, key: text}}
+
+    @property
+    def _index(self) -> int:
+        return len(self.body["content"]) + self._broken - 1
+
+    def _finish(self, reply: Reply) -> list[Json]:
+        closed = self._end()
+        usage = reply.usage
+        stopped = reply.finish_reason == "stop" and reply.stop_string is not None
+        end: Json = {
+            "stop_reason": "stop_sequence" if stopped else _STOP_REASONS[reply.finish_reason],
+            "stop_sequence": reply.stop_string if stopped else None,
+        }
+        self.body |= end
+        self.body["usage"] |= {
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+            "cache_read_input_tokens": usage.cached_tokens,
+            "output_tokens": usage.generated_tokens,
+            "output_tokens_details": {"thinking_tokens": reply.reasoning_tokens},
+        }
+        self.finished = True
+        return [
+            *closed,
+            {"type": "message_delta", "delta": end, "usage": dict(self.body["usage"])},
+            {"type": "message_stop"},
+        ]

@@ -1,0 +1,121 @@
+"""A body of the Messages API, in the library's own terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from npqwen.chat.chat_options import ChatOptions
+from npqwen.server.anthropic.conversation import read_messages, read_tools
+from npqwen.server.fields import FieldError, Fields
+from npqwen.server.openai.reasoning_fields import EFFORTS, ReasoningFields
+from npqwen.server.requests import ChatRequest
+from npqwen.server.system_turns import placed
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+
+_CHOICES = {"auto": None, "any": "required", "none": "none"}
+_FORMATS = ("json_schema",)
+
+
+@dataclass(frozen=True)
+class MessagesRequest:
+    """What a body wants. omit_thinking: thinking is returned without its text. stream: events, not one message."""
+
+    chat: ChatRequest
+    omit_thinking: bool
+    stream: bool
+
+
+def read_request(body: Fields, model: Model) -> MessagesRequest:
+    """What a body of /v1/messages or of /v1/messages/count_tokens wants of a model.
+
+    Unlike in Anthropic's own API, max_tokens may be absent: the answer then ends when it is complete or the context is
+    full. Raises FieldError for what cannot be obeyed, and OptionError for options that contradict each other.
+    """
+    tools = read_tools(body)
+    thinking = body.object("thinking")
+    options: dict[str, Any] = {
+        "tools": tools,
+        "max_tokens": body.whole("max_tokens", 1),
+        "stop": _stop_sequences(body),
+        "temperature": body.number("temperature", 0, 100),
+        "top_p": body.number("top_p", 0, 1),
+        "top_k": body.whole("top_k", 0),
+        "schema": _schema(body),
+        **_tool_choice(body, [tool["function"]["name"] for tool in tools or []]),
+        **_thinking(body, thinking, model, tools is not None),
+    }
+    body.ignore("model", "metadata", "service_tier", "container", "mcp_servers", "context_management", "betas")
+    request = MessagesRequest(
+        ChatRequest(
+            placed(read_messages(body), model.chat_template),
+            cast(ChatOptions, {name: value for name, value in options.items() if value is not None}),
+        ),
+        thinking is not None and thinking.one_of("display", ("summarized", "omitted", "full")) == "omitted",
+        bool(body.flag("stream")),
+    )
+    body.log_unknown()
+    return request
+
+
+def _stop_sequences(body: Fields) -> list[str] | None:
+    stop = body.items("stop_sequences")
+    if stop is not None and not all(isinstance(string, str) and string for string in stop):
+        body.wrong("stop_sequences", "a list of strings")
+    return stop or None
+
+
+def _schema(body: Fields) -> Any:
+    """The JSON schema of the answer, from either of the places where the API has had it."""
+    config = body.object("output_config")
+    owner, name = (config, "format") if config is not None and "format" in config else (body, "output_format")
+    format = owner.object(name)
+    if format is None:
+        return None
+    format.required("type", lambda field: format.one_of(field, _FORMATS))
+    format.required("schema", format.object)
+    return format.any("schema")
+
+
+def _tool_choice(body: Fields, tools: list[str]) -> dict[str, Any]:
+    choice = body.object("tool_choice")
+    if choice is None:
+        return {}
+    kind = choice.required("type", lambda name: choice.one_of(name, (*_CHOICES, "tool")))
+    name = choice.required("name", choice.text) if kind == "tool" else _CHOICES[kind]
+    if kind == "tool" and name not in tools:
+        choice.wrong("name", f"one of the tools: {', '.join(tools) or 'there are none'}")
+    if kind == "any" and not tools:
+        raise FieldError("tool_choice is any, but there are no tools that this server knows", "tool_choice")
+    parallel = choice.flag("disable_parallel_tool_use") is not True
+    return {"tool_choice": name} | ({} if parallel or not tools else {"parallel_tool_calls": False})
+
+
+def _thinking(body: Fields, thinking: Fields | None, model: Model, tools: bool) -> dict[str, Any]:
+    """Whether and how long the model thinks: as in Anthropic's API, not at all unless that is requested.
+
+    "adaptive" leaves it to the model, within the budget that output_config.effort stands for. A model that never
+    thinks stays within any budget.
+    """
+    config = body.object("output_config")
+    effort = None if config is None else config.one_of("effort", tuple(EFFORTS))
+    kind = None if thinking is None else thinking.required("type", lambda name: thinking.one_of(name, _KINDS))
+    can = model.chat_template.thinking(None, tools)
+    wants: bool | None = None
+    budget = limit = None
+    if kind == "enabled":
+        assert thinking is not None
+        budget = thinking.required("budget_tokens", lambda name: thinking.whole(name, 0))
+        wants = True
+    elif kind == "adaptive":
+        limit = None if effort is None else EFFORTS[effort]
+    elif kind == "disabled" or can == "switch":
+        wants = False
+    if can == "never":
+        return {}
+    return ReasoningFields(wants, budget, limit, "apart", {}).options(model, tools)
+
+
+_KINDS = ("enabled", "disabled", "adaptive")

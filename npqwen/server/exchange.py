@@ -1,0 +1,79 @@
+"""What one HTTP request has used: the model that it keeps loaded, and the tokens that it cost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from npqwen.errors import shortened
+from npqwen.generation.completion import Usage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Exchange:
+    """One HTTP request and its response."""
+
+    model: str | None = None
+    """The name of the model that it asked for last."""
+    prompt_tokens: int = 0
+    """Of the runs that it started."""
+    choices: int = 0
+    """Answers that it wants."""
+    usages: list[Usage] = field(default_factory=list)
+    """Of the answers that have ended."""
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Called when the response is complete, or the client is gone."""
+
+
+current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+"""The exchange that the running code belongs to, also in tasks that its handler has begun; None outside of one."""
+
+
+class Exchanges:
+    """ASGI middleware: an `Exchange` for every request. Its end is logged, at level INFO."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange()
+        token = current.set(exchange)
+        started = time.perf_counter()
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            current.reset(token)
+            for release in exchange.at_end:
+                release()
+            if _log.isEnabledFor(logging.INFO):
+                seconds = time.perf_counter() - started
+                path = shortened(scope["path"])
+                _log.info("%s %s %d%s, %.2f s", scope["method"], path, status, _work(exchange), seconds)
+
+
+def _work(exchange: Exchange) -> str:
+    """The model and the tokens of a request, for the log."""
+    model = "" if exchange.model is None else f" {exchange.model}"
+    if not exchange.choices:
+        return model
+    cached = sum(usage.cached_tokens for usage in exchange.usages)
+    generated = sum(usage.generated_tokens for usage in exchange.usages)
+    ended = "" if len(exchange.usages) == exchange.choices else ", ended early"
+    return f"{model}: {exchange.prompt_tokens} prompt tokens, {cached} cached; {generated} generated{ended}"

@@ -1,0 +1,65 @@
+"""What went wrong with a request, in terms that every API translates into its own shape of an error."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from npqwen.errors import (
+    ClosedError,
+    ContextLengthError,
+    ModelNotFoundError,
+    NpqwenError,
+    OptionError,
+    OutOfMemoryError,
+    QueueFullError,
+)
+from npqwen.server.fields import FieldError
+
+_log = logging.getLogger(__name__)
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""The code by which clients know that they must shorten the conversation."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as a client sees it.
+
+    status: the HTTP status, also of an error in the middle of a stream, where it is not sent. code: one word for
+    programs, None if the status says it all. param: the field at fault. retry_after: seconds, for that header.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that go with it."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure that an exception means. What the client did not cause is logged with its traceback."""
+    if isinstance(error, FieldError):
+        return Failure(400, str(error), param=error.param)
+    if isinstance(error, ContextLengthError):
+        return Failure(400, str(error), CONTEXT_LENGTH_EXCEEDED)
+    if isinstance(error, OptionError):
+        return Failure(400, str(error))
+    if isinstance(error, ModelNotFoundError):
+        return Failure(404, str(error), "model_not_found", "model")
+    if isinstance(error, QueueFullError):
+        return Failure(503, str(error), "queue_full", retry_after=error.retry_after)
+    if isinstance(error, ClosedError):
+        return Failure(503, str(error), "closed", retry_after=5)
+    if isinstance(error, OutOfMemoryError):
+        _log.warning("%s", error)
+        return Failure(503, str(error), "out_of_memory", retry_after=30)
+    _log.error("a request failed", exc_info=error)
+    if isinstance(error, NpqwenError):
+        return Failure(500, str(error), "internal_error")
+    return Failure(500, "internal error; the server's log has the details", "internal_error")

@@ -1,0 +1,176 @@
+"""ASGI middleware that refuses requests before a handler sees them: by path, host, origin, key and size."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from npqwen.errors import quoted, shortened, size
+from npqwen.server.failure import Failure
+from npqwen.server.refusal import refusal
+from npqwen.server.settings import Settings, is_address
+
+PUBLIC = ("/", "/health")
+"""Paths that need no key: they tell nothing that is worth one."""
+PUBLIC_BELOW = "/page/"
+"""The page's files: a browser sends no key when it opens a page. The page itself asks for one."""
+
+
+class Guard:
+    """Refuses what no client of the user's sends: a path with "..", a foreign host or a foreign page.
+
+    A page of another site that has the name of its server resolved to 127.0.0.1 (DNS rebinding) is of the same origin
+    as this server for a browser; but it sends its own name as the host. Numeric addresses cannot be rebound.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._hosts = {host.lower().rstrip(".") for host in settings.hosts}
+        self._origins = {origin.lower().rstrip("/") for origin in settings.origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure = self._failure(scope) if scope["type"] == "http" else None
+        if failure is None:
+            await self._app(scope, receive, send)
+        else:
+            await refusal(scope, failure)(scope, receive, send)
+
+    def _failure(self, scope: Scope) -> Failure | None:
+        headers = Headers(scope=scope)
+        if climbs(scope["path"]):
+            return Failure(400, 'a path must not have ".." in it', "invalid_path")
+        host = headers.get("host", "")
+        if not self._is_own(host):
+            name = _without_port(host)
+            hint = f"start the server with --allow-host {shortened(name)}" if name else "send a Host header"
+            return Failure(403, f"the host {quoted(host)} is not this server's; {hint}", "forbidden_host")
+        origin = headers.get("origin")
+        if origin is not None and not self._allows(origin, host):
+            text = shortened(origin, 200)
+            return Failure(
+                403, f"pages of {text} may not call this server; start it with --cors {text}", "forbidden_origin"
+            )
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        name = _without_port(host)
+        if not name:
+            return False
+        local = name == "localhost" or name.endswith(".localhost") or is_address(name)
+        return local or "*" in self._hosts or name in self._hosts
+
+    def _allows(self, origin: str, host: str) -> bool:
+        """Whether pages of this origin may call: the server's own page, and those of the settings."""
+        origin = origin.lower()
+        if "*" in self._origins or origin in self._origins:
+            return True
+        return origin.partition("://")[2] == host.lower()
+
+
+class Keys:
+    """Refuses requests without one of the settings' keys, if there are any."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._digests or _is_public(scope):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = [key for key in (_bearer(headers.get("authorization", "")), headers.get("x-api-key", "")) if key]
+        # Every pair is compared, in a time that tells nothing about the keys.
+        matches = [hmac.compare_digest(_digest(one), key) for one in given for key in self._digests]
+        if any(matches):
+            await self._app(scope, receive, send)
+            return
+        problem = "the API key is wrong" if given else "an API key is needed"
+        failure = Failure(401, f"{problem}; send Authorization: Bearer KEY or x-api-key: KEY", "invalid_api_key")
+        await refusal(scope, failure, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses requests with a body of more than `limit` bytes, as soon as that is known."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refused = refusal(
+            scope, Failure(413, f"the body is larger than {size(self._limit)}, the server's limit", "body_too_large")
+        )
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdigit() and int(length) > self._limit:
+            await refused(scope, receive, send)
+            return
+        read = 0
+        begun = False
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._limit:
+                raise _TooLargeError
+            return message
+
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, limited, noted)
+        except _TooLargeError:
+            if begun:
+                raise
+            await refused(scope, receive, send)
+
+
+class _TooLargeError(BaseException):
+    """Passes through handlers that answer every Exception with an error of their own."""
+
+
+def climbs(path: str) -> bool:
+    """Whether a decoded path has a segment "..", also if that was encoded twice."""
+    for _ in range(2):
+        if ".." in path.replace("\\", "/").split("/"):
+            return True
+        path = unquote(path)
+    return ".." in path.replace("\\", "/").split("/")
+
+
+def _is_public(scope: Scope) -> bool:
+    path = own_path(scope)
+    return path in PUBLIC or path.startswith(PUBLIC_BELOW)
+
+
+def own_path(scope: Scope) -> str:
+    """The path below the one that the app is mounted at."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] or "/" if root and path.startswith(root) else path
+
+
+def _without_port(host: str) -> str:
+    """The lower-case name of a Host header: "localhost" of "localhost:8000", "[::1]" of "[::1]:8000"."""
+    name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    return name.lower().rstrip(".")
+
+
+def _bearer(header: str) -> str:
+    kind, _, key = header.partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

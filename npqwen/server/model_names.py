@@ -1,0 +1,80 @@
+"""The names by which clients find a model: its own, shorter ones, other programs', and aliases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from npqwen.errors import ModelNotFoundError, OptionError, quoted
+
+_OLLAMA = re.compile(
+    r"qwen3(?P<coder>-coder)?:(?P<size>[\d.]+b)(?:-a[\d.]+b)?(?:-(?P<kind>thinking|instruct))?.*", re.ASCII
+)
+
+
+class ModelNames:
+    """Finds models by what clients call them. Case does not matter, nor does the tag ":latest".
+
+    "Qwen3-0.6B" and ollama's "qwen3:0.6b" are Qwen/Qwen3-0.6B unless another model has that name, too. An alias may
+    contain "*" and stands for what is left; exact ones come first.
+    """
+
+    def __init__(self, names: Sequence[str], aliases: Mapping[str, str]) -> None:
+        """names: of the models, the first is the default. Raises OptionError for an alias of something else."""
+        self._names = list(names)
+        self._aliases: dict[str, str] = {}
+        for alias, model in aliases.items():
+            found = self._among_names(model)
+            if found is None:
+                raise OptionError(f"alias {quoted(alias)}: there is no model {quoted(model)}; {self._listed()}")
+            self._aliases[_plain(alias)] = found
+
+    def find(self, name: str | None) -> str:
+        """The model's own name; None or "" is the first model. Raises ModelNotFoundError."""
+        if not name:
+            return self._names[0]
+        plain = _plain(name)
+        found = self._aliases.get(plain) or self._among_names(name) or self._by_pattern(plain)
+        if found is None:
+            raise ModelNotFoundError(f"there is no model {quoted(name)} here; {self._listed()}")
+        return found
+
+    def _among_names(self, name: str) -> str | None:
+        plain = _plain(name)
+        spellings = (
+            lambda own: own == name,
+            lambda own: _plain(own) == plain,
+            lambda own: _plain(own).rpartition("/")[2] == plain,
+            lambda own: _ollama_matches(plain, _plain(own)),
+        )
+        for matches in spellings:
+            found = [own for own in self._names if matches(own)]
+            if found:
+                return found[0] if len(found) == 1 else None
+        return None
+
+    def _by_pattern(self, plain: str) -> str | None:
+        patterns = {alias: model for alias, model in self._aliases.items() if "*" in alias}
+        return next((model for alias, model in patterns.items() if fnmatchcase(plain, alias)), None)
+
+    def _listed(self) -> str:
+        exact = [alias for alias in self._aliases if "*" not in alias]
+        if len(self._names) + len(exact) == 1:
+            return f"there is only {self._names[0]}"
+        return f"there are {', '.join([*self._names, *exact])}"
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().removesuffix(":latest")
+
+
+def _ollama_matches(name: str, own: str) -> bool:
+    """Whether ollama's name of a Qwen3 ("qwen3:0.6b") means the model `own` ("qwen/qwen3-0.6b")."""
+    found = _OLLAMA.fullmatch(name)
+    if found is None:
+        return False
+    coder, size, kind = found["coder"] or "", found["size"], found["kind"] or ""
+    model = own.rpartition("/")[2]
+    mode = f"-{kind}" if kind else r"(-[a-z]+)?"
+    return re.fullmatch(rf"qwen3{coder}-{re.escape(size)}(-a[\d.]+b)?{mode}(-\d+)?", model) is not None

@@ -1,0 +1,87 @@
+"""A model on offer: what is known of it without loading it, and how it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npqwen.engine.context import context_length, with_yarn
+from npqwen.format.config import Config
+from npqwen.format.quantization import Quantization
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A converted directory that a server loads when a request needs it.
+
+    name: what clients call it. path: the converted directory. load: maps it; any thread may call it. config: its
+    dimensions. context: maximum tokens of a prompt and its answer together.
+    """
+
+    name: str
+    path: Path
+    load: Callable[[], Model]
+    config: Config
+    context: int
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        name: str,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        yarn: float | None = None,
+        on_compile: Callable[[int, int], None] | None = None,
+    ) -> Offer:
+        """A converted directory that is loaded with these options, which are those of `npqwen.load`.
+
+        Raises OptionError for a context that the model does not support, CheckpointError for a damaged config.json.
+        """
+        from npqwen.model import load
+
+        config = with_yarn(Config.from_directory(path), yarn)
+
+        def load_it() -> Model:
+            return load(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+
+        return cls(name, path, load_it, config, context_length(config, context))
+
+    @classmethod
+    def loaded(cls, model: Model) -> Offer:
+        """The offer of a model that is loaded."""
+        return cls(model.name, model.path, lambda: model, model.config, model.context)
+
+    @cached_property
+    def quantization(self) -> Quantization:
+        """How the weights are stored."""
+        return Quantization.from_directory(self.path)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        return sum(size for _, size in self._files)
+
+    @cached_property
+    def modified(self) -> float:
+        """When it was converted, in seconds since the epoch."""
+        return (self.path / "config.json").stat().st_mtime
+
+    @cached_property
+    def digest(self) -> str:
+        """A hexadecimal SHA-256 of config.json and of the names and sizes of the files of weights."""
+        found = hashlib.sha256((self.path / "config.json").read_bytes())
+        found.update(repr(self._files).encode())
+        return found.hexdigest()
+
+    @cached_property
+    def _files(self) -> list[tuple[str, int]]:
+        return sorted((file.name, file.stat().st_size) for file in self.path.glob("*.safetensors"))

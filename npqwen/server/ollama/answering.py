@@ -1,0 +1,76 @@
+"""From a checked request to the response: within num_ctx, in one piece or as a stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from npqwen.chat.chat_options import ChatOptions, ChatSettings
+from npqwen.chat.messages import checked
+from npqwen.errors import ContextLengthError
+from npqwen.generation.decoding import check_prompt_ids
+from npqwen.generation.options import GenerationOptions
+from npqwen.server.background import in_thread
+from npqwen.server.json_text import JSONReply
+from npqwen.server.ollama.answer import Head, Lines, whole
+from npqwen.server.requests import ChatRequest, TextRequest
+from npqwen.server.streaming import StreamedRun, until_disconnected
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+    from npqwen.server.models import Models
+    from npqwen.server.ollama.body import Body
+    from npqwen.server.worker import Worker
+
+
+async def answer(
+    request: Request, head: Head, body: Body, worker: Worker, wanted: ChatRequest | TextRequest
+) -> Response:
+    """Run a request, and answer as the body wants it."""
+    head.special_ids = worker.model.tokenizer.special_ids
+    run = await worker.start(await _within_context(worker.model, wanted, body.options.context))
+    if body.stream:
+        return StreamedRun(run, Lines(head))
+    if isinstance(wanted, ChatRequest):
+        return JSONReply(whole(head, (await until_disconnected(request, run.replies(), run))[0]))
+    return JSONReply(whole(head, (await until_disconnected(request, run.completions(), run))[0]))
+
+
+async def load_or_let_go(models: Models, head: Head, body: Body) -> Response:
+    """The response to a request without a prompt: the model is loaded, or let go if keep_alive is 0."""
+    if body.keep_alive == 0:
+        await models.let_go(body.model)
+        return JSONReply(head.object(**head.end("unload", None)))
+    await models.worker(body.model, body.keep_alive)
+    return JSONReply(head.object(**head.end("load", None)))
+
+
+async def _within_context(
+    model: Model, wanted: ChatRequest | TextRequest, context: int | None
+) -> ChatRequest | TextRequest:
+    """The request, with max_tokens so that prompt and answer have at most `context` tokens. Nothing is ever cut off.
+
+    Raises ContextLengthError if the prompt leaves no room for an answer.
+    """
+    if context is None:
+        return wanted
+    tokens = await in_thread(lambda: _prompt_tokens(model, wanted))
+    if tokens >= context:
+        raise ContextLengthError(
+            f"the prompt has {tokens} tokens, but num_ctx is {context}; shorten the prompt, or send a larger num_ctx "
+            f"(the model's limit is {model.context})"
+        )
+    options: dict[str, Any] = dict(wanted.options)
+    options["max_tokens"] = min(options.get("max_tokens") or context, context - tokens)
+    if isinstance(wanted, ChatRequest):
+        return replace(wanted, options=cast(ChatOptions, options))
+    return replace(wanted, options=cast(GenerationOptions, options))
+
+
+def _prompt_tokens(model: Model, wanted: ChatRequest | TextRequest) -> int:
+    if isinstance(wanted, TextRequest):
+        return len(check_prompt_ids(model, wanted.prompt))
+    return len(ChatSettings.of(wanted.options).prompter(model).ids(checked(wanted.messages)))

@@ -1,0 +1,111 @@
+"""What the bodies of /api/chat and /api/generate have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from npqwen.chat.chat_options import ChatOptions
+from npqwen.errors import OptionError
+from npqwen.server.duration import seconds
+from npqwen.server.fields import FieldError, Fields
+from npqwen.server.ollama.options import Options, read_options
+from npqwen.server.openai.reasoning_fields import EFFORTS, ReasoningFields
+from npqwen.server.requests import ChatRequest
+from npqwen.server.system_turns import placed
+
+if TYPE_CHECKING:
+    from npqwen.chat.messages import Message
+    from npqwen.model import Model
+
+TOP_LOGPROBS = 20
+"""The greatest `top_logprobs`, as in ollama."""
+_LEVELS = tuple(EFFORTS)
+
+
+@dataclass(frozen=True)
+class Body:
+    """A checked body.
+
+    generation: options of the library that are not in `options`: structure and log-probabilities. keep_alive: seconds,
+    negative for ever; None: as the server has it.
+    """
+
+    model: str | None
+    options: Options
+    generation: dict[str, Any]
+    reasoning: ReasoningFields
+    keep_alive: float | None
+    stream: bool
+
+    def chat_request(self, model: Model, messages: list[Message], tools: dict[str, Any]) -> ChatRequest:
+        """A request for an answer to messages. tools: options of the chat about tools. OptionError if impossible."""
+        options = {
+            **self.options.generation,
+            **self.generation,
+            **self.reasoning.options(model, "tools" in tools),
+            **tools,
+        }
+        return ChatRequest(placed(messages, model.chat_template), cast(ChatOptions, options))
+
+
+def read_body(fields: Fields) -> Body:
+    """The fields that both have; FieldError for what cannot be obeyed."""
+    return Body(
+        fields.text("model") or fields.text("name"),
+        read_options(fields),
+        _structure(fields) | _logprobs(fields),
+        _reasoning(fields),
+        _keep_alive(fields),
+        fields.flag("stream") is not False,
+    )
+
+
+def refuse_images(fields: Fields) -> None:
+    """FieldError if an object has images."""
+    if fields.items("images"):
+        raise FieldError(f"{fields.place('images')} has images; this model reads text only", fields.place("images"))
+
+
+def _structure(fields: Fields) -> dict[str, Any]:
+    """The option `schema`, from `format`: "json" or a JSON schema."""
+    format = fields.any("format")
+    if format is None or format == "":
+        return {}
+    if format == "json":
+        return {"schema": {"type": "object"}}
+    if not isinstance(format, dict):
+        fields.wrong("format", "json or a JSON schema, which is an object")
+    return {"schema": format}
+
+
+def _logprobs(fields: Fields) -> dict[str, Any]:
+    wanted = fields.flag("logprobs")
+    top = fields.whole("top_logprobs", 0, TOP_LOGPROBS)
+    if not wanted:
+        if top:
+            raise FieldError("top_logprobs needs logprobs: true", "top_logprobs")
+        return {}
+    return {"logprobs": True, "top_logprobs": top} if top else {"logprobs": True}
+
+
+def _reasoning(fields: Fields) -> ReasoningFields:
+    """`think`: true, false, or a level, which limits the thinking."""
+    think = fields.any("think")
+    if think is None or isinstance(think, bool):
+        return ReasoningFields(think, None, None, "apart", {})
+    if think not in _LEVELS:
+        fields.wrong("think", f"true, false or one of {', '.join(_LEVELS)}")
+    effort = EFFORTS[think]
+    return ReasoningFields(effort != 0, None, effort, "apart", {})
+
+
+def _keep_alive(fields: Fields) -> float | None:
+    """`keep_alive`: seconds, or a duration such as "5m"; negative for ever."""
+    value = fields.any("keep_alive")
+    if isinstance(value, str):
+        try:
+            return seconds(value)
+        except OptionError as error:
+            raise FieldError(f"keep_alive: {error}", "keep_alive") from None
+    return fields.number("keep_alive", -1e9, 1e9)

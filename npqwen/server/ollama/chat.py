@@ -1,0 +1,35 @@
+"""POST /api/chat."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from npqwen.server.fields import read_fields
+from npqwen.server.ollama.answer import Head, chat_part
+from npqwen.server.ollama.answering import answer, load_or_let_go
+from npqwen.server.ollama.body import read_body
+from npqwen.server.ollama.conversation import read_messages
+from npqwen.server.openai.tool_fields import tool_options
+
+if TYPE_CHECKING:
+    from npqwen.server.models import Models
+
+
+async def chat(models: Models, request: Request) -> Response:
+    """Answer a conversation; without messages, load the model or let go of it."""
+    fields = await read_fields(request)
+    body = read_body(fields)
+    messages = read_messages(fields)
+    tools = tool_options(fields)
+    fields.log_unknown()
+    head = Head(body.model or models.names[0], chat_part)
+    if not messages:
+        return await load_or_let_go(models, head, body)
+    worker = await models.worker(body.model, body.keep_alive)
+    head.loaded = time.perf_counter()
+    body.options.check(worker.model)
+    return await answer(request, head, body, worker, body.chat_request(worker.model, messages, tools))

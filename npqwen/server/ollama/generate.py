@@ -1,0 +1,76 @@
+"""POST /api/generate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from npqwen.generation.options import GenerationOptions
+from npqwen.server.fields import FieldError, Fields, read_fields
+from npqwen.server.ollama.answer import Head, text_part
+from npqwen.server.ollama.answering import answer, load_or_let_go
+from npqwen.server.ollama.body import Body, read_body, refuse_images
+from npqwen.server.openai.completion_request import CompletionBody
+from npqwen.server.requests import ChatRequest, TextRequest
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+    from npqwen.server.models import Models
+
+
+async def generate(models: Models, request: Request) -> Response:
+    """Answer a prompt, or continue it as raw text; without one, load the model or let go of it."""
+    fields = await read_fields(request)
+    body = read_body(fields)
+    prompt = _prompt(fields)
+    fields.log_unknown()
+    head = Head(body.model or models.names[0], text_part)
+    if not prompt.text and prompt.suffix is None:
+        return await load_or_let_go(models, head, body)
+    worker = await models.worker(body.model, body.keep_alive)
+    head.loaded = time.perf_counter()
+    body.options.check(worker.model)
+    return await answer(request, head, body, worker, _request(worker.model, body, prompt))
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """suffix: the text that is to follow the answer. raw: without the chat template."""
+
+    text: str
+    system: str
+    suffix: str | None
+    raw: bool
+
+
+def _prompt(fields: Fields) -> _Prompt:
+    refuse_images(fields)
+    fields.refuse("template", "ollama's templates are not; send raw: true and a prompt that is complete", "")
+    fields.refuse("context", "send the earlier messages to /api/chat", [])
+    suffix = fields.text("suffix") or None
+    raw = fields.flag("raw") or suffix is not None
+    system = fields.text("system") or ""
+    if raw and system:
+        reason = "a suffix" if suffix is not None else "raw: true"
+        raise FieldError(f"system has no place in a prompt with {reason}; write it into the prompt", "system")
+    return _Prompt(fields.text("prompt") or "", system, suffix, raw)
+
+
+def _request(model: Model, body: Body, prompt: _Prompt) -> ChatRequest | TextRequest:
+    """The request; raw text also for a model without a chat template. FieldError for what it cannot obey."""
+    if not prompt.raw and model.chat_template.names:
+        system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        return body.chat_request(model, [*system, {"role": "user", "content": prompt.text}], {})
+    if body.reasoning.thinking or body.reasoning.effort:
+        raise FieldError("think has no effect on raw text; leave it out", "think")
+    if prompt.system:
+        raise FieldError("this model has no chat template, and so no system message; leave system out", "system")
+    options = cast(GenerationOptions, {**body.options.generation, **body.generation})
+    if prompt.suffix is None:
+        return TextRequest(prompt.text, options)
+    completion = CompletionBody(None, [prompt.text], prompt.suffix, dict(options), 1, False, False, False)
+    return completion.requests(model.tokenizer)[0]

@@ -1,0 +1,87 @@
+"""The body of a chat completion, made into the library's request and how its answer is presented."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from npqwen.chat.chat_options import ChatOptions
+from npqwen.server.fields import FieldError, Fields
+from npqwen.server.openai.chat_messages import chat_messages
+from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
+from npqwen.server.openai.reasoning_fields import ReasoningFields, Shown, reasoning_fields
+from npqwen.server.openai.tool_fields import tool_options
+from npqwen.server.requests import ChatRequest
+from npqwen.server.system_turns import placed
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+
+TOP_LOGPROBS = 20
+"""The greatest `top_logprobs`, as in OpenAI's own service."""
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+
+@dataclass(frozen=True)
+class ChatBody:
+    """A checked body.
+
+    messages, options: as the library takes them, before the model is known. include_usage, return_progress: events
+    that a stream sends beside the answer's.
+    """
+
+    model: str | None
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+    reasoning: ReasoningFields
+    n: int
+    stream: bool
+    include_usage: bool
+    return_progress: bool
+
+    @property
+    def shown(self) -> Shown:
+        """Where the reasoning is shown."""
+        return self.reasoning.shown
+
+    def request(self, model: Model) -> ChatRequest:
+        """The request for this model; OptionError for what it cannot obey."""
+        options = self.options | self.reasoning.options(model, "tools" in self.options)
+        messages = placed(self.messages, model.chat_template)
+        return ChatRequest(messages, cast(ChatOptions, options), self.n)
+
+
+def chat_body(fields: Fields) -> ChatBody:
+    """Read a body; FieldError for what cannot be obeyed. Fields that nobody knows are tolerated."""
+    for name, neutral in _UNSUPPORTED.items():
+        fields.refuse(name, "this server does not have it", *neutral)
+    options = generation_options(fields) | tool_options(fields)
+    if fields.flag("logprobs"):
+        options["logprobs"] = True
+    top = fields.whole("top_logprobs", 0, TOP_LOGPROBS)
+    if top:
+        if "logprobs" not in options:
+            raise FieldError("top_logprobs needs logprobs: true", "top_logprobs")
+        options["top_logprobs"] = top
+    body = ChatBody(
+        fields.text("model"),
+        chat_messages(fields),
+        options,
+        reasoning_fields(fields),
+        choices(fields),
+        fields.flag("stream") or False,
+        include_usage(fields),
+        fields.flag("return_progress") or False,
+    )
+    fields.log_unknown()
+    return body

@@ -1,0 +1,122 @@
+"""The body of a completion, made into the library's requests, one for each prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from npqwen.errors import OptionError
+from npqwen.generation.decoding import Prompt
+from npqwen.generation.options import GenerationOptions
+from npqwen.server.fields import FieldError, Fields
+from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
+from npqwen.server.requests import TextRequest
+
+if TYPE_CHECKING:
+    from npqwen.tokenizer import Tokenizer
+
+MAX_PROMPTS = 1024
+"""The most prompts of one request."""
+TOP_LOGPROBS = 20
+"""The greatest `logprobs`; OpenAI's own service allows 5."""
+
+_PREFIX, _SUFFIX, _MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
+_AFTER_MIDDLE = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", _PREFIX, _SUFFIX, _MIDDLE)
+"""Tokens that a model writes after the middle in place of eos."""
+
+
+@dataclass(frozen=True)
+class CompletionBody:
+    """A checked body.
+
+    prompts: texts or token ids. suffix: what follows the text that is to be generated. echo: begin with the prompt.
+    """
+
+    model: str | None
+    prompts: list[str] | list[list[int]]
+    suffix: str | None
+    options: dict[str, Any]
+    n: int
+    echo: bool
+    stream: bool
+    include_usage: bool
+
+    def requests(self, tokenizer: Tokenizer) -> list[TextRequest]:
+        """A request for each prompt; FieldError if the model cannot fill in what is before a suffix."""
+        options = self.options
+        prompts: list[Prompt] = list(self.prompts)
+        if self.suffix is not None:
+            if any(tokenizer.token_id(token) is None for token in (_PREFIX, _SUFFIX, _MIDDLE)):
+                raise FieldError("this model has no fill-in-the-middle tokens; send no suffix", "suffix")
+            stops = [token for token in _AFTER_MIDDLE if tokenizer.token_id(token) is not None]
+            options = options | {"stop": [*options.get("stop", []), *stops]}
+            prompts = [f"{_PREFIX}{prompt}{_SUFFIX}{self.suffix}{_MIDDLE}" for prompt in self.prompts]
+        return [TextRequest(prompt, cast(GenerationOptions, options), self.n) for prompt in prompts]
+
+    def echoes(self, tokenizer: Tokenizer) -> list[str]:
+        """What the text of each prompt's choices begins with."""
+        if not self.echo:
+            return [""] * len(self.prompts)
+        try:
+            return [
+                prompt if isinstance(prompt, str) else tokenizer.decode(prompt, special=True) for prompt in self.prompts
+            ]
+        except OptionError as error:
+            raise FieldError(str(error), "prompt") from None
+
+
+def completion_body(fields: Fields) -> CompletionBody:
+    """Read a body; FieldError for what cannot be obeyed. Fields that nobody knows are tolerated."""
+    n = choices(fields)
+    fields.refuse("best_of", "all answers are returned; send n", 1, n)
+    options = generation_options(fields)
+    logprobs = fields.whole("logprobs", 0, TOP_LOGPROBS) if not isinstance(fields.any("logprobs"), bool) else None
+    if fields.any("logprobs") is True:
+        fields.wrong("logprobs", f"a whole number from 0 to {TOP_LOGPROBS}")
+    if logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": logprobs or None}
+    echo = fields.flag("echo") or False
+    if echo and logprobs is not None:
+        raise FieldError("echo with logprobs is not supported: the prompt's tokens are not scored", "echo")
+    suffix = fields.text("suffix")
+    prompts = _prompts(fields)
+    if suffix is not None and not all(isinstance(prompt, str) for prompt in prompts):
+        raise FieldError("suffix needs a prompt of text, not of token ids", "suffix")
+    body = CompletionBody(
+        fields.text("model"),
+        prompts,
+        suffix or None,
+        options,
+        n,
+        echo,
+        fields.flag("stream") or False,
+        include_usage(fields),
+    )
+    fields.log_unknown()
+    return body
+
+
+def _prompts(fields: Fields) -> list[str] | list[list[int]]:
+    """The field `prompt`: a text, a list of texts, token ids, or a list of lists of them."""
+    prompt = fields.required("prompt", fields.any)
+    if isinstance(prompt, str):
+        return [fields.required("prompt", fields.text)]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(one, str) for one in prompt):
+            texts = Fields({str(at): text for at, text in enumerate(prompt)}, "prompt")
+            return _few([texts.required(name, texts.text) for name in texts.values])
+        if _are_ids(prompt):
+            return [prompt]
+        if all(isinstance(one, list) and _are_ids(one) for one in prompt):
+            return _few(prompt)
+    fields.wrong("prompt", "text, a list of texts, token ids, or a list of lists of token ids")
+
+
+def _few(prompts: list[Any]) -> list[Any]:
+    if len(prompts) > MAX_PROMPTS:
+        raise FieldError(f"prompt has {len(prompts)} prompts; at most {MAX_PROMPTS} are possible", "prompt")
+    return prompts
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)

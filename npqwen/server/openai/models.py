@@ -1,0 +1,42 @@
+"""GET /v1/models and /v1/models/{name}."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from npqwen.server.json_text import JSONReply
+
+if TYPE_CHECKING:
+    from npqwen.server.models import Models
+
+
+async def list_models(models: Models, request: Request) -> Response:
+    """All models on offer.
+
+    Codex reads `models` in place of `data`. What it requires of an entry differs from version to version, and one that
+    it cannot read makes it refuse the whole list; it does accept an empty one.
+    """
+    return JSONReply({"object": "list", "data": [_model(models, name) for name in models.names], "models": []})
+
+
+async def retrieve_model(models: Models, request: Request) -> Response:
+    """One model; ModelNotFoundError if it is not on offer."""
+    return JSONReply(_model(models, request.path_params["name"]))
+
+
+def _model(models: Models, name: str) -> dict[str, Any]:
+    """What clients read about the length of the context has three names."""
+    state = models.state(name)
+    context = state.offer.context
+    return {
+        "id": state.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "npqwen",
+        "context_length": context,
+        "max_model_len": context,
+        "meta": {"n_ctx": context},
+    }

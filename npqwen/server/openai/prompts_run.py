@@ -1,0 +1,103 @@
+"""Several prompts of one request, as one run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from npqwen.errors import ClosedError
+from npqwen.generation.completion import Completion
+from npqwen.server.requests import TextRequest
+from npqwen.server.run import Completed, Run, RunEvent
+
+if TYPE_CHECKING:
+    from npqwen.server.worker import Worker
+
+    Queue = asyncio.Queue[tuple[int, RunEvent] | Exception | None]
+
+AT_ONCE = 8
+"""How many prompts of one request wait for the worker, or are computed, at a time."""
+
+
+class PromptsRun:
+    """The events of several prompts, each of n choices: choice j of prompt i is choice i n + j here.
+
+    Prompts are started in order, a few at a time, so that one request does not fill the worker's queue. If one fails,
+    the others are cancelled, and the iteration raises what it raised.
+    """
+
+    def __init__(self, worker: Worker, requests: Sequence[TextRequest]) -> None:
+        self._worker = worker
+        self._requests = requests
+        self._prompts = iter(range(len(requests)))
+        """The prompts that were not started yet."""
+        self._runs: dict[int, Run] = {}
+        """The runs that were started, by prompt."""
+        self._cancelled = False
+
+    @classmethod
+    async def start(cls, worker: Worker, requests: Sequence[TextRequest]) -> PromptsRun:
+        """Start the first prompts. Raises what `Worker.start` raises for them; then none is running."""
+        run = cls(worker, requests)
+        try:
+            for _ in range(min(AT_ONCE, len(requests))):
+                await run._start_next()
+        except BaseException:
+            run.cancel()
+            raise
+        return run
+
+    def cancel(self) -> None:
+        """End all prompts."""
+        self._cancelled = True
+        for run in self._runs.values():
+            run.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, RunEvent]]:
+        events: Queue = asyncio.Queue()
+        readers = [asyncio.create_task(self._read(prompt, events)) for prompt in self._runs]
+        left = len(readers)
+        try:
+            while left:
+                item = await events.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            if left:
+                self.cancel()
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def completions(self) -> list[Completion]:
+        """Wait for all choices, in order. Raises what the runs raise, and ClosedError if they were cancelled."""
+        found = {index: event.completion async for index, event in self if isinstance(event, Completed)}
+        if len(found) < sum(request.n for request in self._requests):
+            raise ClosedError("the request was cancelled")
+        return [found[index] for index in sorted(found)]
+
+    async def _read(self, prompt: int | None, events: Queue) -> None:
+        """Pass on the events of a prompt and, when it has ended, of the next one that was not started yet."""
+        try:
+            while prompt is not None:
+                first = prompt * self._requests[prompt].n
+                async for index, event in self._runs[prompt]:
+                    events.put_nowait((first + index, event))
+                prompt = await self._start_next()
+            events.put_nowait(None)
+        except Exception as error:
+            events.put_nowait(error)
+
+    async def _start_next(self) -> int | None:
+        """Start the next prompt, and return its index; None if there is none left."""
+        prompt = None if self._cancelled else next(self._prompts, None)
+        if prompt is not None:
+            self._runs[prompt] = await self._worker.start(self._requests[prompt])
+            if self._cancelled:  # meanwhile
+                self._runs[prompt].cancel()
+        return prompt

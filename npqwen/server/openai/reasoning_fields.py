@@ -1,0 +1,121 @@
+"""How clients say whether and how long a model thinks, and whether they want to see it: every dialect of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from npqwen.errors import OptionError
+from npqwen.generation.thinking import CLOSE
+from npqwen.server.fields import Fields
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+
+EFFORTS: dict[str, int | None] = {
+    "none": 0,
+    "minimal": 0,
+    "low": 1024,
+    "medium": 4096,
+    "high": 16384,
+    "xhigh": None,
+    "max": None,
+}
+"""Budgets of thinking in tokens for each `reasoning_effort`; 0: it does not think, None: no limit."""
+
+Shown = Literal["apart", "inline", "hidden"]
+"""Where reasoning is shown: as `reasoning_content`, in the content between <think> tags, or nowhere."""
+
+
+@dataclass(frozen=True)
+class ReasoningFields:
+    """What a body says about reasoning; None where it says nothing.
+
+    thinking: whether to think. budget: the most tokens of it. effort: a budget that a field of effort stands for.
+    template_options: variables of the chat template.
+    """
+
+    thinking: bool | None
+    budget: int | None
+    effort: int | None
+    shown: Shown
+    template_options: dict[str, Any]
+
+    def options(self, model: Model, tools: bool) -> dict[str, Any]:
+        """The options of a chat with this model that obey the fields. tools: whether there are any.
+
+        A model that always thinks is told not to by a budget of 0. An effort limits thinking; it demands none, so that
+        models that never think obey it, too. Raises OptionError if the model never thinks, but is told to.
+        """
+        template = self.template_options.get("template")
+        kind = model.chat_template.thinking(template if isinstance(template, str) else None, tools)
+        thinking, budget = self.thinking, self.budget
+        if budget is None and self.effort is not None and thinking is not False:
+            if self.effort == 0:
+                thinking = False if thinking is None else thinking
+            elif model.tokenizer.token_id(CLOSE) is not None:
+                budget = self.effort
+        if budget == 0 and thinking is None:
+            thinking = False
+        if thinking is False and kind == "always":
+            thinking, budget = None, 0
+        if thinking is False and kind == "never":
+            thinking, budget = None, None
+        if thinking is True and kind == "never":
+            raise OptionError("this model does not think; leave out the fields that tell it to")
+        options: dict[str, Any] = {"thinking": thinking, "thinking_budget": budget}
+        if self.template_options:
+            options["template_options"] = self.template_options
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def reasoning_fields(fields: Fields) -> ReasoningFields:
+    """The fields about reasoning in a body; FieldError for wrong values.
+
+    Of fields that say the same thing, the more direct one wins: `thinking_budget` over `reasoning.max_tokens`, and a
+    budget over an effort.
+    """
+    flags = [fields.flag("enable_thinking")]
+    budgets = [_budget(fields, name) for name in ("thinking_budget", "thinking_budget_tokens", "reasoning_budget")]
+    efforts = [_effort(fields, "reasoning_effort")]
+    hidden = fields.flag("include_reasoning") is False
+
+    kwargs = fields.object("chat_template_kwargs")
+    template_options: dict[str, Any] = {}
+    if kwargs is not None:
+        switches = ("enable_thinking", "thinking")
+        flags += [kwargs.flag(name) for name in switches]
+        template_options = {
+            name: kwargs.any(name) for name in kwargs.values if name not in switches and name in kwargs
+        }
+    reasoning = fields.object("reasoning")
+    if reasoning is not None:
+        flags.append(reasoning.flag("enabled"))
+        budgets.append(_budget(reasoning, "max_tokens"))
+        efforts.append(_effort(reasoning, "effort"))
+        hidden = hidden or reasoning.flag("exclude") is True
+        reasoning.ignore("summary", "generate_summary")
+    thinking = fields.object("thinking")
+    if thinking is not None:
+        kind = thinking.required("type", lambda name: thinking.one_of(name, ("enabled", "disabled", "adaptive")))
+        flags.append({"enabled": True, "disabled": False}.get(kind))
+        budgets.append(_budget(thinking, "budget_tokens"))
+    format = fields.one_of("reasoning_format", ("none", "deepseek", "auto"))
+    effort = next((effort for effort in efforts if effort is not None), None)
+    return ReasoningFields(
+        next((flag for flag in flags if flag is not None), None),
+        next((budget for budget in budgets if budget is not None), None),
+        None if effort is None else EFFORTS[effort],
+        "hidden" if hidden else "inline" if format == "none" else "apart",
+        template_options,
+    )
+
+
+def _budget(fields: Fields, name: str) -> int | None:
+    """A number of tokens; -1 is no limit."""
+    budget = fields.whole(name, -1)
+    return None if budget == -1 else budget
+
+
+def _effort(fields: Fields, name: str) -> str | None:
+    return fields.one_of(name, tuple(EFFORTS))

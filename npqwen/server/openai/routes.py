@@ -1,0 +1,44 @@
+"""The routes of OpenAI's API, each with and without /v1."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from npqwen.server.failure import Failure
+from npqwen.server.json_text import JSONReply
+from npqwen.server.openai.chat import chat_completions
+from npqwen.server.openai.completions import completions
+from npqwen.server.openai.errors import Handler, answering_errors, error_body
+from npqwen.server.openai.models import list_models, retrieve_model
+from npqwen.server.openai.responses import count_input_tokens, create_response
+
+if TYPE_CHECKING:
+    from npqwen.server.models import Models
+
+
+def routes(models: Models) -> list[Route]:
+    """All routes of the API over these models."""
+    endpoints: list[tuple[str, str, Handler]] = [
+        ("/chat/completions", "POST", partial(chat_completions, models)),
+        ("/completions", "POST", partial(completions, models)),
+        ("/responses", "POST", partial(create_response, models)),
+        ("/responses/input_tokens", "POST", partial(count_input_tokens, models)),
+        ("/embeddings", "POST", _embeddings),
+        ("/models", "GET", partial(list_models, models)),
+        ("/models/{name:path}", "GET", partial(retrieve_model, models)),
+    ]
+    return [
+        Route(prefix + path, answering_errors(handler), methods=[method])
+        for path, method, handler in endpoints
+        for prefix in ("/v1", "")
+    ]
+
+
+async def _embeddings(request: Request) -> Response:
+    failure = Failure(404, "the models of this server generate text; they make no embeddings", "no_embeddings")
+    return JSONReply(error_body(failure), failure.status)

@@ -1,0 +1,35 @@
+"""Errors that no handler of an API writes, such as a wrong key or an unknown path, in that API's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Scope
+
+from npqwen.server.failure import Failure
+from npqwen.server.json_text import JSONReply
+
+_ANTHROPIC = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 503: "overloaded_error",
+}  # fmt: skip
+_OPENAI = {401: "authentication_error", 403: "permission_error"}
+
+
+def refusal(scope: Scope, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
+    """The response to a request that failed, in the shape of the API that its path belongs to."""
+    body = _body(str(scope["path"]).removeprefix(str(scope.get("root_path", ""))), failure)
+    return JSONReply(body, failure.status, {**failure.headers, **(headers or {})})
+
+
+def _body(path: str, failure: Failure) -> dict[str, Any]:
+    status = failure.status
+    if path.startswith("/api/"):
+        return {"error": failure.message}
+    if path.startswith("/v1/messages"):
+        kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": failure.message}}
+    kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}

@@ -1,0 +1,145 @@
+"""Runs the application under uvicorn, from the first line on the terminal to the end of the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from socket import socket
+from types import FrameType
+
+import uvicorn
+
+from npqwen.errors import OptionError
+from npqwen.server.app import application
+from npqwen.server.listener import Listener
+from npqwen.server.models import Models
+from npqwen.server.settings import Settings
+
+PATIENCE = 10.0
+"""Seconds that running answers have after Ctrl-C or SIGTERM."""
+IDLE_CONNECTION = 75
+"""Seconds for which a connection without a request stays open: pools of clients expect about a minute."""
+_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]  # type: ignore[attr-defined,unused-ignore]
+
+
+def run(
+    models: Models,
+    settings: Settings,
+    listener: Listener,
+    tls: ssl.SSLContext | None,
+    *,
+    announce: Callable[[], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; the first model is loaded at once.
+
+    announce: called when clients can connect. tell(line): called with what happens later.
+
+    Running answers then have `PATIENCE` seconds; a second Ctrl-C ends them at once. Raises KeyboardInterrupt after
+    Ctrl-C, OptionError if the address was taken meanwhile, and what loading the first model raises.
+    """
+    made = application(models, replace(settings, hosts=(*settings.hosts, *listener.names)))
+    config = uvicorn.Config(
+        made,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=IDLE_CONNECTION,
+        timeout_graceful_shutdown=round(PATIENCE) + 2,
+    )
+    config.load()
+    config.ssl = tls
+    server = _Server(config, announce)
+    asyncio.run(_serve(server, models, listener.sockets, tell))
+    if server.failure is not None:
+        raise server.failure
+    if server.interrupted:
+        raise KeyboardInterrupt
+
+
+class _Server(uvicorn.Server):
+    """Stops at the first signal and does not pass it on: the exit status is for the caller to choose."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+        self.interrupted = False
+        self.failure: BaseException | None = None
+        self.stopping = asyncio.Event()
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise OptionError(f"cannot listen: {error.strerror or error}; choose another --port") from None
+        if self.started:
+            self._announce()
+
+    def stop(self) -> None:
+        """End the server gracefully. Called in the event loop's thread."""
+        self.should_exit = True
+        self.stopping.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.force_exit = self.force_exit or (self.should_exit and number == signal.SIGINT)
+            self.interrupted = self.interrupted or number == signal.SIGINT
+            self.should_exit = True
+            loop.call_soon_threadsafe(self.stopping.set)
+
+        before = {number: signal.signal(number, stop) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+async def _serve(server: _Server, models: Models, sockets: list[socket], tell: Callable[[str], None]) -> None:
+    serving = asyncio.create_task(server.serve(sockets))
+    stopping = asyncio.create_task(server.stopping.wait())
+    loading = asyncio.create_task(_load_first(server, models))
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done():
+        if running := models.in_use:
+            answers = "1 answer is" if running == 1 else f"{running} answers are"
+            tell(f"stopping: {answers} running and may take {PATIENCE:.0f} more seconds; Ctrl-C ends them now")
+        await asyncio.wait({serving}, timeout=PATIENCE)
+        if not serving.done():
+            await models.close()  # which ends streams with an error that their clients understand
+    stopping.cancel()
+    loading.cancel()
+    await serving
+
+
+async def _load_first(server: _Server, models: Models) -> None:
+    try:
+        await models.worker(None)
+    except Exception as error:
+        server.failure = error
+        server.stop()
+
+
+def log_to_stderr(*, requests: bool) -> None:
+    """Write warnings and errors of the server to stderr. requests: a line for each request, too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for name in ("npqwen", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO if requests and name == "npqwen" else logging.WARNING)

@@ -1,0 +1,203 @@
+"""Responses that follow a run: streams that never fall silent, and the end of a run whose client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from npqwen.chat.events import Reasoning, Text
+from npqwen.server.failure import Failure, failure_of
+from npqwen.server.run import Progress, RunEvent
+
+KEEPALIVE = 8.0
+"""Seconds of silence after which a client gets a keepalive. Claude Code warns after 20, proxies give up after 60."""
+STALLED = 120.0
+"""Seconds after which a client that accepts no more bytes counts as gone."""
+
+Result = TypeVar("Result")
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was complete; nobody reads what is sent now."""
+
+
+class Events(Protocol):
+    """A run, or several that were joined into one."""
+
+    def cancel(self) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, RunEvent]]: ...
+
+
+class StreamFormat(Protocol):
+    """How an API writes a run's events: each method returns the text to send, "" for nothing."""
+
+    media_type: str
+
+    def start(self) -> str:
+        """The first event, a real one, which is sent before the prompt is computed."""
+
+    def event(self, index: int, event: RunEvent) -> str:
+        """What an event of choice `index` adds; neighbouring pieces of text may have been joined."""
+
+    def keepalive(self, progress: Progress | None) -> str:
+        """An event without effect that every client parses, not a comment. progress: the newest there is."""
+
+    def error(self, failure: Failure) -> str:
+        """An error, all that follows it included: `end` is not called."""
+
+    def end(self) -> str:
+        """What ends the stream after the run's last event."""
+
+
+class StreamedRun(Response):
+    """A response that sends a run's events as they come.
+
+    Headers and the first event are sent at once, and after `KEEPALIVE` seconds without anything to send, a keepalive.
+    The run is cancelled as soon as the client is gone. What a slow client has not read yet is joined into few events,
+    so it takes no more memory than the answer; a client that accepts nothing for `STALLED` seconds is given up.
+    """
+
+    def __init__(self, run: Events, format: StreamFormat, headers: Mapping[str, str] | None = None) -> None:
+        self.status_code = 200
+        self.media_type = format.media_type
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        self._run = run
+        self._format = format
+        self._pending: list[tuple[int, RunEvent]] = []
+        self._newest: dict[int, int] = {}
+        """Where in `_pending` the last event of each choice is."""
+        self._ready = asyncio.Event()
+        """There is something to send, or the time for a keepalive has come."""
+        self._over = False
+        """Whether all of the run's events have been read."""
+        self._error: BaseException | None = None
+        self._progress: Progress | None = None
+        self._sending_since: float | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.create_task(self._read())
+        writer = asyncio.create_task(self._write(send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            while not writer.done() and not gone.done():
+                await asyncio.wait({writer, gone}, timeout=STALLED / 4, return_when=asyncio.FIRST_COMPLETED)
+                since = self._sending_since
+                if since is not None and loop.time() - since > STALLED:
+                    break
+            if writer.done():
+                writer.result()
+        finally:
+            if not self._over:
+                self._run.cancel()
+            await _end(reader, writer, gone)
+
+    async def _read(self) -> None:
+        try:
+            async for index, event in self._run:
+                self._append(index, event)
+                self._ready.set()
+        except Exception as error:
+            self._error = error
+        self._over = True
+        self._ready.set()
+
+    def _append(self, index: int, event: RunEvent) -> None:
+        """Put an event into `_pending`, joined with the choice's last one if both are text or progress."""
+        if isinstance(event, Progress):
+            self._progress = event
+        at = self._newest.get(index)
+        if at is not None:
+            joined = _joined(self._pending[at][1], event)
+            if joined is not None:
+                self._pending[at] = index, joined
+                return
+        self._newest[index] = len(self._pending)
+        self._pending.append((index, event))
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await self._send(send, self._format.start())
+        loop = asyncio.get_running_loop()
+        silent_since = loop.time()
+        last = False
+        while not last:
+            timer = loop.call_at(silent_since + KEEPALIVE, self._ready.set)
+            await self._ready.wait()
+            timer.cancel()
+            self._ready.clear()
+            text, last = self._next_text(loop.time() - silent_since >= KEEPALIVE)
+            if text:
+                await self._send(send, text)
+                silent_since = loop.time()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _next_text(self, silent: bool) -> tuple[str, bool]:
+        """What to send now, and whether it is the last. silent: nothing was sent for so long that something must be."""
+        pending, self._pending, self._newest = self._pending, [], {}
+        try:
+            text = "".join([self._format.event(index, event) for index, event in pending])
+            if self._over and self._error is None:
+                return text + self._format.end(), True
+        except Exception as error:
+            text, self._error = "", error
+        if self._error is not None:
+            return text + self._format.error(failure_of(self._error)), True
+        return text or (self._format.keepalive(self._progress) if silent else ""), False
+
+    async def _send(self, send: Send, text: str) -> None:
+        self._sending_since = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        self._sending_since = None
+
+
+def _joined(first: RunEvent, second: RunEvent) -> RunEvent | None:
+    """Two neighbouring events as one; None if they stay two."""
+    if isinstance(first, Text) and isinstance(second, Text):
+        return Text(first.text + second.text)
+    if isinstance(first, Reasoning) and isinstance(second, Reasoning):
+        return Reasoning(first.text + second.text)
+    return second if isinstance(first, Progress) and isinstance(second, Progress) else None
+
+
+async def until_disconnected(request: Request, results: Awaitable[Result], *runs: Events) -> Result:
+    """Wait for the results of runs for a response that does not stream; its body must have been read.
+
+        replies = await until_disconnected(request, run.replies(), run)
+
+    If the client goes first, or waiting fails otherwise, all `runs` are cancelled. Raises ClientGoneError then, or what
+    the runs raise.
+    """
+    waiting = asyncio.ensure_future(results)
+    gone = asyncio.create_task(disconnected(request.receive))
+    try:
+        await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise ClientGoneError
+        return waiting.result()
+    except BaseException:
+        for run in runs:
+            run.cancel()
+        raise
+    finally:
+        await _end(waiting, gone)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and wait until they have ended; what they raise is not of interest any more."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

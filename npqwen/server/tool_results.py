@@ -1,0 +1,39 @@
+"""Results of tool calls, as chat templates need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from npqwen.chat.messages import Message
+
+
+def matched(messages: Sequence[Message]) -> list[Message]:
+    """`messages` with the results of one answer's calls in the order of these calls, and with the tools' names.
+
+    Qwen3's templates write no ids: a result belongs to a call by its place. Results that no call's id matches come
+    after the others, in the order given.
+    """
+    matched: list[Message] = []
+    calls: list[Message] = []
+    results: list[Message] = []
+    for message in [*messages, None]:
+        if message is not None and message["role"] == "tool":
+            results.append(message)
+            continue
+        matched += _in_order(results, calls)
+        results = []
+        if message is not None:
+            matched.append(message)
+            calls = message.get("tool_calls", [])
+    return matched
+
+
+def _in_order(results: list[Message], calls: list[Message]) -> list[Message]:
+    places = {call["id"]: at for at, call in enumerate(calls)}
+    results = sorted(results, key=lambda result: places.get(result["tool_call_id"], len(calls)))
+    return [
+        {**result, "name": calls[places[result["tool_call_id"]]]["function"]["name"]}
+        if result["tool_call_id"] in places
+        else result
+        for result in results
+    ]

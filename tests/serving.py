@@ -1,0 +1,99 @@
+"""A server in this process: an ASGI application on a free port of 127.0.0.1, and what tests see of its runs."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from npqwen.server.requests import Request
+from npqwen.server.run import Run
+from npqwen.server.worker import Worker
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+
+
+@contextmanager
+def served(application: ASGIApp) -> Iterator[str]:
+    """Serve an application while the block runs; yields its address, "http://127.0.0.1:PORT"."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=2)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: server.started or not thread.is_alive())
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive(), "the server does not end"
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    """Wait until a condition holds; AssertionError if it does not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+@dataclass
+class Runs:
+    """The runs that servers of this process have started since the block began."""
+
+    all: list[Run] = field(default_factory=list)
+
+    @property
+    def newest(self) -> Run:
+        return self.all[-1]
+
+
+@contextmanager
+def watched_runs() -> Iterator[Runs]:
+    """Note all runs that workers start."""
+    runs = Runs()
+    start = Worker.start
+
+    async def noted(self: Worker, *args: Any, **options: Any) -> Run:
+        run = await start(self, *args, **options)
+        runs.all.append(run)
+        return run
+
+    with mock.patch.object(Worker, "start", noted):
+        yield runs
+
+
+class ScriptedModels:
+    """One model on offer whose runs do what a test says: `runs[-1].put((0, event))`, from any thread.
+
+    In the place of `npqwen.server.models.Models`, and of its own worker. requests: what was started. error: raised by
+    `start`, if it is set.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.names = [model.name]
+        self.requests: list[Request] = []
+        self.runs: list[Run] = []
+        self.error: Exception | None = None
+
+    async def worker(self, name: str | None) -> ScriptedModels:
+        return self
+
+    async def start(self, request: Request) -> Run:
+        if self.error is not None:
+            raise self.error
+        self.requests.append(request)
+        self.runs.append(Run(request.n, 20, lambda run: None))
+        return self.runs[-1]
