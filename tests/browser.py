@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SECONDS = 30.0
+SECONDS = 60.0
 """How long anything may take before a test fails."""
 _OPTIONS = (
     "--headless=new",

@@ -205,9 +205,8 @@ def api_server() -> Iterator[FakeApi]:
     """Server of the page and of answers that tests write."""
     from fake_api import FakeApi
 
-    server = FakeApi()
-    yield server
-    server.close()
+    with FakeApi().serve() as server:
+        yield server
 
 
 @pytest.fixture
@@ -219,7 +218,7 @@ def api(api_server: FakeApi) -> FakeApi:
 
 @pytest.fixture
 def page(api: FakeApi, browser: Browser) -> Iterator[Page]:
-    """The page that people chat in, just opened. Fails if a script did, the policy was violated or it left the server."""
+    """The page, just opened. Fails in the end if a script failed, the policy was violated or it left the server."""
     page = browser.open(api.url)
     page.until("document.getElementById('model').value")
     yield page

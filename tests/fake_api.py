@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
+from serving import served, wait_until
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -90,27 +89,30 @@ class Received:
 
 
 class FakeApi:
-    """A server on a port of its own: at `url`, and a second time at `url` + "inner/" as a mounted app."""
+    """A server at `url`, and a second time at `url` + "inner/" as a mounted app.
+
+    answers: what is left to be said. requests: those for an answer. key, models: as in a real server.
+    """
 
     def __init__(self) -> None:
         self.reset()
-        self._gate = asyncio.Event()
         routes = [
             *page.routes(),
             Route("/v1/models", self._models),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
         ]
-        app = Starlette(routes=[Mount("/inner", Starlette(routes=routes)), *routes])
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, log_level="critical", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self.until(lambda: self._server.started)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/"
+        self._app = Starlette(routes=[Mount("/inner", Starlette(routes=routes)), *routes])
+
+    @contextmanager
+    def serve(self) -> Iterator[FakeApi]:
+        """Serve while the block runs."""
+        with served(self._app) as address:
+            self.url = f"{address}/"
+            yield self
 
     def reset(self) -> None:
         """Forget answers and requests."""
+        self._holding: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self.answers: list[list[Any] | Refusal] = []
         self.requests: list[Received] = []
         self.key: str | None = None
@@ -124,26 +126,10 @@ class FakeApi:
             self.answers.append([one for step in steps for one in (step if isinstance(step, list) else [step])])
 
     def release(self) -> None:
-        """Let the answer that waits at HOLD continue, or the next one that comes there."""
-        self._loop.call_soon_threadsafe(self._gate.set)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something has happened in the server."""
-        deadline = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    def close(self) -> None:
-        """End the server."""
-        self._server.should_exit = True
-        self._server.force_exit = True
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._loop.run_until_complete(self._server.serve())
-        self._loop.close()
+        """Let the answer that came to a HOLD last continue; wait for it to come there."""
+        wait_until(lambda: self._holding)
+        loop, event = self._holding.pop()
+        loop.call_soon_threadsafe(event.set)
 
     def _refused(self, request: Request) -> Response | None:
         if self.key is None or request.headers.get("authorization") == f"Bearer {self.key}":
@@ -169,8 +155,9 @@ class FakeApi:
             yield f"data: {json.dumps(_delta({'role': 'assistant', 'content': ''}))}\n\n"
             for step in steps:
                 if step is HOLD:
-                    await self._gate.wait()
-                    self._gate.clear()
+                    event = asyncio.Event()
+                    self._holding.append((asyncio.get_running_loop(), event))
+                    await event.wait()
                 elif step is DROP:
                     received.ended = "dropped"
                     raise ConnectionAbortedError

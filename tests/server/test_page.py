@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from browser import CONTROL, SHIFT, Browser, Page
-from fake_api import HOLD, FakeApi, call, end, progress, text, thought
+from fake_api import HOLD, FakeApi, Received, call, end, progress, text, thought
+from serving import wait_until
 
 ANSWER = ".assistant > .markdown"
 
@@ -27,7 +29,12 @@ def ask_and_wait(page: Page, question: str) -> None:
     idle(page)
 
 
+def was_cancelled(request: Received) -> bool:
+    return request.ended == "cancelled"
+
+
 def idle(page: Page) -> None:
+    """Wait until no answer is coming."""
     page.until("!document.querySelector('[aria-busy=true]') && document.getElementById('stop').hidden")
 
 
@@ -93,8 +100,7 @@ def test_stop_cancels_the_request_and_keeps_what_came(page: Page, api: FakeApi) 
         else:
             page.press("Escape")
         idle(page)
-        request = api.requests[-1]
-        api.until(lambda request=request: request.ended == "cancelled")  # type: ignore[misc]
+        wait_until(partial(was_cancelled, api.requests[-1]))
         assert page.text(ANSWER) == "A long"
         assert "Stopped." in page.text(".error.mild")
     page.reload()
@@ -110,7 +116,7 @@ def test_stop_cancels_while_the_prompt_is_read(page: Page, api: FakeApi) -> None
     page.until_text(".status", "Reading the prompt: 512 of 2,048 tokens, 256 cached")
     assert page.evaluate("document.querySelector('progress').position") == 0.25
     page.press("Escape")
-    api.until(lambda: api.requests[-1].ended == "cancelled")
+    wait_until(partial(was_cancelled, api.requests[-1]))
 
 
 def test_an_edited_question_makes_a_branch(page: Page, api: FakeApi) -> None:
@@ -257,6 +263,7 @@ def test_speed_first_token_and_context_are_shown(page: Page, api: FakeApi) -> No
     api.answer(text("a"), HOLD, text("b"), end(prompt=500, completion=12))
     ask(page, "Hi")
     page.until_text(ANSWER, "a")
+    page.evaluate("new Promise((resolve) => setTimeout(resolve, 100))")
     api.release()
     idle(page)
     statistics = page.text(".assistant footer")
@@ -370,7 +377,7 @@ def test_a_reload_keeps_what_has_come(page: Page, api: FakeApi) -> None:
     page.reload()
     page.until_text(ANSWER, "Half of")
     assert "This answer was interrupted." in page.text(".error.mild")
-    api.until(lambda: api.requests[-1].ended == "cancelled")
+    wait_until(partial(was_cancelled, api.requests[-1]))
     api.answer(text("All of it"), end())
     page.click(".error button:first-child")
     page.until_text(ANSWER, "All of it")

@@ -181,9 +181,10 @@ def test_streaming_ends_with_what_the_whole_text_gives(page: Page) -> None:
     # Random texts of all markup, cut anywhere, several times.
     differing = page.evaluate("""(async () => {
         const {MarkdownView} = await import("./page/markdown_view.js");
-        const parts = ["a ", "word ", "\\n", "\\n", "\\n\\n", "- ", "1. ", "  - ", "   ", "    ", "> ", "# ", "```", "```\\n",
-            "~~~\\n", "`", "*", "**", "_", "~~", "[x](", "http://a.b/c", ")", "[ ] ", "| a | b |\\n", "|---|---|\\n", "|",
-            "$", "$$", "\\\\(", "\\\\)", "\\\\[", "\\\\]", "---", "===", "<b>", "&amp;", "中", "\\\\", "!", "<br>"];
+        const parts = ["a ", "word ", "\\n", "\\n", "\\n\\n", "- ", "1. ", "  - ", "   ", "    ", "> ", "# ", "```",
+            "```\\n", "~~~\\n", "`", "*", "**", "_", "~~", "[x](", "http://a.b/c", ")", "[ ] ", "| a | b |\\n",
+            "|---|---|\\n", "|", "$", "$$", "\\\\(", "\\\\)", "\\\\[", "\\\\]", "---", "===", "<b>", "&amp;", "中",
+            "\\\\", "!", "<br>"];
         let state = 1;
         const random = (count) => {
             state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
@@ -215,6 +216,41 @@ def test_only_the_last_blocks_are_made_anew(page: Page) -> None:
         return before.map((one, i) => view.element.children[i] === one);
     })()""")
     assert kept == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "tokens"),
+    [
+        ("python", 'def f(x="#"):  # why\n    return 1.5', ["keyword def", 'string "#"', "comment # why",
+                                                            "keyword return", "number 1.5"]),
+        ("py", '"""a\n"b" # c"""\nx2 = 3', ['string """a\n"b" # c"""', "number 3"]),
+        ("js", "let s = `a\n// b`; // c\n/* d\n */ 'it\\'s'", ["keyword let", "string `a\n// b`", "comment // c",
+                                                              "comment /* d\n */", "string 'it\\'s'"]),
+        ("json", '{"a": [1, true]}', ['string "a"', "number 1", "keyword true"]),
+        ("sh", "echo ${#x} # c", ["keyword echo", "comment # c"]),
+        ("SQL", "SELECT 'x' -- y", ["keyword SELECT", "string 'x'", "comment -- y"]),
+        ("html", '<a href="x">y</a><!-- z -->', ["tag <a", 'string "x"', "tag >", "tag </a", "tag >",
+                                                 "comment <!-- z -->"]),
+        ("diff", "@@ 1\n-a\n+b\n c", ["comment @@ 1", "tag -a", "string +b"]),
+        ("klingon", "if 'x' 1", ["string 'x'", "number 1"]),
+        ("text", "if 'x' 1", []),
+    ],
+)  # fmt: skip
+def test_code_is_colored_and_stays_what_it_is(page: Page, language: str, code: str, tokens: list[str]) -> None:
+    found, whole, streamed = page.evaluate(f"""(async (language, code) => {{
+        const {{tokens}} = await import("./page/highlight.js");
+        const {{MarkdownView}} = await import("./page/markdown_view.js");
+        const all = tokens(code, language);
+        const source = "```" + language + "\\n" + code;
+        const [whole, streamed] = [new MarkdownView(), new MarkdownView()];
+        whole.update(source, true);
+        for (let end = 1; end <= source.length; end++) streamed.update(source.slice(0, end), true);
+        if (whole.element.querySelector("code").textContent !== code) throw Error("other text");
+        return [all.filter(({{kind}}) => kind).map(({{kind, text}}) => `${{kind}} ${{text}}`),
+            whole.element.innerHTML, streamed.element.innerHTML];
+    }})({json.dumps(language)}, {json.dumps(code)})""")
+    assert found == tokens
+    assert streamed == whole
 
 
 def test_unfinished_markup_is_shown_as_what_it_becomes(page: Page) -> None:
@@ -258,6 +294,9 @@ def test_unfinished_markup_is_shown_as_what_it_becomes(page: Page) -> None:
         "'<'.repeat(50_000) + 'http://'.repeat(10_000)",
         "'    '.repeat(20_000) + 'x'",
         "'# '.repeat(50_000)",
+        "'```js\\n' + '`'.repeat(1) + '\\\\'.repeat(50_000)",
+        "'```py\\n' + '\"\"\"x '.repeat(10_000) + '#'.repeat(50_000)",
+        "'```html\\n' + '<!--'.repeat(20_000) + '=\"'.repeat(20_000)",
     ],
 )
 def test_hostile_texts_take_neither_the_stack_nor_forever(page: Page, text: str) -> None:

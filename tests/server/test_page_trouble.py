@@ -35,10 +35,10 @@ def test_hostile_text_becomes_neither_html_nor_a_request(page: Page, api: FakeAp
 def test_a_key_is_wanted_at_the_start(api: FakeApi, browser: Browser) -> None:
     api.key = "secret"
     page = browser.open(api.url)
-    page.until_text("#notice", "Use this key")
+    page.until_text("#notice", "This server needs an API key.")
     page.fill("#notice input", "wrong")
     page.press("Enter")
-    page.until_text("#notice", "the API key is missing or wrong")
+    page.until_text("#notice", "The server does not accept this API key.")
     page.fill("#notice input", "secret")
     page.press("Enter")
     page.until("document.getElementById('model').value")
@@ -54,7 +54,7 @@ def test_a_key_is_wanted_at_the_start(api: FakeApi, browser: Browser) -> None:
 def test_a_key_that_became_wrong_is_asked_for_in_place(page: Page, api: FakeApi) -> None:
     api.key = "new"
     ask(page, "Hi")
-    page.until_text(".error", "the API key is missing or wrong")
+    page.until_text(".error", "The server does not accept this API key.")
     page.fill(".error input", "new")
     page.press("Enter")
     page.until_text(ANSWER, "Hello.")
@@ -131,11 +131,11 @@ def test_a_stream_without_an_end_is_an_error(page: Page, api: FakeApi) -> None:
 
 
 def test_a_server_that_is_gone_is_named(page: Page, api: FakeApi) -> None:
-    page.command("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.command("Network.emulateNetworkConditions", offline=True, **network)
     ask(page, "Hi")
     page.until_text(".error", "The server cannot be reached.")
-    page.command("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1,
-                 uploadThroughput=-1)  # fmt: skip
+    page.command("Network.emulateNetworkConditions", offline=False, **network)
     page.click(".error button")
     page.until_text(ANSWER, "Hello.")
 
@@ -153,7 +153,8 @@ def test_events_are_read_however_they_are_cut(page: Page, ending: str) -> None:
     found = page.evaluate(f"""(async () => {{
         const {{events}} = await import("./page/stream.js");
         const end = {ending!r};
-        const bytes = new TextEncoder().encode([": comment", "data: é1", "", "event: x", "data:2", "data: 3", "", ""].join(end));
+        const lines = [": comment", "data: é1", "", "event: x", "data:2", "data: 3", "", ""];
+        const bytes = new TextEncoder().encode(lines.join(end));
         const results = [];
         for (const size of [1, 2, 3, 1000]) {{
             const pieces = [];
@@ -175,7 +176,8 @@ def test_events_are_read_however_they_are_cut(page: Page, ending: str) -> None:
 
 def test_the_answer_stays_in_view_only_for_those_at_its_end(page: Page, api: FakeApi) -> None:
     at_end = "((t) => t.scrollHeight - t.scrollTop - t.clientHeight < 2)(document.getElementById('transcript'))"
-    api.answer(text("line\n\n" * 60), HOLD, text("line\n\n" * 60 + "middle"), HOLD, text("\n\nline" * 60 + "end"), end())
+    lines = "line\n\n" * 60
+    api.answer(text(lines), HOLD, text(lines + "middle"), HOLD, text("\n\n" + lines + "end"), end())
     ask(page, "Hi")
     page.until(f"document.querySelectorAll('{ANSWER} p').length >= 59 && {at_end}")
     page.evaluate("document.getElementById('transcript').scrollTop = 100")
@@ -243,7 +245,8 @@ def test_text_has_enough_contrast(page: Page, scheme: str) -> None:
             return 0.2126 * r + 0.7152 * g + 0.0722 * b;
         };
         const pairs = [["text", "ground"], ["text", "side"], ["text", "tint"], ["soft", "ground"], ["soft", "side"],
-            ["soft", "raised"], ["accent", "ground"], ["on-accent", "accent"], ["red", "red-tint"]];
+            ["soft", "raised"], ["accent", "ground"], ["on-accent", "accent"], ["red", "red-tint"], ["comment", "side"],
+            ["string", "side"], ["number", "side"], ["keyword", "side"]];
         return pairs.map(([one, other]) => {
             const [high, low] = [luminance(one), luminance(other)].sort((a, b) => b - a);
             return [one, other, (high + 0.05) / (low + 0.05)];
@@ -268,6 +271,7 @@ def test_phones_get_all_of_it_without_scrolling_sideways(api: FakeApi, browser: 
     page.until("getComputedStyle(document.getElementById('sidebar')).visibility === 'hidden'")
     page.click("#open-settings")
     assert page.evaluate("document.getElementById('settings').getBoundingClientRect().width") <= 360
+    assert page.evaluate("((s) => s.scrollWidth - s.clientWidth)(document.getElementById('settings'))") == 0
     assert page.evaluate(overflow) == 0
     assert page.problems == []
     page.close()
@@ -277,7 +281,7 @@ def test_nothing_moves_when_an_answer_is_complete(page: Page, api: FakeApi) -> N
     api.answer(text("One.\n\nTwo."), HOLD, end())
     ask(page, "Hi")
     page.until_text(ANSWER, "Two.")
-    height = f"(({{offsetTop, offsetHeight}}) => [offsetTop, offsetHeight])(document.querySelector('.assistant'))"
+    height = "(({offsetTop, offsetHeight}) => [offsetTop, offsetHeight])(document.querySelector('.assistant'))"
     before = page.evaluate(height)
     api.release()
     idle(page)

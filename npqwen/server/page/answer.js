@@ -3,7 +3,10 @@
 import { chunks, request, ServerError } from "./stream.js";
 
 export function emptyAnswer(model) {
-  return { role: "assistant", content: "", reasoning: "", calls: [], finish: null, error: null, model, usage: null, times: {} };
+  return {
+    role: "assistant", content: "", reasoning: "", calls: [], finish: null, error: null, model, usage: null,
+    speed: null, times: {},
+  };
 }
 
 export class Answer {
@@ -56,6 +59,7 @@ export class Answer {
     const { message } = this;
     const progress = chunk.prompt_progress;
     if (progress) this.progress = { done: progress.processed, total: progress.total, cached: progress.cache };
+    if (chunk.timings) message.speed = chunk.timings.predicted_per_second;
     if (chunk.usage) message.usage = usageOf(chunk.usage);
     const choice = chunk.choices?.[0];
     if (!choice) return;
@@ -100,7 +104,9 @@ function usageOf(usage) {
   };
 }
 
+const SHORTEST = 50; // milliseconds; what comes in less says nothing about speed
+
 // Tokens a second after the first one, or null if that cannot be told.
 export function speed(tokens, { first, last }) {
-  return tokens > 1 && last > first ? ((tokens - 1) / (last - first)) * 1000 : null;
+  return tokens > 1 && last - first > SHORTEST ? ((tokens - 1) / (last - first)) * 1000 : null;
 }

@@ -3,7 +3,7 @@
 import { Answer, emptyAnswer } from "./answer.js";
 import * as conversations from "./conversations.js";
 import { element, number } from "./dom.js";
-import { keyForm, messageView } from "./message_view.js";
+import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { remember, remembered, Storage } from "./storage.js";
@@ -232,7 +232,7 @@ async function loadModels() {
     notice("");
   } catch (error) {
     offered = [];
-    if (error instanceof ServerError && error.status === 401) notice(key ? error.message : "", keyForm(useKey));
+    if (error instanceof ServerError && error.status === 401) notice(key ? WRONG_KEY : "This server needs an API key.", keyForm(useKey));
     else notice(error.message, element("button", { type: "button", onclick: loadModels }, "Retry"));
   }
   drawModels();
