@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from npqwen.chat.chat_options import ChatOptions as ChatOptions
     from npqwen.chat.chat_stream import ChatStream as ChatStream
     from npqwen.chat.conversation import Conversation as Conversation
+    from npqwen.chat.events import CallArguments as CallArguments
+    from npqwen.chat.events import CallStart as CallStart
     from npqwen.chat.events import Event as Event
     from npqwen.chat.events import Finish as Finish
     from npqwen.chat.events import Notice as Notice
     from npqwen.chat.events import Reasoning as Reasoning
     from npqwen.chat.events import Reply as Reply
     from npqwen.chat.events import Text as Text
+    from npqwen.chat.events import UnfinishedCall as UnfinishedCall
     from npqwen.engine.kv_cache import KVCache as KVCache
     from npqwen.generation.completion import Completion as Completion
     from npqwen.generation.completion import FinishReason as FinishReason
@@ -63,6 +66,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CallArguments",
+    "CallStart",
     "ChatOptions",
     "ChatStream",
     "CheckpointError",
@@ -101,6 +106,7 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolResult",
+    "UnfinishedCall",
     "Usage",
     "__version__",
     "evaluate",
@@ -108,6 +114,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "CallArguments": "npqwen.chat.events",
+    "CallStart": "npqwen.chat.events",
     "ChatOptions": "npqwen.chat.chat_options",
     "ChatStream": "npqwen.chat.chat_stream",
     "Completion": "npqwen.generation.completion",
@@ -135,6 +143,7 @@ _LAZY = {
     "Tool": "npqwen.tools.toolbox",
     "ToolCall": "npqwen.tools.calls",
     "ToolResult": "npqwen.tools.toolbox",
+    "UnfinishedCall": "npqwen.chat.events",
     "Usage": "npqwen.generation.completion",
     "evaluate": "npqwen.reports.evaluation",
 }

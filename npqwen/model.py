@@ -263,7 +263,7 @@ class Model(Engine):
         session: Session | None = None,
         **options: Unpack[ChatOptions],
     ) -> ChatStream:
-        """Answer a conversation, event by event: Reasoning, Text, ToolCall, ToolResult, Notice, Finish. See `chat`."""
+        """Answer a conversation, event by event; see `ChatStream` for the events and `chat` for the rest."""
         from npqwen.chat.chat_stream import stream_chat
 
         return stream_chat(self, messages, session=session, **options)

@@ -56,6 +56,7 @@ class Reciter:
     name = "m"
     bits = 4
     threads = 1
+    weight_bytes = 0
 
     def __init__(
         self,
@@ -96,11 +97,15 @@ class Reciter:
         for piece in pieces:
             assert isinstance(piece.cache, RecitersCache)
             script, start = piece.cache.script, piece.cache.start
-            if piece.rows and script is None:
+            is_prompt = piece.rows > 0 and script is None
+            if is_prompt:
                 script, start = [*self._texts.pop(0), EOS], piece.cache.length + piece.ids.size
+                self.read.append(piece.ids.size)
             self._script, self._start = script or [], start
             logits = self.forward(piece.ids, piece.cache, all_logits=True)
             piece.cache.script, piece.cache.start = script, start
+            if is_prompt:
+                self._record(piece.cache)
             found.append(logits[len(logits) - piece.rows :])
         return found
 
@@ -119,9 +124,12 @@ class Reciter:
         logits: NDArray[np.float32] = self.forward(ids, cache)[-1]
         if progress is not None:
             progress(count, count)
+        self._record(cache)
+        return logits
+
+    def _record(self, cache: RecitersCache) -> None:
         self.prompt_ids.append(list(cache.ids))
         self.prompts.append(TOKENIZER.decode(list(cache.ids), special=True))
-        return logits
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None

@@ -17,6 +17,7 @@ from npqwen.chat.prepared_answer import GREEDY, Prompts, prepare
 from npqwen.checks import check_whole
 from npqwen.errors import OptionError, SamplingWarning, quoted
 from npqwen.generation.async_iteration import AsyncSteps
+from npqwen.generation.batch import Batch
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session, check_session
 from npqwen.tools.toolbox import ToolResult, error_text
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 class ChatStream(AsyncSteps[Event]):
     """An answer's events: Reasoning, Text, ToolCall, ToolResult, Notice and, at the end, Finish.
+
+    Before each ToolCall come a CallStart and the CallArguments, while the call is being written; a call that began so
+    and was cut off, or is malformed, ends in an UnfinishedCall in place of the ToolCall.
 
     Iterate with `for` or `async for`. `text` and `reasoning` hold the current step's text so far, `usage` the cost of
     all steps, `messages` those to append to the conversation `past`; `reply` is None until the end. `close()`, or
@@ -44,13 +48,16 @@ class ChatStream(AsyncSteps[Event]):
         settings: ChatSettings,
         prompts: Prompts,
         on_end: Callable[[ChatStream], None] | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """
-        prompts: makes the prompt of each step. on_end(stream): called once, however the answer ends.
+        prompts: makes the prompt of each step. on_end(stream): called once, however the answer ends. batch: runs the
+        answer together with others, see `Stream`.
 
         Raises OptionError or ContextLengthError before anything is computed.
         """
         self._session = session
+        self._batch = batch
         self.past = list(messages)
         self._settings = settings
         self._prompts = prompts
@@ -138,7 +145,7 @@ class ChatStream(AsyncSteps[Event]):
         """Set the stream and the answer of the next step."""
         prepared = self._prepared
         self._answering = True
-        self._stream = self._session.stream(prompt_ids, **prepared.options)
+        self._stream = self._session.stream(prompt_ids, batch=self._batch, **prepared.options)
         self._answer = Answer(self._stream, prepared.stops, prepared.schemas)
 
     def _run(self) -> Generator[Event, None, None]:
@@ -283,20 +290,30 @@ def chat(
     check_session(session, model)
     first, settings = session or Session(model), ChatSettings.of(options)
     seed = settings.generation.get("seed")
-    replies = []
+    # In a batch texts run ahead of their readers, who are the ones that find the answer's stop strings.
+    batch = Batch(model) if samples > 1 and not settings.generation.get("stop") else None
+    streams = []
     for i in range(samples):
         if i and seed is not None:
             settings = replace(settings, generation=settings.generation | {"seed": seed + i})
-        replies.append(_answer(model, messages, first.fork() if i else first, settings).run())
+        stream = _answer(model, messages, first.fork() if i else first, settings, batch)
+        if batch is None:
+            stream.run()
+        streams.append(stream)
+    replies = [stream.run() for stream in streams]
     return replies[0] if n is None else replies
 
 
 def _answer(
-    model: ChatModel, messages: str | Sequence[Mapping[str, Any]], session: Session, settings: ChatSettings
+    model: ChatModel,
+    messages: str | Sequence[Mapping[str, Any]],
+    session: Session,
+    settings: ChatSettings,
+    batch: Batch | None = None,
 ) -> ChatStream:
     prompter = settings.prompter(model)
 
     def prompts(messages: list[Message]) -> tuple[list[int], list[str]]:
         return prompter.ids(messages), []
 
-    return ChatStream(model, session, checked(messages), settings, prompts)
+    return ChatStream(model, session, checked(messages), settings, prompts, batch=batch)

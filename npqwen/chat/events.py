@@ -101,8 +101,10 @@ class Reply:
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""
+        names = [call.name for call in self.unfinished_calls]
+        unfinished = f", unfinished_calls={names}" if names else ""
         reasoning = f", reasoning={quoted(self.reasoning)}" if self.reasoning else ""
-        return f"Reply({quoted(self.text)}{calls}{reasoning}, finish_reason={self.finish_reason!r})"
+        return f"Reply({quoted(self.text)}{calls}{unfinished}{reasoning}, finish_reason={self.finish_reason!r})"
 
 
 @dataclass(frozen=True)

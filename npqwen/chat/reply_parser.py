@@ -203,7 +203,6 @@ class ReplyParser:
         self._state = "text"
         return True
 
-
     def _read_arguments(self, end: int) -> None:
         """Emit what is certain of the call that is being written; `_rest[:end]` is the block so far.
 

@@ -11,7 +11,7 @@ from npqwen.generation.decoding import Prompt
 from npqwen.generation.options import GenerationOptions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatRequest:
     """An answer to a conversation, or n answers.
 
@@ -24,7 +24,7 @@ class ChatRequest:
     n: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextRequest:
     """A continuation of raw text or token ids without a chat template, or n of them; see `ChatRequest` for n."""
 

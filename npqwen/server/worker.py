@@ -54,8 +54,8 @@ class Worker:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: list[Job] = []
         self._outbox: list[_Item] = []
-        self._starting = 0
-        """Requests whose prompts are being made."""
+        self._starting: set[Request] = set()
+        """Requests that the engine's thread has not taken over yet."""
         self._requests = 0
         self._seconds = 1.0
         """Of a request, from its arrival to its end: an average in which newer ones count more."""
@@ -70,7 +70,7 @@ class Worker:
         """What it has done, and is doing."""
         batch, done = self._batch, self._batch.statistics
         return WorkerStatistics(
-            waiting=batch.waiting + self._starting,
+            waiting=batch.waiting + len(self._starting),
             running=batch.running,
             requests=self._requests,
             prompt_tokens=done.prompt_tokens,
@@ -91,24 +91,25 @@ class Worker:
         """
         if self._closed:
             raise ClosedError("the server is shutting down")
-        waiting = self._batch.waiting + self._starting
+        waiting = self._batch.waiting + len(self._starting)
         if waiting >= self._queue_limit:
             seconds = self._seconds * (waiting + 1) / max(1, self._batch.running)
             raise QueueFullError(
                 f"{waiting} requests are waiting already; try again later",
                 retry_after=max(1, min(_LONGEST_RETRY, round(seconds))),
             )
-        self._starting += 1
+        self._starting.add(request)
         try:
             choices = await asyncio.to_thread(prepare_choices, self.model, request)
-        finally:
-            self._starting -= 1
-        if self._closed:
-            raise ClosedError("the server is shutting down")
+            if self._closed:
+                raise ClosedError("the server is shutting down")
+        except BaseException:
+            self._starting.discard(request)
+            raise
         job = Job(choices, self._batch, self._post)
         prompt_tokens = len(choices[0].sequence.decoding.prompt_ids)
         job.run = Run(request.n, prompt_tokens, lambda run: self._calls.put(job.leave))
-        self._calls.put(lambda: self._join(job))
+        self._calls.put(lambda: self._join(job, request))
         return job.run
 
     def close(self) -> None:
@@ -121,7 +122,8 @@ class Worker:
         """Give up the keys and values of requests that have ended."""
         self._calls.put(self._batch.forget)
 
-    def _join(self, job: Job) -> None:
+    def _join(self, job: Job, request: Request) -> None:
+        self._starting.discard(request)
         self._requests += 1
         self._jobs.append(job)
         job.join()

@@ -245,21 +245,18 @@ class _Value:
         self._passed: int | None = None
         """The index up to which the text has been passed on; None if it is not certain to be a string."""
         self._searched = start
-        self._ends = False
-        """Whether the next characters may not belong to the value, which only its end shows."""
+        """Where to look for tags that may end the value."""
 
     def read(self, block: str, end: int) -> str:
         """The JSON text that `block[:end]`, in which the value does not end, makes certain."""
-        if self._ends:
-            return ""
         mark = _VALUE_END.search(block, self._searched, end)
-        if mark is not None:
-            self._ends, end = True, mark.start()
+        if mark is not None:  # what follows may not belong to the value, which only its end shows
+            end = mark.start()
         else:
             tag = block.rfind("<", max(self._searched, end - len(PARAMETER_END)), end)
             if tag >= 0 and any(mark.startswith(block[tag:end]) for mark in _VALUE_ENDS):
                 end = tag
-            self._searched = end
+        self._searched = end
         begun = self._passed is not None
         start = self._first(block) if self._passed is None else self._passed
         text = block[start:end].rstrip()  # blanks before a tag, or before the end of the block, may not be part of it

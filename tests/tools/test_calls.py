@@ -9,7 +9,7 @@ import pytest
 
 from npqwen.chat.messages import checked
 from npqwen.tools.calls import ToolCall, read_calls
-from npqwen.tools.parameter_value import parse_value
+from npqwen.tools.parameter_value import parse_value, stays_text
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,49 @@ def test_a_value_gets_the_type_of_its_schema_or_stays_text(value: str, schema: A
     found = parse_value(value, schema)
     assert found == expected
     assert type(found) is type(expected)
+
+
+def test_a_value_that_is_certain_to_be_text_is_what_it_spells() -> None:
+    schemas: list[Any] = [
+        True,
+        {},
+        {"type": "string"},
+        {"type": ["string", "null"]},
+        {"type": "string", "nullable": True},
+        {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+        {"type": "string", "enum": ["null", "b"]},
+        {"enum": [1, 2]},
+        {"type": ["string", "integer"]},
+        {"type": "null"},
+        {"type": "integer"},
+        {"anyOf": []},
+    ]
+    values = ["", "5", " 5", "null", " None\n", "nullable", "Nonesuch", "b", "a b", '{"a": 1}', "true"]
+    for schema in schemas:
+        for value in values:
+            certain = [stays_text(value[:length], schema) for length in range(len(value) + 1)]
+            assert certain == sorted(certain)  # what is certain stays so
+            if certain[-1]:
+                assert parse_value(value, schema) == value
+    assert stays_text("", {"type": "string"})
+    assert stays_text("nullab", {"anyOf": [{"type": "string"}, {"type": "null"}]})
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_lacks_are_no_arguments(number: str) -> None:
+    block = f'{{"name": "f", "arguments": {{"a": {number}}}}}'
+    assert read_calls(block, {}) == ([], block)
+    assert parse_value(number, {}) == number
+
+
+def test_a_value_without_its_end_is_not_an_argument_of_a_text_that_was_cut_off() -> None:
+    for block in (
+        "<function=f>\n<parameter=a>\nIt writes\n</function>\nand",
+        "<function=f>\n<parameter=a>\n1\n<parameter=b>\n2\n</parameter>\n</function>",
+    ):
+        assert read_calls(block, {}, complete=False) == ([], block)
+        assert len(read_calls(block, {})[0]) == 1
 
 
 def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> None:
