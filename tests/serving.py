@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from npqwen.server.requests import Request
-from npqwen.server.run import Run
+from npqwen.server.run import Run, RunEvent
 from npqwen.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def watched_runs() -> Iterator[Runs]:
 
 
 class ScriptedModels:
-    """One model on offer whose runs do what a test says: `runs[-1].put((0, event))`, from any thread.
+    """One model on offer whose newest run does what a test says: `put((0, event))`, from any thread.
 
     In the place of `npqwen.server.models.Models`, and of its own worker. requests: what was started. error: raised by
     `start`, if it is set.
@@ -88,8 +88,16 @@ class ScriptedModels:
         self.runs: list[Run] = []
         self.error: Exception | None = None
 
-    async def worker(self, name: str | None) -> ScriptedModels:
+    async def worker(self, name: str | None, keep_alive: float | None = None) -> ScriptedModels:
         return self
+
+    def put(self, item: tuple[int, RunEvent] | BaseException | None) -> None:
+        """Have the newest run give an event, raise an exception, or end."""
+        run = self.runs[-1]
+        run.loop.call_soon_threadsafe(run.receive, item)
+
+    async def close(self) -> None:
+        pass
 
     async def start(self, request: Request) -> Run:
         if self.error is not None:

@@ -103,6 +103,10 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 )  # fmt: skip
 @click.option("--queue", type=click.IntRange(1), metavar="N", help="At most N requests wait; default: 64.")
 @click.option(
+    "--parallel", type=click.IntRange(1), metavar="N",
+    help="At most N answers of a model are computed at once; default: 16.",
+)  # fmt: skip
+@click.option(
     "--keep-alive", default=None, type=Duration(),
     help="Let go of a model that was idle for this long; -1: never; default: 5m, a single model never.",
 )  # fmt: skip
@@ -135,6 +139,7 @@ def serve(
     hosts: tuple[str, ...],
     aliases: tuple[tuple[str, str], ...],
     queue: int | None,
+    parallel: int | None,
     keep_alive: float | None,
     memory: int | None,
     log: bool,
@@ -149,14 +154,13 @@ def serve(
     from npqwen.server.models import Models
     from npqwen.server.serving import log_to_stderr, run
     from npqwen.server.settings import Settings
-    from npqwen.server.worker import QUEUE
 
     names = [argument_text(model) for model in models]
     settings = Settings(
         api_keys=(*map(argument_text, api_keys), *_keys_in(api_key_file)),
         hosts=hosts,
         origins=origins,
-        queue=QUEUE if queue is None else queue,
+        **{name: value for name, value in (("queue", queue), ("parallel", parallel)) if value is not None},
         keep_alive=keep_alive,
         memory=memory,
         aliases={argument_text(name): argument_text(model) for name, model in aliases},

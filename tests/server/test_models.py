@@ -237,6 +237,8 @@ def test_a_model_that_generates_is_in_use(shelf: Shelf) -> None:
         worker = await one.worker("a")
         run = await worker.start(TextRequest("Once", {"max_tokens": 200, "temperature": 0}))
         clock.now += 100
+        while not worker.statistics.running:
+            await asyncio.sleep(0.0001)
         await one.sweep()
         assert loaded(one) == ["a"]
         await run.completions()
