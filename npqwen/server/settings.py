@@ -53,6 +53,7 @@ class Settings:
             if isinstance(value, str) or not all(isinstance(one, str) for one in value):
                 raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of strings")
             object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "origins", tuple(origin.lower().rstrip("/") for origin in self.origins))
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise OptionError("an API key must be printable ASCII without spaces, and not empty")

@@ -9,11 +9,12 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+from asgi import post
 from serving import ScriptedModels, served, wait_until
 
 import npqwen
 from npqwen.chat.events import Text
-from npqwen.errors import ClosedError
+from npqwen.errors import ClosedError, QueueFullError
 from npqwen.server import streaming
 from npqwen.server.app import application
 from npqwen.server.settings import Settings
@@ -175,7 +176,7 @@ def test_a_prompt_is_never_cut_to_num_ctx(client: ollama.Client, tiny_model: npq
     for stream in (True, False):
         answer: Any = client.chat(
             tiny_model.name, SUM, think=False, stream=stream, options={"num_ctx": tokens + 3, "temperature": 0}
-        )  # type: ignore[call-overload]
+        )
         last = list(answer)[-1] if stream else answer
         assert (last.prompt_eval_count, last.eval_count, last.done_reason) == (tokens, 3, "length")
     with pytest.raises(ollama.ResponseError, match="this server's limit is 2048 tokens") as error:
@@ -222,7 +223,7 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_client(tiny_model: npqwe
     with served(application(models, Settings())) as url, ollama.Client(host=url) as client:
         stream = client.chat("m", SUM, stream=True)
         assert next(stream).message.content == ""
-        models.put((0, Text("Well")))
+        models.put(Text("Well"))
         assert next(stream).message.content == "Well"
         models.put(ClosedError("the server is shutting down"))
         with pytest.raises(ollama.ResponseError, match="shutting down"):
@@ -235,11 +236,11 @@ def test_a_stream_is_never_silent(tiny_model: npqwen.Model, monkeypatch: pytest.
     with served(application(models, Settings())) as url, ollama.Client(host=url) as client:
         stream = client.chat("m", SUM, stream=True)
         parts = [next(stream) for _ in range(4)]
-        models.put((0, Text("Well")))
+        models.put(Text("Well"))
         while not parts[-1].message.content:
             parts.append(next(stream))
         assert {part.message.content for part in parts} == {"", "Well"}
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 @pytest.mark.parametrize(
@@ -268,6 +269,14 @@ def test_what_cannot_be_obeyed_is_refused(body: dict[str, Any], problem: str, ht
     assert reply.status_code == 400
     assert list(reply.json()) == ["error"]
     assert problem in reply.json()["error"]
+
+
+def test_too_many_requests_are_told_when_to_try_again(tiny_model: npqwen.Model) -> None:
+    models: Any = ScriptedModels(tiny_model)
+    models.error = QueueFullError("64 requests are waiting already; try again later", retry_after=7)
+    reply = post(application(models, Settings()), "/api/chat", {"messages": SUM})
+    assert (reply.status, reply.headers["retry-after"]) == (503, "7")
+    assert reply.json == {"error": "64 requests are waiting already; try again later"}
 
 
 def test_an_unknown_model_is_not_found(client: ollama.Client) -> None:

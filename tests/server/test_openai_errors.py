@@ -13,13 +13,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import ScriptedModels, served
-from starlette.applications import Starlette
+from serving import ScriptedModels, scripted_server
 
 import npqwen
 from npqwen.chat.events import Text
 from npqwen.errors import ClosedError, OutOfMemoryError, QueueFullError
-from npqwen.server.openai import routes
 from npqwen.server.requests import Request
 from npqwen.server.run import Run
 from npqwen.server.worker import Worker
@@ -36,8 +34,9 @@ def http(server: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def scripted(tiny_model: npqwen.Model) -> ScriptedModels:
-    return ScriptedModels(tiny_model)
+def scripted(tiny_model: npqwen.Model) -> Iterator[tuple[ScriptedModels, str]]:
+    with scripted_server(tiny_model) as server:
+        yield server
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -134,9 +133,27 @@ def test_every_route_is_there_without_v1_too(http: httpx.Client) -> None:
     assert http.post("/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/images/generations", 404),
+        ("POST", "/v1", 404),
+    ],
+)
+def test_unknown_routes_have_an_error_of_the_same_shape(
+    http: httpx.Client, method: str, path: str, status: int
+) -> None:
+    response = http.request(method, path)
+    assert response.status_code == status
+    assert path in error_of(response)["message"]
+
+
 def test_embeddings_are_refused_in_words(http: httpx.Client) -> None:
     response = http.post("/v1/embeddings", json={"input": "a"})
-    assert response.status_code == 404
+    assert response.status_code == 400
     assert "no embeddings" in error_of(response)["message"]
 
 
@@ -150,34 +167,34 @@ def test_embeddings_are_refused_in_words(http: httpx.Client) -> None:
     ],
 )
 def test_errors_of_the_server_have_their_status(
-    scripted: ScriptedModels, error: Exception, status: int, code: str, retry: str | None
+    scripted: tuple[ScriptedModels, str], error: Exception, status: int, code: str, retry: str | None
 ) -> None:
-    scripted.error = error
-    with served(Starlette(routes=routes(scripted))) as url:  # type: ignore[arg-type]
-        for path, body in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "a"})):
-            response = httpx.post(url + path, json=body)
-            assert response.status_code == status
-            assert error_of(response)["code"] == code
-            assert "secret" not in response.text
-            assert response.headers.get("Retry-After") == retry
+    models, url = scripted
+    models.error = error
+    for path, body in ((CHAT, {"messages": HELLO}), (TEXT, {"prompt": "a"})):
+        response = httpx.post(url + path, json=body)
+        assert response.status_code == status
+        assert error_of(response)["code"] == code
+        assert "secret" not in response.text
+        assert response.headers.get("Retry-After") == retry
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_an_error_in_the_middle_of_a_stream_reaches_the_client_as_one(scripted: ScriptedModels, path: str) -> None:
-    with (
-        served(Starlette(routes=routes(scripted))) as url,  # type: ignore[arg-type]
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+def test_an_error_in_the_middle_of_a_stream_reaches_the_client_as_one(
+    scripted: tuple[ScriptedModels, str], path: str
+) -> None:
+    models, url = scripted
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         chunks: Any
         if path == CHAT:
             chunks = client.chat.completions.create(model="", messages=HELLO, stream=True)
         else:
             chunks = client.completions.create(model="", prompt="a", stream=True)
         next(chunks)
-        scripted.runs[-1].put((0, Text("Hel")))
+        models.put(Text("Hel"))
         piece = next(chunks).choices[0]
         assert (piece.delta.content if path == CHAT else piece.text) == "Hel"
-        scripted.runs[-1].put(ClosedError("the server is shutting down"))
+        models.put(ClosedError("the server is shutting down"))
         with pytest.raises(openai.APIError, match="shutting down") as error:
             next(chunks)
         assert error.value.code == "closed"

@@ -9,13 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import Runs, ScriptedModels, served, wait_until
-from starlette.applications import Starlette
+from serving import Runs, ScriptedModels, scripted_server, wait_until
 
 import npqwen
 from npqwen.chat.events import Reasoning, Text
 from npqwen.server.json_text import json_text
-from npqwen.server.openai import routes
 from npqwen.server.run import Progress
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -30,9 +28,8 @@ pytestmark = pytest.mark.parametrize("path", BODIES)
 
 @pytest.fixture
 def scripted(tiny_model: npqwen.Model) -> Iterator[tuple[ScriptedModels, str]]:
-    models = ScriptedModels(tiny_model)
-    with served(Starlette(routes=routes(models))) as url:  # type: ignore[arg-type]
-        yield models, url
+    with scripted_server(tiny_model) as server:
+        yield server
 
 
 def post(url: str, path: str, **fields: Any) -> socket.socket:
@@ -52,7 +49,7 @@ def test_a_client_that_leaves_before_the_prompt_is_read_ends_its_run(
     connection = post(url, path, stream=stream)
     wait_until(lambda: models.runs)
     run = models.runs[-1]
-    run.put((0, Progress(1, 20, 0)))
+    models.put(Progress(1, 20, 0))
     assert not run.cancelled
     connection.close()
     wait_until(lambda: run.cancelled)
@@ -66,8 +63,7 @@ def test_a_client_that_leaves_in_the_middle_of_an_answer_ends_its_run(
     connection = post(url, path, stream=stream)
     wait_until(lambda: models.runs)
     run = models.runs[-1]
-    run.put((0, Reasoning("a") if "chat" in path else Text("a")))
-    run.put((0, Text(" zebra")))
+    models.put(Reasoning("a") if "chat" in path else Text("a"), Text(" zebra"))
     if stream:
         received = b""
         while b" zebra" not in received:

@@ -232,8 +232,10 @@ async function loadModels() {
     notice("");
   } catch (error) {
     offered = [];
-    if (error instanceof ServerError && error.status === 401) notice(key ? WRONG_KEY : "This server needs an API key.", keyForm(useKey));
+    const wantsKey = error instanceof ServerError && error.status === 401;
+    if (wantsKey) notice(key ? WRONG_KEY : "This server needs an API key.", keyForm(useKey));
     else notice(error.message, element("button", { type: "button", onclick: loadModels }, "Retry"));
+    if (wantsKey && !input.value) $("notice").querySelector("input").focus();
   }
   drawModels();
 }
@@ -303,7 +305,7 @@ function drawModels() {
   drawModels.state = state;
   select.replaceChildren(...offered.map(({ id }) => element("option", { value: id }, id)));
   select.value = modelOf(current);
-  select.disabled = offered.length === 0;
+  select.disabled = select.hidden = offered.length === 0;
   $("welcome-model").textContent = modelOf(current);
   drawContext(conversations.path(current));
 }
