@@ -54,7 +54,8 @@ def test_answers_of_many_requests_at_once_are_those_of_each_alone(tiny_model: np
     texts = [TextRequest(text * 9, {"seed": 3, "temperature": 1.0, "max_tokens": 20}, n=2) for text in QUESTIONS[:3]]
 
     async def all_at_once(worker: Worker) -> tuple[list[Any], list[Any]]:
-        runs = [await worker.start(request) for request in [*chats, *texts]]
+        requests: list[ChatRequest | TextRequest] = [*chats, *texts]
+        runs = [await worker.start(request) for request in requests]
         replies = await asyncio.gather(*(run.replies() for run in runs[: len(chats)]))
         completions = await asyncio.gather(*(run.completions() for run in runs[len(chats) :]))
         return list(replies), list(completions)
