@@ -22,8 +22,8 @@ from npqwen.simd.amx import (
     unpack_signed,
 )
 from npqwen.simd.instructions import PREFETCH_DISTANCE
-from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.isa import ISA
+from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import prefetch, scale_rows, store, store_add, zeros

@@ -17,6 +17,7 @@ from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, settle, splat, vector
 from npqwen.simd.packed import start_offset
 
+
 class _Avx(NativeHalf):
     """Registers of 256 bits, and a byte shuffle."""
 
@@ -28,14 +29,14 @@ class _Avx(NativeHalf):
 
 
 class Avx2(_Avx):
-    """`vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in int16; `vpmaddwd` adds pairs of these in int32.
+    """`vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in int16, `vpmaddwd` adds those up in int32.
 
-    Both, and multiplications of floats, run on two pipes on Zen 5, which are the limit. So half a block's products are
-    added up in int16, which start from int16, too: minus the zero point times the sum of a lane's activations. Of
-    weights from 0 to 63, zero point 32, and activations from -127 to 127,
-    - no pair of products saturates: 2 * 63 * 127 = 16,002 is less than 32,767;
-    - sums on the way may wrap around, but half a block's, of 4 pairs without the zero point, cannot:
-      4 * 2 * 32 * 127 = 32,512. A whole block's could.
+    Both, and multiplications of floats, take turns on two pipes of a Zen 5, which are the limit. So four quads, half a
+    block's, are added up in int16 before they are widened, and so is their start: minus the zero point, 32, times the
+    sum of a lane's activations. Activations are -127 to 127, weights with the zero point 0 to 63, so that
+    - `vpmaddubsw` cannot saturate: 2 * 63 * 127 = 16,002 is less than 32,767;
+    - additions may wrap around, but the sum that they end with fits: without the zero point it is at most
+      4 * 2 * 32 * 127 = 32,512. A whole block's would not.
     """
 
     name: ClassVar[str] = "avx2"
@@ -45,18 +46,18 @@ class Avx2(_Avx):
     start_bytes: ClassVar[int] = 8
 
     def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:
-        # Four int16: of even quads the sums of columns 0, 1 and of columns 2, 3; those of odd quads.
-        def columns(lanes: range) -> ir.Value:
-            return b.shuffle_vector(activations, activations, ir.Constant(vector(I32, len(lanes)), list(lanes)))
+        # Four int16: for each half of the quads, the sums of their columns 0 and 1, and of 2 and 3.
+        def folded(lanes: ir.Value, low: list[int], high: list[int]) -> ir.Value:
+            parts = [b.shuffle_vector(lanes, lanes, ir.Constant(vector(I32, len(n)), n)) for n in (low, high)]
+            return b.add(*parts)
 
-        octets = functools.reduce(b.add, [columns(range(first, first + 8)) for first in range(0, 32, 8)])
-        even, odd = (
-            b.shuffle_vector(octets, octets, ir.Constant(vector(I32, 4), list(range(first, 8, 2)))) for first in (0, 1)
-        )
-        return b.trunc(b.mul(b.add(even, odd), splat(b, b.neg(zero_point), 4)), vector(I16, 4))
+        octets = folded(activations, list(range(16)), list(range(16, 32)))  # columns 0 to 7 and 8 to 15 of either 16
+        columns = folded(octets, [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+        sums = folded(columns, [0, 2, 4, 6], [1, 3, 5, 7])
+        return b.trunc(b.mul(sums, splat(b, b.neg(zero_point), 4)), vector(I16, 4))
 
     def order(self, encoding: Encoding) -> list[int]:
-        return sorted(super().order(encoding), key=lambda quad: quad % 2)
+        return sorted(super().order(encoding), key=_half)
 
     def products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
@@ -76,21 +77,22 @@ class Avx2(_Avx):
                 for n, vectors in itertools.islice(quads, QUADS // 2):
                     for t, row in enumerate(sums, first):
                         activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
-                        row[:] = [b.add(total, _pairs(b, q, activations)) for total, q in zip(row, vectors, strict=True)]
+                        pairs = [_pairs(b, quad, activations) for quad in vectors]
+                        row[:] = map(b.add, row, pairs)
                     sums = _settled(b, sums) if tokens > 1 else sums
                 halves.append([[_widen(b, total) for total in row] for row in sums])
-            for even, odd in zip(*halves, strict=True):
-                yield list(map(b.add, even, odd))
+            for rows in zip(*halves, strict=True):
+                yield list(map(b.add, *rows))
 
     def _half_start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int, half: int) -> ir.Value:
-        """The initial value of a token's sums of even quads (half 0) or of odd ones (1), <16 x i16>."""
+        """The initial value of a token's sums of half the quads, <16 x i16>."""
         place = offset(b, x, start_offset(token, tokens, self.start_bytes) + 4 * half, I32)
         return b.bitcast(splat(b, b.load(place, align=4), self.lanes), vector(I16, 2 * self.lanes))
 
     def _signed_products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
-        """`products` of weights from -127 to 127, without a start: int16 has no room for two pairs, 2 * 2 * 127 * 127."""
+        """`products` of weights from -127 to 127, without a start: int16 has no room for two pairs, 4 * 127 * 127."""
         totals: list[list[ir.Value]] = [[] for _ in range(tokens)]
         for part in [blocks] if tokens == 1 else [[block] for block in blocks]:
             sums = [[constant(I32, self.lanes, 0)] * len(part) for _ in range(tokens)]
@@ -103,6 +105,11 @@ class Avx2(_Avx):
             for total, row in zip(totals, _settled(b, sums) if tokens > 1 else sums, strict=True):
                 total += row
         yield from totals
+
+
+def _half(quad: int) -> int:
+    """The half of a block's quads, 0 or 1, that a quad is added up with: with the others of the same stored lines."""
+    return quad // 2 % 2
 
 
 def _settled(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
