@@ -31,6 +31,10 @@ class Offer:
     config: Config
     context: int
 
+    def __post_init__(self) -> None:
+        # Read now: a loaded model may outlive its directory.
+        self.quantization, self.weight_bytes, self.modified, self.digest  # noqa: B018
+
     @classmethod
     def of(
         cls,

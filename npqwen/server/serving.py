@@ -52,7 +52,7 @@ def run(
         access_log=False,
         server_header=False,
         ws="none",
-        lifespan="on",
+        lifespan="off",  # models are closed below, also when a second Ctrl-C skips what a lifespan does
         timeout_keep_alive=IDLE_CONNECTION,
         timeout_graceful_shutdown=round(PATIENCE) + 2,
     )
@@ -124,7 +124,11 @@ async def _serve(server: _Server, models: Models, sockets: list[socket], tell: C
             await models.close()  # which ends streams with an error that their clients understand
     stopping.cancel()
     loading.cancel()
-    await serving
+    try:
+        await serving
+    finally:
+        if not server.force_exit:
+            await models.close()
 
 
 async def _load_first(server: _Server, models: Models) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -58,6 +60,15 @@ def test_an_answer_is_that_of_the_library(client: openai.OpenAI, tiny_model: npq
     ids = tiny_model.tokenizer.encode(reply.reasoning)
     assert details.reasoning_tokens is not None
     assert len(ids) <= details.reasoning_tokens <= len(ids) + 2  # and the newlines around it
+
+
+def test_the_example_in_the_documentation_works_as_printed(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", server), names)
+    names["client"].close()
+    assert re.fullmatch(r"17 \+ 25 = \d+\n", capsys.readouterr().out)
 
 
 def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
