@@ -16,6 +16,9 @@ from fake_hub import Connection, FakeHub
 if TYPE_CHECKING:
     from browser import Browser, Page
     from fake_api import FakeApi
+    from serving import Runs
+
+    from npqwen.model import Model
 
 TESTS = Path(__file__).parent
 
@@ -87,6 +90,35 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 140 MB in int4, whose passes take a while."""
     return large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Callable[[int], Path]) -> Iterator[Model]:
+    """The example model with 16 bits, the one that `server` has: what it computes by itself is the oracle."""
+    import npqwen
+
+    with npqwen.load(tiny(16), threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Model) -> Iterator[str]:
+    """The address of a server with the example model."""
+    from serving import served
+
+    from npqwen.server import app
+
+    with served(app(tiny_model)) as url:
+        yield url
+
+
+@pytest.fixture
+def runs() -> Iterator[Runs]:
+    """The runs that the test's requests start."""
+    from serving import watched_runs
+
+    with watched_runs() as seen:
+        yield seen
 
 
 @pytest.fixture

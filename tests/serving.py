@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @contextmanager
 def served(application: ASGIApp) -> Iterator[str]:
     """Serve an application while the block runs; yields its address, "http://127.0.0.1:PORT"."""
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:  # see server/listener.py
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)

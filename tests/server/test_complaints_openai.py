@@ -263,7 +263,8 @@ def test_a_budget_of_thinking_is_enforced(client: openai.OpenAI) -> None:
 
 def test_an_effort_is_a_budget(scripted: tuple[ScriptedModels, openai.OpenAI]) -> None:
     models, client = scripted
-    for effort, budget in (("low", 1024), ("medium", 4096), ("high", 16384), ("xhigh", None)):
+    efforts: list[tuple[Any, int | None]] = [("low", 1024), ("medium", 4096), ("high", 16384), ("xhigh", None)]
+    for effort, budget in efforts:
         client.chat.completions.create(model="", messages=SUM, stream=True, reasoning_effort=effort).close()
         assert models.requests[-1].options.get("thinking_budget") == budget
         assert "thinking" not in models.requests[-1].options
