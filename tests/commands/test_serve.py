@@ -147,7 +147,8 @@ def test_a_second_ctrl_c_does_not_wait(model: Path) -> None:
     with serving(model, "--port", 0, "--threads", 1) as server:
         body = ENDLESS | {"n": 16}
         with httpx.stream("POST", f"{server.url()}/v1/chat/completions", json=body, timeout=60) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: its end would close the connection
+            next(lines)
             server.process.send_signal(signal.SIGINT)
             server.line("stopping")
             assert server.end(signal.SIGINT) == 130
