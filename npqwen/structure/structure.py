@@ -95,8 +95,9 @@ def check_regex(name: str, value: Any) -> str:
     """A regular expression; OptionError if it cannot be used."""
     if not isinstance(value, str):
         raise OptionError(f"{name} is {quoted(value)}; it must be a string, a regular expression")
-    _regex_structure(value)
-    return value
+    regex: str = plain(value, name)
+    _regex_structure(regex)
+    return regex
 
 
 def check_choice(name: str, value: Any) -> list[str]:
@@ -115,6 +116,7 @@ def check_grammar(name: str, value: Any) -> Any:
         return value
     if not isinstance(value, str):
         raise OptionError(f"{name} is {quoted(value)}; it must be a string, a Lark or GBNF grammar")
+    value = plain(value, name)
     _grammar_structure(value)
     return value
 

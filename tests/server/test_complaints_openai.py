@@ -17,7 +17,6 @@ from serving import Runs, ScriptedModels, scripted_server, served, wait_until
 
 import npqwen
 from npqwen.chat.events import CallArguments, CallStart, Event, Text
-from npqwen.generation.options import OPTIONS
 from npqwen.server import app, streaming
 from npqwen.server.run import Progress
 
@@ -29,7 +28,6 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
-needs_schema = pytest.mark.skipif("schema" not in OPTIONS, reason="there is no option schema yet")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,6 @@ def test_a_long_prompt_is_given_up_in_the_middle_when_its_client_leaves(
 # 5, 6, 7: JSON lands in the reasoning; thinking off drops the schema; a schema switches thinking off
 
 
-@needs_schema
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("thinking", [False, True])
 def test_json_of_the_schema_is_in_the_content_and_thinking_stays_as_it_was(

@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 import npqwen
 from npqwen.server.openai.reasoning_fields import EFFORTS
@@ -251,3 +252,37 @@ def test_reasoning_that_is_cut_off_is_left_open(client: openai.OpenAI, stream: b
     )
     content = streamed(answer)["content"] if stream else answer.choices[0].message.content
     assert content == "<think>\n17 + "
+
+
+class Sum(BaseModel):
+    """What the example model is asked for."""
+
+    left: int
+    right: int
+    sum: int
+
+
+def test_an_answer_of_a_pydantic_type_is_parsed_by_the_client(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(model="", messages=SUM, seed=1, response_format=Sum)
+    message = answer.choices[0].message
+    assert isinstance(message.parsed, Sum)
+    assert message.content is not None
+    assert Sum.model_validate_json(message.content) == message.parsed
+    assert message.reasoning_content == "17 + 20 = 37. 37 + 5 = 42."  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": {"type": "json_object"}, "max_tokens": 9}, r"\{.*"),
+        ({"guided_regex": "[a-c]{3}"}, "[a-c]{3}"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'root ::= "x" ("y" | "z")'}, "xy|xz"),
+        ({"structured_outputs": {"choice": ["north"]}}, "north"),
+    ],
+)
+def test_structures_of_every_dialect_are_obeyed(client: openai.OpenAI, fields: dict[str, Any], pattern: str) -> None:
+    answer = client.chat.completions.create(model="", messages=SUM, seed=1, extra_body={**NO_THINKING, **fields})
+    content = answer.choices[0].message.content
+    assert content is not None
+    assert re.fullmatch(pattern, content, re.S)

@@ -86,6 +86,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": HELLO, "stream_options": True}, "stream_options", "an object"),
         ({"messages": HELLO, "seed": 2**70}, "seed", "a whole number"),
         ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type", "one of text, json_object"),
+        ({"messages": HELLO, "guided_regex": "("}, None, "regex"),
+        ({"messages": HELLO, "guided_choice": []}, None, "choice"),
+        ({"messages": HELLO, "grammar": "hello"}, None, "grammar"),
+        ({"messages": HELLO, "json_schema": {"type": "colour"}}, None, "schema"),
         ({"messages": HELLO, "reasoning_effort": "huge"}, "reasoning_effort", "one of none, minimal, low"),
         ({"messages": HELLO, "chat_template_kwargs": {"colour": 1}}, None, "'colour'"),
     ],
@@ -230,6 +234,23 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
         "prompt": ["a", "b"], "max_tokens": 3, "n": 2, "best_of": 2, "logprobs": 2, "echo": False, "suffix": "c",
         "seed": 1, "stop": "x", "temperature": 0, "stream": False, "user": "me",
     }),
+    (CHAT, {
+        "messages": HELLO, "max_tokens": 4, "reasoning_effort": "none", "stream": True, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {
+                "type": "object", "properties": {"a": {"type": "integer", "minimum": 1}}, "required": ["a"],
+                "additionalProperties": False,
+            }},
+        },
+    }),
+    (CHAT, {
+        "messages": HELLO, "max_tokens": 4, "enable_thinking": False, "tool_choice": "required", "tools": [{
+            "type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {
+                "a": {"type": "string", "enum": ["b"]}}}},
+        }],
+    }),
+    (CHAT, {"messages": HELLO, "max_tokens": 4, "enable_thinking": False, "guided_regex": "a+|(b[c-e])"}),
+    (TEXT, {"prompt": "a", "max_tokens": 3, "guided_choice": ["a", "b"]}),
+    (TEXT, {"prompt": "a", "max_tokens": 3, "grammar": 'root ::= "a" | "b"'}),
     (TEXT, {"prompt": [[1, 2], [3]], "max_tokens": 3, "echo": True, "stream": True, "stream_options": {}}),
 ]  # fmt: skip
 

@@ -265,3 +265,9 @@ def test_files_and_texts_on_the_command_line(tmp_path: Path) -> None:
         read("{oops}")
     with pytest.raises(OptionError, match="is not the name of a file"):
         read("\0")
+
+
+@pytest.mark.parametrize("option", ["regex", "grammar"])
+def test_half_a_surrogate_pair_is_refused(option: str) -> None:
+    with pytest.raises(OptionError, match=f"{option} is not valid Unicode"):
+        check_options({option: 'root ::= "\ud800"'})
