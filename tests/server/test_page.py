@@ -15,17 +15,17 @@ ANSWER = ".assistant > .markdown"
 
 
 def ask(page: Page, question: str) -> None:
-    """Type a question and send it."""
+    """Type a question and send it; it and its answer, which may be empty still, are on the screen then."""
+    before = page.count(".bubble")
     page.evaluate("document.getElementById('input').focus()")
     page.type(question)
     page.press("Enter")
+    page.until(f"document.querySelectorAll('.bubble').length > {before}")
 
 
 def ask_and_wait(page: Page, question: str) -> None:
     """Send a question and wait until the answer is complete."""
-    before = page.count(".assistant")
     ask(page, question)
-    page.until(f"document.querySelectorAll('.assistant').length > {before}")
     idle(page)
 
 

@@ -105,9 +105,9 @@ async function ask(failed = null, attempt = 0) {
     return;
   }
   answers.set(conversation.id, answer);
-  await save(conversation);
   atEnd = true;
   draw();
+  await save(conversation);
   await answer.run(body, key);
   answers.delete(conversation.id);
   message.status = answer.error?.status ?? 0;
