@@ -67,8 +67,8 @@ def prepare(
     strings = list(options.get("stop") or ())
     special = [string for string in strings if token_id(string) in special_ids]
     options["stop"] = special
-    later = _with_calls(model, settings, options, messages, again=True)
-    options = _with_calls(model, settings, options, messages)
+    later = _with_calls(model, settings, options, again=True)
+    options = _with_calls(model, settings, options)
     if prompts is None:
         ids = settings.prompter(model).ids(list(messages))
     else:
@@ -86,12 +86,7 @@ def prepare(
 
 
 def _with_calls(
-    model: ChatModel,
-    settings: ChatSettings,
-    options: GenerationOptions,
-    messages: Sequence[Message],
-    *,
-    again: bool = False,
+    model: ChatModel, settings: ChatSettings, options: GenerationOptions, *, again: bool = False
 ) -> GenerationOptions:
     """The options with what `tool_choice` and the model's way to think make of the answer's structure.
 

@@ -110,7 +110,7 @@ class StreamedRun(Response):
         self._ready.set()
 
     def _append(self, index: int, event: RunEvent) -> None:
-        """Put an event into `_pending`, joined with the choice's last one if both are pieces of one text, or progress."""
+        """Put an event into `_pending`, joined with the choice's last one if both are text of one kind, or progress."""
         if isinstance(event, Progress):
             self._progress = event
         at = self._newest.get(index)

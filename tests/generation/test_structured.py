@@ -217,12 +217,21 @@ def test_forced_tokens_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(slow.calls) == len(done.ids) - 1  # the end alone is never drawn
 
 
+def test_samples_of_one_prompt_and_lists_of_prompts_equal_texts_alone(tiny: Callable[[int], Path]) -> None:
+    options: dict[str, Any] = {"schema": SCHEMAS["nested"], "temperature": 1.5, "max_tokens": 60, "logprobs": True}
+    with npqwen.load(tiny(4), threads=1) as model:
+        alone = [model.generate("Define river.", seed=seed, **options) for seed in (5, 6, 7)]
+        together = model.generate("Define river.", n=3, seed=5, **options)
+        several = model.generate(["Define river.", "x"], seed=5, **options)
+    assert [one.ids for one in together] == [one.ids for one in alone]
+    assert [one.parsed for one in together] == [one.parsed for one in alone]
+    assert [one.logprobs for one in together] == [one.logprobs for one in alone]
+    assert several[0].ids == alone[0].ids
+
+
 def test_a_seeded_text_is_the_same_in_any_company() -> None:
     options: dict[str, Any] = {"schema": SCHEMAS["nested"], "temperature": 2.0, "max_tokens": 120}
     alone = [generate(Noise(""), "x", seed=seed, **options) for seed in (5, 6, 7)]
-    together = generate(Noise("", "", ""), "x", n=3, seed=5, **options)
-    assert [one.ids for one in together] == [one.ids for one in alone]
-    assert [one.parsed for one in together] == [one.parsed for one in alone]
     model = Noise("", "")
     streams = [stream(model, "x", seed=seed, **options) for seed in (5, 6)]
 

@@ -184,14 +184,15 @@ def test_streaming_ends_with_what_the_whole_text_gives(page: Page) -> None:
         const parts = ["a ", "word ", "\\n", "\\n", "\\n\\n", "- ", "1. ", "  - ", "   ", "    ", "> ", "# ", "```",
             "```\\n", "~~~\\n", "`", "*", "**", "_", "~~", "[x](", "http://a.b/c", ")", "[ ] ", "| a | b |\\n",
             "|---|---|\\n", "|", "$", "$$", "\\\\(", "\\\\)", "\\\\[", "\\\\]", "---", "===", "<b>", "&amp;", "中",
-            "\\\\", "!", "<br>"];
+            "\\\\", "!", "<br>", "```js\\n", "```py\\n", "```html\\n", "```diff\\n", "'", '"', '"'.repeat(3), "/*",
+            "*/", "//", " #", "<!--", "-->", "if ", "=", "1.5"];
         let state = 1;
         const random = (count) => {
             state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
             return Math.floor((state / 2 ** 32) * count);
         };
         const found = [];
-        for (let round = 0; round < 400; round++) {
+        for (let round = 0; round < 500; round++) {
             const text = Array.from({length: 5 + random(40)}, () => parts[random(parts.length)]).join("");
             const whole = new MarkdownView();
             whole.update(text, false);

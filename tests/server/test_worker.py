@@ -15,11 +15,12 @@ from scripted import Held
 from serving import wait_until
 
 import npqwen
-from npqwen.chat.events import CallStart, Finish, Notice, Reasoning, Text, ToolCall
+from npqwen.chat.events import CallStart, Finish, Notice, Reasoning, Text
 from npqwen.errors import ClosedError, ContextLengthError, OptionError, QueueFullError
 from npqwen.server.requests import ChatRequest, TextRequest
 from npqwen.server.run import Completed, Progress, Run, Scored
 from npqwen.server.worker import Worker
+from npqwen.tools.calls import ToolCall
 
 Result = TypeVar("Result")
 QUESTIONS = [f"What is {a} + {b}?" for a, b in [(17, 25), (3, 4), (60, 12), (9, 9), (31, 8), (5, 70), (44, 1), (2, 2)]]
@@ -48,12 +49,13 @@ async def events(run: Run) -> list[Any]:
 
 def test_answers_of_many_requests_at_once_are_those_of_each_alone(tiny_model: npqwen.Model) -> None:
     """Different prompts, samplings and kinds of requests; nothing of one gets into another."""
-    options: list[Any] = [{"seed": i, "temperature": 0.1 + 0.2 * i, "logprobs": i % 2 == 0} for i in range(len(QUESTIONS))]
+    options: list[Any] = [{"seed": i, "temperature": 0.1 + 0.2 * i, "logprobs": i % 2 == 0} for i in range(8)]
     chats = [ChatRequest(user(text), given) for text, given in zip(QUESTIONS, options, strict=True)]
     texts = [TextRequest(text * 9, {"seed": 3, "temperature": 1.0, "max_tokens": 20}, n=2) for text in QUESTIONS[:3]]
 
     async def all_at_once(worker: Worker) -> tuple[list[Any], list[Any]]:
-        runs = [await worker.start(request) for request in (*chats, *texts)]
+        requests: list[ChatRequest | TextRequest] = [*chats, *texts]
+        runs = [await worker.start(request) for request in requests]
         replies = await asyncio.gather(*(run.replies() for run in runs[: len(chats)]))
         completions = await asyncio.gather(*(run.completions() for run in runs[len(chats) :]))
         return list(replies), list(completions)
@@ -66,7 +68,7 @@ def test_answers_of_many_requests_at_once_are_those_of_each_alone(tiny_model: np
         assert (reply.text, reply.reasoning, reply.logprobs) == (alone.text, alone.reasoning, alone.logprobs)
         assert reply.messages == alone.messages
     for two, request in zip(completions, texts, strict=True):
-        alone_two = tiny_model.generate(request.prompt, n=2, **request.options)  # type: ignore[call-overload]
+        alone_two = tiny_model.generate(request.prompt, n=2, **request.options)
         assert [each.ids for each in two] == [each.ids for each in alone_two]
     assert (done.requests, done.running, done.waiting) == (len(chats) + len(texts), 0, 0)
     generated = sum(reply.usage.generated_tokens for (reply,) in replies)

@@ -16,7 +16,8 @@ const SQL = "add all alter and any as asc begin between by case cascade check co
   "left like limit not null offset on or order outer over partition primary references returning right rollback select " +
   "set table then union unique update using values view when where with";
 
-const STRINGS = String.raw`"(?:[^"\\\n]|\\.)*"?|'(?:[^'\\\n]|\\.)*'?`;
+// A string may be incomplete: it ends with its line, or the text.
+const STRINGS = String.raw`"(?:[^"\\\n]|\\.|\\(?![^]))*"?|'(?:[^'\\\n]|\\.|\\(?![^]))*'?`;
 const TRIPLE = String.raw`"""[^]*?(?:"""|(?![^]))|'''[^]*?(?:'''|(?![^]))`;
 const NUMBER = String.raw`\b\d[\w.]*`;
 const WORD = String.raw`[\p{L}_$@][\p{L}\p{N}_$]*`;
@@ -26,7 +27,7 @@ const LANGUAGES = [
     names: "c cc cpp c++ h hpp cs csharp css d dart go golang groovy java javascript js jsx json jsonc json5 kotlin kt " +
       "less mjs objc php rs rust scala scss swift ts tsx typescript zig proto glsl wgsl",
     comment: String.raw`\/\/[^\n]*|\/\*[^]*?(?:\*\/|(?![^]))`,
-    string: `\`(?:[^\`\\\\]|\\\\[^])*\`?|${STRINGS}`,
+    string: `\`(?:[^\`\\\\]|\\\\[^]|\\\\(?![^]))*\`?|${STRINGS}`,
     keywords: C,
   },
   {
@@ -39,7 +40,8 @@ const LANGUAGES = [
   { names: "sql mysql postgresql sqlite plsql", comment: String.raw`--[^\n]*|\/\*[^]*?(?:\*\/|(?![^]))`, string: STRINGS,
     keywords: `${SQL} ${SQL.toUpperCase()}` },
   { names: "lua haskell hs ada elm vhdl", comment: String.raw`--[^\n]*`, string: STRINGS, keywords: `${C} ${SCRIPT}` },
-  { names: "lisp clojure clj scheme asm nasm", comment: ";[^\\n]*", string: '"(?:[^"\\\\]|\\\\[^])*"?', keywords: "" },
+  { names: "lisp clojure clj scheme asm nasm", comment: ";[^\\n]*", string: '"(?:[^"\\\\]|\\\\[^]|\\\\(?![^]))*"?',
+    keywords: "" },
   { names: "html xml svg vue xhtml", comment: "<!--[^]*?(?:-->|(?![^]))", string: String.raw`(?<==)(?:"[^"]*"?|'[^']*'?)`,
     keywords: "", tag: String.raw`<[\/!?]?[\w:-]+|[\/?]?>` },
   { names: "diff patch", comment: String.raw`^(?:@@|diff |index |---|\+\+\+)[^\n]*`, string: String.raw`^\+[^\n]*`,

@@ -125,16 +125,21 @@ class Blocks {
     const start = line.trim();
     const close = start.startsWith("$$") ? "$$" : start.startsWith("\\[") ? "\\]" : null;
     if (!close) return null;
+    const first = start.slice(2);
+    if (first.includes(close) && first.indexOf(close) + 2 < first.length) return null;
     const most = Math.min(this.lines.length, this.at + LONGEST_FORMULA);
-    for (let end = this.at; end < most && !(end > this.at && isBlank(this.lines[end])); end++) {
+    let end = this.at;
+    for (; end < most && !(end > this.at && isBlank(this.lines[end])); end++) {
       const text = this.lines[end].trim();
-      if (!(end === this.at ? text.slice(2) : text).endsWith(close)) continue;
-      const body = this.lines.slice(this.at, end + 1).join("\n").trim();
-      if (body.slice(2, -2).includes(close)) return null;
-      this.at = end + 1;
-      return { type: "math", text: body };
+      if ((end === this.at ? first : text).endsWith(close)) return this.formulaTo(end + 1);
     }
-    return null;
+    return this.open && end === this.lines.length ? this.formulaTo(end) : null;
+  }
+
+  formulaTo(end) {
+    const text = this.lines.slice(this.at, end).join("\n").trim();
+    this.at = end;
+    return { type: "math", text };
   }
 
   quote() {
