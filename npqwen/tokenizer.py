@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from npqwen.checks import check_ids
 from npqwen.errors import CheckpointError, OptionError, quoted, shortened
 from npqwen.format.files import read_small
 
+Kept = TypeVar("Kept")
 _AFFIX = re.compile(rb'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"(?!")')
 """A setting that no byte-level BPE has, and with which the tokenizers library aborts the process."""
 
@@ -46,6 +48,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._added = tokenizer.get_added_tokens_decoder()
         self._missing: dict[int, NDArray[np.intp]] = {}
+        self._kept: dict[Hashable, Any] = {}
         self.added_ids = frozenset(self._added)
         """The ids of all added tokens, special or not."""
         self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
@@ -85,6 +88,18 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """The id of every token, added ones included, by its spelling in tokenizer.json."""
         found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
+    def json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
+    def kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What `make` returned when it was first called for this key: something costly that belongs to a tokenizer."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: Kept = self._kept[key]
         return found
 
     def encode(self, text: str) -> list[int]:

@@ -48,17 +48,17 @@ def integer_loop(
             values = b.add(at, I64(encoding.scale_bytes + encoding.block_bytes * block))
             scales = b.add(at, I64(UNIT_ROWS * block))
             sums = tile.dot_block_int.emit(b, sums, tokens, encoding.code, [table], w, values, scales, x, x_at)
-            x_at = b.add(x_at, I64(block_bytes(tokens)))
+            x_at = b.add(x_at, I64(block_bytes(tokens, isa.start_bytes)))
         return sums
 
-    step, x_step = 2 * encoding.block_bytes, 2 * block_bytes(tokens)
+    step, x_step = 2 * encoding.block_bytes, 2 * block_bytes(tokens, isa.start_bytes)
     return _loop(isa, target, tokens * vectors, step, x_step, I8, I8, body, encoding)
 
 
 def unpacked_loop(isa: InstructionSet, target: tuple[str, str]) -> list[str]:
     """The instructions of a loop over two blocks of unpacked weights by tiles of the widest width."""
     tokens = max(isa.tiles)
-    block, x_block = UNPACKED.block_bytes, block_bytes(tokens)
+    block, x_block = UNPACKED.block_bytes, block_bytes(tokens, isa.start_bytes)
 
     def body(
         b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, _: ir.Value
@@ -70,13 +70,13 @@ def unpacked_loop(isa: InstructionSet, target: tuple[str, str]) -> list[str]:
             sums = tile.dot_block_unpacked.emit(b, sums, tokens, w, values, scales, scales_at, x, multiplied)
         return sums
 
-    return _loop(isa, target, tokens * isa.tiles[tokens], 2 * block, 2 * x_block, I8, I8, body)
+    return _loop(isa, target, tokens * isa.unpacked_vectors, 2 * block, 2 * x_block, I8, I8, body)
 
 
 def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
     """A loop over two blocks of a matrix, of int8 as mapped or of others as unpacked, by 16 tokens."""
     in_place = encoding.block_bytes == amx.UNPACKED_BLOCK
-    block, x_block = amx.UNPACKED_BLOCK, block_bytes(16)
+    block, x_block = amx.UNPACKED_BLOCK, block_bytes(16, Amx.start_bytes)
 
     def body(
         b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, _: ir.Value

@@ -6,12 +6,19 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from checkpoints import TINY, write_checkpoint
 from converted import large_model
 from fake_hub import Connection, FakeHub
+
+if TYPE_CHECKING:
+    from browser import Browser, Page
+    from fake_api import FakeApi
+    from serving import Runs
+
+    from npqwen.model import Model
 
 TESTS = Path(__file__).parent
 
@@ -83,6 +90,35 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 140 MB in int4, whose passes take a while."""
     return large_model(tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Callable[[int], Path]) -> Iterator[Model]:
+    """The example model with 16 bits, the one that `server` has: what it computes by itself is the oracle."""
+    import npqwen
+
+    with npqwen.load(tiny(16), threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Model) -> Iterator[str]:
+    """The address of a server with the example model."""
+    from serving import served
+
+    from npqwen.server import app
+
+    with served(app(tiny_model)) as url:
+        yield url
+
+
+@pytest.fixture
+def runs() -> Iterator[Runs]:
+    """The runs that the test's requests start."""
+    from serving import watched_runs
+
+    with watched_runs() as seen:
+        yield seen
 
 
 @pytest.fixture
@@ -181,3 +217,43 @@ def connection(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Connection
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", query)
     return state
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless browser; tests that need it are skipped where there is none."""
+    from browser import Browser, find_browser
+
+    path = find_browser()
+    if path is None:
+        pytest.skip("there is no Chromium (Debian's package chromium) or Chrome, or it is Windows'")
+    browser = Browser(path, tmp_path_factory.mktemp("browser") / "profile")
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="session")
+def api_server() -> Iterator[FakeApi]:
+    """Server of the page and of answers that tests write."""
+    from fake_api import FakeApi
+
+    with FakeApi().serve() as server:
+        yield server
+
+
+@pytest.fixture
+def api(api_server: FakeApi) -> FakeApi:
+    """Like api_server, with nothing left of other tests."""
+    api_server.reset()
+    return api_server
+
+
+@pytest.fixture
+def page(api: FakeApi, browser: Browser) -> Iterator[Page]:
+    """The page, just opened. Fails in the end if a script failed, the policy was violated or it left the server."""
+    page = browser.open(api.url)
+    page.until("document.getElementById('model').value")
+    yield page
+    assert page.problems == []
+    assert [url for url in page.requests if not url.startswith((api.url, f"blob:{api.url}"))] == []
+    page.close()

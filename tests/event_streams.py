@@ -76,7 +76,7 @@ class MessageReader:
         assert self._open is None, "a block in a block"
         assert event["index"] == self._next
         self._open, self._text = event["content_block"], ""
-        empty = {
+        empty: dict[str, Json] = {
             "text": {"text": ""},
             "thinking": {"thinking": "", "signature": ""},
             "tool_use": {"input": {}, "name": self._open.get("name"), "id": self._open.get("id")},
@@ -193,8 +193,8 @@ class ResponseReader:
             assert self._item is None, "an item in an item"
             self._item, self._text, self._said = event["item"], "", False
             assert self._item["status"] == "in_progress"
-            empty = {"message": "content", "reasoning": "content", "function_call": "arguments", "custom_tool_call": "input"}
-            assert self._item[empty[self._item["type"]]] in ([], "")
+            fields = {"function_call": "arguments", "custom_tool_call": "input"}
+            assert self._item[fields.get(self._item["type"], "content")] in ([], "")
         elif kind == "output_item.done":
             assert self._item is not None
             self._read_done(event["item"])

@@ -103,7 +103,9 @@ class Reciter:
                 self.read.append(piece.ids.size)
             self._script, self._start = script or [], start
             logits = self.forward(piece.ids, piece.cache, all_logits=True)
-            piece.cache.script, piece.cache.start = script, start
+            at_end = script is not None and piece.cache.length >= start + len(script) - 1
+            # after its text, a cache may be used for a prompt that continues it
+            piece.cache.script, piece.cache.start = None if at_end else script, start
             if is_prompt:
                 self._record(piece.cache)
             found.append(logits[len(logits) - piece.rows :])

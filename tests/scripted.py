@@ -29,9 +29,9 @@ def recorded(name: str) -> dict[str, Any]:
 
 
 class Held(Reciter):
-    """A scripted model that waits before its passes from number `at` on, until `go` is set."""
+    """A scripted model that waits until `go` is set: before it reads a prompt, or once it has written `at` tokens."""
 
-    def __init__(self, *texts: str | list[int], at: int = 0, **options: Any) -> None:
+    def __init__(self, *texts: str | list[int], at: int | None = None, **options: Any) -> None:
         super().__init__(*texts, **options)
         self.go = threading.Event()
         self._at = at
@@ -39,7 +39,7 @@ class Held(Reciter):
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        if len(self.calls) >= self._at:
+        if self._at is None or (self._script and cache.length >= self._start + self._at):
             assert self.go.wait(30), "nobody let the model go on"
         return super().forward(ids, cache, all_logits=all_logits, out=out)
 
@@ -55,9 +55,12 @@ def ask(model: Any, path: str, body: Any) -> httpx.Response:
     """The response to one request, without a socket in between; a stream is read to its end."""
 
     async def response() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app(model)), base_url="http://127.0.0.1") as http:
+        application = app(model)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://127.0.0.1") as http:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await asyncio.wait_for(http.post(path, content=content), 60)
+            answer = await asyncio.wait_for(http.post(path, content=content), 60)
+        await application.state.models.close()
+        return answer
 
     return asyncio.run(response())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from unittest import mock
 import uvicorn
 from starlette.types import ASGIApp
 
+from npqwen.server.app import application
 from npqwen.server.requests import Request
-from npqwen.server.run import Run
+from npqwen.server.run import Run, RunEvent
+from npqwen.server.settings import Settings
 from npqwen.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 @contextmanager
 def served(application: ASGIApp) -> Iterator[str]:
     """Serve an application while the block runs; yields its address, "http://127.0.0.1:PORT"."""
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:  # see server/listener.py
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
@@ -60,6 +62,14 @@ class Runs:
 
 
 @contextmanager
+def scripted_server(model: Model) -> Iterator[tuple[ScriptedModels, str]]:
+    """A server whose runs do what a test says, and its address."""
+    models = ScriptedModels(model)
+    with served(application(models, Settings())) as url:  # type: ignore[arg-type]
+        yield models, url
+
+
+@contextmanager
 def watched_runs() -> Iterator[Runs]:
     """Note all runs that workers start."""
     runs = Runs()
@@ -75,10 +85,10 @@ def watched_runs() -> Iterator[Runs]:
 
 
 class ScriptedModels:
-    """One model on offer whose runs do what a test says: `runs[-1].put((0, event))`, from any thread.
+    """One model on offer whose runs do what a test says: `put(event)`, from any thread.
 
     In the place of `npqwen.server.models.Models`, and of its own worker. requests: what was started. error: raised by
-    `start`, if it is set.
+    `start`, if it is set. script: the events of runs that start, if they are known before.
     """
 
     def __init__(self, model: Model) -> None:
@@ -87,8 +97,18 @@ class ScriptedModels:
         self.requests: list[Request] = []
         self.runs: list[Run] = []
         self.error: Exception | None = None
+        self.script: Sequence[RunEvent] = ()
 
-    async def worker(self, name: str | None) -> ScriptedModels:
+    def put(self, *items: RunEvent | BaseException) -> None:
+        """Deliver events of the newest run's first choice, or an error."""
+        run = self.runs[-1]
+        for item in items:
+            run.loop.call_soon_threadsafe(run.receive, item if isinstance(item, BaseException) else (0, item))
+
+    async def close(self) -> None:
+        pass
+
+    async def worker(self, name: str | None, keep_alive: float | None = None) -> ScriptedModels:
         return self
 
     async def start(self, request: Request) -> Run:
@@ -96,4 +116,5 @@ class ScriptedModels:
             raise self.error
         self.requests.append(request)
         self.runs.append(Run(request.n, 20, lambda run: None))
+        self.put(*self.script)
         return self.runs[-1]

@@ -111,6 +111,15 @@ def test_tools() -> None:
     )
 
 
+def test_structured() -> None:
+    defined, called, text, parsed = run("structured.py").stdout.splitlines()
+    assert defined == "river (noun)"
+    assert called == "[('get_weather', {'city': 'Paris'})]"
+    report = json.loads(text)
+    forecast = ", ".join(f"{day}={report['forecast'][day]!r}" for day in ("today", "tomorrow"))
+    assert parsed == f"Report(city={report['city']!r}, forecast=Forecast({forecast}))"
+
+
 def test_thinking_budget() -> None:
     done = run("thinking_budget.py")
     whole, short, none = done.stdout.split("--- ")[1:]

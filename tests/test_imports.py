@@ -26,6 +26,7 @@ LAYERS = (
     "npqwen.chat",
     "npqwen.tools",
     "npqwen.generation",
+    "npqwen.structure",
     "npqwen.engine",
     "npqwen.kernels",
     "npqwen.simd",

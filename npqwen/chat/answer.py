@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from npqwen.generation.completion import FinishReason, TokenLogprobs, Usage
     from npqwen.generation.sampling import Sampling
     from npqwen.generation.thinking import ThinkingTracker
+    from npqwen.structure.structure import Structure, Structured
     from npqwen.tools.toolbox import ToolResult
 
 
@@ -46,6 +47,14 @@ class Decoded(Protocol):
         """The stop string that ended the text, if one did."""
 
     @property
+    def structure(self) -> Structure | None:
+        """What the text must be, if an option says so."""
+
+    @property
+    def structured(self) -> Structured | None:
+        """The part of the text that has this structure; None until it is complete."""
+
+    @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         """The log-probabilities of its tokens, if they are computed."""
 
@@ -55,7 +64,7 @@ class Answer:
 
     It runs nothing; a driver does, alone or for many answers at once:
 
-        answer = Answer(decoding, prepared.stops, prepared.schemas)
+        answer = prepared.answer(decoding)
         for piece in the text of decoding:
             events = answer.push(piece)
             if answer.stopped:
@@ -64,12 +73,21 @@ class Answer:
 
     decoding: at its start; its `thinking` says whether the text begins inside an open `<think>`. stops: the strings
     that end the answer's text; reasoning and calls may contain them. schemas: the parameters of the tools on offer.
+    one_call: end the answer after its first call.
     """
 
-    def __init__(self, decoding: Decoded, stops: Sequence[str] = (), schemas: Schemas | None = None) -> None:
+    def __init__(
+        self,
+        decoding: Decoded,
+        stops: Sequence[str] = (),
+        schemas: Schemas | None = None,
+        *,
+        one_call: bool = False,
+    ) -> None:
         self._decoding = decoding
         self._stop = TextStop(stops)
-        self._parser = ReplyParser(decoding.thinking.is_open, schemas)
+        self._one_call = one_call
+        self._parser = ReplyParser(decoding.thinking.is_open, schemas, structured=decoding.structure is not None)
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self.calls: list[ToolCall] = []
@@ -90,8 +108,8 @@ class Answer:
 
     @property
     def stopped(self) -> bool:
-        """Whether the text contained one of `stops`: the answer ends before it, and the driver must end the text."""
-        return self._stop.found is not None
+        """Whether the answer has ended, at one of `stops` or after its only call: the driver must end the text."""
+        return self._stop.found is not None or (self._one_call and bool(self.calls))
 
     @property
     def stop_string(self) -> str | None:
@@ -150,6 +168,7 @@ class Answer:
             tool_results=list(tool_results),
             notices=list(notices),
             logprobs=None if logprobs is None else list(logprobs),
+            structured=None if self.stopped or self.calls else self._decoding.structured,
             unfinished_calls=list(self.unfinished_calls),
             stop_string=self.stop_string,
             reasoning_tokens=self._decoding.thinking.length,
@@ -169,6 +188,8 @@ class Answer:
                 piece = replace(piece, id=self._call_id)
             if isinstance(piece, ToolCall):
                 self.calls.append(piece)
+                if self._one_call:
+                    return [*recorded, piece]
             elif isinstance(piece, UnfinishedCall):
                 self.unfinished_calls.append(piece)
             recorded.append(piece)

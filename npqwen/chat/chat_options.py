@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, cast
 
+from npqwen.chat.call_structure import find_tools
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.checks import suggestion
@@ -18,6 +19,12 @@ _NOT_FOR_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
 
 def _check_tools(name: str, value: Any) -> list[Tool]:
     return list((as_tools(value) or {}).values())
+
+
+def _check_tool_choice(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise OptionError(f"{name} is {quoted(value)}; it must be auto, none, required or a tool's name")
+    return value
 
 
 def _check_thinking(name: str, value: Any) -> bool:
@@ -47,6 +54,18 @@ class ChatOptions(GenerationOptions, total=False):
         Sequence[Callable[..., Any] | Mapping[str, Any] | Tool] | None,
         Option("Functions with hints and docstrings, or JSON schemas, that the model may call.", validate=_check_tools),
     ]
+    tool_choice: Annotated[
+        str | None,
+        Option(
+            "auto: the model chooses; none: no call; required: at least one; or the name of the tool to call.",
+            str,
+            default="auto",
+            validate=_check_tool_choice,
+        ),
+    ]
+    parallel_tool_calls: Annotated[
+        bool | None, Option("Whether an answer may have more than one call.", bool, default=True)
+    ]
     thinking: Annotated[
         bool | None,
         Option("Whether the model thinks first; default: that of its chat template.", bool, validate=_check_thinking),
@@ -73,6 +92,8 @@ class ChatSettings:
     """Checked options of a chat."""
 
     tools: dict[str, Tool] | None
+    tool_choice: str
+    parallel_tool_calls: bool
     thinking: bool | None
     run_tools: bool
     max_steps: int
@@ -102,8 +123,13 @@ class ChatSettings:
         run_tools = given.get("run_tools", False)
         if run_tools and not any(tool.function for tool in (tools or {}).values()):
             raise OptionError("run_tools is set, but no tool is a Python function")
+        choice = given.get("tool_choice", CHAT_OPTIONS["tool_choice"].default)
+        if choice not in ("auto", "none"):
+            find_tools(tools, choice)
         return cls(
             tools,
+            choice,
+            given.get("parallel_tool_calls", CHAT_OPTIONS["parallel_tool_calls"].default),
             given.get("thinking"),
             run_tools,
             given.get("max_steps", CHAT_OPTIONS["max_steps"].default),

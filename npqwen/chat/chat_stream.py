@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from npqwen.chat.answer import Answer
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions, ChatSettings
 from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, Reply
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from npqwen.generation.watched import EndedBy
+    from npqwen.structure.structure import Structure
 
 
 class ChatStream(AsyncSteps[Event]):
@@ -125,6 +125,11 @@ class ChatStream(AsyncSteps[Event]):
         return self._stream.thinking_ended_by
 
     @property
+    def structure(self) -> Structure | None:
+        """What the current step's answer must be, if an option says so."""
+        return self._stream.structure
+
+    @property
     def finish_reason(self) -> ChatFinishReason | None:
         """Why the answer ended; None before that, and if it was closed."""
         return None if self.reply is None else self.reply.finish_reason
@@ -145,8 +150,9 @@ class ChatStream(AsyncSteps[Event]):
         """Set the stream and the answer of the next step."""
         prepared = self._prepared
         self._answering = True
-        self._stream = self._session.stream(prompt_ids, batch=self._batch, **prepared.options)
-        self._answer = Answer(self._stream, prepared.stops, prepared.schemas)
+        options = prepared.later_options if self.messages else prepared.options
+        self._stream = self._session.stream(prompt_ids, batch=self._batch, **options)
+        self._answer = prepared.answer(self._stream)
 
     def _run(self) -> Generator[Event, None, None]:
         try:

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from jinja2 import Template, TemplateError, meta
 
+from npqwen.chat.call_structure import CallStyle
 from npqwen.chat.messages import Message, checked, joined
 from npqwen.chat.template_files import SPECIAL, TemplateFiles
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
 from npqwen.errors import CheckpointError, OptionError, quoted, shortened
-from npqwen.tools.json_values import plain
+from npqwen.structure.json_values import plain
 from npqwen.tools.toolbox import Tool, as_tools
 
 Thinking = Literal["switch", "always", "never"]
@@ -102,6 +103,10 @@ class ChatTemplate:
     def thinking(self, template: str | None = None, tools: bool = False) -> Thinking:
         """Whether a template has a switch for thinking, always opens it, or never does. Determined by rendering."""
         return self._program(template, tools).thinking
+
+    def call_style(self, template: str | None = None) -> CallStyle:
+        """How a template with tools writes calls: as JSON, or in Qwen3-Coder's tags. Determined by rendering."""
+        return self._program(template, True).call_style
 
     def check_thinking(self, thinking: bool | None, template: str | None = None, tools: bool = False) -> None:
         """Raise OptionError if a template's model cannot obey `thinking`, or if there is no template."""
@@ -186,6 +191,12 @@ class _Program:
         if on != off:
             return "switch"
         return "always" if opens_thinking(on) else "never"
+
+    @cached_property
+    def call_style(self) -> CallStyle:
+        call = {"type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
+        text = self._probe({"role": "assistant", "content": "", "tool_calls": [call]}) or ""
+        return "tags" if "<function=f>" in text else "json"
 
     def adapted(self, messages: list[Message]) -> list[Message]:
         """`messages` with contents as one string, and arguments as objects, if this template reads only those."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from npqwen.errors import quoted
 from npqwen.generation.completion import TokenLogprobs, Usage
+from npqwen.structure.structure import Structured
 from npqwen.tools.calls import ToolCall
 from npqwen.tools.toolbox import ToolResult
 
@@ -81,6 +82,7 @@ class Reply:
     tool_results: the results of calls run by `run_tools`.
     notices: the texts of all Notice events.
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
+    structured: the text, if it has the structure given by an option, and is complete.
     unfinished_calls: the last step's calls that were cut off or malformed. They are not part of `messages`.
     stop_string: the one of `stop` that ended the last step, if one did.
     reasoning_tokens: how many of the last step's tokens are reasoning.
@@ -95,9 +97,20 @@ class Reply:
     tool_results: list[ToolResult] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    structured: Structured | None = None
     unfinished_calls: list[UnfinishedCall] = field(default_factory=list)
     stop_string: str | None = None
     reasoning_tokens: int = 0
+
+    @property
+    def parsed(self) -> Any:
+        """What the text says, if there was a `schema`: an instance of the type, or the JSON value for a dictionary.
+
+        None without a schema, if the answer calls tools instead, and if it was cut off: by max_tokens, a stop string or
+        the loop guard. Raises what the type's own checks raise, such as pydantic's ValidationError for what a JSON
+        schema cannot express.
+        """
+        return None if self.structured is None else self.structured.parsed
 
     def __repr__(self) -> str:
         calls = f", tool_calls={[call.name for call in self.tool_calls]}" if self.tool_calls else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from npqwen.errors import OptionError, quoted
-from npqwen.tools.json_values import plain
+from npqwen.structure.json_values import plain
 
 Message = dict[str, Any]
 

@@ -35,6 +35,7 @@ class ReplyParser:
 
     thinking: the text begins inside `<think>`, because the prompt ends with it (see `chat_template.opens_thinking`).
     schemas: the parameters of the tools on offer; Qwen3-Coder writes their values without quotes.
+    structured: the answer is either calls, or text in which tags are no tags, as in the strings of JSON.
 
     In the states thinking and text, characters are emitted as soon as they cannot belong to a tag; tags are never
     emitted, not even in parts. A tag between two quotes or backticks is text. Newlines next to tags belong to the
@@ -47,11 +48,12 @@ class ReplyParser:
     there at the block's end is emitted as an UnfinishedCall in place of the block's text. Calls have no ids.
     """
 
-    def __init__(self, thinking: bool = False, schemas: Schemas | None = None) -> None:
+    def __init__(self, thinking: bool = False, schemas: Schemas | None = None, *, structured: bool = False) -> None:
         self._schemas = schemas or {}
         functions = [f"<function={name}>" for name in self._schemas]
         self._text_tags = _Tags([THINK, END_THINK, OPEN, CLOSE, *functions])
         self._thinking_tags = _Tags([THINK, END_THINK])
+        self._structured = structured
         self._state: Literal["text", "thinking", "call"] = "thinking" if thinking else "text"
         self._rest = ""
         """Text not processed yet; in the state call, the block so far."""
@@ -109,6 +111,8 @@ class ReplyParser:
         trimmer, kind = self._current()
         tags = self._thinking_tags if self._state == "thinking" else self._text_tags
         start, tag = tags.find(self._rest, self._last, final)
+        if self._structured and kind is Text and (trimmer.begun or self._rest[:start].strip(_BLANK)):
+            start, tag = len(self._rest), ""
         self._emit(kind, trimmer.push(self._rest[:start]))
         self._last = (self._last + self._rest[:start])[-1:]
         self._rest = self._rest[start:]
@@ -282,6 +286,11 @@ class _BlankTrimmer:
     def at_tag(self) -> None:
         """A tag follows: drop the blanks before it."""
         self._held, self._after_tag = "", True
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was more than blanks."""
+        return self._begun
 
     def end(self) -> str:
         """The blanks at the end of the text."""

@@ -158,7 +158,7 @@ def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
         type=_Bias() if option.kind is None else option.kind,
         metavar=option.metavar,
         multiple=option.repeated,
-        callback=_given if option.repeated else None,
+        callback=_given if option.repeated else _parsed(option) if option.read is not None else None,
         help=option.help,
     )
 
@@ -168,6 +168,15 @@ def _given(ctx: click.Context, parameter: click.Parameter, values: tuple[Any, ..
     if isinstance(parameter.type, _Bias):
         return dict(values) or None
     return [argument_text(value) for value in values] or None
+
+
+def _parsed(option: Option) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A callback that reads what a flag names, such as a file, before a model is loaded."""
+
+    def parsed(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+        return None if value is None or ctx.resilient_parsing else option.parse(argument_text(value))
+
+    return parsed
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]

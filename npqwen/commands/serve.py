@@ -82,7 +82,7 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", metavar="HOST", help="Address to listen on; default: this machine only.")
 @click.option(
-    "--port", default=PORT, type=click.IntRange(0, 65535), metavar="N", help=f"Port; 0: any free one; default: {PORT}."
+    "--port", default=PORT, type=int, metavar="N", help=f"Port; 0: any free one; default: {PORT}."
 )
 @click.option("--uds", metavar="PATH", help="Listen on a UNIX socket instead.")
 @click.option("--api-key", "api_keys", multiple=True, metavar="KEY", help="Require this key; may be repeated.")
@@ -101,7 +101,10 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
     "--alias", "aliases", multiple=True, type=Alias(),
     help="Another name for a model; * in NAME stands for any characters; may be repeated.",
 )  # fmt: skip
-@click.option("--queue", type=click.IntRange(1), metavar="N", help="At most N requests wait; default: 64.")
+@click.option("--queue", type=int, metavar="N", help="At most N requests wait; default: 64.")
+@click.option(
+    "--parallel", type=int, metavar="N", help="At most N answers of a model are computed at once; default: 16."
+)
 @click.option(
     "--keep-alive", default=None, type=Duration(),
     help="Let go of a model that was idle for this long; -1: never; default: 5m, a single model never.",
@@ -135,6 +138,7 @@ def serve(
     hosts: tuple[str, ...],
     aliases: tuple[tuple[str, str], ...],
     queue: int | None,
+    parallel: int | None,
     keep_alive: float | None,
     memory: int | None,
     log: bool,
@@ -149,14 +153,13 @@ def serve(
     from npqwen.server.models import Models
     from npqwen.server.serving import log_to_stderr, run
     from npqwen.server.settings import Settings
-    from npqwen.server.worker import QUEUE
 
     names = [argument_text(model) for model in models]
     settings = Settings(
         api_keys=(*map(argument_text, api_keys), *_keys_in(api_key_file)),
         hosts=hosts,
         origins=origins,
-        queue=QUEUE if queue is None else queue,
+        **{name: value for name, value in (("queue", queue), ("parallel", parallel)) if value is not None},
         keep_alive=keep_alive,
         memory=memory,
         aliases={argument_text(name): argument_text(model) for name, model in aliases},
@@ -178,10 +181,11 @@ def serve(
 
 def _announce(terminal: Terminal, names: list[str], listener: Listener, settings: Settings, tls: bool) -> None:
     url = listener.url(tls)
-    what = ", ".join(names)
-    terminal.lines(f"npqwen serves {what} on {url} (Ctrl-C stops)")
+    terminal.lines(f"npqwen serves {', '.join(names)} on {url} (Ctrl-C stops)")
     if listener.path is None:
-        terminal.notice(f"page {url}/, OpenAI {url}/v1, Anthropic {url}, ollama {url}")
+        for what, path in (("page", "/"), ("OpenAI", "/v1"), ("Anthropic", ""), ("ollama", "")):
+            if not terminal.quiet:
+                terminal.lines(f"  {what:<9} {url}{path}", dim=True)
     if not listener.is_local and not settings.api_keys:
         terminal.lines(
             "warning: everybody who can reach this machine may use the model; --api-key KEY requires a key, and "

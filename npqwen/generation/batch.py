@@ -195,6 +195,13 @@ class Batch:
         for entry in entries:
             entry.on_end(error)
 
+    def limit(self, memory: int | None) -> None:
+        """Change the memory for keys and values; caches of texts that have ended are given up to fit."""
+        self._memory = memory
+        while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
+            pass
+        self.statistics.cache_bytes = self.cache_bytes
+
     def forget(self) -> None:
         """Give up the caches of texts that have ended."""
         self._prefixes.clear()

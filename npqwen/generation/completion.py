@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from npqwen.errors import quoted
+from npqwen.structure.structure import Structured
 
 FinishReason = Literal["stop", "length", "loop"]
 """Why a text ended: eos or a stop string; max_tokens or a full context; the loop guard."""
@@ -65,7 +66,8 @@ class Completion:
 
     text: without eos and without the stop string. ids: all tokens, including eos and the stop string's.
     finish_reason: "stop" (eos or a stop string), "length" (max_tokens reached, or the context is full) or "loop" (the
-    loop guard ended it). logprobs: one entry for each of `ids`, None unless requested.
+    loop guard ended it). logprobs: one entry for each of `ids`, None unless requested. structured: the part of the
+    text that has the structure given by an option, if it is complete.
     """
 
     text: str
@@ -73,6 +75,16 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     logprobs: list[TokenLogprobs] | None = None
+    structured: Structured | None = None
+
+    @property
+    def parsed(self) -> Any:
+        """What the text says, if there was a `schema`: an instance of the type, or the JSON value for a dictionary.
+
+        None without a schema, and if the text was cut off: by max_tokens, a stop string or the loop guard. Raises what
+        the type's own checks raise, such as pydantic's ValidationError for what a JSON schema cannot express.
+        """
+        return None if self.structured is None else self.structured.parsed
 
     def __repr__(self) -> str:
         return f"Completion({quoted(self.text)}, finish_reason={self.finish_reason!r}, tokens={len(self.ids)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from npqwen.checks import check_ids
 from npqwen.errors import CheckpointError, ContextLengthError, OptionError, quoted
 from npqwen.generation.completion import FinishReason, Logprob, TokenLogprobs
+from npqwen.generation.guide import Guide, model_vocabulary
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions
 from npqwen.generation.sampler import Sampler, greatest
@@ -18,6 +20,7 @@ from npqwen.generation.sampling import Sampling
 from npqwen.generation.stop_strings import StopStrings
 from npqwen.generation.thinking import ThinkingTracker, ending_ids
 from npqwen.generation.watched import EndedBy, Watch
+from npqwen.structure.structure import Structure, Structured
 from npqwen.tokenizer import StreamDecoder, Tokenizer
 
 NO_START = "and Qwen3 has no start token; give it some text"
@@ -58,6 +61,9 @@ class Decoding:
         self.finish_reason: FinishReason | None = None
         self.thinking = ThinkingTracker(tokenizer, prompt_ids)
         self.thinking_ended_by: EndedBy | None = None
+        self.structure = Structure.of(options)
+        """What the text must be, if an option says so."""
+        self._guide = None if self.structure is None else Guide(model, self.structure, self.thinking, prompt_ids)
         self._stop = StopStrings(options.get("stop") or ())
         self._stop_ids = {
             id: string
@@ -93,6 +99,13 @@ class Decoding:
         return self._stop_token if self._stop.found is None else self._stop.found
 
     @property
+    def structured(self) -> Structured | None:
+        """The part of the text that has the structure given by an option; None unless it is complete."""
+        if self._guide is None or self.finish_reason != "stop" or self.stop_string is not None:
+            return None
+        return self._guide.structured(self.ids)
+
+    @property
     def within_character(self) -> bool:
         """Whether the last token ended inside a character's bytes."""
         return self._decoder.within_character
@@ -123,8 +136,8 @@ class Decoding:
         """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
 
         logits: float32 (`rows`, vocab_size), the last row that of the last token; None if nothing was pending. Raises
-        what a logits_processor or a watch raises, OptionError if bias or processor leave no token to draw, and
-        FormatError for logits that are not finite.
+        what a logits_processor or a watch raises, OptionError if bias, processor or the text's structure leave no token
+        to draw, or the structure forbids a forced one, and FormatError for logits that are not finite.
         """
         piece = self._score_unscored(logits) if self._unscored and logits is not None else self._step(logits)
         if piece:
@@ -171,6 +184,7 @@ class Decoding:
             missing = self._tokenizer.missing_ids(self._vocab_size)
             self._sampler = Sampler(self.sampling, self.prompt_ids, missing, self._processor)
             self._call_watches()
+            self._follow_structure()
         if self.finish_reason is not None:
             return self._flush()
         new, self._forced = self._forced[: self._limit - len(self.ids)], []
@@ -179,7 +193,7 @@ class Decoding:
                 self._sampler.add(id)
         else:
             assert logits is not None  # something was pending
-            new = [self._sampler(logits[-1])]
+            new = [self._sampler(logits[-1], None if self._guide is None else self._guide.allowed())]
         before = len(self.ids)
         piece = self._append(new)
         if self.logprobs is not None and logits is not None:
@@ -194,13 +208,16 @@ class Decoding:
         """Append tokens to the text, up to one that finishes it; returns the text that they make certain."""
         piece = ""
         for id in new:
-            self.ids.append(id)
             self.thinking.push(id)
+            if self._guide is not None:
+                self._guide.push(id)
+            self.ids.append(id)
             piece += self._text_of(id)
             if self.finish_reason is not None:
                 break
         else:
             self._call_watches()
+            self._follow_structure()
         return piece if self.finish_reason is None else piece + self._flush()
 
     def _text_of(self, id: int) -> str:
@@ -233,6 +250,16 @@ class Decoding:
     def _call_watches(self) -> None:
         for watch in self._watches:
             watch(self)
+
+    def _follow_structure(self) -> None:
+        """Force the tokens that the text's structure leaves no choice for, unless the caller forces others."""
+        if self._guide is None or self._forced or self.finish_reason is not None:
+            return
+        assert self._sampler is not None
+        forced = self._guide.forced()
+        self._forced = list(itertools.takewhile(self._sampler.may_force, forced))
+        if self._guide.ended and not self._forced:
+            self.finish_reason = "stop"  # eos does not exist, or is forbidden
 
     def _score_unscored(self, logits: NDArray[np.float32]) -> str:
         """Append the log-probabilities of the forced tokens after the first; returns the text of all of them.
@@ -299,6 +326,9 @@ def check_for_model(model: LanguageModel, options: GenerationOptions) -> Samplin
         raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
     if options.get("thinking_budget") is not None:
         ending_ids(model.tokenizer)
+    structure = Structure.of(options)
+    if structure is not None:
+        model_vocabulary(model).compiled(structure)
     return sampling
 
 

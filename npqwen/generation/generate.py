@@ -89,7 +89,7 @@ def generate(
     """Continue a prompt to the end of its text, or each of a list of prompts, as it would be continued alone.
 
     n: return a list of n completions of each prompt, which is read once. Sample i is drawn with seed + i if a seed is
-    given, so it is what `generate` alone gives with that seed (see `Session` for rounding). session: one of this model;
+    given, so it is what `generate` alone gives with that seed. session: one of this model;
     afterwards it holds the last prompt and its first completion. options: see `stream`.
 
     Raises what `stream` raises, for any of the prompts, before anything is computed.

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
 from npqwen.checks import check_number, check_whole, is_number, number_range, suggestion, whole_range
 from npqwen.errors import OptionError, quoted
 from npqwen.generation.stop_strings import check_stop
+from npqwen.structure.sources import read_file, read_schema
+from npqwen.structure.structure import check_choice, check_grammar, check_one, check_regex, check_schema
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from npqwen.generation.watched import Watch
+    from npqwen.structure.structure import Structure
 
 LogitsProcessor = Callable[[list[int], "NDArray[np.float32]"], "ArrayLike | None"]
 """processor(ids, logits): `ids` are prompt and text so far, `logits` the next token's, float32 (vocab_size,).
@@ -63,6 +66,8 @@ class Option(NamedTuple):
     flag: whether the command line has it; repeated: whether its flag may be given more than once.
     settable: whether `/set` has it.
     validate: replaces the check by type and range: (name, value) -> the value to use, or OptionError.
+    read: replaces the conversion of a flag's or `/set`'s text by kind: (name, text) -> the value to check, or
+    OptionError.
     aliases: further spellings of its flag. elsewhere: its names in other programs, for suggestions.
     """
 
@@ -76,6 +81,7 @@ class Option(NamedTuple):
     repeated: bool = False
     settable: bool = True
     validate: Callable[[str, Any], Any] | None = None
+    read: Callable[[str, str], Any] | None = None
     aliases: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     name: str = ""
@@ -92,6 +98,8 @@ class Option(NamedTuple):
             return whole_range(int(self.low), None if self.high is None else int(self.high))
         if self.kind is float:
             return number_range(self.low, math.inf if self.high is None else self.high)
+        if self.read is not None:
+            return "the name of a file"
         return "on or off" if self.kind is bool else "text"
 
     def check(self, value: Any) -> Any:
@@ -108,6 +116,8 @@ class Option(NamedTuple):
 
     def parse(self, text: str) -> Any:
         """The value that `text` stands for, checked; a switch reads "on" and "off". Raises OptionError."""
+        if self.read is not None:
+            return self.check(self.read(self.name, text))
         try:
             value = {"on": True, "off": False}[text.lower()] if self.kind is bool else (self.kind or str)(text)
         except (ValueError, KeyError):
@@ -200,6 +210,50 @@ class GenerationOptions(TypedDict, total=False):
             flag=False,
             settable=False,
             validate=_check_function,
+        ),
+    ]
+    schema: Annotated[
+        "Mapping[str, Any] | type[Any] | bool | Structure | None",
+        Option(
+            "Generate JSON that follows this schema, a file or text; json: any object.",
+            str,
+            metavar="FILE",
+            validate=check_schema,
+            read=read_schema,
+            elsewhere=("json_schema", "json_schema_file", "format", "response_format", "guided_json", "j"),
+        ),
+    ]
+    regex: Annotated[
+        str | None,
+        Option(
+            "Generate a text that this regular expression matches as a whole.",
+            str,
+            metavar="REGEX",
+            validate=check_regex,
+            elsewhere=("guided_regex", "pattern"),
+        ),
+    ]
+    choice: Annotated[
+        Iterable[str] | None,
+        Option(
+            "Generate this text or another that is given so; may be repeated.",
+            str,
+            metavar="TEXT",
+            repeated=True,
+            settable=False,
+            validate=check_choice,
+            elsewhere=("guided_choice", "choices"),
+        ),
+    ]
+    grammar: Annotated[
+        "str | Structure | None",
+        Option(
+            "Generate a text of this grammar, in llguidance's Lark or llama.cpp's GBNF.",
+            str,
+            metavar="FILE",
+            validate=check_grammar,
+            read=read_file,
+            elsewhere=("grammar_file", "guided_grammar", "gbnf"),
         ),
     ]
     thinking_budget: Annotated[
@@ -372,6 +426,7 @@ def check_options(options: Mapping[str, Any]) -> GenerationOptions:
         option = find_option(name)
         if value is not None:
             checked[name] = option.check(value)
+    check_one(checked)
     return cast(GenerationOptions, checked)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from npqwen.errors import FormatError, OptionError
 from npqwen.generation.options import LogitsProcessor
 from npqwen.generation.sampling import Sampling
+from npqwen.kernels.bit_mask import mask
 from npqwen.kernels.compiled import compile_kernel
 from npqwen.kernels.greatest import MAXIMA_BLOCK, select
 
@@ -51,16 +52,25 @@ class Sampler:
         penalties = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1
         self._changes = any(penalties) or len(bias) > 0 or processor is not None
         self._random = np.random.default_rng(sampling.seed)
+        self._masked: NDArray[np.float32] | None = None
 
-    def __call__(self, logits: NDArray[np.float32]) -> int:
+    def __call__(self, logits: NDArray[np.float32], allowed: NDArray[np.uint32] | None = None) -> int:
         """Draw the next id from logits, float32 (vocab_size,), which are not changed; it counts as generated.
 
-        Raises FormatError for NaN or infinite logits, a sign of damaged weights, OptionError if bias or processor
-        leave no token to draw, and what the processor raises.
+        allowed: draw only tokens whose bit is set, that of token i being bit i % 32 of word i // 32; after bias,
+        penalties and processor. If it is one token, no random number is used.
+
+        Raises FormatError for NaN or infinite logits, a sign of damaged weights, OptionError if bias, processor and
+        `allowed` leave no token to draw, and what the processor raises.
         """
-        id = self._choose(self._adjusted(logits))
+        logits = self._adjusted(logits)
+        id = self._choose(logits) if allowed is None else self._choose_allowed(logits, allowed)
         self.add(id)
         return id
+
+    def may_force(self, id: int) -> bool:
+        """Whether `id` would be drawn if it were the only token allowed, and no processor has to see it first."""
+        return self._processor is None and self.sampling.logit_bias.get(id) != -math.inf and id not in self._never
 
     def add(self, id: int) -> None:
         """Count `id` as generated. For forced tokens: those that are drawn have been counted."""
@@ -110,15 +120,37 @@ class Sampler:
             raise OptionError(f"logits_processor returned shape {processed.shape}, not {logits.shape}")
         return processed
 
-    def _choose(self, logits: NDArray[np.float32]) -> int:
-        """Draw an id from adjusted logits, or take the likeliest if sampling is greedy."""
+    def _choose_allowed(self, logits: NDArray[np.float32], allowed: NDArray[np.uint32]) -> int:
+        """Draw one of the allowed ids from adjusted logits."""
+        if self._masked is None or len(self._masked) != len(logits):
+            self._masked = np.empty_like(logits)
+            if not mask.overloads:
+                compile_kernel(mask, (logits, allowed, self._masked))
+        count = mask(logits, allowed, self._masked)
+        best = int(self._masked.argmax())
+        if not count or self._masked[best] == -math.inf:
+            problem = "logit_bias and logits_processor forbid all tokens" if count else "there is no token"
+            raise OptionError(f"no token can be drawn: {problem} that the text's structure allows next")
+        if count == 1:
+            self._check(float(self._masked[best]))
+            return best
+        return self._choose(self._masked, count)
+
+    def _choose(self, logits: NDArray[np.float32], count: int | None = None) -> int:
+        """Draw an id from adjusted logits, or take the likeliest if sampling is greedy.
+
+        count: how many of them are allowed, if not all; the others are minus infinity.
+        """
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
             best = int(logits.argmax())  # argmax finds NaN first
             self._check(float(logits[best]))
             return best
-        if s.top_k:
-            return self._draw(greatest(logits, s.top_k), logits)
+        k = s.top_k
+        if count is not None and (k or count <= MANY):
+            k = min(k or count, count)
+        if k:
+            return self._draw(greatest(logits, k), logits)
         p = self._weights(logits)
         if s.top_p < 1:
             total = float(p.sum())

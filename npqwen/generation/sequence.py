@@ -144,4 +144,5 @@ class Sequence:
         if decoding.finish_reason is None:
             raise OptionError("the stream was closed before its end; its text so far is in .text")
         logprobs = None if decoding.logprobs is None else list(decoding.logprobs)
-        return Completion(decoding.text, list(decoding.ids), decoding.finish_reason, self.usage, logprobs)
+        reason, structured = decoding.finish_reason, decoding.structured
+        return Completion(decoding.text, list(decoding.ids), reason, self.usage, logprobs, structured)

@@ -38,8 +38,7 @@ class Session:
     finished, closed early, by Ctrl-C during a pass, by an error - the session knows which tokens its cache holds and
     continues from there. It needs no closing. One thread at a time; `fork()` for more.
 
-    Logits are bitwise equal to those of a fresh start, except where attention is split among threads: with few
-    key/value heads, many threads and more than 1,000 tokens they differ by float32 rounding.
+    Logits are bitwise equal to those of a fresh start.
     """
 
     def __init__(self, model: LanguageModel) -> None:

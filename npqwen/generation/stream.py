@@ -18,6 +18,7 @@ from npqwen.generation.sampling import Sampling
 from npqwen.generation.sequence import Sequence
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
+from npqwen.structure.structure import Structure, Structured
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,6 +156,16 @@ class Stream(AsyncSteps[str]):
     def thinking_ended_by(self) -> EndedBy | None:
         """Why the thinking was cut short; None if it was not."""
         return self._decoding.thinking_ended_by
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the text must be, if an option says so."""
+        return self._decoding.structure
+
+    @property
+    def structured(self) -> Structured | None:
+        """The part of the text that has the structure given by an option; None until it is complete."""
+        return self._decoding.structured
 
     @property
     def within_character(self) -> bool:

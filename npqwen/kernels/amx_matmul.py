@@ -22,6 +22,7 @@ from npqwen.simd.amx import (
     unpack_signed,
 )
 from npqwen.simd.instructions import PREFETCH_DISTANCE
+from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.scalar import memory
@@ -37,7 +38,7 @@ def amx_rows(encoding: Encoding) -> Any:
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
     row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
     unpacks = block_size < UNPACKED_BLOCK
-    x_block = block_bytes(UNIT_ROWS)
+    x_block = block_bytes(UNIT_ROWS, ISA.start_bytes)
     prefetched = scale_bytes if unpacks else unit  # unpacking prefetches what it reads
 
     @entry(encoding.name)

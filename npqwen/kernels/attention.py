@@ -331,6 +331,15 @@ def is_divided(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, r
 
 
 @njit(nogil=True)
+def _claim_size(team: Any, sequences: Any, group: int, kv_heads: int) -> int:
+    """How many tasks to claim at once: those of one token take little longer than claiming one."""
+    tasks = 0
+    for i in range(sequences.size):
+        tasks += kv_heads * _row_tiles(sequences[i], group)[2]
+    return max(1, min(4, tasks // (8 * acquire(team, MEMBERS))))
+
+
+@njit(nogil=True)
 def attention(
     team: Any, kernels: Any, q: Any, sequences: Any, cache_dtype: Any, layer: int, heads: int, kv_heads: int, dim: int,
     partials: Any, scratch: Any, out: Any,
@@ -345,9 +354,11 @@ def attention(
     """
     group = heads // kv_heads
     divided = is_divided(team, sequences, group, kv_heads, dim, partials.size)
+    share = _claim_size(team, sequences, group, kv_heads)
     # Tasks are claimed in order, so a thread only ever moves on to later sequences.
     i, before, place = 0, 0, 0
-    task = claim(team, 1)
+    task = claim(team, share)
+    claimed = task + share
     while i < sequences.size:
         sequence = sequences[i]
         rows, width, tiles = _row_tiles(sequence, group)
@@ -378,13 +389,17 @@ def attention(
             )  # fmt: skip
             if divided:
                 _copy(partial, size, partials, place + at * size)
-            elif span == 0:
-                _copy(partial, size, merged, 0)
-            else:
+            elif span > 0:
                 _merge(merged, partial, width, dim)
+            elif spans > 1:
+                _copy(partial, size, merged, 0)
         if not divided:
-            _normalize(merged, width, dim, rows, first_row, group, head, out[sequence.first :])
-        task = claim(team, 1)
+            result = merged if spans > 1 else partial
+            _normalize(result, width, dim, rows, first_row, group, head, out[sequence.first :])
+        task += 1
+        if task == claimed:
+            task = claim(team, share)
+            claimed = task + share
     if divided:
         barrier(team)
         _merge_spans(team, sequences, group, kv_heads, dim, partials, out)

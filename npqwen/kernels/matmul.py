@@ -61,7 +61,7 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
     rows = vectors * LANES
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
     row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
-    x_block = block_bytes(tokens)
+    x_block = block_bytes(tokens, ISA.start_bytes)
     # Prefetching line by line between loads gives a tenth more bandwidth than prefetching a whole unit first.
     prefetched = scale_bytes if ISA.prefetches else unit // 2
 

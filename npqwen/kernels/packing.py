@@ -31,6 +31,7 @@ _MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
 """Tokens up to which several tiles of the middle width are faster than one of the widest."""
 _PAIRS = ISA.pairs
+_START_BYTES = ISA.start_bytes
 _PAIR_PITCH = 2 * OCTET
 """Bytes from one octet of a token to its next where the tokens of a pair alternate; a literal to the compiler."""
 
@@ -61,7 +62,7 @@ def packed_bytes(tokens: int, columns: int) -> int:
 @njit(nogil=True)
 def packed_row_bytes(encoding: int, columns: int) -> int:
     """Bytes of one token for weights of an encoding (a code); columns is a multiple of 128."""
-    return columns // BLOCK_COLUMNS * block_bytes(1) if IS_INTEGER[encoding] else columns * 4
+    return columns // BLOCK_COLUMNS * block_bytes(1, _START_BYTES) if IS_INTEGER[encoding] else columns * 4
 
 
 @njit(nogil=True)
@@ -87,17 +88,17 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
         for i in range(x.size):
             floats[at + i * width] = x[i]
         return
-    words, values = memory(start, size // 4, np.int32), memory(start, size, np.int8)
+    values, zero_point = memory(start, size, np.int8), ZERO_POINT[encoding]
     for block in range(x.size // BLOCK_COLUMNS):
-        at = (tile * (columns // BLOCK_COLUMNS) + first // BLOCK_COLUMNS + block) * block_bytes(width)
+        at = (tile * (columns // BLOCK_COLUMNS) + first // BLOCK_COLUMNS + block) * block_bytes(width, _START_BYTES)
+        start_at = at + start_offset(lane, width, _START_BYTES)
         if _PAIRS and width > 1:
             values_at = at + paired_values_offset(lane)
-            scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, _PAIR_PITCH)
+            scale = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, _PAIR_PITCH, start_at, zero_point)
         else:
             values_at = at + values_offset(lane)
-            scale, total = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, OCTET)
+            scale = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, OCTET, start_at, zero_point)
         floats[(at + scale_offset(lane, width)) // 4] = scale
-        words[(at + start_offset(lane, width)) // 4] = -ZERO_POINT[encoding] * total
 
 
 @njit(nogil=True)

@@ -68,14 +68,14 @@ def unpack_rows(encoding: Encoding) -> Any:
 
 
 def unpacked_rows(tokens: int) -> Any:
-    """The kernel for unpacked weights and tiles of `tokens` tokens.
+    """The kernel for unpacked weights and tiles of `tokens` tokens, the widest.
 
     values: from `unpack_rows`, whose row groups are first to last - 1 of the matrix at `address`, of units of `unit`
     bytes, scales first. The other arguments are those of all kernels (npqwen/kernels/matmul.py).
     """
-    vectors = ISA.tiles[tokens]
+    vectors = ISA.unpacked_vectors
     rows = vectors * LANES
-    x_block = block_bytes(tokens)
+    x_block = block_bytes(tokens, ISA.start_bytes)
 
     @entry(tokens, vectors)
     def unpacked_rows(

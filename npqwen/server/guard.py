@@ -31,7 +31,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._hosts = {host.lower().rstrip(".") for host in settings.hosts}
-        self._origins = {origin.lower().rstrip("/") for origin in settings.origins}
+        self._origins = frozenset(settings.origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure = self._failure(scope) if scope["type"] == "http" else None

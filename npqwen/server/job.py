@@ -141,7 +141,7 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
         options["progress"] = None if index else choice.progress
         choice.sequence = Sequence(model, prompt, **options)
         if prepared is not None:
-            choice.answer = Answer(choice.sequence.decoding, prepared.stops, prepared.schemas)
+            choice.answer = prepared.answer(choice.sequence.decoding)
             choice.notices = prepared.notices
         choices.append(choice)
     return choices

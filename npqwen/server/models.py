@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 """Seconds that a request waits for memory which other models' requests take."""
+LEAST_SHARE = 4
+"""Keys and values may take at least the memory divided by this, however large the weights are."""
 POLL = 0.05
 """Seconds between two looks whether a model that is in the way has become idle."""
 
@@ -53,8 +55,10 @@ class Models:
         """
         self._settings = settings or Settings()
         self._clock = clock
-        queue = self._settings.queue
-        slots = [_Slot(model) if isinstance(model, Offer) else _loaded(model, queue) for model in models]
+        slots = [
+            _Slot(model) if isinstance(model, Offer) else _Slot(Offer.loaded(model), self._worker(model))
+            for model in models
+        ]
         if not slots:
             raise OptionError("there is no model to serve; give at least one")
         names = [slot.name for slot in slots]
@@ -71,6 +75,7 @@ class Models:
         if self._limit is None:
             found = available()
             self._limit = None if found is None else max(0, found - RESERVED)
+        self._share_memory()
         self._loading = asyncio.Lock()
         self._changed = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
@@ -187,10 +192,11 @@ class Models:
             if self._closed:
                 await in_thread(model.close)
                 raise ClosedError("the server is shutting down")
-            slot.worker = Worker(model, queue_limit=self._settings.queue)
+            slot.worker = self._worker(model)
+            self._share_memory()
             _log.info("loaded %s in %.1f s", slot.name, time.perf_counter() - started)
         except BaseException as error:
-            if not isinstance(error, NpqwenError):
+            if not isinstance(error, NpqwenError | asyncio.CancelledError):
                 _log.error("%s cannot be loaded", slot.name, exc_info=error)
             raise
         finally:
@@ -198,7 +204,7 @@ class Models:
 
     async def _make_room(self, slot: _Slot) -> None:
         """Let go of idle models, the least recently used first, until this one fits; wait for one to become idle."""
-        need = slot.offer.weight_bytes + RESERVED
+        need = _needed(slot.offer)
         deadline = self._clock() + PATIENCE
         while self._limit is not None and (taken := self._taken()) + need > self._limit:
             loaded = [other for other in self._slots.values() if other.worker is not None]
@@ -224,12 +230,27 @@ class Models:
             await asyncio.sleep(min(left, POLL))
 
     def _taken(self) -> int:
-        """Bytes of memory that the loaded models take."""
+        """Bytes of memory that the loaded models take. Those that are idle can give up their keys and values."""
         return sum(
-            slot.offer.weight_bytes + RESERVED + slot.worker.statistics.cache_bytes
+            _needed(slot.offer) + (0 if slot.can_go() else slot.worker.statistics.cache_bytes)
             for slot in self._slots.values()
             if slot.worker is not None
         )
+
+    def _share_memory(self) -> None:
+        """Give every loaded model an equal share of the memory beside the weights, for keys and values."""
+        loaded = [slot for slot in self._slots.values() if slot.worker is not None]
+        if self._limit is None or not loaded:
+            return
+        left = self._limit - sum(_needed(slot.offer) for slot in loaded)
+        # Weights are mapped: if they fill the memory, the system evicts some of them for keys and values.
+        share = max(left, self._limit // LEAST_SHARE) // len(loaded)
+        for slot in loaded:
+            assert slot.worker is not None
+            slot.worker.limit(share)
+
+    def _worker(self, model: Model) -> Worker:
+        return Worker(model, queue_limit=self._settings.queue, parallel=self._settings.parallel)
 
     async def _unload(self, slot: _Slot) -> None:
         worker, slot.worker = slot.worker, None
@@ -241,6 +262,7 @@ class Models:
             worker.model.close()
 
         await in_thread(close)
+        self._share_memory()
 
     def _sweep_later(self) -> None:
         """Have `sweep` run when the next model may go."""
@@ -298,9 +320,9 @@ class _Slot:
         return not statistics.running and not statistics.waiting
 
 
-def _loaded(model: Model, queue: int) -> _Slot:
-    """The slot of a model that the caller has loaded."""
-    return _Slot(Offer.loaded(model), Worker(model, queue_limit=queue))
+def _needed(offer: Offer) -> int:
+    """Bytes of memory that a loaded model takes without keys and values."""
+    return offer.weight_bytes + RESERVED
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

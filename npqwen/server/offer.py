@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npqwen.engine.context import context_length, with_yarn
+from npqwen.errors import FormatError
 from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
 
@@ -53,12 +55,21 @@ class Offer:
         def load_it() -> Model:
             return load(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
 
-        return cls(name, path, load_it, config, context_length(config, context))
+        offer = cls(name, path, load_it, config, context_length(config, context))
+        offer._read_facts()
+        return offer
 
     @classmethod
     def loaded(cls, model: Model) -> Offer:
         """The offer of a model that is loaded."""
-        return cls(model.name, model.path, lambda: model, model.config, model.context)
+        offer = cls(model.name, model.path, lambda: model, model.config, model.context)
+        with suppress(FormatError):  # a stand-in for a model may have no converted directory
+            offer._read_facts()
+        return offer
+
+    def _read_facts(self) -> None:
+        """Read now what is known of the directory: a loaded model may outlive it."""
+        self.quantization, self.weight_bytes, self.modified, self.digest  # noqa: B018
 
     @cached_property
     def quantization(self) -> Quantization:

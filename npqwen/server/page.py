@@ -19,6 +19,7 @@ _FILES = (
     "app.js",
     "conversations.js",
     "dom.js",
+    "highlight.js",
     "icon.svg",
     "inline.js",
     "markdown.js",

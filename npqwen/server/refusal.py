@@ -8,13 +8,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Scope
 
+from npqwen.server.anthropic import errors as anthropic
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import JSONReply
 
-_ANTHROPIC = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    413: "request_too_large", 503: "overloaded_error",
-}  # fmt: skip
 _OPENAI = {401: "authentication_error", 403: "permission_error"}
 
 
@@ -29,7 +26,6 @@ def _body(path: str, failure: Failure) -> dict[str, Any]:
     if path.startswith("/api/"):
         return {"error": failure.message}
     if path.startswith("/v1/messages"):
-        kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": failure.message}}
+        return anthropic.error_body(failure, anthropic.new_request_id())
     kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}

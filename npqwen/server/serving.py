@@ -24,6 +24,8 @@ from npqwen.server.settings import Settings
 
 PATIENCE = 10.0
 """Seconds that running answers have after Ctrl-C or SIGTERM."""
+LAST = 1.0
+"""Seconds that answers have to end with an error, after which they are cancelled."""
 IDLE_CONNECTION = 75
 """Seconds for which a connection without a request stays open: pools of clients expect about a minute."""
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]  # type: ignore[attr-defined,unused-ignore]
@@ -52,7 +54,7 @@ def run(
         access_log=False,
         server_header=False,
         ws="none",
-        lifespan="on",
+        lifespan="off",  # models are closed below, also when a second Ctrl-C skips what a lifespan does
         timeout_keep_alive=IDLE_CONNECTION,
         timeout_graceful_shutdown=round(PATIENCE) + 2,
     )
@@ -124,7 +126,16 @@ async def _serve(server: _Server, models: Models, sockets: list[socket], tell: C
             await models.close()  # which ends streams with an error that their clients understand
     stopping.cancel()
     loading.cancel()
-    await serving
+    try:
+        await serving
+    finally:
+        # After a second Ctrl-C, what does not end within the pass in progress is cancelled, and that is no news.
+        if server.force_exit:
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(models.close(), LAST if server.force_exit else None)
+        if server.server_state.tasks:
+            await asyncio.wait(server.server_state.tasks, timeout=LAST)
 
 
 async def _load_first(server: _Server, models: Models) -> None:

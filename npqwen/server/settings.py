@@ -10,6 +10,7 @@ from typing import Any
 
 from npqwen.checks import check_number, check_whole, suggestion
 from npqwen.errors import OptionError, quoted
+from npqwen.generation.batch import PARALLEL
 from npqwen.server.worker import QUEUE
 
 BODY_LIMIT = 32_000_000
@@ -28,9 +29,11 @@ class Settings:
     api_keys: a request must have one of them, as `Authorization: Bearer KEY` or `x-api-key: KEY`; none: no key needed.
     hosts: names besides localhost under which clients may reach the server; "*" allows any.
     origins: sites whose pages may call the server from a browser, such as "http://localhost:3000"; "*" allows any.
-    body_limit: of a request, in bytes. queue: how many requests may wait for a model.
+    body_limit: of a request, in bytes. queue: how many requests may wait for a model. parallel: how many sequences of
+    one run at once.
     keep_alive: seconds after which an idle model is let go; negative: never; None: `KEEP_ALIVE` if there are several
-    models, never if there is one. memory: bytes that the loaded models may take together; None: what is available.
+    models, never if there is one. memory: bytes that the loaded models, and the keys and values of requests, may take
+    together; None: what is available.
     aliases: further names of models; a name may contain "*", which stands for any characters.
     """
 
@@ -39,6 +42,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     body_limit: int = BODY_LIMIT
     queue: int = QUEUE
+    parallel: int = PARALLEL
     keep_alive: float | None = None
     memory: int | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class Settings:
             if isinstance(value, str) or not all(isinstance(one, str) for one in value):
                 raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of strings")
             object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "origins", tuple(origin.lower().rstrip("/") for origin in self.origins))
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise OptionError("an API key must be printable ASCII without spaces, and not empty")
@@ -61,6 +66,7 @@ class Settings:
                 raise OptionError(f"{quoted(origin)} is not an origin; {example}")
         check_whole("body_limit", self.body_limit, 1)
         check_whole("queue", self.queue, 1)
+        check_whole("parallel", self.parallel, 1)
         if self.memory is not None:
             check_whole("memory", self.memory, 1)
         if self.keep_alive is not None:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from npqwen.chat.events import Reasoning, Text
+from npqwen.chat.events import CallArguments, Reasoning, Text
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.run import Progress, RunEvent
 
@@ -110,7 +110,7 @@ class StreamedRun(Response):
         self._ready.set()
 
     def _append(self, index: int, event: RunEvent) -> None:
-        """Put an event into `_pending`, joined with the choice's last one if both are text or progress."""
+        """Put an event into `_pending`, joined with the choice's last one if both are text of one kind, or progress."""
         if isinstance(event, Progress):
             self._progress = event
         at = self._newest.get(index)
@@ -164,6 +164,8 @@ def _joined(first: RunEvent, second: RunEvent) -> RunEvent | None:
         return Text(first.text + second.text)
     if isinstance(first, Reasoning) and isinstance(second, Reasoning):
         return Reasoning(first.text + second.text)
+    if isinstance(first, CallArguments) and isinstance(second, CallArguments) and first.index == second.index:
+        return CallArguments(first.index, first.text + second.text)
     return second if isinstance(first, Progress) and isinstance(second, Progress) else None
 
 

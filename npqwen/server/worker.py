@@ -118,6 +118,11 @@ class Worker:
         self._calls.put(lambda: None)
         self._thread.join()
 
+    def limit(self, memory: int) -> None:
+        """Change the memory for keys and values, in bytes, from the next pass on; at least a page's."""
+        most = max(memory, self.model.new_cache(1).page_bytes)
+        self._calls.put(lambda: self._batch.limit(most))
+
     def forget(self) -> None:
         """Give up the keys and values of requests that have ended."""
         self._calls.put(self._batch.forget)

@@ -89,7 +89,7 @@ class NeonI8mm(Neon):
         self, b: ir.IRBuilder, octets: list[list[ir.Value]], x: ir.Value, tokens: int
     ) -> Iterator[ir.Value]:
         for t in range(0, tokens, 2):
-            starts = b.load(offset(b, x, start_offset(t, tokens), vector(I32, 2)), align=4)
+            starts = b.load(offset(b, x, start_offset(t, tokens, self.start_bytes), vector(I32, 2)), align=4)
             twice = b.shuffle_vector(starts, undefined(starts.type), ir.Constant(_WORDS, [0, 0, 1, 1]))
             start = b.add(twice, constant(I32, 4, _BIAS_BITS))
             pairs = [b.load(offset(b, x, values_offset(t) + 2 * OCTET * n, _BYTES), align=1) for n in range(4)]

@@ -14,7 +14,6 @@ from npqwen.simd.llvm import (
     Const,
     Float,
     Int,
-    Int32,
     call,
     constant,
     element,
@@ -28,10 +27,13 @@ from npqwen.simd.packed import OCTET
 
 
 @operation
-def quantize_block(b: ir.IRBuilder, x: Array, at: Int, out: Array, out_at: Int, pitch: Const) -> tuple[Float, Int32]:
-    """Round 32 float32 x[at:] to int8, the largest magnitude to 127: (scale, sum of the int8).
+def quantize_block(
+    b: ir.IRBuilder, x: Array, at: Int, out: Array, out_at: Int, pitch: Const, start_at: Int, zero_point: Int
+) -> Float:
+    """Round 32 float32 x[at:] to int8, the largest magnitude to 127: their scale.
 
-    They go to out[out_at:], every 8 of them `pitch` bytes after the 8 before.
+    They go to out[out_at:], every 8 of them `pitch` bytes after the 8 before, and to out[start_at:] the start of their
+    products with weights of that zero point (npqwen/simd/packed.py). out: int8.
     """
     floats, words = vector(F32, BLOCK_COLUMNS), vector(I32, BLOCK_COLUMNS)
     values = b.load(element(b, x, at, floats), align=4)
@@ -48,8 +50,9 @@ def quantize_block(b: ir.IRBuilder, x: Array, at: Int, out: Array, out_at: Int, 
         lanes = ir.Constant(vector(I32, together), list(range(n, n + together)))
         part = b.shuffle_vector(stored, stored, lanes)
         b.store(part, element(b, out, step(b, out_at, n // OCTET * pitch), part.type), align=1)
-    total = call(b, "llvm.vector.reduce.add.v32i32", I32, integers)
-    return b.fmul(peak, ir.Constant(F32, 1 / 127)), total
+    start = ISA.pack_start(b, integers, b.trunc(zero_point, I32))
+    b.store(start, element(b, out, start_at, start.type), align=4)
+    return b.fmul(peak, ir.Constant(F32, 1 / 127))
 
 
 @operation

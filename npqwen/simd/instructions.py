@@ -18,7 +18,7 @@ from numba.core.registry import cpu_target
 
 from npqwen.format.encodings import QUADS as QUADS
 from npqwen.format.encodings import ZERO_POINT, Encoding
-from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, constant, offset, splat, undefined, vector
+from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, call, constant, offset, splat, undefined, vector
 from npqwen.simd.packed import start_offset, values_offset
 
 _CPU = cpu_target.target_context.codegen().magic_tuple()[1]
@@ -67,6 +67,10 @@ class InstructionSet:
     unpack_from: ClassVar[int] = 32
     """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
     nothing is computed beside; 0: never."""
+    unpacked_vectors: ClassVar[int] = 1
+    """Vectors of rows of a tile of the widest width whose weights are unpacked already."""
+    start_bytes: ClassVar[int] = 4
+    """Bytes of what `pack_start` gives."""
     pairs: ClassVar[bool] = False
     """Whether `products` of several tokens takes their activations by pairs (npqwen/simd/packed.py)."""
 
@@ -117,10 +121,14 @@ class InstructionSet:
         if self.prefetches:  # in the order of their addresses
             for number in range(encoding.bits):
                 lines[number] = [self.line(b, block, number) for block in blocks]
-        first = encoding.planes[0]
-        for n in (line + first * f for line in range(first) for f in range(QUADS // first)):
+        for n in self.order(encoding):
             planes = [fields(plane, n) for plane in range(len(encoding.planes))]
             yield n, [self.quad(b, encoding, table, list(parts)) for parts in zip(*planes, strict=True)]
+
+    def order(self, encoding: Encoding) -> list[int]:
+        """In which order `quads` reads: line by line of the first plane."""
+        first = encoding.planes[0]
+        return [line + first * f for line in range(first) for f in range(QUADS // first)]
 
     def unpacked(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, block: ir.Value) -> list[ir.Value]:
         """The lines of a block as UNPACKED: 8 of <4 * lanes x i8>."""
@@ -161,9 +169,13 @@ class InstructionSet:
             total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
         return total
 
+    def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:
+        """The start (npqwen/simd/packed.py) of a block of a token's activations, <32 x i32>; zero_point: i32."""
+        return b.mul(b.neg(zero_point), call(b, "llvm.vector.reduce.add.v32i32", I32, activations))
+
     def start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
         """The initial value of a token's sums (npqwen/simd/packed.py), in every lane: <lanes x i32>."""
-        return splat(b, b.load(offset(b, x, start_offset(token, tokens), I32), align=4), self.lanes)
+        return splat(b, b.load(offset(b, x, start_offset(token, tokens, self.start_bytes), I32), align=4), self.lanes)
 
     def broadcast(self, b: ir.IRBuilder, x: ir.Value, token: int, quad: int) -> ir.Value:
         """A token's 4 activations of a quad, repeated for every row: <lanes x i32>."""

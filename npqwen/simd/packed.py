@@ -4,14 +4,17 @@ For a matrix of an integer encoding, each block of 32 columns of a tile of `widt
 
     32 * width bytes   int8 values, token after token
      4 * width bytes   float32 scale of each token: the largest magnitude / 127
-     4 * width bytes   int32 start of each token, to which a block's products are added: minus the kernel's zero point
-                       (`InstructionSet.zero_point`) times the sum of the token's values
+     start_bytes * width bytes
+                       start of each token, to which a block's products are added: minus the kernel's zero point
+                       (`InstructionSet.zero_point`) times the sum of the token's values, int32, or several such sums
+                       of some of the values (`InstructionSet.pack_start`)
 
 and the blocks of a tile follow each other. Where the instruction set multiplies pairs of tokens
 (`InstructionSet.pairs`), the values of two tokens alternate: 8 columns of the first, the same 8 of the second, the next
 8 of the first. For a matrix of floats each column of a tile is `width` float32.
 
-The functions give offsets in bytes, in compiled code as well as where code is generated.
+The functions give offsets in bytes, in compiled code as well as where code is generated. start_bytes is that of the
+instruction set.
 """
 
 from __future__ import annotations
@@ -21,15 +24,14 @@ from numba.extending import register_jitable
 from npqwen.format.encodings import BLOCK_COLUMNS
 
 SCALE_BYTES = 4
-START_BYTES = 4
 OCTET = 8
 """Columns that lie together where tokens alternate."""
 
 
 @register_jitable
-def block_bytes(width: int) -> int:
+def block_bytes(width: int, start_bytes: int) -> int:
     """Bytes of a block of `width` tokens."""
-    return (BLOCK_COLUMNS + SCALE_BYTES + START_BYTES) * width
+    return (BLOCK_COLUMNS + SCALE_BYTES + start_bytes) * width
 
 
 @register_jitable
@@ -51,6 +53,6 @@ def scale_offset(token: int, width: int) -> int:
 
 
 @register_jitable
-def start_offset(token: int, width: int) -> int:
+def start_offset(token: int, width: int, start_bytes: int) -> int:
     """Offset of a token's start in its block."""
-    return (BLOCK_COLUMNS + SCALE_BYTES) * width + START_BYTES * token
+    return (BLOCK_COLUMNS + SCALE_BYTES) * width + start_bytes * token

@@ -4,53 +4,123 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
 import sys
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, Field, NativeHalf, Quads
-from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, vector
+from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
+from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, settle, splat, vector
+from npqwen.simd.packed import start_offset
 
 
-class Avx2(NativeHalf):
-    """`vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in int16."""
+class _Avx(NativeHalf):
+    """Registers of 256 bits, and a byte shuffle."""
 
-    name: ClassVar[str] = "avx2"
     lanes: ClassVar[int] = 8
-    features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
-    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
-
-    def products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
-    ) -> Iterator[list[ir.Value]]:
-        # Quad after quad, for all tokens each: sixteen registers hold the sums, but not eight quads beside them.
-        signed = encoding.zero_point == 0
-        # Quads whose pairs of products add up in int16: two below 64, 63 * 127 * 2 * 2 = 32004 < 32767; only one of
-        # int8, 127 * 127 * 2 = 32258.
-        run = 32767 // (encoding.largest * 127 * 2)
-        narrow: list[list[Any]] = [[None] * len(blocks) for _ in range(tokens)]
-        totals = [[constant(I32, self.lanes, 0)] * len(blocks) for _ in range(tokens)]
-        for step, (n, quads) in enumerate(self.quads(b, encoding, table, blocks)):
-            magnitudes = [_with_sign(b, quad, quad) for quad in quads] if signed else quads
-            for t in range(tokens):
-                activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
-                for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
-                    factor = _with_sign(b, activations, quad) if signed else activations
-                    pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), magnitude, factor)
-                    narrow[t][r] = pairs if step % run == 0 else b.add(narrow[t][r], pairs)
-                    if step % run == run - 1:
-                        totals[t][r] = b.add(totals[t][r], _widen(b, narrow[t][r]))
-        for t in range(tokens):
-            start = self.start(b, x, t, tokens)
-            yield [b.add(total, start) for total in totals[t]]
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         # Within each 16 bytes, by the low nibbles of bytes whose highest bit is 0.
         return call(b, "llvm.x86.avx2.pshuf.b", indices.type, table, indices)
+
+
+class Avx2(_Avx):
+    """`vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in int16, `vpmaddwd` adds those up in int32.
+
+    Both, and multiplications of floats, take turns on two pipes of a Zen 5, which are the limit. So four quads, half a
+    block's, are added up in int16 before they are widened, and so is their start: minus the zero point, 32, times the
+    sum of a lane's activations. Activations are -127 to 127, weights with the zero point 0 to 63, so that
+    - `vpmaddubsw` cannot saturate: 2 * 63 * 127 = 16,002 is less than 32,767;
+    - additions may wrap around, but the sum that they end with fits: without the zero point it is at most
+      4 * 2 * 32 * 127 = 32,512. A whole block's would not.
+    """
+
+    name: ClassVar[str] = "avx2"
+    features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
+    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 2}
+    unpacked_vectors: ClassVar[int] = 2
+    start_bytes: ClassVar[int] = 8
+
+    def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:
+        # Four int16: for each half of the quads, the sums of their columns 0 and 1, and of 2 and 3.
+        def folded(lanes: ir.Value, low: list[int], high: list[int]) -> ir.Value:
+            parts = [b.shuffle_vector(lanes, lanes, ir.Constant(vector(I32, len(n)), n)) for n in (low, high)]
+            return b.add(*parts)
+
+        octets = folded(activations, list(range(16)), list(range(16, 32)))  # columns 0 to 7 and 8 to 15 of either 16
+        columns = folded(octets, [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+        sums = folded(columns, [0, 2, 4, 6], [1, 3, 5, 7])
+        return b.trunc(b.mul(sums, splat(b, b.neg(zero_point), 4)), vector(I16, 4))
+
+    def order(self, encoding: Encoding) -> list[int]:
+        return sorted(super().order(encoding), key=_half)
+
+    def products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
+        if not encoding.zero_point:
+            yield from self._signed_products(b, encoding, table, blocks, x, tokens)
+            return
+        # Two tokens by two vectors load least, and their sums fit sixteen registers; the quads that they share do not.
+        together = min(tokens, 2)
+        unpacks = encoding.bits < 8 and tokens > together
+        kept = list(self.quads(b, encoding, table, blocks)) if unpacks else []
+        for first in range(0, tokens, together):
+            quads = iter(kept) if unpacks else self.quads(b, encoding, table, blocks)
+            halves = []
+            for half in range(2):
+                sums = [[self._half_start(b, x, first + t, tokens, half)] * len(blocks) for t in range(together)]
+                for n, vectors in itertools.islice(quads, QUADS // 2):
+                    for t, row in enumerate(sums, first):
+                        activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
+                        pairs = [_pairs(b, quad, activations) for quad in vectors]
+                        row[:] = map(b.add, row, pairs)
+                    sums = _settled(b, sums) if tokens > 1 else sums
+                halves.append([[_widen(b, total) for total in row] for row in sums])
+            for rows in zip(*halves, strict=True):
+                yield list(map(b.add, *rows))
+
+    def _half_start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int, half: int) -> ir.Value:
+        """The initial value of a token's sums of half the quads, <16 x i16>."""
+        place = offset(b, x, start_offset(token, tokens, self.start_bytes) + 4 * half, I32)
+        return b.bitcast(splat(b, b.load(place, align=4), self.lanes), vector(I16, 2 * self.lanes))
+
+    def _signed_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
+    ) -> Iterator[list[ir.Value]]:
+        """`products` of weights from -127 to 127, without a start: int16 has no room for two pairs, 4 * 127 * 127."""
+        totals: list[list[ir.Value]] = [[] for _ in range(tokens)]
+        for part in [blocks] if tokens == 1 else [[block] for block in blocks]:
+            sums = [[constant(I32, self.lanes, 0)] * len(part) for _ in range(tokens)]
+            for n, quads in self.quads(b, encoding, table, part):
+                magnitudes = [_with_sign(b, quad, quad) for quad in quads]
+                for t, row in enumerate(sums):
+                    activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
+                    for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
+                        row[r] = b.add(row[r], _widen(b, _pairs(b, magnitude, _with_sign(b, activations, quad))))
+            for total, row in zip(totals, _settled(b, sums) if tokens > 1 else sums, strict=True):
+                total += row
+        yield from totals
+
+
+def _half(quad: int) -> int:
+    """The half of a block's quads, 0 or 1, that a quad is added up with: with the others of the same stored lines."""
+    return quad // 2 % 2
+
+
+def _settled(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
+    """`settle` of rows of vectors."""
+    values = iter(settle(b, "x", [value for row in rows for value in row]))
+    return [[next(values) for _ in row] for row in rows]
+
+
+def _pairs(b: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    """Sums of two neighbouring products of bytes, <16 x i16>."""
+    return call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), unsigned, signed)
 
 
 def _with_sign(b: ir.IRBuilder, x: ir.Value, sign: ir.Value) -> ir.Value:
@@ -63,7 +133,7 @@ def _widen(b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
     return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
 
 
-class AvxVnni(Avx2):
+class AvxVnni(_Avx):
     """`vpdpbusd` on 256 bits: four unsigned by signed products added to an int32 lane at once."""
 
     name: ClassVar[str] = "avxvnni"

@@ -26,7 +26,7 @@ _INCOMPLETE = ", incomplete"
 class AnswerView:
     """Shows answers: text (on a terminal, wrapped), reasoning as `mode` says, every other event as a dim line.
 
-    markdown: on a terminal, render the text as Markdown.
+    markdown: on a terminal, render the text as Markdown, unless it has a structure, such as JSON.
     """
 
     def __init__(self, terminal: Terminal, mode: ReasoningMode, *, markdown: bool = True) -> None:
@@ -44,7 +44,7 @@ class AnswerView:
         hint: appended to the line into which the reasoning is folded. thinking_hint: shown while the model thinks.
         """
         self._reasoning_view = view = ReasoningView(self._terminal, self.mode, thinking_hint)
-        text = answer_text(self._terminal, markdown=self.markdown)
+        text = answer_text(self._terminal, markdown=self.markdown and stream.structure is None)
         complete = False
         try:
             for event in stream:

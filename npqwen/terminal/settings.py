@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, shortened
 from npqwen.generation.options import ELSEWHERE, OPTIONS, Option, check_options, find_option
 
 if TYPE_CHECKING:
@@ -103,4 +103,6 @@ def _as_text(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(repr, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return " ".join(map(repr, value))
+    return shortened(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
-from npqwen.tools.hints import field_hints, is_named_tuple
+from npqwen.structure.hints import field_hints, is_named_tuple
 
 COLLECTIONS: Mapping[Any, type[Collection[Any]]] = {
     **{kind: kind for kind in (list, tuple, set, frozenset, deque)},

@@ -15,9 +15,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from npqwen.errors import OptionError, quoted
-from npqwen.tools.arguments import COLLECTIONS
-from npqwen.tools.docstrings import read_docstring
-from npqwen.tools.hints import (
+from npqwen.structure.hints import (
     called_function,
     field_hints,
     is_named_tuple,
@@ -25,6 +23,8 @@ from npqwen.tools.hints import (
     type_hints,
     without_partial,
 )
+from npqwen.tools.arguments import COLLECTIONS
+from npqwen.tools.docstrings import read_docstring
 
 _SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)

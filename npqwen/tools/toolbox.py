@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from npqwen.errors import OptionError
+from npqwen.structure.hints import called_function, parameters_of
+from npqwen.structure.json_values import plain
 from npqwen.tools.arguments import ArgumentError, coerce
 from npqwen.tools.calls import ToolCall
-from npqwen.tools.hints import called_function, parameters_of
-from npqwen.tools.json_values import plain
 from npqwen.tools.schema import function_schema, parameter_hints
 
 

@@ -155,7 +155,7 @@ def costs() -> Costs:
     # A mixture's routers are in bf16; they are too small to show.
     one, many = {BF16: 0.0}, {BF16: 0.0, INT8: integers(INT8, most)}
     # Weights of fewer bits are unpacked once for many tiles.
-    unpacked = pipes(unpacked_loop(isa, CORTEX_A76)).cycles / (64 * isa.lanes * isa.tiles[most] * most)
+    unpacked = pipes(unpacked_loop(isa, CORTEX_A76)).cycles / (64 * isa.lanes * isa.unpacked_vectors * most)
     for encoding in ENCODINGS:
         if encoding.is_integer:
             one[encoding] = integers(encoding, 1)
@@ -222,7 +222,7 @@ def print_loops() -> None:
         for tokens, vectors in isa.tiles.items():
             loop = integer_loop(isa, CORTEX_A76, encoding, tokens, vectors)
             row(f"{encoding.name}, 64 columns", tokens, vectors, loop, 64)
-    row("unpacked, 64 columns", max(isa.tiles), isa.tiles[max(isa.tiles)], unpacked_loop(isa, CORTEX_A76), 64)
+    row("unpacked, 64 columns", max(isa.tiles), isa.unpacked_vectors, unpacked_loop(isa, CORTEX_A76), 64)
     row("attention, 1 column", 4, 4, floating_loop(isa, CORTEX_A76, "half", 4, 4, 1), 1)
     print("\nInstructions a multiply-add, with the dot product and in the portable kernels (Raspberry Pi 4):")
     cores: tuple[tuple[InstructionSet, tuple[str, str]], ...] = ((isa, CORTEX_A76), (InstructionSet(), CORTEX_A72))

@@ -33,6 +33,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 8, "max_tokens": 20, "logit_bias": {13: 5.0, 11: -np.inf}},
     {"temperature": 1.0, "seed": 9, "max_tokens": 20, "logits_processor": lambda ids, logits: logits * 0.5},
     {"temperature": 1.0, "seed": 10, "max_tokens": 60, "thinking_budget": 5, "logprobs": True},
+    {"temperature": 1.0, "seed": 11, "max_tokens": 30, "regex": r"[a-z]{3} is (one|two) of \d{2,4}", "logprobs": True},
+    {"temperature": 1.2, "seed": 12, "max_tokens": 60, "schema": {"type": "object", "required": ["a"]}},
 ]
 ENDLESS = {4096: -np.inf, 4098: -np.inf}
 """A bias that forbids the tokens that end a text."""

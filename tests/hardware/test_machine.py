@@ -220,3 +220,15 @@ def test_a_command_that_is_not_there_or_fails() -> None:
     assert machine._command("npqwen-no-such-command") == ""
     assert machine._command(sys.executable, "-c", "print('half'); raise SystemExit(3)") == ""
     assert machine._command(sys.executable, "-c", "print(' told ')") == "told"
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="needs POSIX")
+def test_memory_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/statm").write_text("9000 1234 5 6 0 7 0\n")
+    assert machine.resident_memory(tmp_path) == 1234 * os.sysconf("SC_PAGE_SIZE")
+    assert machine.resident_memory(tmp_path / "nothing") is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "_command", lambda *words: "2048")
+    assert machine.resident_memory(tmp_path / "nothing") == 2048 * 1024

@@ -92,17 +92,20 @@ def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str
 
 @pytest.mark.parametrize(
     ("isa", "target", "most"),
-    # Sums of eight tokens, and of AVX2's four tokens in int16 and int32, fill the registers.
-    [(Neon(), CORTEX_A76, 0), (NeonI8mm(), APPLE_M2, 8), (AvxVnni(), ALDER_LAKE, 0), (Avx2(), HASWELL, 16)],
+    # Sums of eight tokens fill the registers, and AVX2's of four tokens by two vectors; it multiplies two by two.
+    [(Neon(), CORTEX_A76, 0), (NeonI8mm(), APPLE_M2, 8), (AvxVnni(), ALDER_LAKE, 0), (Avx2(), HASWELL, 48)],
     ids=["neon", "i8mm", "avxvnni", "avx2"],
 )
 def test_unpacked_weights(isa: InstructionSet, target: tuple[str, str], most: int) -> None:
     """Many tiles save a tenth or more of each one's instructions: none of those that unpack."""
     loop = unpacked_loop(isa, target)
     tokens = max(isa.tiles)
-    assert len(loop) < 0.9 * len(integer_loop(isa, target, INT4, tokens, isa.tiles[tokens]))
+    assert len(loop) < 0.9 * len(integer_loop(isa, target, INT4, tokens, isa.unpacked_vectors))
     assert not {"ushr", "sri", "and", "vpsrlw", "vpand", "vpshufb"} & set(mnemonics(loop))
     assert len(spills(loop)) <= most
+    if isa.name == "avx2":  # its two multipliers are the limit: ten instructions for a token, a vector and a block
+        assert mnemonics(loop).count("vpmaddubsw") == 2 * 8 * tokens * isa.unpacked_vectors
+        assert mnemonics(loop).count("vpmaddwd") == 2 * 2 * tokens * isa.unpacked_vectors
 
 
 def test_neon_matrix_products_of_one_token() -> None:
@@ -148,6 +151,11 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
         # Sixteen registers do not hold what is taken apart, either, where a quad's bits lie in two planes.
         lone = len(encoding.planes) == 1 or tokens == 16
         most = len(loop) // (12 if lone else 5) if tokens == 16 or isa.lanes == 8 else 0
+        if isa.name == "avx2":
+            # Half a block's products of weights below 64 are added up in int16, but only one of int8.
+            assert names.count("vpmaddwd") == 2 * (8 if encoding.bits == 8 else 2) * tokens * vectors
+            if tokens > 1 and encoding.bits < 8:  # quads are taken apart once, and read for two tokens at a time
+                most += 2 * 8 * vectors * (1 + tokens // 2)
         assert len(spills(loop)) <= most
 
 
@@ -160,7 +168,8 @@ def test_this_machine(encoding: Encoding) -> None:
     text = kernel._library.get_asm_str()
     loop = innermost_loop(text, DOT[ISA.name])
     assert len([line for line in loop if DOT[ISA.name] in line]) == 2 * 8 * ISA.tiles[1]
-    assert not spills(loop)
+    # Sixteen registers do not hold all that is taken apart where a quad's bits lie in two planes.
+    assert len(spills(loop)) <= (len(loop) // 10 if ISA.lanes == 8 and len(encoding.planes) > 1 else 0)
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,13 @@ def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
     if not encoding.is_integer:
         return np.ascontiguousarray(x.reshape(tiles, width, cols).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
     q, scales = (part.reshape(tiles, width, cols // 32, -1).swapaxes(1, 2) for part in int8_blocks(x))
-    starts = -ZERO_POINT[encoding.code] * q.sum(3, dtype=np.int32)
+    starts = (-ZERO_POINT[encoding.code] * q.sum(3, dtype=np.int32)).astype(np.int32)
+    if ISA.start_bytes == 8:  # of columns 0, 1 and of columns 2, 3 of quads 0, 1, 4, 5, and of 2, 3, 6, 7
+        pairs = q.reshape(*q.shape[:3], 2, 2, 2, 2, 2).sum((3, 5, 7), dtype=np.int32)
+        starts = (-ZERO_POINT[encoding.code] * pairs).astype(np.int16)
     if ISA.pairs and width > 1:
         q = q.reshape(tiles, cols // 32, width // 2, 2, 4, 8).swapaxes(3, 4)
-    parts = (np.ascontiguousarray(part) for part in (q, scales, starts.astype(np.int32)))
+    parts = (np.ascontiguousarray(part) for part in (q, scales, starts))
     return np.concatenate([part.view(np.uint8).reshape(tiles, cols // 32, -1) for part in parts], 2).reshape(-1)
 
 

@@ -170,6 +170,9 @@ def test_a_page_that_is_allowed_may_call_also_with_a_key(tiny_model: npqwen.Mode
     assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, "http://localhost:3000")
     other = call(friendly, "GET", "/v1/models", {"origin": "http://localhost:3001", "authorization": f"Bearer {KEY}"})
     assert other.status == 403
+    assert call(app(tiny_model, origins=["HTTP://LocalHost:3000/"]), "GET", "/v1/models", page).headers[
+        "access-control-allow-origin"
+    ] == page["origin"]
 
 
 def test_any_page_may_call_if_a_setting_says_so(tiny_model: npqwen.Model) -> None:

@@ -11,7 +11,11 @@ from scripted import ask, post
 
 THOUGHT = "<think>\nHm.\n</think>\n\nYes."
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "here"}}\n</tool_call>'
-TOOL = {"name": "look", "description": "Looks.", "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}}}
+TOOL = {
+    "name": "look",
+    "description": "Looks.",
+    "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}},
+}
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -51,7 +55,9 @@ def streamed(text: str, **fields: Any) -> MessageReader:
 
 def test_the_system_message_is_text_or_blocks() -> None:
     for system in ("Be brief.", [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]):
-        assert prompt(system=system).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+        assert prompt(system=system).startswith(
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>"
+        )
 
 
 def test_a_block_that_changes_with_every_request_is_dropped_so_that_the_prefix_stays_the_same() -> None:
@@ -77,7 +83,12 @@ def test_system_messages_within_the_conversation_are_read_by_every_template(temp
 
 
 def test_a_template_that_refuses_late_system_messages_gets_their_text_in_the_next_turn_of_the_user() -> None:
-    messages = [USER, {"role": "system", "content": "A."}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "B"}]
+    messages = [
+        USER,
+        {"role": "system", "content": "A."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "B"},
+    ]
     assert "user: A.\n\nB\n" in prompt("features", messages=messages)
     assert "user: Hi\nuser: A.\n" in prompt("features", messages=messages[:2])
 
@@ -93,12 +104,14 @@ def test_results_follow_their_calls_in_the_calls_order() -> None:
         {"type": "tool_result", "tool_use_id": "a", "content": "one"},
         {"type": "text", "text": "Go on."},
     ]
-    text = prompt(messages=[USER, {"role": "assistant", "content": calls}, {"role": "user", "content": results}], tools=[TOOL])
+    text = prompt(
+        messages=[USER, {"role": "assistant", "content": calls}, {"role": "user", "content": results}], tools=[TOOL]
+    )
     assert (
         'Let me look.\n<tool_call>\n{"name": "look", "arguments": {"at": "here"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "look", "arguments": {"at": "there"}}\n</tool_call><|im_end|>\n'
-        "<|im_start|>user\n<tool_response>\none\n</tool_response>\n<tool_response>\nError: two\n</tool_response><|im_end|>\n"
-        "<|im_start|>user\nGo on.<|im_end|>"
+        "<|im_start|>user\n<tool_response>\none\n</tool_response>\n"
+        "<tool_response>\nError: two\n</tool_response><|im_end|>\n<|im_start|>user\nGo on.<|im_end|>"
     ) in text
 
 
@@ -111,7 +124,9 @@ def test_thinking_of_the_turn_in_progress_is_read_again_whoever_signed_it() -> N
 
     read = "<|im_start|>assistant\n<think>\nWhere?\n</think>\n\n<tool_call>"
     assert read in asked({"type": "thinking", "thinking": "Where?", "signature": "another server's"})
-    omitted = answer("<think>\nWhere?\n</think>\n\nHere.", thinking={"type": "adaptive", "display": "omitted"})["content"][0]
+    omitted = answer("<think>\nWhere?\n</think>\n\nHere.", thinking={"type": "adaptive", "display": "omitted"})[
+        "content"
+    ][0]
     assert omitted["thinking"] == ""
     assert read in asked(omitted, {"type": "redacted_thinking", "data": "?"})
     assert "Where?" not in asked({"type": "thinking", "thinking": "", "signature": "npqwen.no base64"})
@@ -142,9 +157,15 @@ def test_tools_of_unknown_types_are_skipped() -> None:
 
 
 def test_documents_of_text_are_read_and_pictures_refused() -> None:
-    document = {"type": "document", "title": "Notes", "source": {"type": "text", "media_type": "text/plain", "data": "Buy milk."}}
+    document = {
+        "type": "document",
+        "title": "Notes",
+        "source": {"type": "text", "media_type": "text/plain", "data": "Buy milk."},
+    }
     question = {"type": "text", "text": "What?"}
-    assert "user\nNotes\nBuy milk.\nWhat?<|im_end|>" in prompt(messages=[{"role": "user", "content": [document, question]}])
+    assert "user\nNotes\nBuy milk.\nWhat?<|im_end|>" in prompt(
+        messages=[{"role": "user", "content": [document, question]}]
+    )
     picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
     assert "messages[0].content[1] has the type image, and Qwen3 reads text only" in refusal(
         messages=[{"role": "user", "content": [question, picture]}]
@@ -166,7 +187,11 @@ def test_no_thinking_unless_it_is_requested() -> None:
 
 @pytest.mark.parametrize(
     ("thinking", "effort", "budget"),
-    [({"type": "enabled", "budget_tokens": 20}, "high", 20), ({"type": "adaptive"}, "low", 1024), ({"type": "adaptive"}, "max", None)],
+    [
+        ({"type": "enabled", "budget_tokens": 20}, "high", 20),
+        ({"type": "adaptive"}, "low", 1024),
+        ({"type": "adaptive"}, "max", None),
+    ],
 )
 def test_a_budget_of_thinking_is_obeyed(thinking: dict[str, Any], effort: str, budget: int | None) -> None:
     long = f"<think>\n{' '.join(map(str, range(1000)))}</think>\n\nDone."
@@ -235,7 +260,16 @@ def test_stop_reasons_are_the_same_in_both_modes(text: str, fields: Any, reason:
 
 
 @pytest.mark.parametrize(
-    "text", ["Yes.", THOUGHT, f"{THOUGHT}\n{CALL}", f"{CALL}\n{CALL}", f"One.\n{CALL}\nTwo.\n{CALL}", "", "<tool_call>no</tool_call>"]
+    "text",
+    [
+        "Yes.",
+        THOUGHT,
+        f"{THOUGHT}\n{CALL}",
+        f"{CALL}\n{CALL}",
+        f"One.\n{CALL}\nTwo.\n{CALL}",
+        "",
+        "<tool_call>no</tool_call>",
+    ],
 )
 def test_a_stream_builds_the_message_of_one_piece(text: str) -> None:
     fields: Any = {"tools": [TOOL], "thinking": {"type": "adaptive"}}
@@ -311,9 +345,18 @@ def test_unknown_fields_are_tolerated() -> None:
     ("fields", "message"),
     [
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool'; it must be one of user, assistant, system"),
-        ({"messages": [USER, {"role": "assistant", "content": "Yes, and"}]}, "messages[1] is the assistant's, and an answer cannot be continued"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0] has the type 'video'"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages[0].role is 'tool'; it must be one of user, assistant, system",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "Yes, and"}]},
+            "messages[1] is the assistant's, and an answer cannot be continued",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            "messages[0].content[0] has the type 'video'",
+        ),
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number"),
         ({"max_tokens": "many"}, "max_tokens is 'many'"),
         ({"temperature": -1}, "temperature is -1"),
@@ -322,13 +365,16 @@ def test_unknown_fields_are_tolerated() -> None:
         ({"tools": [{"name": "look"}]}, "tools[0].input_schema is missing"),
         ({"tools": [TOOL, TOOL]}, "two tools are named look"),
         ({"tool_choice": {"type": "any"}}, "tool_choice is any, but there are no tools"),
-        ({"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]}, "tool_choice.name is 'x'; it must be one of the tools: look"),
+        (
+            {"tool_choice": {"type": "tool", "name": "x"}, "tools": [TOOL]},
+            "tool_choice.name is 'x'; it must be one of the tools: look",
+        ),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens is missing"),
         ({"thinking": {"type": "maybe"}}, "thinking.type is 'maybe'"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema is missing"),
         ({"output_format": {"type": "xml"}}, "output_format.type is 'xml'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_obeyed_is_refused_and_the_field_named(fields: dict[str, Any], message: str) -> None:
     assert message in refusal(**fields)
 

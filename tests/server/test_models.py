@@ -237,6 +237,8 @@ def test_a_model_that_generates_is_in_use(shelf: Shelf) -> None:
         worker = await one.worker("a")
         run = await worker.start(TextRequest("Once", {"max_tokens": 200, "temperature": 0}))
         clock.now += 100
+        while not worker.statistics.running:
+            await asyncio.sleep(0.0001)
         await one.sweep()
         assert loaded(one) == ["a"]
         await run.completions()
@@ -404,6 +406,27 @@ def test_sums_of_work_survive_their_model(shelf: Shelf) -> None:
         assert one.states[0].statistics.generated_tokens == 6
 
     running(one, body)
+
+
+def test_keys_and_values_make_room_for_another_model(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npqwen.server.models.LEAST_SHARE", 1 << 40)
+    with npqwen.load(shelf.path, threads=1) as model:
+        page = model.new_cache(1).page_bytes
+    several = models(shelf, "a", "b", memory=2 * (shelf.weights + RESERVED) + 5 * page)
+
+    async def body() -> None:
+        worker = await several.worker("a")
+        for start in ("one ", "two ", "three "):
+            await (await worker.start(TextRequest(start * 300, {"max_tokens": 1}))).completions()
+        assert worker.statistics.cache_bytes >= 6 * page  # two pages and more of each prompt, kept for the next one
+        await several.worker("b")
+        end = time.monotonic() + 20
+        while worker.statistics.cache_bytes > 2.5 * page:  # half of what is left
+            assert time.monotonic() < end
+            await asyncio.sleep(0.001)
+        assert loaded(several) == ["a", "b"]
+
+    running(several, body)
 
 
 def test_names_that_cannot_be_served(shelf: Shelf) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 import npqwen
 from npqwen.server.openai.reasoning_fields import EFFORTS
@@ -58,6 +61,15 @@ def test_an_answer_is_that_of_the_library(client: openai.OpenAI, tiny_model: npq
     ids = tiny_model.tokenizer.encode(reply.reasoning)
     assert details.reasoning_tokens is not None
     assert len(ids) <= details.reasoning_tokens <= len(ids) + 2  # and the newlines around it
+
+
+def test_the_example_in_the_documentation_works_as_printed(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", server), names)
+    names["client"].close()
+    assert re.fullmatch(r"17 \+ 25 = \d+\n", capsys.readouterr().out)
 
 
 def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
@@ -240,3 +252,37 @@ def test_reasoning_that_is_cut_off_is_left_open(client: openai.OpenAI, stream: b
     )
     content = streamed(answer)["content"] if stream else answer.choices[0].message.content
     assert content == "<think>\n17 + "
+
+
+class Sum(BaseModel):
+    """What the example model is asked for."""
+
+    left: int
+    right: int
+    sum: int
+
+
+def test_an_answer_of_a_pydantic_type_is_parsed_by_the_client(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(model="", messages=SUM, seed=1, response_format=Sum)
+    message = answer.choices[0].message
+    assert isinstance(message.parsed, Sum)
+    assert message.content is not None
+    assert Sum.model_validate_json(message.content) == message.parsed
+    assert message.reasoning_content == "17 + 20 = 37. 37 + 5 = 42."  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": {"type": "json_object"}, "max_tokens": 9}, r"\{.*"),
+        ({"guided_regex": "[a-c]{3}"}, "[a-c]{3}"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'root ::= "x" ("y" | "z")'}, "xy|xz"),
+        ({"structured_outputs": {"choice": ["north"]}}, "north"),
+    ],
+)
+def test_structures_of_every_dialect_are_obeyed(client: openai.OpenAI, fields: dict[str, Any], pattern: str) -> None:
+    answer = client.chat.completions.create(model="", messages=SUM, seed=1, extra_body={**NO_THINKING, **fields})
+    content = answer.choices[0].message.content
+    assert content is not None
+    assert re.fullmatch(pattern, content, re.S)

@@ -9,8 +9,6 @@ from typing import Any
 import openai
 import pytest
 
-from npqwen.chat.chat_options import CHAT_OPTIONS
-
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -26,7 +24,6 @@ WEATHER: Any = {
 }
 QUESTION: Any = {"role": "user", "content": "What is the weather in London?"}
 OPTIONS: Any = {"model": "", "temperature": 0, "extra_body": {"enable_thinking": False}}
-needs_tool_choice = pytest.mark.skipif("tool_choice" not in CHAT_OPTIONS, reason="there is no tool_choice yet")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,6 @@ def test_allowed_tools_are_the_only_ones_on_offer(client: openai.OpenAI) -> None
     assert lengths[0] == lengths[1] < lengths[2]
 
 
-@needs_tool_choice
 def test_no_tool_is_called_with_the_choice_none(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         messages=[QUESTION], tools=[WEATHER], tool_choice="none", max_tokens=100, **OPTIONS
@@ -109,7 +105,6 @@ def test_no_tool_is_called_with_the_choice_none(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.tool_calls is None
 
 
-@needs_tool_choice
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_demanded_call_is_made_whatever_the_question(client: openai.OpenAI, choice: Any) -> None:
     question: Any = {"role": "user", "content": "What is 17 + 25?"}
@@ -119,6 +114,15 @@ def test_a_demanded_call_is_made_whatever_the_question(client: openai.OpenAI, ch
     assert calls[0].type == "function"
     assert calls[0].function.name == "get_weather"
     assert set(json.loads(calls[0].function.arguments)) == {"city"}
+
+
+def test_parallel_calls_can_be_forbidden(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        messages=[QUESTION], tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, **OPTIONS
+    )
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

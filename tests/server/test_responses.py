@@ -26,7 +26,11 @@ CUSTOM = {
     "description": "Patches.",
     "format": {"type": "grammar", "syntax": "lark", "definition": "start: LF"},
 }
-NAMESPACE = {"type": "namespace", "name": "mcp__tracker", "tools": [{"type": "function", "name": "get", "parameters": {}}]}
+NAMESPACE = {
+    "type": "namespace",
+    "name": "mcp__tracker",
+    "tools": [{"type": "function", "name": "get", "parameters": {}}],
+}
 
 
 def body(given: Any = "Hi", **fields: Any) -> dict[str, Any]:
@@ -64,7 +68,11 @@ def streamed(text: str, context: int = 2048, **fields: Any) -> ResponseReader:
 
 def test_the_input_is_text_or_messages_of_parts() -> None:
     parts = [{"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}]
-    for given in ("H\ni", [{"role": "user", "content": "H\ni"}], [{"type": "message", "role": "user", "content": parts}]):
+    for given in (
+        "H\ni",
+        [{"role": "user", "content": "H\ni"}],
+        [{"type": "message", "role": "user", "content": parts}],
+    ):
         assert prompt(given) == "<|im_start|>user\nH\ni<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -77,7 +85,11 @@ def test_instructions_and_developer_messages_become_one_system_message() -> None
 def test_reasoning_text_and_calls_of_one_answer_are_read_as_one() -> None:
     reasoning = answer("<think>\nWhere?\n</think>\n\nHere.")["output"][0]
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "Where?"}]
-    shapes = [reasoning, {**reasoning, "content": None}, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Where?"}]}]
+    shapes = [
+        reasoning,
+        {**reasoning, "content": None},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Where?"}]},
+    ]
     for item in shapes:
         text = prompt(
             [
@@ -110,7 +122,11 @@ def test_an_answer_sent_back_is_read_as_the_model_wrote_it() -> None:
 
 
 def test_items_of_unknown_types_are_skipped() -> None:
-    unknown = [{"type": "web_search_call", "id": "x"}, {"type": "ghost_snapshot"}, {"type": "compaction", "encrypted_content": "x"}]
+    unknown = [
+        {"type": "web_search_call", "id": "x"},
+        {"type": "ghost_snapshot"},
+        {"type": "compaction", "encrypted_content": "x"},
+    ]
     assert prompt([{"role": "user", "content": "Hi"}, *unknown]) == prompt()
 
 
@@ -125,7 +141,12 @@ def test_a_call_that_was_cut_off_does_not_end_the_conversation() -> None:
 
 
 def test_tools_of_unknown_types_are_skipped() -> None:
-    hosted = [{"type": "web_search"}, {"type": "local_shell"}, {"type": "tool_search", "execution": "client"}, {"type": "mcp", "server_label": "x"}]
+    hosted = [
+        {"type": "web_search"},
+        {"type": "local_shell"},
+        {"type": "tool_search", "execution": "client"},
+        {"type": "mcp", "server_label": "x"},
+    ]
     text = prompt(tools=[*hosted, TOOL])
     assert '{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters"' in text
     assert "search" not in text
@@ -154,7 +175,15 @@ def test_effort_decides_whether_and_how_long_the_model_thinks() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Yes.", THOUGHT, CALL, f"{THOUGHT}\n{CALL}\n{PATCH}", f"One.\n{TRACKER}\nTwo.\n{CALL}", "", "<tool_call>no</tool_call>"],
+    [
+        "Yes.",
+        THOUGHT,
+        CALL,
+        f"{THOUGHT}\n{CALL}\n{PATCH}",
+        f"One.\n{TRACKER}\nTwo.\n{CALL}",
+        "",
+        "<tool_call>no</tool_call>",
+    ],
 )
 @pytest.mark.parametrize("summary", [None, "auto"])
 def test_a_stream_builds_the_response_of_one_piece(text: str, summary: str | None) -> None:
@@ -193,7 +222,10 @@ def test_calls_have_the_names_that_the_client_gave_their_tools() -> None:
 
 
 def test_an_answer_that_is_cut_off_is_incomplete() -> None:
-    for response in (answer("one two three", max_output_tokens=2), streamed("one two three", max_output_tokens=2).response):
+    for response in (
+        answer("one two three", max_output_tokens=2),
+        streamed("one two three", max_output_tokens=2).response,
+    ):
         assert response["status"] == "incomplete"
         assert response["incomplete_details"] == {"reason": "max_output_tokens"}
         assert response["output"][0]["status"] == "incomplete"
@@ -210,7 +242,13 @@ def test_a_call_that_is_cut_off_is_an_incomplete_item() -> None:
 
 def test_usage_has_all_details() -> None:
     usage = answer(THOUGHT)["usage"]
-    assert usage.keys() == {"input_tokens", "input_tokens_details", "output_tokens", "output_tokens_details", "total_tokens"}
+    assert usage.keys() == {
+        "input_tokens",
+        "input_tokens_details",
+        "output_tokens",
+        "output_tokens_details",
+        "total_tokens",
+    }
     assert usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     assert 0 < usage["output_tokens_details"]["reasoning_tokens"] < usage["output_tokens"]
@@ -263,7 +301,10 @@ def test_fields_without_an_effect_are_tolerated() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported: nothing is stored here; send the whole conversation in input"),
+        (
+            {"previous_response_id": "resp_1"},
+            "previous_response_id is not supported: nothing is stored here; send the whole conversation in input",
+        ),
         ({"conversation": "conv_1"}, "conversation is not supported: nothing is stored here"),
         ({"background": True}, "background is not supported"),
         ({"given": [{"type": "item_reference", "id": "x"}]}, "input[0] refers to a stored item"),
@@ -271,7 +312,10 @@ def test_fields_without_an_effect_are_tolerated() -> None:
         ({"given": 7}, "input is 7; it must be text"),
         ({"given": [{"content": "x"}]}, "input[0].type is missing"),
         ({"given": [{"role": "tool", "content": "x"}]}, "input[0].role is 'tool'"),
-        ({"given": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]}, "input[0].content[0] has the type input_image"),
+        (
+            {"given": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
+            "input[0].content[0] has the type input_image",
+        ),
         ({"given": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id is missing"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0"),
         ({"text": {"verbosity": "low"}}, "text.verbosity is not supported"),
@@ -279,11 +323,14 @@ def test_fields_without_an_effect_are_tolerated() -> None:
         ({"top_logprobs": 3}, "top_logprobs is not supported: /v1/chat/completions has"),
         ({"include": ["message.output_text.logprobs"]}, "/v1/chat/completions has log-probabilities"),
         ({"tool_choice": "required"}, "tool_choice is required, but there are no tools"),
-        ({"tool_choice": {"type": "function", "name": "x"}, "tools": [TOOL]}, "tool_choice.name is 'x'; it must be one of the tools: look"),
+        (
+            {"tool_choice": {"type": "function", "name": "x"}, "tools": [TOOL]},
+            "tool_choice.name is 'x'; it must be one of the tools: look",
+        ),
         ({"tools": [TOOL, TOOL]}, "tools[1] is a second tool of the name 'look'"),
         ({"tools": [{"type": "function"}]}, "tools[0].name is missing"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort is 'huge'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_obeyed_is_refused_and_the_field_named(fields: dict[str, Any], message: str) -> None:
     assert message in refusal(**fields)

@@ -15,7 +15,7 @@ from npqwen.server.tool_results import matched
 _log = logging.getLogger(__name__)
 
 _BILLING = "x-anthropic-billing-header"
-"""How a block begins that is different in every request of Claude Code: with it, no two prompts have a common prefix."""
+"""How a block begins that is different in every request of Claude Code: no two prompts would have a common prefix."""
 
 _ROLES = ("user", "assistant", "system")
 _UNSEEN = ("redacted_thinking", "fallback", "container_upload", "tool_reference")

@@ -48,7 +48,7 @@ async def show(models: Models, request: Request) -> Response:
     fields = await read_fields(request)
     state = models.state(fields.text("model") or fields.text("name"))
     fields.ignore("verbose")
-    return JSONReply(await in_thread(lambda: _described(state.offer)))
+    return JSONReply(await in_thread(lambda: _described(state)))
 
 
 def _tag(offer: Offer) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def _details(offer: Offer) -> dict[str, Any]:
     }
 
 
-def _described(offer: Offer) -> dict[str, Any]:
-    config = offer.config
+def _described(state: ModelState) -> dict[str, Any]:
+    offer, config = state.offer, state.offer.config
     family = config.model_type.replace("_", "")
-    capabilities, template = _capabilities(offer)
+    capabilities, template = _capabilities(state)
     facts: dict[str, Any] = {
         "context_length": offer.context,
         "embedding_length": config.hidden_size,
@@ -118,10 +118,11 @@ def _described(offer: Offer) -> dict[str, Any]:
     }
 
 
-def _capabilities(offer: Offer) -> tuple[list[str], str]:
+def _capabilities(state: ModelState) -> tuple[list[str], str]:
     """What the model can do, in ollama's words, and its chat template."""
     try:
-        template = ChatTemplate.from_directory(offer.path)
+        worker = state.worker
+        template = ChatTemplate.from_directory(state.offer.path) if worker is None else worker.model.chat_template
         source = template.source()
         thinks = template.thinking() != "never"
     except NpqwenError:  # a base model; chats say what is wrong with a damaged one

@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from npqwen.chat.events import Finish, Reasoning, Reply, Text
+from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text
 from npqwen.generation.completion import TokenLogprobs
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import server_sent
-from npqwen.server.openai.chat_reply import CLOSE, OPEN, call_object, replies_usage
+from npqwen.server.openai.chat_reply import CLOSE, OPEN, replies_usage
 from npqwen.server.openai.errors import error_body
 from npqwen.server.openai.logprobs import chat_logprobs, without_end
 from npqwen.server.openai.reasoning_fields import Shown
 from npqwen.server.openai.usage import finish_reason_of, timings_of
 from npqwen.server.run import Progress, RunEvent, Scored
-from npqwen.tools.calls import ToolCall
 
 DONE = "data: [DONE]\n\n"
 
@@ -95,7 +94,6 @@ class _Choice:
         """Whether <think> is open in the content."""
         self._scored: list[TokenLogprobs] = []
         """Log-probabilities that wait for the next chunk."""
-        self._calls = 0
 
     def delta(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         """An entry of `choices` in a chunk, with the log-probabilities that have not been sent yet."""
@@ -111,12 +109,14 @@ class _Choice:
             return self._reasoning(event.text)
         elif isinstance(event, Text):
             return [self.delta({"content": self._closed() + event.text})]
-        elif isinstance(event, ToolCall):
+        elif isinstance(event, CallStart):
             closed = self._closed()
             before = [self.delta({"content": closed})] if closed else []
-            call = {"index": self._calls, **call_object(event)}
-            self._calls += 1
+            function = {"name": event.name, "arguments": ""}
+            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
             return [*before, self.delta({"tool_calls": [call]})]
+        elif isinstance(event, CallArguments):
+            return [self.delta({"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]})]
         elif isinstance(event, Finish):
             self.reply = event.reply
             return [self.delta({}, finish_reason_of(event.reply.finish_reason))]

@@ -10,7 +10,6 @@ from npqwen.chat.events import Reply
 from npqwen.server.openai.logprobs import chat_logprobs, without_end
 from npqwen.server.openai.reasoning_fields import Shown
 from npqwen.server.openai.usage import finish_reason_of, timings_of, usage_of
-from npqwen.tools.calls import ToolCall
 
 OPEN, CLOSE = "<think>\n", "\n</think>\n\n"
 """What stands around reasoning within the content."""
@@ -37,11 +36,11 @@ def replies_usage(replies: Sequence[Reply]) -> dict[str, Any]:
 
 def _choice(index: int, reply: Reply, shown: Shown, special_ids: frozenset[int]) -> dict[str, Any]:
     content, apart = reply.text, {}
+    calls = _calls(reply)
     if reply.reasoning and shown == "apart":
         apart = {"reasoning_content": reply.reasoning}
     elif reply.reasoning and shown == "inline":
-        content = OPEN + reply.reasoning + (CLOSE + content if content or reply.tool_calls else "")
-    calls = [call_object(call) for call in reply.tool_calls]
+        content = OPEN + reply.reasoning + (CLOSE + content if content or calls else "")
     message = {"role": "assistant", "content": content if content or not calls else None, "refusal": None, **apart}
     logprobs = None if reply.logprobs is None else chat_logprobs(without_end(reply.logprobs, special_ids))
     return {
@@ -52,7 +51,12 @@ def _choice(index: int, reply: Reply, shown: Shown, special_ids: frozenset[int])
     }
 
 
-def call_object(call: ToolCall) -> dict[str, Any]:
-    """A call, with its arguments as text."""
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+def _calls(reply: Reply) -> list[dict[str, Any]]:
+    """The calls in the order in which the answer began them, those included that were cut off: as a stream has them."""
+    calls = [(call.id, call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in reply.tool_calls]
+    for unfinished in sorted(reply.unfinished_calls, key=lambda call: call.index):
+        calls.insert(unfinished.index, (unfinished.id, unfinished.name, unfinished.arguments))
+    return [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for id, name, arguments in calls
+    ]

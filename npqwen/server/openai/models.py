@@ -10,31 +10,30 @@ from starlette.responses import Response
 from npqwen.server.json_text import JSONReply
 
 if TYPE_CHECKING:
-    from npqwen.server.models import Models
+    from npqwen.server.models import Models, ModelState
 
 
 async def list_models(models: Models, request: Request) -> Response:
-    """All models on offer.
+    """All models on offer, loaded or not.
 
     Codex reads `models` in place of `data`. What it requires of an entry differs from version to version, and one that
     it cannot read makes it refuse the whole list; it does accept an empty one.
     """
-    return JSONReply({"object": "list", "data": [_model(models, name) for name in models.names], "models": []})
+    return JSONReply({"object": "list", "data": [_model(state) for state in models.states], "models": []})
 
 
 async def retrieve_model(models: Models, request: Request) -> Response:
     """One model; ModelNotFoundError if it is not on offer."""
-    return JSONReply(_model(models, request.path_params["name"]))
+    return JSONReply(_model(models.state(request.path_params["name"])))
 
 
-def _model(models: Models, name: str) -> dict[str, Any]:
-    """What clients read about the length of the context has three names."""
-    state = models.state(name)
+def _model(state: ModelState) -> dict[str, Any]:
+    """A model's entry. Other servers, and so clients, have three names for the length of the context."""
     context = state.offer.context
     return {
         "id": state.name,
         "object": "model",
-        "created": 0,
+        "created": int(state.offer.modified),
         "owned_by": "npqwen",
         "context_length": context,
         "max_model_len": context,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     Queue = asyncio.Queue[tuple[int, RunEvent] | Exception | None]
 
-AT_ONCE = 8
+AT_ONCE = 16
 """How many prompts of one request wait for the worker, or are computed, at a time."""
 
 

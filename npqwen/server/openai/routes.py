@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,20 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.server.failure import Failure
-from npqwen.server.json_text import JSONReply
+from npqwen.errors import OptionError
 from npqwen.server.openai.chat import chat_completions
 from npqwen.server.openai.completions import completions
-from npqwen.server.openai.errors import Handler, answering_errors, error_body
 from npqwen.server.openai.models import list_models, retrieve_model
 from npqwen.server.openai.responses import count_input_tokens, create_response
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
 
+    Handler = Callable[[Request], Awaitable[Response]]
+
 
 def routes(models: Models) -> list[Route]:
-    """All routes of the API over these models."""
+    """All routes of the API over these models. The application makes responses of the errors that handlers raise."""
     endpoints: list[tuple[str, str, Handler]] = [
         ("/chat/completions", "POST", partial(chat_completions, models)),
         ("/completions", "POST", partial(completions, models)),
@@ -33,12 +34,11 @@ def routes(models: Models) -> list[Route]:
         ("/models/{name:path}", "GET", partial(retrieve_model, models)),
     ]
     return [
-        Route(prefix + path, answering_errors(handler), methods=[method])
+        Route(prefix + path, handler, methods=[method])
         for path, method, handler in endpoints
         for prefix in ("/v1", "")
     ]
 
 
 async def _embeddings(request: Request) -> Response:
-    failure = Failure(404, "the models of this server generate text; they make no embeddings", "no_embeddings")
-    return JSONReply(error_body(failure), failure.status)
+    raise OptionError("the models of this server generate text; they make no embeddings")

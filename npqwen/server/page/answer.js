@@ -3,7 +3,10 @@
 import { chunks, request, ServerError } from "./stream.js";
 
 export function emptyAnswer(model) {
-  return { role: "assistant", content: "", reasoning: "", calls: [], finish: null, error: null, model, usage: null, times: {} };
+  return {
+    role: "assistant", content: "", reasoning: "", calls: [], finish: null, error: null, model, usage: null,
+    speed: null, times: {},
+  };
 }
 
 export class Answer {
@@ -13,6 +16,7 @@ export class Answer {
     this.message = message;
     this.progress = null; // {done, total, cached}: tokens of the prompt that are read
     this.pieces = 0; // chunks with text so far: about one token each
+    this.left = false;
     this.error = null; // the ServerError that ended it
     this.controller = new AbortController();
     this.onchange = onchange;
@@ -20,6 +24,11 @@ export class Answer {
 
   stop() {
     this.controller.abort();
+  }
+
+  // The page is being closed: what breaks from now on is no error of the server's.
+  leave() {
+    this.left = true;
   }
 
   // Runs until the answer is over, however it ends; never throws.
@@ -34,6 +43,7 @@ export class Answer {
       }
       if (message.finish === null) throw new ServerError("The connection ended before the answer did.");
     } catch (error) {
+      if (this.left) return;
       if (error.name === "AbortError") message.finish = "stopped";
       else {
         this.error = error instanceof ServerError ? error : new ServerError(`This page has a bug: ${error.message}`);
@@ -49,6 +59,7 @@ export class Answer {
     const { message } = this;
     const progress = chunk.prompt_progress;
     if (progress) this.progress = { done: progress.processed, total: progress.total, cached: progress.cache };
+    if (chunk.timings) message.speed = chunk.timings.predicted_per_second;
     if (chunk.usage) message.usage = usageOf(chunk.usage);
     const choice = chunk.choices?.[0];
     if (!choice) return;
@@ -93,7 +104,9 @@ function usageOf(usage) {
   };
 }
 
+const SHORTEST = 50; // milliseconds; what comes in less says nothing about speed
+
 // Tokens a second after the first one, or null if that cannot be told.
 export function speed(tokens, { first, last }) {
-  return tokens > 1 && last > first ? ((tokens - 1) / (last - first)) * 1000 : null;
+  return tokens > 1 && last - first > SHORTEST ? ((tokens - 1) / (last - first)) * 1000 : null;
 }

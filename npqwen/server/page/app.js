@@ -3,7 +3,7 @@
 import { Answer, emptyAnswer } from "./answer.js";
 import * as conversations from "./conversations.js";
 import { element, number } from "./dom.js";
-import { keyForm, messageView } from "./message_view.js";
+import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { remember, remembered, Storage } from "./storage.js";
@@ -105,9 +105,9 @@ async function ask(failed = null, attempt = 0) {
     return;
   }
   answers.set(conversation.id, answer);
-  await save(conversation);
   atEnd = true;
   draw();
+  await save(conversation);
   await answer.run(body, key);
   answers.delete(conversation.id);
   message.status = answer.error?.status ?? 0;
@@ -232,8 +232,10 @@ async function loadModels() {
     notice("");
   } catch (error) {
     offered = [];
-    if (error instanceof ServerError && error.status === 401) notice(key ? error.message : "", keyForm(useKey));
+    const wantsKey = error instanceof ServerError && error.status === 401;
+    if (wantsKey) notice(key ? WRONG_KEY : "This server needs an API key.", keyForm(useKey));
     else notice(error.message, element("button", { type: "button", onclick: loadModels }, "Retry"));
+    if (wantsKey && !input.value) $("notice").querySelector("input").focus();
   }
   drawModels();
 }
@@ -303,7 +305,7 @@ function drawModels() {
   drawModels.state = state;
   select.replaceChildren(...offered.map(({ id }) => element("option", { value: id }, id)));
   select.value = modelOf(current);
-  select.disabled = offered.length === 0;
+  select.disabled = select.hidden = offered.length === 0;
   $("welcome-model").textContent = modelOf(current);
   drawContext(conversations.path(current));
 }
@@ -329,7 +331,7 @@ function notice(text, ...more) {
 
 function grow() {
   input.style.height = "auto";
-  input.style.height = `${input.scrollHeight + 2}px`;
+  input.style.height = `${input.scrollHeight}px`;
 }
 
 function closeSidebar() {
@@ -415,10 +417,14 @@ addEventListener("hashchange", () => {
   if (wanted && wanted !== current) open(wanted);
 });
 addEventListener("pagehide", () => {
-  for (const { conversation } of answers.values()) storage.put(conversation).catch(() => {});
+  for (const answer of answers.values()) {
+    answer.leave();
+    storage.put(answer.conversation).catch(() => {});
+  }
 });
 
 async function start() {
+  const place = location.hash.slice(1);
   draw();
   const loading = loadModels();
   try {
@@ -428,7 +434,7 @@ async function start() {
     notice("This browser does not let the page save conversations: they last until it is closed.");
   }
   // Where this tab was, unless a new conversation has begun meanwhile.
-  const last = all.get(location.hash.slice(1));
+  const last = all.get(place);
   if (last && !current.messages.length) open(last);
   draw();
   await loading;

@@ -3,7 +3,8 @@
 // A conversation is {id, title, created, updated, settings, messages, head}; messages lists all of them in the order
 // of their making, head is the id of the last one shown. A message is {id, parent, role, content, created}, and of role
 //   assistant: reasoning, calls: [{id, name, arguments}], finish: why it ended, or null while it comes; error, model,
-//     usage: {prompt, cached, completion, reasoning} in tokens, times: {first, thought, last} in ms since the request
+//     usage: {prompt, cached, completion, reasoning} in tokens, speed: tokens a second as the server measured it, or
+//     null, times: {first, thought, last} in ms since the request
 //   tool: call, the id of the call that it answers
 
 const TITLE = 60; // characters
@@ -129,9 +130,14 @@ function checkedAnswer(message) {
     finish: typeof message.finish === "string" ? message.finish : null,
     error: typeof message.error === "string" ? message.error : null,
     model: typeof message.model === "string" ? message.model : "",
-    usage: message.usage ? numbers(message.usage) : null,
+    usage: message.usage ? checkedUsage(message.usage) : null,
+    speed: Number.isFinite(message.speed) ? message.speed : null,
     times: numbers(message.times),
   };
+}
+
+function checkedUsage(usage) {
+  return { prompt: 0, cached: 0, completion: 0, reasoning: 0, ...numbers(usage) };
 }
 
 function whole(value) {

@@ -235,7 +235,7 @@ class Scanner {
   // Line breaks of a model are meant.
   line() {
     const last = this.out.length - 1;
-    if (typeof this.out[last] === "string") this.out[last] = this.out[last].replace(/ +$/, "");
+    if (typeof this.out[last] === "string") this.out[last] = this.out[last].trimEnd();
     this.push({ type: "break" });
     this.at++;
     while (this.text[this.at] === " ") this.at++;

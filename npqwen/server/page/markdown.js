@@ -15,9 +15,10 @@ const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}>/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)(.*)|)$/;
 const UNDERLINE = /^ {0,3}(=+|-{2,})[ \t]*$/;
-const DELIMITER_ROW = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
-// A last line of which one cannot tell yet what it will be.
-const UNDECIDED = /^\s*(?:[-*+]|\d{1,3}[.)]|#{1,6}|>|`{1,2}|~{1,2}|[-=*_]{2,}|\|[\s:|-]*|\\|\$)?\s*$/;
+// The second line of a table, without spaces around it.
+const DELIMITER_ROW = /^(?:\|\s*)?:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
+// A last line of which one cannot tell yet what it will be, without spaces around it.
+const UNDECIDED = /^(?:[-*+]|\d{1,3}[.)]|#{1,6}|>|`{1,2}|~{1,2}|[-=*_]{2,}|\|[\s:|-]*|\\|\$)?$/;
 const MOST_DEEP = 24; // quotes and lists inside each other; what is deeper stays text
 const LONGEST_FORMULA = 100; // lines
 
@@ -30,7 +31,7 @@ export function parse(text, open = false) {
     starts.push(at);
     at += line.length + 1;
   }
-  if (open && UNDECIDED.test(lines.at(-1))) lines.pop();
+  if (open && UNDECIDED.test(lines.at(-1).trim())) lines.pop();
   const found = new Blocks(lines.map(expanded), open, 0).all();
   for (const block of found) {
     block.from = starts[block.from];
@@ -124,16 +125,21 @@ class Blocks {
     const start = line.trim();
     const close = start.startsWith("$$") ? "$$" : start.startsWith("\\[") ? "\\]" : null;
     if (!close) return null;
+    const first = start.slice(2);
+    if (first.includes(close) && first.indexOf(close) + 2 < first.length) return null;
     const most = Math.min(this.lines.length, this.at + LONGEST_FORMULA);
-    for (let end = this.at; end < most && !(end > this.at && isBlank(this.lines[end])); end++) {
+    let end = this.at;
+    for (; end < most && !(end > this.at && isBlank(this.lines[end])); end++) {
       const text = this.lines[end].trim();
-      if (!(end === this.at ? text.slice(2) : text).endsWith(close)) continue;
-      const body = this.lines.slice(this.at, end + 1).join("\n").trim();
-      if (body.slice(2, -2).includes(close)) return null;
-      this.at = end + 1;
-      return { type: "math", text: body };
+      if ((end === this.at ? first : text).endsWith(close)) return this.formulaTo(end + 1);
     }
-    return null;
+    return this.open && end === this.lines.length ? this.formulaTo(end) : null;
+  }
+
+  formulaTo(end) {
+    const text = this.lines.slice(this.at, end).join("\n").trim();
+    this.at = end;
+    return { type: "math", text };
   }
 
   quote() {
@@ -218,7 +224,7 @@ class Blocks {
     const line = this.lines[this.at];
     const next = this.lines[this.at + 1];
     const coming = this.open && next === undefined && line.trimStart().startsWith("|");
-    if (!coming && (next === undefined || !line.includes("|") || !DELIMITER_ROW.test(next) || !/[|:]/.test(next)))
+    if (!coming && (next === undefined || !line.includes("|") || !DELIMITER_ROW.test(next.trim()) || !/[|:]/.test(next)))
       return null;
     const header = cells(line);
     const alignments = coming ? header.map(() => null) : cells(next).map(alignment);
@@ -232,7 +238,7 @@ class Blocks {
   }
 
   paragraph() {
-    const lines = [this.lines[this.at++].trim()];
+    const lines = [this.lines[this.at++].trimStart()];
     while (this.at < this.lines.length) {
       const line = this.lines[this.at];
       const underline = UNDERLINE.exec(line);
@@ -249,7 +255,7 @@ class Blocks {
 
   tableAt(at) {
     const next = this.lines[at + 1];
-    return this.lines[at].includes("|") && next !== undefined && next.includes("|") && DELIMITER_ROW.test(next);
+    return this.lines[at].includes("|") && next !== undefined && next.includes("|") && DELIMITER_ROW.test(next.trim());
   }
 
   // Whether a line in a paragraph begins another block.

@@ -1,6 +1,7 @@
 // Markdown on the screen, also while it comes: only the blocks that changed are made anew.
 
 import { copy, element, icon } from "./dom.js";
+import { tokens } from "./highlight.js";
 import { parse } from "./markdown.js";
 
 export class MarkdownView {
@@ -34,11 +35,19 @@ export class MarkdownView {
   // Code grows in place, so that a selection and the position of a scrollbar in it stay.
   extend({ block, node }, next) {
     if (block.type !== "code" || next.type !== "code" || block.language !== next.language) return false;
-    const text = node.querySelector("code").firstChild;
-    if (!text || !next.text.startsWith(block.text)) return false;
-    text.appendData(next.text.slice(block.text.length));
+    if (!next.text.startsWith(block.text)) return false;
+    const code = node.querySelector("code");
+    const last = code.lastChild;
+    last?.remove(); // A token that may have become longer.
+    fillCode(code, next, block.text.length - (last?.textContent.length ?? 0));
     return true;
   }
+}
+
+// Appends code from an index on.
+function fillCode(code, { text, language }, from = 0) {
+  for (const token of tokens(text, language, from))
+    code.append(token.kind ? element("span", { class: `code-${token.kind}` }, token.text) : token.text);
 }
 
 export function render(block) {
@@ -62,12 +71,13 @@ export function render(block) {
   }
 }
 
-function codeBlock({ language, text }) {
+function codeBlock(block) {
   const button = element("button", { type: "button", class: "quiet", "aria-label": "Copy code", title: "Copy" },
     icon("copy"));
-  const code = element("code", {}, document.createTextNode(text));
+  const code = element("code");
+  fillCode(code, block);
   button.addEventListener("click", () => copy(code.textContent, button));
-  const head = element("figcaption", {}, element("span", {}, language || "text"), button);
+  const head = element("figcaption", {}, element("span", {}, block.language || "text"), button);
   return element("figure", { class: "code" }, head, element("pre", { tabindex: "0" }, code));
 }
 

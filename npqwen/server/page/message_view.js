@@ -4,6 +4,7 @@ import { speed } from "./answer.js";
 import { copy, element, icon, iconButton, number, seconds } from "./dom.js";
 import { MarkdownView } from "./markdown_view.js";
 
+export const WRONG_KEY = "The server does not accept this API key.";
 const ENDINGS = {
   length: "Stopped at the limit of tokens.",
   loop: "Stopped, because the text kept repeating itself.",
@@ -199,21 +200,22 @@ class AnswerView extends MessageView {
   updateError(running, waiting, answer, last) {
     const { message } = this;
     const { finish, error } = message;
-    const text = error ?? (finish === null ? "This answer was interrupted." : ENDINGS[finish]);
+    const wantsKey = this.actions.needsKey(message);
+    const text = wantsKey ? WRONG_KEY : error ?? (finish === null ? "This answer was interrupted." : ENDINGS[finish]);
     this.error.hidden = running || !text;
     if (this.error.hidden) return;
     this.error.classList.toggle("mild", !error);
     const retry = element("button", { type: "button", onclick: () => this.actions.retry(message) },
       waiting === null ? "Retry" : "Retry now");
     const row = element("div", { class: "row" }, retry);
-    if (message.content && last)
+    if (message.content)
       row.append(element("button", { type: "button", onclick: () => this.actions.proceed(message) }, "Continue"));
     if (waiting !== null)
       row.append(
         element("span", { class: "hint" }, `Trying again in ${waiting} s`),
         element("button", { type: "button", onclick: () => this.actions.wait(message) }, "Cancel"));
-    const key = this.actions.needsKey(message) ? keyForm((value) => this.actions.useKey(value, message)) : null;
-    this.error.replaceChildren(element("p", {}, text), ...(key ? [key] : [row]));
+    const key = wantsKey ? keyForm((value) => this.actions.useKey(value, message)) : null;
+    this.error.replaceChildren(element("p", {}, text), ...(last ? [key ?? row] : []));
   }
 
   updateFooter(running, last) {
@@ -223,21 +225,25 @@ class AnswerView extends MessageView {
     this.footer.replaceChildren(this.versions() ?? "");
     if (!running) {
       if (message.content) this.footer.append(this.copyButton(() => message.content));
-      this.footer.append(iconButton("retry", "Answer again", () => this.actions.retry(message)));
+      // A failure has a button for that of its own.
+      if (!message.error || !last)
+        this.footer.append(iconButton("retry", "Answer again", () => this.actions.retry(message)));
     } else this.footer.append(element("span", { class: "dot" }));
     this.footer.append(this.speed);
     this.footer.classList.toggle("last", last);
   }
 
   updateSpeed({ pieces }) {
-    const rate = speed(pieces, this.message.times);
-    this.speed.textContent = rate === null ? "" : `about ${rate.toFixed(1)} tokens/s`;
+    const { first, last } = this.message.times;
+    // The first pieces say little.
+    this.speed.textContent =
+      last - first > 500 ? `about ${speed(pieces, this.message.times).toFixed(1)} tokens/s` : "";
   }
 
   summary() {
-    const { usage, times } = this.message;
+    const { usage, times, speed: measured } = this.message;
     const parts = [];
-    const rate = usage && speed(usage.completion, times);
+    const rate = measured || (usage && speed(usage.completion, times));
     if (rate) parts.push(`${rate.toFixed(1)} tokens/s`);
     if (usage) parts.push(`${number(usage.completion)} tokens`);
     if (times.first) parts.push(`first after ${seconds(times.first)}`);

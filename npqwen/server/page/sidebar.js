@@ -63,7 +63,7 @@ export class Sidebar {
     const yes = element("button", { type: "button", class: "danger", onclick: () => this.actions.remove(id) }, "Delete");
     const no = element("button", { type: "button", onclick: () => this.draw() }, "Keep");
     item.classList.add("confirm");
-    item.replaceChildren(icon("trash"), element("span", { class: "grow", title: name }, "Delete this chat?"), yes, no);
+    item.replaceChildren(icon("trash"), element("span", { class: "grow", title: name }, "Delete it?"), yes, no);
     item.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
         event.stopPropagation();

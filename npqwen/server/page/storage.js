@@ -48,7 +48,7 @@ export class Storage {
     clearTimeout(this.timers.get(conversation.id));
     this.timers.delete(conversation.id);
     if (!this.database) return;
-    await finished(this.store("readwrite").put(conversation));
+    await this.write((store) => store.put(conversation));
     this.channel.postMessage(conversation.id);
   }
 
@@ -62,8 +62,15 @@ export class Storage {
     clearTimeout(this.timers.get(id));
     this.timers.delete(id);
     if (!this.database) return;
-    await finished(this.store("readwrite").delete(id));
+    await this.write((store) => store.delete(id));
     this.channel.postMessage(id);
+  }
+
+  write(change) {
+    const store = this.store("readwrite");
+    const done = finished(change(store));
+    store.transaction.commit(); // at once: the page may be about to close
+    return done;
   }
 
   store(mode) {

@@ -77,21 +77,17 @@ export async function* chunks(response) {
 
 // The data of server-sent events in a stream of bytes, as text.
 export async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
   let data = [];
   try {
-    for (;;) {
-      let piece;
-      try {
-        piece = await reader.read();
-      } catch (error) {
-        if (error.name === "AbortError") throw error;
-        throw new ServerError("The connection to the server was lost.");
-      }
-      if (piece.done) return;
+    for (let done = false; !done; ) {
+      const piece = await readPiece(reader);
+      done = piece.done;
+      rest += done ? decoder.decode() : decoder.decode(piece.value, { stream: true });
       // A "\r" at the end may be the first half of "\r\n".
-      const lines = (rest + piece.value).split(/\r\n|\n|\r(?!$)/);
+      const lines = rest.split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
@@ -103,5 +99,14 @@ export async function* events(body) {
     }
   } finally {
     reader.cancel().catch(() => {});
+  }
+}
+
+async function readPiece(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The connection to the server was lost.");
   }
 }

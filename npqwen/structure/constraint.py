@@ -1,0 +1,67 @@
+"""Which tokens may follow in one text of a given structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.errors import OptionError, shortened
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class Constraint:
+    """The state of one text's structure: which tokens may come next, which one must.
+
+    matcher: llguidance's, at the beginning. size: tokens of the vocabulary. eos_ids: those that end a text. option:
+    names the structure in messages. Every method raises OptionError if the structure becomes too complex to follow.
+    """
+
+    def __init__(self, matcher: LLMatcher, size: int, eos_ids: Sequence[int], option: str) -> None:
+        self._matcher = matcher
+        self._eos_ids = eos_ids
+        self._option = option
+        self._bits = np.zeros(-(-size // 32), np.uint32)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete, and nothing but eos may follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text may end here."""
+        return self._matcher.is_accepting()
+
+    def allowed(self) -> NDArray[np.uint32]:
+        """The tokens that may come next, as bits: token i is bit i % 32 of word i // 32. Valid until the next call."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        return self._bits
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, since the structure allows no other text; perhaps none.
+
+        They are those that the tokenizer makes of that text, as far as what follows cannot change them. `allowed` has
+        just the first of them.
+        """
+        ids = self._matcher.compute_ff_tokens()
+        self._check()
+        return ids
+
+    def push(self, id: int) -> None:
+        """Take the next token of the text. OptionError if it is not allowed."""
+        if id in self._eos_ids and self._matcher.is_accepting():
+            return
+        if not self._matcher.consume_token(id) and "doesn't satisfy" in self._matcher.get_error():
+            raise OptionError(f"token id {id} was forced into the text, where {self._option} does not allow it")
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            problem = shortened(self._matcher.get_error().partition("\n<state>")[0], 300)
+            raise OptionError(f"{self._option} cannot be followed: {problem}")

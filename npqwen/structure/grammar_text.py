@@ -1,0 +1,65 @@
+"""Grammars as users write them: Lark as llguidance has it, and llama.cpp's GBNF."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Literal
+
+from npqwen.errors import OptionError, shortened
+
+_RULE = re.compile(r"[ \t]*[?!]?([A-Za-z_][\w-]*)(?:\.-?\d+|\[[^\]\n]*\]|\{[^}\n]*\})?\s*(::=|:)")
+_SKIPPED = re.compile(r"\s+|#[^\n]*|//[^\n]*")
+_GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+def language(text: str) -> Literal["lark", "gbnf"]:
+    """Which of both a grammar is written in: its first rule has "name ::=" in GBNF, "name:" in Lark.
+
+    OptionError if it begins with neither.
+    """
+    at = 0
+    while (skipped := _SKIPPED.match(text, at)) is not None:
+        at = skipped.end()
+    if text.startswith("%", at):  # a directive
+        return "lark"
+    rule = _RULE.match(text, at)
+    if rule is None:
+        raise OptionError(
+            f"grammar begins with {shortened(text[at:], 40)!r}; it must be a Lark grammar, whose rules are "
+            "'start: ...', or GBNF, whose rules are 'root ::= ...'"
+        )
+    return "gbnf" if rule[2] == "::=" else "lark"
+
+
+def lark_text(text: str) -> str:
+    """The grammar in Lark. OptionError for GBNF that cannot be read."""
+    if language(text) == "lark":
+        return text
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(_json_escapes(text))
+    except Exception as error:  # it raises bare ones, and RecursionError for deep parentheses
+        reason = shortened(str(error), 200) or type(error).__name__
+        raise OptionError(f"grammar cannot be read as GBNF: {reason}") from None
+
+
+def literal(text: str) -> str:
+    """A Lark string of exactly this text."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _json_escapes(text: str) -> str:
+    r"""GBNF with the escapes \xHH, \uHHHH and \UHHHHHHHH of its strings replaced; llguidance misreads them."""
+
+    def replaced(found: re.Match[str]) -> str:
+        part = found[0]
+        return _ESCAPE.sub(unescaped, part) if part[0] == '"' else part
+
+    def unescaped(escape: re.Match[str]) -> str:
+        code = escape[1] or escape[2] or escape[3]
+        return escape[0] if code is None else literal(chr(int(code, 16)))[1:-1]
+
+    return _GBNF_PARTS.sub(replaced, text)

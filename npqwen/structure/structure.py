@@ -1,0 +1,267 @@
+"""What a text must be, from the options `schema`, `regex`, `choice` and `grammar`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from npqwen.errors import OptionError, quoted, shortened
+from npqwen.structure.grammar_text import lark_text, literal
+from npqwen.structure.instances import instance
+from npqwen.structure.json_values import plain
+from npqwen.structure.regex_text import narrowed_classes
+from npqwen.structure.type_schema import type_schema
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+OPTIONS = ("schema", "regex", "choice", "grammar")
+"""The options that say what a text must be; at most one of them may be given."""
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON on one line, as Python's json and Qwen's chat templates write it. With blanks left to the model, few tokens are
+forced, and small models write blanks without end."""
+MAX_SIZE = 1 << 20
+"""Characters of a grammar."""
+INSTALL = 'pip install "npqwen[grammar]"'
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a text must be; checked, but not compiled for a vocabulary.
+
+    option: the option that it was made from, for messages. grammar: as llguidance takes it. kind: the type of the
+    object that the text spells, if it was made from one. has_value: whether the text spells a JSON value. thinks:
+    whether the text may begin with `<think>`; None if that depends on the prompt alone.
+    """
+
+    option: str
+    grammar: str
+    kind: Any = None
+    has_value: bool = False
+    thinks: bool | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Structure | None:
+        """What these options, which are checked, make of a text; None if none of them is given."""
+        option = next((name for name in OPTIONS if options.get(name) is not None), None)
+        if option is None:
+            return None
+        value = options[option]
+        return value if isinstance(value, Structure) else _MAKERS[option](value)
+
+    def parse(self, text: str) -> Any:
+        """The object that a complete text spells; None if the structure is not one of JSON.
+
+        Raises what the checks of the caller's own class raise.
+        """
+        if not self.has_value:
+            return None
+        value = json.loads(text)
+        return value if self.kind is None else instance(self.kind, value)
+
+
+@dataclass(frozen=True)
+class Structured:
+    """A complete text, and the structure that it has."""
+
+    structure: Structure
+    text: str
+
+    @cached_property
+    def parsed(self) -> Any:
+        """The object that the text spells; see `Structure.parse`."""
+        return self.structure.parse(self.text)
+
+
+def check_schema(name: str, value: Any) -> Any:
+    """A JSON schema as a plain copy; True, for any JSON object, or a type as it is. OptionError for anything else."""
+    if isinstance(value, Structure) or value is True:
+        return value
+    if isinstance(value, Mapping):
+        value = plain(value, name)
+    elif not isinstance(value, type) and not hasattr(value, "__origin__") and not hasattr(value, "__args__"):
+        raise OptionError(
+            f"{name} is {quoted(value)}; it must be a dictionary with a JSON schema, a class such as a dataclass or a "
+            "pydantic model, or True for any JSON object"
+        )
+    _schema_structure(value)
+    return value
+
+
+def check_regex(name: str, value: Any) -> str:
+    """A regular expression; OptionError if it cannot be used."""
+    if not isinstance(value, str):
+        raise OptionError(f"{name} is {quoted(value)}; it must be a string, a regular expression")
+    regex: str = plain(value, name)
+    _regex_structure(regex)
+    return regex
+
+
+def check_choice(name: str, value: Any) -> list[str]:
+    """The texts to choose from, each once; OptionError unless there is one, and all are strings and not empty."""
+    choices = None if isinstance(value, str | Mapping) or not hasattr(value, "__iter__") else list(value)
+    if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of strings that are not empty")
+    choices = [plain(choice, name) for choice in dict.fromkeys(choices)]
+    _choice_structure(choices)
+    return choices
+
+
+def check_grammar(name: str, value: Any) -> Any:
+    """A Lark or GBNF grammar; OptionError if it cannot be used."""
+    if isinstance(value, Structure):
+        return value
+    if not isinstance(value, str):
+        raise OptionError(f"{name} is {quoted(value)}; it must be a string, a Lark or GBNF grammar")
+    value = plain(value, name)
+    _grammar_structure(value)
+    return value
+
+
+def check_one(options: Mapping[str, Any]) -> None:
+    """OptionError if more than one option says what the text must be."""
+    given = [name for name in OPTIONS if options.get(name) is not None]
+    if len(given) > 1:
+        raise OptionError(f"{given[0]} and {given[1]} exclude each other; give one of them")
+
+
+def value_schema(value: Any) -> dict[str, Any]:
+    """The JSON schema that the option `schema`, which is checked, stands for, with blanks as in `JSON_STYLE`."""
+    if value is True:
+        schema: dict[str, Any] = {"type": "object"}
+    else:
+        schema = narrowed(value if isinstance(value, dict) else type_schema(value))
+    return with_style(schema)
+
+
+def with_style(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose text has the blanks of `JSON_STYLE`, where its own "x-guidance" says nothing else."""
+    own = schema.get("x-guidance", {})
+    return {**schema, "x-guidance": {**JSON_STYLE, **own} if isinstance(own, Mapping) else own}
+
+
+_SUBSCHEMAS = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"}
+_GREATEST = 10**18 - 1
+_TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
+    r"""A copy that allows less where the schema does not say: no properties but those that are listed, which is what
+    people mean who list them; integers of 18 digits, for models that write digits without end; ASCII for \d and \w.
+
+    A schema that combines others by allOf may have more properties: each of the others would forbid the rest.
+    """
+    found: list[dict[str, Any]] = []
+    copy: dict[str, Any] = _copied(schema, found)
+    for one in found:
+        if isinstance(one.get("pattern"), str):
+            one["pattern"] = narrowed_classes(one["pattern"], ascii=True)
+    if any("allOf" in one for one in found):
+        return copy
+    for one in found:
+        if "properties" in one and not one.keys() & {"patternProperties", "unevaluatedProperties"}:
+            one.setdefault("additionalProperties", False)
+        if one.get("type") == "integer" and not one.keys() & _BOUNDS:
+            one.update(minimum=-_GREATEST, maximum=_GREATEST)
+    return copy
+
+
+def _copied(schema: Any, found: list[dict[str, Any]]) -> Any:
+    """A copy of a schema down to its innermost ones, all of which are appended to `found`."""
+    if not isinstance(schema, dict):
+        return schema
+    copy = dict(schema)
+    found.append(copy)
+    for key, value in schema.items():
+        if key in _SUBSCHEMAS and isinstance(value, dict):
+            copy[key] = _copied(value, found)
+        elif key in (*_LISTS, "items") and isinstance(value, list):
+            copy[key] = [_copied(one, found) for one in value]
+        elif key in _TABLES and isinstance(value, dict):
+            copy[key] = {name: _copied(one, found) for name, one in value.items()}
+    return copy
+
+
+def _schema_structure(value: Any) -> Structure:
+    schema = value_schema(value)
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise OptionError("schema has a number that JSON does not have, or is nested too deeply") from None
+    kind = None if value is True or isinstance(value, dict) else value
+    grammar = '{"grammars": [{"json_schema": ' + text + "}]}"
+    return Structure("schema", checked("schema", grammar), kind, has_value=True)
+
+
+def _regex_structure(value: str) -> Structure:
+    if not value:
+        raise OptionError("regex is empty; give a regular expression")
+    _check_size("regex", value)
+    grammar = _matcher_class().grammar_from_regex(narrowed_classes(value, ascii=False))
+    return Structure("regex", checked("regex", grammar))
+
+
+def _choice_structure(value: list[str]) -> Structure:
+    return Structure("choice", checked("choice", lark_grammar("start: " + " | ".join(map(literal, value)))))
+
+
+def _grammar_structure(value: str) -> Structure:
+    _check_size("grammar", value)
+    return Structure("grammar", checked("grammar", lark_grammar(lark_text(value))))
+
+
+def lark_grammar(lark: str) -> str:
+    """A Lark grammar as llguidance takes it."""
+    return json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
+
+
+_MAKERS: Mapping[str, Any] = {
+    "schema": _schema_structure,
+    "regex": _regex_structure,
+    "choice": _choice_structure,
+    "grammar": _grammar_structure,
+}
+
+
+def checked(option: str, grammar: str) -> str:
+    """`grammar`, if llguidance can use it; OptionError that says why not otherwise."""
+    _check_size(option, grammar)
+    if problem := _problem(grammar):
+        raise OptionError(f"{option} cannot be used: {problem}")
+    return grammar
+
+
+def _check_size(option: str, text: str) -> None:
+    if len(text) > MAX_SIZE:
+        raise OptionError(f"{option} has {len(text):,} characters; the limit is {MAX_SIZE:,}")
+
+
+def _matcher_class() -> type[LLMatcher]:
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise OptionError(f"{', '.join(OPTIONS)} and tool_choice need llguidance: {INSTALL}") from None
+    return LLMatcher
+
+
+@lru_cache(32)
+def _problem(grammar: str) -> str:
+    """What is wrong with a grammar; "" if nothing is."""
+    failed, messages = _matcher_class().validate_grammar_with_warnings(grammar)
+    return reason(messages[0]) if failed else ""
+
+
+def reason(message: str) -> str:
+    """llguidance's message on one line, without its excerpts of the grammar."""
+    message = message.partition("\n<state>")[0]
+    lines = message.strip().splitlines() or ["no reason is known"]
+    last = next((line for line in lines if line.startswith("error: ")), lines[0])
+    text = shortened(last.removeprefix("error: "), 300)
+    if text.startswith("Unimplemented keys"):
+        text += '; remove them, or ignore them with "x-guidance": {"lenient": true} in the schema'
+    return text

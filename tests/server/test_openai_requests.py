@@ -1,0 +1,134 @@
+"""How bodies become the library's requests, for models that switch thinking, always think, or never do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from reciter import Reciter
+
+from npqwen.errors import OptionError
+from npqwen.server.fields import FieldError, Fields
+from npqwen.server.openai.chat_request import chat_body
+from npqwen.server.openai.completion_request import completion_body
+from npqwen.server.requests import ChatRequest
+
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+SWITCH, ALWAYS, NEVER = "hybrid", "thinking-2507", "instruct-2507"
+
+
+def request(template: str = SWITCH, **fields: Any) -> ChatRequest:
+    model: Any = Reciter(template=template)
+    return chat_body(Fields({"messages": HELLO, **fields})).request(model)
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "expected"),
+    [
+        (SWITCH, {}, {}),
+        (SWITCH, {"reasoning_effort": "none"}, {"thinking": False}),
+        (SWITCH, {"reasoning_effort": "low"}, {"thinking_budget": 1024}),
+        (SWITCH, {"reasoning_effort": "max"}, {}),
+        (SWITCH, {"reasoning_effort": "low", "thinking_budget": 7}, {"thinking_budget": 7}),
+        (SWITCH, {"reasoning_effort": "none", "enable_thinking": True}, {"thinking": True}),
+        (SWITCH, {"reasoning_effort": "low", "enable_thinking": False}, {"thinking": False}),
+        (SWITCH, {"enable_thinking": True, "thinking_budget": -1}, {"thinking": True}),
+        (SWITCH, {"thinking_budget": 0}, {"thinking": False, "thinking_budget": 0}),
+        (SWITCH, {"thinking": {"type": "enabled", "budget_tokens": 9}}, {"thinking": True, "thinking_budget": 9}),
+        (SWITCH, {"thinking": {"type": "adaptive"}}, {}),
+        (ALWAYS, {}, {}),
+        (ALWAYS, {"reasoning_effort": "none"}, {"thinking_budget": 0}),
+        (ALWAYS, {"enable_thinking": False}, {"thinking_budget": 0}),
+        (ALWAYS, {"enable_thinking": True}, {"thinking": True}),
+        (ALWAYS, {"reasoning_effort": "medium"}, {"thinking_budget": 4096}),
+        (NEVER, {}, {}),
+        (NEVER, {"reasoning_effort": "none"}, {}),
+        (NEVER, {"reasoning_effort": "high"}, {"thinking_budget": 16384}),
+        (NEVER, {"enable_thinking": False}, {}),
+    ],
+)
+def test_fields_about_thinking_become_options(template: str, fields: Any, expected: dict[str, Any]) -> None:
+    assert request(template, **fields).options == expected
+
+
+def test_a_model_that_never_thinks_is_not_made_to() -> None:
+    with pytest.raises(OptionError, match="this model does not think"):
+        request(NEVER, enable_thinking=True)
+
+
+def test_every_field_of_sampling_becomes_an_option() -> None:
+    made = request(
+        temperature=1, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1, frequency_penalty=-1, repeat_penalty=1.1,
+        seed=-5, stop="x", logit_bias={"7": -100}, max_tokens=9, n=3, logprobs=True, top_logprobs=2,
+    )  # fmt: skip
+    assert made.n == 3
+    assert made.options == {
+        "temperature": 1, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1,
+        "repetition_penalty": 1.1, "seed": 2**64 - 5, "stop": ["x"], "logit_bias": {7: -100}, "max_tokens": 9,
+        "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+
+
+def test_null_is_as_good_as_absent() -> None:
+    names = (
+        "temperature", "n", "stop", "tools", "tool_choice", "response_format", "logit_bias", "stream", "thinking",
+        "best_of", "audio", "functions", "reasoning", "stream_options", "max_tokens", "seed", "parallel_tool_calls",
+    )  # fmt: skip
+    fields: dict[str, Any] = dict.fromkeys(names)
+    assert request(**fields).options == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"schema": {"type": "object"}}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
+            {"schema": {"type": "array"}},
+        ),
+        ({"json_schema": {"type": "array"}}, {"schema": {"type": "array"}}),
+        ({"guided_json": '{"type": "array"}'}, {"schema": {"type": "array"}}),
+        ({"guided_regex": "a+"}, {"regex": "a+"}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+    ],
+)
+def test_structures_of_every_dialect_become_options(fields: Any, expected: dict[str, Any]) -> None:
+    assert chat_body(Fields({"messages": HELLO, **fields})).options == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"guided_regex": "a", "grammar": "b"}, "excludes the other fields"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "json_schema.schema is missing"),
+        ({"guided_json": "{"}, "guided_json is text, but not of JSON"),
+        ({"guided_json": 5}, "guided_json is 5; it must be a JSON schema"),
+    ],
+)
+def test_structures_that_make_no_sense_are_refused(fields: Any, words: str) -> None:
+    with pytest.raises(FieldError) as error:
+        chat_body(Fields({"messages": HELLO, **fields}))
+    assert words in str(error.value)
+
+
+def test_a_suffix_needs_a_model_with_tokens_for_it() -> None:
+    class Without:
+        def token_id(self, token: str) -> int | None:
+            return None
+
+    body = completion_body(Fields({"prompt": "a", "suffix": "b"}))
+    with pytest.raises(FieldError, match="no fill-in-the-middle tokens"):
+        body.requests(Without())  # type: ignore[arg-type]
+
+
+def test_a_fill_in_the_middle_ends_before_tokens_that_begin_something_else() -> None:
+    (made,) = completion_body(Fields({"prompt": "a", "suffix": "b", "stop": "x"})).requests(Reciter().tokenizer)
+    assert made.prompt == "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>"
+    stop = made.options["stop"]
+    assert isinstance(stop, list)
+    assert stop[0] == "x"
+    assert {"<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"} < set(stop)
