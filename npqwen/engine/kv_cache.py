@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 import threading
 from collections.abc import Iterable
 from copy import copy
@@ -17,8 +19,7 @@ from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels.attention import PAGE, POSITION_TILE
-
-_ALIGN = 64
+from npqwen.kernels.paging import advise_huge_pages
 
 
 class KeysAndValues(NamedTuple):
@@ -182,11 +183,10 @@ class KVCache:
 
     def _new_page(self) -> NDArray[Any]:
         try:
-            raw = np.zeros(self.page_bytes + _ALIGN, np.uint8)
-        except MemoryError:  # a limit on the address space, or a system that does not overcommit
+            memory = _memory(self.page_bytes)
+        except OSError:  # a limit on the address space, or a system that does not overcommit
             raise self._too_large(1, self.length + 1, 0) from None
-        start = -raw.ctypes.data % _ALIGN
-        return raw[start : start + self.page_bytes].view(self.dtype_array.dtype).reshape(self.page_shape)
+        return memory.view(self.dtype_array.dtype).reshape(self.page_shape)
 
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
@@ -205,6 +205,20 @@ class KVCache:
 def held_bytes(caches: Iterable[KVCache]) -> int:
     """Bytes of the pages of several caches, shared ones counted once."""
     return sum({id(page): page.nbytes for cache in caches for page in cache._held.arrays}.values())
+
+
+def _memory(size: int) -> NDArray[np.uint8]:
+    """Zeros at a multiple of 4,096 bytes, which the system gets back once no array is left; OSError without room.
+
+    After pages of many lengths of life, malloc would keep a multiple of what is in use: of what has been freed, it
+    returns only the end of its heap.
+    """
+    if sys.platform == "win32":
+        mapping = mmap.mmap(-1, size)
+    else:
+        mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        advise_huge_pages(mapping)
+    return np.frombuffer(mapping, np.uint8)
 
 
 def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:

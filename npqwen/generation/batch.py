@@ -61,6 +61,11 @@ class _Entry:
         assert cache is not None  # made when the sequence began to run
         return cache
 
+    def release(self) -> None:
+        """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
+        if not self.lent:
+            self.sequence.cache = None
+
     def computed(self) -> Ids:
         """The tokens in the cache."""
         prompt, length = self.prompt, self.sequence.length
@@ -193,6 +198,7 @@ class Batch:
         entries = [*self._running, *self._waiting]
         self._running, self._waiting = [], deque()
         for entry in entries:
+            entry.release()
             entry.on_end(error)
 
     def limit(self, memory: int | None) -> None:
@@ -402,6 +408,7 @@ class Batch:
             self._prefixes.keep(entry.computed(), entry.cache)
             if len(self._prefixes) > self._kept:
                 self._prefixes.drop_oldest()
+        entry.release()
         entry.on_end(error)
 
 

@@ -26,10 +26,11 @@ _WILLNEED = int(getattr(mmap, "MADV_WILLNEED", 3))
 
 
 def advise_huge_pages(mapping: mmap.mmap) -> None:
-    """Have Linux read a file in huge pages of 2 MiB if the file system can; some virtual machines decode a quarter
+    """Have Linux use huge pages of 2 MiB, for a file if its file system can; some virtual machines decode a quarter
     faster.
 
-    Only for files that fit into memory: a touched byte reads up to 4 MiB. Pages that are in memory already stay small.
+    Of files, only for those that fit into memory: a touched byte reads up to 4 MiB. Pages that are in memory already
+    stay small.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages

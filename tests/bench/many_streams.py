@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -91,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server outlives this
     many, tokens = options.streams, options.tokens
     sampling: dict[str, Any] = SAMPLED if options.sample else {"temperature": 0}
     rates: dict[str, list[float]] = defaultdict(list)

@@ -23,6 +23,7 @@ import argparse
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -147,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--each", type=int, default=3, help="requests of each client of the mix")
     parser.add_argument("--launcher", default="", help='a prefix of both servers\' commands, such as "chrt -r 5"')
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server outlives this
     launcher = shlex.split(options.launcher)
     threads = ["--threads", str(options.threads)]
     rival = [str(options.llama_server), "-m", str(options.gguf), *threads, "-np", str(options.slots)]
