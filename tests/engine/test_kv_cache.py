@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +199,37 @@ def test_many_threads_with_one_cache_do_no_harm(model: Model) -> None:
     for thread in threads:
         thread.join()
     assert cache.length == sum(done) > 0
+
+
+def test_a_page_is_zeros_that_the_kernels_can_load_and_is_gone_with_its_cache() -> None:
+    cache = KVCache(SMALL, PAGE, np.float32)
+    cache.reserve(1)
+    page = cache.pages(PAGE)[0]
+    assert not page.any()
+    assert page.ctypes.data % 64 == 0
+    assert page.flags.writeable
+    owner = weakref.ref(_owner(page))
+    del cache, page
+    assert owner() is None
+
+
+def _owner(array: np.ndarray) -> Any:
+    """The object whose memory an array shows."""
+    owner: Any = array
+    while getattr(owner, "base", None) is not None:
+        owner = owner.base
+    return owner.obj if isinstance(owner, memoryview) else owner
+
+
+def test_a_page_that_the_system_refuses_is_out_of_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    cache = model.new_cache()
+    monkeypatch.setattr("npqwen.engine.kv_cache.mmap.mmap", refuse)
+    with pytest.raises(OutOfMemoryError, match="shorten the prompt"):
+        cache.reserve(1)
+    assert cache.page_count == 0
 
 
 def test_a_fork_that_memory_cannot_hold_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

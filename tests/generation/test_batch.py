@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,11 +207,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever(
         short = Text(batch, dense, f"{k} is a number that {k} knows, as {k} of {k} do. " * 4, max_tokens=1, seed=k)
         for _ in range(6):
             batch.step()
-        begun.append(not short.sequence.reads_prompt)
-        if not long.sequence.reads_prompt:
+        begun.append(bool(short.sequence.decoding.ids))
+        if long.sequence.decoding.ids:
             break
     assert begun[0]
-    assert not long.sequence.reads_prompt
+    assert long.sequence.decoding.ids
     assert len(begun) > 3
     batch.fail(ClosedError("enough"))
 
@@ -307,6 +308,24 @@ def test_a_sessions_cache_stays_its_own(dense: Model) -> None:
     continued = session.continue_(**options).completion()  # writes to the session's cache
     assert other.completion().text == dense.generate(STORY + "x", **options).text
     assert continued.text == dense.generate([*stream.prompt_ids, *stream.ids], **options).text
+
+
+@pytest.mark.parametrize("end", ["finished", "cancelled", "failed"])
+def test_who_keeps_an_ended_text_keeps_no_keys_and_values(end: str, dense: Model) -> None:
+    batch = Batch(dense, kept=0)
+    text = Text(batch, dense, PROMPTS[1], max_tokens=5, temperature=0, logit_bias=ENDLESS)
+    batch.step()
+    cache = weakref.ref(text.sequence.cache)
+    assert cache() is not None
+    if end == "cancelled":
+        batch.cancel(text.sequence)
+    if end == "failed":
+        batch.fail(ClosedError("closed"))
+    run(batch)
+    assert len(text.ends) == 1
+    assert cache() is None
+    if end == "finished":
+        assert text.sequence.completion().text == text.text
 
 
 def test_pages_are_counted_once(dense: Model) -> None:
