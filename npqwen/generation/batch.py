@@ -205,7 +205,7 @@ class Batch:
         """Change the memory for keys and values; caches of texts that have ended are given up to fit."""
         self._memory = memory
         while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
-            self.sequence.cache = None
+            pass
         self.statistics.cache_bytes = self.cache_bytes
 
     def forget(self) -> None:
