@@ -63,9 +63,12 @@ def test_an_answer_is_that_of_the_library(client: openai.OpenAI, tiny_model: npq
     assert len(ids) <= details.reasoning_tokens <= len(ids) + 2  # and the newlines around it
 
 
-def test_the_example_in_the_documentation_works_as_printed(server: str, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/server.md"])
+def test_the_example_in_the_documentation_works_as_printed(
+    page: str, server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    (code,) = (code for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "OpenAI(" in code)
     names: dict[str, Any] = {}
     exec(code.replace("http://127.0.0.1:8000", server), names)
     names["client"].close()
