@@ -6,7 +6,7 @@
 
 MODEL is a converted model. In this process: the rate of raw passes of one token of each of --streams sequences, and of
 `Batch` with as many texts, or one. Then `npqwen serve` in a process of its own, asked by HTTP. All begin after prompts
-of 32 tokens and generate --tokens tokens each, greedily or, with --sample, with temperature 0.7, top-k 20 and top-p 0.8.
+of 32 tokens and generate --tokens tokens each, greedily, or drawn with --sample (temperature 0.7, top-k 20, top-p 0.8).
 Prints medians and ranges in tokens a second.
 """
 

@@ -21,6 +21,12 @@ _WEATHER = {
         "required": ["city"],
     },
 }
+_SUM = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer"}},
+    "required": ["sum"],
+    "additionalProperties": False,
+}
 _PREFIXES = [
     "",
     "You are a helpful assistant.",
@@ -250,7 +256,7 @@ def long_requests(seed: int) -> list[SoakRequest]:
 
 def _makers(random: Random) -> Iterator[SoakRequest]:
     while True:
-        yield SoakRequest(CHAT, _sampled(random) | _choices(random) | _conversation(random, "function"))
+        yield SoakRequest(CHAT, _sampled(random) | _choices(random) | _conversation(random, openai=True))
         yield SoakRequest(MESSAGES, _anthropic(random))
         yield SoakRequest(OLLAMA, _ollama(random))
         yield SoakRequest(COMPLETIONS, _sampled(random) | _choices(random) | {"prompt": _raw(random)})
@@ -291,14 +297,17 @@ def _choices(random: Random) -> Json:
     return random.choice([{}, {}, {"n": 2}])
 
 
-def _conversation(random: Random, style: str) -> Json:
-    """Messages, thinking and tools of a chat. style: "function" for OpenAI's and ollama's tools."""
+def _conversation(random: Random, *, openai: bool) -> Json:
+    """Messages, thinking and tools of a chat; with openai also a choice of tools and a schema."""
     prefix = random.choice(_PREFIXES)
     system = [{"role": "system", "content": prefix}] if prefix else []
     body: Json = {"messages": [*system, *_messages(random)]}
     if random.random() < 0.3:
-        body["tools"] = [{"type": style, style: _WEATHER}]
-    return body | ({"enable_thinking": random.random() < 0.5} if style == "function" else {})
+        body["tools"] = [{"type": "function", "function": _WEATHER}]
+        body |= random.choice([{}, {"tool_choice": "required"}]) if openai else {}
+    elif openai and random.random() < 0.2:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": _SUM}}
+    return body | {"enable_thinking": random.random() < 0.5}
 
 
 def _anthropic(random: Random) -> Json:
@@ -319,7 +328,7 @@ def _ollama(random: Random) -> Json:
     sampled = _sampled(random)
     sampled["num_predict"] = sampled.pop("max_tokens")
     sampled.pop("logit_bias", None)
-    body = _conversation(random, "function")
+    body = _conversation(random, openai=False)
     body["think"] = body.pop("enable_thinking")
     return {**body, "options": sampled}
 
