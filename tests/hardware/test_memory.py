@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -48,9 +49,9 @@ def test_a_failed_allocation_is_an_error_of_ours(tiny: Callable[[int], Path], mo
         model.prefill(np.zeros(PAGE, np.int64), cache)
 
         def refuse(*args: object) -> None:
-            raise MemoryError
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-        monkeypatch.setattr(np, "zeros", refuse)
+        monkeypatch.setattr("mmap.mmap", refuse)
         with pytest.raises(OutOfMemoryError, match=f"enough for {PAGE} tokens"):
             cache.reserve(1)
         assert cache.length == PAGE

@@ -174,7 +174,7 @@ def test_a_stream_that_is_closed_ends_the_request(runs: Runs) -> None:
 
 
 class City(pydantic.BaseModel):
-    name: str
+    name: str = pydantic.Field(max_length=20)
     inhabitants: int
 
 
