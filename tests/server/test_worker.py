@@ -275,3 +275,28 @@ def test_kept_prefixes_can_be_given_up(tiny_model: npqwen.Model) -> None:
             await asyncio.to_thread(wait_until, lambda: worker.statistics.cache_bytes == 0)
 
         run(body())
+
+
+def test_a_next_turn_reads_only_what_is_new_and_a_changed_one_from_where_it_differs(tiny_model: npqwen.Model) -> None:
+    """Whatever was asked in between, and however early the prompts part."""
+    told = [*user("Here is a list: " + ", ".join(map(str, range(60)))), {"role": "assistant", "content": "Yes."}]
+
+    async def body(worker: Worker) -> list[tuple[int, int]]:
+        seen = []
+        for messages in (
+            [*told, *user("What is 3 + 4?")],
+            user("Something else, which shares nothing but the beginning of a turn"),
+            [*told, *user("What is 3 + 4?"), {"role": "assistant", "content": "3 + 4 = 7"}, *user("And 1 + 1?")],
+            [*told, *user("What is 5 + 6?")],
+            [*told[:1], {"role": "assistant", "content": "No."}, *user("What is 3 + 4?")],
+        ):
+            (reply,) = await (await worker.start(ChatRequest(messages, {"max_tokens": 4, "seed": 1}))).replies()
+            seen.append((reply.usage.prompt_tokens, reply.usage.cached_tokens))
+        return seen
+
+    with working(tiny_model) as worker:
+        first, other, next_turn, another, fork = run(body(worker))
+    assert first[1] == other[1] == 0
+    assert next_turn[1] >= first[0] - 4  # all of it but the beginning of the answer
+    assert another[1] >= first[0] - 20
+    assert first[0] - 40 <= fork[1] < another[1]
