@@ -78,7 +78,6 @@ class _Entry:
 class BatchStatistics:
     """What a batch has done so far."""
 
-    passes: int = 0
     prompt_tokens: int = 0
     """Of prompts that were begun, cached ones included."""
     cached_tokens: int = 0
@@ -91,8 +90,6 @@ class BatchStatistics:
     """Of all pages, shared ones counted once, after the last step."""
     preempted: int = 0
     """How often a sequence had to give its memory to an older one, and was computed again."""
-    longest_pass: float = 0.0
-    """Seconds of the longest pass in which a text was being written."""
 
 
 class Batch:
@@ -206,11 +203,6 @@ class Batch:
         self._memory = memory
         while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
             pass
-        self.statistics.cache_bytes = self.cache_bytes
-
-    def forget(self) -> None:
-        """Give up the caches of texts that have ended."""
-        self._prefixes.clear()
         self.statistics.cache_bytes = self.cache_bytes
 
     def _drop_cancelled(self) -> None:
@@ -365,15 +357,12 @@ class Batch:
         reads: for each sequence of the pass, whether it ran a piece of its prompt.
         """
         statistics = self.statistics
-        statistics.passes += 1
         if not any(reads):
             statistics.decode_seconds += seconds
         else:
             statistics.prefill_seconds += seconds
             if tokens >= _TILE:
                 self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
-        if not all(reads):
-            statistics.longest_pass = max(statistics.longest_pass, seconds)
 
     def _prompt_tokens(self, seconds: float) -> int:
         """How many tokens of prompts take about so many seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,13 +67,9 @@ class Prefixes:
         """Give up the cache that was not used for the longest time; returns whether there was one."""
         return bool(self._kept) and self._kept.pop(0) is not None
 
-    def clear(self) -> None:
-        """Give up all caches."""
-        self._kept.clear()
 
-
-def common_prefix(a: Ids, b: Ids) -> int:
+def common_prefix(a: Sequence[int] | Ids, b: Sequence[int] | Ids) -> int:
     """The length of the longest common prefix of two texts, in tokens."""
     size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
+    differ = np.flatnonzero(np.asarray(a[:size], np.int32) != np.asarray(b[:size], np.int32))
     return int(differ[0]) if len(differ) else size

@@ -129,7 +129,7 @@ class Sampler:
         count = mask(logits, allowed, self._masked)
         best = int(self._masked.argmax())
         if not count or self._masked[best] == -math.inf:
-            problem = "logit_bias and logits_processor forbid all tokens" if count else "there is no token"
+            problem = "logit_bias and logits_processor forbid all tokens" if count else "the vocabulary has no token"
             raise OptionError(f"no token can be drawn: {problem} that the text's structure allows next")
         if count == 1:
             self._check(float(self._masked[best]))

@@ -15,6 +15,7 @@ from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import OPTIONS, with_options
+from npqwen.generation.prefixes import common_prefix
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
@@ -177,8 +178,3 @@ def check_session(session: Session | None, model: LanguageModel) -> None:
         raise OptionError(f"session is {quoted(session)}; it must be a Session of this model")
     if session is not None and session.model is not model:
         raise OptionError("the session belongs to another model; start one with this model")
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix of two texts, in tokens."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

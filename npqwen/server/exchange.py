@@ -21,7 +21,7 @@ class Exchange:
     """One HTTP request and its response."""
 
     model: str | None = None
-    """The name of the model that it asked for last."""
+    """The name of the model that answers it; None if no model was used."""
     prompt_tokens: int = 0
     """Of the runs that it started."""
     choices: int = 0

@@ -13,6 +13,9 @@ from starlette.requests import Request
 from npqwen.checks import is_number, number_range, whole_range
 from npqwen.errors import OptionError, quoted, shortened
 
+MAX_STOPS = 64
+"""The most stop strings; each is searched for in every piece of text."""
+
 _log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
@@ -56,6 +59,18 @@ class Fields:
         """Refuse the field's value. must: what it has to be, completing "it must be"."""
         place = self.place(name)
         raise FieldError(f"{shortened(place, 200)} is {quoted(self.any(name))}; it must be {must}", place)
+
+    def stops(self, name: str) -> list[str] | None:
+        """A field with stop strings: a text, or a list of at most MAX_STOPS texts; None if it is absent or null."""
+        stop = self.any(name)
+        if stop is None or isinstance(stop, str):
+            return None if stop is None else [stop]
+        if not isinstance(stop, list) or not all(isinstance(string, str) for string in stop):
+            self.wrong(name, "text or a list of texts")
+        if len(stop) > MAX_STOPS:
+            place = self.place(name)
+            raise FieldError(f"{place} has {len(stop)} texts; at most {MAX_STOPS} are possible", place)
+        return stop
 
     def refuse(self, name: str, reason: str, *neutral: Any) -> None:
         """Refuse the field with this reason unless it is absent, null or one of the `neutral` values."""

@@ -81,9 +81,9 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
             raise OptionError("--tls-key needs --tls-cert, the certificate that the key belongs to")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    for file in (certificate, key):
+    for flag, file in (("--tls-cert", certificate), ("--tls-key", key)):
         if file is not None and not Path(file).is_file():
-            raise OptionError(f"there is no file {quoted(file)}")
+            raise OptionError(f"{flag}: the file {quoted(file)} does not exist")
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except (OSError, ValueError) as error:  # SSLError is an OSError

@@ -27,7 +27,9 @@ class ModelNames:
         for alias, model in aliases.items():
             found = self._among_names(model)
             if found is None:
-                raise OptionError(f"alias {quoted(alias)}: there is no model {quoted(model)}; {self._listed()}")
+                raise OptionError(
+                    f"alias {quoted(alias)} stands for {quoted(model)}, which is not served; {self._listed()}"
+                )
             self._aliases[_plain(alias)] = found
 
     def find(self, name: str | None) -> str:
@@ -37,7 +39,7 @@ class ModelNames:
         plain = _plain(name)
         found = self._aliases.get(plain) or self._among_names(name) or self._by_pattern(plain)
         if found is None:
-            raise ModelNotFoundError(f"there is no model {quoted(name)} here; {self._listed()}")
+            raise ModelNotFoundError(f"model {quoted(name)} is not served; {self._listed()}")
         return found
 
     def _among_names(self, name: str) -> str | None:

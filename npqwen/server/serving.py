@@ -129,7 +129,7 @@ async def _serve(server: _Server, models: Models, sockets: list[socket], tell: C
     try:
         await serving
     finally:
-        # After a second Ctrl-C, what does not end within the pass in progress is cancelled, and that is no news.
+        # After a second Ctrl-C, uvicorn logs an error for each request that it cancels: the user knows.
         if server.force_exit:
             logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)
         with contextlib.suppress(asyncio.TimeoutError):

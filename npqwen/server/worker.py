@@ -123,10 +123,6 @@ class Worker:
         most = max(memory, self.model.new_cache(1).page_bytes)
         self._calls.put(lambda: self._batch.limit(most))
 
-    def forget(self) -> None:
-        """Give up the keys and values of requests that have ended."""
-        self._calls.put(self._batch.forget)
-
     def _join(self, job: Job, request: Request) -> None:
         self._starting.discard(request)
         self._requests += 1

@@ -37,7 +37,7 @@ _PREFIXES = [
 
 
 class BrokenAnswer(Exception):
-    """A response with status 200 that is no answer."""
+    """A response with status 200 whose body is not an answer."""
 
 
 @dataclass

@@ -67,12 +67,12 @@ class Contender:
 
 
 def words(random: Random, count: int) -> list[int]:
-    """A prompt of so many tokens."""
+    """A prompt of `count` random token ids."""
     return [random.randrange(*IDS) for _ in range(count)]
 
 
 def measure_streams(contender: Contender, random: Random, count: int, tokens: int) -> Measured:
-    """The rate of so many streams at once."""
+    """Tokens a second of `count` streams at once, all together."""
     found = contender.run([[words(random, 32)] for _ in range(count)], tokens)
     return {f"{count} stream{'s' if count > 1 else ''}, tokens/s": [decode_rate(found)]}
 

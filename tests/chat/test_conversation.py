@@ -13,7 +13,7 @@ import npqwen
 from npqwen.chat.events import Notice, Reasoning, Text
 from npqwen.chat.window import Window, shown
 from npqwen.errors import ContextLengthError, OptionError
-from npqwen.generation.session import common_prefix
+from npqwen.generation.prefixes import common_prefix
 from npqwen.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")

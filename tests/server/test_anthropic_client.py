@@ -12,6 +12,7 @@ import anthropic
 import pydantic
 import pytest
 from reciter import Reciter
+from scripted import Held
 from serving import Runs, served, wait_until
 
 import npqwen
@@ -34,9 +35,9 @@ def client(server: str) -> Iterator[anthropic.Anthropic]:
 
 
 @contextmanager
-def reciting(*texts: str, **options: Any) -> Iterator[tuple[anthropic.Anthropic, Reciter]]:
+def reciting(*texts: str, kind: type[Reciter] = Reciter, **options: Any) -> Iterator[tuple[anthropic.Anthropic, Any]]:
     """A client of a server whose model says these texts, and the model."""
-    model: Any = Reciter(*texts, **options)
+    model: Any = kind(*texts, **options)
     with served(app(model)) as url, anthropic.Anthropic(base_url=url, auth_token="none", max_retries=0) as client:
         yield client, model
 
@@ -103,12 +104,17 @@ def test_a_tool_is_called_and_its_result_read() -> None:
 
 def test_arguments_stream_as_they_are_written() -> None:
     with (
-        reciting(CALL) as (client, _),
+        reciting(CALL, kind=Held, at=22) as (client, model),
         client.messages.stream(model="m", max_tokens=100, messages=SUM, tools=[WEATHER]) as stream,
     ):
-        pieces = [event.partial_json for event in stream if event.type == "input_json"]
+        pieces = []
+        for event in stream:
+            if event.type == "input_json":
+                pieces.append(event.partial_json)
+                model.go.set()  # the model writes the rest once a piece has come
         final = stream.get_final_message()
-    assert len(pieces) > 2
+    assert len(pieces) >= 2
+    assert "Paris" not in pieces[0]
     assert final.content[0].type == "tool_use"
     assert final.content[0].input == {"city": "Paris"}
 
@@ -149,7 +155,7 @@ def test_an_asynchronous_client_streams_too() -> None:
 
 
 def test_errors_are_the_packages_own_exceptions(client: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError, match="there is no model 'x' here") as missing:
+    with pytest.raises(anthropic.NotFoundError, match="model 'x' is not served") as missing:
         client.messages.create(model="x", max_tokens=100, messages=SUM)
     assert missing.value.type == "not_found_error"
     with pytest.raises(anthropic.BadRequestError, match=r"top_p is 7"):

@@ -380,7 +380,7 @@ def test_what_cannot_be_obeyed_is_refused_and_the_field_named(fields: dict[str, 
 
 
 def test_errors_have_the_apis_shape_and_a_request_id() -> None:
-    assert "there is no model 'x' here" in refusal(model="x", status=404)
+    assert "model 'x' is not served" in refusal(model="x", status=404)
     for content in (b"", b"{", b"[]", b"\xff", b'{"model": NaN}'):
         response = ask(Reciter(), "/v1/messages", content)
         assert response.status_code == 400

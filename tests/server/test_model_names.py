@@ -61,5 +61,5 @@ def test_aliases_exact_before_patterns() -> None:
 
 
 def test_an_alias_of_nothing_is_refused() -> None:
-    with pytest.raises(OptionError, match="there is no model 'x'"):
+    with pytest.raises(OptionError, match="stands for 'x', which is not served"):
         ModelNames(HUB, {"a": "x"})

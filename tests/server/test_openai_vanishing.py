@@ -14,7 +14,7 @@ from serving import Runs, ScriptedModels, scripted_server, wait_until
 import npqwen
 from npqwen.chat.events import Reasoning, Text
 from npqwen.server.json_text import json_text
-from npqwen.server.run import Progress
+from npqwen.server.run import Progress, Run
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
@@ -41,14 +41,19 @@ def post(url: str, path: str, **fields: Any) -> socket.socket:
     return connection
 
 
+def begun(scripted: tuple[ScriptedModels, str], path: str, stream: bool) -> tuple[ScriptedModels, socket.socket, Run]:
+    """A request whose run has begun."""
+    models, url = scripted
+    connection = post(url, path, stream=stream)
+    wait_until(lambda: models.runs)
+    return models, connection, models.runs[-1]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_before_the_prompt_is_read_ends_its_run(
     scripted: tuple[ScriptedModels, str], path: str, stream: bool
 ) -> None:
-    models, url = scripted
-    connection = post(url, path, stream=stream)
-    wait_until(lambda: models.runs)
-    run = models.runs[-1]
+    models, connection, run = begun(scripted, path, stream)
     models.put(Progress(1, 20, 0))
     assert not run.cancelled
     connection.close()
@@ -59,10 +64,7 @@ def test_a_client_that_leaves_before_the_prompt_is_read_ends_its_run(
 def test_a_client_that_leaves_in_the_middle_of_an_answer_ends_its_run(
     scripted: tuple[ScriptedModels, str], path: str, stream: bool
 ) -> None:
-    models, url = scripted
-    connection = post(url, path, stream=stream)
-    wait_until(lambda: models.runs)
-    run = models.runs[-1]
+    models, connection, run = begun(scripted, path, stream)
     models.put(Reasoning("a") if "chat" in path else Text("a"), Text(" zebra"))
     if stream:
         received = b""

@@ -13,6 +13,7 @@ import openai
 import pydantic
 import pytest
 from reciter import Reciter
+from scripted import Held
 from serving import Runs, served, wait_until
 
 import npqwen
@@ -42,9 +43,9 @@ def client(server: str) -> Iterator[openai.OpenAI]:
 
 
 @contextmanager
-def reciting(*texts: str, **options: Any) -> Iterator[tuple[openai.OpenAI, Reciter]]:
+def reciting(*texts: str, kind: type[Reciter] = Reciter, **options: Any) -> Iterator[tuple[openai.OpenAI, Any]]:
     """A client of a server whose model says these texts, and the model."""
-    model: Any = Reciter(*texts, **options)
+    model: Any = kind(*texts, **options)
     with served(app(model)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client, model
 
@@ -113,12 +114,17 @@ def test_a_tool_is_called_and_its_result_read() -> None:
 
 def test_arguments_stream_as_they_are_written() -> None:
     with (
-        reciting(CALL) as (client, _),
+        reciting(CALL, kind=Held, at=22) as (client, model),
         client.responses.stream(model="m", input=QUESTION, tools=[WEATHER]) as stream,
     ):
-        pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        pieces = []
+        for event in stream:
+            if event.type == "response.function_call_arguments.delta":
+                pieces.append(event.delta)
+                model.go.set()  # the model writes the rest once a piece has come
         final = stream.get_final_response()
-    assert len(pieces) > 2
+    assert len(pieces) >= 2
+    assert "Paris" not in pieces[0]
     assert final.output[0].type == "function_call"
     assert json.loads(final.output[0].arguments) == json.loads("".join(pieces)) == {"city": "Paris"}
 
@@ -148,7 +154,7 @@ def test_an_asynchronous_client_streams_too() -> None:
 
 
 def test_errors_are_the_packages_own_exceptions(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="there is no model 'x' here"):
+    with pytest.raises(openai.NotFoundError, match="model 'x' is not served"):
         client.responses.create(model="x", input=QUESTION)
     with pytest.raises(openai.BadRequestError, match="send the whole conversation in input") as refused:
         client.responses.create(model="", input=QUESTION, previous_response_id="resp_1")

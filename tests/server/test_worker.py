@@ -264,19 +264,6 @@ def test_the_heartbeat_is_the_engines() -> None:
         run(body())
 
 
-def test_kept_prefixes_can_be_given_up(tiny_model: npqwen.Model) -> None:
-    with working(tiny_model) as worker:
-
-        async def body() -> None:
-            text = " ".join(QUESTIONS)
-            await (await worker.start(TextRequest(text, {"max_tokens": 1}))).completions()
-            await asyncio.to_thread(wait_until, lambda: worker.statistics.cache_bytes > 0)
-            worker.forget()
-            await asyncio.to_thread(wait_until, lambda: worker.statistics.cache_bytes == 0)
-
-        run(body())
-
-
 def test_a_next_turn_reads_only_what_is_new_and_a_changed_one_from_where_it_differs(tiny_model: npqwen.Model) -> None:
     """Whatever was asked in between, and however early the prompts part."""
     told = [*user("Here is a list: " + ", ".join(map(str, range(60)))), {"role": "assistant", "content": "Yes."}]

@@ -37,8 +37,6 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 """About graphics cards, memory and batches, which have no effect on the text; and num_keep, the start of a prompt that
 survives when the rest is cut, which never happens here."""
-MAX_STOPS = 64
-"""The most stop strings; each is searched for in every piece of text."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def read_options(body: Fields) -> Options:
     generation["max_tokens"] = None if limit is None or limit < 0 else limit
     seed = fields.whole("seed", -(2**63), 2**64 - 1)
     generation["seed"] = None if seed is None or seed < 0 else seed
-    generation["stop"] = _stop(fields)
+    generation["stop"] = [string for string in fields.stops("stop") or () if string] or None
     for name, neutral in _UNSUPPORTED.items():
         fields.refuse(name, "this server does not have it", *neutral)
     _check_window(fields)
@@ -93,19 +91,6 @@ def read_options(body: Fields) -> Options:
     context, threads = fields.whole("num_ctx", 0), fields.whole("num_thread", 0)
     given = {name: value for name, value in generation.items() if value is not None}
     return Options(given, context or None, threads or None)
-
-
-def _stop(fields: Fields) -> list[str] | None:
-    stop = fields.any("stop")
-    if isinstance(stop, str):
-        stop = [stop]
-    if stop is None:
-        return None
-    if not isinstance(stop, list) or not all(isinstance(string, str) for string in stop):
-        fields.wrong("stop", "text or a list of texts")
-    if len(stop) > MAX_STOPS:
-        raise FieldError(f"options.stop has {len(stop)} texts; at most {MAX_STOPS} are possible", "options.stop")
-    return [string for string in stop if string]
 
 
 def _check_window(fields: Fields) -> None:

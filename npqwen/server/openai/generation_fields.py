@@ -11,8 +11,6 @@ from npqwen.server.fields import FieldError, Fields
 
 MAX_CHOICES = 16
 """The greatest `n`."""
-MAX_STOPS = 64
-"""The most stop strings; each is searched for in every piece of text."""
 _SEEDS = 2**63
 
 _NUMBERS = {
@@ -82,7 +80,7 @@ def generation_options(fields: Fields) -> dict[str, Any]:
             options["max_tokens"] = None if limit < 0 else limit
     seed = fields.whole("seed", -_SEEDS, 2 * _SEEDS - 1)
     options["seed"] = None if seed is None or seed == -1 else seed % (2 * _SEEDS)
-    options["stop"] = _stop(fields)
+    options["stop"] = fields.stops("stop")
     options["logit_bias"] = _biases(fields)
     options.update(_structure(fields))
     for name, neutral in _UNSUPPORTED.items():
@@ -103,19 +101,6 @@ def include_usage(fields: Fields) -> bool:
         return False
     options.ignore("include_obfuscation")
     return options.flag("include_usage") or False
-
-
-def _stop(fields: Fields) -> list[str] | None:
-    stop = fields.any("stop")
-    if isinstance(stop, str):
-        stop = [stop]
-    if stop is None:
-        return None
-    if not isinstance(stop, list) or not all(isinstance(string, str) for string in stop):
-        fields.wrong("stop", "text or a list of texts")
-    if len(stop) > MAX_STOPS:
-        raise FieldError(f"stop has {len(stop)} texts; at most {MAX_STOPS} are possible", "stop")
-    return stop
 
 
 def _biases(fields: Fields) -> dict[int, float] | None:

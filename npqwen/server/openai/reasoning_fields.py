@@ -112,7 +112,7 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
 
 
 def _budget(fields: Fields, name: str) -> int | None:
-    """A number of tokens; -1 is no limit."""
+    """A budget of thinking in tokens; None if the field is absent or -1, which means no limit."""
     budget = fields.whole(name, -1)
     return None if budget == -1 else budget
 

@@ -94,9 +94,9 @@ def _call_id(item: Fields) -> str:
 
 
 def _arguments(item: Fields, tool: ClientTool) -> Any:
-    """A call's arguments, as text if it is a JSON object's: the text that the model wrote is in the cache.
+    """A call's arguments: the text itself if it is a JSON object, as its tokens are in the cache.
 
-    Text that is none, from a call that was cut off, becomes an argument itself: the conversation can go on.
+    Other text, as of a call that was cut off, becomes the value of an argument, so that the conversation can continue.
     """
     if tool.custom:
         return tool.arguments(item.text("input") or "")

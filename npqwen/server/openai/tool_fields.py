@@ -37,7 +37,7 @@ def tool_options(fields: Fields) -> dict[str, Any]:
 
 
 def _tool(fields: Fields) -> dict[str, Any] | None:
-    """A tool as chat templates print it, without what only OpenAI's service understands; None if it is no function."""
+    """A function tool as chat templates print it, without fields such as `strict`; None for tools of other types."""
     if fields.text("type") not in (None, "function"):
         return None
     function = fields.required("function", fields.object)
