@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM
-from npqwen.kernels.attention import PAGE
+from npqwen.kernels.cache_page import PAGE
 
 RESERVED = HEADROOM + (96 << 20)
 """Bytes left unplanned: Python, Numba and the kernels use about 90 MB more once they run."""

@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.kernels.attention import PAGE, attention, store_key, store_value
+from npqwen.kernels.attention import attention
 from npqwen.kernels.barrier import barrier, claim
+from npqwen.kernels.cache_page import PAGE, store_key, store_value
 from npqwen.kernels.experts import (
     arrange,
     combine,

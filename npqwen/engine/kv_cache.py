@@ -18,7 +18,7 @@ from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
-from npqwen.kernels.attention import PAGE, POSITION_TILE
+from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 from npqwen.kernels.paging import advise_huge_pages
 
 
@@ -57,7 +57,7 @@ class _OneThread:
 
 
 class KVCache:
-    """Keys and values of one sequence, in pages of PAGE positions (npqwen/kernels/attention.py has the layout).
+    """Keys and values of one sequence, in pages of PAGE positions (npqwen/kernels/cache_page.py has the layout).
 
     A page is allocated zeroed, and the operating system provides memory only for what is written. Growing never copies.
     A cache serves one thread at a time (OptionError for a second one); give each sequence its own, such as a `fork`.

@@ -24,7 +24,7 @@ from npqwen.errors import ContextLengthError, FormatError, OutputError, quoted
 from npqwen.format.files import open_regular
 from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
-from npqwen.kernels.attention import PAGE, POSITION_TILE
+from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 
 FORMAT, VERSION = "npqwen-cache", "1"
 

@@ -15,7 +15,7 @@ from npqwen.engine.kv_cache import held_bytes
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.generation.prefixes import SHARED, Ids, Kept, Prefixes, common_prefix
-from npqwen.kernels.attention import PAGE
+from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

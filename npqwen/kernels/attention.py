@@ -2,15 +2,11 @@
 
 The query heads that share a key/value head are rows of one product, and so are neighbouring tokens of a sequence: each
 key and value is read once for all of them. Row r of a key/value head is query head `r % group` of the sequence's token
-`r // group`, group being the query heads per key/value head.
+`r // group`, group being the query heads per key/value head. npqwen/kernels/cache_page.py has the layout of keys and
+values.
 
 Positions are cut into spans of `SPAN`, whose results are merged from the first to the last, whoever computes them. So a
 token's result depends on its own sequence alone, to the bit: not on the other tokens of the pass, nor on the threads.
-
-The cache comes in pages of `PAGE` positions, of float16 (uint16 to Numba) or float32, the dtype of the array
-`cache_dtype`. A page holds, layer by layer, the keys of each head and then the values of each. Keys lie in position
-tiles: 16 positions, (16, head_dim) transposed to (head_dim, 16), so that a vector holds one coordinate of many
-positions and scores need no sums across a vector. Values lie as (position, head_dim).
 """
 
 from __future__ import annotations
@@ -18,17 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 from numpy.typing import NDArray
 
 from npqwen.kernels.barrier import MEMBERS, acquire, barrier, claim
+from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.simd.blocks import softmax_block
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
-from npqwen.simd.scalar import FAST, exp, half, memory
+from npqwen.simd.scalar import FAST, exp, memory
 from npqwen.simd.tile import (
     FLOAT16,
     FLOAT32,
@@ -41,10 +37,6 @@ from npqwen.simd.tile import (
     zeros,
 )
 
-PAGE = 256
-"""Positions of a page of the cache."""
-POSITION_TILE = 16
-"""Positions of a tile of keys."""
 SCORE_BLOCK = 64
 """Positions whose scores are computed before they are used."""
 MEMORY_BOUND_ROWS = 4
@@ -63,49 +55,6 @@ SEQUENCE = np.dtype([("first", np.int64), ("tokens", np.int64), ("start", np.int
 first: the index, in the pass, of the first of its `tokens`. start: that token's position. pages: the address of an
 array of int64, the addresses of the pages that hold its keys and values.
 """
-
-
-def page_items(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Elements of a page of the cache."""
-    return layers * 2 * kv_heads * PAGE * head_dim
-
-
-def _stored(value, cache_dtype):  # type: ignore[no-untyped-def]  # Numba requires the same signature below
-    """A float32 as the cache holds it: itself, or the bits of a float16."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_stored)
-def _compiled_stored(value, cache_dtype):  # type: ignore[no-untyped-def]
-    if cache_dtype.dtype == types.float32:
-        return lambda value, cache_dtype: value
-    return lambda value, cache_dtype: half(value)
-
-
-@njit(nogil=True)
-def _head(pages: Any, cache_dtype: Any, position: int, index: int, head_dim: int) -> Any:
-    """The keys or values at an index in the page that holds a position: (PAGE * head_dim,)."""
-    size = PAGE * head_dim
-    return memory(pages[position // PAGE] + cache_dtype.itemsize * index * size, size, cache_dtype.dtype)
-
-
-@njit(nogil=True)
-def store_key(pages: Any, cache_dtype: Any, index: int, position: int, key: Any) -> None:
-    """Write one head's key, float32 (head_dim,), into the cache; index = (layer * 2) * kv_heads + head."""
-    keys = _head(pages, cache_dtype, position, index, key.size)
-    slot = position % PAGE
-    at = slot // POSITION_TILE * POSITION_TILE * key.size + slot % POSITION_TILE
-    for i in range(key.size):
-        keys[at + i * POSITION_TILE] = _stored(key[i], cache_dtype)
-
-
-@njit(nogil=True)
-def store_value(pages: Any, cache_dtype: Any, index: int, position: int, value: Any) -> None:
-    """Write one head's value, float32 (head_dim,), into the cache; index = (layer * 2 + 1) * kv_heads + head."""
-    values = _head(pages, cache_dtype, position, index, value.size)
-    at = position % PAGE * value.size
-    for i in range(value.size):
-        values[at + i] = _stored(value[i], cache_dtype)
 
 
 def scratch_floats(head_dim: int) -> int:

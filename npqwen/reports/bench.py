@@ -12,7 +12,7 @@ import numpy as np
 from npqwen import __version__
 from npqwen.errors import OptionError
 from npqwen.hardware.machine import available_memory, processor
-from npqwen.kernels.attention import PAGE
+from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.paging import huge_page_bytes
 from npqwen.model import Model
 from npqwen.reports.bandwidth import ReadBandwidth

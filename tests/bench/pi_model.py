@@ -28,7 +28,7 @@ from npqwen.format.config import Config
 from npqwen.format.encodings import BF16, ENCODINGS, INT3, INT4, INT8, Encoding
 from npqwen.format.layout import Experts
 from npqwen.format.recipe import recipe_of
-from npqwen.kernels.attention import POSITION_TILE
+from npqwen.kernels.cache_page import POSITION_TILE
 from npqwen.simd.arm import Neon
 from npqwen.simd.instructions import InstructionSet
 

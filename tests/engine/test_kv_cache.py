@@ -18,7 +18,7 @@ import pytest
 
 from npqwen.engine.kv_cache import KVCache
 from npqwen.errors import OptionError, OutOfMemoryError
-from npqwen.kernels.attention import PAGE
+from npqwen.kernels.cache_page import PAGE
 from npqwen.model import Model, load
 
 IDS = np.random.default_rng(5).integers(0, 4096, 2000)

@@ -12,7 +12,7 @@ from converted import small_model
 
 from npqwen import ContextLengthError, OptionError
 from npqwen.generation.session import Session
-from npqwen.kernels.attention import PAGE
+from npqwen.kernels.cache_page import PAGE
 from npqwen.model import Model, load
 
 IDS = np.random.default_rng(0).integers(0, 4096, 1200)

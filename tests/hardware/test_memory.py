@@ -20,7 +20,7 @@ from npqwen.engine import kv_cache
 from npqwen.engine.budget import RESERVED, Budget
 from npqwen.hardware import machine
 from npqwen.hardware.machine import HEADROOM
-from npqwen.kernels.attention import PAGE
+from npqwen.kernels.cache_page import PAGE
 from npqwen.model import load
 from npqwen.reports.info import inspect
 

@@ -11,20 +11,17 @@ from kernel_calls import run, together
 
 from npqwen.kernels.attention import (
     MAX_ROWS,
-    PAGE,
     SEQUENCE,
     attention,
     attention_kernels,
     is_divided,
-    page_items,
     scratch_floats,
-    store_key,
-    store_value,
 )
+from npqwen.kernels.cache_page import PAGE, page_items, store_key, store_value
 
 
 class Cache:
-    """Random pages of the cache as kernels/attention.py describes them, with stale positions past `length`."""
+    """Random pages of the cache as kernels/cache_page.py describes them, with stale positions past `length`."""
 
     def __init__(self, dtype: Any, length: int, layers: int, kv_heads: int, dim: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
