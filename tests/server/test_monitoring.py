@@ -166,7 +166,7 @@ def test_the_text_routes_do_as_llama_server(tiny_model: npqwen.Model) -> None:
         ("/tokenize", {}, "content is missing"),
         ("/tokenize", {"content": 1}, "content is 1"),
         ("/tokenize", {"content": "\ud800"}, "surrogate"),
-        ("/tokenize", {"content": "x", "model": "no"}, "no model 'no'"),
+        ("/tokenize", {"content": "x", "model": "no"}, "model 'no' is not served"),
         ("/detokenize", {"tokens": ["x"]}, r"tokens[0] is 'x'"),
         ("/detokenize", {"tokens": [1, -1]}, r"tokens[1] is -1"),
         ("/detokenize", {"tokens": [10**9]}, r"tokens[0] is 1000000000"),
@@ -178,5 +178,5 @@ def test_the_text_routes_do_as_llama_server(tiny_model: npqwen.Model) -> None:
 )
 def test_wrong_bodies_of_text_routes(path: str, body: object, problem: str, tiny_model: npqwen.Model) -> None:
     reply = post(app(tiny_model), path, body)
-    assert reply.status == (404 if "no model" in problem else 400)
+    assert reply.status == (404 if "is not served" in problem else 400)
     assert problem in reply.json["error"]["message"]
