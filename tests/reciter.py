@@ -18,6 +18,7 @@ from npqwen.chat.conversation import Conversation
 from npqwen.chat.events import Reply
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.pass_times import PassTimes
 from npqwen.format.config import Config
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
@@ -85,6 +86,7 @@ class Reciter:
         pass
 
     chunk = 256
+    passes: PassTimes | None = None
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.config.vocab_size), np.float32)
@@ -97,15 +99,15 @@ class Reciter:
         for piece in pieces:
             assert isinstance(piece.cache, RecitersCache)
             script, start = piece.cache.script, piece.cache.start
+            if script is not None and piece.cache.length >= start + len(script) - 1:
+                script = None  # after its text, a cache may be used for a prompt that continues it
             is_prompt = piece.rows > 0 and script is None
             if is_prompt:
                 script, start = [*self._texts.pop(0), EOS], piece.cache.length + piece.ids.size
                 self.read.append(piece.ids.size)
             self._script, self._start = script or [], start
             logits = self.forward(piece.ids, piece.cache, all_logits=True)
-            at_end = script is not None and piece.cache.length >= start + len(script) - 1
-            # after its text, a cache may be used for a prompt that continues it
-            piece.cache.script, piece.cache.start = None if at_end else script, start
+            piece.cache.script, piece.cache.start = script, start
             if is_prompt:
                 self._record(piece.cache)
             found.append(logits[len(logits) - piece.rows :])
@@ -122,6 +124,7 @@ class Reciter:
         count = np.size(ids)
         self._script = [*self._texts.pop(0), EOS]
         self._start = cache.length + count
+        cache.script, cache.start = self._script, self._start
         self.read.append(count)
         logits: NDArray[np.float32] = self.forward(ids, cache)[-1]
         if progress is not None:

@@ -87,6 +87,7 @@ class ReferenceModel:
         return cls(Config.from_directory(path), read_weights(path), path, context)
 
     chunk = 256
+    passes = None
 
     def new_logits(self, rows: int) -> Array:
         return np.empty((rows, self.config.vocab_size), np.float32)

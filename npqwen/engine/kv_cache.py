@@ -145,6 +145,11 @@ class KVCache:
             self._check_length(length)
             self.length = int(length)
 
+    def restore(self, length: int) -> None:
+        """Take back what `truncate` discarded, up to this length; nothing may have been run in between."""
+        with self.in_use:
+            self.length = length
+
     def fork(self, length: int | None = None) -> KVCache:
         """An independent cache with the first `length` tokens (default: all). It takes the memory of one page.
 

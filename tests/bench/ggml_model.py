@@ -48,6 +48,7 @@ class GgmlModel:
         return _Cache(self._base, self._llama)
 
     chunk = 256
+    passes = None
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.config.vocab_size), np.float32)
