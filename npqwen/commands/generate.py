@@ -72,6 +72,8 @@ def generate(
 
 
 def _statistics(stream: Stream) -> str:
+    from npqwen.terminal.answer_view import guesses
+
     usage = stream.usage
     if stream.stop_string is not None:
         end = f"stopped at {stream.stop_string!r}"
@@ -83,6 +85,6 @@ def _statistics(stream: Stream) -> str:
         end = "--max-tokens reached" if stream.max_tokens == usage.generated_tokens else "the context is full"
     return (
         f"prompt: {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s, "
-        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens{guesses(usage)}, "
         f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
     )

@@ -150,7 +150,9 @@ def generation_options(defaults: GenerationOptions) -> Callable[[Decorated], Dec
 
 def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
     if option.kind is bool:
-        help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
+        help = option.help  # without a default of its own, it says what happens
+        if default is not None:
+            help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
         return click.option(f"{option.flag_name}/--no-{option.flag_name[2:]}", cls=Switch, default=None, help=help)
     return click.option(
         option.name,

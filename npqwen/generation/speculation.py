@@ -16,10 +16,10 @@ MARGIN = 1.05
 """Drafting must promise so many times the tokens per second of plain passes."""
 _BELIEFS = {2: 0.5, 3: 0.65, 4: 0.8, 5: 0.9, 6: 0.95}
 """The share of tokens believed to be accepted, by certainty, before anything is known."""
-_BELIEF_WEIGHT = 2.0
-"""Of how many tokens' evidence that is worth."""
-_FADES, _RECOVERS = 0.85, 0.98
-"""What earlier evidence is worth after a draft of the same certainty, and after one that did not pay and was not run."""
+_BELIEF_WEIGHT = 1.0
+"""How many tokens' evidence that is worth."""
+_FADES, _RECOVERS = 0.93, 0.98
+"""What earlier evidence is worth after a draft of the same certainty, and after one that was not run: it did not pay."""
 
 
 class Acceptance:
@@ -61,7 +61,10 @@ class Speculation:
         self._certainty = 0
 
     def propose(self, ids: Sequence[int], most: int, others: int) -> list[int]:
-        """The next tokens to guess, at most `most`, perhaps none. ids: the text's. others: what the pass runs anyway."""
+        """The next tokens to guess, at most `most`, perhaps none.
+
+        ids: the text's. others: how many tokens the pass runs anyway.
+        """
         self._drafter.extend(ids[self._read :])
         self._read = len(ids)
         most = min(most, PASS - others)
