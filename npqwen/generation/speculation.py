@@ -19,7 +19,7 @@ _BELIEFS = {2: 0.5, 3: 0.65, 4: 0.8, 5: 0.9, 6: 0.95}
 _BELIEF_WEIGHT = 1.0
 """How many tokens' evidence that is worth."""
 _FADES, _RECOVERS = 0.93, 0.98
-"""What earlier evidence is worth after a draft of the same certainty, and after one that was not run: it did not pay."""
+"""What earlier evidence is worth after a draft of the same certainty, and after one that was too unsure to be run."""
 
 
 class Acceptance:
