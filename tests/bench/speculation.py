@@ -32,8 +32,8 @@ FACTS = (
 )
 SUMMARY = (
     "The lighthouse on the northern cape was built in 1872. Oil lit its lamp until 1931, when a cable from the "
-    "mainland brought electricity. The last keepers left in 1986; since then the house has been a museum, open from May to "
-    "September, which shows the lens, the logbooks and the foghorn."
+    "mainland brought electricity. The last keepers left in 1986; since then the house has been a museum, open from "
+    "May to September, which shows the lens, the logbooks and the foghorn."
 )
 
 
