@@ -92,6 +92,19 @@ def swiglu_block(b: ir.IRBuilder, gate_up: Array, at: Int, out: Array, out_at: I
 
 
 @operation
+def hadamard_block(b: ir.IRBuilder, x: Array, at: Int) -> None:
+    """Walsh-Hadamard transform, without its factor 1/4, of 16 float32 x[at:] in place."""
+    kind = vector(F32, UNIT_ROWS)
+    place = element(b, x, at, kind)
+    values = b.load(place, align=4)
+    for stride in (1, 2, 4, 8):
+        partners = ir.Constant(vector(I32, UNIT_ROWS), [i ^ stride for i in range(UNIT_ROWS)])
+        signs = ir.Constant(kind, [-1.0 if i & stride else 1.0 for i in range(UNIT_ROWS)])
+        values = b.fadd(b.shuffle_vector(values, values, partners), b.fmul(values, signs))
+    b.store(values, place, align=4)
+
+
+@operation
 def softmax_block(
     b: ir.IRBuilder, scores: Array, at: Int, count: Const, visible: Int, row_max: Float
 ) -> tuple[Float, Float]:

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
-from npqwen.format.encodings import ENCODINGS, UNIT_ROWS, Encoding
+from npqwen.format.encodings import ENCODINGS, INT8, UNIT_ROWS, Encoding
 from npqwen.simd.instructions import PREFETCH_DISTANCE, UNPACKED
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import (
@@ -146,6 +146,27 @@ def dot_block_unpacked(
     values: uint8, the unpacked block at values[at:]. The rest is as for `dot_block_int`.
     """
     return _add_products(b, tile, tokens, UNPACKED, None, values, at, w, scales_at, x, x_at)
+
+
+@operation
+def dot_block_int8(
+    b: ir.IRBuilder, tile: Tile, tokens: Const, w: Array, at: Int, pitch: Int, x: Array, x_at: Int
+) -> Tile:
+    """tile + blocks of int8 @ the tokens' activations, but for the rows' scales.
+
+    w: uint8, the first 16 rows' block at w[at:], as in the encoding INT8 without scales; the next 16 rows' block lies
+    `pitch` bytes after it. x: uint8, the block's activations at x[x_at:] (npqwen/simd/packed.py).
+    """
+    rows, lines = len(tile) // tokens, UNIT_ROWS // LANES
+    activations = element(b, x, x_at, I8)
+    blocks = [
+        offset(b, element(b, w, step(b, at, r // lines, pitch), I8), 4 * LANES * (r % lines), I8) for r in range(rows)
+    ]
+    for t, sums in enumerate(ISA.products(b, INT8, None, blocks, activations, tokens)):
+        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
+        for r in range(rows):
+            tile[t * rows + r] = fma(b, ISA.to_float(b, sums[r]), x_scale, tile[t * rows + r])
+    return tile
 
 
 @operation

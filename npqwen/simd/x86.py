@@ -146,7 +146,7 @@ class AvxVnni(_Avx):
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
-        chains, together = (2, 1) if tokens == 1 else (1, 4)
+        chains, together = (2, 1) if tokens == 1 else (1, min(tokens, 4))
         words, zero, sign = vector(I32, self.lanes), constant(I32, self.lanes, 0), constant(I8, 4 * self.lanes, 0x80)
         unpacked = self.quads(b, encoding, table, blocks)
         quads = list(unpacked) if tokens > together else unpacked

@@ -1,0 +1,150 @@
+"""Attention over keys and values of int8: the kernel for one key/value head and a tile of query rows.
+
+Scores and weighted sums are products of int8, as of a matrix of the encoding INT8 with activations. The queries are
+packed once for all positions; the weights of each 32 positions, times the scales of the values, for those positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.format.encodings import BLOCK_COLUMNS, INT8, UNIT_ROWS
+from npqwen.kernels.cache_page import PAGE
+from npqwen.kernels.entry import entry
+from npqwen.kernels.int8_page import INT8_TILE, SCALES_BYTES, int8_tile_bytes, padded_dim, rotate_coordinates
+from npqwen.kernels.online_softmax import LOWEST, SCORE_BLOCK, softmax
+from npqwen.kernels.packing import pack_part
+from npqwen.simd.isa import ISA
+from npqwen.simd.packed import block_bytes
+from npqwen.simd.scalar import FAST, memory
+from npqwen.simd.tile import LANES, dot_block_int8, scale_rows, store, store_add, zeros
+
+_BLOCKS = SCORE_BLOCK // INT8_TILE
+_BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
+_START_BYTES = ISA.start_bytes
+_CODE = INT8.code
+WEIGHT_FLOATS = block_bytes(1, _START_BYTES) * _BLOCKS // 4
+"""float32 that hold a row's packed weights of SCORE_BLOCK positions."""
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def pack_queries(
+    q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, scratch: Any, out: Any
+) -> None:
+    """out = the queries of `width` rows from first_row on, rotated and packed; zeros past the last of `rows` rows.
+
+    q: float32 (tokens, >= heads * dim), whose row `first` is the sequence's first token. scratch: float32, at least
+    padded_dim(dim). out: float32, a place for bytes (npqwen/simd/packed.py).
+    """
+    padded = padded_dim(dim)
+    query, packed = scratch[:padded], memory(out.ctypes.data, 4 * out.size, np.uint8)
+    for t in range(width):
+        query[:] = np.float32(0.0)
+        row = first_row + t
+        if row < rows:
+            at = (head * group + row % group) * dim
+            line = q[first + row // group]
+            for i in range(dim):
+                query[i] = line[at + i]
+            rotate_coordinates(query[:dim])
+        pack_part(query, 0, padded, t, width, _CODE, packed)
+
+
+# The parts of a kernel, inlined into it. rows and vectors are constants: see `int8_attention`.
+
+
+@njit(inline="always")
+def _compute_scores(
+    rows: int, vectors: int, queries: Any, keys: Any, at: int, count: int, padded: int, scores: Any
+) -> None:
+    """scores[row, position] = queries[row] @ keys[position]."""
+    for position in range(0, count, INT8_TILE):
+        tile = at + position * (padded + 4)
+        for lane in range(0, INT8_TILE, vectors * LANES):
+            products = zeros(rows, vectors, 1)
+            k = tile + SCALES_BYTES + lane // UNIT_ROWS * UNIT_ROWS * padded + lane % UNIT_ROWS * 4
+            x = 0
+            for _ in range(0, padded, BLOCK_COLUMNS):
+                products = dot_block_int8(products, rows, keys, k, UNIT_ROWS * padded, queries, x)
+                k += _BLOCK_BYTES
+                x += block_bytes(rows, _START_BYTES)
+            products = scale_rows(products, vectors, keys, tile + 4 * lane)
+            store(products, scores, position + lane, vectors, SCORE_BLOCK)
+
+
+@njit(inline="always")
+def _pack_weights(rows: int, scores: Any, values: Any, at: int, count: int, padded: int, packed: Any) -> None:
+    """packed = the weights in scores times the scales of the values."""
+    for position in range(0, count, INT8_TILE):
+        scales = memory(values.ctypes.data + at + position * (padded + 4), INT8_TILE, np.float32)
+        for row in range(rows):
+            weights = scores[row * SCORE_BLOCK + position : row * SCORE_BLOCK + position + INT8_TILE]
+            for i in range(INT8_TILE):
+                weights[i] *= scales[i]
+            pack_part(weights, position, SCORE_BLOCK, row, rows, _CODE, packed)
+
+
+@njit(inline="always")
+def _add_weighted_values(
+    rows: int, vectors: int, weights: Any, values: Any, at: int, count: int, dim: int, padded: int, accumulator: Any
+) -> None:
+    """accumulator[row] += weights[row] @ values."""
+    for column in range(0, dim, vectors * LANES):
+        sums = zeros(rows, vectors, 1)
+        v = at + SCALES_BYTES + column // UNIT_ROWS * _BLOCK_BYTES + column % UNIT_ROWS * 4
+        x = 0
+        for _ in range(0, count, INT8_TILE):
+            sums = dot_block_int8(sums, rows, values, v, _BLOCK_BYTES, weights, x)
+            v += INT8_TILE * (padded + 4)
+            x += block_bytes(rows, _START_BYTES)
+        store_add(sums, accumulator, column, vectors, dim)
+
+
+def int8_attention(rows: int) -> Any:
+    """The kernel for tiles of `rows` rows of queries."""
+    # Scores: a vector holds positions. Weighted sums: it holds coordinates, of which there is a multiple of 16.
+    score_vectors = max(1, min(INT8_TILE // LANES, ISA.accumulators // (2 * rows)))
+    value_vectors = max(1, min(UNIT_ROWS // LANES, ISA.accumulators // (2 * rows)))
+
+    @entry(rows, "int8", error_model="numpy", fastmath=FAST)
+    def attend(
+        queries_at: int, dim: int, pages_at: int, key_index: int, value_index: int, low: int, high: int, start: int,
+        first_row: int, group: int, scratch_at: int, results_at: int,
+    ) -> None:  # fmt: skip
+        """Attention of rows first_row to first_row + `rows` - 1 of a key/value head over positions low to high - 1.
+
+        queries_at, pages_at, scratch_at: addresses of the packed queries, see `pack_queries`, of the pages' addresses,
+        int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
+        position. Scratch receives scores and packed weights; results_at, float32, the accumulator (rows, head_dim),
+        row_max (rows,) and denominator (rows,).
+        """
+        padded = padded_dim(dim)
+        queries = memory(queries_at, padded // BLOCK_COLUMNS * block_bytes(rows, _START_BYTES), np.uint8)
+        pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
+        scores = memory(scratch_at, rows * SCORE_BLOCK, np.float32)
+        weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, 4 * rows * WEIGHT_FLOATS, np.uint8)
+        results = memory(results_at, rows * (dim + 2), np.float32)
+        accumulator = results[: rows * dim]
+        row_max = results[rows * dim : rows * (dim + 1)]
+        denominator = results[rows * (dim + 1) : rows * (dim + 2)]
+        accumulator[:] = np.float32(0.0)
+        row_max[:] = LOWEST
+        denominator[:] = np.float32(0.0)
+        size = PAGE // INT8_TILE * int8_tile_bytes(dim)
+        for block in range(low, high, SCORE_BLOCK):
+            count = (min(SCORE_BLOCK, high - block) + INT8_TILE - 1) // INT8_TILE * INT8_TILE
+            page = pages[block // PAGE]
+            keys = memory(page + size * key_index, size, np.uint8)
+            values = memory(page + size * value_index, size, np.uint8)
+            at = block % PAGE * (padded + 4)
+            _compute_scores(rows, score_vectors, queries, keys, at, count, padded, scores)
+            for row in range(rows):
+                visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
+                softmax(scores, row, visible, dim, row_max, denominator, accumulator)
+            _pack_weights(rows, scores, values, at, count, padded, weights)
+            _add_weighted_values(rows, value_vectors, weights, values, at, count, dim, padded, accumulator)
+
+    return attend
