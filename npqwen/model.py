@@ -12,6 +12,7 @@ import numpy as np
 
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
+from npqwen.engine.cache_type import CacheType
 from npqwen.engine.engine import Engine
 from npqwen.errors import NpqwenError
 from npqwen.generation import generate as text
@@ -58,6 +59,7 @@ class Model(Engine):
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
+        kv: CacheType | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         name: str | None = None,
     ) -> None:
@@ -68,7 +70,7 @@ class Model(Engine):
             tokenizer = reader.submit(Tokenizer.from_directory, path)
             # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
-            super().__init__(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile)
+            super().__init__(path, threads=threads, context=context, yarn=yarn, kv=kv, on_compile=on_compile)
             try:
                 self._tokenizer = tokenizer.result()
                 self._generation_config = GenerationConfig.from_directory(path)
@@ -288,16 +290,18 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     yarn: float | None = None,
+    kv: CacheType | None = None,
     on_compile: Callable[[int, int], None] | None = None,
     name: str | None = None,
 ) -> Model:
     """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn: the factor by which YaRN extends the context, see `npqwen.load`. on_compile(done, total): called while
-    kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
+    own. yarn: the factor by which YaRN extends the context, see `npqwen.load`. kv: the type of the KV cache, see
+    `npqwen.load`. on_compile(done, total): called while kernels are compiled, on the first use on a machine.
+    name: of the model, default the directory's.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
     options, OutOfMemoryError if memory cannot hold the buffers and the cache of a context that is given.
     """
-    return Model(Path(path), threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+    return Model(Path(path), threads=threads, context=context, yarn=yarn, kv=kv, on_compile=on_compile, name=name)

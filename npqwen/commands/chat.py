@@ -26,6 +26,7 @@ from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
     from npqwen.terminal.autosave import Autosave
     from npqwen.terminal.reasoning_view import ReasoningMode
     from npqwen.terminal.terminal_chat import TerminalChat
@@ -83,6 +84,7 @@ def chat(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -103,7 +105,7 @@ def chat(
     with (
         terminal,
         closing(
-            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk, yarn=yarn)
+            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk, yarn=yarn, kv=kv)
         ) as loaded,
         warnings.catch_warnings(),
     ):

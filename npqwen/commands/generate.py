@@ -20,6 +20,7 @@ from npqwen.generation.options import check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
     from npqwen.generation.stream import Stream
 
 
@@ -36,6 +37,7 @@ def generate(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -54,7 +56,7 @@ def generate(
     with (
         terminal,
         closing(
-            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk, yarn=yarn)
+            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk, yarn=yarn, kv=kv)
         ) as loaded,
     ):
         from npqwen.terminal.answer_text import answer_text

@@ -18,6 +18,7 @@ from npqwen.terminal.terminal import Terminal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from npqwen.engine.cache_type import CacheType
     from npqwen.hub.support import Purpose
     from npqwen.model import Model
 
@@ -113,9 +114,17 @@ yarn_option = click.option(
 )
 
 
+kv_option = click.option(
+    "--kv",
+    metavar="int8|f16|f32",
+    help="Type of the cached keys and values, which long texts read for every token: int8 is the smallest and fastest; "
+    "default: that of the bits, f32 for 16.",
+)
+
+
 def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context, --yarn, --low-disk and --quiet, for commands that load a model."""
-    for option in (quiet_option, low_disk_option, yarn_option, context_option, threads_option, bits_option):
+    """Add --bits, --threads, --context, --yarn, --kv, --low-disk and --quiet, for commands that load a model."""
+    for option in (quiet_option, low_disk_option, kv_option, yarn_option, context_option, threads_option, bits_option):
         command = option(command)
     return command
 
@@ -231,6 +240,7 @@ def open_model(
     purpose: Purpose = "arrays",
     low_disk: bool = False,
     yarn: float | None = None,
+    kv: CacheType | None = None,
 ) -> Model:
     """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
 
@@ -247,7 +257,7 @@ def open_model(
 
     progress = terminal.compilation_progress
     name = model_name(model)
-    loaded = load(path, threads=threads, context=context, yarn=yarn, on_compile=progress, name=name)
+    loaded = load(path, threads=threads, context=context, yarn=yarn, kv=kv, on_compile=progress, name=name)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         terminal.notice(

@@ -15,6 +15,7 @@ from npqwen.commands.options import (
     bits_option,
     check_numba,
     context_option,
+    kv_option,
     low_disk_option,
     quiet_option,
     resolve,
@@ -25,6 +26,7 @@ from npqwen.errors import OptionError, quoted
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
     from npqwen.server.listener import Listener
     from npqwen.server.offer import Offer
     from npqwen.server.settings import Settings
@@ -117,6 +119,7 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 @threads_option
 @context_option
 @yarn_option
+@kv_option
 @low_disk_option
 @quiet_option
 def serve(
@@ -126,6 +129,7 @@ def serve(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
     quiet: bool,
     host: str,
     port: int,
@@ -166,7 +170,7 @@ def serve(
     )
     tls = tls_context(tls_cert, tls_key)
     with terminal, Listener(host, port, uds) as listener:
-        offers = [_offer(name, bits, threads, context, yarn, terminal, low_disk) for name in names]
+        offers = [_offer(name, bits, threads, context, yarn, kv, terminal, low_disk) for name in names]
         served = Models(*offers, settings=settings)
         log_to_stderr(requests=log)
         run(
@@ -224,6 +228,7 @@ def _offer(
     threads: int | None,
     context: int | None,
     yarn: float | None,
+    kv: CacheType | None,
     terminal: Terminal,
     low_disk: bool,
 ) -> Offer:
@@ -233,5 +238,12 @@ def _offer(
 
     check_numba()
     path = resolve(model, bits, terminal, purpose="text", low_disk=low_disk)
-    progress = terminal.compilation_progress
-    return Offer.of(path, model_name(model), threads=threads, context=context, yarn=yarn, on_compile=progress)
+    return Offer.of(
+        path,
+        model_name(model),
+        threads=threads,
+        context=context,
+        yarn=yarn,
+        kv=kv,
+        on_compile=terminal.compilation_progress,
+    )

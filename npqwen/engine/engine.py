@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen.checks import check_whole
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
+from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
@@ -72,15 +73,18 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
+        kv: CacheType | None = None,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `npqwen.model.load` for the options and errors."""
         if threads is not None:
             check_threads(threads)
+        chosen = None if kv is None else check_cache_type(kv)
         self._path = path
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
         self.weights = Weights(path, self.config)
+        self._kv = chosen or self.weights.cache_type
         self._weight_bytes = self.weights.nbytes
         available = available_memory()
         self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
@@ -145,16 +149,16 @@ class Engine:
         return self._weight_bytes
 
     @property
-    def cache_dtype(self) -> type[np.float16] | type[np.float32]:
+    def kv(self) -> CacheType:
         """The type of the numbers in the KV cache."""
-        return self.weights.cache_dtype
+        return self._kv
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
         limit = self.context if room is None else check_whole("room", room, 1)
         if limit > self.context:
             raise ContextLengthError(f"a cache for {limit} tokens exceeds the model's context of {self.context}")
-        return KVCache(self.config, limit, self.cache_dtype, self._origin)
+        return KVCache(self.config, limit, self.kv, self._origin)
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
+from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels.cache_page import PAGE, POSITION_TILE
+from npqwen.kernels.int8_page import INT8_TILE, clear_int8_positions, int8_tile_bytes
 from npqwen.kernels.paging import advise_huge_pages
 
 
@@ -63,10 +65,9 @@ class KVCache:
     A cache serves one thread at a time (OptionError for a second one); give each sequence its own, such as a `fork`.
     """
 
-    def __init__(
-        self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32], origin: object = None
-    ) -> None:
-        """limit: maximum tokens. origin: identifies the engine that the cache and its forks belong to."""
+    def __init__(self, config: Config, limit: int, kv: CacheType, origin: object = None) -> None:
+        """limit: maximum tokens. kv: the type of its numbers. origin: identifies the engine that the
+        cache and its forks belong to."""
         self.origin = origin
         self.length = 0
         """Tokens in the cache."""
@@ -76,10 +77,15 @@ class KVCache:
         """Held while the cache is read or changed."""
         states = layer_states(config)
         heads, head_dim = states[0]
-        self.page_shape = (len(states), 2, heads, PAGE // POSITION_TILE, POSITION_TILE * head_dim)
-        """(layers that keep keys and values, keys or values, heads, tiles, POSITION_TILE positions)."""
-        self.dtype_array = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
-        """An empty array of the pages' dtype: uint16 stands for the bits of float16, as Numba has no float16."""
+        self.kv = kv
+        """The type of the numbers."""
+        self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
+        """Positions of a tile, the least part of a page that is copied."""
+        items = int8_tile_bytes.py_func(head_dim) if kv == "int8" else POSITION_TILE * head_dim
+        self.page_shape = (len(states), 2, heads, PAGE // self.tile, items)
+        """(layers that keep keys and values, keys or values, heads, tiles, what a tile takes)."""
+        self.dtype_array = np.zeros(0, PAGE_DTYPES[kv])
+        """An empty array of the pages' dtype."""
         self.page_bytes = math.prod(self.page_shape) * self.dtype_array.itemsize
         self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: set[int] = set()
@@ -127,7 +133,7 @@ class KVCache:
                 if i == len(arrays):
                     arrays.append(page)
                 else:
-                    _copy_positions(arrays[i], page, self.length - i * PAGE)
+                    self._copy_positions(arrays[i], page, self.length - i * PAGE)
                     arrays[i] = page
             self._held = _Pages(arrays, addresses)
             self._shared.difference_update(written)
@@ -163,7 +169,7 @@ class KVCache:
             if length % PAGE:
                 self._check_memory(1, length)
                 page = self._new_page()
-                _copy_positions(held.arrays[full], page, length % PAGE)
+                self._copy_positions(held.arrays[full], page, length % PAGE)
                 arrays.append(page)
                 addresses[full] = page.ctypes.data
             fork._held = _Pages(arrays, addresses)
@@ -175,7 +181,12 @@ class KVCache:
         """Views of the first `length` positions, rounded up to whole tiles: of each page the tiles they take."""
         ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
         pages = zip(self._held.arrays, ends, strict=False)
-        return [page[:, :, :, : ceil_div(end, POSITION_TILE)] for page, end in pages]
+        return [page[:, :, :, : ceil_div(end, self.tile)] for page, end in pages]
+
+    def _copy_positions(self, source: NDArray[Any], target: NDArray[Any], count: int) -> None:
+        """Copy a page's first `count` positions, rounded up to whole tiles."""
+        tiles = ceil_div(max(0, count), self.tile)
+        target[:, :, :, :tiles] = source[:, :, :, :tiles]
 
     def _check_length(self, length: int) -> None:
         if self.reusable(length) != length:
@@ -207,6 +218,16 @@ def held_bytes(caches: Iterable[KVCache]) -> int:
     return sum({id(page): page.nbytes for cache in caches for page in cache._held.arrays}.values())
 
 
+def clear_positions(page: NDArray[Any], first: int, kv: CacheType) -> None:
+    """Zero the positions from `first` on of a page's last tile. page: (layers, 2, heads, tiles, items)."""
+    if kv == "int8":
+        clear_int8_positions(page[:, :, :, -1], first)
+        return
+    shape, dim = page.shape[:4], page.shape[4] // POSITION_TILE
+    page.reshape(*shape, dim, POSITION_TILE)[:, 0, :, -1, :, first:] = 0
+    page.reshape(*shape, POSITION_TILE, dim)[:, 1, :, -1, first:] = 0
+
+
 def _memory(size: int) -> NDArray[np.uint8]:
     """Zeros at a multiple of 4,096 bytes, which the system gets back once no array is left; OSError without room.
 
@@ -219,9 +240,3 @@ def _memory(size: int) -> NDArray[np.uint8]:
         mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         advise_huge_pages(mapping)
     return np.frombuffer(mapping, np.uint8)
-
-
-def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:
-    """Copy a page's first `count` positions, rounded up to whole tiles."""
-    tiles = ceil_div(max(0, count), POSITION_TILE)
-    target[:, :, :, :tiles] = source[:, :, :, :tiles]

@@ -127,11 +127,15 @@ def store_int8_value(pages: Any, index: int, position: int, value: Any) -> None:
 
 
 def clear_int8_positions(tiles: NDArray[np.uint8], first: int) -> None:
-    """Zero the positions from `first` on of tiles (layers, 2, heads, bytes): keys and values of each head."""
-    tiles[..., 4 * first : SCALES_BYTES] = 0
-    keys, values = tiles[:, 0, :, SCALES_BYTES:], tiles[:, 1, :, SCALES_BYTES:]
-    shape = keys.shape[:2]
-    by_row = keys.reshape(*shape, INT8_TILE // UNIT_ROWS, -1, UNIT_ROWS, 4)
+    """Zero the positions from `first` on of one tile of each head: tiles (layers, 2, heads, bytes)."""
     for position in range(first, INT8_TILE):
-        by_row[:, :, position // UNIT_ROWS, :, position % UNIT_ROWS] = 0
-        values.reshape(*shape, -1, INT8_TILE // 4, UNIT_ROWS, 4)[:, :, :, position // 4, :, position % 4] = 0
+        tiles[..., 4 * position : 4 * position + 4] = 0
+        block, row = divmod(position, UNIT_ROWS)
+        size = (tiles.shape[-1] - SCALES_BYTES) // 2
+        for k in range(4):
+            tiles[
+                :, 0, :, SCALES_BYTES + block * size + 4 * row + k : SCALES_BYTES + (block + 1) * size : LINE_BYTES
+            ] = 0
+        start = SCALES_BYTES + position // 4 * LINE_BYTES + position % 4
+        for r in range(UNIT_ROWS):
+            tiles[:, 1, :, start + 4 * r :: _BLOCK_BYTES] = 0

@@ -16,6 +16,7 @@ from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
 
 if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
     from npqwen.model import Model
 
 
@@ -42,6 +43,7 @@ class Offer:
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
+        kv: CacheType | None = None,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
@@ -53,7 +55,7 @@ class Offer:
         config = with_yarn(Config.from_directory(path), yarn)
 
         def load_it() -> Model:
-            return load(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+            return load(path, threads=threads, context=context, yarn=yarn, kv=kv, on_compile=on_compile, name=name)
 
         offer = cls(name, path, load_it, config, context_length(config, context))
         offer._read_facts()

@@ -88,8 +88,8 @@ class InstructionSet:
     ) -> Iterator[list[ir.Value]]:
         """Sums of blocks of integer weights times the activations at x (npqwen/simd/packed.py).
 
-        table: from `codebook`, not used if the encoding has none. blocks: one for each vector of rows of the tile. Returns, for each token, the sums of
-        each block's rows, <lanes x i32> for `to_float`.
+        table: from `codebook`, not used if the encoding has none. blocks: one for each vector of rows of the tile.
+        Returns, for each token, the sums of each block's rows, <lanes x i32> for `to_float`.
         """
         sums = [[self.start(b, x, t, tokens) for _ in blocks] for t in range(tokens)]
         for n, quads in self.quads(b, encoding, table, blocks):
