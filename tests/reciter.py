@@ -113,7 +113,7 @@ class Reciter:
 
     def new_cache(self, room: int | None = None) -> RecitersCache:
         assert room is None or room <= self.context
-        return RecitersCache(self.config, room or self.context, np.float16)
+        return RecitersCache(self.config, room or self.context, "f16")
 
     def prefill(
         self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None

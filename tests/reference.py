@@ -39,7 +39,7 @@ class ReferenceCache(KVCache):
     """A cache without pages; the keys and values are in `arrays`, the example's own cache."""
 
     def __init__(self, config: Config, limit: int = 1 << 31) -> None:
-        super().__init__(config, 0, np.float32)
+        super().__init__(config, 0, "f32")
         self.limit = limit
         self.arrays = qwen3_in_numpy.Cache(config)
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @bits_option
 @low_disk_option
-@click.option("--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit.")
+@click.option(
+    "--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit."
+)
 @yarn_option
 @kv_option
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")

@@ -24,7 +24,7 @@ class _Cache(KVCache):
     """llama.cpp's only cache."""
 
     def __init__(self, base: Model, llama: Llama) -> None:
-        super().__init__(base.config, 0, np.float32)
+        super().__init__(base.config, 0, "f32")
         self._llama = llama
 
     def truncate(self, length: int) -> None:
