@@ -1,7 +1,8 @@
 """Attention over keys and values of int8: the kernel for one key/value head and a tile of query rows.
 
 Scores and weighted sums are products of int8, as of a matrix of the encoding INT8 with activations. The queries are
-packed once for all positions; the weights of each 32 positions, times the scales of the values, for those positions.
+packed once for all positions; weights, which are never negative, are rounded to 7 bits for each 64 positions, after the
+scales of the values are multiplied in.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from npqwen.format.encodings import BLOCK_COLUMNS, INT8, UNIT_ROWS
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.entry import entry
 from npqwen.kernels.int8_page import INT8_TILE, SCALES_BYTES, int8_tile_bytes, padded_dim, rotate_coordinates
-from npqwen.kernels.online_softmax import LOWEST, SCORE_BLOCK, softmax
+from npqwen.kernels.online_softmax import LOWEST, SCORE_BLOCK
 from npqwen.kernels.packing import pack_part
+from npqwen.simd.blocks import softmax_block_int8
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import block_bytes
-from npqwen.simd.scalar import FAST, memory
-from npqwen.simd.tile import LANES, dot_block_int8, scale_rows, store, store_add, zeros
+from npqwen.simd.scalar import FAST, exp, memory
+from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, scale_rows, store, store_add, zeros
 
-_BLOCKS = SCORE_BLOCK // INT8_TILE
+BLOCKS = SCORE_BLOCK // INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
 _START_BYTES = ISA.start_bytes
 _CODE = INT8.code
-WEIGHT_FLOATS = block_bytes(1, _START_BYTES) * _BLOCKS // 4
-"""float32 that hold a row's packed weights of SCORE_BLOCK positions."""
+WEIGHT_FLOATS = SCORE_BLOCK // 4 + 1
+"""float32 that hold a row's weights of SCORE_BLOCK positions as bytes, and their scale."""
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -76,30 +78,37 @@ def _compute_scores(
 
 
 @njit(inline="always")
-def _pack_weights(rows: int, scores: Any, values: Any, at: int, count: int, padded: int, packed: Any) -> None:
-    """packed = the weights in scores times the scales of the values."""
-    for position in range(0, count, INT8_TILE):
-        scales = memory(values.ctypes.data + at + position * (padded + 4), INT8_TILE, np.float32)
-        for row in range(rows):
-            weights = scores[row * SCORE_BLOCK + position : row * SCORE_BLOCK + position + INT8_TILE]
-            for i in range(INT8_TILE):
-                weights[i] *= scales[i]
-            pack_part(weights, position, SCORE_BLOCK, row, rows, _CODE, packed)
+def _softmax(
+    scores: Any, row: int, visible: int, dim: int, values: Any, at: int, padded: int, weights: Any, scales: Any,
+    row_max: Any, denominator: Any, accumulator: Any,
+) -> None:  # fmt: skip
+    """weights, scales = a row's softmax weights times the scales of the values, as integers.
+
+    If the row's maximum grows, its denominator and accumulator are rescaled.
+    """
+    maximum, total, scales[row] = softmax_block_int8(
+        scores, row * SCORE_BLOCK, BLOCKS, visible, row_max[row], values, at, INT8_TILE * (padded + 4), weights,
+        row * SCORE_BLOCK,
+    )  # fmt: skip
+    if maximum > row_max[row]:
+        rescale = exp(row_max[row] - maximum)
+        denominator[row] *= rescale
+        for i in range(row * dim, (row + 1) * dim):
+            accumulator[i] *= rescale
+        row_max[row] = maximum
+    denominator[row] += total
 
 
 @njit(inline="always")
 def _add_weighted_values(
-    rows: int, vectors: int, weights: Any, values: Any, at: int, count: int, dim: int, padded: int, accumulator: Any
+    rows: int, vectors: int, weights: Any, scales: Any, values: Any, at: int, dim: int, padded: int, accumulator: Any
 ) -> None:
-    """accumulator[row] += weights[row] @ values."""
+    """accumulator[row] += scales[row] * weights[row] @ values."""
     for column in range(0, dim, vectors * LANES):
-        sums = zeros(rows, vectors, 1)
         v = at + SCALES_BYTES + column // UNIT_ROWS * _BLOCK_BYTES + column % UNIT_ROWS * 4
-        x = 0
-        for _ in range(0, count, INT8_TILE):
-            sums = dot_block_int8(sums, rows, values, v, _BLOCK_BYTES, weights, x)
-            v += INT8_TILE * (padded + 4)
-            x += block_bytes(rows, _START_BYTES)
+        sums = add_weighted_lines(
+            zeros(rows, vectors, 1), rows, BLOCKS, values, v, INT8_TILE * (padded + 4), weights, SCORE_BLOCK, scales
+        )
         store_add(sums, accumulator, column, vectors, dim)
 
 
@@ -118,14 +127,15 @@ def int8_attention(rows: int) -> Any:
 
         queries_at, pages_at, scratch_at: addresses of the packed queries, see `pack_queries`, of the pages' addresses,
         int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
-        position. Scratch receives scores and packed weights; results_at, float32, the accumulator (rows, head_dim),
+        position. Scratch receives scores, weights and their scales; results_at, float32, the accumulator (rows, head_dim),
         row_max (rows,) and denominator (rows,).
         """
         padded = padded_dim(dim)
         queries = memory(queries_at, padded // BLOCK_COLUMNS * block_bytes(rows, _START_BYTES), np.uint8)
         pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
         scores = memory(scratch_at, rows * SCORE_BLOCK, np.float32)
-        weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, 4 * rows * WEIGHT_FLOATS, np.uint8)
+        weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, rows * SCORE_BLOCK, np.uint8)
+        scales = memory(scratch_at + 5 * rows * SCORE_BLOCK, rows, np.float32)
         results = memory(results_at, rows * (dim + 2), np.float32)
         accumulator = results[: rows * dim]
         row_max = results[rows * dim : rows * (dim + 1)]
@@ -143,8 +153,9 @@ def int8_attention(rows: int) -> Any:
             _compute_scores(rows, score_vectors, queries, keys, at, count, padded, scores)
             for row in range(rows):
                 visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
-                softmax(scores, row, visible, dim, row_max, denominator, accumulator)
-            _pack_weights(rows, scores, values, at, count, padded, weights)
-            _add_weighted_values(rows, value_vectors, weights, values, at, count, dim, padded, accumulator)
+                _softmax(
+                    scores, row, visible, dim, values, at, padded, weights, scales, row_max, denominator, accumulator
+                )
+            _add_weighted_values(rows, value_vectors, weights, scales, values, at, dim, padded, accumulator)
 
     return attend

@@ -169,6 +169,16 @@ class InstructionSet:
             total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
         return total
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        """total + a quad of signed bytes @ 4 weights from 0 to 127, repeated for every row: <lanes x i32> all three."""
+        for k in range(4):
+            columns = [
+                b.ashr(b.shl(each, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
+                for each in (quad, weights)
+            ]
+            total = b.add(total, b.mul(*columns))
+        return total
+
     def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:
         """The start (npqwen/simd/packed.py) of a block of a token's activations, <32 x i32>; zero_point: i32."""
         return b.mul(b.neg(zero_point), call(b, "llvm.vector.reduce.add.v32i32", I32, activations))

@@ -84,6 +84,10 @@ class Avx2(_Avx):
             for rows in zip(*halves, strict=True):
                 yield list(map(b.add, *rows))
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        signed, unsigned = (b.bitcast(each, vector(I8, 4 * self.lanes)) for each in (quad, weights))
+        return b.add(total, _widen(b, _pairs(b, unsigned, signed)))  # 2 * 127 * 127 fits int16
+
     def _half_start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int, half: int) -> ir.Value:
         """The initial value of a token's sums of half the quads, <16 x i16>."""
         place = offset(b, x, start_offset(token, tokens, self.start_bytes) + 4 * half, I32)
@@ -141,6 +145,9 @@ class AvxVnni(_Avx):
 
     def zero_point(self, encoding: Encoding) -> int:
         return encoding.zero_point or 128
+
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", total.type, total, weights, quad)
 
     def products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
