@@ -22,7 +22,7 @@ from npqwen.simd.blocks import softmax_block_int8
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.scalar import FAST, exp, memory
-from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, scale_rows, store, store_add, zeros
+from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, prefetch, scale_rows, store, store_add, zeros
 
 BLOCKS = SCORE_BLOCK // INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
@@ -60,16 +60,20 @@ def pack_queries(
 
 @njit(inline="always")
 def _compute_scores(
-    rows: int, vectors: int, queries: Any, keys: Any, at: int, count: int, padded: int, scores: Any
-) -> None:
-    """scores[row, position] = queries[row] @ keys[position]."""
+    rows: int, vectors: int, queries: Any, keys: Any, at: int, following: Any, following_at: int, count: int,
+    padded: int, scores: Any,
+) -> None:  # fmt: skip
+    """scores[row, position] = queries[row] @ keys[position]; prefetches the following keys."""
     for position in range(0, count, INT8_TILE):
         tile = at + position * (padded + 4)
+        prefetch(following, following_at + position * (padded + 4), SCALES_BYTES)
         for lane in range(0, INT8_TILE, vectors * LANES):
             products = zeros(rows, vectors, 1)
             k = tile + SCALES_BYTES + lane // UNIT_ROWS * UNIT_ROWS * padded + lane % UNIT_ROWS * 4
             x = 0
             for _ in range(0, padded, BLOCK_COLUMNS):
+                for part in range(vectors * LANES // UNIT_ROWS or lane % UNIT_ROWS == 0):
+                    prefetch(following, following_at + k - at + part * UNIT_ROWS * padded, _BLOCK_BYTES)
                 products = dot_block_int8(products, rows, keys, k, UNIT_ROWS * padded, queries, x)
                 k += _BLOCK_BYTES
                 x += block_bytes(rows, _START_BYTES)
@@ -101,11 +105,17 @@ def _softmax(
 
 @njit(inline="always")
 def _add_weighted_values(
-    rows: int, vectors: int, weights: Any, scales: Any, values: Any, at: int, dim: int, padded: int, accumulator: Any
-) -> None:
-    """accumulator[row] += scales[row] * weights[row] @ values."""
+    rows: int, vectors: int, weights: Any, scales: Any, values: Any, at: int, following: Any, following_at: int,
+    dim: int, padded: int, accumulator: Any,
+) -> None:  # fmt: skip
+    """accumulator[row] += scales[row] * weights[row] @ values; prefetches the following values."""
+    for position in range(0, SCORE_BLOCK, INT8_TILE):
+        prefetch(following, following_at + position * (padded + 4), SCALES_BYTES)
     for column in range(0, dim, vectors * LANES):
         v = at + SCALES_BYTES + column // UNIT_ROWS * _BLOCK_BYTES + column % UNIT_ROWS * 4
+        if column % UNIT_ROWS == 0:
+            for position in range(0, SCORE_BLOCK, INT8_TILE):
+                prefetch(following, following_at + v - at + position * (padded + 4), _BLOCK_BYTES)
         sums = add_weighted_lines(
             zeros(rows, vectors, 1), rows, BLOCKS, values, v, INT8_TILE * (padded + 4), weights, SCORE_BLOCK, scales
         )
@@ -150,12 +160,20 @@ def int8_attention(rows: int) -> Any:
             keys = memory(page + size * key_index, size, np.uint8)
             values = memory(page + size * value_index, size, np.uint8)
             at = block % PAGE * (padded + 4)
-            _compute_scores(rows, score_vectors, queries, keys, at, count, padded, scores)
+            following = block + SCORE_BLOCK if block + SCORE_BLOCK < high else block
+            page, following_at = pages[following // PAGE], following % PAGE * (padded + 4)
+            next_keys = memory(page + size * key_index, size, np.uint8)
+            next_values = memory(page + size * value_index, size, np.uint8)
+            _compute_scores(
+                rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores
+            )
             for row in range(rows):
                 visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
                 _softmax(
                     scores, row, visible, dim, values, at, padded, weights, scales, row_max, denominator, accumulator
                 )
-            _add_weighted_values(rows, value_vectors, weights, scales, values, at, dim, padded, accumulator)
+            _add_weighted_values(
+                rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded, accumulator
+            )
 
     return attend

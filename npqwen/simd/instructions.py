@@ -62,6 +62,8 @@ class InstructionSet:
     """Vectors of sums that fit the registers beside what is multiplied."""
     matrices: ClassVar[bool] = False
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
+    distance: int = PREFETCH_DISTANCE
+    """Bytes by which `line` prefetches ahead, if it does; 0: not at all."""
     prefetches: ClassVar[bool] = False
     """Whether `line` prefetches, where a line is one vector and one cache line."""
     unpack_from: ClassVar[int] = 32

@@ -9,6 +9,7 @@ ordinary loop around a few calls, and LLVM keeps the tiles in registers. Offsets
 from __future__ import annotations
 
 import functools
+from copy import copy
 from typing import Any
 
 from llvmlite import ir
@@ -44,6 +45,9 @@ from npqwen.simd.packed import scale_offset
 LANES = ISA.lanes
 """float32 of a vector."""
 FLOATS = vector(F32, LANES)
+_CACHED = copy(ISA)
+"""For what the caller prefetches, or has in its cache."""
+_CACHED.distance = 0
 
 
 class Vector(types.Type):
@@ -164,7 +168,7 @@ def dot_block_int8(
     blocks = [
         offset(b, element(b, w, step(b, at, r // lines, pitch), I8), 4 * LANES * (r % lines), I8) for r in range(rows)
     ]
-    for t, sums in enumerate(ISA.products(b, INT8, None, blocks, activations, tokens)):
+    for t, sums in enumerate(_CACHED.products(b, INT8, None, blocks, activations, tokens)):
         x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
         for r in range(rows):
             tile[t * rows + r] = fma(b, ISA.to_float(b, sums[r]), x_scale, tile[t * rows + r])
@@ -190,7 +194,7 @@ def add_weighted_lines(
     for block in range(blocks):
         place = element(b, values, step(b, at, block, pitch), I8)
         for n in range(QUADS):
-            lines = [b.bitcast(ISA.line(b, offset(b, place, 4 * LANES * r, I8), n), kind) for r in range(vectors)]
+            lines = [b.bitcast(_CACHED.line(b, offset(b, place, 4 * LANES * r, I8), n), kind) for r in range(vectors)]
             for t in range(rows):
                 word = offset(b, element(b, weights, step(b, I64(32 * block + 4 * n), t, stride), I8), 0, I32)
                 four = splat(b, b.load(word, align=1), LANES)

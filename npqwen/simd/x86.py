@@ -13,7 +13,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
+from npqwen.simd.instructions import QUADS, Field, NativeHalf, Quads
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, settle, splat, vector
 from npqwen.simd.packed import start_offset
 
@@ -190,7 +190,8 @@ class Avx512(AvxVnni):
     unpack_from: ClassVar[int] = 0
 
     def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
-        prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
+        if self.distance:
+            prefetch_line(b, offset(b, block, self.distance + CACHE_LINE * n, I8))
         return super().line(b, block, n)
 
     def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:
