@@ -176,8 +176,8 @@ def load(
     yarn: extends the context by YaRN, by a factor from 1 to 4: tokens needed / tokens trained on, such as 2 for 65,536
     tokens with a Qwen3 that was trained on 32,768. It is for models trained on fewer than 131,072 tokens, and makes
     answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
-    kv: the type of the cached keys and values, which every new token reads: "int8", "f16" or "f32". Default:
-    f16; f32 with 16 bits, where nothing else is rounded either. int8 takes half the memory of f16 and is faster after long texts.
+    kv: the type of the cached keys and values, which every new token reads: "int8", "f16" or "f32". Default: int8, half
+    of f16's memory and faster after long texts; f32 with 16 bits, where nothing else is rounded either.
 
     progress: bars on stderr for download, conversion and compilation; default: if stderr is a terminal or a notebook's.
     False shows none, True always shows them. A function (bytes_done, bytes_total) follows the conversion instead.

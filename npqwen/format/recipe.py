@@ -22,7 +22,7 @@ class Recipe:
     """Nominal bits per weight: the recipe's name on the command line and in files."""
     matrices: Encoding
     """Of all matrices but those below."""
-    cache_type: Literal["int8", "f16", "f32"] = "f16"
+    cache_type: Literal["int8", "f16", "f32"] = "int8"
     """Of the keys and values of models made by this recipe, by default."""
     routers: Encoding = BF16
     """Of a mixture's routers: a wrong choice of experts costs more than any rounding within them."""

@@ -296,7 +296,7 @@ def test_other_weights_other_config_or_other_bits_are_refused(
 ) -> None:
     with load(tiny(8), threads=1) as other, pytest.raises(FormatError, match="another model"):
         Session.load(other, saved)
-    with load(tiny(16), threads=1) as other, pytest.raises(FormatError, match="in F16, but this model uses F32"):
+    with load(tiny(16), threads=1) as other, pytest.raises(FormatError, match="in int8, but this model uses f32"):
         Session.load(other, saved)
     copied = tmp_path / "copied"
     shutil.copytree(model.path, copied)

@@ -159,3 +159,30 @@ def test_sharp_scores_and_zeros() -> None:
     part.cache.pages[0][:] = 0
     part.cache.pages[1][:] = 0
     assert not attend([part], q, 4, 2, 1).any()
+
+
+@pytest.mark.parametrize("outliers", [1.0, 10.0, 30.0])
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+def test_long_texts_whose_keys_have_outlier_channels(outliers: float, sharpness: float) -> None:
+    """16,384 positions; four of 128 coordinates of the keys are larger. The squared error is at most a thousandth."""
+    dim, length = 128, 16384
+    part = Int8Part.__new__(Int8Part)
+    part.tokens, part.start = 1, length - 1
+    cache = part.cache = Int8Cache.__new__(Int8Cache)
+    rng = np.random.default_rng(int(outliers + sharpness))
+    keys = rng.standard_normal((length, 1, 1, dim))
+    keys[..., rng.choice(dim, 4, replace=False)] *= outliers
+    keys /= np.sqrt((keys**2).mean(-1, keepdims=True))
+    # The kernel runs layer 1 of 2.
+    cache.keys = np.repeat(keys, 2, axis=1).astype(np.float32)
+    cache.values = np.repeat(rng.standard_normal((length, 1, 1, dim)), 2, axis=1).astype(np.float32)
+    size = 2 * 2 * (PAGE // 32) * int8_tile_bytes.py_func(dim)
+    cache.pages = [np.zeros(size, np.uint8) for _ in range(length // PAGE)]
+    cache.addresses = np.array([page.ctypes.data for page in cache.pages])
+    cache.dtype_array = np.zeros(0, np.uint8)
+    for position in range(length):
+        run(append_key, cache.addresses, cache.dtype_array, 2, position, cache.keys[position, 1, 0].copy())
+        run(append_value, cache.addresses, cache.dtype_array, 3, position, cache.values[position, 1, 0])
+    q = queries(1, 2, dim, sharpness)
+    out = attend([part], q, 2, 1, 1, spans=16)
+    assert relative_error(out, attended(q, cache, 1, length - 1)) < 1e-3
