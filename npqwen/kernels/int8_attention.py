@@ -137,8 +137,8 @@ def int8_attention(rows: int) -> Any:
 
         queries_at, pages_at, scratch_at: addresses of the packed queries, see `pack_queries`, of the pages' addresses,
         int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
-        position. Scratch receives scores, weights and their scales; results_at, float32, the accumulator (rows, head_dim),
-        row_max (rows,) and denominator (rows,).
+        position. Scratch receives scores, weights and their scales; results_at, float32, the accumulator (rows,
+        head_dim), row_max (rows,) and denominator (rows,).
         """
         padded = padded_dim(dim)
         queries = memory(queries_at, padded // BLOCK_COLUMNS * block_bytes(rows, _START_BYTES), np.uint8)

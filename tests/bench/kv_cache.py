@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of decoding after long texts with each type of KV cache, in turns, and of reading a long prompt.
 
-    python tests/bench/kv_cache.py CONVERTED [--threads 1,2] [--depth 4096,16384] [--kv f16,int8] [--rounds 15] [--prefill]
+    python tests/bench/kv_cache.py CONVERTED [--threads 1,2] [--depth 4096,16384] [--kv f16,int8] [--prefill]
 
 The caches are filled with random bytes of plausible keys and values, not computed, unless --prefill measures that too.
 Prints medians, and the median of the rounds' ratios to the first type; beside it what the bytes that each token reads,

@@ -139,7 +139,8 @@ def test_threads_change_nothing(members: int, tokens: int, group: int, kv_heads:
 @pytest.mark.parametrize(("group", "kv_heads"), [(1, 1), (2, 2), (8, 1)])
 def test_a_token_is_the_same_in_any_company_to_the_bit(group: int, kv_heads: int) -> None:
     dim, heads = 32, group * kv_heads
-    parts: list[Part] = [Int8Part(tokens, start, kv_heads, dim) for tokens, start in [(1, 0), (1, 1100), (33, 1020), (5, 64)]]
+    where = [(1, 0), (1, 1100), (33, 1020), (5, 64)]
+    parts: list[Part] = [Int8Part(tokens, start, kv_heads, dim) for tokens, start in where]
     q = queries(sum(part.tokens for part in parts), heads, dim)
     together = attend(parts, q, heads, kv_heads, 1)
     first = 0
