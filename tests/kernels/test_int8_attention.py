@@ -169,7 +169,7 @@ def test_long_texts_whose_keys_have_outlier_channels(outliers: float, sharpness:
     dim, length = 128, 16384
     part = Int8Part.__new__(Int8Part)
     part.tokens, part.start = 1, length - 1
-    cache = part.cache = Int8Cache.__new__(Int8Cache)
+    part.cache = cache = Int8Cache.__new__(Int8Cache)
     rng = np.random.default_rng(int(outliers + sharpness))
     keys = rng.standard_normal((length, 1, 1, dim))
     keys[..., rng.choice(dim, 4, replace=False)] *= outliers
@@ -186,4 +186,4 @@ def test_long_texts_whose_keys_have_outlier_channels(outliers: float, sharpness:
         run(append_value, cache.addresses, cache.dtype_array, 3, position, cache.values[position, 1, 0])
     q = queries(1, 2, dim, sharpness)
     out = attend([part], q, 2, 1, 1, spans=16)
-    assert relative_error(out, attended(q, cache, 1, length - 1)) < 1e-3
+    assert relative_error(out, attended(q, part.cache, 1, length - 1)) < 1e-3
