@@ -101,7 +101,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         cache.reserve(count)
     for page in cache.pages(count):
         whole = page if page.flags.c_contiguous else np.empty(page.shape, page.dtype)
-        if _fill(file, whole) != whole.nbytes:
+        if fill(file, whole) != whole.nbytes:
             raise damaged
         page[...] = whole
     cache.length = count
@@ -142,8 +142,8 @@ def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
     yield from pages
 
 
-def _fill(file: BinaryIO, page: NDArray[Any]) -> int:
-    """Read a page; returns the bytes read, fewer at the end of the file."""
+def fill(file: BinaryIO, page: NDArray[Any]) -> int:
+    """Read a contiguous array; returns the bytes read, fewer at the end of the file."""
     rest = page.reshape(-1).view(np.uint8)
     while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
         rest = rest[done:]
