@@ -101,6 +101,7 @@ class Engine:
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self._threads = default_threads() if threads is None else int(threads)
         self._origin = object()
+        self._prefixes = Prefixes(0)
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
         # An engine that nobody closed ends its threads when it is collected; at exit they are daemons.
@@ -111,7 +112,6 @@ class Engine:
         page = self.new_cache(1).page_bytes
         Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
-        self._prefixes = Prefixes(0)
         self._prefixes = self._new_prefixes(prefix_cache, prefix_cache_size, prefix_memory, notice, available)
         with reporting(on_compile):
             self._compile()
@@ -137,12 +137,13 @@ class Engine:
                 raise OptionError(
                     f"prefix_memory is {memory}; with prefix_cache it must be at least {files.page_bytes}, one page"
                 )
+        turns = self._turns
         left = PREFIX_MEMORY if available is None else max(0, available - self.weight_bytes) // 4
         return Prefixes(
             min(PREFIX_MEMORY, left) if memory is None else memory,
             adjustable=memory is None,
             files=files,
-            busy=lambda: self._turn().locked(),
+            busy=lambda: any(turn.locked() for turn in turns.values()),
             notice=notice,
         )
 

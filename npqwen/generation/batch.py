@@ -395,7 +395,7 @@ class Batch:
     def _end(self, entry: _Entry, error: BaseException | None = None, keep: bool = True) -> None:
         """Have a running sequence leave, and keep its cache for others."""
         self._running.remove(entry)
-        if keep and entry.sequence.cache is not None and not entry.lent:
+        if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # may be changed already
             self._prefixes.keep(entry.computed(), entry.cache)
         entry.release()
         entry.on_end(error)
