@@ -61,7 +61,8 @@ class RecitersCache(KVCache):
 
 def _page_ids(page: NDArray[Any]) -> NDArray[np.int32]:
     """A view of a page's first bytes as ids."""
-    return page[(0,) * (page.ndim - 1)].view(np.int32)[:PAGE]
+    ids: NDArray[np.int32] = page[(0,) * (page.ndim - 1)].view(np.int32)[:PAGE]
+    return ids
 
 
 class Reciter:

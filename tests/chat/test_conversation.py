@@ -12,8 +12,8 @@ from reciter import TOKENIZER, Reciter
 import npqwen
 from npqwen.chat.events import Notice, Reasoning, Text
 from npqwen.chat.window import Window, shown
+from npqwen.engine.prefix_page import common_prefix
 from npqwen.errors import ContextLengthError, OptionError
-from npqwen.generation.prefixes import common_prefix
 from npqwen.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")

@@ -1,0 +1,62 @@
+"""Caches whose keys and values are their tokens: what tests of prefixes compare."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.engine.kv_cache import KVCache
+from npqwen.kernels.cache_page import PAGE, POSITION_TILE
+
+SHAPE: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=16)
+Ids = NDArray[np.int32]
+
+
+def new_cache(limit: int = 20 * PAGE) -> KVCache:
+    """An empty cache."""
+    return KVCache(SHAPE, limit, np.float32)
+
+
+def run(cache: KVCache, ids: Ids) -> None:
+    """Append tokens: each layer keeps, at a token's position, a hash of all tokens up to it."""
+    cache.reserve(ids.size)
+    start, before = cache.length, content(cache)
+    marks = np.zeros(ids.size, np.float32)
+    mark = int(before[-1]) if len(before) else 1
+    for i, id in enumerate(ids.tolist()):
+        marks[i] = mark = (mark * 31 + id + 7) % 999_983
+    pages = cache.pages(start + ids.size)
+    for i in range(ids.size):
+        page, at = pages[(start + i) // PAGE], (start + i) % PAGE
+        for layer in page:
+            layer[0, 0, at // POSITION_TILE].reshape(16, POSITION_TILE)[:, at % POSITION_TILE] = marks[i]
+            layer[1, 0, at // POSITION_TILE].reshape(POSITION_TILE, 16)[at % POSITION_TILE] = marks[i]
+    cache.length = start + ids.size
+
+
+def content(cache: KVCache) -> NDArray[np.float32]:
+    """The hash at each position; all layers, keys and values must agree."""
+    pages = cache.pages(cache.length)
+    if not pages:
+        return np.zeros(0, np.float32)
+    keys = [page[:, 0, 0].reshape(2, -1, 16, POSITION_TILE).transpose(0, 1, 3, 2).reshape(2, -1, 16) for page in pages]
+    values = [page[:, 1, 0].reshape(2, -1, 16) for page in pages]
+    both = np.concatenate([np.concatenate(keys, 1), np.concatenate(values, 1)], 2)[:, : cache.length]
+    first: NDArray[np.float32] = both[0, :, 0]
+    assert (both == first[None, :, None]).all()
+    return first
+
+
+def computed(ids: Ids, limit: int = 20 * PAGE) -> KVCache:
+    """A cache of these tokens, with nothing reused."""
+    cache = new_cache(limit)
+    run(cache, ids)
+    return cache
+
+
+def text(seed: int, length: int) -> Ids:
+    """Random tokens, the same for the same seed."""
+    return np.random.default_rng(seed).integers(0, 4096, length).astype(np.int32)
