@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,7 +306,7 @@ def test_a_full_disk_is_told_once_and_tried_again_later(tmp_path: Path, monkeypa
     lines: list[str] = []
     pool = opened(tmp_path, notice=lines.append)
     clock = [1000.0]
-    monkeypatch.setattr(prefix_writer.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("npqwen.engine.prefix_writer.time.monotonic", lambda: clock[0])
     full = [True]
     write = os.replace
 

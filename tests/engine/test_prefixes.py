@@ -1,4 +1,4 @@
-"""The pool of prefixes: what is found is what was computed, within its bytes, the least recently used given up first."""
+"""The pool of prefixes: what is found was computed, bytes are bounded, the least recently used is given up first."""
 
 from __future__ import annotations
 
