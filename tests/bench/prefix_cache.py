@@ -5,11 +5,11 @@
     npqwen convert build/bench/0.6B build/bench/0.6B-int4
     chrt -f 5 python tests/bench/prefix_cache.py build/bench/0.6B-int4 --threads 2
 
-MODEL is a converted directory. Every round has a prefix of its own, of random tokens, and a question of 16 tokens after
-it. A table has the time of the first request, and the shares of it that these take: another question with the prefix in
+MODEL is a converted directory. Every round has a prefix of its own, of random tokens, and a question of 16 tokens
+after it. A table has the shares of the first request's time that these take: another question with the prefix in
 memory; after the model was loaded again, with its files in the system's page cache, and (where the system can be told)
-evicted from it. Medians of all rounds. Below it: how long `close` waits for files, and the tokens per second that follow
-the first request while its files are to be written, beside those of a model without a prefix cache.
+evicted from it. Medians of all rounds. Below it: how long `close` waits for files, and the tokens per second that
+follow the first request while its files are to be written, beside those of a model without a prefix cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIMITS = {"in memory": 0.03, "after a restart": 0.15, "after a restart, not in t
 def ask(model: Model, prefix: list[int], seed: int, tokens: int = 1, cached: int = 0) -> tuple[float, float]:
     """Seconds to the first token of a question after the prefix, and tokens per second after it."""
     question = np.random.default_rng(seed).integers(0, model.config.vocab_size, QUESTION).tolist()
-    ends = {id: -np.inf for id in model.generation_config.eos_ids}
+    ends = dict.fromkeys(model.generation_config.eos_ids, -np.inf)
     stream = Stream(model, prefix + question, max_tokens=tokens, temperature=0, logit_bias=ends)
     usage = stream.completion().usage
     assert usage.cached_tokens == cached, f"{usage.cached_tokens} tokens were cached, not {cached}"
