@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from npqwen.engine.prefix_files import PrefixFiles
     from npqwen.engine.prefix_page import PrefixPage
 
-WAIT = 1.0
+WAIT = 5.0
 """Seconds that a page waits at most for the model to be idle."""
 POLL = 0.02
 """Seconds between two looks whether the model is busy; it is idle after three in a row that found it so."""
