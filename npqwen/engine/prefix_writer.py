@@ -79,12 +79,17 @@ class PrefixWriter:
             return problem
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left; after an interrupt, only the page that was begun."""
         self._hurry.set()
         thread = self._thread
-        if thread is not None and thread.is_alive():
-            thread.join()
-        self._hurry.clear()
+        try:
+            if thread is not None and thread.is_alive():
+                thread.join()
+        except BaseException:
+            self.forget()
+            raise
+        finally:
+            self._hurry.clear()
 
     def _work(self) -> None:
         if sys.platform == "linux":  # there, a thread has a priority of its own

@@ -1,6 +1,6 @@
 """The pool of prefixes of a model: keys and values of texts so far, for texts that begin alike.
 
-    lookup(ids) ─ pages in memory ─ files (prefix_files.py) ──► KVCache.adopt
+    extend(ids, cache) ─ pages in memory ─ files (prefix_files.py) ──► KVCache.adopt
     keep(ids, cache) ◄─ KVCache.share ──► pages in memory ──► prefix_writer.py, behind the answer
 
 A page is found by the key of all tokens up to its last (prefix_page.py); the page at which two texts part, or one of
@@ -168,16 +168,12 @@ class Prefixes:
 
     def _read(self, files: PrefixFiles, ids: Ids, found: Prefix) -> Prefix:
         """Continue a prefix with what files have of `ids`."""
-        pages = found.pages.copy()
-        length = found.length
-        if length % PAGE:
-            length -= length % PAGE
-            last = pages.pop()
-        else:
-            last = None
+        pages, length = found.pages.copy(), found.length
+        last = pages.pop() if length % PAGE else None
+        length -= length % PAGE
         room = self._limit // files.page_bytes - len(pages)
         parent = pages[-1].key if pages else self._root
-        best = found
+        end = None
         try:
             while len(ids) - length >= PAGE and room > 0:
                 page = files.read(parent, ids[length : length + PAGE], len(pages))
@@ -188,13 +184,12 @@ class Prefixes:
                 room -= 1
                 parent, last = page.key, None
             least = SHARED if last is None else found.length - length + SHARED
-            end = None
             if len(ids) - length >= least and room > 0:
                 end = files.read_longest(parent, ids[length : length + PAGE], len(pages), least)
         except OutOfMemoryError:
-            end = None
+            pass  # what is not read is computed, or refused, as if there were no file
         if end is None and last is not None:
-            return best
+            return found
         if end is not None:
             pages.append(end)
             length += common_prefix(end.ids, ids[length:])
