@@ -20,20 +20,28 @@ def new_cache(limit: int = 20 * PAGE) -> KVCache:
     return KVCache(SHAPE, limit, np.float32)
 
 
+def marks(ids: Ids, before: float = 1) -> NDArray[np.float32]:
+    """At each position a hash of all tokens up to it. before: the hash before the first."""
+    found, mark = [], int(before)
+    for id in ids.tolist():
+        mark = (mark * 31 + id + 7) % 999_983
+        found.append(mark)
+    return np.array(found, np.float32)
+
+
 def run(cache: KVCache, ids: Ids) -> None:
-    """Append tokens: each layer keeps, at a token's position, a hash of all tokens up to it."""
+    """Append tokens: each layer keeps, as keys and values, the hash at a token's position."""
     cache.reserve(ids.size)
     start, before = cache.length, content(cache)
-    marks = np.zeros(ids.size, np.float32)
-    mark = int(before[-1]) if len(before) else 1
-    for i, id in enumerate(ids.tolist()):
-        marks[i] = mark = (mark * 31 + id + 7) % 999_983
-    pages = cache.pages(start + ids.size)
-    for i in range(ids.size):
-        page, at = pages[(start + i) // PAGE], (start + i) % PAGE
-        for layer in page:
-            layer[0, 0, at // POSITION_TILE].reshape(16, POSITION_TILE)[:, at % POSITION_TILE] = marks[i]
-            layer[1, 0, at // POSITION_TILE].reshape(POSITION_TILE, 16)[at % POSITION_TILE] = marks[i]
+    new = marks(ids, before[-1] if len(before) else 1)
+    for i, page in enumerate(cache.pages(start + ids.size)):
+        first, last = max(start, i * PAGE), min(start + ids.size, (i + 1) * PAGE)
+        if first < last:
+            at = np.arange(first, last) % PAGE
+            values = new[first - start : last - start, None]
+            for layer in page:
+                layer[0, 0].reshape(-1, 16, POSITION_TILE)[at // POSITION_TILE, :, at % POSITION_TILE] = values
+                layer[1, 0].reshape(-1, POSITION_TILE, 16)[at // POSITION_TILE, at % POSITION_TILE] = values
     cache.length = start + ids.size
 
 
