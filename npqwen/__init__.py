@@ -22,6 +22,7 @@ from npqwen.errors import (
     OptionError,
     OutOfMemoryError,
     OutputError,
+    PrefixCacheWarning,
     SamplingWarning,
     ThreadsWarning,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "OptionError",
     "OutOfMemoryError",
     "OutputError",
+    "PrefixCacheWarning",
     "Reasoning",
     "Reply",
     "Sampler",
@@ -160,6 +162,9 @@ def load(
     low_disk: bool = False,
     yarn: float | None = None,
     kv: CacheType | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
+    prefix_cache_size: int | None = None,
+    prefix_memory: int | None = None,
     notice: Callable[[str], None] | None = None,
     progress: bool | Callable[[int, int], Any] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
@@ -178,10 +183,16 @@ def load(
     answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
     kv: the type of the cached keys and values, which every new token reads: "int8", "f16" or "f32". Default: int8, half
     of f16's memory and faster after long texts; f32 with 16 bits, where nothing else is rounded either.
+    prefix_cache: a directory that keeps what was computed of texts (keys and values, and the tokens themselves), so
+    that texts that begin alike do not compute it again in a later run. Any number of processes and models may share it.
+    prefix_cache_size: bytes that its files may take, default 10 GB; the least recently used are removed.
+    prefix_memory: bytes of it that are kept in memory, with or without a directory; default: a quarter of what is
+    available beside the weights, at most 4 GiB; 0: none.
 
     progress: bars on stderr for download, conversion and compilation; default: if stderr is a terminal or a notebook's.
     False shows none, True always shows them. A function (bytes_done, bytes_total) follows the conversion instead.
-    notice: a function (line) that receives what was found, downloaded or converted, and where. on_compile: a function
+    notice: a function (line) that receives what was found, downloaded or converted, and where, and later which files of
+    the prefix cache were damaged, or why none can be written (default: a PrefixCacheWarning). on_compile: a function
     (done, total) that follows the compilation of the kernels on first use, in place of its bar.
 
     Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
@@ -190,6 +201,11 @@ def load(
     from npqwen.hub.names import model_name
     from npqwen.progress import bars_or
 
+    if prefix_cache is not None:  # before a download
+        from npqwen.checks import check_path
+        from npqwen.engine.prefix_files import check_directory
+
+        check_directory(check_path(prefix_cache))
     bars, own = bars_or(progress)
     with bars:
         path = hub.resolve(
@@ -215,6 +231,10 @@ def load(
             context=context,
             yarn=yarn,
             kv=kv,
+            prefix_cache=prefix_cache,
+            prefix_cache_size=prefix_cache_size,
+            prefix_memory=prefix_memory,
+            notice=notice,
             on_compile=on_compile or bars.of("compiling kernels (once)", " kernels"),
             name=model_name(model, revision),
         )

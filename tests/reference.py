@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config
 from npqwen.generation.generate import generate, stream
@@ -68,6 +69,7 @@ class ReferenceModel:
     threads = 1
     weight_bytes = 0
     fingerprint = "reference"
+    prefixes = Prefixes(0)
     tokenizer: Tokenizer
     generation_config: GenerationConfig
 

@@ -109,7 +109,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         cache.reserve(count)
     for page in cache.pages(count):
         whole = page if page.flags.c_contiguous else np.empty(page.shape, page.dtype)
-        if _fill(file, whole) != whole.nbytes:
+        if fill(file, whole) != whole.nbytes:
             raise damaged
         page[...] = whole
     cache.length = count
@@ -124,7 +124,7 @@ def _tensors(cache: KVCache, count: int, pending: int) -> list[tuple[str, str, t
         tensors.append(("pending", "I32", (pending,)))
     for start in range(0, count, PAGE):
         tiles = ceil_div(min(PAGE, count - start), cache.tile)
-        tensors.append((f"page.{start // PAGE}", _dtype(cache), (layers, two, heads, tiles, size)))
+        tensors.append((f"page.{start // PAGE}", page_dtype(cache.kv), (layers, two, heads, tiles, size)))
     return tensors
 
 
@@ -134,8 +134,9 @@ def _header(cache: KVCache, count: int, pending: int, fingerprint: str) -> bytes
     return make_header(_tensors(cache, count, pending), metadata)
 
 
-def _dtype(cache: KVCache) -> str:
-    return next(dtype for dtype, kv in _TYPES.items() if kv == cache.kv)
+def page_dtype(kv: CacheType) -> str:
+    """The dtype that a file gives the pages of this type."""
+    return next(dtype for dtype, known in _TYPES.items() if known == kv)
 
 
 def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
@@ -148,8 +149,8 @@ def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
     yield from pages
 
 
-def _fill(file: BinaryIO, page: NDArray[Any]) -> int:
-    """Read a page; returns the bytes read, fewer at the end of the file."""
+def fill(file: BinaryIO, page: NDArray[Any]) -> int:
+    """Read a contiguous array; returns the bytes read, fewer at the end of the file."""
     rest = page.reshape(-1).view(np.uint8)
     while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
         rest = rest[done:]

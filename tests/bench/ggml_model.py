@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefixes import Prefixes
 from npqwen.model import Model
 
 CONTEXT = 512
@@ -48,6 +49,7 @@ class GgmlModel:
         return _Cache(self._base, self._llama)
 
     chunk = 256
+    prefixes = Prefixes(0)
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.config.vocab_size), np.float32)
