@@ -17,6 +17,8 @@ from npqwen.server.settings import Settings, is_address
 
 PUBLIC = ("/", "/health")
 """Paths that need no key: they tell nothing that is worth one."""
+OWNER = "npqwen.owner"
+"""Where a scope has the digest of the request's API key, if the server wants one."""
 PUBLIC_BELOW = "/page/"
 """The page's files: a browser sends no key when it opens a page. The page itself asks for one."""
 
@@ -86,8 +88,9 @@ class Keys:
         headers = Headers(scope=scope)
         given = [key for key in (_bearer(headers.get("authorization", "")), headers.get("x-api-key", "")) if key]
         # Every pair is compared, in a time that tells nothing about the keys.
-        matches = [hmac.compare_digest(_digest(one), key) for one in given for key in self._digests]
-        if any(matches):
+        matches = [key for one in given for key in self._digests if hmac.compare_digest(_digest(one), key)]
+        if matches:
+            scope[OWNER] = matches[0]
             await self._app(scope, receive, send)
             return
         problem = "the API key is wrong" if given else "an API key is needed"
