@@ -15,9 +15,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from npqwen.server.app import application
+from npqwen.server.models import ModelState
+from npqwen.server.offer import Offer
 from npqwen.server.requests import Request
 from npqwen.server.run import Run, RunEvent
 from npqwen.server.settings import Settings
+from npqwen.server.statistics import WorkerStatistics
 from npqwen.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -104,6 +107,12 @@ class ScriptedModels:
         run = self.runs[-1]
         for item in items:
             run.loop.call_soon_threadsafe(run.receive, item if isinstance(item, BaseException) else (0, item))
+
+    @property
+    def states(self) -> list[ModelState]:
+        """What is known of the model; its statistics are empty."""
+        statistics = WorkerStatistics(alive=True)
+        return [ModelState(self.model.name, Offer.loaded(self.model), None, False, statistics, None)]
 
     async def close(self) -> None:
         pass
