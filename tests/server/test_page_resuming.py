@@ -63,9 +63,9 @@ def test_what_came_while_the_page_was_closed_is_there(
 ) -> None:
     page, models = asked(browser, scripted)
     address = str(page.evaluate("location.href"))
-    page.close()
+    page.load("about:blank")
     models.put(Text(" two"), finish)
-    page = browser.open(address)
+    page.load(address)
     page.until_text(ANSWER, "one two")
     idle(page)
     assert shown(page) == ["Hi", "one two"]
@@ -88,9 +88,9 @@ def test_an_answer_that_has_expired_was_interrupted(
     monkeypatch.setattr(recording, "SECONDS", 0.05)
     page, models = asked(browser, scripted)
     address = str(page.evaluate("location.href"))
-    page.close()
+    page.load("about:blank")
     wait_until(lambda: models.runs[-1].cancelled)
-    page = browser.open(address)
+    page.load(address)
     page.until_text(".error.mild", "This answer was interrupted.")
     assert page.text(ANSWER) == "one"
     page.close()
