@@ -65,9 +65,9 @@ class Runs:
 
 
 @contextmanager
-def scripted_server(model: Model) -> Iterator[tuple[ScriptedModels, str]]:
-    """A server whose runs do what a test says, and its address."""
-    models = ScriptedModels(model)
+def scripted_server(model: Model, models: ScriptedModels | None = None) -> Iterator[tuple[ScriptedModels, str]]:
+    """A server whose runs do what a test says, and its address. models: in place of new `ScriptedModels`."""
+    models = models or ScriptedModels(model)
     with served(application(models, Settings())) as url:  # type: ignore[arg-type]
         yield models, url
 
