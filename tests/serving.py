@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from npqwen.server.app import application
+from npqwen.server.connection import Connection
 from npqwen.server.models import ModelState
 from npqwen.server.offer import Offer
 from npqwen.server.requests import Request
@@ -32,7 +33,9 @@ def served(application: ASGIApp) -> Iterator[str]:
     """Serve an application while the block runs; yields its address, "http://127.0.0.1:PORT"."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:  # see server/listener.py
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            application, http=Connection, log_config=None, ws="none", timeout_graceful_shutdown=2
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
