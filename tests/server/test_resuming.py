@@ -175,7 +175,7 @@ def test_an_answer_ends_when_nobody_comes_back(
 def test_an_answer_is_not_ended_while_somebody_follows(
     scripted: tuple[ScriptedModels, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "SECONDS", 0.3)
+    monkeypatch.setattr(recording, "SECONDS", 2.0)
     models, url = scripted
     with begun(url) as (id, lines):
         next(lines)

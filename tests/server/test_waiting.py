@@ -164,18 +164,19 @@ def clients(url: str) -> dict[str, Any]:
             return "".join([chunk.choices[0].delta.content or "" for chunk in chunks])
 
     def responses() -> str:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            with client.responses.stream(model="", input="Hello") as events:
-                return "".join([event.delta for event in events if event.type == "response.output_text.delta"])
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with client, client.responses.stream(model="", input="Hello") as events:
+            return "".join([event.delta for event in events if event.type == "response.output_text.delta"])
 
     def messages() -> str:
-        with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-            with client.messages.stream(model="", messages=HELLO, max_tokens=9) as events:
-                return events.get_final_text()
+        client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+        with client, client.messages.stream(model="", messages=HELLO, max_tokens=9) as events:
+            return events.get_final_text()
 
     def lines() -> str:
-        parts = ollama.Client(url).chat(model="", messages=HELLO, stream=True)
-        return "".join([part.message.content or "" for part in parts])
+        with ollama.Client(url) as client:
+            parts = client.chat(model="any", messages=HELLO, stream=True)
+            return "".join([part.message.content or "" for part in parts])
 
     return {"chat": chat, "responses": responses, "messages": messages, "lines": lines}
 
