@@ -1,4 +1,4 @@
-"""What a server refuses: foreign hosts and pages, wrong keys, paths that climb, bodies that are too large or too slow."""
+"""What a server refuses: foreign hosts and pages, wrong keys, climbing paths, bodies that are too large or too slow."""
 
 from __future__ import annotations
 
