@@ -17,7 +17,7 @@ Ids = NDArray[np.int32]
 
 def new_cache(limit: int = 20 * PAGE) -> KVCache:
     """An empty cache."""
-    return KVCache(SHAPE, limit, np.float32)
+    return KVCache(SHAPE, limit, "f32")
 
 
 def marks(ids: Ids, before: float = 1) -> NDArray[np.float32]:

@@ -73,8 +73,7 @@ class KVCache:
         origin: object = None,
         reclaim: Callable[[], bool] | None = None,
     ) -> None:
-        """limit: maximum tokens. kv: the type of its numbers. origin: identifies the engine that the cache and its forks
-        belong to.
+        """limit: maximum tokens. kv: the type of its numbers. origin: the engine that cache and forks belong to.
 
         reclaim: called when there is no memory for a page; it frees some that is only kept for later, and returns
         whether there was any.
