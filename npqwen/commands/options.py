@@ -171,7 +171,8 @@ def prefix_cache_options(command: Decorated) -> Decorated:
         "--prefix-cache",
         metavar="DIRECTORY",
         callback=_directory,
-        help="Keep what is computed of prompts here, so that later runs do not compute it again.",
+        help="Keep what is computed of prompts here, so that later runs do not compute it again; "
+        "default: only in memory.",
     )(command)
 
 
