@@ -69,7 +69,7 @@ class PrefixFiles:
     def __init__(self, directory: Path, limit: int, cache: KVCache, fingerprint: str) -> None:
         """limit: bytes that all files may take, those of other models included. cache: any of the model's.
 
-        Raises OutputError for a directory that cannot be written, OptionError for a limit below one page.
+        Raises OutputError for a directory that cannot be written, OptionError for a limit below two pages.
         """
         check_directory(directory)
         if limit < 2 * cache.page_bytes:
