@@ -63,6 +63,15 @@ def check_directory(path: Path) -> None:
         probe.unlink()
 
 
+def check_size(limit: int, page_bytes: int) -> None:
+    """Raise OptionError unless `limit` bytes are enough for two pages of a model."""
+    if limit < 2 * page_bytes:
+        raise OptionError(
+            f"a prefix cache of {size(limit)} is too small: {PAGE} tokens of this model take {size(page_bytes)}; "
+            "give it at least twice as much"
+        )
+
+
 class PrefixFiles:
     """The pages of one model in a directory. Reading and writing may happen in several threads."""
 
@@ -72,11 +81,7 @@ class PrefixFiles:
         Raises OutputError for a directory that cannot be written, OptionError for a limit below two pages.
         """
         check_directory(directory)
-        if limit < 2 * cache.page_bytes:
-            raise OptionError(
-                f"a prefix cache of {size(limit)} is too small: {PAGE} tokens of this model take "
-                f"{size(cache.page_bytes)}; give it at least twice as much"
-            )
+        check_size(limit, cache.page_bytes)
         self.directory = directory
         self.limit = limit
         self.page_bytes = cache.page_bytes
