@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from npqwen.engine.engine import Piece
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.pass_times import PassTimes
+    from npqwen.engine.prefixes import Prefixes
     from npqwen.format.config import Config
     from npqwen.generation.generation_config import GenerationConfig
     from npqwen.tokenizer import Tokenizer
@@ -49,6 +50,10 @@ class LanguageModel(Protocol):
     @property
     def passes(self) -> PassTimes | None:
         """What passes of few tokens cost; None if nobody measures it."""
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Keys and values of texts so far, for texts that begin alike."""
 
     @property
     def chunk(self) -> int:

@@ -168,7 +168,7 @@ class Sequence:
         pairs = zip(self.todo(), self._ahead, strict=False)
         same = next((i for i, (id, guess) in enumerate(pairs) if id != guess), min(left, len(self._ahead)))
         taken = same if same == left else max(0, min(same, left - rows))
-        cache.restore(cache.length + taken)
+        cache.restore(taken)
         self.accepted += taken
         self._outcome += taken
         if taken < left:
@@ -185,7 +185,7 @@ class Sequence:
         if count:
             assert self.cache is not None
             assert logits is not None
-            self.cache.truncate(self.cache.length - count)
+            self.cache.retract(count)
             self._ahead, self._ahead_logits, self._draft = self._draft, logits[-count:], []
             logits = logits[:-count]
             self.drafted += count

@@ -20,6 +20,7 @@ from npqwen.generation.sequence import Sequence
 from npqwen.generation.speculation import PASS
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
+from npqwen.kernels.cache_page import PAGE
 from npqwen.structure.structure import Structure, Structured
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Stream(AsyncSteps[str]):
         self._decoding = sequence.decoding
         self._batch = batch
         self._cancelled = False
+        self._computed: tuple[int, int] | None = None
+        """The cache's `cuts` and `length` after the last pass; None if there is nothing to keep."""
         self._model = model
         self._rows: NDArray[np.float32] | None = None
         """Receives the logits of passes with drafts."""
@@ -76,6 +79,7 @@ class Stream(AsyncSteps[str]):
             self._pieces.close()
         except ValueError:  # the generator is running
             raise OptionError("another thread is running this stream; cancel() ends it") from None
+        self._keep()
 
     def cancel(self) -> None:
         """End the text after the pass in progress: one token, or one chunk of the prompt. Any thread may call this."""
@@ -190,11 +194,17 @@ class Stream(AsyncSteps[str]):
     def _generate(self) -> Generator[str, None, None]:
         sequence, decoding, cache = self._sequence, self._decoding, self.cache
         sequence.next_step()
+        prompt = np.array(decoding.prompt_ids, np.int32)
+        sequence.cached = self._model.prefixes.extend(prompt[:-1], cache)
         try:
             logits: NDArray[np.float32] | None = self._prefill(cache)
+            self._model.prefixes.keep(prompt[: len(prompt) // PAGE * PAGE], cache)
             buffer = logits
             while True:
+                self._computed = cache.cuts, cache.length - sequence.drafting
                 piece = sequence.accept(logits)
+                if decoding.finished:
+                    self._keep()
                 if piece:
                     yield piece
                 if decoding.finished or self._cancelled:
@@ -205,6 +215,14 @@ class Stream(AsyncSteps[str]):
             return
         finally:
             sequence.settle()
+
+    def _keep(self) -> None:
+        """Keep what was computed for texts that begin alike, unless the cache's owner has changed it since."""
+        computed, self._computed = self._computed, None
+        cache = self._sequence.cache
+        if computed is not None and cache is not None and cache.cuts == computed[0]:
+            ids = np.array(self.prompt_ids + self.ids, np.int32)
+            self._model.prefixes.keep(ids[: computed[1]], cache)
 
     def _prefill(self, cache: KVCache) -> NDArray[np.float32]:
         """Run the prompt; its last token's logits (1, vocab_size)."""
