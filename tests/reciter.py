@@ -18,9 +18,9 @@ from npqwen.chat.conversation import Conversation
 from npqwen.chat.events import Reply
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
-from npqwen.engine.pass_times import PassTimes
 from npqwen.engine.prefixes import Prefixes
 from npqwen.format.config import Config
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
 from npqwen.kernels.cache_page import PAGE
@@ -95,6 +95,7 @@ class Reciter:
         self.generation_config = GenerationConfig(frozenset({EOS}), sampling)
         self.fingerprint = "reciter"
         self.prefixes = Prefixes(1 << 28)
+        self.drafting = Drafting()
         self.prompts: list[str] = []
         self.prompt_ids: list[list[int]] = []
         self.read: list[int] = []
@@ -107,7 +108,6 @@ class Reciter:
         pass
 
     chunk = 256
-    passes: PassTimes | None = None
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.config.vocab_size), np.float32)

@@ -10,6 +10,7 @@ import click
 from npqwen.commands.options import (
     Command,
     argument_text,
+    draft_option,
     generation_options,
     keyboard_notice,
     model_options,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("prompt")
 @generation_options({})
+@draft_option
 @prefix_cache_options
 @model_options
 def generate(
@@ -44,6 +46,7 @@ def generate(
     kv: CacheType | None,
     prefix_cache: Path | None,
     prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -74,6 +77,7 @@ def generate(
                 kv=kv,
                 prefix_cache=prefix_cache,
                 prefix_cache_size=prefix_cache_size,
+                draft=draft,
             )
         ) as loaded,
     ):

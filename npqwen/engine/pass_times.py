@@ -41,6 +41,11 @@ class PassTimes:
             self._table = [self._estimate(tokens) for tokens in range(MEASURED + 1)]
 
     @property
+    def measured(self) -> bool:
+        """Whether `seconds` are seconds."""
+        return bool(self._means)
+
+    @property
     def seconds(self) -> list[float]:
         """seconds[n]: of a pass of n tokens, up to `MEASURED`; in passes of one token before any is measured.
 

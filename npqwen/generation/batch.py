@@ -63,6 +63,7 @@ class _Entry:
 
     def release(self) -> None:
         """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
+        self.sequence.close()
         if not self.lent:
             self.sequence.cache = None
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from npqwen.engine.engine import Piece
     from npqwen.engine.kv_cache import KVCache
-    from npqwen.engine.pass_times import PassTimes
     from npqwen.engine.prefixes import Prefixes
     from npqwen.format.config import Config
+    from npqwen.generation.drafting import Drafting
     from npqwen.generation.generation_config import GenerationConfig
     from npqwen.tokenizer import Tokenizer
 
@@ -36,6 +36,10 @@ class LanguageModel(Protocol):
         """Maximum tokens of a sequence."""
 
     @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """From tokenizer.json."""
 
@@ -48,8 +52,12 @@ class LanguageModel(Protocol):
         """Equal for models that compute the same keys and values."""
 
     @property
-    def passes(self) -> PassTimes | None:
-        """What passes of few tokens cost; None if nobody measures it."""
+    def drafting(self) -> Drafting:
+        """What its texts share to guess their next tokens."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
 
     @property
     def prefixes(self) -> Prefixes:

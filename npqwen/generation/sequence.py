@@ -35,6 +35,7 @@ class Sequence:
             piece = sequence.accept(logits of todo(), or None if that is empty)
             sequence.next_step()
         sequence.settle()
+        sequence.close()
 
     A pass may run more tokens than are certain: a draft. The logits of its tokens are kept, and the text advances step
     by step as without it. While the tokens that a step has to run are those of the draft, they are in the cache
@@ -89,7 +90,7 @@ class Sequence:
         """Prompt tokens that the cache held already when it was given."""
         self.drafted = self.accepted = 0
         """Tokens of drafts that were run, and how many of them became part of the text."""
-        self._speculation = speculation_for(given.get("speculation"), model.passes, prompt)
+        self._speculation = speculation_for(given.get("speculation"), model.drafting, prompt)
         self._draft: list[int] = []
         """Guessed tokens, to be run after those that are certain."""
         self._ahead: list[int] = []
@@ -151,7 +152,8 @@ class Sequence:
         if cache.reusable(cache.length - 1) < cache.length - 1:
             return 0  # it cannot forget tokens that turn out to be wrong
         # One more than the draft may be drawn: the token after it.
-        self._draft = self._speculation.propose(self.decoding.ids, min(most, self.decoding.left - 1), left + others)
+        most = min(most, self.decoding.left - 1)
+        self._draft = self._speculation.propose(self.decoding.ids, most, left + others, alone=not others)
         return len(self._draft)
 
     def next_step(self) -> None:
@@ -211,11 +213,17 @@ class Sequence:
             assert self.cache is not None
             self.cache.truncate(known)
 
+    def close(self) -> None:
+        """End guessing: the text is over. Closing again has no effect."""
+        if self._speculation is not None:
+            self._speculation.close(self.decoding.ids)
+        self._speculation = None
+
     def _end_draft(self, rejected: bool) -> None:
         """Leave what is left of a draft. rejected: whether a token of it was not the text's."""
         self._ahead, self._ahead_logits = [], None
         if self._speculation is not None:
-            self._speculation.learn(self._outcome, self._outcome + rejected)
+            self._speculation.learn(self._outcome, rejected)
 
     @property
     def usage(self) -> Usage:

@@ -215,6 +215,7 @@ class Stream(AsyncSteps[str]):
             return
         finally:
             sequence.settle()
+            sequence.close()
 
     def _keep(self) -> None:
         """Keep what was computed for texts that begin alike, unless the cache's owner has changed it since."""

@@ -16,6 +16,7 @@ from npqwen.engine.pass_times import PassTimes
 from npqwen.errors import OptionError
 from npqwen.generation.batch import Batch
 from npqwen.generation.drafter import KEY, TextDrafter
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
 from npqwen.generation.options import LoopGuard
 from npqwen.generation.session import Session
@@ -102,23 +103,23 @@ def test_drafts_get_longer_as_they_are_accepted_and_stop_when_they_do_not_pay(tw
     times.add(2, two)
     times.add(15, two * 1.5)
     text = [*PERIOD * 4]
-    speculation = Speculation(TextDrafter(text), times)
+    speculation = Speculation(Drafting(times), text)
     lengths = []
     for _ in range(25):
         draft = speculation.propose([], PASS, 1)
         lengths.append(len(draft))
-        speculation.learn(0, min(1, len(draft)))
+        speculation.learn(0, bool(draft))
     assert lengths[0] > 4
     assert lengths[-1] == 0
     tries = 0
     for _ in range(400):
         draft = speculation.propose([], PASS, 1)
         tries += bool(draft)
-        speculation.learn(0, min(1, len(draft)))
+        speculation.learn(0, bool(draft))
     assert 0 < tries < 60  # it tries again some time, but rarely
     for _ in range(400):
         draft = speculation.propose([], PASS, 1)
-        speculation.learn(len(draft), len(draft))
+        speculation.learn(len(draft), False)
     assert len(draft) == PASS - 1
 
 
@@ -127,7 +128,7 @@ def test_always_drafts_wherever_there_is_an_idea() -> None:
     times.add(1, 1.0)
     times.add(2, 10.0)
     times.add(15, 150.0)
-    speculation = Speculation(TextDrafter(PERIOD * 2), times, always=True)
+    speculation = Speculation(Drafting(times), PERIOD * 2, always=True)
     assert speculation.propose([], PASS, 1) == PERIOD[:1]
     assert speculation.propose([], 0, 1) == []
     assert speculation.propose([], PASS, PASS) == []
@@ -438,7 +439,7 @@ def test_an_answers_usage_counts_guesses(tiny_model: Model) -> None:
 def test_automatic_needs_a_model_that_knows_what_its_passes_cost() -> None:
     assert generate(recite(PERIOD * 2), [1, *PERIOD]).usage.drafted_tokens == 0
     model = recite(PERIOD * 2)
-    model.passes = PassTimes(sparse=False)
+    model.drafting = Drafting(PassTimes(sparse=False))
     assert generate(model, [1, *PERIOD]).usage.accepted_tokens > 20
 
 
@@ -447,7 +448,7 @@ def test_a_mixture_is_guessed_only_where_it_is_sure() -> None:
     for sparse in (False, True):
         for name, text in (("short", [5, 6, 7, 8, 9, 5, 6, 7, 10, 11]), ("long", PERIOD * 3)):
             model = recite(text)
-            model.passes = PassTimes(sparse=sparse)
+            model.drafting = Drafting(PassTimes(sparse=sparse))
             drafted[name, sparse] = generate(model, [1]).usage.drafted_tokens
     assert drafted["short", True] == 0 < drafted["short", False]  # three tokens that repeat are not sure enough
     assert drafted["long", True] > 20
