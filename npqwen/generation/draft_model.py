@@ -15,7 +15,7 @@ from npqwen.generation.acceptance import Acceptance
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.pass_times import PassTimes
-    from npqwen.generation.language_model import LanguageModel
+    from npqwen.generation.token_model import TokenModel
 
 _CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 """Between these, a guess's probability by the draft model puts it into one kind."""
@@ -41,7 +41,7 @@ class Guess(NamedTuple):
 class DraftModel:
     """A smaller model that guesses for a larger one, and what has become known of its guesses in all texts."""
 
-    def __init__(self, model: LanguageModel, target: LanguageModel) -> None:
+    def __init__(self, model: TokenModel, target: TokenModel) -> None:
         """Raises OptionError unless both have the same tokens."""
         if not _alike(model.tokenizer.vocabulary, target.tokenizer.vocabulary):
             raise OptionError(
