@@ -57,7 +57,9 @@ def texts(model: Model) -> dict[str, tuple[list[int], list[int]]]:
     }
 
 
-def rate(model: Model, prompt: list[int], script: list[int], speculation: bool | None) -> tuple[float, int, int]:
+def rate(
+    model: Model, prompt: list[int], script: list[int], speculation: bool | None, draft: DraftModel | None = None
+) -> tuple[float, int, int]:
     """Tokens per second after the first; guessed and accepted tokens."""
     start = len(prompt)
 
@@ -65,6 +67,7 @@ def rate(model: Model, prompt: list[int], script: list[int], speculation: bool |
         logits[script[len(ids) - start]] = np.float32(1e4)
 
     options: Any = {"logits_processor": follow, "max_tokens": len(script), "speculation": speculation}
+    model._drafting = Drafting(model.passes, draft)  # nothing is remembered of the script
     done = Stream(model, prompt, temperature=0, **options).completion()
     assert done.ids == script[: len(done.ids)]
     return done.usage.decode_rate, done.usage.drafted_tokens, done.usage.accepted_tokens
@@ -105,7 +108,7 @@ def promised(model: Model, draft: Model, acceptance: float, depth: int) -> tuple
     """The ratio of speeds that the best number of guesses promises, and that number."""
     alone, guess = pass_seconds(model, 1, depth), pass_seconds(draft, 1, depth)
     best = 0.0, 0
-    for count in range(1, 9):
+    for count in range(1, 7):
         tokens = sum(acceptance**i for i in range(count + 1))
         best = max(best, (tokens * alone / (pass_seconds(model, count + 1, depth) + count * guess), count))
     return best
@@ -117,17 +120,14 @@ def measure_draft(model: Model, draft: Model, acceptance: float, rounds: int, to
     prompt, script = prompt[:200], script[:tokens]
     rng = random.Random(1)
     likeliest = [id if rng.random() < acceptance else id + 1 for id in script]
-    plain, guessing = Drafting(model.passes), Drafting(model.passes)
     scripted: Any = Scripted(draft, len(prompt), likeliest)
-    guessing.model = DraftModel(scripted, model)
+    drafter = DraftModel(scripted, model)
     ratios, promises, rates = [], [], (0.0, 0.0)
     drafted = accepted = 0
     for _ in range(rounds):
         promises.append(promised(model, draft, acceptance, len(prompt) + len(script) // 2))
-        model._drafting = plain
         without, _, _ = rate(model, prompt, script, False)
-        model._drafting = guessing
-        with_draft, drafted, accepted = rate(model, prompt, script, None)
+        with_draft, drafted, accepted = rate(model, prompt, script, None, drafter)
         ratios.append(with_draft / without)
         rates = without, with_draft
     expected, count = sorted(promises)[len(promises) // 2]
