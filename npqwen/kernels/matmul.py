@@ -21,7 +21,7 @@ from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import IS_INTEGER, group_bytes
 from npqwen.kernels.packing import WIDEST, WIDTHS, whole_tiles
-from npqwen.kernels.unpacked_matmul import run_unpacked, unpack_rows, unpacked_bytes, unpacked_rows
+from npqwen.kernels.unpacked_matmul import piecewise_rows, run_unpacked, unpack_rows, unpacked_bytes, unpacked_rows
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
@@ -187,10 +187,15 @@ UNPACKERS = {
     if ISA.unpack_from and encoding.is_integer and encoding.bits < 8
 }
 """Kernels that unpack, by the code of the encoding."""
+PIECES = {
+    encoding.code: piecewise_rows(encoding, WIDEST)
+    for encoding in ENCODINGS
+    if ISA.unpack_from and encoding.is_integer and encoding.bits < 8
+}
 MULTIPLIER = unpacked_rows(WIDEST)
 """The kernel for unpacked weights and the widest tiles."""
 _SHARED = len(ENCODINGS)
-KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 1)
+KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 2)
 """Shape of `matmul_kernels`."""
 
 
@@ -203,6 +208,8 @@ def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
     for code in encodings:
         for width, kernel in KERNELS[code].items():
             addresses[code, width] = address_of(kernel)
+        if code in PIECES:
+            addresses[code, WIDEST + 1] = address_of(PIECES[code])
         if code in UNPACKERS:
             addresses[code, 0], addresses[_SHARED, WIDEST] = address_of(UNPACKERS[code]), address_of(MULTIPLIER)
     return addresses
@@ -259,8 +266,9 @@ def run_kernel(
             last, out, stride, accumulate, scratch,
         )  # fmt: skip
         return
+    pieces = kernels[matrix.encoding, WIDEST + 1]
     run_at(
-        kernels[matrix.encoding, width],
+        pieces if pieces and width == WIDEST and tiles > 1 else kernels[matrix.encoding, width],
         (
             address, matrix.codebook, matrix.cols // UNIT_COLUMNS, first, last, x, tiles, out, stride, accumulate,
             scratch.ctypes.data,

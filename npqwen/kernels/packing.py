@@ -27,7 +27,7 @@ WIDTHS = tuple(sorted(ISA.tiles))
 WIDEST = WIDTHS[-1]
 ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
 """What the kernels add to weights, by the code of their encoding."""
-_MIDDLE = 4
+_MIDDLE = min(4, WIDEST)
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
 """Tokens up to which several tiles of the middle width are faster than one of the widest."""
 _PAIRS = ISA.pairs

@@ -20,6 +20,7 @@ from npqwen.simd.scalar import memory
 from npqwen.simd.tile import (
     LANES,
     dot_block_unpacked,
+    load,
     load_codebook,
     prefetch,
     scale_rows,
@@ -111,6 +112,72 @@ def unpacked_rows(tokens: int) -> Any:
                         store(sums, results, place, vectors, stride)
 
     return unpacked_rows
+
+
+PIECE = 4
+
+
+def piecewise_rows(encoding: Encoding, tokens: int) -> Any:
+    """kernel"""
+    vectors = UNIT_ROWS // LANES
+    code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
+    row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
+    x_block = block_bytes(tokens, ISA.start_bytes)
+    piece = PIECE
+
+    @entry(encoding.name, tokens)
+    def piecewise_rows(
+        address: int, codebook: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int,
+        accumulate: int, scratch: int,
+    ) -> None:  # fmt: skip
+        group_bytes = row_scale_bytes + units * unit
+        w = memory(address, last * group_bytes, np.uint8)
+        table = load_codebook(code, memory(codebook, CODEBOOK_BYTES, np.uint8))
+        packed = memory(x, tiles * units * UNIT_BLOCKS * x_block, np.uint8)
+        results = memory(out, tiles * tokens * stride, np.float32)
+        values = (scratch + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+        unpacked = memory(values, piece * UNPACKED_UNIT, np.uint8)
+        partial = memory(values + piece * UNPACKED_UNIT, tiles * tokens * UNIT_ROWS, np.float32)
+        for group in range(first, last):
+            at = group * group_bytes + row_scale_bytes
+            for unit_from in range(0, units, piece):
+                count = min(piece, units - unit_from)
+                block_at, out_at = at + unit_from * unit, 0
+                for _ in range(count):
+                    prefetch(w, block_at + PREFETCH_DISTANCE, unit)
+                    block_at += scale_bytes
+                    for _ in range(UNIT_BLOCKS):
+                        unpack_block(code, table, w, block_at, unpacked, out_at)
+                        block_at += block_size
+                        out_at += _UNPACKED_BLOCK
+                for tile in range(tiles):
+                    sums = zeros(tokens, vectors, 1)
+                    if unit_from:
+                        sums = load(sums, partial, tile * tokens * UNIT_ROWS, vectors, UNIT_ROWS)
+                    values_at = 0
+                    scales_at = at + unit_from * unit
+                    x_at = (tile * units + unit_from) * UNIT_BLOCKS * x_block
+                    for half in range(2 * count):
+                        sums = dot_block_unpacked(sums, tokens, unpacked, values_at, w, scales_at, packed, x_at)
+                        values_at += _UNPACKED_BLOCK
+                        x_at += x_block
+                        sums = dot_block_unpacked(
+                            sums, tokens, unpacked, values_at, w, scales_at + UNIT_ROWS, packed, x_at
+                        )
+                        values_at += _UNPACKED_BLOCK
+                        x_at += x_block
+                        scales_at += 2 * UNIT_ROWS + half % 2 * (unit - _SCALE_BYTES)
+                    if unit_from + count < units:
+                        store(sums, partial, tile * tokens * UNIT_ROWS, vectors, UNIT_ROWS)
+                    else:
+                        sums = scale_rows(sums, vectors, w, group * group_bytes)
+                        place = tile * tokens * stride + group * UNIT_ROWS
+                        if accumulate:
+                            store_add(sums, results, place, vectors, stride)
+                        else:
+                            store(sums, results, place, vectors, stride)
+
+    return piecewise_rows
 
 
 @njit(nogil=True)

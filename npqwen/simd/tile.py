@@ -76,6 +76,12 @@ def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, together: Const) -> Tile:
 
 
 @operation
+def load(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> Tile:
+    """The tile that `store` of the same arguments has written; `tile` only tells how many vectors it has."""
+    return [b.load(_place(b, out, at, n, rows, stride), align=4) for n in range(len(tile))]
+
+
+@operation
 def store(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> None:
     """out[at + t * stride + r * LANES:] = the tile's vector of token t and rows r; out: float32."""
     for n, value in enumerate(tile):

@@ -41,7 +41,8 @@ class Avx2(_Avx):
 
     name: ClassVar[str] = "avx2"
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
-    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 2}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2}
+    unpack_from: ClassVar[int] = 64
     unpacked_vectors: ClassVar[int] = 2
     start_bytes: ClassVar[int] = 8
 
