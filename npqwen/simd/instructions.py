@@ -97,6 +97,24 @@ class InstructionSet:
                 sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
         yield from sums
 
+    def scaled_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        """`products` times the blocks' scales, <lanes x float>, rounded once.
+
+        scales: for each of the blocks, where the int8 scales of its rows are. Below 8 bits the results are exact: a sum
+        of 32 products is at most 32 * 32 * 127 in magnitude, and 128 times that is less than 2**24.
+        """
+        factors = [self.block_scales(b, place) for place in scales]
+        for sums in self.products(b, encoding, table, blocks, x, tokens):
+            yield [b.fmul(self.to_float(b, total), factor) for total, factor in zip(sums, factors, strict=True)]
+
+    def block_scales(self, b: ir.IRBuilder, place: ir.Value) -> ir.Value:
+        """A block's int8 scales of `lanes` rows, <lanes x float>."""
+        scales = b.load(b.bitcast(place, vector(I8, self.lanes).as_pointer()), align=1)
+        return b.sitofp(b.sext(scales, vector(I32, self.lanes)), vector(F32, self.lanes))
+
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
         """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""
         kind = vector(I8, 4 * self.lanes)

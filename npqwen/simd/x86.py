@@ -64,8 +64,33 @@ class Avx2(_Avx):
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         if not encoding.zero_point:
-            yield from self._signed_products(b, encoding, table, blocks, x, tokens)
+            return self._signed_products(b, encoding, table, blocks, x, tokens)
+        ones = [constant(I16, 2 * self.lanes, 1) for _ in blocks]
+        return self._unsigned_products(b, encoding, table, blocks, ones, x, tokens)
+
+    def scaled_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        if not encoding.zero_point:
+            yield from super().scaled_products(b, encoding, table, blocks, scales, x, tokens)
             return
+        factors = [self._scale_pairs(b, place) for place in scales]
+        for sums in self._unsigned_products(b, encoding, table, blocks, factors, x, tokens):
+            yield [self.to_float(b, total) for total in sums]
+
+    def _scale_pairs(self, b: ir.IRBuilder, place: ir.Value) -> ir.Value:
+        """The int8 scales of the rows at `place`, each twice, <16 x i16>."""
+        scales = b.load(b.bitcast(place, vector(I8, self.lanes).as_pointer()), align=1)
+        words = b.bitcast(b.sext(scales, vector(I32, self.lanes)), vector(I16, 2 * self.lanes))
+        low = ir.Constant(vector(I32, 2 * self.lanes), [n // 2 * 2 for n in range(2 * self.lanes)])
+        return b.shuffle_vector(words, words, low)
+
+    def _unsigned_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], factors: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        """`products` of weights from 0 to 63, times `factors`: for each block <16 x i16>, a number twice for each row."""
         # Two tokens by two vectors load least, and their sums fit sixteen registers; the quads that they share do not.
         together = min(tokens, 2)
         unpacks = encoding.bits < 8 and tokens > together
@@ -81,7 +106,7 @@ class Avx2(_Avx):
                         pairs = [_pairs(b, quad, activations) for quad in vectors]
                         row[:] = map(b.add, row, pairs)
                     sums = _settled(b, sums) if tokens > 1 else sums
-                halves.append([[_widen(b, total) for total in row] for row in sums])
+                halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
             for rows in zip(*halves, strict=True):
                 yield list(map(b.add, *rows))
 
@@ -94,6 +119,7 @@ class Avx2(_Avx):
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         """`products` of weights from -127 to 127, without a start: int16 has no room for two pairs, 4 * 127 * 127."""
+        ones = constant(I16, 2 * self.lanes, 1)
         totals: list[list[ir.Value]] = [[] for _ in range(tokens)]
         for part in [blocks] if tokens == 1 else [[block] for block in blocks]:
             sums = [[constant(I32, self.lanes, 0)] * len(part) for _ in range(tokens)]
@@ -102,7 +128,7 @@ class Avx2(_Avx):
                 for t, row in enumerate(sums):
                     activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
                     for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
-                        row[r] = b.add(row[r], _widen(b, _pairs(b, magnitude, _with_sign(b, activations, quad))))
+                        row[r] = b.add(row[r], _widen(b, _pairs(b, magnitude, _with_sign(b, activations, quad)), ones))
             for total, row in zip(totals, _settled(b, sums) if tokens > 1 else sums, strict=True):
                 total += row
         yield from totals
@@ -129,9 +155,9 @@ def _with_sign(b: ir.IRBuilder, x: ir.Value, sign: ir.Value) -> ir.Value:
     return call(b, "llvm.x86.avx2.psign.b", x.type, x, sign)
 
 
-def _widen(b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    """Neighbouring int16 added up in int32."""
-    return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
+def _widen(b: ir.IRBuilder, pairs: ir.Value, factors: ir.Value) -> ir.Value:
+    """Neighbouring int16 times their factors, <16 x i16>, added up in int32."""
+    return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, factors)
 
 
 class AvxVnni(_Avx):
