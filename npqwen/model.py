@@ -12,6 +12,8 @@ import numpy as np
 
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
+from npqwen.checks import check_path
+from npqwen.engine.cache_type import CacheType
 from npqwen.engine.engine import Engine
 from npqwen.errors import NpqwenError
 from npqwen.generation import generate as text
@@ -23,6 +25,8 @@ from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import os
+
     from typing_extensions import Unpack
 
     from npqwen.chat.chat_options import ChatOptions
@@ -58,6 +62,11 @@ class Model(Engine):
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
+        kv: CacheType | None = None,
+        prefix_cache: Path | None = None,
+        prefix_cache_size: int | None = None,
+        prefix_memory: int | None = None,
+        notice: Callable[[str], None] | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         name: str | None = None,
     ) -> None:
@@ -68,7 +77,18 @@ class Model(Engine):
             tokenizer = reader.submit(Tokenizer.from_directory, path)
             # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
-            super().__init__(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile)
+            super().__init__(
+                path,
+                threads=threads,
+                context=context,
+                yarn=yarn,
+                kv=kv,
+                prefix_cache=prefix_cache,
+                prefix_cache_size=prefix_cache_size,
+                prefix_memory=prefix_memory,
+                notice=notice,
+                on_compile=on_compile,
+            )
             try:
                 self._tokenizer = tokenizer.result()
                 self._generation_config = GenerationConfig.from_directory(path)
@@ -288,16 +308,35 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     yarn: float | None = None,
+    kv: CacheType | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
+    prefix_cache_size: int | None = None,
+    prefix_memory: int | None = None,
+    notice: Callable[[str], None] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
     name: str | None = None,
 ) -> Model:
     """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn: the factor by which YaRN extends the context, see `npqwen.load`. on_compile(done, total): called while
-    kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
+    own. yarn, kv, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when files of
+    the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done, total): called
+    while kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
-    options, OutOfMemoryError if memory cannot hold the buffers and the cache of a context that is given.
+    options, OutputError for a prefix cache that cannot be written, OutOfMemoryError if memory cannot hold the buffers
+    and the cache of a context that is given.
     """
-    return Model(Path(path), threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+    return Model(
+        Path(path),
+        threads=threads,
+        context=context,
+        yarn=yarn,
+        kv=kv,
+        prefix_cache=None if prefix_cache is None else check_path(prefix_cache),
+        prefix_cache_size=prefix_cache_size,
+        prefix_memory=prefix_memory,
+        notice=notice,
+        on_compile=on_compile,
+        name=name,
+    )

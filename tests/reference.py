@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config
 from npqwen.generation.generate import generate, stream
@@ -39,7 +40,7 @@ class ReferenceCache(KVCache):
     """A cache without pages; the keys and values are in `arrays`, the example's own cache."""
 
     def __init__(self, config: Config, limit: int = 1 << 31) -> None:
-        super().__init__(config, 0, np.float32)
+        super().__init__(config, 0, "f32")
         self.limit = limit
         self.arrays = qwen3_in_numpy.Cache(config)
 
@@ -68,6 +69,7 @@ class ReferenceModel:
     threads = 1
     weight_bytes = 0
     fingerprint = "reference"
+    prefixes = Prefixes(0)
     tokenizer: Tokenizer
     generation_config: GenerationConfig
 

@@ -8,9 +8,10 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
+from npqwen.kernels.append import append_key, append_value
 from npqwen.kernels.attention import attention
 from npqwen.kernels.barrier import barrier, claim
-from npqwen.kernels.cache_page import PAGE, store_key, store_value
+from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.experts import (
     arrange,
     combine,
@@ -283,7 +284,7 @@ def project_heads(
                     elif head < heads + kv_heads:
                         rms_norm(x, k_norm, model.rms_norm_eps, x)
                         rotate(x, tokens.cos[t], tokens.sin[t])
-                        store_key(pages, cache_dtype, first_key + head - heads, position, x)
+                        append_key(pages, cache_dtype, first_key + head - heads, position, x)
                     else:
-                        store_value(pages, cache_dtype, first_key + head - heads, position, x)
+                        append_value(pages, cache_dtype, first_key + head - heads, position, x)
             first = last

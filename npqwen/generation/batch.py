@@ -12,9 +12,10 @@ import numpy as np
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import held_bytes
+from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
+from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
-from npqwen.generation.prefixes import SHARED, Ids, Kept, Prefixes, common_prefix
 from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 PARALLEL = 16
 """Default limit of sequences that run at once."""
-KEPT = 32
-"""Default limit of caches of texts that have ended."""
 STALL = 0.15
 """Seconds that a pass may take while texts are being written: pieces of prompts are cut to fit."""
 ALONE = 1.0
@@ -101,22 +100,21 @@ class Batch:
     need not wait for long ones, and long ones do not starve. Prefixes that other sequences have computed are not
     computed again. A text is the same to the bit as without company.
 
-    Memory: a sequence begins when the pages of its prompt fit. If texts outgrow the memory, caches of texts that have
-    ended are given up, then the youngest sequence waits again and is computed anew.
+    Memory: a sequence begins when the pages of its prompt fit. If texts outgrow the memory, prefixes that are kept for
+    later are given up, then the youngest sequence waits again and is computed anew.
     """
 
-    def __init__(
-        self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None, kept: int = KEPT
-    ) -> None:
-        """parallel: the most sequences that run at once. memory: bytes for keys and values; None: what is available.
-        kept: the most caches of ended texts that are kept."""
+    def __init__(self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None) -> None:
+        """parallel: the most sequences that run at once. memory: bytes for keys and values, those of the model's pool
+        of prefixes included; None: what is available."""
         self._model = model
         self._parallel = parallel
         self._memory = memory
-        self._kept = kept
         self._waiting: deque[_Entry] = deque()
         self._running: list[_Entry] = []
-        self._prefixes = Prefixes()
+        self._prefixes = model.prefixes
+        if memory is not None:
+            self._prefixes.allow(memory)
         self._logits: NDArray[np.float32] | None = None
         self._seconds_per_token = STALL / (2 * _TILE)
         """Of prompts, as measured in recent passes."""
@@ -135,7 +133,7 @@ class Batch:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pages, shared ones counted once."""
-        return held_bytes([*(entry.cache for entry in self._running), *self._prefixes.caches])
+        return held_bytes((entry.cache for entry in self._running), self._prefixes.arrays)
 
     def add(
         self,
@@ -150,6 +148,7 @@ class Batch:
 
     def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
         """Let a sequence join; its pieces of text, for which all sequences advance. Raises what ended it early."""
+        self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32))
         texts: deque[str] = deque()
         ends: list[BaseException | None] = []
         self.add(sequence, texts.append, ends.append)
@@ -199,8 +198,10 @@ class Batch:
             entry.on_end(error)
 
     def limit(self, memory: int | None) -> None:
-        """Change the memory for keys and values; caches of texts that have ended are given up to fit."""
+        """Change the memory for keys and values; prefixes that nobody uses are given up to fit."""
         self._memory = memory
+        if memory is not None:
+            self._prefixes.allow(memory)
         while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
             pass
         self.statistics.cache_bytes = self.cache_bytes
@@ -230,14 +231,14 @@ class Batch:
             except OutOfMemoryError as error:
                 self._end(entry, error)
 
-    def _longest_prefix(self, entry: _Entry) -> tuple[int, _Entry | Kept | None]:
+    def _longest_prefix(self, entry: _Entry) -> tuple[int, _Entry | Prefix | None]:
         """The longest prefix that is computed already, and by whom; -1 if it is worth waiting for a longer one."""
         most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
-        source: _Entry | Kept | None = None
+        source: _Entry | Prefix | None = None
         best = entry.sequence.length
-        length, kept = self._prefixes.longest(entry.prompt[:most])
-        if length >= max(SHARED, best + 1):
-            best, source = length, kept
+        found = self._prefixes.find(entry.prompt[:most])
+        if found.length >= max(SHARED, best + 1):
+            best, source = found.length, found
         coming = 0
         for other in self._running:
             shared = common_prefix(other.prompt, entry.prompt[:most])
@@ -249,14 +250,14 @@ class Batch:
             coming = max(coming, min(shared, len(other.prompt)))
         return (-1, None) if coming >= best + SHARED else (best, source)
 
-    def _set_cache(self, entry: _Entry, length: int, source: _Entry | Kept | None) -> None:
+    def _set_cache(self, entry: _Entry, length: int, source: _Entry | Prefix | None) -> None:
         sequence = entry.sequence
-        if isinstance(source, Kept):
-            sequence.cache = self._prefixes.use(source, length)
-        elif source is not None:
+        if isinstance(source, _Entry):
             sequence.cache = source.cache.fork(length)
         elif sequence.cache is None:
             sequence.cache = self._model.new_cache()
+        if isinstance(source, Prefix):
+            length = source.give(sequence.cache)
         if not sequence.decoding.ids:
             sequence.cached = length
             sequence.start_clock()
@@ -264,7 +265,8 @@ class Batch:
             self.statistics.cached_tokens += length
 
     def _has_memory(self, entry: _Entry, shared: int) -> bool:
-        """Whether the pages of a sequence's prompt fit, after giving up old caches; true if nothing else is running."""
+        """Whether the pages of a sequence's prompt fit, after giving up old prefixes; true if nothing else is running.
+        """
         if self._memory is None or not self._running:
             return True
         missing = _pages(entry) - shared // PAGE
@@ -323,7 +325,7 @@ class Batch:
             )
 
     def _make_room(self, entry: _Entry, error: OutOfMemoryError) -> None:
-        """Give up an old cache, or have the youngest sequence wait again; alone, this sequence ends with the error."""
+        """Give up an old prefix, or have the youngest sequence wait again; alone, this sequence ends with the error."""
         if self._prefixes.drop_oldest():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
@@ -393,10 +395,8 @@ class Batch:
     def _end(self, entry: _Entry, error: BaseException | None = None, keep: bool = True) -> None:
         """Have a running sequence leave, and keep its cache for others."""
         self._running.remove(entry)
-        if keep and entry.sequence.cache is not None and not entry.lent:
+        if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # may be changed already
             self._prefixes.keep(entry.computed(), entry.cache)
-            if len(self._prefixes) > self._kept:
-                self._prefixes.drop_oldest()
         entry.release()
         entry.on_end(error)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from npqwen.engine.engine import Piece
     from npqwen.engine.kv_cache import KVCache
+    from npqwen.engine.prefixes import Prefixes
     from npqwen.format.config import Config
     from npqwen.generation.generation_config import GenerationConfig
     from npqwen.tokenizer import Tokenizer
@@ -44,6 +45,10 @@ class LanguageModel(Protocol):
     @property
     def fingerprint(self) -> str:
         """Equal for models that compute the same keys and values."""
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Keys and values of texts so far, for texts that begin alike."""
 
     @property
     def chunk(self) -> int:

@@ -18,6 +18,7 @@ from npqwen.generation.sampling import Sampling
 from npqwen.generation.sequence import Sequence
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
+from npqwen.kernels.cache_page import PAGE
 from npqwen.structure.structure import Structure, Structured
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Stream(AsyncSteps[str]):
         self._decoding = sequence.decoding
         self._batch = batch
         self._cancelled = False
+        self._computed: tuple[int, int] | None = None
+        """The cache's `cuts` and `length` after the last pass; None if there is nothing to keep."""
         self._model = model
         self._pieces = self._generate() if batch is None else batch.pieces(sequence)
 
@@ -72,6 +75,7 @@ class Stream(AsyncSteps[str]):
             self._pieces.close()
         except ValueError:  # the generator is running
             raise OptionError("another thread is running this stream; cancel() ends it") from None
+        self._keep()
 
     def cancel(self) -> None:
         """End the text after the pass in progress: one token, or one chunk of the prompt. Any thread may call this."""
@@ -186,19 +190,33 @@ class Stream(AsyncSteps[str]):
     def _generate(self) -> Generator[str, None, None]:
         sequence, decoding, cache = self._sequence, self._decoding, self.cache
         sequence.start_clock()
+        prompt = np.array(decoding.prompt_ids, np.int32)
+        sequence.cached = self._model.prefixes.extend(prompt[:-1], cache)
         try:
             logits: NDArray[np.float32] | None = self._prefill(cache)
         except _Cancelled:
             return
+        self._model.prefixes.keep(prompt[: len(prompt) // PAGE * PAGE], cache)
         buffer = logits
         while True:
+            self._computed = cache.cuts, cache.length
             piece = sequence.accept(logits)
+            if decoding.finished:
+                self._keep()
             if piece:
                 yield piece
             if decoding.finished or self._cancelled:
                 return
             sequence.start_clock()
             logits = self._forward(cache, buffer)
+
+    def _keep(self) -> None:
+        """Keep what was computed for texts that begin alike, unless the cache's owner has changed it since."""
+        computed, self._computed = self._computed, None
+        cache = self._sequence.cache
+        if computed is not None and cache is not None and cache.cuts == computed[0]:
+            ids = np.array(self.prompt_ids + self.ids, np.int32)
+            self._model.prefixes.keep(ids[: computed[1]], cache)
 
     def _prefill(self, cache: KVCache) -> NDArray[np.float32]:
         """Run the prompt; its last token's logits (1, vocab_size)."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.errors import FormatError
@@ -16,7 +16,21 @@ from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from npqwen.engine.cache_type import CacheType
     from npqwen.model import Model
+
+
+class Loading(TypedDict, total=False):
+    """Options of `npqwen.load` that do not change what is offered."""
+
+    kv: CacheType | None
+    prefix_cache: Path | None
+    prefix_cache_size: int | None
+    prefix_memory: int | None
+    notice: Callable[[str], None] | None
+    on_compile: Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Offer:
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
-        on_compile: Callable[[int, int], None] | None = None,
+        **options: Unpack[Loading],
     ) -> Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
@@ -53,7 +67,7 @@ class Offer:
         config = with_yarn(Config.from_directory(path), yarn)
 
         def load_it() -> Model:
-            return load(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+            return load(path, threads=threads, context=context, yarn=yarn, name=name, **options)
 
         offer = cls(name, path, load_it, config, context_length(config, context))
         offer._read_facts()

@@ -98,13 +98,14 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
 
     async def replies(self) -> list[Reply]:
         """Wait for all answers of a chat, in order. Raises ClosedError if the run was cancelled."""
-        return cast("list[Reply]", await self._results())
+        return cast("list[Reply]", await self.results())
 
     async def completions(self) -> list[Completion]:
         """Wait for all continuations of raw text, in order. Raises ClosedError if the run was cancelled."""
-        return cast("list[Completion]", await self._results())
+        return cast("list[Completion]", await self.results())
 
-    async def _results(self) -> list[Reply | Completion]:
+    async def results(self) -> list[Reply | Completion]:
+        """Wait for all answers or continuations, in order. Raises ClosedError if the run was cancelled."""
         results: dict[int, Reply | Completion] = {}
         async for index, event in self:
             if isinstance(event, Finish):

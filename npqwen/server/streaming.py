@@ -18,6 +18,8 @@ KEEPALIVE = 8.0
 """Seconds of silence after which a client gets a keepalive. Claude Code warns after 20, proxies give up after 60."""
 STALLED = 120.0
 """Seconds after which a client that accepts no more bytes counts as gone."""
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Of every stream: no proxy is to hold it back."""
 
 Result = TypeVar("Result")
 
@@ -67,7 +69,7 @@ class StreamedRun(Response):
         self.status_code = 200
         self.media_type = format.media_type
         self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        self.init_headers({**HEADERS, **(headers or {})})
         self._run = run
         self._format = format
         self._pending: list[tuple[int, RunEvent]] = []

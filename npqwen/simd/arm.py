@@ -55,6 +55,10 @@ class Neon(NativeHalf):
                 sums = [[next(settled) for _ in blocks] for _ in range(tokens)]
         yield from sums
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        columns = (b.bitcast(each, _BYTES) for each in (quad, weights))
+        return call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, *columns)
+
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         return call(b, "llvm.aarch64.neon.tbl1.v16i8", _BYTES, table, indices)
 

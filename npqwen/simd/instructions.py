@@ -62,6 +62,8 @@ class InstructionSet:
     """Vectors of sums that fit the registers beside what is multiplied."""
     matrices: ClassVar[bool] = False
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
+    distance: int = PREFETCH_DISTANCE
+    """Bytes by which `line` prefetches ahead, if it does; 0: not at all."""
     prefetches: ClassVar[bool] = False
     """Whether `line` prefetches, where a line is one vector and one cache line."""
     unpack_from: ClassVar[int] = 32
@@ -88,8 +90,8 @@ class InstructionSet:
     ) -> Iterator[list[ir.Value]]:
         """Sums of blocks of integer weights times the activations at x (npqwen/simd/packed.py).
 
-        table: from `codebook`. blocks: one for each vector of rows of the tile. Returns, for each token, the sums of
-        each block's rows, <lanes x i32> for `to_float`.
+        table: from `codebook`, not used if the encoding has none. blocks: one for each vector of rows of the tile.
+        Returns, for each token, the sums of each block's rows, <lanes x i32> for `to_float`.
         """
         sums = [[self.start(b, x, t, tokens) for _ in blocks] for t in range(tokens)]
         for n, quads in self.quads(b, encoding, table, blocks):
@@ -185,6 +187,16 @@ class InstructionSet:
             column = b.ashr(b.shl(words, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
             value = b.sext(b.load(offset(b, x, values_offset(token) + 4 * n + k, I8), align=1), I32)
             total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
+        return total
+
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        """total + a quad of signed bytes @ 4 weights from 0 to 127, repeated for every row: <lanes x i32> all three."""
+        for k in range(4):
+            columns = [
+                b.ashr(b.shl(each, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
+                for each in (quad, weights)
+            ]
+            total = b.add(total, b.mul(*columns))
         return total
 
     def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:

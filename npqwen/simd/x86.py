@@ -13,7 +13,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
+from npqwen.simd.instructions import QUADS, Field, NativeHalf, Quads
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, settle, splat, vector
 from npqwen.simd.packed import start_offset
 
@@ -110,6 +110,10 @@ class Avx2(_Avx):
             for rows in zip(*halves, strict=True):
                 yield list(map(b.add, *rows))
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        signed, unsigned = (b.bitcast(each, vector(I8, 4 * self.lanes)) for each in (quad, weights))
+        return b.add(total, _widen(b, _pairs(b, unsigned, signed)))  # 2 * 127 * 127 fits int16
+
     def _half_start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int, half: int) -> ir.Value:
         """The initial value of a token's sums of half the quads, <16 x i16>."""
         place = offset(b, x, start_offset(token, tokens, self.start_bytes) + 4 * half, I32)
@@ -169,11 +173,14 @@ class AvxVnni(_Avx):
     def zero_point(self, encoding: Encoding) -> int:
         return encoding.zero_point or 128
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", total.type, total, weights, quad)
+
     def products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
-        chains, together = (2, 1) if tokens == 1 else (1, 4)
+        chains, together = (2, 1) if tokens == 1 else (1, min(tokens, 4))
         words, zero, sign = vector(I32, self.lanes), constant(I32, self.lanes, 0), constant(I8, 4 * self.lanes, 0x80)
         unpacked = self.quads(b, encoding, table, blocks)
         quads = list(unpacked) if tokens > together else unpacked
@@ -210,7 +217,8 @@ class Avx512(AvxVnni):
     unpack_from: ClassVar[int] = 0
 
     def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
-        prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
+        if self.distance:
+            prefetch_line(b, offset(b, block, self.distance + CACHE_LINE * n, I8))
         return super().line(b, block, n)
 
     def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:

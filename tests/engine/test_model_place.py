@@ -30,7 +30,10 @@ NEITHER = ["./nothing", "/no/such/place", "a/b/c", "nothing", "", "-x/y", "a b/c
 
 
 @pytest.mark.parametrize("model", [*NEITHER, "a\0b"])
-def test_names_that_are_neither_path_nor_id(model: str) -> None:
+def test_names_that_are_neither_path_nor_id(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)  # nothing beside it has one of these names
     with pytest.raises((ModelNotFoundError, CheckpointError), match=r"neither a directory|config\.json is missing"):
         hub.resolve(model)
 

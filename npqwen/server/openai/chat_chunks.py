@@ -10,7 +10,7 @@ from npqwen.generation.completion import TokenLogprobs
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import server_sent
 from npqwen.server.openai.chat_reply import CLOSE, OPEN, replies_usage
-from npqwen.server.openai.errors import error_body
+from npqwen.server.openai.errors import error_event
 from npqwen.server.openai.logprobs import chat_logprobs, without_end
 from npqwen.server.openai.reasoning_fields import Shown
 from npqwen.server.openai.usage import finish_reason_of, timings_of
@@ -67,7 +67,7 @@ class ChatChunks:
         return self._chunk(open.delta({}), **extra)
 
     def error(self, failure: Failure) -> str:
-        return server_sent(error_body(failure))
+        return error_event(failure)
 
     def end(self) -> str:
         if not self._include_usage:

@@ -10,7 +10,7 @@ from npqwen.generation.completion import Completion, TokenLogprobs
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import server_sent
 from npqwen.server.openai.chat_chunks import DONE
-from npqwen.server.openai.errors import error_body
+from npqwen.server.openai.errors import error_event
 from npqwen.server.openai.logprobs import text_logprobs, without_end
 from npqwen.server.openai.usage import finish_reason_of, timings_of, total_usage, usage_of
 from npqwen.server.run import Completed, Progress, RunEvent, Scored
@@ -85,7 +85,7 @@ class CompletionChunks:
         return self._chunk(next((index for index in range(count) if index not in self._completed), 0), "")
 
     def error(self, failure: Failure) -> str:
-        return server_sent(error_body(failure))
+        return error_event(failure)
 
     def end(self) -> str:
         if not self._include_usage:
