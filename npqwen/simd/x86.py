@@ -37,14 +37,18 @@ class Avx2(_Avx):
     - `vpmaddubsw` cannot saturate: 2 * 63 * 127 = 16,002 is less than 32,767;
     - additions may wrap around, but the sum that they end with fits: without the zero point it is at most
       4 * 2 * 32 * 127 = 32,512. A whole block's would not.
+    They are widened by a multiplication anyway, which takes the block's scale too. Two tokens by two vectors load least,
+    and fit sixteen registers.
     """
 
     name: ClassVar[str] = "avx2"
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
     tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2}
-    unpack_from: ClassVar[int] = 64
+    unpack_from: ClassVar[int] = 0
+    unpack_pieces_from: ClassVar[int] = 2
     unpacked_vectors: ClassVar[int] = 2
     start_bytes: ClassVar[int] = 8
+    _ones: ClassVar[ir.Constant] = constant(I16, 16, 1)
 
     def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:
         # Four int16: for each half of the quads, the sums of their columns 0 and 1, and of 2 and 3.
@@ -65,8 +69,8 @@ class Avx2(_Avx):
     ) -> Iterator[list[ir.Value]]:
         if not encoding.zero_point:
             return self._signed_products(b, encoding, table, blocks, x, tokens)
-        ones = [constant(I16, 2 * self.lanes, 1) for _ in blocks]
-        return self._unsigned_products(b, encoding, table, blocks, ones, x, tokens)
+        ones = [self._ones] * len(blocks)
+        return iter(self._unsigned_products(b, encoding, table, blocks, ones, x, tokens))
 
     def scaled_products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
@@ -89,30 +93,24 @@ class Avx2(_Avx):
     def _unsigned_products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], factors: list[ir.Value],
         x: ir.Value, tokens: int,
-    ) -> Iterator[list[ir.Value]]:  # fmt: skip
-        """`products` of weights from 0 to 63, times `factors`: for each block <16 x i16>, a number twice for each row."""
-        # Two tokens by two vectors load least, and their sums fit sixteen registers; the quads that they share do not.
-        together = min(tokens, 2)
-        unpacks = encoding.bits < 8 and tokens > together
-        kept = list(self.quads(b, encoding, table, blocks)) if unpacks else []
-        for first in range(0, tokens, together):
-            quads = iter(kept) if unpacks else self.quads(b, encoding, table, blocks)
-            halves = []
-            for half in range(2):
-                sums = [[self._half_start(b, x, first + t, tokens, half)] * len(blocks) for t in range(together)]
-                for n, vectors in itertools.islice(quads, QUADS // 2):
-                    for t, row in enumerate(sums, first):
-                        activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
-                        pairs = [_pairs(b, quad, activations) for quad in vectors]
-                        row[:] = map(b.add, row, pairs)
-                    sums = _settled(b, sums) if tokens > 1 else sums
-                halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
-            for rows in zip(*halves, strict=True):
-                yield list(map(b.add, *rows))
+    ) -> list[list[ir.Value]]:  # fmt: skip
+        """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row."""
+        quads = self.quads(b, encoding, table, blocks)
+        halves = []
+        for half in range(2):
+            sums = [[self._half_start(b, x, t, tokens, half)] * len(blocks) for t in range(tokens)]
+            for n, vectors in itertools.islice(quads, QUADS // 2):
+                for t, row in enumerate(sums):
+                    activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
+                    pairs = [_pairs(b, quad, activations) for quad in vectors]
+                    row[:] = map(b.add, row, pairs)
+                sums = _settled(b, sums) if tokens > 1 else sums
+            halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
+        return [list(map(b.add, *rows)) for rows in zip(*halves, strict=True)]
 
     def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
         signed, unsigned = (b.bitcast(each, vector(I8, 4 * self.lanes)) for each in (quad, weights))
-        return b.add(total, _widen(b, _pairs(b, unsigned, signed)))  # 2 * 127 * 127 fits int16
+        return b.add(total, _widen(b, _pairs(b, unsigned, signed), self._ones))  # 2 * 127 * 127 fits int16
 
     def _half_start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int, half: int) -> ir.Value:
         """The initial value of a token's sums of half the quads, <16 x i16>."""
@@ -123,7 +121,6 @@ class Avx2(_Avx):
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         """`products` of weights from -127 to 127, without a start: int16 has no room for two pairs, 4 * 127 * 127."""
-        ones = constant(I16, 2 * self.lanes, 1)
         totals: list[list[ir.Value]] = [[] for _ in range(tokens)]
         for part in [blocks] if tokens == 1 else [[block] for block in blocks]:
             sums = [[constant(I32, self.lanes, 0)] * len(part) for _ in range(tokens)]
@@ -132,7 +129,8 @@ class Avx2(_Avx):
                 for t, row in enumerate(sums):
                     activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
                     for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
-                        row[r] = b.add(row[r], _widen(b, _pairs(b, magnitude, _with_sign(b, activations, quad)), ones))
+                        pairs = _pairs(b, magnitude, _with_sign(b, activations, quad))
+                        row[r] = b.add(row[r], _widen(b, pairs, self._ones))
             for total, row in zip(totals, _settled(b, sums) if tokens > 1 else sums, strict=True):
                 total += row
         yield from totals

@@ -53,10 +53,10 @@ class Registers:
     def finish_block(
         self, tile: np.ndarray, n: int, w: np.ndarray, scales_at: int, x: np.ndarray, x_at: int, _: Any
     ) -> np.ndarray:
-        scales = w[scales_at : scales_at + 16].view(np.int8).astype(np.float64)
+        scales = w[scales_at : scales_at + 16].view(np.int8).astype(np.float32)
         x_scales = x[x_at + 512 : x_at + 576].view(np.float32)
-        scaled = self.products.pop(n).astype(np.float32) * x_scales[:, None]
-        return np.asarray((tile + scaled.astype(np.float64) * scales).astype(np.float32))
+        scaled = self.products.pop(n).astype(np.float32) * scales
+        return np.asarray((tile + scaled.astype(np.float64) * x_scales[:, None]).astype(np.float32))
 
 
 def scale_rows(tile: np.ndarray, _: int, w: np.ndarray, at: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, swiglu
 from npqwen.kernels.packing import WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
+from npqwen.kernels.unpacked_matmul import PIECE_TILES
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
 
@@ -32,7 +33,9 @@ INTEGERS = pytest.mark.parametrize(
 )
 UNPACKED = WIDEST * ISA.unpack_from
 """Tokens from which weights are unpacked once for all."""
-TOKENS = sorted({1, 2, 3, 4, 5, 7, 13, 16, 17, 33, UNPACKED + 1})
+PIECED = WIDEST * PIECE_TILES if ISA.unpack_pieces_from else 0
+"""Tokens that pieces of weights are unpacked for at most."""
+TOKENS = sorted({1, 2, 3, 4, 5, 7, 13, 16, 17, 33, UNPACKED + 1, PIECED + 1})
 
 
 def readonly(data: np.ndarray) -> np.ndarray:
@@ -92,9 +95,9 @@ def product(units: Units, x: np.ndarray) -> np.ndarray:
     values = units.values.reshape(units.shape[0], -1, 32)
     for block in range(q.shape[1]):
         sums = q[:, block].astype(np.int32) @ values[:, block].T
-        scaled = sums.astype(np.float32) * scales[:, block, None]
+        scaled = sums.astype(np.float32) * units.block_scales[:, block].astype(np.float32)
         # Exact, and rounded once: a fused multiply-add.
-        terms = scaled.astype(np.float64) * units.block_scales[:, block].astype(np.float64)
+        terms = scaled.astype(np.float64) * scales[:, block, None].astype(np.float64)
         total = (total.astype(np.float64) + terms).astype(np.float32)
     return np.asarray(total * units.row_scales)
 
@@ -134,7 +137,7 @@ def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, ex
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_matmul(encoding: Encoding, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
-    for (rows, cols), accumulate in itertools.product([(16, 128), (48, 384), (203, 80)], [False, True]):
+    for (rows, cols), accumulate in itertools.product([(16, 128), (48, 384), (203, 80), (32, 1152)], [False, True]):
         units = random_units(encoding.bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
         x = rng.standard_normal((tokens, units.shape[1])).astype(np.float32)
         x[:, cols:] = 0
@@ -146,7 +149,7 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     """To the bit, for all widths of tiles and every number of row groups."""
     rng = np.random.default_rng(0)
     units = random_units(encoding.bits, np.ones(144, bool), 384, rng)
-    x = rng.standard_normal((max(33, UNPACKED), 384)).astype(np.float32)
+    x = rng.standard_normal((max(33, UNPACKED, PIECED + 1), 384)).astype(np.float32)
     record, kernels = matrix(units), matmul_kernels([encoding.code])
     scratch = np.zeros(scratch_floats(384), np.float32)
     results = []
