@@ -212,7 +212,8 @@ KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 2)
 def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
     """Addresses of the kernels of some encodings (codes), compiled or loaded: [code, width], 0 where there is none.
 
-    [code, 0] is that of an encoding's kernel of UNPACKERS, [code, WIDEST + 1] that of PIECES, and [len(ENCODINGS), WIDEST] that of MULTIPLIER.
+    [code, 0] is that of an encoding's kernel of UNPACKERS, [code, WIDEST + 1] that of PIECES, and
+    [len(ENCODINGS), WIDEST] that of MULTIPLIER.
     """
     addresses = np.zeros(KERNEL_TABLE, np.int64)
     for code in encodings:

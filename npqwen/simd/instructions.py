@@ -19,7 +19,7 @@ from numba.core.registry import cpu_target
 from npqwen.format.encodings import QUADS as QUADS
 from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, call, constant, offset, splat, undefined, vector
-from npqwen.simd.packed import start_offset, values_offset
+from npqwen.simd.packed import scale_offset, start_offset, values_offset
 
 _CPU = cpu_target.target_context.codegen().magic_tuple()[1]
 PREFETCH_DISTANCE = 8192 if _CPU.startswith("znver") else 2048
@@ -119,6 +119,10 @@ class InstructionSet:
         """A block's int8 scales of `lanes` rows, <lanes x float>."""
         scales = b.load(b.bitcast(place, vector(I8, self.lanes).as_pointer()), align=1)
         return b.sitofp(b.sext(scales, vector(I32, self.lanes)), vector(F32, self.lanes))
+
+    def activation_scale(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
+        """A token's scale (npqwen/simd/packed.py), <lanes x float>."""
+        return splat(b, b.load(offset(b, x, scale_offset(token, tokens), F32), align=4), self.lanes)
 
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
         """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""

@@ -239,7 +239,7 @@ def _add_products(
     blocks = [offset(b, block, 4 * LANES * r, I8) for r in range(rows)]
     places = [offset(b, scales, LANES * r, I8) for r in range(rows)]
     for t, products in enumerate(ISA.scaled_products(b, encoding, table, blocks, places, activations, tokens)):
-        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
+        x_scale = ISA.activation_scale(b, activations, t, tokens)
         for r, product in enumerate(products):
             tile[t * rows + r] = fma(b, product, x_scale, tile[t * rows + r])
     return tile

@@ -37,8 +37,8 @@ class Avx2(_Avx):
     - `vpmaddubsw` cannot saturate: 2 * 63 * 127 = 16,002 is less than 32,767;
     - additions may wrap around, but the sum that they end with fits: without the zero point it is at most
       4 * 2 * 32 * 127 = 32,512. A whole block's would not.
-    They are widened by a multiplication anyway, which takes the block's scale too. Two tokens by two vectors load least,
-    and fit sixteen registers.
+    They are widened by a multiplication anyway, which multiplies by the block's scale, too. Two tokens by two vectors
+    load least, and fit sixteen registers.
     """
 
     name: ClassVar[str] = "avx2"
