@@ -16,7 +16,7 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
-from npqwen.kernels.packing import WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
+from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.simd.scalar import FAST, exp
 
@@ -87,8 +87,9 @@ def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
     for e in range(counts.size):
         left, first = counts[e], slot
         while left > 0:
-            width = WIDEST if left >= WIDEST else tile_width(left)
-            count = left // WIDEST * WIDEST if left >= WIDEST else left
+            width, count = tile_width(left), left
+            if left >= WIDEST and PIECES_WIDTH == 0:
+                width, count = WIDEST, left // WIDEST * WIDEST
             segments[segment_count, EXPERT], segments[segment_count, SLOT] = e, slot
             segments[segment_count, COUNT], segments[segment_count, WIDTH] = count, width
             segment_count += 1

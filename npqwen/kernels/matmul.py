@@ -20,7 +20,7 @@ from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import IS_INTEGER, group_bytes
-from npqwen.kernels.packing import WIDEST, WIDTHS, whole_tiles
+from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, whole_tiles
 from npqwen.kernels.unpacked_matmul import (
     PIECE_BYTES,
     pieces_rows,
@@ -56,7 +56,6 @@ CHUNK_BYTES = 1 << 17
 STREAM_BYTES = 1 << 19
 """Bytes of a chunk where there is one tile: weights are read once, and every chunk begins by waiting for memory."""
 _UNPACK_FROM = ISA.unpack_from
-_UNPACK_PIECES_FROM = ISA.unpack_pieces_from
 _LOCAL_FLOATS = 1 << 16
 """float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
 _LINE_COLUMNS = CACHE_LINE // (2 * UNIT_ROWS)
@@ -196,15 +195,14 @@ UNPACKERS = {
 }
 """Kernels that unpack, by the code of the encoding."""
 PIECES = {
-    encoding.code: pieces_rows(encoding, WIDEST)
+    encoding.code: pieces_rows(encoding, PIECES_WIDTH)
     for encoding in ENCODINGS
-    if ISA.unpack_pieces_from and encoding.is_integer and encoding.bits < 8
+    if PIECES_WIDTH and encoding.is_integer and encoding.bits < 8
 }
-"""Kernels that unpack pieces for many tiles of the widest width, by the code of the encoding."""
+"""Kernels that unpack pieces for tiles of PIECES_WIDTH tokens, by the code of the encoding."""
 MULTIPLIER = unpacked_rows(WIDEST)
 """The kernel for unpacked weights and the widest tiles."""
-_SHARED = len(ENCODINGS)
-_PIECES = WIDEST + 1
+_SHARED, _PIECES = len(ENCODINGS), WIDEST + 1
 KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 2)
 """Shape of `matmul_kernels`."""
 
@@ -278,7 +276,7 @@ def run_kernel(
         )  # fmt: skip
         return
     kernel = kernels[matrix.encoding, width]
-    if kernels[matrix.encoding, _PIECES] and width == WIDEST and tiles >= _UNPACK_PIECES_FROM:
+    if kernels[matrix.encoding, _PIECES] and width == PIECES_WIDTH and tiles > 1:
         kernel = kernels[matrix.encoding, _PIECES]
     run_at(
         kernel,

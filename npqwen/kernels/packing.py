@@ -25,9 +25,11 @@ from npqwen.simd.scalar import FAST, memory
 WIDTHS = tuple(sorted(ISA.tiles))
 """Numbers of tokens that a tile can have."""
 WIDEST = WIDTHS[-1]
+PIECES_WIDTH = ISA.pieces_width
+"""The width of all tiles of more tokens than one tile can have; 0: it depends on how many they are."""
 ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
 """What the kernels add to weights, by the code of their encoding."""
-_MIDDLE = min(4, WIDEST)
+_MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
 """Tokens up to which several tiles of the middle width are faster than one of the widest."""
 _PAIRS = ISA.pairs
@@ -42,6 +44,8 @@ def tile_width(tokens: int) -> int:
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
+    if PIECES_WIDTH:
+        return PIECES_WIDTH
     return _MIDDLE if tokens <= _FEW else WIDEST
 
 

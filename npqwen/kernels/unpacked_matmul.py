@@ -128,6 +128,7 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
     """
     vectors = UNIT_ROWS // LANES
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
+    half_unit = unit // 2
     x_block, tile_floats = block_bytes(tokens, ISA.start_bytes), tokens * UNIT_ROWS
 
     @entry(encoding.name, tokens)
@@ -150,7 +151,6 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
                     piece_at = group * group_bytes + _ROW_SCALE_BYTES + start * unit
                     block_at, value_at = piece_at, 0
                     for _ in range(count):
-                        prefetch(w, block_at + PREFETCH_DISTANCE, unit)
                         block_at += _SCALE_BYTES
                         for _ in range(UNIT_BLOCKS):
                             unpack_block(code, table, w, block_at, unpacked, value_at)
@@ -163,7 +163,12 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
                             sums = load(sums, partial, partial_at, vectors, UNIT_ROWS)
                         value_at, scales_at = 0, piece_at
                         x_at = (tile * units + start) * UNIT_BLOCKS * x_block
+                        ahead = piece_at + count * unit
                         for half in range(2 * count):
+                            if tile == first_tile:
+                                # The next piece, while there is something to compute.
+                                prefetch(w, ahead, half_unit)
+                                ahead += half_unit
                             sums = dot_block_unpacked(sums, tokens, unpacked, value_at, w, scales_at, packed, x_at)
                             value_at += _UNPACKED_BLOCK
                             x_at += x_block

@@ -43,9 +43,9 @@ class Avx2(_Avx):
 
     name: ClassVar[str] = "avx2"
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
-    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2, 4: 2}
     unpack_from: ClassVar[int] = 0
-    unpack_pieces_from: ClassVar[int] = 2
+    pieces_width: ClassVar[int] = 2
     unpacked_vectors: ClassVar[int] = 2
     start_bytes: ClassVar[int] = 8
     _ones: ClassVar[ir.Constant] = constant(I16, 16, 1)
@@ -70,7 +70,7 @@ class Avx2(_Avx):
         if not encoding.zero_point:
             return self._signed_products(b, encoding, table, blocks, x, tokens)
         ones = [self._ones] * len(blocks)
-        return iter(self._unsigned_products(b, encoding, table, blocks, ones, x, tokens))
+        return self._unsigned_products(b, encoding, table, blocks, ones, x, tokens)
 
     def scaled_products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
@@ -93,20 +93,26 @@ class Avx2(_Avx):
     def _unsigned_products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], factors: list[ir.Value],
         x: ir.Value, tokens: int,
-    ) -> list[list[ir.Value]]:  # fmt: skip
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
         """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row."""
-        quads = self.quads(b, encoding, table, blocks)
-        halves = []
-        for half in range(2):
-            sums = [[self._half_start(b, x, t, tokens, half)] * len(blocks) for t in range(tokens)]
-            for n, vectors in itertools.islice(quads, QUADS // 2):
-                for t, row in enumerate(sums):
-                    activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
-                    pairs = [_pairs(b, quad, activations) for quad in vectors]
-                    row[:] = map(b.add, row, pairs)
-                sums = _settled(b, sums) if tokens > 1 else sums
-            halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
-        return [list(map(b.add, *rows)) for rows in zip(*halves, strict=True)]
+        together = min(tokens, 2)
+        unpacks = encoding.bits < 8 and tokens > together
+        # Registers do not hold the quads that several twos of tokens share: they spill, which unpacking twice would not.
+        kept = list(self.quads(b, encoding, table, blocks)) if unpacks else []
+        for first in range(0, tokens, together):
+            quads = iter(kept) if unpacks else self.quads(b, encoding, table, blocks)
+            halves = []
+            for half in range(2):
+                sums = [[self._half_start(b, x, first + t, tokens, half)] * len(blocks) for t in range(together)]
+                for n, vectors in itertools.islice(quads, QUADS // 2):
+                    for t, row in enumerate(sums, first):
+                        activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
+                        pairs = [_pairs(b, quad, activations) for quad in vectors]
+                        row[:] = map(b.add, row, pairs)
+                    sums = _settled(b, sums) if tokens > 1 else sums
+                halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
+            for rows in zip(*halves, strict=True):
+                yield list(map(b.add, *rows))
 
     def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
         signed, unsigned = (b.bitcast(each, vector(I8, 4 * self.lanes)) for each in (quad, weights))

@@ -22,7 +22,7 @@ from npqwen.kernels.barrier import MEMBERS
 from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, swiglu
-from npqwen.kernels.packing import WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
+from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
 from npqwen.kernels.unpacked_matmul import PIECE_TILES
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
@@ -33,7 +33,7 @@ INTEGERS = pytest.mark.parametrize(
 )
 UNPACKED = WIDEST * ISA.unpack_from
 """Tokens from which weights are unpacked once for all."""
-PIECED = WIDEST * PIECE_TILES if ISA.unpack_pieces_from else 0
+PIECED = PIECES_WIDTH * PIECE_TILES
 """Tokens that pieces of weights are unpacked for at most."""
 TOKENS = sorted({1, 2, 3, 4, 5, 7, 13, 16, 17, 33, UNPACKED + 1, PIECED + 1})
 
@@ -153,7 +153,7 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     record, kernels = matrix(units), matmul_kernels([encoding.code])
     scratch = np.zeros(scratch_floats(384), np.float32)
     results = []
-    for count in sorted({1, 2, 4, 5, 16, 33, len(x)}):
+    for count in sorted({1, 2, 3, 4, 5, 6, 8, 16, 33, len(x)}):
         width = run(tile_width, count)
         out = np.zeros((len(x) + 32, 144), np.float32)
         for first in range(0, len(x), count):
