@@ -97,7 +97,7 @@ class Avx2(_Avx):
         """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row."""
         together = min(tokens, 2)
         unpacks = encoding.bits < 8 and tokens > together
-        # Registers do not hold the quads that several twos of tokens share: they spill, which unpacking twice would not.
+        # Quads that more tokens share spill, which is cheaper than to take them apart twice.
         kept = list(self.quads(b, encoding, table, blocks)) if unpacks else []
         for first in range(0, tokens, together):
             quads = iter(kept) if unpacks else self.quads(b, encoding, table, blocks)
