@@ -134,7 +134,7 @@ class Engine:
             limit = DEFAULT_SIZE if most is None else check_whole("prefix_cache_size", most, 1)
             files = PrefixFiles(directory, limit, self.new_cache(1), self.fingerprint)
         elif most is not None:
-            raise OptionError("prefix_cache_size is the limit of prefix_cache, which is not given")
+            raise OptionError("prefix_cache_size has no effect without prefix_cache; give the directory, too")
         if memory is not None:
             check_whole("prefix_memory", memory)
             if files is not None and memory < files.page_bytes:

@@ -75,8 +75,8 @@ class KVCache:
     ) -> None:
         """limit: maximum tokens. kv: the type of its numbers. origin: the engine that cache and forks belong to.
 
-        reclaim: called when there is no memory for a page; it frees some that is only kept for later, and returns
-        whether there was any.
+        reclaim: called when memory is too short for a page. It evicts something from the pool of prefixes, and returns
+        False if the pool is empty.
         """
         self.origin = origin
         self._reclaim = reclaim
@@ -243,7 +243,7 @@ class KVCache:
             raise OptionError(f"length is {length}; the cache has {self.length} tokens")
 
     def new_page(self) -> NDArray[Any]:
-        """A page of zeros that belongs to no cache; OutOfMemoryError if there is no memory for it."""
+        """A new page of zeros, which this cache does not hold. Raises OutOfMemoryError if memory is too short."""
         self._check_memory(1, 1)
         return self._new_page()
 
@@ -278,7 +278,7 @@ def held_bytes(caches: Iterable[KVCache], pages: Iterable[NDArray[Any]] = ()) ->
 
 
 def page_part(page: NDArray[Any], positions: int, tile: int) -> NDArray[Any]:
-    """A view of a page's first positions, rounded up to whole tiles of so many."""
+    """A view of the first `positions` positions of a page, rounded up to whole tiles of `tile` positions."""
     return page[:, :, :, : ceil_div(positions, tile)]
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import uuid
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,8 +38,6 @@ DEFAULT_SIZE = 10 * 10**9
 """Bytes that a directory may take, if nothing else is said."""
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{32}\.safetensors", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
-_RESCAN = 64
-"""Files written after which the directory is listed again: other processes write to it, too."""
 
 
 class _Damaged(Exception):
@@ -63,20 +62,25 @@ def check_directory(path: Path) -> None:
         probe.unlink()
 
 
+def check_size(limit: int, page_bytes: int) -> None:
+    """Raise OptionError unless `limit` bytes are enough for two pages of a model."""
+    if limit < 2 * page_bytes:
+        raise OptionError(
+            f"a prefix cache of {size(limit)} is too small: {PAGE} tokens of this model take {size(page_bytes)}; "
+            "give it at least twice as much"
+        )
+
+
 class PrefixFiles:
     """The pages of one model in a directory. Reading and writing may happen in several threads."""
 
     def __init__(self, directory: Path, limit: int, cache: KVCache, fingerprint: str) -> None:
         """limit: bytes that all files may take, those of other models included. cache: any of the model's.
 
-        Raises OutputError for a directory that cannot be written, OptionError for a limit below one page.
+        Raises OutputError for a directory that cannot be written, OptionError for a limit below two pages.
         """
         check_directory(directory)
-        if limit < 2 * cache.page_bytes:
-            raise OptionError(
-                f"a prefix cache of {size(limit)} is too small: {PAGE} tokens of this model take "
-                f"{size(cache.page_bytes)}; give it at least twice as much"
-            )
+        check_size(limit, cache.page_bytes)
         self.directory = directory
         self.limit = limit
         self.page_bytes = cache.page_bytes
@@ -90,11 +94,6 @@ class PrefixFiles:
         """Names of files that could not be used, and why, since the last `take_damaged`."""
         self._refused: set[str] = set()
         """Names of files that could not be removed either."""
-        self._oldest: list[_Found] = []
-        """Files as they were found at the last listing, the least recently used last."""
-        self._total = 0
-        self._unlisted = _RESCAN
-        """Files written since the last listing."""
         remove_abandoned(directory)
 
     def read(self, parent: bytes, ids: Ids, depth: int) -> PrefixPage | None:
@@ -140,8 +139,6 @@ class PrefixFiles:
                 file.write(header)
                 file.write(ids.data)
                 file.write(flat.data)
-            self._total += needed
-            self._unlisted += 1
         with contextlib.suppress(OSError):
             os.utime(path, ns=(used, used))
         if page.replaces is not None:
@@ -247,41 +244,33 @@ class PrefixFiles:
         return make_header([("ids", "I32", (count,)), ("page", self._dtype, shape)], metadata)
 
     def _make_room(self, needed: int, used: int) -> bool:
-        """Remove files that were used before `used` until `needed` more bytes fit; whether they do."""
-        if self._unlisted >= _RESCAN:
-            self._list()
-        listed = False
-        while self._total + needed > self.limit:
-            if not self._oldest:
-                if listed:
-                    return False
-                self._list()
-                listed = True
-                continue
-            found = self._oldest[-1]
-            if found.used >= used:
+        """Remove files that were used before `used` until `needed` more bytes fit; whether they do.
+
+        The directory is listed each time, as other processes write to it, too: while several do, it may exceed the
+        limit by a page of each.
+        """
+        oldest = sorted(self._files(), reverse=True)
+        total = sum(found.size for found in oldest)
+        while total + needed > self.limit:
+            if not oldest or oldest[-1].used >= used:
                 return False
-            self._oldest.pop()
+            found = oldest.pop()
             path = self.directory / found.name
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime_ns != found.used:
                     continue  # it was used meanwhile
                 path.unlink()
-            self._total -= found.size
+            total -= found.size
         return True
 
-    def _list(self) -> None:
-        """Find out which files there are."""
-        found = []
+    def _files(self) -> Iterator[_Found]:
+        """The files of pages that are there."""
         with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                         status = entry.stat(follow_symlinks=False)
-                        found.append(_Found(status.st_mtime_ns, entry.name, status.st_size))
-        self._oldest = sorted(found, reverse=True)
-        self._total = sum(one.size for one in found)
-        self._unlisted = 0
+                        yield _Found(status.st_mtime_ns, entry.name, status.st_size)
 
 
 def _start(parent: bytes, ids: Ids) -> str:

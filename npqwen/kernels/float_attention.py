@@ -9,7 +9,7 @@ from numba import njit
 
 from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 from npqwen.kernels.entry import entry
-from npqwen.kernels.online_softmax import LOWEST, SCORE_BLOCK, softmax
+from npqwen.kernels.online_softmax import SCORE_BLOCK, results, softmax
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.scalar import FAST, memory
@@ -137,13 +137,7 @@ def float_attention(rows: int, dtype: Any) -> Any:
         queries = memory(queries_at, dim * rows, np.float32)
         pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
         scores = memory(scratch_at, rows * SCORE_BLOCK, np.float32)
-        results = memory(results_at, rows * (dim + 2), np.float32)
-        accumulator = results[: rows * dim]
-        row_max = results[rows * dim : rows * (dim + 1)]
-        denominator = results[rows * (dim + 1) : rows * (dim + 2)]
-        accumulator[:] = np.float32(0.0)
-        row_max[:] = LOWEST
-        denominator[:] = np.float32(0.0)
+        accumulator, row_max, denominator = results(results_at, rows, dim)
         for block in range(low, high, SCORE_BLOCK):
             count = (min(SCORE_BLOCK, high - block) + POSITION_TILE - 1) // POSITION_TILE * POSITION_TILE
             page = pages[block // PAGE]

@@ -16,12 +16,12 @@ from npqwen.format.encodings import BLOCK_COLUMNS, INT8, UNIT_ROWS
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.entry import entry
 from npqwen.kernels.int8_page import INT8_TILE, SCALES_BYTES, int8_tile_bytes, padded_dim, rotate_coordinates
-from npqwen.kernels.online_softmax import LOWEST, SCORE_BLOCK
+from npqwen.kernels.online_softmax import SCORE_BLOCK, add_block, results
 from npqwen.kernels.packing import pack_part
 from npqwen.simd.blocks import softmax_block_int8
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import block_bytes
-from npqwen.simd.scalar import FAST, exp, memory
+from npqwen.simd.scalar import FAST, memory
 from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, prefetch, scale_rows, store, store_add, zeros
 
 BLOCKS = SCORE_BLOCK // INT8_TILE
@@ -94,13 +94,7 @@ def _softmax(
         scores, row * SCORE_BLOCK, BLOCKS, visible, row_max[row], values, at, INT8_TILE * (padded + 4), weights,
         row * SCORE_BLOCK,
     )  # fmt: skip
-    if maximum > row_max[row]:
-        rescale = exp(row_max[row] - maximum)
-        denominator[row] *= rescale
-        for i in range(row * dim, (row + 1) * dim):
-            accumulator[i] *= rescale
-        row_max[row] = maximum
-    denominator[row] += total
+    add_block(maximum, total, row, dim, row_max, denominator, accumulator)
 
 
 @njit(inline="always")
@@ -146,13 +140,7 @@ def int8_attention(rows: int) -> Any:
         scores = memory(scratch_at, rows * SCORE_BLOCK, np.float32)
         weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, rows * SCORE_BLOCK, np.uint8)
         scales = memory(scratch_at + 5 * rows * SCORE_BLOCK, rows, np.float32)
-        results = memory(results_at, rows * (dim + 2), np.float32)
-        accumulator = results[: rows * dim]
-        row_max = results[rows * dim : rows * (dim + 1)]
-        denominator = results[rows * (dim + 1) : rows * (dim + 2)]
-        accumulator[:] = np.float32(0.0)
-        row_max[:] = LOWEST
-        denominator[:] = np.float32(0.0)
+        accumulator, row_max, denominator = results(results_at, rows, dim)
         size = PAGE // INT8_TILE * int8_tile_bytes(dim)
         for block in range(low, high, SCORE_BLOCK):
             count = (min(SCORE_BLOCK, high - block) + INT8_TILE - 1) // INT8_TILE * INT8_TILE

@@ -45,7 +45,8 @@ def int8_tile_bytes(head_dim: int) -> int:
     return SCALES_BYTES + INT8_TILE * padded_dim(head_dim)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+# Without fast-math: LLVM would reassociate the sums, in each copy of the function that it inlines in another way.
+@njit(nogil=True, error_model="numpy")
 def rotate_coordinates(x: Any) -> None:
     """Normalized Walsh-Hadamard transform of x, float32, in place, by parts of the largest power of two in its size.
 
@@ -89,7 +90,7 @@ def _tile(pages: Any, index: int, position: int, head_dim: int) -> Any:
     return memory(start, INT8_TILE, np.float32), memory(start + SCALES_BYTES, size - SCALES_BYTES, np.int8)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def store_int8_key(pages: Any, index: int, position: int, key: Any) -> None:
     """Write one head's key, float32 (head_dim,), into the cache; index = (layer * 2) * kv_heads + head.
 
@@ -108,7 +109,7 @@ def store_int8_key(pages: Any, index: int, position: int, key: Any) -> None:
             values[line + k] = np.int8(round_even(key[i + k] * inverse))
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def store_int8_value(pages: Any, index: int, position: int, value: Any) -> None:
     """Write one head's value, float32 (head_dim,), into the cache; index = (layer * 2 + 1) * kv_heads + head.
 

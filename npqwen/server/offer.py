@@ -10,7 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from npqwen.engine.cache_type import check_cache_type
 from npqwen.engine.context import context_length, with_yarn
+from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefix_files import check_size
 from npqwen.errors import FormatError
 from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
@@ -60,7 +63,8 @@ class Offer:
     ) -> Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
-        Raises OptionError for a context that the model does not support, CheckpointError for a damaged config.json.
+        Raises OptionError for a context that the model does not support, an unknown type of cache or a prefix cache
+        that is too small, CheckpointError for a damaged config.json.
         """
         from npqwen.model import load
 
@@ -71,6 +75,11 @@ class Offer:
 
         offer = cls(name, path, load_it, config, context_length(config, context))
         offer._read_facts()
+        kv = options.get("kv")
+        kv = offer.quantization.recipe.cache_type if kv is None else check_cache_type(kv)
+        most = options.get("prefix_cache_size")
+        if most is not None:
+            check_size(most, KVCache(config, 1, kv).page_bytes)
         return offer
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Streams that outlive their connection: the newest events of each are kept for a client that comes back."""
+"""Recorded streams: a ring buffer of each one's newest events, from which a client that lost its connection resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Header = tuple[bytes, bytes]
 
 
 class EventsGoneError(Exception):
-    """Events that a client asks for are not kept any more. `first`: the first one that is."""
+    """The ring buffer has lost events that a client requests. `first`: the oldest one that it has."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -125,7 +125,7 @@ class Recording:
     async def add(self, data: bytes, more: bool) -> None:
         """Take a piece of the body. more: whether it is not the last one.
 
-        Waits while the newest follower is slower than `BYTES` behind, and for `PACE` if there is no follower.
+        Backpressure: returns once the newest follower is at most `BYTES` behind; without a follower, after `PACE`.
         """
         *events, self._partial = (self._partial + data).split(self._separator)
         if not more and self._partial:
@@ -145,7 +145,7 @@ class Recording:
         self._tell()
 
     def follow(self, number: int) -> Follower:
-        """A client that wants the events from this number on. Raises EventsGoneError if they are not kept any more."""
+        """Add a client, which gets the events from `number` on. Raises EventsGoneError if the buffer has lost some."""
         if number < self._first:
             raise EventsGoneError(self._first)
         if self._expiry is not None:
@@ -156,7 +156,7 @@ class Recording:
         return follower
 
     def leave(self, follower: Follower) -> None:
-        """A client has got everything, or is gone. If it was the last one, this is forgotten after `SECONDS`."""
+        """Remove a client that is done, or has disconnected. Without clients, the stream expires after `SECONDS`."""
         self._followers.remove(follower)
         self._tell()
         if not self._followers and not self.gone.is_set():
@@ -170,9 +170,9 @@ class Recording:
         self._tell()
 
     async def take(self, follower: Follower) -> bytes | None:
-        """A follower's next events, as soon as there are any; None after the last one.
+        """Wait for a follower's next events, and return them; None after the last one.
 
-        Raises EventsGoneError if they are not kept any more.
+        Raises EventsGoneError if the buffer has lost them.
         """
         while follower.number >= self.end and not self.ended and not self.gone.is_set():
             await self._news.wait()

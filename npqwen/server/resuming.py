@@ -1,4 +1,4 @@
-"""Streams that a client can ask for again: the middleware that records them, and the routes below /v1/streams."""
+"""Resumable streams: the middleware that records them, and the routes below /v1/streams."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ async def resume(recordings: Recordings, request: Request) -> Response:
     try:
         return Follow(recording, recording.follow(number))
     except EventsGoneError as error:
-        problem = f"the stream's events before {error.first} are not kept any more; ask for it with from={error.first}"
+        problem = f"events before {error.first} have been dropped; resume the stream with from={error.first}"
         return refusal(request.scope, Failure(410, problem, "events_expired", "from"))
 
 
@@ -199,7 +199,7 @@ async def end(recordings: Recordings, request: Request) -> Response:
 
 
 def _unknown(request: Request) -> Response:
-    problem = "there is no such stream; it has expired, or was started by another server or with another API key"
+    problem = "no stream has this id; it has expired, or was started on another server or with another API key"
     return refusal(request.scope, Failure(404, problem, "stream_not_found"))
 
 

@@ -1,4 +1,4 @@
-"""Streams that have nothing to say yet, such as while their model is being loaded."""
+"""Keepalives of streams whose response is not ready yet, such as while their model is being loaded."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ COMMENT = ": waiting\n\n"
 
 
 class Manner(Protocol):
-    """How an API's stream looks that has nothing to say yet: a part of `StreamFormat`."""
+    """How an API's stream writes keepalives and errors before its response is ready: a part of `StreamFormat`."""
 
     media_type: str
 
     def keepalive(self, progress: Progress | None) -> str:
-        """A sign of life, which clients ignore. progress: None."""
+        """A keepalive, which clients ignore. progress: None."""
 
     def error(self, failure: Failure) -> str:
         """An error, as the only event."""
 
 
 class CommentManner:
-    """Server-sent events: comments as signs of life."""
+    """Server-sent events: comments as keepalives."""
 
     media_type = "text/event-stream"
 
@@ -46,7 +46,7 @@ class CommentManner:
 async def soon(request: Request, response: Coroutine[Any, Any, Response], manner: Manner) -> Response:
     """The response to a request for a stream, if it is there within `streaming.KEEPALIVE` seconds.
 
-    Otherwise one that begins at once: it sends signs of life, and then the response's body, or an error as an event,
+    Otherwise one that begins at once: it sends keepalives, and then the response's body, or an error as an event,
     as the status is sent already. The request's body must have been read. Raises what `response` raises in time, and
     ClientGoneError if the client goes first.
     """

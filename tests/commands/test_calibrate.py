@@ -95,15 +95,15 @@ def test_with_its_own_text(tmp_path: Path) -> None:
 def test_what_the_model_wrote_lowers_the_divergence_on_other_text(
     tmp_path: Path, tiny: Callable[[int], Path]
 ) -> None:
-    with load(tiny(8), threads=1, kv="f16") as writer:
-        ids = write_own_text(writer, 12, 128)
+    with load(tiny(8), threads=1) as writer:
+        ids = write_own_text(writer, 24, 128)
         held_out = spread(writer.tokenizer.encode((TINY / "heldout.txt").read_text(encoding="utf-8")), 8)
     for bits, limit in ((4, 0.0006), (3, 0.0019)):
         out = tmp_path / str(bits)
         convert_directory(TINY, out, bits, calibration=Calibration("own", lambda place: ids))
         found = {}
         for directory in (tiny(bits), out):
-            with load(directory, threads=1, kv="f16") as model:  # the damage of weights alone
+            with load(directory, threads=1) as model:
                 found[directory] = evaluate_conversion(model, TINY, held_out, "").kl_divergence
         assert found[out] < min(0.8 * found[tiny(bits)], limit)
 

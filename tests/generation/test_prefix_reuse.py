@@ -179,7 +179,7 @@ def test_when_memory_is_short_prefixes_are_given_up(path: Path, monkeypatch: pyt
 
 
 def test_options_of_the_pool(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="prefix_cache_size is the limit of prefix_cache, which is not given"):
+    with pytest.raises(OptionError, match="prefix_cache_size has no effect without prefix_cache"):
         load(path, prefix_cache_size=10**9)
     with pytest.raises(OptionError, match=r"prefix_memory is -1; it must be a whole number, 0 or more"):
         load(path, prefix_memory=-1)

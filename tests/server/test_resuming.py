@@ -1,4 +1,4 @@
-"""Streams that are asked for again after their connection was lost."""
+"""Resumable streams: a client that lost its connection gets the events that it missed, and the rest."""
 
 from __future__ import annotations
 

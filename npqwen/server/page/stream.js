@@ -11,7 +11,7 @@ export class ServerError extends Error {
   }
 }
 
-// Sends a request; path is relative to the page. resumable: the answer's stream may be asked for again.
+// Sends a request; path is relative to the page. resumable: whether the stream can be resumed.
 // Returns the response if it is a success, or throws a ServerError. A cancelled request throws AbortError.
 export async function request(path, { key = "", body, signal, resumable = false, method } = {}) {
   const headers = {};
