@@ -74,10 +74,11 @@ def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
 
 
 @njit(nogil=True)
-def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
+def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any) -> int:
     """Give every choice of an expert a slot, those of one expert side by side; returns the number of segments.
 
-    experts: int64 (tokens, chosen). counts: scratch, int64 (experts,). slots: like experts. segments: int64 (n, 4).
+    experts: int64 (tokens, chosen). encoding: the code of their matrices' encoding. counts: scratch, int64 (experts,).
+    slots: like experts. segments: int64 (n, 4).
     """
     counts[:] = 0
     for t in range(experts.shape[0]):
@@ -87,7 +88,7 @@ def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
     for e in range(counts.size):
         left, first = counts[e], slot
         while left > 0:
-            width, count = tile_width(left), left
+            width, count = tile_width(left, encoding), left
             if left >= WIDEST and PIECES_WIDTH == 0:
                 width, count = WIDEST, left // WIDEST * WIDEST
             segments[segment_count, EXPERT], segments[segment_count, SLOT] = e, slot

@@ -105,13 +105,13 @@ def product(units: Units, x: np.ndarray) -> np.ndarray:
 def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, extra: int = 0) -> None:
     """matmul against the reference; `extra` columns of the output and rows past the last tile must not change."""
     rows, tokens = units.shape[0], len(x)
-    width = run(tile_width, tokens)
-    whole = -(-tokens // width) * width
-    before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
-    out = before.copy()
     weights = guarded(units)
     record = matrix(weights)
     encoding = ENCODINGS[record["encoding"]]
+    width = run(tile_width, tokens, encoding.code)
+    whole = -(-tokens // width) * width
+    before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
+    out = before.copy()
     kernels = matmul_kernels([encoding.code])
 
     def scratch() -> np.ndarray:
@@ -154,7 +154,7 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     scratch = np.zeros(scratch_floats(384), np.float32)
     results = []
     for count in sorted({1, 2, 3, 4, 5, 6, 8, 16, 33, len(x)}):
-        width = run(tile_width, count)
+        width = run(tile_width, count, encoding.code)
         out = np.zeros((len(x) + 32, 144), np.float32)
         for first in range(0, len(x), count):
             part = packed(x[first : first + count], encoding, width)
@@ -182,7 +182,7 @@ def test_claims_cover_all_rows_and_fit_the_buffer(encoding: Encoding, multiple: 
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [128, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
-        width = run(tile_width, tokens)
+        width = run(tile_width, tokens, encoding.code)
         whole = -(-tokens // width) * width
         state = np.zeros(80, np.int64)
         state[MEMBERS] = members
@@ -272,9 +272,15 @@ def test_pack(encoding: Encoding, width: int) -> None:
     assert np.array_equal(out[: len(expected)], expected)
 
 
+def test_encodings_that_take_the_same_packed_activations_have_the_same_widths() -> None:
+    for tokens, one, other in itertools.product(range(1, 70), ENCODINGS, ENCODINGS):
+        if (one.is_integer, one.zero_point) == (other.is_integer, other.zero_point):
+            assert run(tile_width, tokens, one.code) == run(tile_width, tokens, other.code)
+
+
 def test_packed_activations_fit_their_buffer() -> None:
     for tokens, encoding in itertools.product(range(1, 70), ENCODINGS):
-        width = run(tile_width, tokens)
+        width = run(tile_width, tokens, encoding.code)
         assert width in WIDTHS
         assert len(packed(np.zeros((tokens, 128), np.float32), encoding, width)) <= packed_bytes(tokens, 128)
 
