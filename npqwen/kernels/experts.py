@@ -1,8 +1,9 @@
 """The feed-forward of a sparse layer: a router, and the few experts that it chooses for each token.
 
 The tokens of an expert lie side by side in *slots* and form *segments*: one of whole tiles of the widest width, one of
-the rest. The rows of all segments are one pool of work, so that one token keeps every thread busy on its experts, and a
-long prompt multiplies the matrices of each expert by all tokens that chose it.
+the rest; or one of all, where weights are unpacked by pieces. The rows of all segments are one pool of work, so that
+one token keeps every thread busy on its experts, and a long prompt multiplies the matrices of each expert by all tokens
+that chose it.
 """
 
 from __future__ import annotations

@@ -70,8 +70,9 @@ class InstructionSet:
     """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
     nothing is computed beside; 0: never."""
     pieces_width: ClassVar[int] = 0
-    """The width of the tiles, of 16 rows, that more tokens than the middle width are divided into: weights are unpacked
-    once for all of them, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py). 0: none."""
+    """The width of the tiles, of 16 rows, that more tokens than the middle width are divided into: weights below 8 bits
+    are unpacked once for all of them, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py); others
+    take such tiles where they save padding. 0: none."""
     unpacked_vectors: ClassVar[int] = 1
     """Vectors of rows of a tile of the widest width whose weights are unpacked already."""
     start_bytes: ClassVar[int] = 4
