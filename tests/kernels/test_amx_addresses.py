@@ -15,6 +15,7 @@ from units import Units
 from npqwen.format.encodings import BY_NAME, ENCODINGS
 from npqwen.kernels import amx_matmul
 from npqwen.kernels.unpacked_matmul import unpacked_bytes
+from npqwen.simd.isa import ISA
 
 INTEGERS = [encoding.name for encoding in ENCODINGS if encoding.is_integer]
 
@@ -75,7 +76,7 @@ def pack(x: np.ndarray) -> np.ndarray:
     parts = (
         q.reshape(tiles, 16, blocks, 32).swapaxes(1, 2).reshape(tiles, blocks, -1).view(np.uint8),
         np.ascontiguousarray(scales.reshape(tiles, 16, blocks).swapaxes(1, 2)).view(np.uint8),
-        np.full((tiles, blocks, 64), 99, np.uint8),
+        np.full((tiles, blocks, 16 * ISA.start_bytes), 99, np.uint8),
     )
     return np.ascontiguousarray(np.concatenate(parts, 2)).reshape(-1)
 
