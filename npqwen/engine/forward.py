@@ -87,7 +87,8 @@ def attention_block(
     barrier(team)
     pack_all(team, attended, count, layer.o_proj.encoding, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, tile_width(count), hidden, 1, scratch)
+    width = tile_width(count, layer.o_proj.encoding)
+    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch)
     barrier(team)
 
 
@@ -103,7 +104,8 @@ def dense_feed_forward(
     barrier(team)
     project_gated(team, model, layer, packed, count, local, scratch, gated)
     barrier(team)
-    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, tile_width(count), hidden, 1, scratch)
+    width = tile_width(count, encoding)  # that of `project_gated`, which has packed
+    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch)
     barrier(team)
 
 
@@ -115,7 +117,7 @@ def sparse_feed_forward(
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
-    width = tile_width(count)
+    width = tile_width(count, layer.router.encoding)
     encoding = layer.gate_up_proj.encoding
     kernels, policy = model.matmul_kernels, model.prefetch
     while True:
@@ -135,7 +137,7 @@ def sparse_feed_forward(
         route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
     barrier(team)
     if claim(team, 1) == 0:
-        shared_count[0] = arrange(chosen[:count], counts, slots, segments)
+        shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
     barrier(team)
     segment_count = shared_count[0]
     if policy != PREFETCH_NEVER:
@@ -169,7 +171,8 @@ def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch
     rows, matrix = output.tokens.size, model.lm_head
     norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed)
     barrier(team)
-    matmul(team, model.matmul_kernels, matrix, packed, rows, tile_width(rows), output.values, 0, scratch)
+    width = tile_width(rows, matrix.encoding)
+    matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch)
 
 
 @_step
@@ -192,7 +195,7 @@ def norm_and_pack(
     scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
     """
     count = rows.size
-    width = tile_width(count)
+    width = tile_width(count, encoding)
     cols = hidden.shape[1]
     normed = scratch[:cols]
     weights = memory(weight, model.hidden_size, np.float32)
@@ -211,7 +214,7 @@ def norm_and_pack(
 @_step
 def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
     """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of an encoding (a code)."""
-    width = tile_width(count)
+    width = tile_width(count, encoding)
     while True:
         t = claim(team, 1)
         if t >= whole_tiles(count, width):
@@ -227,8 +230,8 @@ def project_gated(
 
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
     """
-    width = tile_width(count)
     matrix = layer.gate_up_proj
+    width = tile_width(count, matrix.encoding)
     while True:
         first, last = claim_local_rows(team, matrix, matrix.rows // UNIT_ROWS, count, width, GROUPS_PER_BLOCK)
         if first == last:
@@ -249,7 +252,7 @@ def project_heads(
     Each thread does this to the heads that it has computed, while they are in its own cache: in `local`.
     """
     count, dim = tokens.ids.size, model.head_dim
-    width = tile_width(count)
+    width = tile_width(count, layer.qk_proj.encoding)
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     first_key = 2 * layer.kv_index * kv_heads  # the page's heads: for each layer the keys', then the values'
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)

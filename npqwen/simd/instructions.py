@@ -19,7 +19,7 @@ from numba.core.registry import cpu_target
 from npqwen.format.encodings import QUADS as QUADS
 from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, call, constant, offset, splat, undefined, vector
-from npqwen.simd.packed import start_offset, values_offset
+from npqwen.simd.packed import scale_offset, start_offset, values_offset
 
 _CPU = cpu_target.target_context.codegen().magic_tuple()[1]
 PREFETCH_DISTANCE = 8192 if _CPU.startswith("znver") else 2048
@@ -69,6 +69,10 @@ class InstructionSet:
     unpack_from: ClassVar[int] = 32
     """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
     nothing is computed beside; 0: never."""
+    pieces_width: ClassVar[int] = 0
+    """The width of the tiles, of 16 rows, that more tokens than the middle width are divided into: weights below 8 bits
+    are unpacked once for all of them, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py); others
+    take such tiles where they save padding. 0: none."""
     unpacked_vectors: ClassVar[int] = 1
     """Vectors of rows of a tile of the widest width whose weights are unpacked already."""
     start_bytes: ClassVar[int] = 4
@@ -98,6 +102,28 @@ class InstructionSet:
             for t in range(tokens):
                 sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
         yield from sums
+
+    def scaled_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        """`products` times the blocks' scales, <lanes x float>, rounded once.
+
+        scales: for each of the blocks, where the int8 scales of its rows are. Below 8 bits the results are exact: a sum
+        of 32 products is at most 32 * 32 * 127 in magnitude, and 128 times that is less than 2**24.
+        """
+        factors = [self.block_scales(b, place) for place in scales]
+        for sums in self.products(b, encoding, table, blocks, x, tokens):
+            yield [b.fmul(self.to_float(b, total), factor) for total, factor in zip(sums, factors, strict=True)]
+
+    def block_scales(self, b: ir.IRBuilder, place: ir.Value) -> ir.Value:
+        """A block's int8 scales of `lanes` rows, <lanes x float>."""
+        scales = b.load(b.bitcast(place, vector(I8, self.lanes).as_pointer()), align=1)
+        return b.sitofp(b.sext(scales, vector(I32, self.lanes)), vector(F32, self.lanes))
+
+    def activation_scale(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
+        """A token's scale (npqwen/simd/packed.py), <lanes x float>."""
+        return splat(b, b.load(offset(b, x, scale_offset(token, tokens), F32), align=4), self.lanes)
 
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
         """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""

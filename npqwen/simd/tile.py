@@ -82,6 +82,12 @@ def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, together: Const) -> Tile:
 
 
 @operation
+def load(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> Tile:
+    """The tile that `store` of the same arguments has written; `tile` only tells how many vectors it has."""
+    return [b.load(_place(b, out, at, n, rows, stride), align=4) for n in range(len(tile))]
+
+
+@operation
 def store(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> None:
     """out[at + t * stride + r * LANES:] = the tile's vector of token t and rows r; out: float32."""
     for n, value in enumerate(tile):
@@ -231,21 +237,12 @@ def _add_products(
     block, scales, activations = element(b, values, at, I8), element(b, w, scales_at, I8), element(b, x, x_at, I8)
     rows = len(tile) // tokens
     blocks = [offset(b, block, 4 * LANES * r, I8) for r in range(rows)]
-    products = ISA.products(b, encoding, table, blocks, activations, tokens)
-    factors = [block_scales(b, offset(b, scales, LANES * r, I8)) for r in range(rows)]
-    for t, sums in enumerate(products):
-        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
-        for r in range(rows):
-            # Not the scales first: LLVM would make that product early, and have no register for it.
-            scaled = b.fmul(ISA.to_float(b, sums[r]), x_scale)
-            tile[t * rows + r] = fma(b, scaled, factors[r], tile[t * rows + r])
+    places = [offset(b, scales, LANES * r, I8) for r in range(rows)]
+    for t, products in enumerate(ISA.scaled_products(b, encoding, table, blocks, places, activations, tokens)):
+        x_scale = ISA.activation_scale(b, activations, t, tokens)
+        for r, product in enumerate(products):
+            tile[t * rows + r] = fma(b, product, x_scale, tile[t * rows + r])
     return tile
-
-
-def block_scales(b: ir.IRBuilder, place: ir.Value) -> ir.Value:
-    """A block's int8 scales of `LANES` rows, as float32."""
-    scales = b.load(b.bitcast(place, vector(I8, LANES).as_pointer()), align=1)
-    return b.sitofp(b.sext(scales, vector(I32, LANES)), FLOATS)
 
 
 @operation

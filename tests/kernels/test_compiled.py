@@ -154,7 +154,7 @@ def test_the_directory_depends_on_sources_versions_and_processor(tmp_path: Path)
     (copy / "kernels" / "new.py").write_text("")
     names.add(name())
     names.add(name(NPQWEN_ISA="portable"))
-    names.add(name(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
+    names.add(name(NPQWEN_ISA="portable", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
     assert len(names) >= len(changed) + 3  # a machine may have no other instruction set than the portable one
     with open(copy / "cli.py", "a", encoding="utf-8") as file:
         file.write("\n# no kernel\n")
