@@ -59,6 +59,19 @@ def raw_rate(model: npqwen.Model, count: int, tokens: int) -> float:
     return count * tokens / (time.perf_counter() - start)
 
 
+def pass_rate(model: npqwen.Model, count: int, passes: int) -> float:
+    """Tokens a second of passes of `count` tokens of one sequence, with the logits of all of them."""
+    cache = model.new_cache(PROMPT + passes + count)
+    model.prefill(np.array(prompt(0), np.int32), cache)
+    out = model.new_logits(count)
+    start = time.perf_counter()
+    for step in range(passes):
+        cache.truncate(PROMPT + step)
+        cache.reserve(count)
+        model.forward_pieces([Piece(np.arange(2000, 2000 + count), cache, count)], out)
+    return count * passes / (time.perf_counter() - start)
+
+
 def batch_rate(model: npqwen.Model, count: int, tokens: int, options: dict[str, Any]) -> float:
     """Tokens a second of `Batch`, from the moment that all prompts are computed."""
     batch = Batch(model)
@@ -102,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measures: dict[str, Callable[[], float]] = {
             "raw passes of 1": lambda: raw_rate(model, 1, tokens),
             f"raw passes of {many}": lambda: raw_rate(model, many, tokens),
+            f"passes of {many} tokens of one text": lambda: pass_rate(model, many, tokens),
             "Batch, 1": lambda: batch_rate(model, 1, tokens, sampling),
             f"Batch, {many}": lambda: batch_rate(model, many, tokens, sampling),
             "server, 1": lambda: served_rate(server, 1, tokens, sampling),
