@@ -43,16 +43,14 @@ class Rope:
                 factor = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
             self.scale = np.float32(factor)
         self.frequency = frequency.astype(np.float32)
-        blocks = ceil_div(config.longest_context, _BLOCK)
-        self._computed = np.zeros(blocks, np.bool_)
-        # Memory is taken as rows are written: a hundredth of what the same tokens take in a KV cache.
-        self._cos, self._sin = (np.empty((blocks * _BLOCK, half), np.float32) for _ in range(2))
+        self._computed = np.zeros(0, np.bool_)
+        """Which blocks of positions the tables have; their memory is taken as rows are written."""
+        self._cos = self._sin = np.empty((0, half), np.float32)
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin of positions start to start + count - 1, scaled: float32 (count, head_dim / 2) each."""
         end = start + count
-        blocks = np.arange(start // _BLOCK, ceil_div(end, _BLOCK))
-        self._compute(blocks)
+        self._compute(np.arange(start // _BLOCK, ceil_div(end, _BLOCK)))
         return self._cos[start:end], self._sin[start:end]
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -62,6 +60,9 @@ class Rope:
 
     def _compute(self, blocks: NDArray[np.int64]) -> None:
         """Compute the blocks of positions that have not been needed before."""
+        count = int(blocks.max(initial=-1)) + 1
+        if count > len(self._computed):
+            self._grow(1 << (count - 1).bit_length())
         if self._computed[blocks].all():
             return
         for block in set(blocks[~self._computed[blocks]].tolist()):
@@ -70,3 +71,11 @@ class Rope:
             self._cos[rows] = np.cos(angles) * self.scale
             self._sin[rows] = np.sin(angles) * self.scale
             self._computed[block] = True
+
+    def _grow(self, blocks: int) -> None:
+        """Make room for this many blocks."""
+        had = len(self._computed)
+        self._computed = np.concatenate([self._computed, np.zeros(blocks - had, np.bool_)])
+        cos, sin = (np.empty((blocks * _BLOCK, len(self.frequency)), np.float32) for _ in range(2))
+        cos[: had * _BLOCK], sin[: had * _BLOCK] = self._cos, self._sin
+        self._cos, self._sin = cos, sin
