@@ -67,7 +67,7 @@ class Rope:
             return
         for block in set(blocks[~self._computed[blocks]].tolist()):
             rows = slice(block * _BLOCK, (block + 1) * _BLOCK)
-            angles = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] * self.frequency
+            angles = np.arange(rows.start, rows.stop).astype(np.float32)[:, None] * self.frequency
             self._cos[rows] = np.cos(angles) * self.scale
             self._sin[rows] = np.sin(angles) * self.scale
             self._computed[block] = True
