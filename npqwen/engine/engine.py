@@ -385,7 +385,7 @@ class Engine:
         records = np.empty(len(pieces), SEQUENCE)
         first = 0
         for i, (ids, cache, _) in enumerate(pieces):
-            records[i] = first, ids.size, cache.length, cache.addresses.ctypes.data
+            records[i] = first, ids.size, cache.length, cache.page_table
             first += ids.size
         rows = self._rows[:first]
         if len(pieces) == 1:

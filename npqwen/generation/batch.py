@@ -280,20 +280,17 @@ class Batch:
         """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts."""
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
 
-        def deadline(entry: _Entry) -> tuple[bool, float]:
-            left = entry.sequence.left
-            return left > _SHORT, entry.arrived + left * self._seconds_per_token
-
+        lefts = [(entry.sequence.left, entry) for entry in self._running]
+        lefts.sort(key=lambda one: (one[0] > _SHORT, one[1].arrived + one[0] * self._seconds_per_token))
         chosen: list[tuple[_Entry, int]] = []
         room = self._prompt_tokens(ALONE)
-        for entry in sorted(self._running, key=deadline):
-            sequence = entry.sequence
-            if sequence.left > _SHORT and writes:
+        for left, entry in lefts:
+            if left > _SHORT and writes:
                 room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
-            size = min(sequence.left, room)
-            rest = sequence.left - size
-            if 0 < rest < sequence.rows:  # rows of logits come from one pass
-                size -= sequence.rows - rest
+            size = min(left, room)
+            rest = left - size
+            if 0 < rest < entry.sequence.rows:  # rows of logits come from one pass
+                size -= entry.sequence.rows - rest
             if size > 0:
                 chosen.append((entry, size))
                 room -= size
