@@ -45,17 +45,21 @@ class Rope:
         self.frequency = frequency.astype(np.float32)
         self._computed = np.zeros(0, np.bool_)
         """Which blocks of positions the tables have; their memory is taken as rows are written."""
+        self._ready = 0
+        """The tables have all positions below this one."""
         self._cos = self._sin = np.empty((0, half), np.float32)
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin of positions start to start + count - 1, scaled: float32 (count, head_dim / 2) each."""
         end = start + count
-        self._compute(np.arange(start // _BLOCK, ceil_div(end, _BLOCK)))
+        if end > self._ready:
+            self._compute(np.arange(start // _BLOCK, ceil_div(end, _BLOCK)))
         return self._cos[start:end], self._sin[start:end]
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin of any positions (n,), scaled: float32 (n, head_dim / 2) each."""
-        self._compute(positions // _BLOCK)
+        if positions.max(initial=-1) >= self._ready:
+            self._compute(positions // _BLOCK)
         return self._cos[positions], self._sin[positions]
 
     def _compute(self, blocks: NDArray[np.int64]) -> None:
@@ -63,14 +67,13 @@ class Rope:
         count = int(blocks.max(initial=-1)) + 1
         if count > len(self._computed):
             self._grow(1 << (count - 1).bit_length())
-        if self._computed[blocks].all():
-            return
         for block in set(blocks[~self._computed[blocks]].tolist()):
             rows = slice(block * _BLOCK, (block + 1) * _BLOCK)
             angles = np.arange(rows.start, rows.stop).astype(np.float32)[:, None] * self.frequency
             self._cos[rows] = np.cos(angles) * self.scale
             self._sin[rows] = np.sin(angles) * self.scale
             self._computed[block] = True
+        self._ready = _BLOCK * (len(self._computed) if self._computed.all() else int(self._computed.argmin()))
 
     def _grow(self, blocks: int) -> None:
         """Make room for this many blocks."""
