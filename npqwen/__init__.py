@@ -165,6 +165,7 @@ def load(
     prefix_cache: str | os.PathLike[str] | None = None,
     prefix_cache_size: int | None = None,
     prefix_memory: int | None = None,
+    draft: str | os.PathLike[str] | Model | None = None,
     notice: Callable[[str], None] | None = None,
     progress: bool | Callable[[int, int], Any] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
@@ -188,6 +189,9 @@ def load(
     prefix_cache_size: bytes that its files may take, default 10 GB; the least recently used are removed.
     prefix_memory: bytes of it that are kept in memory, with or without a directory; default: a quarter of what is
     available beside the weights, at most 4 GiB; 0: none.
+    draft: a smaller model with the same tokens, such as "Qwen/Qwen3-0.6B" for "Qwen/Qwen3-8B", or a loaded one. It
+    guesses next tokens, and one pass of this model verifies several of them, where that is faster (see the option
+    `speculation`). Texts stay the same.
 
     progress: bars on stderr for download, conversion and compilation; default: if stderr is a terminal or a notebook's.
     False shows none, True always shows them. A function (bytes_done, bytes_total) follows the conversion instead.
@@ -219,7 +223,17 @@ def load(
         )
 
         from npqwen.hardware.contention import too_many_threads
-        from npqwen.model import load
+        from npqwen.model import Model, load
+
+        if draft is not None and not isinstance(draft, Model):
+            draft = hub.resolve(
+                draft,
+                None,
+                low_disk=low_disk,
+                notice=notice,
+                progress=own or bars.of("converting"),
+                download_bars=bars.shown,
+            )
 
         if isinstance(threads, int) and (problem := too_many_threads(threads)) is not None:
             import warnings
@@ -237,6 +251,7 @@ def load(
             notice=notice,
             on_compile=on_compile or bars.of("compiling kernels (once)", " kernels"),
             name=model_name(model, revision),
+            draft=draft,
         )
 
 

@@ -20,6 +20,7 @@ from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefixes import Prefixes
 from npqwen.format.config import Config
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
 from npqwen.kernels.cache_page import PAGE
@@ -94,6 +95,7 @@ class Reciter:
         self.generation_config = GenerationConfig(frozenset({EOS}), sampling)
         self.fingerprint = "reciter"
         self.prefixes = Prefixes(1 << 28)
+        self.drafting = Drafting()
         self.prompts: list[str] = []
         self.prompt_ids: list[list[int]] = []
         self.read: list[int] = []
@@ -118,15 +120,15 @@ class Reciter:
         for piece in pieces:
             assert isinstance(piece.cache, RecitersCache)
             script, start = piece.cache.script, piece.cache.start
+            if script is not None and piece.cache.length >= start + len(script) - 1:
+                script = None  # after its text, a cache may be used for a prompt that continues it
             is_prompt = piece.rows > 0 and script is None
             if is_prompt:
                 script, start = [*self._texts.pop(0), EOS], piece.cache.length + piece.ids.size
                 self.read.append(piece.ids.size)
             self._script, self._start = script or [], start
             logits = self.forward(piece.ids, piece.cache, all_logits=True)
-            at_end = script is not None and piece.cache.length >= start + len(script) - 1
-            # after its text, a cache may be used for a prompt that continues it
-            piece.cache.script, piece.cache.start = None if at_end else script, start
+            piece.cache.script, piece.cache.start = script, start
             if is_prompt:
                 self._record(piece.cache)
             found.append(logits[len(logits) - piece.rows :])
@@ -143,6 +145,7 @@ class Reciter:
         count = np.size(ids)
         self._script = [*self._texts.pop(0), EOS]
         self._start = cache.length + count
+        cache.script, cache.start = self._script, self._start
         self.read.append(count)
         logits: NDArray[np.float32] = self.forward(ids, cache)[-1]
         if progress is not None:

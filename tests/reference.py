@@ -20,6 +20,7 @@ from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate, stream
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.language_model import LanguageModel
@@ -68,7 +69,7 @@ class ReferenceModel:
     bits = 32
     threads = 1
     weight_bytes = 0
-    fingerprint = "reference"
+    name = fingerprint = "reference"
     prefixes = Prefixes(0)
     tokenizer: Tokenizer
     generation_config: GenerationConfig
@@ -77,6 +78,7 @@ class ReferenceModel:
         self, config: Config, weights: Mapping[str, Any], path: Path | None = None, context: int | None = None
     ) -> None:
         self.config = config
+        self.drafting = Drafting()
         self.weights = weights
         self.context = context or config.max_position_embeddings
         self.path = path or Path("reference")

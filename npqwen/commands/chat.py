@@ -15,6 +15,7 @@ from npqwen.commands.options import (
     Command,
     Switch,
     argument_text,
+    draft_option,
     generation_options,
     keyboard_notice,
     model_options,
@@ -72,6 +73,7 @@ class _Chat(Command):
 @click.option("--continue", "-c", "continues", is_flag=True, help="Continue the last conversation.")
 @click.option("--no-save", is_flag=True, help="Keep neither the conversation nor what is typed.")
 @generation_options(CHAT_DEFAULTS)
+@draft_option
 @prefix_cache_options
 @model_options
 def chat(
@@ -91,6 +93,7 @@ def chat(
     kv: CacheType | None,
     prefix_cache: Path | None,
     prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -123,6 +126,7 @@ def chat(
                 kv=kv,
                 prefix_cache=prefix_cache,
                 prefix_cache_size=prefix_cache_size,
+                draft=draft,
             )
         ) as loaded,
         warnings.catch_warnings(),

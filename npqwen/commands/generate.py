@@ -10,6 +10,7 @@ import click
 from npqwen.commands.options import (
     Command,
     argument_text,
+    draft_option,
     generation_options,
     keyboard_notice,
     model_options,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("prompt")
 @generation_options({})
+@draft_option
 @prefix_cache_options
 @model_options
 def generate(
@@ -44,6 +46,7 @@ def generate(
     kv: CacheType | None,
     prefix_cache: Path | None,
     prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -74,6 +77,7 @@ def generate(
                 kv=kv,
                 prefix_cache=prefix_cache,
                 prefix_cache_size=prefix_cache_size,
+                draft=draft,
             )
         ) as loaded,
     ):
@@ -92,6 +96,8 @@ def generate(
 
 
 def _statistics(stream: Stream) -> str:
+    from npqwen.terminal.answer_view import guesses
+
     usage = stream.usage
     if stream.stop_string is not None:
         end = f"stopped at {stream.stop_string!r}"
@@ -104,6 +110,6 @@ def _statistics(stream: Stream) -> str:
     cached = f", {usage.cached_tokens} of them cached," if usage.cached_tokens else ""
     return (
         f"prompt: {usage.prompt_tokens} tokens{cached} in {usage.prefill_seconds:.2f} s, "
-        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens{guesses(usage)}, "
         f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
     )

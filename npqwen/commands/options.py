@@ -176,6 +176,14 @@ def prefix_cache_options(command: Decorated) -> Decorated:
     )(command)
 
 
+draft_option = click.option(
+    "--draft",
+    metavar="MODEL",
+    help="A smaller model with the same tokens that guesses the next ones, where that is faster; the text stays the "
+    "same; default: none.",
+)
+
+
 class _Bias(click.ParamType):  # type: ignore[type-arg]
     """A token id and what to add to its logit."""
 
@@ -206,7 +214,9 @@ def generation_options(defaults: GenerationOptions) -> Callable[[Decorated], Dec
 
 def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
     if option.kind is bool:
-        help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
+        help = option.help  # without a default of its own, it says what happens
+        if default is not None:
+            help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
         return click.option(f"{option.flag_name}/--no-{option.flag_name[2:]}", cls=Switch, default=None, help=help)
     return click.option(
         option.name,
@@ -290,15 +300,17 @@ def open_model(
     kv: CacheType | None = None,
     prefix_cache: Path | None = None,
     prefix_cache_size: int | None = None,
+    draft: str | None = None,
 ) -> Model:
     """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
 
-    purpose, low_disk: see `npqwen.hub.resolve`. prefix_cache, prefix_cache_size: see `npqwen.load`.
+    purpose, low_disk: see `npqwen.hub.resolve`. prefix_cache, prefix_cache_size, draft: see `npqwen.load`.
     """
     from npqwen.hardware.contention import Contention, too_many_threads
 
     contention = Contention()
     path = resolve(model, bits, terminal, purpose=purpose, low_disk=low_disk)
+    draft_path = None if draft is None else resolve_draft(draft, terminal, low_disk)
 
     from npqwen.hardware.machine import available_memory
     from npqwen.hub.names import model_name
@@ -317,6 +329,7 @@ def open_model(
         notice=terminal.notice,
         on_compile=progress,
         name=name,
+        draft=draft_path,
     )
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
@@ -328,6 +341,11 @@ def open_model(
     if crowded is not None:
         terminal.notice(crowded)
     return loaded
+
+
+def resolve_draft(draft: str, terminal: Terminal, low_disk: bool) -> Path:
+    """The converted directory of the model that --draft names; see `resolve`."""
+    return resolve(argument_text(draft), None, terminal, purpose="text", low_disk=low_disk)
 
 
 def check_numba() -> None:

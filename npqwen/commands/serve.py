@@ -15,11 +15,13 @@ from npqwen.commands.options import (
     bits_option,
     check_numba,
     context_option,
+    draft_option,
     kv_option,
     low_disk_option,
     prefix_cache_options,
     quiet_option,
     resolve,
+    resolve_draft,
     threads_option,
     yarn_option,
 )
@@ -100,6 +102,7 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
     "--memory", default=None, type=Size(), help="Memory that loaded models may take together; default: what is free."
 )
 @click.option("--log", is_flag=True, help="Write one line for each request to stderr.")
+@draft_option
 @prefix_cache_options
 @bits_option
 @threads_option
@@ -118,6 +121,7 @@ def serve(
     kv: CacheType | None,
     prefix_cache: Path | None,
     prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     host: str,
     port: int,
@@ -158,6 +162,7 @@ def serve(
     )
     tls = tls_context(tls_cert, tls_key)
     with terminal, Listener(host, port, uds) as listener:
+        draft_path = None if draft is None else resolve_draft(draft, terminal, low_disk)
         offers = [
             _offer(
                 name,
@@ -170,6 +175,7 @@ def serve(
                 kv=kv,
                 prefix_cache=prefix_cache,
                 prefix_cache_size=prefix_cache_size,
+                draft=draft_path,
                 notice=terminal.notice,
             )
             for name in names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
+from npqwen.engine.pass_times import PassTimes
 from npqwen.engine.prefix_files import DEFAULT_SIZE, PrefixFiles
 from npqwen.engine.prefixes import Prefixes
 from npqwen.engine.records import Output, Sequences, Tokens
@@ -113,6 +115,8 @@ class Engine:
         self.chunk = chunk_size(self.config)
         self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context)
         self._rows = np.arange(self.chunk)
+        self.passes = PassTimes(sparse=self.config.mixture is not None)
+        """What passes of few tokens take here."""
         page = self.new_cache(1).page_bytes
         Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
@@ -375,7 +379,11 @@ class Engine:
         # short.
         is_short = sum(piece.ids.size for piece in pieces) <= SHORT_PASS and not self._exceeds_memory
         on_caller = is_short or threading.current_thread() is not threading.main_thread()
-        self._team.run(forward, *self._arguments(pieces, layers, embed, output), on_caller=on_caller)
+        arguments = self._arguments(pieces, layers, embed, output)
+        start = time.perf_counter()
+        self._team.run(forward, *arguments, on_caller=on_caller)
+        if not output.normed and len(output.tokens) == sum(piece.ids.size for piece in pieces):
+            self.passes.add(len(output.tokens), time.perf_counter() - start)
 
     def _arguments(
         self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output

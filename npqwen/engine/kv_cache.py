@@ -180,6 +180,19 @@ class KVCache:
             self.cuts += length < self.length
             self.length = int(length)
 
+    def retract(self, count: int) -> None:
+        """Take out the last `count` tokens, guesses that no text has yet, so that `restore` can put some of them back.
+
+        Unlike `truncate` this is not counted in `cuts`.
+        """
+        with self.in_use:
+            self.length -= count
+
+    def restore(self, count: int) -> None:
+        """Put back the first `count` of the retracted tokens; nothing may have been run in between."""
+        with self.in_use:
+            self.length += count
+
     def fork(self, length: int | None = None) -> KVCache:
         """An independent cache with the first `length` tokens (default: all). It takes the memory of one page.
 

@@ -16,6 +16,7 @@ from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
 from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
+from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class _Entry:
 
     def release(self) -> None:
         """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
+        self.sequence.close()
         if not self.lent:
             self.sequence.cache = None
 
@@ -81,6 +83,10 @@ class BatchStatistics:
     """Of prompts that were begun, cached ones included."""
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """That were guessed, and run beside those of a text."""
+    accepted_tokens: int = 0
+    """Those of them that became part of a text."""
     prefill_seconds: float = 0.0
     """In passes of prompts, or parts of them, alone or beside texts."""
     decode_seconds: float = 0.0
@@ -268,7 +274,7 @@ class Batch:
             length = source.give(sequence.cache)
         if not sequence.decoding.ids:
             sequence.cached = length
-            sequence.start_clock()
+            sequence.next_step()
             self.statistics.prompt_tokens += len(entry.prompt)
             self.statistics.cached_tokens += length
 
@@ -285,24 +291,44 @@ class Batch:
         return True
 
     def _choose(self) -> list[tuple[_Entry, int]]:
-        """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts."""
+        """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts.
+
+        A pass without prompts is filled with drafts, up to as many tokens as those may have.
+        """
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
 
-        lefts = [(entry.sequence.left, entry) for entry in self._running]
-        lefts.sort(key=lambda one: (one[0] > _SHORT, one[1].arrived + one[0] * self._seconds_per_token))
+        def deadline(entry: _Entry) -> tuple[bool, float]:
+            left = entry.sequence.left
+            return left > _SHORT, entry.arrived + left * self._seconds_per_token
+
         chosen: list[tuple[_Entry, int]] = []
         room = self._prompt_tokens(ALONE)
-        for left, entry in lefts:
-            if left > _SHORT and writes:
+        for entry in self._running:
+            entry.sequence.draft(0)
+        for entry in sorted(self._running, key=deadline):
+            sequence = entry.sequence
+            if sequence.left > _SHORT and writes:
                 room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
-            size = min(left, room)
-            rest = left - size
-            if 0 < rest < entry.sequence.rows:  # rows of logits come from one pass
-                size -= entry.sequence.rows - rest
+            size = min(sequence.left, room)
+            rest = sequence.left - size
+            if 0 < rest < sequence.rows:  # rows of logits come from one pass
+                size -= sequence.rows - rest
             if size > 0:
                 chosen.append((entry, size))
                 room -= size
+        if not any(entry.sequence.reads_prompt for entry in self._running):
+            self._add_drafts(chosen)
         return chosen
+
+    def _add_drafts(self, chosen: list[tuple[_Entry, int]]) -> None:
+        """Let texts guess their next tokens, each its share of what is left of the pass."""
+        tokens = sum(size for _, size in chosen)
+        for at, (entry, size) in enumerate(chosen):
+            if entry.sequence.left == size:
+                share = ceil_div(PASS - tokens, len(chosen) - at) if tokens < PASS else 0
+                count = entry.sequence.draft(share, tokens - size)
+                chosen[at] = entry, size + count
+                tokens += count
 
     def _reserve(self, chosen: list[tuple[_Entry, int]]) -> list[tuple[_Entry, int]]:
         """Allocate the pages that the pass will write; those sequences for which there is memory."""
@@ -315,7 +341,12 @@ class Batch:
                     entry.cache.reserve(size)
                     self._pages_changed |= entry.cache.page_table != pages
                 except OutOfMemoryError as error:
-                    self._make_room(entry, error)
+                    self._pages_changed = True
+                    if entry.sequence.drafting:
+                        size -= entry.sequence.drafting
+                        entry.sequence.draft(0)
+                    else:
+                        self._make_room(entry, error)
                 else:
                     ready.append((entry, size))
                     break
@@ -333,7 +364,6 @@ class Batch:
 
     def _make_room(self, entry: _Entry, error: OutOfMemoryError) -> None:
         """Give up an old prefix, or have the youngest sequence wait again; alone, this sequence ends with the error."""
-        self._pages_changed = True
         if self._prefixes.drop_oldest():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
@@ -341,6 +371,7 @@ class Batch:
             self._end(entry, error, keep=False)
             return
         self._running.remove(youngest)
+        youngest.sequence.settle()
         youngest.sequence.cache = None
         self._waiting.appendleft(youngest)
         self.statistics.preempted += 1
@@ -356,10 +387,15 @@ class Batch:
             self._logits = self._model.new_logits(rows + _TILE)
         reads = [entry.sequence.reads_prompt for entry, _ in chosen]
         start = time.perf_counter()
-        logits = self._model.forward_pieces(pieces, self._logits)
-        self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
-        for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
-            self._advance(entry, row if piece.rows else None)
+        sequences = [entry.sequence for entry, _ in chosen]
+        try:
+            logits = self._model.forward_pieces(pieces, self._logits)
+            self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
+            for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
+                self._advance(entry, row if piece.rows else None)
+        finally:
+            for sequence in sequences:
+                sequence.settle()
 
     def _account(self, tokens: int, reads: list[bool], seconds: float) -> None:
         """Count a pass, and learn from it how many tokens of prompts fit into the next one.
@@ -383,7 +419,7 @@ class Batch:
         """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""
         sequence = entry.sequence
         decoding = sequence.decoding
-        before = len(decoding.ids)
+        before, drafted, accepted = len(decoding.ids), sequence.drafted, sequence.accepted
         try:
             if sequence.progress is not None and not before:
                 sequence.progress(sequence.length - sequence.cached, len(entry.prompt) - sequence.cached)
@@ -391,12 +427,14 @@ class Batch:
                 entry.on_text(sequence.accept(logits))
                 if decoding.finished or entry.cancelled:
                     break
-                sequence.start_clock()
+                sequence.next_step()
                 logits = None
         except Exception as error:
             self._end(entry, error)
             return
         self.statistics.generated_tokens += len(decoding.ids) - before
+        self.statistics.drafted_tokens += sequence.drafted - drafted
+        self.statistics.accepted_tokens += sequence.accepted - accepted
         if decoding.finished or entry.cancelled:
             self._end(entry)
 

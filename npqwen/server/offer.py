@@ -34,6 +34,7 @@ class Loading(TypedDict, total=False):
     prefix_memory: int | None
     notice: Callable[[str], None] | None
     on_compile: Callable[[int, int], None] | None
+    draft: Path | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Offer:
     """A converted directory that a server loads when a request needs it.
 
     name: what clients call it. path: the converted directory. load: maps it; any thread may call it. config: its
-    dimensions. context: maximum tokens of a prompt and its answer together.
+    dimensions. context: maximum tokens of a prompt and its answer together. draft: the converted directory of its draft
+    model, which is loaded with it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Offer:
     load: Callable[[], Model]
     config: Config
     context: int
+    draft: Path | None = None
 
     @classmethod
     def of(
@@ -73,7 +76,7 @@ class Offer:
         def load_it() -> Model:
             return load(path, threads=threads, context=context, yarn=yarn, name=name, **options)
 
-        offer = cls(name, path, load_it, config, context_length(config, context))
+        offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"))
         offer._read_facts()
         kv = options.get("kv")
         kv = offer.quantization.recipe.cache_type if kv is None else check_cache_type(kv)
@@ -92,7 +95,7 @@ class Offer:
 
     def _read_facts(self) -> None:
         """Read now what is known of the directory: a loaded model may outlive it."""
-        self.quantization, self.weight_bytes, self.modified, self.digest  # noqa: B018
+        self.quantization, self.weight_bytes, self.loaded_bytes, self.modified, self.digest  # noqa: B018
 
     @cached_property
     def quantization(self) -> Quantization:
@@ -103,6 +106,13 @@ class Offer:
     def weight_bytes(self) -> int:
         """Bytes of the files of weights."""
         return sum(size for _, size in self._files)
+
+    @cached_property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights that are loaded, those of a draft model included."""
+        if self.draft is None:
+            return self.weight_bytes
+        return self.weight_bytes + sum(size for _, size in _weight_files(self.draft))
 
     @cached_property
     def modified(self) -> float:
@@ -118,4 +128,9 @@ class Offer:
 
     @cached_property
     def _files(self) -> list[tuple[str, int]]:
-        return sorted((file.name, file.stat().st_size) for file in self.path.glob("*.safetensors"))
+        return _weight_files(self.path)
+
+
+def _weight_files(directory: Path) -> list[tuple[str, int]]:
+    """Names and sizes of the files of weights."""
+    return sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefixes import Prefixes
+from npqwen.generation.drafting import Drafting
 from npqwen.model import Model
 
 CONTEXT = 512
@@ -41,6 +42,7 @@ class GgmlModel:
         self.config, self.tokenizer, self.generation_config = base.config, base.tokenizer, base.generation_config
         self.context = CONTEXT
         self.fingerprint = str(path)
+        self.name = path.name
         self._base = base
         self._llama = Llama(path, base.threads, CONTEXT, "off", False)
 
@@ -49,6 +51,8 @@ class GgmlModel:
         return _Cache(self._base, self._llama)
 
     chunk = 256
+    drafting = Drafting()
+    weight_bytes = 0
     prefixes = Prefixes(0)
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
