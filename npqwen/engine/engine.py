@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -393,7 +393,7 @@ class Engine:
         records = np.empty(len(pieces), SEQUENCE)
         first = 0
         for i, (ids, cache, _) in enumerate(pieces):
-            records[i] = first, ids.size, cache.length, cache.addresses.ctypes.data
+            records[i] = first, ids.size, cache.length, cache.page_table
             first += ids.size
         rows = self._rows[:first]
         if len(pieces) == 1:
@@ -485,8 +485,8 @@ class Engine:
 def _last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
     """The indices, within the pass, of the tokens whose logits are computed."""
     ends = accumulate(piece.ids.size for piece in pieces)
-    chosen = [np.arange(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True)]
-    return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
+    ranges = (range(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True))
+    return np.array(list(chain.from_iterable(ranges)), np.int64)
 
 
 def chunk_size(config: Config) -> int:

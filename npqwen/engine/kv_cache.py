@@ -36,12 +36,17 @@ def layer_states(config: Config) -> list[KeysAndValues]:
     return [KeysAndValues(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
 
 
-class _Pages(NamedTuple):
-    """Replaced as a whole, never changed: an interrupt never leaves the address of a page that was freed."""
+class _Pages:
+    """Replaced as a whole, never changed: an interrupt never leaves the address of a page that was freed.
 
-    arrays: list[NDArray[Any]]
-    """Each of `page_shape`."""
-    addresses: NDArray[np.int64]
+    arrays: each of `page_shape`. addresses: of the pages, 0 where there is none yet.
+    """
+
+    def __init__(self, arrays: list[NDArray[Any]], addresses: NDArray[np.int64]) -> None:
+        self.arrays = arrays
+        self.addresses = addresses
+        self.table = int(addresses.ctypes.data)
+        """The address of `addresses`."""
 
 
 class _OneThread:
@@ -111,6 +116,11 @@ class KVCache:
     def addresses(self) -> NDArray[np.int64]:
         """The address of each page, 0 where there is none yet."""
         return self._held.addresses
+
+    @property
+    def page_table(self) -> int:
+        """The address of `addresses`, valid until the cache grows."""
+        return self._held.table
 
     @property
     def page_count(self) -> int:

@@ -124,6 +124,8 @@ class Batch:
         self._logits: NDArray[np.float32] | None = None
         self._seconds_per_token = STALL / (2 * _TILE)
         """Of prompts, as measured in recent passes."""
+        self._pages_changed = False
+        """Whether sequences have taken pages, or given them back, since `statistics` counted them."""
         self.statistics = BatchStatistics()
 
     @property
@@ -192,7 +194,8 @@ class Batch:
         chosen = self._reserve(self._choose())
         if chosen:
             self._run(chosen)
-        self.statistics.cache_bytes = self.cache_bytes
+        if self._pages_changed:
+            self._count_pages()
         return bool(self._waiting or self._running)
 
     def fail(self, error: BaseException) -> None:
@@ -210,7 +213,11 @@ class Batch:
             self._prefixes.allow(memory)
         while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
             pass
+        self._count_pages()
+
+    def _count_pages(self) -> None:
         self.statistics.cache_bytes = self.cache_bytes
+        self._pages_changed = False
 
     def _drop_cancelled(self) -> None:
         for entry in [entry for entry in self._running if entry.cancelled]:
@@ -232,6 +239,7 @@ class Batch:
                 return
             self._waiting.remove(entry)
             self._running.append(entry)
+            self._pages_changed = True
             try:
                 self._set_cache(entry, length, source)
             except OutOfMemoryError as error:
@@ -329,8 +337,11 @@ class Batch:
             while entry in self._running:
                 try:
                     self._check_memory(entry, size)
+                    pages = entry.cache.page_table
                     entry.cache.reserve(size)
+                    self._pages_changed |= entry.cache.page_table != pages
                 except OutOfMemoryError as error:
+                    self._pages_changed = True
                     if entry.sequence.drafting:
                         size -= entry.sequence.drafting
                         entry.sequence.draft(0)
@@ -429,6 +440,7 @@ class Batch:
 
     def _end(self, entry: _Entry, error: BaseException | None = None, keep: bool = True) -> None:
         """Have a running sequence leave, and keep its cache for others."""
+        self._pages_changed = True
         self._running.remove(entry)
         if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # may be changed already
             self._prefixes.keep(entry.computed(), entry.cache)

@@ -46,7 +46,9 @@ def run(body: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def events(run: Run) -> list[Any]:
-    return [event async for _, event in run]
+    found: list[Any] = []
+    await run.for_each(lambda index, event: found.append(event))
+    return found
 
 
 def test_answers_of_many_requests_at_once_are_those_of_each_alone(tiny_model: npqwen.Model) -> None:

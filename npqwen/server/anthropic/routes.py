@@ -68,8 +68,7 @@ def routes(models: Models) -> list[Route]:
 
 
 async def _finished(run: Run, message: Message) -> dict[str, Any]:
-    async for _, event in run:
-        message.push(event)
+    await run.for_each(lambda index, event: message.push(event))
     if not message.finished:
         raise ClosedError("the request was cancelled")
     return message.body

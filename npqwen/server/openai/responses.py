@@ -58,8 +58,7 @@ def _only_error(name: str, failure: Failure) -> str:
 
 
 async def _finished(run: Run, answer: Answer) -> dict[str, Any]:
-    async for _, event in run:
-        answer.push(event)
+    await run.for_each(lambda index, event: answer.push(event))
     if not answer.finished:
         raise ClosedError("the request was cancelled")
     return answer.body
