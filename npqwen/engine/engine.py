@@ -35,6 +35,7 @@ from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError, quoted
 from npqwen.format.config import Config
+from npqwen.format.encodings import UNIT_ROWS
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel, reporting
@@ -218,7 +219,8 @@ class Engine:
         """Run `ids` after the tokens in the cache, and append their keys and values to it.
 
         Returns float32 logits: (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits. `out`, of
-        the same shape, receives them if given, which saves allocating them for every token. Inputs longer than
+        the same shape, receives them if given, which saves allocating them for every token; of shape (1, n), with n a
+        multiple of 16, it receives those of the ids below n, and the others are not computed. Inputs longer than
         `chunk` tokens run in chunks; after an interrupt the cache holds the chunks that were completed.
 
         Raises before computing: ContextLengthError and OutOfMemoryError; OptionError for ids outside the vocabulary,
@@ -346,12 +348,12 @@ class Engine:
         with self._turn():
             logits = self._buffers.logits(rows)
             # A single row is not padded to a tile: the kernels write it in place.
-            direct = rows == 1 and out.shape[1] == logits.shape[1] and out.flags.carray
+            direct = rows == 1 and out.shape[1] % UNIT_ROWS == 0 and out.flags.carray
             output = Output(_last_tokens(pieces), False, out if direct else logits)
             self._forward(pieces, self.weights.layers, True, output)
             cache.length += ids.size
             if not direct:
-                out[:] = logits[:rows, : self.config.vocab_size]
+                out[:] = logits[:rows, : out.shape[1]]
 
     def _hidden_pass(
         self, ids: NDArray[np.int64], cache: KVCache, chosen: list[int], states: NDArray[np.float32]
@@ -426,7 +428,10 @@ class Engine:
         shape = rows, self.config.vocab_size
         if out is None:
             return self._allocate(shape, "logits", rows)
-        if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != np.float32 or not out.flags.writeable:
+        if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not out.flags.writeable:
+            raise OptionError(f"out must be a writable float32 array {shape}")
+        narrow = out.ndim == 2 and rows == 1 == len(out) and 0 < out.shape[1] < shape[1]
+        if out.shape != shape and not (narrow and out.shape[1] % UNIT_ROWS == 0):
             raise OptionError(f"out must be a writable float32 array {shape}")
         return out
 

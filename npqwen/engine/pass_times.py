@@ -11,6 +11,8 @@ _WEIGHT = 1 / 8
 _OUTLIER = 2.0
 _RENEWED = 16
 """Passes after which the table is computed again."""
+_FORGETS = 1 / 16
+"""What a mean that has not been measured since loses of its distance to what is believed, each time."""
 
 
 class PassTimes:
@@ -26,6 +28,8 @@ class PassTimes:
         self._means: dict[int, float] = {}
         self._table = self._believed
         self._added = 0
+        self._renewed: set[int] = set()
+        """Numbers of tokens that were measured since the table was computed."""
 
     def add(self, tokens: int, seconds: float) -> None:
         """Count a pass of this many tokens; one of more than `MEASURED` is left out."""
@@ -37,8 +41,12 @@ class PassTimes:
             self._means[tokens] = seconds
         else:
             self._means[tokens] = mean + (min(seconds, _OUTLIER * mean) - mean) * _WEIGHT
+        self._renewed.add(tokens)
         if mean is None or self._added % _RENEWED == 0:
-            self._table = [self._estimate(tokens) for tokens in range(MEASURED + 1)]
+            self._forget()
+            # What is rarely measured may have been measured while the machine was busy: more tokens took less time.
+            estimates = [self._estimate(tokens) for tokens in range(MEASURED + 1)]
+            self._table = [min(estimates[tokens:]) for tokens in range(MEASURED + 1)]
 
     @property
     def measured(self) -> bool:
@@ -52,6 +60,14 @@ class PassTimes:
         Measured, or estimated from shorter and longer ones that were.
         """
         return self._table
+
+    def _forget(self) -> None:
+        """Move what has not been measured lately towards what is believed: the machine may have been busy then."""
+        alone = self._means.get(1)
+        if alone is not None and self._added % _RENEWED == 0:
+            for tokens in self._means.keys() - self._renewed:
+                self._means[tokens] += (alone * self._believed[tokens] - self._means[tokens]) * _FORGETS
+            self._renewed.clear()
 
     def _estimate(self, tokens: int) -> float:
         mean = self._means.get(tokens)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 _WEIGHT = 1.0
 """How many tokens' evidence the belief is worth."""
-_FADES, _RECOVERS = 0.93, 0.98
-"""What earlier evidence is worth after new one, and after a guess that was too unsure to be run."""
+_RECOVERS = 0.98
+"""What earlier evidence is worth after a guess that was too unsure to be run."""
 
 
 class Acceptance:
     """How many of the guessed tokens of one kind are accepted, lately."""
 
-    def __init__(self, belief: float) -> None:
-        """belief: the share that is accepted, before anything is known."""
+    def __init__(self, belief: float, fades: float = 0.93) -> None:
+        """belief: the share that is accepted, before anything is known. fades: what earlier evidence is worth after new
+        one."""
         self._belief = belief
+        self._fades = fades
         self._accepted = self._decided = 0.0
 
     @property
@@ -23,8 +25,8 @@ class Acceptance:
 
     def add(self, accepted: int, decided: int) -> None:
         """Count a draft of which this many tokens were accepted, and so many compared, a rejected one included."""
-        self._accepted = self._accepted * _FADES + accepted
-        self._decided = self._decided * _FADES + decided
+        self._accepted = self._accepted * self._fades + accepted
+        self._decided = self._decided * self._fades + decided
 
     def fade(self) -> None:
         """Forget a little, so that what did not pay is tried again some time."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import NpqwenError, OptionError
+from npqwen.format.encodings import UNIT_ROWS
 from npqwen.generation.acceptance import Acceptance
 
 if TYPE_CHECKING:
@@ -23,9 +24,15 @@ _BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)
 """Of each kind, the share believed to be accepted before anything is known."""
 _OVERALL = 0.7
 """The same of the next guess, whose probability is not known yet."""
+_FADES = 0.985
+"""What earlier evidence is worth after a draft: what a model guesses is more alike than what a text repeats."""
 _WEIGHT = 1 / 8
 _ADDED = 128
 """By so many tokens a vocabulary may be larger than the other, such as Qwen3's than that of an earlier release."""
+_PARTS = (1 / 4, 1 / 2)
+"""Parts of the vocabulary that may be enough: the lower an id, the more frequent is its token."""
+_ENOUGH, _RECENT = 0.97, 512
+"""This share of as many recent tokens has to be in such a part."""
 _CATCHING_UP = 32
 """So many tokens, that others wrote, are run in one pass with the first guess."""
 
@@ -51,9 +58,9 @@ class DraftModel:
         self.model = model
         self.vocab_size = min(model.config.vocab_size, target.config.vocab_size)
         self._ratio = min(1.0, model.weight_bytes / max(1, target.weight_bytes))
-        self.overall = Acceptance(_OVERALL)
+        self.overall = Acceptance(_OVERALL, _FADES)
         """Of the next guess, before its probability is known."""
-        self._kinds = [Acceptance(belief) for belief in _BELIEFS]
+        self._kinds = [Acceptance(belief, _FADES) for belief in _BELIEFS]
         self._seconds: float | None = None
 
     def cost(self, passes: PassTimes | None) -> float:
@@ -94,6 +101,8 @@ class ModelDrafter:
         self._agreed = 0
         """How many of them are known to be the text's."""
         self._logits: NDArray[np.float32] = np.empty((1, draft.model.config.vocab_size), np.float32)
+        self._viewed = 0
+        """How long the text was when its part of the vocabulary was chosen."""
         self._failed = False
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -111,6 +120,8 @@ class ModelDrafter:
                 known = model.prefixes.extend(np.array(self._ids[:-1], np.int32), self._cache)
                 self._held, self._agreed = self._ids[:known], known
             self._forget_wrong_guesses(self._cache)
+            if len(self._ids) >= self._viewed + _RECENT // 8 or not self._viewed:
+                self._choose_vocabulary()
             missing = self._ids[len(self._held) : -1][: model.chunk]
             if len(missing) > _CATCHING_UP:
                 self._run(missing)
@@ -148,6 +159,20 @@ class ModelDrafter:
         assert self._cache is not None  # made by catch_up
         self.draft.model.forward(np.array(ids, np.int64), self._cache, out=self._logits)
         self._held += ids
+
+    def _choose_vocabulary(self) -> None:
+        """Compute the logits of as many ids as the text needs: the output matrix of a small model is a third of it."""
+        self._viewed = len(self._ids)
+        added = self.draft.model.tokenizer.added_ids
+        recent = np.array([id for id in self._ids[-_RECENT:] if id not in added])
+        size = self.draft.model.config.vocab_size
+        for part in _PARTS:
+            most = int(part * size) // UNIT_ROWS * UNIT_ROWS
+            if most and recent.size and np.mean(recent < most) >= _ENOUGH:
+                size = most
+                break
+        if size != self._logits.shape[1]:
+            self._logits = np.empty((1, size), np.float32)
 
     def _forget_wrong_guesses(self, cache: KVCache) -> None:
         same, end = self._agreed, min(len(self._held), len(self._ids))

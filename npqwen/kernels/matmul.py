@@ -311,9 +311,10 @@ def matmul(
 
     All members of the team call it, and share the rows.
     kernels: see `matmul_kernels`. matrix: a MATRIX. x: packed for its encoding, `width` tokens a tile. out: float32
-    (tokens rounded up to whole tiles, at least matrix.rows). scratch: this thread's, `scratch_floats(matrix.cols)`.
+    (tokens rounded up to whole tiles, matrix.rows or more); with fewer columns, a multiple of 16, only those rows of
+    the matrix are multiplied. scratch: this thread's, `scratch_floats(matrix.cols)`.
     """
-    groups = matrix.rows // UNIT_ROWS
+    groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
     tiles = whole_tiles(tokens, width) // width
     chunk = chunk_groups(team, matrix, groups, tokens, width)
     while True:

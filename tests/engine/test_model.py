@@ -197,3 +197,13 @@ def test_wrong_arguments_are_refused_before_anything_is_computed(model: Model) -
     for out in (strided, unaligned):
         assert model.forward([1], model.new_cache(), out=out) is out
         assert np.array_equal(out, expected)
+
+
+def test_the_logits_of_the_lowest_ids_alone_are_those_of_all(model: Model) -> None:
+    expected = model.forward([1], model.new_cache())
+    for count in (16, 1024, 4112):
+        whole = np.full((1, 4128), 7, np.float32)
+        out = whole[:, :count]
+        assert model.forward([1], model.new_cache(), out=out) is out
+        assert np.array_equal(out, expected[:, :count])
+        assert np.all(whole[:, count:] == 7)

@@ -69,6 +69,18 @@ def test_it_guesses_what_the_draft_model_would_say(pair: Model) -> None:
     assert [guess.id] == greedy(pair.draft, [*ids, *expected[:2], other], 1)
 
 
+def test_it_computes_as_much_of_the_vocabulary_as_the_text_needs(pair: Model) -> None:
+    assert pair.draft is not None
+    size = pair.config.vocab_size
+    parts = {300: size // 4 // 16 * 16, 1900: size // 2 // 16 * 16, 4000: size}
+    for ids, expected in (([300, id] * 40, most) for id, most in parts.items()):
+        drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
+        assert drafter.catch_up()
+        guess = drafter.guess([])
+        assert guess is not None
+        assert guess.id == pair.draft.logits(ids)[-1][:expected].argmax()
+
+
 def test_its_cache_catches_up_chunk_by_chunk(pair: Model) -> None:
     assert pair.draft is not None
     ids = np.random.default_rng(0).integers(300, 4000, 700).tolist()

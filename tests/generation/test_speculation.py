@@ -96,6 +96,21 @@ def test_passes_are_measured_and_those_between_are_estimated() -> None:
     assert passes.seconds[1] < 0.010 * (1 + 1 / 8) ** 33
 
 
+def test_a_pass_takes_no_longer_than_one_of_more_tokens_and_old_measurements_are_forgotten() -> None:
+    passes = PassTimes(sparse=False)
+    passes.add(1, 0.010)
+    passes.add(2, 0.100)
+    passes.add(3, 0.012)
+    passes.add(3, 0.012)
+    assert passes.seconds[2] == passes.seconds[3] == pytest.approx(0.012)
+    passes = PassTimes(sparse=False)
+    passes.add(1, 0.010)
+    passes.add(8, 0.100)  # while the machine was busy
+    for _ in range(1000):
+        passes.add(1, 0.010)
+    assert passes.seconds[8] < 0.016
+
+
 @pytest.mark.parametrize("two", [1.1, 2.0])
 def test_drafts_get_longer_as_they_are_accepted_and_stop_when_they_do_not_pay(two: float) -> None:
     times = PassTimes(sparse=False)
