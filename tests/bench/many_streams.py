@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from completion_stream import streams
+from completion_stream import OtherTokensError, streams
 from server_process import ServerProcess, serve_command
 
 import npqwen
@@ -103,7 +103,7 @@ def batch_rate(model: npqwen.Model, count: int, tokens: int, random: Random) -> 
     while batch.step():
         pass
     if sum(len(text.decoding.ids) for text in texts) != count * tokens:
-        raise SystemExit(f"{count} texts should have {tokens} tokens each")
+        raise OtherTokensError(f"{count} texts should have {tokens} tokens each")
     return found
 
 
@@ -119,6 +119,14 @@ def served_rate(server: ServerProcess, count: int, tokens: int, random: Random) 
         if start <= before and after <= end
     ]
     return count / median(gaps)
+
+
+def completed(measure: Callable[[], float]) -> float:
+    """What `measure` returns once no text of it was ended early by the model."""
+    for _ in range(20):
+        with suppress(OtherTokensError):
+            return measure()
+    raise SystemExit("the texts of this model end early; measure fewer --tokens")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             for number in range(options.rounds + 1):
                 for name, measure in list(measures.items())[:: -1 if number % 2 else 1]:
-                    rate = measure()
+                    rate = completed(measure)
                     if number:  # the first round is a warm-up
                         rates[name].append(rate)
         finally:
