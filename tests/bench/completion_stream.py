@@ -17,6 +17,10 @@ SILENCE = 300.0
 """Seconds without any byte after which a server counts as stuck."""
 
 
+class OtherTokensError(SystemExit):
+    """A server counts other tokens than were requested: a text that was drawn may have ended early."""
+
+
 @dataclass
 class Stream:
     """A finished stream.
@@ -79,7 +83,7 @@ class _Exchange:
         found.tokens = usage.get("completion_tokens", 0)
         if found.tokens != self._tokens or usage["prompt_tokens"] != self._prompt_tokens:
             wanted = f"{self._prompt_tokens} + {self._tokens} tokens were wanted"
-            raise SystemExit(f"{wanted}, but the server counts {usage}")
+            raise OtherTokensError(f"{wanted}, but the server counts {usage}")
         return found
 
     def _lines(self, start: int, body: bytes) -> Iterator[tuple[float, bytes]]:

@@ -6,8 +6,8 @@
 
 MODEL is a converted model. In this process: passes of --streams tokens of one sequence, with the logits of all; passes
 of one token of each of --streams sequences, or of one; `Batch` with as many texts, or one. Then `npqwen serve` in a
-process of its own, asked by HTTP. All begin after prompts of 32 tokens and generate --tokens tokens each, greedily, or
-drawn with --sample (temperature 0.7, top-k 20, top-p 0.8).
+process of its own, asked by HTTP. All begin after prompts of 32 tokens and generate --tokens tokens each, drawn with
+temperature 1 and top-k 20, after other prompts in each round: so there is nothing to guess next tokens from.
 
 Prints tokens a second by the median step, which other programs disturb least: medians and ranges over rounds, and the
 medians of each round's ratios.
@@ -23,12 +23,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
 import numpy as np
-from completion_stream import streams
+from completion_stream import OtherTokensError, streams
 from server_process import ServerProcess, serve_command
 
 import npqwen
@@ -40,12 +42,12 @@ from npqwen.simd.isa import ISA
 
 PROMPT = 32
 """Tokens of each prompt."""
-SAMPLED = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "seed": 1}
+DRAWN: dict[str, Any] = {"temperature": 1, "top_k": 20, "top_p": 1, "min_p": 0}
 
 
-def prompt(number: int) -> list[int]:
-    """The prompt of one text; no two begin alike."""
-    return list(range(1000 + 37 * number, 1000 + 37 * number + PROMPT))
+def prompts(random: Random, count: int) -> list[list[int]]:
+    """Random prompts."""
+    return [[random.randrange(1000, 4000) for _ in range(PROMPT)] for _ in range(count)]
 
 
 def rate(count: int, steps: Iterable[Callable[[], object]]) -> float:
@@ -61,8 +63,8 @@ def rate(count: int, steps: Iterable[Callable[[], object]]) -> float:
 def raw_rate(model: npqwen.Model, count: int, tokens: int) -> float:
     """Tokens a second of passes of one token of each of `count` sequences, without anything else."""
     caches = [model.new_cache(PROMPT + tokens) for _ in range(count)]
-    for number, cache in enumerate(caches):
-        model.prefill(np.array(prompt(number), np.int32), cache)
+    for ids, cache in zip(prompts(Random(0), count), caches, strict=True):
+        model.prefill(np.array(ids, np.int32), cache)
     out = model.new_logits(count)
 
     def step() -> None:
@@ -76,7 +78,7 @@ def raw_rate(model: npqwen.Model, count: int, tokens: int) -> float:
 def pass_rate(model: npqwen.Model, count: int, tokens: int) -> float:
     """Tokens a second of passes of `count` tokens of one sequence, each a token later than the one before."""
     cache = model.new_cache(PROMPT + tokens + count)
-    model.prefill(np.array(prompt(0), np.int32), cache)
+    model.prefill(np.array(prompts(Random(0), 1)[0], np.int32), cache)
     ids, out = np.arange(2000, 2000 + count), model.new_logits(count)
 
     def step() -> None:
@@ -87,27 +89,29 @@ def pass_rate(model: npqwen.Model, count: int, tokens: int) -> float:
     return rate(count, [step] * tokens)
 
 
-def batch_rate(model: npqwen.Model, count: int, tokens: int, options: dict[str, Any]) -> float:
+def batch_rate(model: npqwen.Model, count: int, tokens: int, random: Random) -> float:
     """Tokens a second of `Batch`, from the moment that all prompts are computed."""
     batch = Batch(model)
-    texts = []
-    for number in range(count):
-        text = Text(model, prompt(number), max_tokens=tokens, **options)
+    texts = [
+        Text(model, prompt, max_tokens=tokens, seed=random.randrange(1 << 30), **DRAWN)
+        for prompt in prompts(random, count)
+    ]
+    for text in texts:
         batch.add(text, lambda piece: None, lambda error: None)
-        texts.append(text)
     while any(text.reads_prompt for text in texts):
         batch.step()
     found = rate(count, [batch.step] * (tokens - max(len(text.decoding.ids) for text in texts)))
     while batch.step():
         pass
     if sum(len(text.decoding.ids) for text in texts) != count * tokens:
-        raise SystemExit(f"{count} texts should have {tokens} tokens each")
+        raise OtherTokensError(f"{count} texts should have {tokens} tokens each")
     return found
 
 
-def served_rate(server: ServerProcess, count: int, tokens: int, options: dict[str, Any]) -> float:
+def served_rate(server: ServerProcess, count: int, tokens: int, random: Random) -> float:
     """Tokens a second of as many streams of the server, while all of them are being written."""
-    found = streams(server.port, [[prompt(number)] for number in range(count)], tokens, options)
+    more = DRAWN | {"seed": random.randrange(1 << 30)}
+    found = streams(server.port, [[prompt] for prompt in prompts(random, count)], tokens, more)
     start, end = max(one.times[0] for one in found), min(one.times[-1] for one in found)
     gaps = [
         after - before
@@ -118,6 +122,14 @@ def served_rate(server: ServerProcess, count: int, tokens: int, options: dict[st
     return count / median(gaps)
 
 
+def completed(measure: Callable[[], float]) -> float:
+    """What `measure` returns once no text of it was ended early by the model."""
+    for _ in range(20):
+        with suppress(OtherTokensError):
+            return measure()
+    raise SystemExit("the texts of this model end early; measure fewer --tokens")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="a converted model")
@@ -125,27 +137,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server outlives this
     many, tokens = options.streams, options.tokens
-    sampling: dict[str, Any] = SAMPLED if options.sample else {"temperature": 0}
+    random = Random(1)
     rates: dict[str, list[float]] = defaultdict(list)
     with npqwen.load(options.model, threads=options.threads) as model, tempfile.TemporaryDirectory() as directory:
         server = ServerProcess(serve_command(options.model, "--threads", str(options.threads)), Path(directory) / "log")
         measures: dict[str, Callable[[], float]] = {
             f"pass of {many} tokens": lambda: pass_rate(model, many, tokens),
             f"pass of {many} sequences": lambda: raw_rate(model, many, tokens),
-            f"Batch, {many}": lambda: batch_rate(model, many, tokens, sampling),
-            f"server, {many}": lambda: served_rate(server, many, tokens, sampling),
+            f"Batch, {many}": lambda: batch_rate(model, many, tokens, random),
+            f"server, {many}": lambda: served_rate(server, many, tokens, random),
             "pass of 1": lambda: raw_rate(model, 1, tokens),
-            "Batch, 1": lambda: batch_rate(model, 1, tokens, sampling),
-            "server, 1": lambda: served_rate(server, 1, tokens, sampling),
+            "Batch, 1": lambda: batch_rate(model, 1, tokens, random),
+            "server, 1": lambda: served_rate(server, 1, tokens, random),
         }
         try:
             for number in range(options.rounds + 1):
                 for name, measure in list(measures.items())[:: -1 if number % 2 else 1]:
-                    rate = measure()
+                    rate = completed(measure)
                     if number:  # the first round is a warm-up
                         rates[name].append(rate)
         finally:
