@@ -26,6 +26,7 @@ class PassTimes:
         further = _SPARSE if sparse else _DENSE
         self._believed = [1 + further * (tokens - 1) for tokens in range(MEASURED + 1)]
         self._means: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
         self._table = self._believed
         self._added = 0
         self._renewed: set[int] = set()
@@ -40,9 +41,11 @@ class PassTimes:
         if mean is None:
             self._means[tokens] = seconds
         else:
-            self._means[tokens] = mean + (min(seconds, _OUTLIER * mean) - mean) * _WEIGHT
+            weight = max(_WEIGHT, 1 / (1 + self._counts[tokens]))
+            self._means[tokens] = mean + (min(seconds, _OUTLIER * mean) - mean) * weight
+        self._counts[tokens] = self._counts.get(tokens, 0) + 1
         self._renewed.add(tokens)
-        if mean is None or self._added % _RENEWED == 0:
+        if self._counts[tokens] < 1 / _WEIGHT or self._added % _RENEWED == 0:
             self._forget()
             # What is rarely measured may have been measured while the machine was busy: more tokens took less time.
             estimates = [self._estimate(tokens) for tokens in range(MEASURED + 1)]
