@@ -49,7 +49,10 @@ class Engine(Protocol):
 
 
 class Llama:
-    """llama.cpp through its C interface, with or without flash attention."""
+    """llama.cpp through its C interface, with or without flash attention.
+
+    flash: "on" or "off", with keys and values in f16; "q8_0": on, with both in q8_0.
+    """
 
     def __init__(self, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
         import llama_cpp
@@ -73,7 +76,10 @@ class Llama:
         settings.flash_attn_type = {
             "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
             "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            "q8_0": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
         }[flash]
+        if flash == "q8_0":
+            settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_Q8_0
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
             raise SystemExit(f"llama.cpp cannot make a context of {context} tokens, flash attention {flash}")
@@ -272,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--flash", choices=("on", "off"), default="on", help="llama.cpp's flash attention")
+    parser.add_argument("--flash", choices=("on", "off", "q8_0"), default="on", help="llama.cpp's attention")
     parser.add_argument("--mapped", action="store_true", help="let llama.cpp map its weights instead of repacking them")
     parser.add_argument("--prompt", default="Once upon a time")
     options = parser.parse_args(arguments)

@@ -8,8 +8,9 @@ after a restart of the machine: files left in memory by a conversion may lie in 
 more slowly. Their placement in a virtual machine's memory may matter, too: --restarts reads them, and starts the
 engines, several times, each time with more of the memory occupied.
 
-The engines take turns at every measurement (interleave.py). llama.cpp runs with flash attention on and off, and the
-faster of the two is its result. Prints a Markdown table: medians and ranges in tokens per second.
+The engines take turns at every measurement (interleave.py). llama.cpp runs with flash attention on and off, and on
+with keys and values in q8_0; the fastest of the three is its result. Prints a Markdown table: medians and ranges in
+tokens per second.
 
 Needs `pip install npqwen[bench]`, which compiles llama-cpp-python for this machine; the system line in the report says
 which instructions it uses.
@@ -116,7 +117,7 @@ def contenders(
         if not options.llama_only:
             children["npqwen"] = Child("npqwen", ours, threads, context)
             stack.callback(children["npqwen"].close)
-        for flash in ("on", "off") if options.flash == "both" else (options.flash,):
+        for flash in ("on", "off", "q8_0") if options.flash == "all" else (options.flash,):
             name = f"llama.cpp, flash attention {flash}"
             children[name] = Child("llama", theirs, threads, context, flash)
             stack.callback(children[name].close)
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=counts, default=[4])
     add_measure_options(parser)
     parser.add_argument("--start", action="store_true", help="also time a process's start to its first token")
-    parser.add_argument("--flash", choices=("both", "on", "off"), default="both", help="llama.cpp's flash attention")
+    parser.add_argument("--flash", choices=("all", "on", "off", "q8_0"), default="all", help="llama.cpp's attention")
     parser.add_argument("--pure", action="store_true", help="quantize llama.cpp's embedding like the other matrices")
     parser.add_argument("--llama-only", action="store_true")
     parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
