@@ -118,8 +118,9 @@ def measure_draft(model: Model, draft: Model, acceptance: float, rounds: int, to
     """Print speeds with and without a draft model, and what was to be expected."""
     prompt, script = texts(model)["no repetition"]
     prompt, script = prompt[:200], script[:tokens]
-    rng = random.Random(1)
-    likeliest = [id if rng.random() < acceptance else id + 1 for id in script]
+    right = [i < acceptance * len(script) for i in range(len(script))]
+    random.Random(1).shuffle(right)
+    likeliest = [id if is_right else id + 1 for id, is_right in zip(script, right, strict=True)]
     scripted: Any = Scripted(draft, len(prompt), likeliest)
     drafter = DraftModel(scripted, model)
     ratios, promises, rates = [], [], (0.0, 0.0)
