@@ -52,7 +52,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", OTHERS)
 def test_instruction_set(runs: Runs, name: str) -> None:
     process, log = runs[name]
-    status = process.wait(timeout=500)
+    status = process.wait(timeout=900)
     assert status == 0, log.read_text(encoding="utf-8", errors="replace")[-3000:]
 
 
