@@ -94,6 +94,11 @@ class KVCache:
         return self._held.addresses
 
     @property
+    def held(self) -> object:
+        """The owner of the pages that `addresses` leads to: they stay as long as it does."""
+        return self._held
+
+    @property
     def page_count(self) -> int:
         """Allocated pages, including shared ones."""
         return len(self._held.arrays)

@@ -18,11 +18,11 @@ from quantized import int8_blocks
 from units import CODEBOOKS, Units
 
 from npqwen.format.encodings import BY_NAME, ENCODINGS, Encoding
-from npqwen.kernels.barrier import MEMBERS
 from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, swiglu
 from npqwen.kernels.packing import WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
+from npqwen.kernels.pieces import new_state
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
 
@@ -111,13 +111,16 @@ def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, ex
     encoding = ENCODINGS[record["encoding"]]
     kernels = matmul_kernels([encoding.code])
 
-    def scratch() -> np.ndarray:
-        return np.zeros(scratch_floats(record["cols"]), np.float32)
+    def own() -> tuple[np.ndarray, np.ndarray]:
+        return (
+            np.zeros(scratch_floats(record["cols"]), np.float32),
+            np.zeros(local_floats(whole, 1), np.float32),
+        )
 
     together(
         members,
         matmul,
-        lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, accumulate, scratch()),
+        lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, accumulate, *own()),
     )
     expected = product(units, x) + (before[:tokens, :rows] if accumulate else 0)
     if encoding.is_integer:
@@ -148,17 +151,16 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     units = random_units(encoding.bits, np.ones(144, bool), 384, rng)
     x = rng.standard_normal((max(33, UNPACKED), 384)).astype(np.float32)
     record, kernels = matrix(units), matmul_kernels([encoding.code])
-    scratch = np.zeros(scratch_floats(384), np.float32)
+    scratch, local = np.zeros(scratch_floats(384), np.float32), np.zeros(local_floats(64, 1), np.float32)
     results = []
     for count in sorted({1, 2, 4, 5, 16, 33, len(x)}):
         width = run(tile_width, count)
         out = np.zeros((len(x) + 32, 144), np.float32)
         for first in range(0, len(x), count):
             part = packed(x[first : first + count], encoding, width)
-            team = np.zeros(80, np.int64)
-            team[MEMBERS] = 1
+            state = new_state(1)
             tokens = len(x[first : first + count])
-            run(matmul, team, kernels, record, part, tokens, width, out[first:], 0, scratch)
+            run(matmul, state[1], kernels, record, part, tokens, width, out[first:], 0, scratch, local)
         results.append(out[: len(x)])
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
