@@ -18,7 +18,7 @@ from quantized import int8_blocks
 from units import CODEBOOKS, Units
 
 from npqwen.format.encodings import BY_NAME, ENCODINGS, Encoding
-from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul_kernels, scratch_floats
+from npqwen.kernels.matmul import local_chunk, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, swiglu
 from npqwen.kernels.packing import WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
@@ -177,25 +177,17 @@ def test_matmul_shared_by_threads(encoding: Encoding, members: int) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
 @ALL
-def test_claims_cover_all_rows_and_fit_the_buffer(encoding: Encoding, multiple: int) -> None:
+def test_results_of_a_claim_fit_the_buffer(encoding: Encoding, multiple: int) -> None:
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [128, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
         width = run(tile_width, tokens)
         whole = -(-tokens // width) * width
-        state = np.zeros(80, np.int64)
-        state[MEMBERS] = members
-        end = 0
-        while True:
-            first, last = run(claim_local_rows, state, record, rows // 16, tokens, width, multiple)
-            assert first == end
-            if first == last:
-                break
-            assert first % multiple == 0
-            assert last % multiple == 0 or last == rows // 16
-            assert (last - first) * 16 * whole <= local_floats(whole, multiple)
-            end = last
-        assert end == rows // 16
+        state, local = new_state(members), np.zeros(local_floats(whole, multiple), np.float32)
+        chunk = run(local_chunk, state[1], record, rows // 16, tokens, width, local, multiple)
+        assert chunk > 0
+        assert chunk % multiple == 0
+        assert chunk * 16 * whole <= local.size
 
 
 @INTEGERS
