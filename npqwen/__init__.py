@@ -22,6 +22,7 @@ from npqwen.errors import (
     OptionError,
     OutOfMemoryError,
     OutputError,
+    PrefixCacheWarning,
     SamplingWarning,
     ThreadsWarning,
 )
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from npqwen.chat.events import Reply as Reply
     from npqwen.chat.events import Text as Text
     from npqwen.chat.events import UnfinishedCall as UnfinishedCall
+    from npqwen.engine.cache_type import CacheType
     from npqwen.engine.kv_cache import KVCache as KVCache
     from npqwen.generation.completion import Completion as Completion
     from npqwen.generation.completion import FinishReason as FinishReason
@@ -92,6 +94,7 @@ __all__ = [
     "OptionError",
     "OutOfMemoryError",
     "OutputError",
+    "PrefixCacheWarning",
     "Reasoning",
     "Reply",
     "Sampler",
@@ -158,6 +161,11 @@ def load(
     revision: str | None = None,
     low_disk: bool = False,
     yarn: float | None = None,
+    kv: CacheType | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
+    prefix_cache_size: int | None = None,
+    prefix_memory: int | None = None,
+    draft: str | os.PathLike[str] | Model | None = None,
     notice: Callable[[str], None] | None = None,
     progress: bool | Callable[[int, int], Any] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
@@ -174,10 +182,21 @@ def load(
     yarn: extends the context by YaRN, by a factor from 1 to 4: tokens needed / tokens trained on, such as 2 for 65,536
     tokens with a Qwen3 that was trained on 32,768. It is for models trained on fewer than 131,072 tokens, and makes
     answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
+    kv: the type of the cached keys and values, which every new token reads: "int8", "f16" or "f32". Default: int8, half
+    of f16's memory and faster after long texts; f32 with 16 bits, where nothing else is rounded either.
+    prefix_cache: a directory that keeps what was computed of texts (keys and values, and the tokens themselves), so
+    that texts that begin alike do not compute it again in a later run. Any number of processes and models may share it.
+    prefix_cache_size: bytes that its files may take, default 10 GB; the least recently used are removed.
+    prefix_memory: bytes of it that are kept in memory, with or without a directory; default: a quarter of what is
+    available beside the weights, at most 4 GiB; 0: none.
+    draft: a smaller model with the same tokens, such as "Qwen/Qwen3-0.6B" for "Qwen/Qwen3-8B", or a loaded one. It
+    guesses next tokens, and one pass of this model verifies several of them, where that is faster (see the option
+    `speculation`). Texts stay the same.
 
     progress: bars on stderr for download, conversion and compilation; default: if stderr is a terminal or a notebook's.
     False shows none, True always shows them. A function (bytes_done, bytes_total) follows the conversion instead.
-    notice: a function (line) that receives what was found, downloaded or converted, and where. on_compile: a function
+    notice: a function (line) that receives what was found, downloaded or converted, and where, and later which files of
+    the prefix cache were damaged, or why none can be written (default: a PrefixCacheWarning). on_compile: a function
     (done, total) that follows the compilation of the kernels on first use, in place of its bar.
 
     Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
@@ -186,6 +205,11 @@ def load(
     from npqwen.hub.names import model_name
     from npqwen.progress import bars_or
 
+    if prefix_cache is not None:  # before a download
+        from npqwen.checks import check_path
+        from npqwen.engine.prefix_files import check_directory
+
+        check_directory(check_path(prefix_cache))
     bars, own = bars_or(progress)
     with bars:
         path = hub.resolve(
@@ -199,7 +223,17 @@ def load(
         )
 
         from npqwen.hardware.contention import too_many_threads
-        from npqwen.model import load
+        from npqwen.model import Model, load
+
+        if draft is not None and not isinstance(draft, Model):
+            draft = hub.resolve(
+                draft,
+                None,
+                low_disk=low_disk,
+                notice=notice,
+                progress=own or bars.of("converting"),
+                download_bars=bars.shown,
+            )
 
         if isinstance(threads, int) and (problem := too_many_threads(threads)) is not None:
             import warnings
@@ -210,8 +244,14 @@ def load(
             threads=threads,
             context=context,
             yarn=yarn,
+            kv=kv,
+            prefix_cache=prefix_cache,
+            prefix_cache_size=prefix_cache_size,
+            prefix_memory=prefix_memory,
+            notice=notice,
             on_compile=on_compile or bars.of("compiling kernels (once)", " kernels"),
             name=model_name(model, revision),
+            draft=draft,
         )
 
 

@@ -22,11 +22,12 @@ _ABANDONED = 3600
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[BinaryIO]:
     """Yields a temporary file, which replaces `path` on leaving; after an exception it is removed instead.
 
     The directory is made if need be. A link is followed, and a replaced file passes its permissions on. private: only
-    the owner can read a new file. Raises OutputError if `path` is a directory or a device, and for every OSError
+    the owner can read a new file. sync: wait until the file is on the disk; without it, a file may be damaged after a
+    power failure. Raises OutputError if `path` is a directory or a device, and for every OSError
     within.
     """
     with writing(path):
@@ -43,14 +44,16 @@ def new_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
                 if target.exists():
                     shutil.copymode(target, partial)
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(partial, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
-        sync_directory(target.parent)
+        if sync:
+            sync_directory(target.parent)
 
 
 @contextlib.contextmanager

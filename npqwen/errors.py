@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class NpqwenError(Exception):
     """Base class of all errors of this package."""
@@ -53,6 +55,19 @@ class SamplingWarning(UserWarning):
 
 class ThreadsWarning(UserWarning):
     """More threads than CPUs that this process may use, which is slower than as many threads as CPUs."""
+
+
+class PrefixCacheWarning(UserWarning):
+    """Files of a prefix cache that were damaged, or cannot be written. Answers are not affected."""
+
+
+def user_stacklevel() -> int:
+    """The `stacklevel` at which a warning of the caller points to the code that uses this package."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "npqwen":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def shortened(text: str, limit: int = 80) -> str:

@@ -12,10 +12,14 @@ import numpy as np
 
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
+from npqwen.checks import check_path
+from npqwen.engine.cache_type import CacheType
 from npqwen.engine.engine import Engine
 from npqwen.errors import NpqwenError
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
+from npqwen.generation.draft_model import DraftModel
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.sampler import greatest
@@ -23,6 +27,8 @@ from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import os
+
     from typing_extensions import Unpack
 
     from npqwen.chat.chat_options import ChatOptions
@@ -58,20 +64,52 @@ class Model(Engine):
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
+        kv: CacheType | None = None,
+        prefix_cache: Path | None = None,
+        prefix_cache_size: int | None = None,
+        prefix_memory: int | None = None,
+        notice: Callable[[str], None] | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         name: str | None = None,
+        draft: Path | Model | None = None,
     ) -> None:
         """Map the converted directory `path`; see `load`."""
         self._name = name or path.name
+        self._draft: Model | None = None
+        self._loaded_draft: Model | None = None
         with ThreadPoolExecutor(1) as reader:
             # A Qwen3 tokenizer takes as long to read as everything else: they are read side by side.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
             # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
-            super().__init__(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile)
+            super().__init__(
+                path,
+                threads=threads,
+                context=context,
+                yarn=yarn,
+                kv=kv,
+                prefix_cache=prefix_cache,
+                prefix_cache_size=prefix_cache_size,
+                prefix_memory=prefix_memory,
+                notice=notice,
+                on_compile=on_compile,
+            )
             try:
                 self._tokenizer = tokenizer.result()
                 self._generation_config = GenerationConfig.from_directory(path)
+                if draft is not None and not isinstance(draft, Model):
+                    draft = self._loaded_draft = Model(
+                        draft,
+                        threads=threads,
+                        kv=kv,
+                        prefix_cache=prefix_cache,
+                        prefix_cache_size=prefix_cache_size,
+                        prefix_memory=prefix_memory,
+                        notice=notice,
+                        on_compile=on_compile,
+                    )
+                self._draft = draft
+                self._drafting = Drafting(self.passes, None if draft is None else DraftModel(draft, self))
             except NpqwenError:
                 self.close()
                 raise
@@ -93,6 +131,26 @@ class Model(Engine):
     def generation_config(self) -> GenerationConfig:
         """The checkpoint's own sampling, and its eos ids."""
         return self._generation_config
+
+    @property
+    def draft(self) -> Model | None:
+        """The model that guesses this one's tokens."""
+        return self._draft
+
+    @property
+    def drafting(self) -> Drafting:
+        """What its texts share to guess their next tokens."""
+        return self._drafting
+
+    def close(self) -> None:
+        """Wait for the running pass, end the threads and unmap the files. Later calls raise ClosedError.
+
+        Prefixes that are not yet in the prefix cache's directory are written. A draft model that was given loaded stays
+        open.
+        """
+        super().close()
+        if self._loaded_draft is not None:
+            self._loaded_draft.close()
 
     def _compile(self) -> None:
         super()._compile()
@@ -288,16 +346,38 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     yarn: float | None = None,
+    kv: CacheType | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
+    prefix_cache_size: int | None = None,
+    prefix_memory: int | None = None,
+    notice: Callable[[str], None] | None = None,
     on_compile: Callable[[int, int], None] | None = None,
     name: str | None = None,
+    draft: str | os.PathLike[str] | Model | None = None,
 ) -> Model:
     """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn: the factor by which YaRN extends the context, see `npqwen.load`. on_compile(done, total): called while
-    kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
+    own. yarn, kv, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when files of
+    the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done, total): called
+    while kernels are compiled, on the first use on a machine. name: of the model, default the directory's. draft: a
+    converted directory, loaded with the same options and closed with the model, or a loaded model; see `npqwen.load`.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
-    options, OutOfMemoryError if memory cannot hold the buffers and the cache of a context that is given.
+    options, OutputError for a prefix cache that cannot be written, OutOfMemoryError if memory cannot hold the buffers
+    and the cache of a context that is given.
     """
-    return Model(Path(path), threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+    return Model(
+        Path(path),
+        threads=threads,
+        context=context,
+        yarn=yarn,
+        kv=kv,
+        prefix_cache=None if prefix_cache is None else check_path(prefix_cache),
+        prefix_cache_size=prefix_cache_size,
+        prefix_memory=prefix_memory,
+        notice=notice,
+        on_compile=on_compile,
+        name=name,
+        draft=draft if draft is None or isinstance(draft, Model) else check_path(draft),
+    )

@@ -22,7 +22,7 @@ def server_sent(lines: Iterable[str]) -> Iterator[Json]:
         elif line.startswith("data: "):
             assert data is None
             data = json.loads(line[len("data: ") :])
-        else:
+        elif not line.startswith(":"):  # a comment
             assert line == "", f"neither event nor data: {line!r}"
             if data is not None:
                 assert data["type"] == name
@@ -54,7 +54,6 @@ class MessageReader:
         getattr(self, f"_{event['type']}")(event)
 
     def _ping(self, event: Json) -> None:
-        assert self.message, "ping before message_start"
         assert event == {"type": "ping"}
         self.pings += 1
 

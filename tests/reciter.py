@@ -18,9 +18,12 @@ from npqwen.chat.conversation import Conversation
 from npqwen.chat.events import Reply
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefixes import Prefixes
 from npqwen.format.config import Config
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.sampling import Sampling
+from npqwen.kernels.cache_page import PAGE
 from npqwen.tokenizer import Tokenizer
 from npqwen.tools.calls import ToolCall
 
@@ -32,17 +35,35 @@ GREEDY = Sampling(temperature=0)
 
 
 class RecitersCache(KVCache):
-    """Pages that nobody writes, and the ids that were run (those up to `length` count)."""
+    """Pages that hold the ids that were run, in place of keys and values."""
 
-    ids: tuple[int, ...] = ()
     script: list[int] | None = None
     start = 0
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The ids in the cache."""
+        pages = [_page_ids(page) for page in self.pages(self.length)]
+        return tuple(np.concatenate(pages)[: self.length].tolist()) if pages else ()
+
+    def append(self, ids: NDArray[Any]) -> None:
+        self.reserve(ids.size)
+        pages = self.pages(self.length + ids.size)
+        for id in ids.tolist():
+            _page_ids(pages[self.length // PAGE])[self.length % PAGE] = id
+            self.length += 1
 
     def fork(self, length: int | None = None) -> RecitersCache:
         fork = super().fork(length)
         assert isinstance(fork, RecitersCache)
         fork.script = None
         return fork
+
+
+def _page_ids(page: NDArray[Any]) -> NDArray[np.int32]:
+    """A view of a page's first bytes as ids."""
+    ids: NDArray[np.int32] = page[(0,) * (page.ndim - 1)].view(np.int32)[:PAGE]
+    return ids
 
 
 class Reciter:
@@ -73,6 +94,8 @@ class Reciter:
         self.config = replace(Config.from_directory(TINY), vocab_size=4128, max_position_embeddings=max(context, 2048))
         self.generation_config = GenerationConfig(frozenset({EOS}), sampling)
         self.fingerprint = "reciter"
+        self.prefixes = Prefixes(1 << 28)
+        self.drafting = Drafting()
         self.prompts: list[str] = []
         self.prompt_ids: list[list[int]] = []
         self.read: list[int] = []
@@ -97,15 +120,15 @@ class Reciter:
         for piece in pieces:
             assert isinstance(piece.cache, RecitersCache)
             script, start = piece.cache.script, piece.cache.start
+            if script is not None and piece.cache.length >= start + len(script) - 1:
+                script = None  # after its text, a cache may be used for a prompt that continues it
             is_prompt = piece.rows > 0 and script is None
             if is_prompt:
                 script, start = [*self._texts.pop(0), EOS], piece.cache.length + piece.ids.size
                 self.read.append(piece.ids.size)
             self._script, self._start = script or [], start
             logits = self.forward(piece.ids, piece.cache, all_logits=True)
-            at_end = script is not None and piece.cache.length >= start + len(script) - 1
-            # after its text, a cache may be used for a prompt that continues it
-            piece.cache.script, piece.cache.start = None if at_end else script, start
+            piece.cache.script, piece.cache.start = script, start
             if is_prompt:
                 self._record(piece.cache)
             found.append(logits[len(logits) - piece.rows :])
@@ -113,7 +136,7 @@ class Reciter:
 
     def new_cache(self, room: int | None = None) -> RecitersCache:
         assert room is None or room <= self.context
-        return RecitersCache(self.config, room or self.context, np.float16)
+        return RecitersCache(self.config, room or self.context, "f16")
 
     def prefill(
         self, ids: ArrayLike, cache: KVCache, progress: Callable[[int, int], None] | None = None
@@ -122,6 +145,7 @@ class Reciter:
         count = np.size(ids)
         self._script = [*self._texts.pop(0), EOS]
         self._start = cache.length + count
+        cache.script, cache.start = self._script, self._start
         self.read.append(count)
         logits: NDArray[np.float32] = self.forward(ids, cache)[-1]
         if progress is not None:
@@ -139,9 +163,7 @@ class Reciter:
         assert isinstance(cache, RecitersCache)
         tokens = np.asarray(ids)
         assert tokens.dtype.kind == "i"
-        cache.reserve(tokens.size)
-        cache.ids = (*cache.ids[: cache.length], *tokens.tolist())
-        cache.length += tokens.size
+        cache.append(tokens)
         self.calls.append(tokens.size)
         logits = np.full((tokens.size if all_logits else 1, self.config.vocab_size), -100, np.float32)
         for row, length in zip(logits[::-1], range(cache.length, 0, -1), strict=False):

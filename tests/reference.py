@@ -17,8 +17,10 @@ from typing_extensions import Self
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config
+from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate, stream
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.language_model import LanguageModel
@@ -39,7 +41,7 @@ class ReferenceCache(KVCache):
     """A cache without pages; the keys and values are in `arrays`, the example's own cache."""
 
     def __init__(self, config: Config, limit: int = 1 << 31) -> None:
-        super().__init__(config, 0, np.float32)
+        super().__init__(config, 0, "f32")
         self.limit = limit
         self.arrays = qwen3_in_numpy.Cache(config)
 
@@ -67,7 +69,8 @@ class ReferenceModel:
     bits = 32
     threads = 1
     weight_bytes = 0
-    fingerprint = "reference"
+    name = fingerprint = "reference"
+    prefixes = Prefixes(0)
     tokenizer: Tokenizer
     generation_config: GenerationConfig
 
@@ -75,6 +78,7 @@ class ReferenceModel:
         self, config: Config, weights: Mapping[str, Any], path: Path | None = None, context: int | None = None
     ) -> None:
         self.config = config
+        self.drafting = Drafting()
         self.weights = weights
         self.context = context or config.max_position_embeddings
         self.path = path or Path("reference")

@@ -15,9 +15,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from npqwen.server.app import application
+from npqwen.server.connection import Connection
+from npqwen.server.models import ModelState
+from npqwen.server.offer import Offer
 from npqwen.server.requests import Request
 from npqwen.server.run import Run, RunEvent
 from npqwen.server.settings import Settings
+from npqwen.server.statistics import WorkerStatistics
 from npqwen.server.worker import Worker
 
 if TYPE_CHECKING:
@@ -29,7 +33,9 @@ def served(application: ASGIApp) -> Iterator[str]:
     """Serve an application while the block runs; yields its address, "http://127.0.0.1:PORT"."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:  # see server/listener.py
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(application, log_config=None, ws="none", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            application, http=Connection, log_config=None, ws="none", timeout_graceful_shutdown=2
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -62,9 +68,9 @@ class Runs:
 
 
 @contextmanager
-def scripted_server(model: Model) -> Iterator[tuple[ScriptedModels, str]]:
-    """A server whose runs do what a test says, and its address."""
-    models = ScriptedModels(model)
+def scripted_server(model: Model, models: ScriptedModels | None = None) -> Iterator[tuple[ScriptedModels, str]]:
+    """A server whose runs do what a test says, and its address. models: in place of new `ScriptedModels`."""
+    models = models or ScriptedModels(model)
     with served(application(models, Settings())) as url:  # type: ignore[arg-type]
         yield models, url
 
@@ -104,6 +110,12 @@ class ScriptedModels:
         run = self.runs[-1]
         for item in items:
             run.loop.call_soon_threadsafe(run.receive, item if isinstance(item, BaseException) else (0, item))
+
+    @property
+    def states(self) -> list[ModelState]:
+        """What is known of the model; its statistics are empty."""
+        statistics = WorkerStatistics(alive=True)
+        return [ModelState(self.model.name, Offer.loaded(self.model), None, False, statistics, None)]
 
     async def close(self) -> None:
         pass

@@ -75,7 +75,7 @@ def test_python_code_runs(
     monkeypatch.chdir(tmp_path)
     tiny, load = tmp_path / "examples" / "tiny-qwen3", npqwen.load
     shutil.copytree(ROOT / "examples" / "tiny-qwen3", tiny)
-    monkeypatch.setattr(npqwen, "load", lambda model, bits=None: load(tiny, bits, threads=1))
+    monkeypatch.setattr(npqwen, "load", lambda model, bits=None, **_: load(tiny, bits, threads=1))
     names: dict[str, object] = {}
     try:
         for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S):

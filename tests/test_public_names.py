@@ -39,7 +39,7 @@ def test_every_public_name_exists_and_explains_itself() -> None:
 
 def test_help_shows_what_a_model_is() -> None:
     text = pydoc.plain(pydoc.render_doc(npqwen.Model))
-    for name in ("bits", "cache_dtype", "config", "context", "name", "path", "threads", "tokenizer", "weight_bytes"):
+    for name in ("bits", "config", "context", "kv", "name", "path", "threads", "tokenizer", "weight_bytes"):
         assert isinstance(inspect.getattr_static(npqwen.Model, name), property), name
         assert f" {name}\n" in text, name
 

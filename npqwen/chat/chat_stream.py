@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -14,7 +13,7 @@ from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, R
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.prepared_answer import GREEDY, Prompts, prepare
 from npqwen.checks import check_whole
-from npqwen.errors import OptionError, SamplingWarning, quoted
+from npqwen.errors import OptionError, SamplingWarning, quoted, user_stacklevel
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.batch import Batch
 from npqwen.generation.completion import Usage
@@ -74,7 +73,7 @@ class ChatStream(AsyncSteps[Event]):
         self._prepared = prepare(model, settings, self.past, prompts)
         self._pending_notices = list(self._prepared.notices)
         if GREEDY in self._pending_notices:
-            warnings.warn(GREEDY, SamplingWarning, stacklevel=_user_stacklevel())
+            warnings.warn(GREEDY, SamplingWarning, stacklevel=user_stacklevel())
         self._begin_step(self._prepared.prompt_ids)
         self._events = self._run()
 
@@ -257,15 +256,6 @@ def _total(usages: list[Usage]) -> Usage:
     """The sum of all steps; `first_token_seconds` is the first step's."""
     sums = {f.name: sum(getattr(usage, f.name) for usage in usages) for f in fields(Usage)}
     return Usage(**sums | {"first_token_seconds": usages[0].first_token_seconds})
-
-
-def _user_stacklevel() -> int:
-    """The `stacklevel` at which a warning of the caller points to the code that uses this package."""
-    level = 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "npqwen":
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def stream_chat(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,7 @@ from npqwen.commands.options import (
     Counts,
     bits_option,
     context_option,
+    kv_option,
     low_disk_option,
     open_model,
     quiet_option,
@@ -20,6 +22,9 @@ from npqwen.commands.options import (
     yarn_option,
 )
 from npqwen.terminal.terminal import Terminal
+
+if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
 
 _LENGTHS = Counts(0, "128,512")
 
@@ -51,6 +56,7 @@ _LENGTHS = Counts(0, "128,512")
 )
 @context_option
 @yarn_option
+@kv_option
 @low_disk_option
 @quiet_option
 def bench(
@@ -66,6 +72,7 @@ def bench(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
     quiet: bool,
 ) -> None:
     """Measure tokens per second of MODEL, and the share of the memory's read bandwidth that decoding reaches."""
@@ -88,7 +95,7 @@ def bench(
         reports = []
         counts: Sequence[int | None] = threads or [None]
         for number in counts:
-            with closing(open_model(converted, None, number, context, terminal, yarn=yarn)) as loaded:
+            with closing(open_model(converted, None, number, context, terminal, yarn=yarn, kv=kv)) as loaded:
                 progress = terminal.benchmark_progress
                 reports.append(benchmark(loaded, prefill, decode, depth, repeat, progress=progress))
                 speed = Report.merged(reports)

@@ -15,10 +15,12 @@ from npqwen.commands.options import (
     Command,
     Switch,
     argument_text,
+    draft_option,
     generation_options,
     keyboard_notice,
     model_options,
     open_model,
+    prefix_cache_options,
     stdin_text,
 )
 from npqwen.errors import OptionError, SamplingWarning
@@ -26,6 +28,9 @@ from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from npqwen.engine.cache_type import CacheType
     from npqwen.terminal.autosave import Autosave
     from npqwen.terminal.reasoning_view import ReasoningMode
     from npqwen.terminal.terminal_chat import TerminalChat
@@ -68,6 +73,8 @@ class _Chat(Command):
 @click.option("--continue", "-c", "continues", is_flag=True, help="Continue the last conversation.")
 @click.option("--no-save", is_flag=True, help="Keep neither the conversation nor what is typed.")
 @generation_options(CHAT_DEFAULTS)
+@draft_option
+@prefix_cache_options
 @model_options
 def chat(
     model: str,
@@ -83,6 +90,10 @@ def chat(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
+    prefix_cache: Path | None,
+    prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -103,7 +114,20 @@ def chat(
     with (
         terminal,
         closing(
-            open_model(model, bits, threads, context, terminal, purpose="chat", low_disk=low_disk, yarn=yarn)
+            open_model(
+                model,
+                bits,
+                threads,
+                context,
+                terminal,
+                purpose="chat",
+                low_disk=low_disk,
+                yarn=yarn,
+                kv=kv,
+                prefix_cache=prefix_cache,
+                prefix_cache_size=prefix_cache_size,
+                draft=draft,
+            )
         ) as loaded,
         warnings.catch_warnings(),
     ):

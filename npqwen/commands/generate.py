@@ -10,16 +10,21 @@ import click
 from npqwen.commands.options import (
     Command,
     argument_text,
+    draft_option,
     generation_options,
     keyboard_notice,
     model_options,
     open_model,
+    prefix_cache_options,
     stdin_text,
 )
 from npqwen.generation.options import check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from npqwen.engine.cache_type import CacheType
     from npqwen.generation.stream import Stream
 
 
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("prompt")
 @generation_options({})
+@draft_option
+@prefix_cache_options
 @model_options
 def generate(
     model: str,
@@ -36,6 +43,10 @@ def generate(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
+    prefix_cache: Path | None,
+    prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -54,7 +65,20 @@ def generate(
     with (
         terminal,
         closing(
-            open_model(model, bits, threads, context, terminal, purpose="text", low_disk=low_disk, yarn=yarn)
+            open_model(
+                model,
+                bits,
+                threads,
+                context,
+                terminal,
+                purpose="text",
+                low_disk=low_disk,
+                yarn=yarn,
+                kv=kv,
+                prefix_cache=prefix_cache,
+                prefix_cache_size=prefix_cache_size,
+                draft=draft,
+            )
         ) as loaded,
     ):
         from npqwen.terminal.answer_text import answer_text
@@ -72,6 +96,8 @@ def generate(
 
 
 def _statistics(stream: Stream) -> str:
+    from npqwen.terminal.answer_view import guesses
+
     usage = stream.usage
     if stream.stop_string is not None:
         end = f"stopped at {stream.stop_string!r}"
@@ -81,8 +107,9 @@ def _statistics(stream: Stream) -> str:
         end = "the text repeated itself"
     else:
         end = "--max-tokens reached" if stream.max_tokens == usage.generated_tokens else "the context is full"
+    cached = f", {usage.cached_tokens} of them cached," if usage.cached_tokens else ""
     return (
-        f"prompt: {usage.prompt_tokens} tokens in {usage.prefill_seconds:.2f} s, "
-        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens, "
+        f"prompt: {usage.prompt_tokens} tokens{cached} in {usage.prefill_seconds:.2f} s, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens{guesses(usage)}, "
         f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
     )

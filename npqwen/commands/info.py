@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, bits_option, low_disk_option, resolve, yarn_option
+from npqwen.commands.options import Command, bits_option, kv_option, low_disk_option, resolve, yarn_option
 from npqwen.terminal.terminal import Terminal
+
+if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
 
 
 @click.command(cls=Command)
@@ -18,9 +22,16 @@ from npqwen.terminal.terminal import Terminal
     "--context", type=int, metavar="N", help="Count memory for N tokens; default: the model's limit."
 )
 @yarn_option
+@kv_option
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def info(
-    model: str, bits: int | None, low_disk: bool, context: int | None, yarn: float | None, as_json: bool
+    model: str,
+    bits: int | None,
+    low_disk: bool,
+    context: int | None,
+    yarn: float | None,
+    kv: CacheType | None,
+    as_json: bool,
 ) -> None:
     """Describe MODEL: shapes, bits per weight, bytes of each part, memory needed, and the kernels that will run.
 
@@ -31,5 +42,5 @@ def info(
 
     with Terminal() as terminal:
         path = resolve(model, bits, terminal, low_disk=low_disk)
-        found = inspect(path, context, yarn)
+        found = inspect(path, context, yarn, kv)
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found, model_name(model))) + "\n")

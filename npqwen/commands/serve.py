@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,18 @@ import click
 
 from npqwen.commands.options import (
     Command,
+    Size,
     argument_text,
     bits_option,
     check_numba,
     context_option,
+    draft_option,
+    kv_option,
     low_disk_option,
+    prefix_cache_options,
     quiet_option,
     resolve,
+    resolve_draft,
     threads_option,
     yarn_option,
 )
@@ -25,12 +29,12 @@ from npqwen.errors import OptionError, quoted
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen.engine.cache_type import CacheType
     from npqwen.server.listener import Listener
     from npqwen.server.offer import Offer
     from npqwen.server.settings import Settings
 
 PORT = 8000
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]
@@ -47,21 +51,6 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
             return seconds(str(value))
         except OptionError as error:
             self.fail(str(error), param, ctx)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """Bytes, in powers of ten: "8GB", "500M"."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).lower(), re.ASCII)
-        count = round(float(found[1]) * _BYTES[found[2]]) if found else 0
-        if count < 1:
-            self.fail(f"{value!r} is not a size such as 8GB or 500MB", param, ctx)
-        return count
 
 
 class Alias(click.ParamType):  # type: ignore[type-arg]
@@ -113,10 +102,13 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
     "--memory", default=None, type=Size(), help="Memory that loaded models may take together; default: what is free."
 )
 @click.option("--log", is_flag=True, help="Write one line for each request to stderr.")
+@draft_option
+@prefix_cache_options
 @bits_option
 @threads_option
 @context_option
 @yarn_option
+@kv_option
 @low_disk_option
 @quiet_option
 def serve(
@@ -126,6 +118,10 @@ def serve(
     context: int | None,
     low_disk: bool,
     yarn: float | None,
+    kv: CacheType | None,
+    prefix_cache: Path | None,
+    prefix_cache_size: int | None,
+    draft: str | None,
     quiet: bool,
     host: str,
     port: int,
@@ -166,7 +162,24 @@ def serve(
     )
     tls = tls_context(tls_cert, tls_key)
     with terminal, Listener(host, port, uds) as listener:
-        offers = [_offer(name, bits, threads, context, yarn, terminal, low_disk) for name in names]
+        draft_path = None if draft is None else resolve_draft(draft, terminal, low_disk)
+        offers = [
+            _offer(
+                name,
+                bits,
+                terminal,
+                low_disk,
+                threads=threads,
+                context=context,
+                yarn=yarn,
+                kv=kv,
+                prefix_cache=prefix_cache,
+                prefix_cache_size=prefix_cache_size,
+                draft=draft_path,
+                notice=terminal.notice,
+            )
+            for name in names
+        ]
         served = Models(*offers, settings=settings)
         log_to_stderr(requests=log)
         run(
@@ -218,20 +231,12 @@ def _keys_in(file: str | None) -> Sequence[str]:
     return keys
 
 
-def _offer(
-    model: str,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    yarn: float | None,
-    terminal: Terminal,
-    low_disk: bool,
-) -> Offer:
-    """An offer of MODEL, which is downloaded and converted now if necessary."""
+def _offer(model: str, bits: int | None, terminal: Terminal, low_disk: bool, **options: Any) -> Offer:
+    """An offer of MODEL, which is downloaded and converted now if necessary. options: see `Offer.of`."""
     from npqwen.hub.names import model_name
     from npqwen.server.offer import Offer
 
     check_numba()
     path = resolve(model, bits, terminal, purpose="text", low_disk=low_disk)
     progress = terminal.compilation_progress
-    return Offer.of(path, model_name(model), threads=threads, context=context, yarn=yarn, on_compile=progress)
+    return Offer.of(path, model_name(model), on_compile=progress, **options)

@@ -69,6 +69,7 @@ class Buffers:
         self.workspace = Workspace(
             scratch=_floats(threads, scratch), local=_floats(threads, matmul.local_floats(tokens, multiple))
         )
+        self._output_encoding = int(model["lm_head"]["encoding"])
         self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
 
     @property
@@ -88,7 +89,7 @@ class Buffers:
 
     def padded_rows(self, rows: int) -> int:
         """`rows`, padded to whole tiles of tokens."""
-        return pad(rows, tile_width.py_func(rows)) if rows else 0
+        return pad(rows, tile_width.py_func(rows, self._output_encoding)) if rows else 0
 
 
 def _floats(rows: int, columns: int) -> NDArray[np.float32]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,10 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 from npqwen.checks import check_whole
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
+from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
+from npqwen.engine.pass_times import PassTimes
+from npqwen.engine.prefix_files import DEFAULT_SIZE, PrefixFiles
+from npqwen.engine.prefixes import Prefixes
 from npqwen.engine.records import Output, Sequences, Tokens
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
@@ -45,6 +50,10 @@ SPARSE_CHUNK = 512
 """Tokens of a prompt that one pass of a mixture of experts runs: each expert sees only a part of them."""
 SHORT_PASS = 4
 """Passes of at most this many tokens run on the calling thread too: Ctrl-C can wait that long."""
+
+
+PREFIX_MEMORY = 4 << 30
+"""Bytes of prefixes that are kept in memory at most by default, and at most a quarter of what is available."""
 
 
 class Piece(NamedTuple):
@@ -72,15 +81,22 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
+        kv: CacheType | None = None,
+        prefix_cache: Path | None = None,
+        prefix_cache_size: int | None = None,
+        prefix_memory: int | None = None,
+        notice: Callable[[str], None] | None = None,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         """Map the converted directory `path`; see `npqwen.model.load` for the options and errors."""
         if threads is not None:
             check_threads(threads)
+        chosen = None if kv is None else check_cache_type(kv)
         self._path = path
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
         self.weights = Weights(path, self.config)
+        self._kv = chosen or self.weights.cache_type
         self._weight_bytes = self.weights.nbytes
         available = available_memory()
         self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
@@ -91,6 +107,7 @@ class Engine:
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self._threads = default_threads() if threads is None else int(threads)
         self._origin = object()
+        self._prefixes = Prefixes(0)
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
         # An engine that nobody closed ends its threads when it is collected; at exit they are daemons.
@@ -98,11 +115,45 @@ class Engine:
         self.chunk = chunk_size(self.config)
         self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context)
         self._rows = np.arange(self.chunk)
+        self.passes = PassTimes(sparse=self.config.mixture is not None)
+        """What passes of few tokens take here."""
         page = self.new_cache(1).page_bytes
         Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
+        self._prefixes = self._new_prefixes(prefix_cache, prefix_cache_size, prefix_memory, notice, available)
         with reporting(on_compile):
             self._compile()
+
+    def _new_prefixes(
+        self,
+        directory: Path | None,
+        most: int | None,
+        memory: int | None,
+        notice: Callable[[str], None] | None,
+        available: int | None,
+    ) -> Prefixes:
+        """The pool of prefixes; see `npqwen.model.load` for the options. available: bytes of memory."""
+        files = None
+        if directory is not None:
+            limit = DEFAULT_SIZE if most is None else check_whole("prefix_cache_size", most, 1)
+            files = PrefixFiles(directory, limit, self.new_cache(1), self.fingerprint)
+        elif most is not None:
+            raise OptionError("prefix_cache_size has no effect without prefix_cache; give the directory, too")
+        if memory is not None:
+            check_whole("prefix_memory", memory)
+            if files is not None and memory < files.page_bytes:
+                raise OptionError(
+                    f"prefix_memory is {memory}; with prefix_cache it must be at least {files.page_bytes}, one page"
+                )
+        turns = self._turns
+        left = PREFIX_MEMORY if available is None else max(0, available - self.weight_bytes) // 4
+        return Prefixes(
+            min(PREFIX_MEMORY, left) if memory is None else memory,
+            adjustable=memory is None,
+            files=files,
+            busy=lambda: any(turn.locked() for turn in turns.values()),
+            notice=notice,
+        )
 
     def _compile(self) -> None:
         """Load the kernels from disk, or compile them."""
@@ -145,16 +196,21 @@ class Engine:
         return self._weight_bytes
 
     @property
-    def cache_dtype(self) -> type[np.float16] | type[np.float32]:
+    def kv(self) -> CacheType:
         """The type of the numbers in the KV cache."""
-        return self.weights.cache_dtype
+        return self._kv
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Keys and values of texts so far, for texts that begin alike."""
+        return self._prefixes
 
     def new_cache(self, room: int | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context)."""
         limit = self.context if room is None else check_whole("room", room, 1)
         if limit > self.context:
             raise ContextLengthError(f"a cache for {limit} tokens exceeds the model's context of {self.context}")
-        return KVCache(self.config, limit, self.cache_dtype, self._origin)
+        return KVCache(self.config, limit, self.kv, self._origin, self.prefixes.drop_oldest)
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
@@ -324,7 +380,10 @@ class Engine:
         is_short = sum(piece.ids.size for piece in pieces) <= SHORT_PASS and not self._exceeds_memory
         on_caller = is_short or threading.current_thread() is not threading.main_thread()
         arguments, held = self._arguments(pieces, layers, embed, output), [piece.cache.held for piece in pieces]
+        start = time.perf_counter()
         self._team.run(forward, *arguments, on_caller=on_caller, keep=held)
+        if not output.normed and len(output.tokens) == sum(piece.ids.size for piece in pieces):
+            self.passes.add(len(output.tokens), time.perf_counter() - start)
 
     def _arguments(
         self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output
@@ -334,7 +393,7 @@ class Engine:
         records = np.empty(len(pieces), SEQUENCE)
         first = 0
         for i, (ids, cache, _) in enumerate(pieces):
-            records[i] = first, ids.size, cache.length, cache.addresses.ctypes.data
+            records[i] = first, ids.size, cache.length, cache.page_table
             first += ids.size
         rows = self._rows[:first]
         if len(pieces) == 1:
@@ -405,10 +464,14 @@ class Engine:
         return np.ascontiguousarray(tokens, np.int64)
 
     def close(self) -> None:
-        """Wait for the running pass, end the threads and unmap the files. Later calls raise ClosedError."""
+        """Wait for the running pass, end the threads and unmap the files. Later calls raise ClosedError.
+
+        Prefixes that are not yet in the prefix cache's directory are written.
+        """
         with self._turn():
             self._team.close()
             self.weights.close()
+        self.prefixes.close()
 
     def __enter__(self) -> Self:
         return self
@@ -422,8 +485,8 @@ class Engine:
 def _last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
     """The indices, within the pass, of the tokens whose logits are computed."""
     ends = accumulate(piece.ids.size for piece in pieces)
-    chosen = [np.arange(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True)]
-    return chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
+    ranges = (range(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True))
+    return np.array(list(chain.from_iterable(ranges)), np.int64)
 
 
 def chunk_size(config: Config) -> int:

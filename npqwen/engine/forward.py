@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
+from npqwen.kernels.append import append_key, append_value
 from npqwen.kernels.attention import attention
-from npqwen.kernels.cache_page import PAGE, store_key, store_value
+from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.experts import (
     arrange,
     combine,
@@ -81,7 +82,8 @@ def attention_block(
         model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
     )  # fmt: skip
     pack_all(team, attended, count, layer.o_proj.encoding, packed)
-    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, tile_width(count), hidden, 1, scratch, local)
+    width = tile_width(count, layer.o_proj.encoding)
+    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
 
 
 @_inline
@@ -94,7 +96,8 @@ def dense_feed_forward(
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
     norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed)
     project_gated(team, model, layer, packed, count, local, scratch, gated)
-    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, tile_width(count), hidden, 1, scratch, local)
+    width = tile_width(count, encoding)  # that of `project_gated`, which has packed
+    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local)
 
 
 @_step
@@ -105,7 +108,7 @@ def sparse_feed_forward(
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
-    width = tile_width(count)
+    width = tile_width(count, layer.router.encoding)
     encoding = layer.gate_up_proj.encoding
     kernels, policy = model.matmul_kernels, model.prefetch
     while True:
@@ -122,7 +125,7 @@ def sparse_feed_forward(
             break
         route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
     while claim(team, 1) == 0:
-        shared_count[0] = arrange(chosen[:count], counts, slots, segments)
+        shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
     segment_count = shared_count[0]
     if policy != PREFETCH_NEVER:
         prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
@@ -149,7 +152,8 @@ def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
     norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed)
-    matmul(team, model.matmul_kernels, matrix, packed, rows, tile_width(rows), output.values, 0, scratch, local)
+    width = tile_width(rows, matrix.encoding)
+    matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
 
 
 @_step
@@ -172,7 +176,7 @@ def norm_and_pack(
     scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
     """
     count = rows.size
-    width = tile_width(count)
+    width = tile_width(count, encoding)
     cols = hidden.shape[1]
     normed = scratch[:cols]
     weights = memory(weight, model.hidden_size, np.float32)
@@ -191,7 +195,7 @@ def norm_and_pack(
 @_step
 def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
     """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of an encoding (a code)."""
-    width = tile_width(count)
+    width = tile_width(count, encoding)
     while True:
         t = claim(team, whole_tiles(count, width))
         if t == whole_tiles(count, width):
@@ -207,8 +211,8 @@ def project_gated(
 
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
     """
-    width = tile_width(count)
     matrix = layer.gate_up_proj
+    width = tile_width(count, matrix.encoding)
     groups = matrix.rows // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
     pieces = (groups + chunk - 1) // chunk
@@ -235,7 +239,7 @@ def project_heads(
     Each thread does this to the heads that it has computed, while they are in its own cache: in `local`.
     """
     count, dim = tokens.ids.size, model.head_dim
-    width = tile_width(count)
+    width = tile_width(count, layer.qk_proj.encoding)
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     first_key = 2 * layer.kv_index * kv_heads  # the page's heads: for each layer the keys', then the values'
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
@@ -273,6 +277,6 @@ def project_heads(
                 elif head < heads + kv_heads:
                     rms_norm(x, k_norm, model.rms_norm_eps, x)
                     rotate(x, tokens.cos[t], tokens.sin[t])
-                    store_key(pages, cache_dtype, first_key + head - heads, position, x)
+                    append_key(pages, cache_dtype, first_key + head - heads, position, x)
                 else:
-                    store_value(pages, cache_dtype, first_key + head - heads, position, x)
+                    append_value(pages, cache_dtype, first_key + head - heads, position, x)

@@ -6,7 +6,7 @@ import math
 import mmap
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
+from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels.cache_page import PAGE, POSITION_TILE
+from npqwen.kernels.int8_page import INT8_TILE, clear_int8_positions, int8_tile_bytes
 from npqwen.kernels.paging import advise_huge_pages
 
 
@@ -34,12 +36,17 @@ def layer_states(config: Config) -> list[KeysAndValues]:
     return [KeysAndValues(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
 
 
-class _Pages(NamedTuple):
-    """Replaced as a whole, never changed: an interrupt never leaves the address of a page that was freed."""
+class _Pages:
+    """Replaced as a whole, never changed: an interrupt never leaves the address of a page that was freed.
 
-    arrays: list[NDArray[Any]]
-    """Each of `page_shape`."""
-    addresses: NDArray[np.int64]
+    arrays: each of `page_shape`. addresses: of the pages, 0 where there is none yet.
+    """
+
+    def __init__(self, arrays: list[NDArray[Any]], addresses: NDArray[np.int64]) -> None:
+        self.arrays = arrays
+        self.addresses = addresses
+        self.table = int(addresses.ctypes.data)
+        """The address of `addresses`."""
 
 
 class _OneThread:
@@ -64,10 +71,20 @@ class KVCache:
     """
 
     def __init__(
-        self, config: Config, limit: int, dtype: type[np.float16] | type[np.float32], origin: object = None
+        self,
+        config: Config,
+        limit: int,
+        kv: CacheType,
+        origin: object = None,
+        reclaim: Callable[[], bool] | None = None,
     ) -> None:
-        """limit: maximum tokens. origin: identifies the engine that the cache and its forks belong to."""
+        """limit: maximum tokens. kv: the type of its numbers. origin: the engine that cache and forks belong to.
+
+        reclaim: called when memory is too short for a page. It evicts something from the pool of prefixes, and returns
+        False if the pool is empty.
+        """
         self.origin = origin
+        self._reclaim = reclaim
         self.length = 0
         """Tokens in the cache."""
         self.limit = limit
@@ -76,14 +93,21 @@ class KVCache:
         """Held while the cache is read or changed."""
         states = layer_states(config)
         heads, head_dim = states[0]
-        self.page_shape = (len(states), 2, heads, PAGE // POSITION_TILE, POSITION_TILE * head_dim)
-        """(layers that keep keys and values, keys or values, heads, tiles, POSITION_TILE positions)."""
-        self.dtype_array = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
-        """An empty array of the pages' dtype: uint16 stands for the bits of float16, as Numba has no float16."""
+        self.kv = kv
+        """The type of the numbers."""
+        self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
+        """Positions of a tile, the least part of a page that is copied."""
+        items = int8_tile_bytes.py_func(head_dim) if kv == "int8" else POSITION_TILE * head_dim
+        self.page_shape = (len(states), 2, heads, PAGE // self.tile, items)
+        """(layers that keep keys and values, keys or values, heads, tiles, what a tile takes)."""
+        self.dtype_array = np.zeros(0, PAGE_DTYPES[kv])
+        """An empty array of the pages' dtype."""
         self.page_bytes = math.prod(self.page_shape) * self.dtype_array.itemsize
         self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
-        self._shared: set[int] = set()
-        """Indices of pages that another cache may hold too: they are copied before they are written."""
+        self._shared: dict[int, int] = {}
+        """By index, how many positions of a page others may hold, too: it is copied before one of these is written."""
+        self.cuts = 0
+        """How often tokens were discarded or replaced; while it stays the same, tokens are only appended."""
 
     def __repr__(self) -> str:
         return f"<KVCache: {self.length} of {self.limit} tokens, {self.nbytes / 1e6:.1f} MB>"
@@ -97,6 +121,11 @@ class KVCache:
     def held(self) -> object:
         """The owner of the pages that `addresses` leads to: they stay as long as it does."""
         return self._held
+
+    @property
+    def page_table(self) -> int:
+        """The address of `addresses`, valid until the cache grows."""
+        return self._held.table
 
     @property
     def page_count(self) -> int:
@@ -121,7 +150,11 @@ class KVCache:
                     "shorten the prompt, or raise the context if the model allows more"
                 )
             held, end = self._held, ceil_div(need, PAGE)
-            written = [i for i in range(self.length // PAGE, end) if i in self._shared or i >= len(held.arrays)]
+            written = [
+                i
+                for i in range(self.length // PAGE, end)
+                if i >= len(held.arrays) or max(0, self.length - i * PAGE) < self._shared.get(i, 0)
+            ]
             if not written:
                 return
             self._check_memory(len(written), need)
@@ -132,10 +165,11 @@ class KVCache:
                 if i == len(arrays):
                     arrays.append(page)
                 else:
-                    _copy_positions(arrays[i], page, self.length - i * PAGE)
+                    self._copy_positions(arrays[i], page, self.length - i * PAGE)
                     arrays[i] = page
             self._held = _Pages(arrays, addresses)
-            self._shared.difference_update(written)
+            for i in written:
+                self._shared.pop(i, None)
 
     def reusable(self, length: int) -> int:
         """How many of the first `length` tokens `truncate` and `fork` can keep.
@@ -148,7 +182,21 @@ class KVCache:
         """Discard all but the first `length` tokens; OptionError if the cache cannot go back to that length."""
         with self.in_use:
             self._check_length(length)
+            self.cuts += length < self.length
             self.length = int(length)
+
+    def retract(self, count: int) -> None:
+        """Take out the last `count` tokens, guesses that no text has yet, so that `restore` can put some of them back.
+
+        Unlike `truncate` this is not counted in `cuts`.
+        """
+        with self.in_use:
+            self.length -= count
+
+    def restore(self, count: int) -> None:
+        """Put back the first `count` of the retracted tokens; nothing may have been run in between."""
+        with self.in_use:
+            self.length += count
 
     def fork(self, length: int | None = None) -> KVCache:
         """An independent cache with the first `length` tokens (default: all). It takes the memory of one page.
@@ -168,23 +216,64 @@ class KVCache:
             if length % PAGE:
                 self._check_memory(1, length)
                 page = self._new_page()
-                _copy_positions(held.arrays[full], page, length % PAGE)
+                self._copy_positions(held.arrays[full], page, length % PAGE)
                 arrays.append(page)
                 addresses[full] = page.ctypes.data
             fork._held = _Pages(arrays, addresses)
-            fork._shared = set(range(full))
-            self._shared |= fork._shared
+            fork._shared = dict.fromkeys(range(full), PAGE)
+            self._shared.update(fork._shared)
             return fork
+
+    def share(self, length: int) -> list[NDArray[Any]]:
+        """The pages of the first `length` tokens, for others to read.
+
+        The cache appends after these tokens in place, and copies a page before it overwrites one of them.
+        """
+        with self.in_use:
+            self._check_length(length)
+            count = ceil_div(length, PAGE)
+            for i in range(count):
+                self._shared[i] = max(self._shared.get(i, 0), min(PAGE, length - i * PAGE))
+            return self._held.arrays[:count]
+
+    def adopt(self, pages: Sequence[NDArray[Any]], length: int) -> int:
+        """Replace all tokens by `length` tokens in `pages`, which others hold, too; returns how many the cache holds.
+
+        pages: of `page_shape`, from `share` of a cache of this model; they are copied before they are written.
+
+        Layers that keep keys and values can use any part of the last page, so all tokens are taken. A layer whose state
+        cannot be cut would return the position of the last checkpoint that the pages have.
+        """
+        with self.in_use:
+            if length > self.limit:
+                raise ContextLengthError(f"{length} tokens exceed the cache's limit of {self.limit}")
+            addresses = np.zeros_like(self._held.addresses)
+            addresses[: len(pages)] = [page.ctypes.data for page in pages]
+            self.cuts += 1
+            self.length = 0
+            self._shared = dict.fromkeys(range(len(pages)), PAGE)
+            self._held = _Pages(list(pages), addresses)
+            self.length = length
+            return length
 
     def pages(self, length: int) -> list[NDArray[Any]]:
         """Views of the first `length` positions, rounded up to whole tiles: of each page the tiles they take."""
         ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
-        pages = zip(self._held.arrays, ends, strict=False)
-        return [page[:, :, :, : ceil_div(end, POSITION_TILE)] for page, end in pages]
+        return [page_part(page, end, self.tile) for page, end in zip(self._held.arrays, ends, strict=False)]
+
+    def _copy_positions(self, source: NDArray[Any], target: NDArray[Any], count: int) -> None:
+        """Copy a page's first `count` positions, rounded up to whole tiles."""
+        tiles = ceil_div(max(0, count), self.tile)
+        target[:, :, :, :tiles] = source[:, :, :, :tiles]
 
     def _check_length(self, length: int) -> None:
         if self.reusable(length) != length:
             raise OptionError(f"length is {length}; the cache has {self.length} tokens")
+
+    def new_page(self) -> NDArray[Any]:
+        """A new page of zeros, which this cache does not hold. Raises OutOfMemoryError if memory is too short."""
+        self._check_memory(1, 1)
+        return self._new_page()
 
     def _new_page(self) -> NDArray[Any]:
         try:
@@ -195,8 +284,10 @@ class KVCache:
 
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
-        if available is not None and pages * self.page_bytes > available - HEADROOM:
-            raise self._too_large(pages, need, available)
+        while available is not None and pages * self.page_bytes > available - HEADROOM:
+            if self._reclaim is None or not self._reclaim():
+                raise self._too_large(pages, need, available)
+            available = available_memory()
 
     def _too_large(self, pages: int, need: int, available: int) -> OutOfMemoryError:
         fits = (max(0, available - HEADROOM) // self.page_bytes + len(self._held.arrays)) * PAGE
@@ -207,9 +298,26 @@ class KVCache:
         )
 
 
-def held_bytes(caches: Iterable[KVCache]) -> int:
-    """Bytes of the pages of several caches, shared ones counted once."""
-    return sum({id(page): page.nbytes for cache in caches for page in cache._held.arrays}.values())
+def held_bytes(caches: Iterable[KVCache], pages: Iterable[NDArray[Any]] = ()) -> int:
+    """Bytes of the pages of several caches, and of further pages, shared ones counted once."""
+    held = {id(page): page.nbytes for cache in caches for page in cache._held.arrays}
+    held.update((id(page), page.nbytes) for page in pages)
+    return sum(held.values())
+
+
+def page_part(page: NDArray[Any], positions: int, tile: int) -> NDArray[Any]:
+    """A view of the first `positions` positions of a page, rounded up to whole tiles of `tile` positions."""
+    return page[:, :, :, : ceil_div(positions, tile)]
+
+
+def clear_positions(page: NDArray[Any], first: int, kv: CacheType) -> None:
+    """Zero the positions from `first` on of a page's last tile. page: (layers, 2, heads, tiles, items)."""
+    if kv == "int8":
+        clear_int8_positions(page[:, :, :, -1], first)
+        return
+    shape, dim = page.shape[:4], page.shape[4] // POSITION_TILE
+    page.reshape(*shape, dim, POSITION_TILE)[:, 0, :, -1, :, first:] = 0
+    page.reshape(*shape, POSITION_TILE, dim)[:, 1, :, -1, first:] = 0
 
 
 def _memory(size: int) -> NDArray[np.uint8]:
@@ -224,9 +332,3 @@ def _memory(size: int) -> NDArray[np.uint8]:
         mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         advise_huge_pages(mapping)
     return np.frombuffer(mapping, np.uint8)
-
-
-def _copy_positions(source: NDArray[Any], target: NDArray[Any], count: int) -> None:
-    """Copy a page's first `count` positions, rounded up to whole tiles."""
-    tiles = ceil_div(max(0, count), POSITION_TILE)
-    target[:, :, :, :tiles] = source[:, :, :, :tiles]

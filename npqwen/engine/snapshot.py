@@ -4,7 +4,8 @@ The file is a valid safetensors file. `ids` is I32 (tokens,); `pending`, if ther
 are not computed yet, such as the last one drawn. `page.0`, `page.1`, ... are F16 or F32 (layers, 2,
 kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in tiles of 16 positions. A tile of keys is
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
-the last token are 0. `__metadata__` has the format, its version and the fingerprint.
+the last token are 0. Pages of int8 are U8 (layers, 2, kv_heads, tiles, bytes), in 8 tiles of 32 positions, which
+npqwen/kernels/int8_page.py describes. `__metadata__` has the format, its version and the fingerprint.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file
-from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.cache_type import CacheType
+from npqwen.engine.kv_cache import KVCache, clear_positions
 from npqwen.errors import ContextLengthError, FormatError, OutputError, quoted
 from npqwen.format.files import open_regular
 from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
-from npqwen.kernels.cache_page import PAGE, POSITION_TILE
+from npqwen.kernels.cache_page import PAGE
 
 FORMAT, VERSION = "npqwen-cache", "1"
+_TYPES: dict[str, CacheType] = {"U8": "int8", "F16": "f16", "F32": "f32"}
+"""Types of caches, by the dtype of their pages."""
 
 
 def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
@@ -72,8 +76,12 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
     if version != VERSION:
         raise FormatError(f"{path} has format version {quoted(version)}; this npqwen reads {VERSION}; upgrade npqwen")
     pages = header.tensors.get("page.0")
-    if pages is not None and pages.dtype in ("F16", "F32") and pages.dtype != _dtype(cache):
-        raise FormatError(f"{path} has keys and values in {pages.dtype}, but this model uses {_dtype(cache)}")
+    stored_type = None if pages is None else _TYPES.get(pages.dtype)
+    if stored_type is not None and stored_type != cache.kv:
+        raise FormatError(
+            f"{path} has keys and values in {stored_type}, but this model uses {cache.kv}; load it with "
+            f"kv={stored_type!r} (--kv {stored_type})"
+        )
     if header.metadata.get("fingerprint") != fingerprint:
         raise FormatError(f"{path} is of another model, other weights or another YaRN factor; start a new session")
     stored, rest = header.tensors.get("ids"), header.tensors.get("pending")
@@ -101,7 +109,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         cache.reserve(count)
     for page in cache.pages(count):
         whole = page if page.flags.c_contiguous else np.empty(page.shape, page.dtype)
-        if _fill(file, whole) != whole.nbytes:
+        if fill(file, whole) != whole.nbytes:
             raise damaged
         page[...] = whole
     cache.length = count
@@ -115,8 +123,8 @@ def _tensors(cache: KVCache, count: int, pending: int) -> list[tuple[str, str, t
     if pending:
         tensors.append(("pending", "I32", (pending,)))
     for start in range(0, count, PAGE):
-        tiles = ceil_div(min(PAGE, count - start), POSITION_TILE)
-        tensors.append((f"page.{start // PAGE}", _dtype(cache), (layers, two, heads, tiles, size)))
+        tiles = ceil_div(min(PAGE, count - start), cache.tile)
+        tensors.append((f"page.{start // PAGE}", page_dtype(cache.kv), (layers, two, heads, tiles, size)))
     return tensors
 
 
@@ -126,24 +134,23 @@ def _header(cache: KVCache, count: int, pending: int, fingerprint: str) -> bytes
     return make_header(_tensors(cache, count, pending), metadata)
 
 
-def _dtype(cache: KVCache) -> str:
-    return "F16" if cache.dtype_array.itemsize == 2 else "F32"
+def page_dtype(kv: CacheType) -> str:
+    """The dtype that a file gives the pages of this type."""
+    return next(dtype for dtype, known in _TYPES.items() if known == kv)
 
 
 def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
     """The cache's tokens, page by page; positions after the last token are 0, whatever discarded tokens left there."""
     pages = cache.pages(cache.length)
-    past = cache.length % POSITION_TILE
+    past = cache.length % cache.tile
     if past:
         pages[-1] = page = pages[-1].copy()
-        shape, dim = page.shape[:4], page.shape[4] // POSITION_TILE
-        page.reshape(*shape, dim, POSITION_TILE)[:, 0, :, -1, :, past:] = 0
-        page.reshape(*shape, POSITION_TILE, dim)[:, 1, :, -1, past:] = 0
+        clear_positions(page, past, cache.kv)
     yield from pages
 
 
-def _fill(file: BinaryIO, page: NDArray[Any]) -> int:
-    """Read a page; returns the bytes read, fewer at the end of the file."""
+def fill(file: BinaryIO, page: NDArray[Any]) -> int:
+    """Read a contiguous array; returns the bytes read, fewer at the end of the file."""
     rest = page.reshape(-1).view(np.uint8)
     while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
         rest = rest[done:]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from npqwen.engine.cache_type import CacheType
 from npqwen.engine.records import LAYER, MODEL
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
@@ -62,9 +63,9 @@ class Weights:
         return self.quantization.recipe.bits
 
     @property
-    def cache_dtype(self) -> type[np.float16] | type[np.float32]:
-        """The dtype of the KV cache."""
-        return np.float32 if self.quantization.recipe.cache_dtype == "float32" else np.float16
+    def cache_type(self) -> CacheType:
+        """The type of the KV cache, unless another is chosen."""
+        return self.quantization.recipe.cache_type
 
     @property
     def encodings(self) -> set[int]:

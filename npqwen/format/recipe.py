@@ -22,8 +22,8 @@ class Recipe:
     """Nominal bits per weight: the recipe's name on the command line and in files."""
     matrices: Encoding
     """Of all matrices but those below."""
-    cache_dtype: Literal["float16", "float32"] = "float16"
-    """Of the keys and values of models made by this recipe."""
+    cache_type: Literal["int8", "f16", "f32"] = "int8"
+    """Of the keys and values of models made by this recipe, by default."""
     routers: Encoding = BF16
     """Of a mixture's routers: a wrong choice of experts costs more than any rounding within them."""
     vocabulary: Encoding | None = None
@@ -73,7 +73,7 @@ RECIPES = {
         Recipe(INT4.bits, INT4, vocabulary=INT5, v_proj=INT6, mixture={"qk_proj": INT5, "o_proj": INT5}),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.
-        Recipe(BF16.bits, BF16, cache_dtype="float32"),
+        Recipe(BF16.bits, BF16, cache_type="f32"),
     )
 }
 """By their bits."""

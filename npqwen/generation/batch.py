@@ -12,9 +12,11 @@ import numpy as np
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import held_bytes
+from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
+from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
-from npqwen.generation.prefixes import SHARED, Ids, Kept, Prefixes, common_prefix
+from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
 PARALLEL = 16
 """Default limit of sequences that run at once."""
-KEPT = 32
-"""Default limit of caches of texts that have ended."""
 STALL = 0.15
 """Seconds that a pass may take while texts are being written: pieces of prompts are cut to fit."""
 ALONE = 1.0
@@ -63,6 +63,7 @@ class _Entry:
 
     def release(self) -> None:
         """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
+        self.sequence.close()
         if not self.lent:
             self.sequence.cache = None
 
@@ -82,6 +83,10 @@ class BatchStatistics:
     """Of prompts that were begun, cached ones included."""
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """That were guessed, and run beside those of a text."""
+    accepted_tokens: int = 0
+    """Those of them that became part of a text."""
     prefill_seconds: float = 0.0
     """In passes of prompts, or parts of them, alone or beside texts."""
     decode_seconds: float = 0.0
@@ -101,25 +106,26 @@ class Batch:
     need not wait for long ones, and long ones do not starve. Prefixes that other sequences have computed are not
     computed again. A text is the same to the bit as without company.
 
-    Memory: a sequence begins when the pages of its prompt fit. If texts outgrow the memory, caches of texts that have
-    ended are given up, then the youngest sequence waits again and is computed anew.
+    Memory: a sequence begins when the pages of its prompt fit. If texts outgrow the memory, prefixes that are kept for
+    later are given up, then the youngest sequence waits again and is computed anew.
     """
 
-    def __init__(
-        self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None, kept: int = KEPT
-    ) -> None:
-        """parallel: the most sequences that run at once. memory: bytes for keys and values; None: what is available.
-        kept: the most caches of ended texts that are kept."""
+    def __init__(self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None) -> None:
+        """parallel: the most sequences that run at once. memory: bytes for keys and values, those of the model's pool
+        of prefixes included; None: what is available."""
         self._model = model
         self._parallel = parallel
         self._memory = memory
-        self._kept = kept
         self._waiting: deque[_Entry] = deque()
         self._running: list[_Entry] = []
-        self._prefixes = Prefixes()
+        self._prefixes = model.prefixes
+        if memory is not None:
+            self._prefixes.allow(memory)
         self._logits: NDArray[np.float32] | None = None
         self._seconds_per_token = STALL / (2 * _TILE)
         """Of prompts, as measured in recent passes."""
+        self._pages_changed = False
+        """Whether sequences have taken pages, or given them back, since `statistics` counted them."""
         self.statistics = BatchStatistics()
 
     @property
@@ -135,7 +141,7 @@ class Batch:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pages, shared ones counted once."""
-        return held_bytes([*(entry.cache for entry in self._running), *self._prefixes.caches])
+        return held_bytes((entry.cache for entry in self._running), self._prefixes.arrays)
 
     def add(
         self,
@@ -150,6 +156,7 @@ class Batch:
 
     def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
         """Let a sequence join; its pieces of text, for which all sequences advance. Raises what ended it early."""
+        self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32))
         texts: deque[str] = deque()
         ends: list[BaseException | None] = []
         self.add(sequence, texts.append, ends.append)
@@ -187,7 +194,8 @@ class Batch:
         chosen = self._reserve(self._choose())
         if chosen:
             self._run(chosen)
-        self.statistics.cache_bytes = self.cache_bytes
+        if self._pages_changed:
+            self._count_pages()
         return bool(self._waiting or self._running)
 
     def fail(self, error: BaseException) -> None:
@@ -199,11 +207,17 @@ class Batch:
             entry.on_end(error)
 
     def limit(self, memory: int | None) -> None:
-        """Change the memory for keys and values; caches of texts that have ended are given up to fit."""
+        """Change the memory for keys and values; prefixes that nobody uses are given up to fit."""
         self._memory = memory
+        if memory is not None:
+            self._prefixes.allow(memory)
         while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
             pass
+        self._count_pages()
+
+    def _count_pages(self) -> None:
         self.statistics.cache_bytes = self.cache_bytes
+        self._pages_changed = False
 
     def _drop_cancelled(self) -> None:
         for entry in [entry for entry in self._running if entry.cancelled]:
@@ -225,19 +239,20 @@ class Batch:
                 return
             self._waiting.remove(entry)
             self._running.append(entry)
+            self._pages_changed = True
             try:
                 self._set_cache(entry, length, source)
             except OutOfMemoryError as error:
                 self._end(entry, error)
 
-    def _longest_prefix(self, entry: _Entry) -> tuple[int, _Entry | Kept | None]:
+    def _longest_prefix(self, entry: _Entry) -> tuple[int, _Entry | Prefix | None]:
         """The longest prefix that is computed already, and by whom; -1 if it is worth waiting for a longer one."""
         most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
-        source: _Entry | Kept | None = None
+        source: _Entry | Prefix | None = None
         best = entry.sequence.length
-        length, kept = self._prefixes.longest(entry.prompt[:most])
-        if length >= max(SHARED, best + 1):
-            best, source = length, kept
+        found = self._prefixes.find(entry.prompt[:most])
+        if found.length >= max(SHARED, best + 1):
+            best, source = found.length, found
         coming = 0
         for other in self._running:
             shared = common_prefix(other.prompt, entry.prompt[:most])
@@ -249,22 +264,23 @@ class Batch:
             coming = max(coming, min(shared, len(other.prompt)))
         return (-1, None) if coming >= best + SHARED else (best, source)
 
-    def _set_cache(self, entry: _Entry, length: int, source: _Entry | Kept | None) -> None:
+    def _set_cache(self, entry: _Entry, length: int, source: _Entry | Prefix | None) -> None:
         sequence = entry.sequence
-        if isinstance(source, Kept):
-            sequence.cache = self._prefixes.use(source, length)
-        elif source is not None:
+        if isinstance(source, _Entry):
             sequence.cache = source.cache.fork(length)
         elif sequence.cache is None:
             sequence.cache = self._model.new_cache()
+        if isinstance(source, Prefix):
+            length = source.give(sequence.cache)
         if not sequence.decoding.ids:
             sequence.cached = length
-            sequence.start_clock()
+            sequence.next_step()
             self.statistics.prompt_tokens += len(entry.prompt)
             self.statistics.cached_tokens += length
 
     def _has_memory(self, entry: _Entry, shared: int) -> bool:
-        """Whether the pages of a sequence's prompt fit, after giving up old caches; true if nothing else is running."""
+        """Whether the pages of a sequence's prompt fit, after giving up old prefixes; true if nothing else is running.
+        """
         if self._memory is None or not self._running:
             return True
         missing = _pages(entry) - shared // PAGE
@@ -275,7 +291,10 @@ class Batch:
         return True
 
     def _choose(self) -> list[tuple[_Entry, int]]:
-        """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts."""
+        """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts.
+
+        A pass without prompts is filled with drafts, up to as many tokens as those may have.
+        """
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
 
         def deadline(entry: _Entry) -> tuple[bool, float]:
@@ -284,6 +303,8 @@ class Batch:
 
         chosen: list[tuple[_Entry, int]] = []
         room = self._prompt_tokens(ALONE)
+        for entry in self._running:
+            entry.sequence.draft(0)
         for entry in sorted(self._running, key=deadline):
             sequence = entry.sequence
             if sequence.left > _SHORT and writes:
@@ -295,7 +316,19 @@ class Batch:
             if size > 0:
                 chosen.append((entry, size))
                 room -= size
+        if not any(entry.sequence.reads_prompt for entry in self._running):
+            self._add_drafts(chosen)
         return chosen
+
+    def _add_drafts(self, chosen: list[tuple[_Entry, int]]) -> None:
+        """Let texts guess their next tokens, each its share of what is left of the pass."""
+        tokens = sum(size for _, size in chosen)
+        for at, (entry, size) in enumerate(chosen):
+            if entry.sequence.left == size:
+                share = ceil_div(PASS - tokens, len(chosen) - at) if tokens < PASS else 0
+                count = entry.sequence.draft(share, tokens - size)
+                chosen[at] = entry, size + count
+                tokens += count
 
     def _reserve(self, chosen: list[tuple[_Entry, int]]) -> list[tuple[_Entry, int]]:
         """Allocate the pages that the pass will write; those sequences for which there is memory."""
@@ -304,9 +337,16 @@ class Batch:
             while entry in self._running:
                 try:
                     self._check_memory(entry, size)
+                    pages = entry.cache.page_table
                     entry.cache.reserve(size)
+                    self._pages_changed |= entry.cache.page_table != pages
                 except OutOfMemoryError as error:
-                    self._make_room(entry, error)
+                    self._pages_changed = True
+                    if entry.sequence.drafting:
+                        size -= entry.sequence.drafting
+                        entry.sequence.draft(0)
+                    else:
+                        self._make_room(entry, error)
                 else:
                     ready.append((entry, size))
                     break
@@ -323,7 +363,7 @@ class Batch:
             )
 
     def _make_room(self, entry: _Entry, error: OutOfMemoryError) -> None:
-        """Give up an old cache, or have the youngest sequence wait again; alone, this sequence ends with the error."""
+        """Give up an old prefix, or have the youngest sequence wait again; alone, this sequence ends with the error."""
         if self._prefixes.drop_oldest():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
@@ -331,6 +371,7 @@ class Batch:
             self._end(entry, error, keep=False)
             return
         self._running.remove(youngest)
+        youngest.sequence.settle()
         youngest.sequence.cache = None
         self._waiting.appendleft(youngest)
         self.statistics.preempted += 1
@@ -346,10 +387,15 @@ class Batch:
             self._logits = self._model.new_logits(rows + _TILE)
         reads = [entry.sequence.reads_prompt for entry, _ in chosen]
         start = time.perf_counter()
-        logits = self._model.forward_pieces(pieces, self._logits)
-        self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
-        for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
-            self._advance(entry, row if piece.rows else None)
+        sequences = [entry.sequence for entry, _ in chosen]
+        try:
+            logits = self._model.forward_pieces(pieces, self._logits)
+            self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
+            for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
+                self._advance(entry, row if piece.rows else None)
+        finally:
+            for sequence in sequences:
+                sequence.settle()
 
     def _account(self, tokens: int, reads: list[bool], seconds: float) -> None:
         """Count a pass, and learn from it how many tokens of prompts fit into the next one.
@@ -373,7 +419,7 @@ class Batch:
         """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""
         sequence = entry.sequence
         decoding = sequence.decoding
-        before = len(decoding.ids)
+        before, drafted, accepted = len(decoding.ids), sequence.drafted, sequence.accepted
         try:
             if sequence.progress is not None and not before:
                 sequence.progress(sequence.length - sequence.cached, len(entry.prompt) - sequence.cached)
@@ -381,22 +427,23 @@ class Batch:
                 entry.on_text(sequence.accept(logits))
                 if decoding.finished or entry.cancelled:
                     break
-                sequence.start_clock()
+                sequence.next_step()
                 logits = None
         except Exception as error:
             self._end(entry, error)
             return
         self.statistics.generated_tokens += len(decoding.ids) - before
+        self.statistics.drafted_tokens += sequence.drafted - drafted
+        self.statistics.accepted_tokens += sequence.accepted - accepted
         if decoding.finished or entry.cancelled:
             self._end(entry)
 
     def _end(self, entry: _Entry, error: BaseException | None = None, keep: bool = True) -> None:
         """Have a running sequence leave, and keep its cache for others."""
+        self._pages_changed = True
         self._running.remove(entry)
-        if keep and entry.sequence.cache is not None and not entry.lent:
+        if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # may be changed already
             self._prefixes.keep(entry.computed(), entry.cache)
-            if len(self._prefixes) > self._kept:
-                self._prefixes.drop_oldest()
         entry.release()
         entry.on_end(error)
 

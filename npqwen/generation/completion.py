@@ -26,6 +26,10 @@ class Usage:
     """For the tokens after the first."""
     cached_tokens: int = 0
     """Prompt tokens that the cache already held and that were not computed."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed, and run in one pass with the token before them: see the option `speculation`."""
+    accepted_tokens: int = 0
+    """Those of them that became part of the text."""
 
     @property
     def prefill_rate(self) -> float:

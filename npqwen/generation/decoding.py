@@ -111,6 +111,11 @@ class Decoding:
         return self._decoder.within_character
 
     @property
+    def left(self) -> int:
+        """How many tokens the text may still get; 0 if it is finished."""
+        return 0 if self.finish_reason is not None else self._limit - len(self.ids)
+
+    @property
     def rows(self) -> int:
         """Of how many of the last pending tokens `accept` needs the logits."""
         return len(self._unscored) or 1

@@ -357,6 +357,15 @@ class GenerationOptions(TypedDict, total=False):
             elsewhere=("random_seed", "rng_seed"),
         ),
     ]
+    speculation: Annotated[
+        bool | None,
+        Option(
+            "Guess next tokens from the text so far and run them in one pass; the text stays the same; "
+            "default: where it is faster.",
+            bool,
+            elsewhere=("speculative", "spec_type", "prompt_lookup_num_tokens", "num_draft_tokens", "draft_max"),
+        ),
+    ]
     progress: Annotated[
         Progress | None,
         Option(

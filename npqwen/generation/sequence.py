@@ -14,6 +14,7 @@ from npqwen.generation.completion import Completion, Usage
 from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions, check_options
+from npqwen.generation.speculation import PASS, speculation_for
 from npqwen.generation.watches import option_watches
 
 if TYPE_CHECKING:
@@ -26,7 +27,19 @@ class Sequence:
     """A `Decoding`, the KV cache of its tokens, and what they cost.
 
     The driver runs `todo()` after the tokens in `cache` and hands the logits to `accept`; meanwhile the cache holds a
-    prefix of prompt and text, at the end all but the last drawn or forced tokens.
+    prefix of prompt and text, at the end all but the last drawn or forced tokens:
+
+        sequence.next_step()
+        while not sequence.decoding.finished:
+            sequence.draft()
+            piece = sequence.accept(logits of todo(), or None if that is empty)
+            sequence.next_step()
+        sequence.settle()
+        sequence.close()
+
+    A pass may run more tokens than are certain: a draft. The logits of its tokens are kept, and the text advances step
+    by step as without it. While the tokens that a step has to run are those of the draft, they are in the cache
+    already, and `accept` finds their logits. The first that differs ends the draft; what it ran beyond is discarded.
     """
 
     def __init__(
@@ -75,6 +88,19 @@ class Sequence:
         """The keys and values of the first tokens; None until a driver has made it."""
         self.cached = cached or 0
         """Prompt tokens that the cache held already when it was given."""
+        self.drafted = self.accepted = 0
+        """Tokens of drafts that were run, and how many of them became part of the text."""
+        self._speculation = speculation_for(given.get("speculation"), model.drafting, prompt)
+        self._draft: list[int] = []
+        """Guessed tokens, to be run after those that are certain."""
+        self._ahead: list[int] = []
+        """Guessed tokens that were run: the cache has them beyond its length."""
+        self._ahead_logits: NDArray[np.float32] | None = None
+        """A row for each of them."""
+        self._found: NDArray[np.float32] | None = None
+        """The logits for the next step, from an earlier pass."""
+        self._outcome = 0
+        """How many tokens of the last draft were accepted so far."""
         self.prefill_seconds = self.first_token_seconds = self.decode_seconds = 0.0
         self._since = 0.0
 
@@ -86,7 +112,12 @@ class Sequence:
     @property
     def left(self) -> int:
         """How many tokens `todo` has."""
-        return self.decoding.target_length - self.length
+        return self.decoding.target_length - self.length + len(self._draft)
+
+    @property
+    def drafting(self) -> int:
+        """How many of the last tokens of `todo` are guessed."""
+        return len(self._draft)
 
     @property
     def reads_prompt(self) -> bool:
@@ -99,22 +130,70 @@ class Sequence:
         if most is not None:
             end = min(end, start + most)
         prompt, ids = self.decoding.prompt_ids, self.decoding.ids
+        draft = self._draft if most is None else self._draft[: max(0, most - (end - start))]
         if start >= len(prompt):
-            return ids[start - len(prompt) : end - len(prompt)]
+            return ids[start - len(prompt) : end - len(prompt)] + draft
         return prompt[start:end] + ids[: max(0, end - len(prompt))]
 
     @property
     def rows(self) -> int:
         """Of how many of the last tokens of `todo` the logits go to `accept`."""
-        return self.decoding.rows
+        return self.decoding.rows + len(self._draft)
 
-    def start_clock(self) -> None:
-        """Begin to count the time that the next step takes."""
+    def draft(self, most: int = PASS, others: int = 0) -> int:
+        """Guess tokens that the next pass runs after those that are certain; returns how many, at most `most`.
+
+        others: tokens of other sequences in the pass.
+        """
+        self._draft = []
+        cache, left = self.cache, self.left
+        if self._speculation is None or cache is None or most < 1 or left < 1 or self.reads_prompt:
+            return 0
+        if cache.reusable(cache.length - 1) < cache.length - 1:
+            return 0  # it cannot forget tokens that turn out to be wrong
+        # One more than the draft may be drawn: the token after it.
+        most = min(most, self.decoding.left - 1)
+        self._draft = self._speculation.propose(self.decoding.ids, most, left + others, alone=not others)
+        return len(self._draft)
+
+    def next_step(self) -> None:
+        """Begin to count the time of the next step, and take the tokens that it has to run from the last draft."""
         self._since = time.perf_counter()
+        if not self._ahead:
+            return
+        left = self.left
+        if not left:
+            return  # forced tokens come first
+        cache, rows = self.cache, self.decoding.rows
+        assert cache is not None
+        assert self._ahead_logits is not None
+        pairs = zip(self.todo(), self._ahead, strict=False)
+        same = next((i for i, (id, guess) in enumerate(pairs) if id != guess), min(left, len(self._ahead)))
+        taken = same if same == left else max(0, min(same, left - rows))
+        cache.restore(taken)
+        self.accepted += taken
+        self._outcome += taken
+        if taken < left:
+            self._end_draft(same < min(left, len(self._ahead)))
+            return
+        self._found = self._ahead_logits[taken - rows : taken]
+        self._ahead, self._ahead_logits = self._ahead[taken:], self._ahead_logits[taken:]
+        if not self._ahead:
+            self._end_draft(False)
 
     def accept(self, logits: NDArray[np.float32] | None) -> str:
         """Take one step with the logits of the tokens that were run, see `Decoding.accept`; returns its text."""
-        decoding = self.decoding
+        decoding, count = self.decoding, len(self._draft)
+        if count:
+            assert self.cache is not None
+            assert logits is not None
+            self.cache.retract(count)
+            self._ahead, self._ahead_logits, self._draft = self._draft, logits[-count:], []
+            logits = logits[:-count]
+            self.drafted += count
+            self._outcome = 0
+        elif logits is None:
+            logits, self._found = self._found, None
         first = not decoding.ids
         if first:
             self.prefill_seconds = time.perf_counter() - self._since
@@ -126,6 +205,26 @@ class Sequence:
             self.first_token_seconds = now - self._since
         return piece
 
+    def settle(self) -> None:
+        """Forget guessed tokens: the cache then holds a prefix of prompt and text, whatever interrupted a step."""
+        self._draft, self._ahead, self._ahead_logits, self._found = [], [], None, None
+        known = len(self.decoding.prompt_ids) + len(self.decoding.ids)
+        if self.length > known:
+            assert self.cache is not None
+            self.cache.truncate(known)
+
+    def close(self) -> None:
+        """End guessing: the text is over. Closing again has no effect."""
+        if self._speculation is not None:
+            self._speculation.close(self.decoding.ids)
+        self._speculation = None
+
+    def _end_draft(self, rejected: bool) -> None:
+        """Leave what is left of a draft. rejected: whether a token of it was not the text's."""
+        self._ahead, self._ahead_logits = [], None
+        if self._speculation is not None:
+            self._speculation.learn(self._outcome, rejected)
+
     @property
     def usage(self) -> Usage:
         """Tokens and seconds so far."""
@@ -136,6 +235,8 @@ class Sequence:
             first_token_seconds=self.first_token_seconds,
             decode_seconds=self.decode_seconds,
             cached_tokens=self.cached,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
 
     def completion(self) -> Completion:

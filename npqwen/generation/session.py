@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from npqwen.checks import check_path
 from npqwen.engine import snapshot
+from npqwen.engine.prefix_page import common_prefix
 from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import OPTIONS, with_options
-from npqwen.generation.prefixes import common_prefix
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:
@@ -159,7 +159,11 @@ class Session:
         reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
         self.cache.truncate(reused)
         self._ids = ids
-        return self.model.prefill(np.array(ids[reused:], np.int64), self.cache, progress)
+        tokens = np.array(ids, np.int32)
+        reused = self.model.prefixes.extend(tokens[:-1], self.cache)
+        logits = self.model.prefill(tokens[reused:], self.cache, progress)
+        self.model.prefixes.keep(tokens, self.cache)
+        return logits
 
     def _settle(self) -> list[int]:
         """End the last stream; the ids whose keys and values the cache holds."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.errors import OptionError
+from npqwen.engine.engine import Piece
+from npqwen.errors import OptionError, OutOfMemoryError
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Completion, FinishReason, TokenLogprobs, Usage
 from npqwen.generation.decoding import Prompt
@@ -16,8 +17,10 @@ from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions
 from npqwen.generation.sampling import Sampling
 from npqwen.generation.sequence import Sequence
+from npqwen.generation.speculation import PASS
 from npqwen.generation.thinking import ThinkingTracker
 from npqwen.generation.watched import EndedBy
+from npqwen.kernels.cache_page import PAGE
 from npqwen.structure.structure import Structure, Structured
 
 if TYPE_CHECKING:
@@ -58,7 +61,11 @@ class Stream(AsyncSteps[str]):
         self._decoding = sequence.decoding
         self._batch = batch
         self._cancelled = False
+        self._computed: tuple[int, int] | None = None
+        """The cache's `cuts` and `length` after the last pass; None if there is nothing to keep."""
         self._model = model
+        self._rows: NDArray[np.float32] | None = None
+        """Receives the logits of passes with drafts."""
         self._pieces = self._generate() if batch is None else batch.pieces(sequence)
 
     def __next__(self) -> str:
@@ -72,6 +79,7 @@ class Stream(AsyncSteps[str]):
             self._pieces.close()
         except ValueError:  # the generator is running
             raise OptionError("another thread is running this stream; cancel() ends it") from None
+        self._keep()
 
     def cancel(self) -> None:
         """End the text after the pass in progress: one token, or one chunk of the prompt. Any thread may call this."""
@@ -185,20 +193,37 @@ class Stream(AsyncSteps[str]):
 
     def _generate(self) -> Generator[str, None, None]:
         sequence, decoding, cache = self._sequence, self._decoding, self.cache
-        sequence.start_clock()
+        sequence.next_step()
+        prompt = np.array(decoding.prompt_ids, np.int32)
+        sequence.cached = self._model.prefixes.extend(prompt[:-1], cache)
         try:
             logits: NDArray[np.float32] | None = self._prefill(cache)
+            self._model.prefixes.keep(prompt[: len(prompt) // PAGE * PAGE], cache)
+            buffer = logits
+            while True:
+                self._computed = cache.cuts, cache.length - sequence.drafting
+                piece = sequence.accept(logits)
+                if decoding.finished:
+                    self._keep()
+                if piece:
+                    yield piece
+                if decoding.finished or self._cancelled:
+                    return
+                sequence.next_step()
+                logits = self._forward(cache, buffer)
         except _Cancelled:
             return
-        buffer = logits
-        while True:
-            piece = sequence.accept(logits)
-            if piece:
-                yield piece
-            if decoding.finished or self._cancelled:
-                return
-            sequence.start_clock()
-            logits = self._forward(cache, buffer)
+        finally:
+            sequence.settle()
+            sequence.close()
+
+    def _keep(self) -> None:
+        """Keep what was computed for texts that begin alike, unless the cache's owner has changed it since."""
+        computed, self._computed = self._computed, None
+        cache = self._sequence.cache
+        if computed is not None and cache is not None and cache.cuts == computed[0]:
+            ids = np.array(self.prompt_ids + self.ids, np.int32)
+            self._model.prefixes.keep(ids[: computed[1]], cache)
 
     def _prefill(self, cache: KVCache) -> NDArray[np.float32]:
         """Run the prompt; its last token's logits (1, vocab_size)."""
@@ -214,12 +239,27 @@ class Stream(AsyncSteps[str]):
 
     def _forward(self, cache: KVCache, buffer: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
         """Run the pending tokens; the logits that the next step takes, in `buffer` if they are one row."""
-        ids = np.array(self._sequence.todo(), np.int32)
+        sequence = self._sequence
+        if sequence.draft() and not self._has_room(cache):
+            sequence.draft(0)
+        ids = np.array(sequence.todo(), np.int64)
         if not ids.size:
             return None
-        if self._sequence.rows > 1:
+        if sequence.drafting:
+            if self._rows is None:
+                self._rows = self._model.new_logits(PASS)
+            return self._model.forward_pieces([Piece(ids, cache, sequence.rows)], self._rows)[0]
+        if sequence.rows > 1:
             return self._model.forward(ids, cache, all_logits=True)
         return self._model.forward(ids, cache, out=buffer)
+
+    def _has_room(self, cache: KVCache) -> bool:
+        """Make room for the next pass; returns whether there is memory for it."""
+        try:
+            cache.reserve(self._sequence.left)
+        except OutOfMemoryError:
+            return False
+        return True
 
 
 class _Cancelled(Exception):

@@ -17,35 +17,19 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 from npqwen.kernels.compiled import address_of
-from npqwen.kernels.entry import entry, run_at
+from npqwen.kernels.entry import run_at
+from npqwen.kernels.float_attention import MEMORY_BOUND_ROWS, float_attention
+from npqwen.kernels.int8_attention import WEIGHT_FLOATS, int8_attention, pack_queries
+from npqwen.kernels.online_softmax import SCORE_BLOCK, merge
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
-from npqwen.simd.blocks import softmax_block
 from npqwen.simd.isa import ISA
-from npqwen.simd.llvm import CACHE_LINE
-from npqwen.simd.scalar import FAST, exp, memory
-from npqwen.simd.tile import (
-    FLOAT16,
-    FLOAT32,
-    LANES,
-    chains,
-    multiply_add_column,
-    prefetch,
-    store_add,
-    store_tiles,
-    zeros,
-)
+from npqwen.simd.scalar import FAST
 
-SCORE_BLOCK = 64
-"""Positions whose scores are computed before they are used."""
-MEMORY_BOUND_ROWS = 4
-"""Rows of a product up to which memory is the limit, so that keys and values are worth prefetching from far."""
-FAR_BYTES = 8192
-"""Prefetch distance for keys and values: two position tiles of float16 keys of 128 coordinates."""
 MAX_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
-_LOWEST = np.float32(-3.0e38)
+_SCORE_FLOATS = SCORE_BLOCK + WEIGHT_FLOATS
+"""float32 of a row's scores, and of its weights as the int8 kernel packs them."""
 SPAN = 1024
 """Positions whose results are computed apart and merged: a task of its own when there are fewer heads than threads."""
 
@@ -59,7 +43,7 @@ array of int64, the addresses of the pages that hold its keys and values.
 
 def scratch_floats(head_dim: int) -> int:
     """float32 of scratch for one thread's attention: queries, scores, and the results of one span and of all."""
-    return MAX_ROWS * (3 * head_dim + SCORE_BLOCK + 4)
+    return MAX_ROWS * (3 * head_dim + _SCORE_FLOATS + 4)
 
 
 def partial_floats(kv_heads: int, group: int, head_dim: int, context: int) -> int:
@@ -67,151 +51,10 @@ def partial_floats(kv_heads: int, group: int, head_dim: int, context: int) -> in
     return kv_heads * -(-context // SPAN) * row_width.py_func(MEMORY_BOUND_ROWS * group) * (head_dim + 2)
 
 
-# The parts of a kernel, inlined into it. rows, vectors, together, dtype and far are constants: see `_attend`.
-
-
-@njit(inline="always")
-def _prefetch_far_keys(keys: Any, k: int, dim: int, together: int, far: int) -> None:
-    """Few rows, memory is the limit: prefetch the same coordinate of keys two position tiles ahead."""
-    prefetch(keys, k + far, CACHE_LINE)
-    prefetch(keys, k + far + (together - 1) * POSITION_TILE * dim, CACHE_LINE)
-
-
-@njit(inline="always")
-def _prefetch_next_values(values: Any, first: int, coordinate: int, together: int) -> None:
-    """Many rows, arithmetic is the limit and leaves time: prefetch the values that are multiplied after the scores."""
-    prefetch(values, first + together * coordinate, CACHE_LINE)
-
-
-@njit(inline="always")
-def _prefetch_far_values(values: Any, v: int, far: int) -> None:
-    """Few rows: prefetch values ahead, all that one position's turn reads."""
-    prefetch(values, v + far, 256)
-
-
-@njit(inline="always")
-def _prefetch_next_keys(keys: Any, at: int, dim: int, column: int, i: int, wide: int) -> None:
-    """Many rows: prefetch the keys of the next block, a share at each position."""
-    prefetch(keys, at + SCORE_BLOCK * (dim + column) + i * wide, CACHE_LINE)
-
-
-@njit(inline="always")
-def _compute_scores(
-    rows: int, vectors: int, together: int, dtype: int, far: int,
-    queries: Any, keys: Any, values: Any, at: int, count: int, dim: int, scores: Any,
-) -> None:  # fmt: skip
-    """scores[row, position] = queries[row] @ keys[position]."""
-    for position in range(0, count, together * POSITION_TILE):
-        for lane in range(0, POSITION_TILE, vectors * LANES):
-            products = zeros(rows, vectors, together)
-            k = at + position * dim + lane
-            for i in range(0, queries.size, rows):
-                if rows <= MEMORY_BOUND_ROWS:
-                    _prefetch_far_keys(keys, k, dim, together, far)
-                else:
-                    first = at + position * dim
-                    _prefetch_next_values(values, first, k - lane - first, together)
-                products = multiply_add_column(
-                    products, rows, together, dtype, keys, k, POSITION_TILE * dim, queries, i, 1
-                )
-                k += POSITION_TILE
-            store_tiles(products, together, scores, position + lane, POSITION_TILE, vectors, SCORE_BLOCK)
-
-
-@njit(inline="always")
-def _softmax(scores: Any, row: int, visible: int, dim: int, row_max: Any, denominator: Any, accumulator: Any) -> None:
-    """Turn a row's scores into weights; if its maximum grows, rescale its denominator and accumulator."""
-    maximum, total = softmax_block(scores, row * SCORE_BLOCK, SCORE_BLOCK, visible, row_max[row])
-    if maximum > row_max[row]:
-        rescale = exp(row_max[row] - maximum)
-        denominator[row] *= rescale
-        for i in range(row * dim, (row + 1) * dim):
-            accumulator[i] *= rescale
-        row_max[row] = maximum
-    denominator[row] += total
-
-
-@njit(inline="always")
-def _add_weighted_values(
-    rows: int, wide_vectors: int, narrow_vectors: int, dtype: int, far: int,
-    weights: Any, keys: Any, values: Any, at: int, count: int, dim: int, accumulator: Any,
-) -> None:  # fmt: skip
-    """accumulator[row] += weights[row] @ values."""
-    wide, column = wide_vectors * LANES, 0
-    while column + wide <= dim:
-        sums = zeros(rows, wide_vectors, 1)
-        v = at + column
-        for i in range(count):
-            if rows <= MEMORY_BOUND_ROWS:
-                _prefetch_far_values(values, v, far)
-            else:
-                _prefetch_next_keys(keys, at, dim, column, i, wide)
-            sums = multiply_add_column(sums, rows, 1, dtype, values, v, 0, weights, i, SCORE_BLOCK)
-            v += dim
-        store_add(sums, accumulator, column, wide_vectors, dim)
-        column += wide
-    while column < dim:
-        rest = zeros(rows, narrow_vectors, 1)
-        v = at + column
-        for i in range(count):
-            rest = multiply_add_column(rest, rows, 1, dtype, values, v, 0, weights, i, SCORE_BLOCK)
-            v += dim
-        store_add(rest, accumulator, column, narrow_vectors, dim)
-        column += POSITION_TILE
-
-
-def _attend(rows: int, dtype: Any) -> Any:
-    """The kernel for tiles of `rows` rows of queries, and a cache of this dtype."""
-    # Scores: a vector holds positions. Weighted sums: it holds coordinates.
-    score_vectors = max(1, min(POSITION_TILE // LANES, ISA.accumulators // rows))
-    # Several position tiles at once instead of several sums a score: decoding then adds in the order of prefill.
-    together = min(2, chains(rows * score_vectors))
-    wide_vectors, narrow_vectors = max(1, ISA.accumulators // rows), POSITION_TILE // LANES
-    size = np.dtype(dtype).itemsize
-    kind = FLOAT32 if size == 4 else FLOAT16
-    far = FAR_BYTES // size
-
-    @entry(rows, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
-    def attend(
-        queries_at: int, dim: int, pages_at: int, key_index: int, value_index: int, low: int, high: int, start: int,
-        first_row: int, group: int, scratch_at: int,
-    ) -> None:  # fmt: skip
-        """Attention of rows first_row to first_row + `rows` - 1 of a key/value head over positions low to high - 1.
-
-        queries_at, pages_at, scratch_at: addresses of the queries, float32 (head_dim, rows), of the pages' addresses,
-        int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
-        position. Scratch receives the scores (rows, SCORE_BLOCK), accumulator (rows, head_dim), row_max (rows,) and
-        denominator (rows,), in this order.
-        """
-        queries = memory(queries_at, dim * rows, np.float32)
-        pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
-        scratch = memory(scratch_at, rows * (SCORE_BLOCK + dim + 2), np.float32)
-        scores = scratch[: rows * SCORE_BLOCK]
-        accumulator = scratch[rows * SCORE_BLOCK : rows * (SCORE_BLOCK + dim)]
-        row_max = scratch[rows * (SCORE_BLOCK + dim) : rows * (SCORE_BLOCK + dim + 1)]
-        denominator = scratch[rows * (SCORE_BLOCK + dim + 1) : rows * (SCORE_BLOCK + dim + 2)]
-        accumulator[:] = np.float32(0.0)
-        row_max[:] = _LOWEST
-        denominator[:] = np.float32(0.0)
-        for block in range(low, high, SCORE_BLOCK):
-            count = (min(SCORE_BLOCK, high - block) + POSITION_TILE - 1) // POSITION_TILE * POSITION_TILE
-            page = pages[block // PAGE]
-            keys = memory(page + size * PAGE * dim * key_index, PAGE * dim, dtype)
-            values = memory(page + size * PAGE * dim * value_index, PAGE * dim, dtype)
-            at = block % PAGE * dim
-            _compute_scores(rows, score_vectors, together, kind, far, queries, keys, values, at, count, dim, scores)
-            for row in range(rows):
-                visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
-                _softmax(scores, row, visible, dim, row_max, denominator, accumulator)
-            _add_weighted_values(
-                rows, wide_vectors, narrow_vectors, kind, far, scores, keys, values, at, count, dim, accumulator
-            )
-
-    return attend
-
-
 KERNELS = {
-    dtype: {rows: _attend(rows, dtype) for rows in _ROWS} for dtype in (np.dtype(np.uint16), np.dtype(np.float32))
+    np.dtype(np.uint8): {rows: int8_attention(rows) for rows in _ROWS},
+    np.dtype(np.uint16): {rows: float_attention(rows, np.uint16) for rows in _ROWS},
+    np.dtype(np.float32): {rows: float_attention(rows, np.float32) for rows in _ROWS},
 }
 """The kernels by the dtype of the cache, then by the number of rows."""
 
@@ -324,10 +167,13 @@ def attention(
         first_row = tile * width
         last_seen = sequence.start + (min(first_row + width, rows) - 1) // group + 1
         queries, rest = scratch[: width * dim], scratch[width * dim :]
-        _gather(q, sequence.first, head, group, rows, first_row, width, dim, queries)
+        if cache_dtype.itemsize == 1:
+            pack_queries(q, sequence.first, head, group, rows, first_row, width, dim, rest, queries)
+        else:
+            _gather(q, sequence.first, head, group, rows, first_row, width, dim, queries)
         key_index = 2 * layer * kv_heads + head
-        partial = rest[width * SCORE_BLOCK : width * SCORE_BLOCK + size]
-        merged = rest[width * SCORE_BLOCK + size : width * SCORE_BLOCK + 2 * size]
+        partial = rest[width * _SCORE_FLOATS : width * _SCORE_FLOATS + size]
+        merged = rest[width * _SCORE_FLOATS + size : width * _SCORE_FLOATS + 2 * size]
         for span in range(unit if divided else 0, unit + 1 if divided else spans):
             if not is_needed(team):
                 break
@@ -336,12 +182,13 @@ def attention(
                 (
                     queries.ctypes.data, dim, sequence.pages, key_index, key_index + kv_heads, span * SPAN,
                     min((span + 1) * SPAN, last_seen), sequence.start, first_row, group, rest.ctypes.data,
+                    partial.ctypes.data,
                 ),
             )  # fmt: skip
             if divided:
                 continue
             if span > 0:
-                _merge(merged, partial, width, dim)
+                merge(merged, partial, width, dim)
             elif spans > 1:
                 _copy(partial, size, merged, 0)
         if finish_first(team):
@@ -373,7 +220,7 @@ def _merge_spans(team: Any, sequences: Any, group: int, kv_heads: int, dim: int,
         first = place + at * spans * size
         merged = partials[first : first + size]
         for span in range(1, spans):
-            _merge(merged, partials[first + span * size : first + (span + 1) * size], width, dim)
+            merge(merged, partials[first + span * size : first + (span + 1) * size], width, dim)
         tile, head = tiles - 1 - at // kv_heads, at % kv_heads
         _normalize(merged, width, dim, rows, tile * width, group, head, out[sequence.first :])
         task = claim(team, pieces)
@@ -384,19 +231,6 @@ def _copy(source: Any, size: int, target: Any, at: int) -> None:
     """target[at : at + size] = source[:size]; Numba would compile that with its formatted error message."""
     for i in range(size):
         target[at + i] = source[i]
-
-
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _merge(merged: Any, partial: Any, width: int, dim: int) -> None:
-    """Log-sum-exp merge of attention over one span into that over others: accumulator, row_max, denominator."""
-    row_max, denominator = width * dim, width * (dim + 1)
-    for t in range(width):
-        maximum = max(merged[row_max + t], partial[row_max + t])
-        a, b = exp(merged[row_max + t] - maximum), exp(partial[row_max + t] - maximum)
-        for i in range(t * dim, (t + 1) * dim):
-            merged[i] = merged[i] * a + partial[i] * b
-        merged[row_max + t] = maximum
-        merged[denominator + t] = merged[denominator + t] * a + partial[denominator + t] * b
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

@@ -1,8 +1,9 @@
 """The feed-forward of a sparse layer: a router, and the few experts that it chooses for each token.
 
 The tokens of an expert lie side by side in *slots* and form *segments*: one of whole tiles of the widest width, one of
-the rest. The rows of all segments are one pool of work, so that one token keeps every thread busy on its experts, and a
-long prompt multiplies the matrices of each expert by all tokens that chose it.
+the rest; or one of all, where weights are unpacked by pieces. The rows of all segments are one pool of work, so that
+one token keeps every thread busy on its experts, and a long prompt multiplies the matrices of each expert by all tokens
+that chose it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numba import njit
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
-from npqwen.kernels.packing import WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
+from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
 from npqwen.simd.scalar import FAST, exp
@@ -74,10 +75,11 @@ def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
 
 
 @njit(nogil=True)
-def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
+def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any) -> int:
     """Give every choice of an expert a slot, those of one expert side by side; returns the number of segments.
 
-    experts: int64 (tokens, chosen). counts: scratch, int64 (experts,). slots: like experts. segments: int64 (n, 4).
+    experts: int64 (tokens, chosen). encoding: the code of their matrices' encoding. counts: scratch, int64 (experts,).
+    slots: like experts. segments: int64 (n, 4).
     """
     counts[:] = 0
     for t in range(experts.shape[0]):
@@ -87,8 +89,9 @@ def arrange(experts: Any, counts: Any, slots: Any, segments: Any) -> int:
     for e in range(counts.size):
         left, first = counts[e], slot
         while left > 0:
-            width = WIDEST if left >= WIDEST else tile_width(left)
-            count = left // WIDEST * WIDEST if left >= WIDEST else left
+            width, count = tile_width(left, encoding), left
+            if left >= WIDEST and PIECES_WIDTH == 0:
+                width, count = WIDEST, left // WIDEST * WIDEST
             segments[segment_count, EXPERT], segments[segment_count, SLOT] = e, slot
             segments[segment_count, COUNT], segments[segment_count, WIDTH] = count, width
             segment_count += 1

@@ -19,9 +19,16 @@ from npqwen.kernels.amx_matmul import AMX_ROOM_BYTES, amx_rows
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import IS_INTEGER, group_bytes
-from npqwen.kernels.packing import WIDEST, WIDTHS, whole_tiles
+from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, whole_tiles
 from npqwen.kernels.pieces import MEMBERS, claim_private, finish_first
-from npqwen.kernels.unpacked_matmul import run_unpacked, unpack_rows, unpacked_bytes, unpacked_rows
+from npqwen.kernels.unpacked_matmul import (
+    PIECE_BYTES,
+    pieces_rows,
+    run_unpacked,
+    unpack_rows,
+    unpacked_bytes,
+    unpacked_rows,
+)
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
@@ -187,22 +194,31 @@ UNPACKERS = {
     if ISA.unpack_from and encoding.is_integer and encoding.bits < 8
 }
 """Kernels that unpack, by the code of the encoding."""
+PIECES = {
+    encoding.code: pieces_rows(encoding, PIECES_WIDTH)
+    for encoding in ENCODINGS
+    if PIECES_WIDTH and encoding.is_integer and encoding.bits < 8
+}
+"""Kernels that unpack pieces for tiles of PIECES_WIDTH tokens, by the code of the encoding."""
 MULTIPLIER = unpacked_rows(WIDEST)
 """The kernel for unpacked weights and the widest tiles."""
-_SHARED = len(ENCODINGS)
-KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 1)
+_SHARED, _PIECES = len(ENCODINGS), WIDEST + 1
+KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 2)
 """Shape of `matmul_kernels`."""
 
 
 def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
     """Addresses of the kernels of some encodings (codes), compiled or loaded: [code, width], 0 where there is none.
 
-    [code, 0] is that of an encoding's kernel of UNPACKERS, and [len(ENCODINGS), WIDEST] that of MULTIPLIER.
+    [code, 0] is that of an encoding's kernel of UNPACKERS, [code, WIDEST + 1] that of PIECES, and
+    [len(ENCODINGS), WIDEST] that of MULTIPLIER.
     """
     addresses = np.zeros(KERNEL_TABLE, np.int64)
     for code in encodings:
         for width, kernel in KERNELS[code].items():
             addresses[code, width] = address_of(kernel)
+        if code in PIECES:
+            addresses[code, _PIECES] = address_of(PIECES[code])
         if code in UNPACKERS:
             addresses[code, 0], addresses[_SHARED, WIDEST] = address_of(UNPACKERS[code]), address_of(MULTIPLIER)
     return addresses
@@ -211,7 +227,7 @@ def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
 def scratch_floats(cols: int, multiple: int = 1) -> int:
     """float32 that a thread may need for a matrix of `cols` columns, claiming at least `multiple` row groups."""
     room = AMX_ROOM_BYTES if _MATRICES else 0
-    return (unpacked_bytes(multiple * cols, CHUNK_BYTES) + room) // 4
+    return (max(unpacked_bytes(multiple * cols, CHUNK_BYTES), PIECE_BYTES) + room) // 4
 
 
 def local_floats(tokens: int, multiple: int) -> int:
@@ -256,8 +272,11 @@ def run_kernel(
             last, out, stride, accumulate, scratch,
         )  # fmt: skip
         return
+    kernel = kernels[matrix.encoding, width]
+    if kernels[matrix.encoding, _PIECES] and width == PIECES_WIDTH and tiles > 1:
+        kernel = kernels[matrix.encoding, _PIECES]
     run_at(
-        kernels[matrix.encoding, width],
+        kernel,
         (
             address, matrix.codebook, matrix.cols // UNIT_COLUMNS, first, last, x, tiles, out, stride, accumulate,
             scratch.ctypes.data,

@@ -25,11 +25,16 @@ from npqwen.simd.scalar import FAST, memory
 WIDTHS = tuple(sorted(ISA.tiles))
 """Numbers of tokens that a tile can have."""
 WIDEST = WIDTHS[-1]
+PIECES_WIDTH = ISA.pieces_width
+"""The width of tiles whose weights are unpacked by pieces; 0: there are none."""
 ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
 """What the kernels add to weights, by the code of their encoding."""
 _MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
 """Tokens up to which several tiles of the middle width are faster than one of the widest."""
+_MANY = 9 * _MIDDLE
+"""Tokens from which padding to whole tiles of the middle width costs less than tiles half as wide do."""
+_IS_UNPACKED = tuple(encoding.zero_point > 0 for encoding in ENCODINGS)
 _PAIRS = ISA.pairs
 _START_BYTES = ISA.start_bytes
 _PAIR_PITCH = 2 * OCTET
@@ -37,11 +42,16 @@ _PAIR_PITCH = 2 * OCTET
 
 
 @njit(nogil=True)
-def tile_width(tokens: int) -> int:
-    """The best tile width to multiply this many tokens with: one of WIDTHS."""
+def tile_width(tokens: int, encoding: int) -> int:
+    """The best tile width to multiply this many tokens with: one of WIDTHS.
+
+    encoding: the code of the weights' encoding. Encodings that take the same packed activations have the same widths.
+    """
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
+    if PIECES_WIDTH and (_IS_UNPACKED[encoding] or (0 < tokens % _MIDDLE <= PIECES_WIDTH and tokens < _MANY)):
+        return PIECES_WIDTH
     return _MIDDLE if tokens <= _FEW else WIDEST
 
 

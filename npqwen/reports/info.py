@@ -8,6 +8,7 @@ from typing import Any
 
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
+from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
@@ -51,6 +52,8 @@ class Info:
     weights: int
     """Mapped from the files; the system need not keep all of them in memory."""
     context: int
+    kv: CacheType
+    """Type of the numbers in the cache."""
     cache: int
     """Keys and values of a full context."""
     working: int
@@ -77,16 +80,20 @@ class Info:
         return asdict(self) | {"needed": self.needed}
 
 
-def inspect(directory: Path, context: int | None = None, yarn: float | None = None) -> Info:
+def inspect(
+    directory: Path, context: int | None = None, yarn: float | None = None, kv: CacheType | None = None
+) -> Info:
     """Inspect a converted directory without loading it.
 
-    context: tokens to count memory for, by default the model's limit. yarn: as of `npqwen.load`. Raises FormatError or
+    context: tokens to count memory for, by default the model's limit. yarn, kv: as of `npqwen.load`.
+    Raises FormatError or
     CheckpointError for a directory that cannot be loaded, OptionError for a context beyond the limit.
     """
 
     config = with_yarn(Config.from_directory(directory), yarn)
     context = context_length(config, context)
     weights = Weights(directory, config)
+    kv = weights.cache_type if kv is None else check_cache_type(kv)
     parts = {
         part: sum(
             tensor.data.size for name, tensor in weights.tensors.items() if name.rpartition(".")[0].endswith(ends)
@@ -98,7 +105,7 @@ def inspect(directory: Path, context: int | None = None, yarn: float | None = No
     budget = Budget(
         weights=sum(parts.values()),
         working=Buffers(config, weights, threads, chunk_size(config), context).nbytes,
-        page=KVCache(config, 1, weights.cache_dtype).page_bytes,
+        page=KVCache(config, 1, kv).page_bytes,
         available=machine.available_memory(),
     )
     return Info(
@@ -113,6 +120,7 @@ def inspect(directory: Path, context: int | None = None, yarn: float | None = No
         parts={part: size for part, size in parts.items() if size},
         weights=budget.weights,
         context=context,
+        kv=kv,
         cache=budget.cache(context),
         working=budget.working,
         available_memory=budget.available,
@@ -229,7 +237,7 @@ def describe(info: Info, name: str | None = None) -> str:
         ("weights", f"{size(info.weights)}, mapped from the files"),
         *([("calibrated", f"with {_text(info.calibration)}")] if info.calibration is not None else []),
         *([("evaluation", evaluation_line(info.evaluation))] if info.evaluation is not None else []),
-        ("cache", f"{size(info.cache)} at {info.context} tokens of context"),
+        ("cache", f"{size(info.cache)} at {info.context} tokens of context, in {info.kv}"),
         ("working", f"{size(info.working)} at most, for {info.threads} threads"),
         ("needed", size(info.needed)),
     ]

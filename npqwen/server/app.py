@@ -15,13 +15,15 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import anthropic, front, monitoring, ollama, openai, text_routes
+from npqwen.server import anthropic, front, monitoring, ollama, openai, resuming, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
 from npqwen.server.models import Models
 from npqwen.server.offer import Offer
+from npqwen.server.recording import Recordings
 from npqwen.server.refusal import refusal
+from npqwen.server.resuming import Resumable
 from npqwen.server.settings import Settings
 from npqwen.server.streaming import ClientGoneError
 
@@ -55,9 +57,10 @@ def application(models: Models, settings: Settings) -> Starlette:
         yield
         await models.close()
 
+    recordings = Recordings()
     made = Starlette(
-        routes=_routes(models),
-        middleware=_middleware(settings),
+        routes=[*_routes(models), *resuming.routes(recordings)],
+        middleware=[Middleware(Resumable, recordings), *_middleware(settings)],
         exception_handlers={
             HTTPException: _refuse,
             NpqwenError: _fail,
@@ -91,7 +94,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         allow_origins=settings.origins,
         allow_methods=("GET", "POST", "DELETE", "HEAD"),
         allow_headers=("*",),
-        expose_headers=("retry-after",),
+        expose_headers=("retry-after", "x-stream-id"),
     )
     return [
         Middleware(Exchanges),

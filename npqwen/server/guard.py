@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import time
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,8 +17,13 @@ from npqwen.server.failure import Failure
 from npqwen.server.refusal import refusal
 from npqwen.server.settings import Settings, is_address
 
+BODY_SECONDS = 60.0
+"""How long a request's body may take, and one second more for each `BODY_RATE` bytes of it."""
+BODY_RATE = 10_000
 PUBLIC = ("/", "/health")
 """Paths that need no key: they tell nothing that is worth one."""
+OWNER = "npqwen.owner"
+"""Where a scope has the digest of the request's API key, if the server wants one."""
 PUBLIC_BELOW = "/page/"
 """The page's files: a browser sends no key when it opens a page. The page itself asks for one."""
 
@@ -86,8 +93,9 @@ class Keys:
         headers = Headers(scope=scope)
         given = [key for key in (_bearer(headers.get("authorization", "")), headers.get("x-api-key", "")) if key]
         # Every pair is compared, in a time that tells nothing about the keys.
-        matches = [hmac.compare_digest(_digest(one), key) for one in given for key in self._digests]
-        if any(matches):
+        matches = [key for one in given for key in self._digests if hmac.compare_digest(_digest(one), key)]
+        if matches:
+            scope[OWNER] = matches[0]
             await self._app(scope, receive, send)
             return
         problem = "the API key is wrong" if given else "an API key is needed"
@@ -96,7 +104,7 @@ class Keys:
 
 
 class BodyLimit:
-    """Refuses requests with a body of more than `limit` bytes, as soon as that is known."""
+    """Refuses requests with a body of more than `limit` bytes, as soon as that is known, and bodies that trickle in."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -106,22 +114,28 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refused = refusal(
-            scope, Failure(413, f"the body is larger than {size(self._limit)}, the server's limit", "body_too_large")
-        )
+        too_large = Failure(413, f"the body is larger than {size(self._limit)}, the server's limit", "body_too_large")
         length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._limit:
-            await refused(scope, receive, send)
+            await refusal(scope, too_large)(scope, receive, send)
             return
+        started = time.monotonic()
         read = 0
-        begun = False
+        complete = begun = False
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            if complete or begun:
+                return await receive()
+            try:
+                left = started + BODY_SECONDS + read / BODY_RATE - time.monotonic()
+                message = await asyncio.wait_for(receive(), max(0.0, left))
+            except asyncio.TimeoutError:
+                raise _BodyError(_too_slow(read)) from None
             read += len(message.get("body", b""))
+            complete = not message.get("more_body")
             if read > self._limit:
-                raise _TooLargeError
+                raise _BodyError(too_large)
             return message
 
         async def noted(message: Any) -> None:
@@ -131,14 +145,23 @@ class BodyLimit:
 
         try:
             await self._app(scope, limited, noted)
-        except _TooLargeError:
+        except _BodyError as error:
             if begun:
                 raise
-            await refused(scope, receive, send)
+            # The rest of the body is not awaited.
+            await refusal(scope, error.failure, {"Connection": "close"})(scope, receive, send)
 
 
-class _TooLargeError(BaseException):
+class _BodyError(BaseException):
     """Passes through handlers that answer every Exception with an error of their own."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+
+
+def _too_slow(read: int) -> Failure:
+    expected = f"{BODY_SECONDS:.0f} seconds, and one more for each {size(BODY_RATE)}"
+    return Failure(408, f"only {size(read)} of the body came in time; it may take {expected}", "body_too_slow")
 
 
 def climbs(path: str) -> bool:

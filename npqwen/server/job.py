@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from npqwen.chat.answer import Answer
 from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.events import Finish, Notice, Text
@@ -134,7 +136,7 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
         prompt, given = prepared.prompt_ids, dict(prepared.options)
     else:
         prepared, prompt, given = None, request.prompt, dict(request.options)
-    choices = []
+    choices: list[Choice] = []
     for index in range(n):
         choice = Choice(index)
         options: Any = given | {"seed": None if seed is None else seed + index}
@@ -144,4 +146,6 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
             choice.answer = prepared.answer(choice.sequence.decoding)
             choice.notices = prepared.notices
         choices.append(choice)
+    # Here rather than in the engine's thread: reading files would keep other texts waiting.
+    model.prefixes.fetch(np.array(choices[0].sequence.decoding.prompt_ids[:-1], np.int32))
     return choices

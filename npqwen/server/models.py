@@ -322,7 +322,7 @@ class _Slot:
 
 def _needed(offer: Offer) -> int:
     """Bytes of memory that a loaded model takes without keys and values."""
-    return offer.weight_bytes + RESERVED
+    return offer.loaded_bytes + RESERVED
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

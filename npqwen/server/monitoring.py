@@ -40,6 +40,18 @@ _METRICS = (
         lambda m: m.statistics.cached_tokens,
     ),
     _Metric("generated_tokens_total", "counter", "Generated tokens.", lambda m: m.statistics.generated_tokens),
+    _Metric(
+        "drafted_tokens_total",
+        "counter",
+        "Tokens that were guessed and verified in one pass with others.",
+        lambda m: m.statistics.drafted_tokens,
+    ),
+    _Metric(
+        "drafted_tokens_accepted_total",
+        "counter",
+        "Guessed tokens that became part of a text.",
+        lambda m: m.statistics.accepted_tokens,
+    ),
     _Metric("prefill_seconds_total", "counter", "Time spent on prompts.", lambda m: m.statistics.prefill_seconds),
     _Metric("decode_seconds_total", "counter", "Time spent generating.", lambda m: m.statistics.decode_seconds),
     _Metric(

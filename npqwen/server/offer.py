@@ -8,15 +8,33 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from npqwen.engine.cache_type import check_cache_type
 from npqwen.engine.context import context_length, with_yarn
+from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefix_files import check_size
 from npqwen.errors import FormatError
 from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from npqwen.engine.cache_type import CacheType
     from npqwen.model import Model
+
+
+class Loading(TypedDict, total=False):
+    """Options of `npqwen.load` that do not change what is offered."""
+
+    kv: CacheType | None
+    prefix_cache: Path | None
+    prefix_cache_size: int | None
+    prefix_memory: int | None
+    notice: Callable[[str], None] | None
+    on_compile: Callable[[int, int], None] | None
+    draft: Path | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,8 @@ class Offer:
     """A converted directory that a server loads when a request needs it.
 
     name: what clients call it. path: the converted directory. load: maps it; any thread may call it. config: its
-    dimensions. context: maximum tokens of a prompt and its answer together.
+    dimensions. context: maximum tokens of a prompt and its answer together. draft: the converted directory of its draft
+    model, which is loaded with it.
     """
 
     name: str
@@ -32,6 +51,7 @@ class Offer:
     load: Callable[[], Model]
     config: Config
     context: int
+    draft: Path | None = None
 
     @classmethod
     def of(
@@ -42,21 +62,27 @@ class Offer:
         threads: int | None = None,
         context: int | None = None,
         yarn: float | None = None,
-        on_compile: Callable[[int, int], None] | None = None,
+        **options: Unpack[Loading],
     ) -> Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
-        Raises OptionError for a context that the model does not support, CheckpointError for a damaged config.json.
+        Raises OptionError for a context that the model does not support, an unknown type of cache or a prefix cache
+        that is too small, CheckpointError for a damaged config.json.
         """
         from npqwen.model import load
 
         config = with_yarn(Config.from_directory(path), yarn)
 
         def load_it() -> Model:
-            return load(path, threads=threads, context=context, yarn=yarn, on_compile=on_compile, name=name)
+            return load(path, threads=threads, context=context, yarn=yarn, name=name, **options)
 
-        offer = cls(name, path, load_it, config, context_length(config, context))
+        offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"))
         offer._read_facts()
+        kv = options.get("kv")
+        kv = offer.quantization.recipe.cache_type if kv is None else check_cache_type(kv)
+        most = options.get("prefix_cache_size")
+        if most is not None:
+            check_size(most, KVCache(config, 1, kv).page_bytes)
         return offer
 
     @classmethod
@@ -69,7 +95,7 @@ class Offer:
 
     def _read_facts(self) -> None:
         """Read now what is known of the directory: a loaded model may outlive it."""
-        self.quantization, self.weight_bytes, self.modified, self.digest  # noqa: B018
+        self.quantization, self.weight_bytes, self.loaded_bytes, self.modified, self.digest  # noqa: B018
 
     @cached_property
     def quantization(self) -> Quantization:
@@ -80,6 +106,13 @@ class Offer:
     def weight_bytes(self) -> int:
         """Bytes of the files of weights."""
         return sum(size for _, size in self._files)
+
+    @cached_property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights that are loaded, those of a draft model included."""
+        if self.draft is None:
+            return self.weight_bytes
+        return self.weight_bytes + sum(size for _, size in _weight_files(self.draft))
 
     @cached_property
     def modified(self) -> float:
@@ -95,4 +128,9 @@ class Offer:
 
     @cached_property
     def _files(self) -> list[tuple[str, int]]:
-        return sorted((file.name, file.stat().st_size) for file in self.path.glob("*.safetensors"))
+        return _weight_files(self.path)
+
+
+def _weight_files(directory: Path) -> list[tuple[str, int]]:
+    """Names and sizes of the files of weights."""
+    return sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from npqwen.chat.events import Event, Finish, Reply
 from npqwen.errors import ClosedError
 from npqwen.generation.completion import Completion, TokenLogprobs, Usage
 from npqwen.server.exchange import current
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,16 @@ class Completed:
 
 
 RunEvent = Event | Progress | Scored | Completed
+Take = Callable[[int, RunEvent], object]
+"""take(index, event): takes an event of choice `index`."""
 
 
-class Run(AsyncIterator[tuple[int, RunEvent]]):
+class Run:
     """The events of a request, each with the index of the choice (0 to n - 1) that it belongs to.
 
     A chat's are those of `ChatStream`, with `Finish` as the last one of each choice; raw text's are `Text`, and
-    `Completed` as the last. `Progress` and `Scored` come in both. The iteration ends after the last choice's last
-    event. It raises what generation raised, and ClosedError if the server is shutting down; after `cancel` it ends.
+    `Completed` as the last. `Progress` and `Scored` come in both. Their reader is a function, called as they come: a
+    queue between two tasks would cost more than most events.
     """
 
     def __init__(self, choices: int, prompt_tokens: int, cancel: Callable[[Run], None]) -> None:
@@ -57,7 +56,11 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
         self.cancelled = False
         self._cancel = cancel
         self.loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, RunEvent] | BaseException | None] = asyncio.Queue()
+        self._early: list[tuple[int, RunEvent] | BaseException] = []
+        """What came before there was a reader."""
+        self._take: Take | None = None
+        self._ended = asyncio.Event()
+        self._error: BaseException | None = None
         self._left = choices
         self._exchange = current.get()
         if self._exchange is not None:
@@ -74,46 +77,70 @@ class Run(AsyncIterator[tuple[int, RunEvent]]):
 
     def receive(self, item: tuple[int, RunEvent] | BaseException | None) -> None:
         """Take an event, an exception that ends the run, or None for its end. Called in the event loop's thread."""
-        self._events.put_nowait(item)
+        if self.cancelled or item is None:
+            self._ended.set()
+        elif self._ended.is_set():
+            pass
+        elif self._take is None:
+            self._early.append(item)
+        elif isinstance(item, BaseException):
+            self._end(item)
+        else:
+            index, event = item
+            if isinstance(event, Finish | Completed):
+                self._left -= 1
+                if self._exchange is not None:
+                    self._exchange.usages.append(_usage(event))
+            try:
+                self._take(index, event)
+            except Exception as error:
+                self._end(error)
+            if not self._left:
+                self._ended.set()
 
-    def __aiter__(self) -> Run:
-        return self
+    async def for_each(self, take: Take) -> None:
+        """Call take(index, event) for each event as it comes; returns after the last choice's last event, or `cancel`.
 
-    async def __anext__(self) -> tuple[int, RunEvent]:
-        if not self._left or self.cancelled:
-            raise StopAsyncIteration
-        item = await self._events.get()
-        if item is None:
-            self._left = 0
-            raise StopAsyncIteration
-        if isinstance(item, BaseException):
-            self._left = 0
-            raise item
-        event = item[1]
-        if isinstance(event, Finish | Completed):
-            self._left -= 1
-            if self._exchange is not None:
-                self._exchange.usages.append(_usage(event))
-        return item
+        To be called once. Raises what generation raised, ClosedError if the server is shutting down, and what `take`
+        raises.
+        """
+        self._take = take
+        early, self._early = self._early, []
+        for item in early:
+            self.receive(item)
+        try:
+            await self._ended.wait()
+        finally:
+            self._ended.set()  # whatever comes later has no reader
+        if self._error is not None:
+            raise self._error
 
     async def replies(self) -> list[Reply]:
         """Wait for all answers of a chat, in order. Raises ClosedError if the run was cancelled."""
-        return cast("list[Reply]", await self._results())
+        return cast("list[Reply]", await self.results())
 
     async def completions(self) -> list[Completion]:
         """Wait for all continuations of raw text, in order. Raises ClosedError if the run was cancelled."""
-        return cast("list[Completion]", await self._results())
+        return cast("list[Completion]", await self.results())
 
-    async def _results(self) -> list[Reply | Completion]:
+    async def results(self) -> list[Reply | Completion]:
+        """Wait for all answers or continuations, in order. Raises ClosedError if the run was cancelled."""
         results: dict[int, Reply | Completion] = {}
-        async for index, event in self:
+
+        def take(index: int, event: RunEvent) -> None:
             if isinstance(event, Finish):
                 results[index] = event.reply
             elif isinstance(event, Completed):
                 results[index] = event.completion
+
+        await self.for_each(take)
         if len(results) < self.choices:
             raise ClosedError("the request was cancelled")
         return [results[index] for index in range(self.choices)]
+
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        self._ended.set()
 
 
 def _usage(event: Finish | Completed) -> Usage:

@@ -18,6 +18,7 @@ import uvicorn
 
 from npqwen.errors import OptionError
 from npqwen.server.app import application
+from npqwen.server.connection import Connection
 from npqwen.server.listener import Listener
 from npqwen.server.models import Models
 from npqwen.server.settings import Settings
@@ -50,6 +51,7 @@ def run(
     made = application(models, replace(settings, hosts=(*settings.hosts, *listener.names)))
     config = uvicorn.Config(
         made,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -21,6 +21,10 @@ class WorkerStatistics:
     cached_tokens: int = 0
     """Of prompts, found in the cache."""
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """Guessed, and run beside those of a text."""
+    accepted_tokens: int = 0
+    """Guessed, and found to be the text's."""
     prefill_seconds: float = 0.0
     """Spent in passes over prompts."""
     decode_seconds: float = 0.0
@@ -37,5 +41,8 @@ class WorkerStatistics:
         return replace(self, **{name: getattr(self, name) + getattr(earlier, name) for name in _SUMS})
 
 
-_SUMS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "prefill_seconds", "decode_seconds")
+_SUMS = (
+    *("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "drafted_tokens", "accepted_tokens"),
+    *("prefill_seconds", "decode_seconds"),
+)
 """The fields that only grow."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -12,12 +12,14 @@ from starlette.types import Receive, Scope, Send
 
 from npqwen.chat.events import CallArguments, Reasoning, Text
 from npqwen.server.failure import Failure, failure_of
-from npqwen.server.run import Progress, RunEvent
+from npqwen.server.run import Progress, RunEvent, Take
 
 KEEPALIVE = 8.0
 """Seconds of silence after which a client gets a keepalive. Claude Code warns after 20, proxies give up after 60."""
 STALLED = 120.0
 """Seconds after which a client that accepts no more bytes counts as gone."""
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Of every stream: no proxy is to hold it back."""
 
 Result = TypeVar("Result")
 
@@ -29,9 +31,11 @@ class ClientGoneError(Exception):
 class Events(Protocol):
     """A run, or several that were joined into one."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """End it."""
 
-    def __aiter__(self) -> AsyncIterator[tuple[int, RunEvent]]: ...
+    async def for_each(self, take: Take) -> None:
+        """Call take(index, event) for each event as it comes; returns after the last one, or raises what ended them."""
 
 
 class StreamFormat(Protocol):
@@ -67,7 +71,7 @@ class StreamedRun(Response):
         self.status_code = 200
         self.media_type = format.media_type
         self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        self.init_headers({**HEADERS, **(headers or {})})
         self._run = run
         self._format = format
         self._pending: list[tuple[int, RunEvent]] = []
@@ -80,6 +84,9 @@ class StreamedRun(Response):
         self._error: BaseException | None = None
         self._progress: Progress | None = None
         self._sending_since: float | None = None
+        self._silent_since = 0.0
+        self._silent = False
+        """Whether nothing was sent for so long that something must be."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -101,16 +108,15 @@ class StreamedRun(Response):
 
     async def _read(self) -> None:
         try:
-            async for index, event in self._run:
-                self._append(index, event)
-                self._ready.set()
+            await self._run.for_each(self._take)
         except Exception as error:
             self._error = error
         self._over = True
         self._ready.set()
 
-    def _append(self, index: int, event: RunEvent) -> None:
+    def _take(self, index: int, event: RunEvent) -> None:
         """Put an event into `_pending`, joined with the choice's last one if both are text of one kind, or progress."""
+        self._ready.set()
         if isinstance(event, Progress):
             self._progress = event
         at = self._newest.get(index)
@@ -125,22 +131,32 @@ class StreamedRun(Response):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await self._send(send, self._format.start())
-        loop = asyncio.get_running_loop()
-        silent_since = loop.time()
+        self._silent_since = asyncio.get_running_loop().time()
+        self._watch_silence()
         last = False
-        while not last:
-            timer = loop.call_at(silent_since + KEEPALIVE, self._ready.set)
-            await self._ready.wait()
-            timer.cancel()
-            self._ready.clear()
-            text, last = self._next_text(loop.time() - silent_since >= KEEPALIVE)
-            if text:
-                await self._send(send, text)
-                silent_since = loop.time()
+        try:
+            while not last:
+                await self._ready.wait()
+                self._ready.clear()
+                text, last = self._next_text()
+                if text:
+                    await self._send(send, text)
+        finally:
+            self._timer.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _next_text(self, silent: bool) -> tuple[str, bool]:
-        """What to send now, and whether it is the last. silent: nothing was sent for so long that something must be."""
+    def _watch_silence(self) -> None:
+        """Wake the writer once it has been silent for `KEEPALIVE` seconds, and again after as many."""
+        loop = asyncio.get_running_loop()
+        due = self._silent_since + KEEPALIVE
+        if due <= loop.time():
+            self._silent = True
+            self._ready.set()
+            due = loop.time() + KEEPALIVE
+        self._timer = loop.call_at(due, self._watch_silence)
+
+    def _next_text(self) -> tuple[str, bool]:
+        """What to send now, and whether it is the last."""
         pending, self._pending, self._newest = self._pending, [], {}
         try:
             text = "".join([self._format.event(index, event) for index, event in pending])
@@ -150,12 +166,13 @@ class StreamedRun(Response):
             text, self._error = "", error
         if self._error is not None:
             return text + self._format.error(failure_of(self._error)), True
-        return text or (self._format.keepalive(self._progress) if silent else ""), False
+        return text or (self._format.keepalive(self._progress) if self._silent else ""), False
 
     async def _send(self, send: Send, text: str) -> None:
-        self._sending_since = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        self._sending_since = loop.time()
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-        self._sending_since = None
+        self._sending_since, self._silent_since, self._silent = None, loop.time(), False
 
 
 def _joined(first: RunEvent, second: RunEvent) -> RunEvent | None:

@@ -76,6 +76,8 @@ class Worker:
             prompt_tokens=done.prompt_tokens,
             cached_tokens=done.cached_tokens,
             generated_tokens=done.generated_tokens,
+            drafted_tokens=done.drafted_tokens,
+            accepted_tokens=done.accepted_tokens,
             prefill_seconds=done.prefill_seconds,
             decode_seconds=done.decode_seconds,
             cache_bytes=done.cache_bytes,

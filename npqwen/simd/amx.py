@@ -35,7 +35,7 @@ from npqwen.simd.llvm import (
     vector,
 )
 from npqwen.simd.packed import scale_offset
-from npqwen.simd.tile import LANES, block_scales, bytes_
+from npqwen.simd.tile import LANES, bytes_
 
 SUM_BYTES = UNIT_ROWS * CACHE_LINE
 """Bytes of a register of sums."""
@@ -107,13 +107,13 @@ def finish_block(
     activations = element(b, x, x_at, I8)
     sums = offset(b, room, n * SUM_BYTES, I8)
     _do(b, "tilestored64", I8(_SUMS + n), sums, I64(CACHE_LINE))
-    scale = block_scales(b, element(b, w, scales_at, I8))
+    scale = ISA.block_scales(b, element(b, w, scales_at, I8))
     for t in range(UNIT_ROWS):
         x_scale = b.load(offset(b, activations, scale_offset(t, UNIT_ROWS), F32), align=4)
         products = b.load(offset(b, sums, CACHE_LINE * t, vector(I32, LANES)), align=CACHE_LINE)
         # In the order of `dot_block_int`: bitwise equal.
-        scaled = b.fmul(ISA.to_float(b, products), splat(b, x_scale, LANES))
-        tile[t] = fma(b, scaled, scale, tile[t])
+        scaled = b.fmul(ISA.to_float(b, products), scale)
+        tile[t] = fma(b, scaled, splat(b, x_scale, LANES), tile[t])
     return tile
 
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from npqwen.format.encodings import Encoding
 from npqwen.simd.instructions import QUADS, UNPACKED, NativeHalf
 from npqwen.simd.llvm import F32, I8, I32, I64, call, constant, offset, settle, undefined, vector
-from npqwen.simd.packed import OCTET, start_offset, values_offset
+from npqwen.simd.packed import OCTET, scale_offset, start_offset, values_offset
 
 _BYTES, _WORDS, _LONGS, _FLOATS = vector(I8, 16), vector(I32, 4), vector(I64, 2), vector(F32, 4)
 _BIAS = 3 << 22
@@ -31,7 +31,7 @@ class Neon(NativeHalf):
     features: ClassVar[frozenset[str]] = frozenset({"dotprod"})
     accumulators: ClassVar[int] = 16
     unpack_from: ClassVar[int] = 4
-    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2, 4: 1}
 
     def products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
@@ -55,6 +55,18 @@ class Neon(NativeHalf):
                 sums = [[next(settled) for _ in blocks] for _ in range(tokens)]
         yield from sums
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        columns = (b.bitcast(each, _BYTES) for each in (quad, weights))
+        return call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", _WORDS, total, *columns)
+
+    def activation_scale(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
+        if tokens < self.lanes:
+            return super().activation_scale(b, x, token, tokens)
+        # A multiply-add takes a lane of four tokens' scales.
+        first = token // self.lanes * self.lanes
+        scales = b.load(offset(b, x, scale_offset(first, tokens), _FLOATS), align=4)
+        return b.shuffle_vector(scales, undefined(_FLOATS), constant(I32, self.lanes, token % self.lanes))
+
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
         return call(b, "llvm.aarch64.neon.tbl1.v16i8", _BYTES, table, indices)
 
@@ -72,7 +84,7 @@ class NeonI8mm(Neon):
 
     name: ClassVar[str] = "i8mm"
     features: ClassVar[frozenset[str]] = frozenset({"dotprod", "i8mm"})
-    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1, 8: 1}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2, 4: 1, 8: 1}
     pairs: ClassVar[bool] = True
 
     def products(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from llvmlite import ir
 
 from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS
@@ -92,6 +94,19 @@ def swiglu_block(b: ir.IRBuilder, gate_up: Array, at: Int, out: Array, out_at: I
 
 
 @operation
+def hadamard_block(b: ir.IRBuilder, x: Array, at: Int) -> None:
+    """Walsh-Hadamard transform, without its factor 1/4, of 16 float32 x[at:] in place."""
+    kind = vector(F32, UNIT_ROWS)
+    place = element(b, x, at, kind)
+    values = b.load(place, align=4)
+    for stride in (1, 2, 4, 8):
+        partners = ir.Constant(vector(I32, UNIT_ROWS), [i ^ stride for i in range(UNIT_ROWS)])
+        signs = ir.Constant(kind, [-1.0 if i & stride else 1.0 for i in range(UNIT_ROWS)])
+        values = b.fadd(b.shuffle_vector(values, values, partners), b.fmul(values, signs))
+    b.store(values, place, align=4)
+
+
+@operation
 def softmax_block(
     b: ir.IRBuilder, scores: Array, at: Int, count: Const, visible: Int, row_max: Float
 ) -> tuple[Float, Float]:
@@ -113,6 +128,50 @@ def softmax_block(
     zero = ir.Constant(F32, 0.0)
     total = call(b, f"llvm.vector.reduce.fadd.v{count}f32", F32, zero, weights, fastmath=("reassoc",))
     return maximum, total
+
+
+@operation
+def softmax_block_int8(
+    b: ir.IRBuilder, scores: Array, at: Int, blocks: Const, visible: Int, row_max: Float,
+    values: Array, scales_at: Int, pitch: Int, out: Array, out_at: Int,
+) -> tuple[Float, Float, Float]:  # fmt: skip
+    """Weights exp(score - maximum) times the values' scales, as integers: (maximum, sum of weights, their scale).
+
+    scores: float32, 32 for each block at scores[at:]; those from the `visible`-th on get no weight. The maximum is that
+    of the visible scores and of `row_max`, the row's maximum so far. values: uint8, 32 float32 scales at
+    values[scales_at:], those of the next block `pitch` bytes after them. out: uint8, out[out_at:] receives integers
+    from 0 to 127, the largest 127, which times the scale are the weights times the values' scales. The sum is that of
+    the weights alone.
+    """
+    count = BLOCK_COLUMNS * blocks
+    kind, words = vector(F32, count), vector(I32, count)
+    loaded = b.load(element(b, scores, at, kind), align=4)
+    seen = b.icmp_signed("<", ir.Constant(words, list(range(count))), splat(b, b.trunc(visible, I32), count))
+    masked = b.select(seen, loaded, constant(F32, count, -3.0e38))
+    block_max = call(b, f"llvm.vector.reduce.fmax.v{count}f32", F32, masked, fastmath=("nnan",))
+    maximum = call(b, "llvm.maxnum.f32", F32, block_max, row_max)
+    nothing = constant(F32, count, 0.0)
+    weights = b.select(seen, _exp(b, b.fsub(loaded, splat(b, maximum, count))), nothing)
+    total = call(b, f"llvm.vector.reduce.fadd.v{count}f32", F32, ir.Constant(F32, 0.0), weights, fastmath=("reassoc",))
+    part = vector(F32, BLOCK_COLUMNS)
+    places = [element(b, values, step(b, scales_at, n, pitch), part) for n in range(blocks)]
+    scales = functools.reduce(lambda x, y: _joined(b, x, y), [b.load(place, align=4) for place in places])
+    products = b.select(seen, b.fmul(weights, scales), nothing)
+    # Magnitudes of floats order like their bits.
+    peak = b.bitcast(call(b, f"llvm.vector.reduce.umax.v{count}i32", I32, b.bitcast(products, words)), F32)
+    usable = b.fcmp_ordered(">", peak, ir.Constant(F32, 1e-30))
+    inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), peak), ir.Constant(F32, 0.0))
+    rounded = call(b, f"llvm.rint.v{count}f32", kind, b.fmul(products, splat(b, inverse, count)))
+    stored = b.trunc(b.fptosi(rounded, words), vector(I8, count))
+    b.store(stored, element(b, out, out_at, stored.type), align=1)
+    return maximum, total, b.fmul(peak, ir.Constant(F32, 1 / 127))
+
+
+def _joined(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The elements of x, then those of y."""
+    if x.type != y.type:
+        raise TypeError("vectors of different lengths")
+    return b.shuffle_vector(x, y, ir.Constant(vector(I32, 2 * x.type.count), list(range(2 * x.type.count))))
 
 
 @operation

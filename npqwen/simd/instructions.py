@@ -19,7 +19,7 @@ from numba.core.registry import cpu_target
 from npqwen.format.encodings import QUADS as QUADS
 from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.simd.llvm import CACHE_LINE, F16, F32, I8, I32, call, constant, offset, splat, undefined, vector
-from npqwen.simd.packed import start_offset, values_offset
+from npqwen.simd.packed import scale_offset, start_offset, values_offset
 
 _CPU = cpu_target.target_context.codegen().magic_tuple()[1]
 PREFETCH_DISTANCE = 8192 if _CPU.startswith("znver") else 2048
@@ -62,11 +62,17 @@ class InstructionSet:
     """Vectors of sums that fit the registers beside what is multiplied."""
     matrices: ClassVar[bool] = False
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
+    distance: int = PREFETCH_DISTANCE
+    """Bytes by which `line` prefetches ahead, if it does; 0: not at all."""
     prefetches: ClassVar[bool] = False
     """Whether `line` prefetches, where a line is one vector and one cache line."""
     unpack_from: ClassVar[int] = 32
     """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
     nothing is computed beside; 0: never."""
+    pieces_width: ClassVar[int] = 0
+    """The width of the tiles, of 16 rows, that more tokens than the middle width are divided into: weights below 8 bits
+    are unpacked once for all of them, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py); others
+    take such tiles where they save padding. 0: none."""
     unpacked_vectors: ClassVar[int] = 1
     """Vectors of rows of a tile of the widest width whose weights are unpacked already."""
     start_bytes: ClassVar[int] = 4
@@ -88,14 +94,36 @@ class InstructionSet:
     ) -> Iterator[list[ir.Value]]:
         """Sums of blocks of integer weights times the activations at x (npqwen/simd/packed.py).
 
-        table: from `codebook`. blocks: one for each vector of rows of the tile. Returns, for each token, the sums of
-        each block's rows, <lanes x i32> for `to_float`.
+        table: from `codebook`, not used if the encoding has none. blocks: one for each vector of rows of the tile.
+        Returns, for each token, the sums of each block's rows, <lanes x i32> for `to_float`.
         """
         sums = [[self.start(b, x, t, tokens) for _ in blocks] for t in range(tokens)]
         for n, quads in self.quads(b, encoding, table, blocks):
             for t in range(tokens):
                 sums[t] = [self.dot(b, total, quad, x, t, n) for total, quad in zip(sums[t], quads, strict=True)]
         yield from sums
+
+    def scaled_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        """`products` times the blocks' scales, <lanes x float>, rounded once.
+
+        scales: for each of the blocks, where the int8 scales of its rows are. Below 8 bits the results are exact: a sum
+        of 32 products is at most 32 * 32 * 127 in magnitude, and 128 times that is less than 2**24.
+        """
+        factors = [self.block_scales(b, place) for place in scales]
+        for sums in self.products(b, encoding, table, blocks, x, tokens):
+            yield [b.fmul(self.to_float(b, total), factor) for total, factor in zip(sums, factors, strict=True)]
+
+    def block_scales(self, b: ir.IRBuilder, place: ir.Value) -> ir.Value:
+        """A block's int8 scales of `lanes` rows, <lanes x float>."""
+        scales = b.load(b.bitcast(place, vector(I8, self.lanes).as_pointer()), align=1)
+        return b.sitofp(b.sext(scales, vector(I32, self.lanes)), vector(F32, self.lanes))
+
+    def activation_scale(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
+        """A token's scale (npqwen/simd/packed.py), <lanes x float>."""
+        return splat(b, b.load(offset(b, x, scale_offset(token, tokens), F32), align=4), self.lanes)
 
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
         """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""
@@ -167,6 +195,16 @@ class InstructionSet:
             column = b.ashr(b.shl(words, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
             value = b.sext(b.load(offset(b, x, values_offset(token) + 4 * n + k, I8), align=1), I32)
             total = b.add(total, b.mul(column, splat(b, value, self.lanes)))
+        return total
+
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        """total + a quad of signed bytes @ 4 weights from 0 to 127, repeated for every row: <lanes x i32> all three."""
+        for k in range(4):
+            columns = [
+                b.ashr(b.shl(each, constant(I32, self.lanes, 24 - 8 * k)), constant(I32, self.lanes, 24))
+                for each in (quad, weights)
+            ]
+            total = b.add(total, b.mul(*columns))
         return total
 
     def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:

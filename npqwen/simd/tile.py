@@ -8,14 +8,16 @@ ordinary loop around a few calls, and LLVM keeps the tiles in registers. Offsets
 
 from __future__ import annotations
 
+import functools
+from copy import copy
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
-from npqwen.format.encodings import ENCODINGS, UNIT_ROWS, Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, UNPACKED
+from npqwen.format.encodings import ENCODINGS, INT8, UNIT_ROWS, Encoding
+from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, UNPACKED
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import (
     CACHE_LINE,
@@ -23,6 +25,7 @@ from npqwen.simd.llvm import (
     I8,
     I16,
     I32,
+    I64,
     Array,
     Const,
     Int,
@@ -42,6 +45,9 @@ from npqwen.simd.packed import scale_offset
 LANES = ISA.lanes
 """float32 of a vector."""
 FLOATS = vector(F32, LANES)
+_CACHED = copy(ISA)
+"""For what the caller prefetches, or has in its cache."""
+_CACHED.distance = 0
 
 
 class Vector(types.Type):
@@ -73,6 +79,12 @@ def chains(vectors: int) -> int:
 def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, together: Const) -> Tile:
     """`together` tiles of zeros, of `rows` vectors of rows a token."""
     return [constant(F32, LANES, 0.0)] * (tokens * rows * together)
+
+
+@operation
+def load(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> Tile:
+    """The tile that `store` of the same arguments has written; `tile` only tells how many vectors it has."""
+    return [b.load(_place(b, out, at, n, rows, stride), align=4) for n in range(len(tile))]
 
 
 @operation
@@ -149,6 +161,61 @@ def dot_block_unpacked(
 
 
 @operation
+def dot_block_int8(
+    b: ir.IRBuilder, tile: Tile, tokens: Const, w: Array, at: Int, pitch: Int, x: Array, x_at: Int
+) -> Tile:
+    """tile + blocks of int8 @ the tokens' activations, but for the rows' scales.
+
+    w: uint8, the first 16 rows' block at w[at:], as in the encoding INT8 without scales; the next 16 rows' block lies
+    `pitch` bytes after it. x: uint8, the block's activations at x[x_at:] (npqwen/simd/packed.py).
+    """
+    rows, lines = len(tile) // tokens, UNIT_ROWS // LANES
+    activations = element(b, x, x_at, I8)
+    blocks = [
+        offset(b, element(b, w, step(b, at, r // lines, pitch), I8), 4 * LANES * (r % lines), I8) for r in range(rows)
+    ]
+    for t, sums in enumerate(_CACHED.products(b, INT8, None, blocks, activations, tokens)):
+        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
+        for r in range(rows):
+            tile[t * rows + r] = fma(b, ISA.to_float(b, sums[r]), x_scale, tile[t * rows + r])
+    return tile
+
+
+@operation
+def add_weighted_lines(
+    b: ir.IRBuilder, tile: Tile, rows: Const, blocks: Const, values: Array, at: Int, pitch: Int, weights: Array,
+    stride: Int, scales: Array,
+) -> Tile:  # fmt: skip
+    """tile + the weights of `rows` rows @ `blocks` blocks of int8, times the rows' scales.
+
+    values: uint8, a block of 16 coordinates by 32 positions at values[at:], the next `pitch` bytes after it. weights:
+    uint8 from 0 to 127, 32 for each block, a row's `stride` bytes after those of the row before. scales: float32
+    (rows,).
+    """
+    vectors = len(tile) // rows
+    kind = vector(I32, LANES)
+    # Few sums: two chains each, as each addition waits for the one before.
+    chains_ = 2 if len(tile) <= 4 else 1
+    sums = [[constant(I32, LANES, 0)] * chains_ for _ in tile]
+    for block in range(blocks):
+        place = element(b, values, step(b, at, block, pitch), I8)
+        for n in range(QUADS):
+            lines = [b.bitcast(_CACHED.line(b, offset(b, place, 4 * LANES * r, I8), n), kind) for r in range(vectors)]
+            for t in range(rows):
+                word = offset(b, element(b, weights, step(b, I64(32 * block + 4 * n), t, stride), I8), 0, I32)
+                four = splat(b, b.load(word, align=1), LANES)
+                for r, line in enumerate(lines):
+                    chain = sums[t * vectors + r]
+                    chain[n % chains_] = ISA.dot_weights(b, chain[n % chains_], line, four)
+    for t in range(rows):
+        scale = splat(b, b.load(element(b, scales, I64(t), F32), align=4), LANES)
+        for r in range(vectors):
+            total = functools.reduce(b.add, sums[t * vectors + r])
+            tile[t * vectors + r] = fma(b, b.sitofp(total, FLOATS), scale, tile[t * vectors + r])
+    return tile
+
+
+@operation
 def unpack_block(
     b: ir.IRBuilder, encoding: Const, codebook: Tile, w: Array, at: Int, out: Array, out_at: Int
 ) -> None:
@@ -170,21 +237,12 @@ def _add_products(
     block, scales, activations = element(b, values, at, I8), element(b, w, scales_at, I8), element(b, x, x_at, I8)
     rows = len(tile) // tokens
     blocks = [offset(b, block, 4 * LANES * r, I8) for r in range(rows)]
-    products = ISA.products(b, encoding, table, blocks, activations, tokens)
-    factors = [block_scales(b, offset(b, scales, LANES * r, I8)) for r in range(rows)]
-    for t, sums in enumerate(products):
-        x_scale = splat(b, b.load(offset(b, activations, scale_offset(t, tokens), F32), align=4), LANES)
-        for r in range(rows):
-            # Not the scales first: LLVM would make that product early, and have no register for it.
-            scaled = b.fmul(ISA.to_float(b, sums[r]), x_scale)
-            tile[t * rows + r] = fma(b, scaled, factors[r], tile[t * rows + r])
+    places = [offset(b, scales, LANES * r, I8) for r in range(rows)]
+    for t, products in enumerate(ISA.scaled_products(b, encoding, table, blocks, places, activations, tokens)):
+        x_scale = ISA.activation_scale(b, activations, t, tokens)
+        for r, product in enumerate(products):
+            tile[t * rows + r] = fma(b, product, x_scale, tile[t * rows + r])
     return tile
-
-
-def block_scales(b: ir.IRBuilder, place: ir.Value) -> ir.Value:
-    """A block's int8 scales of `LANES` rows, as float32."""
-    scales = b.load(b.bitcast(place, vector(I8, LANES).as_pointer()), align=1)
-    return b.sitofp(b.sext(scales, vector(I32, LANES)), FLOATS)
 
 
 @operation

@@ -13,7 +13,7 @@ from typing import ClassVar
 from llvmlite import ir
 
 from npqwen.format.encodings import Encoding
-from npqwen.simd.instructions import PREFETCH_DISTANCE, QUADS, Field, NativeHalf, Quads
+from npqwen.simd.instructions import QUADS, Field, NativeHalf, Quads
 from npqwen.simd.llvm import CACHE_LINE, I8, I16, I32, call, constant, offset, prefetch_line, settle, splat, vector
 from npqwen.simd.packed import start_offset
 
@@ -37,13 +37,18 @@ class Avx2(_Avx):
     - `vpmaddubsw` cannot saturate: 2 * 63 * 127 = 16,002 is less than 32,767;
     - additions may wrap around, but the sum that they end with fits: without the zero point it is at most
       4 * 2 * 32 * 127 = 32,512. A whole block's would not.
+    They are widened by a multiplication anyway, which multiplies by the block's scale, too. Two tokens by two vectors
+    load least, and fit sixteen registers.
     """
 
     name: ClassVar[str] = "avx2"
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
-    tiles: ClassVar[dict[int, int]] = {1: 2, 4: 2}
+    tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2, 4: 2}
+    unpack_from: ClassVar[int] = 0
+    pieces_width: ClassVar[int] = 2
     unpacked_vectors: ClassVar[int] = 2
     start_bytes: ClassVar[int] = 8
+    _ones: ClassVar[ir.Constant] = constant(I16, 16, 1)
 
     def pack_start(self, b: ir.IRBuilder, activations: ir.Value, zero_point: ir.Value) -> ir.Value:
         # Four int16: for each half of the quads, the sums of their columns 0 and 1, and of 2 and 3.
@@ -63,11 +68,36 @@ class Avx2(_Avx):
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         if not encoding.zero_point:
-            yield from self._signed_products(b, encoding, table, blocks, x, tokens)
+            return self._signed_products(b, encoding, table, blocks, x, tokens)
+        ones = [self._ones] * len(blocks)
+        return self._unsigned_products(b, encoding, table, blocks, ones, x, tokens)
+
+    def scaled_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        if not encoding.zero_point:
+            yield from super().scaled_products(b, encoding, table, blocks, scales, x, tokens)
             return
-        # Two tokens by two vectors load least, and their sums fit sixteen registers; the quads that they share do not.
+        factors = [self._scale_pairs(b, place) for place in scales]
+        for sums in self._unsigned_products(b, encoding, table, blocks, factors, x, tokens):
+            yield [self.to_float(b, total) for total in sums]
+
+    def _scale_pairs(self, b: ir.IRBuilder, place: ir.Value) -> ir.Value:
+        """The int8 scales of the rows at `place`, each twice, <16 x i16>."""
+        scales = b.load(b.bitcast(place, vector(I8, self.lanes).as_pointer()), align=1)
+        words = b.bitcast(b.sext(scales, vector(I32, self.lanes)), vector(I16, 2 * self.lanes))
+        low = ir.Constant(vector(I32, 2 * self.lanes), [n // 2 * 2 for n in range(2 * self.lanes)])
+        return b.shuffle_vector(words, words, low)
+
+    def _unsigned_products(
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], factors: list[ir.Value],
+        x: ir.Value, tokens: int,
+    ) -> Iterator[list[ir.Value]]:  # fmt: skip
+        """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row."""
         together = min(tokens, 2)
         unpacks = encoding.bits < 8 and tokens > together
+        # Quads that more tokens share spill, which is cheaper than to take them apart twice.
         kept = list(self.quads(b, encoding, table, blocks)) if unpacks else []
         for first in range(0, tokens, together):
             quads = iter(kept) if unpacks else self.quads(b, encoding, table, blocks)
@@ -80,9 +110,13 @@ class Avx2(_Avx):
                         pairs = [_pairs(b, quad, activations) for quad in vectors]
                         row[:] = map(b.add, row, pairs)
                     sums = _settled(b, sums) if tokens > 1 else sums
-                halves.append([[_widen(b, total) for total in row] for row in sums])
+                halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
             for rows in zip(*halves, strict=True):
                 yield list(map(b.add, *rows))
+
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        signed, unsigned = (b.bitcast(each, vector(I8, 4 * self.lanes)) for each in (quad, weights))
+        return b.add(total, _widen(b, _pairs(b, unsigned, signed), self._ones))  # 2 * 127 * 127 fits int16
 
     def _half_start(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int, half: int) -> ir.Value:
         """The initial value of a token's sums of half the quads, <16 x i16>."""
@@ -101,7 +135,8 @@ class Avx2(_Avx):
                 for t, row in enumerate(sums):
                     activations = b.bitcast(self.broadcast(b, x, t, n), quads[0].type)
                     for r, (quad, magnitude) in enumerate(zip(quads, magnitudes, strict=True)):
-                        row[r] = b.add(row[r], _widen(b, _pairs(b, magnitude, _with_sign(b, activations, quad))))
+                        pairs = _pairs(b, magnitude, _with_sign(b, activations, quad))
+                        row[r] = b.add(row[r], _widen(b, pairs, self._ones))
             for total, row in zip(totals, _settled(b, sums) if tokens > 1 else sums, strict=True):
                 total += row
         yield from totals
@@ -128,9 +163,9 @@ def _with_sign(b: ir.IRBuilder, x: ir.Value, sign: ir.Value) -> ir.Value:
     return call(b, "llvm.x86.avx2.psign.b", x.type, x, sign)
 
 
-def _widen(b: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    """Neighbouring int16 added up in int32."""
-    return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, constant(I16, 16, 1))
+def _widen(b: ir.IRBuilder, pairs: ir.Value, factors: ir.Value) -> ir.Value:
+    """Neighbouring int16 times their factors, <16 x i16>, added up in int32."""
+    return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), pairs, factors)
 
 
 class AvxVnni(_Avx):
@@ -142,11 +177,14 @@ class AvxVnni(_Avx):
     def zero_point(self, encoding: Encoding) -> int:
         return encoding.zero_point or 128
 
+    def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
+        return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", total.type, total, weights, quad)
+
     def products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], x: ir.Value, tokens: int
     ) -> Iterator[list[ir.Value]]:
         # Independent sums side by side: eight dependent instructions would wait for each other.
-        chains, together = (2, 1) if tokens == 1 else (1, 4)
+        chains, together = (2, 1) if tokens == 1 else (1, min(tokens, 4))
         words, zero, sign = vector(I32, self.lanes), constant(I32, self.lanes, 0), constant(I8, 4 * self.lanes, 0x80)
         unpacked = self.quads(b, encoding, table, blocks)
         quads = list(unpacked) if tokens > together else unpacked
@@ -183,7 +221,8 @@ class Avx512(AvxVnni):
     unpack_from: ClassVar[int] = 0
 
     def line(self, b: ir.IRBuilder, block: ir.Value, n: int) -> ir.Value:
-        prefetch_line(b, offset(b, block, PREFETCH_DISTANCE + CACHE_LINE * n, I8))
+        if self.distance:
+            prefetch_line(b, offset(b, block, self.distance + CACHE_LINE * n, I8))
         return super().line(b, block, n)
 
     def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:

@@ -14,6 +14,7 @@ from npqwen.tools.calls import ToolCall
 if TYPE_CHECKING:
     from npqwen.chat.chat_stream import ChatStream
     from npqwen.chat.events import Event
+    from npqwen.generation.completion import Usage
 
 _THINKING_ENDED_BY = {
     "budget": ", ended by the thinking budget",
@@ -80,12 +81,17 @@ class AnswerView:
             self._terminal.notice(event.text)
 
 
+def guesses(usage: Usage) -> str:
+    """How many of the guessed tokens were right, after the number of a text's tokens; "" if none was guessed."""
+    return f" ({usage.accepted_tokens} of {usage.drafted_tokens} guessed right)" if usage.drafted_tokens else ""
+
+
 def statistics(stream: ChatStream, context: str = "") -> str:
     """One line: why the answer ended, unless the model ended it; speed; tokens; `context`, the part that is used."""
     usage = stream.usage
     parts = [
         f"{usage.decode_rate:.1f} tok/s",
-        f"{usage.generated_tokens} tokens",
+        f"{usage.generated_tokens} tokens{guesses(usage)}",
         f"first token after {usage.first_token_seconds:.2f} s",
     ]
     reply = stream.reply

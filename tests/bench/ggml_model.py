@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.prefixes import Prefixes
+from npqwen.generation.drafting import Drafting
 from npqwen.model import Model
 
 CONTEXT = 512
@@ -24,7 +26,7 @@ class _Cache(KVCache):
     """llama.cpp's only cache."""
 
     def __init__(self, base: Model, llama: Llama) -> None:
-        super().__init__(base.config, 0, np.float32)
+        super().__init__(base.config, 0, "f32")
         self._llama = llama
 
     def truncate(self, length: int) -> None:
@@ -40,6 +42,7 @@ class GgmlModel:
         self.config, self.tokenizer, self.generation_config = base.config, base.tokenizer, base.generation_config
         self.context = CONTEXT
         self.fingerprint = str(path)
+        self.name = path.name
         self._base = base
         self._llama = Llama(path, base.threads, CONTEXT, "off", False)
 
@@ -48,6 +51,9 @@ class GgmlModel:
         return _Cache(self._base, self._llama)
 
     chunk = 256
+    drafting = Drafting()
+    weight_bytes = 0
+    prefixes = Prefixes(0)
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         return np.empty((rows, self.config.vocab_size), np.float32)

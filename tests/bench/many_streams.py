@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""How much of a pass over many texts reaches them: raw passes, `Batch`, and the server, in turns.
+"""How much of a pass over many texts reaches them: passes alone, `Batch`, and the server, in turns.
 
     python tests/bench/many_streams.py MODEL --threads 2 --streams 8 --rounds 5
     NPQWEN_ISA=avx2 python tests/bench/many_streams.py MODEL --threads 2
 
-MODEL is a converted model. In this process: the rate of raw passes of one token of each of --streams sequences, and of
-`Batch` with as many texts, or one. Then `npqwen serve` in a process of its own, asked by HTTP. All begin after prompts
-of 32 tokens and generate --tokens tokens each, greedily, or drawn with --sample (temperature 0.7, top-k 20, top-p 0.8).
-Prints medians and ranges in tokens a second.
+MODEL is a converted model. In this process: passes of --streams tokens of one sequence, with the logits of all; passes
+of one token of each of --streams sequences, or of one; `Batch` with as many texts, or one. Then `npqwen serve` in a
+process of its own, asked by HTTP. All begin after prompts of 32 tokens and generate --tokens tokens each, greedily, or
+drawn with --sample (temperature 0.7, top-k 20, top-p 0.8).
+
+Prints tokens a second by the median step, which other programs disturb least: medians and ranges over rounds, and the
+medians of each round's ratios.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from completion_stream import decode_rate, streams
+from completion_stream import streams
 from server_process import ServerProcess, serve_command
 
 import npqwen
@@ -45,18 +48,43 @@ def prompt(number: int) -> list[int]:
     return list(range(1000 + 37 * number, 1000 + 37 * number + PROMPT))
 
 
+def rate(count: int, steps: Iterable[Callable[[], object]]) -> float:
+    """Tokens a second of steps that each give `count` tokens, by their median time."""
+    seconds = []
+    for step in steps:
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return count / median(seconds)
+
+
 def raw_rate(model: npqwen.Model, count: int, tokens: int) -> float:
     """Tokens a second of passes of one token of each of `count` sequences, without anything else."""
     caches = [model.new_cache(PROMPT + tokens) for _ in range(count)]
     for number, cache in enumerate(caches):
         model.prefill(np.array(prompt(number), np.int32), cache)
     out = model.new_logits(count)
-    start = time.perf_counter()
-    for step in range(tokens):
+
+    def step() -> None:
         for cache in caches:
             cache.reserve(1)
-        model.forward_pieces([Piece(np.array([2000 + step]), cache, 1) for cache in caches], out)
-    return count * tokens / (time.perf_counter() - start)
+        model.forward_pieces([Piece(np.array([2000]), cache, 1) for cache in caches], out)
+
+    return rate(count, [step] * tokens)
+
+
+def pass_rate(model: npqwen.Model, count: int, tokens: int) -> float:
+    """Tokens a second of passes of `count` tokens of one sequence, each a token later than the one before."""
+    cache = model.new_cache(PROMPT + tokens + count)
+    model.prefill(np.array(prompt(0), np.int32), cache)
+    ids, out = np.arange(2000, 2000 + count), model.new_logits(count)
+
+    def step() -> None:
+        cache.truncate(cache.length - count + 1 if cache.length > PROMPT else PROMPT)
+        cache.reserve(count)
+        model.forward_pieces([Piece(ids, cache, count)], out)
+
+    return rate(count, [step] * tokens)
 
 
 def batch_rate(model: npqwen.Model, count: int, tokens: int, options: dict[str, Any]) -> float:
@@ -69,19 +97,25 @@ def batch_rate(model: npqwen.Model, count: int, tokens: int, options: dict[str, 
         texts.append(text)
     while any(text.reads_prompt for text in texts):
         batch.step()
-    before = sum(len(text.decoding.ids) for text in texts)
-    start = time.perf_counter()
+    found = rate(count, [batch.step] * (tokens - max(len(text.decoding.ids) for text in texts)))
     while batch.step():
         pass
-    after = sum(len(text.decoding.ids) for text in texts)
-    if after != count * tokens:
-        raise SystemExit(f"{count} texts of {tokens} tokens have {after} together")
-    return (after - before) / (time.perf_counter() - start)
+    if sum(len(text.decoding.ids) for text in texts) != count * tokens:
+        raise SystemExit(f"{count} texts should have {tokens} tokens each")
+    return found
 
 
 def served_rate(server: ServerProcess, count: int, tokens: int, options: dict[str, Any]) -> float:
-    """Tokens a second of as many streams of the server."""
-    return decode_rate(streams(server.port, [[prompt(number)] for number in range(count)], tokens, options))
+    """Tokens a second of as many streams of the server, while all of them are being written."""
+    found = streams(server.port, [[prompt(number)] for number in range(count)], tokens, options)
+    start, end = max(one.times[0] for one in found), min(one.times[-1] for one in found)
+    gaps = [
+        after - before
+        for one in found
+        for before, after in zip(one.times, one.times[1:], strict=False)
+        if start <= before and after <= end
+    ]
+    return count / median(gaps)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,12 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with npqwen.load(options.model, threads=options.threads) as model, tempfile.TemporaryDirectory() as directory:
         server = ServerProcess(serve_command(options.model, "--threads", str(options.threads)), Path(directory) / "log")
         measures: dict[str, Callable[[], float]] = {
-            "raw passes of 1": lambda: raw_rate(model, 1, tokens),
-            f"raw passes of {many}": lambda: raw_rate(model, many, tokens),
-            "Batch, 1": lambda: batch_rate(model, 1, tokens, sampling),
+            f"pass of {many} tokens": lambda: pass_rate(model, many, tokens),
+            f"pass of {many} sequences": lambda: raw_rate(model, many, tokens),
             f"Batch, {many}": lambda: batch_rate(model, many, tokens, sampling),
-            "server, 1": lambda: served_rate(server, 1, tokens, sampling),
             f"server, {many}": lambda: served_rate(server, many, tokens, sampling),
+            "pass of 1": lambda: raw_rate(model, 1, tokens),
+            "Batch, 1": lambda: batch_rate(model, 1, tokens, sampling),
+            "server, 1": lambda: served_rate(server, 1, tokens, sampling),
         }
         try:
             for number in range(options.rounds + 1):
@@ -115,12 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         rates[name].append(rate)
         finally:
             server.kill()
-    whole, alone = median(rates[f"raw passes of {many}"]), median(rates["Batch, 1"])
     print(f"{options.model.name}, {processor()}, {ISA.name}, {options.threads} threads\n")
-    print(f"| measure | tokens/s | of raw passes of {many} | times one alone in Batch |\n|---|---|---|---|")
-    for name in measures:
-        middle, low, high = median(rates[name]), min(rates[name]), max(rates[name])
-        print(f"| {name} | {middle:.4g} ({low:.4g}-{high:.4g}) | {middle / whole:.2f} | {middle / alone:.2f} |")
+    bases = f"pass of {many} tokens", f"pass of {many} sequences", "Batch, 1"
+    print(f"| | tokens/s | {' | '.join(f'/ {base}' for base in bases)} |\n{'|---' * (2 + len(bases))}|")
+    for name, found in ((name, rates[name]) for name in measures):
+        ratios = [median(a / b for a, b in zip(found, rates[base], strict=True)) for base in bases]
+        cells = f"{median(found):.4g} ({min(found):.4g}-{max(found):.4g})", *(f"{ratio:.3f}" for ratio in ratios)
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

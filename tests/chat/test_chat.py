@@ -151,6 +151,7 @@ def test_the_models_template_renders_prompts(model: Model) -> None:
 
 
 def test_a_session_does_not_compute_the_same_messages_again(model: Model) -> None:
+    model.prefixes.clear()
     session = Session(model)
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is 17 + 25?"}]
     first = model.chat(messages, session=session, **GREEDY)

@@ -12,8 +12,8 @@ from reciter import TOKENIZER, Reciter
 import npqwen
 from npqwen.chat.events import Notice, Reasoning, Text
 from npqwen.chat.window import Window, shown
+from npqwen.engine.prefix_page import common_prefix
 from npqwen.errors import ContextLengthError, OptionError
-from npqwen.generation.prefixes import common_prefix
 from npqwen.model import Model
 
 pytestmark = pytest.mark.filterwarnings("ignore::npqwen.errors.SamplingWarning")
@@ -46,7 +46,9 @@ def test_a_turn_computes_only_what_is_new_and_answers_as_a_fresh_start_does(mode
     read: list[int] = []
     for question in ("What is 17 + 25?", "Define river.", "What is 30 + 12?", "What is 11 + 31?"):
         prompt = model.tokenizer.encode(model.render([*talk.messages, user(question)], None, thinking))
+        model.prefixes.clear()
         reply = talk.send(question)
+        model.prefixes.clear()
         assert reply.text == model.chat(talk.messages[:-1], thinking=thinking, **GREEDY).text
         assert reply.usage.prompt_tokens == len(prompt)
         assert reply.usage.cached_tokens == min(common_prefix(read, prompt), len(prompt) - 1)

@@ -96,7 +96,7 @@ def test_what_the_model_wrote_lowers_the_divergence_on_other_text(
     tmp_path: Path, tiny: Callable[[int], Path]
 ) -> None:
     with load(tiny(8), threads=1) as writer:
-        ids = write_own_text(writer, 12, 128)
+        ids = write_own_text(writer, 24, 128)
         held_out = spread(writer.tokenizer.encode((TINY / "heldout.txt").read_text(encoding="utf-8")), 8)
     for bits, limit in ((4, 0.0006), (3, 0.0019)):
         out = tmp_path / str(bits)

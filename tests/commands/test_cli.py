@@ -40,7 +40,7 @@ def run(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     """The command in this process: status, out, err, and the model that was loaded."""
     done = SimpleNamespace(model=None)
 
-    def load(path: Path, *, threads: Any, context: Any, yarn: Any, on_compile: Any, name: str) -> ReferenceModel:
+    def load(path: Path, *, threads: Any, context: Any, on_compile: Any, name: str, **_: Any) -> ReferenceModel:
         assert name == TINY.name
         on_compile(0, 3)
         on_compile(3, 3)

@@ -57,7 +57,7 @@ def append(cache: KVCache, marks: list[int]) -> None:
 def test_any_family_of_forks_is_as_good_as_copies(seed: int) -> None:
     """Append, truncate, fork and drop at random; each cache must hold what was appended to it, and only that."""
     rng = random.Random(seed)
-    family: list[tuple[KVCache, list[int]]] = [(KVCache(SMALL, 5 * PAGE, np.float32), [])]
+    family: list[tuple[KVCache, list[int]]] = [(KVCache(SMALL, 5 * PAGE, "f32"), [])]
     for step in range(300):
         chosen = rng.randrange(len(family))
         cache, held = family[chosen]
@@ -202,7 +202,7 @@ def test_many_threads_with_one_cache_do_no_harm(model: Model) -> None:
 
 
 def test_a_page_is_zeros_that_the_kernels_can_load_and_is_gone_with_its_cache() -> None:
-    cache = KVCache(SMALL, PAGE, np.float32)
+    cache = KVCache(SMALL, PAGE, "f32")
     cache.reserve(1)
     page = cache.pages(PAGE)[0]
     assert not page.any()

@@ -21,6 +21,7 @@ import pytest
 import safetensors.numpy
 from converted import small_model
 
+from npqwen.engine.cache_type import CacheType
 from npqwen.errors import ClosedError, ContextLengthError, FormatError, OutputError
 from npqwen.generation.session import Session
 from npqwen.model import Model, load
@@ -66,8 +67,17 @@ def test_a_loaded_session_continues_like_the_saved_one(
         list(stream)
 
 
-def test_the_file_is_plain_safetensors_and_says_what_it_holds(model: Model, saved: Path) -> None:
-    tensors = safetensors.numpy.load_file(saved)
+def saved_tensors(directory: Path, path: Path, kv: CacheType) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors in a snapshot of 300 tokens, of a model with this type of cache."""
+    with load(directory, threads=1, kv=kv) as model:
+        session = Session(model)
+        session.prefill(IDS[:300])
+        session.save(path)
+    return dict(safetensors.numpy.load_file(path))
+
+
+def test_the_file_is_plain_safetensors_and_says_what_it_holds(model: Model, tmp_path: Path) -> None:
+    tensors = saved_tensors(model.path, tmp_path / "saved", "f16")
     layers, heads, dim = (
         model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim
     )  # fmt: skip
@@ -83,6 +93,26 @@ def test_the_file_is_plain_safetensors_and_says_what_it_holds(model: Model, save
     assert values[:, :, 2, :12].any()
     assert not values[:, :, 2, 12:].any()
     assert np.isfinite(tensors["page.0"]).all()
+
+
+def test_positions_of_int8_past_the_last_token_are_zeros(model: Model, tmp_path: Path) -> None:
+    tensors = saved_tensors(model.path, tmp_path / "saved", "int8")
+    layers, heads, dim = (
+        model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim
+    )  # fmt: skip
+    assert tensors["page.0"].shape == (layers, 2, heads, 8, 32 * (dim + 4))
+    assert tensors["page.1"].shape == (layers, 2, heads, 2, 32 * (dim + 4))
+    last = tensors["page.1"][:, :, :, 1]  # 12 of its 32 positions
+    scales = np.ascontiguousarray(last[..., :128]).view(np.float32)
+    assert np.all(scales[..., :12] > 0)
+    assert not scales[..., 12:].any()
+    keys = last[:, 0, :, 128:].reshape(layers, heads, 2, dim // 4, 16, 4)
+    values = last[:, 1, :, 128:].reshape(layers, heads, dim // 16, 8, 16, 4)
+    assert np.all(keys[:, :, 0, :, :12].any((2, 4)))
+    assert not keys[:, :, 0, :, 12:].any()
+    assert not keys[:, :, 1].any()
+    assert np.all(values[:, :, :, :3].any((2, 4)))
+    assert not values[:, :, :, 3:].any()
 
 
 def test_saving_is_deterministic_and_replaces(model: Model, saved: Path) -> None:
@@ -296,7 +326,7 @@ def test_other_weights_other_config_or_other_bits_are_refused(
 ) -> None:
     with load(tiny(8), threads=1) as other, pytest.raises(FormatError, match="another model"):
         Session.load(other, saved)
-    with load(tiny(16), threads=1) as other, pytest.raises(FormatError, match="in F16, but this model uses F32"):
+    with load(tiny(16), threads=1) as other, pytest.raises(FormatError, match="in int8, but this model uses f32"):
         Session.load(other, saved)
     copied = tmp_path / "copied"
     shutil.copytree(model.path, copied)

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", make_config(), values(), 4)
 
 
-def check(directory: Path, tolerance: float = 0.05) -> None:
-    """The engine's logits are the oracle's."""
+def check(directory: Path, tolerance: float = 0.05, lengths: Sequence[int] = (len(IDS),)) -> None:
+    """The engine's logits of texts of these lengths are the oracle's."""
     oracle = QuantizedReference.from_directory(directory)
     expected = oracle.logits(IDS)
     with load(directory, threads=2) as loaded:
-        assert np.abs(loaded.logits(IDS) - expected).max() < tolerance * np.abs(expected).max()
+        for length in lengths:
+            difference = loaded.logits(IDS[:length]) - expected[:length]
+            assert np.abs(difference).max() < tolerance * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.05), (8, 0.05), (16, 2e-5)])
@@ -56,10 +58,12 @@ def test_a_model_made_by_hand(tmp_path: Path, bits: int, tolerance: float, tied:
     check(path, tolerance)
 
 
-def test_matrices_of_different_encodings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [(8, 4, 4, 16, 8, 4, 16), (4, 8, 8, 4, 4, 8, 8), (16, 16, 16, 8, 4, 16, 4)])
+def test_matrices_of_different_encodings(tmp_path: Path, bits: tuple[int, ...]) -> None:
+    """Whatever widths of tiles they are multiplied with."""
     config = make_config(tie_word_embeddings=False)
-    bits = dict(zip(MATRICES, (8, 4, 4, 16, 8, 4, 16), strict=True))
-    check(write_model(tmp_path / "model", config, tensors(config, bits), 4))
+    made = tensors(config, dict(zip(MATRICES, bits, strict=True)))
+    check(write_model(tmp_path / "model", config, made, 4), lengths=(1, 2, 5, 6, 7, 33, 39, 40))
 
 
 def test_a_weight_is_where_the_format_says(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def dense(tiny: Callable[[int], Path]) -> Iterator[Model]:
         yield model
 
 
+@pytest.fixture(autouse=True)
+def without_prefixes(request: pytest.FixtureRequest) -> None:
+    """What earlier tests computed is computed again."""
+    for name in {"model", "dense"} & set(request.fixturenames):
+        request.getfixturevalue(name).prefixes.clear()
+        request.getfixturevalue(name).prefixes.allow(1 << 28)
+
+
 class Text:
     """A sequence in a batch, and what became of it."""
 
@@ -109,6 +117,7 @@ def test_a_text_in_company_is_the_text_alone_to_the_bit(
     for prompt, options in jobs:
         alone.append(Stream(model, prompt, **options))
         alone[-1].completion()
+        model.prefixes.clear()
     batch = Batch(model, parallel=rng.choice([2, 5, 16]))
     small(batch, monkeypatch)
     texts: list[Text] = []
@@ -159,6 +168,8 @@ def test_prefixes_that_others_computed_are_not_computed_again(dense: Model) -> N
 
 
 def _alone(model: Model, text: Text, **options: Any) -> Stream:
+    """The text as it is alone, with nothing of it computed before."""
+    model.prefixes.clear()
     stream = Stream(model, text.sequence.decoding.prompt_ids, **options)
     stream.completion()
     return stream
@@ -310,7 +321,7 @@ def test_a_sessions_cache_stays_its_own(dense: Model) -> None:
 
 @pytest.mark.parametrize("end", ["finished", "cancelled", "failed"])
 def test_who_keeps_an_ended_text_keeps_no_keys_and_values(end: str, dense: Model) -> None:
-    batch = Batch(dense, kept=0)
+    batch = Batch(dense)
     text = Text(batch, dense, PROMPTS[1], max_tokens=5, temperature=0, logit_bias=ENDLESS)
     batch.step()
     cache = weakref.ref(text.sequence.cache)

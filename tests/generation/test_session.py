@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from reference import ReferenceModel
 
+from npqwen.engine.prefix_page import common_prefix
 from npqwen.errors import ClosedError, ContextLengthError, OptionError
-from npqwen.generation.prefixes import common_prefix
 from npqwen.generation.session import Session
 from npqwen.generation.stream import Stream
 from npqwen.model import Model, load

@@ -15,6 +15,7 @@ from units import Units
 from npqwen.format.encodings import BY_NAME, ENCODINGS
 from npqwen.kernels import amx_matmul
 from npqwen.kernels.unpacked_matmul import unpacked_bytes
+from npqwen.simd.isa import ISA
 
 INTEGERS = [encoding.name for encoding in ENCODINGS if encoding.is_integer]
 
@@ -53,10 +54,10 @@ class Registers:
     def finish_block(
         self, tile: np.ndarray, n: int, w: np.ndarray, scales_at: int, x: np.ndarray, x_at: int, _: Any
     ) -> np.ndarray:
-        scales = w[scales_at : scales_at + 16].view(np.int8).astype(np.float64)
+        scales = w[scales_at : scales_at + 16].view(np.int8).astype(np.float32)
         x_scales = x[x_at + 512 : x_at + 576].view(np.float32)
-        scaled = self.products.pop(n).astype(np.float32) * x_scales[:, None]
-        return np.asarray((tile + scaled.astype(np.float64) * scales).astype(np.float32))
+        scaled = self.products.pop(n).astype(np.float32) * scales
+        return np.asarray((tile + scaled.astype(np.float64) * x_scales[:, None]).astype(np.float32))
 
 
 def scale_rows(tile: np.ndarray, _: int, w: np.ndarray, at: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def pack(x: np.ndarray) -> np.ndarray:
     parts = (
         q.reshape(tiles, 16, blocks, 32).swapaxes(1, 2).reshape(tiles, blocks, -1).view(np.uint8),
         np.ascontiguousarray(scales.reshape(tiles, 16, blocks).swapaxes(1, 2)).view(np.uint8),
-        np.full((tiles, blocks, 64), 99, np.uint8),
+        np.full((tiles, blocks, 16 * ISA.start_bytes), 99, np.uint8),
     )
     return np.ascontiguousarray(np.concatenate(parts, 2)).reshape(-1)
 

@@ -59,8 +59,8 @@ def test_neon(encoding: Encoding, tokens: int) -> None:
     assert names.count("scvtf") == 2 * vectors
     assert names.count("tbl") == 2 * vectors * (9 if encoding.codebook else 1)
     assert not {"fcvtl", "ext", "zip1", "uzp1", "ins"} & set(names)
-    # One vector of 200 instructions', where lines hold several quads and there are four tokens.
-    assert len(spills(loop)) <= (0 if tokens == 1 or len(encoding.planes) == 1 else 1)
+    # Some of 200 to 300 instructions, where a quad's bits lie in two planes.
+    assert len(spills(loop)) <= (0 if tokens == 1 or len(encoding.planes) == 1 else len(loop) // 30)
     # A block takes, a vector of rows: its lines' unpacking, scales' load and conversion (3);
     # a token: 2 loads of activations, loads of scale and start, an addition, a spread;
     # each pair of them: 8 dot products, a copy of the start, subtraction, scaling, multiply-add.
@@ -85,23 +85,26 @@ def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str
     assert names.count("zip1") + names.count("zip2") == 2 * (interleaved + tokens)
     assert not {"fcvtl", "ext", "trn1", "trn2", "uzp1", "ins"} & set(names)
     # Most spills are sums of the eight tokens.
-    assert len(spills(loop)) <= 3 * tokens
-    sdots = integer_loop(Neon(), target, encoding, 4, 1)
-    assert len(loop) < len(sdots) * tokens / 4 * (0.86 if tokens == 8 else 0.97)
+    assert len(spills(loop)) <= len(loop) // 10
+    if tokens > 2:
+        sdots = integer_loop(Neon(), target, encoding, 4, 1)
+        assert len(loop) < len(sdots) * tokens / 4 * (0.86 if tokens == 8 else 0.97)
 
 
 @pytest.mark.parametrize(
     ("isa", "target", "most"),
-    # Sums of eight tokens fill the registers, and AVX2's of four tokens by two vectors; it multiplies two by two.
-    [(Neon(), CORTEX_A76, 0), (NeonI8mm(), APPLE_M2, 8), (AvxVnni(), ALDER_LAKE, 0), (Avx2(), HASWELL, 48)],
+    # Sums of eight tokens fill the registers.
+    [(Neon(), CORTEX_A76, 0), (NeonI8mm(), APPLE_M2, 12), (AvxVnni(), ALDER_LAKE, 0), (Avx2(), HASWELL, 12)],
     ids=["neon", "i8mm", "avxvnni", "avx2"],
 )
 def test_unpacked_weights(isa: InstructionSet, target: tuple[str, str], most: int) -> None:
     """Many tiles save a tenth or more of each one's instructions: none of those that unpack."""
     loop = unpacked_loop(isa, target)
-    tokens = max(isa.tiles)
+    tokens = isa.pieces_width or max(isa.tiles)
     assert len(loop) < 0.9 * len(integer_loop(isa, target, INT4, tokens, isa.unpacked_vectors))
-    assert not {"ushr", "sri", "and", "vpsrlw", "vpand", "vpshufb"} & set(mnemonics(loop))
+    assert not {"ushr", "sri", "and", "vpsrlw", "vpand"} & set(mnemonics(loop))
+    # AVX2 doubles the scales of two blocks.
+    assert mnemonics(loop).count("vpshufb") == (2 * isa.unpacked_vectors if isa.name == "avx2" else 0)
     assert len(spills(loop)) <= most
     if isa.name == "avx2":  # its two multipliers are the limit: ten instructions for a token, a vector and a block
         assert mnemonics(loop).count("vpmaddubsw") == 2 * 8 * tokens * isa.unpacked_vectors
@@ -143,9 +146,10 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
         assert names.count(instruction) == 2 * 8 * tokens * vectors
         assert all(re.search(register + r"\d+$", line) for line in loop if instruction in line)
         assert names.count("vpmovsxbd") == 2 * vectors
-        # One byte shuffle a quad.
+        # One byte shuffle a quad; with AVX2 one that doubles the scales.
+        doubled = 2 * vectors if isa.name == "avx2" and encoding.bits < 8 else 0
         shuffle = "vpermb" if isa.name == "avx512vbmi" else "vpshufb"
-        assert names.count(shuffle) == (2 * 8 * vectors if encoding.codebook else 0)
+        assert names.count(shuffle) == (2 * 8 * vectors if encoding.codebook else 0) + doubled
         assert "callq" not in names
         # Some sums, where they fill half the registers or there are int16 sums, too.
         # Sixteen registers do not hold what is taken apart, either, where a quad's bits lie in two planes.
@@ -154,7 +158,7 @@ def test_x86(isa: InstructionSet, target: tuple[str, str], instruction: str, reg
         if isa.name == "avx2":
             # Half a block's products of weights below 64 are added up in int16, but only one of int8.
             assert names.count("vpmaddwd") == 2 * (8 if encoding.bits == 8 else 2) * tokens * vectors
-            if tokens > 1 and encoding.bits < 8:  # quads are taken apart once, and read for two tokens at a time
+            if tokens > 1 and encoding.bits < 8:  # the codebook, or quads that are taken apart once for all tokens
                 most += 2 * 8 * vectors * (1 + tokens // 2)
         assert len(spills(loop)) <= most
 

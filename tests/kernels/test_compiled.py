@@ -59,6 +59,21 @@ with load(Path(sys.argv[1]), threads=1, on_compile=lambda done, total: calls.app
     model.logits([1, 2, 3])
 print(calls)
 """
+# A pass over two pages of the KV cache, and what it left there.
+PASS = """
+import hashlib
+import sys
+from pathlib import Path
+from npqwen.model import load
+compiled = []
+with load(Path(sys.argv[1]), threads=1, on_compile=lambda *state: compiled.append(state)) as model:
+    cache = model.new_cache()
+    found = hashlib.sha256(model.prefill(range(5, 300), cache))
+    for page in cache.pages(295):
+        found.update(page.tobytes())
+print(bool(compiled))
+print(found.hexdigest())
+"""
 
 
 def start(code: str, *args: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
@@ -109,6 +124,13 @@ def test_a_second_process_loads_a_model_without_compiling(tiny: Callable[[int], 
     assert finish(start(LOAD, tiny(4))) == ["[]"]
 
 
+def test_compiled_code_computes_the_same_when_it_is_loaded_again(tiny: Callable[[int], Path], tmp_path: Path) -> None:
+    """A process that compiles links other copies of small functions than one that loads: they may differ in no bit."""
+    (compiled, first), (loaded, second) = (finish(start(PASS, tiny(8), NPQWEN_CACHE=str(tmp_path))) for _ in range(2))
+    assert (compiled, loaded) == ("True", "False")
+    assert first == second
+
+
 def test_the_directory_depends_on_sources_versions_and_processor(tmp_path: Path) -> None:
     """So machine code of other sources or for another processor is never loaded."""
     copy = Path(shutil.copytree(Path(npqwen.__file__).parent, tmp_path / "npqwen"))
@@ -132,7 +154,7 @@ def test_the_directory_depends_on_sources_versions_and_processor(tmp_path: Path)
     (copy / "kernels" / "new.py").write_text("")
     names.add(name())
     names.add(name(NPQWEN_ISA="portable"))
-    names.add(name(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
+    names.add(name(NPQWEN_ISA="portable", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=""))
     assert len(names) >= len(changed) + 3  # a machine may have no other instruction set than the portable one
     with open(copy / "cli.py", "a", encoding="utf-8") as file:
         file.write("\n# no kernel\n")

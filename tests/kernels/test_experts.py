@@ -20,7 +20,7 @@ from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
 from npqwen.engine.records import LAYER
 from npqwen.errors import FormatError, size
-from npqwen.format.encodings import INT8
+from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.hardware import machine
 from npqwen.kernels import experts
 from npqwen.kernels.matmul import local_floats, matmul_kernels, scratch_floats
@@ -274,13 +274,16 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
     assert found[0].any()
 
 
+@pytest.mark.parametrize("encoding", [INT4, INT8], ids=lambda encoding: encoding.name)
 @pytest.mark.parametrize(("tokens", "count", "chosen"), [(1, 8, 2), (5, 4, 3), (64, 128, 8), (300, 3, 1)])
-def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(tokens: int, count: int, chosen: int) -> None:
+def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(
+    tokens: int, count: int, chosen: int, encoding: Encoding
+) -> None:
     rng = np.random.default_rng(2)
     choice = np.array([rng.permutation(count)[:chosen] for _ in range(tokens)])
     slots = np.full_like(choice, -1)
     segments = np.zeros((experts.most_segments(tokens, count, chosen), 4), np.int64)
-    segment_count = experts.arrange(choice, np.empty(count, np.int64), slots, segments)
+    segment_count = experts.arrange(choice, encoding.code, np.empty(count, np.int64), slots, segments)
     assert segment_count <= len(segments)
     assert len(set(slots.ravel().tolist())) == tokens * chosen
     end = 0

@@ -21,8 +21,9 @@ from npqwen.format.encodings import BY_NAME, ENCODINGS, Encoding
 from npqwen.kernels.matmul import local_chunk, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, swiglu
-from npqwen.kernels.packing import WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
+from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
 from npqwen.kernels.pieces import new_state
+from npqwen.kernels.unpacked_matmul import PIECE_TILES
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
 
@@ -32,7 +33,9 @@ INTEGERS = pytest.mark.parametrize(
 )
 UNPACKED = WIDEST * ISA.unpack_from
 """Tokens from which weights are unpacked once for all."""
-TOKENS = sorted({1, 2, 3, 4, 5, 7, 13, 16, 17, 33, UNPACKED + 1})
+PIECED = PIECES_WIDTH * PIECE_TILES
+"""Tokens that pieces of weights are unpacked for at most."""
+TOKENS = sorted({1, 2, 3, 4, 5, 7, 13, 16, 17, 33, UNPACKED + 1, PIECED + 1})
 
 
 def readonly(data: np.ndarray) -> np.ndarray:
@@ -92,9 +95,9 @@ def product(units: Units, x: np.ndarray) -> np.ndarray:
     values = units.values.reshape(units.shape[0], -1, 32)
     for block in range(q.shape[1]):
         sums = q[:, block].astype(np.int32) @ values[:, block].T
-        scaled = sums.astype(np.float32) * scales[:, block, None]
+        scaled = sums.astype(np.float32) * units.block_scales[:, block].astype(np.float32)
         # Exact, and rounded once: a fused multiply-add.
-        terms = scaled.astype(np.float64) * units.block_scales[:, block].astype(np.float64)
+        terms = scaled.astype(np.float64) * scales[:, block, None].astype(np.float64)
         total = (total.astype(np.float64) + terms).astype(np.float32)
     return np.asarray(total * units.row_scales)
 
@@ -102,13 +105,13 @@ def product(units: Units, x: np.ndarray) -> np.ndarray:
 def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, extra: int = 0) -> None:
     """matmul against the reference; `extra` columns of the output and rows past the last tile must not change."""
     rows, tokens = units.shape[0], len(x)
-    width = run(tile_width, tokens)
-    whole = -(-tokens // width) * width
-    before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
-    out = before.copy()
     weights = guarded(units)
     record = matrix(weights)
     encoding = ENCODINGS[record["encoding"]]
+    width = run(tile_width, tokens, encoding.code)
+    whole = -(-tokens // width) * width
+    before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
+    out = before.copy()
     kernels = matmul_kernels([encoding.code])
 
     def own() -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +140,7 @@ def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, ex
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_matmul(encoding: Encoding, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
-    for (rows, cols), accumulate in itertools.product([(16, 128), (48, 384), (203, 80)], [False, True]):
+    for (rows, cols), accumulate in itertools.product([(16, 128), (48, 384), (203, 80), (32, 1152)], [False, True]):
         units = random_units(encoding.bits, np.arange(-(-rows // 16) * 16) < rows, cols, rng)
         x = rng.standard_normal((tokens, units.shape[1])).astype(np.float32)
         x[:, cols:] = 0
@@ -149,12 +152,12 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     """To the bit, for all widths of tiles and every number of row groups."""
     rng = np.random.default_rng(0)
     units = random_units(encoding.bits, np.ones(144, bool), 384, rng)
-    x = rng.standard_normal((max(33, UNPACKED), 384)).astype(np.float32)
+    x = rng.standard_normal((max(33, UNPACKED, PIECED + 1), 384)).astype(np.float32)
     record, kernels = matrix(units), matmul_kernels([encoding.code])
     scratch, local = np.zeros(scratch_floats(384), np.float32), np.zeros(local_floats(64, 1), np.float32)
     results = []
-    for count in sorted({1, 2, 4, 5, 16, 33, len(x)}):
-        width = run(tile_width, count)
+    for count in sorted({1, 2, 3, 4, 5, 6, 8, 16, 33, len(x)}):
+        width = run(tile_width, count, encoding.code)
         out = np.zeros((len(x) + 32, 144), np.float32)
         for first in range(0, len(x), count):
             part = packed(x[first : first + count], encoding, width)
@@ -181,7 +184,7 @@ def test_results_of_a_claim_fit_the_buffer(encoding: Encoding, multiple: int) ->
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [128, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
-        width = run(tile_width, tokens)
+        width = run(tile_width, tokens, encoding.code)
         whole = -(-tokens // width) * width
         state, local = new_state(members), np.zeros(local_floats(whole, multiple), np.float32)
         chunk = run(local_chunk, state[1], record, rows // 16, tokens, width, local, multiple)
@@ -263,9 +266,15 @@ def test_pack(encoding: Encoding, width: int) -> None:
     assert np.array_equal(out[: len(expected)], expected)
 
 
+def test_encodings_that_take_the_same_packed_activations_have_the_same_widths() -> None:
+    for tokens, one, other in itertools.product(range(1, 70), ENCODINGS, ENCODINGS):
+        if (one.is_integer, one.zero_point) == (other.is_integer, other.zero_point):
+            assert run(tile_width, tokens, one.code) == run(tile_width, tokens, other.code)
+
+
 def test_packed_activations_fit_their_buffer() -> None:
     for tokens, encoding in itertools.product(range(1, 70), ENCODINGS):
-        width = run(tile_width, tokens)
+        width = run(tile_width, tokens, encoding.code)
         assert width in WIDTHS
         assert len(packed(np.zeros((tokens, 128), np.float32), encoding, width)) <= packed_bytes(tokens, 128)
 

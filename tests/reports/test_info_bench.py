@@ -87,7 +87,7 @@ def test_bits_per_weight(tiny: Callable[[int], Path], bits: int) -> None:
     assert info.weights == sum(info.parts.values()) == data_bytes(tiny(bits))
     assert "output" not in info.parts  # tied
     # 4 layers of 2 heads of 128, keys and values, float16 or for bf16 float32.
-    assert info.cache == 2048 * 4 * 2 * 2 * 128 * (4 if bits == 16 else 2)
+    assert info.cache == 2048 * 4 * 2 * 2 * (128 * 4 if bits == 16 else 128 + 4)
     assert inspect(tiny(bits), context=100).cache == info.cache // 8  # a page of 256
     assert info.needed == info.weights + info.cache + info.working
 
@@ -118,7 +118,7 @@ def test_info_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
         ["encoding", "int8; 8.36 bits per weight"],
         ["embedding", "1.1 MB"],
         ["weights", "5.2 MB, mapped from the files"],
-        ["cache", "8.4 MB at 2048 tokens of context"],
+        ["cache", "4.3 MB at 2048 tokens of context, in int8"],
     ):
         assert expected in lines
     assert lines[-1][1].startswith(f"{ISA.name} (this processor offers ")
@@ -174,7 +174,7 @@ def test_bench_for_programs(run: Run, tiny: Callable[[int], Path]) -> None:
         assert (measure["bandwidth_share"] > 0) == (measure["test"] == "decode")
     # A token at position 21 reads all weights, and 21 positions of float16 keys and values.
     (deep,) = (m for m in report["measures"] if (m["test"], m["depth"]) == ("decode", 20))
-    assert deep["bytes_per_token"] == report["weights"] + 21 * 4 * 2 * 2 * 128 * 2
+    assert deep["bytes_per_token"] == report["weights"] + 21 * 4 * 2 * 2 * (128 + 4)
 
 
 def test_bench_for_people(run: Run, tiny: Callable[[int], Path]) -> None:

@@ -1,9 +1,11 @@
-"""What a server refuses: foreign hosts and pages, wrong keys, paths that climb, bodies that are too large."""
+"""What a server refuses: foreign hosts and pages, wrong keys, climbing paths, bodies that are too large or too slow."""
 
 from __future__ import annotations
 
 import hmac
+import json
 import socket
+import time
 from typing import Any
 
 import httpx
@@ -15,7 +17,7 @@ from starlette.routing import Mount
 
 import npqwen
 from npqwen.errors import OptionError
-from npqwen.server import app
+from npqwen.server import app, connection, guard
 from npqwen.server.guard import climbs
 
 KEY, OTHER = "sk-1", "sk-2"
@@ -209,9 +211,9 @@ def test_a_path_with_dots_is_refused_encoded_or_not(path: str, open_app: Starlet
 def test_a_path_with_dots_is_refused_on_the_wire(server: str) -> None:
     host, port = server.removeprefix("http://").split(":")
     for path in (b"/../../etc/passwd", b"/page/%2e%2e%2fapp.py"):
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 400 ")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert client.makefile("rb").read().startswith(b"HTTP/1.1 400 ")
 
 
 def test_dots_in_names_are_no_climbing() -> None:
@@ -293,3 +295,75 @@ def test_an_error_of_the_servers_own_tells_clients_nothing(
         reply = httpx.post(f"{url}/tokenize", json={"content": "x"})
     assert reply.status_code == 500
     assert reply.json()["error"]["message"] == "internal error; the server's log has the details"
+
+
+# --- time ---
+
+
+def trickle(server: str, start: bytes, pause: float = 0.02) -> bytes:
+    """What a server answers to a request that begins with `start` and goes on byte by byte, as long as it listens."""
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(start)
+        client.settimeout(pause)
+        received = b""
+        for _ in range(1000):
+            try:
+                client.sendall(b"x")
+                piece = client.recv(4096)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return received
+            if not piece:
+                return received
+            received += piece
+    raise AssertionError("the server never lost patience")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
+@pytest.mark.parametrize("resumable", [b"", b"X-Resumable: true\r\n"])
+def test_a_body_that_trickles_in_is_refused(
+    path: str, resumable: bytes, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000\r\n".encode()
+    answer = trickle(server, head + resumable + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"connection: close" in head.lower()
+    error = json.loads(body)["error"]
+    assert "of the body came in time" in (error if path == "/api/chat" else error["message"])
+    if path == "/v1/messages":
+        assert json.loads(body)["type"] == "error"
+
+
+def test_a_large_body_may_take_longer(tiny_model: npqwen.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.0)
+    reply = call(app(tiny_model), "POST", "/tokenize", None, [b'{"content": "a"', b" " * 50_000, b"}"])
+    assert reply.status == 408  # with 0 seconds, not even the first chunk is in time
+    monkeypatch.setattr(guard, "BODY_SECONDS", 30.0)
+    reply = call(app(tiny_model), "POST", "/tokenize", None, [b'{"content": "a"', b" " * 50_000, b"}"])
+    assert reply.status == 200
+
+
+def test_headers_that_trickle_in_end_the_connection(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_SECONDS", 0.2)
+    assert trickle(server, b"GET /health HTTP/1.1\r\nX-Long: ") == b""
+
+
+def test_headers_of_a_later_request_have_a_time_limit_too(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_SECONDS", 0.2)
+    first = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert trickle(server, first + b"GET /health HTTP/1.1\r\nX-Long: ").count(b"HTTP/1.1 200") == 1
+
+
+def test_an_answer_may_take_longer_than_headers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_SECONDS", 0.1)
+    host, port = server.removeprefix("http://").split(":")
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(head)
+        time.sleep(0.3)
+        client.sendall(b'{"content": "a"}')
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")

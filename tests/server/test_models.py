@@ -235,12 +235,18 @@ def test_a_model_that_generates_is_in_use(shelf: Shelf) -> None:
 
     async def body() -> None:
         worker = await one.worker("a")
-        run = await worker.start(TextRequest("Once", {"max_tokens": 200, "temperature": 0}))
+        swept = threading.Event()
+
+        def wait(ids: list[int], logits: object) -> None:
+            swept.wait(60)
+
+        run = await worker.start(TextRequest("Once", {"max_tokens": 2, "temperature": 0, "logits_processor": wait}))
         clock.now += 100
         while not worker.statistics.running:
             await asyncio.sleep(0.0001)
         await one.sweep()
         assert loaded(one) == ["a"]
+        swept.set()
         await run.completions()
         while worker.statistics.running:
             await asyncio.sleep(0.001)

@@ -153,7 +153,7 @@ def test_events_are_read_however_they_are_cut(page: Page, ending: str) -> None:
     found = page.evaluate(f"""(async () => {{
         const {{events}} = await import("./page/stream.js");
         const end = {ending!r};
-        const lines = [": comment", "data: é1", "", "event: x", "data:2", "data: 3", "", ""];
+        const lines = [": comment", "data: é1", "", "id: 7", "event: x", "data:2", "data: 3", "", ""];
         const bytes = new TextEncoder().encode(lines.join(end));
         const results = [];
         for (const size of [1, 2, 3, 1000]) {{
@@ -171,7 +171,7 @@ def test_events_are_read_however_they_are_cut(page: Page, ending: str) -> None:
         }}
         return results;
     }})()""")
-    assert found == [["é1", "2\n3"]] * 4
+    assert found == [[{"data": "é1", "id": None}, {"data": "2\n3", "id": 7}]] * 4
 
 
 def test_the_answer_stays_in_view_only_for_those_at_its_end(page: Page, api: FakeApi) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from npqwen.chat.events import Text
 from npqwen.errors import ClosedError, QueueFullError
 from npqwen.server import streaming
 from npqwen.server.failure import Failure
-from npqwen.server.run import Progress, RunEvent
+from npqwen.server.run import Progress, RunEvent, Take
 from npqwen.server.streaming import ClientGoneError, StreamedRun, until_disconnected
 
 
@@ -32,14 +32,16 @@ class FakeRun:
         for event in events:
             self.queue.put_nowait(event)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, RunEvent]]:
+    async def for_each(self, take: Take) -> None:
         while (event := await self.queue.get()) is not None:
             if isinstance(event, BaseException):
                 raise event
-            yield 0, event
+            take(0, event)
 
     async def result(self) -> str:
-        return "".join([event.text async for _, event in self if isinstance(event, Text)])
+        texts: list[str] = []
+        await self.for_each(lambda index, event: texts.append(event.text if isinstance(event, Text) else ""))
+        return "".join(texts)
 
 
 class Plain:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -16,6 +17,7 @@ from serving import wait_until
 
 import npqwen
 from npqwen.chat.events import CallStart, Finish, Notice, Reasoning, Text
+from npqwen.engine.prefix_page import SHARED
 from npqwen.errors import ClosedError, ContextLengthError, OptionError, QueueFullError
 from npqwen.server.requests import ChatRequest, TextRequest
 from npqwen.server.run import Completed, Progress, Run, Scored
@@ -44,7 +46,9 @@ def run(body: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def events(run: Run) -> list[Any]:
-    return [event async for _, event in run]
+    found: list[Any] = []
+    await run.for_each(lambda index, event: found.append(event))
+    return found
 
 
 def test_answers_of_many_requests_at_once_are_those_of_each_alone(tiny_model: npqwen.Model) -> None:
@@ -284,6 +288,25 @@ def test_a_next_turn_reads_only_what_is_new_and_a_changed_one_from_where_it_diff
     with working(tiny_model) as worker:
         first, other, next_turn, another, fork = run(body(worker))
     assert first[1] == other[1] == 0
-    assert next_turn[1] >= first[0] - 4  # all of it but the beginning of the answer
+    assert next_turn[1] >= first[0] - 4 - SHARED  # all of it but the beginning of the answer
     assert another[1] >= first[0] - 20
     assert first[0] - 40 <= fork[1] < another[1]
+
+
+def test_a_restarted_server_finds_what_the_last_one_computed(tiny: Callable[[int], Path], tmp_path: Path) -> None:
+    told = [{"role": "system", "content": "You answer in few words. " * 40}]
+
+    async def body(worker: Worker, question: str) -> int:
+        run = await worker.start(ChatRequest([*told, *user(question)], {"max_tokens": 4, "seed": 1}))
+        (reply,) = await run.replies()
+        assert worker.statistics.cached_tokens == reply.usage.cached_tokens
+        return reply.usage.cached_tokens
+
+    cached = []
+    for question in ("What is 3 + 4?", "Who are you?"):
+        with npqwen.load(tiny(4), threads=1, prefix_cache=tmp_path) as model:
+            known = len(model.tokenizer.encode(told[0]["content"]))
+            with working(model) as worker:
+                cached.append(run(body(worker, question)))
+    assert cached[0] == 0
+    assert cached[1] >= known

@@ -15,9 +15,10 @@ from npqwen.errors import ClosedError, ContextLengthError
 from npqwen.server.anthropic.errors import answering_errors, error_body
 from npqwen.server.anthropic.message import Message
 from npqwen.server.anthropic.request import read_request
-from npqwen.server.fields import read_fields
+from npqwen.server.fields import Fields, read_fields
 from npqwen.server.json_text import JSONReply, server_sent
 from npqwen.server.streaming import StreamedRun, until_disconnected
+from npqwen.server.waiting import soon
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -34,6 +35,16 @@ def routes(models: Models) -> list[Route]:
 
     async def messages(request: Request, id: str) -> Response:
         body = await read_fields(request)
+        if body.flag("stream"):
+            return await soon(request, stream(body, id), _Pings(id))
+        run, message = await begin(body)
+        return JSONReply(await until_disconnected(request, _finished(run, message), run))
+
+    async def stream(body: Fields, id: str) -> Response:
+        run, message = await begin(body)
+        return StreamedRun(run, _MessageStream(message, id))
+
+    async def begin(body: Fields) -> tuple[Run, Message]:
         name = body.text("model")
         worker = await models.worker(name)
         wanted = read_request(body, worker.model)
@@ -42,10 +53,7 @@ def routes(models: Models) -> list[Route]:
         except ContextLengthError as error:
             tokens = await asyncio.to_thread(_prompt_tokens, worker.model, wanted.chat)
             raise _too_long(error, tokens, worker.model.context) from None
-        message = Message(name or worker.model.name, run.prompt_tokens, omit_thinking=wanted.omit_thinking)
-        if wanted.stream:
-            return StreamedRun(run, _MessageStream(message, id))
-        return JSONReply(await until_disconnected(request, _finished(run, message), run))
+        return run, Message(name or worker.model.name, run.prompt_tokens, omit_thinking=wanted.omit_thinking)
 
     async def count_tokens(request: Request, id: str) -> Response:
         body = await read_fields(request)
@@ -60,11 +68,26 @@ def routes(models: Models) -> list[Route]:
 
 
 async def _finished(run: Run, message: Message) -> dict[str, Any]:
-    async for _, event in run:
-        message.push(event)
+    await run.for_each(lambda index, event: message.push(event))
     if not message.finished:
         raise ClosedError("the request was cancelled")
     return message.body
+
+
+class _Pings:
+    """Pings as signs of life, and an error as an event; see `Manner`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, id: str) -> None:
+        """id: the request's."""
+        self._id = id
+
+    def keepalive(self, progress: Progress | None) -> str:
+        return _PING
+
+    def error(self, failure: Failure) -> str:
+        return _sent(error_body(failure, self._id))
 
 
 class _MessageStream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,25 +20,38 @@ from npqwen.server.json_text import JSONReply
 from npqwen.server.ollama.answer import Head, Lines, whole
 from npqwen.server.requests import ChatRequest, TextRequest
 from npqwen.server.streaming import StreamedRun, until_disconnected
+from npqwen.server.waiting import soon
 
 if TYPE_CHECKING:
     from npqwen.model import Model
     from npqwen.server.models import Models
     from npqwen.server.ollama.body import Body
-    from npqwen.server.worker import Worker
+    from npqwen.server.run import Run
 
 
 async def answer(
-    request: Request, head: Head, body: Body, worker: Worker, wanted: ChatRequest | TextRequest
+    request: Request, models: Models, head: Head, body: Body, wanted: Callable[[Model], ChatRequest | TextRequest]
 ) -> Response:
-    """Run a request, and answer as the body wants it."""
-    head.special_ids = worker.model.tokenizer.special_ids
-    run = await worker.start(await _within_context(worker.model, wanted, body.options.context))
+    """Run a request, and answer as the body wants it. wanted(model): the request for this model."""
     if body.stream:
-        return StreamedRun(run, Lines(head))
-    if isinstance(wanted, ChatRequest):
-        return JSONReply(whole(head, (await until_disconnected(request, run.replies(), run))[0]))
-    return JSONReply(whole(head, (await until_disconnected(request, run.completions(), run))[0]))
+        return await soon(request, _stream(models, head, body, wanted), Lines(head))
+    run = await _run(models, head, body, wanted)
+    results = await until_disconnected(request, run.results(), run)
+    return JSONReply(whole(head, results[0]))
+
+
+async def _stream(
+    models: Models, head: Head, body: Body, wanted: Callable[[Model], ChatRequest | TextRequest]
+) -> StreamedRun:
+    return StreamedRun(await _run(models, head, body, wanted), Lines(head))
+
+
+async def _run(models: Models, head: Head, body: Body, wanted: Callable[[Model], ChatRequest | TextRequest]) -> Run:
+    worker = await models.worker(body.model, body.keep_alive)
+    head.loaded = time.perf_counter()
+    head.special_ids = worker.model.tokenizer.special_ids
+    body.options.check(worker.model)
+    return await worker.start(await _within_context(worker.model, wanted(worker.model), body.options.context))
 
 
 async def load_or_let_go(models: Models, head: Head, body: Body) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -29,7 +28,4 @@ async def chat(models: Models, request: Request) -> Response:
     head = Head(body.model or models.names[0], chat_part)
     if not messages:
         return await load_or_let_go(models, head, body)
-    worker = await models.worker(body.model, body.keep_alive)
-    head.loaded = time.perf_counter()
-    body.options.check(worker.model)
-    return await answer(request, head, body, worker, body.chat_request(worker.model, messages, tools))
+    return await answer(request, models, head, body, lambda model: body.chat_request(model, messages, tools))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -31,10 +30,7 @@ async def generate(models: Models, request: Request) -> Response:
     head = Head(body.model or models.names[0], text_part)
     if not prompt.text and prompt.suffix is None:
         return await load_or_let_go(models, head, body)
-    worker = await models.worker(body.model, body.keep_alive)
-    head.loaded = time.perf_counter()
-    body.options.check(worker.model)
-    return await answer(request, head, body, worker, _request(worker.model, body, prompt))
+    return await answer(request, models, head, body, lambda model: _request(model, body, prompt))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text
 from npqwen.generation.completion import TokenLogprobs
 from npqwen.server.failure import Failure
-from npqwen.server.json_text import server_sent
+from npqwen.server.json_text import SentText, server_sent
 from npqwen.server.openai.chat_reply import CLOSE, OPEN, replies_usage
-from npqwen.server.openai.errors import error_body
+from npqwen.server.openai.errors import error_event
 from npqwen.server.openai.logprobs import chat_logprobs, without_end
 from npqwen.server.openai.reasoning_fields import Shown
 from npqwen.server.openai.usage import finish_reason_of, timings_of
@@ -47,6 +47,8 @@ class ChatChunks:
         self._include_usage = include_usage
         self._return_progress = return_progress
         self._started = time.monotonic()
+        self._texts: dict[tuple[int, str], SentText] = {}
+        """By choice and field: a chunk whose delta is this text and nothing else."""
 
     def start(self) -> str:
         delta = {"role": "assistant", "content": "", "refusal": None}
@@ -67,7 +69,7 @@ class ChatChunks:
         return self._chunk(open.delta({}), **extra)
 
     def error(self, failure: Failure) -> str:
-        return server_sent(error_body(failure))
+        return error_event(failure)
 
     def end(self) -> str:
         if not self._include_usage:
@@ -76,10 +78,24 @@ class ChatChunks:
         return server_sent({**self._head, "choices": [], "usage": usage}) + DONE
 
     def _chunk(self, choice: dict[str, Any], **extra: Any) -> str:
+        if choice["finish_reason"] is not None:
+            if len(self._choices) == 1 and self._choices[0].reply is not None:
+                extra["timings"] = timings_of(self._choices[0].reply.usage)
+        elif not extra and choice["logprobs"] is None and len(choice["delta"]) == 1:
+            ((field, value),) = choice["delta"].items()
+            if isinstance(value, str):
+                return self._text_chunk(choice, field)(value)
+        return server_sent(self._data(choice, **extra))
+
+    def _text_chunk(self, choice: dict[str, Any], field: str) -> SentText:
+        key = choice["index"], field
+        if key not in self._texts:
+            self._texts[key] = SentText(lambda text: self._data({**choice, "delta": {field: text}}))
+        return self._texts[key]
+
+    def _data(self, choice: dict[str, Any], **extra: Any) -> dict[str, Any]:
         usage = {"usage": None} if self._include_usage else {}
-        if choice["finish_reason"] is not None and len(self._choices) == 1 and self._choices[0].reply is not None:
-            extra["timings"] = timings_of(self._choices[0].reply.usage)
-        return server_sent({**self._head, "choices": [choice], **usage, **extra})
+        return {**self._head, "choices": [choice], **usage, **extra}
 
 
 class _Choice:

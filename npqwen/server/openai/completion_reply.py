@@ -8,9 +8,9 @@ from typing import Any
 from npqwen.chat.events import Text
 from npqwen.generation.completion import Completion, TokenLogprobs
 from npqwen.server.failure import Failure
-from npqwen.server.json_text import server_sent
+from npqwen.server.json_text import SentText, server_sent
 from npqwen.server.openai.chat_chunks import DONE
-from npqwen.server.openai.errors import error_body
+from npqwen.server.openai.errors import error_event
 from npqwen.server.openai.logprobs import text_logprobs, without_end
 from npqwen.server.openai.usage import finish_reason_of, timings_of, total_usage, usage_of
 from npqwen.server.run import Completed, Progress, RunEvent, Scored
@@ -65,6 +65,8 @@ class CompletionChunks:
         self._offsets: dict[int, int] = {}
         """Characters of the tokens whose log-probabilities were sent."""
         self._completed: dict[int, Completion] = {}
+        self._texts: dict[int, SentText] = {}
+        """Of each choice: a chunk with nothing but text."""
 
     def start(self) -> str:
         choices = enumerate(echo for echo in self._echoes for _ in range(self._n))
@@ -85,7 +87,7 @@ class CompletionChunks:
         return self._chunk(next((index for index in range(count) if index not in self._completed), 0), "")
 
     def error(self, failure: Failure) -> str:
-        return server_sent(error_body(failure))
+        return error_event(failure)
 
     def end(self) -> str:
         if not self._include_usage:
@@ -94,14 +96,21 @@ class CompletionChunks:
         return server_sent({**self._head, "choices": [], "usage": _usage(completions, self._n)}) + DONE
 
     def _chunk(self, index: int, text: str, finish_reason: str | None = None) -> str:
+        if not self._with_scores and finish_reason is None:
+            if index not in self._texts:
+                self._texts[index] = SentText(lambda text: self._data(_choice(index, text, None, None)))
+            return self._texts[index](text)
         scored = None
         if self._with_scores:
             offset = self._offsets.get(index, 0)
             tokens = without_end(self._scored.pop(index, []), self._special_ids)
             scored = text_logprobs(tokens, offset)
             self._offsets[index] = offset + sum(len(token.text) for token in tokens)
+        return server_sent(self._data(_choice(index, text, scored, finish_reason)))
+
+    def _data(self, choice: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self._include_usage else {}
-        return server_sent({**self._head, "choices": [_choice(index, text, scored, finish_reason)], **usage})
+        return {**self._head, "choices": [choice], **usage}
 
 
 def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from npqwen.errors import ClosedError
 from npqwen.generation.completion import Completion
 from npqwen.server.requests import TextRequest
-from npqwen.server.run import Completed, Run, RunEvent
+from npqwen.server.run import Completed, Run, RunEvent, Take
 
 if TYPE_CHECKING:
     from npqwen.server.worker import Worker
-
-    Queue = asyncio.Queue[tuple[int, RunEvent] | Exception | None]
 
 AT_ONCE = 16
 """How many prompts of one request wait for the worker, or are computed, at a time."""
@@ -24,7 +23,7 @@ class PromptsRun:
     """The events of several prompts, each of n choices: choice j of prompt i is choice i n + j here.
 
     Prompts are started in order, a few at a time, so that one request does not fill the worker's queue. If one fails,
-    the others are cancelled, and the iteration raises what it raised.
+    the others are cancelled, and `for_each` raises what it raised.
     """
 
     def __init__(self, worker: Worker, requests: Sequence[TextRequest]) -> None:
@@ -54,44 +53,38 @@ class PromptsRun:
         for run in self._runs.values():
             run.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, RunEvent]]:
-        events: Queue = asyncio.Queue()
-        readers = [asyncio.create_task(self._read(prompt, events)) for prompt in self._runs]
-        left = len(readers)
+    async def for_each(self, take: Take) -> None:
+        """Call take(index, event) for each event as it comes; see `Run.for_each`."""
+        readers = [asyncio.create_task(self._read(prompt, take)) for prompt in self._runs]
         try:
-            while left:
-                item = await events.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    left -= 1
-                else:
-                    yield item
+            await asyncio.gather(*readers)
+        except BaseException:
+            self.cancel()
+            raise
         finally:
-            if left:
-                self.cancel()
             for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
     async def completions(self) -> list[Completion]:
         """Wait for all choices, in order. Raises what the runs raise, and ClosedError if they were cancelled."""
-        found = {index: event.completion async for index, event in self if isinstance(event, Completed)}
+        found: dict[int, Completion] = {}
+
+        def take(index: int, event: RunEvent) -> None:
+            if isinstance(event, Completed):
+                found[index] = event.completion
+
+        await self.for_each(take)
         if len(found) < sum(request.n for request in self._requests):
             raise ClosedError("the request was cancelled")
         return [found[index] for index in sorted(found)]
 
-    async def _read(self, prompt: int | None, events: Queue) -> None:
+    async def _read(self, prompt: int | None, take: Take) -> None:
         """Pass on the events of a prompt and, when it has ended, of the next one that was not started yet."""
-        try:
-            while prompt is not None:
-                first = prompt * self._requests[prompt].n
-                async for index, event in self._runs[prompt]:
-                    events.put_nowait((first + index, event))
-                prompt = await self._start_next()
-            events.put_nowait(None)
-        except Exception as error:
-            events.put_nowait(error)
+        while prompt is not None:
+            first = prompt * self._requests[prompt].n
+            await self._runs[prompt].for_each(partial(_numbered, take, first))
+            prompt = await self._start_next()
 
     async def _start_next(self) -> int | None:
         """Start the next prompt, and return its index; None if there is none left."""
@@ -101,3 +94,8 @@ class PromptsRun:
             if self._cancelled:  # meanwhile
                 self._runs[prompt].cancel()
         return prompt
+
+
+def _numbered(take: Take, first: int, index: int, event: RunEvent) -> None:
+    """Pass on an event of a prompt whose first choice has the number `first`."""
+    take(first + index, event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -12,11 +13,13 @@ from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.messages import checked
 from npqwen.errors import ClosedError, ContextLengthError
 from npqwen.server.failure import Failure, failure_of
-from npqwen.server.fields import read_fields
+from npqwen.server.fields import Fields, read_fields
 from npqwen.server.json_text import JSONReply, server_sent
 from npqwen.server.openai.response_events import Answer
 from npqwen.server.openai.response_request import read_request
+from npqwen.server.openai.response_tools import ClientTools
 from npqwen.server.streaming import StreamedRun, until_disconnected
+from npqwen.server.waiting import CommentManner, soon
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
@@ -27,24 +30,35 @@ async def create_response(models: Models, request: Request) -> Response:
     """Answer an input, in one piece or as a stream. Raises what the request's fields, model and worker raise."""
     body = await read_fields(request)
     name = body.text("model")
+    if body.flag("stream"):
+        return await soon(request, _stream(models, body, name), CommentManner(partial(_only_error, name or "")))
+    worker = await models.worker(name)
+    wanted = read_request(body, worker.model)
+    answer = Answer(name or worker.model.name, wanted.echo, wanted.tools, summary=wanted.summary)
+    run = await worker.start(wanted.chat)
+    return JSONReply(await until_disconnected(request, _finished(run, answer), run))
+
+
+async def _stream(models: Models, body: Fields, name: str | None) -> Response:
     worker = await models.worker(name)
     wanted = read_request(body, worker.model)
     answer = Answer(name or worker.model.name, wanted.echo, wanted.tools, summary=wanted.summary)
     try:
         run = await worker.start(wanted.chat)
     except ContextLengthError as error:
-        if not wanted.stream:
-            raise
         # Codex shortens the conversation if a stream says so, but not for the status 400
         return Response(_sent(answer.start() + answer.fail(failure_of(error))), media_type=_Events.media_type)
-    if wanted.stream:
-        return StreamedRun(run, _Events(answer))
-    return JSONReply(await until_disconnected(request, _finished(run, answer), run))
+    return StreamedRun(run, _Events(answer))
+
+
+def _only_error(name: str, failure: Failure) -> str:
+    """A stream that failed before it knew its tools."""
+    answer = Answer(name, {}, ClientTools())
+    return _sent(answer.start() + answer.fail(failure))
 
 
 async def _finished(run: Run, answer: Answer) -> dict[str, Any]:
-    async for _, event in run:
-        answer.push(event)
+    await run.for_each(lambda index, event: answer.push(event))
     if not answer.finished:
         raise ClosedError("the request was cancelled")
     return answer.body

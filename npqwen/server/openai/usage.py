@@ -12,25 +12,26 @@ from npqwen.generation.completion import Usage
 def usage_of(usages: Sequence[Usage], reasoning_tokens: int | None = None) -> dict[str, Any]:
     """The usage of all choices of one prompt, whose tokens count once. reasoning_tokens: None for raw text."""
     prompt, completion = usages[0].prompt_tokens, sum(usage.generated_tokens for usage in usages)
-    details = {} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}
+    details = {} if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens}
+    drafted, accepted = sum(usage.drafted_tokens for usage in usages), sum(usage.accepted_tokens for usage in usages)
+    details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
-        **details,
+        "completion_tokens_details": details,
     }
 
 
 def total_usage(usages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The sum of the usages of several prompts."""
     total = {name: sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens")}
-    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
-    return {
-        **total,
-        "total_tokens": sum(total.values()),
-        "prompt_tokens_details": {"cached_tokens": cached},
+    details = {
+        name: {key: sum(usage[name][key] for usage in usages) for key in usages[0][name]}
+        for name in ("prompt_tokens_details", "completion_tokens_details")
     }
+    return {**total, "total_tokens": sum(total.values()), **details}
 
 
 def timings_of(usage: Usage) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def timings_of(usage: Usage) -> dict[str, Any]:
         "predicted_n": usage.generated_tokens,
         "predicted_ms": round(1000 * usage.decode_seconds, 3),
         "predicted_per_second": round(usage.decode_rate, 3),
+        "draft_n": usage.drafted_tokens,
+        "draft_n_accepted": usage.accepted_tokens,
     }
 
 

@@ -2,10 +2,13 @@
 
 import { chunks, request, ServerError } from "./stream.js";
 
+const MOST_RETURNS = 3; // to a stream whose connection breaks again and again before anything comes
+const PAUSE = 1000; // milliseconds before each
+
 export function emptyAnswer(model) {
   return {
     role: "assistant", content: "", reasoning: "", calls: [], finish: null, error: null, model, usage: null,
-    speed: null, times: {},
+    speed: null, times: {}, stream: null,
   };
 }
 
@@ -22,8 +25,11 @@ export class Answer {
     this.onchange = onchange;
   }
 
+  // The server is told, too: it would keep a stream for a page that comes back.
   stop() {
     this.controller.abort();
+    const { stream } = this.message;
+    if (stream) request(streamPath(stream), { key: this.key, method: "DELETE" }).catch(() => {});
   }
 
   // The page is being closed: what breaks from now on is no error of the server's.
@@ -33,15 +39,60 @@ export class Answer {
 
   // Runs until the answer is over, however it ends; never throws.
   async run(body, key) {
-    const { message } = this;
+    this.key = key;
     this.started = performance.now();
-    try {
-      const response = await request("v1/chat/completions", { key, body, signal: this.controller.signal });
-      for await (const chunk of chunks(response)) {
-        this.apply(chunk);
+    const { signal } = this.controller;
+    await this.finish(async () => {
+      const response = await request("v1/chat/completions", { key, body, signal, resumable: true });
+      const id = response.headers.get("X-Stream-Id");
+      if (id) {
+        this.message.stream = { id, next: 0 };
         this.onchange(this);
       }
-      if (message.finish === null) throw new ServerError("The connection ended before the answer did.");
+      return response;
+    });
+  }
+
+  // Goes on with the stream of a message that was coming when the page was closed. Runs until the answer is over; if
+  // the server does not keep the stream any more, the message stays as it is.
+  async resume(key) {
+    this.key = key;
+    const { times, stream } = this.message;
+    this.started = performance.now() - (times.last ?? 0);
+    this.pieces = stream.next;
+    let response;
+    try {
+      response = await this.rest();
+    } catch (error) {
+      if (error.name === "AbortError") this.message.finish = "stopped";
+      if (error.name === "AbortError" || error.status === 404 || error.status === 410) this.message.stream = null;
+      return;
+    }
+    await this.finish(() => response);
+  }
+
+  // Asks for the rest of the stream.
+  rest() {
+    const { stream } = this.message;
+    return request(`${streamPath(stream)}?from=${stream.next}`, { key: this.key, signal: this.controller.signal });
+  }
+
+  // Reads the response that open() gives, and of a stream that breaks off, the rest.
+  async finish(open) {
+    const { message } = this;
+    try {
+      for (let failures = 0; ; ) {
+        const before = message.stream?.next;
+        try {
+          await this.read(await open());
+          break;
+        } catch (error) {
+          if (message.stream?.next !== before) failures = 0;
+          if (this.left || !error.lost || !message.stream || ++failures > MOST_RETURNS) throw error;
+        }
+        await new Promise((resolve) => setTimeout(resolve, PAUSE));
+        open = () => this.rest();
+      }
     } catch (error) {
       if (this.left) return;
       if (error.name === "AbortError") message.finish = "stopped";
@@ -51,8 +102,19 @@ export class Answer {
         message.finish = "error";
       }
     }
+    message.stream = null;
     // A part of a call is of no use, and no server would take it back.
     if (message.finish !== "tool_calls") message.calls = message.calls.filter((call) => isObject(call.arguments));
+  }
+
+  async read(response) {
+    for await (const { chunk, id } of chunks(response)) {
+      this.apply(chunk);
+      if (id !== null && this.message.stream) this.message.stream.next = id + 1;
+      this.onchange(this);
+    }
+    if (this.message.finish === null)
+      throw new ServerError("The connection ended before the answer did.", { lost: true });
   }
 
   apply(chunk) {
@@ -85,6 +147,10 @@ export class Answer {
     this.pieces++;
     this.progress = null;
   }
+}
+
+function streamPath({ id }) {
+  return `v1/streams/${encodeURIComponent(id)}`;
 }
 
 function isObject(text) {

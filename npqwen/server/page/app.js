@@ -6,7 +6,7 @@ import { element, number } from "./dom.js";
 import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { remember, remembered, Storage } from "./storage.js";
+import { alone, remember, remembered, Storage } from "./storage.js";
 import { models, ServerError } from "./stream.js";
 
 const MOST_RETRIES = 5; // by itself, of a request that the server was too busy for
@@ -90,10 +90,6 @@ async function ask(failed = null, attempt = 0) {
   Object.assign(message, emptyAnswer(model), { status: 0 });
   all.set(conversation.id, conversation);
   conversation.updated = Date.now();
-  const answer = new Answer(conversation, message, ({ conversation: changed }) => {
-    storage.putSoon(changed);
-    if (changed === current) drawSoon();
-  });
   let body;
   try {
     body = { model, messages: conversations.request(conversation, path), stream: true,
@@ -104,17 +100,41 @@ async function ask(failed = null, attempt = 0) {
     draw();
     return;
   }
-  answers.set(conversation.id, answer);
   atEnd = true;
+  const error = await follow(conversation, message, (answer) => alone(message.id, () => answer.run(body, key)));
+  if (error?.retryAfter && attempt < MOST_RETRIES) waitAndRetry(conversation, message, error, attempt + 1);
+  if (conversation === current) draw();
+}
+
+// Shows and saves an answer as it comes; run(answer) waits for its end. Returns the ServerError that ended it, if any.
+async function follow(conversation, message, run) {
+  const answer = new Answer(conversation, message, () => {
+    storage.putSoon(conversation);
+    if (conversation === current) drawSoon();
+  });
+  answers.set(conversation.id, answer);
   draw();
   await save(conversation);
-  await answer.run(body, key);
+  await run(answer);
   answers.delete(conversation.id);
   message.status = answer.error?.status ?? 0;
-  if (answer.error?.retryAfter && attempt < MOST_RETRIES) waitAndRetry(conversation, message, answer.error, attempt + 1);
   await save(conversation);
   if (conversation === current) draw();
   else drawSidebar();
+  return answer.error;
+}
+
+// Goes on with answers that were coming when a page was closed: this one, or another tab that has them now.
+function resumeAll() {
+  for (const { id, messages } of all.values())
+    for (const message of messages)
+      if (message.stream) alone(message.id, () => resume(id, message.id));
+}
+
+async function resume(id, messageId) {
+  const conversation = all.get(id);
+  const message = conversation?.messages.find((one) => one.id === messageId);
+  if (message?.stream && !answers.has(id)) await follow(conversation, message, (answer) => answer.resume(key));
 }
 
 function retry(message) {
@@ -438,6 +458,7 @@ async function start() {
   if (last && !current.messages.length) open(last);
   draw();
   await loading;
+  resumeAll();
 }
 
 start();

@@ -4,7 +4,8 @@
 // of their making, head is the id of the last one shown. A message is {id, parent, role, content, created}, and of role
 //   assistant: reasoning, calls: [{id, name, arguments}], finish: why it ended, or null while it comes; error, model,
 //     usage: {prompt, cached, completion, reasoning} in tokens, speed: tokens a second as the server measured it, or
-//     null, times: {first, thought, last} in ms since the request
+//     null, times: {first, thought, last} in ms since the request, stream: while it comes, {id, next} of the server's
+//     stream and the next event wanted, or null
 //   tool: call, the id of the call that it answers
 
 const TITLE = 60; // characters

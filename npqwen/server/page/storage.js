@@ -21,6 +21,11 @@ export function remember(name, value) {
   }
 }
 
+// Does work() when no other tab does anything of this name. Browsers know locks only on localhost and with HTTPS.
+export function alone(name, work) {
+  return navigator.locks ? navigator.locks.request(`${NAME} ${name}`, work) : work();
+}
+
 // All conversations of this browser, and of other tabs as they change.
 export class Storage {
   // onchange(id): another tab has changed or deleted the conversation.

@@ -1,32 +1,36 @@
 // Requests to this server's OpenAI API.
 
 // What went wrong, in one line. status: of HTTP, or 0. retryAfter: seconds that the server wants us to wait, or null.
+// lost: the connection, not the answer, is at fault.
 export class ServerError extends Error {
-  constructor(message, { status = 0, retryAfter = null } = {}) {
+  constructor(message, { status = 0, retryAfter = null, lost = false } = {}) {
     super(message);
+    this.lost = lost;
     this.status = status;
     this.retryAfter = retryAfter;
   }
 }
 
-// Sends a request; path is relative to the page. Returns the response if it is a success, or throws a ServerError.
-// A cancelled request throws AbortError.
-export async function request(path, { key = "", body, signal } = {}) {
+// Sends a request; path is relative to the page. resumable: whether the stream can be resumed.
+// Returns the response if it is a success, or throws a ServerError. A cancelled request throws AbortError.
+export async function request(path, { key = "", body, signal, resumable = false, method } = {}) {
   const headers = {};
+  if (resumable) headers["X-Resumable"] = "true";
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
   try {
     response = await fetch(path, {
-      method: body === undefined ? "GET" : "POST",
+      method: method ?? (body === undefined ? "GET" : "POST"),
       headers,
       body: body === undefined ? undefined : JSON.stringify(body),
       signal,
       cache: "no-store",
+      keepalive: method === "DELETE", // also if the page is being closed
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server cannot be reached. Is it running?");
+    throw new ServerError("The server cannot be reached. Is it running?", { lost: true });
   }
   if (response.ok) return response;
   const retryAfter = Number.parseInt(response.headers.get("Retry-After"), 10);
@@ -60,9 +64,10 @@ function contextOf(model) {
   return Number.isFinite(length) ? length : null;
 }
 
-// The chunks of a streamed answer. Throws a ServerError for an error in the stream, and if the connection is lost.
+// The chunks of a streamed answer, as {chunk, id}: id is the event's number, or null if the stream is not resumable.
+// Throws a ServerError for an error in the stream, and if the connection is lost.
 export async function* chunks(response) {
-  for await (const data of events(response.body)) {
+  for await (const { data, id } of events(response.body)) {
     if (data === "[DONE]") return;
     let chunk;
     try {
@@ -71,16 +76,17 @@ export async function* chunks(response) {
       throw new ServerError("The server sent something that is not JSON.");
     }
     if (chunk.error) throw new ServerError(String(chunk.error.message ?? chunk.error));
-    yield chunk;
+    yield { chunk, id };
   }
 }
 
-// The data of server-sent events in a stream of bytes, as text.
+// Server-sent events in a stream of bytes: {data, id}, the data as text, the id as a number, or null without one.
 export async function* events(body) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
   let rest = "";
   let data = [];
+  let id = null;
   try {
     for (let done = false; !done; ) {
       const piece = await readPiece(reader);
@@ -91,8 +97,9 @@ export async function* events(body) {
       rest = lines.pop();
       for (const line of lines) {
         if (line.startsWith("data:")) data.push(line.slice(line[5] === " " ? 6 : 5));
+        else if (line.startsWith("id:")) id = Number.parseInt(line.slice(3), 10);
         else if (line === "" && data.length) {
-          yield data.join("\n");
+          yield { data: data.join("\n"), id };
           data = [];
         }
       }
@@ -107,6 +114,6 @@ async function readPiece(reader) {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The connection to the server was lost.");
+    throw new ServerError("The connection to the server was lost.", { lost: true });
   }
 }

@@ -1,0 +1,284 @@
+"""A directory of prefixes: one file for each page, which later runs and other processes read.
+
+A file is a valid safetensors file: `ids` is I32 (tokens,), `page` has the page's positions as `KVCache` holds them,
+rounded up to whole tiles. `__metadata__` has the format, its version, the key and a CRC-32 of ids and page. The name
+consists of the key of the tokens before the page, a hash of its first tokens, and its key; keys depend on the model's
+fingerprint and the cache's type. So a page of another model, version or text has another name, and nothing needs an
+index or a lock: files appear by atomic replacement and are never changed.
+
+The modification time is that of the last use. When the directory exceeds its limit, files are removed, the least
+recently used first; times within a prefix decrease from page to page, so that its end goes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from npqwen.atomic_file import new_file, remove_abandoned, writing
+from npqwen.engine.kv_cache import KVCache, page_part
+from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, common_prefix, key_after, root_key
+from npqwen.engine.snapshot import fill, page_dtype
+from npqwen.errors import OptionError, OutputError, size
+from npqwen.format.files import open_regular
+from npqwen.format.safetensors import Header, HeaderError, make_header, read_header
+from npqwen.kernels.cache_page import PAGE
+
+FORMAT, VERSION = "npqwen-prefix", "1"
+DEFAULT_SIZE = 10 * 10**9
+"""Bytes that a directory may take, if nothing else is said."""
+_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{32}\.safetensors", re.ASCII)
+_CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
+
+
+class _Damaged(Exception):
+    """Why a file is not what its name says, as a clause."""
+
+
+class _Found(NamedTuple):
+    used: int
+    name: str
+    size: int
+
+
+def check_directory(path: Path) -> None:
+    """Make the directory if there is none; OutputError unless files can be written there."""
+    with writing(path):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; a prefix cache is a directory")
+        if not path.exists():
+            path.mkdir(mode=0o700, parents=True)
+        probe = path / f".writable.partial-{uuid.uuid4().hex[:12]}"
+        probe.touch()
+        probe.unlink()
+
+
+def check_size(limit: int, page_bytes: int) -> None:
+    """Raise OptionError unless `limit` bytes are enough for two pages of a model."""
+    if limit < 2 * page_bytes:
+        raise OptionError(
+            f"a prefix cache of {size(limit)} is too small: {PAGE} tokens of this model take {size(page_bytes)}; "
+            "give it at least twice as much"
+        )
+
+
+class PrefixFiles:
+    """The pages of one model in a directory. Reading and writing may happen in several threads."""
+
+    def __init__(self, directory: Path, limit: int, cache: KVCache, fingerprint: str) -> None:
+        """limit: bytes that all files may take, those of other models included. cache: any of the model's.
+
+        Raises OutputError for a directory that cannot be written, OptionError for a limit below two pages.
+        """
+        check_directory(directory)
+        check_size(limit, cache.page_bytes)
+        self.directory = directory
+        self.limit = limit
+        self.page_bytes = cache.page_bytes
+        """In memory."""
+        self._new_page = cache.new_page
+        self._dtype = page_dtype(cache.kv)
+        self._tile = cache.tile
+        self.root = root_key(FORMAT, VERSION, fingerprint, self._dtype, cache.page_shape)
+        self._sample = cache.new_page()
+        self._damaged: dict[str, str] = {}
+        """Names of files that could not be used, and why, since the last `take_damaged`."""
+        self._refused: set[str] = set()
+        """Names of files that could not be removed either."""
+        remove_abandoned(directory)
+
+    def read(self, parent: bytes, ids: Ids, depth: int) -> PrefixPage | None:
+        """The page with these tokens, if there is a file of it. Raises OutOfMemoryError without memory for a page."""
+        return self._read(_name(parent, ids, key_after(parent, ids)), parent, depth)
+
+    def read_longest(self, parent: bytes, ids: Ids, depth: int, least: int) -> PrefixPage | None:
+        """The page after the tokens with the key `parent` that has most of `ids` at its beginning.
+
+        None if none has at least `least`. Raises OutOfMemoryError without memory for a page.
+        """
+        start = _start(parent, ids)
+        try:
+            names = [name for name in os.listdir(self.directory) if name.startswith(start) and _NAME.fullmatch(name)]
+        except OSError:
+            return None
+        lengths = {name: common_prefix(self._ids(name), ids) for name in names}
+        for name in sorted(lengths, key=lambda name: -lengths[name]):
+            if lengths[name] < max(least, SHARED):
+                return None
+            page = self._read(name, parent, depth)
+            if page is not None:
+                return page
+        return None
+
+    def write(self, page: PrefixPage) -> None:
+        """Write a page unless there is a file of it, and take note of its use. Raises OutputError."""
+        name = _name(page.parent, page.ids, page.key)
+        path = self.directory / name
+        used = page.used - 1000 * page.depth  # nanoseconds; file systems keep a tenth of a microsecond, or less
+        if not path.exists():
+            part = page_part(page.array, len(page.ids), self._tile)
+            # A page's owner may still append to it: the checksum is that of the copy.
+            data = part if page.is_full else np.ascontiguousarray(part)
+            flat = data.reshape(-1).view(np.uint8)
+            ids = page.ids.astype("<i4")
+            checksum = zlib.crc32(flat.data, zlib.crc32(ids.data))
+            header = self._header(len(ids), page.key, f"{checksum:08x}")
+            needed = len(header) + ids.nbytes + flat.nbytes
+            if not self._make_room(needed, used):
+                return
+            with new_file(path, private=True, sync=False) as file:
+                file.write(header)
+                file.write(ids.data)
+                file.write(flat.data)
+        with contextlib.suppress(OSError):
+            os.utime(path, ns=(used, used))
+        if page.replaces is not None:
+            with contextlib.suppress(OSError):
+                (self.directory / _name(page.parent, page.ids, page.replaces)).unlink()
+
+    def take_damaged(self) -> str | None:
+        """What was wrong with files since the last call, in one line."""
+        if not self._damaged:
+            return None
+        damaged, self._damaged = self._damaged, {}
+        name, reason = next(iter(damaged.items()))
+        if len(damaged) == 1:
+            return f"dropped a damaged file of the prefix cache: {self.directory / name}: {reason}"
+        return f"dropped {len(damaged)} damaged files of the prefix cache in {self.directory}; {name}: {reason}"
+
+    def _read(self, name: str, parent: bytes, depth: int) -> PrefixPage | None:
+        if name in self._refused:
+            return None
+        try:
+            with open_regular(self.directory / name) as file:
+                return self._checked(file, name, parent, depth)
+        except FileNotFoundError:
+            return None
+        except (_Damaged, OSError) as error:
+            self._drop(name, error)
+            return None
+
+    def _checked(self, file: BinaryIO, name: str, parent: bytes, depth: int) -> PrefixPage:
+        """A page from an open file. Raises _Damaged unless all of it is what its name and checksum say."""
+        header, ids = self._head(file)
+        key = bytes.fromhex(header.metadata["key"])
+        if name != _name(parent, ids, key_after(parent, ids)) or key != key_after(parent, ids):
+            raise _Damaged("its tokens are others than its name says")
+        page = self._new_page()
+        part = page_part(page, len(ids), self._tile)
+        whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
+        flat = whole.reshape(-1).view(np.uint8)
+        if fill(file, whole) != flat.nbytes:
+            raise _Damaged("it is truncated")
+        if f"{zlib.crc32(flat.data, zlib.crc32(ids.astype('<i4').data)):08x}" != header.metadata["checksum"]:
+            raise _Damaged("its checksum is wrong")
+        if whole is not part:
+            part[...] = whole
+        return PrefixPage(parent, ids, page, depth, stored=len(ids))
+
+    def _head(self, file: BinaryIO) -> tuple[Header, Ids]:
+        """Header and ids of an open file, which is then at the page's first byte."""
+        try:
+            header = read_header(file)
+        except HeaderError as error:
+            raise _Damaged(str(error)) from None
+        metadata = header.metadata
+        if metadata.get("format") != FORMAT:
+            raise _Damaged("it is something else")
+        if metadata.get("format_version") != VERSION:
+            raise _Damaged("it has another format version")
+        stored, key = header.tensors.get("ids"), metadata.get("key", "")
+        if stored is None or len(stored.shape) != 1 or not SHARED <= stored.shape[0] <= PAGE:
+            raise _Damaged("its header is damaged")
+        if not re.fullmatch(r"[0-9a-f]{32}", key) or not _CHECKSUM.fullmatch(metadata.get("checksum", "")):
+            raise _Damaged("its header is damaged")
+        count = stored.shape[0]
+        # The number of tokens, the key and the checksum determine the header.
+        expected = self._header(count, bytes.fromhex(key), metadata["checksum"])
+        file.seek(0)
+        if file.read(len(expected)) != expected:
+            raise _Damaged("its header is damaged")
+        ids = np.empty(count, "<i4")
+        if fill(file, ids) != ids.nbytes:
+            raise _Damaged("it is truncated")
+        return header, ids.astype(np.int32)
+
+    def _ids(self, name: str) -> Ids:
+        """The tokens of a file; none if it cannot be used."""
+        none = np.zeros(0, np.int32)
+        if name in self._refused:
+            return none
+        try:
+            with open_regular(self.directory / name) as file:
+                return self._head(file)[1]
+        except FileNotFoundError:
+            return none
+        except (_Damaged, OSError) as error:
+            self._drop(name, error)
+            return none
+
+    def _drop(self, name: str, error: Exception) -> None:
+        """Remove a file that cannot be used, and take note of it."""
+        reason = str(error) if isinstance(error, _Damaged) else str(getattr(error, "strerror", None) or error)
+        self._damaged[name] = reason
+        try:
+            (self.directory / name).unlink()
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._refused.add(name)
+
+    def _header(self, count: int, key: bytes, checksum: str) -> bytes:
+        """The file's first bytes, up to the data."""
+        metadata = {"format": FORMAT, "format_version": VERSION, "key": key.hex(), "checksum": checksum}
+        shape = page_part(self._sample, count, self._tile).shape
+        return make_header([("ids", "I32", (count,)), ("page", self._dtype, shape)], metadata)
+
+    def _make_room(self, needed: int, used: int) -> bool:
+        """Remove files that were used before `used` until `needed` more bytes fit; whether they do.
+
+        The directory is listed each time, as other processes write to it, too: while several do, it may exceed the
+        limit by a page of each.
+        """
+        oldest = sorted(self._files(), reverse=True)
+        total = sum(found.size for found in oldest)
+        while total + needed > self.limit:
+            if not oldest or oldest[-1].used >= used:
+                return False
+            found = oldest.pop()
+            path = self.directory / found.name
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime_ns != found.used:
+                    continue  # it was used meanwhile
+                path.unlink()
+            total -= found.size
+        return True
+
+    def _files(self) -> Iterator[_Found]:
+        """The files of pages that are there."""
+        with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        yield _Found(status.st_mtime_ns, entry.name, status.st_size)
+
+
+def _start(parent: bytes, ids: Ids) -> str:
+    """How the names of all pages begin that come after the same tokens and begin like `ids`."""
+    first = hashlib.blake2b(ids[:SHARED].astype("<i4").tobytes(), digest_size=4)
+    return f"{parent.hex()}-{first.hexdigest()}-"
+
+
+def _name(parent: bytes, ids: Ids, key: bytes) -> str:
+    """The name of a page's file."""
+    return f"{_start(parent, ids)}{key.hex()}.safetensors"

@@ -1,0 +1,75 @@
+"""A page of a prefix: its tokens, those before it, and the key under which others find it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.kernels.cache_page import PAGE
+
+SHARED = 16
+"""Tokens of a common prefix that are worth reusing, or waiting for whoever computes them: fewer are soon computed."""
+_KEY_BYTES = 16
+
+Ids = NDArray[np.int32]
+
+
+def root_key(*facts: object) -> bytes:
+    """The key before the first token. facts: what else the keys and values of a text depend on."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=_KEY_BYTES).digest()
+
+
+def key_after(parent: bytes, ids: Ids) -> bytes:
+    """The key of the tokens with the key `parent` and `ids` after them."""
+    return hashlib.blake2b(parent + ids.astype("<i4").tobytes(), digest_size=_KEY_BYTES).digest()
+
+
+@dataclass(eq=False)
+class PrefixPage:
+    """The keys and values of up to PAGE tokens; of fewer only at the end of a text."""
+
+    parent: bytes
+    """The key of all tokens before the page."""
+    ids: Ids
+    array: NDArray[Any]
+    """Nobody changes the positions of `ids`."""
+    depth: int
+    """How many pages come before it."""
+    key: bytes = field(init=False)
+    """Of all tokens up to the page's last."""
+    used: int = 0
+    """When it was last used, in nanoseconds since the epoch."""
+    stored: int = 0
+    """How many of its tokens a file has, or will have soon."""
+    replaces: bytes | None = None
+    """The key of a file with fewer of its tokens, which is not needed once this page has one."""
+
+    def __post_init__(self) -> None:
+        self.key = key_after(self.parent, self.ids)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether other pages may follow."""
+        return len(self.ids) == PAGE
+
+    @property
+    def branch(self) -> tuple[bytes, bytes]:
+        """Equal for pages after the same tokens that have a prefix worth reusing in common."""
+        return branch_of(self.parent, self.ids)
+
+
+def branch_of(parent: bytes, ids: Ids) -> tuple[bytes, bytes]:
+    """See `PrefixPage.branch`."""
+    return parent, ids[:SHARED].tobytes()
+
+
+def common_prefix(a: Sequence[int] | Ids, b: Sequence[int] | Ids) -> int:
+    """The length of the longest common prefix of two texts, in tokens."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:size], np.int32) != np.asarray(b[:size], np.int32))
+    return int(differ[0]) if len(differ) else size

@@ -1,0 +1,280 @@
+"""The pool of prefixes of a model: keys and values of texts so far, for texts that begin alike.
+
+    extend(ids, cache) ─ pages in memory ─ files (prefix_files.py) ──► KVCache.adopt
+    keep(ids, cache) ◄─ KVCache.share ──► pages in memory ──► prefix_writer.py, behind the answer
+
+A page is found by the key of all tokens up to its last (prefix_page.py); the page at which two texts part, or one of
+them ends, by comparing tokens. Pages are shared with the caches, never copied here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, branch_of, common_prefix, key_after
+from npqwen.engine.prefix_writer import PrefixWriter
+from npqwen.errors import OutOfMemoryError, PrefixCacheWarning, user_stacklevel
+from npqwen.kernels.cache_page import PAGE
+
+if TYPE_CHECKING:
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.engine.prefix_files import PrefixFiles
+
+_GROWN = 64
+"""New tokens after which an incomplete page is written to its file again."""
+
+
+class Prefix(NamedTuple):
+    """A prefix that need not be computed."""
+
+    pages: list[PrefixPage]
+    """The last one may hold more tokens than the prefix has."""
+    length: int
+    """Tokens."""
+
+    def give(self, cache: KVCache) -> int:
+        """Make the prefix all that a cache holds; returns how many tokens that are."""
+        return cache.adopt([page.array for page in self.pages], self.length)
+
+
+class Prefixes:
+    """Pages in memory, the least recently used first, and the files behind them. Any thread may call any method.
+
+    A page is always used more recently than those that follow it, so the ends of prefixes are given up first.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        adjustable: bool = False,
+        files: PrefixFiles | None = None,
+        busy: Callable[[], bool] = lambda: False,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        """limit: bytes in memory; 0 keeps nothing. adjustable: whether `allow` changes it. files: where pages are read
+        and written, too. busy: whether a pass is running at the moment. notice: receives lines about files that were
+        damaged or could not be written, in the thread of a caller; default: a PrefixCacheWarning.
+        """
+        self._limit = limit
+        self._adjustable = adjustable
+        self._files = files
+        self._root = b"" if files is None else files.root
+        self._writer = None if files is None else PrefixWriter(files, busy)
+        self._notice = notice
+        self._lock = threading.Lock()
+        self._pages: OrderedDict[bytes, PrefixPage] = OrderedDict()
+        self._branches: dict[tuple[bytes, bytes], list[PrefixPage]] = {}
+        self._page_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in memory, including those that caches share."""
+        return len(self._pages) * self._page_bytes
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """All pages in memory, including those that wait to be written to a file."""
+        with self._lock:
+            arrays = [page.array for page in self._pages.values()]
+        return arrays if self._writer is None else [*arrays, *(page.array for page in self._writer.waiting())]
+
+    def find(self, ids: Ids) -> Prefix:
+        """The longest prefix of `ids` in memory, as of now used."""
+        with self._lock:
+            pages, length = self._full_pages(ids)
+            page, more = self._partial(pages[-1].key if pages else self._root, ids[length:])
+            if page is not None:
+                pages.append(page)
+            self._touch(pages)
+            return Prefix(pages, length + more)
+
+    def fetch(self, ids: Ids) -> Prefix:
+        """The longest prefix of `ids` in memory and in files, which are read into memory."""
+        found = self.find(ids)
+        if self._files is None or not self._limit or len(ids) - found.length < SHARED:
+            return found
+        try:
+            return self._read(self._files, ids, found)
+        finally:
+            self._tell()
+
+    def extend(self, ids: Ids, cache: KVCache) -> int:
+        """Have a cache that holds the first of `ids` hold the longest prefix that is known.
+
+        Returns how many tokens it holds now. It must not hold all of `ids`, and keeps what it has if that is as long.
+        """
+        if not self._limit or len(ids) - cache.length < SHARED:
+            return cache.length
+        found = self.fetch(ids)
+        return found.give(cache) if found.length >= cache.length + SHARED else cache.length
+
+    def keep(self, ids: Ids, cache: KVCache) -> None:
+        """Keep the first len(ids) tokens of a cache, which are `ids`, and have them written."""
+        rest = len(ids) % PAGE
+        length = len(ids) if rest >= SHARED else len(ids) - rest
+        if not self._limit or not length:
+            return
+        arrays = cache.share(length)
+        with self._lock:
+            chain: list[PrefixPage] = []
+            for depth, array in enumerate(arrays):
+                parent = chain[-1].key if chain else self._root
+                part = ids[depth * PAGE : min(length, (depth + 1) * PAGE)]
+                chain.append(self._add(PrefixPage(parent, part.astype(np.int32), array, depth)))
+            self._touch(chain)
+            self._evict()
+            if self._writer is not None:
+                written = [page for page in chain if _worth_writing(page)]
+                for page in written:
+                    page.stored = len(page.ids)
+                self._writer.put(written, max(1, self._limit // arrays[0].nbytes))
+
+    def drop_oldest(self) -> bool:
+        """Give up the page that was not used for the longest time; returns whether there was anything to give up."""
+        with self._lock:
+            if self._pages:
+                self._drop()
+                return True
+        return self._writer is not None and self._writer.forget()
+
+    def allow(self, limit: int) -> None:
+        """Set the limit in bytes, unless the user has set it."""
+        with self._lock:
+            if self._adjustable:
+                self._limit = limit
+                self._evict()
+
+    def clear(self) -> None:
+        """Give up all pages in memory."""
+        with self._lock:
+            self._pages.clear()
+            self._branches.clear()
+
+    def close(self) -> None:
+        """Finish writing, and give up all pages in memory."""
+        if self._writer is not None:
+            self._writer.close()
+        self.clear()
+        self._tell()
+
+    def _read(self, files: PrefixFiles, ids: Ids, found: Prefix) -> Prefix:
+        """Continue a prefix with what files have of `ids`."""
+        pages, length = found.pages.copy(), found.length
+        last = pages.pop() if length % PAGE else None
+        length -= length % PAGE
+        room = self._limit // files.page_bytes - len(pages)
+        parent = pages[-1].key if pages else self._root
+        end = None
+        try:
+            while len(ids) - length >= PAGE and room > 0:
+                page = files.read(parent, ids[length : length + PAGE], len(pages))
+                if page is None:
+                    break
+                pages.append(page)
+                length += PAGE
+                room -= 1
+                parent, last = page.key, None
+            least = SHARED if last is None else found.length - length + SHARED
+            if len(ids) - length >= least and room > 0:
+                end = files.read_longest(parent, ids[length : length + PAGE], len(pages), least)
+        except OutOfMemoryError:
+            pass  # what is not read is computed, or refused, as if there were no file
+        if end is None and last is not None:
+            return found
+        if end is not None:
+            pages.append(end)
+            length += common_prefix(end.ids, ids[length:])
+        with self._lock:
+            pages = [self._add(page) for page in pages]
+            self._touch(pages)
+            self._evict()
+        return Prefix(pages, length)
+
+    def _full_pages(self, ids: Ids) -> tuple[list[PrefixPage], int]:
+        """The pages in memory whose tokens are all in `ids`, and how many tokens that are."""
+        pages: list[PrefixPage] = []
+        key, length = self._root, 0
+        while len(ids) - length >= PAGE:
+            key = key_after(key, ids[length : length + PAGE])
+            page = self._pages.get(key)
+            if page is None:
+                break
+            pages.append(page)
+            length += PAGE
+        return pages, length
+
+    def _partial(self, parent: bytes, ids: Ids) -> tuple[PrefixPage | None, int]:
+        """The page after `parent` with the longest common prefix with `ids`, and that prefix's length."""
+        best, longest = None, SHARED - 1
+        for page in self._branches.get(branch_of(parent, ids), ()):
+            length = common_prefix(page.ids, ids)
+            if length > longest:
+                best, longest = page, length
+        return best, 0 if best is None else longest
+
+    def _add(self, page: PrefixPage) -> PrefixPage:
+        """Take a page; returns the one that has its tokens: an older one, or a longer one at the end of a text."""
+        known = self._pages.get(page.key)
+        if known is not None:
+            return known
+        for other in self._branches.get(page.branch, []).copy():
+            common = common_prefix(page.ids, other.ids)
+            if common == len(page.ids):
+                return other
+            if common == len(other.ids):
+                page.stored = max(page.stored, other.stored)
+                page.replaces = other.key if other.stored == len(other.ids) else other.replaces
+                self._remove(other)
+        self._branches.setdefault(page.branch, []).append(page)
+        self._pages[page.key] = page
+        self._page_bytes = page.array.nbytes
+        return page
+
+    def _touch(self, pages: list[PrefixPage]) -> None:
+        """Note the use of a prefix's pages: each becomes more recently used than those after it."""
+        now = time.time_ns()
+        for page in reversed(pages):
+            page.used = now
+            if page.key in self._pages:
+                self._pages.move_to_end(page.key)
+
+    def _evict(self) -> None:
+        while self.nbytes > self._limit:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._remove(next(iter(self._pages.values())))
+
+    def _remove(self, page: PrefixPage) -> None:
+        del self._pages[page.key]
+        branch = [other for other in self._branches.get(page.branch, ()) if other is not page]
+        if branch:
+            self._branches[page.branch] = branch
+        else:  # or an interrupt came between page and branch
+            self._branches.pop(page.branch, None)
+
+    def _tell(self) -> None:
+        """Pass on what happened to files."""
+        if self._files is None or self._writer is None:
+            return
+        for line in (self._files.take_damaged(), self._writer.take_problem()):
+            if line is None:
+                continue
+            if self._notice is not None:
+                self._notice(line)
+            else:
+                warnings.warn(line, PrefixCacheWarning, stacklevel=user_stacklevel())
+
+
+def _worth_writing(page: PrefixPage) -> bool:
+    """Whether enough of a page is not in a file; a full one is written, or its use noted, in any case."""
+    return page.is_full or not page.stored or len(page.ids) - page.stored >= _GROWN

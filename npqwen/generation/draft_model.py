@@ -1,0 +1,160 @@
+"""Guesses of a text's next tokens by a smaller model with the same tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.errors import NpqwenError, OptionError
+from npqwen.generation.acceptance import Acceptance
+
+if TYPE_CHECKING:
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.engine.pass_times import PassTimes
+    from npqwen.generation.token_model import TokenModel
+
+_CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
+"""Between these, a guess's probability by the draft model puts it into one kind."""
+_BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)
+"""Of each kind, the share believed to be accepted before anything is known."""
+_OVERALL = 0.7
+"""The same of the next guess, whose probability is not known yet."""
+_WEIGHT = 1 / 8
+_ADDED = 128
+"""By so many tokens a vocabulary may be larger than the other, such as Qwen3's than that of an earlier release."""
+_CATCHING_UP = 32
+"""So many tokens, that others wrote, are run in one pass with the first guess."""
+
+
+class Guess(NamedTuple):
+    """A guessed token."""
+
+    id: int
+    acceptance: Acceptance
+    """Of guesses that the draft model was as sure of."""
+
+
+class DraftModel:
+    """A smaller model that guesses for a larger one, and what has become known of its guesses in all texts."""
+
+    def __init__(self, model: TokenModel, target: TokenModel) -> None:
+        """Raises OptionError unless both have the same tokens."""
+        if not _alike(model.tokenizer.vocabulary, target.tokenizer.vocabulary):
+            raise OptionError(
+                f"the draft model {model.name} has other tokens than {target.name}; "
+                "choose a smaller model of the same family"
+            )
+        self.model = model
+        self.vocab_size = min(model.config.vocab_size, target.config.vocab_size)
+        self._ratio = min(1.0, model.weight_bytes / max(1, target.weight_bytes))
+        self.overall = Acceptance(_OVERALL)
+        """Of the next guess, before its probability is known."""
+        self._kinds = [Acceptance(belief) for belief in _BELIEFS]
+        self._seconds: float | None = None
+
+    def cost(self, passes: PassTimes | None) -> float:
+        """What a guess takes, in the unit of the target's `passes`; by the models' sizes until it is measured."""
+        if passes is None:
+            return 0.0
+        if self._seconds is None or not passes.measured:
+            return self._ratio * passes.seconds[1]
+        return self._seconds
+
+    def measured(self, seconds: float) -> None:
+        """Count a guess that took so long; one that took far longer than usual counts as twice as long."""
+        if self._seconds is None:
+            self._seconds = seconds
+        else:
+            self._seconds += (min(seconds, 2 * self._seconds) - self._seconds) * _WEIGHT
+
+    def acceptance(self, probability: float) -> Acceptance:
+        """Of guesses that the draft model gave about this probability."""
+        return self._kinds[int(np.searchsorted(_CONFIDENCES, probability))]
+
+
+def _alike(a: dict[str, int], b: dict[str, int]) -> bool:
+    """Whether two vocabularies have the same ids, but for some added tokens that one of them lacks."""
+    return abs(len(a) - len(b)) <= _ADDED and all(b.get(token, id) == id for token, id in a.items())
+
+
+class ModelDrafter:
+    """The draft model's view of one text: its own KV cache, which lags behind while nothing is guessed."""
+
+    def __init__(self, draft: DraftModel, ids: Sequence[int]) -> None:
+        """ids: the prompt's."""
+        self.draft = draft
+        self._ids = list(ids)
+        self._cache: KVCache | None = None
+        self._held: list[int] = []
+        """The ids in the cache: of the text, then perhaps guesses."""
+        self._agreed = 0
+        """How many of them are known to be the text's."""
+        self._logits: NDArray[np.float32] = np.empty((1, draft.model.config.vocab_size), np.float32)
+        self._failed = False
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Take the text's next tokens, drawn or forced."""
+        self._ids.extend(ids)
+
+    def catch_up(self) -> bool:
+        """Run at most one chunk of what the cache lacks of the text; returns whether guesses can follow at once."""
+        if self._failed:
+            return False
+        model = self.draft.model
+        try:
+            if self._cache is None:
+                self._cache = model.new_cache()
+                known = model.prefixes.extend(np.array(self._ids[:-1], np.int32), self._cache)
+                self._held, self._agreed = self._ids[:known], known
+            self._forget_wrong_guesses(self._cache)
+            missing = self._ids[len(self._held) : -1][: model.chunk]
+            if len(missing) > _CATCHING_UP:
+                self._run(missing)
+        except NpqwenError:  # the memory or the draft model's context does not suffice
+            self.close()
+            self._failed = True
+            return False
+        return len(self._ids) - len(self._held) <= _CATCHING_UP + 1
+
+    def guess(self, guesses: list[int]) -> Guess | None:
+        """The token after the text and `guesses`; None if there is no room for it."""
+        start = time.perf_counter()
+        known = len(self._held)
+        missing = self._ids[known:] + guesses[max(0, known - len(self._ids)) :]
+        try:
+            self._run(missing)
+        except NpqwenError:
+            return None
+        logits = self._logits[0, : self.draft.vocab_size]
+        id = int(logits.argmax())
+        probability = 1 / float(np.exp(logits - logits[id]).sum())
+        if len(missing) == 1:
+            self.draft.measured(time.perf_counter() - start)
+        return Guess(id, self.draft.acceptance(probability))
+
+    def close(self) -> None:
+        """Leave what was computed to later texts."""
+        cache, self._cache = self._cache, None
+        if cache is not None:
+            self._forget_wrong_guesses(cache)
+            self.draft.model.prefixes.keep(np.array(self._held, np.int32), cache)
+        self._held, self._agreed = [], 0
+
+    def _run(self, ids: list[int]) -> None:
+        assert self._cache is not None  # made by catch_up
+        self.draft.model.forward(np.array(ids, np.int64), self._cache, out=self._logits)
+        self._held += ids
+
+    def _forget_wrong_guesses(self, cache: KVCache) -> None:
+        same, end = self._agreed, min(len(self._held), len(self._ids))
+        while same < end and self._held[same] == self._ids[same]:
+            same += 1
+        # The last token is run again even if it was guessed: its logits are not kept.
+        same = min(same, len(self._ids) - 1)
+        cache.truncate(same)
+        del self._held[same:]
+        self._agreed = same

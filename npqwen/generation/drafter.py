@@ -1,0 +1,120 @@
+"""Guesses of a text's next tokens, taken from what it says already: from its prompt, its thinking and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+KEY = 3
+"""Tokens that must have occurred before."""
+LONGEST = 32
+"""Up to this many tokens are compared: what has repeated so many is sure to go on."""
+_CANDIDATES = 16
+"""At most so many earlier occurrences are compared, the newest first."""
+_BITS = 21
+"""Bits of a token's id in a key."""
+_KEY_MASK = (1 << KEY * _BITS) - 1
+
+
+class Draft(NamedTuple):
+    """Guessed tokens, and how sure they are.
+
+    certainty: a small number, the higher the surer. What was accepted lately of drafts of one certainty says how much
+    of the next one will be.
+    """
+
+    ids: list[int]
+    certainty: int
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of one text."""
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Take the text's next tokens, drawn or forced."""
+
+    def propose(self, most: int) -> Draft | None:
+        """The tokens that may come next, at least one and at most `most`; None without an idea."""
+
+
+class TextDrafter:
+    """Finds the longest end of the text that occurred before, and proposes what followed it then.
+
+    Every occurrence of `KEY` tokens is linked to the one before, from the newest on, as in Lempel and Ziv's
+    compression; a step takes some microseconds.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        """ids: the prompt's; a negative one separates texts that do not continue each other."""
+        self._ids = list(ids)
+        keys, before = _keys(self._ids)
+        self._latest: dict[int, int] = dict(zip(keys, range(KEY, len(self._ids) + 1), strict=True))
+        """Each key -> the index after its latest occurrence."""
+        self._before: list[int] = [0] * KEY + before
+        """For each index, that after the previous occurrence of the key that ends there; 0 if it is the first."""
+        self._key = keys[-1] if keys else _key(self._ids)
+        self._match = 0
+        """The index after the latest earlier occurrence of the key at the end."""
+        if keys:
+            self._match = self._before[-1]
+
+    def extend(self, ids: Iterable[int]) -> None:
+        for id in ids:
+            self._ids.append(id)
+            self._key = (self._key << _BITS | id & (1 << _BITS) - 1) & _KEY_MASK
+            end = len(self._ids)
+            if end < KEY:
+                self._before.append(0)
+                continue
+            self._match = self._latest.get(self._key, 0)
+            self._before.append(self._match)
+            self._latest[self._key] = end
+
+    def propose(self, most: int) -> Draft | None:
+        ids, at = self._ids, self._match
+        if not at or most < 1:
+            return None
+        end = len(ids)
+        best, longest = at, 0
+        for _ in range(_CANDIDATES):
+            length = KEY
+            while length < LONGEST and length < at and ids[at - 1 - length] == ids[end - 1 - length]:
+                length += 1
+            if length > longest:
+                best, longest = at, length
+            at = self._before[at]
+            if not at or longest == LONGEST:
+                break
+        period = end - best  # a text that has just begun to repeat itself goes on with its own repetition
+        found = ids[best : best + most] if most <= period else [ids[best + i % period] for i in range(most)]
+        for i, id in enumerate(found):
+            if id < 0:
+                found = found[:i]
+                break
+        return Draft(found, longest.bit_length()) if found else None
+
+
+def _key(ids: Sequence[int]) -> int:
+    """The last tokens, fewer than `KEY`, as the number that `extend` continues."""
+    key = 0
+    for id in ids:
+        key = (key << _BITS | id & (1 << _BITS) - 1) & _KEY_MASK
+    return key
+
+
+def _keys(ids: list[int]) -> tuple[list[int], list[int]]:
+    """The key that ends at each token from the one of index KEY - 1 on, and the index after its previous occurrence."""
+    count = len(ids) - KEY + 1
+    if count < 1:
+        return [], []
+    parts = np.array(ids, np.int64) & (1 << _BITS) - 1
+    keys = np.zeros(count, np.int64)
+    for i in range(KEY):
+        keys = keys << _BITS | parts[i : i + count]
+    order = np.argsort(keys, kind="stable")
+    repeated = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    before = np.zeros(count, np.int64)
+    before[order[repeated + 1]] = order[repeated] + KEY
+    return keys.tolist(), before.tolist()

@@ -1,0 +1,36 @@
+"""What all texts of a model share to guess their next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from npqwen.engine.pass_times import PassTimes
+    from npqwen.generation.draft_model import DraftModel
+
+ANSWERS = 4096
+"""Tokens of earlier texts that guesses are taken from, too."""
+
+
+class Drafting:
+    """What passes cost, a draft model if there is one, and what was written lately."""
+
+    def __init__(self, passes: PassTimes | None = None, model: DraftModel | None = None) -> None:
+        """passes: None if nobody measures what passes of few tokens cost."""
+        self.passes = passes
+        self.model = model
+        self._answers: tuple[list[int], ...] = ()
+        """The latest last. Replaced as a whole: texts end in several threads."""
+
+    def remember(self, ids: Sequence[int]) -> None:
+        """Keep the end of a text for guesses in later ones."""
+        answers = (*self._answers, list(ids[-ANSWERS:]))
+        while sum(map(len, answers)) > ANSWERS:
+            answers = answers[1:]
+        self._answers = answers
+
+    def with_answers(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of earlier texts, each followed by -1, and a prompt's."""
+        earlier = [id for answer in self._answers for id in (*answer, -1)]
+        return [*earlier, *prompt]

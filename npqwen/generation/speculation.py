@@ -1,0 +1,155 @@
+"""Whether, and how far, one text's next tokens are guessed: what pays by what was accepted and what passes cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from npqwen.generation.acceptance import Acceptance
+from npqwen.generation.draft_model import ModelDrafter
+from npqwen.generation.drafter import TextDrafter
+
+if TYPE_CHECKING:
+    from npqwen.generation.drafting import Drafting
+
+PASS = 15
+"""The most tokens of a pass with drafts. Passes of so many are the same to the bit as passes of one."""
+MARGIN = 1.05
+"""Drafting must promise so many times the tokens per second of plain passes."""
+_BELIEFS = {2: 0.5, 3: 0.65, 4: 0.8, 5: 0.9, 6: 0.95}
+"""The share of tokens believed to be accepted, by the certainty of the text's own drafts, before anything is known."""
+
+
+class Speculation:
+    """Proposes the tokens that a text's next pass runs beyond those that are certain, and learns what came of them.
+
+    Guesses from what the text says already cost nothing. A draft model guesses where that promises more tokens per
+    second, while the text is alone in its pass: the guesses come one by one, and other texts would wait for them.
+
+    The text does not depend on it: a proposed token is used only where it equals the one that is drawn.
+    """
+
+    def __init__(self, drafting: Drafting, prompt: Sequence[int], *, always: bool = False) -> None:
+        """drafting: what all texts of the model share. always: guess wherever there is an idea; otherwise where it pays
+        by what passes cost."""
+        self._drafting = drafting
+        self._text = TextDrafter(drafting.with_answers(prompt))
+        self._model = None if drafting.model is None else ModelDrafter(drafting.model, prompt)
+        self._always = always
+        self._read = 0
+        self._of_text: dict[int, Acceptance] = {}
+        """By the certainty of the text's own drafts."""
+        self._proposed: list[Acceptance] = []
+        """What each token of the last proposal tells about."""
+        self._overall: Acceptance | None = None
+        """The same for the first of them, if a draft model proposed it."""
+
+    def propose(self, ids: Sequence[int], most: int, certain: int, *, alone: bool = True) -> list[int]:
+        """The next tokens to guess, at most `most`, perhaps none.
+
+        ids: the text's. certain: how many tokens the pass runs anyway. alone: whether all of them are this text's.
+        """
+        self._extend(ids)
+        self._proposed, self._overall = [], None
+        most = min(most, PASS - certain)
+        if self._model is not None and not alone:
+            self._model.close()
+        if most < 1:
+            return []
+        draft = self._text.propose(most)
+        length, speed = 0, MARGIN
+        if draft is not None:
+            acceptance = self._of_text.setdefault(draft.certainty, Acceptance(_BELIEFS[draft.certainty]))
+            length, speed = self._best_length(acceptance.rate, len(draft.ids), certain, 0.0)
+        if self._model is not None and alone and (guesses := self._guess(self._model, most, certain, speed)):
+            return guesses
+        if draft is None:
+            return []
+        if not length:
+            acceptance.fade()
+        self._proposed = [acceptance] * length
+        return draft.ids[:length]
+
+    def learn(self, accepted: int, rejected: bool) -> None:
+        """Take what came of the last proposal: how many tokens were accepted, and whether the next was rejected."""
+        decided = self._proposed[: accepted + rejected]
+        for kind in dict.fromkeys(decided):
+            kind.add(decided[:accepted].count(kind), decided.count(kind))
+        if decided and self._overall is not None:
+            self._overall.add(accepted, len(decided))
+
+    def close(self, ids: Sequence[int]) -> None:
+        """End with the text, whose ids these are: what was computed and written may help later texts."""
+        self._extend(ids)
+        if self._model is not None:
+            self._model.close()
+        self._drafting.remember(ids)
+
+    def _extend(self, ids: Sequence[int]) -> None:
+        new = ids[self._read :]
+        self._read = len(ids)
+        self._text.extend(new)
+        if self._model is not None:
+            self._model.extend(new)
+
+    def _guess(self, model: ModelDrafter, most: int, certain: int, speed: float) -> list[int]:
+        """What the draft model guesses; nothing if that does not promise more than `speed`, see `_speed`."""
+        overall, cost = model.draft.overall, model.draft.cost(self._drafting.passes)
+        length, promised = self._best_length(overall.rate, most, certain, cost)
+        if not length or (promised <= speed and not self._always):
+            overall.fade()
+            return []
+        if not model.catch_up():
+            return []
+        ids: list[int] = []
+        kinds: list[Acceptance] = []
+        tokens, chance = [1.0], 1.0
+        while len(ids) < most and (guess := model.guess(ids)) is not None:
+            ids.append(guess.id)
+            kinds.append(guess.acceptance)
+            chance *= guess.acceptance.rate
+            tokens.append(tokens[-1] + chance)
+            count = len(ids)
+            another = self._speed(tokens[-1] + chance * overall.rate, certain, count + 1, cost * (count + 1))
+            if another <= self._speed(tokens[-1], certain, count, cost * count):
+                break
+        # All are paid for; those that are still too unsure are not run.
+        spent = cost * len(ids)
+        speeds = [self._speed(tokens[length], certain, length, spent) for length in range(len(tokens))]
+        best = max(range(self._always and len(ids) > 0, len(speeds)), key=speeds.__getitem__)
+        for kind in set(kinds[best:]):
+            kind.fade()
+        self._proposed, self._overall = kinds[:best], overall
+        return ids[:best]
+
+    def _best_length(self, rate: float, most: int, certain: int, cost: float) -> tuple[int, float]:
+        """How many guesses promise the highest speed if each is accepted at this rate, and that speed; 0 if none pays.
+
+        cost: seconds that each guess takes.
+        """
+        best, highest = (1, 0.0) if self._always else (0, MARGIN)
+        tokens, chance = 1.0, 1.0
+        for length in range(1, most + 1):
+            chance *= rate
+            tokens += chance
+            speed = self._speed(tokens, certain, length, cost * length)
+            if speed > highest:
+                best, highest = length, speed
+        return best, highest
+
+    def _speed(self, tokens: float, certain: int, guessed: int, spent: float) -> float:
+        """Tokens per second, in those of passes without guesses.
+
+        tokens: what a pass with this many guesses gives on average. spent: seconds that it took to guess.
+        """
+        passes = self._drafting.passes
+        if passes is None or certain + guessed > PASS:
+            return tokens if passes is None else 0.0
+        return tokens * passes.seconds[certain] / (passes.seconds[certain + guessed] + spent)
+
+
+def speculation_for(wanted: bool | None, drafting: Drafting, prompt: Sequence[int]) -> Speculation | None:
+    """The speculation of a text; None if there is none. wanted: the option `speculation`."""
+    if wanted is False or (wanted is None and drafting.passes is None):
+        return None
+    return Speculation(drafting, prompt, always=wanted is True)

@@ -1,0 +1,221 @@
+"""Resumable streams: the middleware that records them, and the routes below /v1/streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+from typing import Any, NoReturn
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from npqwen.checks import whole_range
+from npqwen.errors import QueueFullError, quoted
+from npqwen.server.failure import Failure, failure_of
+from npqwen.server.fields import FieldError
+from npqwen.server.guard import OWNER
+from npqwen.server.recording import EventsGoneError, Follower, Recording, Recordings
+from npqwen.server.refusal import refusal
+from npqwen.server.streaming import STALLED, disconnected
+
+HEADER = "x-resumable"
+"""The request header by which a client asks for a stream that it can resume."""
+
+_log = logging.getLogger(__name__)
+
+
+class Resumable:
+    """ASGI middleware that runs POST requests with `HEADER` apart from their connection, if they are streams.
+
+    The response has the stream's id as X-Stream-Id. When its client goes, the application is not told until nobody has
+    come back for `recording.SECONDS`. Until the stream begins, and for other responses, all is as without the header.
+    """
+
+    def __init__(self, app: ASGIApp, recordings: Recordings) -> None:
+        self._app = app
+        self._recordings = recordings
+        self._running: set[asyncio.Future[None]] = set()
+        """Requests whose connection may be gone: an event loop does not keep its tasks."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wanted = Headers(scope=scope).get(HEADER) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if wanted is None or wanted.lower() == "false":
+            await self._app(scope, receive, send)
+            return
+        if wanted.lower() != "true":
+            failure = Failure(400, f"the header X-Resumable is {quoted(wanted)}; it must be true or false")
+            await refusal(scope, failure)(scope, receive, send)
+            return
+        try:
+            recording = self._recordings.open()
+        except QueueFullError as error:
+            await refusal(scope, failure_of(error))(scope, receive, send)
+            return
+        recorded = _Recorded(recording, scope, receive, send)
+        running = asyncio.ensure_future(self._app(scope, recorded.receive, recorded.send))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        try:
+            await recorded.respond(running)
+        finally:
+            if not recording.begun.is_set():
+                running.cancel()
+                self._recordings.forget(recording)
+
+
+class _Recorded:
+    """A request that is being recorded, and the connection on which it came."""
+
+    def __init__(self, recording: Recording, scope: Scope, receive: Receive, send: Send) -> None:
+        self._recording = recording
+        self._scope = scope
+        self._client_receive = receive
+        self._client_send = send
+        self._body_read = asyncio.Event()
+        self._follower: Follower | None = None
+
+    async def respond(self, running: asyncio.Future[None]) -> None:
+        """Send the client what `running`, the application's call with `receive` and `send`, responds."""
+        recording = self._recording
+        begun: asyncio.Future[Any] = asyncio.ensure_future(recording.begun.wait())
+        gone: asyncio.Future[Any] = asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait({running, begun, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            begun.cancel()
+            gone.cancel()
+        if self._follower is None:
+            if gone.done():
+                recording.gone.set()
+            await running
+        else:
+            running.add_done_callback(partial(_finish, recording))
+            await Follow(recording, self._follower)(self._scope, self._client_receive, self._client_send)
+
+    async def receive(self) -> Message:
+        """What the application receives: of the client until the body is complete, then only that nobody is left."""
+        if not self._body_read.is_set():
+            message = await self._client_receive()
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                self._body_read.set()
+            return message
+        await self._recording.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        streams = message["type"] == "http.response.start" and message["status"] == 200
+        if streams and not self._recording.gone.is_set():
+            self._follower = self._recording.begin(message["headers"], self._scope.get(OWNER))
+        if self._follower is None:
+            await self._client_send(message)
+        elif message["type"] == "http.response.body":
+            await self._recording.add(message.get("body", b""), message.get("more_body", False))
+
+    async def _gone(self) -> None:
+        await self._body_read.wait()
+        await disconnected(self._client_receive)
+
+
+def _finish(recording: Recording, running: asyncio.Future[None]) -> None:
+    """The application has returned, or failed without telling the client."""
+    recording.finish()
+    if not running.cancelled() and (error := running.exception()) is not None:
+        _log.error("a request failed", exc_info=error)
+
+
+class Follow(Response):
+    """A response that sends a recording's events to a follower as they come."""
+
+    def __init__(self, recording: Recording, follower: Follower) -> None:
+        self.status_code = 200
+        self.background = None
+        self.raw_headers = list(recording.headers)
+        self._recording = recording
+        self._follower = follower
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = asyncio.create_task(self._write(send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            self._recording.leave(self._follower)
+            writer.cancel()
+            gone.cancel()
+            await asyncio.gather(writer, gone, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            while (events := await self._recording.take(self._follower)) is not None:
+                message = {"type": "http.response.body", "body": events, "more_body": True}
+                await asyncio.wait_for(send(message), STALLED)
+        except (EventsGoneError, asyncio.TimeoutError):
+            return  # a client that is too slow: its connection is closed in the middle of the answer
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def routes(recordings: Recordings) -> list[Route]:
+    """GET and DELETE /v1/streams/ID."""
+    return [
+        Route("/v1/streams/{id}", partial(resume, recordings), methods=["GET"]),
+        Route("/v1/streams/{id}", partial(end, recordings), methods=["DELETE"]),
+    ]
+
+
+async def resume(recordings: Recordings, request: Request) -> Response:
+    """A stream's events from a number on, those that are kept and those to come; 204 if there are none any more.
+
+    The number is the query's `from`, or the one after the header Last-Event-ID; by default 0, the first event.
+    """
+    recording = recordings.find(request.path_params["id"], request.scope.get(OWNER))
+    if recording is None:
+        return _unknown(request)
+    number = _first_wanted(request)
+    if number > recording.end:
+        _wrong("from", number, whole_range(0, recording.end))
+    if number == recording.end and recording.ended:
+        return Response(status_code=204)  # which tells a browser's EventSource not to connect again
+    try:
+        return Follow(recording, recording.follow(number))
+    except EventsGoneError as error:
+        problem = f"events before {error.first} have been dropped; resume the stream with from={error.first}"
+        return refusal(request.scope, Failure(410, problem, "events_expired", "from"))
+
+
+async def end(recordings: Recordings, request: Request) -> Response:
+    """End a stream's answer, if it is running, and forget it."""
+    recording = recordings.find(request.path_params["id"], request.scope.get(OWNER))
+    if recording is None:
+        return _unknown(request)
+    recordings.forget(recording)
+    return Response(status_code=204)
+
+
+def _unknown(request: Request) -> Response:
+    problem = "no stream has this id; it has expired, or was started on another server or with another API key"
+    return refusal(request.scope, Failure(404, problem, "stream_not_found"))
+
+
+def _first_wanted(request: Request) -> int:
+    """The number of the first event that a request asks for. Raises FieldError."""
+    last = request.headers.get("last-event-id", "")
+    if last:
+        return _number("Last-Event-ID", last) + 1
+    return _number("from", request.query_params.get("from") or "0")
+
+
+def _number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        _wrong(name, text, whole_range(0, None))
+    return int(text)
+
+
+def _wrong(name: str, value: object, must: str) -> NoReturn:
+    raise FieldError(f"{name} is {quoted(value)}; it must be {must}", name)

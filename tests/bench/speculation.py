@@ -1,0 +1,171 @@
+"""What guessed tokens are worth: tokens per second with and without them, taking turns.
+
+    python tests/bench/speculation.py MODEL [--draft MODEL [--acceptance SHARE]] [--threads N] [--rounds N] [--tokens N]
+
+MODEL: a converted directory; random weights will do. What the model says does not matter: its text is scripted, by a
+bias on the script's next token, so that every kind of text is decoded at the model's real cost. --draft: a text without
+repetition whose tokens this smaller model guesses, of which the given share is right, and what the times of single
+passes promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npqwen.engine.engine import Piece
+from npqwen.engine.kv_cache import KVCache
+from npqwen.generation.draft_model import DraftModel
+from npqwen.generation.drafting import Drafting
+from npqwen.generation.stream import Stream
+from npqwen.model import Model, load
+
+CODE = "".join(
+    f"def area_{i}(width: float, height: float) -> float:\n    if width < {i}:\n        raise ValueError(width)\n"
+    f"    return width * height + {i * 7 % 13}\n\n\n"
+    for i in range(6)
+)
+RECORDS = "".join(f'{{"name": "item {i}", "price": {i * 17 % 101}, "tags": ["a", "b{i % 3}"]}},\n' for i in range(16))
+FACTS = (
+    "The lighthouse was built in 1872 on the northern cape. Its lamp was lit by oil until 1931, when a cable from the "
+    "mainland brought electricity. Two keepers lived there with their families; the last left in 1986. Since then the "
+    "house has been a museum, which is open from May to September and shows the lens, the logbooks and the foghorn. "
+)
+SUMMARY = (
+    "The lighthouse on the northern cape was built in 1872. Oil lit its lamp until 1931, when a cable from the "
+    "mainland brought electricity. The last keepers left in 1986; since then the house has been a museum, open from "
+    "May to September, which shows the lens, the logbooks and the foghorn."
+)
+
+
+def texts(model: Model) -> dict[str, tuple[list[int], list[int]]]:
+    """Each kind of text: the prompt's ids, and the script's."""
+    encode = model.tokenizer.encode
+    rng = random.Random(0)
+    fresh = [rng.randrange(200, min(model.config.vocab_size, 4000)) for _ in range(1200)]
+    return {
+        "code edit": (encode(CODE), encode(CODE.replace("width", "length", 9))),
+        "JSON copy": (encode(RECORDS), encode(RECORDS)),
+        "summary": (encode(FACTS), encode(SUMMARY)),
+        "no repetition": (fresh[:600], fresh[600:]),
+    }
+
+
+def rate(
+    model: Model, prompt: list[int], script: list[int], speculation: bool | None, draft: DraftModel | None = None
+) -> tuple[float, int, int]:
+    """Tokens per second after the first; guessed and accepted tokens."""
+    start = len(prompt)
+
+    def follow(ids: list[int], logits: Any) -> None:
+        logits[script[len(ids) - start]] = np.float32(1e4)
+
+    options: Any = {"logits_processor": follow, "max_tokens": len(script), "speculation": speculation}
+    model._drafting = Drafting(model.passes, draft)  # nothing is remembered of the script
+    done = Stream(model, prompt, temperature=0, **options).completion()
+    assert done.ids == script[: len(done.ids)]
+    return done.usage.decode_rate, done.usage.drafted_tokens, done.usage.accepted_tokens
+
+
+class Scripted:
+    """A draft model whose likeliest token is the script's, or another, at its real cost."""
+
+    def __init__(self, model: Model, start: int, likeliest: list[int]) -> None:
+        self.model, self.start, self.likeliest = model, start, likeliest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, ids: Any, cache: KVCache, out: Any) -> Any:
+        self.model.forward(ids, cache, out=out)
+        at = cache.length - self.start
+        if 0 <= at < len(self.likeliest):
+            out[0, self.likeliest[at]] = 1e4
+        return out
+
+
+def pass_seconds(model: Model, tokens: int, depth: int, rounds: int = 9) -> float:
+    """Median time of a pass of so many tokens with all their logits."""
+    cache, out, ids = model.new_cache(), model.new_logits(tokens), np.full(tokens, 300, np.int64)
+    model.prefill(np.full(depth, 300), cache)
+    seconds = []
+    for _ in range(rounds):
+        cache.reserve(tokens)
+        start = time.perf_counter()
+        model.forward_pieces([Piece(ids, cache, tokens)], out)
+        seconds.append(time.perf_counter() - start)
+        cache.truncate(depth)
+    return statistics.median(seconds)
+
+
+def promised(model: Model, draft: Model, acceptance: float, depth: int) -> tuple[float, int]:
+    """The ratio of speeds that the best number of guesses promises, and that number."""
+    alone, guess = pass_seconds(model, 1, depth), pass_seconds(draft, 1, depth)
+    best = 0.0, 0
+    for count in range(1, 7):
+        tokens = sum(acceptance**i for i in range(count + 1))
+        best = max(best, (tokens * alone / (pass_seconds(model, count + 1, depth) + count * guess), count))
+    return best
+
+
+def measure_draft(model: Model, draft: Model, acceptance: float, rounds: int, tokens: int) -> None:
+    """Print speeds with and without a draft model, and what was to be expected."""
+    prompt, script = texts(model)["no repetition"]
+    prompt, script = prompt[:200], script[:tokens]
+    rng = random.Random(1)
+    likeliest = [id if rng.random() < acceptance else id + 1 for id in script]
+    scripted: Any = Scripted(draft, len(prompt), likeliest)
+    drafter = DraftModel(scripted, model)
+    ratios, promises, rates = [], [], (0.0, 0.0)
+    drafted = accepted = 0
+    for _ in range(rounds):
+        promises.append(promised(model, draft, acceptance, len(prompt) + len(script) // 2))
+        without, _, _ = rate(model, prompt, script, False)
+        with_draft, drafted, accepted = rate(model, prompt, script, None, drafter)
+        ratios.append(with_draft / without)
+        rates = without, with_draft
+    expected, count = sorted(promises)[len(promises) // 2]
+    found = statistics.median(ratios)
+    print(f"plain {rates[0]:.1f}, guessing {rates[1]:.1f} tokens/s: {found:.2f}x")
+    print(f"{drafted} guessed, {accepted} accepted")
+    print(f"{count} guesses a pass promise {expected:.2f}x; measured {found / expected:.2f} of that")
+
+
+def main() -> None:
+    """Print a table: one line for each kind of text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--draft", type=Path)
+    parser.add_argument("--acceptance", type=float, default=0.65)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=200)
+    given = parser.parse_args()
+    if given.draft is not None:
+        with load(given.draft, threads=given.threads) as draft, load(given.model, threads=given.threads) as model:
+            measure_draft(model, draft, given.acceptance, given.rounds, given.tokens)
+        return
+    with load(given.model, threads=given.threads) as model:
+        print(f"{'text':<16}{'plain':>9}{'guessing':>10}{'ratio':>8}   guessed, accepted")
+        for name, (prompt, whole) in texts(model).items():
+            script = whole[: given.tokens]
+            rates: dict[bool | None, list[float]] = {False: [], None: []}
+            for _ in range(given.rounds):
+                for speculation, found in rates.items():
+                    speed, drafted, accepted = rate(model, prompt, script, speculation)
+                    found.append(speed)
+            plain, guessing = (statistics.median(found) for found in rates.values())
+            ratio = statistics.median(b / a for a, b in zip(rates[False], rates[None], strict=True))
+            print(f"{name:<16}{plain:>9.1f}{guessing:>10.1f}{ratio:>7.2f}x   {drafted}, {accepted}")
+        seconds = [1000 * time for time in model.passes.seconds]
+        print("milliseconds of passes of 1 to 16 tokens: " + " ".join(f"{time:.2f}" for time in seconds[1:]))
+
+
+if __name__ == "__main__":
+    main()

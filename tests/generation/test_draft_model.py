@@ -1,0 +1,175 @@
+"""A draft model: texts stay the same, its cache follows them, and it guesses only where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import npqwen
+from npqwen.engine.pass_times import PassTimes
+from npqwen.errors import OptionError
+from npqwen.generation.batch import Batch
+from npqwen.generation.draft_model import DraftModel, ModelDrafter
+from npqwen.generation.drafting import ANSWERS, Drafting
+from npqwen.generation.generate import generate
+from npqwen.generation.speculation import PASS, Speculation
+from npqwen.generation.stream import Stream
+from npqwen.model import Model
+
+QUESTION = "<|im_start|>user\nDefine anger.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Any) -> Iterator[Model]:
+    """The tiny model at 16 bits, whose draft model is itself at 3 bits."""
+    with npqwen.load(tiny(16), threads=1, draft=tiny(3)) as model:
+        yield model
+
+
+def greedy(model: Model, ids: list[int], count: int) -> list[int]:
+    """What a model says by itself: the likeliest tokens, each from a pass over the whole text."""
+    found: list[int] = []
+    for _ in range(count):
+        found.append(int(model.logits(ids + found)[-1].argmax()))
+    return found
+
+
+def test_texts_are_the_same_with_a_draft_model(pair: Model) -> None:
+    drafted = accepted = 0
+    for seed in range(12):
+        options: dict[str, Any] = {"max_tokens": 50, "seed": seed, "temperature": (0, 0.7, 1.2)[seed % 3]}
+        plain = generate(pair, QUESTION, speculation=False, **options)
+        for wanted in (True, None):
+            guessed = generate(pair, QUESTION, speculation=wanted, **options)
+            assert guessed.ids == plain.ids
+            drafted, accepted = drafted + guessed.usage.drafted_tokens, accepted + guessed.usage.accepted_tokens
+    assert 100 < accepted < drafted
+
+
+def test_it_guesses_what_the_draft_model_would_say(pair: Model) -> None:
+    assert pair.draft is not None
+    ids = pair.tokenizer.encode(QUESTION)
+    drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
+    expected = greedy(pair.draft, ids, 5)
+    assert drafter.catch_up()
+    guesses: list[int] = []
+    for _ in range(5):
+        guess = drafter.guess(guesses)
+        assert guess is not None
+        guesses.append(guess.id)
+    assert guesses == expected
+    other = next(id for id in range(300, 400) if id != expected[2])
+    drafter.extend([*expected[:2], other])  # the third was wrong
+    assert drafter.catch_up()
+    guess = drafter.guess([])
+    assert guess is not None
+    assert [guess.id] == greedy(pair.draft, [*ids, *expected[:2], other], 1)
+
+
+def test_its_cache_catches_up_chunk_by_chunk(pair: Model) -> None:
+    assert pair.draft is not None
+    ids = np.random.default_rng(0).integers(300, 4000, 700).tolist()
+    pair.draft.prefixes.clear()
+    drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
+    assert [drafter.catch_up() for _ in range(4)] == [False, False, True, True]
+    guess = drafter.guess([])
+    assert guess is not None
+    assert [guess.id] == greedy(pair.draft, ids, 1)
+    drafter.close()
+    again = ModelDrafter(DraftModel(pair.draft, pair), ids)  # what it computed is in the draft model's pool
+    assert again.catch_up()
+
+
+def test_a_text_that_outgrows_the_draft_models_context_goes_on_without(tiny: Any) -> None:
+    with npqwen.load(tiny(4), threads=1, context=20) as small, npqwen.load(tiny(16), threads=1, draft=small) as model:
+        options: dict[str, Any] = {"max_tokens": 60, "temperature": 0, "logit_bias": {4098: -1e9, 4096: -1e9}}
+        plain = generate(model, QUESTION, speculation=False, **options)
+        assert generate(model, QUESTION, speculation=True, **options).ids == plain.ids
+
+
+def test_texts_of_a_batch_draft_only_while_they_are_alone(pair: Model) -> None:
+    options: dict[str, Any] = {"temperature": 0, "logit_bias": {4098: -1e9, 4096: -1e9}}
+    lengths = [10, 40]
+    plain = [generate(pair, QUESTION, speculation=False, max_tokens=most, **options).ids for most in lengths]
+    assert pair.draft is not None
+    batch = Batch(pair)
+    streams = [
+        Stream(pair, QUESTION, batch=batch, speculation=True, max_tokens=most, **options) for most in lengths
+    ]
+    assert [stream.completion().ids for stream in streams] == plain
+    assert streams[1].usage.accepted_tokens > 0
+
+
+@pytest.mark.parametrize(("cost", "drafts"), [(0.05, True), (0.9, False)])
+def test_it_is_run_only_where_its_guesses_pay(
+    cost: float, drafts: bool, pair: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pair.draft is not None
+    times = PassTimes(sparse=False)
+    times.add(1, 1.0)
+    times.add(16, 1.5)
+    drafting = Drafting(times, DraftModel(pair.draft, pair))
+    monkeypatch.setattr(drafting.model, "cost", lambda passes: cost)
+    ids = pair.tokenizer.encode(QUESTION)
+    assert bool(Speculation(drafting, ids).propose([], PASS, 1)) == drafts
+    assert Speculation(drafting, ids).propose([], PASS, 2, alone=False) == []
+    assert Speculation(drafting, ids, always=True).propose([], PASS, 1)
+
+
+def test_it_stops_when_its_guesses_are_wrong_and_tries_again_rarely(
+    pair: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pair.draft is not None
+    times = PassTimes(sparse=False)
+    times.add(1, 1.0)
+    times.add(16, 1.2)
+    drafting = Drafting(times, DraftModel(pair.draft, pair))
+    monkeypatch.setattr(drafting.model, "cost", lambda passes: 0.15)
+    speculation = Speculation(drafting, pair.tokenizer.encode(QUESTION))
+    tries = []
+    for _ in range(250):
+        draft = speculation.propose([], PASS, 1)
+        tries.append(len(draft))
+        speculation.learn(0, bool(draft))
+    assert tries[0] > 1
+    assert sum(map(bool, tries[50:])) < 30
+    assert any(tries[50:])
+
+
+def test_a_model_with_other_tokens_cannot_draft(tiny: Any, pair: Model) -> None:
+    assert pair.draft is not None
+    other = dict(pair.tokenizer.vocabulary)
+    first, second = list(other)[300:302]
+    other[first], other[second] = other[second], other[first]
+
+    class Shuffled:
+        name, config, weight_bytes = "shuffled", pair.config, 1
+
+        class tokenizer:
+            vocabulary = other
+
+    with pytest.raises(OptionError, match="the draft model shuffled has other tokens than"):
+        DraftModel(Shuffled(), pair)  # type: ignore[arg-type]
+
+
+def test_the_loaded_draft_model_is_closed_with_its_model_and_a_given_one_is_not(tiny: Any) -> None:
+    with npqwen.load(tiny(4), threads=1) as small:
+        npqwen.load(tiny(16), threads=1, draft=small).close()
+        assert small.logits([300]).shape[0] == 1
+    model = npqwen.load(tiny(16), threads=1, draft=tiny(4))
+    model.close()
+    assert model.draft is not None
+    with pytest.raises(npqwen.NpqwenError, match="closed"):
+        model.draft.logits([300])
+
+
+def test_guesses_come_from_earlier_answers_too() -> None:
+    drafting = Drafting()
+    answer = list(range(100, 130))
+    drafting.remember(answer)
+    assert Speculation(drafting, [5, *answer[:4]], always=True).propose([], 3, 1) == answer[4:7]
+    drafting.remember([1] * (ANSWERS + 5))
+    assert drafting.with_answers([5]) == [*[1] * ANSWERS, -1, 5]
