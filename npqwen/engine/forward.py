@@ -24,7 +24,6 @@ from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import rms_norm, rotate
 from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
-from npqwen.kernels.paging import PREFETCH_NEVER
 from npqwen.kernels.pieces import claim, claim_private, finish_first, leave
 from npqwen.simd.scalar import memory, without_refcounts
 
@@ -127,8 +126,8 @@ def sparse_feed_forward(
     while claim(team, 1) == 0:
         shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
     segment_count = shared_count[0]
-    if policy != PREFETCH_NEVER:
-        prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
+    # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
+    prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
     project_gated_slots(team, kernels, layer, policy, segments, segment_count, count, packed, local, scratch, gated)
     multiply_slots(team, kernels, layer, policy, segments, segment_count, count, gated, results, scratch, local)

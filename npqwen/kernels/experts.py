@@ -168,9 +168,10 @@ def prefetch_first_matrices(
     team: Any, policy: int, layer: Any, segments: Any, segment_count: int, scratch: Any
 ) -> None:
     """Prefetch the first MATRICES_AHEAD matrices that a layer uses; the others follow as those are used."""
+    pieces = 0 if policy == PREFETCH_NEVER else MATRICES_AHEAD
     while True:
-        n = claim(team, MATRICES_AHEAD)
-        if n == MATRICES_AHEAD:
+        n = claim(team, pieces)
+        if n == pieces:
             return
         prefetch_matrix(policy, layer, segments, segment_count, n, scratch)
 
