@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from interleave import Child, take_turns
 
@@ -45,13 +46,15 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=64, help="to decode in a round")
-    parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, to measure prefill and not decoding")
+    parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt to measure instead of decoding")
     parser.add_argument("--pinned", action="store_true", help="keep the busy process on the last CPU")
     options = parser.parse_args()
     cpus = os.cpu_count() or 1
     engines = [("npqwen", options.model), *([("llama", options.gguf)] if options.gguf else [])]
     tokens = options.prefill or options.tokens
-    request = {"measure": "prefill" if options.prefill else "decode", "tokens": tokens, "depth": 0}
+    request: dict[str, Any] = {"measure": "prefill" if options.prefill else "decode", "tokens": tokens}
+    if not options.prefill:
+        request["depth"] = 0
     with ExitStack() as stack:
         children = {}
         for kind, model in engines:
@@ -72,7 +75,8 @@ def main() -> None:
         first = rates[name.split(",")[0] + ", 1 thread"][True]
         ratio = median(b / a for a, b in zip(first, found[True], strict=True))
         low, high = min(found[True]), max(found[True])
-        print(f"| {name} | {median(found[False]):.1f} | {median(found[True]):.1f} ({low:.1f}-{high:.1f}) | {ratio:.2f} |")
+        alone, beside = median(found[False]), f"{median(found[True]):.1f} ({low:.1f}-{high:.1f})"
+        print(f"| {name} | {alone:.1f} | {beside} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

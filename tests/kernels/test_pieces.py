@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,27 +105,6 @@ def test_calls_end_and_begin_without_a_member_that_does_not_arrive(team: Team, o
         np.testing.assert_array_equal(after, 1)
     for results in calls:
         np.testing.assert_array_equal(results, 1)
-
-
-@pytest.mark.parametrize("team", [3], indirect=True)
-def test_a_failure_waits_for_a_late_member_and_the_next_call_has_all(team: Team) -> None:
-    gate, results, entered = np.zeros(1, np.int64), np.zeros(50, np.int64), threading.Event()
-
-    def fail(row: Any, member: int) -> None:
-        if member == 2:
-            entered.set()
-        elif member == 0:
-            assert entered.wait(60)
-            threading.Timer(0.1, lambda: gate.fill(1)).start()
-            raise ValueError("of member 0")
-        count_without(row, member, 2, gate, results)
-
-    with pytest.raises(ValueError, match="of member 0"):
-        team.run(fail)
-    assert gate[0] == 1
-    again = np.zeros(50, np.int64)
-    team.run(count_without, -1, gate, again)
-    np.testing.assert_array_equal(again, 1)
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 1000])
