@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from npqwen.engine.team import Team
 from npqwen.kernels.compiled import compile_kernel
+from npqwen.kernels.pieces import new_state
 
 
 def run(kernel: Any, *args: Any) -> Any:
@@ -18,10 +17,10 @@ def run(kernel: Any, *args: Any) -> Any:
 
 
 def together(members: int, kernel: Any, args: Callable[[int], tuple[Any, ...]]) -> None:
-    """Call kernel(state, *args(member)) in each member of a team of threads."""
-    compile_kernel(kernel, (np.zeros(80, np.int64), *args(0)))
+    """Call kernel(row, *args(member)) in each member of a team of threads."""
+    compile_kernel(kernel, (new_state(1)[1], *args(0)))
     team = Team(members)
     try:
-        team.run(lambda state, member: kernel(state, *args(member)))
+        team.run(lambda row, member: kernel(row, *args(member)))
     finally:
         team.close()

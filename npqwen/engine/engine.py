@@ -164,7 +164,7 @@ class Engine:
         model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
         output = Output(np.zeros(1, np.int64), False, self._buffers.logits(1))
         sample = self._arguments([Piece(np.zeros(1, np.int64), cache, 1)], self.weights.layers, True, output)
-        compile_kernel(forward, (self._team.state, 0, *sample))
+        compile_kernel(forward, (self._team.row(0), 0, *sample))
 
     @property
     def path(self) -> Path:
@@ -381,16 +381,16 @@ class Engine:
         # short.
         is_short = sum(piece.ids.size for piece in pieces) <= SHORT_PASS and not self._exceeds_memory
         on_caller = is_short or threading.current_thread() is not threading.main_thread()
-        arguments = self._arguments(pieces, layers, embed, output)
+        arguments, held = self._arguments(pieces, layers, embed, output), [piece.cache.held for piece in pieces]
         start = time.perf_counter()
-        self._team.run(forward, *arguments, on_caller=on_caller)
+        self._team.run(forward, *arguments, on_caller=on_caller, keep=held)
         if not output.normed and len(output.tokens) == sum(piece.ids.size for piece in pieces):
             self.passes.add(len(output.tokens), time.perf_counter() - start)
 
     def _arguments(
         self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output
     ) -> tuple[Any, ...]:
-        """The arguments of `npqwen.engine.forward.forward` after the team's state and the member."""
+        """The arguments of `npqwen.engine.forward.forward` after the member's row and number."""
         buffers = self._buffers
         records = np.empty(len(pieces), SEQUENCE)
         first = 0

@@ -1,4 +1,4 @@
-"""The forward pass of Qwen3, which every thread of a team runs. Each step ends in a barrier."""
+"""The forward pass of Qwen3, which every thread of a team runs, step by step (npqwen/kernels/pieces.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from numba import njit
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.append import append_key, append_value
 from npqwen.kernels.attention import attention
-from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.experts import (
     arrange,
@@ -21,11 +20,11 @@ from npqwen.kernels.experts import (
     project_gated_slots,
     route,
 )
-from npqwen.kernels.matmul import claim_local_rows, matmul, multiply_local_rows
+from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import rms_norm, rotate
 from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
-from npqwen.kernels.paging import PREFETCH_NEVER
+from npqwen.kernels.pieces import claim, claim_private, finish_first, leave
 from npqwen.simd.scalar import memory, without_refcounts
 
 _step = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -41,7 +40,7 @@ def forward(
 ) -> None:  # fmt: skip
     """One pass: embedding, layers, final norm, output matrix. Every thread of the team calls it with its own `member`.
 
-    team: state of the team (npqwen.engine.team). model, layers: MODEL record and array of LAYER records. The others are
+    team: this member's row of the team's state. model, layers: MODEL record and array of LAYER records. The others are
     the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse.
     """
     team, layers = without_refcounts((team, layers))
@@ -50,7 +49,6 @@ def forward(
     scratch, local = workspace.scratch[member], workspace.local[member]
     if tokens.embed:
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
-        barrier(team)
     for i in range(layers.size):
         layer = layers[i]
         attention_block(team, model, layer, tokens, sequences, activations, scratch, local)
@@ -64,8 +62,8 @@ def forward(
         if output.normed:
             final_norm(team, model, activations.hidden, output)
         else:
-            project_logits(team, model, activations, output, scratch)
-        barrier(team)
+            project_logits(team, model, activations, output, scratch, local)
+    leave(team)
 
 
 @_inline
@@ -77,19 +75,14 @@ def attention_block(
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
     norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed)
-    barrier(team)
     project_heads(team, model, layer, tokens, sequences.dtype, packed, local, scratch, queries)
-    barrier(team)
     attention(
         team, model.attention_kernels, queries, sequences.records, sequences.dtype, layer.kv_index,
         model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
     )  # fmt: skip
-    barrier(team)
     pack_all(team, attended, count, layer.o_proj.encoding, packed)
-    barrier(team)
     width = tile_width(count, layer.o_proj.encoding)
-    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch)
-    barrier(team)
+    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
 
 
 @_inline
@@ -101,12 +94,9 @@ def dense_feed_forward(
     count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
     norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed)
-    barrier(team)
     project_gated(team, model, layer, packed, count, local, scratch, gated)
-    barrier(team)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
-    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch)
-    barrier(team)
+    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local)
 
 
 @_step
@@ -121,36 +111,27 @@ def sparse_feed_forward(
     encoding = layer.gate_up_proj.encoding
     kernels, policy = model.matmul_kernels, model.prefetch
     while True:
-        t = claim(team, 1)
-        if t >= whole_tiles(count, width):
+        t = claim(team, whole_tiles(count, width))
+        if t == whole_tiles(count, width):
             break
         if t < count:
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.encoding, packed)
-    barrier(team)
-    matmul(team, model.matmul_kernels, layer.router, packed, count, width, scores, 0, scratch)
-    barrier(team)
+    matmul(team, model.matmul_kernels, layer.router, packed, count, width, scores, 0, scratch, local)
     while True:
-        t = claim(team, 1)
-        if t >= count:
+        t = claim(team, count)
+        if t == count:
             break
         route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
-    barrier(team)
-    if claim(team, 1) == 0:
+    while claim(team, 1) == 0:
         shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
-    barrier(team)
     segment_count = shared_count[0]
-    if policy != PREFETCH_NEVER:
-        prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
-        barrier(team)
+    # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
+    prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
-    barrier(team)
     project_gated_slots(team, kernels, layer, policy, segments, segment_count, count, packed, local, scratch, gated)
-    barrier(team)
-    multiply_slots(team, kernels, layer, policy, segments, segment_count, gated, results, scratch)
-    barrier(team)
+    multiply_slots(team, kernels, layer, policy, segments, segment_count, count, gated, results, scratch, local)
     combine(team, results, slots[:count], weights, hidden)
-    barrier(team)
 
 
 @_step
@@ -158,29 +139,28 @@ def final_norm(team: Any, model: Any, hidden: Any, output: Any) -> None:
     """output.values = the final norm of output.tokens."""
     weight = memory(model.norm, model.hidden_size, np.float32)
     while True:
-        t = claim(team, 1)
-        if t >= output.tokens.size:
+        t = claim(team, output.tokens.size)
+        if t == output.tokens.size:
             return
         rms_norm(hidden[output.tokens[t]], weight, model.rms_norm_eps, output.values[t])
 
 
 @_inline
-def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any) -> None:
+def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any, local: Any) -> None:
     """output.values = lm_head @ the final norm of output.tokens."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
     norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed)
-    barrier(team)
     width = tile_width(rows, matrix.encoding)
-    matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch)
+    matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
 
 
 @_step
 def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
     """hidden[t] = the embedding of ids[t]."""
     while True:
-        t = claim(team, 1)
-        if t >= ids.size:
+        t = claim(team, ids.size)
+        if t == ids.size:
             return
         read_row(embed_tokens, ids[t], hidden[t])
 
@@ -201,8 +181,8 @@ def norm_and_pack(
     weights = memory(weight, model.hidden_size, np.float32)
     normed[model.hidden_size :] = np.float32(0.0)
     while True:
-        t = claim(team, 1)
-        if t >= whole_tiles(count, width):
+        t = claim(team, whole_tiles(count, width))
+        if t == whole_tiles(count, width):
             return
         if t < count:
             rms_norm(hidden[rows[t]], weights, model.rms_norm_eps, normed)
@@ -216,8 +196,8 @@ def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
     """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of an encoding (a code)."""
     width = tile_width(count, encoding)
     while True:
-        t = claim(team, 1)
-        if t >= whole_tiles(count, width):
+        t = claim(team, whole_tiles(count, width))
+        if t == whole_tiles(count, width):
             return
         pack(x[t], t, width, encoding, packed)
 
@@ -232,11 +212,17 @@ def project_gated(
     """
     matrix = layer.gate_up_proj
     width = tile_width(count, matrix.encoding)
+    groups = matrix.rows // UNIT_ROWS
+    chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
+    pieces = (groups + chunk - 1) // chunk
     while True:
-        first, last = claim_local_rows(team, matrix, matrix.rows // UNIT_ROWS, count, width, GROUPS_PER_BLOCK)
-        if first == last:
+        piece = claim_private(team, pieces)
+        if piece == pieces:
             return
+        first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        if not finish_first(team):
+            continue
         padded = whole_tiles(count, width)
         pack_gated(local, matrix, first, last, 0, padded, width, layer.down_proj, scratch, gated)
 
@@ -257,37 +243,39 @@ def project_heads(
     first_key = 2 * layer.kv_index * kv_heads  # the page's heads: for each layer the keys', then the values'
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
     scale = np.float32(1.0) / np.sqrt(np.float32(dim))
-    # The rows of both matrices are one pool of work: row groups of qk_proj, then those of v_proj.
-    qk_groups = layer.qk_proj.rows // UNIT_ROWS
-    groups = qk_groups + layer.v_proj.rows // UNIT_ROWS
+    # Pieces of both matrices are one pool of work: row groups of qk_proj, then those of v_proj.
+    qk_groups, v_groups = layer.qk_proj.rows // UNIT_ROWS, layer.v_proj.rows // UNIT_ROWS
+    chunk = local_chunk(team, layer.qk_proj, qk_groups + v_groups, count, width, local, dim // UNIT_ROWS)
+    qk_pieces = (qk_groups + chunk - 1) // chunk
+    pieces = qk_pieces + (v_groups + chunk - 1) // chunk
     while True:
-        first, end = claim_local_rows(team, layer.qk_proj, groups, count, width, dim // UNIT_ROWS)
-        if first == end:
+        piece = claim_private(team, pieces)
+        if piece == pieces:
             return
-        while first < end:
-            in_qk = first < qk_groups
-            matrix = layer.qk_proj if in_qk else layer.v_proj
-            last, before = (min(end, qk_groups), 0) if in_qk else (end, qk_groups)
-            multiply_local_rows(
-                model.matmul_kernels, matrix, packed, count, width, first - before, last - before, scratch, local
-            )
-            rows, first_head = UNIT_ROWS * (last - first), UNIT_ROWS * first // dim
-            for head in range(first_head, UNIT_ROWS * last // dim):
-                for t in range(count):
-                    at = t * rows + (head - first_head) * dim
-                    x = local[at : at + dim]
-                    position = tokens.positions[t]
-                    pages = memory(tokens.pages[t], position // PAGE + 1, np.int64)
-                    if head < heads:
-                        query = queries[t, head * dim : (head + 1) * dim]
-                        rms_norm(x, q_norm, model.rms_norm_eps, query)
-                        rotate(query, tokens.cos[t], tokens.sin[t])
-                        for k in range(dim):
-                            query[k] *= scale
-                    elif head < heads + kv_heads:
-                        rms_norm(x, k_norm, model.rms_norm_eps, x)
-                        rotate(x, tokens.cos[t], tokens.sin[t])
-                        append_key(pages, cache_dtype, first_key + head - heads, position, x)
-                    else:
-                        append_value(pages, cache_dtype, first_key + head - heads, position, x)
-            first = last
+        in_qk = piece < qk_pieces
+        matrix = layer.qk_proj if in_qk else layer.v_proj
+        first = chunk * (piece if in_qk else piece - qk_pieces)
+        last = min(first + chunk, qk_groups if in_qk else v_groups)
+        multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        if not finish_first(team):
+            continue
+        rows = UNIT_ROWS * (last - first)
+        first_head = UNIT_ROWS * (first if in_qk else qk_groups + first) // dim
+        for head in range(first_head, first_head + rows // dim):
+            for t in range(count):
+                at = t * rows + (head - first_head) * dim
+                x = local[at : at + dim]
+                position = tokens.positions[t]
+                pages = memory(tokens.pages[t], position // PAGE + 1, np.int64)
+                if head < heads:
+                    query = queries[t, head * dim : (head + 1) * dim]
+                    rms_norm(x, q_norm, model.rms_norm_eps, query)
+                    rotate(query, tokens.cos[t], tokens.sin[t])
+                    for k in range(dim):
+                        query[k] *= scale
+                elif head < heads + kv_heads:
+                    rms_norm(x, k_norm, model.rms_norm_eps, x)
+                    rotate(x, tokens.cos[t], tokens.sin[t])
+                    append_key(pages, cache_dtype, first_key + head - heads, position, x)
+                else:
+                    append_value(pages, cache_dtype, first_key + head - heads, position, x)

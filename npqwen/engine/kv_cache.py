@@ -118,6 +118,11 @@ class KVCache:
         return self._held.addresses
 
     @property
+    def held(self) -> object:
+        """The owner of the pages that `addresses` leads to: they stay as long as it does."""
+        return self._held
+
+    @property
     def page_table(self) -> int:
         """The address of `addresses`, valid until the cache grows."""
         return self._held.table

@@ -1,22 +1,43 @@
-"""Threads that run one compiled function together and meet at barriers.
+"""Threads that run one compiled function together, step by step.
 
-Waking a thread takes tens of microseconds, a barrier of atomics a third of one. So the threads are woken once per
-forward pass, and the steps inside it are separated by barriers.
+Waking a thread takes tens of microseconds, a step of atomics a third of one (npqwen/kernels/pieces.py). So the threads
+are woken once per forward pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from npqwen.checks import check_whole
 from npqwen.errors import ClosedError
-from npqwen.kernels.barrier import MEMBERS, SLOTS, STOP
+from npqwen.kernels.pieces import INSIDE, LAST_STEP, STEP, STOP, Interrupted, clear, new_state, next_step
+
+_POLL_SECONDS = 1e-3
+_LONGEST = 1 << 20
+"""More steps than a function has."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of the team."""
+
+    function: Callable[..., None]
+    args: tuple[Any, ...]
+    first: int
+    """The first member that runs it on a thread of its own."""
+    first_step: int
+    finished: threading.Lock
+    """Held until the first member returns."""
+    failures: list[BaseException]
+    keep: object
+    """What the function reads besides the arguments: a late member may still read when the call is over."""
 
 
 class Team:
@@ -25,14 +46,14 @@ class Team:
     The caller sleeps meanwhile, so that it receives Ctrl-C: the members then stop before they claim more work. For
     short work it can take the place of member 0 (see `run`). One call runs at a time; other callers wait.
 
-    state: int64, slots for the barrier and for claiming work, see npqwen.kernels.barrier.
+    A call is over when its work is done. A member that the system keeps from running may still be inside, in an earlier
+    call than the one that runs: it writes to its own memory only, and nobody waits for it.
     """
 
     def __init__(self, threads: int) -> None:
         """Raises OptionError unless threads is 1 to 1024."""
         check_threads(threads)
         self.threads = threads
-        self.state = np.zeros(SLOTS, np.int64)
         self._turn = threading.Lock()
         self._process = 0
         self._closed = False
@@ -42,81 +63,107 @@ class Team:
         """Start the workers; again in a forked process, where only the forking thread exists."""
         self._process = os.getpid()
         self._turn = threading.Lock()
+        self.state = new_state(self.threads)
         self._go = [_held() for _ in range(self.threads)]
-        self._count = threading.Lock()
-        self._job: tuple[Callable[..., None], tuple[Any, ...], threading.Lock] | None = None
-        self._failure: BaseException | None = None
-        self._first = 0
+        self._entering = threading.Lock()
+        self._job: _Job | None = None
         for member in range(self.threads):
             threading.Thread(target=self._work, args=(member,), name=f"npqwen-{member}", daemon=True).start()
 
+    def row(self, member: int) -> Any:
+        """A member's row of the state, which it passes to the functions of npqwen/kernels/pieces.py."""
+        return self.state[1 + member]
+
     def _work(self, member: int) -> None:
-        go = self._go[member]
+        go, row = self._go[member], self.row(member)
         while True:
             go.acquire()
-            job = self._job
-            # The caller wakes one member, which wakes the others: no interrupt can leave some of them asleep.
-            if member == self._first:
-                for other in self._go[member + 1 :]:
-                    other.release()
-            if job is None:
-                return
-            function, args, finished = job
+            self._wake_after(member)
+            with self._entering:
+                job = self._job
+                if job is None and self._closed:
+                    return
+                if job is None or member < job.first:
+                    continue
+                row[STEP] = job.first_step
+                row[INSIDE] = 1
             try:
-                function(self.state, member, *args)
+                job.function(row, member, *job.args)
             except BaseException as failure:
-                self._failure = failure
-            del job, function, args
-            with self._count:
-                self._running -= 1
-                if not self._running:
-                    finished.release()
+                job.failures.append(failure)
+                with self._entering:
+                    if self._job is job:
+                        self.state[0, STOP] = 1
+            row[INSIDE] = 0
+            _release(job.finished)
+            del job
 
-    def run(self, function: Callable[..., None], *args: Any, on_caller: bool = False) -> None:
-        """Run function(state, member, *args) in every member; returns when all have returned.
+    def _wake_after(self, member: int) -> None:
+        """Wake two other members, which wake two others each: one that is late keeps few asleep."""
+        for other in self._go[2 * member + 1 : 2 * member + 3]:
+            _release(other)
 
-        function: compiled with nogil; it calls `barrier` equally often in all members, at least once. on_caller: run
-        member 0 on the calling thread, which saves two context switches but delays Ctrl-C until the function returns:
-        for short work. Raises what the function raised, KeyboardInterrupt, and ClosedError after close().
+    def run(self, function: Callable[..., None], *args: Any, on_caller: bool = False, keep: object = None) -> None:
+        """Run function(row, member, *args) in every member; returns when the first has returned.
+
+        function: compiled with nogil. All of its work is claimed in steps (npqwen/kernels/pieces.py), so that it is
+        done when one member returns; what it writes otherwise, it writes for itself. on_caller: run member 0 on the
+        calling thread, which saves two context switches but delays Ctrl-C until the function returns: for short work.
+        keep: owns the memory that the function reads at addresses. Raises what the function raised, KeyboardInterrupt,
+        and ClosedError after close().
         """
         if self._process != os.getpid():
             self._start()
         with self._turn:
             if self._closed:
                 raise ClosedError("the model is closed; load it again")
-            self.state[:] = 0
-            self.state[MEMBERS] = self.threads
-            self._running = self.threads - on_caller
-            self._failure = None
-            # A new lock for each call: an interrupted one may leave it released.
-            finished = _held()
-            self._job = function, args, finished
-            self._first = int(on_caller)
-            started, ran = False, not on_caller
-            interrupt: BaseException | None = None
-            while self._running or not ran:
-                try:
-                    if interrupt is not None:
-                        self.state[STOP] = 1
-                    if not started:
-                        if interrupt is not None:
-                            break
-                        started = True  # Python delivers no interrupt between this and the call below.
-                        if self._running:
-                            self._go[self._first].release()
-                    if not ran:
-                        ran = True  # Nor here: the others may wait at a barrier for this thread.
-                        function(self.state, 0, *args)
-                    if self._running:
-                        # On Windows, Ctrl-C is delivered only between waits.
-                        finished.acquire(timeout=0.1 if sys.platform == "win32" else -1)
-                except BaseException as error:
-                    interrupt = interrupt or error
+            if self._job is not None or next_step(self.state) > LAST_STEP - _LONGEST:
+                self._settle()  # an interrupt came while a call was being stopped, or the steps' numbers are used up
+            job = _Job(function, args, int(on_caller), next_step(self.state), _held(), [], keep)
+            try:
+                with self._entering:
+                    self._job = job
+                if on_caller:
+                    self._run_as_first(job)
+                else:
+                    _release(self._go[0])
+                    # On Windows, Ctrl-C is delivered only between waits.
+                    while not job.finished.acquire(timeout=0.1 if sys.platform == "win32" else -1):
+                        pass
+                if job.failures:
+                    raise job.failures[0]
+            except BaseException as error:
+                self._settle()
+                if isinstance(error, Interrupted) and job.failures:
+                    raise job.failures[0] from None
+                raise
             self._job = None
-            if interrupt is not None:
-                raise interrupt
-            if self._failure is not None:
-                raise self._failure
+
+    def _run_as_first(self, job: _Job) -> None:
+        """Take the place of member 0."""
+        row = self.row(0)
+        while row[INSIDE]:  # its own thread is late
+            time.sleep(_POLL_SECONDS)
+        row[STEP] = job.first_step
+        self._wake_after(0)
+        job.function(row, 0, *job.args)
+
+    def _settle(self) -> None:
+        """Stop the running call, wait until all members are out of it and of earlier ones, and number steps anew."""
+        with self._entering:
+            self._job = None
+        self.state[0, STOP] = 1
+        self._wait_for_members()
+        clear(self.state)
+
+    def _wait_for_members(self) -> None:
+        """Wait until all members are out of the functions that they run."""
+        polls = 0
+        while self.state[1:, INSIDE].any():
+            polls += 1
+            if sys.is_finalizing() and polls > 100:  # a thread that needs the interpreter would never return
+                return
+            time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
         """End the workers, after the running call. Closing again has no effect."""
@@ -124,10 +171,14 @@ class Team:
             self._closed = True
             return
         with self._turn:
-            if not self._closed:
-                self._job, self._first = None, 0
-                self._go[0].release()
+            if self._closed:
+                return
             self._closed = True
+            with self._entering:
+                self._job = None
+            self._wait_for_members()
+            for go in self._go:
+                _release(go)
 
 
 def check_threads(threads: object) -> None:
@@ -140,3 +191,9 @@ def _held() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
     return lock
+
+
+def _release(lock: threading.Lock) -> None:
+    """Release a lock, if it is acquired."""
+    with contextlib.suppress(RuntimeError):
+        lock.release()

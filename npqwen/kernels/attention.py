@@ -17,12 +17,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from npqwen.kernels.barrier import MEMBERS, acquire, barrier, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import run_at
 from npqwen.kernels.float_attention import MEMORY_BOUND_ROWS, float_attention
 from npqwen.kernels.int8_attention import WEIGHT_FLOATS, int8_attention, pack_queries
 from npqwen.kernels.online_softmax import SCORE_BLOCK, merge
+from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
 from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import FAST
 
@@ -113,7 +113,7 @@ def _span_count(sequence: Any) -> int:
 @njit(nogil=True)
 def is_divided(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, room: int) -> bool:
     """Whether each span is a task, as heads and tiles are too few for all threads; room: float32 for their results."""
-    members = acquire(team, MEMBERS)
+    members = team[MEMBERS]
     tasks, floats = 0, 0
     for i in range(sequences.size):
         _, width, tiles = _row_tiles(sequences[i], group)
@@ -123,12 +123,12 @@ def is_divided(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, r
 
 
 @njit(nogil=True)
-def _claim_size(team: Any, sequences: Any, group: int, kv_heads: int) -> int:
-    """How many tasks to claim at once: those of one token take little longer than claiming one."""
+def _task_count(sequences: Any, group: int, kv_heads: int, divided: bool) -> int:
+    """How many tasks there are: a head and tile of rows each, of one span if divided."""
     tasks = 0
     for i in range(sequences.size):
-        tasks += kv_heads * _row_tiles(sequences[i], group)[2]
-    return max(1, min(4, tasks // (8 * acquire(team, MEMBERS))))
+        tasks += kv_heads * _row_tiles(sequences[i], group)[2] * (_span_count(sequences[i]) if divided else 1)
+    return tasks
 
 
 @njit(nogil=True)
@@ -146,12 +146,12 @@ def attention(
     """
     group = heads // kv_heads
     divided = is_divided(team, sequences, group, kv_heads, dim, partials.size)
-    share = _claim_size(team, sequences, group, kv_heads)
-    # Tasks are claimed in order, so a thread only ever moves on to later sequences.
+    pieces = _task_count(sequences, group, kv_heads, divided)
     i, before, place = 0, 0, 0
-    task = claim(team, share)
-    claimed = task + share
-    while i < sequences.size:
+    task = claim_private(team, pieces)
+    while task < pieces:
+        if task < before:  # what another thread has been computing
+            i, before, place = 0, 0, 0
         sequence = sequences[i]
         rows, width, tiles = _row_tiles(sequence, group)
         spans = _span_count(sequence)
@@ -175,6 +175,8 @@ def attention(
         partial = rest[width * _SCORE_FLOATS : width * _SCORE_FLOATS + size]
         merged = rest[width * _SCORE_FLOATS + size : width * _SCORE_FLOATS + 2 * size]
         for span in range(unit if divided else 0, unit + 1 if divided else spans):
+            if not is_needed(team):
+                break
             run_at(
                 kernels[width],
                 (
@@ -184,20 +186,19 @@ def attention(
                 ),
             )  # fmt: skip
             if divided:
-                _copy(partial, size, partials, place + at * size)
-            elif span > 0:
+                continue
+            if span > 0:
                 merge(merged, partial, width, dim)
             elif spans > 1:
                 _copy(partial, size, merged, 0)
-        if not divided:
-            result = merged if spans > 1 else partial
-            _normalize(result, width, dim, rows, first_row, group, head, out[sequence.first :])
-        task += 1
-        if task == claimed:
-            task = claim(team, share)
-            claimed = task + share
+        if finish_first(team):
+            if divided:
+                _copy(partial, size, partials, place + at * size)
+            else:
+                result = merged if spans > 1 else partial
+                _normalize(result, width, dim, rows, first_row, group, head, out[sequence.first :])
+        task = claim_private(team, pieces)
     if divided:
-        barrier(team)
         _merge_spans(team, sequences, group, kv_heads, dim, partials, out)
 
 
@@ -205,8 +206,9 @@ def attention(
 def _merge_spans(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, partials: Any, out: Any) -> None:
     """Merge the results of all spans, from the first to the last, as one thread does that computes all of them."""
     i, before, place = 0, 0, 0
-    task = claim(team, 1)
-    while i < sequences.size:
+    pieces = _task_count(sequences, group, kv_heads, False)
+    task = claim(team, pieces)
+    while task < pieces:
         sequence = sequences[i]
         rows, width, tiles = _row_tiles(sequence, group)
         spans, size = _span_count(sequence), width * (dim + 2)
@@ -221,7 +223,7 @@ def _merge_spans(team: Any, sequences: Any, group: int, kv_heads: int, dim: int,
             merge(merged, partials[first + span * size : first + (span + 1) * size], width, dim)
         tile, head = tiles - 1 - at // kv_heads, at % kv_heads
         _normalize(merged, width, dim, rows, tile * width, group, head, out[sequence.first :])
-        task = claim(team, 1)
+        task = claim(team, pieces)
 
 
 @njit(nogil=True)

@@ -14,11 +14,11 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.kernels.barrier import MEMBERS, acquire, claim
-from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel
+from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
+from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
 from npqwen.simd.scalar import FAST, exp
 
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
@@ -114,12 +114,12 @@ def pack_choices(
     size = packed_row_bytes(encoding, normed.shape[1])
     tokens = slots.shape[0]
     if tokens == 1:
-        if claim(team, 1) == 0:
+        while claim(team, 1) == 0:
             pack(normed[0], 0, 1, encoding, packed)
         return
     while True:
-        t = claim(team, 1)
-        if t >= tokens + segment_count:
+        t = claim(team, tokens + segment_count)
+        if t == tokens + segment_count:
             return
         if t < tokens:
             for n in range(slots.shape[1]):
@@ -168,9 +168,10 @@ def prefetch_first_matrices(
     team: Any, policy: int, layer: Any, segments: Any, segment_count: int, scratch: Any
 ) -> None:
     """Prefetch the first MATRICES_AHEAD matrices that a layer uses; the others follow as those are used."""
+    pieces = 0 if policy == PREFETCH_NEVER else MATRICES_AHEAD
     while True:
-        n = claim(team, 1)
-        if n >= MATRICES_AHEAD:
+        n = claim(team, pieces)
+        if n == pieces:
             return
         prefetch_matrix(policy, layer, segments, segment_count, n, scratch)
 
@@ -183,13 +184,13 @@ def claim_segment_rows(team: Any, matrix: Any, segment_count: int, multiple: int
     is a multiple of `multiple`.
     """
     groups = matrix.rows // UNIT_ROWS
-    share = segment_count * groups // (8 * acquire(team, MEMBERS))
+    share = segment_count * groups // (8 * team[MEMBERS])
     fitting = CHUNK_BYTES // group_bytes(matrix)
     chunk = max(multiple, min(share, fitting, most, groups) // multiple * multiple)
     chunks = (groups + chunk - 1) // chunk
-    task = claim(team, 1)
+    task = claim_private(team, segment_count * chunks)
     first = task % chunks * chunk
-    return min(task // chunks, segment_count), first, min(first + chunk, groups)
+    return task // chunks, first, min(first + chunk, groups)
 
 
 @njit(nogil=True)
@@ -215,6 +216,8 @@ def project_gated_slots(
         if policy != PREFETCH_NEVER and first == 0:
             prefetch_matrix(policy, layer, segments, segment_count, s + MATRICES_AHEAD, scratch)
         expert, slot, count, width = segments[s]
+        if not is_needed(team):  # the segments may be those of a later layer
+            continue
         address = matrix.address + expert * layer.expert_bytes
         rows = UNIT_ROWS * (last - first)
         # Kernels count rows from the matrix's first.
@@ -225,37 +228,46 @@ def project_gated_slots(
             batch = min(fitting, whole_tiles(count, width) - start)
             x_at = x.ctypes.data + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            if start == 0 and not finish_first(team):
+                break
             pack_gated(local, matrix, first, last, start, batch, width, down, scratch, gated[slot * gated_size :])
 
 
 @njit(nogil=True)
 def multiply_slots(
-    team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, gated: Any, out: Any,
-    scratch: Any,
+    team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, tokens: int, gated: Any,
+    out: Any, scratch: Any, local: Any,
 ) -> None:  # fmt: skip
     """out[slot] = down_proj of the slot's expert @ gated[slot], for all segments; out: float32 (slots, >= rows)."""
     matrix = layer.down_proj
     size = packed_row_bytes(matrix.encoding, matrix.cols)
+    most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
     while True:
-        s, first, last = claim_segment_rows(team, matrix, segment_count, 1, matrix.rows)
+        s, first, last = claim_segment_rows(team, matrix, segment_count, 1, most)
         if s == segment_count:
             return
         if policy != PREFETCH_NEVER and first == 0:
             prefetch_matrix(policy, layer, segments, segment_count, segment_count + s + MATRICES_AHEAD, scratch)
         expert, slot, count, width = segments[s]
+        if not is_needed(team):  # the segments may be those of a later layer
+            continue
         address = matrix.address + expert * layer.expert_bytes
         tiles = whole_tiles(count, width) // width
-        origin = out.ctypes.data + slot * out.itemsize * out.shape[1]
+        rows = UNIT_ROWS * (last - first)
+        # Kernels count rows from the matrix's first.
+        origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
         x_at = gated.ctypes.data + slot * size
-        run_kernel(kernels, matrix, address, width, tiles, x_at, first, last, origin, out.shape[1], 0, scratch)
+        run_kernel(kernels, matrix, address, width, tiles, x_at, first, last, origin, rows, 0, scratch)
+        if finish_first(team):
+            write_rows(local, first, last, count, out[slot:], 0)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def combine(team: Any, results: Any, slots: Any, weights: Any, hidden: Any) -> None:
     """hidden[t] += sum over n of weights[t, n] * results[slots[t, n]]."""
     while True:
-        t = claim(team, 1)
-        if t >= slots.shape[0]:
+        t = claim(team, slots.shape[0])
+        if t == slots.shape[0]:
             return
         line = hidden[t]
         for n in range(slots.shape[1]):

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from npqwen.format.encodings import CODEBOOK_BYTES, ENCODINGS, UNIT_BLOCKS, UNIT_COLUMNS, UNIT_ROWS, Encoding
 from npqwen.kernels.amx_matmul import AMX_ROOM_BYTES, amx_rows
-from npqwen.kernels.barrier import MEMBERS, acquire, claim
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import IS_INTEGER, group_bytes
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, whole_tiles
+from npqwen.kernels.pieces import MEMBERS, claim_private, finish_first
 from npqwen.kernels.unpacked_matmul import (
     PIECE_BYTES,
     pieces_rows,
@@ -231,7 +231,7 @@ def scratch_floats(cols: int, multiple: int = 1) -> int:
 
 
 def local_floats(tokens: int, multiple: int) -> int:
-    """float32 that hold the results of a chunk from `claim_local_rows`."""
+    """float32 that hold the results of a chunk (`local_chunk`)."""
     return max(_LOCAL_FLOATS, tokens * multiple * UNIT_ROWS)
 
 
@@ -239,7 +239,7 @@ def local_floats(tokens: int, multiple: int) -> int:
 def chunk_groups(team: Any, matrix: Any, groups: int, tokens: int, width: int) -> int:
     """How many of `groups` row groups a thread claims at a time: an eighth of its share, at most a chunk."""
     streams = tokens <= width and not (_MATRICES and width == UNIT_ROWS)  # unpacked weights have to fit scratch
-    members, size = acquire(team, MEMBERS), group_bytes(matrix)
+    members, size = team[MEMBERS], group_bytes(matrix)
     chunk = max(1, min(groups // (8 * members), (STREAM_BYTES if streams else CHUNK_BYTES) // size))
     if not IS_INTEGER[matrix.encoding]:
         rounded = (chunk + _TOGETHER[width] - 1) // _TOGETHER[width] * _TOGETHER[width]
@@ -249,17 +249,14 @@ def chunk_groups(team: Any, matrix: Any, groups: int, tokens: int, width: int) -
 
 
 @njit(nogil=True)
-def claim_local_rows(team: Any, matrix: Any, groups: int, tokens: int, width: int, multiple: int) -> Any:
-    """The next row groups for this thread, which keeps their results: (first, last), equal when none are left.
+def local_chunk(team: Any, matrix: Any, groups: int, tokens: int, width: int, local: Any, multiple: int) -> int:
+    """How many row groups a thread claims at a time to keep their results in `local`: a multiple of `multiple`.
 
-    groups: those of the matrix, or of it and of matrices with the same input whose row groups follow in one pool.
-    first is a multiple of `multiple`, and so is last except at the end. The results of all tokens, rounded up to whole
-    tiles, are at most `local_floats`.
+    groups: those of the matrix, or of it and of matrices with the same input. local: this thread's float32, flat,
+    `local_floats`, for the results of all tokens, rounded up to whole tiles.
     """
-    fitting = _LOCAL_FLOATS // (whole_tiles(tokens, width) * UNIT_ROWS)
-    chunk = max(multiple, min(chunk_groups(team, matrix, groups, tokens, width), fitting) // multiple * multiple)
-    first = min(claim(team, chunk), groups)
-    return first, min(first + chunk, groups)
+    fitting = local.size // (whole_tiles(tokens, width) * UNIT_ROWS)
+    return max(multiple, min(chunk_groups(team, matrix, groups, tokens, width), fitting) // multiple * multiple)
 
 
 @njit(nogil=True)
@@ -305,23 +302,41 @@ def multiply_local_rows(
 
 @njit(nogil=True)
 def matmul(
-    team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any
-) -> None:
+    team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
     """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if accumulate (0 or 1), for t < tokens.
 
     All members of the team call it, and share the rows.
     kernels: see `matmul_kernels`. matrix: a MATRIX. x: packed for its encoding, `width` tokens a tile. out: float32
-    (tokens rounded up to whole tiles, matrix.rows or more); with fewer columns, a multiple of 16, only those rows of
-    the matrix are multiplied. scratch: this thread's, `scratch_floats(matrix.cols)`.
+    (at least tokens, matrix.rows or more); with fewer columns, a multiple of 16, only those rows of the matrix are
+    multiplied. scratch, local: this thread's float32, `scratch_floats(matrix.cols)` and `local_floats(tokens, 1)`.
     """
     groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
-    tiles = whole_tiles(tokens, width) // width
-    chunk = chunk_groups(team, matrix, groups, tokens, width)
+    chunk = local_chunk(team, matrix, groups, tokens, width, local, 1)
+    pieces = (groups + chunk - 1) // chunk
     while True:
-        first = claim(team, chunk)
-        if first >= groups:
+        piece = claim_private(team, pieces)
+        if piece == pieces:
             return
-        run_kernel(
-            kernels, matrix, matrix.address, width, tiles, x.ctypes.data, first, min(first + chunk, groups),
-            out.ctypes.data, out.shape[1], accumulate, scratch,
-        )  # fmt: skip
+        first, last = chunk * piece, min(chunk * (piece + 1), groups)
+        multiply_local_rows(kernels, matrix, x, tokens, width, first, last, scratch, local)
+        if finish_first(team):
+            write_rows(local, first, last, tokens, out, accumulate)
+
+
+@njit(nogil=True)
+def write_rows(local: Any, first: int, last: int, tokens: int, out: Any, accumulate: int) -> None:
+    """Write results of row groups first to last - 1, or add them if accumulate (0 or 1), to the first rows of `out`.
+
+    local: float32, flat, tokens * 16 * (last - first). out: float32 (at least tokens, rows of the matrix).
+    """
+    rows = UNIT_ROWS * (last - first)
+    for t in range(tokens):
+        source, target = local[t * rows : (t + 1) * rows], out[t, UNIT_ROWS * first : UNIT_ROWS * last]
+        if accumulate:
+            for r in range(rows):
+                target[r] += source[r]
+        else:
+            for r in range(rows):
+                target[r] = source[r]

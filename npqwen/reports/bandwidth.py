@@ -9,8 +9,8 @@ import numpy as np
 from numba import njit
 
 from npqwen.engine.team import Team
-from npqwen.kernels.barrier import barrier, claim
 from npqwen.kernels.compiled import compile_kernel
+from npqwen.kernels.pieces import claim, leave
 from npqwen.simd.tile import LANES, add_stream, store, zeros
 
 _CHUNK = 1 << 15
@@ -29,14 +29,16 @@ def read(team: Any, member: int, data: Any, out: Any) -> None:
     out: float32, receives 4 vectors of sums per member.
     """
     sums = zeros(_SUMS, 1, 1)
+    pieces = (data.size + _CHUNK - 1) // _CHUNK
     while True:
-        first = claim(team, _CHUNK)
-        if first >= data.size:
+        piece = claim(team, pieces)
+        if piece == pieces:
             break
+        first = _CHUNK * piece
         for at in range(first, min(first + _CHUNK, data.size), _STEP):
             sums = add_stream(sums, data, at, _STEP)
     store(sums, out, member * _SUMS * LANES, 1, LANES)
-    barrier(team)
+    leave(team)
 
 
 class ReadBandwidth:
@@ -45,7 +47,7 @@ class ReadBandwidth:
     def __init__(self, threads: int, size: int = 1 << 28) -> None:
         self._data, self._sums = np.ones(size // 4, np.float32), np.zeros(threads * _SUMS * LANES, np.float32)
         self._team = Team(threads)
-        compile_kernel(read, (self._team.state, 0, self._data, self._sums))
+        compile_kernel(read, (self._team.row(0), 0, self._data, self._sums))
 
     def measure(self, repeat: int = 3) -> float:
         """Bytes per second: the median of `repeat` passes over the array."""

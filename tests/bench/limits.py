@@ -40,10 +40,10 @@ from npqwen.format.encodings import BLOCK_COLUMNS, CODEBOOK_BYTES, ENCODINGS, UN
 from npqwen.format.recipe import RECIPES
 from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
-from npqwen.kernels.barrier import MEMBERS, NEXT, SLOTS
-from npqwen.kernels.matmul import matmul, matmul_kernels, scratch_floats
+from npqwen.kernels.matmul import local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX
 from npqwen.kernels.packing import WIDEST, packed_bytes
+from npqwen.kernels.pieces import new_state
 from npqwen.model import Model, load
 from npqwen.simd.amx import configure, finish_block, release, start_block
 from npqwen.simd.isa import ISA
@@ -124,15 +124,13 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
     codebook = np.resize(np.arange(0, 64, 4, dtype=np.uint8), CODEBOOK_BYTES)
     matrix = np.zeros(1, MATRIX)
     matrix[0] = units.ctypes.data, codebook.ctypes.data, encoding.code, rows, cols
-    state = np.zeros(SLOTS, np.int64)
-    state[MEMBERS] = 1
+    state = new_state(1)
     kernels, out = matmul_kernels([encoding.code]), np.zeros((tokens, rows), np.float32)
     x = np.zeros(packed_bytes(tokens, cols), np.uint8)
-    scratch = np.zeros(scratch_floats(cols), np.float32)
+    scratch, local = np.zeros(scratch_floats(cols), np.float32), np.zeros(local_floats(tokens, 1), np.float32)
 
     def product() -> None:
-        state[NEXT] = 0
-        matmul(state, kernels, matrix[0], x, tokens, WIDEST, out, 0, scratch)
+        matmul(state[1], kernels, matrix[0], x, tokens, WIDEST, out, 0, scratch, local)
 
     if ISA.matrices:
         loops = {"products of matrices alone": matrices_only(False), "these with scaling": matrices_only(True)}
@@ -164,7 +162,7 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
     pairs = []
     with (
         mock.patch.multiple(model, generation_config=endless),
-        mock.patch.object(model._team, "run", lambda _, *args, on_caller: run(timed, *args, on_caller=on_caller)),
+        mock.patch.object(model._team, "run", lambda _, *args, **options: run(timed, *args, **options)),
     ):
         for _ in range(repeat + 1):
             inside.clear()

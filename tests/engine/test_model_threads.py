@@ -121,9 +121,9 @@ def test_the_calling_thread_computes_short_passes(
     calls: list[bool] = []
     real = Team.run
 
-    def run(self: Team, *args: Any, on_caller: bool = False) -> None:
+    def run(self: Team, *args: Any, on_caller: bool = False, keep: object = None) -> None:
         calls.append(on_caller)
-        real(self, *args, on_caller=on_caller)
+        real(self, *args, on_caller=on_caller, keep=keep)
 
     monkeypatch.setattr(Team, "run", run)
     monkeypatch.setattr(Budget, "check", lambda *_: None)

@@ -16,28 +16,21 @@ import pytest
 from numba import njit
 
 from npqwen.engine.team import Team
-from npqwen.kernels.barrier import MEMBERS, acquire, barrier, claim
+from npqwen.kernels.pieces import claim
 from npqwen.model import load
 
 CORES = os.cpu_count() or 1
 
 
 @njit(nogil=True)
-def count_chunks(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -> None:
-    """Every round shares 100 chunks of work, and counts in `wrong` those not complete after the barrier."""
+def count_pieces(team: Any, member: int, rounds: int, counts: Any, wrong: Any) -> None:
+    """Every round shares 100 pieces of work in one step, and checks in the next that all of them are finished."""
     for turn in range(rounds):
-        while True:
-            piece = claim(team, 1)
-            if piece >= 100:
-                break
+        while claim(team, 100) < 100:
             counts[member] += 1
-        barrier(team)
-        total = 0
-        for other in range(acquire(team, MEMBERS)):
-            total += counts[other]
-        if total != 100 * (turn + 1):
-            wrong[member] += 1
-        barrier(team)
+        while claim(team, 1) == 0:
+            if counts.sum() != 100 * (turn + 1):
+                wrong[member] += 1
 
 
 @pytest.mark.parametrize("on_caller", [False, True])
@@ -48,7 +41,7 @@ def test_more_threads_than_processors_finish(threads: int, on_caller: bool) -> N
     team = Team(threads)
     try:
         for again in range(3):
-            team.run(count_chunks, 20, counts, wrong, on_caller=on_caller)
+            team.run(count_pieces, 20, counts, wrong, on_caller=on_caller)
             assert (counts.sum(), wrong.sum()) == (2000, 0), again
             counts[:] = 0
     finally:
@@ -110,7 +103,7 @@ def test_ctrl_c_while_the_calling_thread_computes() -> None:
     interrupts = [KeyboardInterrupt]
 
     def counted(state: Any, member: int, *args: Any) -> None:
-        count_chunks(state, member, *args)
+        count_pieces(state, member, *args)
         if member == 0 and interrupts:
             raise interrupts.pop()
 
@@ -161,6 +154,6 @@ def test_an_interrupt_the_moment_the_work_is_done_does_not_hang(monkeypatch: pyt
         thread.join(30)
     assert [type(end) for end in ends] == [KeyboardInterrupt]
     counts, wrong = np.zeros((2, 2), np.int64)
-    team.run(count_chunks, 20, counts, wrong)
+    team.run(count_pieces, 20, counts, wrong)
     assert (counts.sum(), wrong.sum()) == (2000, 0)
     team.close()

@@ -24,7 +24,7 @@ from assembly import (
 from llvmlite import ir
 
 from npqwen.format.encodings import ENCODINGS, INT4, Encoding
-from npqwen.kernels import barrier
+from npqwen.kernels import pieces
 from npqwen.kernels.matmul import _integer_rows
 from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
@@ -185,7 +185,7 @@ def test_a_spinning_thread_executes_the_processors_hint(target: tuple[str, str],
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "wait")
     b = ir.IRBuilder(function.append_basic_block())
     with mock.patch("llvmlite.binding.get_process_triple", return_value=target[0]):
-        barrier.pause.emit(b)
+        pieces.pause.emit(b)
     b.ret_void()
     if instruction is None:
         assert "call" not in str(function)

@@ -33,7 +33,7 @@ calls = []
 team = Team(1)
 data, sums = np.ones(100_096, np.float32), np.zeros(64, np.float32)
 with reporting(lambda done, total: calls.append((done, total))):
-    compile_kernel(read, (team.state, 0, data, sums))
+    compile_kernel(read, (team.row(0), 0, data, sums))
 team.run(read, data, sums)
 assert sums.sum() == 100_096, sums
 print(kernel_directory())
@@ -145,7 +145,7 @@ def test_the_directory_depends_on_sources_versions_and_processor(tmp_path: Path)
 
     assert name() == kernel_directory().name
     names = {name()}
-    changed = ["engine/forward.py", "kernels/barrier.py", "kernels/norm.py", "simd/scalar.py"]
+    changed = ["engine/forward.py", "kernels/pieces.py", "kernels/norm.py", "simd/scalar.py"]
     for source in changed:
         with open(copy / source, "a", encoding="utf-8") as file:
             file.write("\n# changed\n")

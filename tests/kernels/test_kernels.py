@@ -18,11 +18,11 @@ from quantized import int8_blocks
 from units import CODEBOOKS, Units
 
 from npqwen.format.encodings import BY_NAME, ENCODINGS, Encoding
-from npqwen.kernels.barrier import MEMBERS
-from npqwen.kernels.matmul import claim_local_rows, local_floats, matmul, matmul_kernels, scratch_floats
+from npqwen.kernels.matmul import local_chunk, local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX, read_row
 from npqwen.kernels.norm import rms_norm, rotate, swiglu
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, ZERO_POINT, pack, pack_part, packed_bytes, tile_width
+from npqwen.kernels.pieces import new_state
 from npqwen.kernels.unpacked_matmul import PIECE_TILES
 from npqwen.simd import scalar
 from npqwen.simd.isa import ISA
@@ -114,13 +114,16 @@ def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, ex
     out = before.copy()
     kernels = matmul_kernels([encoding.code])
 
-    def scratch() -> np.ndarray:
-        return np.zeros(scratch_floats(record["cols"]), np.float32)
+    def own() -> tuple[np.ndarray, np.ndarray]:
+        return (
+            np.zeros(scratch_floats(record["cols"]), np.float32),
+            np.zeros(local_floats(whole, 1), np.float32),
+        )
 
     together(
         members,
         matmul,
-        lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, accumulate, scratch()),
+        lambda _: (kernels, record, packed(x, encoding, width), tokens, width, out, accumulate, *own()),
     )
     expected = product(units, x) + (before[:tokens, :rows] if accumulate else 0)
     if encoding.is_integer:
@@ -151,17 +154,16 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     units = random_units(encoding.bits, np.ones(144, bool), 384, rng)
     x = rng.standard_normal((max(33, UNPACKED, PIECED + 1), 384)).astype(np.float32)
     record, kernels = matrix(units), matmul_kernels([encoding.code])
-    scratch = np.zeros(scratch_floats(384), np.float32)
+    scratch, local = np.zeros(scratch_floats(384), np.float32), np.zeros(local_floats(64, 1), np.float32)
     results = []
     for count in sorted({1, 2, 3, 4, 5, 6, 8, 16, 33, len(x)}):
         width = run(tile_width, count, encoding.code)
         out = np.zeros((len(x) + 32, 144), np.float32)
         for first in range(0, len(x), count):
             part = packed(x[first : first + count], encoding, width)
-            team = np.zeros(80, np.int64)
-            team[MEMBERS] = 1
+            state = new_state(1)
             tokens = len(x[first : first + count])
-            run(matmul, team, kernels, record, part, tokens, width, out[first:], 0, scratch)
+            run(matmul, state[1], kernels, record, part, tokens, width, out[first:], 0, scratch, local)
         results.append(out[: len(x)])
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
@@ -178,25 +180,17 @@ def test_matmul_shared_by_threads(encoding: Encoding, members: int) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
 @ALL
-def test_claims_cover_all_rows_and_fit_the_buffer(encoding: Encoding, multiple: int) -> None:
+def test_results_of_a_claim_fit_the_buffer(encoding: Encoding, multiple: int) -> None:
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [128, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
         width = run(tile_width, tokens, encoding.code)
         whole = -(-tokens // width) * width
-        state = np.zeros(80, np.int64)
-        state[MEMBERS] = members
-        end = 0
-        while True:
-            first, last = run(claim_local_rows, state, record, rows // 16, tokens, width, multiple)
-            assert first == end
-            if first == last:
-                break
-            assert first % multiple == 0
-            assert last % multiple == 0 or last == rows // 16
-            assert (last - first) * 16 * whole <= local_floats(whole, multiple)
-            end = last
-        assert end == rows // 16
+        state, local = new_state(members), np.zeros(local_floats(whole, multiple), np.float32)
+        chunk = run(local_chunk, state[1], record, rows // 16, tokens, width, local, multiple)
+        assert chunk > 0
+        assert chunk % multiple == 0
+        assert chunk * 16 * whole <= local.size
 
 
 @INTEGERS
