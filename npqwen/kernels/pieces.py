@@ -88,6 +88,7 @@ def _yield_address() -> int:
 
 
 llvmlite.binding.add_symbol("npqwen_yield", _yield_address())
+llvmlite.binding.initialize_native_asmparser()  # AArch64's clock is read by an instruction in assembly
 
 
 @operation
