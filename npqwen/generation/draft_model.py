@@ -23,7 +23,7 @@ _CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 _BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)
 """Of each kind, the share believed to be accepted before anything is known."""
 _OVERALL = 0.7
-"""The same of the next guess, whose probability is not known yet."""
+"""The share of all guesses believed to be accepted before anything is known."""
 _FADES = 0.985
 """What earlier evidence is worth after a draft: what a model guesses is more alike than what a text repeats."""
 _WEIGHT = 1 / 8
@@ -106,7 +106,7 @@ class ModelDrafter:
         self._failed = False
 
     def extend(self, ids: Iterable[int]) -> None:
-        """Take the text's next tokens, drawn or forced."""
+        """Append the text's next tokens, drawn or forced."""
         self._ids.extend(ids)
 
     def catch_up(self) -> bool:
@@ -132,7 +132,7 @@ class ModelDrafter:
         return len(self._ids) - len(self._held) <= _CATCHING_UP + 1
 
     def guess(self, guesses: list[int]) -> Guess | None:
-        """The token after the text and `guesses`; None if there is no room for it."""
+        """The likeliest token after the text and `guesses`; None if the memory or the context does not suffice."""
         start = time.perf_counter()
         known = len(self._held)
         missing = self._ids[known:] + guesses[max(0, known - len(self._ids)) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,16 +29,6 @@ class Draft(NamedTuple):
     certainty: int
 
 
-class Drafter(Protocol):
-    """Guesses the next tokens of one text."""
-
-    def extend(self, ids: Iterable[int]) -> None:
-        """Take the text's next tokens, drawn or forced."""
-
-    def propose(self, most: int) -> Draft | None:
-        """The tokens that may come next, at least one and at most `most`; None without an idea."""
-
-
 class TextDrafter:
     """Finds the longest end of the text that occurred before, and proposes what followed it then.
 
@@ -61,6 +51,7 @@ class TextDrafter:
             self._match = self._before[-1]
 
     def extend(self, ids: Iterable[int]) -> None:
+        """Append the text's next tokens, drawn or forced."""
         for id in ids:
             self._ids.append(id)
             self._key = (self._key << _BITS | id & (1 << _BITS) - 1) & _KEY_MASK
@@ -73,6 +64,7 @@ class TextDrafter:
             self._latest[self._key] = end
 
     def propose(self, most: int) -> Draft | None:
+        """A draft of 1 to `most` tokens; None if the end of the text has not occurred before."""
         ids, at = self._ids, self._match
         if not at or most < 1:
             return None
@@ -87,7 +79,7 @@ class TextDrafter:
             at = self._before[at]
             if not at or longest == LONGEST:
                 break
-        period = end - best  # a text that has just begun to repeat itself goes on with its own repetition
+        period = end - best  # a draft longer than the period repeats it
         found = ids[best : best + most] if most <= period else [ids[best + i % period] for i in range(most)]
         for i, id in enumerate(found):
             if id < 0:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from npqwen.generation.drafting import Drafting
 
 PASS = 15
-"""The most tokens of a pass with drafts. Passes of so many are the same to the bit as passes of one."""
+"""The most tokens of a pass with drafts: up to 15 tokens, logits are bitwise equal to those of passes of one token."""
 MARGIN = 1.05
 """Drafting must promise so many times the tokens per second of plain passes."""
 _BELIEFS = {2: 0.5, 3: 0.65, 4: 0.8, 5: 0.9, 6: 0.95}
@@ -42,7 +42,7 @@ class Speculation:
         self._proposed: list[Acceptance] = []
         """What each token of the last proposal tells about."""
         self._overall: Acceptance | None = None
-        """The same for the first of them, if a draft model proposed it."""
+        """The acceptance of all guesses of the draft model, if it made the last proposal."""
 
     def propose(self, ids: Sequence[int], most: int, certain: int, *, alone: bool = True) -> list[int]:
         """The next tokens to guess, at most `most`, perhaps none.

@@ -91,7 +91,7 @@ class Scripted:
 
 
 def pass_seconds(model: Model, tokens: int, depth: int, rounds: int = 9) -> float:
-    """Median time of a pass of so many tokens with all their logits."""
+    """Median seconds of a forward pass over `tokens` tokens at `depth`, computing every token's logits."""
     cache, out, ids = model.new_cache(), model.new_logits(tokens), np.full(tokens, 300, np.int64)
     model.prefill(np.full(depth, 300), cache)
     seconds = []

@@ -31,7 +31,7 @@ def all_logits(model: Model) -> np.ndarray:
 
 @contextmanager
 def disturbance() -> Iterator[None]:
-    """Move the team's threads from processor to processor, and, on Linux, starve one after another."""
+    """On Linux, move the team's threads from processor to processor at random."""
     done, rng = threading.Event(), np.random.default_rng(0)
 
     def disturb() -> None:

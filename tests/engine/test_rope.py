@@ -1,4 +1,4 @@
-"""The rotary embedding's tables have the same numbers whatever was asked for before, and in which order."""
+"""The rotary embedding's cosines and sines depend on the positions alone, not on which were computed earlier."""
 
 from __future__ import annotations
 

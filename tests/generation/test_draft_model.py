@@ -115,16 +115,22 @@ def test_texts_of_a_batch_draft_only_while_they_are_alone(pair: Model) -> None:
     assert streams[1].usage.accepted_tokens > 0
 
 
+def priced(pair: Model, longest: float, cost: float, monkeypatch: pytest.MonkeyPatch) -> Drafting:
+    """Passes of one token take 1 second and those of 16 `longest`, a guess takes `cost`."""
+    assert pair.draft is not None
+    times = PassTimes(sparse=False)
+    times.add(1, 1.0)
+    times.add(16, longest)
+    draft = DraftModel(pair.draft, pair)
+    monkeypatch.setattr(draft, "cost", lambda passes: cost)
+    return Drafting(times, draft)
+
+
 @pytest.mark.parametrize(("cost", "drafts"), [(0.05, True), (0.9, False)])
 def test_it_is_run_only_where_its_guesses_pay(
     cost: float, drafts: bool, pair: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pair.draft is not None
-    times = PassTimes(sparse=False)
-    times.add(1, 1.0)
-    times.add(16, 1.5)
-    drafting = Drafting(times, DraftModel(pair.draft, pair))
-    monkeypatch.setattr(drafting.model, "cost", lambda passes: cost)
+    drafting = priced(pair, 1.5, cost, monkeypatch)
     ids = pair.tokenizer.encode(QUESTION)
     assert bool(Speculation(drafting, ids).propose([], PASS, 1)) == drafts
     assert Speculation(drafting, ids).propose([], PASS, 2, alone=False) == []
@@ -134,12 +140,7 @@ def test_it_is_run_only_where_its_guesses_pay(
 def test_it_stops_when_its_guesses_are_wrong_and_tries_again_rarely(
     pair: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pair.draft is not None
-    times = PassTimes(sparse=False)
-    times.add(1, 1.0)
-    times.add(16, 1.2)
-    drafting = Drafting(times, DraftModel(pair.draft, pair))
-    monkeypatch.setattr(drafting.model, "cost", lambda passes: 0.15)
+    drafting = priced(pair, 1.2, 0.15, monkeypatch)
     speculation = Speculation(drafting, pair.tokenizer.encode(QUESTION))
     tries = []
     for _ in range(250):
