@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.pass_times import PassTimes
     from npqwen.generation.token_model import TokenModel
+    from npqwen.tokenizer import Tokenizer
 
 _CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 """Between these, a guess's probability by the draft model puts it into one kind."""
@@ -50,11 +51,7 @@ class DraftModel:
 
     def __init__(self, model: TokenModel, target: TokenModel) -> None:
         """Raises OptionError unless both have the same tokens."""
-        if not _alike(model.tokenizer.vocabulary, target.tokenizer.vocabulary):
-            raise OptionError(
-                f"the draft model {model.name} has other tokens than {target.name}; "
-                "choose a smaller model of the same family"
-            )
+        check_tokens(model.name, model.tokenizer, target.name, target.tokenizer)
         self.model = model
         self.vocab_size = min(model.config.vocab_size, target.config.vocab_size)
         self._ratio = min(1.0, model.weight_bytes / max(1, target.weight_bytes))
@@ -81,6 +78,14 @@ class DraftModel:
     def acceptance(self, probability: float) -> Acceptance:
         """Of guesses that the draft model gave about this probability."""
         return self._kinds[int(np.searchsorted(_CONFIDENCES, probability))]
+
+
+def check_tokens(name: str, tokenizer: Tokenizer, target_name: str, target: Tokenizer) -> None:
+    """Raise OptionError unless the draft model `name` has the tokens of the model that it is to draft for."""
+    if not _alike(tokenizer.vocabulary, target.vocabulary):
+        raise OptionError(
+            f"the draft model {name} has other tokens than {target_name}; choose a smaller model of the same family"
+        )
 
 
 def _alike(a: dict[str, int], b: dict[str, int]) -> bool:

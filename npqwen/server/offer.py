@@ -17,6 +17,8 @@ from npqwen.engine.prefix_files import check_size
 from npqwen.errors import FormatError
 from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
+from npqwen.generation.draft_model import check_tokens
+from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,8 +68,8 @@ class Offer:
     ) -> Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
-        Raises OptionError for a context that the model does not support, an unknown type of cache or a prefix cache
-        that is too small, CheckpointError for a damaged config.json.
+        Raises OptionError for a context that the model does not support, an unknown type of cache, a prefix cache that
+        is too small or a draft model with other tokens, CheckpointError for damaged files.
         """
         from npqwen.model import load
 
@@ -78,6 +80,9 @@ class Offer:
 
         offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"))
         offer._read_facts()
+        if offer.draft is not None:
+            tokenizers = Tokenizer.from_directory(offer.draft), Tokenizer.from_directory(path)
+            check_tokens(offer.draft.name, tokenizers[0], name, tokenizers[1])
         kv = options.get("kv")
         kv = offer.quantization.recipe.cache_type if kv is None else check_cache_type(kv)
         most = options.get("prefix_cache_size")

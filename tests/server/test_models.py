@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -442,3 +444,18 @@ def test_names_that_cannot_be_served(shelf: Shelf) -> None:
         Models(*shelf.offers("a", "b", "a"))
     with pytest.raises(ModelNotFoundError, match="there are a, b"):
         models(shelf, "a", "b").state("c")
+
+
+def test_a_draft_model_with_other_tokens_is_refused_before_anything_is_loaded(
+    tiny: Callable[[int], Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny(4), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert Offer.of(tiny(16), "a", draft=tiny(4)).draft == tiny(4)
+    with pytest.raises(OptionError, match="the draft model other has other tokens than a; choose"):
+        Offer.of(tiny(16), "a", draft=other)
