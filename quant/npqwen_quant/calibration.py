@@ -22,7 +22,7 @@ from npqwen.atomic_file import writing
 from npqwen.format.encodings import BLOCK_COLUMNS
 from npqwen.format.layout import pad
 from npqwen_quant import moments
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor, read_floats
+from npqwen_quant.checkpoint import Checkpoint, SourceTensor
 from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 from npqwen_quant.moments import Moments
@@ -149,7 +149,7 @@ class _Run:
         self.codebooks, self.calibration, self.directory = codebooks, calibration, directory
         self.executor, self.threads, self.progress = executor, threads, progress
         self.fits = Fits(directory, codebooks)
-        self.done, self.total = 0, sum(sources[name].stored.nbytes for name in codebooks)
+        self.done, self.total = 0, sum(sources[name].nbytes for name in codebooks)
 
     def run(self) -> Fits:
         halves = 2 * self.config.num_hidden_layers
@@ -178,7 +178,7 @@ class _Run:
         ids = np.asarray(self.calibration.make(self.directory))
         name = "model.embed_tokens.weight"
         table, inverse = np.unique(ids, return_inverse=True)
-        rows = np.concatenate([read_floats(self.sources[name], int(token), 1) for token in table])
+        rows = np.concatenate([self.sources[name].floats(int(token), 1) for token in table])
         self._save(rows[inverse.reshape(ids.shape)], 0)
 
     def _save(self, hidden: F32, half: int) -> None:
@@ -220,7 +220,7 @@ class _Run:
 
     def _load(self, name: str) -> F32:
         source = self.sources[name]
-        return read_floats(source, 0, source.stored.shape[0])
+        return source.floats(0, source.shape[0])
 
     def _fit(self, found: Mapping[str, Moments]) -> None:
         """Fit matrices with the moments of their inputs."""
@@ -230,21 +230,21 @@ class _Run:
                 continue
             if id(inputs) not in factors:
                 factors[id(inputs)] = [factor(_padded(total)) for total in inputs.sums]
-            self.fits.store(name, self.sources[name].stored.shape, self._parts(name, factors[id(inputs)]))
+            self.fits.store(name, self.sources[name].shape, self._parts(name, factors[id(inputs)]))
             self._count([name])
 
     def _parts(self, name: str, factors: list[Factor]) -> Iterable[tuple[U8, I8, F32]]:
         source, book = self.sources[name], self.codebooks[name]
         looked_up_only = name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings
-        for first in range(0, source.stored.shape[0], _ROWS):
-            rows = read_floats(source, first, min(_ROWS, source.stored.shape[0] - first))
+        for first in range(0, source.shape[0], _ROWS):
+            rows = source.floats(first, min(_ROWS, source.shape[0] - first))
             if looked_up_only:
                 yield fit(rows, book)
             else:
                 yield fit_with_feedback(rows, book, factors, self.executor, self.threads)
 
     def _count(self, names: Iterable[str]) -> None:
-        self.done += sum(self.sources[name].stored.nbytes for name in names)
+        self.done += sum(self.sources[name].nbytes for name in names)
         if self.progress:
             self.progress(self.done, self.total)
 

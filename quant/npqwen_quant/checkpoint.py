@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.config import Config, read_json
 from npqwen.format.files import open_regular, read_small
 from npqwen.format.quantization import is_converted
-from npqwen.format.safetensors import DTYPE_BYTES, INDEX, HeaderError, StoredTensor, read_header, read_index
+from npqwen.format.safetensors import INDEX, HeaderError, StoredTensor, read_header, read_index
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
@@ -25,12 +25,73 @@ _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
 
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor of a checkpoint, and the file that it lies in."""
+class SourceTensor(ABC):
+    """A tensor of a checkpoint, read by rows, however it is stored.
+
+    path: the file that messages name. shape: of the weights. nbytes: what all of it takes in the files.
+    """
 
     path: Path
-    stored: StoredTensor
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @abstractmethod
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """Read `count` rows (elements of a vector) from row `first` on, into a new array of float32, float16 or uint16,
+        the bits of bf16.
+
+        Raises CheckpointError if the file cannot be read or is too short. The values may be NaN or infinity.
+        """
+
+    def check(self, name: str) -> None:  # noqa: B027  most can be converted
+        """Raise CheckpointError, with the tensor's name, if `read` could not give its weights."""
+
+    def floats(self, first: int, count: int) -> npt.NDArray[np.float32]:
+        """`read`, as float32; CheckpointError for NaN and infinity too."""
+        floats = widen(self.read(first, count))
+        if not np.isfinite(floats).all():
+            raise CheckpointError(f"{self.path} holds NaN or infinity; the checkpoint is broken")
+        return floats
+
+
+class PlainTensor(SourceTensor):
+    """A tensor that a safetensors file stores as it is."""
+
+    def __init__(self, path: Path, stored: StoredTensor) -> None:
+        self.path = path
+        self.stored = stored
+        self.shape = stored.shape
+        self.nbytes = stored.nbytes
+
+    def check(self, name: str) -> None:
+        """Raise CheckpointError for a dtype that cannot be converted."""
+        if self.stored.dtype not in CONVERTIBLE:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {shortened(self.stored.dtype)}; only BF16, F16 and F32 can be "
+                "converted"
+            )
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """See SourceTensor."""
+        return self.stored_rows(first, count, CONVERTIBLE[self.stored.dtype])
+
+    def stored_rows(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
+        """`read`, of any dtype: NumPy's `dtype` is of the stored one's size."""
+        row_shape = self.shape[1:]
+        out = np.empty((count, *row_shape), dtype)
+        row_bytes = math.prod(row_shape) * out.itemsize
+        view = out.reshape(-1).view(np.uint8).data
+        try:
+            with open_regular(self.path) as file:
+                file.seek(self.stored.offset + first * row_bytes)
+                while view:
+                    got = file.readinto(view)  # type: ignore[attr-defined]
+                    if not got:
+                        raise CheckpointError(f"{self.path} became shorter while it was read")
+                    view = view[got:]
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        return out
 
 
 class Checkpoint:
@@ -90,7 +151,7 @@ class Checkpoint:
         for path in paths:
             self._states.setdefault(path, _state(path))
 
-    def _read_tensors(self) -> dict[str, SourceTensor]:
+    def _read_tensors(self) -> dict[str, PlainTensor]:
         single, index = self.directory / "model.safetensors", self.directory / INDEX
         if single.exists():
             return self._read_header(single)
@@ -108,13 +169,13 @@ class Checkpoint:
                 )
         return {name: headers[file][name] for name, file in weight_map.items()}
 
-    def _read_header(self, path: Path) -> dict[str, SourceTensor]:
+    def _read_header(self, path: Path) -> dict[str, PlainTensor]:
         """The tensors of one file."""
         self._watch([path])
         return read_tensors(path)
 
 
-def read_tensors(path: Path) -> dict[str, SourceTensor]:
+def read_tensors(path: Path) -> dict[str, PlainTensor]:
     """The tensors of one file; CheckpointError if it is missing or damaged."""
     try:
         with open_regular(path) as file:
@@ -125,52 +186,17 @@ def read_tensors(path: Path) -> dict[str, SourceTensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except HeaderError as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
-    return {name: SourceTensor(path, tensor) for name, tensor in stored.items()}
+    return {name: PlainTensor(path, tensor) for name, tensor in stored.items()}
 
 
 def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
-    """The tensor; CheckpointError if it has another shape than this, or a dtype that cannot be converted."""
-    stored = tensor.stored
-    if stored.shape != shape:
+    """The tensor; CheckpointError if it has another shape than this, or cannot be converted."""
+    if tensor.shape != shape:
         raise CheckpointError(
-            f"{tensor.path}: {name} has shape {list(stored.shape)}, but config.json says {list(shape)}"
+            f"{tensor.path}: {name} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
         )
-    if stored.dtype not in CONVERTIBLE:
-        raise CheckpointError(
-            f"{tensor.path}: {name} is stored as {shortened(stored.dtype)}; only BF16, F16 and F32 can be converted"
-        )
+    tensor.check(name)
     return tensor
-
-
-def read(tensor: SourceTensor, first: int, count: int) -> npt.NDArray[Any]:
-    """Read `count` rows (elements of a vector) from row `first` on, into a new array.
-
-    BF16 comes as its bits, uint16. Raises CheckpointError if the file cannot be read or is too short.
-    """
-    stored = tensor.stored
-    row_shape = stored.shape[1:]
-    out = np.empty((count, *row_shape), CONVERTIBLE[stored.dtype])
-    row_bytes = math.prod(row_shape) * DTYPE_BYTES[stored.dtype]
-    view = out.reshape(-1).view(np.uint8).data
-    try:
-        with open_regular(tensor.path) as file:
-            file.seek(stored.offset + first * row_bytes)
-            while view:
-                got = file.readinto(view)  # type: ignore[attr-defined]
-                if not got:
-                    raise CheckpointError(f"{tensor.path} became shorter while it was read")
-                view = view[got:]
-    except OSError as error:
-        raise CheckpointError(f"{tensor.path} cannot be read: {error.strerror or error}") from error
-    return out
-
-
-def read_floats(tensor: SourceTensor, first: int, count: int) -> npt.NDArray[np.float32]:
-    """`read`, as float32; CheckpointError for NaN and infinity too."""
-    floats = widen(read(tensor, first, count))
-    if not np.isfinite(floats).all():
-        raise CheckpointError(f"{tensor.path} holds NaN or infinity; the checkpoint is broken")
-    return floats
 
 
 def widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -224,6 +250,6 @@ def prefixed(name: str) -> str:
     return name if name == "lm_head.weight" else "model." + name
 
 
-def with_prefix(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
+def with_prefix(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
     """The tensors under the names of Qwen3ForCausalLM."""
-    return {prefixed(name): tensor for name, tensor in tensors.items()} if is_bare(tensors) else tensors
+    return {prefixed(name) if is_bare(tensors) else name: tensor for name, tensor in tensors.items()}

@@ -254,7 +254,7 @@ def _write_tensors(
     threads: int,
     progress: Progress | None,
 ) -> None:
-    done, total = 0, sum(source.stored.nbytes for source in sources.values())
+    done, total = 0, sum(source.nbytes for source in sources.values())
     with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
         try:
             if progress:

@@ -17,7 +17,7 @@ from npqwen.format.quantization import FORMAT_VERSION
 from npqwen.format.safetensors import make_header
 from npqwen_quant import blocks
 from npqwen_quant.calibration import Fits
-from npqwen_quant.checkpoint import SourceTensor, read, widen
+from npqwen_quant.checkpoint import SourceTensor, widen
 from npqwen_quant.plan import OutputTensor
 
 # Weights per task: in float32 they fill a core's cache.
@@ -66,10 +66,10 @@ def packed(
 def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> Packed:
     source = sources[vector.name]
     out = np.zeros(vector.shape, np.float32)
-    out[: vector.length] = widen(read(source, 0, vector.length))
+    out[: vector.length] = widen(source.read(0, vector.length))
     if not np.isfinite(out).all():
         raise _not_finite(source, vector.name)
-    return out, source.stored.nbytes
+    return out, source.nbytes
 
 
 def _pack_codebook(encoding: Encoding) -> Packed:
@@ -93,8 +93,8 @@ def _pack_rows(
                 fitted = fits.rows(part.source, row, count, (part.rows, matrix.columns))
                 blocks.store(fitted, encoding, out, place, part.stride)
             else:
-                _pack(read(sources[part.source], row, count), out, place, encoding, part, sources)
-            bytes_read += sources[part.source].stored.nbytes // part.rows * count
+                _pack(sources[part.source].read(row, count), out, place, encoding, part, sources)
+            bytes_read += sources[part.source].nbytes // part.rows * count
     return out, bytes_read
 
 

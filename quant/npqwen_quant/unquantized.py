@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen_quant import moments
-from npqwen_quant.checkpoint import Checkpoint, read_floats
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.search import F32
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -57,14 +57,14 @@ def logits(checkpoint: Checkpoint, states: F32) -> F32:
 
 def _parts(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, F32]]:
     """A matrix some rows at a time, with the number of the first."""
-    count = checkpoint.tensors[name].stored.shape[0]
+    count = checkpoint.tensors[name].shape[0]
     for first in range(0, count, _ROWS):
         yield first, _rows(checkpoint, name, first, min(_ROWS, count - first))
 
 
 def _whole(checkpoint: Checkpoint, name: str) -> F32:
-    return _rows(checkpoint, name, 0, checkpoint.tensors[name].stored.shape[0])
+    return _rows(checkpoint, name, 0, checkpoint.tensors[name].shape[0])
 
 
 def _rows(checkpoint: Checkpoint, name: str, first: int, count: int) -> F32:
-    return read_floats(checkpoint.tensors[name], first, count)
+    return checkpoint.tensors[name].floats(first, count)

@@ -10,7 +10,7 @@ import gguf_from_checkpoint
 import numpy as np
 from engine import Llama
 from npqwen_quant import moments
-from npqwen_quant.checkpoint import Checkpoint, read_floats
+from npqwen_quant.checkpoint import Checkpoint
 from numpy.typing import ArrayLike, NDArray
 
 from npqwen.engine.engine import Piece
@@ -100,7 +100,7 @@ def importances(directory: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np
 
     def load(name: str, prefix: str = "") -> NDArray[np.float32]:
         source = checkpoint.tensors[prefix + name]
-        return read_floats(source, 0, source.stored.shape[0])
+        return source.floats(0, source.shape[0])
 
     found: dict[str, moments.Moments] = {}
     hidden = load("model.embed_tokens.weight")[ids]

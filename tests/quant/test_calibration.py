@@ -12,7 +12,7 @@ import pytest
 from checkpoints import MIXTURE, make_config, shapes, write_checkpoint
 from npqwen_quant import convert, moments
 from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint, read_floats
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.search import Codebook
 from npqwen_quant.working import working_directory
 from quantized import QuantizedReference
@@ -77,7 +77,7 @@ def test_moments_are_those_of_the_forward_pass(tmp_path: Path, widest: int, monk
 
     def whole(name: str) -> np.ndarray:
         source = checkpoint.tensors[name]
-        return read_floats(source, 0, source.stored.shape[0])
+        return source.floats(0, source.shape[0])
 
     for i in range(2):
 
