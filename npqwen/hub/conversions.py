@@ -94,7 +94,7 @@ def resolve(
         return _with_bits(directory, bits)
     else:
         check(source, purpose)
-        _convert_once(transfer, target, recipe, low_disk)
+        _convert_once(transfer, target, recipe, low_disk, tell)
     record.used(target, source.model, source.revision, source.commit)
     return target
 
@@ -149,7 +149,7 @@ def convert(
     else:
         check(found, "arrays")
         if in_cache and not force and calibration is None:
-            _convert_once(transfer, target, recipe, low_disk)
+            _convert_once(transfer, target, recipe, low_disk, tell)
         else:
             target = target if out is None else Path(os.path.expanduser(out))
             transfer.convert(
@@ -233,16 +233,25 @@ def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
         return None
 
 
-def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool) -> None:
-    """Convert into the cache."""
-    try:
-        if (other := _same_weights(target)) is not None:
-            transfer.update(other, target)
-        else:
-            transfer.convert(target, recipe, low_disk=low_disk, once=True)
-    except OutputError as error:
-        if is_converted(target):  # another process was faster, and its result is as good
+def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool, tell: Notice) -> None:
+    """Convert into the cache, or wait for another process that does."""
+    from npqwen_quant.working import BusyError
+
+    while True:
+        try:
+            if (other := _same_weights(target)) is not None:
+                transfer.update(other, target)
+            else:
+                transfer.convert(target, recipe, low_disk=low_disk, once=True)
             return
-        if "NPQWEN_CACHE" in str(error):
-            raise
-        raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
+        except BusyError as busy:
+            tell(f"another process is converting {transfer.source.label}; waiting for it")
+            busy.wait()
+        except OutputError as error:
+            if is_converted(target):  # another process was faster, and its result is as good
+                return
+            if "NPQWEN_CACHE" in str(error):
+                raise
+            raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
+        if is_converted(target):
+            return

@@ -101,6 +101,7 @@ class Transfer:
             progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
+            notice=self._tell,
         )
 
     def _convert_shards(self, source: HubSource, target: Path, recipe: Recipe, force: bool) -> None:
@@ -126,6 +127,7 @@ class Transfer:
             recipe.bits,
             force=force,
             progress=self._progress,
+            notice=self._tell,
         )
 
     def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from npqwen.format.config import Config, read_json
 from npqwen.format.files import open_regular, read_small
 from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, HeaderError, StoredTensor, read_header, read_index
+from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
@@ -94,6 +96,19 @@ class PlainTensor(SourceTensor):
         return out
 
 
+@dataclass(frozen=True)
+class SmallFile:
+    """A file that the conversion of a checkpoint has too: of its tokenizer, say.
+
+    name: its path in the directory, with "/". nbytes: of its content. read: gives the content; CheckpointError if it
+    cannot be read.
+    """
+
+    name: str
+    nbytes: int
+    read: Callable[[], bytes]
+
+
 class Checkpoint:
     """A checkpoint directory of `model.safetensors`, or of shards with an index.
 
@@ -129,8 +144,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory} has no tensor {name}; is the download complete?")
         return checked(name, tensor, shape)
 
-    def read_file(self, path: Path) -> bytes:
-        """A small file of the checkpoint, whole; CheckpointError if it cannot be read."""
+    def small_files(self) -> list[SmallFile]:
+        """The tokenizer, chat templates and whatever else belongs to a model beside its weights and config.json."""
+        found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
+        return [self._small_file(path) for paths in found for path in paths if path.is_file()]
+
+    def _small_file(self, path: Path) -> SmallFile:
+        name = path.relative_to(self.directory).as_posix()
+        return SmallFile(name, path.stat().st_size, lambda: self._read_file(path))
+
+    def _read_file(self, path: Path) -> bytes:
         self._watch([path])
         try:
             return read_small(path)
