@@ -64,6 +64,8 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         keep = error is not None and not isinstance(error, CheckpointError) and self.work.is_resumable()
+        if keep and not self._force and is_converted(self.path):  # another process was faster
+            keep = False
         if keep and self._notice is not None:
             self._notice(
                 f"{size(self.work.allocated())} of the work stays in {self.work.path}; the next conversion with the "

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from npqwen.atomic_file import writing
-
 WRITE_BYTES = 1 << 21
 """Bytes per write, aligned in the file: Linux keeps each in one huge page, if the file system supports it."""
 
 
 class PlacedFile:
-    """A file that is created unless it exists. Neighbours are written together, up to borders of WRITE_BYTES."""
+    """A file that is created unless it exists. Neighbours are written together, up to borders of WRITE_BYTES.
+
+    Its methods raise OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._buffer = bytearray()
         self._start = 0
-        with writing(path):
-            self._file = open(path, "r+b", buffering=0, opener=_create)  # noqa: SIM115
+        self._file = open(path, "r+b", buffering=0, opener=_create)  # noqa: SIM115
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write bytes at a place, now or with later ones."""
@@ -36,7 +36,7 @@ class PlacedFile:
 
     def flush(self) -> None:
         """Hand all bytes to the system."""
-        with writing(self.path), memoryview(self._buffer) as rest:
+        with memoryview(self._buffer) as rest:
             self._file.seek(self._start)
             done = 0
             while done < len(rest):
@@ -51,7 +51,7 @@ class PlacedFile:
 
 def sync(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
-    with writing(path), open(path, "r+b") as file:
+    with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 

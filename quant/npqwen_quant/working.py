@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from npqwen.atomic_file import new_file, sync_directory, writing
+from npqwen.atomic_file import sync_directory, writing
 from npqwen.errors import OutputError
 
 if sys.platform == "win32":
@@ -44,7 +44,7 @@ _DIGITS = 12
 _EMPTY = (".lock", ".metadata", ".TAG", "")
 """Suffixes of files that huggingface_hub makes before it downloads anything."""
 
-_PATIENCE = 1.0
+_PATIENCE = 0.3
 """Seconds to wait for a lock: another process may hold it for a moment, to remove what is abandoned."""
 
 
@@ -82,7 +82,7 @@ class WorkingDirectory:
 
     def __init__(self, out: Path, path: Path) -> None:
         """out: the output's absolute path. path: the directory's own, which need not exist."""
-        self._out = out
+        self.out = out
         self.path = path
         self.output, self.source, self.calibration, self._old = (
             path / name for name in ("output", "source", "calibration", "old")
@@ -126,7 +126,7 @@ class WorkingDirectory:
                 return True
             file.close()
             if not held and time.monotonic() > end:
-                raise BusyError(f"{self._out} is being converted by another process; wait until it ends", lock)
+                raise BusyError(f"{self.out} is being converted by another process; wait until it ends", lock)
             time.sleep(0.01)
 
     def lock_abandoned(self) -> bool:
@@ -158,8 +158,14 @@ class WorkingDirectory:
 
     def store(self, journal: Journal) -> None:
         """Replace the journal, after all that it tells of has been synced."""
-        with new_file(self._journal) as file:
-            file.write(json.dumps(asdict(journal)).encode())
+        partial = self.path / "journal.partial"
+        with writing(self.out):
+            with open(partial, "wb") as file:
+                file.write(json.dumps(asdict(journal)).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._journal)
+            sync_directory(self.path)
 
     def forget(self) -> None:
         """Remove the journal: from now on, what is in `output` is not to be completed any more."""
@@ -177,12 +183,12 @@ class WorkingDirectory:
 
     def move_aside(self) -> None:
         """Move the model that is to be replaced into this directory."""
-        self._out.rename(self._old)
+        self.out.rename(self._old)
 
     def put_back(self) -> None:
         """Put a model back that was moved aside, unless another one has taken its place."""
-        if self._old.is_dir() and not os.path.lexists(self._out):
-            self._old.rename(self._out)
+        if self._old.is_dir() and not os.path.lexists(self.out):
+            self._old.rename(self.out)
 
     def remove(self) -> None:
         """Remove the directory: under its name it is whole or gone. What the system does not remove stays, hidden."""
@@ -190,7 +196,7 @@ class WorkingDirectory:
             self.put_back()
         if sys.platform == "win32":  # does not rename a directory that has an open file
             self.unlock()
-        aside = self.path.with_name(f".{self._out.name}.removed-{uuid.uuid4().hex[:_DIGITS]}")
+        aside = self.path.with_name(f".{self.out.name}.removed-{uuid.uuid4().hex[:_DIGITS]}")
         try:
             self.path.rename(aside)
         except OSError:

@@ -70,13 +70,8 @@ class Writer:
     def write(self, steps: Iterable[tuple[Step, Packed]]) -> Iterator[int]:
         """Write the next steps; yields for each the bytes of the checkpoint that were read for it."""
         for step, (data, read) in steps:
-            file, offset = self._opened(step.piece.file), step.offset
-            if step.piece.stride:
-                for row in data:
-                    file.write(offset, row.data)
-                    offset += step.piece.stride
-            else:
-                file.write(offset, data.data)
+            with writing(self._work.out):
+                self._put(step, data)
             self._add(step, data)
             self.at += 1
             self._unsynced += data.nbytes
@@ -86,16 +81,24 @@ class Writer:
 
     def sync(self) -> None:
         """Wait until all steps so far are synced and in the journal, with digests of the tensors that are complete."""
-        if self._file is not None:
-            self._file.flush()
-        for name, place in self._places.items():
-            if name not in self.digests and self._written[name] == place.nbytes:
-                path = self._work.output / place.file
-                with writing(path):
-                    self.digests[name] = digest_of_range(path, place.offset, place.nbytes)
+        with writing(self._work.out):
+            if self._file is not None:
+                self._file.flush()
+            for name, place in self._places.items():
+                if name not in self.digests and self._written[name] == place.nbytes:
+                    self.digests[name] = digest_of_range(self._work.output / place.file, place.offset, place.nbytes)
         self._wait()
         self._begin_to_sync()
         self._wait()
+
+    def _put(self, step: Step, data: npt.NDArray[Any]) -> None:
+        file, offset = self._opened(step.piece.file), step.offset
+        if step.piece.stride:
+            for row in data:
+                file.write(offset, row.data)
+                offset += step.piece.stride
+        else:
+            file.write(offset, data.data)
 
     def _opened(self, name: str) -> PlacedFile:
         path = self._work.output / name
@@ -130,7 +133,8 @@ class Writer:
             return
         self._wait()
         if self._file is not None:
-            self._file.flush()
+            with writing(self._work.out):
+                self._file.flush()
         journal = Journal(self.at, dict(self.digests))
         self._syncing = self._executor.submit(self._sync, sorted(self._dirty), journal)
         self._dirty = set() if self._file is None else {self._file.path.name}
@@ -142,8 +146,8 @@ class Writer:
             self._syncing = None
 
     def _sync(self, names: list[str], journal: Journal) -> None:
-        for name in names:
-            sync(self._work.output / name)
-        with writing(self._work.output):
+        with writing(self._work.out):
+            for name in names:
+                sync(self._work.output / name)
             sync_directory(self._work.output)
         self._work.store(journal)
