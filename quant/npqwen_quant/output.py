@@ -13,7 +13,7 @@ from types import TracebackType
 from npqwen.atomic_file import exchange, sync_directory, writing
 from npqwen.errors import CheckpointError, OutputError, size
 from npqwen.format.quantization import is_converted
-from npqwen_quant.working import WorkingDirectory, others
+from npqwen_quant.working import WorkingDirectory, others, remove_removed
 
 Notice = Callable[[str], object]
 
@@ -34,6 +34,7 @@ class Output:
         self.path = Path(os.path.realpath(path))
         self._key, self._force, self._notice = key, force, notice
         with writing(self.path):
+            remove_removed(self.path)
             for work in others(self.path):
                 work.put_back()
                 if not work.is_resumable():
@@ -66,12 +67,14 @@ class Output:
         keep = error is not None and not isinstance(error, CheckpointError) and self.work.is_resumable()
         if keep and not self._force and is_converted(self.path):  # another process was faster
             keep = False
-        if keep and self._notice is not None:
-            self._notice(
-                f"{size(self.work.allocated())} of the work stays in {self.work.path}; the next conversion with the "
-                "same arguments resumes it"
-            )
-        self._leave(keep)
+        try:
+            if keep and self._notice is not None:
+                self._notice(
+                    f"{size(self.work.allocated())} of the work stays in {self.work.path}; the next conversion with "
+                    "the same arguments resumes it"
+                )
+        finally:
+            self._leave(keep)
 
     def check_room(self, nbytes: int) -> None:
         """Raise OutputError if the disk has no room for what is missing of `nbytes`, which the conversion takes."""
@@ -187,9 +190,10 @@ class Output:
             ) from error
 
     def _leave(self, keep: bool) -> None:
-        with contextlib.suppress(OSError):
-            self.work.put_back()
-        if keep:
+        try:
+            with contextlib.suppress(OSError):
+                self.work.put_back()
+            if not keep:
+                self.work.remove()
+        finally:
             self.work.unlock()
-        else:
-            self.work.remove()

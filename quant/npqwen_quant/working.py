@@ -39,6 +39,7 @@ else:
 KIND = "partial"
 """In the names of working directories."""
 
+_REMOVED = "removed"
 _DIGITS = 12
 
 _EMPTY = (".lock", ".metadata", ".TAG", "")
@@ -116,15 +117,16 @@ class WorkingDirectory:
                 continue
             try:
                 held = try_lock(file)
+                # The directory may have been removed before the file was locked.
+                if held and lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    self._lock = file
+                    return True
             except OSError:
-                file.close()
                 shutil.rmtree(self.path, ignore_errors=True)
                 return False
-            # The directory may have been removed before the file was locked.
-            if held and lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                self._lock = file
-                return True
-            file.close()
+            finally:
+                if self._lock is not file:
+                    file.close()
             if not held and time.monotonic() > end:
                 raise BusyError(f"{self.out} is being converted by another process; wait until it ends", lock)
             time.sleep(0.01)
@@ -196,28 +198,36 @@ class WorkingDirectory:
             self.put_back()
         if sys.platform == "win32":  # does not rename a directory that has an open file
             self.unlock()
-        aside = self.path.with_name(f".{self.out.name}.removed-{uuid.uuid4().hex[:_DIGITS]}")
+        aside = self.path.with_name(f".{self.out.name}.{_REMOVED}-{uuid.uuid4().hex[:_DIGITS]}")
         try:
             self.path.rename(aside)
         except OSError:
             aside = self.path
         shutil.rmtree(aside, ignore_errors=True)
-        self.unlock()
 
 
 def others(out: Path, own: Path | None = None) -> Iterator[WorkingDirectory]:
     """The working directories of conversions to the same place in which no process works; each is locked meanwhile."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.{KIND}-[0-9a-f]{{{_DIGITS}}}")
+    for path in _siblings(out, KIND):
+        found = WorkingDirectory(out, path)
+        if path != own and found.lock_abandoned():
+            try:
+                yield found
+            finally:
+                found.unlock()
+
+
+def remove_removed(out: Path) -> None:
+    """Remove what is left of working directories whose removal was interrupted."""
+    for path in _siblings(out, _REMOVED):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _siblings(out: Path, kind: str) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}-[0-9a-f]{{{_DIGITS}}}")
     if not out.parent.is_dir():
-        return
-    for path in sorted(out.parent.iterdir()):
-        if path != own and pattern.fullmatch(path.name):
-            found = WorkingDirectory(out, path)
-            if found.lock_abandoned():
-                try:
-                    yield found
-                finally:
-                    found.unlock()
+        return []
+    return [path for path in sorted(out.parent.iterdir()) if pattern.fullmatch(path.name)]
 
 
 def _path(out: Path, key: str) -> Path:
