@@ -100,7 +100,13 @@ class WorkingDirectory:
         """
         with writing(out):
             found = cls(out, _path(out, key))
-            if not found._take_lock():
+            try:
+                locked = found._take_lock()
+            except BaseException:
+                with contextlib.suppress(OSError):  # not empty
+                    found.path.rmdir()
+                raise
+            if not locked:
                 found = cls(out, _path(out, f"{key} {uuid.uuid4()}"))
                 found.path.mkdir(parents=True)
         return found
