@@ -25,7 +25,7 @@ from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, read_index
 from npqwen.progress import Progress
 from npqwen_quant import blocks
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor, checked, is_bare, prefixed, read_tensors, refuse_packed
+from npqwen_quant.checkpoint import Checkpoint, checked, is_bare, prefixed, refuse_packed
 from npqwen_quant.conversion import (
     OutputFile,
     complete,
@@ -41,6 +41,7 @@ from npqwen_quant.conversion import (
 from npqwen_quant.output import WRITE_BYTES, Output
 from npqwen_quant.packing import header, packed
 from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.tensors import SourceTensor, read_tensors
 from npqwen_quant.working import working_directory
 
 KIND = "low-disk"
@@ -86,6 +87,11 @@ def convert_shards(
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
     checkpoint = Checkpoint(source, weights=False)
+    if checkpoint.format is not None:
+        raise CheckpointError(
+            f"{source} is quantized already ({checkpoint.format.description}), which can only be converted from a "
+            "complete checkpoint; use it without low_disk (--low-disk)"
+        )
     output = Output(out, force=force)
     key = json.dumps([_VERSION, FORMAT_VERSION, shards.key, recipe.name, shard_bytes])
     with output, working_directory(output.path, KIND, key) as work:
