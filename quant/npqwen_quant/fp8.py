@@ -20,7 +20,7 @@ from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor, widen
 
 FP8 = "F8_E4M3"
 _SCALES = ("weight_scale_inv", "weight_scale")
-_OF_ACTIVATIONS = ("input_scale", "activation_scale", "k_scale", "v_scale", "q_scale")
+OF_ACTIVATIONS = {"input_scale", "input_zero_point", "activation_scale", "q_scale", "k_scale", "v_scale"}
 """Names of scales that weights do not need."""
 _LARGEST_BLOCK = 1 << 20
 
@@ -41,58 +41,97 @@ E4M3 = _e4m3()
 
 
 class ScaledTensor(SourceTensor):
-    """A matrix of e4m3 or int8 with a float32 scale for each block of its rows and columns: value * scale."""
+    """A matrix of e4m3 or int8 with a scale, and perhaps a zero, for each block: (value - zero) * scale."""
 
-    def __init__(self, weight: PlainTensor, scale: PlainTensor, block: tuple[int, int]) -> None:
-        """block: rows and columns of a block. The scales are one for each block, in whatever shape."""
+    def __init__(
+        self, weight: PlainTensor, scale: PlainTensor, block: tuple[int, int], zero: PlainTensor | None
+    ) -> None:
+        """block: its rows and columns. There is one scale for each block, in whatever shape; so with zeros."""
         self.path = weight.path
         self.shape = weight.shape
-        self.nbytes = weight.nbytes + scale.nbytes
-        self._weight, self._scale, self._block = weight, scale, block
-        self._blocks = ceil_div(self.shape[0], block[0]), ceil_div(self.shape[1], block[1])
+        self.nbytes = weight.nbytes + scale.nbytes + (0 if zero is None else zero.nbytes)
+        self._weight, self._scale, self._zero, self._block = weight, scale, zero, block
+        self._blocks = blocks_of((weight.shape[0], weight.shape[1]), block)
 
     def read(self, first: int, count: int) -> F32:
         """See SourceTensor: float32."""
         rows, columns = self._block
-        values: F32
-        if self._weight.stored.dtype == FP8:
-            values = E4M3[self._weight.stored_rows(first, count, "u1")]
-        else:
-            values = self._weight.stored_rows(first, count, "i1").astype(np.float32)
+        values = _values(self._weight, first * self.shape[1], count * self.shape[1]).reshape(count, -1)
         start, stop = first // rows, ceil_div(first + count, rows)
-        scales = widen(self._scale.elements(start * self._blocks[1], (stop - start) * self._blocks[1]))
-        wide = np.repeat(scales.reshape(stop - start, -1), columns, 1)[:, : self.shape[1]]
+        place = start * self._blocks[1], (stop - start) * self._blocks[1]
+        scales = self._wide(widen(self._scale.elements(*place, CONVERTIBLE[self._scale.stored.dtype])))
+        zeros = None if self._zero is None else self._wide(_values(self._zero, *place))
         with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses what is not finite
             for block in range(start, stop):
-                values[max(block * rows - first, 0) : (block + 1) * rows - first] *= wide[block - start]
+                part = values[max(block * rows - first, 0) : (block + 1) * rows - first]
+                if zeros is not None:
+                    part -= zeros[block - start]
+                part *= scales[block - start]
         return values
 
+    def _wide(self, of_blocks: F32) -> F32:
+        """(rows of blocks, columns) of values of blocks."""
+        return np.repeat(of_blocks.reshape(-1, self._blocks[1]), self._block[1], 1)[:, : self.shape[1]]
 
-def scaled(name: str, weight: PlainTensor, scale: PlainTensor, block: tuple[int, int] | None) -> ScaledTensor:
-    """A matrix with its scales. CheckpointError for scales of an impossible shape or dtype.
 
-    block: what a scale is for; without it, the scales' shape says whether it is for the matrix or for a row.
+def _values(tensor: PlainTensor, first: int, count: int) -> F32:
+    """Elements of e4m3 or int8, as float32."""
+    if tensor.stored.dtype == FP8:
+        values: F32 = E4M3[tensor.elements(first, count, "u1")]
+        return values
+    return tensor.elements(first, count, "i1").astype(np.float32)
+
+
+def scaled(
+    name: str,
+    weight: PlainTensor,
+    scale: PlainTensor,
+    blocks: Mapping[tuple[int, ...], tuple[int, int]],
+    zero: PlainTensor | None = None,
+) -> ScaledTensor:
+    """A matrix with its scales. CheckpointError for parts of an impossible shape or dtype.
+
+    blocks: rows and columns of a block for each shape that the scales may have.
     """
-    if len(weight.shape) != 2 or 0 in weight.shape:
-        raise CheckpointError(f"{weight.path}: {shortened(name)} has shape {list(weight.shape)}, not that of a matrix")
     if scale.stored.dtype not in CONVERTIBLE:
         raise CheckpointError(
             f"{scale.path}: the scales of {shortened(name)} are stored as {shortened(scale.stored.dtype)}; they can be "
             "BF16, F16 or F32"
         )
-    rows, columns = weight.shape
-    whole, row = (rows, columns), (1, columns)
-    shapes: dict[tuple[int, ...], tuple[int, int]]
-    if block is not None:
-        shapes = {(ceil_div(rows, block[0]), ceil_div(columns, block[1])): block}
-    else:
-        shapes = {(): whole, (1,): whole, (rows,): row, (1, 1): whole, (rows, 1): row}
-    if scale.shape not in shapes:
+    if scale.shape not in blocks:
         raise CheckpointError(
             f"{scale.path}: the scales of {shortened(name)} have shape {list(scale.shape)}; for a matrix of "
-            f"{rows} x {columns} it must be {list(list(shapes)[-1])}"
+            f"{weight.shape[0]} x {weight.shape[1]} it must be {list(list(blocks)[-1])}"
         )
-    return ScaledTensor(weight, scale, shapes[scale.shape])
+    if zero is not None and (zero.shape != scale.shape or zero.stored.dtype not in (FP8, "I8")):
+        raise CheckpointError(
+            f"{zero.path}: the zero points of {shortened(name)} are {shortened(zero.stored.dtype)} of shape "
+            f"{list(zero.shape)}; they must be I8 or {FP8} of shape {list(scale.shape)}"
+        )
+    return ScaledTensor(weight, scale, blocks[scale.shape], zero)
+
+
+def check_matrix(name: str, tensor: PlainTensor) -> tuple[int, int]:
+    """Rows and columns. CheckpointError for a tensor that is not a matrix, or has no elements."""
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
+        raise CheckpointError(f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, not that of a matrix")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def block_size(value: Any, key: str, where: str) -> tuple[int, int]:
+    """Rows and columns of a block, as a key of a configuration has them. CheckpointError for anything else."""
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(type(side) is int and 0 < side <= _LARGEST_BLOCK for side in value)
+    ):
+        raise CheckpointError(f"{where}: {key} is {quoted(value)}, not the rows and columns of a block")
+    return value[0], value[1]
+
+
+def blocks_of(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """How many blocks a matrix has, down and across."""
+    return ceil_div(shape[0], block[0]), ceil_div(shape[1], block[1])
 
 
 @dataclass(frozen=True)
@@ -107,15 +146,7 @@ class Fp8:
     def from_config(cls, config: Mapping[str, Any], where: str) -> Fp8:
         """where: the checkpoint, for messages. CheckpointError for an impossible value."""
         block = config.get("weight_block_size")
-        if block is None:
-            return cls(None)
-        if (
-            not isinstance(block, list)
-            or len(block) != 2
-            or not all(type(side) is int and 0 < side <= _LARGEST_BLOCK for side in block)
-        ):
-            raise CheckpointError(f"{where}: weight_block_size is {quoted(block)}, not the rows and columns of a block")
-        return cls((block[0], block[1]))
+        return cls(None if block is None else block_size(block, "weight_block_size", where))
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """The checkpoint's tensors, those of FP8 dequantized. CheckpointError for one without its scales."""
@@ -133,7 +164,14 @@ class Fp8:
                         f"{tensor.path}: {shortened(name)} is stored as {FP8} without its scales "
                         f"({_SCALES[0]}); is the download complete?"
                     )
-                found[name] = scaled(name, tensor, scale, self.block)
-            elif kind not in _OF_ACTIVATIONS:
+                found[name] = scaled(name, tensor, scale, self._blocks(check_matrix(name, tensor)))
+            elif kind not in OF_ACTIVATIONS:
                 found[name] = tensor
         return found
+
+    def _blocks(self, shape: tuple[int, int]) -> dict[tuple[int, ...], tuple[int, int]]:
+        """The block for each shape that the scales of a matrix may have."""
+        if self.block is not None:
+            return {blocks_of(shape, self.block): self.block}
+        row = (1, shape[1])
+        return {(): shape, (1,): shape, (shape[0],): row, (1, 1): shape, (shape[0], 1): row}

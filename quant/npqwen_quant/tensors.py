@@ -72,14 +72,10 @@ class PlainTensor(SourceTensor):
         """`read`, of any dtype: NumPy's `dtype` is of the stored one's size."""
         row_shape = self.shape[1:]
         size = math.prod(row_shape)
-        return self._stored(first * size, count * size, dtype).reshape(count, *row_shape)
+        return self.elements(first * size, count * size, dtype).reshape(count, *row_shape)
 
-    def elements(self, first: int, count: int) -> npt.NDArray[Any]:
-        """`read`, by elements instead of rows."""
-        return self._stored(first, count, CONVERTIBLE[self.stored.dtype])
-
-    def _stored(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
-        """Elements of the file, from the tensor's element `first` on."""
+    def elements(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
+        """`stored_rows`, by elements instead of rows."""
         out = np.empty(count, dtype)
         view = out.view(np.uint8).data
         try:
