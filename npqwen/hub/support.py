@@ -146,9 +146,10 @@ def _is_download_cache(label: str) -> bool:
 
 def _check_quantized(source: Source, raw: dict[str, Any]) -> None:
     """Raise CheckpointError for a quantized checkpoint that cannot be converted."""
-    from npqwen_quant.quantized import format_of
+    from npqwen_quant.quantized import GPTQ_FILE, format_of
 
-    format_of(raw, source.label, f"{advice(source.label, source.originals)}, and --bits to quantize it")
+    of_gptq = read_json(source.small_file(GPTQ_FILE)) if GPTQ_FILE in source.files else None
+    format_of(raw, source.label, of_gptq, f"{advice(source.label, source.originals)}, and --bits to quantize it")
 
 
 def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:

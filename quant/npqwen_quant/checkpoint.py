@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, shortened
 from npqwen.format.config import Config, read_json
 from npqwen.format.files import read_small
 from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, read_index
-from npqwen_quant.quantized import KEYS, format_of
+from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
+from npqwen.format.text_part import text_name, text_part
+from npqwen_quant.experts import unfused, unstacked
+from npqwen_quant.quantized import GPTQ_FILE, KEYS, format_of
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
+
+
+@dataclass(frozen=True)
+class SmallFile:
+    """A file that the conversion of a checkpoint has too: of its tokenizer, say.
+
+    name: its path in the directory, with "/". nbytes: of its content. read: gives the content; CheckpointError if it
+    cannot be read.
+    """
+
+    name: str
+    nbytes: int
+    read: Callable[[], bytes]
 
 
 class Checkpoint:
@@ -34,16 +52,22 @@ class Checkpoint:
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
         self._watch([directory / "config.json"])
-        raw = read_json(directory / "config.json")
-        if any(raw.get(key) for key in KEYS) and is_converted(directory):
+        whole = read_json(directory / "config.json")
+        if any(whole.get(key) for key in KEYS) and is_converted(directory):
             raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
-        self.format = format_of(raw, str(directory))
+        text = text_part(whole)
+        raw = whole if text is None else text
+        self.format = format_of(raw, str(directory), self._of_gptq())
         """How the weights are quantized; None if they are not."""
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
-        """config.json but for what it says about quantization."""
+        """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
         stored = self._read_tensors() if weights else {}
-        self.tensors = with_prefix(self.format.dequantized(stored) if self.format else stored)
+        if text is not None:
+            stored = {own: tensor for name, tensor in stored.items() if (own := text_name(name)) is not None}
+        stored = unstacked(stored, self.config)
+        tensors = self.format.dequantized(stored) if self.format else stored
+        self.tensors = unfused(with_prefix(tensors), self.config)
         refuse_packed(self.tensors, directory)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
@@ -58,8 +82,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory} has no tensor {name}; is the download complete?")
         return checked(name, tensor, shape)
 
-    def read_file(self, path: Path) -> bytes:
-        """A small file of the checkpoint, whole; CheckpointError if it cannot be read."""
+    def small_files(self) -> list[SmallFile]:
+        """The tokenizer, chat templates and whatever else belongs to a model beside its weights and config.json."""
+        found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
+        return [self._small_file(path) for paths in found for path in paths if path.is_file()]
+
+    def _small_file(self, path: Path) -> SmallFile:
+        name = path.relative_to(self.directory).as_posix()
+        return SmallFile(name, path.stat().st_size, lambda: self._read_file(path))
+
+    def _read_file(self, path: Path) -> bytes:
         self._watch([path])
         try:
             return read_small(path)
@@ -75,6 +107,14 @@ class Checkpoint:
     def states(self) -> list[tuple[str, int, int]]:
         """Names, sizes and times of the last change of all files read so far."""
         return [(str(path), *state) for path, state in self._states.items()]
+
+    def _of_gptq(self) -> dict[str, Any] | None:
+        """Its GPTQ_FILE."""
+        path = self.directory / GPTQ_FILE
+        if not path.exists():
+            return None
+        self._watch([path])
+        return read_json(path)
 
     def _watch(self, paths: Iterable[Path]) -> None:
         for path in paths:

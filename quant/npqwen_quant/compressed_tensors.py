@@ -93,7 +93,8 @@ class PackedTensor(SourceTensor):
         start = first // 32
         word, stop = start * self._bits, packed_words(first + count, self._bits)
         words = self._zeros.stored_rows(word, stop - word, "<u4")
-        return unpack(words.T, self._bits, first + count - start * 32).T[first - start * 32 :]
+        zeros: npt.NDArray[np.uint8] = unpack(words.T, self._bits, first + count - start * 32).T
+        return zeros[first - start * 32 :]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from npqwen.format.layout import Codebook
 from npqwen.format.quantization import Quantization
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES, TOKENIZER
+from npqwen.format.small_files import TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
 from npqwen_quant.calibration import Calibration, Fits, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.checkpoint import Checkpoint, SmallFile
 from npqwen_quant.output import Output
 from npqwen_quant.packing import header, packed
 from npqwen_quant.plan import OutputTensor, plan
@@ -79,14 +79,14 @@ def convert(
     refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     output = Output(out, force=force)
     files = deal(tensors, shard_bytes)
-    copied = copied_files(source)
+    small = checkpoint.small_files()
     total = sum(len(header(file)) for file in files) + sum(tensor.nbytes for tensor in tensors)
     if calibration is not None:
         total *= 2  # fits take as much as the output, and are removed after it is written
-    output.check_room(total + sum(path.stat().st_size for path in copied) + (1 << 20))
+    output.check_room(total + sum(file.nbytes for file in small) + (1 << 20))
     name = None if calibration is None else calibration.name
     with output, bars, contextlib.ExitStack() as stack:
-        write_copies(output, checkpoint, copied)
+        write_small(output, small)
         fits = None
         if calibration is not None:
             key = calibration_key(checkpoint, calibration, codebooks)
@@ -122,7 +122,7 @@ def update(
     with output:
         for path in sorted([*converted.glob("*.safetensors"), *converted.glob(INDEX)]):
             output.link(path, path.name)
-        write_copies(output, checkpoint, copied_files(source))
+        write_small(output, checkpoint.small_files())
         if not _equal(converted / TOKENIZER, output.partial / TOKENIZER):
             quantization = replace(quantization, evaluation=None)
         _complete(output, checkpoint, quantization)
@@ -136,17 +136,11 @@ def _equal(first: Path, second: Path) -> bool:
         return False
 
 
-def copied_files(source: Path) -> list[Path]:
-    """The files of a checkpoint that its conversion has too."""
-    found = (sorted(source.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
-    return [path for paths in found for path in paths if path.is_file()]
-
-
-def write_copies(output: Output, checkpoint: Checkpoint, copied: Iterable[Path]) -> None:
-    """Write copies of files of the checkpoint."""
-    for path in copied:
-        with output.create(str(path.relative_to(checkpoint.directory))) as write:
-            write(checkpoint.read_file(path))
+def write_small(output: Output, files: Iterable[SmallFile]) -> None:
+    """Write the small files of a checkpoint."""
+    for file in files:
+        with output.create(file.name) as write:
+            write(file.read())
 
 
 def complete(

@@ -55,7 +55,7 @@ class ScaledTensor(SourceTensor):
 
     def read(self, first: int, count: int) -> F32:
         """See SourceTensor: float32."""
-        rows, columns = self._block
+        rows = self._block[0]
         values = _values(self._weight, first * self.shape[1], count * self.shape[1]).reshape(count, -1)
         start, stop = first // rows, ceil_div(first + count, rows)
         place = start * self._blocks[1], (stop - start) * self._blocks[1]

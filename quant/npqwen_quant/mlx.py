@@ -73,8 +73,8 @@ class Mlx:
     def from_config(cls, config: Mapping[str, Any], where: str) -> Mlx:
         """where: the checkpoint, for messages. CheckpointError for an impossible value or another mode."""
         bits, size = _checked(config, where)
-        layers = {name: _checked(config | entry, where) for name, entry in config.items() if isinstance(entry, dict)}
-        return cls(bits, size, layers)
+        layers = {name: entry for name, entry in config.items() if isinstance(entry, dict)}
+        return cls(bits, size, {name: _checked({**config, **entry}, where) for name, entry in layers.items()})
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """The checkpoint's tensors, its quantized matrices dequantized. CheckpointError for one that is incomplete."""

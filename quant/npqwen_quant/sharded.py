@@ -29,14 +29,13 @@ from npqwen_quant.checkpoint import Checkpoint, checked, is_bare, prefixed, refu
 from npqwen_quant.conversion import (
     OutputFile,
     complete,
-    copied_files,
     deal,
     default_threads,
     names,
     refuse_impossible_counts,
     refuse_unknown,
-    write_copies,
     write_index,
+    write_small,
 )
 from npqwen_quant.output import WRITE_BYTES, Output
 from npqwen_quant.packing import header, packed
@@ -109,19 +108,19 @@ def convert_shards(
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}
         _check_names(checkpoint, shapes, weight_map)
         files = deal(tensors, shard_bytes)
-        copied = copied_files(source)
+        small = checkpoint.small_files()
         total = sum(tensor.nbytes for tensor in tensors)
         if len(shards.files) == 1:
             largest = 0  # it is there
         # Files that were begun hold as large a part of their bytes as there are shards done.
         rest = total * sum(absent.values()) // max(1, sum(shards.files.values()))
-        output.check_room(rest + largest + sum(path.stat().st_size for path in copied) + (1 << 20))
+        output.check_room(rest + largest + sum(file.nbytes for file in small) + (1 << 20))
         if not state.started:
             _allocate(made, files)
             state.start()
         pieces = [piece for name, file in zip(names(files), files, strict=True) for piece in _pieces(made / name, file)]
         _convert(shards, state, place, pieces, shapes, weight_map, threads, progress)
-        write_copies(output, checkpoint, copied)
+        write_small(output, small)
         for name in names(files):
             output.adopt(made / name, name)
         write_index(output, files)

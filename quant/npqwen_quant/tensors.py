@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ class PlainTensor(SourceTensor):
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
         """See SourceTensor."""
         return self.stored_rows(first, count, CONVERTIBLE[self.stored.dtype])
+
+    def entry(self, index: int) -> PlainTensor:
+        """The tensor of one dimension less at this index of the first one."""
+        one = self.rows(index, 1)
+        return PlainTensor(self.path, replace(one.stored, shape=self.shape[1:]))
+
+    def rows(self, first: int, count: int) -> PlainTensor:
+        """The tensor of some rows."""
+        size = self.nbytes // self.shape[0]
+        shape = (count, *self.shape[1:])
+        offset = self.stored.offset + first * size
+        return PlainTensor(self.path, replace(self.stored, shape=shape, offset=offset, nbytes=count * size))
 
     def stored_rows(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
         """`read`, of any dtype: NumPy's `dtype` is of the stored one's size."""
