@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import TINY, from_bf16, to_bf16, write_checkpoint
+from checkpoints import TINY, decode, encode, from_bf16, to_bf16, write_checkpoint
 
 Quantizer = Callable[[np.ndarray], tuple[dict[str, np.ndarray], np.ndarray]]
 UNQUANTIZED = ("embed_tokens", "lm_head", "mlp.gate.")
@@ -54,6 +54,118 @@ def fp8(weights: np.ndarray, block: tuple[int, int] = (128, 128), bf16: bool = F
             codes[part] = to_e4m3(weights[part] / scales[i, j])
             meant[part] = E4M3[codes[part]] * scales[i, j]
     return {"weight": codes, "weight_scale_inv": to_bf16(scales) if bf16 else scales}, meant
+
+
+def packed(values: np.ndarray, bits: int) -> np.ndarray:
+    """Integers (rows, n), each row as a stream of bits from the lowest bit of its first word on: int32 words."""
+    stream = (values[:, :, None].astype(np.int64) >> np.arange(bits) & 1).astype(np.uint8).reshape(len(values), -1)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return np.packbits(stream, 1, bitorder="little").view("<i4")
+
+
+def affine(
+    weights: np.ndarray, bits: int, groups: np.ndarray, dtype: str = "F16"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integers 0 to 2^bits - 1, scales and integer zeros (rows, number of groups) of weights whose columns belong to
+    groups.
+    """
+    count = int(groups.max()) + 1
+    most = (1 << bits) - 1
+    scales, zeros = np.zeros((len(weights), count), np.float32), np.zeros((len(weights), count), np.int64)
+    for g in range(count):
+        of_group = weights[:, groups == g]
+        low, high = np.minimum(of_group.min(1), 0), np.maximum(of_group.max(1), 1e-6)
+        scales[:, g] = decode(encode((high - low) / most, dtype))
+        zeros[:, g] = np.clip(np.rint(-low / scales[:, g]), 0, most)
+    integers = np.clip(np.rint(weights / scales[:, groups]) + zeros[:, groups], 0, most)
+    return integers.astype(np.int64), scales, zeros
+
+
+def gptq(
+    weights: np.ndarray, bits: int = 4, group: int = 16, act_order: bool = False, version: int = 1, index: bool = True
+) -> Any:
+    """GPTQ, v1 or v2. act_order: groups in no order. index: store g_idx."""
+    columns = weights.shape[1]
+    groups = np.arange(columns) // (columns if group == -1 else group)
+    if act_order:
+        groups = np.random.default_rng(columns).permutation(groups)
+    integers, scales, zeros = affine(weights, bits, groups)
+    stored = (zeros - 1) % (1 << bits) if version == 1 else zeros
+    parts = {
+        "qweight": np.ascontiguousarray(packed(integers, bits).T),
+        "qzeros": packed(stored.T, bits),
+        "scales": encode(np.ascontiguousarray(scales.T), "F16"),
+    }
+    if index:
+        parts["g_idx"] = groups.astype(np.int32)
+    return parts, (integers - zeros[:, groups]).astype(np.float32) * scales[:, groups]
+
+
+def awq(weights: np.ndarray, group: int = 16) -> Any:
+    """AWQ, version gemm: each word has 8 rows in the order that AutoAWQ packs them in."""
+    groups = np.arange(weights.shape[1]) // (weights.shape[1] if group == -1 else group)
+    integers, scales, zeros = affine(weights, 4, groups)
+
+    def words(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(values), values.shape[1] // 8), np.uint32)
+        for nibble, row in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            out |= values[:, row::8].astype(np.uint32) << np.uint32(4 * nibble)
+        return out.view(np.int32)
+
+    parts = {"qweight": words(integers.T), "qzeros": words(zeros.T), "scales": encode(scales.T.copy(), "F16")}
+    return parts, (integers - zeros[:, groups]).astype(np.float32) * scales[:, groups]
+
+
+def pack_quantized(
+    weights: np.ndarray, bits: int = 4, group: int = -1, symmetric: bool = True, act_order: bool = False
+) -> Any:
+    """compressed-tensors' pack-quantized."""
+    columns = weights.shape[1]
+    groups = np.arange(columns) // (columns if group == -1 else group)
+    if act_order:
+        groups = np.random.default_rng(columns).permutation(groups)
+    parts = {}
+    integers, scales, zeros = affine(weights, bits, groups, "BF16")
+    if symmetric:
+        zeros = np.full_like(zeros, 1 << bits - 1)
+        integers = np.clip(np.rint(weights / scales[:, groups]) + zeros[:, groups], 0, (1 << bits) - 1).astype(int)
+    else:
+        parts["weight_zero_point"] = np.ascontiguousarray(packed(zeros.T, bits).T)
+    if act_order:
+        parts["weight_g_idx"] = groups.astype(np.int32)
+    parts |= {
+        "weight_packed": packed(integers, bits),
+        "weight_scale": to_bf16(scales),
+        "weight_shape": np.array(weights.shape, np.int64),
+    }
+    return parts, (integers - zeros[:, groups]).astype(np.float32) * scales[:, groups]
+
+
+def int_quantized(weights: np.ndarray, groups: int = 1, symmetric: bool = True, matrix: bool = False) -> Any:
+    """compressed-tensors' int-quantized: int8 with a scale for each row, or some for a row, or one for the matrix."""
+    of_column = np.arange(weights.shape[1]) * groups // weights.shape[1]
+    integers, scales, zeros = affine(weights, 8, of_column, "BF16")
+    if matrix:
+        scales[:], zeros[:] = scales.max(), 128
+    if symmetric:
+        zeros[:] = 128
+    integers = np.clip(np.rint(weights / scales[:, of_column]) + zeros[:, of_column], 0, 255) - 128
+    zeros -= 128
+    shape = (1,) if matrix else scales.shape
+    parts = {"weight": integers.astype(np.int8), "weight_scale": to_bf16(scales.ravel()[: np.prod(shape)].reshape(shape))}
+    if not symmetric:
+        parts["weight_zero_point"] = zeros.astype(np.int8)
+    return parts, (integers - zeros[:, of_column]).astype(np.float32) * scales[:, of_column]
+
+
+def mlx(weights: np.ndarray, bits: int = 4, group: int = 8, dtype: str = "BF16") -> Any:
+    """MLX, affine: W = q * scale + bias, in float32."""
+    groups = np.arange(weights.shape[1]) // group
+    integers, scales, zeros = affine(weights, bits, groups, dtype)
+    biases = decode(encode(-scales * zeros, dtype))
+    parts = {"weight": packed(integers, bits).view(np.uint32), "scales": encode(scales, dtype)}
+    parts["biases"] = encode(biases, dtype)
+    return parts, integers.astype(np.float32) * scales[:, groups] + biases[:, groups]
 
 
 def write_quantized(
