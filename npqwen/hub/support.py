@@ -50,7 +50,7 @@ def check(source: Source, purpose: Purpose) -> None:
             f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
             f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
         )
-    _refuse_quantized(source, raw)
+    _check_quantized(source, raw)
     Config.from_dict(raw, f"{source.label}: config.json")
     _refuse_heads(source, raw)
     if "tokenizer.json" not in source.files:
@@ -144,20 +144,12 @@ def _is_download_cache(label: str) -> bool:
     return path.name.startswith("models--") and (path / "snapshots").is_dir()
 
 
-def _refuse_quantized(source: Source, raw: dict[str, Any]) -> None:
-    label = source.label
-    found = raw.get("quantization_config") or raw.get("compression_config") or raw.get("quantization")
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if isinstance(raw.get("quantization"), dict) and method is None:
-        bits = raw["quantization"].get("bits")
-        kind = f"a model for MLX, quantized to {quoted(bits)} bits"
-    else:
-        kind = f"quantized already ({shortened(str(method))})"
-    raise CheckpointError(
-        f"{label} is {kind}, which npqwen does not read; {advice(label, source.originals)}, and --bits to quantize it"
-    )
+def _check_quantized(source: Source, raw: dict[str, Any]) -> None:
+    """Raise CheckpointError for a quantized checkpoint that cannot be converted."""
+    from npqwen_quant.quantized import GPTQ_FILE, format_of
+
+    of_gptq = read_json(source.small_file(GPTQ_FILE)) if GPTQ_FILE in source.files else None
+    format_of(raw, source.label, of_gptq, f"{advice(source.label, source.originals)}, and --bits to quantize it")
 
 
 def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:

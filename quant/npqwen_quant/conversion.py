@@ -25,11 +25,12 @@ from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
 from npqwen_quant.calibration import Calibration, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint, SmallFile, SourceTensor
+from npqwen_quant.checkpoint import Checkpoint, SmallFile
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
 from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
+from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.writer import Writer
 
 _VERSION = 1

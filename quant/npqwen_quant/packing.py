@@ -15,8 +15,9 @@ from npqwen.format.encodings import UNIT_ROWS, Encoding
 from npqwen.format.layout import Matrix, Part, Vector, ceil_div
 from npqwen_quant import blocks
 from npqwen_quant.calibration import Fits
-from npqwen_quant.checkpoint import SourceTensor, widen
+
 from npqwen_quant.steps import Step
+from npqwen_quant.tensors import SourceTensor, widen
 
 Packed = tuple[npt.NDArray[Any], int]
 """Bytes for the output, and how many bytes of the checkpoint they were made from."""

@@ -9,7 +9,7 @@ first shard's share is kept in a file of its own, until the other one is there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,7 @@ from npqwen.format.checksums import pieces as file_pieces
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, make_header, read_index
 from npqwen.progress import Progress
-from npqwen_quant.checkpoint import (
-    Checkpoint,
-    PlainTensor,
-    checked,
-    is_bare,
-    prefixed,
-    read_tensors,
-    refuse_packed,
-)
+from npqwen_quant.checkpoint import Checkpoint, checked, is_bare, prefixed, refuse_packed
 from npqwen_quant.conversion import (
     complete,
     conversion_key,
@@ -44,6 +36,7 @@ from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
 from npqwen_quant.plan import plan
 from npqwen_quant.steps import Piece, Step, deal, pieces, places, steps
+from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 from npqwen_quant.working import WorkingDirectory
 from npqwen_quant.writer import Writer
 
@@ -92,44 +85,77 @@ def convert_shards(
             place.mkdir(exist_ok=True)
         largest = max(shards.files.values())
         output.check_room(largest)
-        weight_map = _weight_map(checkpoint, shards, place)
-        refuse_impossible_counts(checkpoint, len(weight_map))
+        stored = _stored(checkpoint, shards, place)
+        refuse_impossible_counts(checkpoint, len(stored))
         tensors = plan(checkpoint.config, recipe)
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}
-        _check_names(checkpoint, shapes, weight_map)
+        _check_names(checkpoint, shapes, stored)
         files = deal(tensors, shard_bytes)
         small = checkpoint.small_files()
         output.check_room(output_bytes(files, small) + largest)
         output.begin(files)
         digests = write_small(output, small)
         with Writer(output.work, places(files)) as writer:
-            _Run(shards, writer, output.work, weight_map, shapes, threads, progress, notice).convert(pieces(files))
+            run = _Run(checkpoint, shards, writer, output.work, stored, shapes, threads, progress, notice)
+            run.convert(pieces(files))
         complete(output, checkpoint, recipe, files, Checksums(writer.digests, digests))
 
 
-def _weight_map(checkpoint: Checkpoint, shards: Shards, place: Path) -> dict[str, str]:
-    """The shard of every tensor, by the names of Qwen3ForCausalLM."""
+@dataclass(frozen=True)
+class _Stored:
+    """What a shard stores."""
+
+    name: str
+    """In the file."""
+    shard: str
+    own: str
+    """Its name in Qwen3ForCausalLM, or what that would be if the weights were not quantized."""
+
+    @property
+    def module(self) -> str:
+        """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
+        return _module(self.own)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:
+    """All that the shards store of the model."""
     index = checkpoint.directory / INDEX
     if index.exists():
-        found = read_index(index)
+        weight_map = read_index(index)
     else:
         if len(shards.files) != 1:
             raise CheckpointError(f"{checkpoint.directory} has no {INDEX}, which would name the shard of every tensor")
         (only,) = shards.files
-        found = dict.fromkeys(read_tensors(shards.fetch(only, place)), only)
-    refuse_packed(found, checkpoint.directory)
-    missing = sorted(set(found.values()) - set(shards.files))
+        weight_map = dict.fromkeys(read_tensors(shards.fetch(only, place)), only)
+    if checkpoint.format is None:
+        refuse_packed(weight_map, checkpoint.directory)
+    missing = sorted(set(weight_map.values()) - set(shards.files))
     if missing:
         raise CheckpointError(f"{shortened(missing[0])} is missing, a shard that {INDEX} names")
-    return {prefixed(name): shard for name, shard in found.items()} if is_bare(found) else found
+    own = {name: text for name in weight_map if (text := checkpoint.own_name(name)) is not None}
+    bare = is_bare(own.values())
+    return [_Stored(name, weight_map[name], prefixed(text) if bare else text) for name, text in own.items()]
 
 
-def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], weight_map: Mapping[str, str]) -> None:
+def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: Iterable[_Stored]) -> None:
+    modules = {_module(name) for name in shapes}
+    there = {one.module for one in stored}
     for name in shapes:
-        if name not in weight_map:
+        if _module(name) not in there:
+            layer = name.partition(".mlp.experts.")[0]
+            if any(module.startswith((f"{layer}.mlp.switch_mlp", f"{layer}.mlp.experts")) for module in there):
+                raise CheckpointError(
+                    f"{checkpoint.directory} stores experts together in one tensor, which can only be converted from a "
+                    "complete checkpoint; use it without low_disk (--low-disk)"
+                )
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
-    for name, shard in weight_map.items():
-        refuse_unknown(name, shapes, Path(shard))
+    for one in stored:
+        if checkpoint.format is None or one.module not in modules:
+            refuse_unknown(one.own, shapes, Path(one.shard))
 
 
 @dataclass
@@ -143,23 +169,18 @@ class _Share:
     """The last shard whose pieces need them."""
 
 
-def _shares(parts: Iterable[Piece], weight_map: Mapping[str, str]) -> dict[str, _Share]:
+def _shares(parts: Iterable[Piece], stored: Iterable[_Stored], due: Mapping[str, str]) -> dict[str, _Share]:
     """The shares of the shards, by their names, and that of "": what comes from no tensor.
 
-    A part of a matrix is made when the last of the shards is there that hold something of its tensor.
+    due: of each module, the last shard that stores something of it: then parts of matrices can be made from it.
     """
-    modules: dict[str, list[str]] = {}
-    for name in weight_map:
-        modules.setdefault(_module(name), []).append(name)
-    shares = {shard: _Share() for shard in ("", *sorted(set(weight_map.values())))}
-    due: dict[str, str] = {}
-    for module, names in modules.items():
-        last = due[module] = max(weight_map[name] for name in names)
-        for name in names:
-            share = shares[weight_map[name]]
-            if weight_map[name] != last:
-                share.kept.add(name)
-                share.needed_by = max(share.needed_by, last)
+    shares = {shard: _Share() for shard in ("", *sorted({one.shard for one in stored}))}
+    for one in stored:
+        last = due[one.module]
+        if one.shard != last:
+            share = shares[one.shard]
+            share.kept.add(one.name)
+            share.needed_by = max(share.needed_by, last)
     for piece in parts:
         for part in [piece] if len(_due(piece, due)) == 1 else piece.divided():
             (shard,) = _due(part, due)
@@ -172,32 +193,31 @@ def _due(piece: Piece, due: Mapping[str, str]) -> set[str]:
     return {due[_module(name)] for name in piece.sources} or {""}
 
 
-def _module(name: str) -> str:
-    """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
-    return name.rpartition(".")[0]
-
-
 class _Run:
     def __init__(
         self,
+        checkpoint: Checkpoint,
         shards: Shards,
         writer: Writer,
         work: WorkingDirectory,
-        weight_map: Mapping[str, str],
+        stored: Sequence[_Stored],
         shapes: Mapping[str, tuple[int, ...]],
         threads: int,
         progress: Progress | None,
         notice: Notice | None,
     ) -> None:
-        self._shards, self._writer, self._work = shards, writer, work
-        self._weight_map, self._shapes = weight_map, shapes
+        self._checkpoint, self._shards, self._writer, self._work = checkpoint, shards, writer, work
+        self._stored, self._shapes = stored, shapes
         self._threads, self._notice = threads, notice
         self._report = progress or (lambda done, total: None)
         self._done, self._total = 0, sum(shards.files.values())
+        self._due: dict[str, str] = {}
+        for one in stored:
+            self._due[one.module] = max(one.shard, self._due.get(one.module, ""))
 
     def convert(self, parts: Iterable[Piece]) -> None:
         """Convert the shards that are not done, one after the other."""
-        shares = _shares(parts, self._weight_map)
+        shares = _shares(parts, self._stored, self._due)
         ends, end = {}, 0
         for shard, share in shares.items():
             end = ends[shard] = end + sum(1 for _ in steps(share.pieces))
@@ -223,15 +243,7 @@ class _Run:
 
     def _one(self, pool: ThreadPoolExecutor, shard: str, share: _Share, todo: Iterator[Step]) -> None:
         """Fetch a shard, and do its share."""
-        stored: dict[str, PlainTensor] = {}
-        if shard:
-            stored = self._read(self._shards.fetch(shard, self._work.source), shard)
-            if share.kept:
-                self._keep(shard, {name: stored.pop(name) for name in sorted(share.kept)})
-            for path in sorted(self._work.path.glob("kept-*.safetensors")):
-                found = read_tensors(path)
-                stored |= {name: found[name] for name in found if self._is_due(name, shard)}
-        sources = {name: checked(name, stored[name], self._shapes[name]) for name in stored if name in self._shapes}
+        sources = self._sources(shard, share) if shard else {}
         self._report(self._done, self._total)
         at, end = self._done, self._done + self._shards.files.get(shard, 0)
         for read in self._writer.write(packed(pool, self._threads, todo, sources)):
@@ -239,20 +251,21 @@ class _Run:
             self._report(min(at, end), self._total)
         self._writer.sync()
 
-    def _read(self, path: Path, shard: str) -> dict[str, PlainTensor]:
-        """The tensors that a shard has according to the index."""
-        found = read_tensors(path)
-        expected = [name for name, file in self._weight_map.items() if file == shard]
-        if not any(name in found for name in expected):
-            found = {prefixed(name): tensor for name, tensor in found.items()}
-        for name in expected:
-            if name not in found:
-                raise CheckpointError(f"{shard} has no tensor {shortened(name)}, though {INDEX} says so")
-        return {name: found[name] for name in expected}
-
-    def _is_due(self, name: str, shard: str) -> bool:
-        """Whether a tensor that was kept is complete with this shard."""
-        return shard == max(file for other, file in self._weight_map.items() if _module(other) == _module(name))
+    def _sources(self, shard: str, share: _Share) -> dict[str, SourceTensor]:
+        """The tensors of the model that a shard completes, checked; what later ones need of it is kept."""
+        stored = read_tensors(self._shards.fetch(shard, self._work.source))
+        for one in self._stored:
+            if one.shard == shard and one.name not in stored:
+                raise CheckpointError(f"{shard} has no tensor {shortened(one.own)}, though {INDEX} says so")
+        if share.kept:
+            self._keep(shard, {name: stored[name] for name in sorted(share.kept)})
+        for path in self._work.path.glob("kept-*"):
+            stored |= read_tensors(path)
+        due = [one.name for one in self._stored if self._due[one.module] == shard]
+        found = self._checkpoint.sources({name: stored[name] for name in due})
+        for name, tensor in found.items():
+            refuse_unknown(name, self._shapes, tensor.path)
+        return {name: checked(name, tensor, self._shapes[name]) for name, tensor in found.items() if name in self._shapes}
 
     def _kept(self, shard: str) -> Path:
         return self._work.path / f"kept-{shard}"

@@ -102,9 +102,9 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         f"Qwen/Qwen3.5-4B is of the family 'qwen3_5', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-8B-FP8": (
-        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 0]}),
         {"base_model": ["Qwen/Qwen3-8B"]},
-        f"Qwen/Qwen3-8B-FP8 is quantized already (fp8), {QUANTIZED}",
+        "Qwen/Qwen3-8B-FP8: weight_block_size is [128, 0], not the rows and columns of a block",
     ),
     "https://huggingface.co/Qwen/Qwen3-8B-AWQ/tree/main": (
         small_checkpoint(quantization_config={"quant_method": "awq", "bits": 4}),
@@ -131,7 +131,7 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
             quantization={"group_size": 64, "bits": 4}, quantization_config={"group_size": 64, "bits": 4}
         ),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"mlx-community/Qwen3-8B-4bit is a model for MLX, quantized to 4 bits, {QUANTIZED}",
+        f"mlx-community/Qwen3-8B-4bit is quantized already (MLX, 4 bits), {QUANTIZED}",
     ),
     "unsloth/Qwen3-0.6B-GGUF": (
         {"Qwen3-0.6B-Q4_K_M.gguf": WEIGHTS, "config.json": config(), "README.md": b"x"},
@@ -365,7 +365,7 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (
         lambda place: write_local(place, quantization={"group_size": 64, "bits": 8}),
         ["generate", ".", "x"],
-        ". is a model for MLX, quantized to 8 bits, which npqwen does not read; use the original checkpoint in BF16",
+        ". is quantized already (MLX, 8 bits), which npqwen does not read; use the original checkpoint in BF16",
     ),
     (
         lambda place: write_local(place, quantization_config={"quant_method": "awq"}),

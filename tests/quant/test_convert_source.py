@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "a converted model": (lambda d: change(d, quantization_config={"quant_method": "npqwen"}), "already"),
-    "fp8": (lambda d: change(d, quantization_config={"quant_method": "fp8"}), "fp8"),
+    "bitsandbytes": (lambda d: change(d, quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
     "gptq": (lambda d: change(d, quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
     "missing tensor": (lambda d: rewrite(d, K_PROJ, None), K_PROJ),
     "missing norm": (lambda d: rewrite(d, "model.norm.weight", None), "model.norm.weight"),
