@@ -84,7 +84,7 @@ def resolve(
         else:
             source = found
     transfer = Transfer(source, tell, download_bars, progress)
-    target = _target(source, recipe)
+    target = place_of(source, recipe)
     if is_converted(target):
         check_purpose(source, purpose)
         tell(f"using {target}")
@@ -128,21 +128,11 @@ def convert(
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
-    directory = _directory(source)
-    found: Source | None
-    if directory is not None:
-        _refuse_revision(directory, revision)
-        found = LocalSource(directory)
-    else:
-        name = with_revision(source, revision)
-        found, problem = look_up(name)
-        if found is None:
-            found = downloaded(name, problem)
-            tell(f"{problem}; using the copy downloaded before")
+    found = find_source(source, revision, tell)
     transfer = Transfer(found, tell, download_bars, progress)
     if transfer.converted_already(download=False) is not None:
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
-    target = _target(found, recipe)
+    target = place_of(found, recipe)
     in_cache = out is None
     if in_cache and not force and calibration is None and is_converted(target):
         tell(f"using {target}")
@@ -165,6 +155,22 @@ def convert(
     if measure is not None:
         measure(transfer.directory(), target)
     return target
+
+
+def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:
+    """The checkpoint that a user names: a directory, or a repository of the hub, of which a copy serves if it cannot be
+    reached. Raises ModelNotFoundError, and OptionError for a revision of a directory."""
+    directory = _directory(model)
+    if directory is not None:
+        _refuse_revision(directory, revision)
+        return LocalSource(directory)
+    name = with_revision(model, revision)
+    found, problem = look_up(name)
+    if found is not None:
+        return found
+    copy = downloaded(name, problem)
+    (notice or _ignore)(f"{problem}; using the copy downloaded before")
+    return copy
 
 
 def _ignore(line: str) -> None:
@@ -202,7 +208,7 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
     return path
 
 
-def _target(source: Source, recipe: Recipe) -> Path:
+def place_of(source: Source, recipe: Recipe) -> Path:
     """Where the conversion of a checkpoint in its present state belongs."""
     name = f"{source.weights_digest[:12]}-{source.files_digest[:8]}-{recipe.name}-v{FORMAT_VERSION}"
     return cache_directory() / source.folder / name

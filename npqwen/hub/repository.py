@@ -29,6 +29,8 @@ class HubSource(Source):
     """
 
     remote = True
+    scratch: Path | None = None
+    """A directory for small files, in place of huggingface_hub's cache."""
 
     def __init__(self, name: HubName, answer: Any) -> None:
         self.repository: str = getattr(answer, "id", None) or name.repository
@@ -65,7 +67,7 @@ class HubSource(Source):
         from huggingface_hub import hf_hub_download
 
         with _errors(self.label), _progress_bars(False):
-            return Path(hf_hub_download(self.repository, name, revision=self.commit))
+            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self.scratch))
 
     def missing(self, names: Iterable[str]) -> int:
         """Bytes of some files that are not in huggingface_hub's cache."""

@@ -77,12 +77,10 @@ def convert(
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
     checkpoint = Checkpoint(source)
-    refuse_impossible_counts(checkpoint, len(checkpoint.tensors))
-    tensors = plan(checkpoint.config, recipe)
+    tensors, sources = planned_from(checkpoint, recipe)
     codebooks = {} if calibration is None else _codebooks(tensors)
     if calibration is not None and not codebooks:
         raise OptionError(f"calibration makes no difference to {bits} bits; use it with fewer")
-    sources = _find(checkpoint, tensors)
     refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     files = deal(tensors, shard_bytes)
     states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
@@ -265,12 +263,17 @@ def refuse_impossible_counts(checkpoint: Checkpoint, available: int) -> None:
         )
 
 
-def _find(checkpoint: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, SourceTensor]:
-    """The checkpoint's tensors that the plan needs; CheckpointError for one missing, of wrong shape or unknown."""
+def planned_from(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[OutputTensor], dict[str, SourceTensor]]:
+    """The tensors of the converted model, and the checkpoint's that they are made from, by name.
+
+    Raises CheckpointError for one that is missing, of wrong shape or unknown.
+    """
+    refuse_impossible_counts(checkpoint, len(checkpoint.tensors))
+    tensors = plan(checkpoint.config, recipe)
     found = {name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.sources.items()}
     for name, tensor in checkpoint.tensors.items():
         refuse_unknown(name, found, tensor.path)
-    return found
+    return tensors, found
 
 
 def refuse_unknown(name: str, planned: Container[str], path: Path) -> None:
