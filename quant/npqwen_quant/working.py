@@ -42,9 +42,6 @@ KIND = "partial"
 _REMOVED = "removed"
 _DIGITS = 12
 
-_EMPTY = (".lock", ".metadata", ".TAG", "")
-"""Suffixes of files that huggingface_hub makes before it downloads anything."""
-
 _PATIENCE = 0.3
 """Seconds to wait for a lock: another process may hold it for a moment, to remove what is abandoned."""
 
@@ -183,7 +180,7 @@ class WorkingDirectory:
     def is_resumable(self) -> bool:
         """Whether anything in it saves the next conversion some work."""
         files = (path for place in (self.source, self.calibration) for path in place.rglob("*") if path.is_file())
-        return self._journal.exists() or any(path.suffix not in _EMPTY for path in files)
+        return self._journal.exists() or any(path.stat().st_size for path in files)
 
     def allocated(self) -> int:
         """Bytes of the disk that its files take."""
