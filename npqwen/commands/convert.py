@@ -12,6 +12,7 @@ import click
 from npqwen.commands.options import Command, check_numba, low_disk_option
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
+from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def convert(
     if evaluate is not None and no_evaluate:
         raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
     check_numba()
-    with Terminal(quiet=quiet) as terminal:
+    with tidied_up(), Terminal(quiet=quiet) as terminal:
         if dry_run:
             from npqwen.reports.conversion_plan import plan_conversion
 

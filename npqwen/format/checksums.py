@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
@@ -67,7 +67,7 @@ class Checksums:
         return cls(tensors, files)
 
 
-def _is_digests(value: Any) -> bool:
+def _is_digests(value: Any) -> TypeGuard[dict[str, str]]:
     return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
 
 

@@ -228,7 +228,7 @@ def _complete(
 ) -> None:
     config = checkpoint.raw_config | quantization.as_dict()
     if checksums is not None:
-        files = checksums.files | {"config.json": config_digest(config)}
+        files = {**checksums.files, "config.json": config_digest(config)}
         output.create(CHECKSUMS, replace(checksums, files=files).as_bytes())
     output.create("config.json", (json.dumps(config, indent=2) + "\n").encode())
     checkpoint.check_unchanged()

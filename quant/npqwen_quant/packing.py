@@ -15,7 +15,6 @@ from npqwen.format.encodings import UNIT_ROWS, Encoding
 from npqwen.format.layout import Matrix, Part, Vector, ceil_div
 from npqwen_quant import blocks
 from npqwen_quant.calibration import Fits
-
 from npqwen_quant.steps import Step
 from npqwen_quant.tensors import SourceTensor, widen
 

@@ -265,7 +265,8 @@ class _Run:
         found = self._checkpoint.sources({name: stored[name] for name in due})
         for name, tensor in found.items():
             refuse_unknown(name, self._shapes, tensor.path)
-        return {name: checked(name, tensor, self._shapes[name]) for name, tensor in found.items() if name in self._shapes}
+        needed = {name: tensor for name, tensor in found.items() if name in self._shapes}
+        return {name: checked(name, tensor, self._shapes[name]) for name, tensor in needed.items()}
 
     def _kept(self, shard: str) -> Path:
         return self._work.path / f"kept-{shard}"

@@ -3,11 +3,11 @@
 
     python tests/bench/kill_conversions.py --points 200
 
-Takes turns among kinds of conversions (--kinds): of safetensors in one file and in shards, shard by shard (low-disk), of
-FP8, calibrated, and replacing a model (--force). For every point, a process is killed at a random moment of a conversion
-and, often, once or twice more on the way; each has another number of threads. Then a conversion runs to its end, and the
-directory must be that of an uninterrupted one to the byte, with nothing beside it. Needs fork (Linux, macOS). Exit
-status 1 if any differs.
+Takes turns among kinds of conversions (--kinds): of safetensors in one file and in shards, shard by shard (low-disk),
+of FP8, calibrated, and replacing a model (--force). For every point, a process is killed at a random moment of a
+conversion and, often, once or twice more on the way; each has another number of threads. Then a conversion runs to its
+end, and the directory must be that of an uninterrupted one to the byte, with nothing beside it. Needs fork (Linux,
+macOS). Exit status 1 if any differs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parents[1])]
-
 import npqwen_quant.steps
 import npqwen_quant.writer
-from checkpoints import make_config, random_tensors, write_checkpoint
+import numpy as np
 from npqwen_quant import Shards, convert, convert_shards
 from npqwen_quant.calibration import Calibration
-from quantizers import fp8, write_quantized
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+from checkpoints import make_config, random_tensors, write_checkpoint  # noqa: E402
+from quantizers import fp8, write_quantized  # noqa: E402
 
 Conversion = Callable[[Path, int], None]
 

@@ -13,12 +13,12 @@ from checkpoints import MIXTURE, make_config, shapes, write_checkpoint
 from npqwen_quant import convert, moments
 from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, calibration_key
 from npqwen_quant.checkpoint import Checkpoint
-from npqwen_quant.search import Codebook
 from npqwen_quant.output import Output
+from npqwen_quant.search import Codebook
 from quantized import QuantizedReference
 from reference import ReferenceModel, qwen3_in_numpy
 
-from npqwen.errors import CheckpointError, OptionError, OutputError
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import Config
 
 CODEBOOK = Codebook(np.array([-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29], np.float32))

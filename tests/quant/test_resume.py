@@ -61,9 +61,10 @@ class Events:
             raise self.error
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.root and event in _MUTATING and str(arguments[0]).startswith(self.root):
-            if event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self.happens()
+        if not self.root or event not in _MUTATING or not str(arguments[0]).startswith(self.root):
+            return
+        if event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            self.happens()
 
     def lose_power(self) -> None:
         """Leave of every file what was synced, and rubbish in place of the others."""
@@ -152,7 +153,7 @@ def replacing(source: Path, out: Path, threads: int) -> None:
 KINDS: dict[str, Conversion] = {
     function.__name__: function for function in (one_file, in_shards, low_disk, calibrated, replacing)
 }
-POINTS = dict.fromkeys(KINDS, 9) | {"calibrated": 4}
+POINTS = dict.fromkeys(KINDS, 6) | {"calibrated": 3}
 """How many events fail; the command tests/bench/kill_conversions.py kills at many more points."""
 
 
@@ -287,7 +288,7 @@ def test_another_conversion_to_the_place_begins_anew(tmp_path: Path, source: Pat
     shutil.copytree(source, tmp_path / "in")
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "in", tmp_path / "out", progress=stop_at(0.6))
-    (work,) = tmp_path.glob(".out.*")
+    assert len([*tmp_path.glob(".out.*")]) == 1
     weights = tmp_path / "in" / "model-00001-of-00003.safetensors"
     options: dict[str, Any] = {}
     if change == "bits":
@@ -379,7 +380,7 @@ def test_a_process_that_is_killed_and_one_that_lives(tmp_path: Path, source: Pat
         with pytest.raises(BusyError, match="out is being converted by another process; wait until it ends"):
             convert(source, out)
         convert(source, out, 8)
-        (work,) = tmp_path.glob(".out.*")
+        assert len([*tmp_path.glob(".out.*")]) == 1
         shutil.rmtree(out)
         process.kill()
         process.wait()

@@ -80,7 +80,7 @@ class Remote:
     def fetch(self, name: str, place: Path) -> Path:
         if not (place / name).exists():
             self.fetched.append(name)
-            assert not [path for path in place.glob("*.safetensors")]  # one at a time
+            assert not [*place.glob("*.safetensors")]  # one at a time
             shutil.copyfile(self.there / name, place / name)
         return place / name
 
