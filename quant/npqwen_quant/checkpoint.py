@@ -57,6 +57,8 @@ class Checkpoint:
             raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
         text = text_part(whole)
         raw = whole if text is None else text
+        self.has_images = text is not None
+        """Whether it is multimodal; then only its text part is read."""
         self.format = format_of(raw, str(directory), self._of_gptq())
         """How the weights are quantized; None if they are not."""
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
@@ -168,8 +170,8 @@ def refuse_packed(tensors: Iterable[str], directory: Path) -> None:
     for name in tensors:
         if name.endswith(_PACKED):
             raise CheckpointError(
-                f"{directory} is quantized already, as by MLX, GPTQ or AWQ: it has a tensor {shortened(name)}; convert "
-                "the unquantized checkpoint, in BF16, F16 or F32"
+                f"{directory} is quantized already: it has a tensor {shortened(name)}, but its config.json does not "
+                "say in which format; convert the unquantized checkpoint, in BF16, F16 or F32"
             )
 
 

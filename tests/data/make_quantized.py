@@ -108,8 +108,8 @@ def awq(weights: Any) -> dict[str, Any]:
     scales = ((high - low) / 15).half().float()
     zeros = (-low / scales).round().clamp(0, 15)
     linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
-    linear.weight.data = ((weights.reshape(ROWS, -1, GROUP) / scales[:, :, None] + zeros[:, :, None]).round().clamp(0, 15)
-                          .sub(zeros[:, :, None]).mul(scales[:, :, None]).reshape(ROWS, COLUMNS))  # fmt: skip
+    integers = (grouped / scales[:, :, None] + zeros[:, :, None]).round().clamp(0, 15)
+    linear.weight.data = ((integers - zeros[:, :, None]) * scales[:, :, None]).reshape(ROWS, COLUMNS)
     made = WQLinear_GEMM.from_linear(linear, 4, GROUP, False, scales.T.contiguous(), zeros.T.contiguous())
     parts = {name: getattr(made, name) for name in ("qweight", "qzeros", "scales")}
     meant = dequantize_gemm(made.qweight, made.qzeros, made.scales.float(), 4, GROUP).T
@@ -170,7 +170,8 @@ def mlx(weights: Any) -> dict[str, Any]:
         wide = [part.astype(mx.float32) for part in parts[1:]]
         meant = mx.dequantize(parts[0], *wide, group_size=GROUP, bits=bits)
         as_bits = [np.array(part.view(mx.uint16)) for part in parts[1:]]
-        found[f"mlx-{bits}"] = {"weight": np.array(parts[0]), "scales": as_bits[0], "biases": as_bits[1]}, np.array(meant)
+        arrays = {"weight": np.array(parts[0]), "scales": as_bits[0], "biases": as_bits[1]}
+        found[f"mlx-{bits}"] = arrays, np.array(meant)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Matrices that other libraries quantized mean what those libraries make of them again (tests/data/make_quantized.py)."""
+"""Matrices that other libraries quantized, against what those libraries make of them (tests/data/make_quantized.py)."""
 
 from __future__ import annotations
 
