@@ -42,10 +42,9 @@ def stored(tensor: Any) -> np.ndarray:
         return np.asarray(tensor)
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    if tensor.dtype == torch.float8_e4m3fn:
-        return tensor.view(torch.uint8).numpy()
-    return tensor.numpy()
+        tensor = tensor.view(torch.int16)
+        return np.asarray(tensor.numpy()).view(np.uint16)
+    return np.asarray((tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy())
 
 
 def fp8(weights: Any) -> dict[str, Any]:
@@ -123,12 +122,12 @@ def compressed_tensors(weights: Any) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    packs = [
+    packs: list[tuple[str, Any, dict[str, Any]]] = [
         (f"{bits}-{strategy}{'' if symmetric else '-zeros'}", PackedQuantizationCompressor,
          {"num_bits": bits, "strategy": strategy, "symmetric": symmetric})
         for bits in (3, 4, 8) for strategy in ("group", "channel") for symmetric in (True, False)
     ]  # fmt: skip
-    naive = [
+    naive: list[tuple[str, Any, dict[str, Any]]] = [
         ("int-channel", NaiveQuantizationCompressor, {"num_bits": 8, "strategy": "channel"}),
         ("int-zeros", NaiveQuantizationCompressor, {"num_bits": 8, "strategy": "channel", "symmetric": False}),
         ("int-tensor", NaiveQuantizationCompressor, {"num_bits": 8, "strategy": "tensor"}),
