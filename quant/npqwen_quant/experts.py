@@ -37,7 +37,7 @@ def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, So
     """Tensors of Qwen3-VL's mixtures under the names of single experts.
 
     There, gate and up of all experts are one tensor (experts, hidden, 2 * inner) and down is (experts, inner, hidden):
-    each matrix is transposed. What transformers saves anew is not: (experts, 2 * inner, hidden), (experts, hidden, inner).
+    each matrix is transposed. What transformers saves anew is (experts, 2 * inner, hidden), (experts, hidden, inner).
     """
     found: dict[str, SourceTensor] = {}
     recent: Recent[npt.NDArray[Any]] = Recent()

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import MIXTURE, make_config, random_tensors, to_bf16, write_checkpoint
+from npqwen_quant import convert
+from npqwen_quant.calibration import Calibration
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.recent import Recent
 from quantizers import (
@@ -166,6 +168,22 @@ def test_conversion_of_a_mixture(tmp_path: Path) -> None:
     config, tensors = example(MOE)
     meant = write(tmp_path / "in", "gptq 4 bits, v1", config, tensors, tokenizer=True)
     check_conversion(tmp_path / "in", tmp_path / "out", meant)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("case", ["gptq 4 bits, v1, act-order", "mlx 4 bits"])
+def test_files_are_those_of_the_float32_checkpoint_that_it_means(tmp_path: Path, case: str, calibrated: bool) -> None:
+    config, tensors = small(**MIXTURE | {"moe_intermediate_size": 32})
+    meant = write(tmp_path / "in", case, config, tensors, shards=2)
+    write_checkpoint(tmp_path / "float32", config, meant, dtype="F32")
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (4, 32))
+    calibration = Calibration("a text", lambda place: ids) if calibrated else None
+    files = []
+    for source in ("in", "float32"):
+        out = tmp_path / f"{source}-converted"
+        convert(tmp_path / source, out, bits=4, threads=2, calibration=calibration)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_gptq_that_describes_itself_in_a_file_of_its_own(tmp_path: Path) -> None:
