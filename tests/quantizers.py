@@ -152,7 +152,8 @@ def int_quantized(weights: np.ndarray, groups: int = 1, symmetric: bool = True, 
     integers = np.clip(np.rint(weights / scales[:, of_column]) + zeros[:, of_column], 0, 255) - 128
     zeros -= 128
     shape = (1,) if matrix else scales.shape
-    parts = {"weight": integers.astype(np.int8), "weight_scale": to_bf16(scales.ravel()[: np.prod(shape)].reshape(shape))}
+    stored = scales.ravel()[: math.prod(shape)].reshape(shape)
+    parts = {"weight": integers.astype(np.int8), "weight_scale": to_bf16(stored)}
     if not symmetric:
         parts["weight_zero_point"] = zeros.astype(np.int8)
     return parts, (integers - zeros[:, of_column]).astype(np.float32) * scales[:, of_column]
@@ -234,3 +235,18 @@ def check_conversion(source: Path, out: Path, meant: Mapping[str, np.ndarray]) -
     want = ReferenceModel(Config.from_directory(out), rounded).logits(ids)
     with npqwen.load(out, threads=1) as model:
         np.testing.assert_allclose(model.logits(ids), want, rtol=0, atol=1e-3 * np.abs(want).max())
+
+
+def stacked(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors with those of a layer's experts stacked, as mlx-lm writes them."""
+    experts = sum(name.startswith("model.layers.1.mlp.experts.") for name in stored)
+    found: dict[str, np.ndarray] = {}
+    for name, values in stored.items():
+        before, apart, after = name.partition(".mlp.experts.")
+        if not apart:
+            found[name] = values
+        elif after.startswith("0."):
+            rest = after[1:]
+            all_of_them = [stored.get(f"{before}.mlp.experts.{e}{rest}") for e in range(experts)]
+            found[f"{before}.mlp.switch_mlp{rest}"] = np.stack([one for one in all_of_them if one is not None])
+    return found

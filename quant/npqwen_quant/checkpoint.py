@@ -57,12 +57,13 @@ class Checkpoint:
             raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
         text = text_part(whole)
         raw = whole if text is None else text
+        self.has_images = text is not None
+        """Whether it is multimodal; then only its text part is read."""
         self.format = format_of(raw, str(directory), self._of_gptq())
         """How the weights are quantized; None if they are not."""
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        self._has_images = text is not None
         self.tensors = self.sources(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
 
@@ -75,7 +76,7 @@ class Checkpoint:
 
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one of images."""
-        return text_name(name) if self._has_images else name
+        return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""
@@ -175,8 +176,8 @@ def refuse_packed(tensors: Iterable[str], directory: Path) -> None:
     for name in tensors:
         if name.endswith(_PACKED):
             raise CheckpointError(
-                f"{directory} is quantized already, as by MLX, GPTQ or AWQ: it has a tensor {shortened(name)}; convert "
-                "the unquantized checkpoint, in BF16, F16 or F32"
+                f"{directory} is quantized already: it has a tensor {shortened(name)}, but its config.json does not "
+                "say in which format; convert the unquantized checkpoint, in BF16, F16 or F32"
             )
 
 

@@ -14,7 +14,7 @@ from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor
 
 _STACKED = ".mlp.switch_mlp."
-_GATE_UP, _DOWN = ".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"
+_FUSED = ".mlp.experts."
 _MOST = 1 << 16
 """Experts; more are not taken apart, which would take memory."""
 
@@ -36,33 +36,49 @@ def unstacked(stored: Mapping[str, PlainTensor], config: Config) -> dict[str, Pl
 def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
     """Tensors of Qwen3-VL's mixtures under the names of single experts.
 
-    There, gate and up of all experts are one tensor (experts, hidden, 2 * inner) and down (experts, inner, hidden):
-    each matrix is transposed. One of (experts, 2 * inner, hidden) and (experts, hidden, inner) is not.
+    There, gate and up of all experts are one tensor (experts, hidden, 2 * inner) and down is (experts, inner, hidden):
+    each matrix is transposed. What transformers saves anew is (experts, 2 * inner, hidden), (experts, hidden, inner).
     """
     found: dict[str, SourceTensor] = {}
     recent: Recent[npt.NDArray[Any]] = Recent()
     for name, tensor in tensors.items():
-        if not name.endswith((_GATE_UP, _DOWN)) or not isinstance(tensor, PlainTensor):
+        layer, _, part = name.partition(_FUSED)
+        if part not in ("gate_up_proj", "down_proj") or not isinstance(tensor, PlainTensor):
             found[name] = tensor
-            continue
-        inner = _check(name, tensor, config)
-        hidden = config.hidden_size
-        fused = name.endswith(_GATE_UP)
-        columns, rows = (hidden, 2 * inner) if fused else (inner, hidden)
-        if tensor.shape[1:] not in ((columns, rows), (rows, columns)):
-            raise CheckpointError(
-                f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says "
-                f"{[tensor.shape[0], columns, rows]}"
+        elif part == "gate_up_proj":
+            down = tensors.get(f"{layer}{_FUSED}down_proj")
+            if not isinstance(down, PlainTensor):
+                raise CheckpointError(f"{tensor.path} has {shortened(name)}, but no down_proj beside it")
+            found |= _experts(f"{layer}.mlp.experts", tensor, down, config, recent)
+        elif f"{layer}{_FUSED}gate_up_proj" not in tensors:
+            raise CheckpointError(f"{tensor.path} has {shortened(name)}, but no gate_up_proj beside it")
+    return found
+
+
+def _experts(
+    layer: str, gate_up: PlainTensor, down: PlainTensor, config: Config, recent: Recent[npt.NDArray[Any]]
+) -> dict[str, SourceTensor]:
+    """The matrices of a layer's experts."""
+    inner, hidden = _check(f"{layer}.gate_up_proj", gate_up, config), config.hidden_size
+    _check(f"{layer}.down_proj", down, config)
+    shapes = gate_up.shape[1:], down.shape[1:]
+    transposed = shapes == ((hidden, 2 * inner), (inner, hidden))
+    if not transposed and shapes != ((2 * inner, hidden), (hidden, inner)):
+        raise CheckpointError(
+            f"{gate_up.path}: the experts of {shortened(layer)} have shapes {list(gate_up.shape)} and "
+            f"{list(down.shape)}, but config.json says {[hidden, 2 * inner]} and {[inner, hidden]} for each"
+        )
+    found: dict[str, SourceTensor] = {}
+    for expert in range(gate_up.shape[0]):
+        both, last = gate_up.entry(expert), down.entry(expert)
+        for part, whole, first, count in (
+            ("gate_proj", both, 0, inner),
+            ("up_proj", both, inner, inner),
+            ("down_proj", last, 0, hidden),
+        ):
+            found[f"{layer}.{expert}.{part}.weight"] = (
+                TransposedRows(whole, first, count, recent) if transposed else whole.rows(first, count)
             )
-        parts = {"gate_proj": (0, inner), "up_proj": (inner, inner)} if fused else {"down_proj": (0, hidden)}
-        layer = name.rpartition(".")[0]
-        for expert in range(tensor.shape[0]):
-            whole = tensor.entry(expert)
-            for part, (first, count) in parts.items():
-                transposed = whole.shape == (columns, rows)
-                found[f"{layer}.{expert}.{part}.weight"] = (
-                    TransposedRows(whole, first, count, recent) if transposed else whole.rows(first, count)
-                )
     return found
 
 

@@ -149,8 +149,8 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
             layer = name.partition(".mlp.experts.")[0]
             if any(module.startswith((f"{layer}.mlp.switch_mlp", f"{layer}.mlp.experts")) for module in there):
                 raise CheckpointError(
-                    f"{checkpoint.directory} stores experts together in one tensor, which can only be converted from a "
-                    "complete checkpoint; use it without low_disk (--low-disk)"
+                    f"{checkpoint.directory} stores a layer's experts in one tensor, and such checkpoints can only be "
+                    "converted whole; use it without low_disk (--low-disk)"
                 )
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
     for one in stored:

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "a converted model": (lambda d: change(d, quantization_config={"quant_method": "npqwen"}), "already"),
     "bitsandbytes": (lambda d: change(d, quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
-    "gptq": (lambda d: change(d, quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
+    "aqlm": (lambda d: change(d, quantization_config={"quant_method": "aqlm"}), "aqlm"),
     "missing tensor": (lambda d: rewrite(d, K_PROJ, None), K_PROJ),
     "missing norm": (lambda d: rewrite(d, "model.norm.weight", None), "model.norm.weight"),
     "missing lm_head": (lambda d: change(d, tie_word_embeddings=False), "no lm_head.weight.*tie_word"),
