@@ -260,6 +260,7 @@ def test_a_working_directory_that_another_conversion_removes_is_made_again(
     with open(work.path / "lock", "r+b") as other:
         assert not try_lock(other)
     work.remove()
+    work.unlock()
     assert os.listdir(tmp_path) == []
 
 
