@@ -147,6 +147,8 @@ class Transfer:
 
     def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:
         """Tell what is downloaded and converted, and where; OutputError if the disks have no room for it."""
+        from npqwen_quant.working import held_bytes
+
         place = download_directory()
         rest = source.missing(source.wanted)
         needs = {place: ("to download", rest)}
@@ -155,7 +157,7 @@ class Transfer:
         if target is not None and recipe is not None:
             weights = sum(source.files[name].nbytes for name in source.shards)
             converted = self._converted_bytes(recipe, weights)
-            needs[target.parent] = ("for the conversion", converted)
+            needs[target.parent] = ("for the conversion", max(0, converted - held_bytes(target)))
             line += f", then converting it to {recipe.name}, about {size(converted)}"
             largest = max((source.files[name].nbytes for name in source.shards), default=0)
             if largest < rest:

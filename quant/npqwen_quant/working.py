@@ -220,6 +220,11 @@ def others(out: Path, own: Path | None = None) -> Iterator[WorkingDirectory]:
                 found.unlock()
 
 
+def held_bytes(out: Path) -> int:
+    """Bytes of the disk that interrupted conversions to this place hold: the next one resumes or removes them."""
+    return sum(work.allocated() for work in others(Path(os.path.realpath(out))))
+
+
 def remove_removed(out: Path) -> None:
     """Remove what is left of working directories whose removal was interrupted."""
     for path in _siblings(out, _REMOVED):
