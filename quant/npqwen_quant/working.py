@@ -113,19 +113,22 @@ class WorkingDirectory:
         lock = self.path / "lock"
         end = time.monotonic() + _PATIENCE
         while True:
-            self.path.mkdir(parents=True, exist_ok=True)
             try:
+                self.path.mkdir(parents=True, exist_ok=True)
                 file = open(lock, "wb")  # noqa: SIM115
-            except FileNotFoundError:  # another conversion has just removed the directory
+            except (FileExistsError, FileNotFoundError):  # another conversion removes the directory at this moment
+                if time.monotonic() > end:
+                    raise
                 continue
             try:
                 held = try_lock(file)
-                # The directory may have been removed before the file was locked.
-                if held and lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                if held and self._is_lock(file):
                     self._lock = file
                     return True
             except OSError:
-                shutil.rmtree(self.path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+                    self.path.rmdir()
                 return False
             finally:
                 if self._lock is not file:
@@ -141,11 +144,18 @@ class WorkingDirectory:
         except OSError:  # not there yet, or another user's
             return False
         with contextlib.suppress(OSError):  # no locks here: nobody knows
-            if try_lock(file):
+            if try_lock(file) and self._is_lock(file):
                 self._lock = file
                 return True
         file.close()
         return False
+
+    def _is_lock(self, file: BinaryIO) -> bool:
+        """Whether an open file is the lock: before it was locked, another process may have removed the directory."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), (self.path / "lock").stat())
+        except FileNotFoundError:
+            return False
 
     def unlock(self) -> None:
         """Let other processes work there."""

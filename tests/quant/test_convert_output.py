@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from npqwen_quant.placed_file import PlacedFile
 from npqwen_quant.working import WorkingDirectory
 
 from npqwen.errors import OutputError
+from npqwen.reports.verification import verify
 
 
 def bits_of(directory: Path) -> int:
@@ -361,6 +363,7 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 from npqwen.errors import OutputError
+from npqwen.reports.verification import verify
 from npqwen_quant import convert
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -403,3 +406,25 @@ def test_ctrl_c(tmp_path: Path, bits: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "in", tmp_path / "out", bits, progress=interrupt)
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_races_for_one_place_end_in_a_whole_model_or_a_clear_refusal(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in")
+    refused: list[str] = []
+
+    def compete(bits: int) -> None:
+        for _ in range(6):
+            try:
+                convert(tmp_path / "in", tmp_path / "out", bits, force=bits != 3, threads=1)
+            except OutputError as error:
+                refused.append(str(error))
+
+    rivals = [threading.Thread(target=compete, args=(bits,)) for bits in (3, 4, 4, 8)]
+    for rival in rivals:
+        rival.start()
+    for rival in rivals:
+        rival.join()
+    known = ("exists already", "being converted by another process")
+    assert [line for line in refused if not any(part in line for part in known)] == []
+    assert verify(tmp_path / "out").is_right
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]

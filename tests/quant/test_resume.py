@@ -18,6 +18,7 @@ from npqwen_quant import Shards, convert, convert_shards
 from npqwen_quant.calibration import Calibration
 from npqwen_quant.placed_file import PlacedFile
 from npqwen_quant.working import BusyError
+from npqwen_quant.writer import Writer
 
 from npqwen.errors import CheckpointError, OutputError
 
@@ -245,7 +246,14 @@ def stop_at(share: float) -> Callable[[int, int], None]:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sync after every step."""
+    """Sync after every step, and wait for it."""
+    begin = Writer._begin_to_sync
+
+    def sync(writer: Writer) -> None:
+        begin(writer)
+        writer._wait()
+
+    monkeypatch.setattr(Writer, "_begin_to_sync", sync)
     monkeypatch.setattr("npqwen_quant.writer.SYNC_BYTES", 1)
     monkeypatch.setattr("npqwen_quant.steps.WEIGHTS", 3000)
 
@@ -361,6 +369,9 @@ import sys
 import npqwen_quant.steps, npqwen_quant.writer
 from npqwen_quant import convert
 npqwen_quant.writer.SYNC_BYTES, npqwen_quant.steps.WEIGHTS = 1, 3000
+Writer = npqwen_quant.writer.Writer
+begin = Writer._begin_to_sync
+Writer._begin_to_sync = lambda writer: (begin(writer), writer._wait())
 def wait(done, total):
     if done > total // 2:
         print("half", flush=True)
