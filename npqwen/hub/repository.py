@@ -136,7 +136,7 @@ class HubSource(Source):
         # hf_hub_download does not continue what an earlier call has begun (2.x), only what breaks off within it.
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import get_hf_file_metadata, http_get
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(self.repository, name, revision=self.commit)
         file = self.files[name]
