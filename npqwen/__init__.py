@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from npqwen.model import Model as Model
     from npqwen.reports.evaluation import evaluate as evaluate
     from npqwen.reports.evaluation_report import Evaluation as Evaluation
+    from npqwen.reports.verification import Verification as Verification
+    from npqwen.reports.verification import verify as verify
     from npqwen.tokenizer import Tokenizer as Tokenizer
     from npqwen.tools.calls import ToolCall as ToolCall
     from npqwen.tools.toolbox import Tool as Tool
@@ -111,9 +113,11 @@ __all__ = [
     "ToolResult",
     "UnfinishedCall",
     "Usage",
+    "Verification",
     "__version__",
     "evaluate",
     "load",
+    "verify",
 ]
 
 _LAZY = {
@@ -148,7 +152,9 @@ _LAZY = {
     "ToolResult": "npqwen.tools.toolbox",
     "UnfinishedCall": "npqwen.chat.events",
     "Usage": "npqwen.generation.completion",
+    "Verification": "npqwen.reports.verification",
     "evaluate": "npqwen.reports.evaluation",
+    "verify": "npqwen.reports.verification",
 }
 
 

@@ -29,13 +29,15 @@ class Repository:
 class FakeHub:
     """`publish` repositories, point HF_ENDPOINT at `url`, and see what was requested.
 
-    downloads: the files fetched. traffic: path and bytes of the body of every request answered.
+    downloads: the files fetched. traffic: path and bytes of the body of every request answered. cut: by names of files,
+    how many more bytes of them are sent; then connections break off.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.downloads: list[str] = []
         self.traffic: list[tuple[str, int]] = []
+        self.cut: dict[str, int] = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -97,6 +99,10 @@ class FakeHub:
             end = int(wanted[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {wanted[1]}-{end}/{len(data)}"
             status, data = 206, data[int(wanted[1]) : end + 1]
+        whole, file = len(data), headers.get("X-File", "")
+        if body and file in self.cut:
+            data = data[: self.cut[file]]
+            self.cut[file] -= len(data)
         # Before the answer: a test may look as soon as the client has it.
         self.traffic.append((request.path, len(data) if body else 0))
         if body and "ETag" in headers:
@@ -104,10 +110,12 @@ class FakeHub:
         request.send_response(status)
         for key, value in headers.items():
             request.send_header(key, value)
-        request.send_header("Content-Length", str(len(data)))
+        request.send_header("Content-Length", str(whole))
         request.end_headers()
         if body:
             request.wfile.write(data)
+        if len(data) < whole:
+            request.close_connection = True
 
     def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and the whole body."""

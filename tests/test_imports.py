@@ -19,7 +19,7 @@ LAYERS = (
     "npqwen.server",
     "npqwen.reports",
     "npqwen",  # the names that users import
-    "npqwen.reports.evaluation",
+    "npqwen.reports.evaluation npqwen.reports.verification",
     "npqwen.reports.evaluation_report",
     "npqwen.model npqwen.hub",
     "npqwen_quant",

@@ -17,12 +17,12 @@ from npqwen.terminal.terminal import Terminal, discard, one_line
 FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
-COMMANDS = ("batch", "bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve")
+COMMANDS = ("batch", "bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve", "verify")
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
-    "server": "serve", "start": "serve",
+    "server": "serve", "start": "serve", "check": "verify", "fsck": "verify",
 }
 """Commands of other programs -> the one here."""
 

@@ -12,6 +12,7 @@ import click
 from npqwen.commands.options import Command, check_numba, low_disk_option
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
+from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing.")
 @click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
 @low_disk_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only tell sizes, memory, download, disk space and time; downloads no weights and writes nothing.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
 def convert(
     source: str,
@@ -48,18 +54,28 @@ def convert(
     no_evaluate: bool,
     force: bool,
     low_disk: bool,
+    dry_run: bool,
     quiet: bool,
 ) -> None:
     """Convert SOURCE, a checkpoint directory or a Hugging Face id, into the directory OUT.
 
     Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
+    After an interruption, the same command resumes the conversion.
     """
     from npqwen import hub
 
     if evaluate is not None and no_evaluate:
         raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
     check_numba()
-    with Terminal(quiet=quiet) as terminal:
+    with tidied_up(), Terminal(quiet=quiet) as terminal:
+        if dry_run:
+            from npqwen.reports.conversion_plan import plan_conversion
+
+            plan = plan_conversion(
+                source, out, bits, low_disk=low_disk, calibrated=calibrate is not None, notice=terminal.notice
+            )
+            terminal.text(plan.describe() + "\n")
+            return
         text = measured = None
         if calibrate is not None or evaluate is not None:
             from npqwen.commands.calibration import text_named

@@ -84,7 +84,7 @@ def resolve(
         else:
             source = found
     transfer = Transfer(source, tell, download_bars, progress)
-    target = _target(source, recipe)
+    target = place_of(source, recipe)
     if is_converted(target):
         check_purpose(source, purpose)
         tell(f"using {target}")
@@ -94,7 +94,7 @@ def resolve(
         return _with_bits(directory, bits)
     else:
         check(source, purpose)
-        _convert_once(transfer, target, recipe, low_disk)
+        _convert_once(transfer, target, recipe, low_disk, tell)
     record.used(target, source.model, source.revision, source.commit)
     return target
 
@@ -128,28 +128,18 @@ def convert(
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
-    directory = _directory(source)
-    found: Source | None
-    if directory is not None:
-        _refuse_revision(directory, revision)
-        found = LocalSource(directory)
-    else:
-        name = with_revision(source, revision)
-        found, problem = look_up(name)
-        if found is None:
-            found = downloaded(name, problem)
-            tell(f"{problem}; using the copy downloaded before")
+    found = find_source(source, revision, tell)
     transfer = Transfer(found, tell, download_bars, progress)
     if transfer.converted_already(download=False) is not None:
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
-    target = _target(found, recipe)
+    target = place_of(found, recipe)
     in_cache = out is None
     if in_cache and not force and calibration is None and is_converted(target):
         tell(f"using {target}")
     else:
         check(found, "arrays")
         if in_cache and not force and calibration is None:
-            _convert_once(transfer, target, recipe, low_disk)
+            _convert_once(transfer, target, recipe, low_disk, tell)
         else:
             target = target if out is None else Path(os.path.expanduser(out))
             transfer.convert(
@@ -165,6 +155,22 @@ def convert(
     if measure is not None:
         measure(transfer.directory(), target)
     return target
+
+
+def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:
+    """The checkpoint that a user names: a directory, or a repository of the hub, of which a copy serves if it cannot be
+    reached. Raises ModelNotFoundError, and OptionError for a revision of a directory."""
+    directory = _directory(model)
+    if directory is not None:
+        _refuse_revision(directory, revision)
+        return LocalSource(directory)
+    name = with_revision(model, revision)
+    found, problem = look_up(name)
+    if found is not None:
+        return found
+    copy = downloaded(name, problem)
+    (notice or _ignore)(f"{problem}; using the copy downloaded before")
+    return copy
 
 
 def _ignore(line: str) -> None:
@@ -202,7 +208,7 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
     return path
 
 
-def _target(source: Source, recipe: Recipe) -> Path:
+def place_of(source: Source, recipe: Recipe) -> Path:
     """Where the conversion of a checkpoint in its present state belongs."""
     name = f"{source.weights_digest[:12]}-{source.files_digest[:8]}-{recipe.name}-v{FORMAT_VERSION}"
     return cache_directory() / source.folder / name
@@ -233,16 +239,25 @@ def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
         return None
 
 
-def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool) -> None:
-    """Convert into the cache."""
-    try:
-        if (other := _same_weights(target)) is not None:
-            transfer.update(other, target)
-        else:
-            transfer.convert(target, recipe, low_disk=low_disk, once=True)
-    except OutputError as error:
-        if is_converted(target):  # another process was faster, and its result is as good
+def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool, tell: Notice) -> None:
+    """Convert into the cache, or wait for another process that does."""
+    from npqwen_quant.working import BusyError
+
+    while True:
+        try:
+            if (other := _same_weights(target)) is not None:
+                transfer.update(other, target)
+            else:
+                transfer.convert(target, recipe, low_disk=low_disk, once=True)
             return
-        if "NPQWEN_CACHE" in str(error):
-            raise
-        raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
+        except BusyError as busy:
+            tell(f"another process is converting {transfer.source.label}; waiting for it")
+            busy.wait()
+        except OutputError as error:
+            if is_converted(target):  # another process was faster, and its result is as good
+                return
+            if "NPQWEN_CACHE" in str(error):
+                raise
+            raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
+        if is_converted(target):
+            return

@@ -13,8 +13,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError, shortened
+from npqwen.atomic_file import writing
+from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OutputError, shortened
+from npqwen.format.checksums import digest_of_range
 from npqwen.hub.names import HubName
 from npqwen.hub.source import IGNORED, PATTERNS, File, LocalSource, Source, is_wanted
 
@@ -29,6 +32,8 @@ class HubSource(Source):
     """
 
     remote = True
+    scratch: Path | None = None
+    """A directory for small files, in place of huggingface_hub's cache."""
 
     def __init__(self, name: HubName, answer: Any) -> None:
         self.repository: str = getattr(answer, "id", None) or name.repository
@@ -65,7 +70,7 @@ class HubSource(Source):
         from huggingface_hub import hf_hub_download
 
         with _errors(self.label), _progress_bars(False):
-            return Path(hf_hub_download(self.repository, name, revision=self.commit))
+            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self.scratch))
 
     def missing(self, names: Iterable[str]) -> int:
         """Bytes of some files that are not in huggingface_hub's cache."""
@@ -106,14 +111,58 @@ class HubSource(Source):
         return Path(found)
 
     def shard(self, name: str, directory: Path, bars: bool) -> Path:
-        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is."""
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is.
+
+        What an interrupted download has left there is continued. Raises as `download`, and CheckpointError for a file
+        that is not what the hub says.
+        """
+        from huggingface_hub import try_to_load_from_cache
 
         kept = try_to_load_from_cache(self.repository, name, revision=self.commit)
         if isinstance(kept, str):
             return Path(kept)
-        with _errors(self.label), _progress_bars(bars):
-            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=directory))
+        path = directory / name
+        if not path.exists():
+            partial = directory / f"{name}.incomplete"
+            continued = partial.exists()
+            if not self._fetch(name, partial, bars) and not (continued and self._fetch(name, partial, bars)):
+                raise CheckpointError(f"{self.label}: {name} is not what the hub says it is; try again")
+            with writing(path):
+                partial.rename(path)
+        return path
+
+    def _fetch(self, name: str, partial: Path, bars: bool) -> bool:
+        """Download the rest of a file; False, and the file is gone, if the whole is not what the hub says."""
+        # hf_hub_download does not continue what an earlier call has begun (2.x), only what breaks off within it.
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import get_hf_file_metadata, http_get
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.repository, name, revision=self.commit)
+        file = self.files[name]
+        with _errors(self.label), _progress_bars(bars), open(partial, "ab") as out:
+            place = get_hf_file_metadata(url).location
+            headers = build_hf_headers()
+            if urlsplit(place).netloc != urlsplit(url).netloc:  # of a mirror, whom the user's token is no concern
+                headers.pop("authorization", None)
+            if out.tell() > file.nbytes:
+                out.truncate(0)
+            if out.tell() < file.nbytes:
+                http_get(place, out, resume_size=out.tell(), headers=headers, expected_size=file.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
+        if _is_sha256(file.digest):
+            with writing(partial):
+                right = digest_of_range(partial, 0, partial.stat().st_size) == file.digest
+        else:
+            right = partial.stat().st_size == file.nbytes
+        if not right:
+            partial.unlink()
+        return right
+
+
+def _is_sha256(digest: str) -> bool:
+    return len(digest) == 64 and set(digest) <= set("0123456789abcdef")
 
 
 class SnapshotSource(LocalSource):

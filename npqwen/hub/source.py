@@ -18,13 +18,14 @@ from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import INDEX
 from npqwen.format.small_files import SMALL_FILES, TEMPLATES
+from npqwen.format.text_part import text_part
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 """The files of a conversion. Weights of other frameworks stay on the hub."""
 IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 """Of subdirectories, only additional_chat_templates is needed."""
 
-WEIGHTS = ("config.json", "*.safetensors", INDEX)
+WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", INDEX)
 """What a converted model's weights depend on."""
 
 
@@ -65,7 +66,18 @@ class Source(ABC):
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
-        """Its config.json, unchecked. CheckpointError if it is missing or damaged."""
+        """Its config.json, unchecked; of a multimodal checkpoint, that of its text part. CheckpointError if it is
+        missing or damaged.
+        """
+        return text_part(self._whole_config) or self._whole_config
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it is a multimodal checkpoint, whose text part alone is converted."""
+        return self.raw_config is not self._whole_config
+
+    @cached_property
+    def _whole_config(self) -> dict[str, Any]:
         if "config.json" not in self.files:
             raise CheckpointError(
                 f"{self.label}: config.json is missing: this is not a checkpoint, or not a complete one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
 from npqwen.format.config import MODEL_TYPES, Config, read_json
@@ -13,6 +13,9 @@ from npqwen.format.safetensors import INDEX
 from npqwen.format.small_files import TEMPLATES
 from npqwen.hub.names import advice
 from npqwen.hub.source import Source
+
+if TYPE_CHECKING:
+    from npqwen_quant.quantized import QuantizedFormat
 
 Purpose = Literal["arrays", "text", "chat"]
 """What a model is opened for: with "arrays" its logits and hidden states, with "text" it writes, with "chat" it answers
@@ -50,7 +53,7 @@ def check(source: Source, purpose: Purpose) -> None:
             f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
             f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
         )
-    _refuse_quantized(source, raw)
+    quantized_format(source)
     Config.from_dict(raw, f"{source.label}: config.json")
     _refuse_heads(source, raw)
     if "tokenizer.json" not in source.files:
@@ -59,6 +62,15 @@ def check(source: Source, purpose: Purpose) -> None:
             "from, or save it with transformers' fast tokenizer"
         )
     check_purpose(source, purpose)
+
+
+def quantized_format(source: Source) -> QuantizedFormat | None:
+    """How a checkpoint's weights are quantized; None if they are not. CheckpointError for a format that is not read."""
+    from npqwen_quant.quantized import GPTQ_FILE, format_of
+
+    of_gptq = read_json(source.small_file(GPTQ_FILE)) if GPTQ_FILE in source.files else None
+    instead = f"{advice(source.label, source.originals)}, and --bits to quantize it"
+    return format_of(source.raw_config, source.label, of_gptq, instead)
 
 
 def check_purpose(source: Source, purpose: Purpose) -> None:
@@ -142,22 +154,6 @@ def _refuse_other_files(source: Source) -> None:
 def _is_download_cache(label: str) -> bool:
     path = Path(label)
     return path.name.startswith("models--") and (path / "snapshots").is_dir()
-
-
-def _refuse_quantized(source: Source, raw: dict[str, Any]) -> None:
-    label = source.label
-    found = raw.get("quantization_config") or raw.get("compression_config") or raw.get("quantization")
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if isinstance(raw.get("quantization"), dict) and method is None:
-        bits = raw["quantization"].get("bits")
-        kind = f"a model for MLX, quantized to {quoted(bits)} bits"
-    else:
-        kind = f"quantized already ({shortened(str(method))})"
-    raise CheckpointError(
-        f"{label} is {kind}, which npqwen does not read; {advice(label, source.originals)}, and --bits to quantize it"
-    )
 
 
 def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:

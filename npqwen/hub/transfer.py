@@ -13,6 +13,7 @@ from npqwen.format.recipe import Recipe
 from npqwen.hub.repository import HubSource, download_directory
 from npqwen.hub.room import check_room, converted_bytes, free_bytes
 from npqwen.hub.source import LocalSource, Source
+from npqwen.hub.support import quantized_format
 
 if TYPE_CHECKING:
     from npqwen_quant.calibration import Calibration
@@ -92,6 +93,7 @@ class Transfer:
                 return
             self._announce_download(source, target, recipe)
         directory = self.directory()
+        self._tell_of_source(recipe)
         times = "once, " if once else ""
         convert(
             directory,
@@ -101,7 +103,20 @@ class Transfer:
             progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
+            notice=self._tell,
         )
+
+    def _tell_of_source(self, recipe: Recipe) -> None:
+        """Tell what of the source is left out, and that it lost precision before."""
+        source = self.source
+        if source.has_images:
+            self._tell(f"{source.label} is multimodal; npqwen runs its text part, without images")
+        found = quantized_format(source)
+        if found is not None and recipe.bits < 16:
+            self._tell(
+                f"{source.label} is quantized already ({found.description}); quantizing it again adds error, which "
+                "--evaluate measures"
+            )
 
     def _convert_shards(self, source: HubSource, target: Path, recipe: Recipe, force: bool) -> None:
         from npqwen_quant import Shards, convert_shards
@@ -114,6 +129,7 @@ class Transfer:
             f"time, and converting it to {recipe.name}, about {size(converted)}, into {target} "
             f"({size(free_bytes(target))} free)"
         )
+        self._tell_of_source(recipe)
         directory = source.download(weights=False, bars=False)
 
         def fetch(name: str, place: Path) -> Path:
@@ -126,10 +142,13 @@ class Transfer:
             recipe.bits,
             force=force,
             progress=self._progress,
+            notice=self._tell,
         )
 
     def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:
         """Tell what is downloaded and converted, and where; OutputError if the disks have no room for it."""
+        from npqwen_quant.working import held_bytes
+
         place = download_directory()
         rest = source.missing(source.wanted)
         needs = {place: ("to download", rest)}
@@ -138,7 +157,7 @@ class Transfer:
         if target is not None and recipe is not None:
             weights = sum(source.files[name].nbytes for name in source.shards)
             converted = self._converted_bytes(recipe, weights)
-            needs[target.parent] = ("for the conversion", converted)
+            needs[target.parent] = ("for the conversion", max(0, converted - held_bytes(target)))
             line += f", then converting it to {recipe.name}, about {size(converted)}"
             largest = max((source.files[name].nbytes for name in source.shards), default=0)
             if largest < rest:

@@ -87,9 +87,14 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         f"Qwen/Qwen2.5-7B-Instruct is of the family 'qwen2', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-VL-8B-Instruct": (
-        small_checkpoint(model_type="qwen3_vl"),
+        small_checkpoint(model_type="qwen3_vl", text_config={"use_sliding_window": True}),
         {},
-        f"Qwen/Qwen3-VL-8B-Instruct is of the family 'qwen3_vl', which is not supported; {SUPPORTED}",
+        "Qwen/Qwen3-VL-8B-Instruct: config.json: use_sliding_window is set, which no Qwen3 model uses",
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        small_checkpoint(model_type="qwen2_5_vl", text_config={"model_type": "qwen2_5_vl_text"}),
+        {},
+        f"Qwen/Qwen2.5-VL-7B-Instruct is of the family 'qwen2_5_vl', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-Next-80B-A3B-Instruct": (
         small_checkpoint(model_type="qwen3_next"),
@@ -102,36 +107,40 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         f"Qwen/Qwen3.5-4B is of the family 'qwen3_5', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-8B-FP8": (
-        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 0]}),
         {"base_model": ["Qwen/Qwen3-8B"]},
-        f"Qwen/Qwen3-8B-FP8 is quantized already (fp8), {QUANTIZED}",
+        "Qwen/Qwen3-8B-FP8: weight_block_size is [128, 0], not the rows and columns of a block",
     ),
     "https://huggingface.co/Qwen/Qwen3-8B-AWQ/tree/main": (
-        small_checkpoint(quantization_config={"quant_method": "awq", "bits": 4}),
+        small_checkpoint(quantization_config={"quant_method": "awq", "bits": 4, "version": "gemv"}),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"Qwen/Qwen3-8B-AWQ is quantized already (awq), {QUANTIZED}",
+        f"Qwen/Qwen3-8B-AWQ is quantized already (AWQ, gemv), {QUANTIZED}",
     ),
     "JunHowie/Qwen3-8B-GPTQ-Int4": (
-        small_checkpoint(quantization_config={"quant_method": "gptq", "bits": 4}),
+        small_checkpoint(quantization_config={"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}),
         {},
-        f"JunHowie/Qwen3-8B-GPTQ-Int4 is quantized already (gptq), {QUANTIZED}",
+        f"JunHowie/Qwen3-8B-GPTQ-Int4 is quantized already (GPTQ, marlin), {QUANTIZED}",
     ),
     "unsloth/Qwen3-8B-bnb-4bit": (
         small_checkpoint(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         {},
         f"unsloth/Qwen3-8B-bnb-4bit is quantized already (bitsandbytes), {QUANTIZED}",
     ),
-    "RedHatAI/Qwen3-8B-quantized.w4a16": (
-        small_checkpoint(quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
-        {"base_model": "Qwen/Qwen3-8B"},
-        f"RedHatAI/Qwen3-8B-quantized.w4a16 is quantized already (compressed-tensors), {QUANTIZED}",
-    ),
-    "mlx-community/Qwen3-8B-4bit": (
+    "RedHatAI/Qwen3-8B-NVFP4": (
         small_checkpoint(
-            quantization={"group_size": 64, "bits": 4}, quantization_config={"group_size": 64, "bits": 4}
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+            }
         ),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"mlx-community/Qwen3-8B-4bit is a model for MLX, quantized to 4 bits, {QUANTIZED}",
+        f"RedHatAI/Qwen3-8B-NVFP4 is quantized already (compressed-tensors, nvfp4-pack-quantized), {QUANTIZED}",
+    ),
+    "mlx-community/Qwen3-8B-mxfp4": (
+        small_checkpoint(quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+        {"base_model": "Qwen/Qwen3-8B"},
+        f"mlx-community/Qwen3-8B-mxfp4 is quantized already (MLX, mxfp4), {QUANTIZED}",
     ),
     "unsloth/Qwen3-0.6B-GGUF": (
         {"Qwen3-0.6B-Q4_K_M.gguf": WEIGHTS, "config.json": config(), "README.md": b"x"},
@@ -361,16 +370,16 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
         ["generate", "Qwen3-8B", "x"],
         "run `git lfs pull` there, or use the original, Qwen/Qwen3-8B",
     ),
-    (write_mlx, ["generate", ".", "x"], ". is quantized already, as by MLX, GPTQ or AWQ: it has a tensor model."),
+    (write_mlx, ["generate", ".", "x"], ". is quantized already: it has a tensor model."),
     (
-        lambda place: write_local(place, quantization={"group_size": 64, "bits": 8}),
+        lambda place: write_local(place, quantization={"group_size": 64, "bits": 7}),
         ["generate", ".", "x"],
-        ". is a model for MLX, quantized to 8 bits, which npqwen does not read; use the original checkpoint in BF16",
+        ". is quantized already (MLX, 7 bits), which npqwen does not read; use the original checkpoint in BF16",
     ),
     (
-        lambda place: write_local(place, quantization_config={"quant_method": "awq"}),
+        lambda place: write_local(place, quantization_config={"quant_method": "hqq"}),
         ["generate", ".", "x"],
-        ". is quantized already (awq), which npqwen does not read; use the original checkpoint in BF16, such as ",
+        ". is quantized already (hqq), which npqwen does not read; use the original checkpoint in BF16, such as ",
     ),
     (
         lambda place: (place / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}'),
