@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +36,9 @@ _UNSUPPORTED = {
     "fan_in_fan_out": "matrices that are stored transposed (fan_in_fan_out)",
     "lora_bias": "biases of factors (lora_bias)",
     "megatron_config": "Megatron's layers",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
@@ -123,7 +125,7 @@ class Adapter:
     def _check_shape(self, name: str, shape: tuple[int, ...], tensors: Mapping[str, SourceTensor]) -> None:
         if name not in tensors:
             raise CheckpointError(
-                f"{self.directory} adapts {shortened(name)}, which the checkpoint does not have; is it of another model?"
+                f"{self.directory} adapts {shortened(name)}, which the checkpoint lacks; is it of another model?"
             )
         if tensors[name].shape != shape:
             raise CheckpointError(
@@ -156,7 +158,9 @@ class Adapter:
                 if match["embedding"]:
                     transposed.add(matrix)
             elif ".lora_" in own or not own.endswith(".weight"):
-                raise CheckpointError(f"{self.directory} has a tensor {shortened(name)}, which is not merged; {_ADVICE}")
+                raise CheckpointError(
+                    f"{self.directory} has a tensor {shortened(name)}, which is not merged; {_ADVICE}"
+                )
             else:
                 self._saved[own.replace(".modules_to_save", "").replace(".base_layer", "")] = tensor
         for name, pair in factors.items():
@@ -188,7 +192,7 @@ class Adapter:
                 break
         if not is_number(alpha):
             raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}, which is no number")
-        return self._strength * alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return self._strength * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
 
 class AdaptedTensor(SourceTensor):
@@ -225,8 +229,3 @@ def _all(tensor: PlainTensor) -> npt.NDArray[np.float32]:
 def _columns(tensor: PlainTensor, first: int, count: int) -> npt.NDArray[np.float32]:
     """Some columns of a matrix, as rows."""
     return np.stack([widen(tensor.entry(row).read(first, count)) for row in range(tensor.shape[0])], axis=1)
-
-
-def check_strengths(files: Sequence[AdapterFile]) -> list[Any]:
-    """What a conversion with these adapters depends on besides their files."""
-    return [file.strength for file in files]
