@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from npqwen.hub.support import Purpose, check, check_purpose, file_error
 from npqwen.hub.transfer import Transfer
 
 if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
     from npqwen_quant.calibration import Calibration
 
 Notice = Callable[[str], None]
@@ -112,6 +113,7 @@ def convert(
     download_bars: bool = False,
     calibration: Callable[[Path], Calibration] | None = None,
     calibration_progress: Progress | None = None,
+    adapters: Sequence[AdapterFile] = (),
     measure: Callable[[Path, Path], object] | None = None,
 ) -> Path:
     """Convert a checkpoint directory or a repository of the hub into `out`, by default into the cache.
@@ -119,13 +121,18 @@ def convert(
     Returns the converted directory. force: convert again, and replace a converted model that is there. calibration:
     makes the text of a checkpoint directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in
     the cache. measure(checkpoint, converted): called with both directories when the conversion is complete. These two
-    need all weights, so they exclude low_disk. Raises what `resolve` and `npqwen_quant.convert` raise; the other
+    need all weights, so they exclude low_disk. adapters: LoRA adapters to merge into the weights; they need `out`, and
+    exclude low_disk, too. Raises what `resolve` and `npqwen_quant.convert` raise; the other
     parameters are those of `resolve`.
     """
     recipe = recipe_of(bits)
     tell = notice or _ignore
     if low_disk and calibration is not None:
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
+    if low_disk and adapters:
+        raise OptionError("adapters are merged into the whole checkpoint; use them without low_disk (--low-disk)")
+    if adapters and out is None:
+        raise OptionError("a model with adapters does not go into the cache; name the directory OUT for it")
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
     found = find_source(source, revision, tell)
@@ -149,6 +156,7 @@ def convert(
                 force=force or in_cache,
                 calibration=calibration,
                 calibration_progress=calibration_progress,
+                adapters=adapters,
             )
     if in_cache:
         record.used(target, found.model, found.revision, found.commit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from npqwen.hub.source import LocalSource, Source
 from npqwen.hub.support import quantized_format
 
 if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
     from npqwen_quant.calibration import Calibration
 
 Progress = Callable[[int, int], None]
@@ -79,6 +80,7 @@ class Transfer:
         once: bool = False,
         calibration: Callable[[Path], Calibration] | None = None,
         calibration_progress: Progress | None = None,
+        adapters: Sequence[AdapterFile] = (),
     ) -> None:
         """Convert to `target`, after a download if the source is on the hub. See `npqwen.hub.convert`.
 
@@ -103,6 +105,7 @@ class Transfer:
             progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
+            adapters=adapters,
             notice=self._tell,
         )
 

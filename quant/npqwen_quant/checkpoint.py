@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, read_index
 from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
 from npqwen.format.text_part import text_name, text_part
+from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.quantized import GPTQ_FILE, KEYS, format_of
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
@@ -42,10 +43,13 @@ class Checkpoint:
     `model.`, are read too.
     """
 
-    def __init__(self, directory: Path, *, weights: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()
+    ) -> None:
         """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong.
 
-        weights: False for a directory that holds none; then `tensors` is empty.
+        weights: False for a directory that holds none; then `tensors` is empty. adapters: LoRA adapters, which are
+        merged into the tensors, one after the other.
         """
         if not directory.is_dir():
             raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory")
@@ -66,6 +70,17 @@ class Checkpoint:
         self.config = Config.from_dict(raw, str(directory / "config.json"))
         self.tensors = self.sources(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
+        for file in adapters:
+            self._adapt(Adapter(file))
+
+    def _adapt(self, adapter: Adapter) -> None:
+        """Merge an adapter into the tensors."""
+        self._watch(adapter.paths)
+        if adapter.unties and self.config.tie_word_embeddings:
+            self.config = replace(self.config, tie_word_embeddings=False)
+            self.raw_config |= {"tie_word_embeddings": False}
+            self.tensors[OUTPUT] = self.tensors[EMBEDDING]
+        self.tensors = adapter.apply(self.tensors)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
