@@ -22,11 +22,12 @@ from npqwen.atomic_file import writing
 from npqwen.format.encodings import BLOCK_COLUMNS
 from npqwen.format.layout import pad
 from npqwen_quant import moments
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 from npqwen_quant.moments import Moments
 from npqwen_quant.search import F32, I8, U8, Codebook
+from npqwen_quant.tensors import SourceTensor
 
 Progress = Callable[[int, int], object]
 

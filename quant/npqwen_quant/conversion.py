@@ -24,10 +24,12 @@ from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
 from npqwen_quant.calibration import Calibration, Fits, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint, SmallFile, SourceTensor
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.output import Output
 from npqwen_quant.packing import header, packed
 from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.small_file import SmallFile
+from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.working import working_directory
 
 OutputFile = list[OutputTensor]

@@ -17,8 +17,8 @@ from npqwen.format.quantization import FORMAT_VERSION
 from npqwen.format.safetensors import make_header
 from npqwen_quant import blocks
 from npqwen_quant.calibration import Fits
-from npqwen_quant.checkpoint import SourceTensor, widen
 from npqwen_quant.plan import OutputTensor
+from npqwen_quant.tensors import SourceTensor, widen
 
 # Weights per task: in float32 they fill a core's cache.
 _TASK = 1 << 20

@@ -25,7 +25,7 @@ from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, read_index
 from npqwen.progress import Progress
 from npqwen_quant import blocks
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor, checked, is_bare, prefixed, read_tensors, refuse_packed
+from npqwen_quant.checkpoint import Checkpoint, checked, is_bare, prefixed, refuse_packed
 from npqwen_quant.conversion import (
     OutputFile,
     complete,
@@ -40,6 +40,7 @@ from npqwen_quant.conversion import (
 from npqwen_quant.output import WRITE_BYTES, Output
 from npqwen_quant.packing import header, packed
 from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.tensors import SourceTensor, read_tensors
 from npqwen_quant.working import working_directory
 
 KIND = "low-disk"
