@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npqwen.errors import size
+from npqwen.errors import OptionError, size
 from npqwen.format.config import Config
 from npqwen.format.quantization import is_converted
 from npqwen.format.recipe import Recipe
+from npqwen.hub.names import original
 from npqwen.hub.repository import HubSource, download_directory
 from npqwen.hub.room import check_room, converted_bytes, free_bytes
-from npqwen.hub.source import LocalSource, Source
+from npqwen.hub.source import GgufSource, LocalSource, Source
 
 if TYPE_CHECKING:
     from npqwen_quant.calibration import Calibration
@@ -47,10 +48,10 @@ class Transfer:
         return source.directory
 
     def directory(self) -> Path:
-        """The checkpoint's directory, with its weights, which are downloaded unless they are there."""
+        """The checkpoint's directory or GGUF file, which is downloaded unless it is there."""
         if isinstance(self.source, HubSource):
             return self.source.download(weights=True, bars=self._bars)
-        assert isinstance(self.source, LocalSource)
+        assert isinstance(self.source, LocalSource | GgufSource)
         return self.source.directory
 
     def update(self, other: Path, target: Path) -> None:
@@ -87,11 +88,18 @@ class Transfer:
 
         source = self.source
         if isinstance(source, HubSource):
+            if low_disk and source.gguf:
+                raise OptionError(
+                    f"low_disk (--low-disk) does not work with GGUF files; without it, {source.label} is downloaded as "
+                    f"a whole, and npqwen rm --download {source.repository} removes it afterwards"
+                )
             if low_disk:
                 self._convert_shards(source, target, recipe, force)
                 return
             self._announce_download(source, target, recipe)
         directory = self.directory()
+        if source.gguf and recipe.matrices.is_integer:
+            self._tell_of_quantization(directory)
         times = "once, " if once else ""
         convert(
             directory,
@@ -102,6 +110,17 @@ class Transfer:
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
         )
+
+    def _tell_of_quantization(self, path: Path) -> None:
+        """Tell that a GGUF file is quantized already."""
+        kinds = GgufSource(path).quantized
+        if kinds:
+            better = original(self.source.model, self.source.originals)
+            self._tell(
+                f"{self.source.label} is quantized already ({', '.join(kinds[:3])}); quantizing it again adds error, "
+                f"which npqwen convert --evaluate measures"
+                + (f", and {better}, the original, has none" if better else "")
+            )
 
     def _convert_shards(self, source: HubSource, target: Path, recipe: Recipe, force: bool) -> None:
         from npqwen_quant import Shards, convert_shards
@@ -148,6 +167,9 @@ class Transfer:
             self._tell(line)
 
     def _converted_bytes(self, recipe: Recipe, weights: int) -> int:
+        source = self.source
+        if isinstance(source, HubSource) and source.gguf:  # its config is in it, so this is an estimate
+            return weights if source.parameters is None else int(source.parameters * (recipe.bits + 0.6) / 8)
         config = Config.from_dict(self.source.raw_config, f"{self.source.label}: config.json")
         return converted_bytes(config, recipe, weights) or weights
 

@@ -59,9 +59,9 @@ def gguf_files(path: Path) -> list[Path]:
 
     Raises CheckpointError if a shard is missing, or if a directory has several models.
     """
-    if path.is_file():
+    if not path.is_dir():
         return shards(path) if path.suffix.lower() == ".gguf" or is_gguf(path) else []
-    if not path.is_dir() or (path / "model.safetensors").exists() or (path / INDEX).exists():
+    if (path / "model.safetensors").exists() or (path / INDEX).exists():
         return []
     found = sorted(
         file

@@ -51,7 +51,7 @@ class Metadata:
         return value
 
 
-def refuse_architecture(path: Path, found: object) -> None:
+def refuse_architecture(path: Path | str, found: object) -> None:
     """CheckpointError for an architecture that cannot be read."""
     if found not in ARCHITECTURES:
         what = "names no architecture" if found is None else f"has the architecture {quoted(found)}"
