@@ -126,9 +126,9 @@ class GgufModel:
         if (architecture := read_architecture(files[0])) is not None:
             refuse_architecture(files[0], architecture)  # before its other peculiarities
         headers = [read_header(path) for path in files]
-        self.metadata = Metadata(files[0], headers[0].metadata)
         for number, header in enumerate(headers):
             _check_shard(header, number, len(files))
+        self.metadata = Metadata(files[0], headers[0].metadata)
         stored: dict[str, tuple[Path, StoredGguf]] = {}
         for header in headers:
             for name, tensor in header.tensors.items():

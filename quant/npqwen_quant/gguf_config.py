@@ -16,13 +16,13 @@ _ENDS = ("<|im_end|>", "<|endoftext|>")
 """Tokens of Qwen's that end a text, whatever eos_token_id says: generation_config.json has both, a GGUF file one."""
 
 _SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
+    "temp": ("temperature", 100),
+    "top_k": ("top_k", 1e9),
+    "top_p": ("top_p", 1),
+    "min_p": ("min_p", 1),
+    "penalty_repeat": ("repetition_penalty", 100),
 }
-"""Keys of general.sampling, and what generation_config.json calls them."""
+"""Keys of general.sampling: what generation_config.json calls them, and their largest values."""
 
 
 class Metadata:
@@ -150,11 +150,13 @@ def generation_config(metadata: Metadata, ends: Sequence[int]) -> dict[str, Any]
 
     Then the defaults of the family hold, as for a checkpoint without this file.
     """
-    found = {
-        name: value
-        for key, name in _SAMPLING.items()
-        if (value := metadata.get(f"general.sampling.{key}", (int, float))) is not None
-    }
+    found = {}
+    for key, (name, most) in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}", (int, float))
+        if value is not None and not 0 <= value <= most:
+            raise CheckpointError(f"{metadata.path}: general.sampling.{key} is {quoted(value)}, not from 0 to {most:g}")
+        if value is not None:
+            found[name] = value
     if not found:
         return None
     return {"do_sample": found.get("temperature", 1.0) > 0, "eos_token_id": list(ends)} | found
