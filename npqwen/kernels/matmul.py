@@ -69,8 +69,10 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
     row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
     x_block = block_bytes(tokens, ISA.start_bytes)
-    # Prefetching line by line between loads gives a tenth more bandwidth than prefetching a whole unit first.
-    prefetched = scale_bytes if ISA.prefetches else unit // 2
+    # Prefetching line by line between loads gives a tenth more bandwidth than prefetching a whole unit first: there,
+    # only the scales are left.
+    halves = not ISA.prefetches
+    prefetched = unit // 2 if halves else scale_bytes
 
     @entry(encoding.name, tokens, vectors)
     def integer_rows(
@@ -92,7 +94,8 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
                     x_at = tile * units * UNIT_BLOCKS * x_block
                     # Two blocks a turn: with four, LLVM would load early, and have no registers for it.
                     for half in range(2 * units):
-                        prefetch(w, block_at - scale_bytes + PREFETCH_DISTANCE, prefetched)
+                        if halves or half % 2 == 0:
+                            prefetch(w, block_at - scale_bytes + PREFETCH_DISTANCE, prefetched)
                         sums = dot_block_int(sums, tokens, code, table, w, block_at, scales_at, packed, x_at)
                         x_at += x_block
                         sums = dot_block_int(

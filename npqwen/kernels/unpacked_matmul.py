@@ -54,6 +54,7 @@ def unpack_rows(encoding: Encoding) -> Any:
     """The kernel that unpacks row groups first to last - 1 of a matrix to `values`: UNPACKED_UNIT bytes a unit."""
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
     row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
+    prefetched = scale_bytes if ISA.prefetches else unit  # unpacking prefetches what it reads
 
     @entry(encoding.name)
     def unpack_rows(address: int, codebook: int, units: int, first: int, last: int, values: int) -> None:
@@ -64,7 +65,7 @@ def unpack_rows(encoding: Encoding) -> Any:
         for group in range(first, last):
             block_at = group * (row_scale_bytes + units * unit) + row_scale_bytes
             for _ in range(units):
-                prefetch(w, block_at + PREFETCH_DISTANCE, unit)
+                prefetch(w, block_at + PREFETCH_DISTANCE, prefetched)
                 block_at += scale_bytes
                 for _ in range(UNIT_BLOCKS):
                     unpack_block(code, table, w, block_at, out, at)
