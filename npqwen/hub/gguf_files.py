@@ -79,7 +79,7 @@ def _matching(tags: dict[str, str], wanted: str | None) -> list[str]:
         lambda model, tag: model.lower() == plain,
         lambda model, tag: tag.lower().removesuffix(SUFFIX) == plain,
         lambda model, tag: PurePosixPath(model).name.lower() == plain,
-        lambda model, tag: re.search(rf"[-._]{re.escape(plain)}$", model.lower()) is not None,
+        lambda model, tag: re.search(rf"[-.]{re.escape(plain)}$", model.lower()) is not None,
     ):
         found = [model for model, tag in tags.items() if matches(model, tag)]
         if found:
