@@ -115,11 +115,11 @@ class Transfer:
         """Tell that a GGUF file is quantized already."""
         kinds = GgufSource(path).quantized
         if kinds:
-            better = original(self.source.model, self.source.originals)
+            known = original(self.source.model, self.source.originals)
+            better = "" if known is None else f"; the original, {known}, loses less"
             self._tell(
-                f"{self.source.label} is quantized already ({', '.join(kinds[:3])}); quantizing it again adds error, "
-                f"which npqwen convert --evaluate measures"
-                + (f", and {better}, the original, has none" if better else "")
+                f"{self.source.label} is quantized already ({', '.join(kinds[:3])}), and quantizing it again adds "
+                f"error, which npqwen convert --evaluate measures{better}"
             )
 
     def _convert_shards(self, source: HubSource, target: Path, recipe: Recipe, force: bool) -> None:

@@ -106,7 +106,7 @@ class Checkpoint:
         if single.exists():
             return self._read_header(single)
         if not index.exists():
-            patterns = "*.bin", "*.gguf", "*.pth"
+            patterns = "*.bin", "*.pth"
             others = sorted(path.name for pattern in patterns for path in self.directory.glob(pattern))
             found = f"; it holds {shortened(others[0])}, which cannot be converted" if others else ""
             raise CheckpointError(f"{self.directory} has neither model.safetensors nor an index of shards{found}")

@@ -50,7 +50,7 @@ def convert(
     calibration: Calibration | None = None,
     calibration_progress: Progress | None = None,
 ) -> None:
-    """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
+    """Convert the checkpoint directory `source`, or a GGUF file, into the model directory `out` (quant/FORMAT.md).
 
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.

@@ -32,7 +32,7 @@ _POINTER = b"version https://git-lfs"
 _VERSIONS = (2, 3)
 _LONGEST = 1 << 26
 """Bytes of a header at most. Those of Qwen3 have 6 MB."""
-_ITEMS = 1 << 21
+_ITEMS = 1 << 20
 """Values in all arrays of a header at most: Qwen3's vocabulary has 455,259, tokens, their types and merges."""
 _ENTRIES, _TENSORS = 1 << 16, 1 << 16
 """Of a file at most. Qwen3-235B-A22B has some 1,100 tensors."""
