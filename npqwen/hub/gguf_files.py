@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 
 SUFFIX = ".gguf"
-_DEFAULT = "q4_k_m"
-"""Of llama.cpp and ollama."""
+_DEFAULTS = ("q4_k_m", "q8_0")
+"""The first of these that is there, as in llama.cpp."""
 
 _TAG = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4\w*|BF16|F16|FP16|F32|FP32))", re.ASCII | re.IGNORECASE
@@ -22,9 +22,9 @@ _LISTED = 12
 def choose(names: Iterable[str], wanted: str | None, label: str) -> tuple[str, list[str]]:
     """A model's quantization, or its file's name if that tells none, and its files, shards in order.
 
-    names: of all files of a repository. wanted: a quantization or a file's name, in any case; None is Q4_K_M, or the
-    only model. label: the repository, for messages. Raises ModelNotFoundError, which lists the models, for one that is
-    not there; CheckpointError if a shard is missing.
+    names: of all files of a repository. wanted: a quantization or a file's name, in any case; None is the only model,
+    or else Q4_K_M or Q8_0. label: the repository, for messages. Raises ModelNotFoundError, which lists the models, for
+    one that is not there; CheckpointError if a shard is missing.
     """
     models = _models(names)
     tags = _tags(models)
@@ -72,7 +72,8 @@ def _tags(models: Iterable[str]) -> dict[str, str]:
 def _matching(tags: dict[str, str], wanted: str | None) -> list[str]:
     """The models that are meant."""
     if wanted is None:
-        return list(tags) if len(tags) == 1 else [model for model, tag in tags.items() if tag.lower() == _DEFAULT]
+        usual = ([model for model, tag in tags.items() if tag.lower() == default] for default in _DEFAULTS)
+        return list(tags) if len(tags) == 1 else next(filter(None, usual), [])
     plain = wanted.lower().removesuffix(SUFFIX)
     plain = re.sub(r"-\d{5}-of-\d{5}$", "", plain)
     for matches in (

@@ -113,7 +113,8 @@ class Transfer:
 
     def _tell_of_quantization(self, path: Path) -> None:
         """Tell that a GGUF file is quantized already."""
-        kinds = GgufSource(path).quantized
+        found = self.source if isinstance(self.source, GgufSource) else GgufSource(path)
+        kinds = found.quantized
         if kinds:
             known = original(self.source.model, self.source.originals)
             better = "" if known is None else f"; the original, {known}, loses less"

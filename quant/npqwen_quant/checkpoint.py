@@ -38,7 +38,7 @@ class Checkpoint:
             self._read_gguf(directory, files)
             return
         if not directory.is_dir():
-            raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory")
+            raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory or GGUF")
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
         self._watch([directory / "config.json"])

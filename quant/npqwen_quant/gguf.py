@@ -24,8 +24,8 @@ from npqwen_quant.tensors import PlainTensor, SourceTensor
 SHARD = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE | re.DOTALL)
 """The name of one of several files of a model."""
 
-OTHER_PARTS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-"""In names of files that lie beside models and are none: projectors of images, matrices of importance."""
+OTHER_PARTS = re.compile(r"mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", re.IGNORECASE)
+"""In names of files that lie beside models and are none: projectors of images, matrices of importance, drafts."""
 
 _SHARDS = 1000
 _NAMES = {

@@ -140,9 +140,9 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         "unsloth/Qwen3-0.6B-GGUF:Q9: no GGUF model matches 'Q9'; there are :Q4_K_M, :Q8_0",
     ),
     "somebody/mine-GGUF": (
-        {"mine-Q6_K.gguf": WEIGHTS, "mine-Q8_0.gguf": WEIGHTS},
+        {"mine-Q5_K_M.gguf": WEIGHTS, "mine-Q6_K.gguf": WEIGHTS},
         {},
-        "somebody/mine-GGUF has several GGUF models; append one of :Q6_K, :Q8_0",
+        "somebody/mine-GGUF has several GGUF models; append one of :Q5_K_M, :Q6_K",
     ),
     "somebody/qwen3-lora": (
         {

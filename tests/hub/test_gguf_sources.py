@@ -264,6 +264,7 @@ ODD = ["a.gguf", "b.Q8_0.gguf", "c_q6_k.GGUF", "d-Q8_0.gguf"]
         (ODD, "Q6_K", "q6_k", ["c_q6_k.GGUF"]),
         (ODD, "b.Q8_0", "b.Q8_0.gguf", ["b.Q8_0.gguf"]),
         (["x.gguf"], None, "x.gguf", ["x.gguf"]),
+        (["x-Q6_K.gguf", "x-Q8_0.gguf", "mtp-x-Q4_K_M.gguf"], None, "Q8_0", ["x-Q8_0.gguf"]),
     ],
 )
 def test_quantizations(names: list[str], wanted: str | None, tag: str, files: list[str]) -> None:

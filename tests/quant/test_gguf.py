@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,3 +359,27 @@ def test_templates_see_a_first_token_only_if_texts_begin_with_it(begins: bool, t
     tokens = TemplateFiles.from_directory(tmp_path / "out").special_tokens
     assert tokens.get("bos_token") == ("<|endoftext|>" if begins else None)
     assert (tokens["eos_token"], tokens["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak of memory to ask for that begins with the program")
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """An embedding of 154 MB in float32 is dequantized and converted in a fraction of its size."""
+    small = config(num_hidden_layers=1)
+    tensors, _ = quantized("Q6_K", small)
+    write(tmp_path / "small.gguf")
+    blocks = np.resize(LLAMA["Q6_K.blocks"], (150_000, 210))
+    tensors["token_embd.weight"] = "Q6_K", (150_000, 256), blocks.tobytes()
+    (tmp_path / "large.gguf").write_bytes(encode(metadata(small), tensors))
+    code = f"""
+from pathlib import Path
+from npqwen_quant import convert
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+place = Path({str(tmp_path)!r})
+convert(place / "small.gguf", place / "small", 8, threads=2)
+before = peak()
+convert(place / "large.gguf", place / "large", 8, threads=2)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 70_000  # kB
