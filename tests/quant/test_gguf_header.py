@@ -181,7 +181,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     rng = random.Random(18)
     path = tmp_path / "x.gguf"
     refused: list[str] = []
-    for _ in range(600):
+    for _ in range(300):
         data = bytearray(good)
         for _ in range(rng.choice((1, 1, 2, 8))):
             at = rng.randrange(end)
@@ -205,5 +205,5 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
                 file.read()
         except NpqwenError as error:
             refused.append(str(error))
-    assert 300 < len(refused) < 600
+    assert 150 < len(refused) < 300
     assert [line for line in refused if "\n" in line or len(line) > 600] == []
