@@ -61,13 +61,16 @@ def gguf_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return shards(path) if path.suffix.lower() == ".gguf" or is_gguf(path) else []
-    if (path / "model.safetensors").exists() or (path / INDEX).exists():
+    try:
+        if (path / "model.safetensors").exists() or (path / INDEX).exists():
+            return []
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() == ".gguf" and not OTHER_PARTS.search(file.name) and file.is_file()
+        )
+    except OSError:  # who reads it as a checkpoint says what is wrong
         return []
-    found = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() == ".gguf" and not OTHER_PARTS.search(file.name) and file.is_file()
-    )
     models = {shards(file)[0]: None for file in found}
     if len(models) > 1:
         names = ", ".join(shortened(file.name) for file in list(models)[:8])

@@ -58,6 +58,8 @@ class GgufTokenizer:
         vocabulary: dict[str, int] = {}
         added = []
         for id, (token, kind) in enumerate(zip(self.tokens, self._types, strict=True)):
+            if not token:
+                raise self._wrong("a token without text")
             if kind == _NORMAL:
                 if token in vocabulary:
                     raise self._wrong(f"the token {quoted(token)} twice")

@@ -197,6 +197,14 @@ def test_a_directory_of_several_models(tmp_path: Path) -> None:
     assert gguf_files(tmp_path) == []
 
 
+def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert gguf_files(tmp_path) == []
+
+
 def test_a_file_without_a_suffix_is_known_by_its_content(tmp_path: Path) -> None:
     """As those of ollama's cache."""
     assert Checkpoint(write(tmp_path / "sha256-0123")).config.hidden_size == 256
@@ -257,6 +265,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer__ggml__tokens": ["x"] * 110, "tokenizer__ggml__token_type": [3] * 110},
         "an added token twice",
     ),
+    "a token without text": ({"tokenizer__ggml__tokens": [""] * 110}, "a token without text"),
     "a token of bytes": ({"tokenizer__ggml__token_type": [6] * 110}, "a token of type 6"),
     "a merge of one": ({"tokenizer__ggml__merges": ["ab"]}, "the merge 'ab', which does not join"),
     "a merge of three": ({"tokenizer__ggml__merges": ["a b c"]}, "the merge 'a b c'"),
