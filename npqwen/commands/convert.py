@@ -67,7 +67,7 @@ def convert(
     dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Convert SOURCE, a checkpoint directory or a Hugging Face id, into the directory OUT.
+    """Convert SOURCE, a checkpoint directory, a GGUF file or a Hugging Face id, into the directory OUT.
 
     Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
     After an interruption, the same command resumes the conversion.

@@ -10,8 +10,8 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, Opti
 from npqwen.format.config import MODEL_TYPES, Config, read_json
 from npqwen.format.files import read_small
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import TEMPLATES
 from npqwen.hub.names import advice
+from npqwen.hub.repository import HubSource
 from npqwen.hub.source import Source
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _POINTER_BYTES = 1024
 """No pointer is larger."""
 
 _OTHER_WEIGHTS = {
-    ".gguf": "GGUF",
     ".bin": "PyTorch pickles (.bin)",
     ".pth": "PyTorch pickles (.pth)",
     ".pt": "PyTorch pickles (.pt)",
@@ -44,8 +43,13 @@ def check(source: Source, purpose: Purpose) -> None:
 
     The message names what would work.
     """
-    _refuse_pointers(source)
-    _refuse_other_files(source)
+    if isinstance(source, HubSource) and source.gguf:
+        _check_architecture(source)
+        check_purpose(source, purpose)
+        return
+    if not source.gguf:
+        _refuse_pointers(source)
+        _refuse_other_files(source)
     raw = source.raw_config
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -53,10 +57,11 @@ def check(source: Source, purpose: Purpose) -> None:
             f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
             f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
         )
-    quantized_format(source)
-    Config.from_dict(raw, f"{source.label}: config.json")
+    if not source.gguf:
+        quantized_format(source)
+    Config.from_dict(raw, source.label if source.gguf else f"{source.label}: config.json")
     _refuse_heads(source, raw)
-    if "tokenizer.json" not in source.files:
+    if not source.gguf and "tokenizer.json" not in source.files:
         raise CheckpointError(
             f"{source.label} has no tokenizer.json, which npqwen needs; add it from the model that this one was made "
             "from, or save it with transformers' fast tokenizer"
@@ -76,26 +81,23 @@ def quantized_format(source: Source) -> QuantizedFormat | None:
 def check_purpose(source: Source, purpose: Purpose) -> None:
     """Raise OptionError for a model that cannot do this, although npqwen runs it."""
     _refuse_other_tasks(source, purpose)
-    if purpose == "chat":
-        _check_template(source)
-
-
-def _check_template(source: Source) -> None:
-    """Raise OptionError for a model without a chat template."""
-    if "chat_template.jinja" in source.files or source.has(TEMPLATES):
-        return
-    path = source.small_file("tokenizer_config.json") if "tokenizer_config.json" in source.files else None
-    if path is None or not read_json(path).get("chat_template"):
+    if purpose == "chat" and not source.has_template:
         raise OptionError(
             f"{source.label} has no chat template, like all base models; continue a text with generate instead"
         )
 
 
+def _check_architecture(source: HubSource) -> None:
+    """Raise CheckpointError for a GGUF file that cannot be read, before its download, as far as the hub says."""
+    from npqwen_quant.gguf_config import refuse_architecture
+
+    if source.architecture is not None:
+        refuse_architecture(source.label, source.architecture)
+
+
 def file_error(path: Path, label: str) -> NpqwenError:
     """The error about a file that was given in place of a directory."""
     kind = _OTHER_WEIGHTS.get(path.suffix.lower())
-    if kind == "GGUF":
-        return CheckpointError(f"{label} is a GGUF file, which npqwen does not read; {advice(path.name)}")
     if kind is not None:
         return CheckpointError(f"{label} is a file of {kind}, which npqwen does not read; {advice(path.name)}")
     return ModelNotFoundError(f"{label} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
@@ -137,11 +139,6 @@ def _refuse_other_files(source: Source) -> None:
         raise CheckpointError(f"{label} is huggingface_hub's cache of a model; give its id, {shortened(repository)}")
     for suffix, kind in _OTHER_WEIGHTS.items():
         found = sorted(name for name in names if name.lower().endswith(suffix))
-        if found and suffix == ".gguf":
-            raise CheckpointError(
-                f"{label} holds GGUF files ({shortened(found[0])}), which npqwen does not read; "
-                f"{advice(found[0] if label == '.' else label, source.originals)}"
-            )
         if found and "config.json" in names:
             raise CheckpointError(
                 f"{label} has only {shortened(found[0])}, and npqwen reads no {kind}; use a repository with "

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from npqwen_quant.output import try_lock
+from npqwen_quant.working import try_lock
 
 from npqwen.atomic_file import writing
 from npqwen.checks import choice

@@ -26,10 +26,11 @@ from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
 from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.calibration import Calibration, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint, SmallFile
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.small_file import SmallFile
 from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
 from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.writer import Writer
@@ -55,7 +56,7 @@ def convert(
     adapters: Sequence[AdapterFile] = (),
     notice: Notice | None = None,
 ) -> None:
-    """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
+    """Convert the checkpoint directory `source`, or a GGUF file, into the model directory `out` (quant/FORMAT.md).
 
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
