@@ -57,20 +57,25 @@ class Checkpoint:
             raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
         text = text_part(whole)
         raw = whole if text is None else text
-        self.has_images = text is not None
-        """Whether it is multimodal; then only its text part is read."""
         self.format = format_of(raw, str(directory), self._of_gptq())
         """How the weights are quantized; None if they are not."""
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        stored = self._read_tensors() if weights else {}
-        if text is not None:
-            stored = {own: tensor for name, tensor in stored.items() if (own := text_name(name)) is not None}
-        stored = unstacked(stored, self.config)
-        tensors = self.format.dequantized(stored) if self.format else stored
-        self.tensors = unfused(with_prefix(tensors), self.config)
+        self._has_images = text is not None
+        self.tensors = self.sources(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
+
+    def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
+        """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
+        found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
+        found = unstacked(found, self.config)
+        tensors = self.format.dequantized(found) if self.format else found
+        return unfused(with_prefix(tensors), self.config)
+
+    def own_name(self, name: str) -> str | None:
+        """What a stored tensor would be called in a checkpoint of the text model alone; None for one of images."""
+        return text_name(name) if self._has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""

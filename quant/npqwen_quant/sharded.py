@@ -88,13 +88,8 @@ def convert_shards(
     checkpoint = Checkpoint(source, weights=False)
     if checkpoint.format is not None:
         raise CheckpointError(
-            f"{source} is quantized already ({checkpoint.format.description}), and such checkpoints can only be "
-            "converted whole; use it without low_disk (--low-disk)"
-        )
-    if checkpoint.has_images:
-        raise CheckpointError(
-            f"{source} is multimodal, and such checkpoints can only be converted whole; use it without low_disk "
-            "(--low-disk)"
+            f"{source} is quantized already ({checkpoint.format.description}), which can only be converted from a "
+            "complete checkpoint; use it without low_disk (--low-disk)"
         )
     output = Output(out, force=force)
     key = json.dumps([_VERSION, FORMAT_VERSION, shards.key, recipe.name, shard_bytes])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import MIXTURE, make_config, random_tensors, to_bf16, write_checkpoint
-from npqwen_quant import Shards, convert, convert_shards
+from npqwen_quant import convert
 from quantizers import MOE, check_conversion, check_tensors, example, fp8, mlx
 
 from npqwen.errors import CheckpointError
@@ -178,11 +178,3 @@ def test_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "in", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in"]
-
-
-def test_low_disk_says_that_it_cannot(tmp_path: Path) -> None:
-    config = make_config()
-    write_checkpoint(tmp_path / "in", multimodal(config), with_images(random_tensors(config)))
-    shards = Shards("key", {"model.safetensors": 1}, lambda name, place: tmp_path / "in" / name)
-    with pytest.raises(CheckpointError, match=r"is multimodal, .* without low_disk \(--low-disk\)"):
-        convert_shards(tmp_path / "in", tmp_path / "out", shards)
