@@ -80,11 +80,12 @@ def _check_template(source: Source) -> None:
     """Raise OptionError for a model without a chat template."""
     if "chat_template.jinja" in source.files or source.has(TEMPLATES):
         return
-    path = source.small_file("tokenizer_config.json") if "tokenizer_config.json" in source.files else None
-    if path is None or not read_json(path).get("chat_template"):
-        raise OptionError(
-            f"{source.label} has no chat template, like all base models; continue a text with generate instead"
-        )
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if name in source.files and read_json(source.small_file(name)).get("chat_template"):
+            return
+    raise OptionError(
+        f"{source.label} has no chat template, like all base models; continue a text with generate instead"
+    )
 
 
 def file_error(path: Path, label: str) -> NpqwenError:
