@@ -120,8 +120,8 @@ def _refuse_other_files(source: Source) -> None:
         base = read_json(source.small_file("adapter_config.json")).get("base_model_name_or_path")
         whose = f" of {shortened(base)}" if isinstance(base, str) and base else ""
         raise CheckpointError(
-            f"{label} is a LoRA adapter{whose}, which npqwen does not apply; merge it into its model with peft "
-            "(merge_and_unload, save_pretrained), and use the result"
+            f"{label} is a LoRA adapter{whose}; convert its model with it: npqwen convert MODEL OUT --adapter "
+            f"{label if not source.remote else 'DIRECTORY'}"
         )
     if _is_download_cache(label):
         repository = "/".join(PurePosixPath(label.replace("\\", "/")).name.split("--")[1:])

@@ -159,8 +159,8 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
             "adapter_model.safetensors": WEIGHTS,
         },
         {},
-        "somebody/qwen3-lora is a LoRA adapter of Qwen/Qwen3-8B, which npqwen does not apply; merge it into its model "
-        "with peft (merge_and_unload, save_pretrained), and use the result",
+        "somebody/qwen3-lora is a LoRA adapter of Qwen/Qwen3-8B; convert its model with it: npqwen convert MODEL OUT "
+        "--adapter DIRECTORY",
     ),
     "somebody/qwen3-pickled": (
         {"config.json": config(), "pytorch_model.bin": WEIGHTS} | TOKENIZER,
@@ -375,7 +375,7 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (
         lambda place: (place / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}'),
         ["chat", ".", "x"],
-        ". is a LoRA adapter of Qwen/Qwen3-8B, which npqwen does not apply; merge it into its model with peft ",
+        ". is a LoRA adapter of Qwen/Qwen3-8B; convert its model with it: npqwen convert MODEL OUT --adapter .",
     ),
     (lambda place: write_local(place, model_type="llama"), ["info", "."], ". is of the family 'llama', which is not"),
     (without("tokenizer.json"), ["convert", "."], ". has no tokenizer.json, which npqwen needs; add it from the "),

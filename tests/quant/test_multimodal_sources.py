@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import MIXTURE, make_config, random_tensors, to_bf16, write_checkpoint
-from npqwen_quant import convert
+from npqwen_quant import Shards, convert, convert_shards
 from quantizers import MOE, check_conversion, check_tensors, example, fp8, mlx
 
 from npqwen.errors import CheckpointError
