@@ -117,9 +117,14 @@ def awq(weights: np.ndarray, group: int = 16) -> Any:
 
 
 def pack_quantized(
-    weights: np.ndarray, bits: int = 4, group: int = -1, symmetric: bool = True, act_order: bool = False
+    weights: np.ndarray,
+    bits: int = 4,
+    group: int = -1,
+    symmetric: bool = True,
+    act_order: bool = False,
+    int8_zeros: bool = False,
 ) -> Any:
-    """compressed-tensors' pack-quantized."""
+    """compressed-tensors' pack-quantized. int8_zeros: zero points as older versions stored them."""
     columns = weights.shape[1]
     groups = np.arange(columns) // (columns if group == -1 else group)
     if act_order:
@@ -130,7 +135,8 @@ def pack_quantized(
         zeros = np.full_like(zeros, 1 << bits - 1)
         integers = np.clip(np.rint(weights / scales[:, groups]) + zeros[:, groups], 0, (1 << bits) - 1).astype(int)
     else:
-        parts["weight_zero_point"] = np.ascontiguousarray(packed(zeros.T, bits).T)
+        signed = (zeros - (1 << bits - 1)).astype(np.int8)
+        parts["weight_zero_point"] = signed if int8_zeros else np.ascontiguousarray(packed(zeros.T, bits).T)
     if act_order:
         parts["weight_g_idx"] = groups.astype(np.int32)
     parts |= {

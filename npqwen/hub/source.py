@@ -74,7 +74,7 @@ class Source(ABC):
     @property
     def has_images(self) -> bool:
         """Whether it is a multimodal checkpoint, whose text part alone is converted."""
-        return self.raw_config is not self._whole_config
+        return "config.json" in self.files and text_part(self._whole_config) is not None
 
     @cached_property
     def _whole_config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
 from npqwen.format.config import MODEL_TYPES, Config, read_json
-from npqwen.format.files import read_small
+from npqwen.format.files import is_lfs_pointer
 from npqwen.format.safetensors import INDEX
 from npqwen.format.small_files import TEMPLATES
 from npqwen.hub.names import advice
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 Purpose = Literal["arrays", "text", "chat"]
 """What a model is opened for: with "arrays" its logits and hidden states, with "text" it writes, with "chat" it answers
 by its chat template."""
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024
-"""No pointer is larger."""
 
 _OTHER_WEIGHTS = {
     ".gguf": "GGUF",
@@ -84,11 +80,12 @@ def _check_template(source: Source) -> None:
     """Raise OptionError for a model without a chat template."""
     if "chat_template.jinja" in source.files or source.has(TEMPLATES):
         return
-    path = source.small_file("tokenizer_config.json") if "tokenizer_config.json" in source.files else None
-    if path is None or not read_json(path).get("chat_template"):
-        raise OptionError(
-            f"{source.label} has no chat template, like all base models; continue a text with generate instead"
-        )
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if name in source.files and read_json(source.small_file(name)).get("chat_template"):
+            return
+    raise OptionError(
+        f"{source.label} has no chat template, like all base models; continue a text with generate instead"
+    )
 
 
 def file_error(path: Path, label: str) -> NpqwenError:
@@ -105,19 +102,12 @@ def _refuse_pointers(source: Source) -> None:
     """Files of a clone without Git LFS: three lines in place of the content. The hub gives content."""
     if source.remote:
         return
-    for name, file in source.matching("*.safetensors", "*.json").items():
-        if file.nbytes <= _POINTER_BYTES and _begins(source.small_file(name), _POINTER):
+    for name in source.matching("*.safetensors", "*.json"):
+        if is_lfs_pointer(source.small_file(name)):
             raise CheckpointError(
                 f"{source.label}/{name} is a Git LFS pointer, not the file itself; run `git lfs pull` there, "
                 f"or {advice(source.label, source.originals)}"
             )
-
-
-def _begins(path: Path, start: bytes) -> bool:
-    try:
-        return read_small(path, _POINTER_BYTES).startswith(start)
-    except OSError:
-        return False
 
 
 def _refuse_other_files(source: Source) -> None:

@@ -16,8 +16,7 @@ import numpy.typing as npt
 from npqwen.errors import CheckpointError, quoted
 from npqwen.format.layout import ceil_div
 from npqwen_quant.by_columns import ColumnsTensor, Loaded
-from npqwen_quant.gptq import check_group_size
-from npqwen_quant.parts import FLOATS, WORDS, Module, UnreadableError, modules, unpack
+from npqwen_quant.parts import FLOATS, WORDS, Module, UnreadableError, check_group_size, modules, unpack
 from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
 

@@ -57,8 +57,6 @@ class Checkpoint:
             raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
         text = text_part(whole)
         raw = whole if text is None else text
-        self.has_images = text is not None
-        """Whether it is multimodal; then only its text part is read."""
         self.format = format_of(raw, str(directory), self._of_gptq())
         """How the weights are quantized; None if they are not."""
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}

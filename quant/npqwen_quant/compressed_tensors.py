@@ -2,8 +2,10 @@
 
 "pack-quantized": `weight_packed`, a row's integers packed one after the other into words, each stored plus
 2^(bits - 1); `weight_shape`; `weight_scale`, (rows, groups); perhaps `weight_zero_point`, packed like the weights but
-along the rows, and `weight_g_idx`, the group of each column. "int-quantized", "float-quantized" and
-"naive-quantized": `weight` in int8 or e4m3, `weight_scale`, perhaps `weight_zero_point` of its shape.
+along the rows (int8 in older files), and `weight_g_idx`, the group of each column.
+
+"int-quantized", "float-quantized" and "naive-quantized": `weight` in int8 or e4m3, `weight_scale`, perhaps
+`weight_zero_point` of its shape.
 """
 
 from __future__ import annotations
@@ -51,9 +53,10 @@ class PackedTensor(SourceTensor):
             raise module.error("weight_scale", f"has {groups} groups, which do not fit {columns} columns")
         if self._groups_of is not None:
             module.check_shape("weight_g_idx", (columns,))
-        self._zeros = module.part("weight_zero_point", WORDS) if "weight_zero_point" in module else None
+        self._zeros = module.part("weight_zero_point", (*WORDS, "I8")) if "weight_zero_point" in module else None
         if self._zeros is not None:
-            module.check_shape("weight_zero_point", (packed_words(rows, self._bits), groups))
+            packed_rows = rows if self._zeros.stored.dtype == "I8" else packed_words(rows, self._bits)
+            module.check_shape("weight_zero_point", (packed_rows, groups))
         self.path = self._packed.path
         self.shape = rows, columns
         self.nbytes = sum(part.nbytes for kind, part in module.parts.items() if kind in _PARTS)
@@ -90,6 +93,10 @@ class PackedTensor(SourceTensor):
     def _zero_points(self, first: int, count: int) -> npt.NDArray[np.uint8]:
         """The zeros (count, groups) of some rows: 32 rows take whole words."""
         assert self._zeros is not None
+        if self._zeros.stored.dtype == "I8":
+            signed: npt.NDArray[np.uint8] = self._zeros.stored_rows(first, count, "i1").view(np.uint8)
+            signed += np.uint8(1 << self._bits - 1)
+            return signed
         start = first // 32
         word, stop = start * self._bits, packed_words(first + count, self._bits)
         words = self._zeros.stored_rows(word, stop - word, "<u4")

@@ -28,8 +28,9 @@ F32 = npt.NDArray[np.float32]
 
 
 def _e4m3() -> F32:
-    """The values of all bytes: a sign, 4 bits of exponent and 3 of mantissa, no infinity, NaN if all but the sign are
-    set."""
+    """The values of all bytes: a sign, 4 bits of exponent, 3 of mantissa; no infinity, and NaN where all but the sign
+    are set.
+    """
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
     values = np.where(exponent == 0, mantissa / 512, (8 + mantissa) * 2.0 ** (exponent - 10))
@@ -50,7 +51,8 @@ class ScaledTensor(SourceTensor):
         self.path = weight.path
         self.shape = weight.shape
         self.nbytes = weight.nbytes + scale.nbytes + (0 if zero is None else zero.nbytes)
-        self._weight, self._scale, self._zero, self._block = weight, scale, zero, block
+        self._weight, self._scale, self._zero = weight, scale, zero
+        self._block = min(block[0], weight.shape[0]), min(block[1], weight.shape[1])
         self._blocks = blocks_of((weight.shape[0], weight.shape[1]), block)
 
     def read(self, first: int, count: int) -> F32:

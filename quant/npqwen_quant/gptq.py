@@ -18,7 +18,17 @@ import numpy.typing as npt
 from npqwen.errors import CheckpointError, quoted
 from npqwen.format.layout import ceil_div
 from npqwen_quant.by_columns import ColumnsTensor, Loaded
-from npqwen_quant.parts import FLOATS, INDICES, WORDS, Module, UnreadableError, modules, packed_words, unpack
+from npqwen_quant.parts import (
+    FLOATS,
+    INDICES,
+    WORDS,
+    Module,
+    UnreadableError,
+    check_group_size,
+    modules,
+    packed_words,
+    unpack,
+)
 from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
 
@@ -129,9 +139,3 @@ class Gptq:
                 found[module.weight] = GptqTensor(module, self, recent)
             found |= module.others(*_PARTS)
         return found
-
-
-def check_group_size(size: Any, where: str) -> None:
-    """Raise CheckpointError for a number of columns that share a scale which is neither positive nor -1."""
-    if type(size) is not int or not (size == -1 or 0 < size < 1 << 31):
-        raise CheckpointError(f"{where}: group_size is {quoted(size)}, not the number of columns of a group")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError, quoted, shortened
 from npqwen_quant.tensors import CONVERTIBLE, PlainTensor
 
 FLOATS = tuple(CONVERTIBLE)
@@ -79,6 +79,12 @@ def modules(stored: Mapping[str, PlainTensor]) -> Iterable[Module]:
         module, _, kind = name.rpartition(".")
         found.setdefault(module, Module(module)).parts[kind] = tensor
     return found.values()
+
+
+def check_group_size(size: Any, where: str) -> None:
+    """Raise CheckpointError for a number of columns that share a scale, if it is neither positive nor -1, for all."""
+    if type(size) is not int or not (size == -1 or 0 < size < 1 << 31):
+        raise CheckpointError(f"{where}: group_size is {quoted(size)}, not the number of columns of a group")
 
 
 def unpack(words: npt.NDArray[Any], bits: int, count: int) -> U8:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError, shortened
-from npqwen.format.files import open_regular
+from npqwen.format.files import is_lfs_pointer, open_regular
 from npqwen.format.safetensors import INDEX, HeaderError, StoredTensor, read_header
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
@@ -114,6 +114,8 @@ def read_tensors(path: Path) -> dict[str, PlainTensor]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except HeaderError as error:
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`") from None
         raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
     return {name: PlainTensor(path, tensor) for name, tensor in stored.items()}
 

@@ -39,6 +39,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "a converted model": (lambda d: change(d, quantization_config={"quant_method": "npqwen"}), "already"),
+    "a pointer": (
+        lambda d: (d / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
+        "model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    ),
     "bitsandbytes": (lambda d: change(d, quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
     "aqlm": (lambda d: change(d, quantization_config={"quant_method": "aqlm"}), "aqlm"),
     "missing tensor": (lambda d: rewrite(d, K_PROJ, None), K_PROJ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def test_one_scale_for_a_matrix_or_a_row(tmp_path: Path) -> None:
             return parts | {"input_scale": np.ones(1, np.float32)}, meant
 
         check_tensors(tmp_path, write_quantized(tmp_path, config, random_tensors(config), quantizer))
+
+
+def test_blocks_larger_than_the_matrix_take_no_memory(tmp_path: Path) -> None:
+    config = configured((1, 1 << 20))
+    meant = write_quantized(tmp_path, config, random_tensors(config), lambda w: fp8(w, (1, w.shape[1])))
+    tracemalloc.start()
+    try:
+        check_tensors(tmp_path, meant)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_names_of_a_bare_base_model(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import MIXTURE, make_config, random_tensors, to_bf16, write_checkpoint
+from checkpoints import MIXTURE, make_config, random_tensors, to_bf16, write_checkpoint, write_safetensors
 from npqwen_quant import convert
 from npqwen_quant.calibration import Calibration
 from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.quantized import format_of
 from npqwen_quant.recent import Recent
+from npqwen_quant.tensors import read_tensors
 from quantizers import (
     MOE,
     UNQUANTIZED,
@@ -79,6 +82,13 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
         for bits in (3, 4, 8)
         for group, order in ((-1, False), (16, False), (16, True))
         for symmetric in (True, False)
+    },
+    **{
+        f"pack-quantized {bits} bits, zero points in int8": (
+            of_compressed("pack-quantized", bits),
+            partial(pack_quantized, bits=bits, group=16, symmetric=False, int8_zeros=True),
+        )
+        for bits in (4, 8)
     },
     "int-quantized": (INT, int_quantized),
     "int-quantized, zero points": (INT, partial(int_quantized, symmetric=False)),
@@ -207,6 +217,33 @@ def test_threads_read_one_matrix_at_once(tmp_path: Path) -> None:
         found = list(pool.map(lambda piece: read[piece[0]].floats(piece[1], 4), pieces))
     for (name, first), rows in zip(pieces, found, strict=True):
         np.testing.assert_array_equal(rows, meant[name][first : first + 4])
+
+
+@pytest.mark.parametrize("case", ["gptq 4 bits, v1", "awq", "pack-quantized 4 bits, 16, zero points", "mlx 4 bits"])
+def test_memory_of_reading(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece takes a few times its float32 values, whatever the matrix; of transposed matrices, three are held."""
+    monkeypatch.setattr("npqwen_quant.recent._BYTES", 0)
+    rows, columns, piece = 2048, 512, 64
+    weights = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
+    entry, quantizer = CASES[case]
+    parts = quantizer(weights)[0]
+    stored = {f"layer{i}.{part}": values for i in range(6) for part, values in parts.items()}
+    write_safetensors(tmp_path / "model.safetensors", stored, "F32")
+    form = format_of({"quantization_config": entry}, "a checkpoint")
+    assert form is not None
+    tensors = form.dequantized(read_tensors(tmp_path / "model.safetensors"))
+    tracemalloc.start()
+    try:
+        for tensor in tensors.values():
+            for first in range(0, rows, piece):
+                tensor.read(first, piece)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    transposed = case.startswith(("gptq", "awq"))
+    # While a fourth one is loaded: the integers, scales in float32 and zeros.
+    held = 4 * rows * columns * (1 / 2 + 5 / 16) + rows * columns / 4 if transposed else 0
+    assert peak < held + 8 * 4 * piece * columns
 
 
 def test_few_matrices_stay_in_memory() -> None:
