@@ -62,6 +62,7 @@ class Checkpoint:
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
+        self._has_images = text is not None
         self.tensors = self.sources(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
 
@@ -74,7 +75,7 @@ class Checkpoint:
 
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one of images."""
-        return text_name(name) if self.has_images else name
+        return text_name(name) if self._has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""
