@@ -6,8 +6,6 @@ import json
 import math
 import os
 import struct
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
