@@ -103,7 +103,7 @@ def _is_free(lock: Path | None) -> bool:
 @contextlib.contextmanager
 def _held(lock: Path | None) -> Iterator[bool]:
     """Hold a lock; yields whether it is ours. What has no lock belongs to nobody."""
-    from npqwen_quant.working import try_lock
+    from npqwen.file_lock import try_lock
 
     with contextlib.ExitStack() as stack:
         free = True

@@ -14,7 +14,6 @@ It lies beside the output, hidden, and is named after what the result depends on
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -30,11 +29,7 @@ from typing import BinaryIO
 
 from npqwen.atomic_file import sync_directory, writing
 from npqwen.errors import OutputError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from npqwen.file_lock import try_lock
 
 KIND = "partial"
 """In the names of working directories."""
@@ -259,20 +254,3 @@ def _allocated(path: Path) -> int:
         return 0
     # Not st_size, where the system tells: files that are written at several places have holes.
     return getattr(state, "st_blocks", -(-state.st_size // 512)) * 512
-
-
-def try_lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed or the process ends; False if another process has locked it.
-
-    Raises OSError where the file system has no locks.
-    """
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise
-    return True

@@ -103,13 +103,6 @@ def test_the_text_part_of_a_multimodal_model(
     stored = {name.replace("model.", "model.language_model.", 1): values for name, values in tensors.items()}
     stored["model.visual.pos_embed.weight"] = np.ones((2, 2), np.float32)
     write_checkpoint(tmp_path / "in", raw, stored, tokenizer=True)
-    # Its processor has the chat template.
-    place = tmp_path / "in" / "tokenizer_config.json"
-    entries = json.loads(place.read_text())
-    (tmp_path / "in" / "chat_template.json").write_text(json.dumps({"chat_template": entries.pop("chat_template")}))
-    place.write_text(json.dumps(entries))
-    with npqwen.load(tmp_path / "in", threads=1) as model:
-        assert model.chat("What is 17 + 25?", thinking=False, temperature=0).text == "17 + 25 = 42"
-    out, err = run("generate", tmp_path / "in", "What is", "--temperature", "0", "--max-tokens", "8", "--bits", "8")
+    out, err = run("generate", tmp_path / "in", "What is", "--temperature", "0", "--max-tokens", "8")
     assert re.search("in is multimodal; npqwen runs its text part, without images\n", err)
-    assert out == run("generate", tiny(8), "What is", "--temperature", "0", "--max-tokens", "8")[0]
+    assert out == run("generate", tiny(4), "What is", "--temperature", "0", "--max-tokens", "8")[0]

@@ -147,7 +147,7 @@ def test_a_model_that_was_moved_aside_and_has_no_successor_is_kept(cache: Path) 
 
 HOLDING = """
 import sys
-from npqwen_quant.working import try_lock
+from npqwen.file_lock import try_lock
 files = [open(name, "wb") for name in sys.argv[1:]]
 assert all(map(try_lock, files))
 print("held", flush=True)

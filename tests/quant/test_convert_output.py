@@ -22,6 +22,7 @@ from npqwen_quant import convert, working
 from npqwen_quant.placed_file import PlacedFile
 from npqwen_quant.working import WorkingDirectory
 
+from npqwen import file_lock
 from npqwen.errors import OutputError
 from npqwen.reports.verification import verify
 
@@ -246,7 +247,7 @@ def test_a_working_directory_that_another_conversion_removes_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
     """It may be removed between the lock's creation and its locking; held: while this one tries to lock it."""
-    try_lock = working.try_lock
+    try_lock = file_lock.try_lock
     removed: list[Path] = []
 
     def late(file: BinaryIO) -> bool:
@@ -362,6 +363,7 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
     code = f"""
 import resource, signal
 from pathlib import Path
+from npqwen import file_lock
 from npqwen.errors import OutputError
 from npqwen.reports.verification import verify
 from npqwen_quant import convert
