@@ -91,7 +91,7 @@ class HubSource(Source):
     @property
     def shards(self) -> list[str]:
         """The files of weights."""
-        return sorted(self.files if self.gguf else self.matching("*.safetensors"))
+        return sorted(self.weights)
 
     def small_file(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download

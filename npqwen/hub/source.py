@@ -107,8 +107,13 @@ class Source(ABC):
         """Whether it has a chat template. CheckpointError for a damaged file."""
         if "chat_template.jinja" in self.files or self.has(TEMPLATES):
             return True
-        name = "tokenizer_config.json"
-        return name in self.files and bool(read_json(self.small_file(name)).get("chat_template"))
+        names = [name for name in ("tokenizer_config.json", "chat_template.json") if name in self.files]
+        return any(read_json(self.small_file(name)).get("chat_template") for name in names)
+
+    @property
+    def weights(self) -> dict[str, File]:
+        """The files of weights, by name."""
+        return dict(sorted(self.files.items())) if self.gguf else self.matching("*.safetensors")
 
     def has(self, pattern: str) -> bool:
         """Whether a file's path matches a pattern."""

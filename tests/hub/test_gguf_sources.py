@@ -41,8 +41,8 @@ def test_a_file_is_converted_once_for_each_state(small: Path, cache: Path, conve
     first = hub.resolve(small, notice=notices.append)
     assert first.parent == cache / "local" / "my-Q4_K_M"
     assert notices == [
-        f"{small} is quantized already (Q4_K), and quantizing it again adds error, which npqwen convert "
-        "--evaluate measures",
+        f"{small} is quantized already (Q4_K); quantizing it again adds error, which npqwen convert --evaluate "
+        "measures",
         f"converting {small} to int4, once, into {first}",
     ]
     notices.clear()
@@ -141,7 +141,7 @@ def test_only_the_named_quantization_is_downloaded(
     assert fake_hub.downloads == ["my-Q8_0.gguf"]
     assert notices[0].startswith("downloading org/my-GGUF:Q8_0: ")
     assert notices[1] == (
-        "org/my-GGUF:Q8_0 is quantized already (Q4_K), and quantizing it again adds error, which npqwen convert "
+        "org/my-GGUF:Q8_0 is quantized already (Q4_K); quantizing it again adds error, which npqwen convert "
         "--evaluate measures; the original, org/my, loses less"
     )
     assert record.read(first) == record.Record("org/my-GGUF:Q8_0", {"main": commit})
