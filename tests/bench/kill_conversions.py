@@ -4,9 +4,9 @@
     python tests/bench/kill_conversions.py --points 200
 
 Takes turns among kinds of conversions (--kinds): of safetensors in one file and in shards, shard by shard (low-disk),
-of FP8, calibrated, and replacing a model (--force). For every point, a process is killed at a random moment of a
-conversion and, often, once or twice more on the way; each has another number of threads. Then a conversion runs to its
-end, and the directory must be that of an uninterrupted one to the byte, with nothing beside it. Needs fork (Linux,
+of FP8, of GGUF, calibrated, and replacing a model (--force). For every point, a process is killed at a random moment of
+a conversion and, often, once or twice more on the way; each has another number of threads. Then a conversion runs to
+its end, and the directory must be that of an uninterrupted one to the byte, with nothing beside it. Needs fork (Linux,
 macOS). Exit status 1 if any differs.
 """
 
@@ -34,6 +34,7 @@ from npqwen_quant.calibration import Calibration
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 from checkpoints import make_config, random_tensors, write_checkpoint  # noqa: E402
+from gguf_files import encode, metadata, quantized  # noqa: E402
 from quantizers import fp8, write_quantized  # noqa: E402
 
 Conversion = Callable[[Path, int], None]
@@ -70,6 +71,9 @@ def kinds(place: Path) -> dict[str, Conversion]:
     write_checkpoint(sharded, make_config(**SIZES), shards=5)
     config = make_config(**SIZES, quantization_config=FP8)
     write_quantized(scaled, config, random_tensors(config), partial(fp8, block=(128, 128)), shards=7)
+    file = place / "model.gguf"
+    whole = make_config(**SIZES, num_attention_heads=8)
+    file.write_bytes(encode(metadata(whole), quantized("Q4_K", whole)[0]))
     ids = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (8, 48))
 
     def calibrated(out: Path, threads: int) -> None:
@@ -83,6 +87,7 @@ def kinds(place: Path) -> dict[str, Conversion]:
         ),
         "fp8": lambda out, threads: convert(scaled, out, 4, threads=threads),
         "fp8 low-disk": lambda out, threads: convert_shards(scaled, out, fetched_from(scaled), 16, threads=threads),
+        "gguf": lambda out, threads: convert(file, out, 4, threads=threads),
         "calibrated": calibrated,
         "force": lambda out, threads: convert(plain, out, 16, threads=threads, force=True),
     }
