@@ -35,7 +35,7 @@ def weights_per_second(encodings: Iterable[Encoding], threads: int, seconds: flo
 
             def repeat(encoding: Encoding = encoding, end: float = end) -> int:
                 count = 0
-                while time.perf_counter() < end:
+                while not count or time.perf_counter() < end:  # at least once, on however busy a machine
                     _quantize(sample, encoding)
                     count += sample.size
                 return count
