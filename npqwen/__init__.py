@@ -178,8 +178,8 @@ def load(
 ) -> Model:
     """Map a model into memory, after downloading and converting it if necessary.
 
-    model: a Hugging Face id ("Qwen/Qwen3-0.6B", or "Qwen/Qwen3-0.6B@main" with a branch, tag or commit), a checkpoint
-    directory, or a converted directory.
+    model: a Hugging Face id ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@main" with a branch, tag or commit, or
+    "unsloth/Qwen3-0.6B-GGUF:Q4_K_M" of GGUF files), a checkpoint directory, a GGUF file, or a converted directory.
     bits: 3, 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
     threads: default: one per core. More than the CPUs that this process may use are slower, and give a ThreadsWarning.
     context: maximum tokens of a prompt and its continuation; default: the model's own limit.

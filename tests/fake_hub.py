@@ -24,6 +24,7 @@ class Repository:
     revisions: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     pipeline: str | None = None
+    gguf: dict[str, Any] | None = None
 
 
 class FakeHub:
@@ -67,10 +68,11 @@ class FakeHub:
         revision: str = "main",
         card: dict[str, Any] | None = None,
         pipeline: str | None = None,
+        gguf: dict[str, Any] | None = None,
     ) -> str:
         """Put the files of a directory up as the newest commit of a branch, and return the commit's id.
 
-        card: the model card's metadata.
+        card: the model card's metadata. gguf: what the hub says of a GGUF file.
         """
         paths = [path for path in directory.rglob("*") if path.is_file()] if directory is not None else []
         files = {path.relative_to(directory or ".").as_posix(): path.read_bytes() for path in paths} | (extra or {})
@@ -81,6 +83,7 @@ class FakeHub:
         found.revisions[revision] = commit
         found.card |= card or {}
         found.pipeline = pipeline
+        found.gguf = gguf
         return commit
 
     def close(self) -> None:
@@ -170,7 +173,8 @@ def _info(name: str, commit: str, repository: Repository, blobs: bool) -> dict[s
             entry |= {"size": len(data), "blobId": _digest(file, data)} | _lfs(file, data, "sha256")
         siblings.append(entry)
     found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "cardData": repository.card}
-    return found | ({"pipeline_tag": repository.pipeline} if repository.pipeline else {})
+    told = {"pipeline_tag": repository.pipeline, "gguf": repository.gguf}
+    return found | {key: value for key, value in told.items() if value}
 
 
 def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:

@@ -84,8 +84,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 def cli() -> None:
     """Run Qwen3 language models on ordinary CPUs.
 
-    MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, or a converted directory. The first
-    two are converted once and kept in a cache.
+    MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, a GGUF file (model.gguf, or on the hub
+    owner/name:Q4_K_M), or a converted directory. All but the last are converted once and kept in a cache.
     """
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub import record
 from npqwen.hub.names import HubName, with_revision
 from npqwen.hub.repository import MAIN, downloaded, folder, look_up
-from npqwen.hub.source import LocalSource, Source
+from npqwen.hub.source import LocalSource, Source, local_source
 from npqwen.hub.support import Purpose, check, check_purpose, file_error
 from npqwen.hub.transfer import Transfer
 
 if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
     from npqwen_quant.calibration import Calibration
 
 Notice = Callable[[str], None]
@@ -46,8 +47,9 @@ def resolve(
 ) -> Path:
     """The converted directory that `model` names, made first if need be.
 
-    model: a converted directory, a checkpoint directory, or a name on the hub: "org/name", "org/name@revision", a URL
-    of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A checkpoint is converted into `cache_directory()`, once for
+    model: a converted directory, a checkpoint directory, a GGUF file, or a name on the hub: "org/name",
+    "org/name@revision", "org/name:Q4_K_M" of GGUF files, a URL of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A
+    checkpoint is converted into `cache_directory()`, once for
     each state of its files and each `bits`.
     bits: the recipe (npqwen.format.recipe), by default 4; None accepts any converted directory.
     revision: a branch, tag or commit of the hub's repository, if the name has none.
@@ -69,7 +71,7 @@ def resolve(
         if is_converted(directory):
             check_purpose(LocalSource(directory), purpose)
             return _with_bits(directory, bits)
-        source: Source = LocalSource(directory)
+        source: Source = local_source(directory)
     else:
         name = with_revision(model, revision)
         found, problem = look_up(name)
@@ -112,20 +114,26 @@ def convert(
     download_bars: bool = False,
     calibration: Callable[[Path], Calibration] | None = None,
     calibration_progress: Progress | None = None,
+    adapters: Sequence[AdapterFile] = (),
     measure: Callable[[Path, Path], object] | None = None,
 ) -> Path:
-    """Convert a checkpoint directory or a repository of the hub into `out`, by default into the cache.
+    """Convert a checkpoint directory, a GGUF file or a repository of the hub into `out`, by default into the cache.
 
     Returns the converted directory. force: convert again, and replace a converted model that is there. calibration:
     makes the text of a checkpoint directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in
     the cache. measure(checkpoint, converted): called with both directories when the conversion is complete. These two
-    need all weights, so they exclude low_disk. Raises what `resolve` and `npqwen_quant.convert` raise; the other
+    need all weights, so they exclude low_disk. adapters: LoRA adapters to merge into the weights; they need `out`, and
+    exclude low_disk, too. Raises what `resolve` and `npqwen_quant.convert` raise; the other
     parameters are those of `resolve`.
     """
     recipe = recipe_of(bits)
     tell = notice or _ignore
     if low_disk and calibration is not None:
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
+    if low_disk and adapters:
+        raise OptionError("adapters are merged into the whole checkpoint; use them without low_disk (--low-disk)")
+    if adapters and out is None:
+        raise OptionError("a model with adapters does not go into the cache; name the directory OUT for it")
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
     found = find_source(source, revision, tell)
@@ -149,6 +157,7 @@ def convert(
                 force=force or in_cache,
                 calibration=calibration,
                 calibration_progress=calibration_progress,
+                adapters=adapters,
             )
     if in_cache:
         record.used(target, found.model, found.revision, found.commit)
@@ -158,12 +167,15 @@ def convert(
 
 
 def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:
-    """The checkpoint that a user names: a directory, or a repository of the hub, of which a copy serves if it cannot be
-    reached. Raises ModelNotFoundError, and OptionError for a revision of a directory."""
+    """The checkpoint that a user names: a directory, a GGUF file, or a repository of the hub, of which a copy serves if
+    it cannot be reached.
+
+    Raises ModelNotFoundError, and OptionError for a revision of a directory.
+    """
     directory = _directory(model)
     if directory is not None:
         _refuse_revision(directory, revision)
-        return LocalSource(directory)
+        return local_source(directory)
     name = with_revision(model, revision)
     found, problem = look_up(name)
     if found is not None:
@@ -193,7 +205,7 @@ def _refuse_revision(directory: Path, revision: str | None) -> None:
 
 
 def _directory(model: str | os.PathLike[str]) -> Path | None:
-    """The directory of this name; None if it can only be on the hub."""
+    """The directory or GGUF file of this name; None if it can only be on the hub."""
     path = Path(os.path.expanduser(check_path(model)))
     try:
         mode = path.stat().st_mode
@@ -204,7 +216,10 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
             return None
         raise ModelNotFoundError(f"{model} cannot be read: {error.strerror or error}") from None
     if not stat.S_ISDIR(mode):
-        raise file_error(path, os.fspath(model))
+        from npqwen_quant.gguf import gguf_files
+
+        if not gguf_files(path):
+            raise file_error(path, os.fspath(model))
     return path
 
 
@@ -230,11 +245,12 @@ def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
     revision = name.revision or MAIN
     try:
         found = [
-            path
+            (known.model.lower() == name.model.lower(), record.last_used(path), path)
             for path in parent.glob(f"*-{recipe.name}-v{FORMAT_VERSION}")
             if is_converted(path) and (known := record.read(path)) is not None and revision in known.revisions
         ]
-        return max(found, key=record.last_used, default=None)
+        matching, _, newest = max(found, default=(False, 0, None))
+        return newest if matching or name.file is None else None
     except OSError:  # the cache cannot be read
         return None
 

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 from npqwen.atomic_file import writing
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OutputError, shortened
 from npqwen.format.checksums import digest_of_range
-from npqwen.hub.names import HubName
-from npqwen.hub.source import IGNORED, PATTERNS, File, LocalSource, Source, is_wanted
+from npqwen.hub.gguf_files import SUFFIX, choose
+from npqwen.hub.names import HubName, repository_of
+from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, Source, is_wanted
 
 MAIN = "main"
 """The revision of a name without one, in records of conversions."""
@@ -37,7 +38,7 @@ class HubSource(Source):
 
     def __init__(self, name: HubName, answer: Any) -> None:
         self.repository: str = getattr(answer, "id", None) or name.repository
-        self.label = str(HubName(self.repository, name.revision))
+        self.label = str(HubName(self.repository, name.revision, name.file))
         self.model = self.repository
         self.revision = name.revision or MAIN
         self.commit: str = answer.sha
@@ -46,6 +47,26 @@ class HubSource(Source):
         bases = getattr(card, "base_model", None) or []
         self.originals = tuple(base for base in ([bases] if isinstance(bases, str) else bases) if isinstance(base, str))
         self.pipeline = getattr(answer, "pipeline_tag", None)
+        self.architecture: str | None = None
+        """Of GGUF files, if the hub says it."""
+        self.parameters: int | None = None
+        """Of GGUF files, their number, if the hub says it."""
+        self._has_template: bool | None = None
+        if name.file is not None or (not self.has("*.safetensors") and self.has(f"*{SUFFIX}")):
+            self._choose_gguf(name, getattr(answer, "gguf", None))
+
+    def _choose_gguf(self, name: HubName, said: object) -> None:
+        """Be one model of a repository of GGUF files. said: what the hub found in one of them."""
+        tag, names = choose(self.files, name.file, self.label)
+        self.gguf = True
+        self.files = {file: self.files[file] for file in names}
+        self.model = HubName(self.repository, None, tag).model
+        self.label = str(HubName(self.repository, name.revision, tag))
+        if isinstance(said, dict):
+            architecture, total = said.get("architecture"), said.get("total")
+            self.architecture = architecture if isinstance(architecture, str) else None
+            self.parameters = total if isinstance(total, int) and total > 0 else None
+            self._has_template = bool(said.get("chat_template")) if "chat_template" in said else None
 
     def _file(self, file: Any) -> File:
         lfs = file.lfs
@@ -59,12 +80,18 @@ class HubSource(Source):
     @property
     def wanted(self) -> list[str]:
         """The files that a conversion uses."""
-        return sorted(name for name in self.files if is_wanted(name))
+        return sorted(name for name in self.files if self.gguf or is_wanted(name))
+
+    @property
+    def has_template(self) -> bool:
+        if not self.gguf:
+            return super().has_template
+        return self._has_template is not False  # unknown: the file will tell
 
     @property
     def shards(self) -> list[str]:
         """The files of weights."""
-        return sorted(self.matching("*.safetensors"))
+        return sorted(self.weights)
 
     def small_file(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -89,7 +116,7 @@ class HubSource(Source):
         return total
 
     def download(self, *, weights: bool, bars: bool) -> Path:
-        """Download what is missing into huggingface_hub's own cache; returns the directory there.
+        """Download what is missing into huggingface_hub's own cache; returns the directory there, or the GGUF file.
 
         weights: False leaves them on the hub. bars: let huggingface_hub draw its progress bars on stderr.
         Raises ModelNotFoundError if it cannot be reached, OutputError if the disk is full.
@@ -97,18 +124,20 @@ class HubSource(Source):
         from huggingface_hub import snapshot_download
 
         revision = None if self.revision == MAIN else self.revision
-        ignored = IGNORED if weights else [*IGNORED, "*.safetensors"]
+        wanted, ignored = PATTERNS, IGNORED if weights else [*IGNORED, "*.safetensors"]
+        if self.gguf:
+            wanted, ignored = [glob.escape(name) for name in self.files], []
         with _errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
                 self.repository,
                 revision=revision,
-                allow_patterns=PATTERNS,
+                allow_patterns=wanted,
                 ignore_patterns=ignored,
                 tqdm_class=tqdm_class,
             )
         if Path(found).name != self.commit:
             raise ModelNotFoundError(f"{self.label} changed on the hub just now; try again")
-        return Path(found)
+        return Path(found, min(self.files)) if self.gguf else Path(found)
 
     def shard(self, name: str, directory: Path, bars: bool) -> Path:
         """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is.
@@ -188,9 +217,33 @@ class SnapshotSource(LocalSource):
         return ""
 
 
+class SnapshotGguf(GgufSource):
+    """A model in GGUF that was downloaded before, while the hub cannot be used."""
+
+    def __init__(self, name: HubName, directory: Path) -> None:
+        names = [path.relative_to(directory).as_posix() for path in directory.rglob(f"*{SUFFIX}")]
+        tag, files = choose(names, name.file, str(name))
+        super().__init__(directory / files[0], str(HubName(name.repository, name.revision, tag)))
+        self.model = HubName(name.repository, None, tag).model
+        self.files = {file: self._file(directory / file) for file in files}
+        self.revision = name.revision or MAIN
+        self.commit = directory.name
+
+    def _file(self, path: Path) -> File:
+        return File(path.stat().st_size, SnapshotSource._content(path, path.stat()))
+
+    @property
+    def folder(self) -> Path:
+        return folder(self.model)
+
+    @property
+    def _salt(self) -> str:
+        return ""
+
+
 def folder(repository: str) -> Path:
-    """Where in the cache's directory the conversions of a repository lie."""
-    return Path("hub", repository.replace("/", "--"))
+    """Where in the cache's directory the conversions of a repository, or of a model in it, lie."""
+    return Path("hub", repository_of(repository).replace("/", "--"))
 
 
 def look_up(name: HubName) -> tuple[HubSource | None, str]:
@@ -214,7 +267,7 @@ def look_up(name: HubName) -> tuple[HubSource | None, str]:
         return HubSource(name, answer), ""
 
 
-def downloaded(name: HubName, problem: str) -> SnapshotSource:
+def downloaded(name: HubName, problem: str) -> Source:
     """What an earlier download has left; ModelNotFoundError if there is none.
 
     problem: the clause of `look_up`.
@@ -229,7 +282,10 @@ def downloaded(name: HubName, problem: str) -> SnapshotSource:
             ignore_patterns=IGNORED,
             local_files_only=True,
         )
-    return SnapshotSource(name, Path(path))
+    directory = Path(path)
+    if name.file is not None or (not [*directory.glob("*.safetensors")] and [*directory.rglob(f"*{SUFFIX}")]):
+        return SnapshotGguf(name, directory)
+    return SnapshotSource(name, directory)
 
 
 def download_directory() -> Path:

@@ -10,8 +10,8 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, Opti
 from npqwen.format.config import MODEL_TYPES, Config, read_json
 from npqwen.format.files import is_lfs_pointer
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import TEMPLATES
 from npqwen.hub.names import advice
+from npqwen.hub.repository import HubSource
 from npqwen.hub.source import Source
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ Purpose = Literal["arrays", "text", "chat"]
 by its chat template."""
 
 _OTHER_WEIGHTS = {
-    ".gguf": "GGUF",
     ".bin": "PyTorch pickles (.bin)",
     ".pth": "PyTorch pickles (.pth)",
     ".pt": "PyTorch pickles (.pt)",
@@ -40,8 +39,13 @@ def check(source: Source, purpose: Purpose) -> None:
 
     The message names what would work.
     """
-    _refuse_pointers(source)
-    _refuse_other_files(source)
+    if isinstance(source, HubSource) and source.gguf:
+        _check_architecture(source)
+        check_purpose(source, purpose)
+        return
+    if not source.gguf:
+        _refuse_pointers(source)
+        _refuse_other_files(source)
     raw = source.raw_config
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -49,10 +53,11 @@ def check(source: Source, purpose: Purpose) -> None:
             f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
             f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
         )
-    quantized_format(source)
-    Config.from_dict(raw, f"{source.label}: config.json")
+    if not source.gguf:
+        quantized_format(source)
+    Config.from_dict(raw, source.label if source.gguf else f"{source.label}: config.json")
     _refuse_heads(source, raw)
-    if "tokenizer.json" not in source.files:
+    if not source.gguf and "tokenizer.json" not in source.files:
         raise CheckpointError(
             f"{source.label} has no tokenizer.json, which npqwen needs; add it from the model that this one was made "
             "from, or save it with transformers' fast tokenizer"
@@ -72,27 +77,23 @@ def quantized_format(source: Source) -> QuantizedFormat | None:
 def check_purpose(source: Source, purpose: Purpose) -> None:
     """Raise OptionError for a model that cannot do this, although npqwen runs it."""
     _refuse_other_tasks(source, purpose)
-    if purpose == "chat":
-        _check_template(source)
+    if purpose == "chat" and not source.has_template:
+        raise OptionError(
+            f"{source.label} has no chat template, like all base models; continue a text with generate instead"
+        )
 
 
-def _check_template(source: Source) -> None:
-    """Raise OptionError for a model without a chat template."""
-    if "chat_template.jinja" in source.files or source.has(TEMPLATES):
-        return
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if name in source.files and read_json(source.small_file(name)).get("chat_template"):
-            return
-    raise OptionError(
-        f"{source.label} has no chat template, like all base models; continue a text with generate instead"
-    )
+def _check_architecture(source: HubSource) -> None:
+    """Raise CheckpointError for a GGUF file that cannot be read, before its download, as far as the hub says."""
+    from npqwen_quant.gguf_config import refuse_architecture
+
+    if source.architecture is not None:
+        refuse_architecture(source.label, source.architecture)
 
 
 def file_error(path: Path, label: str) -> NpqwenError:
     """The error about a file that was given in place of a directory."""
     kind = _OTHER_WEIGHTS.get(path.suffix.lower())
-    if kind == "GGUF":
-        return CheckpointError(f"{label} is a GGUF file, which npqwen does not read; {advice(path.name)}")
     if kind is not None:
         return CheckpointError(f"{label} is a file of {kind}, which npqwen does not read; {advice(path.name)}")
     return ModelNotFoundError(f"{label} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
@@ -119,19 +120,14 @@ def _refuse_other_files(source: Source) -> None:
         base = read_json(source.small_file("adapter_config.json")).get("base_model_name_or_path")
         whose = f" of {shortened(base)}" if isinstance(base, str) and base else ""
         raise CheckpointError(
-            f"{label} is a LoRA adapter{whose}, which npqwen does not apply; merge it into its model with peft "
-            "(merge_and_unload, save_pretrained), and use the result"
+            f"{label} is a LoRA adapter{whose}; convert its model with it: npqwen convert MODEL OUT --adapter "
+            f"{label if not source.remote else 'DIRECTORY'}"
         )
     if _is_download_cache(label):
         repository = "/".join(PurePosixPath(label.replace("\\", "/")).name.split("--")[1:])
         raise CheckpointError(f"{label} is huggingface_hub's cache of a model; give its id, {shortened(repository)}")
     for suffix, kind in _OTHER_WEIGHTS.items():
         found = sorted(name for name in names if name.lower().endswith(suffix))
-        if found and suffix == ".gguf":
-            raise CheckpointError(
-                f"{label} holds GGUF files ({shortened(found[0])}), which npqwen does not read; "
-                f"{advice(found[0] if label == '.' else label, source.originals)}"
-            )
         if found and "config.json" in names:
             raise CheckpointError(
                 f"{label} has only {shortened(found[0])}, and npqwen reads no {kind}; use a repository with "

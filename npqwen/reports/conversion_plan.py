@@ -12,7 +12,7 @@ from pathlib import Path
 from npqwen.engine.budget import Budget
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.kv_cache import KVCache
-from npqwen.errors import CheckpointError, size
+from npqwen.errors import CheckpointError, OptionError, size
 from npqwen.format.config import Config
 from npqwen.format.encodings import BY_NAME
 from npqwen.format.layout import Codebook
@@ -22,7 +22,7 @@ from npqwen.hardware import machine
 from npqwen.hub.conversions import find_source, place_of
 from npqwen.hub.repository import HubSource
 from npqwen.hub.room import converted_bytes, free_bytes
-from npqwen.hub.source import Source
+from npqwen.hub.source import GgufSource, LocalSource, Source
 from npqwen.hub.support import check
 from npqwen.kernels.cache_page import PAGE
 from npqwen.reports.columns import columns
@@ -138,12 +138,17 @@ def plan_conversion(
     """
     recipe = recipe_of(bits)
     found = find_source(source, revision, notice)
+    if isinstance(found, HubSource) and found.gguf:
+        raise OptionError(
+            f"{found.label} is a GGUF file, which tells its sizes only when it is here: download it "
+            f"(npqwen pull {found.label}), or use --dry-run with the original checkpoint"
+        )
     place = place_of(found, recipe) if out is None else Path(os.path.expanduser(out))
     with tempfile.TemporaryDirectory(prefix="npqwen-") as scratch:
         if isinstance(found, HubSource):
             found.scratch = Path(scratch)
         check(found, "arrays")
-        config = Config.from_dict(found.raw_config, f"{found.label}: config.json")
+        config = Config.from_dict(found.raw_config, found.label if found.gguf else f"{found.label}: config.json")
     _check_weights(found, config, bits)
     from npqwen_quant.conversion import default_threads
     from npqwen_quant.plan import plan
@@ -162,7 +167,7 @@ def plan_conversion(
             amounts[tensor.encoding.name] = amounts.get(tensor.encoding.name, 0) + count
     threads = default_threads()
     speeds = weights_per_second([BY_NAME[name] for name in amounts], threads)
-    names = found.matching("*.safetensors")
+    names = found.weights
     largest = max((file.nbytes for file in names.values()), default=0)
     read = sum(file.nbytes for file in names.values())
     small = sum(file.nbytes for name, file in found.files.items() if name not in names and name in _kept(found))
@@ -213,7 +218,8 @@ def _check_weights(source: Source, config: Config, bits: int) -> None:
     from npqwen_quant.checkpoint import Checkpoint
     from npqwen_quant.conversion import planned_from
 
-    planned_from(Checkpoint(source.small_file("config.json").parent), recipe)
+    assert isinstance(source, LocalSource | GgufSource)
+    planned_from(Checkpoint(source.directory), recipe)
 
 
 def _time(seconds: float) -> str:

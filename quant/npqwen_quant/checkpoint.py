@@ -1,9 +1,9 @@
-"""A Hugging Face checkpoint on disk: its configuration, and its tensors, located and read by rows."""
+"""A checkpoint on disk, Hugging Face's or a GGUF file: its configuration, and its tensors, located and read by rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +14,80 @@ from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, read_index
 from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
 from npqwen.format.text_part import text_name, text_part
+from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
-from npqwen_quant.quantized import GPTQ_FILE, KEYS, format_of
+from npqwen_quant.gguf import GgufModel, gguf_files
+from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
+from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
 
-@dataclass(frozen=True)
-class SmallFile:
-    """A file that the conversion of a checkpoint has too: of its tokenizer, say.
-
-    name: its path in the directory, with "/". nbytes: of its content. read: gives the content; CheckpointError if it
-    cannot be read.
-    """
-
-    name: str
-    nbytes: int
-    read: Callable[[], bytes]
-
-
 class Checkpoint:
-    """A checkpoint directory of `model.safetensors`, or of shards with an index.
+    """A checkpoint directory of `model.safetensors`, or of shards with an index; or a GGUF file, one of several shards
+    of a model, or a directory of these.
 
     Tensors go by the names that Qwen3ForCausalLM gives them; files of the bare base model, whose names lack the leading
     `model.`, are read too.
     """
 
-    def __init__(self, directory: Path, *, weights: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()
+    ) -> None:
         """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong.
 
-        weights: False for a directory that holds none; then `tensors` is empty.
+        weights: False for a directory that holds none; then `tensors` is empty. adapters: LoRA adapters, which are
+        merged into the tensors, one after the other.
         """
-        if not directory.is_dir():
-            raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory")
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
+        self._gguf: GgufModel | None = None
+        self.has_images = False
+        """Whether it is multimodal; then only its text part is read."""
+        self.format: QuantizedFormat | None = None
+        """How the weights are quantized; None if they are not, or in GGUF's own formats."""
+        if weights and (files := gguf_files(directory)):
+            self._read_gguf(files)
+        else:
+            self._read_directory(weights)
+        for file in adapters:
+            self._adapt(Adapter(file))
+
+    def _read_gguf(self, files: Sequence[Path]) -> None:
+        self._watch(files)
+        self._gguf = GgufModel(files)
+        self.raw_config = self._gguf.raw_config
+        self.config = Config.from_dict(self.raw_config, str(files[0]))
+        self.tensors = self._gguf.tensors
+
+    def _read_directory(self, weights: bool) -> None:
+        directory = self.directory
+        if not directory.is_dir():
+            raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory or GGUF")
         self._watch([directory / "config.json"])
         whole = read_json(directory / "config.json")
         if any(whole.get(key) for key in KEYS) and is_converted(directory):
             raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
         text = text_part(whole)
         raw = whole if text is None else text
+        self.has_images = text is not None
         self.format = format_of(raw, str(directory), self._of_gptq())
-        """How the weights are quantized; None if they are not."""
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        self._has_images = text is not None
         self.tensors = self.sources(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
+
+    def _adapt(self, adapter: Adapter) -> None:
+        """Merge an adapter into the tensors."""
+        self._watch(adapter.paths)
+        if adapter.unties and self.config.tie_word_embeddings:
+            self.config = replace(self.config, tie_word_embeddings=False)
+            self.raw_config |= {"tie_word_embeddings": False}
+            self.tensors[OUTPUT] = self.tensors[EMBEDDING]
+        self.tensors = adapter.apply(self.tensors)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
@@ -75,7 +98,7 @@ class Checkpoint:
 
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one of images."""
-        return text_name(name) if self._has_images else name
+        return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""
@@ -91,6 +114,8 @@ class Checkpoint:
 
     def small_files(self) -> list[SmallFile]:
         """The tokenizer, chat templates and whatever else belongs to a model beside its weights and config.json."""
+        if self._gguf is not None:
+            return self._gguf.small_files
         found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
         return [self._small_file(path) for paths in found for path in paths if path.is_file()]
 
@@ -132,7 +157,7 @@ class Checkpoint:
         if single.exists():
             return self._read_header(single)
         if not index.exists():
-            patterns = "*.bin", "*.gguf", "*.pth"
+            patterns = "*.bin", "*.pth"
             others = sorted(path.name for pattern in patterns for path in self.directory.glob(pattern))
             found = f"; it holds {shortened(others[0])}, which cannot be converted" if others else ""
             raise CheckpointError(f"{self.directory} has neither model.safetensors nor an index of shards{found}")

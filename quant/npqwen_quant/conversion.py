@@ -24,11 +24,13 @@ from npqwen.format.small_files import FOR_PEOPLE, TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
+from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.calibration import Calibration, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint, SmallFile
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.small_file import SmallFile
 from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
 from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.writer import Writer
@@ -51,9 +53,10 @@ def convert(
     shard_bytes: int = 4_000_000_000,
     calibration: Calibration | None = None,
     calibration_progress: Progress | None = None,
+    adapters: Sequence[AdapterFile] = (),
     notice: Notice | None = None,
 ) -> None:
-    """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
+    """Convert the checkpoint directory `source`, or a GGUF file, into the model directory `out` (quant/FORMAT.md).
 
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
@@ -63,6 +66,7 @@ def convert(
     shard_bytes: size of the output's files; all tensors are in one file, if they fit.
     calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback).
     calibration_progress: a function (bytes_done, bytes_total) of the matrices, in place of a bar.
+    adapters: LoRA adapters to merge into the weights (npqwen_quant.adapter).
     notice(line): called when an interrupted conversion is resumed, and with what stays of an interrupted one.
 
     `out` appears complete and synced, or not at all. A conversion that was interrupted, even by a power failure, is
@@ -76,7 +80,7 @@ def convert(
     recipe = recipe_of(bits)
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, adapters=adapters)
     tensors, sources = planned_from(checkpoint, recipe)
     codebooks = {} if calibration is None else _codebooks(tensors)
     if calibration is not None and not codebooks:
@@ -85,7 +89,8 @@ def convert(
     files = deal(tensors, shard_bytes)
     states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
     text = None if calibration is None else calibration_key(calibration, codebooks)
-    key = conversion_key("whole", states, recipe, shard_bytes, text)
+    strengths = [adapter.strength for adapter in adapters]
+    key = conversion_key("whole", [*states, strengths], recipe, shard_bytes, text)
     output = Output(out, key, force=force, notice=notice)
     small = checkpoint.small_files()
     nbytes = output_bytes(files, small)

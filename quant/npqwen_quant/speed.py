@@ -35,10 +35,11 @@ def weights_per_second(encodings: Iterable[Encoding], threads: int, seconds: flo
 
             def repeat(encoding: Encoding = encoding, end: float = end) -> int:
                 count = 0
-                while not count or time.perf_counter() < end:  # at least once, on however busy a machine
+                while True:  # once at least, however late this thread runs
                     _quantize(sample, encoding)
                     count += sample.size
-                return count
+                    if time.perf_counter() >= end:
+                        return count
 
             start = time.perf_counter()
             done = sum(future.result() for future in [pool.submit(repeat) for _ in range(threads)])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import make_config, write_checkpoint
+from gguf_files import config, encode, metadata, plain
 from npqwen_quant import Shards, convert, convert_shards
 from npqwen_quant.calibration import Calibration
 from npqwen_quant.placed_file import PlacedFile
@@ -151,8 +152,16 @@ def replacing(source: Path, out: Path, threads: int) -> None:
     convert(source, out, threads=threads, force=True)
 
 
+def from_gguf(source: Path, out: Path, threads: int) -> None:
+    path = source.parent / "small.gguf"
+    if not path.exists():
+        small = config(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
+        path.write_bytes(encode(metadata(small), plain(small)[0]))
+    convert(path, out, threads=threads)
+
+
 KINDS: dict[str, Conversion] = {
-    function.__name__: function for function in (one_file, in_shards, low_disk, calibrated, replacing)
+    function.__name__: function for function in (one_file, in_shards, low_disk, calibrated, replacing, from_gguf)
 }
 POINTS = dict.fromkeys(KINDS, 6) | {"calibrated": 3}
 """How many events fail; the command tests/bench/kill_conversions.py kills at many more points."""

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from checkpoints import MIXTURE, make_config, shapes, write_checkpoint
 from fake_hub import FakeHub
+from gguf_files import write
 
 from npqwen import hub
 from npqwen.commands import cli
-from npqwen.errors import CheckpointError, ModelNotFoundError
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError
 from npqwen.reports.conversion_plan import ConversionPlan, Part, plan_conversion
 from npqwen.reports.info import inspect
 
@@ -55,6 +56,20 @@ def test_sizes_are_those_of_the_conversion(tmp_path: Path, bits: int, changes: d
     assert plan.weights + plan.small_files == pytest.approx(sum(path.stat().st_size for path in files), abs=10_000)
     assert plan.seconds > 0
     assert plan.download == 0
+
+
+def test_a_gguf_file(fake_hub: FakeHub, tmp_path: Path) -> None:
+    """Here, as other sources; on the hub nothing is known of it."""
+    path = write(tmp_path / "x-Q8_0.gguf")
+    plan = plan_conversion(path, tmp_path / "out", 8)
+    hub.convert(path, tmp_path / "out", 8)
+    info = inspect(tmp_path / "out")
+    assert {name: part.bytes for name, part in plan.parts.items()} == info.parts
+    assert plan.largest_file == path.stat().st_size
+    fake_hub.publish("org/x", extra={path.name: path.read_bytes()})
+    with pytest.raises(OptionError, match=r"org/x:Q8_0 is a GGUF file, .*npqwen pull org/x:Q8_0\)"):
+        plan_conversion("org/x")
+    assert fake_hub.downloads == []
 
 
 def test_a_model_on_the_hub(fake_hub: FakeHub, cache: Path, tmp_path: Path) -> None:
