@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"npqwen": ROOT / "npqwen", "npqwen_quant": ROOT / "quant" / "npqwen_quant"}
 
 LAYERS = (
-    "npqwen.__main__",
+    "npqwen.__main__ npqwen.ray",
     "npqwen.commands",
     "npqwen.terminal",
     "npqwen.server",

@@ -1,0 +1,294 @@
+"""npqwen on Ray: actors for `ray.data`, and a Serve application with replicas. Needs `npqwen[ray]`.
+
+    ds.map_batches(npqwen.ray.Generator, fn_constructor_kwargs={"model": "Qwen/Qwen3-4B"}, num_cpus=8, compute=...)
+    serve.run(npqwen.ray.application("Qwen/Qwen3-4B", replicas=4, cpus=8))
+
+Actors of one machine map the same weights: several cost the memory of one, and of their KV caches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import npqwen
+from npqwen.errors import NpqwenError, OptionError
+
+try:
+    import ray
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+except ModuleNotFoundError as error:
+    raise OptionError(f'{error.name} is not installed; pip install "npqwen[ray]"') from None
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from starlette.applications import Starlette
+
+Batch = dict[str, Any]
+
+ONGOING = 32
+"""Requests that a replica takes at a time: twice as many as it computes at once, so that its passes are always full."""
+_KNOWN = 100_000
+"""Beginnings of which a router remembers the replica."""
+_STEP = 1024
+"""Characters of raw prompts after each of which they may begin alike."""
+
+
+class Generator:
+    """Answers the prompts of a dataset: a class for `ray.data.Dataset.map_batches`.
+
+    Adds the columns `text`, `reasoning`, `finish_reason`, `prompt_tokens`, `generated_tokens` and `error`. A prompt
+    that cannot be answered, such as one that is longer than the context, has its error there, and no text.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        column: str = "prompt",
+        chat: bool = True,
+        threads: int | None = None,
+        load_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        model: what `npqwen.load` takes; it must be on the actor's machine, or on the hub. column: the prompts, texts
+        or, with chat, also lists of messages. chat: whether the chat template is applied. threads: by default the
+        actor's num_cpus. load_options: of `npqwen.load`. options: of `Model.chat`, or of `Model.generate`.
+        """
+        self._column, self._chat, self._options = column, chat, options
+        self._model = npqwen.load(model, threads=threads or assigned_cpus(), **(load_options or {}))
+
+    def __call__(self, batch: Batch) -> Batch:
+        """A batch with the answers' columns; all prompts are computed together."""
+        prompts = [_plain(prompt) for prompt in batch[self._column]]
+        rows = [self._row(prompt) for prompt in self._answers(prompts)]
+        names = ("text", "reasoning", "finish_reason", "prompt_tokens", "generated_tokens", "error")
+        return batch | {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+    def _answers(self, prompts: Sequence[Any]) -> list[Any]:
+        """Replies or completions, or the errors of prompts that cannot be answered."""
+        run = self._model.chat_batch if self._chat else self._model.generate
+        try:
+            return list(run(prompts, **self._options))
+        except NpqwenError as error:
+            if len(prompts) == 1:
+                return [error]
+            half = len(prompts) // 2  # nothing was computed: errors are raised before
+            return self._answers(prompts[:half]) + self._answers(prompts[half:])
+
+    def _row(self, answer: Any) -> tuple[str, str, str, int, int, str]:
+        if isinstance(answer, NpqwenError):
+            return "", "", "", 0, 0, str(answer)
+        usage = answer.usage
+        reasoning = answer.reasoning if self._chat else ""
+        return answer.text, reasoning, answer.finish_reason, usage.prompt_tokens, usage.generated_tokens, ""
+
+
+def assigned_cpus() -> int | None:
+    """The CPUs that Ray has given to this actor or task; None outside of Ray, or if it got none."""
+    if not ray.is_initialized():
+        return None
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+    return max(1, int(cpus)) if cpus else None
+
+
+def _plain(prompt: Any) -> Any:
+    """A text, or a list of messages without the keys that Arrow fills with None."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt]
+
+
+def application(
+    model: str | os.PathLike[str],
+    *,
+    replicas: int | tuple[int, int] = 1,
+    cpus: int = 1,
+    ongoing: int = ONGOING,
+    load_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Application:
+    """A Ray Serve application with all endpoints of `npqwen serve`, for `serve.run`.
+
+    replicas: how many, each with `cpus` threads; two numbers scale between them by load. A request goes to the replica
+    that has computed the longest beginning of its prompt, unless that one has `ongoing` requests already; others to the
+    one with the fewest. load_options: of `npqwen.load`. settings: of `npqwen.server.app`.
+    """
+    scaling: dict[str, Any] = (
+        {"num_replicas": replicas}
+        if isinstance(replicas, int)
+        else {"autoscaling_config": {"min_replicas": replicas[0], "max_replicas": replicas[1]}}
+    )
+    served = serve.deployment(
+        _Replica,
+        name="npqwen",
+        ray_actor_options={"num_cpus": cpus},
+        max_ongoing_requests=ongoing,
+        request_router_config=RequestRouterConfig(request_router_class=BeginningsRouter),
+        **scaling,
+    ).bind(os.fspath(model), dict(load_options or {}), settings)
+    front = serve.deployment(
+        serve.ingress(_front)(_Front),
+        name="front",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+    )
+    found: Application = front.bind(served)
+    return found
+
+
+class _Replica:
+    """A model and the server's application, in an actor."""
+
+    def __init__(self, model: str, load_options: dict[str, Any], settings: dict[str, Any]) -> None:
+        from npqwen.server import app
+
+        self._model = npqwen.load(model, threads=assigned_cpus(), **load_options)
+        self._app = app(self._model, **({"hosts": ("*",)} | settings))
+
+    async def answer(self, beginnings: list[str], scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
+        """The application's ASGI messages. beginnings: for the router."""
+        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        request = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> MutableMapping[str, Any]:
+            if request:
+                return request.pop()
+            await asyncio.Event().wait()  # a client that goes cancels the task
+            raise AssertionError
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            messages.put_nowait(dict(message))
+
+        async def run() -> None:
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                messages.put_nowait(None)
+
+        task = asyncio.create_task(run())
+        try:
+            while (message := await messages.get()) is not None:
+                yield message
+            await task
+        finally:
+            task.cancel()
+
+
+class _Front:
+    """The ingress: reads requests, and passes the replicas' answers on."""
+
+    def __init__(self, served: Any) -> None:
+        _Front.served = served.options(stream=True)
+
+    served: Any = None
+    """The handle of the replicas, one a process."""
+
+
+def _front() -> Starlette:
+    """The ingress's ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
+
+    async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        kept = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
+        plain = {name: scope[name] for name in kept if name in scope} | {"root_path": "", "client": ("127.0.0.1", 0)}
+        plain["server"] = ("127.0.0.1", 80)
+        messages = _Front.served.answer.remote(beginnings_of(body), plain, body)
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            messages.cancel()
+
+        watching = asyncio.create_task(watch())
+        try:
+            async for message in messages:
+                await send(message)
+        except asyncio.CancelledError:
+            messages.cancel()
+            raise
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+
+    made = Starlette()
+    made.mount("/", forward)
+    return made
+
+
+def beginnings_of(body: bytes) -> list[str]:
+    """Digests of the beginnings of a request's prompt, the longest last: after each message, or 1,024 characters.
+
+    Empty for what is no prompt.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(found, dict):
+        return []
+    parts = [found.get("model"), found.get("tools"), found.get("system"), found.get("instructions")]
+    prompt = next((found[name] for name in ("messages", "input", "prompt") if found.get(name)), None)
+    if isinstance(prompt, str):
+        steps: list[Any] = [prompt[at : at + _STEP] for at in range(0, len(prompt), _STEP)]
+    elif isinstance(prompt, list):
+        steps = prompt
+    else:
+        return []
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    beginnings = []
+    for step in steps:
+        digest.update(json.dumps(step).encode())
+        beginnings.append(digest.hexdigest()[:24])
+    return beginnings
+
+
+class BeginningsRouter(RequestRouter):  # type: ignore[misc]
+    """Routes a request to the replica that has computed the longest beginning of its prompt."""
+
+    def initialize_state(self, **options: Any) -> None:
+        """Called by Ray."""
+        self._holders: OrderedDict[str, ReplicaID] = OrderedDict()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of replicas: the one with the beginning, then those with the fewest requests."""
+        queues = self.replica_queue_len_cache
+
+        def length(replica: RunningReplica) -> int:
+            return queues.get(replica.replica_id) or 0
+
+        rest = sorted(candidate_replicas, key=length)
+        for beginning in reversed(_beginnings(pending_request)):
+            for replica in rest:
+                if replica.replica_id == self._holders.get(beginning):
+                    return [[replica], *([other] for other in rest if other is not replica)]
+        return [[replica] for replica in rest]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called by Ray, with the replica that took a request."""
+        for beginning in _beginnings(pending_request):
+            self._holders[beginning] = replica_id
+            self._holders.move_to_end(beginning)
+        while len(self._holders) > _KNOWN:
+            self._holders.popitem(last=False)
+
+
+def _beginnings(request: PendingRequest | None) -> list[str]:
+    return [] if request is None or not request.args or not isinstance(request.args[0], list) else request.args[0]
