@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from npqwen.model import Model as Model
     from npqwen.reports.evaluation import evaluate as evaluate
     from npqwen.reports.evaluation_report import Evaluation as Evaluation
+    from npqwen.retrieval.ranking import Ranking as Ranking
     from npqwen.tokenizer import Tokenizer as Tokenizer
     from npqwen.tools.calls import ToolCall as ToolCall
     from npqwen.tools.toolbox import Tool as Tool
@@ -95,6 +96,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "PrefixCacheWarning",
+    "Ranking",
     "Reasoning",
     "Reply",
     "Sampler",
@@ -134,6 +136,7 @@ _LAZY = {
     "LoopGuard": "npqwen.generation.options",
     "Model": "npqwen.model",
     "Notice": "npqwen.chat.events",
+    "Ranking": "npqwen.retrieval.ranking",
     "Reasoning": "npqwen.chat.events",
     "Reply": "npqwen.chat.events",
     "Sampler": "npqwen.generation.sampler",

@@ -16,7 +16,7 @@ from typing import Any
 
 from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError, shortened
 from npqwen.hub.names import HubName
-from npqwen.hub.source import IGNORED, PATTERNS, File, LocalSource, Source, is_wanted
+from npqwen.hub.source import File, LocalSource, Source, is_wanted
 
 MAIN = "main"
 """The revision of a name without one, in records of conversions."""
@@ -92,13 +92,12 @@ class HubSource(Source):
         from huggingface_hub import snapshot_download
 
         revision = None if self.revision == MAIN else self.revision
-        ignored = IGNORED if weights else [*IGNORED, "*.safetensors"]
+        names = [glob.escape(name) for name in self.wanted if weights or name not in self.shards]
         with _errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
                 self.repository,
                 revision=revision,
-                allow_patterns=PATTERNS,
-                ignore_patterns=ignored,
+                allow_patterns=names,
                 tqdm_class=tqdm_class,
             )
         if Path(found).name != self.commit:
@@ -173,13 +172,7 @@ def downloaded(name: HubName, problem: str) -> SnapshotSource:
     from huggingface_hub import snapshot_download
 
     with _errors(str(name), problem):
-        path = snapshot_download(
-            name.repository,
-            revision=name.revision,
-            allow_patterns=PATTERNS,
-            ignore_patterns=IGNORED,
-            local_files_only=True,
-        )
+        path = snapshot_download(name.repository, revision=name.revision, local_files_only=True)
     return SnapshotSource(name, Path(path))
 
 
