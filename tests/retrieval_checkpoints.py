@@ -76,7 +76,7 @@ def embedding_checkpoint(directory: Path, *, ending: bool = True, **pooling: Any
     write_json(
         directory / "modules.json",
         [
-            {"idx": at, "name": str(at), "path": f"{at}_{kind}" if at else "", "type": f"sentence_transformers.models.{kind}"}
+            {"idx": at, "path": f"{at}_{kind}" if at else "", "type": f"sentence_transformers.models.{kind}"}
             for at, kind in enumerate(types)
         ],
     )

@@ -17,12 +17,15 @@ from npqwen.terminal.terminal import Terminal, discard, one_line
 FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
-COMMANDS = ("bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve")
+COMMANDS = (
+    "bench", "cache", "chat", "convert", "embed", "eval", "generate", "info", "list", "pull", "rerank", "rm", "serve",
+)  # fmt: skip
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
-    "server": "serve", "start": "serve",
+    "server": "serve", "start": "serve", "embedding": "embed", "embeddings": "embed", "encode": "embed",
+    "rank": "rerank", "score": "rerank",
 }
 """Commands of other programs -> the one here."""
 

@@ -76,6 +76,8 @@ class Reader:
 
     def read(self, texts: Sequence[Ids], on_read: Callable[[int, int], object] | None = None) -> NDArray[np.float32]:
         """Read texts to their end; see `Readings.states`. Raises what ended them early."""
+        if texts:
+            self._prefixes.fetch(texts[0][:-1])
         ends: list[BaseException | None] = []
         readings = self.add(texts, ends.append, on_read)
         try:

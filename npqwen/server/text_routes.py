@@ -37,7 +37,7 @@ async def tokenize(models: Models, request: Request) -> Response:
     fields.flag("add_special")
     special = fields.flag("parse_special") is not False
     pieces = bool(fields.flag("with_pieces"))
-    worker = await models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"), task=None)
     tokenizer: Tokenizer = worker.model.tokenizer
     ids = await in_thread(lambda: tokenizer.encode(text) if special else tokenizer.plain_ids(text))
     tokens: list[Any] = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids] if pieces else ids
@@ -48,7 +48,7 @@ async def detokenize(models: Models, request: Request) -> Response:
     """The text of token ids, special tokens included: {"tokens": [...]} gives {"content": "..."}."""
     fields = await read_fields(request)
     ids = fields.required("tokens", fields.items)
-    worker = await models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"), task=None)
     size = worker.model.config.vocab_size
     for at, id in enumerate(ids):
         if type(id) is not int or not 0 <= id < size:
@@ -69,7 +69,7 @@ async def apply_template(models: Models, request: Request) -> Response:
     variables = fields.object("chat_template_kwargs")
     options = {} if variables is None else dict(variables.values)
     thinking = options.pop("enable_thinking", None)
-    worker = await models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"), task=None)
     model = worker.model
     prompt = await in_thread(
         lambda: model.chat_template.prepare(messages, tools or None, thinking, True, **options).text()

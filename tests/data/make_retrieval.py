@@ -4,8 +4,8 @@
     python -m pip install 'sentence-transformers>=6' torch
     python tests/data/make_retrieval.py
 
-All in float32. documents, queries: vectors (texts, 256) of sentence-transformers, queries with the prompt "query", cut_k:
-those of documents cut to k numbers. scores: (queries, documents), as the card of Qwen3-Reranker computes them.
+All in float32. documents, queries: vectors (texts, 256) of sentence-transformers, queries with the prompt "query";
+cut_k: those of documents, cut to k numbers. scores: (queries, documents), as the card of Qwen3-Reranker computes them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from retrieval_checkpoints import (  # noqa: E402
 )
 
 BEFORE = (
-    '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. '
-    'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
@@ -62,7 +62,7 @@ def main() -> None:
             ids = before + tokenizer(text, truncation="longest_first", max_length=room)["input_ids"] + after
             with torch.no_grad():
                 logits = causal(input_ids=torch.tensor([ids])).logits[0, -1]
-            return torch.nn.functional.log_softmax(logits[[NO, YES]], 0)[1].exp().item()
+            return float(torch.nn.functional.log_softmax(logits[[NO, YES]], 0)[1].exp())
 
         arrays["scores"] = np.array([[score(query, each) for each in DEFINITIONS] for query in QUERIES], np.float32)
     np.savez_compressed(HERE / "retrieval.npz", **arrays)
