@@ -16,7 +16,7 @@ from typing import Any
 
 from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError, shortened
 from npqwen.hub.names import HubName
-from npqwen.hub.source import File, LocalSource, Source, is_wanted
+from npqwen.hub.source import IGNORED, PATTERNS, File, LocalSource, Source, is_wanted
 
 MAIN = "main"
 """The revision of a name without one, in records of conversions."""
@@ -172,7 +172,13 @@ def downloaded(name: HubName, problem: str) -> SnapshotSource:
     from huggingface_hub import snapshot_download
 
     with _errors(str(name), problem):
-        path = snapshot_download(name.repository, revision=name.revision, local_files_only=True)
+        path = snapshot_download(
+            name.repository,
+            revision=name.revision,
+            allow_patterns=list(PATTERNS),  # what else is there need not have been downloaded
+            ignore_patterns=list(IGNORED),
+            local_files_only=True,
+        )
     return SnapshotSource(name, Path(path))
 
 

@@ -77,8 +77,6 @@ def test_a_pull_of_what_is_there_succeeds(client: ollama.Client, tiny_model: npq
 
 def test_what_is_not_here_says_what_to_do(client: ollama.Client, server: str) -> None:
     for call, advice in (
-        (lambda: client.embed("m", "x"), "no embeddings"),
-        (lambda: client.embeddings("m", "x"), "no embeddings"),
         (lambda: client.push("m"), "huggingface_hub"),
         (lambda: client.create("m", from_="x"), "npqwen convert"),
         (lambda: client.copy("a", "b"), "--alias"),
