@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import TINY, read_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    from npqwen.model import Model
+
+CONTEXT = 512
+"""Of the models that made data/retrieval.npz."""
 
 INSTRUCTION = "Given a word, retrieve its definition"
 YES, NO = 2753, 2152
@@ -92,6 +99,26 @@ def reranker_checkpoint(directory: Path) -> Path:
     (directory / "1_LogitScore").mkdir()
     write_json(directory / "1_LogitScore" / "config.json", {"true_token_id": YES, "false_token_id": NO})
     return directory
+
+
+class Shelf(ExitStack):
+    """Loads a checkpoint in any encoding, once, and closes what it has loaded."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__()
+        self._source = source
+        self._models: dict[int, Model] = {}
+
+    def model(self, bits: int) -> Model:
+        from npqwen_quant import convert
+
+        from npqwen.model import load
+
+        if bits not in self._models:
+            path = self._source.with_name(f"bits-{bits}")
+            convert(self._source, path, bits=bits)
+            self._models[bits] = self.enter_context(load(path, threads=2, context=CONTEXT))
+        return self._models[bits]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import held_bytes
-from npqwen.errors import OutOfMemoryError
+from npqwen.errors import OutOfMemoryError, size
 from npqwen.format.layout import ceil_div
 from npqwen.generation.batch import ALONE, PARALLEL, BatchStatistics
 from npqwen.kernels.cache_page import PAGE
@@ -162,15 +162,15 @@ class Reader:
                 if begins and not self._begin(text):
                     continue
                 assert text.cache is not None
-                size = min(text.left, room)
-                text.cache.reserve(size)
+                count = min(text.left, room)
+                text.cache.reserve(count)
             except OutOfMemoryError as error:
                 self._end(readings, error)
-                room += sum(size for other, size in chosen if other.readings is readings)
-                chosen = [(other, size) for other, size in chosen if other.readings is not readings]
+                room += sum(count for other, count in chosen if other.readings is readings)
+                chosen = [each for each in chosen if each[0].readings is not readings]
                 continue
-            chosen.append((text, size))
-            room -= size
+            chosen.append((text, count))
+            room -= count
             if begins and readings.waiting:
                 offer(readings.waiting[0])
         return chosen
@@ -228,8 +228,8 @@ class Reader:
             if running:
                 return False
             raise OutOfMemoryError(
-                f"a text of {len(text.ids)} tokens does not fit into {self._memory / 1e9:.2f} GB of memory for keys "
-                "and values; shorten it"
+                f"a text of {len(text.ids)} tokens does not fit into {size(self._memory)} of memory for keys and "
+                "values; shorten it"
             )
         return True
 
@@ -243,15 +243,15 @@ class Reader:
 
     def _run(self, chosen: list[tuple[Text, int]]) -> None:
         pieces = []
-        for text, size in chosen:
+        for text, count in chosen:
             assert text.cache is not None
             start = text.cache.length
-            ids = text.ids[start : start + size].astype(np.int64)
-            pieces.append(Piece(ids, text.cache, int(size == text.left)))
+            ids = text.ids[start : start + count].astype(np.int64)
+            pieces.append(Piece(ids, text.cache, int(count == text.left)))
         start_time = time.perf_counter()
         states = self._model.hidden_pieces(pieces)
         seconds = time.perf_counter() - start_time
-        tokens = sum(size for _, size in chosen)
+        tokens = sum(count for _, count in chosen)
         self.statistics.prefill_seconds += seconds
         if tokens >= _TILE:
             self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from retrieval_checkpoints import (  # noqa: E402
+    CONTEXT,
     DEFINITIONS,
     INSTRUCTION,
     NO,
@@ -45,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         path = embedding_checkpoint(Path(place, "embedding"))
         model = SentenceTransformer(str(path), device="cpu", model_kwargs={"dtype": torch.float32})
-        model.max_seq_length = 512
+        model.max_seq_length = CONTEXT
         arrays["documents"] = model.encode(list(DEFINITIONS), normalize_embeddings=True)
         arrays["queries"] = model.encode(list(QUERIES), prompt_name="query", normalize_embeddings=True)
         for size in (32, 100):
@@ -58,7 +59,7 @@ def main() -> None:
 
         def score(query: str, document: str) -> float:
             text = f"<Instruct>: {INSTRUCTION}\n<Query>: {query}\n<Document>: {document}"
-            room = 512 - len(before) - len(after)
+            room = CONTEXT - len(before) - len(after)
             ids = before + tokenizer(text, truncation="longest_first", max_length=room)["input_ids"] + after
             with torch.no_grad():
                 logits = causal(input_ids=torch.tensor([ids])).logits[0, -1]

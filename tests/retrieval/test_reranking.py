@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from npqwen_quant import convert
-from retrieval_checkpoints import DEFINITIONS, INSTRUCTION, NO, QUERIES, YES, write_json
+from retrieval_checkpoints import DEFINITIONS, INSTRUCTION, NO, QUERIES, YES, reranker_checkpoint, write_json
 
 import npqwen
 from npqwen.errors import CheckpointError, ClosedError, ContextLengthError, OptionError
@@ -92,7 +92,7 @@ def test_the_document_is_cut_and_never_what_follows_it(model: npqwen.Model) -> N
     end = model.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert cut[-len(end) :].tolist() == end == short[-len(end) :].tolist()
     assert 0 < model.rerank("q", [long]).scores[0] < 1
-    with pytest.raises(ContextLengthError, match="query and instruction take .* tokens .*; shorten them"):
+    with pytest.raises(ContextLengthError, match=r"query and instruction take .* tokens .*; shorten them"):
         model.rerank(long, ["a"])
 
 
@@ -131,7 +131,7 @@ def test_only_a_reranker_reranks(embedder: Loaded, tiny_model: npqwen.Model) -> 
 
 
 def test_a_name_or_a_card_tells_a_reranker_and_its_tokens_are_yes_and_no(
-    tiny: Callable[[int], Path], tmp_path: Path, reranker_source: Path
+    tiny: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """Qwen's own rerankers have no files but those of a language model."""
     with load(tiny(4), threads=1, name="Qwen/Qwen3-Reranker-0.6B") as model:
@@ -139,26 +139,24 @@ def test_a_name_or_a_card_tells_a_reranker_and_its_tokens_are_yes_and_no(
         with pytest.raises(CheckpointError, match="no tokens for yes and no"):  # the small vocabulary
             model.rerank("q", ["a"])
     out = tmp_path / "out"
-    (reranker_source / "README.md").write_text("---\nlicense: x\npipeline_tag: text-ranking\n---\n# M\n")
-    try:
-        convert(reranker_source, out, bits=4)
-    finally:
-        (reranker_source / "README.md").unlink()
-    (out / "1_LogitScore" / "config.json").unlink()
+    source = reranker_checkpoint(tmp_path / "source")
+    (source / "1_LogitScore" / "config.json").unlink()
+    (source / "README.md").write_text("---\nlicense: x\npipeline_tag: text-ranking\n---\n# M\n")
+    convert(source, out, bits=4)
     with load(out, threads=1) as model:
         assert model.task == "reranking"
 
 
-def test_a_reranker_with_another_answer_is_refused(reranker_source: Path, tmp_path: Path) -> None:
+def test_a_reranker_with_another_answer_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(reranker_source, out, bits=4)
+    convert(reranker_checkpoint(tmp_path / "source"), out, bits=4)
     write_json(out / "1_LogitScore" / "config.json", {"true_token_id": 5, "false_token_id": None})
     with load(out, threads=1) as model, pytest.raises(CheckpointError, match="names no tokens for both answers"):
         model.rerank("q", ["a"])
 
 
-def test_a_closed_model_gives_no_row(reranker_source: Path, tmp_path: Path) -> None:
-    convert(reranker_source, tmp_path / "out", bits=4)
+def test_a_closed_model_gives_no_row(tmp_path: Path) -> None:
+    convert(reranker_checkpoint(tmp_path / "source"), tmp_path / "out", bits=4)
     model = load(tmp_path / "out", threads=1)
     model.close()
     with pytest.raises(ClosedError):
