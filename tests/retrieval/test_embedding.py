@@ -46,7 +46,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_vectors_are_those_of_sentence_transformers(model: npqwen.Model) -> None:
     assert model.task == "embedding"
     documents, queries = model.embed(DEFINITIONS), model.embed(list(QUERIES), instruction=True)
-    assert (documents.dtype, documents.shape) == (np.float32, (len(DEFINITIONS), 256))
+    assert documents.dtype == np.float32
+    assert documents.shape == (len(DEFINITIONS), 256)
     assert cosines(documents, GOLDEN["documents"]).min() > 0.999999
     assert cosines(queries, GOLDEN["queries"]).min() > 0.999999
     np.testing.assert_allclose(np.linalg.norm(documents, axis=1), 1, atol=1e-6)
@@ -166,7 +167,7 @@ def test_a_closed_model_does_not_embed(source: Path, tmp_path: Path) -> None:
     [
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True}, "pooling of the kind mean_tokens; npqwen has"),
         ("1_Pooling/config.json", {"pooling_mode": ["cls", "lasttoken"]}, "of the kind cls, lasttoken"),
-        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], r"module sentence_transformers\.models\.Dense"),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], r"the module sentence_transformers\S*Dense"),
         ("modules.json", {}, "does not hold a list"),
     ],
 )

@@ -52,7 +52,8 @@ def texts(*lengths: int, common: int = 0) -> list[np.ndarray]:
 
 
 def alone(model: npqwen.Model, ids: np.ndarray) -> np.ndarray:
-    return model.hidden(ids)[-1]
+    state: np.ndarray = model.hidden(ids)[-1]
+    return state
 
 
 def test_passes_are_full_whatever_the_lengths(model: npqwen.Model, passes: list[list[int]]) -> None:

@@ -75,7 +75,7 @@ def refused(url: str, path: str, body: Any) -> str:
 def test_the_openai_package_gets_the_library_s_vectors(client: openai.OpenAI, embedder: npqwen.Model) -> None:
     expected = embedder.embed(TEXTS)
     for encoding in ("float", "base64", openai.omit):  # the package's own choice is base64, which it decodes
-        answer = client.embeddings.create(model="vectors", input=TEXTS, encoding_format=encoding)  # type: ignore[arg-type]
+        answer = client.embeddings.create(model="vectors", input=TEXTS, encoding_format=encoding)
         if encoding == "base64":
             raw: Any = [base64.b64decode(str(one.embedding)) for one in answer.data]
             np.testing.assert_array_equal(np.array([np.frombuffer(data, "<f4") for data in raw]), expected)
