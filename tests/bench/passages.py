@@ -164,7 +164,7 @@ def main() -> None:
             for name in names[:: -1 if number % 2 else 1]:
                 time.sleep(SETTLE_SECONDS)
                 seconds[name].append(measured(processes[name], number))
-    print(f"\n{options.count} passages of {options.tokens} tokens, {options.threads} threads, {options.rounds} rounds\n")
+    print(f"\n{options.count} passages of {options.tokens} tokens, {options.threads} threads\n")
     print("| | passages/s |\n|---|---|")
     for name in names:
         print(f"| {name} | {cell(options.count, seconds[name])} |")
