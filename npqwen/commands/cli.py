@@ -18,7 +18,8 @@ FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
 COMMANDS = (
-    "bench", "cache", "chat", "convert", "embed", "eval", "generate", "info", "list", "pull", "rerank", "rm", "serve",
+    "batch", "bench", "cache", "chat", "convert", "embed", "eval", "generate", "info", "list", "pull", "rerank", "rm",
+    "serve",
 )  # fmt: skip
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
