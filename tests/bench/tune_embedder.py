@@ -2,7 +2,7 @@
 """Make a small embedding model that finds definitions: examples/tiny-qwen3, tuned for some minutes. Needs torch.
 
     python -m pip install torch
-    python tests/bench/tune_embedder.py OUT --steps 300
+    python tests/bench/tune_embedder.py OUT --steps 60
 
 The texts are the example model's own: its definitions of the words of its vocabulary, greedy; a fifth is held out, and
 written to OUT/heldout.txt, ten lines a query: the word, and nine definitions, its own among them. Trained with InfoNCE
@@ -27,7 +27,7 @@ from checkpoints import TINY, from_bf16, read_safetensors, write_safetensors  # 
 from retrieval_checkpoints import INSTRUCTION, embedding_checkpoint  # noqa: E402
 
 END = 4096
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-4
 TEMPERATURE = 0.05
 
 
@@ -100,8 +100,8 @@ class Tiny:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=24)
     options = parser.parse_args()
     import torch
 

@@ -155,6 +155,16 @@ def test_a_failure_leaves_no_file(run: Run, embedder: Loaded, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_batch_has_vectors_too(run: Run, embedder: Loaded, tmp_path: Path) -> None:
+    given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    one = {"method": "POST", "url": "/v1/embeddings"}
+    requests = [{**one, "custom_id": str(at), "body": {"model": "any", "input": [text]}} for at, text in enumerate(TEXTS)]
+    given.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
+    assert run("batch", given, out, "--model", embedder(4).path).status == 0
+    found = [row["response"]["body"]["data"][0]["embedding"] for row in rows(out.read_text(encoding="utf-8"))]
+    np.testing.assert_array_equal(np.array(found, np.float32), embedder(4).embed(TEXTS))
+
+
 def test_a_language_model_does_not_embed(run: Run, tiny: Callable[[int], Path]) -> None:
     assert "is not an embedding model" in error(run("embed", tiny(4), stdin="a"))
 
