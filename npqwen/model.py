@@ -325,7 +325,7 @@ class Model(Engine):
     def reranker(self) -> Reranker:
         """How documents get scores. Raises OptionError if this is not a reranker."""
         check_task(self.name, self.task, "reranking")
-        return Reranker(self._task_files, self.tokenizer, self.context, self.output_row)
+        return Reranker(self._task_files, self.tokenizer, self.context, self.config.vocab_size, self.output_row)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

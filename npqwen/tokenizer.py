@@ -140,10 +140,15 @@ class Tokenizer:
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """The ids that tokenizer.json puts before and after every text (its post-processor); `encode` adds none."""
+        """The ids that tokenizer.json puts before and after every text (its post-processor); `encode` adds none.
+
+        Raises CheckpointError for a post-processor that does something else.
+        """
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         framed = self._tokenizer.encode("a", add_special_tokens=True).ids
-        start = next(at for at in range(len(framed)) if framed[at : at + len(plain)] == plain)
+        start = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), None)
+        if start is None:
+            raise CheckpointError("tokenizer.json has a post-processor that changes texts; Qwen3's only appends a token")
         return framed[:start], framed[start + len(plain) :]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

@@ -34,7 +34,12 @@ class Reranker:
     """
 
     def __init__(
-        self, files: TaskFiles, tokenizer: Tokenizer, context: int, output_row: Callable[[int], NDArray[np.float32]]
+        self,
+        files: TaskFiles,
+        tokenizer: Tokenizer,
+        context: int,
+        vocab_size: int,
+        output_row: Callable[[int], NDArray[np.float32]],
     ) -> None:
         """context: the most tokens of a prompt. output_row(id): a token's row of the output matrix. Raises
         CheckpointError for a model that does not answer yes or no."""
@@ -48,6 +53,10 @@ class Reranker:
             yes, no = tokenizer.token_id("yes"), tokenizer.token_id("no")
         if yes is None or no is None:
             raise CheckpointError(f"{files.path / 'tokenizer.json'} has no tokens for yes and no, a reranker's answers")
+        if not 0 <= min(yes, no) <= max(yes, no) < vocab_size:
+            raise CheckpointError(
+                f"{files.path} has {yes} and {no} as tokens of a reranker's answers; its vocabulary is 0 to {vocab_size - 1}"
+            )
         self._tokenizer = tokenizer
         self._before, self._after = tokenizer.encode(_BEFORE), tokenizer.encode(_AFTER)
         self._room = context - len(self._before) - len(self._after)

@@ -147,11 +147,20 @@ def test_a_name_or_a_card_tells_a_reranker_and_its_tokens_are_yes_and_no(
         assert model.task == "reranking"
 
 
-def test_a_reranker_with_another_answer_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("yes", "no", "message"),
+    [
+        (5, None, "names no tokens for both answers"),
+        ("yes", "no", "names no tokens for both answers"),
+        (5, 4128, "has 5 and 4128 as tokens of a reranker's answers; its vocabulary is 0 to 4127"),
+        (-1, 5, "has -1 and 5 as tokens"),
+    ],
+)
+def test_a_reranker_with_other_answers_is_refused(tmp_path: Path, yes: Any, no: Any, message: str) -> None:
     out = tmp_path / "out"
     convert(reranker_checkpoint(tmp_path / "source"), out, bits=4)
-    write_json(out / "1_LogitScore" / "config.json", {"true_token_id": 5, "false_token_id": None})
-    with load(out, threads=1) as model, pytest.raises(CheckpointError, match="names no tokens for both answers"):
+    write_json(out / "1_LogitScore" / "config.json", {"true_token_id": yes, "false_token_id": no})
+    with load(out, threads=1) as model, pytest.raises(CheckpointError, match=message):
         model.rerank("q", ["a"])
 
 
