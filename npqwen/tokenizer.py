@@ -148,7 +148,7 @@ class Tokenizer:
         framed = self._tokenizer.encode("a", add_special_tokens=True).ids
         start = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), None)
         if start is None:
-            raise CheckpointError("tokenizer.json has a post-processor that changes texts; Qwen3's only appends a token")
+            raise CheckpointError("tokenizer.json has a post-processor that changes texts; Qwen3's appends a token")
         return framed[:start], framed[start + len(plain) :]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

@@ -55,7 +55,8 @@ class Reranker:
             raise CheckpointError(f"{files.path / 'tokenizer.json'} has no tokens for yes and no, a reranker's answers")
         if not 0 <= min(yes, no) <= max(yes, no) < vocab_size:
             raise CheckpointError(
-                f"{files.path} has {yes} and {no} as tokens of a reranker's answers; its vocabulary is 0 to {vocab_size - 1}"
+                f"{files.path} has {yes} and {no} as tokens of a reranker's answers; its vocabulary is 0 to "
+                f"{vocab_size - 1}"
             )
         self._tokenizer = tokenizer
         self._before, self._after = tokenizer.encode(_BEFORE), tokenizer.encode(_AFTER)

@@ -158,7 +158,7 @@ def test_a_failure_leaves_no_file(run: Run, embedder: Loaded, tmp_path: Path) ->
 def test_a_batch_has_vectors_too(run: Run, embedder: Loaded, tmp_path: Path) -> None:
     given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     one = {"method": "POST", "url": "/v1/embeddings"}
-    requests = [{**one, "custom_id": str(at), "body": {"model": "any", "input": [text]}} for at, text in enumerate(TEXTS)]
+    requests = [{**one, "custom_id": text, "body": {"model": "any", "input": [text]}} for text in TEXTS]
     given.write_text("".join(json.dumps(request) + "\n" for request in requests), encoding="utf-8")
     assert run("batch", given, out, "--model", embedder(4).path).status == 0
     found = [row["response"]["body"]["data"][0]["embedding"] for row in rows(out.read_text(encoding="utf-8"))]
