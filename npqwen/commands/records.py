@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from npqwen.commands.options import keyboard_notice, stdin_text
 from npqwen.errors import OptionError, quoted, shortened
@@ -76,8 +76,8 @@ def json_lines(output: str | None, terminal: Terminal) -> Iterator[Callable[[dic
         yield lambda value: _write(file, value)
 
 
-def _write(file: Any, value: dict[str, Any]) -> None:
-    file.write(_line(value).encode("utf-8", "backslashreplace"))
+def _write(file: BinaryIO, value: dict[str, Any]) -> None:
+    file.write(_line(value).encode())
 
 
 def _line(value: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from npqwen.server.background import in_thread
 from npqwen.server.fields import Fields, read_fields
-from npqwen.server.json_text import JSONReply, json_text
+from npqwen.server.json_text import JSONReply, with_list
 from npqwen.server.ollama.body import keep_alive
 from npqwen.server.openai.embeddings import MAX_TEXTS
 from npqwen.server.prompt_field import prompts
@@ -32,13 +32,13 @@ async def embed(models: Models, request: Request) -> Response:
     texts: list[Any] = [] if given in (None, "", []) else prompts(fields, "input", MAX_TEXTS)
     vectors, tokens, loaded = await _vectors(models, request, fields, texts)
     now = time.perf_counter()
-    reply = {
+    head = {
+        "model": fields.text("model") or models.names[0],
         "total_duration": round(1e9 * (now - started)),
         "load_duration": round(1e9 * (loaded - started)),
         "prompt_eval_count": tokens,
     }
-    name = fields.text("model") or models.names[0]
-    body = await in_thread(lambda: json_text({"model": name, "embeddings": vectors.tolist(), **reply}).encode())
+    body = await in_thread(lambda: with_list(head, "embeddings", (vector.tolist() for vector in vectors)).encode())
     return Response(body, media_type=JSONReply.media_type)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -10,7 +11,7 @@ from starlette.responses import Response
 
 from npqwen.server.background import in_thread
 from npqwen.server.fields import read_fields
-from npqwen.server.json_text import JSONReply, json_text
+from npqwen.server.json_text import JSONReply, with_list
 from npqwen.server.prompt_field import prompts
 from npqwen.server.requests import ReadRequest
 from npqwen.server.streaming import until_disconnected
@@ -49,22 +50,19 @@ async def embeddings(models: Models, request: Request) -> Response:
     def body() -> bytes:
         vectors = embedder.vectors(states.values, size)
         tokens = states.usage.prompt_tokens
-        reply = {
+        head = {
             "object": "list",
-            "data": _data(vectors, encoding),
             "model": name or worker.model.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-        return json_text(reply).encode()
+        return with_list(head, "data", _data(vectors, encoding)).encode()
 
-    # Thousands of vectors take a while, in which others would get nothing.
     return Response(await in_thread(body), media_type=JSONReply.media_type)
 
 
-def _data(vectors: NDArray[np.float32], encoding: str) -> list[dict[str, Any]]:
-    written: list[Any]
-    if encoding == "base64":
-        written = [base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii") for vector in vectors]
-    else:
-        written = vectors.tolist()
-    return [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(written)]
+def _data(vectors: NDArray[np.float32], encoding: str) -> Iterator[dict[str, Any]]:
+    for at, vector in enumerate(vectors):
+        written: Any = vector.tolist()
+        if encoding == "base64":
+            written = base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+        yield {"object": "embedding", "index": at, "embedding": written}
