@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from npqwen.reports.evaluation_report import Evaluation as Evaluation
     from npqwen.reports.verification import Verification as Verification
     from npqwen.reports.verification import verify as verify
+    from npqwen.retrieval.ranking import Ranking as Ranking
     from npqwen.tokenizer import Tokenizer as Tokenizer
     from npqwen.tools.calls import ToolCall as ToolCall
     from npqwen.tools.toolbox import Tool as Tool
@@ -97,6 +98,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "PrefixCacheWarning",
+    "Ranking",
     "Reasoning",
     "Reply",
     "Sampler",
@@ -138,6 +140,7 @@ _LAZY = {
     "LoopGuard": "npqwen.generation.options",
     "Model": "npqwen.model",
     "Notice": "npqwen.chat.events",
+    "Ranking": "npqwen.retrieval.ranking",
     "Reasoning": "npqwen.chat.events",
     "Reply": "npqwen.chat.events",
     "Sampler": "npqwen.generation.sampler",

@@ -49,6 +49,12 @@ def check_path(path: Any) -> Path:
         raise OptionError(f"the path is {quoted(path)}; it must be a string or a Path") from None
 
 
+def check_progress(progress: Any) -> None:
+    """OptionError unless `progress` is None or can be called."""
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress is {quoted(progress)}; it must be a function of (done, total)")
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is an int, a float or a NumPy number; a bool is not."""
     return isinstance(value, Real) and not isinstance(value, bool)

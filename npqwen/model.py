@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
-from npqwen.checks import check_path
+from npqwen.checks import check_path, check_progress
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.engine import Engine
-from npqwen.errors import NpqwenError
+from npqwen.errors import NpqwenError, OptionError, quoted
+from npqwen.format.task import Task, check_task
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
 from npqwen.generation.draft_model import DraftModel
@@ -24,6 +26,11 @@ from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.sampler import greatest
 from npqwen.generation.stream import Stream
+from npqwen.retrieval.embedder import Embedder
+from npqwen.retrieval.ranking import Ranking
+from npqwen.retrieval.reader import Reader
+from npqwen.retrieval.reranker import Reranker
+from npqwen.retrieval.task_files import TaskFiles
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,8 +57,9 @@ class Model(Engine):
     """A converted Qwen3 model, made by `npqwen.load`.
 
     Text: `generate`, `stream`, `score`. Conversations: `chat`, `stream_chat`, `conversation`, `render`, `count_tokens`.
-    Arrays: `logits`, `hidden`, and `forward` or `prefill` with a KV cache of `new_cache`. What it is: `name`, `path`,
-    `bits`, `context`, `threads`, `weight_bytes`, `config`, `tokenizer`, `generation_config`, `chat_template`.
+    Search: `embed` of an embedding model, `rerank` of a reranker. Arrays: `logits`, `hidden`, and `forward` or
+    `prefill` with a KV cache of `new_cache`. What it is: `name`, `path`, `task`, `bits`, `context`, `threads`,
+    `weight_bytes`, `config`, `tokenizer`, `generation_config`, `chat_template`.
 
     Any number of threads may call it: one forward pass runs at a time, on all of the model's own threads, and the
     other callers wait. `close()`, or a `with` statement, ends those threads and unmaps the files.
@@ -82,6 +90,7 @@ class Model(Engine):
             tokenizer = reader.submit(Tokenizer.from_directory, path)
             # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
+            task_files = reader.submit(TaskFiles.from_directory, path, self._name)
             super().__init__(
                 path,
                 threads=threads,
@@ -96,6 +105,7 @@ class Model(Engine):
             )
             try:
                 self._tokenizer = tokenizer.result()
+                self._task_files = task_files.result()
                 self._generation_config = GenerationConfig.from_directory(path)
                 if draft is not None and not isinstance(draft, Model):
                     draft = self._loaded_draft = Model(
@@ -126,6 +136,11 @@ class Model(Engine):
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back."""
         return self._tokenizer
+
+    @property
+    def task(self) -> Task:
+        """What the model was trained for: "text", "embedding" or "reranking"."""
+        return self._task_files.task
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -242,6 +257,75 @@ class Model(Engine):
         from npqwen.generation.score import score
 
         return score(self, prompt, continuations, session=session)
+
+    def embed(
+        self,
+        texts: str | Sequence[str] | Sequence[Sequence[int]],
+        instruction: str | bool | None = None,
+        dimensions: int | None = None,
+        *,
+        truncate: bool = True,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> NDArray[np.float32]:
+        """Vectors of texts by an embedding model: float32 (texts, dimensions), each of unit length.
+
+            queries = model.embed(["how do I cut stone?"], instruction=True)
+            documents = model.embed(passages)
+            similarity = queries @ documents.T
+
+        texts: a list of texts or of token ids; a single text gives (dimensions,). instruction: for queries, a sentence
+        that says what is searched, in English: "Given a question, retrieve answers". True: the model's own for a web
+        search. None: for documents. dimensions: of the vectors, at least 32; default: all. truncate: texts that are
+        longer than the context are cut at their end; False: they are refused. progress(done, total): called after each
+        text. Names of special tokens in texts are those tokens, as in sentence-transformers.
+
+        Raises OptionError, ContextLengthError and CheckpointError before anything is computed, and OutOfMemoryError.
+        """
+        alone = isinstance(texts, str)
+        if not alone and not isinstance(texts, list | tuple):
+            raise OptionError(f"texts is {quoted(texts)}; give a list of texts, or of token ids")
+        check_progress(progress)
+        embedder = self.embedder
+        size = embedder.dimensions(dimensions)
+        ids = embedder.ids([texts] if isinstance(texts, str) else texts, instruction, truncate)
+        vectors = embedder.vectors(Reader(self).read(ids, progress), size)
+        return vectors[0] if alone else vectors
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        instruction: str | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Ranking:
+        """How well documents answer a query, by a reranker: their scores, from 0 to 1, and their order.
+
+        instruction: a sentence that says what is searched, in English; default: the passages that answer a web search.
+        progress(done, total): called after each document. What all prompts begin with is computed once. Documents that
+        are longer than the context are cut at their end. Names of special tokens are text here.
+
+        Raises OptionError, ContextLengthError and CheckpointError before anything is computed, and OutOfMemoryError.
+        """
+        if not isinstance(documents, list | tuple):
+            raise OptionError(f"documents is {quoted(documents)}; give a list of texts")
+        check_progress(progress)
+        reranker = self.reranker
+        ids = reranker.ids(query, documents, instruction)
+        return Ranking.of(reranker.scores(Reader(self).read(ids, progress)))
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """How texts become vectors. Raises OptionError if this is not an embedding model."""
+        check_task(self.name, self.task, "embedding")
+        config = self.config
+        return Embedder(self._task_files, self.tokenizer, self.context, config.vocab_size, config.hidden_size)
+
+    @cached_property
+    def reranker(self) -> Reranker:
+        """How documents get scores. Raises OptionError if this is not a reranker."""
+        check_task(self.name, self.task, "reranking")
+        return Reranker(self._task_files, self.tokenizer, self.context, self.config.vocab_size, self.output_row)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:

@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,7 @@ class Tokenizer:
         self._added = tokenizer.get_added_tokens_decoder()
         self._missing: dict[int, NDArray[np.intp]] = {}
         self._kept: dict[Hashable, Any] = {}
+        self._special_names: re.Pattern[str] | None = None
         self.added_ids = frozenset(self._added)
         """The ids of all added tokens, special or not."""
         self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
@@ -121,6 +123,33 @@ class Tokenizer:
                 raise
             raise OptionError(f"the text cannot be tokenized: {shortened(str(error), 200)}") from None
         return ids
+
+    def plain_ids(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens are text: no such token is in the result."""
+        if self._special_names is None:
+            names = {self.token_bytes(id).decode("utf-8", "replace") for id in self.special_ids} - {""}
+            # The longest first, as the tokenizer matches them.
+            found = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+            self._special_names = re.compile(found or "(?!)")
+        ids: list[int] = []
+        start = 0
+        for match in self._special_names.finditer(text):
+            ids += self.encode(text[start : match.start() + 1])  # "<", and from "|im_end|>" on
+            start = match.start() + 1
+        return ids + self.encode(text[start:])
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids that tokenizer.json puts before and after every text (its post-processor); `encode` adds none.
+
+        Raises CheckpointError for a post-processor that does something else.
+        """
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        framed = self._tokenizer.encode("a", add_special_tokens=True).ids
+        start = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), None)
+        if start is None:
+            raise CheckpointError("tokenizer.json has a post-processor that changes texts; Qwen3's appends a token")
+        return framed[:start], framed[start + len(plain) :]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of `ids`, with U+FFFD for incomplete UTF-8. special: keep special tokens, spelled out."""

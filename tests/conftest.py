@@ -87,6 +87,24 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Model]]:
+    """embedder(bits): a small embedding model, loaded once."""
+    from retrieval_checkpoints import Shelf, embedding_checkpoint
+
+    with Shelf(embedding_checkpoint(tmp_path_factory.mktemp("embedding") / "checkpoint")) as shelf:
+        yield shelf.model
+
+
+@pytest.fixture(scope="session")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Model]]:
+    """reranker(bits): a small reranker, loaded once."""
+    from retrieval_checkpoints import Shelf, reranker_checkpoint
+
+    with Shelf(reranker_checkpoint(tmp_path_factory.mktemp("reranker") / "checkpoint")) as shelf:
+        yield shelf.model
+
+
+@pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 140 MB in int4, whose passes take a while."""
     return large_model(tmp_path_factory.mktemp("large"))

@@ -75,6 +75,7 @@ class Reciter:
     """
 
     name = "m"
+    task = "text"
     bits = 4
     threads = 1
     weight_bytes = 0

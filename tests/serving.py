@@ -120,7 +120,9 @@ class ScriptedModels:
     async def close(self) -> None:
         pass
 
-    async def worker(self, name: str | None, keep_alive: float | None = None) -> ScriptedModels:
+    async def worker(
+        self, name: str | None, keep_alive: float | None = None, task: str | None = None
+    ) -> ScriptedModels:
         return self
 
     async def start(self, request: Request) -> Run:

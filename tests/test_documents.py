@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,16 +66,27 @@ def test_lines_end_by_column_120(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
 def test_python_code_runs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    embedder: Callable[[int], npqwen.Model],
+    reranker: Callable[[int], npqwen.Model],
 ) -> None:
-    """Every block of a page in order, with the small model in place of those on the hub.
+    """Every block of a page in order, with the small models in place of those on the hub.
 
     Clients of a server are tested with the server.
     """
     monkeypatch.chdir(tmp_path)
     tiny, load = tmp_path / "examples" / "tiny-qwen3", npqwen.load
     shutil.copytree(ROOT / "examples" / "tiny-qwen3", tiny)
-    monkeypatch.setattr(npqwen, "load", lambda model, bits=None, **_: load(tiny, bits, threads=1))
+
+    def load_small(model: object, bits: int | None = None, **_: object) -> npqwen.Model:
+        if "Embedding" in str(model) or "Reranker" in str(model):
+            return (embedder if "Embedding" in str(model) else reranker)(bits or 4)
+        return load(tiny, bits, threads=1)
+
+    monkeypatch.setattr(npqwen, "load", load_small)
     names: dict[str, object] = {}
     try:
         for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S):

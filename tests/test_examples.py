@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from reciter import Reciter
+from retrieval_checkpoints import embedding_checkpoint
 
 import npqwen
 
@@ -139,6 +140,26 @@ def test_labels() -> None:
         ("write", "verb"),
     ]
     assert all(len(ranked.split(", ")) == 4 for _, _, ranked in lines)
+
+
+def test_search(tmp_path: Path) -> None:
+    """The small model's vectors mean little, but the same text always has the same one."""
+    model = embedding_checkpoint(tmp_path / "model")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("python.md", "models.md"):
+        (folder / name).write_bytes((EXAMPLES.parent / "docs" / name).read_bytes())
+    first = run("search.py", "Which models can search?", str(folder), str(model))
+    count = int(re.search(r"(\d+) passages, \1 of them new", first.stderr)[1])  # type: ignore[index]
+    assert count > 30
+    lines = first.stdout.splitlines()
+    assert [line.split()[1] in ("python.md:", "models.md:") for line in lines] == [True] * 3
+    assert lines == sorted(lines, reverse=True)
+    with (folder / "models.md").open("a", encoding="utf-8") as file:
+        file.write("\n\nA passage that is new.\n")
+    again = run("search.py", "Which models can search?", str(folder), str(model))
+    assert 1 <= int(re.search(r"(\d+) of them new", again.stderr)[1]) <= 2  # type: ignore[index]
+    assert again.stdout.splitlines()[0] == lines[0]
 
 
 def test_session() -> None:

@@ -23,6 +23,7 @@ LAYERS = (
     "npqwen.reports.evaluation_report",
     "npqwen.model npqwen.hub",
     "npqwen_quant",
+    "npqwen.retrieval",
     "npqwen.chat",
     "npqwen.tools",
     "npqwen.generation",

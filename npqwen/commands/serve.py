@@ -237,6 +237,6 @@ def _offer(model: str, bits: int | None, terminal: Terminal, low_disk: bool, **o
     from npqwen.server.offer import Offer
 
     check_numba()
-    path = resolve(model, bits, terminal, purpose="text", low_disk=low_disk)
+    path = resolve(model, bits, terminal, low_disk=low_disk)
     progress = terminal.compilation_progress
     return Offer.of(path, model_name(model), on_compile=progress, **options)

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen.checks import check_whole
+from npqwen.checks import check_progress, check_whole
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.cache_type import CacheType, check_cache_type
@@ -33,13 +33,14 @@ from npqwen.engine.records import Output, Sequences, Tokens
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
-from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError, quoted
+from npqwen.errors import ClosedError, ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel, reporting
 from npqwen.kernels.matmul import matmul_kernels
+from npqwen.kernels.matrix import read_row
 from npqwen.kernels.paging import prefetch_policy
 
 if TYPE_CHECKING:
@@ -236,8 +237,7 @@ class Engine:
 
         progress(done, total) is called after every chunk. Raises what `forward` raises.
         """
-        if progress is not None and not callable(progress):
-            raise OptionError(f"progress is {quoted(progress)}; it must be a function of (done, total)")
+        check_progress(progress)
         last: NDArray[np.float32] = self._run(self._check(ids), cache, 1, progress=progress)[0]
         return last
 
@@ -285,18 +285,53 @@ class Engine:
         """
         count = sum(piece.rows for piece in pieces)
         self._check_pieces(pieces, count, out)
+        with self._caches_in_use(pieces), self._turn():
+            logits = self._buffers.logits(count) if out is None else out
+            self._pieces_pass(pieces, Output(_last_tokens(pieces), False, logits))
+            found = logits[:count, : self.config.vocab_size]
+            found = found.copy() if out is None else found
+        return _by_piece(found, pieces)
+
+    def hidden_pieces(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        """One forward pass over pieces of several sequences, together at most `chunk` tokens.
+
+        Returns for each piece the final norm's output, float32 (rows, hidden_size), equal to the bit to that of a pass
+        of its own. Raises what `forward_pieces` raises.
+        """
+        count = sum(piece.rows for piece in pieces)
+        self._check_pieces(pieces, count, None)
+        states = np.empty((count, self.config.hidden_size), np.float32)
+        with self._caches_in_use(pieces), self._turn():
+            self._pieces_pass(pieces, Output(_last_tokens(pieces), True, states))
+        return _by_piece(states, pieces)
+
+    def output_row(self, id: int) -> NDArray[np.float32]:
+        """A token's row of the output matrix, float32 (hidden_size,).
+
+        The token's logit is its product with a hidden state that the final norm has left.
+        """
+        check_whole("id", id, 0, self.config.vocab_size - 1)
+        matrix = self.weights.model[0]["lm_head"]
+        row = np.empty(int(matrix["cols"]), np.float32)
+        compile_kernel(read_row, (matrix, 0, row))
+        with self._turn():  # nobody unmaps the weights meanwhile
+            if not self.weights.tensors:
+                raise ClosedError("the model is closed; load it again")
+            read_row(matrix, int(id), row)
+        return row[: self.config.hidden_size]
+
+    @contextmanager
+    def _caches_in_use(self, pieces: Sequence[Piece]) -> Iterator[None]:
         with ExitStack() as in_use:
             for piece in pieces:
                 in_use.enter_context(piece.cache.in_use)
-            with self._turn():
-                logits = self._buffers.logits(count) if out is None else out
-                self._forward(pieces, self.weights.layers, True, Output(_last_tokens(pieces), False, logits))
-                for piece in pieces:
-                    piece.cache.length += piece.ids.size
-                found = logits[:count, : self.config.vocab_size]
-                found = found.copy() if out is None else found
-        ends = list(accumulate(piece.rows for piece in pieces))
-        return [found[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
+            yield
+
+    def _pieces_pass(self, pieces: Sequence[Piece], output: Output) -> None:
+        """Run pieces through all layers and append them to their caches, in the caller's turn."""
+        self._forward(pieces, self.weights.layers, True, output)
+        for piece in pieces:
+            piece.cache.length += piece.ids.size
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         """An array for the logits of passes of up to this many rows, see `forward_pieces`."""
@@ -492,6 +527,12 @@ def _last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
     ends = accumulate(piece.ids.size for piece in pieces)
     ranges = (range(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True))
     return np.array(list(chain.from_iterable(ranges)), np.int64)
+
+
+def _by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+    """The rows of a pass's results that belong to each piece."""
+    ends = accumulate(piece.rows for piece in pieces)
+    return [values[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
 
 
 def chunk_size(config: Config) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TOKENIZER = "tokenizer.json"
 TEMPLATES = "additional_chat_templates/*.jinja"
+MODULES = "1_*/config.json"
 SMALL_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -15,7 +16,11 @@ SMALL_FILES = (
     "chat_template.json",
     TEMPLATES,
     "generation_config.json",
+    "modules.json",
+    MODULES,
+    "config_sentence_transformers.json",
 )
-"""Patterns of paths in the checkpoint's directory: the tokenizer, chat templates and defaults of sampling."""
+"""Patterns of paths in the checkpoint's directory: the tokenizer, chat templates, defaults of sampling, and what
+sentence-transformers needs of an embedding model or reranker."""
 FOR_PEOPLE = ("LICENSE", "README.md")
 """Files that a program does not read."""

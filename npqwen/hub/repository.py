@@ -124,15 +124,12 @@ class HubSource(Source):
         from huggingface_hub import snapshot_download
 
         revision = None if self.revision == MAIN else self.revision
-        wanted, ignored = PATTERNS, IGNORED if weights else [*IGNORED, "*.safetensors"]
-        if self.gguf:
-            wanted, ignored = [glob.escape(name) for name in self.files], []
+        allowed = [glob.escape(name) for name in self.wanted if weights or name not in self.shards]
         with _errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
                 self.repository,
                 revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=ignored,
+                allow_patterns=allowed,
                 tqdm_class=tqdm_class,
             )
         if Path(found).name != self.commit:
@@ -278,8 +275,8 @@ def downloaded(name: HubName, problem: str) -> Source:
         path = snapshot_download(
             name.repository,
             revision=name.revision,
-            allow_patterns=PATTERNS,
-            ignore_patterns=IGNORED,
+            allow_patterns=list(PATTERNS),  # what else is there need not have been downloaded
+            ignore_patterns=list(IGNORED),
             local_files_only=True,
         )
     directory = Path(path)

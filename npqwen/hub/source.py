@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import SMALL_FILES, TEMPLATES
+from npqwen.format.small_files import MODULES, SMALL_FILES, TEMPLATES
+from npqwen.format.task import Task, card_pipeline, task_of
 from npqwen.format.text_part import text_part
 from npqwen.hub.names import file_name
 
 if TYPE_CHECKING:
     from npqwen_quant.gguf import GgufModel
 
-PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 """The files of a conversion. Weights of other frameworks stay on the hub."""
-IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
-"""Of subdirectories, only additional_chat_templates is needed."""
+IGNORED = ("*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*")
+"""Of subdirectories, only additional_chat_templates and `MODULES` are needed."""
+CARD = "README.md"
+"""The model card: its metadata may say what the model is for."""
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", INDEX)
 """What a converted model's weights depend on."""
@@ -103,6 +106,11 @@ class Source(ABC):
         }
 
     @property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return task_of(self.files, self.model, self.pipeline)
+
+    @property
     def has_template(self) -> bool:
         """Whether it has a chat template. CheckpointError for a damaged file."""
         if "chat_template.jinja" in self.files or self.has(TEMPLATES):
@@ -153,7 +161,7 @@ class LocalSource(Source):
         files: dict[str, File] = {}
         try:
             found = [*directory.iterdir(), *directory.glob(TEMPLATES)]
-            found += directory.glob("1_*/config.json")
+            found += directory.glob(MODULES)
         except OSError as error:
             raise CheckpointError(f"{self.label} cannot be read: {error.strerror or error}") from None
         for path in found:
@@ -168,6 +176,7 @@ class LocalSource(Source):
             digest = self._content(path, status)
             files[path.relative_to(directory).as_posix()] = File(status.st_size, digest)
         self.files = files
+        self.pipeline = card_pipeline(directory)
 
     @staticmethod
     def _content(path: Path, status: os.stat_result) -> str:
@@ -250,8 +259,10 @@ def local_source(path: Path) -> Source:
 
 def is_wanted(name: str) -> bool:
     """Whether a conversion uses the file of this name in a repository."""
+    if name == CARD or fnmatchcase(name, MODULES):
+        return True
     return _matches(name, PATTERNS) and not _matches(name, IGNORED)
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +9,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, Opti
 from npqwen.format.config import MODEL_TYPES, Config, read_json
 from npqwen.format.files import is_lfs_pointer
 from npqwen.format.safetensors import INDEX
+from npqwen.format.task import check_task
 from npqwen.hub.names import advice
 from npqwen.hub.repository import HubSource
 from npqwen.hub.source import Source
@@ -17,9 +17,9 @@ from npqwen.hub.source import Source
 if TYPE_CHECKING:
     from npqwen_quant.quantized import QuantizedFormat
 
-Purpose = Literal["arrays", "text", "chat"]
+Purpose = Literal["arrays", "text", "chat", "embedding", "reranking"]
 """What a model is opened for: with "arrays" its logits and hidden states, with "text" it writes, with "chat" it answers
-by its chat template."""
+by its chat template, with "embedding" it makes vectors of texts, with "reranking" it judges documents."""
 
 _OTHER_WEIGHTS = {
     ".bin": "PyTorch pickles (.bin)",
@@ -30,8 +30,6 @@ _OTHER_WEIGHTS = {
     ".h5": "TensorFlow",
     ".msgpack": "Flax",
 }
-_RERANKER = re.compile(r"rerank", re.IGNORECASE)
-_EMBEDDER = re.compile(r"qwen3-embedding", re.IGNORECASE)
 
 
 def check(source: Source, purpose: Purpose) -> None:
@@ -151,7 +149,8 @@ def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
         if "SequenceClassification" in name:
             raise CheckpointError(
                 f"{source.label} is a classifier or reranker ({shortened(name)}), which does not write text; npqwen "
-                "runs language models, such as Qwen/Qwen3-0.6B"
+                "runs language models, such as Qwen/Qwen3-0.6B, and rerankers that answer yes or no, such as "
+                "Qwen/Qwen3-Reranker-0.6B"
             )
         raise CheckpointError(
             f"{source.label} is of the architecture {shortened(name)}, which is not supported; npqwen runs "
@@ -160,17 +159,6 @@ def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
 
 
 def _refuse_other_tasks(source: Source, purpose: Purpose) -> None:
-    """Rerankers and embedding models have the architecture of a language model, but were not trained to write."""
-    if purpose == "arrays":
-        return
-    name = PurePosixPath(source.model.replace("\\", "/")).name
-    if "1_LogitScore/config.json" in source.files or source.pipeline == "text-ranking" or _RERANKER.search(name):
-        raise OptionError(
-            f"{source.label} is a reranker, which judges documents and does not write text; load it in Python for its "
-            "logits of yes and no, or use a language model, such as Qwen/Qwen3-0.6B"
-        )
-    if "1_Pooling/config.json" in source.files or _EMBEDDER.search(name):
-        raise OptionError(
-            f"{source.label} is an embedding model, which does not write text; load it in Python for its hidden states "
-            "(model.hidden), or use a language model, such as Qwen/Qwen3-0.6B"
-        )
+    """Rerankers and embedding models have the architecture of a language model, but were trained for another task."""
+    if purpose != "arrays":
+        check_task(source.label, source.task, "text" if purpose == "chat" else purpose)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import anthropic, front, monitoring, ollama, openai, resuming, text_routes
+from npqwen.server import anthropic, front, monitoring, ollama, openai, rerank, resuming, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
@@ -82,6 +82,7 @@ def _routes(models: Models) -> list[BaseRoute]:
         *openai.routes(models),
         *anthropic.routes(models),
         *ollama.routes(models),
+        *rerank.routes(models),
         *monitoring.routes(models),
         *text_routes.routes(models),
     ]

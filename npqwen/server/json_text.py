@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starlette.responses import Response
@@ -27,6 +27,15 @@ def json_text(value: Any) -> str:
     except UnicodeEncodeError:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text
+
+
+def with_list(head: dict[str, Any], name: str, values: Iterable[Any]) -> str:
+    """`head | {name: [*values]}` as JSON. head: not empty.
+
+    A value is encoded at a time: other threads run between them, while one call for all may take seconds.
+    """
+    listed = ",".join([json_text(value) for value in values])
+    return f"{json_text(head)[:-1]},{json_text(name)}:[{listed}]}}"
 
 
 def server_sent(value: Any, event: str | None = None) -> str:

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from npqwen.errors import ModelNotFoundError, OptionError, quoted
 
 _OLLAMA = re.compile(
-    r"qwen3(?P<coder>-coder)?:(?P<size>[\d.]+b)(?:-a[\d.]+b)?(?:-(?P<kind>thinking|instruct))?.*", re.ASCII
+    r"qwen3(?P<branch>-coder|-embedding|-reranker)?:(?P<size>[\d.]+b)(?:-a[\d.]+b)?"
+    r"(?:-(?P<kind>thinking|instruct))?.*",
+    re.ASCII,
 )
 
 
@@ -76,7 +78,7 @@ def _ollama_matches(name: str, own: str) -> bool:
     found = _OLLAMA.fullmatch(name)
     if found is None:
         return False
-    coder, size, kind = found["coder"] or "", found["size"], found["kind"] or ""
+    branch, size, kind = found["branch"] or "", found["size"], found["kind"] or ""
     model = own.rpartition("/")[2]
     mode = f"-{kind}" if kind else r"(-[a-z]+)?"
-    return re.fullmatch(rf"qwen3{coder}-{re.escape(size)}(-a[\d.]+b)?{mode}(-\d+)?", model) is not None
+    return re.fullmatch(rf"qwen3{branch}-{re.escape(size)}(-a[\d.]+b)?{mode}(-\d+)?", model) is not None

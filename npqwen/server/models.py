@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from npqwen.engine.budget import RESERVED
 from npqwen.errors import ClosedError, NpqwenError, OptionError, OutOfMemoryError, QueueFullError, size
+from npqwen.format.task import Task, check_task
 from npqwen.hardware.machine import available_memory
 from npqwen.server.background import in_thread
 from npqwen.server.exchange import current
@@ -100,16 +101,19 @@ class Models:
         """What is known of one model. Raises what `worker` raises for its name."""
         return self._state(self._slots[self._names.find(name)])
 
-    async def worker(self, name: str | None, keep_alive: float | None = None) -> Worker:
-        """The worker of a model, which is loaded if necessary; None: the default model's.
+    async def worker(
+        self, name: str | None, keep_alive: float | None = None, task: Task | None = "text"
+    ) -> Worker:
+        """The worker of a model, which is loaded if necessary; None: of the first model for the task.
 
         keep_alive: seconds for which the model stays loaded after this request, negative for ever; None: as the
-        settings have it.
+        settings have it. task: what the request needs; None: any model will do.
 
-        Raises ModelNotFoundError for a name that is not on offer, QueueFullError if other models take the memory and
-        are in use, OutOfMemoryError, and what loading raises; the next request tries again.
+        Raises ModelNotFoundError for a name that is not on offer, OptionError for a model with another task,
+        QueueFullError if other models take the memory and are in use, OutOfMemoryError, and what loading raises; the
+        next request tries again.
         """
-        slot = self._slots[self._names.find(name)]
+        slot = self._find(name, task)
         if self._closed:
             raise ClosedError("the server is shutting down")
         slot.keep_alive = self._keep_alive if keep_alive is None else math.inf if keep_alive < 0 else keep_alive
@@ -126,6 +130,16 @@ class Models:
             self._touch(slot)
         self._sweep_later()
         return slot.worker
+
+    def _find(self, name: str | None, task: Task | None) -> _Slot:
+        """The model of a name, checked for the task; without a name, the first one for it."""
+        slot = self._slots[self._names.find(name)]
+        if task is None:
+            return slot
+        if not name:
+            slot = next((one for one in self._slots.values() if one.offer.task == task), slot)
+        check_task(slot.name, slot.offer.task, task)
+        return slot
 
     async def let_go(self, name: str | None) -> bool:
         """Unload a model now, or as soon as it is idle. Whether it is unloaded when this returns."""

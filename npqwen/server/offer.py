@@ -17,6 +17,7 @@ from npqwen.engine.prefix_files import check_size
 from npqwen.errors import FormatError
 from npqwen.format.config import Config
 from npqwen.format.quantization import Quantization
+from npqwen.format.task import Task, directory_task
 from npqwen.generation.draft_model import check_tokens
 from npqwen.tokenizer import Tokenizer
 
@@ -100,7 +101,12 @@ class Offer:
 
     def _read_facts(self) -> None:
         """Read now what is known of the directory: a loaded model may outlive it."""
-        self.quantization, self.weight_bytes, self.loaded_bytes, self.modified, self.digest  # noqa: B018
+        self.task, self.quantization, self.weight_bytes, self.loaded_bytes, self.modified, self.digest  # noqa: B018
+
+    @cached_property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return directory_task(self.path, self.name)
 
     @cached_property
     def quantization(self) -> Quantization:

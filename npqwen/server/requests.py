@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.generation.decoding import Prompt
 from npqwen.generation.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from npqwen.engine.prefix_page import Ids
+    from npqwen.model import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,16 @@ class TextRequest:
     prompt: Prompt
     options: GenerationOptions = field(default_factory=lambda: GenerationOptions())
     n: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ReadRequest:
+    """Texts to read: the final hidden states of their last tokens.
+
+    texts(model): the token ids of each, made on a thread of its own. It raises what is wrong with them.
+    """
+
+    texts: Callable[[Model], list[Ids]]
 
 
 Request = ChatRequest | TextRequest

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from npqwen.chat.events import Event, Finish, Reply
 from npqwen.errors import ClosedError
 from npqwen.generation.completion import Completion, TokenLogprobs, Usage
@@ -36,7 +39,15 @@ class Completed:
     completion: Completion
 
 
-RunEvent = Event | Progress | Scored | Completed
+@dataclass(frozen=True, eq=False)
+class States:
+    """The only event of texts that were read, see `npqwen.retrieval.readings.Readings.states`, and what it cost."""
+
+    values: NDArray[np.float32]
+    usage: Usage
+
+
+RunEvent = Event | Progress | Scored | Completed | States
 Take = Callable[[int, RunEvent], object]
 """take(index, event): takes an event of choice `index`."""
 
@@ -45,8 +56,8 @@ class Run:
     """The events of a request, each with the index of the choice (0 to n - 1) that it belongs to.
 
     A chat's are those of `ChatStream`, with `Finish` as the last one of each choice; raw text's are `Text`, and
-    `Completed` as the last. `Progress` and `Scored` come in both. Their reader is a function, called as they come: a
-    queue between two tasks would cost more than most events.
+    `Completed` as the last. `Progress` and `Scored` come in both. Of texts that are read there is one, `States`. Their
+    reader is a function, called as they come: a queue between two tasks would cost more than most events.
     """
 
     def __init__(self, choices: int, prompt_tokens: int, cancel: Callable[[Run], None]) -> None:
@@ -87,7 +98,7 @@ class Run:
             self._end(item)
         else:
             index, event = item
-            if isinstance(event, Finish | Completed):
+            if isinstance(event, Finish | Completed | States):
                 self._left -= 1
                 if self._exchange is not None:
                     self._exchange.usages.append(_usage(event))
@@ -123,6 +134,19 @@ class Run:
         """Wait for all continuations of raw text, in order. Raises ClosedError if the run was cancelled."""
         return cast("list[Completion]", await self.results())
 
+    async def states(self) -> States:
+        """Wait for texts to be read. Raises ClosedError if the run was cancelled."""
+        found: list[States] = []
+
+        def take(index: int, event: RunEvent) -> None:
+            if isinstance(event, States):
+                found.append(event)
+
+        await self.for_each(take)
+        if not found:
+            raise ClosedError("the request was cancelled")
+        return found[0]
+
     async def results(self) -> list[Reply | Completion]:
         """Wait for all answers or continuations, in order. Raises ClosedError if the run was cancelled."""
         results: dict[int, Reply | Completion] = {}
@@ -143,5 +167,7 @@ class Run:
         self._ended.set()
 
 
-def _usage(event: Finish | Completed) -> Usage:
+def _usage(event: Finish | Completed | States) -> Usage:
+    if isinstance(event, States):
+        return event.usage
     return event.reply.usage if isinstance(event, Finish) else event.completion.usage

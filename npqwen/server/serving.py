@@ -142,7 +142,7 @@ async def _serve(server: _Server, models: Models, sockets: list[socket], tell: C
 
 async def _load_first(server: _Server, models: Models) -> None:
     try:
-        await models.worker(None)
+        await models.worker(None, task=None)
     except Exception as error:
         server.failure = error
         server.stop()

@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.chat.borders import Names
 from npqwen.checks import whole_range
 from npqwen.errors import quoted
 from npqwen.server.background import in_thread
@@ -38,9 +37,9 @@ async def tokenize(models: Models, request: Request) -> Response:
     fields.flag("add_special")
     special = fields.flag("parse_special") is not False
     pieces = bool(fields.flag("with_pieces"))
-    worker = await models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"), task=None)
     tokenizer: Tokenizer = worker.model.tokenizer
-    ids = await in_thread(lambda: encode(tokenizer, text, special))
+    ids = await in_thread(lambda: tokenizer.encode(text) if special else tokenizer.plain_ids(text))
     tokens: list[Any] = [{"id": id, "piece": _piece(tokenizer.token_bytes(id))} for id in ids] if pieces else ids
     return JSONReply({"tokens": tokens})
 
@@ -49,7 +48,7 @@ async def detokenize(models: Models, request: Request) -> Response:
     """The text of token ids, special tokens included: {"tokens": [...]} gives {"content": "..."}."""
     fields = await read_fields(request)
     ids = fields.required("tokens", fields.items)
-    worker = await models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"), task=None)
     size = worker.model.config.vocab_size
     for at, id in enumerate(ids):
         if type(id) is not int or not 0 <= id < size:
@@ -70,24 +69,12 @@ async def apply_template(models: Models, request: Request) -> Response:
     variables = fields.object("chat_template_kwargs")
     options = {} if variables is None else dict(variables.values)
     thinking = options.pop("enable_thinking", None)
-    worker = await models.worker(fields.text("model"))
+    worker = await models.worker(fields.text("model"), task=None)
     model = worker.model
     prompt = await in_thread(
         lambda: model.chat_template.prepare(messages, tools or None, thinking, True, **options).text()
     )
     return JSONReply({"prompt": prompt})
-
-
-def encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
-    """The ids of a text. special: whether names of special tokens that it spells out are those tokens."""
-    if special:
-        return tokenizer.encode(text)
-    ids: list[int] = []
-    start = 0
-    for begin, _ in Names(tokenizer, tokenizer.special_ids).spans(text):
-        ids += tokenizer.encode(text[start : begin + 1])  # "<", and from "|im_end|>" on
-        start = begin + 1
-    return ids + tokenizer.encode(text[start:])
 
 
 def _piece(data: bytes) -> str | list[int]:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 from npqwen.checks import check_whole
 from npqwen.engine.budget import RESERVED
 from npqwen.errors import ClosedError, QueueFullError
+from npqwen.format.task import check_task
 from npqwen.generation.batch import PARALLEL, Batch
 from npqwen.hardware.machine import available_memory
+from npqwen.retrieval.reader import Reader
 from npqwen.server.job import Job, prepare_choices
-from npqwen.server.requests import Request
+from npqwen.server.read_job import ReadJob
+from npqwen.server.requests import ReadRequest, Request
 from npqwen.server.run import Run
 from npqwen.server.statistics import WorkerStatistics
 
@@ -38,8 +41,9 @@ _log = logging.getLogger(__name__)
 class Worker:
     """Runs the requests of one model. All methods but `start` may be called from any thread.
 
-    One thread, the engine's, owns the batch; others talk to it by a queue of functions that it calls between two
-    passes. What a pass has given is handed to the event loop of each request in one call.
+    One thread, the engine's, owns the batch, or the reader of an embedding model or reranker; others talk to it by a
+    queue of functions that it calls between two passes. What a pass has given is handed to the event loop of each
+    request in one call.
     """
 
     def __init__(
@@ -50,11 +54,12 @@ class Worker:
         """
         self.model = model
         self._queue_limit = check_whole("queue", queue_limit, 1)
-        self._batch = Batch(model, parallel=check_whole("parallel", parallel, 1), memory=memory or _memory(model))
+        driver = Batch if model.task == "text" else Reader
+        self._driver = driver(model, parallel=check_whole("parallel", parallel, 1), memory=memory or _memory(model))
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._jobs: list[Job] = []
+        self._jobs: list[Job | ReadJob] = []
         self._outbox: list[_Item] = []
-        self._starting: set[Request] = set()
+        self._starting: set[Request | ReadRequest] = set()
         """Requests that the engine's thread has not taken over yet."""
         self._requests = 0
         self._seconds = 1.0
@@ -68,10 +73,10 @@ class Worker:
     @property
     def statistics(self) -> WorkerStatistics:
         """What it has done, and is doing."""
-        batch, done = self._batch, self._batch.statistics
+        driver, done = self._driver, self._driver.statistics
         return WorkerStatistics(
-            waiting=batch.waiting + len(self._starting),
-            running=batch.running,
+            waiting=driver.waiting + len(self._starting),
+            running=driver.running,
             requests=self._requests,
             prompt_tokens=done.prompt_tokens,
             cached_tokens=done.cached_tokens,
@@ -85,32 +90,30 @@ class Worker:
             alive=self._thread.is_alive(),
         )
 
-    async def start(self, request: Request) -> Run:
-        """Check a request, make its prompt and put it into the queue.
+    async def start(self, request: Request | ReadRequest) -> Run:
+        """Check a request, make its prompt or the ids of its texts, and put it into the queue.
 
-        Raises OptionError and ContextLengthError for requests that cannot be obeyed, QueueFullError if too many wait,
-        ClosedError after `close`.
+        Raises OptionError and ContextLengthError for requests that cannot be obeyed, or not by this model,
+        QueueFullError if too many wait, ClosedError after `close`.
         """
         if self._closed:
             raise ClosedError("the server is shutting down")
-        waiting = self._batch.waiting + len(self._starting)
+        waiting = self._driver.waiting + len(self._starting)
         if waiting >= self._queue_limit:
-            seconds = self._seconds * (waiting + 1) / max(1, self._batch.running)
+            seconds = self._seconds * (waiting + 1) / max(1, self._driver.running)
             raise QueueFullError(
                 f"{waiting} requests are waiting already; try again later",
                 retry_after=max(1, min(_LONGEST_RETRY, round(seconds))),
             )
         self._starting.add(request)
         try:
-            choices = await asyncio.to_thread(prepare_choices, self.model, request)
+            job, choices, prompt_tokens = await asyncio.to_thread(self._prepare, request)
             if self._closed:
                 raise ClosedError("the server is shutting down")
         except BaseException:
             self._starting.discard(request)
             raise
-        job = Job(choices, self._batch, self._post)
-        prompt_tokens = len(choices[0].sequence.decoding.prompt_ids)
-        job.run = Run(request.n, prompt_tokens, lambda run: self._calls.put(job.leave))
+        job.run = Run(choices, prompt_tokens, lambda run: self._calls.put(job.leave))
         self._calls.put(lambda: self._join(job, request))
         return job.run
 
@@ -123,9 +126,22 @@ class Worker:
     def limit(self, memory: int) -> None:
         """Change the memory for keys and values, in bytes, from the next pass on; at least a page's."""
         most = max(memory, self.model.new_cache(1).page_bytes)
-        self._calls.put(lambda: self._batch.limit(most))
+        self._calls.put(lambda: self._driver.limit(most))
 
-    def _join(self, job: Job, request: Request) -> None:
+    def _prepare(self, request: Request | ReadRequest) -> tuple[Job | ReadJob, int, int]:
+        """A request's job, and how many choices and tokens of its prompt or texts it has."""
+        if isinstance(request, ReadRequest):
+            texts = request.texts(self.model)
+            if texts:  # here rather than in the engine's thread: reading files would keep others waiting
+                self.model.prefixes.fetch(texts[0][:-1])
+            assert isinstance(self._driver, Reader)  # for a language model, making the ids has raised
+            return ReadJob(texts, self._driver, self._post), 1, sum(map(len, texts))
+        check_task(self.model.name, self.model.task, "text")
+        assert isinstance(self._driver, Batch)
+        choices = prepare_choices(self.model, request)
+        return Job(choices, self._driver, self._post), request.n, len(choices[0].sequence.decoding.prompt_ids)
+
+    def _join(self, job: Job | ReadJob, request: Request | ReadRequest) -> None:
         self._starting.discard(request)
         self._requests += 1
         self._jobs.append(job)
@@ -135,20 +151,20 @@ class Worker:
         self._outbox.append((run, item))
 
     def _work(self) -> None:
-        batch, busy = self._batch, False
+        driver, busy = self._driver, False
         while True:
             try:
                 self._take_calls(wait=not busy)
                 if self._closed:
                     break
                 self._beat = time.monotonic()
-                busy = batch.step()
+                busy = driver.step()
             except BaseException as error:
                 _log.exception("the engine of %s failed; its requests are ended", self.model.name)
-                batch.fail(error)
+                driver.fail(error)
                 busy = False
             self._deliver()
-        batch.fail(ClosedError("the server is shutting down"))
+        driver.fail(ClosedError("the server is shutting down"))
         self._deliver()
 
     def _take_calls(self, wait: bool) -> None:

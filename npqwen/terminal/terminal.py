@@ -206,6 +206,10 @@ class Terminal:
         if total > 256:
             self._progress("reading the prompt", " tokens", done, total)
 
+    def reading_progress(self, done: int, total: int) -> None:
+        """Show progress of texts that are read for vectors or scores, in texts."""
+        self._progress("reading", " texts", done, total)
+
     def benchmark_progress(self, done: int, total: int) -> None:
         """Show progress of a benchmark, in runs."""
         self._progress("measuring", " runs", done, total)

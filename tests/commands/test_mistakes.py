@@ -172,13 +172,14 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         small_checkpoint(architectures=["Qwen3ForSequenceClassification"]),
         {},
         "somebody/qwen3-reranker-seq is a classifier or reranker (Qwen3ForSequenceClassification), which does not "
-        "write text; npqwen runs language models, such as Qwen/Qwen3-0.6B",
+        "write text; npqwen runs language models, such as Qwen/Qwen3-0.6B, and rerankers that answer yes or no, such "
+        "as Qwen/Qwen3-Reranker-0.6B",
     ),
     "Qwen/Qwen3-Reranker-0.6B": (
         small_checkpoint(),
         {},
-        "Qwen/Qwen3-Reranker-0.6B is a reranker, which judges documents and does not write text; load it in Python "
-        "for its logits of yes and no, or use a language model, such as Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-Reranker-0.6B is a reranker, which judges documents and does not write text; use rerank with it "
+        "(/v1/rerank on a server), or a language model, such as Qwen/Qwen3-0.6B",
     ),
     "somebody/judge": (
         small_checkpoint() | {"1_LogitScore/config.json": b"{}"},
@@ -188,8 +189,8 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "somebody/vectors": (
         small_checkpoint() | {"1_Pooling/config.json": b"{}", "modules.json": b"[]"},
         {},
-        "somebody/vectors is an embedding model, which does not write text; load it in Python for its hidden states "
-        "(model.hidden), or use a language model, such as Qwen/Qwen3-0.6B",
+        "somebody/vectors is an embedding model, which does not write text; use embed with it (/v1/embeddings on a "
+        "server), or a language model, such as Qwen/Qwen3-0.6B",
     ),
     "somebody/no-tokenizer": (
         {"config.json": config(), "model.safetensors": WEIGHTS},
@@ -396,12 +397,12 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (
         in_directory("Qwen3-Reranker-0.6B", write_local),
         ["generate", "Qwen3-Reranker-0.6B", "x"],
-        "Qwen3-Reranker-0.6B is a reranker, which judges documents and does not write text; load it in Python for ",
+        "Qwen3-Reranker-0.6B is a reranker, which judges documents and does not write text; use rerank with it ",
     ),
     (
         lambda place: write_local(place, {"1_Pooling/config.json": b"{}"}),
         ["generate", ".", "x"],
-        ". is an embedding model, which does not write text; load it in Python for its hidden states (model.hidden)",
+        ". is an embedding model, which does not write text; use embed with it (/v1/embeddings on a server)",
     ),
     (
         in_directory("models--Qwen--Qwen3-0.6B", write_hub_cache),

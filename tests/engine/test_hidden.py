@@ -14,6 +14,7 @@ from checkpoints import TINY
 from npqwen_quant import convert
 from reference import ReferenceModel
 
+from npqwen.engine.engine import Piece
 from npqwen.errors import ClosedError, ContextLengthError, OptionError
 from npqwen.model import Model, load
 
@@ -85,6 +86,27 @@ def test_a_pass_for_hidden_states_leaves_other_passes_alone(pair: tuple[Model, R
     fork = cache.fork()
     model.hidden(IDS[:50], [0, 1])
     assert np.array_equal(model.forward(IDS[20:25], cache), model.forward(IDS[20:25], fork))
+
+
+def test_a_pass_over_pieces_gives_the_states_of_each_alone(pair: tuple[Model, ReferenceModel]) -> None:
+    """Rows of logits and of states come from the same caches, in any order."""
+    model, _ = pair
+    texts = IDS[:40], IDS[100:103], IDS[200:290]
+    caches = [model.new_cache() for _ in texts]
+    for cache, text in zip(caches, texts, strict=True):
+        cache.reserve(len(text))
+    starts = [Piece(text[:30], cache, 0) for text, cache in zip(texts[::2], caches[::2], strict=True)]
+    assert [state.shape for state in model.hidden_pieces(starts)] == [(0, model.config.hidden_size)] * 2
+    rest = [texts[0][30:], texts[1], texts[2][30:]]
+    rows = [1, 3, 20]
+    pieces = [Piece(ids, cache, count) for ids, cache, count in zip(rest, caches, rows, strict=True)]
+    for text, state, count in zip(texts, model.hidden_pieces(pieces), rows, strict=True):
+        assert np.array_equal(state, model.hidden(text)[-count:])
+    assert [cache.length for cache in caches] == [40, 3, 90]
+    with pytest.raises(OptionError, match="two pieces of a pass have the same cache"):
+        model.hidden_pieces([pieces[0], pieces[0]])
+    with pytest.raises(OptionError, match="a pass takes 1 to"):
+        model.hidden_pieces([])
 
 
 @pytest.mark.parametrize(("bits", "least"), [(4, 0.99), (8, 0.9999)])

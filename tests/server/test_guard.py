@@ -290,7 +290,7 @@ def test_an_error_of_the_servers_own_tells_clients_nothing(
     def fail(*_: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("npqwen.server.text_routes.encode", fail)
+    monkeypatch.setattr("npqwen.tokenizer.Tokenizer.encode", fail)
     with served(app(tiny_model)) as url:
         reply = httpx.post(f"{url}/tokenize", json={"content": "x"})
     assert reply.status_code == 500

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from npqwen.server.json_text import SentText, json_text, server_sent
+from npqwen.server.json_text import SentText, json_text, server_sent, with_list
 
 TEXTS = [
     *("", "a", 'quote " and \\ and </script>', "line\nend\r\t\x00\x1f", "é 中 🙂", "{}%s"),
@@ -21,6 +21,12 @@ def test_a_value_is_read_back_from_one_line(text: str) -> None:
     written = json_text(value)
     assert json.loads(written.encode()) == value
     assert written.splitlines() == [written]
+
+
+@pytest.mark.parametrize("values", [[], [1], [[1.5, "a"], {"b": None}]])
+def test_a_list_that_is_written_value_by_value_is_part_of_the_object(values: list[Any]) -> None:
+    head = {"model": 'a "name"', "n": {"x": 1}}
+    assert json.loads(with_list(head, 'da"ta', iter(values))) == {**head, 'da"ta': values}
 
 
 @pytest.mark.parametrize("text", TEXTS)

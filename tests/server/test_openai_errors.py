@@ -155,10 +155,17 @@ def test_unknown_routes_have_an_error_of_the_same_shape(
     assert path in error_of(response)["message"]
 
 
-def test_embeddings_are_refused_in_words(http: httpx.Client) -> None:
-    response = http.post("/v1/embeddings", json={"input": "a"})
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/embeddings", {"input": "a"}, "is not an embedding model"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}, "is not a reranker"),
+    ],
+)
+def test_other_tasks_are_refused_in_words(http: httpx.Client, path: str, body: dict[str, Any], message: str) -> None:
+    response = http.post(path, json=body)
     assert response.status_code == 400
-    assert "no embeddings" in error_of(response)["message"]
+    assert message in error_of(response)["message"]
 
 
 @pytest.mark.parametrize(

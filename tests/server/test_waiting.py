@@ -39,7 +39,9 @@ class ColdModels(ScriptedModels):
         self.waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self.left = 0
 
-    async def worker(self, name: str | None, keep_alive: float | None = None) -> ScriptedModels:
+    async def worker(
+        self, name: str | None, keep_alive: float | None = None, task: str | None = None
+    ) -> ScriptedModels:
         loop = asyncio.get_running_loop()
         self.waiting.append((loop, loop.create_future()))
         try:
@@ -113,7 +115,7 @@ def test_an_error_in_time_has_its_status(
     monkeypatch.setattr(streaming, "KEEPALIVE", 30)
     models, url = cold
 
-    async def broken(name: str | None, keep_alive: float | None = None) -> ScriptedModels:
+    async def broken(name: str | None, keep_alive: float | None = None, task: str | None = None) -> ScriptedModels:
         raise OutOfMemoryError("too little memory")
 
     monkeypatch.setattr(models, "worker", broken)
@@ -210,7 +212,7 @@ def test_clients_understand_an_error_after_the_signs(
 ) -> None:
     models, url = cold
 
-    async def broken(name: str | None, keep_alive: float | None = None) -> ScriptedModels:
+    async def broken(name: str | None, keep_alive: float | None = None, task: str | None = None) -> ScriptedModels:
         await asyncio.sleep(0.3)
         raise OutOfMemoryError("too little memory")
 

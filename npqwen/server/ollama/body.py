@@ -56,7 +56,7 @@ def read_body(fields: Fields) -> Body:
         read_options(fields),
         _structure(fields) | _logprobs(fields),
         _reasoning(fields),
-        _keep_alive(fields),
+        keep_alive(fields),
         fields.flag("stream") is not False,
     )
 
@@ -100,7 +100,7 @@ def _reasoning(fields: Fields) -> ReasoningFields:
     return ReasoningFields(effort != 0, None, effort, "apart", {})
 
 
-def _keep_alive(fields: Fields) -> float | None:
+def keep_alive(fields: Fields) -> float | None:
     """`keep_alive`: seconds, or a duration such as "5m"; negative for ever."""
     value = fields.any("keep_alive")
     if isinstance(value, str):

@@ -120,6 +120,8 @@ def _described(state: ModelState) -> dict[str, Any]:
 
 def _capabilities(state: ModelState) -> tuple[list[str], str]:
     """What the model can do, in ollama's words, and its chat template."""
+    if state.offer.task != "text":
+        return ["embedding"] if state.offer.task == "embedding" else [], ""
     try:
         worker = state.worker
         template = ChatTemplate.from_directory(state.offer.path) if worker is None else worker.model.chat_template

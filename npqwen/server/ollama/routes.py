@@ -15,6 +15,7 @@ from npqwen.server.fields import read_fields
 from npqwen.server.json_text import JSONReply, json_text
 from npqwen.server.ollama.catalogue import running, show, tags, version
 from npqwen.server.ollama.chat import chat
+from npqwen.server.ollama.embed import embed, embeddings
 from npqwen.server.ollama.generate import generate
 from npqwen.server.refusal import refusal
 
@@ -26,8 +27,6 @@ _NOT_HERE = {
     "/api/create": "models are not made here; convert one with npqwen convert, and serve its directory",
     "/api/copy": "models are not copied here; npqwen serve --alias NAME=MODEL gives one another name",
     "/api/delete": "models are not removed here; npqwen rm MODEL does that",
-    "/api/embed": "the models of this server generate text; they make no embeddings",
-    "/api/embeddings": "the models of this server generate text; they make no embeddings",
     "/api/blobs/{digest:path}": "files are not uploaded here; npqwen serve MODEL reads checkpoints",
 }
 """ollama's other paths, and what to do instead."""
@@ -38,6 +37,8 @@ def routes(models: Models) -> list[Route]:
     return [
         Route("/api/chat", partial(chat, models), methods=["POST"]),
         Route("/api/generate", partial(generate, models), methods=["POST"]),
+        Route("/api/embed", partial(embed, models), methods=["POST"]),
+        Route("/api/embeddings", partial(embeddings, models), methods=["POST"]),
         Route("/api/tags", partial(tags, models)),
         Route("/api/ps", partial(running, models)),
         Route("/api/show", partial(show, models), methods=["POST"]),

@@ -10,6 +10,7 @@ from npqwen.generation.decoding import Prompt
 from npqwen.generation.options import GenerationOptions
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
+from npqwen.server.prompt_field import prompts
 from npqwen.server.requests import TextRequest
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ class CompletionBody:
     def requests(self, tokenizer: Tokenizer) -> list[TextRequest]:
         """A request for each prompt; FieldError if the model cannot fill in what is before a suffix."""
         options = self.options
-        prompts: list[Prompt] = list(self.prompts)
+        several: list[Prompt] = list(self.prompts)
         if self.suffix is not None:
             if any(tokenizer.token_id(token) is None for token in (_PREFIX, _SUFFIX, _MIDDLE)):
                 raise FieldError("this model has no fill-in-the-middle tokens; send no suffix", "suffix")
             stops = [token for token in _AFTER_MIDDLE if tokenizer.token_id(token) is not None]
             options = options | {"stop": [*options.get("stop", []), *stops]}
-            prompts = [f"{_PREFIX}{prompt}{_SUFFIX}{self.suffix}{_MIDDLE}" for prompt in self.prompts]
-        return [TextRequest(prompt, cast(GenerationOptions, options), self.n) for prompt in prompts]
+            several = [f"{_PREFIX}{prompt}{_SUFFIX}{self.suffix}{_MIDDLE}" for prompt in self.prompts]
+        return [TextRequest(prompt, cast(GenerationOptions, options), self.n) for prompt in several]
 
     def echoes(self, tokenizer: Tokenizer) -> list[str]:
         """What the text of each prompt's choices begins with."""
@@ -79,12 +80,12 @@ def completion_body(fields: Fields) -> CompletionBody:
     if echo and logprobs is not None:
         raise FieldError("echo with logprobs is not supported: the prompt's tokens are not scored", "echo")
     suffix = fields.text("suffix")
-    prompts = _prompts(fields)
-    if suffix is not None and not all(isinstance(prompt, str) for prompt in prompts):
+    given = prompts(fields, "prompt", MAX_PROMPTS)
+    if suffix is not None and not all(isinstance(prompt, str) for prompt in given):
         raise FieldError("suffix needs a prompt of text, not of token ids", "suffix")
     body = CompletionBody(
         fields.text("model"),
-        prompts,
+        given,
         suffix or None,
         options,
         n,
@@ -94,29 +95,3 @@ def completion_body(fields: Fields) -> CompletionBody:
     )
     fields.log_unknown()
     return body
-
-
-def _prompts(fields: Fields) -> list[str] | list[list[int]]:
-    """The field `prompt`: a text, a list of texts, token ids, or a list of lists of them."""
-    prompt = fields.required("prompt", fields.any)
-    if isinstance(prompt, str):
-        return [fields.required("prompt", fields.text)]
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(one, str) for one in prompt):
-            texts = Fields({str(at): text for at, text in enumerate(prompt)}, "prompt")
-            return _few([texts.required(name, texts.text) for name in texts.values])
-        if _are_ids(prompt):
-            return [prompt]
-        if all(isinstance(one, list) and _are_ids(one) for one in prompt):
-            return _few(prompt)
-    fields.wrong("prompt", "text, a list of texts, token ids, or a list of lists of token ids")
-
-
-def _few(prompts: list[Any]) -> list[Any]:
-    if len(prompts) > MAX_PROMPTS:
-        raise FieldError(f"prompt has {len(prompts)} prompts; at most {MAX_PROMPTS} are possible", "prompt")
-    return prompts
-
-
-def _are_ids(values: list[Any]) -> bool:
-    return all(type(value) is int for value in values)

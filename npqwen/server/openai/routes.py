@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.errors import OptionError
 from npqwen.server.openai.chat import chat_completions
 from npqwen.server.openai.completions import completions
+from npqwen.server.openai.embeddings import embeddings
 from npqwen.server.openai.models import list_models, retrieve_model
 from npqwen.server.openai.responses import count_input_tokens, create_response
 
@@ -29,7 +29,7 @@ def routes(models: Models) -> list[Route]:
         ("/completions", "POST", partial(completions, models)),
         ("/responses", "POST", partial(create_response, models)),
         ("/responses/input_tokens", "POST", partial(count_input_tokens, models)),
-        ("/embeddings", "POST", _embeddings),
+        ("/embeddings", "POST", partial(embeddings, models)),
         ("/models", "GET", partial(list_models, models)),
         ("/models/{name:path}", "GET", partial(retrieve_model, models)),
     ]
@@ -38,7 +38,3 @@ def routes(models: Models) -> list[Route]:
         for path, method, handler in endpoints
         for prefix in ("/v1", "")
     ]
-
-
-async def _embeddings(request: Request) -> Response:
-    raise OptionError("the models of this server generate text; they make no embeddings")

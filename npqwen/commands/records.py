@@ -1,0 +1,89 @@
+"""Texts that a command reads, a line each, plain or as JSON, and the JSON lines that it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from npqwen.commands.options import keyboard_notice, stdin_text
+from npqwen.errors import OptionError, quoted, shortened
+
+if TYPE_CHECKING:
+    from npqwen.terminal.terminal import Terminal
+
+TEXT = "text"
+"""The key of the text in a JSON object."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A text, and the JSON object that it came in; of a plain line, an object with the text alone."""
+
+    text: str
+    fields: dict[str, Any]
+
+
+def read_records(file: str, as_json: bool, terminal: Terminal, what: str) -> list[Record]:
+    """The lines of a file, or of stdin if it is "-"; blank ones are left out.
+
+    as_json: lines are JSON strings, or objects with a text; those of a file whose name ends in .jsonl always are.
+    what: the texts' name, for notices. Raises OptionError, which names the line, for anything else.
+    """
+    if file == "-":
+        text = stdin_text(terminal, keyboard_notice(what))
+    else:
+        path = Path(file).expanduser()
+        as_json = as_json or path.suffix.lower() in (".jsonl", ".ndjson")
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise OptionError(f"{file} is not UTF-8 (at byte {error.start})") from None
+        except (OSError, ValueError) as error:
+            problem = (error.strerror or error) if isinstance(error, OSError) else "its name is not valid"
+            raise OptionError(f"{shortened(file, 200)} cannot be read: {problem}") from None
+    name = "stdin" if file == "-" else file
+    lines = text.replace("\r\n", "\n").split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not as_json:
+        return [Record(line, {TEXT: line}) for _, line in numbered]
+    return [_record(line, f"line {number} of {name}") for number, line in numbered]
+
+
+def _record(line: str, place: str) -> Record:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise OptionError(f"{place} is not JSON: {quoted(line)}") from None
+    fields = {TEXT: value} if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not isinstance(fields.get(TEXT), str):
+        raise OptionError(f"{place} is {quoted(line)}; it must be a JSON string, or an object with a {TEXT}")
+    return Record(fields[TEXT], fields)
+
+
+@contextlib.contextmanager
+def json_lines(output: str | None, terminal: Terminal) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes an object as a line of JSON: to stdout, or into a file that is there once it is whole."""
+    if output is None:
+        yield lambda value: terminal.text(_line(value))
+        return
+    from npqwen.atomic_file import new_file
+
+    with new_file(Path(output)) as file:
+        yield lambda value: _write(file, value)
+
+
+def _write(file: BinaryIO, value: dict[str, Any]) -> None:
+    file.write(_line(value).encode())
+
+
+def _line(value: dict[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        text = json.dumps(value)
+    return f"{text}\n"

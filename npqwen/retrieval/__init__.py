@@ -1,0 +1,1 @@
+"""Embedding models and rerankers: vectors of texts, and how well documents answer a query."""

@@ -1,0 +1,105 @@
+"""Vectors of texts: what `Model.embed` does, as sentence-transformers does it with Qwen3-Embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.checks import check_ids, check_whole
+from npqwen.errors import CheckpointError, ContextLengthError, FormatError, OptionError, quoted
+
+if TYPE_CHECKING:
+    from npqwen.engine.prefix_page import Ids
+    from npqwen.retrieval.task_files import TaskFiles
+    from npqwen.tokenizer import Tokenizer
+
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+"""What Qwen3-Embedding and Qwen3-Reranker are told of a search unless something else is said."""
+LEAST_DIMENSIONS = 32
+"""Qwen's models were trained for vectors of so many numbers and more."""
+_END = "<|endoftext|>"
+"""The token whose state is the vector."""
+
+
+class Embedder:
+    """Makes token ids of texts, and vectors of their last tokens' states.
+
+    A text ends with <|endoftext|>: the post-processor of Qwen's tokenizer.json appends it, and where that is missing,
+    as in copies of the first release, it is appended here. (Without it the vectors are of another token, and wrong.)
+    """
+
+    def __init__(self, files: TaskFiles, tokenizer: Tokenizer, context: int, vocab_size: int, hidden_size: int) -> None:
+        """context: the most tokens of a text. Raises CheckpointError if vectors are made in another way."""
+        files.check_embedding()
+        self._files = files
+        self._tokenizer = tokenizer
+        self._context = context
+        self._vocab_size = vocab_size
+        self._hidden_size = hidden_size
+        before, after = tokenizer.frame
+        if not after:
+            end = tokenizer.token_id(_END)
+            if end is None:
+                raise CheckpointError(f"{files.path / 'tokenizer.json'} has no {_END}, with which texts end")
+            after = [end]
+        self._before, self._after = before, after
+
+    def prompt(self, instruction: str | bool | None) -> str:
+        """What comes before the text. None: nothing, as of documents. A text: the task of a query. True: the model's
+        own task for queries."""
+        if instruction is None or instruction is False:
+            return self._files.prompt("document") or ""
+        if instruction is True:
+            return self._files.prompt("query") or f"Instruct: {INSTRUCTION}\nQuery:"
+        if not isinstance(instruction, str):
+            raise OptionError(f"instruction is {quoted(instruction)}; it must be text, True or None")
+        return f"Instruct: {instruction}\nQuery:"
+
+    def ids(
+        self, texts: Sequence[str | Sequence[int]], instruction: str | bool | None, truncate: bool, name: str = "texts"
+    ) -> list[Ids]:
+        """The token ids of texts, with prompt and ending. truncate: cut what the context has no room for, from the end
+        of a text; else ContextLengthError. name: of the texts, for messages."""
+        prompt = self.prompt(instruction)
+        room = self._context - len(self._before) - len(self._after)
+        found: list[Ids] = []
+        for at, text in enumerate(texts):
+            ids = self._text_ids(prompt, text, f"{name}[{at}]")
+            if len(ids) > room and not truncate:
+                raise ContextLengthError(
+                    f"{name}[{at}] has {len(ids)} tokens; the model's context of {self._context} has room for {room}; "
+                    "shorten it, or let it be cut (truncate)"
+                )
+            found.append(np.array([*self._before, *ids[:room], *self._after], np.int32))
+        return found
+
+    def dimensions(self, dimensions: int | None) -> int:
+        """The checked length of vectors; None: all that the model has."""
+        if dimensions is None:
+            return self._hidden_size
+        return check_whole("dimensions", dimensions, min(LEAST_DIMENSIONS, self._hidden_size), self._hidden_size)
+
+    def vectors(self, states: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+        """Vectors of unit length, (texts, dimensions), from states: cut first, then normalized."""
+        cut = states[:, :dimensions].astype(np.float64)
+        norms = np.linalg.norm(cut, axis=1, keepdims=True)
+        if not np.isfinite(norms).all() or not norms.all():
+            raise FormatError("the model computed an impossible vector, a sign of damaged weights; convert it again")
+        vectors: NDArray[np.float32] = (cut / norms).astype(np.float32)
+        return vectors
+
+    def _text_ids(self, prompt: str, text: str | Sequence[int], name: str) -> list[int]:
+        if isinstance(text, str):
+            return self._tokenizer.encode(prompt + text)
+        ids = check_ids(name, text)
+        if not ids:
+            raise OptionError(f"{name} has no tokens; give at least one, or text")
+        for id in ids:
+            if not 0 <= id < self._vocab_size:
+                raise OptionError(f"{name} has token id {id}; the vocabulary is 0 to {self._vocab_size - 1}")
+        if ids[-len(self._after) :] == self._after:  # encoded with the ending
+            ids = ids[: -len(self._after)]
+        return self._tokenizer.encode(prompt) + ids if prompt else ids

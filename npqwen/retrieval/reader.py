@@ -1,0 +1,298 @@
+"""Reads texts: which tokens of which go into the next forward pass, and what they share."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.engine.engine import Piece
+from npqwen.engine.kv_cache import held_bytes
+from npqwen.errors import OutOfMemoryError, size
+from npqwen.format.layout import ceil_div
+from npqwen.generation.batch import ALONE, PARALLEL, BatchStatistics
+from npqwen.kernels.cache_page import PAGE
+from npqwen.retrieval.readings import Readings, Text
+
+if TYPE_CHECKING:
+    from npqwen.engine.engine import Engine
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.engine.prefix_page import Ids
+
+_TILE = 16
+"""Tokens by which passes grow and shrink; a pass takes at least so many, however slow it is."""
+_SECONDS_PER_TOKEN = ALONE / 256
+"""Until passes were measured."""
+_KEPT_PAGES = 2
+"""Pages beyond the common tokens up to which a text's cache is kept for the next one."""
+
+
+class Reader:
+    """Reads texts together. One thread calls `step`, which runs one forward pass; all methods belong to it.
+
+    Every pass is filled up with pieces of texts, short and long ones, so there is no padding and no need to sort them.
+    Among texts, the one goes first that would have been read first if those that arrived with it had the machine for
+    themselves: a query need not wait for a thousand documents, and they do not starve. What a text gives is the same to
+    the bit as without company.
+
+    What all texts of one caller begin with is computed once: by the first text, from whose cache the others fork. A
+    cache is used again by the next text, as memory that was written before needs no clearing.
+    """
+
+    def __init__(self, model: Engine, *, parallel: int = PARALLEL, memory: int | None = None) -> None:
+        """parallel: the most texts that have a cache at once. memory: bytes for keys and values, those of the model's
+        pool of prefixes included; None: what is available."""
+        self._model = model
+        self._parallel = parallel
+        self._memory = memory
+        self._readings: list[Readings] = []
+        self._prefixes = model.prefixes
+        self._page_bytes = model.new_cache(1).page_bytes
+        self._seconds_per_token = _SECONDS_PER_TOKEN
+        self._order = itertools.count()
+        self.statistics = BatchStatistics()
+        """Texts are prompts here: nothing is generated."""
+        self.limit(memory)
+
+    @property
+    def waiting(self) -> int:
+        """How many readings have not begun."""
+        return sum(not readings.begun for readings in self._readings)
+
+    @property
+    def running(self) -> int:
+        """How many readings have begun."""
+        return len(self._readings) - self.waiting
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all pages, shared ones counted once."""
+        return held_bytes(self._caches(), self._prefixes.arrays)
+
+    def read(self, texts: Sequence[Ids], on_read: Callable[[int, int], object] | None = None) -> NDArray[np.float32]:
+        """Read texts to their end; see `Readings.states`. Raises what ended them early."""
+        if texts:
+            self._prefixes.fetch(texts[0][:-1])
+        ends: list[BaseException | None] = []
+        readings = self.add(texts, ends.append, on_read)
+        try:
+            while not ends:
+                self.step()
+        finally:
+            self.cancel(readings)
+        if ends[0] is not None:
+            raise ends[0]
+        return readings.states
+
+    def add(
+        self,
+        texts: Sequence[Ids],
+        on_end: Callable[[BaseException | None], None],
+        on_read: Callable[[int, int], object] | None = None,
+    ) -> Readings:
+        """Let texts join; see `Readings` for the functions, which `step` calls."""
+        readings = Readings(texts, self._model.config.hidden_size, on_end, on_read)
+        self.statistics.prompt_tokens += readings.tokens
+        self._readings.append(readings)
+        return readings
+
+    def cancel(self, readings: Readings) -> None:
+        """Have texts leave at the next step. No effect if they have left."""
+        readings.cancelled = True
+
+    def step(self) -> bool:
+        """Run one pass; returns whether there is anything left to run.
+
+        What the model raises in a pass is raised here; all texts are as they were before it.
+        """
+        for readings in [each for each in self._readings if each.cancelled or each.done == len(each.texts)]:
+            self._end(readings, None)
+        chosen = self._choose()
+        if chosen:
+            self._run(chosen)
+        self.statistics.cache_bytes = self.cache_bytes
+        return bool(self._readings)
+
+    def fail(self, error: BaseException) -> None:
+        """End all texts with an exception."""
+        for readings in self._readings.copy():
+            self._end(readings, error)
+
+    def limit(self, memory: int | None) -> None:
+        """Change the memory for keys and values; prefixes that nobody uses are given up to fit."""
+        self._memory = memory
+        if memory is not None:
+            self._prefixes.allow(memory)
+            while self.cache_bytes > memory and self._drop_unused():
+                pass
+        self.statistics.cache_bytes = self.cache_bytes
+
+    def _caches(self) -> Iterator[KVCache]:
+        for readings in self._readings:
+            yield from readings.free
+            yield from (text.cache for text in readings.running if text.cache is not None)
+
+    def _choose(self) -> list[tuple[Text, int]]:
+        """Texts and how many tokens of each to run; their caches have room for them."""
+        heap: list[tuple[float, int, Text]] = []
+
+        def offer(text: Text) -> None:
+            deadline = text.readings.arrived + text.ahead * self._seconds_per_token
+            heapq.heappush(heap, (deadline, next(self._order), text))
+
+        for readings in self._readings:
+            for text in readings.running:
+                offer(text)
+            if readings.waiting:
+                offer(readings.waiting[0])
+        room = self._room()
+        chosen: list[tuple[Text, int]] = []
+        while heap and room > 0:
+            text = heapq.heappop(heap)[2]
+            readings = text.readings
+            if readings not in self._readings:
+                continue
+            begins = text.cache is None
+            try:
+                if begins and not self._begin(text):
+                    continue
+                assert text.cache is not None
+                count = min(text.left, room)
+                text.cache.reserve(count)
+            except OutOfMemoryError as error:
+                self._end(readings, error)
+                room += sum(count for other, count in chosen if other.readings is readings)
+                chosen = [each for each in chosen if each[0].readings is not readings]
+                continue
+            chosen.append((text, count))
+            room -= count
+            if begins and readings.waiting:
+                offer(readings.waiting[0])
+        return chosen
+
+    def _room(self) -> int:
+        """How many tokens take about `ALONE` seconds, after which others can join or leave."""
+        tokens = int(ALONE / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
+        return min(self._model.chunk, max(_TILE, tokens))
+
+    def _begin(self, text: Text) -> bool:
+        """Give a text a cache, with the common tokens if they are computed; whether it could begin."""
+        readings = text.readings
+        if sum(len(each.running) for each in self._readings) >= self._parallel:
+            return False
+        if not self._has_memory(text):
+            return False
+        cache = self._cache(text)
+        if cache is None:
+            return False  # the common tokens are being computed
+        readings.waiting.popleft()
+        readings.running.append(text)
+        text.cache = cache
+        readings.cached += cache.length
+        self.statistics.cached_tokens += cache.length
+        return True
+
+    def _cache(self, text: Text) -> KVCache | None:
+        """A cache with the tokens of a text that were computed already; None if it should wait for them."""
+        readings = text.readings
+        if readings.free:
+            return readings.free.pop()
+        if readings.common and readings.running:
+            caches = (other.cache for other in readings.running)
+            holder = next((one for one in caches if one is not None and one.length >= readings.common), None)
+            return None if holder is None else holder.fork(readings.common)
+        cache = self._model.new_cache(max(map(len, readings.texts)))
+        found = self._prefixes.find(text.ids[: readings.common or -1])
+        if found.length:
+            found.give(cache)
+        return cache
+
+    def _has_memory(self, text: Text) -> bool:
+        """Whether the pages of a text fit, after giving up what nobody uses.
+
+        Raises OutOfMemoryError if they do not fit though nothing else is being read.
+        """
+        if self._memory is None:
+            return True
+        running = [other for readings in self._readings for other in readings.running]
+        need = ceil_div(len(text.ids), PAGE)
+        need += sum(ceil_div(len(other.ids), PAGE) - other.cache.page_count for other in running if other.cache)
+        while self.cache_bytes + need * self._page_bytes > self._memory:
+            if self._drop_unused():
+                continue
+            if running:
+                return False
+            raise OutOfMemoryError(
+                f"a text of {len(text.ids)} tokens does not fit into {size(self._memory)} of memory for keys and "
+                "values; shorten it"
+            )
+        return True
+
+    def _drop_unused(self) -> bool:
+        """Give up a cache or a prefix that no text uses at present; whether there was one."""
+        for readings in self._readings:
+            if readings.free:
+                readings.free.pop()
+                return True
+        return self._prefixes.drop_oldest()
+
+    def _run(self, chosen: list[tuple[Text, int]]) -> None:
+        pieces = []
+        for text, count in chosen:
+            assert text.cache is not None
+            start = text.cache.length
+            ids = text.ids[start : start + count].astype(np.int64)
+            pieces.append(Piece(ids, text.cache, int(count == text.left)))
+        start_time = time.perf_counter()
+        states = self._model.hidden_pieces(pieces)
+        seconds = time.perf_counter() - start_time
+        tokens = sum(count for _, count in chosen)
+        self.statistics.prefill_seconds += seconds
+        if tokens >= _TILE:
+            self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
+        for (text, _), state in zip(chosen, states, strict=True):
+            readings = text.readings
+            if readings.common and not readings.known and text.cache is not None:
+                self._keep_common(readings, text.cache)
+            if len(state):
+                self._finish(text, state[0])
+
+    def _keep_common(self, readings: Readings, cache: KVCache) -> None:
+        """Put the common tokens into the pool of prefixes, once they are computed."""
+        if cache.length >= readings.common:
+            readings.known = True
+            self._prefixes.keep(readings.texts[0][: readings.common], cache)
+
+    def _finish(self, text: Text, state: NDArray[np.float32]) -> None:
+        """Take what a text gave, and keep its cache for the next one."""
+        readings, cache = text.readings, text.cache
+        assert cache is not None
+        readings.states[text.index] = state
+        readings.running.remove(text)
+        text.cache = None
+        readings.done += 1
+        if readings.waiting:
+            if cache.page_count <= readings.common // PAGE + _KEPT_PAGES:
+                cache.truncate(readings.common)
+                readings.free.append(cache)
+            elif readings.common:  # without the pages behind them
+                readings.free.append(cache.fork(readings.common))
+        if readings.on_read is not None:
+            readings.on_read(readings.done, len(readings.texts))
+        if readings.done == len(readings.texts):
+            self._end(readings, None)
+
+    def _end(self, readings: Readings, error: BaseException | None) -> None:
+        """Have texts leave, and give back their memory."""
+        if readings not in self._readings:
+            return
+        self._readings.remove(readings)
+        readings.running.clear()
+        readings.waiting.clear()
+        readings.free.clear()
+        readings.on_end(error)
