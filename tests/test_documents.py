@@ -75,7 +75,7 @@ def test_python_code_runs(
 ) -> None:
     """Every block of a page in order, with the small models in place of those on the hub.
 
-    Clients of a server are tested with the server.
+    Clients of a server are tested with the server, what needs Ray in `tests/on_ray`.
     """
     monkeypatch.chdir(tmp_path)
     tiny, load = tmp_path / "examples" / "tiny-qwen3", npqwen.load
@@ -90,7 +90,7 @@ def test_python_code_runs(
     names: dict[str, object] = {}
     try:
         for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S):
-            if "from openai import" not in block:
+            if not re.search(r"from openai import|import ray|from ray import", block):
                 exec(compile(block, name, "exec"), names)
     finally:
         model = names["model"]
