@@ -95,6 +95,30 @@ class Generator:
         return answer.text, reasoning, answer.finish_reason, usage.prompt_tokens, usage.generated_tokens, ""
 
 
+class Embedder:
+    """Makes vectors of the texts of a dataset: a class for `ray.data.Dataset.map_batches`.
+
+    Adds the column `embedding`: float32, of unit length.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        column: str = "text",
+        threads: int | None = None,
+        load_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """model, threads and load_options: see `Generator`. column: the texts. options: of `Model.embed`."""
+        self._column, self._options = column, options
+        self._model = npqwen.load(model, threads=threads or assigned_cpus(), **(load_options or {}))
+
+    def __call__(self, batch: Batch) -> Batch:
+        """A batch with its vectors."""
+        return batch | {"embedding": self._model.embed(list(map(str, batch[self._column])), **self._options)}
+
+
 def assigned_cpus() -> int | None:
     """The CPUs that Ray has given to this actor or task; None outside of Ray, or if it got none."""
     if not ray.is_initialized():

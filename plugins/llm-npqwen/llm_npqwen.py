@@ -19,6 +19,7 @@ from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.events import CallArguments, CallStart, Event, Finish, Reasoning, Text
 from npqwen.errors import NpqwenError
 from npqwen.format.recipe import DEFAULT_BITS
+from npqwen.format.task import Task, directory_task
 from npqwen.generation.options import OPTIONS
 from npqwen.hub.inventory import Conversion, conversions
 from npqwen.tools.calls import ToolCall
@@ -32,9 +33,24 @@ _OF_LLM = {"schema", "tools", "run_tools", "max_steps"}
 
 @llm.hookimpl
 def register_models(register: Any) -> None:
-    """Every conversion in npqwen's cache is a model."""
-    for name, conversion in named(conversions(cache_directory())).items():
+    """Every conversion of a language model in npqwen's cache is a model."""
+    for name, conversion in _of_task("text").items():
         register(Qwen(name, conversion.path), AsyncQwen(name, conversion.path))
+
+
+@llm.hookimpl
+def register_embedding_models(register: Any) -> None:
+    """Every conversion of an embedding model in npqwen's cache is one here."""
+    for name, conversion in _of_task("embedding").items():
+        register(Embedder(name, conversion.path))
+
+
+def _of_task(task: Task) -> dict[str, Conversion]:
+    return {
+        name: conversion
+        for name, conversion in named(conversions(cache_directory())).items()
+        if directory_task(conversion.path, conversion.model) == task
+    }
 
 
 @llm.hookimpl
@@ -62,7 +78,6 @@ def pull(model: str, bits: int) -> None:
             path = resolve(
                 model,
                 bits,
-                purpose="text",
                 notice=lambda line: click.echo(line, err=True),
                 progress=bars.of("converting"),
                 download_bars=True,
@@ -168,6 +183,26 @@ class AsyncQwen(_Shared, llm.AsyncModel):
             async for event in answer:
                 for piece in _events(event, ids, response):
                     yield piece
+
+
+class Embedder(llm.EmbeddingModel):
+    """A converted embedding model."""
+
+    supports_text = True
+    batch_size = 64
+
+    def __init__(self, model_id: str, path: Path) -> None:
+        self.model_id = model_id
+        self._path = path
+
+    @cached_property
+    def _model(self) -> npqwen.Model:
+        return npqwen.load(self._path)
+
+    def embed_batch(self, items: Iterable[str | bytes], *, key: str | None = None) -> Iterator[list[float]]:
+        """The vectors of some texts, in order."""
+        vectors = self._model.embed([str(item) for item in items])
+        yield from vectors.tolist()
 
 
 def _events(event: Event, ids: list[str], response: Any) -> Iterator[StreamEvent]:

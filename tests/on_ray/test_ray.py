@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -79,6 +80,24 @@ def test_messages_and_raw_text(model: Path) -> None:
         concurrency=1,
     ).take_all()
     assert row["text"] == text
+
+
+def test_vectors(model: Path, tmp_path: Path) -> None:
+    embedder = Path(shutil.copytree(model, tmp_path / "embedder"))
+    (embedder / "1_Pooling").mkdir()
+    (embedder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with npqwen.load(embedder, threads=1) as alone:
+        expected = alone.embed(QUESTIONS, dimensions=64)
+    rows = [{"id": i, "text": question} for i, question in enumerate(QUESTIONS)]
+    found = ray.data.from_items(rows).map_batches(
+        on_ray.Embedder,
+        fn_constructor_kwargs={"model": str(embedder), "dimensions": 64},
+        batch_size=5,
+        compute=ray.data.ActorPoolStrategy(size=2),
+        num_cpus=1,
+    )
+    for row in found.take_all():
+        assert (row["embedding"] == expected[row["id"]]).all()
 
 
 def test_beginnings_grow_with_the_conversation() -> None:

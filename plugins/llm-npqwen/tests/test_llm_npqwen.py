@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,31 @@ def test_a_model_that_is_nowhere_is_one_line() -> None:
     done = CliRunner().invoke(cli, ["npqwen", "pull", "no such model"])
     assert done.exit_code == 1
     assert done.output == "Error: 'no such model' is neither a directory nor a hub id like Qwen/Qwen3-0.6B\n"
+
+
+@pytest.fixture
+def embedder(tmp_path: Path) -> str:
+    """The small model with the file that makes it an embedding model."""
+    made = Path(shutil.copytree(TINY, tmp_path / "small-embedder"))
+    (made / "1_Pooling").mkdir()
+    (made / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    done = CliRunner().invoke(cli, ["npqwen", "pull", str(made), "--bits", "8"])
+    assert done.exit_code == 0, done.output
+    return done.stdout.strip()
+
+
+def test_vectors_are_npqwens(embedder: str) -> None:
+    texts = ["a river", "anger", "ten years"]
+    (line,) = [line for line in CliRunner().invoke(cli, ["npqwen", "list"]).stdout.splitlines() if embedder in line]
+    with npqwen.load(line.split("\t")[1]) as own:
+        expected = own.embed(texts).tolist()
+    model = llm.get_embedding_model(embedder)
+    assert list(model.embed_multi(texts)) == expected
+    assert model.embed(texts[1]) == expected[1]
+    done = CliRunner().invoke(cli, ["embed", "-m", embedder, "-c", "anger"])
+    assert json.loads(done.stdout) == pytest.approx(expected[1], abs=1e-6)
+    with pytest.raises(llm.UnknownModelError):
+        llm.get_model(embedder)
 
 
 def conversion(model: str, bits: int | None, used: float = 0.0, stale: str | None = None) -> Conversion:
