@@ -28,6 +28,8 @@ class Case(NamedTuple):
     """Called in place of the command, for what no command reads; the exceptions of npqwen count as its errors."""
     seconds: float = SECONDS
     """CPU time that it may take."""
+    growth: int = GROWTH
+    """Bytes by which the process may grow."""
     environment: Mapping[str, str] = {}  # noqa: RUF012  nobody writes to it
     statuses: tuple[int, ...] = (0, 2)
     """Exit statuses that are right."""

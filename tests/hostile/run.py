@@ -131,8 +131,8 @@ def _warm_up(bases: Path) -> None:
         for name in (*DENSE, *SPARSE):
             for line in (["generate", str(bases / name), weights.LONG, "-n", "2", "-t", "2"], ["info", str(bases / name)]):
                 cli.main(line, prog_name="npqwen", standalone_mode=False)
-        for kv in ("int8", "f16", "f32"):
-            line = ["generate", str(bases / "dense-4"), weights.LONG, "-n", "2", "--kv", kv]
+        for name, kv in ((name, kv) for name in ("dense-4", "mixture-4") for kv in ("int8", "f16", "f32")):
+            line = ["generate", str(bases / name), weights.LONG, "-n", "2", "--kv", kv]
             cli.main(line, prog_name="npqwen", standalone_mode=False)
         line = ["chat", str(bases / "dense-4"), "What?", "-n", "1"]
         cli.main(line, prog_name="npqwen", standalone_mode=False)

@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from hostile.case import GROWTH, Case, Generator, Place
+from hostile.case import Case, Generator, Place
 
 STALL = 60.0
 """Seconds without a report after which a child is killed: it waits for something, or the machine is very busy."""
@@ -247,7 +247,7 @@ def _judged(case: Case, place: Path, base: int) -> tuple[int, str]:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT - base
     if not problem and seconds > case.seconds:
         problem = f"it took {seconds:.1f} s of CPU time"
-    if not problem and grown > GROWTH:
+    if not problem and grown > case.growth:
         problem = f"it grew by {grown / 1e6:.0f} MB"
     return status, problem
 
