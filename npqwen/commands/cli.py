@@ -101,7 +101,7 @@ def _run(args: list[str] | None) -> int:
         message = one_line(error.format_message()).rstrip(".")
         if isinstance(error, click.UsageError) and error.ctx is not None:
             see = " See" if message.endswith("?") else "; see"
-            message += f"{see} {error.ctx.command_path} --help"
+            message = one_line(f"{message}{see} {error.ctx.command_path} --help")
         return _fail(message)
     except NpqwenError as error:
         return _fail(one_line(str(error)))

@@ -207,6 +207,13 @@ def test_an_error_that_quotes_a_long_text_stays_short(
     assert done.err.endswith(" is damaged; convert it again\n")
 
 
+def test_a_usage_error_about_a_long_value_stays_short(run: Run) -> None:
+    done = run("generate", str(TINY), "x", "--prefix-cache-size", "x" * 5000)
+    assert done.status == 2
+    assert len(done.err) <= ERROR_LENGTH + len("npqwen: error: \n")
+    assert done.err.endswith("; see npqwen generate --help\n")
+
+
 def test_running_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise MemoryError("Unable to allocate\n3 TB")

@@ -30,6 +30,8 @@ class Case(NamedTuple):
     """CPU time that it may take."""
     growth: int = GROWTH
     """Bytes by which the process may grow."""
+    panics: bool = False
+    """Whether the tokenizers library may write on stderr that it panics, before it raises an exception."""
     environment: Mapping[str, str] = {}  # noqa: RUF012  nobody writes to it
     statuses: tuple[int, ...] = (0, 2)
     """Exit statuses that are right."""

@@ -32,12 +32,23 @@ def configs(random: Random, place: Place) -> Case:
     elif kind < 0.15:
         label = random.choice(["[]", "null", "1", "NaN", '"x"', "{}", "[" * 100_000, '{"a":' * 3000, "1" * 5000])
         write(path, label)
+    elif kind < 0.16:
+        label = large_json(path, random)
     else:
         labels: list[str] = []
         for _ in range(random.choice([1, 1, 1, 2, 3])):
             change_json(path, lambda config: labels.append(_change(config, random)))
         label = ", ".join(labels)
     return Case(f"{base}: {label[:200]}", command(random, place, model, is_checkpoint="-" not in base))
+
+
+def large_json(path: Path, random: Random) -> str:
+    """Add a key to a JSON file that makes it large, and its value larger; says how."""
+    piece = random.choice(["{},", "[],", '{"a":0},', "[[]],", '"",', "1e5,", '"\U0001f642é",', '"\\ud83d\\ude42",'])
+    size = random.choice([100_000, 2_900_000, 15_000_000, 20_000_000, 99_000_000])
+    raw = path.read_text(encoding="utf-8").rstrip()[:-1]
+    write(path, f'{raw}, "large": [{piece * (size // len(piece))}0]}}')
+    return f"{size:,} bytes of {piece}"
 
 
 def command(random: Random, place: Place, model: Path, *, is_checkpoint: bool) -> list[str]:
@@ -111,10 +122,13 @@ def other_files(random: Random, place: Place) -> Case:
             content[key] = _special(random) if random.random() < 0.4 else strange(random)
             labels.append(f"{name}: {key[:50]} = {shown(content[key])}")
 
-    if random.random() < 0.1:
+    kind = random.random()
+    if kind < 0.1:
         how, content = damage(path.read_bytes(), random)
         write(path, content)
         labels.append(f"{name}: {how}")
+    elif kind < 0.12:
+        labels.append(f"{name}: {large_json(path, random)}")
     else:
         change_json(path, change)
     return Case(f"{base}: {', '.join(labels)}"[:200], command(random, place, model, is_checkpoint=False))

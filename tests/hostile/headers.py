@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from hostile.case import Case, Place, change_json, damage, flip_bits, read_header, write, write_header
-from hostile.configs import command
+from hostile.configs import command, large_json
 from hostile.values import shown, strange
 
 INDEX = "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def _twice(header: dict[str, Any], data: bytes, random: Random) -> tuple[Any, by
 
 
 def _many(header: dict[str, Any], data: bytes, random: Random) -> tuple[Any, bytes]:
-    for n in range(random.choice([1000, 20_000])):
+    for n in range(random.choices([1000, 20_000, 200_000], [6, 3, 1])[0]):
         header[f"empty.{n}"] = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     return header, data
 
@@ -157,6 +157,8 @@ def indexes(random: Random, place: Place) -> Case:
         how, content = damage(path.read_bytes(), random)
         labels.append(how)
         write(path, content)
+    elif kind < 0.12:
+        labels.append(large_json(path, random))
     elif kind < 0.2:
         value = strange(random)
         labels.append(f"weight_map {shown(value)}")

@@ -24,6 +24,7 @@ if sys.path[0] == str(TESTS / "hostile"):  # run as a script: its neighbours are
     sys.path[:1] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "quant")]
 # A library's threads would not survive a fork, and hubs are out of reach.
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.environ.pop("RUST_BACKTRACE", None)
 
 from hostile import configs, headers, kernel_caches, kinds, saved, templates, texts, tokenizer_files, weights  # noqa: E402
 from hostile.bases import DENSE, SPARSE, make_bases  # noqa: E402

@@ -35,6 +35,8 @@ LONGEST = 1000
 """Characters of a line on stderr, at most, after the name of the program."""
 OVERTIME = "it was killed for its CPU time"
 _ERROR = "npqwen: error: "
+_PANIC = re.compile(r"\nthread '[^']*' \(\d+\) panicked at .*\n.*\nnote: run with `RUST_BACKTRACE=1`.*\n")
+"""Three lines, without RUST_BACKTRACE in the environment."""
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 _SUSPICIOUS = re.compile(r"Traceback \(most|^\s+File \"|Warning: |Exception ignored|panicked|RUST_BACKTRACE|core dumped")
 
@@ -243,7 +245,8 @@ def _judged(case: Case, place: Path, base: int) -> tuple[int, str]:
     with _cpu_limit(case.seconds), _environment(case.environment), _streams(place, case.stdin) as errors:
         status = run_case(case)
     seconds = _cpu_seconds() - before
-    problem = judge(status, errors.read_bytes().decode("utf-8", "replace"), case.statuses)
+    text = errors.read_bytes().decode("utf-8", "replace")
+    problem = judge(status, _PANIC.sub("", text) if case.panics else text, case.statuses)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT - base
     if not problem and seconds > case.seconds:
         problem = f"it took {seconds:.1f} s of CPU time"

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from hostile.case import Case, Place, damage, write
-from hostile.configs import command
+from hostile.configs import command, large_json
 from hostile.values import shown, strange
 
 _NORMALIZERS: list[Any] = [
@@ -46,13 +46,15 @@ def tokenizer_files(random: Random, place: Place) -> Case:
     if random.random() < 0.15:
         label, content = damage(path.read_bytes(), random)
         write(path, content)
+    elif random.random() < 0.02:
+        label = large_json(path, random)
     else:
         labels = [_change(tokenizer, random) for _ in range(random.choice([1, 1, 2]))]
         label = ", ".join(labels)
         write(path, json.dumps(tokenizer))
     args = command(random, place, model, is_checkpoint=base == "dense")
     text = random.choice(["once", "x" * 30, "xxxxxxxxxxxxxxxxxxxxxxxxxxz", "a" * 3000, "a b " * 800, "<|im_end|>é"])
-    return Case(f"{base}: {label[:200]}", [text if arg == "once upon a time" else arg for arg in args])
+    return Case(f"{base}: {label[:200]}", [text if arg == "once upon a time" else arg for arg in args], panics=True)
 
 
 def _change(tokenizer: dict[str, Any], random: Random) -> str:
