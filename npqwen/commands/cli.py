@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from npqwen.checks import choice, near_names
-from npqwen.commands.options import Command
+from npqwen.commands.options import Command, check_numba
 from npqwen.errors import NpqwenError
 from npqwen.terminal.terminal import Terminal, discard, one_line
 
@@ -57,6 +57,7 @@ class _Group(Command, click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            check_numba()  # before a command imports it
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.exceptions.Exit(INTERRUPTED) from None

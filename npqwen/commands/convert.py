@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, check_numba, low_disk_option
+from npqwen.commands.options import Command, low_disk_option
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.terminal import Terminal
@@ -58,7 +58,6 @@ def convert(
 
     if evaluate is not None and no_evaluate:
         raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
-    check_numba()
     with Terminal(quiet=quiet) as terminal:
         text = measured = None
         if calibrate is not None or evaluate is not None:

@@ -146,7 +146,8 @@ def prefix_caches(random: Random, place: Place) -> Case:
             os.mkfifo(path) if label == "a named pipe" else path.mkdir()
         else:
             label = "another's name"
-            path.rename(random.choice(files))
+            other = random.choice([file for file in files if file.is_file() or not file.exists()])
+            path.rename(other)
         labels.append(label)
     args = ["generate", str(model), TEXT + " The end", "-n", "2", "-t", "1", "--context", "600"]
     return Case(", ".join(labels), [*args, "--prefix-cache", str(directory)])
