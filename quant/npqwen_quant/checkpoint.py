@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
-
-
+_UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
+"""Small files that npqwen copies without reading them."""
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
@@ -147,7 +148,13 @@ class Checkpoint:
     def small_files(self) -> list[SmallFile]:
         """The tokenizer, chat templates and whatever else belongs to a model beside its weights and config.json."""
         found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
-        return [self._small_file(path) for paths in found for path in paths if path.is_file()]
+        paths = (path for paths in found for path in paths if path.is_file())
+        return [self._small_file(path) for path in paths if path.name not in _UNREAD or self._is_own(path)]
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a file is the checkpoint's, and not a link to some other file, which a conversion would publish."""
+        own = self.directory.resolve(), (self.directory / os.pardir / os.pardir / "blobs").resolve()  # the hub's cache
+        return any(path.resolve().is_relative_to(place) for place in own)
 
     def _small_file(self, path: Path) -> SmallFile:
         name = path.relative_to(self.directory).as_posix()

@@ -416,3 +416,21 @@ def test_optional_files_that_have_no_end(model: Path, name: str, kind: str) -> N
             ChatTemplate.from_directory(model)
     else:
         assert "default" in ChatTemplate.from_directory(model).names or name == "tokenizer_config.json"
+
+
+@posix
+def test_a_file_that_is_cut_while_it_is_mapped_is_an_error(model: Path) -> None:
+    with load(model, threads=2) as loaded:
+        loaded.logits(IDS)
+        os.truncate(model / "model.safetensors", 5000)
+        with pytest.raises(FormatError, match="became shorter after the model was loaded; load it again"):
+            loaded.logits(IDS)
+
+
+@posix
+def test_a_file_that_is_replaced_while_it_is_mapped_changes_nothing(model: Path) -> None:
+    with load(model, threads=1) as loaded:
+        expected = loaded.logits(IDS)
+        (model / "new").write_bytes(b"something else")
+        os.replace(model / "new", model / "model.safetensors")
+        np.testing.assert_array_equal(loaded.logits(IDS), expected)
