@@ -314,6 +314,19 @@ class Model(Engine):
         return chat(self, messages, n=n, session=session, **options)
 
     @with_options(CHAT_OPTIONS, OPTIONS)
+    def chat_batch(self, conversations: Sequence[Messages], **options: Unpack[ChatOptions]) -> list[Reply]:
+        """Answer many conversations together, in passes over several at once; the replies, in order.
+
+        conversations: each is what `chat` takes. Each is answered as it would be alone, with the same seed if one is
+        given. options: of all; see `npqwen.ChatOptions`. With `stop`, they are answered one after the other.
+
+        Raises what `chat` raises, for any of them, before anything is computed.
+        """
+        from npqwen.chat.chat_stream import chat_batch
+
+        return chat_batch(self, conversations, **options)
+
+    @with_options(CHAT_OPTIONS, OPTIONS)
     def stream_chat(
         self,
         messages: Messages,

@@ -300,6 +300,19 @@ def chat(
     return replies[0] if n is None else replies
 
 
+def chat_batch(
+    model: ChatModel, conversations: Sequence[str | Sequence[Mapping[str, Any]]], **options: Unpack[ChatOptions]
+) -> list[Reply]:
+    """Answer many conversations, each as it would be answered alone; see `Model.chat_batch`."""
+    if isinstance(conversations, str) or not isinstance(conversations, Sequence):
+        raise OptionError("conversations must be a list, of texts or of lists of messages")
+    settings = ChatSettings.of(options)
+    # In a batch texts run ahead of their readers, who are the ones that find the answer's stop strings.
+    batch = Batch(model) if len(conversations) > 1 and not settings.generation.get("stop") else None
+    streams = [_answer(model, messages, Session(model), settings, batch) for messages in conversations]
+    return [stream.run() for stream in streams]
+
+
 def _answer(
     model: ChatModel,
     messages: str | Sequence[Mapping[str, Any]],

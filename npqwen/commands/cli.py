@@ -17,7 +17,7 @@ from npqwen.terminal.terminal import Terminal, discard, one_line
 FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
-COMMANDS = ("bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve")
+COMMANDS = ("batch", "bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve")
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",

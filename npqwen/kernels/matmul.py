@@ -94,8 +94,10 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
                     x_at = tile * units * UNIT_BLOCKS * x_block
                     # Two blocks a turn: with four, LLVM would load early, and have no registers for it.
                     for half in range(2 * units):
-                        if halves or half % 2 == 0:
-                            prefetch(w, block_at - scale_bytes + PREFETCH_DISTANCE, prefetched)
+                        ahead = block_at - scale_bytes + PREFETCH_DISTANCE
+                        if not halves and half % 2:  # the line of scales is prefetched already
+                            ahead = scales_at
+                        prefetch(w, ahead, prefetched)
                         sums = dot_block_int(sums, tokens, code, table, w, block_at, scales_at, packed, x_at)
                         x_at += x_block
                         sums = dot_block_int(

@@ -206,6 +206,10 @@ class Terminal:
         """Show progress of a benchmark, in runs."""
         self._progress("measuring", " runs", done, total)
 
+    def batch_progress(self, done: int, total: int) -> None:
+        """Show progress of a batch, in requests."""
+        self._progress("answering", " requests", done, total)
+
     def evaluation_progress(self, done: int, total: int) -> None:
         """Show progress of an evaluation, in tokens run."""
         self._progress("evaluating", " tokens", done, total)

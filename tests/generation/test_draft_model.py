@@ -46,7 +46,7 @@ def test_texts_are_the_same_with_a_draft_model(pair: Model) -> None:
             guessed = generate(pair, QUESTION, speculation=wanted, **options)
             assert guessed.ids == plain.ids
             drafted, accepted = drafted + guessed.usage.drafted_tokens, accepted + guessed.usage.accepted_tokens
-    assert 100 < accepted < drafted
+    assert 60 < accepted < drafted
 
 
 def test_it_guesses_what_the_draft_model_would_say(pair: Model) -> None:

@@ -1,0 +1,160 @@
+"""The two files of a batch, in OpenAI's format: a request a line, and an answer a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from npqwen_quant.output import try_lock
+
+from npqwen.atomic_file import writing
+from npqwen.checks import choice
+from npqwen.errors import OptionError, quoted, shortened
+from npqwen.server.json_text import json_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+LINE_LIMIT = 32_000_000
+"""Bytes of a line: a request that fills a context of 262,144 tokens has a few."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """One request. url: its endpoint. body: what a client would send there."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+class BatchInput:
+    """A file of requests, checked as a whole before the first is answered.
+
+    custom_ids: of the requests, in order; no two are equal. models: the names of models that they have.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OptionError, with the number of the line, for a file that cannot be read or is not a batch."""
+        self._path = path
+        self._places: dict[str, int] = {}
+        self.models: set[str] = set()
+        number = 0
+        try:
+            with open(path, "rb") as file:
+                while line := file.readline(LINE_LIMIT + 1):
+                    number += 1
+                    if line.strip():
+                        request = self._parsed(line, number)
+                        if request.custom_id in self._places:
+                            raise self._error(number, f"has the custom_id {quoted(request.custom_id)} once more")
+                        self._places[request.custom_id] = file.tell() - len(line)
+                        self.models.add(str(request.body.get("model") or ""))
+        except OSError as error:
+            raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
+        if not self._places:
+            raise OptionError(f"{path} has no requests; write one a line, as JSON")
+        self.custom_ids = list(self._places)
+
+    def read(self, custom_id: str) -> BatchRequest:
+        """The request of this id. Raises OptionError if the file has changed."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._places[custom_id])
+                found = self._parsed(file.readline(LINE_LIMIT + 1), 0)
+        except (OSError, OptionError):
+            found = None
+        if found is None or found.custom_id != custom_id:
+            raise OptionError(f"{self._path} changed while its requests were answered; do not write to it meanwhile")
+        return found
+
+    def _parsed(self, line: bytes, number: int) -> BatchRequest:
+        if len(line) > LINE_LIMIT:
+            raise self._error(number, f"is longer than {LINE_LIMIT} bytes")
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            raise self._error(number, "is not JSON") from None
+        if not isinstance(found, dict):
+            raise self._error(number, 'is not an object like {"custom_id": ..., "method": "POST", "url": ...}')
+        custom_id, url, body = found.get("custom_id"), found.get("url"), found.get("body")
+        if not isinstance(custom_id, str) or not custom_id:
+            raise self._error(number, "has no custom_id, a text that names the request")
+        if found.get("method", "POST") != "POST":
+            raise self._error(number, f"has the method {quoted(found['method'])}; it must be POST")
+        if url not in ENDPOINTS:
+            raise self._error(number, f"has the url {quoted(url)}; it must be {choice(list(ENDPOINTS))}")
+        if not isinstance(body, dict):
+            raise self._error(number, "has no body, the object that is sent to the url")
+        return BatchRequest(custom_id, url, body)
+
+    def _error(self, number: int, problem: str) -> OptionError:
+        return OptionError(f"{self._path}, line {number} {problem}")
+
+
+class BatchOutput:
+    """A file of answers, appended to. What an earlier run has answered stays; a line that it left torn is removed.
+
+    answered: the custom_ids of the answers in the file.
+    """
+
+    def __init__(self, path: Path, requests: BatchInput) -> None:
+        """Raises OptionError for a file that has anything but answers to these requests, OutputError if it cannot be
+        written."""
+        self._path = path
+        self.answered: set[str] = set()
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
+        try:
+            with writing(path):
+                if not try_lock(self._file):
+                    raise OptionError(f"{path} is being written by another process; wait until it ends")
+                self._file.seek(0)
+                self._file.truncate(self._read(set(requests.custom_ids)))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, known: set[str]) -> int:
+        """Note what is answered; returns where the last whole line ends."""
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                custom_id = json.loads(line)["custom_id"]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                custom_id = None
+            if custom_id not in known:
+                found = shortened(line.decode(errors="replace").strip())
+                raise OptionError(
+                    f"{self._path} exists and has what is no answer to these requests: {found}; choose another file"
+                )
+            self.answered.add(custom_id)
+            end += len(line)
+        return end
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Append one answer; OutputError if the disk is full."""
+        with writing(self._path):
+            self._file.write(json_text(answer).encode() + b"\n")
+            self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with writing(self._path):
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()

@@ -1,0 +1,184 @@
+"""`npqwen batch`: answers are those of the same requests alone; what is done survives whatever ends the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import npqwen
+from npqwen.commands import cli
+
+Run = Callable[..., tuple[str, str]]
+
+
+def request(i: int, url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    chat = {"messages": [{"role": "user", "content": f"What is {i} + {i + 3}?"}], "seed": i}
+    text = {"prompt": f"part {i}", "seed": i}
+    return {
+        "custom_id": f"request {i}",
+        "method": "POST",
+        "url": url,
+        "body": {"model": "any", "max_tokens": 40, **(chat if "chat" in url else text), **body},
+    }
+
+
+def write(path: Path, requests: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in requests), encoding="utf-8")
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def texts(path: Path) -> dict[str, str]:
+    """What each request was answered."""
+    found = {}
+    for one in answers(path):
+        (choice,) = one["response"]["body"]["choices"]
+        found[one["custom_id"]] = choice["message"]["content"] if "message" in choice else choice["text"]
+    return found
+
+
+@pytest.fixture
+def model(tiny: Callable[[int], Path]) -> Path:
+    return tiny(4)
+
+
+@pytest.mark.parametrize("order", [[], ["--any-order"]])
+def test_answers_are_those_of_the_requests_alone(run: Run, model: Path, tmp_path: Path, order: list[str]) -> None:
+    chats = [request(i, chat_template_kwargs={"enable_thinking": i % 2 == 0}) for i in range(12)]
+    given = write(tmp_path / "in.jsonl", [*chats, *(request(i, "/v1/completions") for i in range(12, 16))])
+    run("batch", given, tmp_path / "out.jsonl", "--model", model, "--parallel", 5, *order)
+    found = answers(tmp_path / "out.jsonl")
+    ids = [one["custom_id"] for one in found]
+    assert (sorted(ids) if order else ids) == sorted(ids, key=lambda id: id if order else int(id.split()[1]))
+    assert all(one["error"] is None and one["response"]["status_code"] == 200 for one in found)
+    assert len({one["id"] for one in found}) == len({one["response"]["request_id"] for one in found}) == 16
+    said = texts(tmp_path / "out.jsonl")
+    with npqwen.load(model, threads=1) as alone:
+        for i in range(12):
+            reply = alone.chat(f"What is {i} + {i + 3}?", max_tokens=40, seed=i, thinking=i % 2 == 0)
+            assert said[f"request {i}"] == reply.text
+        for i in range(12, 16):
+            assert said[f"request {i}"] == alone.generate(f"part {i}", max_tokens=40, seed=i).text
+
+
+def test_a_request_that_fails_is_an_answer_too(run: Run, model: Path, tmp_path: Path) -> None:
+    requests = [request(0), request(1, top_p=7), request(2, messages=[]), request(3, stream=True)]
+    given = write(tmp_path / "in.jsonl", requests)
+    _, err = run("batch", given, tmp_path / "out.jsonl", "--model", model, status=1)
+    assert "4 answered" in err
+    assert "2 of them with an error" in err
+    found = [one["response"] for one in answers(tmp_path / "out.jsonl")]
+    assert [one["status_code"] for one in found] == [200, 400, 400, 200]
+    assert found[1]["body"]["error"]["param"] == "top_p"
+
+
+def test_what_is_answered_is_not_answered_again(run: Run, model: Path, tmp_path: Path) -> None:
+    given = write(tmp_path / "in.jsonl", [request(i) for i in range(6)])
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    run("batch", given, whole, "--model", model)
+    kept = whole.read_bytes().splitlines(keepends=True)
+    part.write_bytes(kept[0] + kept[3] + kept[5][:40])
+    _, err = run("batch", given, part, "--model", model)
+    assert "2 of 6 are answered already" in err
+    assert part.read_bytes().startswith(kept[0] + kept[3])
+    assert [one["custom_id"][-1] for one in answers(part)] == ["0", "3", "1", "2", "4", "5"]
+    assert texts(part) == texts(whole)
+    before = part.read_bytes()
+    run("batch", given, part, "--model", model)
+    assert part.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_batch_that_was_ended_is_resumed(model: Path, tmp_path: Path, number: signal.Signals, run: Run) -> None:
+    given, out = write(tmp_path / "in.jsonl", [request(i) for i in range(300)]), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "npqwen", "batch", str(given), str(out), "--model", str(model), "--parallel", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while not out.exists() or out.stat().st_size < 3000:
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.01)
+        os.kill(child.pid, number)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else cli.INTERRUPTED)
+    assert "Traceback" not in err
+    kept = out.read_bytes()
+    done = kept[: kept.rfind(b"\n") + 1].splitlines()
+    assert 0 < len(done) < 300
+    left = write(tmp_path / "in.jsonl", [request(i) for i in range(len(done) + 5)])
+    run("batch", left, out, "--model", model)
+    assert out.read_bytes().splitlines()[: len(done)] == done
+    assert [one["custom_id"] for one in answers(out)] == [f"request {i}" for i in range(len(done) + 5)]
+
+
+LINE = json.dumps(request(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "has no requests"),
+        ("\n \n", "has no requests"),
+        (f"{LINE}\n{{", "line 2 is not JSON"),
+        ("[]", "line 1 is not an object"),
+        (f"{LINE}\n\n{LINE}\n", "line 3 has the custom_id 'request 0' once more"),
+        ('{"url": "/v1/completions", "body": {}}', "line 1 has no custom_id"),
+        (LINE.replace("POST", "GET"), "line 1 has the method 'GET'"),
+        (LINE.replace("/v1/chat", "/v2/chat"), "line 1 has the url '/v2/chat/completions'"),
+        (LINE.replace('"body"', '"text"'), "line 1 has no body"),
+        (LINE.replace('"model": "any", ', ""), "name no model; name it with --model"),
+        (LINE, "'any' is neither a directory nor a hub id"),
+        ("[" * 100_000, "line 1 is not JSON"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_refused_before_anything_is_written(
+    run: Run, tmp_path: Path, text: str, problem: str
+) -> None:
+    given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    given.write_text(text)
+    _, err = run("batch", given, out, status=2)
+    assert problem in err
+    assert err.count("\n") == 1
+    assert not out.exists() or not out.read_bytes()
+
+
+@pytest.mark.parametrize("found", ['{"custom_id": "another"}\n', "A letter to a friend\n"])
+def test_a_file_that_is_not_of_these_requests_is_not_touched(
+    run: Run, model: Path, tmp_path: Path, found: str
+) -> None:
+    given, out = write(tmp_path / "in.jsonl", [request(0)]), tmp_path / "out.jsonl"
+    out.write_text(found)
+    _, err = run("batch", given, out, "--model", model, status=2)
+    assert "is no answer to these requests" in err
+    assert out.read_text() == found
+
+
+def test_files_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> None:
+    given = write(tmp_path / "in.jsonl", [request(0)])
+    assert "cannot be read" in run("batch", tmp_path / "none", tmp_path / "out", status=2)[1]
+    assert "Is a directory" in run("batch", given, tmp_path, "--model", model, status=2)[1]
+    assert "parallel is 0" in run("batch", given, tmp_path / "out", "--parallel", 0, "--model", model, status=2)[1]
+
+
+def test_a_chat_batch_gives_what_chats_give(model: Path) -> None:
+    questions = [f"What is {i} + {i + 3}?" for i in range(5)]
+    with npqwen.load(model, threads=1) as loaded:
+        together = loaded.chat_batch(questions, thinking=False, seed=3)
+        alone = [loaded.chat(question, thinking=False, seed=3) for question in questions]
+        assert [reply.text for reply in together] == [reply.text for reply in alone]
+        assert loaded.chat_batch([]) == []
+        stopped = loaded.chat_batch([[{"role": "user", "content": "Define anger."}]] * 2, thinking=False, stop="noun")
+        assert [reply.stop_string for reply in stopped] == ["noun", "noun"]
+        with pytest.raises(npqwen.OptionError, match="conversations must be a list"):
+            loaded.chat_batch("Hello")
