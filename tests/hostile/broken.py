@@ -16,7 +16,7 @@ from random import Random
 from hostile.case import Case, Generator, Place
 from hostile.runner import Runner, Work
 
-KEPT = []
+KEPT: list[bytes] = []
 
 
 def burn() -> None:

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     """Bytes by which the process may grow."""
     panics: bool = False
     """Whether the tokenizers library may write on stderr that it panics, before it raises an exception."""
-    environment: Mapping[str, str] = {}  # noqa: RUF012  nobody writes to it
+    environment: Mapping[str, str] = {}
     statuses: tuple[int, ...] = (0, 2)
     """Exit statuses that are right."""
 

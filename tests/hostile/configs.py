@@ -141,6 +141,8 @@ def strange_name(random: Random) -> str:
 
 def _special(random: Random) -> Any:
     return random.choice(
-        [{"content": strange(random)}, [320, 10**9], [320, "x"], [-1], list(range(346)), {"content": "x" * 100_000}]
-        + ["<|im_start|>", "é", "a", " ", [[1]], {"content": "<|im_end|>", "special": "no"}, "{% for a in b %}"]
+        [
+            *({"content": strange(random)}, [320, 10**9], [320, "x"], [-1], list(range(346)), {"content": "x" * 10**5}),
+            *("<|im_start|>", "é", "a", " ", [[1]], {"content": "<|im_end|>", "special": "no"}, "{% for a in b %}"),
+        ]
     )

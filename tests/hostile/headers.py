@@ -190,9 +190,11 @@ def _file(random: Random, place: Place, model: Path) -> Any:
     link = model / "link.safetensors"
     target = random.choice(["link.safetensors", "missing", "/dev/zero", "/dev/full", ".", _shard(model)])
     os.symlink(target, link)
+    shard, secret = _shard(model), str(place.directory / "secret.safetensors")
     return random.choice(
-        ["../secret.safetensors", str(place.directory / "secret.safetensors"), "./" + _shard(model), "..", ".", ""]
-        + ["link.safetensors", "missing.safetensors", "x" * 255, "x" * 256, "x" * 100_000, "a\0b", "~/x", "c:\\x"]
-        + ["sub/../" + _shard(model), "\ud800", "é" * 200, "config.json", "/proc/self/mem", INDEX, " ", "a\nb"]
-        + [strange(random)]
+        [
+            *("../secret.safetensors", secret, f"./{shard}", f"sub/../{shard}", "..", ".", "", "link.safetensors"),
+            *("missing.safetensors", "x" * 255, "x" * 256, "x" * 100_000, "a\0b", "~/x", "c:\\x", "\ud800", "é" * 200),
+            *("config.json", "/proc/self/mem", INDEX, " ", "a\nb", strange(random)),
+        ]
     )

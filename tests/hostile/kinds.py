@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,8 @@ from hostile.configs import command
 _FILES = (
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
     "model.safetensors.index.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
-    "README.md", "LICENSE", "additional_chat_templates/a.jinja", "added_tokens.json", "model-00001-of-00003.safetensors",
+    "README.md", "LICENSE", "additional_chat_templates/a.jinja", "added_tokens.json",
+    "model-00001-of-00003.safetensors",
 )  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def _unreadable(path: Path) -> None:
     path.chmod(0)
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Path], object]] = {
     "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "a link to /dev/full": lambda path: path.symlink_to("/dev/full"),
     "a link to /dev/null": lambda path: path.symlink_to("/dev/null"),

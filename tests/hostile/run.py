@@ -127,10 +127,11 @@ def _warm_up(bases: Path) -> None:
 
     sink = os.open(os.devnull, os.O_WRONLY)
     kept = os.dup(1), os.dup(2)
-    os.dup2(sink, 1), os.dup2(sink, 2)  # noqa: B018
+    os.dup2(sink, 1), os.dup2(sink, 2)
     try:
         for name in (*DENSE, *SPARSE):
-            for line in (["generate", str(bases / name), weights.LONG, "-n", "2", "-t", "2"], ["info", str(bases / name)]):
+            model = str(bases / name)
+            for line in (["generate", model, weights.LONG, "-n", "2", "-t", "2"], ["info", model]):
                 cli.main(line, prog_name="npqwen", standalone_mode=False)
         for name, kv in ((name, kv) for name in ("dense-4", "mixture-4") for kv in ("int8", "f16", "f32")):
             line = ["generate", str(bases / name), weights.LONG, "-n", "2", "--kv", kv]
@@ -142,7 +143,7 @@ def _warm_up(bases: Path) -> None:
                 line = ["convert", str(bases / name), f"{out}/{name}-{bits}", "--bits", bits]
                 cli.main(line, prog_name="npqwen", standalone_mode=False)
     finally:
-        os.dup2(kept[0], 1), os.dup2(kept[1], 2)  # noqa: B018
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
         for descriptor in (sink, *kept):
             os.close(descriptor)
 

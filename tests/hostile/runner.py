@@ -38,7 +38,7 @@ _ERROR = "npqwen: error: "
 _PANIC = re.compile(r"\nthread '[^']*' \(\d+\) panicked at .*\n.*\nnote: run with `RUST_BACKTRACE=1`.*\n")
 """Three lines, without RUST_BACKTRACE in the environment."""
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
-_SUSPICIOUS = re.compile(r"Traceback \(most|^\s+File \"|Warning: |Exception ignored|panicked|RUST_BACKTRACE|core dumped")
+_SUSPICIOUS = re.compile(r"Traceback \(most|^\s+File \"|Warning: |Exception ignored|panicked|RUST_BACKTRACE|dumped")
 
 
 class Work(NamedTuple):

@@ -30,43 +30,58 @@ _WHOLE = (
     "{{ 7 ** (10 ** 8) }}", "{{ 'a' * 3000000000 }}", "{{ 3000000000 * [1] }}", "{{ '{:>2000000000}'.format(1) }}",
     "{{ '{:>{}}'.format(1, 2000000000) }}", "{{ '{:.2000000000f}'.format(1.5) }}", "{{ '%2000000000d' % 1 }}",
     "{{ '%*d' % (2000000000, 1) }}", "{{ '%.*f' % (99999999, 1.5) }}", "{{ 'a'.ljust(3000000000) }}",
-    "{{ 'a' | center(3000000000) }}", "{{ {'a': [1]} | tojson(indent=100000000) }}", "{{ [1] | slice(50000000) | list }}",
-    "{{ lipsum(n=100000000) }}", "{{ strftime_now('%c' * 10000000) }}", "{{ strftime_now('%') }}",
-    "{{ strftime_now('\\0') }}", "{{ strftime_now(5) }}", "{{ range(10 ** 18) | list }}", "{{ range(99999) | sum }}",
-    "{{ range(99999) | list | tojson }}", "{{ (range(99999) | list) * 99 | length }}", "{{ 1 / 0 }}", "{{ 1 // 0.0 }}",
-    "{{ raise_exception('x' * 1000000) }}", "{{ raise_exception('\\x1b[31m\\n\\0') }}", "{{ raise_exception(5) }}",
-    "{{ raise_exception() }}", "{{ messages.x.y }}", "{{ ''.__class__.__mro__ }}", "{{ self.__init__.__globals__ }}",
+    "{{ 'a' | center(3000000000) }}", "{{ {'a': [1]} | tojson(indent=100000000) }}",
+    "{{ [1] | slice(50000000) | list }}", "{{ lipsum(n=100000000) }}", "{{ strftime_now('%c' * 10000000) }}",
+    "{{ strftime_now('%') }}", "{{ strftime_now('\\0') }}", "{{ strftime_now(5) }}", "{{ range(10 ** 18) | list }}",
+    "{{ range(99999) | sum }}", "{{ range(99999) | list | tojson }}", "{{ (range(99999) | list) * 99 | length }}",
+    "{{ 1 / 0 }}", "{{ 1 // 0.0 }}", "{{ raise_exception('x' * 1000000) }}",
+    "{{ raise_exception('\\x1b[31m\\n\\0') }}", "{{ raise_exception(5) }}", "{{ raise_exception() }}",
+    "{{ messages.x.y }}", "{{ ''.__class__.__mro__ }}", "{{ self.__init__.__globals__ }}",
     "{{ cycler.__init__.__globals__.os.system('id') }}", "{{ messages | attr('__class__') }}",
     "{{ ''.format.__globals__ }}", "{{ '{0.__class__}'.format(messages) }}", "{{ '{0.__init__}'.format_map(n) }}",
     "{% include '/etc/passwd' %}", "{% import '/etc/passwd' as x %}", "{% extends 'x' %}", "{{ self }}", "{{ loop }}",
-    "{% macro m(n) %}{{ m(n - 1) }}{{ m(n - 1) }}{% endmacro %}{{ m(60) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% macro m(n) %}{{ m(n - 1) }}{{ m(n - 1) }}{% endmacro %}{{ m(60) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{% for a in range(99999) recursive %}{{ loop(range(9)) }}{% endfor %}", "{% set x %}{{ x }}{% endset %}{{ x }}",
     "{% for a in messages %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "{% break %}", "{% continue %}", "{% macro m(a, a) %}{% endmacro %}", "{{ f(k=1, k=2) }}", "{{ " + "9" * 5000 + " }}",
+    "{% break %}", "{% continue %}", "{% macro m(a, a) %}{% endmacro %}", "{{ f(k=1, k=2) }}", "{{ ", "9", " }}",
     "{% call(a) x() %}{% break %}{% endcall %}", "{% block a %}{% break %}{% endblock %}", "{% generation %}",
-    "{% set a.b.c = 1 %}", "{% set messages = 5 %}{{ messages[0] }}", "{% filter upper %}{% endfilter", "{{ '\\ud800' }}",
-    "{{ 'a'|center(3e9) }}", "{{ 1e400 | int }}", "{{ '1' * 9999 | int }}", "{{ ('1' * 9999) | int }}",
-    "{{ ('9' * 4000000) | int }}", "{{ (1e308 * 10) | round }}", "{{ 5 | round(99999999) }}", "{{ -5 ** 0.5 }}",
-    "{{ messages[::0] }}", "{{ messages[10**30] }}", "{{ 'a' < 1 }}", "{{ {[]: 1} }}", "{{ messages | join(5) }}",
-    "{{ messages.append(1) }}", "{{ messages.clear() }}", "{{ messages[0].update(a=1) }}", "{{ messages[0].pop('role') }}",
-    "{{ tools | tojson }}", "{{ documents[0] }}", "{{ namespace | tojson }}", "{{ range | tojson }}", "{{ undefined.x }}",
-    "{{ ('a' * 9999999) is in ('b' * 9999999) }}", "{{ ('ab' * 9999999).count('ba') }}", "{{ ('a' * 9999999).find('b') }}",
-    "{{ ('a' * 9999999 ~ 'b') | urlize }}", "{{ ('<' * 1999999) | striptags }}", "{{ ('a ' * 999999) | wordwrap(1) }}",
-    "{{ ('http://a.b/' * 99999) | urlize }}", "{{ ('a' * 19999999) | title }}", "{{ ('&' * 19999999) | e }}",
-    "{{ ('a' * 19999999) | urlencode }}", "{{ ('é' * 19999999) | urlencode }}", "{{ ('é' * 9999999) | tojson }}",
-    "{{ ('a' * 19999999) | list | length }}", "{{ ('a' * 19999999) | reverse }}", "{{ ('a,' * 9999999).split(',') | length }}",
-    "{{ ('a' * 19999999) | batch(1) | list | length }}", "{{ ('a' * 1999999) | sort | length }}",
-    "{{ ('a' * 9999999) | map('upper') | join | length }}", "{{ ('ab' * 999999) | groupby(0) | list | length }}",
-    "{% for c in 'a' * 19999999 %}{% endfor %}", "{% for c in 'a' * 19999999 if c == 'b' %}{% endfor %}",
-    "{% for a, b in [(1, 2, 3)] %}{% endfor %}", "{% for a in 5 %}{% endfor %}", "{% for a in range %}{% endfor %}",
+    "{% set a.b.c = 1 %}", "{% set messages = 5 %}{{ messages[0] }}", "{% filter upper %}{% endfilter",
+    "{{ '\\ud800' }}", "{{ 'a'|center(3e9) }}", "{{ 1e400 | int }}", "{{ '1' * 9999 | int }}",
+    "{{ ('1' * 9999) | int }}", "{{ ('9' * 4000000) | int }}", "{{ (1e308 * 10) | round }}",
+    "{{ 5 | round(99999999) }}", "{{ -5 ** 0.5 }}", "{{ messages[::0] }}", "{{ messages[10**30] }}", "{{ 'a' < 1 }}",
+    "{{ {[]: 1} }}", "{{ messages | join(5) }}", "{{ messages.append(1) }}", "{{ messages.clear() }}",
+    "{{ messages[0].update(a=1) }}", "{{ messages[0].pop('role') }}", "{{ tools | tojson }}", "{{ documents[0] }}",
+    "{{ namespace | tojson }}", "{{ range | tojson }}", "{{ undefined.x }}",
+    "{{ ('a' * 9999999) is in ('b' * 9999999) }}", "{{ ('ab' * 9999999).count('ba') }}",
+    "{{ ('a' * 9999999).find('b') }}", "{{ ('a' * 9999999 ~ 'b') | urlize }}", "{{ ('<' * 1999999) | striptags }}",
+    "{{ ('a ' * 999999) | wordwrap(1) }}", "{{ ('http://a.b/' * 99999) | urlize }}", "{{ ('a' * 19999999) | title }}",
+    "{{ ('&' * 19999999) | e }}", "{{ ('a' * 19999999) | urlencode }}", "{{ ('é' * 19999999) | urlencode }}",
+    "{{ ('é' * 9999999) | tojson }}", "{{ ('a' * 19999999) | list | length }}", "{{ ('a' * 19999999) | reverse }}",
+    "{{ ('a,' * 9999999).split(',') | length }}", "{{ ('a' * 19999999) | batch(1) | list | length }}",
+    "{{ ('a' * 1999999) | sort | length }}", "{{ ('a' * 9999999) | map('upper') | join | length }}",
+    "{{ ('ab' * 999999) | groupby(0) | list | length }}", "{% for c in 'a' * 19999999 %}{% endfor %}",
+    "{% for c in 'a' * 19999999 if c == 'b' %}{% endfor %}", "{% for a, b in [(1, 2, 3)] %}{% endfor %}",
+    "{% for a in 5 %}{% endfor %}", "{% for a in range %}{% endfor %}",
+)  # fmt: skip
+_NESTED = (
+    ("{% for a in messages %}", "{% endfor %}"), ("{% if a %}", "{% endif %}"), ("{% macro m(x) %}", "{% endmacro %}"),
+    ("{{ (", ") }}"), ("{{ [", "] }}"), ("{{ not ", "a }}"), ("{{ -", "1 }}"), ("{{ a ~ ", "a }}"),
+    ("{% call a() %}", "{% endcall %}"), ("{% filter upper %}", "{% endfilter %}"), ("{# ", " #}"),
+)  # fmt: skip
+_REPEATED = (
+    "text", "{% if a %}{% endif %}", "{{ a }}", "{# x #}", "{% set a = 1 %}", "{", "{%", "{{ 'x' }}", "\n", "{{ a.b }}",
+    "{% for a in b %}{% endfor %}", "é", "{{ a | upper }}", "{% macro m() %}{% endmacro %}", "{% elif a %}",
 )  # fmt: skip
 _FRAMES = (
-    "{% for a in messages %}BODY{% endfor %}", "{% if messages %}BODY{% endif %}", "{% if enable_thinking %}BODY{% endif %}",
-    "{% macro m(x) %}BODY{% endmacro %}{{ m(1) }}{{ m(2) }}", "{% set y %}BODY{% endset %}{{ y }}", "{% raw %}BODY{% endraw %}",
-    "{% for a in range(99999) %}BODY{% endfor %}", "{% for a in range(99) %}{% for b in range(99) %}BODY{% endfor %}{% endfor %}",
+    "{% for a in messages %}BODY{% endfor %}", "{% if messages %}BODY{% endif %}",
+    "{% if enable_thinking %}BODY{% endif %}", "{% macro m(x) %}BODY{% endmacro %}{{ m(1) }}{{ m(2) }}",
+    "{% set y %}BODY{% endset %}{{ y }}", "{% raw %}BODY{% endraw %}", "{% for a in range(99999) %}BODY{% endfor %}",
+    "{% for a in range(99) %}{% for b in range(99) %}BODY{% endfor %}{% endfor %}",
     "{% filter upper %}BODY{% endfilter %}", "{% call x() %}BODY{% endcall %}", "{% block z %}BODY{% endblock %}",
-    "{% generation %}BODY{% endgeneration %}", "{% with q = 1 %}BODY{% endwith %}", "{% autoescape true %}BODY{% endautoescape %}",
-    "{% if tools %}BODY{% else %}BODY{% endif %}", "BODYBODYBODYBODY", "{{ messages[0].content }}BODY",
+    "{% generation %}BODY{% endgeneration %}", "{% with q = 1 %}BODY{% endwith %}",
+    "{% autoescape true %}BODY{% endautoescape %}", "{% if tools %}BODY{% else %}BODY{% endif %}", "BODYBODYBODYBODY",
+    "{{ messages[0].content }}BODY",
 )  # fmt: skip
 
 
@@ -90,7 +105,8 @@ def templates(random: Random, place: Place) -> Case:
         path = model / "chat_template.jinja"
         if where == "more":
             (model / "additional_chat_templates").mkdir()
-            path = model / "additional_chat_templates" / random.choice(["a.jinja", "tool_use.jinja", "x" * 200 + ".jinja"])
+            name = random.choice(["a", "tool_use", "x" * 200])
+            path = model / "additional_chat_templates" / f"{name}.jinja"
         write(path, source)
     options = random.choice([[], ["--think"], ["--no-think"], ["--system", "Be brief."]])
     args = ["chat", str(model), "What is this?", "-n", "1", "-t", "1", "--quiet", *options]
@@ -102,16 +118,13 @@ def _source(random: Random) -> tuple[str, str]:
     kind = random.random()
     if kind < 0.35:
         source = _DOUBLED.replace("START", random.choice(_STARTS)).replace("OP", random.choice(_STEPS))
-        return "growing", source.replace("TIMES", random.choice(["30", "60", "999"])).replace("USE", random.choice(_USES))
+        source = source.replace("TIMES", random.choice(["30", "60", "999"]))
+        return "growing", source.replace("USE", random.choice(_USES))
     if kind < 0.7:
         return "whole", random.choice(_WHOLE)
     if kind < 0.8:
         count = random.choice([20, 25, 100, 120, 300, 3000])
-        opened, closed = random.choice(
-            [("{% for a in messages %}", "{% endfor %}"), ("{% if a %}", "{% endif %}"), ("{% macro m(x) %}", "{% endmacro %}"),
-             ("{{ (", ") }}"), ("{{ [", "] }}"), ("{{ not ", "a }}"), ("{{ -", "1 }}"), ("{{ a ~ ", "a }}"),
-             ("{% call a() %}", "{% endcall %}"), ("{% filter upper %}", "{% endfilter %}"), ("{# ", " #}")]
-        )  # fmt: skip
+        opened, closed = random.choice(_NESTED)
         if opened.startswith("{{ "):
             inner, end = opened[3:], closed[:-3]
             end = end if end in (")", "]") else ""
@@ -119,10 +132,7 @@ def _source(random: Random) -> tuple[str, str]:
         return "nested", opened * count + closed * count
     if kind < 0.9:
         size = random.choice([10_000, 100_000, 1_000_000, 10_000_000])
-        piece = random.choice(
-            ["text", "{% if a %}{% endif %}", "{{ a }}", "{# x #}", "{% set a = 1 %}", "{", "{%", "{{ 'x' }}", "\n", "{{ a.b }}",
-             "{% for a in b %}{% endfor %}", "é", "{{ a | upper }}", "{% macro m() %}{% endmacro %}", "{% elif a %}"]
-        )  # fmt: skip
+        piece = random.choice(_REPEATED)
         return f"{size:,} characters", piece * (size // len(piece))
     how, content = damage(json.dumps(random.choice(_WHOLE)).encode() + b"{{ messages[0].content }}", random)
     return how, content.decode("utf-8", "replace")

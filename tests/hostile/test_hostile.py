@@ -18,7 +18,7 @@ RUN = Path(__file__).with_name("run.py")
 
 
 def test_two_thousand_hostile_cases() -> None:
-    """In a process of their own, as only one without threads can be forked. Failures are printed with a command each."""
+    """In a process of their own, as only one without threads can be forked; failures name their command."""
     done = subprocess.run([sys.executable, str(RUN), "--cases", "2000"], capture_output=True, text=True, timeout=1800)
     print(done.stdout, done.stderr)
     assert done.returncode == 0

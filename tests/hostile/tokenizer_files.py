@@ -21,6 +21,7 @@ _NORMALIZERS: list[Any] = [
     {"type": "Prepend", "prepend": "x" * 100_000},
     {"type": "Lowercase"},
 ]
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _SPLITS: list[Any] = [
     {"type": "FixedLength", "length": 0},
     {"type": "FixedLength", "length": 5},
@@ -59,8 +60,8 @@ def tokenizer_files(random: Random, place: Place) -> Case:
 
 def _change(tokenizer: dict[str, Any], random: Random) -> str:
     kind = random.choice(["model", "vocab", "merges", "added", "normalizer", "split", "part", "part", "decoder"])
-    model = tokenizer.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
+    model: Any = tokenizer.get("model")
+    vocab: Any = model.get("vocab") if isinstance(model, dict) else None
     if not (isinstance(vocab, dict) and vocab and isinstance(tokenizer["added_tokens"], list)):
         kind = "part"  # an earlier change has left nothing else to change
     if kind == "model":
@@ -86,20 +87,22 @@ def _change(tokenizer: dict[str, Any], random: Random) -> str:
                     del vocab[name]
         return f"vocab {how}: {shown(key)}"
     if kind == "merges":
-        merge = random.choice([["a", "b"], ["", ""], "a b", "abc", ["Ġ"], ["!", '"', "#"], 5, None, ["x" * 100_000, "y"]])
+        merges: list[Any] = [["a", "b"], ["", ""], "a b", "abc", ["Ġ"], ["!", '"', "#"], 5, None, ["x" * 10**5, "y"]]
+        merge = random.choice(merges)
         model["merges"] = [merge, *model["merges"]] if isinstance(model["merges"], list) else merge
         return f"merge {shown(merge)}"
     if kind == "added":
         added = random.choice(tokenizer["added_tokens"] or [{"id": 0, "content": "x", "special": True}])
         key = random.choice(list(added))
         contents = ["", " ", "a", "e", "\n", "\0", "x" * 100_000, "\ud800", "<|im_end|>", "é"]
-        added[key] = random.choice(contents) if key == "content" else random.choice([0, 5, 2**32, True, strange(random)])
+        others = [0, 5, 2**32, True, strange(random)]
+        added[key] = random.choice(contents if key == "content" else others)
         if random.random() < 0.1:
             tokenizer["added_tokens"] = random.choice([[], None, [added] * 1000, strange(random)])
         return f"added {key} = {shown(added[key])}"
     name = {"normalizer": "normalizer", "split": "pre_tokenizer"}.get(kind, "decoder")
     if kind == "part":
-        name = random.choice(["normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding", "model"])
+        name = random.choice([*_PARTS, "truncation", "padding", "model"])
         value = strange(random)
         if name in ("truncation", "padding"):
             sizes = {"max_length": random.choice([0, 1, 5]), "stride": random.choice([0, 9]), "direction": "Right"}

@@ -26,8 +26,10 @@ def strange(random: Random) -> Any:
     if kind < 0.85:
         return random.choice([None, True, False])
     return random.choice(
-        [[], {}, [[]], [None], {"": None}, [1, "x", None, {}], list(range(5000)), {"type": "yarn"}, nested(100)]
-        + [{"rope_type": strange_scalar(random)}, [strange_scalar(random)], {strange_key(random): 1}]
+        [
+            *([], {}, [[]], [None], {"": None}, [1, "x", None, {}], list(range(5000)), {"type": "yarn"}, nested(100)),
+            *({"rope_type": strange_scalar(random)}, [strange_scalar(random)], {strange_key(random): 1}),
+        ]
     )
 
 

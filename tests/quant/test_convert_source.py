@@ -229,7 +229,7 @@ def test_files_that_are_not_regular(tmp_path: Path, name: str, kind: str) -> Non
 def test_files_that_are_too_large(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     os.truncate(tmp_path / "in" / "config.json", 10**10)  # sparse
-    with pytest.raises(CheckpointError, match="it is larger than (16|50|100) MB"):
+    with pytest.raises(CheckpointError, match=r"it is larger than (16|50|100) MB"):
         convert(tmp_path / "in", tmp_path / "out")
     write_checkpoint(tmp_path / "in")
     (tmp_path / "in" / "README.md").touch()
