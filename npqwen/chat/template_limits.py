@@ -12,9 +12,12 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
-MAX_SECONDS = 1.0
-"""CPU time of a rendering, to which each message adds a thousandth of a second. Qwen3's template takes 40 µs a message
+MAX_SECONDS = 0.5
+"""CPU time of a rendering, to which each message adds a thousandth of a second. A prompt takes two at most, and up to
+four probes of less. Qwen3's template takes 40 µs a message
 on a PC, and ten times as much on a Raspberry Pi 3."""
+PROBE_SECONDS = 0.2
+"""CPU time of the rendering of a probe."""
 MAX_SIZE = 1_000_000
 """Characters of a text, to which the conversation adds four times its own."""
 MAX_ITEMS = 100_000
@@ -32,15 +35,15 @@ _CONTAINERS = (list, tuple, dict, ItemsView, KeysView, ValuesView)
 class Limits:
     """What is left of one rendering's time and memory."""
 
-    def __init__(self, variables: Mapping[str, Any]) -> None:
-        """variables: what the template is given, which sets the limits."""
+    def __init__(self, variables: Mapping[str, Any], seconds: float) -> None:
+        """variables: what the template is given, which sets the limits. seconds: CPU time, to which messages add."""
         self._sizes: dict[int, tuple[Any, int]] = {}
         """Sizes of lists and objects by their id, and themselves, so that ids stay theirs: sandboxed templates cannot
         change them."""
         given = sum(self.size(value) for value in variables.values())
         messages = variables.get("messages")
         count = len(messages) if isinstance(messages, list) else 1
-        self._seconds = MAX_SECONDS + 0.001 * count
+        self._seconds = seconds + 0.001 * count
         self._deadline = time.thread_time() + self._seconds
         self._largest = MAX_SIZE + 4 * given
         # A template may append every message to a text of its own.

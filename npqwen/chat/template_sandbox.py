@@ -76,10 +76,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         found: Limits = self._thread.limits
         return found
 
-    def limited(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """The text that `template` renders. Raises whatever the template raises, SecurityError beyond a limit."""
+    def limited(self, template: jinja2.Template, variables: Mapping[str, Any], seconds: float) -> str:
+        """The text that `template` renders. Raises whatever the template raises, SecurityError beyond a limit.
+
+        seconds: CPU time, to which messages add.
+        """
         before = getattr(self._thread, "limits", None)
-        self._thread.limits = limits = Limits(variables)
+        self._thread.limits = limits = Limits(variables, seconds)
         try:
             return "".join(_up_to(limits, template.generate(variables)))
         finally:

@@ -95,6 +95,45 @@ def test_a_template_that_takes_too_much_time_or_memory_is_refused(
     assert len(str(error.value)) < 700
 
 
+def test_probes_have_less_time_than_conversations() -> None:
+    with pytest.raises(OptionError, match=r"it takes more than 0\.201 seconds"):
+        ChatTemplate({"default": NESTED}, {}, Path()).thinking()
+
+
+@pytest.mark.parametrize("length", [10, 10_000])
+def test_limits_grow_with_the_conversation(length: int) -> None:
+    """A template may append each message to texts and lists of its own: 500 times 5 MB here."""
+    source = (
+        "{% set n = namespace(text='', list=[]) %}{% for m in messages %}{% set n.text = n.text + m.content %}"
+        "{% set n.list = n.list + [m] %}{% endfor %}{{ n.list | length }}{{ n.text }}"
+    )
+    messages = [{"role": "user", "content": "x" * length}] * 500
+    assert ChatTemplate({"default": source}, {}, Path()).render(messages) == "500" + "x" * 500 * length
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% set a = namespace() %}{% set b = [a, a] %}{{ b }}", "it puts a namespace into a list"),
+        ("{{ namespace(a=1) }}", "it prints a namespace"),
+        ("{{ [[1], [2]] | sum(start=[]) }}", "it joins lists by the filter sum"),
+        ("{{ ('a' * 200000) | urlencode }}", "it applies a slow filter"),
+        ("{{ ('a' * 200000) | list | length }}", "it applies a slow filter"),
+        ("{{ (5).to_bytes(3000000000, 'big') }}", "it pads or indents"),
+        ("{{ ('\t' * 999999).expandtabs(9999) }}", "a text or list of more than"),
+        ("{{ ('%(a)s' * 999) % {'a': 'b' * 99999} }}", "a text or list of more than"),
+        ("{{ ('{0}' * 999).format('b' * 99999) }}", "a text or list of more than"),
+        ("{{ ('a ' * 400000).split() | length }}", "a text or list of more than"),
+        ("{{ ('a' * 99999).join(range(99) | map('string')) }}", "a text or list of more than"),
+        ("{% set s = 'a' * 900000 %}" + "{% set x = s[1:] %}" * 40, "it makes too many texts"),
+        ("{% set x %}{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}{% endset %}{{ x }}", "too many texts"),
+    ],
+)
+def test_other_ways_to_much_memory(source: str, message: str) -> None:
+    with pytest.raises(OptionError, match=f"the chat template refuses these messages: .*{message}"):
+        ChatTemplate({"default": source}, {}, Path()).render(HI)
+
+
 def test_an_error_without_a_message_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(message: str) -> None:
         raise MemoryError

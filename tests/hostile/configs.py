@@ -45,9 +45,14 @@ def configs(random: Random, place: Place) -> Case:
 def large_json(path: Path, random: Random) -> str:
     """Add a key to a JSON file that makes it large, and its value larger; says how."""
     piece = random.choice(["{},", "[],", '{"a":0},', "[[]],", '"",', "1e5,", '"\U0001f642é",', '"\\ud83d\\ude42",'])
-    size = random.choice([100_000, 2_900_000, 15_000_000, 20_000_000, 99_000_000])
-    raw = path.read_text(encoding="utf-8").rstrip()[:-1]
-    write(path, f'{raw}, "large": [{piece * (size // len(piece))}0]}}')
+    size = random.choice([1_000_000, 2_900_000, 15_000_000, 20_000_000, 99_000_000])
+    raw = path.read_bytes().rstrip()[:-1]
+    write(path, raw + b', "large": [')
+    many = piece.encode() * (1 + 1_000_000 // len(piece.encode()))
+    with open(path, "ab") as file:  # in parts: what it takes to make a case counts as memory of the command
+        for _ in range(-(-size // len(many))):
+            file.write(many)
+        file.write(b"0]}")
     return f"{size:,} bytes of {piece}"
 
 

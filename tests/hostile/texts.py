@@ -25,7 +25,8 @@ def texts(random: Random, place: Place) -> Case:
     model = place.copy(random.choice(["dense-4", "mixture-4", "dense-16"]))
     pieces = _CONTROLS if random.random() < 0.4 else _PIECES
     if random.random() < 0.1:
-        text = random.choice(_PIECES) * random.choice([100, 3000, 30_000, 100_000])
+        piece = random.choice(_PIECES)
+        text = piece * (random.choice([100, 3000, 30_000, 300_000]) // len(piece))
     else:
         chosen = random.choices(pieces, k=random.choice([1, 3, 20, 300]))
         text = "".join(piece * random.choice([1, 1, 2]) for piece in chosen)
@@ -65,7 +66,7 @@ _VALUES = (
 )  # fmt: skip
 """None names a directory outside of the scratch directory that could be written."""
 _COMMANDS = ("info", "generate", "chat", "convert", "bench", "eval", "list", "rm", "cache", "generate", "chat")
-_NEVER = {"--port", "--host", "--uds", "--report"}
+_NEVER = {"-r", "--repeat", "--port", "--host", "--uds", "--report"}
 """Options of commands that do not end, or write files where they are told."""
 
 
