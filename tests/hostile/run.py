@@ -85,7 +85,8 @@ def main() -> int:
 def _works(chosen: list[str], cases: int, seed: int) -> list[Work]:
     """The cases of the chosen categories, by their shares; at least one of each."""
     total = sum(GENERATORS[name][1] for name in chosen)
-    counts = {name: max(1, round(cases * GENERATORS[name][1] / total)) for name in chosen}
+    counts = {name: max(1, int(cases * GENERATORS[name][1] / total)) for name in chosen}
+    counts[max(chosen, key=lambda name: GENERATORS[name][1])] += max(0, cases - sum(counts.values()))
     return [Work(name, seed, number) for name, count in counts.items() for number in range(count)]
 
 

@@ -25,8 +25,8 @@ def texts(random: Random, place: Place) -> Case:
     model = place.copy(random.choice(["dense-4", "mixture-4", "dense-16"]))
     pieces = _CONTROLS if random.random() < 0.4 else _PIECES
     if random.random() < 0.1:
-        piece = random.choice(_PIECES)
-        text = piece * (random.choice([100, 3000, 30_000, 300_000]) // len(piece))
+        piece = random.choice(_PIECES)  # a token of the small models is a byte, and takes 300 bytes for a while
+        text = piece * (random.choice([100, 3000, 30_000, 300_000]) // len(piece.encode("utf-8", "surrogatepass")))
     else:
         chosen = random.choices(pieces, k=random.choice([1, 3, 20, 300]))
         text = "".join(piece * random.choice([1, 1, 2]) for piece in chosen)
