@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from npqwen.model import Model as Model
     from npqwen.reports.evaluation import evaluate as evaluate
     from npqwen.reports.evaluation_report import Evaluation as Evaluation
+    from npqwen.reports.verification import Verification as Verification
+    from npqwen.reports.verification import verify as verify
     from npqwen.tokenizer import Tokenizer as Tokenizer
     from npqwen.tools.calls import ToolCall as ToolCall
     from npqwen.tools.toolbox import Tool as Tool
@@ -111,9 +113,11 @@ __all__ = [
     "ToolResult",
     "UnfinishedCall",
     "Usage",
+    "Verification",
     "__version__",
     "evaluate",
     "load",
+    "verify",
 ]
 
 _LAZY = {
@@ -148,7 +152,9 @@ _LAZY = {
     "ToolResult": "npqwen.tools.toolbox",
     "UnfinishedCall": "npqwen.chat.events",
     "Usage": "npqwen.generation.completion",
+    "Verification": "npqwen.reports.verification",
     "evaluate": "npqwen.reports.evaluation",
+    "verify": "npqwen.reports.verification",
 }
 
 
@@ -172,8 +178,8 @@ def load(
 ) -> Model:
     """Map a model into memory, after downloading and converting it if necessary.
 
-    model: a Hugging Face id ("Qwen/Qwen3-0.6B", or "Qwen/Qwen3-0.6B@main" with a branch, tag or commit), a checkpoint
-    directory, or a converted directory.
+    model: a Hugging Face id ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@main" with a branch, tag or commit, or
+    "unsloth/Qwen3-0.6B-GGUF:Q4_K_M" of GGUF files), a checkpoint directory, a GGUF file, or a converted directory.
     bits: 3, 4, 8 or 16 (bf16) bits per weight; default: those of a converted directory, otherwise 4.
     threads: default: one per core. More than the CPUs that this process may use are slower, and give a ThreadsWarning.
     context: maximum tokens of a prompt and its continuation; default: the model's own limit.

@@ -24,18 +24,21 @@ class Repository:
     revisions: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     pipeline: str | None = None
+    gguf: dict[str, Any] | None = None
 
 
 class FakeHub:
     """`publish` repositories, point HF_ENDPOINT at `url`, and see what was requested.
 
-    downloads: the files fetched. traffic: path and bytes of the body of every request answered.
+    downloads: the files fetched. traffic: path and bytes of the body of every request answered. cut: by names of files,
+    how many more bytes of them are sent; then connections break off.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.downloads: list[str] = []
         self.traffic: list[tuple[str, int]] = []
+        self.cut: dict[str, int] = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,10 +68,11 @@ class FakeHub:
         revision: str = "main",
         card: dict[str, Any] | None = None,
         pipeline: str | None = None,
+        gguf: dict[str, Any] | None = None,
     ) -> str:
         """Put the files of a directory up as the newest commit of a branch, and return the commit's id.
 
-        card: the model card's metadata.
+        card: the model card's metadata. gguf: what the hub says of a GGUF file.
         """
         paths = [path for path in directory.rglob("*") if path.is_file()] if directory is not None else []
         files = {path.relative_to(directory or ".").as_posix(): path.read_bytes() for path in paths} | (extra or {})
@@ -79,6 +83,7 @@ class FakeHub:
         found.revisions[revision] = commit
         found.card |= card or {}
         found.pipeline = pipeline
+        found.gguf = gguf
         return commit
 
     def close(self) -> None:
@@ -97,6 +102,10 @@ class FakeHub:
             end = int(wanted[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {wanted[1]}-{end}/{len(data)}"
             status, data = 206, data[int(wanted[1]) : end + 1]
+        whole, file = len(data), headers.get("X-File", "")
+        if body and file in self.cut:
+            data = data[: self.cut[file]]
+            self.cut[file] -= len(data)
         # Before the answer: a test may look as soon as the client has it.
         self.traffic.append((request.path, len(data) if body else 0))
         if body and "ETag" in headers:
@@ -104,10 +113,12 @@ class FakeHub:
         request.send_response(status)
         for key, value in headers.items():
             request.send_header(key, value)
-        request.send_header("Content-Length", str(len(data)))
+        request.send_header("Content-Length", str(whole))
         request.end_headers()
         if body:
             request.wfile.write(data)
+        if len(data) < whole:
+            request.close_connection = True
 
     def _respond(self, request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and the whole body."""
@@ -162,7 +173,8 @@ def _info(name: str, commit: str, repository: Repository, blobs: bool) -> dict[s
             entry |= {"size": len(data), "blobId": _digest(file, data)} | _lfs(file, data, "sha256")
         siblings.append(entry)
     found = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "cardData": repository.card}
-    return found | ({"pipeline_tag": repository.pipeline} if repository.pipeline else {})
+    told = {"pipeline_tag": repository.pipeline, "gguf": repository.gguf}
+    return found | {key: value for key, value in told.items() if value}
 
 
 def _tree(files: dict[str, bytes]) -> list[dict[str, Any]]:

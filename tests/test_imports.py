@@ -19,7 +19,7 @@ LAYERS = (
     "npqwen.server",
     "npqwen.reports",
     "npqwen",  # the names that users import
-    "npqwen.reports.evaluation",
+    "npqwen.reports.evaluation npqwen.reports.verification",
     "npqwen.reports.evaluation_report",
     "npqwen.model npqwen.hub",
     "npqwen_quant",
@@ -32,13 +32,16 @@ LAYERS = (
     "npqwen.simd",
     "npqwen.tokenizer",
     "npqwen.format",
-    "npqwen.hardware npqwen.atomic_file npqwen.cache_directory",
+    "npqwen.hardware npqwen.atomic_file npqwen.cache_directory npqwen.file_lock",
     "npqwen.checks npqwen.progress",
     "npqwen.errors",
 )
 """From top to bottom. A package or module imports from its own entry and from those below."""
 
-SHARED = {"npqwen.atomic_file", "npqwen.checks", "npqwen.errors", "npqwen.format", "npqwen.hardware", "npqwen.progress"}
+SHARED = {
+    "npqwen.atomic_file", "npqwen.checks", "npqwen.errors", "npqwen.file_lock", "npqwen.format", "npqwen.hardware",
+    "npqwen.progress",
+}  # fmt: skip
 """What npqwen_quant uses of npqwen, beside `npqwen.kernels.compiled`, the cache of machine code, and
 `npqwen.engine.rope`, which is plain NumPy."""
 

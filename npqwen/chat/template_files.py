@@ -12,6 +12,8 @@ from npqwen.format.config import read_json
 from npqwen.format.files import read_small
 
 FILE = "chat_template.jinja"
+PROCESSOR_FILE = "chat_template.json"
+"""Of older multimodal checkpoints."""
 DIRECTORY = "additional_chat_templates"
 """Hugging Face's directory of further templates, each named by its file."""
 
@@ -34,7 +36,11 @@ class TemplateFiles:
         sources = {"default": _read(directory / FILE)} if (directory / FILE).is_file() else {}
         for file in sorted((directory / DIRECTORY).glob("*.jinja")):
             sources[file.name.removesuffix(".jinja")] = _read(file)
-        return cls(sources or _in_config(config.get("chat_template"), path), _special_tokens(directory, config))
+        sources = sources or _in_config(config.get("chat_template"), path)
+        of_processor = directory / PROCESSOR_FILE
+        if not sources and of_processor.is_file():
+            sources = _in_config(read_json(of_processor).get("chat_template"), of_processor)
+        return cls(sources, _special_tokens(directory, config))
 
 
 def _read(path: Path) -> str:

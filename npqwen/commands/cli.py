@@ -17,12 +17,14 @@ from npqwen.terminal.terminal import Terminal, discard, one_line
 FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
-COMMANDS = ("batch", "bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve")
+COMMANDS = (
+    "batch", "bench", "cache", "chat", "convert", "eval", "generate", "info", "list", "pull", "rm", "serve", "verify",
+)  # fmt: skip
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
-    "server": "serve", "start": "serve",
+    "server": "serve", "start": "serve", "check": "verify", "fsck": "verify",
 }
 """Commands of other programs -> the one here."""
 
@@ -83,8 +85,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 def cli() -> None:
     """Run Qwen3 language models on ordinary CPUs.
 
-    MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, or a converted directory. The first
-    two are converted once and kept in a cache.
+    MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, a GGUF file (model.gguf, or on the hub
+    owner/name:Q4_K_M), or a converted directory. All but the last are converted once and kept in a cache.
     """
 
 

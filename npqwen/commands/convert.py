@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, low_disk_option
+from npqwen.commands.options import Command, argument_text, low_disk_option
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
+from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
+
     from npqwen.commands.calibration import FileText, OwnText
 
 
@@ -35,9 +38,21 @@ if TYPE_CHECKING:
     help="Measure the divergence from SOURCE on this text, and store it for info; default with --calibrate: on a part "
     "of the text that is held out, at most 2048 tokens.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR[:SCALE]",
+    help="Merge a LoRA adapter that PEFT saved, its effect multiplied by SCALE; may be repeated.",
+)
 @click.option("--no-evaluate", is_flag=True, help="Measure nothing.")
 @click.option("--force", is_flag=True, help="Replace a converted model that exists already.")
 @low_disk_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only tell sizes, memory, download, disk space and time; downloads no weights and writes nothing.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
 def convert(
     source: str,
@@ -45,20 +60,34 @@ def convert(
     bits: int,
     calibrate: str | None,
     evaluate: str | None,
+    adapters: tuple[str, ...],
     no_evaluate: bool,
     force: bool,
     low_disk: bool,
+    dry_run: bool,
     quiet: bool,
 ) -> None:
-    """Convert SOURCE, a checkpoint directory or a Hugging Face id, into the directory OUT.
+    """Convert SOURCE, a checkpoint directory, a GGUF file or a Hugging Face id, into the directory OUT.
 
     Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
+    After an interruption, the same command resumes the conversion.
     """
+    from npqwen_quant.adapter import AdapterFile
+
     from npqwen import hub
 
     if evaluate is not None and no_evaluate:
         raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
-    with Terminal(quiet=quiet) as terminal:
+    merged = [AdapterFile.parse(argument_text(adapter)) for adapter in adapters]
+    with tidied_up(), Terminal(quiet=quiet) as terminal:
+        if dry_run:
+            from npqwen.reports.conversion_plan import plan_conversion
+
+            plan = plan_conversion(
+                source, out, bits, low_disk=low_disk, calibrated=calibrate is not None, notice=terminal.notice
+            )
+            terminal.text(plan.describe() + "\n")
+            return
         text = measured = None
         if calibrate is not None or evaluate is not None:
             from npqwen.commands.calibration import text_named
@@ -76,15 +105,20 @@ def convert(
             download_bars=terminal.shows_bars,
             calibration=None if text is None else text.calibration,
             calibration_progress=terminal.calibration_progress,
-            measure=None if measured is None or no_evaluate else _measurement(measured, measured is text, terminal),
+            adapters=merged,
+            measure=None
+            if measured is None or no_evaluate
+            else _measurement(measured, measured is text, merged, terminal),
         )
         terminal.text(f"{path}\n")
 
 
-def _measurement(text: OwnText | FileText, calibrated: bool, terminal: Terminal) -> Callable[[Path, Path], None]:
+def _measurement(
+    text: OwnText | FileText, calibrated: bool, adapters: Sequence[AdapterFile], terminal: Terminal
+) -> Callable[[Path, Path], None]:
     """A function that measures a conversion on a text and stores the result.
 
-    calibrated: the model was calibrated with the same text.
+    calibrated: the model was calibrated with the same text. adapters: those that were merged.
     """
 
     def measure(source: Path, converted: Path) -> None:
@@ -101,7 +135,7 @@ def _measurement(text: OwnText | FileText, calibrated: bool, terminal: Terminal)
                     "nothing is measured: the text is too short to hold a part out; give another one with --evaluate"
                 )
                 return
-            record = evaluate_conversion(model, source, ids, name, terminal.evaluation_progress)
+            record = evaluate_conversion(model, source, ids, name, terminal.evaluation_progress, adapters)
         store_evaluation(converted, record)
         terminal.notice(evaluation_line(record))
 

@@ -14,6 +14,7 @@ import click
 from npqwen.errors import OptionError, quoted, size
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.generation.options import OPTIONS, GenerationOptions, Option
+from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -275,15 +276,16 @@ def resolve(
     """
     from npqwen import hub
 
-    return hub.resolve(
-        model,
-        bits,
-        purpose=purpose,
-        low_disk=low_disk,
-        notice=terminal.notice,
-        progress=terminal.conversion_progress,
-        download_bars=terminal.shows_bars,
-    )
+    with tidied_up():
+        return hub.resolve(
+            model,
+            bits,
+            purpose=purpose,
+            low_disk=low_disk,
+            notice=terminal.notice,
+            progress=terminal.conversion_progress,
+            download_bars=terminal.shows_bars,
+        )
 
 
 def open_model(

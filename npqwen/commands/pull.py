@@ -32,11 +32,12 @@ def pull(model: str, bits: int | None, low_disk: bool, quiet: bool) -> None:
 def _tell_of_download(path: Path, terminal: Terminal) -> None:
     """What of the model is in huggingface_hub's cache, now that it is converted."""
     from npqwen.hub.downloads import downloads
+    from npqwen.hub.names import repository_of
     from npqwen.hub.record import read
 
     known = read(path)
     for one in downloads():
-        if known is not None and one.model == known.model:
+        if known is not None and one.model == repository_of(known.model):
             terminal.notice(
                 f"the download, {size(one.bytes)}, is not needed to run the model; npqwen rm --download {one.model} "
                 "removes it"

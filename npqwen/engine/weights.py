@@ -48,7 +48,7 @@ class Weights:
         self.quantization = Quantization.from_directory(directory)
         self.tensors: dict[str, MappedTensor] = {}
         self._mappings: dict[Path, mmap.mmap] = {}
-        for path in _files(directory):
+        for path in weight_files(directory):
             self._map(path)
         layout = Layout(config)
         # A number of layers that the files do not have may be too large to allocate.
@@ -213,8 +213,8 @@ def _check(tensor: MappedTensor, name: str, dtype: str, shape: tuple[int, ...], 
         )
 
 
-def _files(directory: Path) -> list[Path]:
-    """The safetensors files, in order."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a converted model, in order; CheckpointError for a damaged index."""
     index = directory / INDEX
     if not index.exists():
         return [directory / "model.safetensors"]

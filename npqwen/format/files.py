@@ -12,6 +12,10 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""No pointer of Git LFS is larger."""
+
 SMALL = 100_000_000
 """Bytes up to which a file is read whole: far above any tokenizer."""
 LARGEST_JSON = 16_000_000
@@ -35,6 +39,14 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in the place of a large file, without Git LFS."""
+    try:
+        return read_small(path, _POINTER_BYTES).startswith(_POINTER)
+    except OSError:
+        return False
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub import record
 from npqwen.hub.names import HubName, with_revision
 from npqwen.hub.repository import MAIN, downloaded, folder, look_up
-from npqwen.hub.source import LocalSource, Source
+from npqwen.hub.source import LocalSource, Source, local_source
 from npqwen.hub.support import Purpose, check, check_purpose, file_error
 from npqwen.hub.transfer import Transfer
 
 if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
     from npqwen_quant.calibration import Calibration
 
 Notice = Callable[[str], None]
@@ -46,8 +47,9 @@ def resolve(
 ) -> Path:
     """The converted directory that `model` names, made first if need be.
 
-    model: a converted directory, a checkpoint directory, or a name on the hub: "org/name", "org/name@revision", a URL
-    of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A checkpoint is converted into `cache_directory()`, once for
+    model: a converted directory, a checkpoint directory, a GGUF file, or a name on the hub: "org/name",
+    "org/name@revision", "org/name:Q4_K_M" of GGUF files, a URL of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A
+    checkpoint is converted into `cache_directory()`, once for
     each state of its files and each `bits`.
     bits: the recipe (npqwen.format.recipe), by default 4; None accepts any converted directory.
     revision: a branch, tag or commit of the hub's repository, if the name has none.
@@ -69,7 +71,7 @@ def resolve(
         if is_converted(directory):
             check_purpose(LocalSource(directory), purpose)
             return _with_bits(directory, bits)
-        source: Source = LocalSource(directory)
+        source: Source = local_source(directory)
     else:
         name = with_revision(model, revision)
         found, problem = look_up(name)
@@ -84,7 +86,7 @@ def resolve(
         else:
             source = found
     transfer = Transfer(source, tell, download_bars, progress)
-    target = _target(source, recipe)
+    target = place_of(source, recipe)
     if is_converted(target):
         check_purpose(source, purpose)
         tell(f"using {target}")
@@ -94,7 +96,7 @@ def resolve(
         return _with_bits(directory, bits)
     else:
         check(source, purpose)
-        _convert_once(transfer, target, recipe, low_disk)
+        _convert_once(transfer, target, recipe, low_disk, tell)
     record.used(target, source.model, source.revision, source.commit)
     return target
 
@@ -112,44 +114,40 @@ def convert(
     download_bars: bool = False,
     calibration: Callable[[Path], Calibration] | None = None,
     calibration_progress: Progress | None = None,
+    adapters: Sequence[AdapterFile] = (),
     measure: Callable[[Path, Path], object] | None = None,
 ) -> Path:
-    """Convert a checkpoint directory or a repository of the hub into `out`, by default into the cache.
+    """Convert a checkpoint directory, a GGUF file or a repository of the hub into `out`, by default into the cache.
 
     Returns the converted directory. force: convert again, and replace a converted model that is there. calibration:
     makes the text of a checkpoint directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in
     the cache. measure(checkpoint, converted): called with both directories when the conversion is complete. These two
-    need all weights, so they exclude low_disk. Raises what `resolve` and `npqwen_quant.convert` raise; the other
+    need all weights, so they exclude low_disk. adapters: LoRA adapters to merge into the weights; they need `out`, and
+    exclude low_disk, too. Raises what `resolve` and `npqwen_quant.convert` raise; the other
     parameters are those of `resolve`.
     """
     recipe = recipe_of(bits)
     tell = notice or _ignore
     if low_disk and calibration is not None:
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
+    if low_disk and adapters:
+        raise OptionError("adapters are merged into the whole checkpoint; use them without low_disk (--low-disk)")
+    if adapters and out is None:
+        raise OptionError("a model with adapters does not go into the cache; name the directory OUT for it")
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
-    directory = _directory(source)
-    found: Source | None
-    if directory is not None:
-        _refuse_revision(directory, revision)
-        found = LocalSource(directory)
-    else:
-        name = with_revision(source, revision)
-        found, problem = look_up(name)
-        if found is None:
-            found = downloaded(name, problem)
-            tell(f"{problem}; using the copy downloaded before")
+    found = find_source(source, revision, tell)
     transfer = Transfer(found, tell, download_bars, progress)
     if transfer.converted_already(download=False) is not None:
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
-    target = _target(found, recipe)
+    target = place_of(found, recipe)
     in_cache = out is None
     if in_cache and not force and calibration is None and is_converted(target):
         tell(f"using {target}")
     else:
         check(found, "arrays")
         if in_cache and not force and calibration is None:
-            _convert_once(transfer, target, recipe, low_disk)
+            _convert_once(transfer, target, recipe, low_disk, tell)
         else:
             target = target if out is None else Path(os.path.expanduser(out))
             transfer.convert(
@@ -159,12 +157,32 @@ def convert(
                 force=force or in_cache,
                 calibration=calibration,
                 calibration_progress=calibration_progress,
+                adapters=adapters,
             )
     if in_cache:
         record.used(target, found.model, found.revision, found.commit)
     if measure is not None:
         measure(transfer.directory(), target)
     return target
+
+
+def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:
+    """The checkpoint that a user names: a directory, a GGUF file, or a repository of the hub, of which a copy serves if
+    it cannot be reached.
+
+    Raises ModelNotFoundError, and OptionError for a revision of a directory.
+    """
+    directory = _directory(model)
+    if directory is not None:
+        _refuse_revision(directory, revision)
+        return local_source(directory)
+    name = with_revision(model, revision)
+    found, problem = look_up(name)
+    if found is not None:
+        return found
+    copy = downloaded(name, problem)
+    (notice or _ignore)(f"{problem}; using the copy downloaded before")
+    return copy
 
 
 def _ignore(line: str) -> None:
@@ -187,7 +205,7 @@ def _refuse_revision(directory: Path, revision: str | None) -> None:
 
 
 def _directory(model: str | os.PathLike[str]) -> Path | None:
-    """The directory of this name; None if it can only be on the hub."""
+    """The directory or GGUF file of this name; None if it can only be on the hub."""
     path = Path(os.path.expanduser(check_path(model)))
     try:
         mode = path.stat().st_mode
@@ -198,11 +216,14 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
             return None
         raise ModelNotFoundError(f"{model} cannot be read: {error.strerror or error}") from None
     if not stat.S_ISDIR(mode):
-        raise file_error(path, os.fspath(model))
+        from npqwen_quant.gguf import gguf_files
+
+        if not gguf_files(path):
+            raise file_error(path, os.fspath(model))
     return path
 
 
-def _target(source: Source, recipe: Recipe) -> Path:
+def place_of(source: Source, recipe: Recipe) -> Path:
     """Where the conversion of a checkpoint in its present state belongs."""
     name = f"{source.weights_digest[:12]}-{source.files_digest[:8]}-{recipe.name}-v{FORMAT_VERSION}"
     return cache_directory() / source.folder / name
@@ -224,25 +245,35 @@ def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
     revision = name.revision or MAIN
     try:
         found = [
-            path
+            (known.model.lower() == name.model.lower(), record.last_used(path), path)
             for path in parent.glob(f"*-{recipe.name}-v{FORMAT_VERSION}")
             if is_converted(path) and (known := record.read(path)) is not None and revision in known.revisions
         ]
-        return max(found, key=record.last_used, default=None)
+        matching, _, newest = max(found, default=(False, 0, None))
+        return newest if matching or name.file is None else None
     except OSError:  # the cache cannot be read
         return None
 
 
-def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool) -> None:
-    """Convert into the cache."""
-    try:
-        if (other := _same_weights(target)) is not None:
-            transfer.update(other, target)
-        else:
-            transfer.convert(target, recipe, low_disk=low_disk, once=True)
-    except OutputError as error:
-        if is_converted(target):  # another process was faster, and its result is as good
+def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool, tell: Notice) -> None:
+    """Convert into the cache, or wait for another process that does."""
+    from npqwen_quant.working import BusyError
+
+    while True:
+        try:
+            if (other := _same_weights(target)) is not None:
+                transfer.update(other, target)
+            else:
+                transfer.convert(target, recipe, low_disk=low_disk, once=True)
             return
-        if "NPQWEN_CACHE" in str(error):
-            raise
-        raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
+        except BusyError as busy:
+            tell(f"another process is converting {transfer.source.label}; waiting for it")
+            busy.wait()
+        except OutputError as error:
+            if is_converted(target):  # another process was faster, and its result is as good
+                return
+            if "NPQWEN_CACHE" in str(error):
+                raise
+            raise OutputError(f"{error}; NPQWEN_CACHE can name another place for conversions") from error
+        if is_converted(target):
+            return

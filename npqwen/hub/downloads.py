@@ -64,4 +64,15 @@ def _is_ours(snapshot: Path) -> bool:
     try:
         return read_json(snapshot / "config.json").get("model_type") in MODEL_TYPES
     except CheckpointError:
+        return _has_gguf(snapshot)
+
+
+def _has_gguf(snapshot: Path) -> bool:
+    """Whether it has a GGUF file of a supported family."""
+    found = next(snapshot.rglob("*.gguf"), None)
+    if found is None:
         return False
+    from npqwen_quant.gguf_config import ARCHITECTURES
+    from npqwen_quant.gguf_header import read_architecture
+
+    return read_architecture(found) in ARCHITECTURES

@@ -5,23 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from npqwen.format.quantization import is_converted
 from npqwen.hub.inventory import conversions, staleness
-from npqwen.hub.removal import REMOVED, remove, remove_tree
+from npqwen.hub.removal import REMOVED, remove
 
 _HIDDEN = re.compile(
-    rf"\.(?P<name>.+)\.(?P<kind>partial|old|calibration|low-disk|{REMOVED})-(?P<suffix>[0-9a-f-]+)(?P<lock>\.lock)?",
-    re.ASCII,
+    rf"\.(?P<name>.+)\.(?P<kind>partial|{REMOVED})-[0-9a-f]+", re.ASCII
 )
 _REASONS = {
-    "partial": "an interrupted conversion",
-    "old": "what an interrupted conversion was to replace",
-    "calibration": "an interrupted calibration, which could be resumed",
-    "low-disk": "an interrupted download and conversion, which could be resumed",
+    "partial": "an interrupted conversion, which could be resumed",
     REMOVED: "an interrupted removal",
 }
 
@@ -54,18 +51,16 @@ def stale_conversions(root: Path) -> list[Leftover]:
 def interrupted_work(root: Path) -> list[Leftover]:
     """The remains of interrupted conversions and removals, without those of processes that live.
 
-    A model that a killed conversion had moved aside, without anything in its place, is none: the next conversion puts
-    it back.
+    One in which a killed conversion has put the model that it was to replace, without anything in its place, is none:
+    the next conversion puts the model back.
     """
     found = []
     for folder in sorted([*root.glob("hub/*"), *root.glob("local/*")]):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             name = _HIDDEN.fullmatch(path.name)
-            if name is None or (name["kind"] == "old" and not is_converted(folder / name["name"])):
+            if name is None or (is_converted(path / "old") and not is_converted(folder / name["name"])):
                 continue
-            lock = _lock(path, name)
-            if name["lock"] and path.with_name(path.name.removesuffix(".lock")).exists():
-                continue  # goes with its directory
+            lock = None if name["kind"] == REMOVED else path / "lock"
             if _is_free(lock):
                 found.append(Leftover(path, f"{folder.name}: {_REASONS[name['kind']]}", lock))
     return found
@@ -88,26 +83,16 @@ def remove_leftover(leftover: Leftover) -> bool:
     with _held(leftover.lock) as free:
         if not free or (is_converted(leftover.path) and _is_needed(leftover.path)):
             return False
-        if leftover.path.name.startswith("."):
-            remove_tree(leftover.path)
-        else:
+        if sys.platform != "win32":
             remove(leftover.path)
-    if leftover.lock is not None:
-        remove_tree(leftover.lock)
+            return True
+    remove(leftover.path)  # Windows does not rename a directory in which the lock is open
     return True
 
 
 def _is_needed(path: Path) -> bool:
     """Whether this is a conversion, not its remains, that has become of use since it was found."""
     return not path.name.startswith(".") and staleness(path) is None
-
-
-def _lock(path: Path, name: re.Match[str]) -> Path | None:
-    if name["kind"] == REMOVED:
-        return None
-    if name["kind"] in ("partial", "old"):
-        return path.with_name(f".{name['name']}.partial-{name['suffix']}.lock")
-    return path / "lock"
 
 
 def _is_free(lock: Path | None) -> bool:
@@ -118,7 +103,7 @@ def _is_free(lock: Path | None) -> bool:
 @contextlib.contextmanager
 def _held(lock: Path | None) -> Iterator[bool]:
     """Hold a lock; yields whether it is ours. What has no lock belongs to nobody."""
-    from npqwen_quant.output import try_lock
+    from npqwen.file_lock import try_lock
 
     with contextlib.ExitStack() as stack:
         free = True

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, quoted
+from npqwen.errors import ModelNotFoundError, OptionError, quoted, shortened
 
 OWNER = "Qwen"
 """Of a name without an owner, such as Qwen3-0.6B."""
@@ -15,6 +15,7 @@ OWNER = "Qwen"
 _PART = r"[A-Za-z0-9_][\w.-]*"
 _ID = re.compile(rf"[A-Za-z0-9][\w.-]*/{_PART}", re.ASCII)
 _WITHOUT_OWNER = re.compile(r"Qwen\d(\.\d+)?-[\w.-]*", re.ASCII | re.IGNORECASE)
+_FILE = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9_][\w./+ -]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9_][\w./+-]*", re.ASCII)
 _URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 _PAGES = ("tree", "blob", "resolve", "raw", "commit", "commits")
@@ -33,24 +34,43 @@ class HubName:
     repository: str
     revision: str | None = None
     """A branch, a tag or a commit; None is the newest commit of the main branch."""
+    file: str | None = None
+    """Of a repository of GGUF files, a quantization such as Q4_K_M, or a file's name; None is the repository's
+    checkpoint, or the usual quantization."""
+
+    @property
+    def model(self) -> str:
+        """The name without the revision."""
+        return self.repository if self.file is None else f"{self.repository}:{self.file}"
 
     def __str__(self) -> str:
-        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
+
+def repository_of(model: str) -> str:
+    """The repository of a model's name that has no revision."""
+    return model.partition(":")[0]
 
 
 def parse(model: str | os.PathLike[str]) -> HubName:
     """The repository on the hub that a name means: "owner/name", "owner/name@revision", "Qwen3-0.6B" without the owner
     Qwen, or the URL of a page of the hub.
 
-    Raises ModelNotFoundError for anything else, CheckpointError for the name of a GGUF file ("owner/name:Q4_K_M").
+    Of GGUF files, "owner/name:Q4_K_M" names a quantization, "owner/name:model.gguf" a file. Raises ModelNotFoundError
+    for anything else.
     """
     text = os.fspath(model)
     name, revision = _from_url(text) if _is_url(text) else _split(text)
     name, colon, tag = name.partition(":")
     owned = _ID.fullmatch(name) is not None
-    if colon and owned:
-        raise CheckpointError(f"{quoted(text)} names a GGUF file (:{tag}), which npqwen does not read; {advice(name)}")
-    if colon or _OLLAMA.fullmatch(name):
+    if not colon and name.lower().endswith(".gguf"):
+        raise ModelNotFoundError(f"there is no file {shortened(text)}")
+    if colon and (owned or _WITHOUT_OWNER.fullmatch(name)):
+        if not _FILE.fullmatch(tag):
+            raise ModelNotFoundError(
+                f"{quoted(text)}: {quoted(tag)} is neither a quantization, such as Q4_K_M, nor the name of a GGUF file"
+            )
+    elif colon or _OLLAMA.fullmatch(name):
         found = _OLLAMA.fullmatch(f"{name}{colon}{tag}")
         if found is None:
             raise _neither(text)
@@ -67,7 +87,7 @@ def parse(model: str | os.PathLike[str]) -> HubName:
         raise ModelNotFoundError(
             f"{quoted(text)}: {quoted(revision)} is not a revision; give a branch, a tag or a commit after the @"
         )
-    return HubName(name, revision)
+    return HubName(name, revision, tag if colon else None)
 
 
 def with_revision(model: str | os.PathLike[str], revision: str | None) -> HubName:
@@ -77,15 +97,23 @@ def with_revision(model: str | os.PathLike[str], revision: str | None) -> HubNam
         return name
     if name.revision is not None:
         raise OptionError(f"{name} names a revision already, but revision is {quoted(revision)}; give one of them")
-    return parse(f"{name.repository}@{revision}")
+    return parse(f"{name}@{revision}")
 
 
 def model_name(model: str | os.PathLike[str], revision: str | None = None) -> str:
-    """A model's name for messages, and for files that others may read: the last part of its directory's path, or the
-    repository on the hub, however it was written. Raises what `with_revision` raises.
+    """A model's name for messages, and for files that others may read: the last part of its directory's or file's path,
+    or the repository on the hub, however it was written. Raises what `with_revision` raises.
     """
     path = os.path.expanduser(os.fspath(model))
-    return os.path.basename(os.path.realpath(path)) if os.path.isdir(path) else str(with_revision(model, revision))
+    if os.path.isdir(path):
+        return os.path.basename(os.path.realpath(path))
+    return file_name(path) if os.path.isfile(path) else str(with_revision(model, revision))
+
+
+def file_name(path: str | os.PathLike[str]) -> str:
+    """The name of the model in a GGUF file: without ".gguf", and without what tells shards apart."""
+    name = os.path.basename(os.path.abspath(path))
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", name, flags=re.IGNORECASE) or name
 
 
 def official(text: str) -> str | None:
@@ -98,9 +126,16 @@ def _official_case(name: str) -> str:
     """A name of Qwen's with its capitals: Qwen3-0.6B-Base of qwen3-0.6b-base."""
     parts = name.split("-")
     return "-".join(
-        part.upper() if i and part[:2].lstrip("aA")[:1].isdigit() else part[:1].upper() + part[1:]
+        part.upper()
+        if i and (part[:2].lstrip("aA")[:1].isdigit() or part.lower() == "gguf")
+        else part[:1].upper() + part[1:]
         for i, part in enumerate(parts)
     )
+
+
+def original(name: str, originals: tuple[str, ...] = ()) -> str | None:
+    """The repository that a model was made from, by its model card, or by its name; None if neither tells."""
+    return next((one for one in originals if _ID.fullmatch(one)), None) or official(name)
 
 
 def advice(name: str, originals: tuple[str, ...] = ()) -> str:
@@ -108,7 +143,7 @@ def advice(name: str, originals: tuple[str, ...] = ()) -> str:
 
     originals: what its model card says that it was made from.
     """
-    known = next((original for original in originals if _ID.fullmatch(original)), None) or official(name)
+    known = original(name, originals)
     if known is not None:
         return f"use the original, {known}"
     return "use the original checkpoint in BF16, such as Qwen/Qwen3-0.6B"
@@ -142,8 +177,10 @@ def _from_url(url: str) -> tuple[str, str | None]:
     if len(pages) < 2 or pages[0] not in _PAGES:
         return f"{owner}/{name}", None
     # Of a file's page, the revision is the first part; a branch's own slashes are written %2F, decoded above.
-    revision = "/".join(pages[1:4]) if pages[1] == "refs" else pages[1]
-    return f"{owner}/{name}", None if revision == "main" else revision
+    count = 4 if pages[1] == "refs" else 2
+    revision, file = "/".join(pages[1:count]), "/".join(pages[count:])
+    tag = f":{file}" if file.lower().endswith(".gguf") else ""
+    return f"{owner}/{name}{tag}", None if revision == "main" else revision
 
 
 def _page(repository: str) -> str:

@@ -13,10 +13,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError, shortened
-from npqwen.hub.names import HubName
-from npqwen.hub.source import IGNORED, PATTERNS, File, LocalSource, Source, is_wanted
+from npqwen.atomic_file import writing
+from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OutputError, shortened
+from npqwen.format.checksums import digest_of_range
+from npqwen.hub.gguf_files import SUFFIX, choose
+from npqwen.hub.names import HubName, repository_of
+from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, Source, is_wanted
 
 MAIN = "main"
 """The revision of a name without one, in records of conversions."""
@@ -29,10 +33,12 @@ class HubSource(Source):
     """
 
     remote = True
+    scratch: Path | None = None
+    """A directory for small files, in place of huggingface_hub's cache."""
 
     def __init__(self, name: HubName, answer: Any) -> None:
         self.repository: str = getattr(answer, "id", None) or name.repository
-        self.label = str(HubName(self.repository, name.revision))
+        self.label = str(HubName(self.repository, name.revision, name.file))
         self.model = self.repository
         self.revision = name.revision or MAIN
         self.commit: str = answer.sha
@@ -41,6 +47,26 @@ class HubSource(Source):
         bases = getattr(card, "base_model", None) or []
         self.originals = tuple(base for base in ([bases] if isinstance(bases, str) else bases) if isinstance(base, str))
         self.pipeline = getattr(answer, "pipeline_tag", None)
+        self.architecture: str | None = None
+        """Of GGUF files, if the hub says it."""
+        self.parameters: int | None = None
+        """Of GGUF files, their number, if the hub says it."""
+        self._has_template: bool | None = None
+        if name.file is not None or (not self.has("*.safetensors") and self.has(f"*{SUFFIX}")):
+            self._choose_gguf(name, getattr(answer, "gguf", None))
+
+    def _choose_gguf(self, name: HubName, said: object) -> None:
+        """Be one model of a repository of GGUF files. said: what the hub found in one of them."""
+        tag, names = choose(self.files, name.file, self.label)
+        self.gguf = True
+        self.files = {file: self.files[file] for file in names}
+        self.model = HubName(self.repository, None, tag).model
+        self.label = str(HubName(self.repository, name.revision, tag))
+        if isinstance(said, dict):
+            architecture, total = said.get("architecture"), said.get("total")
+            self.architecture = architecture if isinstance(architecture, str) else None
+            self.parameters = total if isinstance(total, int) and total > 0 else None
+            self._has_template = bool(said.get("chat_template")) if "chat_template" in said else None
 
     def _file(self, file: Any) -> File:
         lfs = file.lfs
@@ -54,18 +80,24 @@ class HubSource(Source):
     @property
     def wanted(self) -> list[str]:
         """The files that a conversion uses."""
-        return sorted(name for name in self.files if is_wanted(name))
+        return sorted(name for name in self.files if self.gguf or is_wanted(name))
+
+    @property
+    def has_template(self) -> bool:
+        if not self.gguf:
+            return super().has_template
+        return self._has_template is not False  # unknown: the file will tell
 
     @property
     def shards(self) -> list[str]:
         """The files of weights."""
-        return sorted(self.matching("*.safetensors"))
+        return sorted(self.weights)
 
     def small_file(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         with _errors(self.label), _progress_bars(False):
-            return Path(hf_hub_download(self.repository, name, revision=self.commit))
+            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self.scratch))
 
     def missing(self, names: Iterable[str]) -> int:
         """Bytes of some files that are not in huggingface_hub's cache."""
@@ -84,7 +116,7 @@ class HubSource(Source):
         return total
 
     def download(self, *, weights: bool, bars: bool) -> Path:
-        """Download what is missing into huggingface_hub's own cache; returns the directory there.
+        """Download what is missing into huggingface_hub's own cache; returns the directory there, or the GGUF file.
 
         weights: False leaves them on the hub. bars: let huggingface_hub draw its progress bars on stderr.
         Raises ModelNotFoundError if it cannot be reached, OutputError if the disk is full.
@@ -92,28 +124,74 @@ class HubSource(Source):
         from huggingface_hub import snapshot_download
 
         revision = None if self.revision == MAIN else self.revision
-        ignored = IGNORED if weights else [*IGNORED, "*.safetensors"]
+        wanted, ignored = PATTERNS, IGNORED if weights else [*IGNORED, "*.safetensors"]
+        if self.gguf:
+            wanted, ignored = [glob.escape(name) for name in self.files], []
         with _errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
                 self.repository,
                 revision=revision,
-                allow_patterns=PATTERNS,
+                allow_patterns=wanted,
                 ignore_patterns=ignored,
                 tqdm_class=tqdm_class,
             )
         if Path(found).name != self.commit:
             raise ModelNotFoundError(f"{self.label} changed on the hub just now; try again")
-        return Path(found)
+        return Path(found, min(self.files)) if self.gguf else Path(found)
 
     def shard(self, name: str, directory: Path, bars: bool) -> Path:
-        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is."""
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is.
+
+        What an interrupted download has left there is continued. Raises as `download`, and CheckpointError for a file
+        that is not what the hub says.
+        """
+        from huggingface_hub import try_to_load_from_cache
 
         kept = try_to_load_from_cache(self.repository, name, revision=self.commit)
         if isinstance(kept, str):
             return Path(kept)
-        with _errors(self.label), _progress_bars(bars):
-            return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=directory))
+        path = directory / name
+        if not path.exists():
+            partial = directory / f"{name}.incomplete"
+            continued = partial.exists()
+            if not self._fetch(name, partial, bars) and not (continued and self._fetch(name, partial, bars)):
+                raise CheckpointError(f"{self.label}: {name} is not what the hub says it is; try again")
+            with writing(path):
+                partial.rename(path)
+        return path
+
+    def _fetch(self, name: str, partial: Path, bars: bool) -> bool:
+        """Download the rest of a file; False, and the file is gone, if the whole is not what the hub says."""
+        # hf_hub_download does not continue what an earlier call has begun (2.x), only what breaks off within it.
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import get_hf_file_metadata, http_get
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.repository, name, revision=self.commit)
+        file = self.files[name]
+        with _errors(self.label), _progress_bars(bars), open(partial, "ab") as out:
+            place = get_hf_file_metadata(url).location
+            headers = build_hf_headers()
+            if urlsplit(place).netloc != urlsplit(url).netloc:  # of a mirror, whom the user's token is no concern
+                headers.pop("authorization", None)
+            if out.tell() > file.nbytes:
+                out.truncate(0)
+            if out.tell() < file.nbytes:
+                http_get(place, out, resume_size=out.tell(), headers=headers, expected_size=file.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
+        if _is_sha256(file.digest):
+            with writing(partial):
+                right = digest_of_range(partial, 0, partial.stat().st_size) == file.digest
+        else:
+            right = partial.stat().st_size == file.nbytes
+        if not right:
+            partial.unlink()
+        return right
+
+
+def _is_sha256(digest: str) -> bool:
+    return len(digest) == 64 and set(digest) <= set("0123456789abcdef")
 
 
 class SnapshotSource(LocalSource):
@@ -139,9 +217,33 @@ class SnapshotSource(LocalSource):
         return ""
 
 
+class SnapshotGguf(GgufSource):
+    """A model in GGUF that was downloaded before, while the hub cannot be used."""
+
+    def __init__(self, name: HubName, directory: Path) -> None:
+        names = [path.relative_to(directory).as_posix() for path in directory.rglob(f"*{SUFFIX}")]
+        tag, files = choose(names, name.file, str(name))
+        super().__init__(directory / files[0], str(HubName(name.repository, name.revision, tag)))
+        self.model = HubName(name.repository, None, tag).model
+        self.files = {file: self._file(directory / file) for file in files}
+        self.revision = name.revision or MAIN
+        self.commit = directory.name
+
+    def _file(self, path: Path) -> File:
+        return File(path.stat().st_size, SnapshotSource._content(path, path.stat()))
+
+    @property
+    def folder(self) -> Path:
+        return folder(self.model)
+
+    @property
+    def _salt(self) -> str:
+        return ""
+
+
 def folder(repository: str) -> Path:
-    """Where in the cache's directory the conversions of a repository lie."""
-    return Path("hub", repository.replace("/", "--"))
+    """Where in the cache's directory the conversions of a repository, or of a model in it, lie."""
+    return Path("hub", repository_of(repository).replace("/", "--"))
 
 
 def look_up(name: HubName) -> tuple[HubSource | None, str]:
@@ -165,7 +267,7 @@ def look_up(name: HubName) -> tuple[HubSource | None, str]:
         return HubSource(name, answer), ""
 
 
-def downloaded(name: HubName, problem: str) -> SnapshotSource:
+def downloaded(name: HubName, problem: str) -> Source:
     """What an earlier download has left; ModelNotFoundError if there is none.
 
     problem: the clause of `look_up`.
@@ -180,7 +282,10 @@ def downloaded(name: HubName, problem: str) -> SnapshotSource:
             ignore_patterns=IGNORED,
             local_files_only=True,
         )
-    return SnapshotSource(name, Path(path))
+    directory = Path(path)
+    if name.file is not None or (not [*directory.glob("*.safetensors")] and [*directory.rglob(f"*{SUFFIX}")]):
+        return SnapshotGguf(name, directory)
+    return SnapshotSource(name, directory)
 
 
 def download_directory() -> Path:

@@ -10,7 +10,7 @@ from npqwen.checks import choice, near_names
 from npqwen.errors import ModelNotFoundError, NpqwenError, quoted
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
-from npqwen.hub.names import parse
+from npqwen.hub.names import parse, repository_of
 
 
 def select(
@@ -27,7 +27,8 @@ def select(
     known = {one.model for one in conversions} | {one.model for one in downloads}
     names, revision = _matching(model, known)
     chosen = [one for one in conversions if one.model in names and (not revision or _has(one, revision))]
-    fetched = [one for one in downloads if one.model in names and not revision]
+    repositories = {repository_of(name) for name in names}
+    fetched = [one for one in downloads if one.model in repositories and not revision]
     if not chosen and not fetched:
         near = _near(model.partition("@")[0], sorted(known))
         there = f"did you mean {choice(near)}?" if near else "see npqwen list"
@@ -44,7 +45,9 @@ def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
         whole: set[str] = set()
     else:
         revision = name.revision or ""
-        whole = {one for one in known if one.lower() == name.repository.lower()}
+        whole = {one for one in known if one.lower() == name.model.lower()}
+        if name.file is None:  # of GGUF files, all quantizations
+            whole |= {one for one in known if repository_of(one).lower() == name.repository.lower()}
     ownerless = set() if "/" in wanted else {one for one in known if _tail(one).lower() == wanted.lower()}
     return whole or ownerless, revision or None
 

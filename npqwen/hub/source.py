@@ -12,19 +12,24 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import INDEX
 from npqwen.format.small_files import SMALL_FILES, TEMPLATES
+from npqwen.format.text_part import text_part
+from npqwen.hub.names import file_name
+
+if TYPE_CHECKING:
+    from npqwen_quant.gguf import GgufModel
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 """The files of a conversion. Weights of other frameworks stay on the hub."""
 IGNORED = ["*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*"]
 """Of subdirectories, only additional_chat_templates is needed."""
 
-WEIGHTS = ("config.json", "*.safetensors", INDEX)
+WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", INDEX)
 """What a converted model's weights depend on."""
 
 
@@ -42,7 +47,8 @@ class Source(ABC):
 
     label: how messages call it. model: its hub id, or the absolute path of its directory. files: by their paths in it.
     originals: the repositories that it was made from, as its model card says. pipeline: the task that the hub shows.
-    remote: whether the files are on the hub. revision, commit: of the hub's repositories.
+    remote: whether the files are on the hub. revision, commit: of the hub's repositories. gguf: whether it is a model
+    in GGUF; then `files` are its shards and nothing else.
     """
 
     label: str
@@ -51,6 +57,7 @@ class Source(ABC):
     originals: tuple[str, ...] = ()
     pipeline: str | None = None
     remote = False
+    gguf = False
     revision: str | None = None
     commit: str | None = None
 
@@ -65,7 +72,18 @@ class Source(ABC):
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
-        """Its config.json, unchecked. CheckpointError if it is missing or damaged."""
+        """Its config.json, unchecked; of a multimodal checkpoint, that of its text part. CheckpointError if it is
+        missing or damaged.
+        """
+        return text_part(self._whole_config) or self._whole_config
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it is a multimodal checkpoint, whose text part alone is converted."""
+        return "config.json" in self.files and text_part(self._whole_config) is not None
+
+    @cached_property
+    def _whole_config(self) -> dict[str, Any]:
         if "config.json" not in self.files:
             raise CheckpointError(
                 f"{self.label}: config.json is missing: this is not a checkpoint, or not a complete one"
@@ -84,6 +102,19 @@ class Source(ABC):
             if is_wanted(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
         }
 
+    @property
+    def has_template(self) -> bool:
+        """Whether it has a chat template. CheckpointError for a damaged file."""
+        if "chat_template.jinja" in self.files or self.has(TEMPLATES):
+            return True
+        names = [name for name in ("tokenizer_config.json", "chat_template.json") if name in self.files]
+        return any(read_json(self.small_file(name)).get("chat_template") for name in names)
+
+    @property
+    def weights(self) -> dict[str, File]:
+        """The files of weights, by name."""
+        return dict(sorted(self.files.items())) if self.gguf else self.matching("*.safetensors")
+
     def has(self, pattern: str) -> bool:
         """Whether a file's path matches a pattern."""
         return any(fnmatchcase(name, pattern) for name in self.files)
@@ -99,7 +130,8 @@ class Source(ABC):
         return self._digest(SMALL_FILES)
 
     def _digest(self, patterns: tuple[str, ...]) -> str:
-        states = [(name, file.digest) for name, file in self.matching(*patterns).items()]
+        found = sorted(self.files.items()) if self.gguf else self.matching(*patterns).items()
+        states = [(name, file.digest) for name, file in found]
         return hashlib.sha256(json.dumps([self._salt, states]).encode()).hexdigest()
 
     @property
@@ -151,6 +183,69 @@ class LocalSource(Source):
     @property
     def _salt(self) -> str:
         return self.model
+
+
+class GgufSource(Source):
+    """A model in GGUF on this machine: a file, its shards, or a directory of these.
+
+    directory: what was named, which `npqwen_quant` takes. label: how messages call it. Raises CheckpointError if a
+    shard is missing, or if the directory has several models.
+    """
+
+    gguf = True
+
+    def __init__(self, directory: Path, label: str | None = None) -> None:
+        from npqwen_quant.gguf import gguf_files
+
+        self.directory = directory
+        self.label = label or str(directory)
+        self.paths = gguf_files(directory)
+        self.model = str(self.paths[0].parent.resolve() / self.paths[0].name)
+        self.files = {path.name: self._file(path) for path in self.paths}
+
+    def _file(self, path: Path) -> File:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        return File(status.st_size, LocalSource._content(path, status))
+
+    def small_file(self, name: str) -> Path:
+        raise CheckpointError(f"{self.label} is a GGUF file, which has no {name}")
+
+    @cached_property
+    def _parsed(self) -> GgufModel:
+        from npqwen_quant.gguf import GgufModel
+
+        return GgufModel(self.paths)
+
+    @property
+    def quantized(self) -> list[str]:
+        """The formats of its matrices, if any is quantized."""
+        return self._parsed.kinds if self._parsed.quantized else []
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        return self._parsed.raw_config
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._parsed.tokenizer.templates())
+
+    @property
+    def folder(self) -> Path:
+        return Path("local", file_name(self.model))
+
+    @property
+    def _salt(self) -> str:
+        return self.model
+
+
+def local_source(path: Path) -> Source:
+    """The checkpoint of a path: a directory, or GGUF."""
+    from npqwen_quant.gguf import gguf_files
+
+    return GgufSource(path) if gguf_files(path) else LocalSource(path)
 
 
 def is_wanted(name: str) -> bool:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
 from npqwen.format.config import MODEL_TYPES, Config, read_json
-from npqwen.format.files import read_small
+from npqwen.format.files import is_lfs_pointer
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import TEMPLATES
 from npqwen.hub.names import advice
+from npqwen.hub.repository import HubSource
 from npqwen.hub.source import Source
+
+if TYPE_CHECKING:
+    from npqwen_quant.quantized import QuantizedFormat
 
 Purpose = Literal["arrays", "text", "chat"]
 """What a model is opened for: with "arrays" its logits and hidden states, with "text" it writes, with "chat" it answers
 by its chat template."""
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024
-"""No pointer is larger."""
-
 _OTHER_WEIGHTS = {
-    ".gguf": "GGUF",
     ".bin": "PyTorch pickles (.bin)",
     ".pth": "PyTorch pickles (.pth)",
     ".pt": "PyTorch pickles (.pt)",
@@ -41,8 +39,13 @@ def check(source: Source, purpose: Purpose) -> None:
 
     The message names what would work.
     """
-    _refuse_pointers(source)
-    _refuse_other_files(source)
+    if isinstance(source, HubSource) and source.gguf:
+        _check_architecture(source)
+        check_purpose(source, purpose)
+        return
+    if not source.gguf:
+        _refuse_pointers(source)
+        _refuse_other_files(source)
     raw = source.raw_config
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -50,10 +53,11 @@ def check(source: Source, purpose: Purpose) -> None:
             f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
             f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
         )
-    _refuse_quantized(source, raw)
-    Config.from_dict(raw, f"{source.label}: config.json")
+    if not source.gguf:
+        quantized_format(source)
+    Config.from_dict(raw, source.label if source.gguf else f"{source.label}: config.json")
     _refuse_heads(source, raw)
-    if "tokenizer.json" not in source.files:
+    if not source.gguf and "tokenizer.json" not in source.files:
         raise CheckpointError(
             f"{source.label} has no tokenizer.json, which npqwen needs; add it from the model that this one was made "
             "from, or save it with transformers' fast tokenizer"
@@ -61,29 +65,35 @@ def check(source: Source, purpose: Purpose) -> None:
     check_purpose(source, purpose)
 
 
+def quantized_format(source: Source) -> QuantizedFormat | None:
+    """How a checkpoint's weights are quantized; None if they are not. CheckpointError for a format that is not read."""
+    from npqwen_quant.quantized import GPTQ_FILE, format_of
+
+    of_gptq = read_json(source.small_file(GPTQ_FILE)) if GPTQ_FILE in source.files else None
+    instead = f"{advice(source.label, source.originals)}, and --bits to quantize it"
+    return format_of(source.raw_config, source.label, of_gptq, instead)
+
+
 def check_purpose(source: Source, purpose: Purpose) -> None:
     """Raise OptionError for a model that cannot do this, although npqwen runs it."""
     _refuse_other_tasks(source, purpose)
-    if purpose == "chat":
-        _check_template(source)
-
-
-def _check_template(source: Source) -> None:
-    """Raise OptionError for a model without a chat template."""
-    if "chat_template.jinja" in source.files or source.has(TEMPLATES):
-        return
-    path = source.small_file("tokenizer_config.json") if "tokenizer_config.json" in source.files else None
-    if path is None or not read_json(path).get("chat_template"):
+    if purpose == "chat" and not source.has_template:
         raise OptionError(
             f"{source.label} has no chat template, like all base models; continue a text with generate instead"
         )
 
 
+def _check_architecture(source: HubSource) -> None:
+    """Raise CheckpointError for a GGUF file that cannot be read, before its download, as far as the hub says."""
+    from npqwen_quant.gguf_config import refuse_architecture
+
+    if source.architecture is not None:
+        refuse_architecture(source.label, source.architecture)
+
+
 def file_error(path: Path, label: str) -> NpqwenError:
     """The error about a file that was given in place of a directory."""
     kind = _OTHER_WEIGHTS.get(path.suffix.lower())
-    if kind == "GGUF":
-        return CheckpointError(f"{label} is a GGUF file, which npqwen does not read; {advice(path.name)}")
     if kind is not None:
         return CheckpointError(f"{label} is a file of {kind}, which npqwen does not read; {advice(path.name)}")
     return ModelNotFoundError(f"{label} is a file; give its directory, or a hub id like Qwen/Qwen3-0.6B")
@@ -93,19 +103,12 @@ def _refuse_pointers(source: Source) -> None:
     """Files of a clone without Git LFS: three lines in place of the content. The hub gives content."""
     if source.remote:
         return
-    for name, file in source.matching("*.safetensors", "*.json").items():
-        if file.nbytes <= _POINTER_BYTES and _begins(source.small_file(name), _POINTER):
+    for name in source.matching("*.safetensors", "*.json"):
+        if is_lfs_pointer(source.small_file(name)):
             raise CheckpointError(
                 f"{source.label}/{name} is a Git LFS pointer, not the file itself; run `git lfs pull` there, "
                 f"or {advice(source.label, source.originals)}"
             )
-
-
-def _begins(path: Path, start: bytes) -> bool:
-    try:
-        return read_small(path, _POINTER_BYTES).startswith(start)
-    except OSError:
-        return False
 
 
 def _refuse_other_files(source: Source) -> None:
@@ -117,19 +120,14 @@ def _refuse_other_files(source: Source) -> None:
         base = read_json(source.small_file("adapter_config.json")).get("base_model_name_or_path")
         whose = f" of {shortened(base)}" if isinstance(base, str) and base else ""
         raise CheckpointError(
-            f"{label} is a LoRA adapter{whose}, which npqwen does not apply; merge it into its model with peft "
-            "(merge_and_unload, save_pretrained), and use the result"
+            f"{label} is a LoRA adapter{whose}; convert its model with it: npqwen convert MODEL OUT --adapter "
+            f"{label if not source.remote else 'DIRECTORY'}"
         )
     if _is_download_cache(label):
         repository = "/".join(PurePosixPath(label.replace("\\", "/")).name.split("--")[1:])
         raise CheckpointError(f"{label} is huggingface_hub's cache of a model; give its id, {shortened(repository)}")
     for suffix, kind in _OTHER_WEIGHTS.items():
         found = sorted(name for name in names if name.lower().endswith(suffix))
-        if found and suffix == ".gguf":
-            raise CheckpointError(
-                f"{label} holds GGUF files ({shortened(found[0])}), which npqwen does not read; "
-                f"{advice(found[0] if label == '.' else label, source.originals)}"
-            )
         if found and "config.json" in names:
             raise CheckpointError(
                 f"{label} has only {shortened(found[0])}, and npqwen reads no {kind}; use a repository with "
@@ -142,22 +140,6 @@ def _refuse_other_files(source: Source) -> None:
 def _is_download_cache(label: str) -> bool:
     path = Path(label)
     return path.name.startswith("models--") and (path / "snapshots").is_dir()
-
-
-def _refuse_quantized(source: Source, raw: dict[str, Any]) -> None:
-    label = source.label
-    found = raw.get("quantization_config") or raw.get("compression_config") or raw.get("quantization")
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if isinstance(raw.get("quantization"), dict) and method is None:
-        bits = raw["quantization"].get("bits")
-        kind = f"a model for MLX, quantized to {quoted(bits)} bits"
-    else:
-        kind = f"quantized already ({shortened(str(method))})"
-    raise CheckpointError(
-        f"{label} is {kind}, which npqwen does not read; {advice(label, source.originals)}, and --bits to quantize it"
-    )
 
 
 def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npqwen.errors import size
+from npqwen.errors import OptionError, size
 from npqwen.format.config import Config
 from npqwen.format.quantization import is_converted
 from npqwen.format.recipe import Recipe
+from npqwen.hub.names import original
 from npqwen.hub.repository import HubSource, download_directory
 from npqwen.hub.room import check_room, converted_bytes, free_bytes
-from npqwen.hub.source import LocalSource, Source
+from npqwen.hub.source import GgufSource, LocalSource, Source
+from npqwen.hub.support import quantized_format
 
 if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
     from npqwen_quant.calibration import Calibration
 
 Progress = Callable[[int, int], None]
@@ -47,10 +50,10 @@ class Transfer:
         return source.directory
 
     def directory(self) -> Path:
-        """The checkpoint's directory, with its weights, which are downloaded unless they are there."""
+        """The checkpoint's directory or GGUF file, which is downloaded unless it is there."""
         if isinstance(self.source, HubSource):
             return self.source.download(weights=True, bars=self._bars)
-        assert isinstance(self.source, LocalSource)
+        assert isinstance(self.source, LocalSource | GgufSource)
         return self.source.directory
 
     def update(self, other: Path, target: Path) -> None:
@@ -78,6 +81,7 @@ class Transfer:
         once: bool = False,
         calibration: Callable[[Path], Calibration] | None = None,
         calibration_progress: Progress | None = None,
+        adapters: Sequence[AdapterFile] = (),
     ) -> None:
         """Convert to `target`, after a download if the source is on the hub. See `npqwen.hub.convert`.
 
@@ -87,11 +91,17 @@ class Transfer:
 
         source = self.source
         if isinstance(source, HubSource):
+            if low_disk and source.gguf:
+                raise OptionError(
+                    f"low_disk (--low-disk) does not work with GGUF files; without it, {source.label} is downloaded as "
+                    f"a whole, and npqwen rm --download {source.repository} removes it afterwards"
+                )
             if low_disk:
                 self._convert_shards(source, target, recipe, force)
                 return
             self._announce_download(source, target, recipe)
         directory = self.directory()
+        self._tell_of_source(recipe, directory)
         times = "once, " if once else ""
         convert(
             directory,
@@ -101,7 +111,31 @@ class Transfer:
             progress=self._announced(f"converting {source.label} to {recipe.name}, {times}into {target}"),
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
+            adapters=adapters,
+            notice=self._tell,
         )
+
+    def _tell_of_source(self, recipe: Recipe, path: Path) -> None:
+        """Tell what of the source is left out, and that it lost precision before. path: where it is."""
+        source = self.source
+        if source.has_images:
+            self._tell(f"{source.label} is multimodal; npqwen runs its text part, without images")
+        found = self._quantization(path)
+        if found and recipe.matrices.is_integer:
+            known = original(source.model, source.originals)
+            better = "" if known is None else f"; the original, {known}, loses less"
+            self._tell(
+                f"{source.label} is quantized already ({found}); quantizing it again adds error, which npqwen convert "
+                f"--evaluate measures{better}"
+            )
+
+    def _quantization(self, path: Path) -> str:
+        """How the source's weights are quantized, for messages; "" if they are not."""
+        if self.source.gguf:
+            file = self.source if isinstance(self.source, GgufSource) else GgufSource(path)
+            return ", ".join(file.quantized[:3])
+        found = quantized_format(self.source)
+        return "" if found is None else found.description
 
     def _convert_shards(self, source: HubSource, target: Path, recipe: Recipe, force: bool) -> None:
         from npqwen_quant import Shards, convert_shards
@@ -115,6 +149,7 @@ class Transfer:
             f"({size(free_bytes(target))} free)"
         )
         directory = source.download(weights=False, bars=False)
+        self._tell_of_source(recipe, directory)
 
         def fetch(name: str, place: Path) -> Path:
             return source.shard(name, place, self._bars)
@@ -126,10 +161,13 @@ class Transfer:
             recipe.bits,
             force=force,
             progress=self._progress,
+            notice=self._tell,
         )
 
     def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:
         """Tell what is downloaded and converted, and where; OutputError if the disks have no room for it."""
+        from npqwen_quant.working import held_bytes
+
         place = download_directory()
         rest = source.missing(source.wanted)
         needs = {place: ("to download", rest)}
@@ -138,7 +176,7 @@ class Transfer:
         if target is not None and recipe is not None:
             weights = sum(source.files[name].nbytes for name in source.shards)
             converted = self._converted_bytes(recipe, weights)
-            needs[target.parent] = ("for the conversion", converted)
+            needs[target.parent] = ("for the conversion", max(0, converted - held_bytes(target)))
             line += f", then converting it to {recipe.name}, about {size(converted)}"
             largest = max((source.files[name].nbytes for name in source.shards), default=0)
             if largest < rest:
@@ -148,6 +186,9 @@ class Transfer:
             self._tell(line)
 
     def _converted_bytes(self, recipe: Recipe, weights: int) -> int:
+        source = self.source
+        if isinstance(source, HubSource) and source.gguf:  # its config is in it, so this is an estimate
+            return weights if source.parameters is None else int(source.parameters * (recipe.bits + 0.6) / 8)
         config = Config.from_dict(self.source.raw_config, f"{self.source.label}: config.json")
         return converted_bytes(config, recipe, weights) or weights
 

@@ -5,11 +5,12 @@ The checkpoint is run in float32, one layer in memory at a time, so that no unqu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.unquantized import final_states, logits
 from numpy.typing import NDArray
@@ -33,11 +34,13 @@ def evaluate_conversion(
     ids: NDArray[Any],
     text: str,
     progress: Callable[[int, int], None] | None = None,
+    adapters: Sequence[AdapterFile] = (),
 ) -> EvaluationRecord:
     """Compare a converted model with the checkpoint directory that it was made from.
 
     ids: token ids (sequences, tokens), at least 2 tokens each; every sequence is run from an empty context, and all its
     tokens but the first are predicted. text: its name in the record. progress(done, total): called with tokens run.
+    adapters: those that were merged into the weights.
 
     Raises CheckpointError if the checkpoint cannot be read, or if logits are not finite.
     """
@@ -47,7 +50,7 @@ def evaluate_conversion(
         if progress:
             progress(ids.size * done // layers, total)
 
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(checkpoint, adapters=adapters)
     states = final_states(source, ids, after_layers)
     values = []
     for i, (sequence, hidden) in enumerate(zip(ids, states, strict=True)):

@@ -11,6 +11,7 @@ from npqwen.errors import size
 from npqwen.hub.disk_usage import bytes_of
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
+from npqwen.hub.names import repository_of
 from npqwen.reports.columns import ago, columns
 
 
@@ -65,7 +66,7 @@ def use(download: Download, conversions: Sequence[Conversion]) -> str:
     """What a download is good for: "runs in place", "converted" (so it is not needed to run), or "not converted"."""
     if download.runs_in_place:
         return "runs in place"
-    usable = any(one.model == download.model and one.stale is None for one in conversions)
+    usable = any(repository_of(one.model) == download.model and one.stale is None for one in conversions)
     return "converted" if usable else "not converted"
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from npqwen_quant.output import try_lock
-
 from npqwen.atomic_file import writing
 from npqwen.checks import choice
 from npqwen.errors import OptionError, quoted, shortened
+from npqwen.file_lock import try_lock
 from npqwen.server.json_text import json_text
 
 if TYPE_CHECKING:

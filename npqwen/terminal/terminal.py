@@ -193,6 +193,10 @@ class Terminal:
         """Show progress of a calibration, in bytes of matrices."""
         self._progress("calibrating", "B", done, total)
 
+    def verification_progress(self, done: int, total: int) -> None:
+        """Show progress of reading a model to verify it, in bytes."""
+        self._progress("verifying", "B", done, total)
+
     def writing_progress(self, done: int, total: int) -> None:
         """Show progress of a text that is written to be calibrated with, in tokens."""
         self._progress("writing", " tokens", done, total)

@@ -1,9 +1,9 @@
 """Calibration: quantizing with error feedback, layer by layer, resumed where an interrupted one ended.
 
-The text's hidden states lie in a file of a working directory beside the output. Half a layer at a time (attention,
+The text's hidden states lie in a file of the conversion's working directory. Half a layer at a time (attention,
 feed-forward) they are advanced by the unquantized model, which gives the second moments of its matrices' inputs; the
 matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is done when the next
-hidden states have their name.
+hidden states have their name, which they get after the half's fits were synced.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.atomic_file import writing
+from npqwen.atomic_file import new_file, sync_directory, writing
 from npqwen.format.encodings import BLOCK_COLUMNS
 from npqwen.format.layout import pad
 from npqwen_quant import moments
-from npqwen_quant.checkpoint import Checkpoint, SourceTensor
+from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 from npqwen_quant.moments import Moments
+from npqwen_quant.placed_file import sync
 from npqwen_quant.search import F32, I8, U8, Codebook
+from npqwen_quant.tensors import SourceTensor
 
 Progress = Callable[[int, int], object]
 
@@ -48,10 +50,10 @@ class Calibration:
     it is called with for files, which are removed later."""
 
 
-def calibration_key(checkpoint: Checkpoint, calibration: Calibration, codebooks: Mapping[str, Codebook]) -> str:
-    """What a calibration depends on: a working directory of another key is of no use."""
+def calibration_key(calibration: Calibration, codebooks: Mapping[str, Codebook]) -> str:
+    """What a calibration depends on, beside the checkpoint."""
     books = {name: book.values.tolist() for name, book in codebooks.items()}
-    return json.dumps([_VERSION, checkpoint.states(), calibration.name, books], sort_keys=True)
+    return json.dumps([_VERSION, calibration.name, books], sort_keys=True)
 
 
 class Fits:
@@ -92,6 +94,10 @@ class Fits:
                 first += len(indices)
         path.with_suffix(".partial").replace(path)
 
+    def sync(self, source: str) -> None:
+        """Wait until the fits of a matrix are on the disk."""
+        sync(self._path(source))
+
     def _arrays(self, source: str, columns: int) -> tuple[tuple[str, int], ...]:
         """dtype and width of a file's arrays: row scales, block scales, indices."""
         width = pad(columns, BLOCK_COLUMNS)
@@ -126,7 +132,8 @@ def calibrate(
 ) -> Fits:
     """Fit matrices with error feedback.
 
-    codebooks: of the matrices to be fitted, by the checkpoint's names. directory: a working_directory. progress: called
+    codebooks: of the matrices to be fitted, by the checkpoint's names. directory: for files, those of an interrupted
+    calibration among them. progress: called
     with the bytes of those matrices, done and in all; may raise to stop. Raises OutputError if the directory cannot be
     written, CheckpointError for a checkpoint that cannot be read or has weights that are not finite.
     """
@@ -150,10 +157,12 @@ class _Run:
         self.executor, self.threads, self.progress = executor, threads, progress
         self.fits = Fits(directory, codebooks)
         self.done, self.total = 0, sum(sources[name].nbytes for name in codebooks)
+        self._unsynced: list[str] = []
 
     def run(self) -> Fits:
         halves = 2 * self.config.num_hidden_layers
         with writing(self.directory):
+            self.directory.mkdir(exist_ok=True)
             at = self._resumed_at(halves)
             if at < 0:
                 self._begin()
@@ -182,10 +191,13 @@ class _Run:
         self._save(rows[inverse.reshape(ids.shape)], 0)
 
     def _save(self, hidden: F32, half: int) -> None:
-        path = self._hidden(half)
-        with open(path.with_suffix(".partial"), "wb") as file:
+        """Store the hidden states that enter this half of a layer: all before it is done."""
+        for name in self._unsynced:
+            self.fits.sync(name)
+        self._unsynced.clear()
+        sync_directory(self.directory)
+        with new_file(self._hidden(half)) as file:
             np.save(file, hidden)
-        path.with_suffix(".partial").replace(path)
         if half:
             self._hidden(half - 1).unlink(missing_ok=True)
 
@@ -231,6 +243,7 @@ class _Run:
             if id(inputs) not in factors:
                 factors[id(inputs)] = [factor(_padded(total)) for total in inputs.sums]
             self.fits.store(name, self.sources[name].shape, self._parts(name, factors[id(inputs)]))
+            self._unsynced.append(name)
             self._count([name])
 
     def _parts(self, name: str, factors: list[Factor]) -> Iterable[tuple[U8, I8, F32]]:

@@ -1,137 +1,107 @@
-"""A Hugging Face checkpoint on disk: its configuration, and its tensors, located and read by rows."""
+"""A checkpoint on disk, Hugging Face's or a GGUF file: its configuration, and its tensors, located and read by rows."""
 
 from __future__ import annotations
 
-import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError, shortened
 from npqwen.format.config import Config, read_json
-from npqwen.format.files import open_regular, read_small
+from npqwen.format.files import read_small
 from npqwen.format.quantization import is_converted
-from npqwen.format.safetensors import INDEX, HeaderError, StoredTensor, read_header, read_index
+from npqwen.format.safetensors import INDEX, read_index
 from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
+from npqwen.format.text_part import text_name, text_part
+from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
+from npqwen_quant.experts import unfused, unstacked
+from npqwen_quant.gguf import GgufModel, gguf_files
+from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
+from npqwen_quant.small_file import SmallFile
+from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
-CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
-"""NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
 _UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
 """Small files that npqwen copies without reading them."""
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
 
-class SourceTensor(ABC):
-    """A tensor of a checkpoint, read by rows, however it is stored.
-
-    path: the file that messages name. shape: of the weights. nbytes: what all of it takes in the files.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @abstractmethod
-    def read(self, first: int, count: int) -> npt.NDArray[Any]:
-        """Read `count` rows (elements of a vector) from row `first` on, into a new array of float32, float16 or uint16,
-        the bits of bf16.
-
-        Raises CheckpointError if the file cannot be read or is too short. The values may be NaN or infinity.
-        """
-
-    def check(self, name: str) -> None:  # noqa: B027  most can be converted
-        """Raise CheckpointError, with the tensor's name, if `read` could not give its weights."""
-
-    def floats(self, first: int, count: int) -> npt.NDArray[np.float32]:
-        """`read`, as float32; CheckpointError for NaN and infinity too."""
-        floats = widen(self.read(first, count))
-        if not np.isfinite(floats).all():
-            raise CheckpointError(f"{self.path} holds NaN or infinity; the checkpoint is broken")
-        return floats
-
-
-class PlainTensor(SourceTensor):
-    """A tensor that a safetensors file stores as it is."""
-
-    def __init__(self, path: Path, stored: StoredTensor) -> None:
-        self.path = path
-        self.stored = stored
-        self.shape = stored.shape
-        self.nbytes = stored.nbytes
-
-    def check(self, name: str) -> None:
-        """Raise CheckpointError for a dtype that cannot be converted."""
-        if self.stored.dtype not in CONVERTIBLE:
-            raise CheckpointError(
-                f"{self.path}: {name} is stored as {shortened(self.stored.dtype)}; only BF16, F16 and F32 can be "
-                "converted"
-            )
-
-    def read(self, first: int, count: int) -> npt.NDArray[Any]:
-        """See SourceTensor."""
-        return self.stored_rows(first, count, CONVERTIBLE[self.stored.dtype])
-
-    def stored_rows(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
-        """`read`, of any dtype: NumPy's `dtype` is of the stored one's size."""
-        row_shape = self.shape[1:]
-        out = np.empty((count, *row_shape), dtype)
-        row_bytes = math.prod(row_shape) * out.itemsize
-        view = out.reshape(-1).view(np.uint8).data
-        try:
-            with open_regular(self.path) as file:
-                file.seek(self.stored.offset + first * row_bytes)
-                while view:
-                    got = file.readinto(view)  # type: ignore[attr-defined]
-                    if not got:
-                        raise CheckpointError(f"{self.path} became shorter while it was read")
-                    view = view[got:]
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        return out
-
-
-@dataclass(frozen=True)
-class SmallFile:
-    """A file that the conversion of a checkpoint has too: of its tokenizer, say.
-
-    name: its path in the directory, with "/". nbytes: of its content. read: gives the content; CheckpointError if it
-    cannot be read.
-    """
-
-    name: str
-    nbytes: int
-    read: Callable[[], bytes]
-
-
 class Checkpoint:
-    """A checkpoint directory of `model.safetensors`, or of shards with an index.
+    """A checkpoint directory of `model.safetensors`, or of shards with an index; or a GGUF file, one of several shards
+    of a model, or a directory of these.
 
     Tensors go by the names that Qwen3ForCausalLM gives them; files of the bare base model, whose names lack the leading
     `model.`, are read too.
     """
 
-    def __init__(self, directory: Path, *, weights: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()
+    ) -> None:
         """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong.
 
-        weights: False for a directory that holds none; then `tensors` is empty.
+        weights: False for a directory that holds none; then `tensors` is empty. adapters: LoRA adapters, which are
+        merged into the tensors, one after the other.
         """
-        if not directory.is_dir():
-            raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory")
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
+        self._gguf: GgufModel | None = None
+        self.has_images = False
+        """Whether it is multimodal; then only its text part is read."""
+        self.format: QuantizedFormat | None = None
+        """How the weights are quantized; None if they are not, or in GGUF's own formats."""
+        if weights and (files := gguf_files(directory)):
+            self._read_gguf(files)
+        else:
+            self._read_directory(weights)
+        for file in adapters:
+            self._adapt(Adapter(file))
+
+    def _read_gguf(self, files: Sequence[Path]) -> None:
+        self._watch(files)
+        self._gguf = GgufModel(files)
+        self.raw_config = self._gguf.raw_config
+        self.config = Config.from_dict(self.raw_config, str(files[0]))
+        self.tensors = self._gguf.tensors
+
+    def _read_directory(self, weights: bool) -> None:
+        directory = self.directory
+        if not directory.is_dir():
+            raise ModelNotFoundError(f"{directory} is not a directory; SOURCE must be a checkpoint directory or GGUF")
         self._watch([directory / "config.json"])
-        self.raw_config = read_json(directory / "config.json")
-        _refuse_quantized(self.raw_config, directory)
-        self.config = Config.from_dict(self.raw_config, str(directory / "config.json"))
-        self.tensors = with_prefix(self._read_tensors()) if weights else {}
+        whole = read_json(directory / "config.json")
+        if any(whole.get(key) for key in KEYS) and is_converted(directory):
+            raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
+        text = text_part(whole)
+        raw = whole if text is None else text
+        self.has_images = text is not None
+        self.format = format_of(raw, str(directory), self._of_gptq())
+        self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
+        """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
+        self.config = Config.from_dict(raw, str(directory / "config.json"))
+        self.tensors = self.sources(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
+
+    def _adapt(self, adapter: Adapter) -> None:
+        """Merge an adapter into the tensors."""
+        self._watch(adapter.paths)
+        if adapter.unties and self.config.tie_word_embeddings:
+            self.config = replace(self.config, tie_word_embeddings=False)
+            self.raw_config |= {"tie_word_embeddings": False}
+            self.tensors[OUTPUT] = self.tensors[EMBEDDING]
+        self.tensors = adapter.apply(self.tensors)
+
+    def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
+        """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
+        found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
+        found = unstacked(found, self.config)
+        tensors = self.format.dequantized(found) if self.format else found
+        return unfused(with_prefix(tensors), self.config)
+
+    def own_name(self, name: str) -> str | None:
+        """What a stored tensor would be called in a checkpoint of the text model alone; None for one of images."""
+        return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""
@@ -147,6 +117,8 @@ class Checkpoint:
 
     def small_files(self) -> list[SmallFile]:
         """The tokenizer, chat templates and whatever else belongs to a model beside its weights and config.json."""
+        if self._gguf is not None:
+            return self._gguf.small_files
         found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
         paths = (path for paths in found for path in paths if path.is_file())
         return [self._small_file(path) for path in paths if path.name not in _UNREAD or self._is_own(path)]
@@ -177,6 +149,14 @@ class Checkpoint:
         """Names, sizes and times of the last change of all files read so far."""
         return [(str(path), *state) for path, state in self._states.items()]
 
+    def _of_gptq(self) -> dict[str, Any] | None:
+        """Its GPTQ_FILE."""
+        path = self.directory / GPTQ_FILE
+        if not path.exists():
+            return None
+        self._watch([path])
+        return read_json(path)
+
     def _watch(self, paths: Iterable[Path]) -> None:
         for path in paths:
             self._states.setdefault(path, _state(path))
@@ -186,7 +166,7 @@ class Checkpoint:
         if single.exists():
             return self._read_header(single)
         if not index.exists():
-            patterns = "*.bin", "*.gguf", "*.pth"
+            patterns = "*.bin", "*.pth"
             others = sorted(path.name for pattern in patterns for path in self.directory.glob(pattern))
             found = f"; it holds {shortened(others[0])}, which cannot be converted" if others else ""
             raise CheckpointError(f"{self.directory} has neither model.safetensors nor an index of shards{found}")
@@ -205,20 +185,6 @@ class Checkpoint:
         return read_tensors(path)
 
 
-def read_tensors(path: Path) -> dict[str, PlainTensor]:
-    """The tensors of one file; CheckpointError if it is missing or damaged."""
-    try:
-        with open_regular(path) as file:
-            stored = read_header(file).tensors
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except HeaderError as error:
-        raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
-    return {name: PlainTensor(path, tensor) for name, tensor in stored.items()}
-
-
 def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
     """The tensor; CheckpointError if it has another shape than this, or cannot be converted."""
     if tensor.shape != shape:
@@ -227,15 +193,6 @@ def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTe
         )
     tensor.check(name)
     return tensor
-
-
-def widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float32 of f16, f32 or the bits of bf16."""
-    if stored.dtype == np.uint16:
-        wide = stored.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -247,26 +204,13 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _refuse_quantized(raw: dict[str, Any], directory: Path) -> None:
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if not quantization:
-        return
-    if is_converted(directory):
-        raise CheckpointError(f"{directory} is an npqwen model already; convert the checkpoint it came from")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    raise CheckpointError(
-        f"{directory} is quantized already (quant_method {quoted(method)}); convert the unquantized checkpoint, "
-        "in BF16, F16 or F32"
-    )
-
-
 def refuse_packed(tensors: Iterable[str], directory: Path) -> None:
     """CheckpointError for weights that are quantized already, though config.json does not say so."""
     for name in tensors:
         if name.endswith(_PACKED):
             raise CheckpointError(
-                f"{directory} is quantized already, as by MLX, GPTQ or AWQ: it has a tensor {shortened(name)}; convert "
-                "the unquantized checkpoint, in BF16, F16 or F32"
+                f"{directory} is quantized already: it has a tensor {shortened(name)}, but its config.json does not "
+                "say in which format; convert the unquantized checkpoint, in BF16, F16 or F32"
             )
 
 
@@ -282,4 +226,5 @@ def prefixed(name: str) -> str:
 
 def with_prefix(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
     """The tensors under the names of Qwen3ForCausalLM."""
-    return {prefixed(name) if is_bare(tensors) else name: tensor for name, tensor in tensors.items()}
+    bare = is_bare(tensors)
+    return {prefixed(name) if bare else name: tensor for name, tensor in tensors.items()}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,23 +13,30 @@ import numpy as np
 
 from npqwen.checks import check_whole
 from npqwen.errors import CheckpointError, OptionError, OutputError, shortened
+from npqwen.format.checksums import NAME as CHECKSUMS
+from npqwen.format.checksums import Checksums, bytes_digest, config_digest
 from npqwen.format.files import read_small
 from npqwen.format.layout import Codebook
-from npqwen.format.quantization import Quantization
+from npqwen.format.quantization import FORMAT_VERSION, Quantization
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import TOKENIZER
+from npqwen.format.small_files import FOR_PEOPLE, TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
-from npqwen_quant.calibration import Calibration, Fits, calibrate, calibration_key
-from npqwen_quant.checkpoint import Checkpoint, SmallFile, SourceTensor
-from npqwen_quant.output import Output
-from npqwen_quant.packing import header, packed
+from npqwen_quant.adapter import AdapterFile
+from npqwen_quant.calibration import Calibration, calibrate, calibration_key
+from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.output import Notice, Output
+from npqwen_quant.packing import bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
-from npqwen_quant.working import working_directory
+from npqwen_quant.small_file import SmallFile
+from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
+from npqwen_quant.tensors import SourceTensor
+from npqwen_quant.writer import Writer
 
-OutputFile = list[OutputTensor]
+_VERSION = 1
+"""Changed with the order of steps, or with what the files of a working directory mean."""
 
 # Each takes some 7 MB, and no disk keeps up with more.
 _MAX_THREADS = 64
@@ -47,8 +53,10 @@ def convert(
     shard_bytes: int = 4_000_000_000,
     calibration: Calibration | None = None,
     calibration_progress: Progress | None = None,
+    adapters: Sequence[AdapterFile] = (),
+    notice: Notice | None = None,
 ) -> None:
-    """Convert the checkpoint directory `source` into the model directory `out` (quant/FORMAT.md).
+    """Convert the checkpoint directory `source`, or a GGUF file, into the model directory `out` (quant/FORMAT.md).
 
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
@@ -56,53 +64,93 @@ def convert(
     progress: bars on stderr; default: if stderr is a terminal or a notebook's. False shows none, True always shows
     them. A function (bytes_done, bytes_total) of the checkpoint's tensors takes their place; it may raise to stop.
     shard_bytes: size of the output's files; all tensors are in one file, if they fit.
-    calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback). An
-    interrupted calibration is resumed by the next one with the same arguments. calibration_progress: a function
-    (bytes_done, bytes_total) of the matrices, in place of a bar.
+    calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback).
+    calibration_progress: a function (bytes_done, bytes_total) of the matrices, in place of a bar.
+    adapters: LoRA adapters to merge into the weights (npqwen_quant.adapter).
+    notice(line): called when an interrupted conversion is resumed, and with what stays of an interrupted one.
 
-    `out` appears complete and synced, or not at all. Raises CheckpointError for a source that cannot be converted or
-    changes on the way, OutputError for an `out` that cannot be written, OptionError for impossible options.
+    `out` appears complete and synced, or not at all. A conversion that was interrupted, even by a power failure, is
+    resumed by the next one to `out` with the same arguments (threads may differ), and the result is the same to the
+    byte; until then, what is done lies in a hidden directory beside `out`, which a conversion with other arguments
+    removes. Raises CheckpointError for a source that cannot be converted or changes on the way, OutputError for an
+    `out` that cannot be written or is being converted by another process, OptionError for impossible options.
     """
     bars, own = bars_or(progress)
     source, out = Path(source), Path(out)
     recipe = recipe_of(bits)
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
-    checkpoint = Checkpoint(source)
-    refuse_impossible_counts(checkpoint, len(checkpoint.tensors))
-    tensors = plan(checkpoint.config, recipe)
+    checkpoint = Checkpoint(source, adapters=adapters)
+    tensors, sources = planned_from(checkpoint, recipe)
     codebooks = {} if calibration is None else _codebooks(tensors)
     if calibration is not None and not codebooks:
         raise OptionError(f"calibration makes no difference to {bits} bits; use it with fewer")
-    sources = _find(checkpoint, tensors)
     refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
-    output = Output(out, force=force)
     files = deal(tensors, shard_bytes)
+    states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
+    text = None if calibration is None else calibration_key(calibration, codebooks)
+    strengths = [adapter.strength for adapter in adapters]
+    key = conversion_key("whole", [*states, strengths], recipe, shard_bytes, text)
+    output = Output(out, key, force=force, notice=notice)
     small = checkpoint.small_files()
-    total = sum(len(header(file)) for file in files) + sum(tensor.nbytes for tensor in tensors)
+    nbytes = output_bytes(files, small)
     if calibration is not None:
-        total *= 2  # fits take as much as the output, and are removed after it is written
-    output.check_room(total + sum(file.nbytes for file in small) + (1 << 20))
-    name = None if calibration is None else calibration.name
-    with output, bars, contextlib.ExitStack() as stack:
-        write_small(output, small)
-        fits = None
-        if calibration is not None:
-            key = calibration_key(checkpoint, calibration, codebooks)
-            place = stack.enter_context(working_directory(output.path, "calibration", key))
-            with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-calibrate") as pool:
-                fits = calibrate(
-                    checkpoint,
-                    sources,
-                    codebooks,
-                    calibration,
-                    place,
-                    pool,
-                    threads,
-                    calibration_progress or bars.of("calibrating"),
-                )
-        _write_tensors(output, files, sources, fits, threads, own or bars.of("converting"))
-        complete(output, checkpoint, recipe, tensors, name)
+        nbytes *= 2  # fits take as much as the output, and are removed after it is written
+    with output, bars, ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
+        try:
+            output.check_room(nbytes)
+            output.begin(files)
+            digests = write_small(output, small)
+            with Writer(output.work, places(files)) as writer:
+                whole = steps(pieces(files))
+                done = sum(bytes_read(step, sources) for step in writer.skip(whole))
+                total = sum(tensor.nbytes for tensor in sources.values())
+                if done and notice:
+                    notice(f"resuming an interrupted conversion, of which {done / total:.0%} is done")
+                fits = None
+                if calibration is not None:
+                    fits = calibrate(
+                        checkpoint,
+                        sources,
+                        codebooks,
+                        calibration,
+                        output.work.calibration,
+                        pool,
+                        threads,
+                        calibration_progress or bars.of("calibrating"),
+                    )
+                report = own or bars.of("converting")
+                if report:
+                    report(done, total)
+                for read in writer.write(packed(pool, threads, whole, sources, fits)):
+                    done += read
+                    if report:
+                        report(done, total)
+                writer.sync()
+            name = None if calibration is None else calibration.name
+            complete(output, checkpoint, recipe, files, Checksums(writer.digests, digests), name)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def conversion_key(
+    kind: str, weights: object, recipe: Recipe, shard_bytes: int, calibration: str | None = None
+) -> str:
+    """What the bytes of a conversion depend on, and the order in which they are written.
+
+    weights: identifies the checkpoint's config.json and weights. calibration: identifies the text.
+    """
+    from importlib.metadata import version
+
+    parts = kind, _VERSION, FORMAT_VERSION, version("npqwen"), weights, recipe.name, shard_bytes, calibration
+    return json.dumps(parts, sort_keys=True)
+
+
+def output_bytes(files: Mapping[str, OutputFile], small: Iterable[SmallFile]) -> int:
+    """About what a conversion's files take."""
+    weights = sum(len(header(file)) + sum(tensor.nbytes for tensor in file) for file in files.values())
+    return weights + sum(file.nbytes for file in small) + (1 << 20)
 
 
 def update(
@@ -117,14 +165,18 @@ def update(
     converted, source, out = Path(converted), Path(source), Path(out)
     checkpoint = Checkpoint(source, weights=False)
     quantization = Quantization.from_directory(converted)
-    output = Output(out, force=False)
-    with output:
+    checksums = Checksums.of(converted)
+    small = checkpoint.small_files()
+    with Output(out, json.dumps(["update", os.path.realpath(converted)]), force=False) as output:
+        output.check_room(sum(file.nbytes for file in small) + (1 << 20))
+        output.begin(())
         for path in sorted([*converted.glob("*.safetensors"), *converted.glob(INDEX)]):
             output.link(path, path.name)
-        write_small(output, checkpoint.small_files())
-        if not _equal(converted / TOKENIZER, output.partial / TOKENIZER):
+        digests = write_small(output, small)
+        if not _equal(converted / TOKENIZER, output.work.output / TOKENIZER):
             quantization = replace(quantization, evaluation=None)
-        _complete(output, checkpoint, quantization)
+        # Of a model that has none, they would be those of whatever its weights have become.
+        _complete(output, checkpoint, quantization, checksums and replace(checksums, files=digests))
 
 
 def _equal(first: Path, second: Path) -> bool:
@@ -135,36 +187,55 @@ def _equal(first: Path, second: Path) -> bool:
         return False
 
 
-def write_small(output: Output, files: Iterable[SmallFile]) -> None:
-    """Write the small files of a checkpoint."""
+def write_small(output: Output, files: Iterable[SmallFile]) -> dict[str, str]:
+    """Write the small files of a checkpoint; returns the digests of those that programs read."""
+    digests = {}
     for file in files:
-        with output.create(file.name) as write:
-            write(file.read())
+        data = file.read()
+        output.create(file.name, data)
+        if file.name not in FOR_PEOPLE:
+            digests[file.name] = bytes_digest(data)
+    return digests
 
 
 def complete(
     output: Output,
     checkpoint: Checkpoint,
     recipe: Recipe,
-    tensors: Sequence[OutputTensor],
+    files: Mapping[str, OutputFile],
+    checksums: Checksums,
     calibration: str | None = None,
 ) -> None:
-    """Write config.json, without which a directory is not a model, and give the output its name.
+    """Write the index and config.json, without which a directory is not a model, and give the output its name.
 
-    calibration: the name of the text. Raises CheckpointError if the checkpoint has changed since it was first read.
+    files: their tensors. checksums: those of tensors and small files. calibration: the name of the text. Raises
+    CheckpointError if the checkpoint has changed since it was first read.
     """
+    if len(files) > 1:
+        size = sum(tensor.nbytes for file in files.values() for tensor in file)
+        weight_map = {tensor.name: name for name, file in files.items() for tensor in file}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        output.create(INDEX, json.dumps(index, indent=2).encode())
     encodings = {
         planned.name: planned.encoding
-        for planned in tensors
+        for file in files.values()
+        for planned in file
         if planned.encoding is not None and not isinstance(planned.tensor, Codebook)
     }
-    _complete(output, checkpoint, Quantization(recipe, encodings, calibration=calibration))
+    # In order: those that an interrupted conversion made may have come in another one.
+    ordered = {planned.name: checksums.tensors[planned.name] for file in files.values() for planned in file}
+    quantization = Quantization(recipe, encodings, calibration=calibration)
+    _complete(output, checkpoint, quantization, replace(checksums, tensors=ordered))
 
 
-def _complete(output: Output, checkpoint: Checkpoint, quantization: Quantization) -> None:
+def _complete(
+    output: Output, checkpoint: Checkpoint, quantization: Quantization, checksums: Checksums | None
+) -> None:
     config = checkpoint.raw_config | quantization.as_dict()
-    with output.create("config.json") as write:
-        write((json.dumps(config, indent=2) + "\n").encode())
+    if checksums is not None:
+        files = {**checksums.files, "config.json": config_digest(config)}
+        output.create(CHECKSUMS, replace(checksums, files=files).as_bytes())
+    output.create("config.json", (json.dumps(config, indent=2) + "\n").encode())
     checkpoint.check_unchanged()
     output.complete()
 
@@ -197,12 +268,17 @@ def refuse_impossible_counts(checkpoint: Checkpoint, available: int) -> None:
         )
 
 
-def _find(checkpoint: Checkpoint, tensors: Sequence[OutputTensor]) -> dict[str, SourceTensor]:
-    """The checkpoint's tensors that the plan needs; CheckpointError for one missing, of wrong shape or unknown."""
+def planned_from(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[OutputTensor], dict[str, SourceTensor]]:
+    """The tensors of the converted model, and the checkpoint's that they are made from, by name.
+
+    Raises CheckpointError for one that is missing, of wrong shape or unknown.
+    """
+    refuse_impossible_counts(checkpoint, len(checkpoint.tensors))
+    tensors = plan(checkpoint.config, recipe)
     found = {name: checkpoint.tensor(name, shape) for planned in tensors for name, shape in planned.sources.items()}
     for name, tensor in checkpoint.tensors.items():
         refuse_unknown(name, found, tensor.path)
-    return found
+    return tensors, found
 
 
 def refuse_unknown(name: str, planned: Container[str], path: Path) -> None:
@@ -225,60 +301,3 @@ def refuse_nesting(source: Path, out: Path) -> None:
 def default_threads(root: Path = Path("/")) -> int:
     """root: where /proc and /sys are."""
     return min(usable_cpus(root), _MAX_THREADS)
-
-
-def deal(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[OutputFile]:
-    """Deal the tensors out, in order, to files of at most `shard_bytes`, or of one tensor."""
-    files: list[OutputFile] = [[]]
-    size = 0
-    for tensor in tensors:
-        if files[-1] and size + tensor.nbytes > shard_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(tensor)
-        size += tensor.nbytes
-    return files
-
-
-def _write_tensors(
-    output: Output,
-    files: Sequence[OutputFile],
-    sources: dict[str, SourceTensor],
-    fits: Fits | None,
-    threads: int,
-    progress: Progress | None,
-) -> None:
-    done, total = 0, sum(source.nbytes for source in sources.values())
-    with ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
-        try:
-            if progress:
-                progress(done, total)
-            for name, tensors in zip(names(files), files, strict=True):
-                with output.create(name) as write:
-                    write(header(tensors))
-                    for data, bytes_read in packed(pool, threads, tensors, sources, fits):
-                        write(data.data)
-                        done += bytes_read
-                        if progress:
-                            progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    write_index(output, files)
-
-
-def names(files: Sequence[OutputFile]) -> list[str]:
-    """What the files are called."""
-    if len(files) == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-
-
-def write_index(output: Output, files: Sequence[OutputFile]) -> None:
-    """Write the index of the files, if there is more than one."""
-    if len(files) == 1:
-        return
-    size = sum(tensor.nbytes for tensors in files for tensor in tensors)
-    weight_map = {tensor.name: name for name, tensors in zip(names(files), files, strict=True) for tensor in tensors}
-    with output.create(INDEX) as write:
-        write(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2).encode())

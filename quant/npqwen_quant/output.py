@@ -5,157 +5,173 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shutil
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from npqwen.atomic_file import exchange, sync_directory, writing
-from npqwen.errors import OutputError, size
+from npqwen.errors import CheckpointError, OutputError, size
 from npqwen.format.quantization import is_converted
+from npqwen_quant.working import WorkingDirectory, others, remove_removed
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-WRITE_BYTES = 1 << 21
-"""Bytes per write, aligned in the file: Linux keeps each in one huge page, if the file system supports it."""
+Notice = Callable[[str], object]
 
 
 class Output:
-    """The directory `path`, written as a hidden sibling and renamed once it is complete.
+    """The directory `path`, written in a working directory beside it and renamed once it is complete.
 
-    A context manager that removes the sibling when it is left without `complete()`. A killed process leaves the sibling
-    behind, unlocked: the next conversion to `path` removes it.
+    A context manager. After an exception or a kill, the working directory stays if it saves the next conversion with
+    the same key some work; a CheckpointError removes it. Remains of conversions with other keys to the same place are
+    removed, unless their processes live.
     """
 
-    def __init__(self, path: Path, *, force: bool) -> None:
-        """Raises OutputError if `path` exists; with `force`, only if it holds anything but a converted model."""
-        self.path = Path(os.path.realpath(path))
-        self.force = force
-        with writing(self.path):
-            self._clean_up()
-            self._check()
-        self._suffix = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.partial = self._sibling("partial", self._suffix)
-        self._old = self._sibling("old", self._suffix)
-        self._lock: BinaryIO | None = None
+    def __init__(self, path: Path, key: str, *, force: bool, notice: Notice | None = None) -> None:
+        """key: what the result depends on. notice: called with a line that says what stays after an exception.
 
-    def check_room(self, nbytes: int) -> None:
-        """Raise OutputError if the disk has less than `nbytes` free."""
+        Raises OutputError if `path` exists; with `force`, only if it holds anything but a converted model.
+        """
+        self.path = Path(os.path.realpath(path))
+        self._key, self._force, self._notice = key, force, notice
         with writing(self.path):
-            existing = next(parent for parent in self.path.parents if parent.exists())
-            free = shutil.disk_usage(existing).free
-        if free < nbytes:
-            raise OutputError(f"{self.path} would take {size(nbytes)}, but only {size(free)} is free there")
+            remove_removed(self.path)
+            for work in others(self.path):
+                work.put_back()
+                if not work.is_resumable():
+                    work.remove()
+            self._check()
+        self._work: WorkingDirectory | None = None
+
+    @property
+    def work(self) -> WorkingDirectory:
+        """The working directory, between entering and leaving."""
+        assert self._work is not None
+        return self._work
 
     def __enter__(self) -> Output:
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Locked before the directory exists, so that no other conversion takes it for abandoned.
-            self._lock = _locked(self._lock_path(self._suffix))
-            try:
-                self.partial.mkdir()
+        self._work = WorkingDirectory.open(self.path, self._key)
+        try:
+            with writing(self.path):
+                self.work.put_back()
                 if os.path.lexists(self.path):  # a directory that cannot be renamed is refused now, not after hours
                     self._move_aside()
-                    self._old.rename(self.path)
-            except BaseException:
-                self._discard()
-                raise
+                    self.work.put_back()
+        except BaseException:
+            self._leave(keep=self.work.is_resumable())
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        keep = error is not None and not isinstance(error, CheckpointError) and self.work.is_resumable()
+        if keep and not self._force and is_converted(self.path):  # another process was faster
+            keep = False
+        try:
+            if keep and self._notice is not None:
+                self._notice(
+                    f"{size(self.work.allocated())} of the work stays in {self.work.path}; the next conversion with "
+                    "the same arguments resumes it"
+                )
+        finally:
+            self._leave(keep)
 
-    @contextlib.contextmanager
-    def create(self, name: str) -> Iterator[Callable[[memoryview | bytes], None]]:
-        """Create the file of this name. Yields a function that appends to it; on leaving, the file is synced."""
+    def check_room(self, nbytes: int) -> None:
+        """Raise OutputError if the disk has no room for what is missing of `nbytes`, which the conversion takes."""
         with writing(self.path):
-            (self.partial / name).parent.mkdir(exist_ok=True)
-            file = open(self.partial / name, "wb", buffering=0)  # noqa: SIM115
-        buffer = bytearray()
+            missing = nbytes - self.work.allocated()
+            free = shutil.disk_usage(self.path.parent).free
+            free += sum(work.allocated() for work in others(self.path, self.work.path))  # they will be removed
+        if free < missing:
+            more = " more" if missing < nbytes // 2 else ""
+            raise OutputError(f"{self.path} would take {size(missing)}{more}, but only {size(free)} is free there")
 
-        def write(data: memoryview | bytes) -> None:
-            rest = memoryview(data).cast("B")
-            while rest:
-                taken = rest[: WRITE_BYTES - len(buffer)]
-                buffer.extend(taken)
-                rest = rest[len(taken) :]
-                if len(buffer) == WRITE_BYTES:
-                    flush()
+    def begin(self, names: Collection[str]) -> None:
+        """Begin to write the output, or go on where an interrupted conversion ended.
 
-        def flush() -> None:
-            with writing(self.path), memoryview(buffer) as rest:
-                done = 0
-                while done < len(rest):
-                    done += file.write(rest[done:])
-            buffer.clear()
+        names: of the files that the journal is about. Others, from before an interruption, are removed, as are the
+        remains of conversions with other keys.
+        """
+        with writing(self.path):
+            for work in others(self.path, self.work.path):
+                work.remove()
+            if not self.work.load().steps:
+                shutil.rmtree(self.work.output, ignore_errors=True)
+            self.work.output.mkdir(exist_ok=True)
+            for entry in self.work.output.iterdir():
+                if entry.name not in names:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            sync_directory(self.path.parent)
 
-        with file:
-            yield write
-            flush()
-            with writing(self.path):
+    def create(self, name: str, data: bytes) -> None:
+        """Create a small file, and sync it."""
+        with writing(self.path):
+            path = self.work.output / name
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(data)
+                file.flush()
                 os.fsync(file.fileno())
-
-    def adopt(self, file: Path, name: str) -> None:
-        """Move a synced file of the same disk into the directory."""
-        with writing(self.path):
-            file.rename(self.partial / name)
+            if path.parent != self.work.output:
+                sync_directory(path.parent)
 
     def link(self, file: Path, name: str) -> None:
         """Put a file of the same disk into the directory without copying it; copied where there are no hard links."""
         with writing(self.path):
+            place = self.work.output / name
             try:
-                os.link(file, self.partial / name)
+                os.link(file, place)
             except OSError:
-                shutil.copyfile(file, self.partial / name)
-                with open(self.partial / name, "rb+") as copy:
+                shutil.copyfile(file, place)
+                with open(place, "rb+") as copy:
                     os.fsync(copy.fileno())
 
     def complete(self) -> None:
         """Give the directory its name; every file in it has been synced."""
         with writing(self.path):
-            sync_directory(self.partial)
+            sync_directory(self.work.output)
             self._check()
+            journal = self.work.load()
+            for place in (self.work.source, self.work.calibration):
+                shutil.rmtree(place, ignore_errors=True)
+            # A kill between the two steps below costs the work: else the next conversion might complete what lies
+            # there, which after an exchange is the old model.
+            self.work.forget()
             try:
                 self._take_name()
-            except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # another process was faster
-                    self._check()
+            except BaseException as error:
+                if self.work.output.is_dir():
+                    with contextlib.suppress(OSError, OutputError):
+                        self.work.store(journal)
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    self._check()  # another process was faster
                 raise
             sync_directory(self.path.parent)
 
     def _take_name(self) -> None:
+        new = self.work.output
         if not os.path.lexists(self.path):
-            self.partial.rename(self.path)
-        elif not exchange(self.partial, self.path):  # else the old model is discarded under the sibling's name
+            new.rename(self.path)
+        elif not exchange(new, self.path):  # else the old model is removed with the working directory
             if any(self.path.iterdir()):
                 self._move_aside()
             else:
                 self.path.rmdir()
-            self.partial.rename(self.path)
+            new.rename(self.path)
 
     def _check(self) -> None:
         if not os.path.lexists(self.path):
             return
         if not self.path.is_dir():
             raise OutputError(f"{self.path} exists already and is not a directory; choose another place")
-        # Neither of these can be renamed to make room for the finished sibling.
+        # Neither of these can be renamed to make room for the finished directory.
         if os.path.ismount(self.path):
             raise OutputError(f"{self.path} is a mount point; name a directory inside it")
         if os.path.samefile(self.path, os.curdir):
             raise OutputError(f"{self.path} is the current directory; name a directory inside it, or leave it first")
         if not any(self.path.iterdir()):
             return
-        if not self.force:
+        if not self._force:
             raise OutputError(f"{self.path} exists already; choose another place, or replace it with --force")
         if not is_converted(self.path):
             raise OutputError(
@@ -166,85 +182,18 @@ class Output:
     def _move_aside(self) -> None:
         """Rename the directory to be replaced, which Windows refuses while a program has mapped a file in it."""
         try:
-            self.path.rename(self._old)
+            self.work.move_aside()
         except PermissionError as error:
             raise OutputError(
                 f"{self.path} cannot be replaced ({error.strerror}); end the programs that run this model, "
                 "or choose another place"
             ) from error
 
-    def _discard(self) -> None:
-        """Remove the sibling and the replaced model; put the latter back if nothing replaced it."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self._settle(self._old)
-        if self._lock is not None:
-            self._lock.close()
-        with contextlib.suppress(OSError):
-            self._lock_path(self._suffix).unlink()
-
-    def _settle(self, old: Path) -> None:
-        """Remove `old`, a model that was moved aside; if no model has taken its place, put it back."""
-        if is_converted(self.path):
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                old.rename(self.path)
-
-    def _clean_up(self) -> None:
-        """Remove what killed conversions to this path left, and put back a model that one had moved aside."""
-        if not self.path.parent.is_dir():
-            return
-        ours = re.compile(rf"\.{re.escape(self.path.name)}\.(?:old|partial)-(\d+-[0-9a-f]{{8}})(?:\.lock)?")
-        found = {match[1] for entry in self.path.parent.iterdir() if (match := ours.fullmatch(entry.name))}
-        for suffix in found:
-            with contextlib.suppress(OSError):
-                self._remove_abandoned(suffix)
-
-    def _remove_abandoned(self, suffix: str) -> None:
-        """Remove the remains of the conversion with this suffix, unless its process is still running."""
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(FileNotFoundError):
-                if not try_lock(stack.enter_context(open(self._lock_path(suffix), "r+b"))):
-                    return
-            shutil.rmtree(self._sibling("partial", suffix), ignore_errors=True)
-            if (old := self._sibling("old", suffix)).is_dir():
-                self._settle(old)
-        self._lock_path(suffix).unlink(missing_ok=True)
-
-    def _sibling(self, kind: str, suffix: str) -> Path:
-        return self.path.with_name(f".{self.path.name}.{kind}-{suffix}")
-
-    def _lock_path(self, suffix: str) -> Path:
-        return self._sibling("partial", suffix + ".lock")
-
-
-def _locked(path: Path) -> BinaryIO:
-    """Create and lock a file; where the file system has no locks, only create it."""
-    while True:
-        file = open(path, "wb")  # noqa: SIM115
+    def _leave(self, keep: bool) -> None:
         try:
-            held = try_lock(file)
-        except OSError:
-            return file
-        # Another conversion may clean it up before it is locked: then it holds the lock, or has removed the file.
-        if held and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
-        time.sleep(0.01)
-
-
-def try_lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed or the process ends; False if another process has locked it.
-
-    Raises OSError where the file system has no locks.
-    """
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise
-    return True
+            with contextlib.suppress(OSError):
+                self.work.put_back()
+            if not keep:
+                self.work.remove()
+        finally:
+            self.work.unlock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,22 +12,11 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
 from npqwen.format.encodings import UNIT_ROWS, Encoding
-from npqwen.format.layout import Codebook, Matrix, Part, Vector, ceil_div
-from npqwen.format.quantization import FORMAT_VERSION
-from npqwen.format.safetensors import make_header
+from npqwen.format.layout import Matrix, Part, Vector, ceil_div
 from npqwen_quant import blocks
 from npqwen_quant.calibration import Fits
-from npqwen_quant.checkpoint import SourceTensor, widen
-from npqwen_quant.plan import OutputTensor
-
-# Weights per task: in float32 they fill a core's cache.
-_TASK = 1 << 20
-
-def header(tensors: Iterable[OutputTensor]) -> bytes:
-    """The beginning of a file of these tensors, up to their data."""
-    metadata = {"format": "npqwen", "format_version": str(FORMAT_VERSION)}
-    return make_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), metadata)
-
+from npqwen_quant.steps import Step
+from npqwen_quant.tensors import SourceTensor, widen
 
 Packed = tuple[npt.NDArray[Any], int]
 """Bytes for the output, and how many bytes of the checkpoint they were made from."""
@@ -36,34 +25,58 @@ Packed = tuple[npt.NDArray[Any], int]
 def packed(
     pool: ThreadPoolExecutor,
     threads: int,
-    tensors: Iterable[OutputTensor],
-    sources: dict[str, SourceTensor],
+    steps: Iterable[Step],
+    sources: Mapping[str, SourceTensor],
     fits: Fits | None = None,
-) -> Iterator[Packed]:
-    """The tensors' bytes, in order. The pool runs a few tasks ahead of the consumer, which bounds the memory."""
-    pending: deque[Future[Packed]] = deque()
-    for planned in tensors:
-        if isinstance(planned.tensor, Vector):
-            pending.append(pool.submit(_pack_vector, planned.tensor, sources))
-            continue
-        assert planned.encoding is not None
-        if isinstance(planned.tensor, Codebook):
-            pending.append(pool.submit(_pack_codebook, planned.encoding))
-            continue
-        for matrix in planned.matrices():
-            stride = max(part.stride for part in matrix.parts)
-            step = max(1, _TASK // (UNIT_ROWS * matrix.columns * stride)) * stride
-            unit_rows = matrix.units[0]
-            for first in range(0, unit_rows, step):
-                last = min(first + step, unit_rows)
-                pending.append(pool.submit(_pack_rows, matrix, planned.encoding, first, last, sources, fits))
-                while len(pending) > threads + 2:
-                    yield pending.popleft().result()
+) -> Iterator[tuple[Step, Packed]]:
+    """The bytes of some steps, in order. The pool runs a few steps ahead of the consumer, which bounds the memory."""
+    pending: deque[tuple[Step, Future[Packed]]] = deque()
+    for step in steps:
+        pending.append((step, pool.submit(_pack, step, sources, fits)))
+        if len(pending) > threads + 2:
+            ahead, future = pending.popleft()
+            yield ahead, future.result()
     while pending:
-        yield pending.popleft().result()
+        ahead, future = pending.popleft()
+        yield ahead, future.result()
 
 
-def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> Packed:
+def bytes_read(step: Step, sources: Mapping[str, SourceTensor]) -> int:
+    """How many bytes of the checkpoint a step is made from."""
+    content = step.piece.content
+    if isinstance(content, bytes):
+        return 0
+    if isinstance(content, Vector):
+        return sources[content.name].nbytes
+    total = 0
+    for part, row, count, _ in _rows(content, step):
+        nbytes = sources[part.source].nbytes
+        total += nbytes * (row + count) // part.rows - nbytes * row // part.rows
+    return total
+
+
+def _rows(matrix: Matrix, step: Step) -> Iterator[tuple[Part, int, int, int]]:
+    """What a step takes of each part: its first row, how many, and the unit row among the step's where they begin."""
+    for part in matrix.parts:
+        start = max(0, ceil_div(step.first - part.start, part.stride))
+        stop = min(part.unit_rows, ceil_div(step.last - part.start, part.stride))
+        if start < stop:
+            row = start * UNIT_ROWS
+            count = min(stop * UNIT_ROWS, part.rows) - row
+            yield part, row, count, part.start + start * part.stride - step.first
+
+
+def _pack(step: Step, sources: Mapping[str, SourceTensor], fits: Fits | None) -> Packed:
+    content = step.piece.content
+    if isinstance(content, bytes):
+        return np.frombuffer(content, np.uint8), 0
+    if isinstance(content, Vector):
+        return _pack_vector(content, sources)
+    assert step.piece.encoding is not None
+    return _pack_rows(content, step.piece.encoding, step, sources, fits)
+
+
+def _pack_vector(vector: Vector, sources: Mapping[str, SourceTensor]) -> Packed:
     source = sources[vector.name]
     out = np.zeros(vector.shape, np.float32)
     out[: vector.length] = widen(source.read(0, vector.length))
@@ -72,39 +85,27 @@ def _pack_vector(vector: Vector, sources: dict[str, SourceTensor]) -> Packed:
     return out, source.nbytes
 
 
-def _pack_codebook(encoding: Encoding) -> Packed:
-    return blocks.codebook(encoding), 0
-
-
 def _pack_rows(
-    matrix: Matrix, encoding: Encoding, first: int, last: int, sources: dict[str, SourceTensor], fits: Fits | None
+    matrix: Matrix, encoding: Encoding, step: Step, sources: Mapping[str, SourceTensor], fits: Fits | None
 ) -> Packed:
-    """The unit rows first to last - 1 of a matrix: uint8 (unit rows, bytes of one)."""
-    out = np.empty((last - first, matrix.shape(encoding)[1]), np.uint8)
-    bytes_read = 0
-    for part in matrix.parts:
-        start = max(0, ceil_div(first - part.start, part.stride))
-        stop = min(part.unit_rows, ceil_div(last - part.start, part.stride))
-        if start < stop:
-            row = start * UNIT_ROWS
-            count = min(stop * UNIT_ROWS, part.rows) - row
-            place = part.start + start * part.stride - first
-            if fits is not None and part.source in fits:
-                fitted = fits.rows(part.source, row, count, (part.rows, matrix.columns))
-                blocks.store(fitted, encoding, out, place, part.stride)
-            else:
-                _pack(sources[part.source].read(row, count), out, place, encoding, part, sources)
-            bytes_read += sources[part.source].nbytes // part.rows * count
-    return out, bytes_read
+    """The unit rows of a step: uint8 (unit rows, bytes of one)."""
+    out = np.empty((step.last - step.first, matrix.shape(encoding)[1]), np.uint8)
+    for part, row, count, place in _rows(matrix, step):
+        if fits is not None and part.source in fits:
+            fitted = fits.rows(part.source, row, count, (part.rows, matrix.columns))
+            blocks.store(fitted, encoding, out, place, part.stride)
+        else:
+            _store(sources[part.source].read(row, count), out, place, encoding, part, sources)
+    return out, bytes_read(step, sources)
 
 
-def _pack(
+def _store(
     rows: npt.NDArray[Any],
     out: npt.NDArray[np.uint8],
     start: int,
     encoding: Encoding,
     part: Part,
-    sources: dict[str, SourceTensor],
+    sources: Mapping[str, SourceTensor],
 ) -> None:
     """Store a part's rows (n, columns) in the unit rows `start`, `start + part.stride`, ... of `out`.
 

@@ -1,47 +1,256 @@
-"""Working directories: what an interrupted conversion has done, beside its output, for the next one to resume."""
+"""The working directory of a conversion: what has been done so far, for the next one to resume.
+
+It lies beside the output, hidden, and is named after what the result depends on:
+
+    .NAME.partial-KEY/
+        lock          locked by the process that works here
+        journal.json  what of the output has been synced; replaced atomically
+        output/       the model's files, until the directory gets the output's name
+        source/       weights that were downloaded for the conversion (npqwen_quant.sharded)
+        calibration/  what a calibration has done so far (npqwen_quant.calibration)
+        old/          the model to be replaced, where names cannot be exchanged in one step
+"""
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
+import json
+import os
+import re
 import shutil
+import sys
+import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
-from npqwen.atomic_file import writing
-from npqwen.errors import CheckpointError, OutputError
-from npqwen_quant.output import try_lock
+from npqwen.atomic_file import sync_directory, writing
+from npqwen.errors import OutputError
+from npqwen.file_lock import try_lock
+
+KIND = "partial"
+"""In the names of working directories."""
+
+_REMOVED = "removed"
+_DIGITS = 12
+
+_PATIENCE = 0.3
+"""Seconds to wait for a lock: another process may hold it for a moment, to remove what is abandoned."""
 
 
-@contextlib.contextmanager
-def working_directory(out: Path, kind: str, key: str) -> Iterator[Path]:
-    """A hidden directory beside `out` for what has been done so far, of this process alone.
+class BusyError(OutputError):
+    """Another process makes the same conversion. `lock`: the file that it holds locked."""
 
-    kind: part of its name. key: what the work depends on; the next call with the same key finds the directory again.
-    It is removed on leaving, but after an interruption it stays, to be resumed. What interrupted conversions of this
-    kind to the same place have left under other keys is removed.
-    """
-    path = out.with_name(f".{out.name}.{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "wb")  # noqa: SIM115
-    with lock:
-        if not try_lock(lock):
-            raise OutputError(f"{out} is being converted by another process ({kind}); wait until it ends")
-        for other in path.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
-            if other != path:
-                _remove_abandoned(other)
+    def __init__(self, message: str, lock: Path) -> None:
+        super().__init__(message)
+        self.lock = lock
+
+    def wait(self) -> None:
+        """Wait until that process has ended."""
+        while True:
+            try:
+                with open(self.lock, "r+b") as file:
+                    if try_lock(file):
+                        return
+            except OSError:  # gone
+                return
+            time.sleep(0.1)
+
+
+@dataclass
+class Journal:
+    """What of a conversion has been synced to the disk."""
+
+    steps: int = 0
+    """How many steps (npqwen_quant.steps), in their order."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the tensors that are complete, by name (npqwen.format.checksums)."""
+
+
+class WorkingDirectory:
+    """A conversion's working directory."""
+
+    def __init__(self, out: Path, path: Path) -> None:
+        """out: the output's absolute path. path: the directory's own, which need not exist."""
+        self.out = out
+        self.path = path
+        self.output, self.source, self.calibration, self._old = (
+            path / name for name in ("output", "source", "calibration", "old")
+        )
+        self._journal = path / "journal.json"
+        self._lock: BinaryIO | None = None
+
+    @classmethod
+    def open(cls, out: Path, key: str) -> WorkingDirectory:
+        """Lock the working directory of a conversion, which is created unless an interrupted one has left it.
+
+        key: what the result depends on. Raises BusyError if another process has locked it. Where the file system has no
+        locks, the directory is a new one: two processes must not share it.
+        """
+        with writing(out):
+            found = cls(out, _path(out, key))
+            try:
+                locked = found._take_lock()
+            except BaseException:
+                with contextlib.suppress(OSError):  # not empty
+                    found.path.rmdir()
+                raise
+            if not locked:
+                found = cls(out, _path(out, f"{key} {uuid.uuid4()}"))
+                found.path.mkdir(parents=True)
+        return found
+
+    def _take_lock(self) -> bool:
+        """Create the directory and lock it; False where the file system has no locks."""
+        lock = self.path / "lock"
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = open(lock, "wb")  # noqa: SIM115
+            except (FileExistsError, FileNotFoundError):  # another conversion removes the directory at this moment
+                if time.monotonic() > end:
+                    raise
+                continue
+            try:
+                held = try_lock(file)
+                if held and self._is_lock(file):
+                    self._lock = file
+                    return True
+            except OSError:
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+                    self.path.rmdir()
+                return False
+            finally:
+                if self._lock is not file:
+                    file.close()
+            if not held and time.monotonic() > end:
+                raise BusyError(f"{self.out} is being converted by another process; wait until it ends", lock)
+            time.sleep(0.01)
+
+    def lock_abandoned(self) -> bool:
+        """Lock the directory, if no process works there."""
         try:
-            yield path
-        except CheckpointError:  # of no use any more
-            shutil.rmtree(path, ignore_errors=True)
-            raise
-    shutil.rmtree(path, ignore_errors=True)
+            file = open(self.path / "lock", "r+b")  # noqa: SIM115
+        except OSError:  # not there yet, or another user's
+            return False
+        with contextlib.suppress(OSError):  # no locks here: nobody knows
+            if try_lock(file) and self._is_lock(file):
+                self._lock = file
+                return True
+        file.close()
+        return False
+
+    def _is_lock(self, file: BinaryIO) -> bool:
+        """Whether an open file is the lock: before it was locked, another process may have removed the directory."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), (self.path / "lock").stat())
+        except FileNotFoundError:
+            return False
+
+    def unlock(self) -> None:
+        """Let other processes work there."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def load(self) -> Journal:
+        """The journal; an empty one if there is none."""
+        try:
+            found = json.loads(self._journal.read_bytes())
+            return Journal(int(found["steps"]), dict(found["digests"]))
+        except (OSError, ValueError, LookupError, TypeError):  # it is replaced as a whole, so it is never half-written
+            return Journal()
+
+    def store(self, journal: Journal) -> None:
+        """Replace the journal, after all that it tells of has been synced."""
+        partial = self.path / "journal.partial"
+        with writing(self.out):
+            with open(partial, "wb") as file:
+                file.write(json.dumps(asdict(journal)).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._journal)
+            sync_directory(self.path)
+
+    def forget(self) -> None:
+        """Remove the journal: from now on, what is in `output` is not to be completed any more."""
+        self._journal.unlink(missing_ok=True)
+        sync_directory(self.path)
+
+    def is_resumable(self) -> bool:
+        """Whether anything in it saves the next conversion some work."""
+        files = (path for place in (self.source, self.calibration) for path in place.rglob("*") if path.is_file())
+        return self._journal.exists() or any(path.stat().st_size for path in files)
+
+    def allocated(self) -> int:
+        """Bytes of the disk that its files take."""
+        return sum(_allocated(path) for path in self.path.rglob("*"))
+
+    def move_aside(self) -> None:
+        """Move the model that is to be replaced into this directory."""
+        self.out.rename(self._old)
+
+    def put_back(self) -> None:
+        """Put a model back that was moved aside, unless another one has taken its place."""
+        if self._old.is_dir() and not os.path.lexists(self.out):
+            self._old.rename(self.out)
+
+    def remove(self) -> None:
+        """Remove the directory: under its name it is whole or gone. What the system does not remove stays, hidden."""
+        with contextlib.suppress(OSError):
+            self.put_back()
+        if sys.platform == "win32":  # does not rename a directory that has an open file
+            self.unlock()
+        aside = self.path.with_name(f".{self.out.name}.{_REMOVED}-{uuid.uuid4().hex[:_DIGITS]}")
+        try:
+            self.path.rename(aside)
+        except OSError:
+            aside = self.path
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Remove a working directory, unless its process lives."""
-    with contextlib.suppress(OSError), open(directory / "lock", "r+b") as lock:
-        if try_lock(lock):
-            shutil.rmtree(directory, ignore_errors=True)
+def others(out: Path, own: Path | None = None) -> Iterator[WorkingDirectory]:
+    """The working directories of conversions to the same place in which no process works; each is locked meanwhile."""
+    for path in _siblings(out, KIND):
+        found = WorkingDirectory(out, path)
+        if path != own and found.lock_abandoned():
+            try:
+                yield found
+            finally:
+                found.unlock()
+
+
+def held_bytes(out: Path) -> int:
+    """Bytes of the disk that interrupted conversions to this place hold: the next one resumes or removes them."""
+    return sum(work.allocated() for work in others(Path(os.path.realpath(out))))
+
+
+def remove_removed(out: Path) -> None:
+    """Remove what is left of working directories whose removal was interrupted."""
+    for path in _siblings(out, _REMOVED):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _siblings(out: Path, kind: str) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}-[0-9a-f]{{{_DIGITS}}}")
+    if not out.parent.is_dir():
+        return []
+    return [path for path in sorted(out.parent.iterdir()) if pattern.fullmatch(path.name)]
+
+
+def _path(out: Path, key: str) -> Path:
+    return out.with_name(f".{out.name}.{KIND}-{hashlib.sha256(key.encode()).hexdigest()[:_DIGITS]}")
+
+
+def _allocated(path: Path) -> int:
+    try:
+        state = path.lstat()
+    except OSError:  # removed meanwhile
+        return 0
+    # Not st_size, where the system tells: files that are written at several places have holes.
+    return getattr(state, "st_blocks", -(-state.st_size // 512)) * 512

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from checkpoints import TINY, make_config, random_tensors, write_checkpoint, write_safetensors
 from fake_hub import Connection, FakeHub
+from gguf_files import encode
 
 from npqwen.commands import cli
 
@@ -87,9 +88,14 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         f"Qwen/Qwen2.5-7B-Instruct is of the family 'qwen2', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-VL-8B-Instruct": (
-        small_checkpoint(model_type="qwen3_vl"),
+        small_checkpoint(model_type="qwen3_vl", text_config={"use_sliding_window": True}),
         {},
-        f"Qwen/Qwen3-VL-8B-Instruct is of the family 'qwen3_vl', which is not supported; {SUPPORTED}",
+        "Qwen/Qwen3-VL-8B-Instruct: config.json: use_sliding_window is set, which no Qwen3 model uses",
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        small_checkpoint(model_type="qwen2_5_vl", text_config={"model_type": "qwen2_5_vl_text"}),
+        {},
+        f"Qwen/Qwen2.5-VL-7B-Instruct is of the family 'qwen2_5_vl', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-Next-80B-A3B-Instruct": (
         small_checkpoint(model_type="qwen3_next"),
@@ -102,48 +108,50 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         f"Qwen/Qwen3.5-4B is of the family 'qwen3_5', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-8B-FP8": (
-        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 0]}),
         {"base_model": ["Qwen/Qwen3-8B"]},
-        f"Qwen/Qwen3-8B-FP8 is quantized already (fp8), {QUANTIZED}",
+        "Qwen/Qwen3-8B-FP8: weight_block_size is [128, 0], not the rows and columns of a block",
     ),
     "https://huggingface.co/Qwen/Qwen3-8B-AWQ/tree/main": (
-        small_checkpoint(quantization_config={"quant_method": "awq", "bits": 4}),
+        small_checkpoint(quantization_config={"quant_method": "awq", "bits": 4, "version": "gemv"}),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"Qwen/Qwen3-8B-AWQ is quantized already (awq), {QUANTIZED}",
+        f"Qwen/Qwen3-8B-AWQ is quantized already (AWQ, gemv), {QUANTIZED}",
     ),
     "JunHowie/Qwen3-8B-GPTQ-Int4": (
-        small_checkpoint(quantization_config={"quant_method": "gptq", "bits": 4}),
+        small_checkpoint(quantization_config={"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}),
         {},
-        f"JunHowie/Qwen3-8B-GPTQ-Int4 is quantized already (gptq), {QUANTIZED}",
+        f"JunHowie/Qwen3-8B-GPTQ-Int4 is quantized already (GPTQ, marlin), {QUANTIZED}",
     ),
     "unsloth/Qwen3-8B-bnb-4bit": (
         small_checkpoint(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         {},
         f"unsloth/Qwen3-8B-bnb-4bit is quantized already (bitsandbytes), {QUANTIZED}",
     ),
-    "RedHatAI/Qwen3-8B-quantized.w4a16": (
-        small_checkpoint(quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}),
-        {"base_model": "Qwen/Qwen3-8B"},
-        f"RedHatAI/Qwen3-8B-quantized.w4a16 is quantized already (compressed-tensors), {QUANTIZED}",
-    ),
-    "mlx-community/Qwen3-8B-4bit": (
+    "RedHatAI/Qwen3-8B-NVFP4": (
         small_checkpoint(
-            quantization={"group_size": 64, "bits": 4}, quantization_config={"group_size": 64, "bits": 4}
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+            }
         ),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"mlx-community/Qwen3-8B-4bit is a model for MLX, quantized to 4 bits, {QUANTIZED}",
+        f"RedHatAI/Qwen3-8B-NVFP4 is quantized already (compressed-tensors, nvfp4-pack-quantized), {QUANTIZED}",
     ),
-    "unsloth/Qwen3-0.6B-GGUF": (
-        {"Qwen3-0.6B-Q4_K_M.gguf": WEIGHTS, "config.json": config(), "README.md": b"x"},
+    "mlx-community/Qwen3-8B-mxfp4": (
+        small_checkpoint(quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+        {"base_model": "Qwen/Qwen3-8B"},
+        f"mlx-community/Qwen3-8B-mxfp4 is quantized already (MLX, mxfp4), {QUANTIZED}",
+    ),
+    "unsloth/Qwen3-0.6B-GGUF:Q9": (
+        {"Qwen3-0.6B-Q4_K_M.gguf": WEIGHTS, "Qwen3-0.6B-Q8_0.gguf": WEIGHTS, "config.json": config()},
         {"base_model": ["Qwen/Qwen3-0.6B"]},
-        "unsloth/Qwen3-0.6B-GGUF holds GGUF files (Qwen3-0.6B-Q4_K_M.gguf), which npqwen does not read; "
-        "use the original, Qwen/Qwen3-0.6B",
+        "unsloth/Qwen3-0.6B-GGUF:Q9: no GGUF model matches 'Q9'; there are :Q4_K_M, :Q8_0",
     ),
     "somebody/mine-GGUF": (
-        {"mine-Q8_0.gguf": WEIGHTS},
+        {"mine-Q5_K_M.gguf": WEIGHTS, "mine-Q6_K.gguf": WEIGHTS},
         {},
-        "somebody/mine-GGUF holds GGUF files (mine-Q8_0.gguf), which npqwen does not read; "
-        "use the original checkpoint in BF16, such as Qwen/Qwen3-0.6B",
+        "somebody/mine-GGUF has several GGUF models; append one of :Q5_K_M, :Q6_K",
     ),
     "somebody/qwen3-lora": (
         {
@@ -151,8 +159,8 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
             "adapter_model.safetensors": WEIGHTS,
         },
         {},
-        "somebody/qwen3-lora is a LoRA adapter of Qwen/Qwen3-8B, which npqwen does not apply; merge it into its model "
-        "with peft (merge_and_unload, save_pretrained), and use the result",
+        "somebody/qwen3-lora is a LoRA adapter of Qwen/Qwen3-8B; convert its model with it: npqwen convert MODEL OUT "
+        "--adapter DIRECTORY",
     ),
     "somebody/qwen3-pickled": (
         {"config.json": config(), "pytorch_model.bin": WEIGHTS} | TOKENIZER,
@@ -207,7 +215,7 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
 def test_models_of_the_hub_that_cannot_run(fake_hub: FakeHub, run: Run, typed: str, command: str) -> None:
     files, card, words = FOREIGN[typed]
     repository = typed.removeprefix("https://huggingface.co/").removesuffix("/tree/main")
-    repository = repository if "/" in repository else f"Qwen/{repository}"
+    repository = (repository if "/" in repository else f"Qwen/{repository}").partition(":")[0]
     fake_hub.publish(repository, extra=files, card=card)
     assert run(command, typed, "Hello").startswith(words)
     assert 0 < fake_hub.bytes_sent < CHEAP, fake_hub.traffic
@@ -215,7 +223,7 @@ def test_models_of_the_hub_that_cannot_run(fake_hub: FakeHub, run: Run, typed: s
 
 
 @pytest.mark.parametrize("command", ["convert", "info", "bench", "pull"])
-@pytest.mark.parametrize("typed", ["Qwen/Qwen3-8B-FP8", "unsloth/Qwen3-0.6B-GGUF", "google/gemma-3-1b-it"])
+@pytest.mark.parametrize("typed", ["Qwen/Qwen3-8B-FP8", "somebody/mine-GGUF", "google/gemma-3-1b-it"])
 def test_every_command_that_takes_a_model(fake_hub: FakeHub, run: Run, typed: str, command: str) -> None:
     files, card, words = FOREIGN[typed]
     fake_hub.publish(typed, extra=files, card=card)
@@ -253,7 +261,7 @@ def test_names_that_the_hub_does_not_have(fake_hub: FakeHub, connection: Connect
 
 
 def write_gguf(place: Path) -> None:
-    (place / "Qwen3-0.6B-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(20))
+    (place / "llama-Q4_K_M.gguf").write_bytes(encode({"general.architecture": "llama"}, {}))
 
 
 def in_directory(name: str, write: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -317,24 +325,16 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (lambda place: None, ["generate", "./modle", "x"], "'./modle' is neither a directory nor a hub id like Qwen/"),
     (lambda place: None, ["generate", "qwen3:8b", "x"], "'qwen3:8b' is ollama's name of a model; give its id on the "),
     (lambda place: None, ["generate", "qwen3:8b", "x"], "hub, Qwen/Qwen3-8B"),
-    (lambda place: None, ["generate", "unsloth/Qwen3-0.6B-GGUF:Q4_K_M", "x"], "names a GGUF file (:Q4_K_M), which "),
-    (lambda place: None, ["chat", "hf.co/unsloth/Qwen3-8B-GGUF:Q4_K_M", "x"], "; use the original, Qwen/Qwen3-8B"),
+    (lambda place: None, ["generate", "model.gguf", "x"], "there is no file model.gguf"),
+    (lambda place: None, ["chat", "models/model.gguf", "x"], "there is no file models/model.gguf"),
     (lambda place: None, ["generate", ".", "x"], ".: config.json is missing: this is not a checkpoint, or not a "),
     (
         write_gguf,
-        ["generate", "Qwen3-0.6B-Q4_K_M.gguf", "x"],
-        "Qwen3-0.6B-Q4_K_M.gguf is a GGUF file, which npqwen does not read; use the original, Qwen/Qwen3-0.6B",
+        ["generate", "llama-Q4_K_M.gguf", "x"],
+        "llama-Q4_K_M.gguf has the architecture 'llama'; npqwen reads qwen3 and qwen3moe: Qwen3 and its mixtures",
     ),
-    (
-        write_gguf,
-        ["generate", ".", "x"],
-        ". holds GGUF files (Qwen3-0.6B-Q4_K_M.gguf), which npqwen does not read; use the original, Qwen/Qwen3-0.6B",
-    ),
-    (
-        in_directory("qwen3-8b-q4", write_gguf),
-        ["convert", "qwen3-8b-q4"],
-        "qwen3-8b-q4 holds GGUF files (Qwen3-0.6B-Q4_K_M.gguf), which npqwen does not read; use the original, Qwen/",
-    ),
+    (write_gguf, ["generate", ".", "x"], "llama-Q4_K_M.gguf has the architecture 'llama'; npqwen reads qwen3 and "),
+    (in_directory("llama", write_gguf), ["convert", "llama"], "llama/llama-Q4_K_M.gguf has the architecture 'llama'"),
     (
         lambda place: (place / "pytorch_model.bin").write_bytes(b"x"),
         ["generate", "pytorch_model.bin", "x"],
@@ -361,21 +361,21 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
         ["generate", "Qwen3-8B", "x"],
         "run `git lfs pull` there, or use the original, Qwen/Qwen3-8B",
     ),
-    (write_mlx, ["generate", ".", "x"], ". is quantized already, as by MLX, GPTQ or AWQ: it has a tensor model."),
+    (write_mlx, ["generate", ".", "x"], ". is quantized already: it has a tensor model."),
     (
-        lambda place: write_local(place, quantization={"group_size": 64, "bits": 8}),
+        lambda place: write_local(place, quantization={"group_size": 64, "bits": 7}),
         ["generate", ".", "x"],
-        ". is a model for MLX, quantized to 8 bits, which npqwen does not read; use the original checkpoint in BF16",
+        ". is quantized already (MLX, 7 bits), which npqwen does not read; use the original checkpoint in BF16",
     ),
     (
-        lambda place: write_local(place, quantization_config={"quant_method": "awq"}),
+        lambda place: write_local(place, quantization_config={"quant_method": "hqq"}),
         ["generate", ".", "x"],
-        ". is quantized already (awq), which npqwen does not read; use the original checkpoint in BF16, such as ",
+        ". is quantized already (hqq), which npqwen does not read; use the original checkpoint in BF16, such as ",
     ),
     (
         lambda place: (place / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}'),
         ["chat", ".", "x"],
-        ". is a LoRA adapter of Qwen/Qwen3-8B, which npqwen does not apply; merge it into its model with peft ",
+        ". is a LoRA adapter of Qwen/Qwen3-8B; convert its model with it: npqwen convert MODEL OUT --adapter .",
     ),
     (lambda place: write_local(place, model_type="llama"), ["info", "."], ". is of the family 'llama', which is not"),
     (without("tokenizer.json"), ["convert", "."], ". has no tokenizer.json, which npqwen needs; add it from the "),

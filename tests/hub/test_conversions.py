@@ -160,6 +160,40 @@ def test_two_processes_at_once(checkpoint: Path, cache: Path) -> None:
     assert Quantization.from_directory(Path(place)).recipe.bits == 4
 
 
+HOLDING = """
+import sys
+from npqwen_quant import convert
+def wait(done, total):
+    if not done:
+        print("begun", flush=True)
+        sys.stdin.read()
+convert(sys.argv[1], sys.argv[2], 4, progress=wait)
+"""
+
+
+def test_another_process_that_makes_the_same_conversion_is_waited_for(checkpoint: Path, tmp_path: Path) -> None:
+    target = hub.resolve(checkpoint)
+    shutil.rmtree(target)
+    notices: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(checkpoint), str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline().strip() == b"begun"
+        stdin = process.stdin
+
+        def tell(line: str) -> None:
+            notices.append(line)
+            stdin.close()  # lets the other process go on
+
+        assert hub.resolve(checkpoint, notice=tell) == target
+    assert notices == [f"another process is converting {checkpoint}; waiting for it"]
+    assert process.returncode == 0
+    assert bits_of(target) == 4
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
 def test_a_cache_that_cannot_be_written_names_the_way_out(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,18 +123,13 @@ def test_a_file_with_two_names_counts_once_and_is_freed_with_the_last(tmp_path: 
 def test_remains_of_killed_processes_are_found_and_removed(cache: Path) -> None:
     whole = conversion(cache, "hub/org--name/0123456789ab-01234567-int4-v2", model="org/name")
     parent, name = whole.parent, whole.name
-    for hidden in ("partial-77-01234567", "old-78-01234567", "removed-0123456789ab"):
-        (parent / f".{name}.{hidden}").mkdir()
-        (parent / f".{name}.{hidden}" / "model.safetensors").write_bytes(b"x" * 50)
-    (parent / f".{name}.partial-77-01234567.lock").touch()
-    (parent / f".{name}.partial-79-01234567.lock").touch()  # its directory was never made
-    for hidden in ("calibration-0123456789ab", "low-disk-0123456789ab"):
-        (parent / f".{name}.{hidden}").mkdir()
-        (parent / f".{name}.{hidden}" / "lock").touch()
+    for hidden in ("partial-0123456789ab", "removed-0123456789ab", "partial-0123456789ac"):
+        (parent / f".{name}.{hidden}" / "output").mkdir(parents=True)
+        (parent / f".{name}.{hidden}" / "output" / "model.safetensors").write_bytes(b"x" * 50)
+    (parent / f".{name}.partial-0123456789ab" / "lock").touch()
     found = interrupted_work(cache)
     assert sorted(one.path.name.removeprefix(f".{name}.") for one in found) == [
-        "calibration-0123456789ab", "low-disk-0123456789ab", "old-78-01234567", "partial-77-01234567",
-        "partial-79-01234567.lock", "removed-0123456789ab",
+        "partial-0123456789ab", "partial-0123456789ac", "removed-0123456789ab"
     ]  # fmt: skip
     assert all(one.reason for one in found)
     assert all(map(remove_leftover, found))
@@ -142,15 +137,17 @@ def test_remains_of_killed_processes_are_found_and_removed(cache: Path) -> None:
 
 
 def test_a_model_that_was_moved_aside_and_has_no_successor_is_kept(cache: Path) -> None:
-    aside = "hub/org--name/.0123456789ab-01234567-int4-v2.old-78-01234567"
-    conversion(cache, aside, model="org/name")
+    name = "0123456789ab-01234567-int4-v2"
+    conversion(cache, f"hub/org--name/.{name}.partial-0123456789ab/old", model="org/name")
     assert interrupted_work(cache) == []
     assert conversions(cache) == []
+    conversion(cache, f"hub/org--name/{name}", model="org/name")
+    assert len(interrupted_work(cache)) == 1
 
 
 HOLDING = """
 import sys
-from npqwen_quant.output import try_lock
+from npqwen.file_lock import try_lock
 files = [open(name, "wb") for name in sys.argv[1:]]
 assert all(map(try_lock, files))
 print("held", flush=True)
@@ -160,18 +157,17 @@ sys.stdin.read()
 
 def test_work_of_living_processes_is_left_alone(cache: Path) -> None:
     parent = cache / "local" / "m"
-    partial = parent / ".0123456789ab-01234567-int4-v2.partial-77-01234567"
-    calibration = parent / ".0123456789ab-01234567-int4-v2.calibration-0123456789ab"
-    for directory in (partial, calibration):
+    works = [parent / f".0123456789ab-01234567-int4-v2.partial-0123456789a{n}" for n in "bc"]
+    for directory in works:
         directory.mkdir(parents=True)
-    locks = [f"{partial}.lock", str(calibration / "lock")]
+    locks = [str(work / "lock") for work in works]
     command = [sys.executable, "-c", HOLDING, *locks]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         assert interrupted_work(cache) == []
-        assert not remove_leftover(Leftover(partial, "", Path(locks[0])))
-        assert partial.exists()
+        assert not remove_leftover(Leftover(works[0], "", Path(locks[0])))
+        assert works[0].exists()
         process.communicate("")
     assert len(interrupted_work(cache)) == 2
 
@@ -229,12 +225,12 @@ def test_a_removal_that_is_killed_leaves_nothing_that_loads(cache: Path, checkpo
     assert conversions(cache) == []
     (rest,) = path.parent.iterdir()
     assert 0 < len([*rest.rglob("*")]) < files
-    assert hub.resolve(checkpoint) == path  # converted again, whole
-    assert len([*path.rglob("*")]) == files
     (found,) = leftovers(cache)
     assert (found.path, found.reason) == (rest, "my model: an interrupted removal")
-    assert remove_leftover(found)
+    assert hub.resolve(checkpoint) == path  # converted again, whole
+    assert len([*path.rglob("*")]) == files
     assert [*path.parent.iterdir()] == [path]
+    assert remove_leftover(found)  # too late, which is no error
 
 
 RUNNING = """

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from checkpoints import make_config, write_checkpoint
 from fake_hub import FakeHub
 
 from npqwen import hub
-from npqwen.errors import ModelNotFoundError, OptionError, OutputError
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -92,25 +93,86 @@ def test_an_interrupted_run_is_resumed(fake_hub: FakeHub, sharded: Path, cache: 
     assert len(shards) == len(set(shards)) == 4
 
 
-def test_an_interrupted_download_is_resumed(
-    fake_hub: FakeHub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub tries again at once, not after seconds, and writes what it has, not 10 MB."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+
+
+def bytes_sent(fake_hub: FakeHub, name: str) -> int:
+    return sum(nbytes for path, nbytes in fake_hub.traffic if path.endswith(name))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_download_that_breaks_off_is_continued(fake_hub: FakeHub, sharded: Path, cache: Path, tmp_path: Path) -> None:
+    """No byte is fetched twice, though the connection is gone for good in the middle of a file."""
+    fake_hub.publish("org/name", sharded)
+    want = hub.convert(sharded, tmp_path / "want")
+    name = "model-00002-of-00004.safetensors"
+    notices: list[str] = []
+    for _ in range(2):
+        fake_hub.cut[name] = 20_000
+        with pytest.raises(ModelNotFoundError, match="org/name cannot be downloaded: "):
+            hub.resolve("org/name", low_disk=True, notice=notices.append)
+    (partial,) = cache.rglob(f"{name}.incomplete")
+    assert partial.stat().st_size == 40_000
+    assert notices[-1].endswith("the next conversion with the same arguments resumes it")
+    del fake_hub.cut[name]
+    assert same(hub.resolve("org/name", low_disk=True), want)
+    for path in sharded.glob("*.safetensors"):
+        assert bytes_sent(fake_hub, path.name) == path.stat().st_size
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_partial_download_that_was_damaged_is_fetched_again(
+    fake_hub: FakeHub, sharded: Path, cache: Path, tmp_path: Path
+) -> None:
+    """As after a power failure: its bytes may not have reached the disk."""
+    fake_hub.publish("org/name", sharded)
+    want = hub.convert(sharded, tmp_path / "want")
+    name = "model-00001-of-00004.safetensors"
+    fake_hub.cut[name] = 20_000
+    with pytest.raises(ModelNotFoundError):
+        hub.resolve("org/name", low_disk=True)
+    del fake_hub.cut[name]
+    (partial,) = cache.rglob(f"{name}.incomplete")
+    partial.write_bytes(bytes(20_000))
+    assert same(hub.resolve("org/name", low_disk=True), want)
+
+
+def test_a_file_that_is_not_what_the_hub_says(
+    fake_hub: FakeHub, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_hub.publish("org/name", sharded)
+    (files,) = fake_hub.repositories["org/name"].commits.values()
+    name = "model-00001-of-00004.safetensors"
+    whole = files[name]
+
+    def damaged(path: Path, offset: int, nbytes: int) -> str:
+        return hashlib.sha256(path.read_bytes().replace(whole[-5:], b"")).hexdigest()
+
+    monkeypatch.setattr("npqwen.hub.repository.digest_of_range", damaged)
+    with pytest.raises(CheckpointError, match=f"{name} is not what the hub says it is; try again"):
+        hub.resolve("org/name", low_disk=True)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_ordinary_download_that_breaks_off_keeps_whole_files(
+    fake_hub: FakeHub, sharded: Path, tmp_path: Path
 ) -> None:
     fake_hub.publish("org/name", sharded)
     want = hub.convert(sharded, tmp_path / "want")
-    download = huggingface_hub.hf_hub_download
-    calls: list[str] = []
-
-    def unlucky(repository: str, name: str, **options: Any) -> str:
-        calls.append(name)
-        if name.startswith("model-00002") and calls.count(name) == 1:
-            raise OSError("the connection was lost")
-        return str(download(repository, name, **options))
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unlucky)
-    with pytest.raises(ModelNotFoundError, match="cannot be downloaded: the connection was lost"):
-        hub.resolve("org/name", low_disk=True)
-    assert same(hub.resolve("org/name", low_disk=True), want)
-    assert fake_hub.downloads.count("model-00001-of-00004.safetensors") == 1
+    name = "model-00004-of-00004.safetensors"
+    fake_hub.cut[name] = 20_000
+    with pytest.raises(ModelNotFoundError, match="org/name cannot be downloaded: "):
+        hub.resolve("org/name")
+    del fake_hub.cut[name]
+    done = {path.name for path in (tmp_path / "hf").rglob("*.safetensors")}
+    fake_hub.downloads.clear()
+    assert same(hub.resolve("org/name"), want)
+    assert not done & set(fake_hub.downloads)
+    assert name in fake_hub.downloads
 
 
 def test_what_is_in_the_hub_clients_cache_is_used_and_stays(fake_hub: FakeHub, sharded: Path, tmp_path: Path) -> None:

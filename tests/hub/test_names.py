@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError
-from npqwen.hub.names import HubName, advice, model_name, official, parse, with_revision
+from npqwen.errors import ModelNotFoundError, NpqwenError, OptionError
+from npqwen.hub.names import HubName, advice, model_name, official, parse, repository_of, with_revision
 
 SMALL = HubName("Qwen/Qwen3-0.6B")
 
@@ -34,6 +34,13 @@ SMALL = HubName("Qwen/Qwen3-0.6B")
         ("https://hf.co/Qwen/Qwen3-0.6B/resolve/main/model.safetensors?download=true", SMALL),
         ("https://hf.co/Qwen/Qwen3-0.6B/tree/refs%2Fpr%2F3", HubName("Qwen/Qwen3-0.6B", "refs/pr/3")),
         ("https://hf.co/Qwen/Qwen3-0.6B/discussions", SMALL),
+        ("org/mine-GGUF:Q4_K_M", HubName("org/mine-GGUF", None, "Q4_K_M")),
+        ("org/mine-GGUF:Q4_K_M@v1", HubName("org/mine-GGUF", "v1", "Q4_K_M")),
+        ("org/mine-GGUF:BF16/mine BF16.gguf", HubName("org/mine-GGUF", None, "BF16/mine BF16.gguf")),
+        ("qwen3-8b-gguf:q8_0", HubName("Qwen/Qwen3-8B-GGUF", None, "q8_0")),
+        ("hf.co/org/mine-GGUF:UD-Q4_K_XL", HubName("org/mine-GGUF", None, "UD-Q4_K_XL")),
+        ("https://hf.co/org/m/blob/main/a/b-Q8_0.gguf", HubName("org/m", None, "a/b-Q8_0.gguf")),
+        ("https://hf.co/org/m/resolve/v1/b.gguf?download=true", HubName("org/m", "v1", "b.gguf")),
     ],
 )
 def test_names(text: str, name: HubName) -> None:
@@ -47,6 +54,9 @@ def test_a_directory_is_called_by_its_own_name_wherever_it_is(tmp_path: Path, mo
     for written in ("my model", Path("my model"), "../Qwen/my model/", "./my model/.", tmp_path / "Qwen" / "my model"):
         assert model_name(written) == "my model"
     assert model_name(".") == "Qwen"
+    for name in ("Qwen3-8B-Q4_K_M.gguf", "Qwen3-8B-Q4_K_M-00002-of-00003.gguf", "Qwen3-8B-Q4_K_M"):
+        Path("my model", name).touch()
+        assert model_name(f"my model/{name}") == "Qwen3-8B-Q4_K_M"
 
 
 def test_a_revision_that_was_given_apart_is_part_of_the_name() -> None:
@@ -71,9 +81,10 @@ def test_a_revision_that_was_given_apart_is_part_of_the_name() -> None:
         ("qwen3:4b-q4_K_M", ModelNotFoundError, "give its id on the hub, Qwen/Qwen3-4B"),
         ("qwen3:latest", ModelNotFoundError, "give its id on the hub, such as Qwen/Qwen3-8B"),
         ("qwen3", ModelNotFoundError, "give its id on the hub, such as Qwen/Qwen3-8B"),
-        ("unsloth/Qwen3-0.6B-GGUF:Q4_K_M", CheckpointError, "GGUF file .*use the original, Qwen/Qwen3-0.6B$"),
-        ("hf.co/unsloth/Qwen3-8B-GGUF:Q4_K_M", CheckpointError, "GGUF file .*use the original, Qwen/Qwen3-8B$"),
-        ("org/mine-GGUF:Q8_0", CheckpointError, "use the original checkpoint in BF16, such as Qwen/Qwen3-0.6B"),
+        ("model.gguf", ModelNotFoundError, "there is no file model.gguf$"),
+        ("models/model.GGUF", ModelNotFoundError, "there is no file models/model.GGUF$"),
+        ("org/mine-GGUF:", ModelNotFoundError, "'' is neither a quantization, such as Q4_K_M, nor the name of a GGUF"),
+        ("org/mine-GGUF:../x.gguf", ModelNotFoundError, "'../x.gguf' is neither a quantization"),
     ],
 )
 def test_other_names(text: str, error: type[NpqwenError], message: str) -> None:
@@ -85,6 +96,7 @@ def test_a_revision_apart_from_the_name() -> None:
     assert with_revision("Qwen/Qwen3-0.6B", None) == SMALL
     assert with_revision("Qwen3-0.6B", "v1") == HubName("Qwen/Qwen3-0.6B", "v1")
     assert with_revision("Qwen/Qwen3-0.6B@v1", "v1") == HubName("Qwen/Qwen3-0.6B", "v1")
+    assert with_revision("org/mine-GGUF:Q8_0", "v1") == HubName("org/mine-GGUF", "v1", "Q8_0")
     with pytest.raises(OptionError, match="names a revision already, but revision is 'v2'"):
         with_revision("Qwen/Qwen3-0.6B@v1", "v2")
     with pytest.raises(ModelNotFoundError, match="is not a revision"):
@@ -111,3 +123,7 @@ def test_the_original_of_a_copy(file: str, repository: str | None) -> None:
 def test_a_model_card_knows_more_than_a_name() -> None:
     assert advice("org/Qwen3-8B-tuned-GGUF", ("org/Qwen3-8B-tuned",)) == "use the original, org/Qwen3-8B-tuned"
     assert advice("org/Qwen3-8B-tuned-GGUF", ("./my/path",)) == "use the original, Qwen/Qwen3-8B"
+
+
+def test_the_repository_of_a_model() -> None:
+    assert repository_of("org/mine-GGUF:Q8_0") == repository_of("org/mine-GGUF") == "org/mine-GGUF"

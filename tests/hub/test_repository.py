@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import pyte
 import pytest
-from checkpoints import read_safetensors, write_checkpoint
+from checkpoints import make_config, read_safetensors, write_checkpoint
 from fake_hub import Connection, FakeHub
 from huggingface_hub.errors import HFValidationError
 
@@ -261,6 +261,27 @@ def test_a_full_disk_during_the_download(fake_hub: FakeHub, checkpoint: Path, mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(OutputError, match="the disk is full"):
         hub.resolve("org/name")
+
+
+def test_what_an_interrupted_conversion_has_written_needs_no_room(
+    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npqwen_quant.writer.SYNC_BYTES", 1)
+    write_checkpoint(tmp_path / "in", make_config(vocab_size=60_000), tokenizer=True)
+    fake_hub.publish("org/name", tmp_path / "in")
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 0.9 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.resolve("org/name", bits=16, progress=interrupt)
+    # The conversion takes 9 MB and 1 MB of reserve; half of it lies there.
+    usage = shutil.disk_usage(tmp_path)._replace(free=room._RESERVE + 5_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="for the conversion"):
+        hub.convert("org/name", tmp_path / "cache" / "elsewhere", bits=16)
+    assert bits_of(hub.resolve("org/name", bits=16)) == 16
 
 
 def test_too_little_disk_is_refused_before_the_download(

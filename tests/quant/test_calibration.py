@@ -13,12 +13,12 @@ from checkpoints import MIXTURE, make_config, shapes, write_checkpoint
 from npqwen_quant import convert, moments
 from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, calibration_key
 from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.output import Output
 from npqwen_quant.search import Codebook
-from npqwen_quant.working import working_directory
 from quantized import QuantizedReference
 from reference import ReferenceModel, qwen3_in_numpy
 
-from npqwen.errors import CheckpointError, OptionError, OutputError
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import Config
 
 CODEBOOK = Codebook(np.array([-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29], np.float32))
@@ -113,14 +113,15 @@ def run(
     }
     sources = {name: checkpoint.tensor(name, shape) for name, shape in shapes(checkpoint.raw_config).items()}
     books = {name: FINE if "v_proj" in name else CODEBOOK for name in matrices}
-    key = calibration_key(checkpoint, calibration, books)
-    with ThreadPoolExecutor(2) as pool, working_directory(out, "calibration", key) as place:
-        fits = calibrate(checkpoint, sources, books, calibration, place, pool, 2, progress)
+    key = calibration_key(calibration, books)
+    with ThreadPoolExecutor(2) as pool, Output(out, key, force=False) as output:
+        output.begin(())
+        fits = calibrate(checkpoint, sources, books, calibration, output.work.calibration, pool, 2, progress)
         return {name: fits.rows(name, 0, shape[0], shape) for name, shape in matrices.items()}
 
 
 def leftovers(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if "calibration" in path.name)
+    return sorted(path.name for path in directory.iterdir() if path.name.startswith("."))
 
 
 @pytest.mark.parametrize("changes", [{}, MIXTURE, {"tie_word_embeddings": False}])
@@ -165,21 +166,6 @@ def test_another_text_begins_anew(tmp_path: Path) -> None:
             run(tmp_path / "source", tmp_path / "out", Calibration(name, text), interrupted)
         assert len(leftovers(tmp_path)) == 1
     assert run(tmp_path / "source", tmp_path / "out", Calibration("three", text))
-    assert leftovers(tmp_path) == []
-
-
-def test_two_processes_do_not_share_a_working_directory(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "source")
-    checkpoint = Checkpoint(tmp_path / "source")
-    key, other = (calibration_key(checkpoint, Calibration(name, text), {}) for name in ("text", "other"))
-    with working_directory(tmp_path / "out", "calibration", key) as place:
-        with (
-            pytest.raises(OutputError, match="another process"),
-            working_directory(tmp_path / "out", "calibration", key),
-        ):
-            pass
-        with working_directory(tmp_path / "out", "calibration", other):
-            assert place.exists()
     assert leftovers(tmp_path) == []
 
 

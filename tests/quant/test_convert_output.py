@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 from checkpoints import make_config, write_checkpoint
-from npqwen_quant import convert, output
-from npqwen_quant.output import Output
+from npqwen_quant import convert, working
+from npqwen_quant.placed_file import PlacedFile
+from npqwen_quant.working import WorkingDirectory
 
+from npqwen import file_lock
 from npqwen.errors import OutputError
+from npqwen.reports.verification import verify
 
 
 def bits_of(directory: Path) -> int:
@@ -80,8 +84,12 @@ def test_output_that_appears_during_the_conversion(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="exists already"):
         convert(tmp_path / "in", tmp_path / "out", progress=intrude)
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
     assert os.listdir(tmp_path / "out") == ["theirs"]
+    shutil.rmtree(tmp_path / "out")
+    shown: list[int] = []
+    convert(tmp_path / "in", tmp_path / "out", progress=lambda done, total: shown.append(total - done))
+    assert shown == [0]  # all that was done is resumed
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 def test_windows_refuses_to_replace_a_model_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +196,11 @@ def test_ctrl_c_while_a_model_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "in", out, 8, force=True, progress=start)
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
     assert bits_of(out) == (4 if step == "aside" else 8)
+    monkeypatch.setattr(Path, "rename", rename)
+    convert(tmp_path / "in", out, 8, force=True)
+    assert bits_of(out) == 8
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
@@ -205,7 +216,8 @@ def test_a_replaced_model_is_never_missing(tmp_path: Path, monkeypatch: pytest.M
 
     def watched(path: Path, target: Path) -> Path:
         renamed = rename(path, target)
-        away.append(not (out / "config.json").exists())
+        if out in (path, target):
+            away.append(not (out / "config.json").exists())
         return renamed
 
     def start(done: int, total: int) -> None:
@@ -220,63 +232,67 @@ def test_a_replaced_model_is_never_missing(tmp_path: Path, monkeypatch: pytest.M
 def test_a_model_that_a_killed_conversion_moved_aside_is_restored(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / ".out.old-12-0123abcd")
-    (tmp_path / ".out.partial-12-0123abcd").mkdir()
-    (tmp_path / ".out.partial-12-0123abcd.lock").touch()
+    (tmp_path / ".out.partial-0123456789ab").mkdir()
+    (tmp_path / ".out.partial-0123456789ab" / "lock").touch()
+    (tmp_path / "out").rename(tmp_path / ".out.partial-0123456789ab" / "old")
     with pytest.raises(OutputError, match="exists already"):
         convert(tmp_path / "in", tmp_path / "out", 8)
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
     assert bits_of(tmp_path / "out") == 4
 
 
-def test_a_lock_whose_directory_was_never_made_is_removed(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "in")
-    (tmp_path / ".out.partial-12-0123abcd.lock").touch()
-    convert(tmp_path / "in", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not remove an open file")
 @pytest.mark.parametrize("held", [True, False])
-def test_a_lock_that_another_conversion_cleans_up_is_made_again(
+def test_a_working_directory_that_another_conversion_removes_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
-    """It may clean up between the file's creation and its locking; held: while this one tries to lock it."""
-    try_lock = output.try_lock
+    """It may be removed between the lock's creation and its locking; held: while this one tries to lock it."""
+    try_lock = file_lock.try_lock
     removed: list[Path] = []
 
     def late(file: BinaryIO) -> bool:
         if removed:
             return try_lock(file)
-        removed.append(Path(file.name))
-        removed[0].unlink()
+        removed.append(Path(file.name).parent)
+        shutil.rmtree(removed[0])
         return not held and try_lock(file)
 
-    monkeypatch.setattr(output, "try_lock", late)
-    with output._locked(tmp_path / "lock") as file:
-        assert removed == [tmp_path / "lock"]
-        assert os.path.samestat(os.fstat(file.fileno()), (tmp_path / "lock").stat())
-        with open(tmp_path / "lock", "r+b") as other:
-            assert not try_lock(other)
+    monkeypatch.setattr(working, "try_lock", late)
+    work = WorkingDirectory.open(tmp_path / "out", "key")
+    assert removed == [work.path]
+    with open(work.path / "lock", "r+b") as other:
+        assert not try_lock(other)
+    work.remove()
+    work.unlock()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows whether a process works in a directory there: each conversion has its own."""
+
     def refuse(file: BinaryIO) -> bool:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(output, "try_lock", refuse)
+    monkeypatch.setattr(working, "try_lock", refuse)
     write_checkpoint(tmp_path / "in")
-    (tmp_path / ".out.partial-12-0123abcd").mkdir()
-    (tmp_path / ".out.partial-12-0123abcd.lock").touch()
-    convert(tmp_path / "in", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == [".out.partial-12-0123abcd", ".out.partial-12-0123abcd.lock", "in", "out"]
+    (tmp_path / ".out.partial-0123456789ab").mkdir()
+    (tmp_path / ".out.partial-0123456789ab" / "lock").touch()
+
+    def second(done: int, total: int) -> None:
+        if not (tmp_path / "out").exists():
+            convert(tmp_path / "in", tmp_path / "out", 4)
+
+    with pytest.raises(OutputError, match="exists already"):
+        convert(tmp_path / "in", tmp_path / "out", 4, progress=second)
+    assert sorted(os.listdir(tmp_path)) == [".out.partial-0123456789ab", "in", "out"]
 
 
 def test_similar_names_are_left_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
-    theirs = [".out.old-backup", ".out.old-1-backup00", ".out.partial-notes", ".outer.old-12-0123abcd"]
-    for name in (*theirs, ".out.old-12-0123abcd", ".out.partial-12-0123abcd"):
+    theirs = [".out.old-backup", ".out.partial-backup00", ".out.partial-notes", ".outer.partial-0123456789ab"]
+    for name in (*theirs, ".out.partial-0123456789ab"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
     convert(tmp_path / "in", tmp_path / "out")
     convert(tmp_path / "in", tmp_path / "out", force=True)
     assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "in", "out"])
@@ -305,7 +321,7 @@ def test_a_full_disk_is_noticed_before_the_start(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("write_bytes", [1, 1000, 4096, 1 << 21])
 def test_files_are_written_in_aligned_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_bytes: int) -> None:
     """Each begins at a multiple of its size, whatever the sizes of the data: empty, or many times larger."""
-    monkeypatch.setattr("npqwen_quant.output.WRITE_BYTES", write_bytes)
+    monkeypatch.setattr("npqwen_quant.placed_file.WRITE_BYTES", write_bytes)
     sizes = []
 
     class Slow(io.FileIO):
@@ -314,13 +330,16 @@ def test_files_are_written_in_aligned_pieces(tmp_path: Path, monkeypatch: pytest
                 sizes.append(len(data))
             return super().write(data[: max(1, len(data) - 7)])  # a disk that takes less than all
 
-    monkeypatch.setattr("npqwen_quant.output.open", lambda path, mode, buffering=0: Slow(path, mode), raising=False)
+    monkeypatch.setattr(
+        "npqwen_quant.placed_file.open", lambda path, mode, buffering, opener: Slow(path, "w+"), raising=False
+    )
     data = np.random.default_rng(0).bytes(10_000)
-    with Output(tmp_path / "out", force=False) as output:
-        with output.create("file") as write:
-            for start, end in pairwise([0, 1, 1, 500, 999, 1000, 1001, 9_500, 10_000]):
-                write(memoryview(data)[start:end])
-        assert (output.partial / "file").read_bytes() == data
+    file = PlacedFile(tmp_path / "file")
+    for start, end in pairwise([0, 1, 1, 500, 999, 1000, 1001, 9_500, 10_000]):
+        file.write(start, memoryview(data)[start:end])
+    file.flush()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == data
     whole, rest = divmod(len(data), write_bytes)
     assert sizes == [write_bytes] * whole + [rest] * (rest > 0)
 
@@ -344,7 +363,9 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
     code = f"""
 import resource, signal
 from pathlib import Path
+from npqwen import file_lock
 from npqwen.errors import OutputError
+from npqwen.reports.verification import verify
 from npqwen_quant import convert
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -389,31 +410,23 @@ def test_ctrl_c(tmp_path: Path, bits: int) -> None:
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_kill(tmp_path: Path) -> None:
-    """The remains are not a model; they stay while the process lives, and the next conversion removes them."""
+def test_races_for_one_place_end_in_a_whole_model_or_a_clear_refusal(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
-    code = f"""
-import sys
-from pathlib import Path
-from npqwen_quant import convert
-def wait(done, total):
-    if done > total // 2:
-        print("half", flush=True)
-        sys.stdin.read()
-convert(Path({str(tmp_path / "in")!r}), Path({str(tmp_path / "out")!r}), progress=wait)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process.stdin, process.stdout:
-        assert process.stdout.readline().strip() == b"half"
-        (partial,) = (path for path in tmp_path.iterdir() if path.is_dir() and path.name != "in")
-        assert partial.name.startswith(".out.partial-")
-        convert(tmp_path / "in", tmp_path / "out")
-        assert (partial / "model.safetensors").exists()
-        process.kill()
-        process.wait()
-    assert not (partial / "config.json").exists()
-    shutil.rmtree(tmp_path / "out")
-    convert(tmp_path / "in", tmp_path / "out")
+    refused: list[str] = []
+
+    def compete(bits: int) -> None:
+        for _ in range(6):
+            try:
+                convert(tmp_path / "in", tmp_path / "out", bits, force=bits != 3, threads=1)
+            except OutputError as error:
+                refused.append(str(error))
+
+    rivals = [threading.Thread(target=compete, args=(bits,)) for bits in (3, 4, 4, 8)]
+    for rival in rivals:
+        rival.start()
+    for rival in rivals:
+        rival.join()
+    known = ("exists already", "being converted by another process")
+    assert [line for line in refused if not any(part in line for part in known)] == []
+    assert verify(tmp_path / "out").is_right
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]

@@ -39,8 +39,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
     "a converted model": (lambda d: change(d, quantization_config={"quant_method": "npqwen"}), "already"),
-    "fp8": (lambda d: change(d, quantization_config={"quant_method": "fp8"}), "fp8"),
-    "gptq": (lambda d: change(d, quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
+    "a pointer": (
+        lambda d: (d / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        ),
+        "model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    ),
+    "bitsandbytes": (lambda d: change(d, quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
+    "aqlm": (lambda d: change(d, quantization_config={"quant_method": "aqlm"}), "aqlm"),
     "missing tensor": (lambda d: rewrite(d, K_PROJ, None), K_PROJ),
     "missing norm": (lambda d: rewrite(d, "model.norm.weight", None), "model.norm.weight"),
     "missing lm_head": (lambda d: change(d, tie_word_embeddings=False), "no lm_head.weight.*tie_word"),

@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import make_config, random_tensors, write_checkpoint, write_safetensors
-from npqwen_quant import Shards, convert, convert_shards, sharded
+from npqwen_quant import Shards, convert, convert_shards
+from npqwen_quant.plan import plan
+from npqwen_quant.steps import deal, pieces, places, steps
 
 from npqwen.errors import CheckpointError, OutputError
+from npqwen.format.config import Config
+from npqwen.format.recipe import recipe_of
+from npqwen.format.safetensors import read_header
 
 MOE: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -130,22 +135,24 @@ def test_bytes_of_an_unfinished_shard_are_written_again(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", shards=3)
     convert(tmp_path / "in", tmp_path / "want")
     remote = Remote(tmp_path / "in")
-    first = remote.shards.files[sorted(remote.shards.files)[0]]
+    first, *_ = sorted(remote.shards.files)
 
     def stop(done: int, total: int) -> None:
-        if done > first:
+        if done > remote.shards.files[first]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert_shards(tmp_path / "in", tmp_path / "out", remote.shards, progress=stop)
-    (place,) = tmp_path.glob(".out.low-disk-*")
-    assert json.loads((place / "state.json").read_text())["done"] == sorted(remote.shards.files)[:1]
-    data = bytearray((place / "output" / "model.safetensors").read_bytes())
+    (place,) = tmp_path.glob(".out.partial-*")
+    assert not (place / "source" / first).exists()
+    made = place / "output" / "model.safetensors"
+    data = bytearray(made.read_bytes())
     want = (tmp_path / "want" / "model.safetensors").read_bytes()
+    data += bytes(len(want) - len(data))
     for i, (ours, theirs) in enumerate(zip(data, want, strict=True)):
         if ours != theirs:  # not converted yet
             data[i] = ours ^ 0x55
-    (place / "output" / "model.safetensors").write_bytes(data)
+    made.write_bytes(data)
     convert_shards(tmp_path / "in", tmp_path / "out", remote.shards)
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
@@ -246,6 +253,8 @@ def test_two_processes_do_not_share_the_work(tmp_path: Path) -> None:
     remote = Remote(tmp_path / "in")
 
     def second(done: int, total: int) -> None:
+        if done:
+            return
         with pytest.raises(OutputError, match="being converted by another process"):
             convert_shards(tmp_path / "in", tmp_path / "out", remote.shards)
 
@@ -253,24 +262,18 @@ def test_two_processes_do_not_share_the_work(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_pieces_cover_every_byte_behind_the_header(tmp_path: Path) -> None:
-    """What `_pieces` says is compared with the offsets in the header of an ordinary conversion."""
+def test_steps_cover_every_byte_in_order(tmp_path: Path) -> None:
+    """Their places are compared with the offsets in the header of a file."""
     write_checkpoint(tmp_path / "in", make_config(**MOE))
     convert(tmp_path / "in", tmp_path / "out", 4)
-    from npqwen_quant.conversion import deal
-    from npqwen_quant.plan import plan
-
-    from npqwen.format.config import Config
-    from npqwen.format.recipe import recipe_of
-    from npqwen.format.safetensors import read_header
-
-    (file,) = deal(plan(Config.from_dict(make_config(**MOE)), recipe_of(4)), 10**12)
     path = tmp_path / "out" / "model.safetensors"
     with open(path, "rb") as opened:
         stored = read_header(opened).tensors
-    starts = {tensor.offset for tensor in stored.values()}
-    pieces = list(sharded._pieces(path, file))
-    assert starts <= {piece.offset for piece in pieces}
-    ends = [piece.offset + piece.tensor.nbytes for piece in pieces]
-    assert ends[:-1] == [piece.offset for piece in pieces[1:]]
-    assert ends[-1] == path.stat().st_size
+    files = deal(plan(Config.from_dict(make_config(**MOE)), recipe_of(4)), 10**12)
+    assert {name: (place.offset, place.nbytes) for name, place in places(files).items()} == {
+        name: (tensor.offset, tensor.nbytes) for name, tensor in stored.items()
+    }
+    covered = [(step.offset, step.offset + step.nbytes) for step in steps(pieces(files))]
+    assert covered[0][0] == 0
+    assert [end for _, end in covered[:-1]] == [start for start, _ in covered[1:]]
+    assert covered[-1][1] == path.stat().st_size

@@ -1,0 +1,231 @@
+"""What a conversion would give and take, before anything is downloaded or written: `npqwen convert --dry-run`."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from npqwen.engine.budget import Budget
+from npqwen.engine.cache_type import CacheType
+from npqwen.engine.kv_cache import KVCache
+from npqwen.errors import CheckpointError, OptionError, size
+from npqwen.format.config import Config
+from npqwen.format.encodings import BY_NAME
+from npqwen.format.layout import Codebook
+from npqwen.format.quantization import is_converted
+from npqwen.format.recipe import DEFAULT_BITS, recipe_of
+from npqwen.hardware import machine
+from npqwen.hub.conversions import find_source, place_of
+from npqwen.hub.repository import HubSource
+from npqwen.hub.room import converted_bytes, free_bytes
+from npqwen.hub.source import GgufSource, LocalSource, Source
+from npqwen.hub.support import check
+from npqwen.kernels.cache_page import PAGE
+from npqwen.reports.columns import columns
+from npqwen.reports.info import PARTS
+
+_BANDWIDTH = 100e6 / 8
+"""Of the download whose time is told: bytes a second of a line of 100 Mbit/s."""
+
+_FILES = 1e9
+"""Bytes a second that are read, digested and written, if the disk is fast."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of the converted model, such as the attention of all layers."""
+
+    weights: int
+    """How many, without padding."""
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales, codebooks and padding included."""
+        return 8 * self.bytes / self.weights
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A conversion that was not made. Sizes are in bytes."""
+
+    source: str
+    """The model's name, as it was given or as the hub has it."""
+    place: Path
+    """Where the result would lie."""
+    exists: bool
+    """Whether a converted model lies there already."""
+    bits: int
+    encodings: tuple[str, ...]
+    """Of the matrices."""
+    parts: Mapping[str, Part]
+    """By the names that `npqwen info` gives them."""
+    small_files: int
+    """Tokenizer, chat templates and so on."""
+    download: int
+    """What is not here yet, of weights and small files."""
+    largest_file: int
+    """The largest file of weights of the source."""
+    disk: int
+    """What the download and the conversion take at most at a time, together."""
+    free: int
+    """Free on the disk where the result would lie."""
+    context: int
+    """The model's limit, in tokens."""
+    kv: CacheType
+    cache: int
+    """Keys and values of a full context."""
+    cache_token: int
+    """Keys and values of a token."""
+    available_memory: int | None
+    threads: int
+    seconds: float
+    """Of the conversion, estimated from a sample: without download, and if the disk keeps up."""
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the converted model's tensors."""
+        return sum(part.bytes for part in self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors."""
+        return 8 * self.weights / sum(part.weights for part in self.parts.values())
+
+    def describe(self) -> str:
+        """The facts as lines of text."""
+        cells = [(size(part.bytes), f"{part.bits_per_weight:.2f} bits per weight") for part in self.parts.values()]
+        parts = zip(self.parts, columns(cells).splitlines(), strict=True)
+        memory = f"{size(self.weights + self.cache)} for weights and {self.context:,} tokens of context"
+        if self.available_memory is not None:
+            memory += f"; {size(self.available_memory)} available"
+        download = f"{size(self.download)}, {_time(self.download / _BANDWIDTH)} at 100 Mbit/s"
+        lines = [
+            ("model", self.source),
+            ("result", f"{self.place}{', which exists already' if self.exists else ''}"),
+            ("size", f"{size(self.weights + self.small_files)}, {self.bits_per_weight:.2f} bits per weight"),
+            *((f"  {name}", line) for name, line in parts),
+            ("encodings", ", ".join(self.encodings)),
+            ("memory", memory),
+            ("  weights", f"{size(self.weights)}, mapped from the files"),
+            ("  cache", f"{size(self.cache_token)} a token, in {self.kv}"),
+            *([("download", download)] if self.download else []),
+            ("disk", f"{size(self.disk)} needed, {size(self.free)} free"),
+            ("time", f"{_time(self.seconds)} on {self.threads} threads, if the disk keeps up"),
+        ]
+        return "\n".join(f"{name:16}{value}" for name, value in lines)
+
+
+def plan_conversion(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    bits: int = DEFAULT_BITS,
+    *,
+    revision: str | None = None,
+    low_disk: bool = False,
+    calibrated: bool = False,
+    notice: Callable[[str], None] | None = None,
+) -> ConversionPlan:
+    """Tell what `npqwen.hub.convert` would do with these arguments, and change nothing.
+
+    Of a model on the hub, config.json and the list of files are read; of one on this disk, the headers of its files.
+    calibrated: whether fits need room, too; their time is not told. Raises what the conversion would raise about the
+    checkpoint.
+    """
+    recipe = recipe_of(bits)
+    found = find_source(source, revision, notice)
+    if isinstance(found, HubSource) and found.gguf:
+        raise OptionError(
+            f"{found.label} is a GGUF file, which tells its sizes only when it is here: download it "
+            f"(npqwen pull {found.label}), or use --dry-run with the original checkpoint"
+        )
+    place = place_of(found, recipe) if out is None else Path(os.path.expanduser(out))
+    with tempfile.TemporaryDirectory(prefix="npqwen-") as scratch:
+        if isinstance(found, HubSource):
+            found.scratch = Path(scratch)
+        check(found, "arrays")
+        config = Config.from_dict(found.raw_config, found.label if found.gguf else f"{found.label}: config.json")
+    _check_weights(found, config, bits)
+    from npqwen_quant.conversion import default_threads
+    from npqwen_quant.plan import plan
+    from npqwen_quant.speed import weights_per_second
+
+    tensors = plan(config, recipe)
+    parts: dict[str, Part] = {}
+    amounts: dict[str, int] = {}
+    for tensor in tensors:
+        name = tensor.tensor.matrix if isinstance(tensor.tensor, Codebook) else tensor.name
+        count = sum(map(math.prod, tensor.sources.values()))
+        part = next(part for part, ends in PARTS.items() if name.rpartition(".")[0].endswith(ends))
+        before = parts.get(part, Part(0, 0))
+        parts[part] = Part(before.weights + count, before.bytes + tensor.nbytes)
+        if tensor.encoding is not None:
+            amounts[tensor.encoding.name] = amounts.get(tensor.encoding.name, 0) + count
+    threads = default_threads()
+    speeds = weights_per_second([BY_NAME[name] for name in amounts], threads)
+    names = found.weights
+    largest = max((file.nbytes for file in names.values()), default=0)
+    read = sum(file.nbytes for file in names.values())
+    small = sum(file.nbytes for name, file in found.files.items() if name not in names and name in _kept(found))
+    weights = sum(part.bytes for part in parts.values())
+    download = found.missing(found.wanted) if isinstance(found, HubSource) else 0
+    fetched = min(download, largest) if low_disk else download
+    kv = recipe.cache_type
+    page = KVCache(config, 1, kv).page_bytes
+    context = config.longest_context
+    available = machine.available_memory()
+    return ConversionPlan(
+        source=found.label,
+        place=place,
+        exists=is_converted(place),
+        bits=bits,
+        encodings=tuple(amounts),
+        parts={name: parts[name] for name in PARTS if name in parts},
+        small_files=small,
+        download=download,
+        largest_file=largest,
+        disk=fetched + weights * (2 if calibrated else 1) + small,
+        free=free_bytes(place),
+        context=context,
+        kv=kv,
+        cache=Budget(weights, 0, page, available).cache(context),
+        cache_token=page // PAGE,
+        available_memory=available,
+        threads=threads,
+        seconds=sum(count / speeds[name] for name, count in amounts.items()) + (weights + read) / _FILES,
+    )
+
+
+def _kept(source: Source) -> set[str]:
+    """The small files that a conversion has too."""
+    from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
+
+    return set(source.matching(*SMALL_FILES)) | {name for name in FOR_PEOPLE if name in source.files}
+
+
+def _check_weights(source: Source, config: Config, bits: int) -> None:
+    """Raise CheckpointError for weights that config.json does not describe, as far as it is known without them."""
+    recipe = recipe_of(bits)
+    if isinstance(source, HubSource):
+        nbytes = sum(source.files[name].nbytes for name in source.shards)
+        if converted_bytes(config, recipe, nbytes) is None:
+            raise CheckpointError(f"{source.label} has {size(nbytes)} of weights, too few for its config.json")
+        return
+    from npqwen_quant.checkpoint import Checkpoint
+    from npqwen_quant.conversion import planned_from
+
+    assert isinstance(source, LocalSource | GgufSource)
+    planned_from(Checkpoint(source.directory), recipe)
+
+
+def _time(seconds: float) -> str:
+    """A time in round figures: nobody knows it better."""
+    for unit, length, limit in (("second", 1, 90), ("minute", 60, 5400), ("hour", 3600, math.inf)):
+        if seconds < limit:
+            count = max(1, float(f"{seconds / length:.1g}" if seconds < 10 * length else f"{seconds / length:.2g}"))
+            return f"about {count:g} {unit}{'' if count == 1 else 's'}"
+    raise AssertionError

@@ -1,0 +1,228 @@
+"""GGUF files of Qwen3 models as checkpoints: one file, or the shards of one model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.format.safetensors import INDEX, StoredTensor
+from npqwen.format.small_files import TOKENIZER
+from npqwen_quant.gguf_config import Metadata, config, end_ids, generation_config, refuse_architecture
+from npqwen_quant.gguf_header import GgufHeader, StoredGguf, is_gguf, read_architecture, read_header
+from npqwen_quant.gguf_tokenizer import GgufTokenizer
+from npqwen_quant.gguf_types import TYPES
+from npqwen_quant.small_file import SmallFile
+from npqwen_quant.tensors import PlainTensor, SourceTensor
+
+SHARD = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE | re.DOTALL)
+"""The name of one of several files of a model."""
+
+OTHER_PARTS = re.compile(r"mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", re.IGNORECASE)
+"""In names of files that lie beside models and are none: projectors of images, matrices of importance, drafts."""
+
+_SHARDS = 1000
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+}
+"""GGUF's names of tensors, those of layers after "blk.N.", and Qwen3ForCausalLM's. llama.cpp's converter stores them as
+they are: it reorders the rows of q and k for LLaMA's interleaved rotary embedding only, not for Qwen's."""
+_MOST_EXPERTS = 1 << 12
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Stacks (experts, rows, columns)."""
+_IN_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.weight", re.ASCII)
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """The GGUF files that a path means: a file, all shards if it is one of several, or the only model of a directory
+    without other weights. Empty if it means none.
+
+    Raises CheckpointError if a shard is missing, or if a directory has several models.
+    """
+    if not path.is_dir():
+        return shards(path) if path.suffix.lower() == ".gguf" or is_gguf(path) else []
+    try:
+        if (path / "model.safetensors").exists() or (path / INDEX).exists():
+            return []
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() == ".gguf" and not OTHER_PARTS.search(file.name) and file.is_file()
+        )
+    except OSError:  # who reads it as a checkpoint says what is wrong
+        return []
+    models = {shards(file)[0]: None for file in found}
+    if len(models) > 1:
+        names = ", ".join(shortened(file.name) for file in list(models)[:8])
+        raise CheckpointError(f"{path} holds several GGUF files, {names}; name one of them")
+    return shards(next(iter(models))) if models else []
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of a model, of which one is given, by its name. CheckpointError if one is missing."""
+    name = SHARD.fullmatch(path.name)
+    if name is None:
+        return [path]
+    count = int(name["count"])
+    if not 0 < int(name["number"]) <= count <= _SHARDS:
+        raise CheckpointError(f"{path}: there is no such shard; its name is impossible")
+    found = [
+        path.with_name(f"{name['model']}-{number:05d}-of-{count:05d}{name['suffix']}") for number in range(1, count + 1)
+    ]
+    for shard in found:
+        if not shard.exists():
+            raise CheckpointError(f"{shard} is missing, one of {count} shards; download it, too")
+    return found
+
+
+class GgufTensor(SourceTensor):
+    """A vector or matrix of a GGUF file, dequantized to float32 if it is quantized."""
+
+    def __init__(self, path: Path, stored: StoredGguf) -> None:
+        self.path = path
+        self.kind = stored.kind
+        self.shape = stored.shape
+        self.nbytes = stored.nbytes
+        row = self.shape[-1] if len(self.shape) > 1 else 1
+        rows = stored.nbytes * stored.kind.weights // (row * stored.kind.nbytes)
+        self._bytes = PlainTensor(path, StoredTensor("U8", (rows, stored.nbytes // rows), stored.offset, stored.nbytes))
+
+    def check(self, name: str) -> None:
+        """Raise CheckpointError for a vector in blocks: ggml has none."""
+        if len(self.shape) == 1 and self.kind.weights > 1:
+            raise CheckpointError(f"{self.path}: {name} is stored as {self.kind.name}, which a vector cannot be")
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """See SourceTensor."""
+        decoded = self.kind.decode(self._bytes.stored_rows(first, count, "u1"))
+        return decoded.reshape(count, *self.shape[1:])
+
+
+class GgufModel:
+    """A model in GGUF: what a checkpoint directory would say of it.
+
+    files: all of its shards. raw_config: the content of config.json. tensors: by the names of Qwen3ForCausalLM.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Raises CheckpointError for files that cannot be read, are damaged, incomplete, or no Qwen3 model."""
+        if (architecture := read_architecture(files[0])) is not None:
+            refuse_architecture(files[0], architecture)  # before its other peculiarities
+        headers = [read_header(path) for path in files]
+        for number, header in enumerate(headers):
+            _check_shard(header, number, len(files))
+        self.metadata = Metadata(files[0], headers[0].metadata)
+        stored: dict[str, tuple[Path, StoredGguf]] = {}
+        for header in headers:
+            for name, tensor in header.tensors.items():
+                if name in stored:
+                    raise CheckpointError(f"{header.path} and another shard have a tensor {shortened(name)}")
+                stored[name] = header.path, tensor
+        total = self.metadata.get("split.tensors.count", int, len(stored))
+        if len(files) > 1 and total != len(stored):
+            raise CheckpointError(f"{files[0]} and its other shards have {len(stored)} of {total} tensors")
+        self.kinds = _kinds(tensor for _, tensor in stored.values())
+        """Names of the formats of the matrices, by the bytes they take, the largest first."""
+        self.tensors: dict[str, SourceTensor] = {}
+        for name, (path, tensor) in stored.items():
+            for ours, found in _named(name, path, tensor):
+                if ours in self.tensors:
+                    raise CheckpointError(f"{path} has {ours} twice, under two names; it is damaged")
+                self.tensors[ours] = found
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise CheckpointError(f"{files[0]} has no tensor token_embd.weight; is it a complete model?")
+        self.tokenizer = GgufTokenizer(self.metadata, embedding.shape[0])
+        ends = end_ids(self.metadata, self.tokenizer.tokens)
+        self.raw_config = config(
+            self.metadata,
+            embedding.shape[0],
+            "lm_head.weight" not in self.tensors,
+            self._dense_layers(),
+            ends,
+        )
+        self._generation = generation_config(self.metadata, ends)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any matrix is quantized."""
+        floats = [kind.name for kind in TYPES.values() if kind.floats is not None]
+        return any(kind not in floats for kind in self.kinds)
+
+    @cached_property
+    def small_files(self) -> list[SmallFile]:
+        """The tokenizer, chat templates and defaults of sampling."""
+        files = {
+            TOKENIZER: self.tokenizer.tokenizer_json(),
+            "tokenizer_config.json": _json(self.tokenizer.tokenizer_config()),
+        }
+        if self._generation is not None:
+            files["generation_config.json"] = _json(self._generation)
+        return [SmallFile(name, len(content), partial(bytes, content)) for name, content in files.items()]
+
+    def _dense_layers(self) -> list[int]:
+        """The layers without experts. More than there are tensors are refused with the tensors' names."""
+        layers = range(min(self.metadata.needed(".block_count", int), len(self.tensors)))
+        return [layer for layer in layers if f"model.layers.{layer}.mlp.gate.weight" not in self.tensors]
+
+
+def _named(name: str, path: Path, stored: StoredGguf) -> Iterator[tuple[str, SourceTensor]]:
+    """A tensor under the name of Qwen3ForCausalLM; a stack of experts as one tensor each. Unknown names stay."""
+    match = _IN_LAYER.fullmatch(name)
+    if match is None:
+        found = _NAMES.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        yield f"{found}.weight" if found is not None else name, GgufTensor(path, stored)
+        return
+    layer, part = f"model.layers.{match[1]}", match[2]
+    if part in _EXPERTS and len(stored.shape) == 3:
+        count, *shape = stored.shape
+        if count > _MOST_EXPERTS:
+            raise CheckpointError(f"{path}: {name} has {count} experts; that cannot be")
+        nbytes = stored.nbytes // count
+        for expert in range(count):
+            one = StoredGguf(stored.kind, tuple(shape), stored.offset + expert * nbytes, nbytes)
+            yield f"{layer}.mlp.experts.{expert}.{_EXPERTS[part]}.weight", GgufTensor(path, one)
+    else:
+        yield f"{layer}.{_NAMES[part]}.weight" if part in _NAMES else name, GgufTensor(path, stored)
+
+
+def _check_shard(header: GgufHeader, number: int, count: int) -> None:
+    """CheckpointError unless a file says that it is this one (from 0 on) of so many."""
+    said, of = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
+    if (said, of) != (number, count):
+        raise CheckpointError(
+            f"{header.path} says that it is shard {quoted(said)} (from 0 on) of {quoted(of)}, but by its name it is "
+            f"{number} of {count}; shards are named MODEL-00001-of-00003.gguf and so on"
+        )
+
+
+def _kinds(tensors: Iterator[StoredGguf]) -> list[str]:
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        if len(tensor.shape) > 1:
+            found[tensor.kind.name] = found.get(tensor.kind.name, 0) + tensor.nbytes
+    return sorted(found, key=lambda name: -found[name])
+
+
+def _json(document: object) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,162 @@
+"""config.json and generation_config.json of a model, from the metadata of its GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from npqwen.errors import CheckpointError, quoted
+from npqwen_quant.gguf_header import ARCHITECTURE, Value
+
+ARCHITECTURES = {"qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+"""Architectures that can be read, with their model_type in config.json."""
+
+_ENDS = ("<|im_end|>", "<|endoftext|>")
+"""Tokens of Qwen's that end a text, whatever eos_token_id says: generation_config.json has both, a GGUF file one."""
+
+_SAMPLING = {
+    "temp": ("temperature", 100),
+    "top_k": ("top_k", 1e9),
+    "top_p": ("top_p", 1),
+    "min_p": ("min_p", 1),
+    "penalty_repeat": ("repetition_penalty", 100),
+}
+"""Keys of general.sampling: what generation_config.json calls them, and their largest values."""
+
+
+class Metadata:
+    """The entries of a file by their names without the architecture, with checks of their types."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Value]) -> None:
+        """CheckpointError for an architecture that cannot be read."""
+        self.path = path
+        self.entries = entries
+        refuse_architecture(path, entries.get(ARCHITECTURE))
+        self.architecture = str(entries[ARCHITECTURE])
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """An entry of the architecture (".key") or a general one; CheckpointError for a value of another type."""
+        name = self.architecture + key if key.startswith(".") else key
+        value = self.entries.get(name, default)
+        if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+            return value
+        raise CheckpointError(f"{self.path}: {name} is {quoted(value)}, a value of the wrong type")
+
+    def needed(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """`get`; CheckpointError without it."""
+        value = self.get(key, kind)
+        if value is None:
+            raise CheckpointError(f"{self.path} does not say {self.architecture}{key}; is it a complete model?")
+        return value
+
+
+def refuse_architecture(path: Path | str, found: object) -> None:
+    """CheckpointError for an architecture that cannot be read."""
+    if found not in ARCHITECTURES:
+        what = "names no architecture" if found is None else f"has the architecture {quoted(found)}"
+        raise CheckpointError(f"{path} {what}; npqwen reads {' and '.join(ARCHITECTURES)}: Qwen3 and its mixtures")
+
+
+def config(
+    metadata: Metadata, vocab_size: int, tied: bool, dense_layers: Sequence[int], ends: Sequence[int]
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    vocab_size: rows of the embedding. tied: whether it is the output matrix, too. dense_layers: of a mixture, those
+    without experts. ends: `end_ids`. Raises CheckpointError for what is missing, or a model that differs from Qwen3's.
+    """
+    mixture = metadata.architecture == "qwen3moe"
+    width, heads = metadata.needed(".embedding_length", int), metadata.needed(".attention.head_count", int)
+    head = metadata.get(".attention.key_length", int, width // heads if heads > 0 else 0)
+    for key in (".attention.value_length", ".rope.dimension_count"):
+        if metadata.get(key, int, head) != head:
+            raise CheckpointError(
+                f"{metadata.path}: {metadata.architecture}{key} is {metadata.get(key, int)}, but keys have {head} "
+                "numbers a head; no Qwen3 model is like that"
+            )
+    if metadata.get(".attention.causal", bool, True) is False:
+        raise CheckpointError(f"{metadata.path} attends in both directions, as encoders do, which npqwen does not run")
+    found: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": list(ends),
+        "head_dim": head,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "max_position_embeddings": metadata.needed(".context_length", int),
+        "model_type": ARCHITECTURES[metadata.architecture],
+        "num_attention_heads": heads,
+        "num_hidden_layers": metadata.needed(".block_count", int),
+        "num_key_value_heads": metadata.get(".attention.head_count_kv", int, heads),
+        "rms_norm_eps": metadata.needed(".attention.layer_norm_rms_epsilon", float),
+        "rope_scaling": _scaling(metadata),
+        "rope_theta": metadata.get(".rope.freq_base", float, 10000.0),
+        "tie_word_embeddings": tied,
+        "use_sliding_window": False,
+        "vocab_size": vocab_size,
+    }
+    if mixture:
+        chosen = metadata.needed(".expert_used_count", int)
+        small = metadata.get(".expert_feed_forward_length", int)
+        if small is None and chosen > 0:  # as in llama.cpp
+            small = metadata.needed(".feed_forward_length", int) // chosen
+        found |= {
+            "decoder_sparse_step": 1,
+            "intermediate_size": metadata.get(".feed_forward_length", int, small),
+            "mlp_only_layers": list(dense_layers),
+            "moe_intermediate_size": small,
+            "norm_topk_prob": True,  # as llama.cpp computes this architecture, whatever expert_weights_norm says
+            "num_experts": metadata.needed(".expert_count", int),
+            "num_experts_per_tok": chosen,
+        }
+        if metadata.get(".expert_weights_scale", float, 0.0) not in (0.0, 1.0):
+            raise CheckpointError(f"{metadata.path} scales its experts' weights, which no Qwen3 model does")
+    else:
+        found["intermediate_size"] = metadata.needed(".feed_forward_length", int)
+    return found
+
+
+def _scaling(metadata: Metadata) -> dict[str, Any] | None:
+    """`rope_scaling`. A kind that is not known is refused with config.json."""
+    kind = metadata.get(".rope.scaling.type", str, "none")
+    factor = metadata.get(".rope.scaling.factor", float, metadata.get(".rope.scale_linear", float, 0.0))
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    if metadata.get(".rope.scaling.attn_factor", float, 1.0) != 1.0:
+        raise CheckpointError(f"{metadata.path}: {metadata.architecture}.rope.scaling.attn_factor is not supported")
+    found = {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": metadata.get(".rope.scaling.original_context_length", int),
+        "attention_factor": metadata.get(".rope.scaling.yarn_attn_factor", float),
+        "beta_fast": metadata.get(".rope.scaling.yarn_beta_fast", float),
+        "beta_slow": metadata.get(".rope.scaling.yarn_beta_slow", float),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def end_ids(metadata: Metadata, tokens: Sequence[str]) -> list[int]:
+    """The ids that end a text: the file's own, then those of Qwen's tokens that do, as in llama.cpp."""
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    own = [metadata.get(f"tokenizer.ggml.{key}", int) for key in keys]
+    known = [tokens.index(token) for token in _ENDS if token in tokens]
+    return list(dict.fromkeys(id for id in [*own, *known] if id is not None))
+
+
+def generation_config(metadata: Metadata, ends: Sequence[int]) -> dict[str, Any] | None:
+    """The content of generation_config.json; None for a file that says nothing of sampling.
+
+    Then the defaults of the family hold, as for a checkpoint without this file.
+    """
+    found = {}
+    for key, (name, most) in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}", (int, float))
+        if value is not None and not 0 <= value <= most:
+            raise CheckpointError(f"{metadata.path}: general.sampling.{key} is {quoted(value)}, not from 0 to {most:g}")
+        if value is not None:
+            found[name] = value
+    if not found:
+        return None
+    return {"do_sample": found.get("temperature", 1.0) > 0, "eos_token_id": list(ends)} | found

@@ -1,0 +1,58 @@
+"""Checkpoints that are quantized already: which format a config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from npqwen.errors import CheckpointError, shortened
+from npqwen_quant.awq import Awq
+from npqwen_quant.compressed_tensors import CompressedTensors
+from npqwen_quant.fp8 import Fp8
+from npqwen_quant.gptq import Gptq
+from npqwen_quant.mlx import Mlx
+from npqwen_quant.parts import UnreadableError
+
+QuantizedFormat = Awq | CompressedTensors | Fp8 | Gptq | Mlx
+"""A format that can be dequantized: its `description`, and `dequantized`, from stored tensors to float32 ones."""
+
+KEYS = ("quantization_config", "compression_config", "quantization")
+"""Of config.json; the last is MLX's."""
+GPTQ_FILE = "quantize_config.json"
+"""Where old GPTQ checkpoints say what others say in config.json."""
+
+ADVICE = "convert the unquantized checkpoint, in BF16, F16 or F32"
+
+
+def format_of(
+    raw_config: Mapping[str, Any], where: str, of_gptq: Mapping[str, Any] | None = None, advice: str = ADVICE
+) -> QuantizedFormat | None:
+    """The format of a checkpoint's weights; None if they are not quantized.
+
+    raw_config: its config.json. where: the checkpoint, for messages. of_gptq: its GPTQ_FILE, if it has one. advice:
+    what to do about a format that cannot be read. Raises CheckpointError for such a format, or for impossible values.
+    """
+    config = next((raw_config[key] for key in KEYS if raw_config.get(key)), None)
+    if config is None and of_gptq is not None:
+        config = {"quant_method": "gptq", **of_gptq}
+    if config is None:
+        return None
+    try:
+        if not isinstance(config, dict):
+            raise UnreadableError(str(config))
+        method = config.get("quant_method")
+        if method == "fp8":
+            return Fp8.from_config(config, where)
+        if method == "gptq":
+            return Gptq.from_config(config, where)
+        if method == "awq":
+            return Awq.from_config(config, where)
+        if method == "compressed-tensors":
+            return CompressedTensors.from_config(config, where)
+        if method is None and "bits" in config:
+            return Mlx.from_config(config, where)
+        raise UnreadableError(str(method))
+    except UnreadableError as error:
+        raise CheckpointError(
+            f"{where} is quantized already ({shortened(str(error))}), which npqwen does not read; {advice}"
+        ) from None

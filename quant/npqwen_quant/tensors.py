@@ -1,0 +1,129 @@
+"""Tensors of a checkpoint, located in its files and read by rows."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npqwen.errors import CheckpointError, shortened
+from npqwen.format.files import is_lfs_pointer, open_regular
+from npqwen.format.safetensors import INDEX, HeaderError, StoredTensor, read_header
+
+CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+"""NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
+
+
+class SourceTensor(ABC):
+    """A tensor of a checkpoint, read by rows, however it is stored.
+
+    path: the file that messages name. shape: of the weights. nbytes: what all of it takes in the files.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @abstractmethod
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """Read `count` rows (elements of a vector) from row `first` on, into a new array of float32, float16 or uint16,
+        the bits of bf16.
+
+        Raises CheckpointError if the file cannot be read or is too short. The values may be NaN or infinity.
+        """
+
+    def check(self, name: str) -> None:  # noqa: B027  most can be converted
+        """Raise CheckpointError, with the tensor's name, if `read` could not give its weights."""
+
+    def floats(self, first: int, count: int) -> npt.NDArray[np.float32]:
+        """`read`, as float32; CheckpointError for NaN and infinity too."""
+        floats = widen(self.read(first, count))
+        if not np.isfinite(floats).all():
+            raise CheckpointError(f"{self.path} holds NaN or infinity; the checkpoint is broken")
+        return floats
+
+
+class PlainTensor(SourceTensor):
+    """A tensor that a safetensors file stores as it is."""
+
+    def __init__(self, path: Path, stored: StoredTensor) -> None:
+        self.path = path
+        self.stored = stored
+        self.shape = stored.shape
+        self.nbytes = stored.nbytes
+
+    def check(self, name: str) -> None:
+        """Raise CheckpointError for a dtype that cannot be converted."""
+        if self.stored.dtype not in CONVERTIBLE:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {shortened(self.stored.dtype)}; only BF16, F16 and F32 can be "
+                "converted"
+            )
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """See SourceTensor."""
+        return self.stored_rows(first, count, CONVERTIBLE[self.stored.dtype])
+
+    def entry(self, index: int) -> PlainTensor:
+        """The tensor of one dimension less at this index of the first one."""
+        one = self.rows(index, 1)
+        return PlainTensor(self.path, replace(one.stored, shape=self.shape[1:]))
+
+    def rows(self, first: int, count: int) -> PlainTensor:
+        """The tensor of some rows."""
+        size = self.nbytes // self.shape[0]
+        shape = (count, *self.shape[1:])
+        offset = self.stored.offset + first * size
+        return PlainTensor(self.path, replace(self.stored, shape=shape, offset=offset, nbytes=count * size))
+
+    def stored_rows(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
+        """`read`, of any dtype: NumPy's `dtype` is of the stored one's size."""
+        row_shape = self.shape[1:]
+        size = math.prod(row_shape)
+        return self.elements(first * size, count * size, dtype).reshape(count, *row_shape)
+
+    def elements(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
+        """`stored_rows`, by elements instead of rows."""
+        out = np.empty(count, dtype)
+        view = out.view(np.uint8).data
+        try:
+            with open_regular(self.path) as file:
+                file.seek(self.stored.offset + first * out.itemsize)
+                while view:
+                    got = file.readinto(view)  # type: ignore[attr-defined]
+                    if not got:
+                        raise CheckpointError(f"{self.path} became shorter while it was read")
+                    view = view[got:]
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        return out
+
+
+def read_tensors(path: Path) -> dict[str, PlainTensor]:
+    """The tensors of one file; CheckpointError if it is missing or damaged."""
+    try:
+        with open_regular(path) as file:
+            stored = read_header(file).tensors
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except HeaderError as error:
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`") from None
+        raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
+    return {name: PlainTensor(path, tensor) for name, tensor in stored.items()}
+
+
+def widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """float32 of f16, f32 or the bits of bf16."""
+    if stored.dtype == np.uint16:
+        wide = stored.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return stored.astype(np.float32, copy=False)

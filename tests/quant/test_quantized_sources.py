@@ -1,0 +1,265 @@
+"""Checkpoints in GPTQ, AWQ, compressed-tensors and for MLX: what their tensors mean, and whole conversions."""
+
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import MIXTURE, make_config, random_tensors, to_bf16, write_checkpoint, write_safetensors
+from npqwen_quant import convert
+from npqwen_quant.calibration import Calibration
+from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.quantized import format_of
+from npqwen_quant.recent import Recent
+from npqwen_quant.tensors import read_tensors
+from quantizers import (
+    MOE,
+    UNQUANTIZED,
+    Quantizer,
+    awq,
+    check_conversion,
+    check_tensors,
+    example,
+    fp8,
+    gptq,
+    int_quantized,
+    mlx,
+    pack_quantized,
+    stacked,
+    write_quantized,
+)
+
+
+def of_gptq(bits: int = 4, group: int = 16, version: int = 1) -> dict[str, Any]:
+    entry = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": False}
+    return entry | ({} if version == 1 else {"checkpoint_format": "gptq_v2"})
+
+
+def of_awq(group: int = 16) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+
+
+def of_compressed(layout: str, bits: int = 8, kind: str = "int", **weights: Any) -> dict[str, Any]:
+    entry = {"num_bits": bits, "type": kind, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": entry, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+def fp8_compressed(weights: np.ndarray, block: tuple[int, ...]) -> Any:
+    parts, meant = fp8(weights, (block[0], block[1]))
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, meant
+
+
+INT, FLOAT = of_compressed("int-quantized"), of_compressed("float-quantized", kind="float")
+CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
+    **{
+        f"gptq {bits} bits, v{version}{', act-order' * order}": (
+            of_gptq(bits, version=version),
+            partial(gptq, bits=bits, act_order=order, version=version),
+        )
+        for bits in (2, 3, 4, 8)
+        for version in (1, 2)
+        for order in (False, True)
+    },
+    "gptq without g_idx": (of_gptq(), partial(gptq, index=False)),
+    "gptq, one group": (of_gptq(group=-1), partial(gptq, group=-1, index=False)),
+    "gptq, a last group that is smaller": (of_gptq(group=40), partial(gptq, group=40, index=False)),
+    "gptq, other bits than most": (of_gptq(bits=8), gptq),
+    "awq": (of_awq(), awq),
+    "awq, one group": (of_awq(-1), partial(awq, group=-1)),
+    **{
+        f"pack-quantized {bits} bits, {group}, {'symmetric' if symmetric else 'zero points'}{', act-order' * order}": (
+            of_compressed("pack-quantized", bits),
+            partial(pack_quantized, bits=bits, group=group, symmetric=symmetric, act_order=order),
+        )
+        for bits in (3, 4, 8)
+        for group, order in ((-1, False), (16, False), (16, True))
+        for symmetric in (True, False)
+    },
+    **{
+        f"pack-quantized {bits} bits, zero points in int8": (
+            of_compressed("pack-quantized", bits),
+            partial(pack_quantized, bits=bits, group=16, symmetric=False, int8_zeros=True),
+        )
+        for bits in (4, 8)
+    },
+    "int-quantized": (INT, int_quantized),
+    "int-quantized, zero points": (INT, partial(int_quantized, symmetric=False)),
+    "int-quantized, groups": (of_compressed("naive-quantized"), partial(int_quantized, groups=4)),
+    "int-quantized, one scale": (INT, partial(int_quantized, matrix=True)),
+    "float-quantized, rows": (FLOAT, lambda w: fp8_compressed(w, (1, w.shape[1]))),
+    "float-quantized, one scale": (FLOAT, lambda w: fp8_compressed(w, w.shape)),
+    "float-quantized, blocks": (
+        of_compressed("float-quantized", kind="float", block_structure=[16, 24]),
+        lambda w: fp8_compressed(w, (16, 24)),
+    ),
+    **{
+        f"mlx {bits} bits": ({"group_size": 32, "bits": bits}, partial(mlx, bits=bits, group=32))
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
+    "mlx f16": ({"group_size": 16, "bits": 4, "mode": "affine"}, partial(mlx, group=16, dtype="F16")),
+}
+
+
+def write(
+    directory: Path, case: str, config: dict[str, Any], tensors: dict[str, np.ndarray], **options: Any
+) -> dict[str, np.ndarray]:
+    """Write a checkpoint in the format of a case, and return what its tensors mean."""
+    entry, quantizer = CASES[case]
+    of_mlx = case.startswith("mlx")
+    config = config | {"quantization" if of_mlx else "quantization_config": entry}
+    return write_quantized(directory, config, tensors, quantizer, plain=() if of_mlx else UNQUANTIZED, **options)
+
+
+def small(**changes: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A random checkpoint whose sizes are multiples of what the formats pack together."""
+    config = make_config(**{"hidden_size": 64, "intermediate_size": 96, **changes})
+    return config, random_tensors(config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors(tmp_path: Path, case: str) -> None:
+    config, tensors = small(tie_word_embeddings=False)
+    check_tensors(tmp_path, write(tmp_path, case, config, tensors, shards=2))
+
+
+@pytest.mark.parametrize(
+    "case", ["gptq 4 bits, v1, act-order", "awq", "pack-quantized 4 bits, 16, zero points", "int-quantized"]
+)
+def test_mixtures_and_bare_names(tmp_path: Path, case: str) -> None:
+    config, tensors = small(**MIXTURE | {"moe_intermediate_size": 32})
+    check_tensors(tmp_path, write(tmp_path, case, config, tensors, rename=lambda name: name.removeprefix("model.")))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_stacked_experts_of_mlx(tmp_path: Path, quantized: bool) -> None:
+    config, tensors = small(**MIXTURE | {"moe_intermediate_size": 32})
+    if not quantized:
+        write_checkpoint(tmp_path, config, stacked({name: to_bf16(values) for name, values in tensors.items()}))
+        check_tensors(tmp_path, tensors)
+        return
+    # Some layers have other bits, by the name of all experts at once.
+    other = "model.layers.1.mlp.switch_mlp.down_proj"
+    entry: dict[str, Any] = {"group_size": 16, "bits": 4, other: {"group_size": 32, "bits": 6}}
+    entry |= {"model.layers.1.mlp.gate": {"bits": 8}, "model.layers.0.self_attn.q_proj": False}
+    stored, meant = {}, {}
+    for name, values in tensors.items():
+        if values.ndim == 1 or name == "model.layers.0.self_attn.q_proj.weight":
+            stored[name], meant[name] = to_bf16(values), values
+            continue
+        options: dict[str, Any] = {"bits": 8} if ".mlp.gate." in name and "layers.1" in name else {}
+        options = {"bits": 6, "group": 32} if "experts" in name and "down_proj" in name else {"group": 16} | options
+        parts, meant[name] = mlx(values, **options)
+        stored |= {name.removesuffix("weight") + end: part for end, part in parts.items()}
+    write_checkpoint(tmp_path, config | {"quantization": entry}, stacked(stored), dtype="F32")
+    check_tensors(tmp_path, meant)
+
+
+@pytest.mark.parametrize(
+    "case", ["gptq 4 bits, v1, act-order", "awq", "pack-quantized 4 bits, 16, symmetric", "mlx 6 bits"]
+)
+def test_conversion(tmp_path: Path, case: str) -> None:
+    config, tensors = example()
+    meant = write(tmp_path / "in", case, config, tensors, tokenizer=True)
+    check_conversion(tmp_path / "in", tmp_path / "out", meant)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization" not in written
+    assert written["quantization_config"]["quant_method"] == "npqwen"
+
+
+def test_conversion_of_a_mixture(tmp_path: Path) -> None:
+    config, tensors = example(MOE)
+    meant = write(tmp_path / "in", "gptq 4 bits, v1", config, tensors, tokenizer=True)
+    check_conversion(tmp_path / "in", tmp_path / "out", meant)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("case", ["gptq 4 bits, v1, act-order", "mlx 4 bits"])
+def test_files_are_those_of_the_float32_checkpoint_that_it_means(tmp_path: Path, case: str, calibrated: bool) -> None:
+    config, tensors = small(**MIXTURE | {"moe_intermediate_size": 32})
+    meant = write(tmp_path / "in", case, config, tensors, shards=2)
+    write_checkpoint(tmp_path / "float32", config, meant, dtype="F32")
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (4, 32))
+    calibration = Calibration("a text", lambda place: ids) if calibrated else None
+    files = []
+    for source in ("in", "float32"):
+        out = tmp_path / f"{source}-converted"
+        convert(tmp_path / source, out, bits=4, threads=2, calibration=calibration)
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_gptq_that_describes_itself_in_a_file_of_its_own(tmp_path: Path) -> None:
+    config, tensors = small()
+    meant = write_quantized(tmp_path, config, tensors, gptq)
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16, "damp_percent": 0.1}))
+    check_tensors(tmp_path, meant)
+    found = Checkpoint(tmp_path).format
+    assert found is not None
+    assert found.description == "GPTQ, 4 bits"
+
+
+def test_threads_read_one_matrix_at_once(tmp_path: Path) -> None:
+    config, tensors = small()
+    meant = write(tmp_path, "gptq 4 bits, v1", config, tensors)
+    read = Checkpoint(tmp_path).tensors
+    names = [name for name in meant if name.endswith("_proj.weight")]
+    rng = np.random.default_rng(0)
+    pieces = [(names[rng.integers(len(names))], int(rng.integers(60))) for _ in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda piece: read[piece[0]].floats(piece[1], 4), pieces))
+    for (name, first), rows in zip(pieces, found, strict=True):
+        np.testing.assert_array_equal(rows, meant[name][first : first + 4])
+
+
+@pytest.mark.parametrize("case", ["gptq 4 bits, v1", "awq", "pack-quantized 4 bits, 16, zero points", "mlx 4 bits"])
+def test_memory_of_reading(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece takes a few times its float32 values, whatever the matrix; of transposed matrices, three are held."""
+    monkeypatch.setattr("npqwen_quant.recent._BYTES", 0)
+    rows, columns, piece = 2048, 512, 64
+    weights = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
+    entry, quantizer = CASES[case]
+    parts = quantizer(weights)[0]
+    stored = {f"layer{i}.{part}": values for i in range(6) for part, values in parts.items()}
+    write_safetensors(tmp_path / "model.safetensors", stored, "F32")
+    form = format_of({"quantization_config": entry}, "a checkpoint")
+    assert form is not None
+    tensors = form.dequantized(read_tensors(tmp_path / "model.safetensors"))
+    tracemalloc.start()
+    try:
+        for tensor in tensors.values():
+            for first in range(0, rows, piece):
+                tensor.read(first, piece)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    transposed = case.startswith(("gptq", "awq"))
+    # While a fourth one is loaded: the integers, scales in float32 and zeros.
+    held = 4 * rows * columns * (1 / 2 + 5 / 16) + rows * columns / 4 if transposed else 0
+    assert peak < held + 8 * 4 * piece * columns
+
+
+def test_few_matrices_stay_in_memory() -> None:
+    recent: Recent[np.ndarray] = Recent()
+    loads: list[int] = []
+    lock = threading.Lock()
+
+    def load(key: int, nbytes: int) -> np.ndarray:
+        with lock:
+            loads.append(key)
+        return np.broadcast_to(np.uint8(0), nbytes)  # takes no memory
+
+    for key in (0, 1, 2, 0, 3, 1, 0):
+        recent.get(key, lambda key=key: load(key, 50 << 20))  # type: ignore[misc]
+    assert loads == [0, 1, 2, 3, 1]
+    loads.clear()
+    for key in [*range(10, 20), 10]:
+        recent.get(key, lambda key=key: load(key, 1 << 20))  # type: ignore[misc]
+    assert loads == list(range(10, 20))
