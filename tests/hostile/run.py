@@ -26,7 +26,18 @@ if sys.path[0] == str(TESTS / "hostile"):  # run as a script: its neighbours are
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 os.environ.pop("RUST_BACKTRACE", None)
 
-from hostile import configs, headers, kernel_caches, kinds, saved, templates, texts, tokenizer_files, weights  # noqa: E402
+from hostile import (  # noqa: E402
+    configs,
+    headers,
+    kernel_caches,
+    kinds,
+    quantized_files,
+    saved,
+    templates,
+    texts,
+    tokenizer_files,
+    weights,
+)
 from hostile.bases import DENSE, SPARSE, make_bases  # noqa: E402
 from hostile.case import Generator  # noqa: E402
 from hostile.runner import Report, Runner, Work, run_case  # noqa: E402
@@ -42,6 +53,8 @@ GENERATORS: dict[str, tuple[Generator, float]] = {
     "kinds": (kinds.kinds, 8),
     "sources": (weights.sources, 3),
     "units": (weights.units, 6),
+    "ggufs": (quantized_files.ggufs, 6),
+    "quantized": (quantized_files.quantized_checkpoints, 5),
     "conversations": (saved.conversations, 4),
     "sessions": (saved.sessions, 4),
     "prefix_caches": (saved.prefix_caches, 3),
@@ -93,6 +106,7 @@ def _works(chosen: list[str], cases: int, seed: int) -> list[Work]:
 def _make(bases: Path) -> None:
     make_bases(bases)
     saved.make_saved(bases)
+    quantized_files.make_quantized(bases)
     _warm_up(bases)  # compiles what is not in the cache of kernels yet
 
 
@@ -140,8 +154,10 @@ def _warm_up(bases: Path) -> None:
         line = ["chat", str(bases / "dense-4"), "What?", "-n", "1"]
         cli.main(line, prog_name="npqwen", standalone_mode=False)
         with tempfile.TemporaryDirectory() as out:
-            for name, bits in ((name, bits) for name in ("dense", "mixture") for bits in ("3", "4", "8", "16")):
-                line = ["convert", str(bases / name), f"{out}/{name}-{bits}", "--bits", bits]
+            ggufs = [f"gguf/{kind}.gguf" for kind in quantized_files.KINDS]
+            sources = ["dense", "mixture", *quantized_files.FORMATS, *ggufs]
+            for name, bits in ((name, bits) for name in sources for bits in ("3", "4", "8", "16")):
+                line = ["convert", str(bases / name), f"{out}/{Path(name).name}-{bits}", "--bits", bits]
                 cli.main(line, prog_name="npqwen", standalone_mode=False)
     finally:
         os.dup2(kept[0], 1), os.dup2(kept[1], 2)
