@@ -154,6 +154,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", "/no/such", "x", "--logit-bias", "-5=1"], "logit_bias has the key -5; each must be a token"),
         (["generate", str(TINY), "x", "--logit-bias", "4128=1"], "logit_bias has token id 4128; the model's are 0"),
         (["convert", "/no/such", "/tmp/out"], "'/no/such' is neither a directory nor a hub id"),
+        (["convert", str(TINY), "/tmp/out", "--calibrate", "x" * 300], "x" * 60),
         (["speak"], "No such command 'speak'; see npqwen --help"),
     ],
 )
