@@ -321,3 +321,15 @@ def test_a_vocabulary_that_panics_is_one_error(tmp_path: Path, capfd: pytest.Cap
     with pytest.raises((CheckpointError, OptionError), match=r"cannot be (read|tokenized): [^\n]+$"):
         Tokenizer.from_directory(altered(tmp_path, model={"vocab": vocab})).encode("hello")
     capfd.readouterr()
+
+
+@pytest.mark.parametrize("part", [{"type": "FixedLength", "length": 0}, {"type": "FixedLength", "length": 5}])
+def test_parts_with_which_the_library_panics_are_refused(tmp_path: Path, part: Any) -> None:
+    with pytest.raises(CheckpointError, match="has a part FixedLength; Qwen3's tokenizer is a byte-level BPE"):
+        Tokenizer.from_directory(altered(tmp_path, pre_tokenizer=part))
+
+
+def test_a_tokenizer_that_would_take_much_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"a": [' + "[]," * 5_000_000 + "[]]}")
+    with pytest.raises(CheckpointError, match="it has more than 5,000,000 values"):
+        Tokenizer.from_directory(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from jinja2 import Template, TemplateError, meta
 
+from npqwen.chat import template_limits
 from npqwen.chat.call_structure import CallStyle
 from npqwen.chat.messages import Message, checked, joined
 from npqwen.chat.template_files import SPECIAL, TemplateFiles
@@ -168,7 +169,10 @@ class _Program:
         tools: list[Any] | None,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        *,
+        is_probe: bool = False,
     ) -> str:
+        """The text; OptionError if the template fails. is_probe: in less time than a conversation may take."""
         environment, template, _ = self._compiled
         try:
             return environment.limited(
@@ -181,13 +185,16 @@ class _Program:
                     "add_generation_prompt": add_generation_prompt,
                     **variables,
                 },
+                template_limits.PROBE_SECONDS if is_probe else template_limits.MAX_SECONDS,
             )
         except Exception as error:  # a template can raise anything
             raise OptionError(f"the chat template refuses these messages: {_reason(error)}") from error
 
     @cached_property
     def thinking(self) -> Thinking:
-        on, off = (self.render([_QUESTION], None, True, {"enable_thinking": value}) for value in (True, False))
+        on, off = (
+            self.render([_QUESTION], None, True, {"enable_thinking": value}, is_probe=True) for value in (True, False)
+        )
         if on != off:
             return "switch"
         return "always" if opens_thinking(on) else "never"
@@ -221,7 +228,7 @@ class _Program:
 
     def _probe(self, message: Message) -> str | None:
         try:
-            return self.render([_QUESTION, message], None, False, {})
+            return self.render([_QUESTION, message], None, False, {}, is_probe=True)
         except OptionError:
             return None
 

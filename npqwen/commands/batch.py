@@ -12,7 +12,6 @@ from npqwen.commands.options import (
     Command,
     argument_text,
     bits_option,
-    check_numba,
     context_option,
     draft_option,
     kv_option,
@@ -83,7 +82,6 @@ def batch(
     from npqwen.server.settings import Settings
 
     settings = Settings() if parallel is None else Settings(parallel=parallel)
-    check_numba()
     given = BatchInput(Path(requests))
     names = sorted(given.models) if model is None else [argument_text(model)]
     if "" in names:

@@ -149,7 +149,7 @@ def divided(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _files(argument: str) -> tuple[str, ...]:
     directory = Path(os.path.expanduser(argument))
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False for names that are too long, too
         return (argument,)
     found = sorted(str(path) for path in directory.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
     if not found:

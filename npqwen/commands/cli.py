@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from npqwen.checks import choice, near_names
-from npqwen.commands.options import Command
+from npqwen.commands.options import Command, check_numba
 from npqwen.errors import NpqwenError
 from npqwen.terminal.terminal import Terminal, discard, one_line
 
@@ -61,6 +61,7 @@ class _Group(Command, click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            check_numba()  # before a command imports it
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.exceptions.Exit(INTERRUPTED) from None
@@ -105,7 +106,7 @@ def _run(args: list[str] | None) -> int:
         message = one_line(error.format_message()).rstrip(".")
         if isinstance(error, click.UsageError) and error.ctx is not None:
             see = " See" if message.endswith("?") else "; see"
-            message += f"{see} {error.ctx.command_path} --help"
+            message = one_line(f"{message}{see} {error.ctx.command_path} --help")
         return _fail(message)
     except NpqwenError as error:
         return _fail(one_line(str(error)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, argument_text, check_numba, low_disk_option
+from npqwen.commands.options import Command, argument_text, low_disk_option
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.signals import tidied_up
@@ -79,7 +79,6 @@ def convert(
     if evaluate is not None and no_evaluate:
         raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
     merged = [AdapterFile.parse(argument_text(adapter)) for adapter in adapters]
-    check_numba()
     with tidied_up(), Terminal(quiet=quiet) as terminal:
         if dry_run:
             from npqwen.reports.conversion_plan import plan_conversion

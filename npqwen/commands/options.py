@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from npqwen.errors import OptionError, size
+from npqwen.errors import OptionError, quoted, size
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.generation.options import OPTIONS, GenerationOptions, Option
 from npqwen.terminal.signals import tidied_up
@@ -276,7 +276,6 @@ def resolve(
     """
     from npqwen import hub
 
-    check_numba()
     with tidied_up():
         return hub.resolve(
             model,
@@ -355,8 +354,8 @@ def check_numba() -> None:
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         raise OptionError("NUMBA_DISABLE_JIT is set, but the kernels have to be compiled; unset it")
     threads = os.environ.get("NUMBA_NUM_THREADS", "")
-    if threads.lstrip("-").isdecimal() and int(threads) < 1:
-        raise OptionError(f"NUMBA_NUM_THREADS is {threads}, which Numba refuses; unset it")
+    if threads and not (threads.isascii() and threads.isdecimal() and 1 <= int(threads[:9]) < 10**8):
+        raise OptionError(f"NUMBA_NUM_THREADS is {quoted(threads)}, which Numba refuses; unset it")
 
 
 def stdin_text(terminal: Terminal, waiting: str) -> str:

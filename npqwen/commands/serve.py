@@ -13,7 +13,6 @@ from npqwen.commands.options import (
     Size,
     argument_text,
     bits_option,
-    check_numba,
     context_option,
     draft_option,
     kv_option,
@@ -236,7 +235,6 @@ def _offer(model: str, bits: int | None, terminal: Terminal, low_disk: bool, **o
     from npqwen.hub.names import model_name
     from npqwen.server.offer import Offer
 
-    check_numba()
     path = resolve(model, bits, terminal, low_disk=low_disk)
     progress = terminal.compilation_progress
     return Offer.of(path, model_name(model), on_compile=progress, **options)

@@ -412,6 +412,7 @@ class Engine:
 
     def _forward(self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output) -> None:
         """Run some layers on the team of threads, in the caller's turn."""
+        self.weights.check_whole()
         # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk: then no pass is
         # short.
         is_short = sum(piece.ids.size for piece in pieces) <= SHORT_PASS and not self._exceeds_memory

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npqwen.checks import check_whole
-from npqwen.errors import ClosedError
+from npqwen.errors import ClosedError, OutOfMemoryError
 from npqwen.kernels.pieces import INSIDE, LAST_STEP, STEP, STOP, Interrupted, clear, new_state, next_step
 
 _POLL_SECONDS = 1e-3
@@ -51,7 +51,7 @@ class Team:
     """
 
     def __init__(self, threads: int) -> None:
-        """Raises OptionError unless threads is 1 to 1024."""
+        """Raises OptionError unless threads is 1 to 1024, OutOfMemoryError if the system refuses so many."""
         check_threads(threads)
         self.threads = threads
         self._turn = threading.Lock()
@@ -68,7 +68,15 @@ class Team:
         self._entering = threading.Lock()
         self._job: _Job | None = None
         for member in range(self.threads):
-            threading.Thread(target=self._work, args=(member,), name=f"npqwen-{member}", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, args=(member,), name=f"npqwen-{member}", daemon=True).start()
+            except RuntimeError:  # a limit of threads or memory
+                self._closed = True
+                for go in self._go:
+                    _release(go)
+                raise OutOfMemoryError(
+                    f"this system lets npqwen start {member} threads of {self.threads}; use fewer (--threads)"
+                ) from None
 
     def row(self, member: int) -> Any:
         """A member's row of the state, which it passes to the functions of npqwen/kernels/pieces.py."""

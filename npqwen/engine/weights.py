@@ -47,7 +47,7 @@ class Weights:
         self.directory = directory
         self.quantization = Quantization.from_directory(directory)
         self.tensors: dict[str, MappedTensor] = {}
-        self._mappings: list[mmap.mmap] = []
+        self._mappings: dict[Path, mmap.mmap] = {}
         for path in weight_files(directory):
             self._map(path)
         layout = Layout(config)
@@ -87,15 +87,24 @@ class Weights:
         self.tensors.clear()
         self._mappings.clear()
 
+    def check_whole(self) -> None:
+        """Raise FormatError if a file has become shorter: to read what is gone would end the process (SIGBUS)."""
+        for path, mapping in self._mappings.items():
+            if mapping.size() < len(mapping):
+                raise FormatError(
+                    f"{path} became shorter after the model was loaded; load it again, and replace its files by "
+                    "renaming others, never by writing into them"
+                )
+
     def advise_huge_pages(self) -> None:
         """Ask for huge pages, for files that fit into memory; see `paging.advise_huge_pages`."""
-        for mapping in self._mappings:
+        for mapping in self._mappings.values():
             advise_huge_pages(mapping)
 
     def _map(self, path: Path) -> None:
         """Map a file and add its tensors. Raises FormatError."""
         header, mapping = _opened(path)
-        self._mappings.append(mapping)
+        self._mappings[path] = mapping
         data = np.frombuffer(mapping, np.uint8)
         for name, stored in header.tensors.items():
             label = f"{path}: tensor {shortened(name)}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npqwen.errors import CheckpointError, quoted, shortened
-from npqwen.format.files import read_small
+from npqwen.format.files import LARGEST_JSON, read_json_text, read_small
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 _POSITIONS = 2**31
@@ -153,7 +152,7 @@ class Config:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError if it is missing, damaged, or not an object."""
     try:
-        raw = json.loads(read_small(path).decode("utf-8"))
+        raw = read_json_text(read_small(path, LARGEST_JSON))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a complete model directory?") from None
     except OSError as error:

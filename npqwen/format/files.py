@@ -6,17 +6,22 @@ A link to a device or a named pipe in a downloaded directory would otherwise be 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
 """No pointer of Git LFS is larger."""
 
 SMALL = 100_000_000
-"""Bytes up to which a file is read whole: far above any tokenizer or index."""
+"""Bytes up to which a file is read whole: far above any tokenizer."""
+LARGEST_JSON = 16_000_000
+"""Bytes up to which JSON is read. The index of Qwen3-235B-A22B in FP8 has 8 MB."""
+VALUES = 300_000
+"""Values of JSON, at most, unless it is a header: 3 bytes may make an object of 64. That index has 75,000."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -54,3 +59,15 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
             if len(data) > limit:
                 raise OSError(errno.EFBIG, f"it is larger than {limit / 1e6:.0f} MB")
     return bytes(data)
+
+
+def read_json_text(data: bytes, values: int = VALUES) -> Any:
+    """The value of JSON in UTF-8; ValueError or RecursionError if it is not JSON, or would take too much memory.
+
+    values: how many values it may have.
+    """
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON / 1e6:.0f} MB")
+    if sum(map(data.count, (b",", b"[", b"{"))) > values:
+        raise ValueError(f"it has more than {values:,} values")
+    return json.loads(data.decode("utf-8"))

@@ -69,7 +69,12 @@ class Stream(AsyncSteps[str]):
         self._pieces = self._generate() if batch is None else batch.pieces(sequence)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except ValueError as error:
+            if str(error) != "generator already executing":
+                raise
+            raise OptionError("another thread is running this stream; give each thread its own") from None
 
     def close(self) -> None:
         """End the text early. Raises OptionError while another thread iterates; see `cancel`."""

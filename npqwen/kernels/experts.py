@@ -252,14 +252,18 @@ def multiply_slots(
         if not is_needed(team):  # the segments may be those of a later layer
             continue
         address = matrix.address + expert * layer.expert_bytes
-        tiles = whole_tiles(count, width) // width
         rows = UNIT_ROWS * (last - first)
         # Kernels count rows from the matrix's first.
         origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
-        x_at = gated.ctypes.data + slot * size
-        run_kernel(kernels, matrix, address, width, tiles, x_at, first, last, origin, rows, 0, scratch)
-        if finish_first(team):
-            write_rows(local, first, last, count, out[slot:], 0)
+        # One batch, as in `project_gated_slots`.
+        fitting = local.size // rows // width * width
+        for start in range(0, whole_tiles(count, width), fitting):
+            batch = min(fitting, whole_tiles(count, width) - start)
+            x_at = gated.ctypes.data + (slot + start) * size
+            run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            if start == 0 and not finish_first(team):
+                break
+            write_rows(local, first, last, min(batch, count - start), out[slot + start :], 0)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npqwen.chat.conversation import Conversation
-from npqwen.errors import OptionError, OutputError
+from npqwen.errors import OptionError, OutputError, shortened
 from npqwen.generation.thinking import CLOSE
 from npqwen.terminal.answer_view import AnswerView, statistics
 from npqwen.terminal.autosave import Autosave
@@ -213,7 +213,7 @@ class TerminalChat:
             self.unanswered = Question(saved.unanswered)
         self.used = loaded.tokens or None  # without a saved cache, unknown until the messages are read
         if saved.model not in (None, self.name):
-            self.terminal.notice(f"this conversation was held with {saved.model}; {self.name} continues it")
+            self.terminal.notice(f"this conversation was held with {shortened(saved.model)}; {self.name} continues it")
         for problem in problems:
             self.terminal.notice(f"a saved setting is ignored: {problem}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
+_UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
+"""Small files that npqwen copies without reading them."""
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
@@ -117,7 +120,13 @@ class Checkpoint:
         if self._gguf is not None:
             return self._gguf.small_files
         found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
-        return [self._small_file(path) for paths in found for path in paths if path.is_file()]
+        paths = (path for paths in found for path in paths if path.is_file())
+        return [self._small_file(path) for path in paths if path.name not in _UNREAD or self._is_own(path)]
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a file is the checkpoint's, and not a link to some other file, which a conversion would publish."""
+        own = self.directory.resolve(), (self.directory / os.pardir / os.pardir / "blobs").resolve()  # the hub's cache
+        return any(path.resolve().is_relative_to(place) for place in own)
 
     def _small_file(self, path: Path) -> SmallFile:
         name = path.relative_to(self.directory).as_posix()

@@ -53,7 +53,7 @@ class Metadata:
 
 def refuse_architecture(path: Path | str, found: object) -> None:
     """CheckpointError for an architecture that cannot be read."""
-    if found not in ARCHITECTURES:
+    if not isinstance(found, str) or found not in ARCHITECTURES:
         what = "names no architecture" if found is None else f"has the architecture {quoted(found)}"
         raise CheckpointError(f"{path} {what}; npqwen reads {' and '.join(ARCHITECTURES)}: Qwen3 and its mixtures")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from npqwen.chat import template_sandbox
+from npqwen.chat import template_limits, template_sandbox
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.errors import CheckpointError, OptionError
 
@@ -42,13 +42,13 @@ LISTS = "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = O
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (NESTED, "it takes more than 0.1 seconds"),
+        (NESTED, "it takes more than 0.101 seconds"),
         ("{% macro m(n) %}{{ m(n - 1) }}{{ m(n - 1) }}{% endmacro %}{{ m(60) }}", "seconds|recursion"),
         ("{% for a in range(99999) recursive %}{{ loop(range(9)) }}{% endfor %}", "seconds|recursion"),
         ("{{ 7 ** (10 ** 8) }}", "a number of more than 10,000 bits"),
         ("{{ 7 * (2 ** 9999) * (2 ** 9999) }}", "a number of more than 10,000 bits"),
-        ("{{ 'a' * 3000000000 }}", "a text or list of more than 20,000,000"),
-        ("{{ 3000000000 * [1] }}", "a text or list of more than 20,000,000"),
+        ("{{ 'a' * 3000000000 }}", "a text or list of more than 1,0"),
+        ("{{ 3000000000 * [1] }}", "a text or list of more than 1,0"),
         ("{{ '{:>2000000000}'.format(1) }}", "it formats with a width"),
         ("{{ '{:>{}}'.format(1, 2000000000) }}", "it pads or indents by more than 10,000"),
         ("{{ '{:>{w}}'.format_map({'w': 2000000000}) }}", "it pads or indents by more than 10,000"),
@@ -63,36 +63,75 @@ LISTS = "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = O
         ("{{ {'a': [1]} | tojson(indent=100000000) }}", "it pads or indents by more than 10,000"),
         ("{{ [1] | batch(3000000000, 0) | list }}", "it pads or indents by more than 10,000"),
         ("{{ [1] | slice(50000000) | list }}", "it pads or indents by more than 10,000"),
-        (DOUBLED.replace("OP", "n.x + n.x"), "a text or list of more than 20,000,000"),
-        (DOUBLED.replace("OP", "n.x ~ n.x"), "a text or list of more than 20,000,000"),
-        (DOUBLED.replace("OP", "n.x.replace('a', n.x)"), "a text or list of more than 20,000,000"),
-        (DOUBLED.replace("OP", "n.x | replace('b', n.x)"), "a text or list of more than 20,000,000"),
-        (DOUBLED.replace("OP", "n.x.join([n.x, n.x, n.x])"), "a text or list of more than 20,000,000"),
-        (DOUBLED.replace("OP", "[n.x, n.x] | join"), "a text or list of more than 20,000,000"),
+        (DOUBLED.replace("OP", "n.x + n.x"), "a text or list of more than 1,0"),
+        (DOUBLED.replace("OP", "n.x ~ n.x"), "a text or list of more than 1,0"),
+        (DOUBLED.replace("OP", "n.x.replace('a', n.x)"), "a text or list of more than 1,0"),
+        (DOUBLED.replace("OP", "n.x | replace('b', n.x)"), "a text or list of more than 1,0"),
+        (DOUBLED.replace("OP", "n.x.join([n.x, n.x, n.x])"), "a text or list of more than 1,0"),
+        (DOUBLED.replace("OP", "[n.x, n.x] | join"), "a text or list of more than 1,0"),
         (DOUBLED.replace("OP", "n.x.translate({97: n.x})"), "translate is not available"),
-        (LISTS.replace("OP", "n.x + n.x"), "seconds|a text or list of more than 20,000,000"),
-        (LISTS.replace("OP", "[n.x, n.x]"), "a text or list of more than 20,000,000"),
+        (LISTS.replace("OP", "n.x + n.x"), "seconds|a text or list of more than 1,0"),
+        (LISTS.replace("OP", "[n.x, n.x]"), "a text or list of more than 1,0"),
         *(
-            (LISTS.replace("OP", "[n.x, n.x]").replace("n.x | tojson", use), "a text or list of more than 20,000,000")
+            (LISTS.replace("OP", "[n.x, n.x]").replace("n.x | tojson", use), "a text or list of more than 1,0")
             for use in (
                 ["n.x", "n.x ~ 'a'", "'%s' % n.x", "'{}'.format(n.x)", "'{a}'.format(a=n.x)", "{'a': n.x}", "(n.x, 1)"]
                 + [f"n.x | {name}" for name in FILTERS]
             )
         ),
-        ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "a text or list of more than 20,000,000"),
+        ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", "a text or list of more than 1,0"),
         ("{{ lipsum(n=100000000) }}", "lipsum"),
-        ("{{ strftime_now('%c' * 10000000) }}", "a text or list of more than 20,000,000"),
+        ("{{ strftime_now('%c' * 10000000) }}", "a text or list of more than 1,0"),
     ],
 )
 def test_a_template_that_takes_too_much_time_or_memory_is_refused(
     source: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.1)
     started = time.process_time()
     with pytest.raises(OptionError, match=f"the chat template refuses these messages: .*({message})") as error:
         ChatTemplate({"default": source}, {}, Path()).render(HI)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 2
     assert len(str(error.value)) < 700
+
+
+def test_probes_have_less_time_than_conversations() -> None:
+    with pytest.raises(OptionError, match=r"it takes more than 0\.201 seconds"):
+        ChatTemplate({"default": NESTED}, {}, Path()).thinking()
+
+
+@pytest.mark.parametrize("length", [10, 10_000])
+def test_limits_grow_with_the_conversation(length: int) -> None:
+    """A template may append each message to texts and lists of its own: 500 times 5 MB here."""
+    source = (
+        "{% set n = namespace(text='', list=[]) %}{% for m in messages %}{% set n.text = n.text + m.content %}"
+        "{% set n.list = n.list + [m] %}{% endfor %}{{ n.list | length }}{{ n.text }}"
+    )
+    messages = [{"role": "user", "content": "x" * length}] * 500
+    assert ChatTemplate({"default": source}, {}, Path()).render(messages) == "500" + "x" * 500 * length
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% set a = namespace() %}{% set b = [a, a] %}{{ b }}", "it puts a namespace into a list"),
+        ("{{ namespace(a=1) }}", "it prints a namespace"),
+        ("{{ [[1], [2]] | sum(start=[]) }}", "it joins lists by the filter sum"),
+        ("{{ ('a' * 200000) | urlencode }}", "it applies a slow filter"),
+        ("{{ ('a' * 200000) | list | length }}", "it applies a slow filter"),
+        ("{{ (5).to_bytes(3000000000, 'big') }}", "it pads or indents"),
+        ("{{ ('\t' * 999999).expandtabs(9999) }}", "a text or list of more than"),
+        ("{{ ('%(a)s' * 999) % {'a': 'b' * 99999} }}", "a text or list of more than"),
+        ("{{ ('{0}' * 999).format('b' * 99999) }}", "a text or list of more than"),
+        ("{{ ('a ' * 400000).split() | length }}", "a text or list of more than"),
+        ("{{ ('a' * 99999).join(range(99) | map('string')) }}", "a text or list of more than"),
+        ("{% set s = 'a' * 900000 %}" + "{% set x = s[1:] %}" * 40, "it makes too many texts"),
+        ("{% set x %}{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}{% endset %}{{ x }}", "too many texts"),
+    ],
+)
+def test_other_ways_to_much_memory(source: str, message: str) -> None:
+    with pytest.raises(OptionError, match=f"the chat template refuses these messages: .*{message}"):
+        ChatTemplate({"default": source}, {}, Path()).render(HI)
 
 
 def test_an_error_without_a_message_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from numba import njit
 
 from npqwen.engine.team import Team
+from npqwen.errors import OutOfMemoryError
 from npqwen.kernels.pieces import claim
 from npqwen.model import load
 
@@ -94,6 +95,22 @@ def test_the_threads_end_with_the_team() -> None:
     for worker in workers:
         worker.join(timeout=10)
     assert not any(worker.is_alive() for worker in workers)
+
+
+def test_threads_that_the_system_refuses_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(set(threading.enumerate()) - before) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(OutOfMemoryError, match=r"start 2 threads of 5; use fewer \(--threads\)"):
+        Team(5)
+    for worker in set(threading.enumerate()) - before:
+        worker.join(timeout=10)
+    assert set(threading.enumerate()) <= before
 
 
 def test_ctrl_c_while_the_calling_thread_computes() -> None:

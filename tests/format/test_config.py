@@ -1,14 +1,15 @@
-"""`config.json`: its two styles of rope_theta, and values out of range."""
+"""`config.json`: its two styles of rope_theta, values out of range, and files that would take much memory."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_config
 
 from npqwen import CheckpointError
-from npqwen.format.config import Config
+from npqwen.format.config import Config, read_json
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 DEFAULT = {"rope_type": "default"}
@@ -60,3 +61,16 @@ def test_yarn_needs_a_rope_theta_of_more_than_1(theta: float) -> None:
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Config.from_dict(make_config() | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": [' + "{}," * 200_000 + "{}]}", "it has more than 300,000 values"),
+        ('{"a": "' + "x" * 16_000_000 + '"}', "it is larger than 16 MB"),
+    ],
+)
+def test_json_that_would_take_much_memory_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_json(tmp_path / "config.json")

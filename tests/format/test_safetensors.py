@@ -1,4 +1,4 @@
-"""Headers of safetensors files: the parser refuses what the package `safetensors` refuses, and nothing else."""
+"""Headers of safetensors files: the parser refuses what the package `safetensors` refuses, and very large ones."""
 
 from __future__ import annotations
 
@@ -89,3 +89,10 @@ def test_header_lengths(tmp_path: Path, length: int) -> None:
     (tmp_path / "x").write_bytes(struct.pack("<Q", length) + b"{}" + bytes(100))
     assert not accepts(tmp_path / "x")
     assert not package_accepts(tmp_path / "x")
+
+
+@pytest.mark.parametrize("text", [b'{"a":[' + b"{}," * 600_000 + b"{}]}", b'{"a":"' + b"x" * 16_000_000 + b'"}'])
+def test_headers_that_would_take_much_memory_are_not_parsed(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text)
+    with open(tmp_path / "x", "rb", buffering=0) as file, pytest.raises(HeaderError, match=r"too large|would be"):
+        read_header(file)

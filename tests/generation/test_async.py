@@ -163,6 +163,8 @@ def test_a_stream_that_another_thread_runs_is_not_closed_but_can_be_cancelled() 
     assert gate.inside.wait(60)
     with pytest.raises(OptionError, match=r"another thread is running this stream; cancel\(\) ends it"):
         pieces.close()
+    with pytest.raises(OptionError, match="another thread is running this stream; give each thread its own"):
+        next(pieces)
     pieces.cancel()
     gate.go_on.set()
     thread.join(60)

@@ -253,6 +253,8 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
     units = random_units(8, np.ones(64, bool), 128, rng)
     layer = np.zeros(1, LAYER)[0]
     layer["gate_up_proj"]["address"] = units.rows.ctypes.data
+    down = random_units(8, np.ones(16, bool), 128, rng)
+    layer["down_proj"]["address"] = down.rows.ctypes.data
     for name, rows in (("gate_up_proj", 64), ("down_proj", 16)):
         layer[name]["encoding"], layer[name]["rows"], layer[name]["cols"] = INT8.code, rows, 128
     kernels, tokens = matmul_kernels([INT8.code]), 3 * 1024
@@ -269,9 +271,14 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
         args = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, local, scratch, gated)
         together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
-        found.append(gated)
-    np.testing.assert_array_equal(found[0], found[1])
-    assert found[0].any()
+        results = np.zeros((tokens, 128), np.float32)
+        more = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, gated, results, scratch, local)
+        together(1, experts.multiply_slots, lambda _, args=more: args)  # type: ignore[misc]
+        assert (room[len(local) :] == 77).all()
+        found.append((gated, results))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.any()
 
 
 @pytest.mark.parametrize("encoding", [INT4, INT8], ids=lambda encoding: encoding.name)

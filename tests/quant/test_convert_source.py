@@ -235,14 +235,30 @@ def test_files_that_are_not_regular(tmp_path: Path, name: str, kind: str) -> Non
 def test_files_that_are_too_large(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in")
     os.truncate(tmp_path / "in" / "config.json", 10**10)  # sparse
-    with pytest.raises(CheckpointError, match="it is larger than 100 MB"):
+    with pytest.raises(CheckpointError, match=r"it is larger than (16|50|100) MB"):
         convert(tmp_path / "in", tmp_path / "out")
     write_checkpoint(tmp_path / "in")
     (tmp_path / "in" / "README.md").touch()
     os.truncate(tmp_path / "in" / "README.md", 200_000_000)
-    with pytest.raises(CheckpointError, match=r"README\.md cannot be read: it is larger than 100 MB"):
+    with pytest.raises(CheckpointError, match=r"README\.md cannot be read: it is larger than (16|50|100) MB"):
         convert(tmp_path / "in", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+@pytest.mark.parametrize("name", ["README.md", "vocab.json"])
+def test_what_is_only_copied_is_not_copied_from_elsewhere(tmp_path: Path, name: str) -> None:
+    """Links out of the directory could publish a file of the user; those of the hub's cache lead to its blobs."""
+    source = tmp_path / "hub" / "snapshots" / "1234"
+    write_checkpoint(source)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs" / "abcd").write_text("of the hub")
+    for target, copied in (("secret", False), ("hub/blobs/abcd", True)):
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(tmp_path / target)
+        convert(source, tmp_path / f"from {Path(target).name}")
+        assert (tmp_path / f"from {Path(target).name}" / name).exists() == copied
 
 
 def test_messages_about_hostile_files_are_short(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "a projector": ({"general__architecture": "clip"}, "has the architecture 'clip'"),
     "no architecture": ({"general__architecture": None}, "names no architecture"),
     "a number for the architecture": ({"general__architecture": 3}, "has the architecture 3"),
+    "a list for the architecture": ({"general__architecture": [1, 2]}, r"has the architecture \[1, 2\]"),
     "no layers": ({"qwen3__block_count": None}, "does not say qwen3.block_count"),
     "text for layers": ({"qwen3__block_count": "1"}, "qwen3.block_count is '1', a value of the wrong type"),
     "0 layers": ({"qwen3__block_count": 0}, "num_hidden_layers is 0"),

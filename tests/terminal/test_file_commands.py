@@ -106,6 +106,8 @@ def test_another_model_and_settings_it_cannot_obey_are_told(tmp_path: Path, say:
     output = say(chat, f"/load {path}")
     assert "this conversation was held with Qwen/Qwen3-4B; m continues it" in output
     assert "a saved setting is ignored: top_p is 3" in output
+    path.write_text(json.dumps(saved | {"model": "x" * 1_000_000}))
+    assert len(say(chat_with(Reciter()), f"/load {path}")) < 2000
     assert chat.settings.options == {"top_k": 5}
 
 
