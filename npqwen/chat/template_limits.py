@@ -13,9 +13,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
 MAX_SECONDS = 0.5
-"""CPU time of a rendering, to which each message adds a thousandth of a second. A prompt takes two at most, and up to
-four probes of less. Qwen3's template takes 40 µs a message
-on a PC, and ten times as much on a Raspberry Pi 3."""
+"""CPU time of a rendering, to which each message adds a thousandth of a second. A prompt takes two renderings at most,
+and up to four probes. Qwen3's template takes 40 µs a message on a PC, and ten times as much on a Raspberry Pi 3."""
 PROBE_SECONDS = 0.2
 """CPU time of the rendering of a probe."""
 MAX_SIZE = 1_000_000
