@@ -332,7 +332,7 @@ def test_the_user_is_asked_before_a_file_is_overwritten(terminal: Start, tmp_pat
     chat.send(f"/save {path}\n")
     chat.until("[y/N]")
     chat.send("y\n")
-    chat.until("saved ")
+    chat.until("0 messages, ")  # of which the file's path is on a row of its own
     chat.prompt()
     assert path.read_text() != before
 

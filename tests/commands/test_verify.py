@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from npqwen import hub
+from npqwen.errors import quoted
 from npqwen.commands import cli
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -70,7 +71,7 @@ def test_damage_in_the_cache(run: Run, checkpoint: Path) -> None:
 def test_what_cannot_be_verified(run: Run, checkpoint: Path) -> None:
     status, out, err = run("verify", checkpoint)
     assert (status, out) == (2, "")
-    assert err == f"npqwen: error: no model '{checkpoint}' is in the cache; see npqwen list\n"
+    assert err == f"npqwen: error: no model {quoted(str(checkpoint))} is in the cache; see npqwen list\n"
     status, out, err = run("verify")
     assert status == 2
     assert "Missing argument 'MODEL...'" in err
