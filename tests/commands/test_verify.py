@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from npqwen import hub
-from npqwen.errors import quoted
 from npqwen.commands import cli
+from npqwen.errors import quoted
 
 pytestmark = pytest.mark.usefixtures("cache")
 
