@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npqwen.checks import check_whole
+from npqwen.checks import check_path, check_whole
 from npqwen.errors import CheckpointError, OptionError, OutputError, shortened
 from npqwen.format.checksums import NAME as CHECKSUMS
 from npqwen.format.checksums import Checksums, bytes_digest, config_digest
@@ -76,7 +76,7 @@ def convert(
     `out` that cannot be written or is being converted by another process, OptionError for impossible options.
     """
     bars, own = bars_or(progress)
-    source, out = Path(source), Path(out)
+    source, out = check_path(source), check_path(out)
     recipe = recipe_of(bits)
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
@@ -162,7 +162,7 @@ def update(
     then; the weights may be missing. Files of weights are hard links where the disk has them. A stored evaluation is
     kept unless the tokenizer changed. Raises as `convert` does.
     """
-    converted, source, out = Path(converted), Path(source), Path(out)
+    converted, source, out = check_path(converted), check_path(source), check_path(out)
     checkpoint = Checkpoint(source, weights=False)
     quantization = Quantization.from_directory(converted)
     checksums = Checksums.of(converted)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from npqwen.atomic_file import new_file, writing
-from npqwen.checks import check_whole
+from npqwen.checks import check_path, check_whole
 from npqwen.errors import CheckpointError, shortened
 from npqwen.format.checksums import Checksums
 from npqwen.format.checksums import pieces as file_pieces
@@ -73,7 +73,7 @@ def convert_shards(
     with the same arguments; a shard that was fetched is not fetched again. The other parameters, and what is raised,
     are those of `convert`.
     """
-    source, out = Path(source), Path(out)
+    source, out = check_path(source), check_path(out)
     recipe = recipe_of(bits)
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import make_config, shapes
 
-from npqwen.format.safetensors import DTYPE_BYTES, make_header
+from npqwen.format.safetensors import make_header, tensor_bytes
 
 HIDDEN, INNER = 1024, 40_000
 GROUP = 128
@@ -60,6 +61,14 @@ def awq(rows: int, columns: int) -> Stored:
     }
 
 
+def compressed(rows: int, columns: int) -> Stored:
+    return {
+        "weight_packed": ("I32", (rows, columns // 8)),
+        "weight_scale": ("BF16", (rows, columns // 64)),
+        "weight_shape": ("I64", (2,)),
+    }
+
+
 def mlx(rows: int, columns: int) -> Stored:
     return {
         "weight": ("U32", (rows, columns // 8)),
@@ -84,6 +93,22 @@ SOURCES: dict[str, tuple[Any, dict[str, Any]]] = {
             }
         },
     ),
+    "compressed-tensors": (
+        compressed,
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors", "format": "pack-quantized",
+                "config_groups": {
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {
+                            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64,
+                        },
+                    }
+                },
+            }
+        },
+    ),
     "mlx": (mlx, {"quantization": {"bits": 4, "group_size": 64}}),
 }  # fmt: skip
 
@@ -93,19 +118,27 @@ def write(directory: Path, kind: str, inner: int) -> None:
     module, entry = SOURCES[kind]
     config = make_config(hidden_size=HIDDEN, intermediate_size=inner, num_hidden_layers=1, vocab_size=64, **entry)
     stored: Stored = {}
+    numbers: dict[str, tuple[int, ...]] = {}
+    """What is not zero."""
     for name, shape in shapes(config).items():
         if ".mlp." in name:
             of_module = module(*shape)
             stored |= {name.removesuffix("weight") + part: entry for part, entry in of_module.items()}
+            numbers[name.removesuffix("weight") + "weight_shape"] = shape
         else:
             stored[name] = ("BF16", shape)
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     head = make_header(((name, dtype, shape) for name, (dtype, shape) in stored.items()), {})
-    nbytes = sum(DTYPE_BYTES[dtype] * int.__mul__(*(*shape, 1)[:2]) for dtype, shape in stored.values())
     with open(directory / "model.safetensors", "wb") as file:
         file.write(head)
-        file.truncate(len(head) + nbytes)
+        end = len(head)
+        for name, (dtype, of) in stored.items():
+            if dtype == "I64":
+                file.seek(end)
+                file.write(np.array(numbers[name], "<i8").tobytes())
+            end += tensor_bytes(dtype, of)
+        file.truncate(end)
 
 
 CODE = """

@@ -257,6 +257,12 @@ def test_bf16_rounds_to_even(tmp_path: Path) -> None:
     np.testing.assert_array_equal(embedding[0, :6].view(np.uint32), want)
 
 
+def test_paths_that_are_none(tmp_path: Path) -> None:
+    for arguments in ((5, tmp_path), (TINY, None), (b"bytes", tmp_path)):
+        with pytest.raises(OptionError, match="it must be a string or a Path"):
+            convert(*arguments)
+
+
 @pytest.mark.parametrize(
     "options", [{"bits": 5}, {"bits": 0}, {"bits": "4"}, {"threads": 0}, {"threads": "1"}, {"shard_bytes": 0}]
 )
