@@ -311,7 +311,8 @@ def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path
             values = [repr(cell.cell_contents) for cell in one.py_func.__closure__ or ()]
             functions[one.py_func.__module__, one.py_func.__qualname__].add((one.py_func.__code__, *values))
     assert len(functions) > 50
-    assert [name for name, found in functions.items() if len(found) > 1] == []
+    # Lambdas are of overloads, which differ by types.
+    assert [name for name, found in functions.items() if len(found) > 1 and not name[1].endswith("<lambda>")] == []
 
 
 
