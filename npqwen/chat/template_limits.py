@@ -17,14 +17,14 @@ MAX_SECONDS = 0.5
 and up to four probes. Qwen3's template takes 40 µs a message on a PC, and ten times as much on a Raspberry Pi 3."""
 PROBE_SECONDS = 0.2
 """CPU time of the rendering of a probe."""
-MAX_SIZE = 1_000_000
+MAX_SIZE = 500_000
 """Characters of a text, to which the conversation adds four times its own."""
 MAX_ITEMS = 100_000
 """Characters or items of what slow filters take."""
 MAX_WIDTH = 10_000
 """Characters of padding or indentation; bits of an integer."""
 
-_TOTAL = 30
+_TOTAL = 60
 """How many of the largest texts a rendering may make."""
 _ITEM = 64
 """Characters that each item of a list or object counts as, in addition to its text: more than its bytes."""
