@@ -256,9 +256,9 @@ def _front() -> Starlette:
 
 
 def beginnings_of(body: bytes) -> list[str]:
-    """Digests of the beginnings of a request's prompt, the longest last: after each message, or 1,024 characters.
+    """Digests of the prefixes of a request's prompt, the longest last: after each message, or every 1,024 characters.
 
-    Empty for what is no prompt.
+    Empty if the body has no prompt.
     """
     try:
         found = json.loads(body)

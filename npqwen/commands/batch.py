@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import (
-    Command,
-    argument_text,
-    bits_option,
-    context_option,
+from npqwen.commands.loading import (
+    Loading,
+    check_server,
     draft_option,
-    kv_option,
-    low_disk_option,
+    model_options,
+    offers,
     prefix_cache_options,
-    quiet_option,
-    resolve,
-    resolve_draft,
-    threads_option,
-    yarn_option,
 )
+from npqwen.commands.options import Command, argument_text
 from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
-
-if TYPE_CHECKING:
-    from npqwen.engine.cache_type import CacheType
 
 SOME_FAILED = 1
 
@@ -40,28 +30,14 @@ SOME_FAILED = 1
 @click.option("--parallel", type=int, metavar="N", help="Compute at most N answers at once; default: 16.")
 @draft_option
 @prefix_cache_options
-@bits_option
-@threads_option
-@context_option
-@yarn_option
-@kv_option
-@low_disk_option
-@quiet_option
+@model_options
 def batch(
     requests: str,
     answers: str,
     model: str | None,
     any_order: bool,
     parallel: int | None,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    low_disk: bool,
-    yarn: float | None,
-    kv: CacheType | None,
-    prefix_cache: Path | None,
-    prefix_cache_size: int | None,
-    draft: str | None,
+    loading: Loading,
     quiet: bool,
 ) -> None:
     """Answer the requests of INPUT, a file in OpenAI's batch format, and write the answers to OUTPUT.
@@ -70,15 +46,11 @@ def batch(
     {"model": ..., "messages": [...]}}. Run again after an interruption, the command answers what OUTPUT lacks. Exit
     status 1: the answers of some requests are errors.
     """
-    try:
-        import starlette  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise OptionError(f'{error.name} is not installed; pip install "npqwen[server]"') from None
+    check_server()
     from npqwen.hub.names import model_name
     from npqwen.server import batch_run
     from npqwen.server.batch_file import BatchInput, BatchOutput
     from npqwen.server.models import Models
-    from npqwen.server.offer import Offer
     from npqwen.server.settings import Settings
 
     settings = Settings() if parallel is None else Settings(parallel=parallel)
@@ -89,30 +61,15 @@ def batch(
     with Terminal(quiet=quiet) as terminal, BatchOutput(Path(answers), given) as output:
         if output.answered:
             terminal.notice(f"{len(output.answered)} of {len(given.custom_ids)} are answered already")
-        draft_path = None if draft is None else resolve_draft(draft, terminal, low_disk)
-        offers = [
-            Offer.of(
-                resolve(name, bits, terminal, low_disk=low_disk),
-                name if model is None else model_name(name),
-                threads=threads,
-                context=context,
-                yarn=yarn,
-                kv=kv,
-                prefix_cache=prefix_cache,
-                prefix_cache_size=prefix_cache_size,
-                draft=draft_path,
-                notice=terminal.notice,
-                on_compile=terminal.compilation_progress,
-            )
-            for name in names
-        ]
+        called = names if model is None else [model_name(names[0])]
+        served = Models(*offers(names, called, loading, terminal), settings=settings)
         start = time.perf_counter()
         counts = batch_run.run(
-            Models(*offers, settings=settings),
+            served,
             settings,
             given,
             output,
-            model=None if model is None else offers[0].name,
+            model=None if model is None else called[0],
             ordered=not any_order,
             progress=terminal.batch_progress,
         )

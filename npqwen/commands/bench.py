@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import (
-    Command,
-    Counts,
+from npqwen.commands.loading import (
+    Loading,
     bits_option,
     context_option,
     kv_option,
@@ -21,6 +20,7 @@ from npqwen.commands.options import (
     resolve,
     yarn_option,
 )
+from npqwen.commands.options import Command, Counts
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def bench(
         reports = []
         counts: Sequence[int | None] = threads or [None]
         for number in counts:
-            with closing(open_model(converted, None, number, context, terminal, yarn=yarn, kv=kv)) as loaded:
+            loading = Loading(threads=number, context=context, yarn=yarn, kv=kv)
+            with closing(open_model(converted, loading, terminal)) as loaded:
                 progress = terminal.benchmark_progress
                 reports.append(benchmark(loaded, prefill, decode, depth, repeat, progress=progress))
                 speed = Report.merged(reports)

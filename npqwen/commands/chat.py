@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from npqwen.commands.loading import Loading, draft_option, model_options, open_model, prefix_cache_options
 from npqwen.commands.options import (
     Command,
     Switch,
     argument_text,
-    draft_option,
     generation_options,
     keyboard_notice,
-    model_options,
-    open_model,
-    prefix_cache_options,
     stdin_text,
 )
 from npqwen.errors import OptionError, SamplingWarning
@@ -28,9 +25,7 @@ from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
-    from npqwen.engine.cache_type import CacheType
     from npqwen.terminal.autosave import Autosave
     from npqwen.terminal.reasoning_view import ReasoningMode
     from npqwen.terminal.terminal_chat import TerminalChat
@@ -85,15 +80,7 @@ def chat(
     thinking: bool | None,
     show: bool | None,
     plain: bool,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    low_disk: bool,
-    yarn: float | None,
-    kv: CacheType | None,
-    prefix_cache: Path | None,
-    prefix_cache_size: int | None,
-    draft: str | None,
+    loading: Loading,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -113,22 +100,7 @@ def chat(
     system = None if system is None else argument_text(system)
     with (
         terminal,
-        closing(
-            open_model(
-                model,
-                bits,
-                threads,
-                context,
-                terminal,
-                purpose="chat",
-                low_disk=low_disk,
-                yarn=yarn,
-                kv=kv,
-                prefix_cache=prefix_cache,
-                prefix_cache_size=prefix_cache_size,
-                draft=draft,
-            )
-        ) as loaded,
+        closing(open_model(model, loading, terminal, purpose="chat")) as loaded,
         warnings.catch_warnings(),
     ):
         from npqwen.cache_directory import cache_directory

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, argument_text, low_disk_option
+from npqwen.commands.loading import low_disk_option
+from npqwen.commands.options import Command, argument_text
 from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.signals import tidied_up

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, argument_text, model_options, open_model
+from npqwen.commands.loading import Loading, model_options, open_model
+from npqwen.commands.options import Command, argument_text
 from npqwen.commands.records import Record, json_lines, read_records
 from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from npqwen.engine.cache_type import CacheType
     from npqwen.model import Model
 
 _BLOCK = 256
@@ -47,12 +47,7 @@ def embed(
     no_truncate: bool,
     as_json: bool,
     output: str | None,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    low_disk: bool,
-    yarn: float | None,
-    kv: CacheType | None,
+    loading: Loading,
     quiet: bool,
 ) -> None:
     """Make a vector of each line of FILE by an embedding model, and write JSON lines: the text and its embedding.
@@ -67,11 +62,7 @@ def embed(
     records = read_records(argument_text(file), as_json, terminal, "the texts")
     with (
         terminal,
-        closing(
-            open_model(
-                model, bits, threads, context, terminal, purpose="embedding", low_disk=low_disk, yarn=yarn, kv=kv
-            )
-        ) as loaded,
+        closing(open_model(model, loading, terminal, purpose="embedding")) as loaded,
     ):
         loaded.embedder.dimensions(dimensions)  # an option is refused before a file is made
         started = time.perf_counter()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from npqwen.commands.options import (
-    Command,
+from npqwen.commands.loading import (
+    Loading,
     bits_option,
     low_disk_option,
     open_model,
@@ -21,6 +21,7 @@ from npqwen.commands.options import (
     resolve,
     threads_option,
 )
+from npqwen.commands.options import Command
 from npqwen.errors import OptionError, shortened
 from npqwen.terminal.terminal import Terminal
 
@@ -93,7 +94,7 @@ def eval(
         path, base_path = _resolve_both(model, against, bits, terminal, low_disk)
 
         def opened_model(path: Path) -> Model:
-            return opened.enter_context(closing(open_model(str(path), None, threads, None, terminal)))
+            return opened.enter_context(closing(open_model(str(path), Loading(threads=threads), terminal)))
 
         loaded = opened_model(path)
         base = None if base_path is None else opened_model(base_path)

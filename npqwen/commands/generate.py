@@ -7,24 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.options import (
-    Command,
-    argument_text,
-    draft_option,
-    generation_options,
-    keyboard_notice,
-    model_options,
-    open_model,
-    prefix_cache_options,
-    stdin_text,
-)
+from npqwen.commands.loading import Loading, draft_option, model_options, open_model, prefix_cache_options
+from npqwen.commands.options import Command, argument_text, generation_options, keyboard_notice, stdin_text
 from npqwen.generation.options import check_options
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
-    from npqwen.engine.cache_type import CacheType
     from npqwen.generation.stream import Stream
 
 
@@ -38,15 +27,7 @@ if TYPE_CHECKING:
 def generate(
     model: str,
     prompt: str,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    low_disk: bool,
-    yarn: float | None,
-    kv: CacheType | None,
-    prefix_cache: Path | None,
-    prefix_cache_size: int | None,
-    draft: str | None,
+    loading: Loading,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -64,22 +45,7 @@ def generate(
     check_options(options)
     with (
         terminal,
-        closing(
-            open_model(
-                model,
-                bits,
-                threads,
-                context,
-                terminal,
-                purpose="text",
-                low_disk=low_disk,
-                yarn=yarn,
-                kv=kv,
-                prefix_cache=prefix_cache,
-                prefix_cache_size=prefix_cache_size,
-                draft=draft,
-            )
-        ) as loaded,
+        closing(open_model(model, loading, terminal, purpose="text")) as loaded,
     ):
         from npqwen.terminal.answer_text import answer_text
 

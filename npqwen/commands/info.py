@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, bits_option, kv_option, low_disk_option, resolve, yarn_option
+from npqwen.commands.loading import bits_option, kv_option, low_disk_option, resolve, yarn_option
+from npqwen.commands.options import Command
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:

@@ -1,30 +1,18 @@
-"""Shared by the commands: --help, common options, opening a model, text from arguments and stdin."""
+"""Shared by the commands: --help, the options of generation, text from arguments and stdin."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from npqwen.errors import OptionError, quoted, size
-from npqwen.format.recipe import CHOICES, DEFAULT_BITS
+from npqwen.errors import OptionError, quoted
 from npqwen.generation.options import OPTIONS, GenerationOptions, Option
-from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from npqwen.engine.cache_type import CacheType
-    from npqwen.hub.support import Purpose
-    from npqwen.model import Model
-
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -87,102 +75,6 @@ def _show_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> 
     if wanted and not ctx.resilient_parsing:
         Terminal().text(f"{ctx.get_help()}\n")
         ctx.exit()
-
-
-bits_option = click.option(
-    "--bits",
-    type=int,
-    metavar="|".join(CHOICES),
-    help=f"Bits per weight, if not converted yet; default: {DEFAULT_BITS}.",
-)
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics.")
-threads_option = click.option(
-    "--threads", "-t", type=int, metavar="N", help="Number of threads; default: one per core."
-)
-context_option = click.option(
-    "--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."
-)
-
-low_disk_option = click.option(
-    "--low-disk",
-    is_flag=True,
-    help="Download and convert one file of weights at a time, and keep none; resumes after an interruption.",
-)
-
-yarn_option = click.option(
-    "--yarn",
-    type=float,
-    metavar="FACTOR",
-    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse; "
-    "default: as in config.json, mostly off.",
-)
-
-
-kv_option = click.option(
-    "--kv",
-    metavar="int8|f16|f32",
-    help="Type of the cached keys and values: int8 takes half the memory of f16 and is faster after long texts; "
-    "default: int8, with --bits 16 f32.",
-)
-
-
-def model_options(command: Decorated) -> Decorated:
-    """Add --bits, --threads, --context, --yarn, --kv, --low-disk and --quiet, for commands that load a model."""
-    for option in (quiet_option, low_disk_option, kv_option, yarn_option, context_option, threads_option, bits_option):
-        command = option(command)
-    return command
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """Bytes, in powers of ten: "8GB", "500M"."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).lower(), re.ASCII)
-        count = round(float(found[1]) * _BYTES[found[2]]) if found else 0
-        if count < 1:
-            self.fail(f"{value!r} is not a size such as 8GB or 500MB", param, ctx)
-        return count
-
-
-def _directory(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
-    """The directory that --prefix-cache names, checked before a model is downloaded or loaded."""
-    if value is None or ctx.resilient_parsing:
-        return None
-    from pathlib import Path
-
-    from npqwen.engine.prefix_files import check_directory
-
-    path = Path(value)
-    check_directory(path)
-    return path
-
-
-def prefix_cache_options(command: Decorated) -> Decorated:
-    """Add --prefix-cache and --prefix-cache-size."""
-    command = click.option(
-        "--prefix-cache-size",
-        type=Size(),
-        help="Disk space that --prefix-cache may take; default: 10GB.",
-    )(command)
-    return click.option(
-        "--prefix-cache",
-        metavar="DIRECTORY",
-        callback=_directory,
-        help="Keep what is computed of prompts here, so that later runs do not compute it again; "
-        "default: only in memory.",
-    )(command)
-
-
-draft_option = click.option(
-    "--draft",
-    metavar="MODEL",
-    help="A smaller model with the same tokens that guesses the next ones, where that is faster; the text stays the "
-    "same; default: none.",
-)
 
 
 class _Bias(click.ParamType):  # type: ignore[type-arg]
@@ -265,88 +157,6 @@ class Counts(click.ParamType):  # type: ignore[type-arg]
         if min(counts) < self._low:
             self.fail(f"{min(counts)} is too small: it must be at least {self._low}", param, ctx)
         return counts
-
-
-def resolve(
-    model: str, bits: int | None, terminal: Terminal, *, purpose: Purpose = "arrays", low_disk: bool = False
-) -> Path:
-    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress.
-
-    purpose, low_disk: see `npqwen.hub.resolve`.
-    """
-    from npqwen import hub
-
-    with tidied_up():
-        return hub.resolve(
-            model,
-            bits,
-            purpose=purpose,
-            low_disk=low_disk,
-            notice=terminal.notice,
-            progress=terminal.conversion_progress,
-            download_bars=terminal.shows_bars,
-        )
-
-
-def open_model(
-    model: str,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    terminal: Terminal,
-    *,
-    purpose: Purpose = "arrays",
-    low_disk: bool = False,
-    yarn: float | None = None,
-    kv: CacheType | None = None,
-    prefix_cache: Path | None = None,
-    prefix_cache_size: int | None = None,
-    draft: str | None = None,
-) -> Model:
-    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
-
-    purpose, low_disk: see `npqwen.hub.resolve`. prefix_cache, prefix_cache_size, draft: see `npqwen.load`.
-    """
-    from npqwen.hardware.contention import Contention, too_many_threads
-
-    contention = Contention()
-    path = resolve(model, bits, terminal, purpose=purpose, low_disk=low_disk)
-    draft_path = None if draft is None else resolve_draft(draft, terminal, low_disk)
-
-    from npqwen.hardware.machine import available_memory
-    from npqwen.hub.names import model_name
-    from npqwen.model import load
-
-    progress = terminal.compilation_progress
-    name = model_name(model)
-    loaded = load(
-        path,
-        threads=threads,
-        context=context,
-        yarn=yarn,
-        kv=kv,
-        prefix_cache=prefix_cache,
-        prefix_cache_size=prefix_cache_size,
-        notice=terminal.notice,
-        on_compile=progress,
-        name=name,
-        draft=draft_path,
-    )
-    available = available_memory()
-    if available is not None and loaded.weight_bytes > available:
-        terminal.notice(
-            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
-            "the rest will be read from disk again and again"
-        )
-    crowded = too_many_threads(loaded.threads) or contention.hint(loaded.threads)
-    if crowded is not None:
-        terminal.notice(crowded)
-    return loaded
-
-
-def resolve_draft(draft: str, terminal: Terminal, low_disk: bool) -> Path:
-    """The converted directory of the model that --draft names; see `resolve`."""
-    return resolve(argument_text(draft), None, terminal, purpose="text", low_disk=low_disk)
 
 
 def check_numba() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from npqwen.commands.options import Command, bits_option, low_disk_option, quiet_option, resolve
+from npqwen.commands.loading import bits_option, low_disk_option, quiet_option, resolve
+from npqwen.commands.options import Command
 from npqwen.errors import size
 from npqwen.terminal.terminal import Terminal
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.options import Command, argument_text, model_options, open_model
+from npqwen.commands.loading import Loading, model_options, open_model
+from npqwen.commands.options import Command, argument_text
 from npqwen.commands.records import json_lines, read_records
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
-    from npqwen.engine.cache_type import CacheType
+    pass
 
 
 @click.command(cls=Command)
@@ -33,12 +34,7 @@ def rerank(
     instruction: str | None,
     as_json: bool,
     output: str | None,
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    low_disk: bool,
-    yarn: float | None,
-    kv: CacheType | None,
+    loading: Loading,
     quiet: bool,
 ) -> None:
     """Sort the lines of FILE by how well they answer QUERY, by a reranker, and write JSON lines, the best first.
@@ -52,11 +48,7 @@ def rerank(
     records = read_records(argument_text(file), as_json, terminal, "the documents")
     with (
         terminal,
-        closing(
-            open_model(
-                model, bits, threads, context, terminal, purpose="reranking", low_disk=low_disk, yarn=yarn, kv=kv
-            )
-        ) as loaded,
+        closing(open_model(model, loading, terminal, purpose="reranking")) as loaded,
     ):
         started = time.perf_counter()
         documents = [record.text for record in records]

@@ -8,29 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.options import (
-    Command,
+from npqwen.commands.loading import (
+    Loading,
     Size,
-    argument_text,
-    bits_option,
-    context_option,
+    check_server,
     draft_option,
-    kv_option,
-    low_disk_option,
+    model_options,
+    offers,
     prefix_cache_options,
-    quiet_option,
-    resolve,
-    resolve_draft,
-    threads_option,
-    yarn_option,
 )
+from npqwen.commands.options import Command, argument_text
 from npqwen.errors import OptionError, quoted
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
-    from npqwen.engine.cache_type import CacheType
     from npqwen.server.listener import Listener
-    from npqwen.server.offer import Offer
     from npqwen.server.settings import Settings
 
 PORT = 8000
@@ -103,24 +95,10 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 @click.option("--log", is_flag=True, help="Write one line for each request to stderr.")
 @draft_option
 @prefix_cache_options
-@bits_option
-@threads_option
-@context_option
-@yarn_option
-@kv_option
-@low_disk_option
-@quiet_option
+@model_options
 def serve(
     models: tuple[str, ...],
-    bits: int | None,
-    threads: int | None,
-    context: int | None,
-    low_disk: bool,
-    yarn: float | None,
-    kv: CacheType | None,
-    prefix_cache: Path | None,
-    prefix_cache_size: int | None,
-    draft: str | None,
+    loading: Loading,
     quiet: bool,
     host: str,
     port: int,
@@ -143,7 +121,8 @@ def serve(
     The first MODEL is loaded at once and answers requests that name none; others are loaded when a request names them.
     """
     terminal = Terminal(quiet=quiet)
-    _check_installed()
+    check_server()
+    from npqwen.hub.names import model_name
     from npqwen.server.listener import Listener, tls_context
     from npqwen.server.models import Models
     from npqwen.server.serving import log_to_stderr, run
@@ -161,25 +140,7 @@ def serve(
     )
     tls = tls_context(tls_cert, tls_key)
     with terminal, Listener(host, port, uds) as listener:
-        draft_path = None if draft is None else resolve_draft(draft, terminal, low_disk)
-        offers = [
-            _offer(
-                name,
-                bits,
-                terminal,
-                low_disk,
-                threads=threads,
-                context=context,
-                yarn=yarn,
-                kv=kv,
-                prefix_cache=prefix_cache,
-                prefix_cache_size=prefix_cache_size,
-                draft=draft_path,
-                notice=terminal.notice,
-            )
-            for name in names
-        ]
-        served = Models(*offers, settings=settings)
+        served = Models(*offers(names, [model_name(name) for name in names], loading, terminal), settings=settings)
         log_to_stderr(requests=log)
         run(
             served,
@@ -207,14 +168,6 @@ def _announce(terminal: Terminal, names: list[str], listener: Listener, settings
         terminal.notice("without --tls-cert, keys and conversations cross the network unencrypted")
 
 
-def _check_installed() -> None:
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise OptionError(f'{error.name} is not installed; pip install "npqwen[server]"') from None
-
-
 def _keys_in(file: str | None) -> Sequence[str]:
     """The keys in a file: one a line, without blank lines and those that begin with "#"."""
     if file is None:
@@ -228,13 +181,3 @@ def _keys_in(file: str | None) -> Sequence[str]:
     if not keys:
         raise OptionError(f"--api-key-file {quoted(file)} has no key; write one a line")
     return keys
-
-
-def _offer(model: str, bits: int | None, terminal: Terminal, low_disk: bool, **options: Any) -> Offer:
-    """An offer of MODEL, which is downloaded and converted now if necessary. options: see `Offer.of`."""
-    from npqwen.hub.names import model_name
-    from npqwen.server.offer import Offer
-
-    path = resolve(model, bits, terminal, low_disk=low_disk)
-    progress = terminal.compilation_progress
-    return Offer.of(path, model_name(model), on_compile=progress, **options)

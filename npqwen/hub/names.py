@@ -64,7 +64,7 @@ def parse(model: str | os.PathLike[str]) -> HubName:
     name, colon, tag = name.partition(":")
     owned = _ID.fullmatch(name) is not None
     if not colon and name.lower().endswith(".gguf"):
-        raise ModelNotFoundError(f"there is no file {shortened(text)}")
+        raise ModelNotFoundError(f"{shortened(text)}: no such file")
     if colon and (owned or _WITHOUT_OWNER.fullmatch(name)):
         if not _FILE.fullmatch(tag):
             raise ModelNotFoundError(

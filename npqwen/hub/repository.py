@@ -169,7 +169,7 @@ class HubSource(Source):
         with _errors(self.label), _progress_bars(bars), open(partial, "ab") as out:
             place = get_hf_file_metadata(url).location
             headers = build_hf_headers()
-            if urlsplit(place).netloc != urlsplit(url).netloc:  # of a mirror, whom the user's token is no concern
+            if urlsplit(place).netloc != urlsplit(url).netloc:  # a redirect: no token to other hosts
                 headers.pop("authorization", None)
             if out.tell() > file.nbytes:
                 out.truncate(0)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """What Qwen3-Embedding and Qwen3-Reranker are told of a search unless something else is said."""
 LEAST_DIMENSIONS = 32
-"""Qwen's models were trained for vectors of so many numbers and more."""
+"""The smallest `dimensions` that Qwen3-Embedding was trained for (Matryoshka representation learning)."""
 _END = "<|endoftext|>"
 """The token whose state is the vector."""
 

@@ -33,15 +33,15 @@ _KEPT_PAGES = 2
 
 
 class Reader:
-    """Reads texts together. One thread calls `step`, which runs one forward pass; all methods belong to it.
+    """Computes the final hidden states of many texts, several in each forward pass. Not thread-safe: `step`, which
+    runs a pass, and all other methods belong to one thread.
 
-    Every pass is filled up with pieces of texts, short and long ones, so there is no padding and no need to sort them.
-    Among texts, the one goes first that would have been read first if those that arrived with it had the machine for
-    themselves: a query need not wait for a thousand documents, and they do not starve. What a text gives is the same to
-    the bit as without company.
+    Passes are packed with pieces of texts of any length, without padding and without sorting. Texts are scheduled
+    earliest deadline first, where the deadline is when the text would be read if its request were alone: a query does
+    not wait for a thousand documents, and they do not starve. States are bit-equal to those of a text read alone.
 
-    What all texts of one caller begin with is computed once: by the first text, from whose cache the others fork. A
-    cache is used again by the next text, as memory that was written before needs no clearing.
+    The prefix that all texts of a request share is computed once, by the first text; the others fork its cache. The
+    next text reuses the memory of a finished one's cache, which needs no clearing.
     """
 
     def __init__(self, model: Engine, *, parallel: int = PARALLEL, memory: int | None = None) -> None:

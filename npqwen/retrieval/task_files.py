@@ -24,7 +24,7 @@ _MODULES = ("Transformer", "Pooling", "Normalize")
 class TaskFiles:
     """The task of a model, and the settings for it. Of a language model there are none.
 
-    pooling, prompts, logit_score: JSON objects, empty where there is no such file. modules: the types in modules.json.
+    pooling, prompts, logit_score: JSON objects, {} if the file is missing. modules: the types in modules.json.
     """
 
     path: Path

@@ -97,7 +97,8 @@ class BatchInput:
 
 
 class BatchOutput:
-    """A file of answers, appended to. What an earlier run has answered stays; a line that it left torn is removed.
+    """A file of answers, appended to. What an earlier run has answered stays; a line that it left torn is removed. In
+    the end, a new file without answers is removed.
 
     answered: the custom_ids of the answers in the file.
     """
@@ -107,6 +108,7 @@ class BatchOutput:
         written."""
         self._path = path
         self.answered: set[str] = set()
+        self._is_new = not path.exists()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
@@ -133,7 +135,8 @@ class BatchOutput:
             if custom_id not in known:
                 found = shortened(line.decode(errors="replace").strip())
                 raise OptionError(
-                    f"{self._path} exists and has what is no answer to these requests: {found}; choose another file"
+                    f"{self._path} exists, and this line of it answers none of these requests: {found}; choose "
+                    "another file"
                 )
             self.answered.add(custom_id)
             end += len(line)
@@ -152,8 +155,9 @@ class BatchOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with writing(self._path):
-            try:
+            with self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            finally:
-                self._file.close()
+                empty = not self._file.tell()
+            if empty and self._is_new:  # nothing was answered: an unknown model, say
+                self._path.unlink()

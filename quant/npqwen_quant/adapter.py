@@ -185,13 +185,14 @@ class Adapter:
                 fits = re.match(rf"(.*\.)?({pattern})$", module)
             except re.error:
                 raise CheckpointError(
-                    f"{self.directory / CONFIG} has the alpha_pattern {quoted(pattern)}, which is no regular expression"
+                    f"{self.directory / CONFIG} has the alpha_pattern {quoted(pattern)}, which is not a valid regular "
+                    "expression"
                 ) from None
             if fits:
                 alpha = value
                 break
         if not is_number(alpha):
-            raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}, which is no number")
+            raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}; it must be a number")
         return self._strength * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
 

@@ -85,7 +85,10 @@ def shards(path: Path) -> list[Path]:
         return [path]
     count = int(name["count"])
     if not 0 < int(name["number"]) <= count <= _SHARDS:
-        raise CheckpointError(f"{path}: there is no such shard; its name is impossible")
+        raise CheckpointError(
+            f"{path} is named as shard {int(name['number'])} of {count}, which cannot be; shards are named "
+            "MODEL-00001-of-00003.gguf and so on"
+        )
     found = [
         path.with_name(f"{name['model']}-{number:05d}-of-{count:05d}{name['suffix']}") for number in range(1, count + 1)
     ]
@@ -207,7 +210,7 @@ def _named(name: str, path: Path, stored: StoredGguf) -> Iterator[tuple[str, Sou
 
 
 def _check_shard(header: GgufHeader, number: int, count: int) -> None:
-    """CheckpointError unless a file says that it is this one (from 0 on) of so many."""
+    """CheckpointError unless split.no (from 0 on) and split.count in the metadata are those of the name."""
     said, of = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
     if (said, of) != (number, count):
         raise CheckpointError(

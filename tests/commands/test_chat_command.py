@@ -31,7 +31,6 @@ SUM = "What is 17 + 25?"
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def command(model: Any, *args: str, stdin: str = "") -> SimpleNamespace:
-        monkeypatch.setattr("npqwen.commands.options.open_model", lambda *_, **__: model)
         monkeypatch.setattr("npqwen.commands.chat.open_model", lambda *_, **__: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as exit:

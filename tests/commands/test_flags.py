@@ -13,6 +13,7 @@ from reciter import Reciter
 
 from npqwen.checks import near_names, suggestion
 from npqwen.commands import cli
+from npqwen.commands.loading import Loading
 from npqwen.errors import OptionError
 from npqwen.generation.options import OPTIONS, check_options
 
@@ -128,14 +129,14 @@ def test_short_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Reciter("Yes.")
 
     def opened(*arguments: Any, **rest: Any) -> Reciter:
-        seen.append(arguments[:4])
+        seen.append(arguments[:2])
         return model
 
     monkeypatch.setattr("npqwen.commands.generate.open_model", opened)
     with pytest.raises(SystemExit) as exit:
         cli.main(["generate", "m", "q", "-t", "3", "-n", "2"])
     assert exit.value.code == 0
-    assert seen == [("m", None, 3, None)]
+    assert seen == [("m", Loading(threads=3))]
 
 
 def test_suggestions_in_python() -> None:

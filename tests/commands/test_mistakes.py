@@ -326,8 +326,8 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (lambda place: None, ["generate", "./modle", "x"], "'./modle' is neither a directory nor a hub id like Qwen/"),
     (lambda place: None, ["generate", "qwen3:8b", "x"], "'qwen3:8b' is ollama's name of a model; give its id on the "),
     (lambda place: None, ["generate", "qwen3:8b", "x"], "hub, Qwen/Qwen3-8B"),
-    (lambda place: None, ["generate", "model.gguf", "x"], "there is no file model.gguf"),
-    (lambda place: None, ["chat", "models/model.gguf", "x"], "there is no file models/model.gguf"),
+    (lambda place: None, ["generate", "model.gguf", "x"], "model.gguf: no such file"),
+    (lambda place: None, ["chat", "models/model.gguf", "x"], "models/model.gguf: no such file"),
     (lambda place: None, ["generate", ".", "x"], ".: config.json is missing: this is not a checkpoint, or not a "),
     (
         write_gguf,

@@ -23,7 +23,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """model(m): the one that the commands open."""
 
     def use(model: Any) -> None:
-        for command in ("options", "chat", "generate"):
+        for command in ("chat", "generate"):
             monkeypatch.setattr(f"npqwen.commands.{command}.open_model", lambda *_, **__: model)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
 

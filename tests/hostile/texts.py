@@ -117,5 +117,5 @@ def _value(random: Random) -> str:
 
 
 def _name(random: Random) -> str:
-    """A name of a model that is none."""
+    """The name of a model that does not exist."""
     return random.choice([value for value in _VALUES if value not in (".", "~")])

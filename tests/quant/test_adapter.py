@@ -128,7 +128,7 @@ def test_scales_of_the_command_line(tmp_path: Path) -> None:
         ({"trainable_token_indices": [1]}, "uses trained tokens"),
         ({"bias": "all"}, "trains biases"),
         ({"lora_alpha": "much"}, "has a lora_alpha of 'much'"),
-        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 2}}, "not a valid regular expression"),
         ({"alpha_pattern": 3}, "alpha_pattern that is not an object"),
     ],
 )

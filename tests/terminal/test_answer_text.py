@@ -149,9 +149,9 @@ CHILD = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 from reciter import Reciter
-import npqwen.commands.chat, npqwen.commands.generate, npqwen.commands.options
+import npqwen.commands.chat, npqwen.commands.generate
 model = Reciter(*sys.argv[3].split("|"), template="instruct-2507")
-for place in (npqwen.commands.chat, npqwen.commands.generate, npqwen.commands.options):
+for place in (npqwen.commands.chat, npqwen.commands.generate):
     place.open_model = lambda *rest, **options: model
 from npqwen.commands.cli import main
 main(sys.argv[4:])

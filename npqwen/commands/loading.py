@@ -1,0 +1,244 @@
+"""How a command loads its model: the flags, and what is made of them, with notices and progress on the terminal."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npqwen.commands.options import Decorated, argument_text
+from npqwen.errors import OptionError, size
+from npqwen.format.recipe import CHOICES, DEFAULT_BITS
+from npqwen.terminal.signals import tidied_up
+from npqwen.terminal.terminal import Terminal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from npqwen.engine.cache_type import CacheType
+    from npqwen.hub.support import Purpose
+    from npqwen.model import Model
+    from npqwen.server.offer import Offer
+
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The flags of a command that say how its model is loaded; see `npqwen.load`. draft: as MODEL is named.
+
+    low_disk: see `npqwen.hub.resolve`. A command that lacks a flag has its default.
+    """
+
+    bits: int | None = None
+    threads: int | None = None
+    context: int | None = None
+    yarn: float | None = None
+    kv: CacheType | None = None
+    low_disk: bool = False
+    prefix_cache: Path | None = None
+    prefix_cache_size: int | None = None
+    draft: str | None = None
+
+    def options(self, terminal: Terminal) -> dict[str, Any]:
+        """Keywords of `npqwen.load` and of `Offer.of`; the draft model is downloaded and converted if necessary."""
+        draft = None
+        if self.draft is not None:
+            draft = resolve(argument_text(self.draft), None, terminal, purpose="text", low_disk=self.low_disk)
+        return {
+            "threads": self.threads,
+            "context": self.context,
+            "yarn": self.yarn,
+            "kv": self.kv,
+            "prefix_cache": self.prefix_cache,
+            "prefix_cache_size": self.prefix_cache_size,
+            "draft": draft,
+            "notice": terminal.notice,
+            "on_compile": terminal.compilation_progress,
+        }
+
+
+bits_option = click.option(
+    "--bits",
+    type=int,
+    metavar="|".join(CHOICES),
+    help=f"Bits per weight, if not converted yet; default: {DEFAULT_BITS}.",
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics.")
+threads_option = click.option(
+    "--threads", "-t", type=int, metavar="N", help="Number of threads; default: one per core."
+)
+context_option = click.option(
+    "--context", type=int, metavar="N", help="Room for N tokens; default: the model's limit."
+)
+
+low_disk_option = click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Download and convert one file of weights at a time, and keep none; resumes after an interruption.",
+)
+
+yarn_option = click.option(
+    "--yarn",
+    type=float,
+    metavar="FACTOR",
+    help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse; "
+    "default: as in config.json, mostly off.",
+)
+
+
+kv_option = click.option(
+    "--kv",
+    metavar="int8|f16|f32",
+    help="Type of the cached keys and values: int8 takes half the memory of f16 and is faster after long texts; "
+    "default: int8, with --bits 16 f32.",
+)
+
+
+def model_options(command: Decorated) -> Decorated:
+    """Add --bits, --threads, --context, --yarn, --kv, --low-disk and --quiet, for commands that load a model.
+
+    The command gets them as `loading`, a Loading, but for `quiet`; also those of `prefix_cache_options` and
+    `draft_option` above it.
+    """
+    names = [field.name for field in fields(Loading)]
+
+    @functools.wraps(command)
+    def collected(**values: Any) -> Any:
+        given = {name: values.pop(name) for name in names if name in values}
+        return command(loading=Loading(**given), **values)
+
+    made: Any = collected
+    for option in (quiet_option, low_disk_option, kv_option, yarn_option, context_option, threads_option, bits_option):
+        made = option(made)
+    found: Decorated = made
+    return found
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, in powers of ten: "8GB", "500M"."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).lower(), re.ASCII)
+        count = round(float(found[1]) * _BYTES[found[2]]) if found else 0
+        if count < 1:
+            self.fail(f"{value!r} is not a size such as 8GB or 500MB", param, ctx)
+        return count
+
+
+def _directory(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
+    """The directory that --prefix-cache names, checked before a model is downloaded or loaded."""
+    if value is None or ctx.resilient_parsing:
+        return None
+    from pathlib import Path
+
+    from npqwen.engine.prefix_files import check_directory
+
+    path = Path(value)
+    check_directory(path)
+    return path
+
+
+def prefix_cache_options(command: Decorated) -> Decorated:
+    """Add --prefix-cache and --prefix-cache-size."""
+    command = click.option(
+        "--prefix-cache-size",
+        type=Size(),
+        help="Disk space that --prefix-cache may take; default: 10GB.",
+    )(command)
+    return click.option(
+        "--prefix-cache",
+        metavar="DIRECTORY",
+        callback=_directory,
+        help="Keep what is computed of prompts here, so that later runs do not compute it again; "
+        "default: only in memory.",
+    )(command)
+
+
+draft_option = click.option(
+    "--draft",
+    metavar="MODEL",
+    help="A smaller model with the same tokens that guesses the next ones, where that is faster; the text stays the "
+    "same; default: none.",
+)
+
+
+def resolve(
+    model: str, bits: int | None, terminal: Terminal, *, purpose: Purpose = "arrays", low_disk: bool = False
+) -> Path:
+    """The converted directory of MODEL, downloaded and converted first if necessary, with notices and progress.
+
+    purpose, low_disk: see `npqwen.hub.resolve`.
+    """
+    from npqwen import hub
+
+    with tidied_up():
+        return hub.resolve(
+            model,
+            bits,
+            purpose=purpose,
+            low_disk=low_disk,
+            notice=terminal.notice,
+            progress=terminal.conversion_progress,
+            download_bars=terminal.shows_bars,
+        )
+
+
+def open_model(
+    model: str, loading: Loading, terminal: Terminal, *, purpose: Purpose = "arrays"
+) -> Model:
+    """Load MODEL, downloaded and converted first if necessary, with notices and progress on the terminal.
+
+    purpose: see `npqwen.hub.resolve`.
+    """
+    from npqwen.hardware.contention import Contention, too_many_threads
+
+    contention = Contention()
+    path = resolve(model, loading.bits, terminal, purpose=purpose, low_disk=loading.low_disk)
+    options = loading.options(terminal)
+
+    from npqwen.hardware.machine import available_memory
+    from npqwen.hub.names import model_name
+    from npqwen.model import load
+
+    loaded = load(path, name=model_name(model), **options)
+    available = available_memory()
+    if available is not None and loaded.weight_bytes > available:
+        terminal.notice(
+            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
+            "the rest will be read from disk again and again"
+        )
+    crowded = too_many_threads(loaded.threads) or contention.hint(loaded.threads)
+    if crowded is not None:
+        terminal.notice(crowded)
+    return loaded
+
+
+def offers(models: Sequence[str], names: Sequence[str], loading: Loading, terminal: Terminal) -> list[Offer]:
+    """Offers of several MODELs, which are downloaded and converted now if necessary.
+
+    names: what requests call them. Raises OptionError without `npqwen[server]`.
+    """
+    check_server()
+    from npqwen.server.offer import Offer
+
+    options = loading.options(terminal)
+    paths = [resolve(model, loading.bits, terminal, low_disk=loading.low_disk) for model in models]
+    return [Offer.of(path, name, **options) for path, name in zip(paths, names, strict=True)]
+
+
+def check_server() -> None:
+    """Raise OptionError unless what a server needs is installed."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise OptionError(f'{error.name} is not installed; pip install "npqwen[server]"') from None
