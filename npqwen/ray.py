@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from ray.serve import Application
     from starlette.applications import Starlette
+    from starlette.types import Receive, Scope, Send
 
 Batch = dict[str, Any]
 
@@ -163,7 +164,7 @@ def application(
         **scaling,
     ).bind(os.fspath(model), dict(load_options or {}), settings)
     front = serve.deployment(
-        serve.ingress(_front)(_Front),
+        serve.ingress()(_Front),
         name="front",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1000,
@@ -214,24 +215,25 @@ class _Front:
     """The ingress: reads requests, and passes the replicas' answers on."""
 
     def __init__(self, served: Any) -> None:
-        _Front.served = served.options(stream=True)
+        """served: the handle of the replicas."""
+        self._served = served.options(stream=True)
 
-    served: Any = None
-    """The handle of the replicas, one a process."""
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """The ingress's ASGI application, for Ray."""
+        from starlette.applications import Starlette
 
+        made = Starlette()
+        made.mount("/", self._forward)
+        return made
 
-def _front() -> Starlette:
-    """The ingress's ASGI application."""
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.types import Receive, Scope, Send
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.requests import Request
 
-    async def forward(scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()
         kept = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
         plain = {name: scope[name] for name in kept if name in scope} | {"root_path": "", "client": ("127.0.0.1", 0)}
         plain["server"] = ("127.0.0.1", 80)
-        messages = _Front.served.answer.remote(beginnings_of(body), plain, body)
+        messages = self._served.answer.remote(beginnings_of(body), plain, body)
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -249,10 +251,6 @@ def _front() -> Starlette:
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
-
-    made = Starlette()
-    made.mount("/", forward)
-    return made
 
 
 def beginnings_of(body: bytes) -> list[str]:
