@@ -85,7 +85,13 @@ def convert(
             from npqwen.reports.conversion_plan import plan_conversion
 
             plan = plan_conversion(
-                source, out, bits, low_disk=low_disk, calibrated=calibrate is not None, notice=terminal.notice
+                source,
+                out,
+                bits,
+                low_disk=low_disk,
+                calibrated=calibrate is not None,
+                adapters=merged,
+                notice=terminal.notice,
             )
             terminal.text(plan.describe() + "\n")
             return

@@ -130,10 +130,7 @@ def convert(
     tell = notice or _ignore
     if low_disk and calibration is not None:
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
-    if low_disk and adapters:
-        raise OptionError("adapters are merged into the whole checkpoint; use them without low_disk (--low-disk)")
-    if adapters and out is None:
-        raise OptionError("a model with adapters does not go into the cache; name the directory OUT for it")
+    check_adapters(adapters, out, low_disk)
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
     found = find_source(source, revision, tell)
@@ -164,6 +161,14 @@ def convert(
     if measure is not None:
         measure(transfer.directory(), target)
     return target
+
+
+def check_adapters(adapters: Sequence[AdapterFile], out: object, low_disk: bool) -> None:
+    """Raise OptionError for arguments of `convert` that exclude adapters."""
+    if adapters and low_disk:
+        raise OptionError("adapters are merged into the whole checkpoint; use them without low_disk (--low-disk)")
+    if adapters and out is None:
+        raise OptionError("a model with adapters does not go into the cache; name the directory OUT for it")
 
 
 def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npqwen.engine.budget import Budget
 from npqwen.engine.cache_type import CacheType
@@ -19,7 +20,7 @@ from npqwen.format.layout import Codebook
 from npqwen.format.quantization import is_converted
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.hardware import machine
-from npqwen.hub.conversions import find_source, place_of
+from npqwen.hub.conversions import check_adapters, find_source, place_of
 from npqwen.hub.repository import HubSource
 from npqwen.hub.room import converted_bytes, free_bytes
 from npqwen.hub.source import GgufSource, LocalSource, Source
@@ -27,6 +28,9 @@ from npqwen.hub.support import check
 from npqwen.kernels.cache_page import PAGE
 from npqwen.reports.columns import columns
 from npqwen.reports.info import PARTS
+
+if TYPE_CHECKING:
+    from npqwen_quant.adapter import AdapterFile
 
 _BANDWIDTH = 100e6 / 8
 """Of the download whose time is told: bytes a second of a line of 100 Mbit/s."""
@@ -128,15 +132,17 @@ def plan_conversion(
     revision: str | None = None,
     low_disk: bool = False,
     calibrated: bool = False,
+    adapters: Sequence[AdapterFile] = (),
     notice: Callable[[str], None] | None = None,
 ) -> ConversionPlan:
     """Tell what `npqwen.hub.convert` would do with these arguments, and change nothing.
 
     Of a model on the hub, config.json and the list of files are read; of one on this disk, the headers of its files.
-    calibrated: whether fits need room, too; their time is not told. Raises what the conversion would raise about the
-    checkpoint.
+    calibrated: whether fits need room, too; their time is not told. adapters: to be merged; their files are read.
+    Raises what the conversion would raise about the checkpoint and the adapters.
     """
     recipe = recipe_of(bits)
+    check_adapters(adapters, out, low_disk)
     found = find_source(source, revision, notice)
     if isinstance(found, HubSource) and found.gguf:
         raise OptionError(
@@ -149,11 +155,14 @@ def plan_conversion(
             found.scratch = Path(scratch)
         check(found, "arrays")
         config = Config.from_dict(found.raw_config, found.label if found.gguf else f"{found.label}: config.json")
-    _check_weights(found, config, bits)
+    _check_weights(found, config, bits, adapters)
+    from npqwen_quant.adapter import Adapter
     from npqwen_quant.conversion import default_threads
     from npqwen_quant.plan import plan
     from npqwen_quant.speed import weights_per_second
 
+    if any(Adapter(file).unties for file in adapters):
+        config = replace(config, tie_word_embeddings=False)
     tensors = plan(config, recipe)
     parts: dict[str, Part] = {}
     amounts: dict[str, int] = {}
@@ -207,7 +216,7 @@ def _kept(source: Source) -> set[str]:
     return set(source.matching(*SMALL_FILES)) | {name for name in FOR_PEOPLE if name in source.files}
 
 
-def _check_weights(source: Source, config: Config, bits: int) -> None:
+def _check_weights(source: Source, config: Config, bits: int, adapters: Sequence[AdapterFile]) -> None:
     """Raise CheckpointError for weights that config.json does not describe, as far as it is known without them."""
     recipe = recipe_of(bits)
     if isinstance(source, HubSource):
@@ -219,7 +228,7 @@ def _check_weights(source: Source, config: Config, bits: int) -> None:
     from npqwen_quant.conversion import planned_from
 
     assert isinstance(source, LocalSource | GgufSource)
-    planned_from(Checkpoint(source.directory), recipe)
+    planned_from(Checkpoint(source.directory, adapters=adapters), recipe)
 
 
 def _time(seconds: float) -> str:

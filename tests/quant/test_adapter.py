@@ -111,6 +111,20 @@ def test_the_command_merges_and_measures_against_the_merged_model(run: Run, tmp_
     assert "without low_disk" in run("convert", TINY, tmp_path / "n", "--low-disk", "--adapter", adapter, status=2)[1]
 
 
+def test_a_dry_run_counts_what_adapters_change(run: Run, tmp_path: Path) -> None:
+    def told(*adapters: str) -> str:
+        flags = [flag for adapter in adapters for flag in ("--adapter", str(ADAPTERS / adapter))]
+        return run("convert", TINY, tmp_path / "m", "--bits", 16, "--dry-run", *flags)[0]
+
+    assert "output" not in told("linear")
+    assert "output" in told("linear", "embedding")  # a matrix of its own
+    convert(TINY, tmp_path / "m", bits=16, adapters=[AdapterFile(ADAPTERS / "embedding")])
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
+    assert f"{nbytes / 1e6:.1f} MB" in told("embedding")
+    assert "is not a directory" in run("convert", TINY, "m", "--dry-run", "--adapter", "none", status=2)[1]
+    assert "name the directory OUT" in run("convert", TINY, "--dry-run", "--adapter", ADAPTERS / "linear", status=2)[1]
+
+
 def test_scales_of_the_command_line(tmp_path: Path) -> None:
     assert AdapterFile.parse("a/b") == AdapterFile(Path("a/b"))
     assert AdapterFile.parse("a/b:0.25") == AdapterFile(Path("a/b"), 0.25)
