@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,8 +47,15 @@ def served(application: ASGIApp) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
-    assert not thread.is_alive(), "the server does not end"
+            thread.join(60)
+            assert not thread.is_alive(), f"the server does not end:\n{_state(thread, server)}"
+
+
+def _state(thread: threading.Thread, server: uvicorn.Server) -> str:
+    """What a server's thread and its tasks are doing."""
+    stack = traceback.format_stack(sys._current_frames()[thread.ident or 0])
+    tasks = asyncio.all_tasks(server.servers[0].get_loop())
+    return "".join(stack) + "\n".join(map(repr, tasks))
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
