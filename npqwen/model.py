@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from npqwen.chat.chat_template import ChatTemplate
     from npqwen.chat.conversation import Conversation
     from npqwen.chat.events import Reply
+    from npqwen.format.adapter import AdapterFile
     from npqwen.generation.decoding import Prompt, Prompts
     from npqwen.generation.options import GenerationOptions
     from npqwen.generation.score import ContinuationScore
@@ -73,6 +74,7 @@ class Model(Engine):
         context: int | None = None,
         yarn: float | None = None,
         kv: CacheType | None = None,
+        adapters: Mapping[str, Any] | None = None,
         prefix_cache: Path | None = None,
         prefix_cache_size: int | None = None,
         prefix_memory: int | None = None,
@@ -97,6 +99,7 @@ class Model(Engine):
                 context=context,
                 yarn=yarn,
                 kv=kv,
+                adapters=adapters,
                 prefix_cache=prefix_cache,
                 prefix_cache_size=prefix_cache_size,
                 prefix_memory=prefix_memory,
@@ -444,6 +447,7 @@ def load(
     context: int | None = None,
     yarn: float | None = None,
     kv: CacheType | None = None,
+    adapters: Mapping[str, str | os.PathLike[str] | AdapterFile] | None = None,
     prefix_cache: str | os.PathLike[str] | None = None,
     prefix_cache_size: int | None = None,
     prefix_memory: int | None = None,
@@ -455,7 +459,7 @@ def load(
     """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn, kv, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when files of
+    own. yarn, kv, adapters, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when files of
     the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done, total): called
     while kernels are compiled, on the first use on a machine. name: of the model, default the directory's. draft: a
     converted directory, loaded with the same options and closed with the model, or a loaded model; see `npqwen.load`.
@@ -470,6 +474,7 @@ def load(
         context=context,
         yarn=yarn,
         kv=kv,
+        adapters=adapters,
         prefix_cache=None if prefix_cache is None else check_path(prefix_cache),
         prefix_cache_size=prefix_cache_size,
         prefix_memory=prefix_memory,

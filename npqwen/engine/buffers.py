@@ -10,7 +10,7 @@ from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
-from npqwen.kernels import attention, matmul
+from npqwen.kernels import attention, low_rank, matmul
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
@@ -23,7 +23,10 @@ class Buffers:
     They are zeroed, so that the padding of every row stays zero, and use memory only where they are written.
     """
 
-    def __init__(self, config: Config, weights: Weights, threads: int, tokens: int, context: int) -> None:
+    def __init__(
+        self, config: Config, weights: Weights, threads: int, tokens: int, context: int, *, rank: int = 0
+    ) -> None:
+        """rank: the largest of the model's adapters."""
         model = weights.model[0]
         layers = weights.layers
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -65,7 +68,10 @@ class Buffers:
             matmul.scratch_floats(columns),
             matmul.scratch_floats(hidden, multiple),
             columns,
+            low_rank.WIDE * rank,
         )
+        self.inner, self.expert_inner = inner, expert_inner
+        """Columns of down_proj in dense layers and of experts, padding included."""
         self.workspace = Workspace(
             scratch=_floats(threads, scratch), local=_floats(threads, matmul.local_floats(tokens, multiple))
         )

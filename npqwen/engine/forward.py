@@ -20,6 +20,25 @@ from npqwen.kernels.experts import (
     project_gated_slots,
     route,
 )
+from npqwen.kernels.low_rank import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    DOWN_PROJ,
+    GATE_PROJ,
+    GATED,
+    K_PROJ,
+    MLP_INPUT,
+    O_PROJ,
+    Q_PROJ,
+    ROUTER,
+    UP_PROJ,
+    V_PROJ,
+    adapted_matmul,
+    add_low_rank,
+    rows_read,
+    shrink,
+)
+from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, shrink_slots
 from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import rms_norm, rotate
@@ -36,7 +55,7 @@ _inline = njit(nogil=True, inline="always")
 @njit(nogil=True)
 def forward(
     team: Any, member: int, model: Any, layers: Any, tokens: Any, sequences: Any, activations: Any, experts: Any,
-    workspace: Any, output: Any,
+    adapters: Any, workspace: Any, output: Any,
 ) -> None:  # fmt: skip
     """One pass: embedding, layers, final norm, output matrix. Every thread of the team calls it with its own `member`.
 
@@ -46,18 +65,19 @@ def forward(
     team, layers = without_refcounts((team, layers))
     tokens, sequences = without_refcounts((tokens, sequences))
     activations, output, workspace = without_refcounts((activations, output, workspace))
+    adapters = without_refcounts(adapters)
     scratch, local = workspace.scratch[member], workspace.local[member]
     if tokens.embed:
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
     for i in range(layers.size):
         layer = layers[i]
-        attention_block(team, model, layer, tokens, sequences, activations, scratch, local)
+        attention_block(team, model, layer, tokens, sequences, activations, adapters, scratch, local)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
-            dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
+            dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
         elif layer.expert_bytes == 0:
-            dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
+            dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
         else:
-            sparse_feed_forward(team, model, layer, tokens.ids.size, activations, experts, scratch, local)
+            sparse_feed_forward(team, model, layer, tokens.ids.size, activations, experts, adapters, scratch, local)
     if output.tokens.size:
         if output.normed:
             final_norm(team, model, activations.hidden, output)
@@ -68,41 +88,55 @@ def forward(
 
 @_inline
 def attention_block(
-    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, scratch: Any, local: Any
-) -> None:
+    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, adapters: Any, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
     """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to their caches."""
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed)
-    project_heads(team, model, layer, tokens, sequences.dtype, packed, local, scratch, queries)
+    kept = rows_read(adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
+    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+    project_heads(team, model, layer, tokens, sequences.dtype, packed, adapters, local, scratch, queries)
     attention(
         team, model.attention_kernels, queries, sequences.records, sequences.dtype, layer.kv_index,
         model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
     )  # fmt: skip
     pack_all(team, attended, count, layer.o_proj.encoding, packed)
+    shrink(team, adapters, layer.number, ATTENDED, attended)
     width = tile_width(count, layer.o_proj.encoding)
-    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
+    adapted_matmul(
+        team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters,
+        layer.number, O_PROJ,
+    )  # fmt: skip
 
 
 @_inline
 def dense_feed_forward(
-    team: Any, model: Any, layer: Any, rows: Any, activations: Any, scratch: Any, local: Any
+    team: Any, model: Any, layer: Any, rows: Any, activations: Any, adapters: Any, scratch: Any, local: Any
 ) -> None:
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
     hidden, packed, gated, _, _, _ = activations
     count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
-    norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed)
-    project_gated(team, model, layer, packed, count, local, scratch, gated)
+    kept = rows_read(adapters, layer.number, MLP_INPUT, adapters.normed)
+    norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed, kept)
+    shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed)
+    project_gated(team, model, layer, packed, count, adapters, local, scratch, gated)
+    shrink(team, adapters, layer.number, GATED, adapters.gated)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
-    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local)
+    adapted_matmul(
+        team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local, adapters,
+        layer.number, DOWN_PROJ,
+    )  # fmt: skip
 
 
 @_step
 def sparse_feed_forward(
-    team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, scratch: Any, local: Any
-) -> None:
+    team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, adapters: Any, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
     """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden."""
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
@@ -117,7 +151,10 @@ def sparse_feed_forward(
         if t < count:
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.encoding, packed)
-    matmul(team, model.matmul_kernels, layer.router, packed, count, width, scores, 0, scratch, local)
+    shrink(team, adapters, layer.number, MLP_INPUT, normed)
+    adapted_matmul(
+        team, kernels, layer.router, packed, count, width, scores, 0, scratch, local, adapters, layer.number, ROUTER
+    )
     while True:
         t = claim(team, count)
         if t == count:
@@ -129,8 +166,14 @@ def sparse_feed_forward(
     # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
     prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
-    project_gated_slots(team, kernels, layer, policy, segments, segment_count, count, packed, local, scratch, gated)
-    multiply_slots(team, kernels, layer, policy, segments, segment_count, count, gated, results, scratch, local)
+    shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
+    project_gated_slots(
+        team, kernels, layer, policy, segments, segment_count, count, packed, adapters, local, scratch, gated
+    )
+    shrink_slots(team, adapters, layer.number, EXPERT_GATED, chosen[:count], slots[:count], adapters.slot_gated)
+    multiply_slots(
+        team, kernels, layer, policy, segments, segment_count, count, gated, adapters, results, scratch, local
+    )
     combine(team, results, slots[:count], weights, hidden)
 
 
@@ -150,7 +193,7 @@ def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch
     """output.values = lm_head @ the final norm of output.tokens."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
-    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed)
+    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])
     width = tile_width(rows, matrix.encoding)
     matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
 
@@ -167,12 +210,13 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 
 @_step
 def norm_and_pack(
-    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
+    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any, kept: Any
 ) -> None:
     """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix of an encoding.
 
     rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
-    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
+    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py. kept:
+    float32 (tokens, columns of hidden) for what is packed, or none of its rows.
     """
     count = rows.size
     width = tile_width(count, encoding)
@@ -186,6 +230,8 @@ def norm_and_pack(
             return
         if t < count:
             rms_norm(hidden[rows[t]], weights, model.rms_norm_eps, normed)
+            if kept.shape[0]:
+                kept[t] = normed
         else:
             normed[:] = np.float32(0.0)
         pack(normed, t, width, encoding, packed)
@@ -204,7 +250,7 @@ def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
 
 @_step
 def project_gated(
-    team: Any, model: Any, layer: Any, packed: Any, count: int, local: Any, scratch: Any, gated: Any
+    team: Any, model: Any, layer: Any, packed: Any, count: int, adapters: Any, local: Any, scratch: Any, gated: Any
 ) -> None:
     """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`.
 
@@ -215,22 +261,25 @@ def project_gated(
     groups = matrix.rows // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
     pieces = (groups + chunk - 1) // chunk
+    kept = rows_read(adapters, layer.number, GATED, adapters.gated)
     while True:
         piece = claim_private(team, pieces)
         if piece == pieces:
             return
         first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        add_low_rank(adapters, layer.number, GATE_PROJ, local, first, last, 0, 2, groups // 2, scratch)
+        add_low_rank(adapters, layer.number, UP_PROJ, local, first, last, 1, 2, groups // 2, scratch)
         if not finish_first(team):
             continue
         padded = whole_tiles(count, width)
-        pack_gated(local, matrix, first, last, 0, padded, width, layer.down_proj, scratch, gated)
+        pack_gated(local, matrix, first, last, 0, padded, width, layer.down_proj, scratch, gated, kept)
 
 
 @_step
 def project_heads(
-    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, local: Any, scratch: Any,
-    queries: Any,
+    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, adapters: Any, local: Any,
+    scratch: Any, queries: Any,
 ) -> None:  # fmt: skip
     """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into their sequences' caches.
 
@@ -257,6 +306,13 @@ def project_heads(
         first = chunk * (piece if in_qk else piece - qk_pieces)
         last = min(first + chunk, qk_groups if in_qk else v_groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        if in_qk:
+            q_groups = heads * dim // UNIT_ROWS
+            add_low_rank(adapters, layer.number, Q_PROJ, local, first, last, 0, 1, q_groups, scratch)
+            k_groups = qk_groups - q_groups
+            add_low_rank(adapters, layer.number, K_PROJ, local, first, last, q_groups, 1, k_groups, scratch)
+        else:
+            add_low_rank(adapters, layer.number, V_PROJ, local, first, last, 0, 1, v_groups, scratch)
         if not finish_first(team):
             continue
         rows = UNIT_ROWS * (last - first)

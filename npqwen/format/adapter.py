@@ -123,15 +123,18 @@ class StoredAdapter:
         """Whether it changes the embedding or the output matrix, which then differ if they were one."""
         return bool({EMBEDDING, OUTPUT} & {*self.saved, *self.factors})
 
-    def check_shape(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
-        """Raise CheckpointError unless an adapted matrix has the shape that the model's has; None: it has none."""
+    def check_shape(
+        self, name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None, whose: str = "the checkpoint"
+    ) -> None:
+        """Raise CheckpointError unless an adapted matrix has the shape that `whose` has; None: there is no such matrix.
+        """
         if expected is None:
             raise CheckpointError(
-                f"{self.directory} adapts {shortened(name)}, which the checkpoint lacks; is it of another model?"
+                f"{self.directory} adapts {shortened(name)}, which {whose} lacks; is it of another model?"
             )
         if expected != shape:
             raise CheckpointError(
-                f"{self.directory} adapts {name} with shape {list(shape)}, but the checkpoint's is "
+                f"{self.directory} adapts {name} with shape {list(shape)}, but {whose}'s is "
                 f"{list(expected)}; is it of another model?"
             )
 
