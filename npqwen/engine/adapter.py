@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ class Adapter:
                 end = self._fill(each, end, read)
         ranks = sorted((matrix, factors.rank) for matrix, factors in stored.factors.items())
         digest = hashlib.sha256(json.dumps(ranks).encode())
-        digest.update(self._memory)
+        digest.update(self._memory.data)
         self.fingerprint = digest.hexdigest()
         """A hash of the factors: equal for adapters that compute the same, whatever they are called."""
 
@@ -159,7 +159,7 @@ class Adapter:
             with np.errstate(over="ignore"):
                 b = read(factors.b) * np.float32(factors.scale)
             if not np.isfinite(b).all():
-                raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, which its factors overflow with")
+                raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, with which factors overflow")
             rows = np.zeros((pad(len(b), UNIT_ROWS), factors.rank), np.float32)
             rows[: len(b)] = b
             expand[0] = place(_grouped(rows))
@@ -168,12 +168,12 @@ class Adapter:
 
 def check(stored: StoredAdapter, layout: Layout) -> None:
     """Raise CheckpointError unless an adapter can be used with a model of this layout while it runs."""
-    merging = f"merge it into the model instead: npqwen convert MODEL OUT --adapter {stored.directory}"
-    for name in (*stored.saved, *stored.factors):
-        if name in (EMBEDDING, OUTPUT) or name in stored.saved:
+    for name in (EMBEDDING, OUTPUT, *stored.saved):
+        if name in stored.saved or name in stored.factors:
             how = "replaces" if name in stored.saved else "adapts"
             raise CheckpointError(
-                f"{stored.directory} {how} {shortened(name)}, which an adapter cannot do beside others; {merging}"
+                f"{stored.directory} {how} {shortened(name)}, which is only possible when it is merged into the model: "
+                f"npqwen convert MODEL OUT --adapter {stored.directory}"
             )
     shapes: dict[str, tuple[int, ...]] = {}
     layers = {_layer_of(name) for name in stored.factors}
@@ -222,18 +222,20 @@ def _bytes(each: _Input) -> int:
 
 def _grouped(matrix: Floats) -> Floats:
     """(groups of 16 rows, columns, 16) of a matrix."""
-    return matrix.reshape(-1, UNIT_ROWS, matrix.shape[1]).transpose(0, 2, 1)
+    grouped: Floats = matrix.reshape(-1, UNIT_ROWS, matrix.shape[1]).transpose(0, 2, 1)
+    return grouped
 
 
-def _widen(stored: NDArray[np.generic]) -> Floats:
+def _widen(stored: NDArray[Any]) -> Floats:
     """float32 of f16, f32 or the bits of bf16."""
     if stored.dtype == np.uint16:
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32)
+        stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def _bf16(values: Floats) -> NDArray[np.uint16]:
     """The bits of the nearest bf16, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded >> np.uint32(16)).astype(np.uint16)
+    halves: NDArray[np.uint16] = (rounded >> np.uint32(16)).astype(np.uint16)
+    return halves

@@ -97,18 +97,16 @@ class Adapters(Mapping[str, Adapter]):
         hidden = buffers.activations.hidden
         every = list(self.values())
         layers = config.num_hidden_layers
-        none = np.zeros((0, layers, 0, 2, 2), np.int64), np.zeros((0, layers, 0, 3, 3), np.int64)
-        sparse = [adapter for adapter in every if adapter.expert_shrinks.size]
-        experts = 0 if config.mixture is None or not sparse else config.mixture.num_experts
-        shrinks = np.stack([a.shrinks for a in every]) if every else np.zeros((0, layers, low_rank.INPUTS, 2), np.int64)
-        expands = np.stack([a.expands for a in every]) if every else np.zeros((0, layers, low_rank.MATRICES, 3), np.int64)
-        expert_shrinks, expert_expands = none
-        if experts:
-            expert_shrinks = np.zeros((len(every), layers, experts, 2, 2), np.int64)
-            expert_expands = np.zeros((len(every), layers, experts, 3, 3), np.int64)
-            for adapter in sparse:
-                expert_shrinks[adapter.number] = adapter.expert_shrinks
-                expert_expands[adapter.number] = adapter.expert_expands
+        experts = max((adapter.expert_shrinks.shape[1] for adapter in every), default=0)
+        shrinks = np.zeros((len(every), layers, low_rank.INPUTS, 2), np.int64)
+        expands = np.zeros((len(every), layers, low_rank.MATRICES, 3), np.int64)
+        expert_shrinks = np.zeros((len(every), layers, experts, 2, 2), np.int64)
+        expert_expands = np.zeros((len(every), layers, experts, 3, 3), np.int64)
+        for adapter in every:
+            number = adapter.number
+            shrinks[number], expands[number] = adapter.shrinks, adapter.expands
+            if adapter.expert_shrinks.size:
+                expert_shrinks[number], expert_expands[number] = adapter.expert_shrinks, adapter.expert_expands
         most = shrinks[..., 1].max(0, initial=0)
         expert_most = expert_shrinks[..., 1].max((0, 2), initial=0)
         slots = len(buffers.experts.results) if buffers.experts is not None and experts else 0

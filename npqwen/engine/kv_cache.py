@@ -21,7 +21,6 @@ from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 from npqwen.kernels.int8_page import INT8_TILE, clear_int8_positions, int8_tile_bytes
 from npqwen.kernels.paging import new_memory
 
-
 if TYPE_CHECKING:
     from npqwen.engine.adapter import Adapter
 

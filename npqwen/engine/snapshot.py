@@ -5,16 +5,17 @@ are not computed yet, such as the last one drawn. `page.0`, `page.1`, ... are F1
 kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in tiles of 16 positions. A tile of keys is
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
 the last token are 0. Pages of int8 are U8 (layers, 2, kv_heads, tiles, bytes), in 8 tiles of 32 positions, which
-npqwen/kernels/int8_page.py describes. `__metadata__` has the format, its version and the fingerprint.
+npqwen/kernels/int8_page.py describes. `__metadata__` has the format, its version, the model's fingerprint and, if the
+cache was computed with an adapter, the adapter's name and fingerprint.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,19 @@ from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
 from npqwen.kernels.cache_page import PAGE
 
+if TYPE_CHECKING:
+    from npqwen.engine.adapter import Adapter
+
 FORMAT, VERSION = "npqwen-cache", "1"
 _TYPES: dict[str, CacheType] = {"U8": "int8", "F16": "f16", "F32": "f32"}
 """Types of caches, by the dtype of their pages."""
+
+
+class _Adapter(NamedTuple):
+    """What a file says about the adapter."""
+
+    name: str
+    fingerprint: str
 
 
 def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
@@ -39,7 +50,8 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
     ids: the tokens in the cache, and perhaps some after them. Raises OutputError if the file cannot be written.
     """
     counts = cache.length, len(ids) - cache.length
-    header = _header(cache, *counts, fingerprint)
+    adapter = None if cache.adapter is None else _Adapter(cache.adapter.name, cache.adapter.fingerprint)
+    header = _header(cache, *counts, fingerprint, adapter)
     size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, *counts))
     with cache.in_use, new_file(path) as file:
         free = shutil.disk_usage(os.path.dirname(file.name)).free
@@ -51,20 +63,26 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
             file.write(page.reshape(-1).view(np.uint8).data)
 
 
-def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
-    """Fill an empty cache from a file; returns the ids that `save` was given. fingerprint, vocab_size: of its model.
+def load(
+    path: Path, cache: KVCache, fingerprint: str, vocab_size: int, adapters: Iterable[Adapter] = ()
+) -> list[int]:
+    """Fill an empty cache from a file; returns the ids that `save` was given.
 
-    Raises FormatError for a file that is damaged, not a snapshot or another model's, ContextLengthError if it holds
-    more tokens than the cache may.
+    fingerprint, vocab_size, adapters: of its model. The cache gets the adapter that the file was computed with.
+
+    Raises FormatError for a file that is damaged, not a snapshot, another model's or computed with another adapter,
+    ContextLengthError if it holds more tokens than the cache may.
     """
     try:
         with open_regular(path) as file:
-            return _read(path, file, cache, fingerprint, vocab_size)
+            return _read(path, file, cache, fingerprint, vocab_size, adapters)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
+def _read(
+    path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_size: int, adapters: Iterable[Adapter]
+) -> list[int]:
     damaged = FormatError(f"{path} is truncated or not a saved session; save it again")
     try:
         header = read_header(file)
@@ -84,6 +102,15 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         )
     if header.metadata.get("fingerprint") != fingerprint:
         raise FormatError(f"{path} is of another model, other weights or another YaRN factor; start a new session")
+    adapter = None
+    if "adapter" in header.metadata or "adapter_fingerprint" in header.metadata:
+        adapter = _Adapter(header.metadata.get("adapter", ""), header.metadata.get("adapter_fingerprint", ""))
+        cache.adapter = next((other for other in adapters if other.fingerprint == adapter.fingerprint), None)
+        if cache.adapter is None:
+            raise FormatError(
+                f"{path} was computed with the adapter {quoted(adapter.name)}, which this model lacks; load the model "
+                "with that adapter"
+            )
     stored, rest = header.tensors.get("ids"), header.tensors.get("pending")
     if stored is None or any(
         tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] >= 2**31) for tensor in (stored, rest)
@@ -96,7 +123,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
             "load the model with a longer context"
         )
     # The numbers of tokens determine the header.
-    expected = _header(cache, count, pending, fingerprint)
+    expected = _header(cache, count, pending, fingerprint, adapter)
     file.seek(0)
     if file.read(len(expected)) != expected:
         raise damaged
@@ -128,9 +155,11 @@ def _tensors(cache: KVCache, count: int, pending: int) -> list[tuple[str, str, t
     return tensors
 
 
-def _header(cache: KVCache, count: int, pending: int, fingerprint: str) -> bytes:
+def _header(cache: KVCache, count: int, pending: int, fingerprint: str, adapter: _Adapter | None) -> bytes:
     """The file's first bytes, up to the data."""
     metadata = {"format": FORMAT, "format_version": VERSION, "fingerprint": fingerprint}
+    if adapter is not None:
+        metadata |= {"adapter": adapter.name, "adapter_fingerprint": adapter.fingerprint}
     return make_header(_tensors(cache, count, pending), metadata)
 
 

@@ -21,7 +21,6 @@ from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matmul import local_chunk, multiply_local_rows, write_rows
 from npqwen.kernels.pieces import claim, claim_private, finish_first
-from npqwen.simd.isa import ISA
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import (
     BFLOAT16,

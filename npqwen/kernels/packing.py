@@ -120,8 +120,8 @@ def pack_gated(
 
     local: float32, the tokens' products with row groups first to last - 1 of gate_up_proj (matrix, a MATRIX); groups of
     gate and up alternate, and first is a multiple of GROUPS_PER_BLOCK. down: the MATRIX of down_proj. scratch: float32
-    (down.cols,). gated: uint8, packed, tiles of `width` tokens. kept: float32 (tokens, down.cols) for what is packed, or
-    none of its rows.
+    (down.cols,). gated: uint8, packed, tiles of `width` tokens. kept: float32 (tokens, down.cols) for what is packed,
+    or none of its rows.
     """
     rows = UNIT_ROWS * (last - first)
     column = UNIT_ROWS * first // 2

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
 from numba import njit
-
-import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.simd.llvm import I32, Int, Int32, call, operation

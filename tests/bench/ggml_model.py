@@ -39,6 +39,7 @@ class GgmlModel:
 
     def __init__(self, path: Path, base: Model) -> None:
         self.path = path
+        self.adapters = base.adapters
         self.config, self.tokenizer, self.generation_config = base.config, base.tokenizer, base.generation_config
         self.context = CONTEXT
         self.fingerprint = str(path)
@@ -46,7 +47,8 @@ class GgmlModel:
         self._base = base
         self._llama = Llama(path, base.threads, CONTEXT, "off", False)
 
-    def new_cache(self, room: int | None = None) -> KVCache:
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
+        assert adapter is None
         self._llama.truncate(0)
         return _Cache(self._base, self._llama)
 
