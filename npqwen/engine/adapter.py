@@ -154,7 +154,8 @@ class Adapter:
             stacked[at : at + factors.rank, : factors.a.shape[1]] = read(factors.a)
             expand[1:] = factors.rank, at
             at += factors.rank
-        each.shrink[:] = place(_grouped(stacked)), len(stacked) // UNIT_ROWS
+        parts = np.split(_grouped(stacked), dense.PARTS, axis=1)
+        each.shrink[:] = place(np.concatenate(parts)), len(stacked) // UNIT_ROWS
         for factors, expand in zip(each.factors, each.expands, strict=True):
             with np.errstate(over="ignore"):
                 b = read(factors.b) * np.float32(factors.scale)

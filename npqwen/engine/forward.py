@@ -42,7 +42,7 @@ from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, shrink_s
 from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import rms_norm, rotate
-from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
+from npqwen.kernels.packing import copy_floats, pack, pack_gated, tile_width, whole_tiles
 from npqwen.kernels.pieces import claim, claim_private, finish_first, leave
 from npqwen.simd.scalar import memory, without_refcounts
 
@@ -231,7 +231,7 @@ def norm_and_pack(
         if t < count:
             rms_norm(hidden[rows[t]], weights, model.rms_norm_eps, normed)
             if kept.shape[0]:
-                kept[t] = normed
+                copy_floats(normed, kept[t])
         else:
             normed[:] = np.float32(0.0)
         pack(normed, t, width, encoding, packed)
@@ -268,8 +268,8 @@ def project_gated(
             return
         first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
-        add_low_rank(adapters, layer.number, GATE_PROJ, local, first, last, 0, 2, groups // 2, scratch)
-        add_low_rank(adapters, layer.number, UP_PROJ, local, first, last, 1, 2, groups // 2, scratch)
+        add_low_rank(team, adapters, layer.number, GATE_PROJ, local, first, last, 0, 2, groups // 2, scratch)
+        add_low_rank(team, adapters, layer.number, UP_PROJ, local, first, last, 1, 2, groups // 2, scratch)
         if not finish_first(team):
             continue
         padded = whole_tiles(count, width)
@@ -308,11 +308,11 @@ def project_heads(
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
         if in_qk:
             q_groups = heads * dim // UNIT_ROWS
-            add_low_rank(adapters, layer.number, Q_PROJ, local, first, last, 0, 1, q_groups, scratch)
+            add_low_rank(team, adapters, layer.number, Q_PROJ, local, first, last, 0, 1, q_groups, scratch)
             k_groups = qk_groups - q_groups
-            add_low_rank(adapters, layer.number, K_PROJ, local, first, last, q_groups, 1, k_groups, scratch)
+            add_low_rank(team, adapters, layer.number, K_PROJ, local, first, last, q_groups, 1, k_groups, scratch)
         else:
-            add_low_rank(adapters, layer.number, V_PROJ, local, first, last, 0, 1, v_groups, scratch)
+            add_low_rank(team, adapters, layer.number, V_PROJ, local, first, last, 0, 1, v_groups, scratch)
         if not finish_first(team):
             continue
         rows = UNIT_ROWS * (last - first)

@@ -7,7 +7,7 @@ from typing import Any
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.kernels.low_rank import expand, shrink_group
+from npqwen.kernels.low_rank import expand, shrink_tile
 from npqwen.kernels.pieces import claim
 
 EXPERT_INPUT, EXPERT_GATED = range(2)
@@ -29,25 +29,24 @@ def shrink_slots(team: Any, adapters: Any, layer: int, what: int, chosen: Any, s
     chosen, slots: int64 (tokens, experts per token). x: float32, a row for each token if `what` is EXPERT_INPUT, else
     one for each slot.
     """
-    most = adapters.expert_most_groups[layer, what]
-    if adapters.tiles.shape[0] == 0 or most == 0:
+    if adapters.tiles.shape[0] == 0 or (adapters.expert_most_groups[layer] == 0).all():
         return
     reduced, several = adapters.slot_reduced, chosen.shape[1]
-    pieces = chosen.size * most
     while True:
-        piece = claim(team, pieces)
-        if piece == pieces:
+        choice = claim(team, chosen.size)
+        if choice == chosen.size:
             return
-        choice, group = piece // most, piece % most
         token, n = choice // several, choice % several
         adapter, expert, slot = adapters.of_token[token], chosen[token, n], slots[token, n]
-        if what == EXPERT_INPUT and group == 0:
+        if what == EXPERT_INPUT:
             adapters.slot_adapters[slot] = adapter
-        if adapter < 0 or group >= adapters.expert_shrinks[adapter, layer, expert, what, 1]:
+        if adapter < 0:
             continue
-        row = token if what == EXPERT_INPUT else slot
-        address = adapters.expert_shrinks[adapter, layer, expert, what, 0]
-        shrink_group(adapters.kernels, address, group, 1, 0, 1, x[row : row + 1], reduced[slot:])
+        groups = adapters.expert_shrinks[adapter, layer, expert, what, 1]
+        if groups:
+            row = token if what == EXPERT_INPUT else slot
+            address = adapters.expert_shrinks[adapter, layer, expert, what, 0]
+            shrink_tile(adapters.kernels, address, groups, 1, 0, 1, x[row : row + 1], reduced[slot:])
 
 
 @njit(nogil=True)

@@ -112,6 +112,13 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
 
 
 @njit(nogil=True)
+def copy_floats(source: Any, target: Any) -> None:
+    """The first of `target` = all of `source`; float32."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@njit(nogil=True)
 def pack_gated(
     local: Any, matrix: Any, first: int, last: int, start: int, count: int, width: int, down: Any, scratch: Any,
     gated: Any, kept: Any,
@@ -132,4 +139,4 @@ def pack_gated(
         swiglu(local[t * rows : (t + 1) * rows], product)
         pack_part(product, column, down.cols, start + t, width, down.encoding, gated)
         if kept.shape[0]:
-            kept[start + t, column : column + product.size] = product
+            copy_floats(product, kept[start + t, column:])
