@@ -90,7 +90,7 @@ class Tokens(NamedTuple):
     pages: Ints
     """(tokens,): `SEQUENCE.pages` of their own sequences."""
     cos: Floats
-    """(tokens, head_dim / 2), of the rotary embedding."""
+    """(tokens, rotary_dim / 2), of the rotary embedding."""
     sin: Floats
 
 
@@ -143,6 +143,15 @@ class ExpertActivations(NamedTuple):
     """Input of down_proj, packed, by slot."""
     results: Floats
     """(slots, hidden)"""
+
+
+class RecurrentActivations(NamedTuple):
+    """Intermediate results of a hybrid's layers that the threads share. Rows are tokens."""
+
+    projected: Floats
+    """Of in_proj: queries, keys, values and z, see `npqwen.kernels.gated_delta`; in attention layers, of q_gate."""
+    gates: Floats
+    """Of in_proj_ba."""
 
 
 class Workspace(NamedTuple):

@@ -88,6 +88,8 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_dim: int
+    """Of a head, the coordinates that are rotated: head_dim times the key partial_rotary_factor."""
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -97,8 +99,6 @@ class Config:
     mixture: Mixture | None = None
     recurrence: Recurrence | None = None
     """Of a hybrid: its other layers' attention has an output gate, too."""
-    rotary_dim: int = 0
-    """Of a head, the coordinates that are rotated: head_dim times the key partial_rotary_factor."""
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer is a Gated DeltaNet layer in place of attention."""

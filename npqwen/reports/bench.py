@@ -150,6 +150,7 @@ def benchmark(
             cache = model.new_cache(before + tokens)
             if before:
                 model.prefill(ids[:before], cache)
+                cache.keep_checkpoint()
             read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
             rates, shares = [], []
             for turn in range(repeat + 1):
