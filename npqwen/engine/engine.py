@@ -428,10 +428,10 @@ class Engine:
     ) -> tuple[Any, ...]:
         """The arguments of `npqwen.engine.forward.forward` after the member's row and number."""
         buffers = self._buffers
-        records = np.empty(len(pieces), SEQUENCE)
+        records = np.zeros(len(pieces), SEQUENCE)
         first = 0
         for i, (ids, cache, _) in enumerate(pieces):
-            records[i] = first, ids.size, cache.length, cache.page_table
+            records[i] = first, ids.size, cache.length, cache.page_table, 0, 0, 0, 0, 0, 0
             first += ids.size
         rows = self._rows[:first]
         if len(pieces) == 1:
