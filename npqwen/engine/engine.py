@@ -40,6 +40,7 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel, reporting
+from npqwen.kernels.gated_delta import gated_delta_kernel
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kernels.matrix import read_row
 from npqwen.kernels.paging import prefetch_policy
@@ -171,6 +172,8 @@ class Engine:
         model = self.weights.model[0]
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
+        if cache.recurrent is not None:
+            model["gated_delta_kernel"] = gated_delta_kernel()
         output = Output(np.zeros(1, np.int64), False, self._buffers.logits(1))
         cache.begin(1)
         sample = self._arguments([Piece(np.zeros(1, np.int64), cache, 1)], self.weights.layers, True, output)

@@ -63,12 +63,13 @@ MODEL = np.dtype(
         ("prefetch", np.int64),
         ("matmul_kernels", np.int64, KERNEL_TABLE),
         ("attention_kernels", np.int64, (MAX_ROWS + 1,)),
+        ("gated_delta_kernel", np.int64),
     ]
 )
 """The weights outside the layers, and dimensions under the names of config.json.
 
 prefetch: the policy for experts' pages, see `npqwen.kernels.paging`.
-matmul_kernels, attention_kernels: addresses of machine code, see the functions of these names.
+matmul_kernels, attention_kernels, gated_delta_kernel: addresses of machine code, see the functions of these names.
 """
 
 Floats = NDArray[np.float32]
