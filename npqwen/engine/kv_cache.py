@@ -279,7 +279,8 @@ class KVCache:
         The cache appends after these tokens in place, and copies a page before it overwrites one of them.
         """
         with self.in_use:
-            self._check_length(length)
+            if length > self.length:
+                raise OptionError(f"length is {length}; the cache has {self.length} tokens")
             count = ceil_div(length, PAGE)
             for i in range(count):
                 self._shared[i] = max(self._shared.get(i, 0), min(PAGE, length - i * PAGE))

@@ -46,7 +46,7 @@ from npqwen.simd.tile import LANES, zeros
 
 TAPS = 4
 """Tokens that the convolution reads: the token itself and those before it."""
-MOST_GUESSES = 8
+MOST_GUESSES = 16
 """Guesses of a pass, and pending tokens of the next, at most."""
 _GROUP = 16
 """Tokens whose inputs are computed at once, to stay in the first-level cache with a part of the state."""
