@@ -85,7 +85,8 @@ class Buffers:
     @property
     def nbytes(self) -> int:
         """Maximum bytes in use, without the logits."""
-        return sum(array.nbytes for array in (*self.activations, *(self.experts or ()), *(self.recurrent or ()), *self.workspace))
+        groups = (self.activations, self.experts or (), self.recurrent or (), self.workspace)
+        return sum(array.nbytes for group in groups for array in group)
 
     def logits(self, rows: int) -> NDArray[np.float32]:
         """An array for this many rows of logits: (at least `padded_rows(rows)`, padded vocabulary)."""

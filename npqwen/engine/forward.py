@@ -1,4 +1,4 @@
-"""The forward pass of Qwen3 and its hybrids, which every thread of a team runs, step by step (npqwen/kernels/pieces.py)."""
+"""The forward pass of Qwen3 and its hybrids, run step by step by all threads of a team (npqwen/kernels/pieces.py)."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
 from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
+from npqwen.engine.prefix_page import SHARED
 from npqwen.engine.recurrent_states import Recurrent, RecurrentStates, State
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
@@ -201,9 +202,12 @@ class KVCache:
             self.length = int(length)
 
     def mark(self, positions: Iterable[int]) -> None:
-        """Have checkpoints at these positions, to which other texts may go back: `span` ends passes there."""
+        """Have checkpoints at these positions, to which other texts may go back: `span` ends passes there.
+
+        Or a little before them, at the beginning of a page: pages are found by more than their first few tokens.
+        """
         if self.recurrent is not None:
-            self.recurrent.marks = sorted(positions)
+            self.recurrent.marks = sorted({at - at % PAGE if at % PAGE < SHARED else at for at in positions})
 
     def span(self, tokens: int) -> int:
         """How many of the next `tokens` tokens one pass may run, at least 1 of 1."""

@@ -145,7 +145,6 @@ class RecurrentStates:
     def replace(self, checkpoints: Iterable[State]) -> int:
         """Hold these states of another text in place of all others; returns the last one's position."""
         self.checkpoints = sorted(checkpoints, key=lambda state: state.position)[-self._most :]
-        self.marks = []
         if not self.checkpoints:
             self._state, self._is_shared = State(0, self.new_array()), False
             return 0

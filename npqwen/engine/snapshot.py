@@ -6,7 +6,8 @@ kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in ti
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
 the last token are 0. Pages of int8 are U8 (layers, 2, kv_heads, tiles, bytes), in 8 tiles of 32 positions, which
 npqwen/kernels/int8_page.py describes. Of a hybrid, `state.N` is the recurrent state after N tokens, F32 (layers, what
-each keeps): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version and the fingerprint.
+each keeps): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version and the
+fingerprint.
 """
 
 from __future__ import annotations

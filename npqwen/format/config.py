@@ -313,7 +313,9 @@ def _rotary_dim(raw: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int, 
     factor = _positive(keys, "partial_rotary_factor", where, default=default)
     dim = int(head_dim * factor)
     if not 0 < dim <= head_dim or dim % 2:
-        raise CheckpointError(f"{where}: partial_rotary_factor {factor:g} does not rotate pairs of {head_dim} coordinates")
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor {factor:g} of head_dim {head_dim} is not an even number of coordinates"
+        )
     return dim
 
 

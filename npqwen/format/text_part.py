@@ -1,7 +1,7 @@
 """The text part of multimodal checkpoints, which is a Qwen3 model as others.
 
-Of Qwen3-VL and Qwen3.5, for text alone: its rotary embedding has three positions a token (time, height, width), which are equal
-then, and images are what adds to hidden states (Qwen3VLTextModel in transformers).
+Of Qwen3-VL and Qwen3.5, for text alone: the rotary embedding has three positions a token (time, height, width), which
+are equal then, and images are what adds to hidden states (Qwen3VLTextModel in transformers).
 """
 
 from __future__ import annotations

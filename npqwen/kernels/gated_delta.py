@@ -60,7 +60,7 @@ _L2_EPS = np.float32(1e-6)
 
 
 def scratch_floats(key_head_dim: int, value_head_dim: int) -> int:
-    """float32 of scratch for one thread: inputs and outputs of a group of tokens, and a part of the state for guesses."""
+    """float32 of scratch for one thread: inputs and outputs of a group of tokens, and part of a state for guesses."""
     return _GROUP * (2 * key_head_dim + 2 * value_head_dim + 3) + _BLOCKS * ROW * key_head_dim
 
 

@@ -2,8 +2,8 @@
 
 - Norms are zero-centred, factors are 1 + weight, but for the one within a Gated DeltaNet layer.
 - q_proj has, head by head, the rows of the queries and those of the output gate.
-- Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k, the
-  group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v together, and one for each of z, b and a.
+- Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
+  the group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v, and one for each of z, b and a.
 - The convolution is (channels, 1, taps); decay = exp(A_log).
 
 Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
@@ -71,7 +71,8 @@ class _Changed(SourceTensor):
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """What becomes of the stored values: a vector."""
-        return whole.reshape(-1)
+        flat: npt.NDArray[np.float32] = whole.reshape(-1)
+        return flat
 
 
 class _OnePlus(_Changed):
@@ -85,7 +86,8 @@ class _Taps(_Changed):
     """A convolution (channels, 1, taps) with the taps of all channels one after the other."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return whole.reshape(-1, CONVOLUTION).T.reshape(-1)
+        flat: npt.NDArray[np.float32] = whole.reshape(-1, CONVOLUTION).T.reshape(-1)
+        return flat
 
 
 class _Decay(_Changed):
