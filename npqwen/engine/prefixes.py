@@ -79,10 +79,10 @@ class Prefixes:
         busy: Callable[[], bool] = lambda: False,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        """limit: bytes in memory; 0 keeps nothing. recurrent: whether the model is a hybrid. adjustable: whether `allow`
-        changes the limit. files: where pages are read
-        and written, too. busy: whether a pass is running at the moment. notice: receives lines about files that were
-        damaged or could not be written, in the thread of a caller; default: a PrefixCacheWarning.
+        """limit: bytes in memory; 0 keeps nothing. recurrent: whether the model is a hybrid. adjustable: whether
+        `allow` changes the limit. files: where pages are read and written, too. busy: whether a pass is running at the
+        moment. notice: receives lines about files that were damaged or could not be written, in the thread of a caller;
+        default: a PrefixCacheWarning.
         """
         self._limit = limit
         self._recurrent = recurrent

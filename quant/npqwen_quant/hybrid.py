@@ -79,7 +79,8 @@ class _OnePlus(_Changed):
     """The factors of a zero-centred norm."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return whole + np.float32(1.0)
+        factors: npt.NDArray[np.float32] = whole + np.float32(1.0)
+        return factors
 
 
 class _Taps(_Changed):
