@@ -28,6 +28,7 @@ from numba import njit
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.pieces import claim
+from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.recurrence import (
     ROW,
     ROWS_AT_ONCE,
@@ -35,14 +36,16 @@ from npqwen.simd.recurrence import (
     add_up,
     compute_gates,
     convolve_block,
+    copy_block,
     dot_rows,
     finish_token,
     gated_norm_block,
     update_dot_rows,
+    stream_rows,
     update_rows,
 )
 from npqwen.simd.scalar import bits_float, float_bits, memory
-from npqwen.simd.tile import LANES, zeros
+from npqwen.simd.tile import LANES, prefetch, zeros
 
 TAPS = 4
 """Tokens that the convolution reads: the token itself and those before it."""
@@ -56,6 +59,7 @@ if registers hold them."""
 _NARROW = ROW // LANES
 _WIDE = _BLOCKS * _NARROW
 """Vectors of a row of one block, and of those computed side by side."""
+_LINES = ROWS_AT_ONCE * CACHE_LINE
 _L2_EPS = np.float32(1e-6)
 
 
@@ -113,6 +117,46 @@ def _normalize(key: Any, query: Any) -> Any:
 
 
 @njit(inline="always")
+def _copy(source_at: int, target_at: int, size: int) -> None:
+    """Copy `size` float32, a multiple of 16, from one address to another."""
+    source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
+    for i in range(0, size, ROW):
+        copy_block(source, target, i)
+
+
+@njit(inline="always")
+def _recur_once(
+    source_at: int, target_at: int, key_dim: int, inputs: Any, dim: int, values: Any, gates: Any, out: Any
+) -> None:
+    """One token's outputs, and the state after it.
+
+    Memory is the limit: a block is written past the caches while the block after it is read, and the one after that
+    prefetched. Arguments as those of `_recur`, which computes the same; target_at: at the beginning of a cache line.
+    """
+    size = key_dim * ROW
+    source, target = memory(source_at, key_dim * dim, np.float32), memory(target_at, key_dim * dim, np.float32)
+    decay = gates[0]
+    sums = zeros(2, _NARROW, ROWS_AT_ONCE)
+    for k in range(0, key_dim, ROWS_AT_ONCE):
+        prefetch(source, size + k * ROW, _LINES)
+        sums = dot_rows(sums, source, k * ROW, 0, inputs, k, key_dim + k)
+    for block in range(dim // ROW):
+        at, place = block * size, block * ROW
+        deltas = finish_token(sums, values, place, gates, 0, _GROUP, 2 * _GROUP, out, place)
+        sums = zeros(2, _NARROW, ROWS_AT_ONCE)
+        if place + ROW < dim:
+            for k in range(0, key_dim, ROWS_AT_ONCE):
+                row = at + k * ROW
+                prefetch(source, row + 2 * size, _LINES)
+                sums = dot_rows(sums, source, row + size, 0, inputs, k, key_dim + k)
+                stream_rows(deltas, decay, source, row, target, row, 0, inputs, k)
+        else:
+            for k in range(0, key_dim, ROWS_AT_ONCE):
+                row = at + k * ROW
+                stream_rows(deltas, decay, source, row, target, row, 0, inputs, k)
+
+
+@njit(inline="always")
 def _recur(
     vectors: int, count: int, source_at: int, target_at: int, key_dim: int, inputs: Any, dim: int, values: Any, at: int,
     gates: Any, out: Any,
@@ -122,8 +166,8 @@ def _recur(
     vectors: of a row of these blocks. source_at, target_at: the addresses of the blocks before and after. inputs: each
     token's key and query. values, out: (tokens, dim), flat. gates: decays, betas and products of key and query.
     """
-    size = vectors // _NARROW * key_dim * ROW
     pitch = key_dim * ROW
+    size = vectors // _NARROW * pitch
     source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
     sums = zeros(2, vectors, ROWS_AT_ONCE)
     for k in range(0, key_dim, ROWS_AT_ONCE):
@@ -198,10 +242,9 @@ def _head(
     total = pending + tokens
     kept = total - guesses
     before_at, after_at = state_at + head * head_bytes, next_state_at + head * head_bytes
+    far = total == 1 and guesses == 0 and after_at % CACHE_LINE == 0
     if kept == 0:
-        before, after = memory(before_at, key_dim * dim, np.float32), memory(after_at, key_dim * dim, np.float32)
-        for i in range(key_dim * dim):
-            after[i] = before[i]
+        _copy(before_at, after_at, key_dim * dim)
     first = 0
     while first < total:
         count = min(_GROUP, (kept if first < kept else total) - first)
@@ -237,7 +280,9 @@ def _head(
             shares[i], shares[_GROUP + i] = token_gates[padded + head], token_gates[head]
         compute_gates(shares, _GROUP, 0, rate, bias)
         source_at = before_at if first == 0 else after_at
-        for block in range(0, dim // ROW, _BLOCKS):
+        if far:
+            _recur_once(before_at, after_at, key_dim, inputs, dim, values, shares, outputs)
+        for block in range(0, 0 if far else dim // ROW, _BLOCKS):
             at = 4 * block * key_dim * ROW
             target_at = after_at + at if first < kept else spare_at
             if block + _BLOCKS <= dim // ROW:
@@ -261,21 +306,16 @@ def _head(
     for n in range(TAPS - 1 + guesses):
         t = kept - (TAPS - 1) + n
         row_at = _row_address(t, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes)
-        row = memory(row_at, channels, np.float32)
         copy_at = next_state_at + heads * head_bytes + n * row_bytes
         if n >= TAPS - 1:
             copy_at = next_pending_at + (n - (TAPS - 1)) * pending_bytes
             token_gates = memory(gates_at + (t - pending) * gates_bytes, 2 * padded, np.float32)
             kept_gates = memory(copy_at + row_bytes, 2 * padded, np.float32)
             kept_gates[head], kept_gates[padded + head] = token_gates[head], token_gates[padded + head]
-        copy = memory(copy_at, channels, np.float32)
-        for c in range(value_channel, value_channel + dim):
-            copy[c] = row[c]
+        _copy(row_at + 4 * value_channel, copy_at + 4 * value_channel, dim)
         if head % group == 0:
-            for c in range(query_channel, query_channel + key_dim):
-                copy[c] = row[c]
-            for c in range(key_channel, key_channel + key_dim):
-                copy[c] = row[c]
+            _copy(row_at + 4 * query_channel, copy_at + 4 * query_channel, key_dim)
+            _copy(row_at + 4 * key_channel, copy_at + 4 * key_channel, key_dim)
 
 
 def gated_delta_kernel() -> int:

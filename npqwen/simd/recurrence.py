@@ -89,6 +89,19 @@ def update_rows(
 
 
 @operation
+def stream_rows(
+    b: ir.IRBuilder, deltas: Tile, decay: Float, source: Array, at: Int, target: Array, target_at: Int, pitch: Int,
+    inputs: Array, key_at: Int,
+) -> None:  # fmt: skip
+    """`update_rows` to a target at the beginning of a cache line, past the caches."""
+    mark = b.module.add_metadata([ir.Constant(I32, 1)])
+    for row, values in enumerate(_updated(b, deltas, decay, source, at, pitch, inputs, key_at)):
+        for n, value in enumerate(values):
+            stored = b.store(value, _place(b, target, target_at, row, n, pitch), align=4 * LANES)
+            stored.set_metadata("nontemporal", mark)
+
+
+@operation
 def update_dot_rows(
     b: ir.IRBuilder, sums: Tile, deltas: Tile, decay: Float, source: Array, at: Int, target: Array, target_at: Int,
     pitch: Int, inputs: Array, key_at: Int, next_key_at: Int, next_query_at: Int,
@@ -147,6 +160,12 @@ def finish_token(
         b.store(answered, element(b, out, step(b, out_at, n * LANES), FLOATS), align=4)
         deltas.append(delta)
     return deltas
+
+
+@operation
+def copy_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
+    """target[at:] = source[at:], 16 float32."""
+    b.store(b.load(element(b, source, at, _KIND), align=4), element(b, target, at, _KIND), align=4)
 
 
 @operation
