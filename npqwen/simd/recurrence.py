@@ -169,6 +169,13 @@ def copy_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
 
 
 @operation
+def stream_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
+    """`copy_block` to the beginning of a cache line, past the caches."""
+    stored = b.store(b.load(element(b, source, at, _KIND), align=4), element(b, target, at, _KIND), align=4 * ROW)
+    stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+@operation
 def convolve_block(
     b: ir.IRBuilder, oldest: Array, older: Array, old: Array, newest: Array, at: Int, weights: Array, pitch: Int,
     out: Array, out_at: Int,
