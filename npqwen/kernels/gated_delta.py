@@ -45,6 +45,8 @@ TAPS = 4
 """Tokens that the convolution reads: the token itself and those before it."""
 MOST_GUESSES = 8
 """Guesses of a pass, and pending tokens of the next, at most."""
+_FEW = 8
+"""Tokens up to which memory is the limit: then blocks one by one, so that reading and writing alternate more often."""
 _L2_EPS = np.float32(1e-6)
 
 
@@ -198,10 +200,11 @@ def _head(
             recur_once(before_at, after_at, key_dim, inputs, dim, values, shares, outputs)
         else:
             last = first + count == total
-            for block in range(0, dim // ROW, BLOCKS):
+            step = BLOCKS if count > _FEW else 1
+            for block in range(0, dim // ROW, step):
                 at, place = 4 * block * key_dim * ROW, block * ROW
                 work_at = spare_at if last else after_at + at
-                if block + BLOCKS <= dim // ROW:
+                if step == BLOCKS and block + BLOCKS <= dim // ROW:
                     recur(
                         WIDE, count, kept - first, source_at + at, work_at, after_at + at, last and streams, key_dim,
                         inputs, dim, values, place, shares, outputs,
