@@ -43,7 +43,7 @@ from npqwen.simd.tile import prefetch, zeros
 
 TAPS = 4
 """Tokens that the convolution reads: the token itself and those before it."""
-MOST_GUESSES = 8
+MOST_GUESSES = 16
 """Guesses of a pass, and pending tokens of the next, at most."""
 _FEW = 8
 """Tokens up to which memory is the limit: then blocks one by one, so that reading and writing alternate more often."""
