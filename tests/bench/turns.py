@@ -84,11 +84,11 @@ def table(name: str, found: dict[str, list[Stream]]) -> Iterator[str]:
     """A row for each server."""
     for server, results in found.items():
         later = results[1:]
-        prompt, cached = sum(one.prompt_tokens for one in later), sum(one.cached for one in later)
+        computed = [one.prompt_tokens - one.cached for one in later]
         times = [one.first for one in later]
+        cells = f"{sum(one.prompt_tokens for one in later):,} | {sum(computed):,} | {max(computed):,}"
         yield (
-            f"| {name} | {server} | {prompt:,} | {prompt - cached:,} | {max(o.prompt_tokens - o.cached for o in later):,} "
-            f"| {results[0].first:.2f} | {median(times):.2f} | {max(times):.2f} |"
+            f"| {name} | {server} | {cells} | {results[0].first:.2f} | {median(times):.2f} | {max(times):.2f} |"
         )
 
 
@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours = serve_command(options.model, *threads, "--context", str(context))
     tokenizer = Tokenizer.from_directory(options.model)
     print(f"{options.model.name}, {processor()}, {options.threads} threads. The first request is in no sum.\n")
-    print("| requests | server | tokens of prompts | computed | most in one | first text, s: first | median | longest |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    heads = "tokens of prompts | computed | most in one | first text, s: first | median | longest"
+    print(f"| requests | server | {heads} |\n|---|---|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         servers = {}
         for name, command in (("npqwen", ours), ("llama-server", rival)):
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         more = {"npqwen": {}, "llama-server": {"ignore_eos": True}}
         for name, prompts, tokens in (
             ("conversation", conversation(Writer(tokenizer, 1), options.turns), options.thoughts),
-            ("agent", agent(Writer(tokenizer, 2), options.agent, options.requests), 8),
+            ("agent", agent(Writer(tokenizer, 2), options.agent, options.requests), 32),
         ):
             found: dict[str, list[Stream]] = {server: [] for server in servers}
             for prompt in prompts:
