@@ -171,8 +171,8 @@ def check(stored: StoredAdapter, layout: Layout) -> None:
     """Raise CheckpointError unless an adapter can be used with a model of this layout while it runs."""
     if layout.config.recurrence is not None:
         raise CheckpointError(
-            f"{stored.directory} is of a hybrid (a model with linear_attention layers), which takes no adapters while it "
-            f"runs; merge it into the model: npqwen convert MODEL OUT --adapter {stored.directory}"
+            f"{stored.directory} is of a hybrid (a model with linear_attention layers), which takes no adapters while "
+            f"it runs; merge it into the model: npqwen convert MODEL OUT --adapter {stored.directory}"
         )
     for name in (EMBEDDING, OUTPUT, *stored.saved):
         if name in stored.saved or name in stored.factors:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from npqwen.engine.adapters import Adapters, check_adapters
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.cache_type import CacheType, check_cache_type
@@ -59,6 +61,8 @@ class Info:
     """Keys and values of a full context."""
     working: int
     """Buffers of the forward pass, at most."""
+    adapters: int
+    """LoRA adapters, all of them."""
     available_memory: int | None
     fitting_context: int
     """Tokens of context that fit the available memory together with all weights; 0 if the weights do not fit."""
@@ -74,7 +78,7 @@ class Info:
     @property
     def needed(self) -> int:
         """Bytes for everything at this context."""
-        return self.weights + self.cache + self.working
+        return self.weights + self.cache + self.working + self.adapters
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -82,11 +86,15 @@ class Info:
 
 
 def inspect(
-    directory: Path, context: int | None = None, yarn: float | None = None, kv: CacheType | None = None
+    directory: Path,
+    context: int | None = None,
+    yarn: float | None = None,
+    kv: CacheType | None = None,
+    adapters: Mapping[str, Any] | None = None,
 ) -> Info:
     """Inspect a converted directory without loading it.
 
-    context: tokens to count memory for, by default the model's limit. yarn, kv: as of `npqwen.load`.
+    context: tokens to count memory for, by default the model's limit. yarn, kv, adapters: as of `npqwen.load`.
     Raises FormatError or
     CheckpointError for a directory that cannot be loaded, OptionError for a context beyond the limit.
     """
@@ -103,9 +111,11 @@ def inspect(
     }
     matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
     threads = machine.default_threads()
+    found = Adapters(check_adapters(adapters), config)
+    working = Buffers(config, weights, threads, chunk_size(config), context, rank=found.rank).nbytes
     budget = Budget(
         weights=sum(parts.values()),
-        working=Buffers(config, weights, threads, chunk_size(config), context).nbytes,
+        working=working + found.nbytes,
         page=KVCache(config, 1, kv).page_bytes,
         available=machine.available_memory(),
         states=states_bytes(config),
@@ -124,7 +134,8 @@ def inspect(
         context=context,
         kv=kv,
         cache=budget.cache(context),
-        working=budget.working,
+        working=working,
+        adapters=found.nbytes,
         available_memory=budget.available,
         fitting_context=budget.fitting(context),
         possible_context=budget.possible(context),
@@ -241,6 +252,7 @@ def describe(info: Info, name: str | None = None) -> str:
         *([("evaluation", evaluation_line(info.evaluation))] if info.evaluation is not None else []),
         ("cache", f"{size(info.cache)} at {info.context} tokens of context, in {info.kv}"),
         ("working", f"{size(info.working)} at most, for {info.threads} threads"),
+        *([("adapters", size(info.adapters))] if info.adapters else []),
         ("needed", size(info.needed)),
     ]
     if info.available_memory is not None:
