@@ -98,6 +98,9 @@ def chat(
     to the question), there is one answer: its text to stdout, everything else to stderr. By default, sampling
     is as the model's authors recommend, with or without thinking.
 
+    With --adapter answers use that adapter, the first of several; /set adapter NAME chooses another, and /set adapter
+    default none.
+
     Conversations in the terminal are saved in the cache, readable by you alone; --continue finds the last one with
     MODEL, or else the last one.
     """

@@ -42,7 +42,8 @@ def generate(
     """Continue PROMPT: the text to stdout, statistics to stderr.
 
     PROMPT is raw text, without a chat template; - reads it from stdin, without its last line break. By default,
-    sampling is as the model's authors recommend (generation_config.json).
+    sampling is as the model's authors recommend (generation_config.json). With --adapter the text uses that adapter,
+    the first of several.
     """
     from npqwen.generation.decoding import check_prompt
     from npqwen.generation.generate import stream

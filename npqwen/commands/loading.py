@@ -206,8 +206,7 @@ adapter_option = click.option(
     "adapters",
     multiple=True,
     type=NamedAdapter(),
-    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE; may be repeated, then texts use the first "
-    "unless they choose another.",
+    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE, under this name; may be repeated.",
 )
 
 
