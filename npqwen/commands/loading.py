@@ -206,7 +206,8 @@ adapter_option = click.option(
     "adapters",
     multiple=True,
     type=NamedAdapter(),
-    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE, under this name; may be repeated.",
+    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE, under this name; may be repeated; "
+    "default: none.",
 )
 
 
