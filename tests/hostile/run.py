@@ -32,6 +32,7 @@ os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARA
 os.environ.pop("RUST_BACKTRACE", None)
 
 from hostile import (  # noqa: E402
+    adapters,
     configs,
     headers,
     kernel_caches,
@@ -60,6 +61,8 @@ GENERATORS: dict[str, tuple[Generator, float]] = {
     "units": (weights.units, 6),
     "ggufs": (quantized_files.ggufs, 6),
     "quantized": (quantized_files.quantized_checkpoints, 5),
+    "compressed": (quantized_files.compressed_tensors, 4),
+    "adapters": (adapters.adapters, 4),
     "conversations": (saved.conversations, 4),
     "sessions": (saved.sessions, 4),
     "prefix_caches": (saved.prefix_caches, 3),
@@ -125,6 +128,7 @@ def _make(bases: Path) -> None:
     make_bases(bases)
     saved.make_saved(bases)
     quantized_files.make_quantized(bases)
+    adapters.make_adapter(bases)
     _warm_up(bases)  # compiles what is not in the cache of kernels yet
 
 
