@@ -61,4 +61,7 @@ def _steps(pattern: str, longest: int) -> int:
     repeats = sum(map(plain.count, "*+?"))
     if groups + repeats > 20:
         return _MOST
-    return int((plain.count("|") / groups + 1) ** groups + 1) * max(1, longest) ** repeats
+    ways = int((plain.count("|") / groups + 1) ** groups + 1)
+    for _ in range(repeats):
+        ways *= max(1, longest)
+    return ways

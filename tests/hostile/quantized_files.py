@@ -47,7 +47,7 @@ COMPRESSED = {"pack": "pack-quantized", "int8": "int-quantized", "blocks": "floa
 for _name, _layout in COMPRESSED.items():
     FORMATS[_name][0].update(quant_method="compressed-tensors", format=_layout, ignore=["lm_head"])
 _KEYS = ("general.alignment", "split.count", "split.no", "qwen3.rope.scaling.type", "qwen3.rope.scaling.factor")
-_PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_packed", "weight_scale")
+_PACKED: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_packed", "weight_scale")
 _PACKED += ("weight_shape", "weight_zero_point", "weight_g_idx")
 _PATTERNS = (b"\xff\xff\xff\xff", b"\0\0\xc0\x7f", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\0\x7c\0\x7c")
 KINDS = ("BF16", "Q8_0", "Q4_K")
