@@ -19,6 +19,9 @@ from npqwen.errors import CheckpointError, OptionError, quoted, shortened
 from npqwen.format.tokenizer_file import read_tokenizer
 
 Kept = TypeVar("Kept")
+_BLANKS = re.compile(r"\s*")
+_BLANK = 9_000_000
+"""Blank characters in a row, at most. With 10 million, the library panics, and says so on stderr by itself."""
 
 
 def _byte_letters() -> dict[str, int]:
@@ -107,6 +110,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise OptionError("the text is not valid Unicode: it holds bytes that were not UTF-8") from None
+        if _longest_blank(text) > _BLANK:
+            raise OptionError(f"the text cannot be tokenized: it has more than {_BLANK:,} blank characters in a row")
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except BaseException as error:
@@ -200,6 +205,16 @@ class StreamDecoder:
     def finish(self) -> str:
         """The rest of the text: U+FFFD for a character that was not completed."""
         return self._utf8.decode(b"", final=True)
+
+
+def _longest_blank(text: str) -> int:
+    """The characters of a run of more than _BLANK blanks, if there is one; else a smaller number."""
+    longest, step = 0, _BLANK // 2
+    for at in range(step, len(text), step):
+        if text[at].isspace():
+            end = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+            longest = max(longest, end - len(text[:at].rstrip()))
+    return longest
 
 
 def _is_the_librarys(error: BaseException) -> bool:

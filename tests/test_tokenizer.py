@@ -307,11 +307,17 @@ def test_no_normalizer_and_a_sequence_of_nfc_are_accepted(tmp_path: Path, normal
     assert found.decode(found.encode("e")) == "e"
 
 
-def test_a_panic_of_the_library_is_an_option_error(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: .*retry-limit"):
-        tokenizer.encode(" " * 11_000_000)
-    capfd.readouterr()
-    assert tokenizer.decode(tokenizer.encode("after")) == "after"
+@pytest.mark.parametrize("text", [" " * 11_000_000, "a" * 5_000_000 + "\u3000 " * 5_000_000 + "a", "\n" * 9_000_001])
+def test_a_run_of_blanks_at_which_the_library_panics_is_refused(
+    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str], text: str
+) -> None:
+    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: it has more than 9,000,000 blank"):
+        tokenizer.encode(text)
+    assert capfd.readouterr().err == ""
+
+
+def test_long_texts_with_shorter_runs_of_blanks_are_tokenized(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode((" " * 4_600_000 + "a") * 2)) > 200_000
 
 
 def test_a_vocabulary_that_panics_is_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
