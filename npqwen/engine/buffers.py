@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.records import Activations, ExpertActivations, Workspace
+from npqwen.engine.records import Activations, ExpertActivations, RecurrentActivations, Workspace
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
-from npqwen.kernels import attention, matmul
+from npqwen.kernels import attention, gated_delta, matmul
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
@@ -31,6 +31,7 @@ class Buffers:
         attended = int(layers["o_proj"]["cols"].max())
         sparse = layers["expert_bytes"] > 0
         inner = int(layers["down_proj"]["cols"][~sparse].max(initial=UNIT_COLUMNS))
+        inner = max(inner, int(layers["shared_down_proj"]["cols"].max()))
         expert_inner = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLUMNS))
         tokens = pad(tokens, WIDTHS[-1])
         slots = 0
@@ -50,6 +51,12 @@ class Buffers:
                 gated=_bytes(packed_bytes(slots, expert_inner)),
                 results=_floats(slots, hidden),
             )
+        self.recurrent: RecurrentActivations | None = None
+        if config.recurrence is not None:
+            self.recurrent = RecurrentActivations(
+                projected=_floats(tokens, int(max(layers["in_proj"]["rows"].max(), layers["q_gate"]["rows"].max()))),
+                gates=_floats(tokens, int(layers["in_proj_ba"]["rows"].max())),
+            )
         self.activations = Activations(
             hidden=_floats(tokens, hidden),
             packed=_bytes(packed_bytes(max(tokens, slots), max(hidden, attended))),
@@ -65,6 +72,9 @@ class Buffers:
             matmul.scratch_floats(columns),
             matmul.scratch_floats(hidden, multiple),
             columns,
+            gated_delta.scratch_floats(
+                int(model["linear_key_head_dim"]), int(model["linear_value_head_dim"])
+            ) if config.recurrence else 0,
         )
         self.workspace = Workspace(
             scratch=_floats(threads, scratch), local=_floats(threads, matmul.local_floats(tokens, multiple))
@@ -75,7 +85,8 @@ class Buffers:
     @property
     def nbytes(self) -> int:
         """Maximum bytes in use, without the logits."""
-        return sum(array.nbytes for array in (*self.activations, *(self.experts or ()), *self.workspace))
+        groups = (self.activations, self.experts or (), self.recurrent or (), self.workspace)
+        return sum(array.nbytes for group in groups for array in group)
 
     def logits(self, rows: int) -> NDArray[np.float32]:
         """An array for this many rows of logits: (at least `padded_rows(rows)`, padded vocabulary)."""

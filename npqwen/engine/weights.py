@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.cache_type import CacheType
-from npqwen.engine.records import LAYER, MODEL
+from npqwen.engine.records import LAYER, MODEL, RECURRENCE
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
 from npqwen.format.encodings import ZERO_POINT, Encoding
@@ -124,6 +124,9 @@ class Weights:
             model[key] = getattr(c, key)
         if c.mixture is not None:
             model["norm_topk_prob"] = c.mixture.norm_topk_prob
+        if c.recurrence is not None:
+            for key in RECURRENCE:
+                model[key] = getattr(c.recurrence, key)
         model["embed_tokens"] = self._matrix(layout.embed_tokens)
         model["norm"] = self._vector(layout.norm)
         model["lm_head"] = self._matrix(layout.lm_head or layout.embed_tokens)
@@ -145,14 +148,16 @@ class Weights:
                 )
 
     def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse encodings of q, k and v for which their common input would be packed in two ways."""
-        names = [tensors[role].name for role in ("qk_proj", "v_proj")]
-        first, second = (self.quantization.encodings[name] for name in names)
-        if (first.is_integer, first.zero_point) != (second.is_integer, second.zero_point):
-            raise FormatError(
-                f"{self.directory / 'config.json'}: tensor {names[1]} cannot be {second.name} where {names[0]} is "
-                f"{first.name}; {AGAIN}"
-            )
+        """Refuse encodings of q, k, v and the output gate for which their common input would be packed in two ways."""
+        names = [tensors[role].name for role in ("qk_proj", "v_proj", "q_gate") if role in tensors]
+        encodings = [self.quantization.encodings[name] for name in names]
+        for name, other in zip(names, encodings, strict=True):
+            first = encodings[0]
+            if (first.is_integer, first.zero_point) != (other.is_integer, other.zero_point):
+                raise FormatError(
+                    f"{self.directory / 'config.json'}: tensor {name} cannot be {other.name} where {names[0]} is "
+                    f"{first.name}; {AGAIN}"
+                )
 
     def _find(self, name: str) -> MappedTensor:
         if name not in self.tensors:
