@@ -11,8 +11,6 @@ from pathlib import Path
 from npqwen.errors import CheckpointError
 from npqwen.format.files import read_small
 
-LARGEST = 50_000_000
-"""Bytes of a tokenizer.json, at most. Qwen3's has 11 MB."""
 VALUES = 5_000_000
 """Values of a tokenizer.json, at most: 3 bytes may make an object of many more. Qwen3's has 1,000,000."""
 ADDED, ALL_ADDED = 5_000, 1_000_000
@@ -32,7 +30,7 @@ _ESCAPED = re.compile(rb"\\u00[2-7]")
 def read_tokenizer(path: Path) -> bytes:
     """The content of a tokenizer.json. CheckpointError if it is missing, or what no Qwen3 tokenizer is."""
     try:
-        data = read_small(path, LARGEST)
+        data = read_small(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a complete model directory?") from None
     except OSError as error:

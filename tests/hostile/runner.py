@@ -31,7 +31,7 @@ from hostile.case import Case, Generator, Place
 STALL = 60.0
 """Seconds without a report after which a child is killed: it waits for something, or the machine is very busy."""
 BATCH = 100
-"""Cases of one child."""
+"""Cases of one child, at most."""
 LONGEST = 1000
 """Characters of a line on stderr, at most, after the name of the program."""
 OVERTIME = "it was killed for its CPU time"
@@ -81,12 +81,12 @@ class Runner:
         self._bases = bases
         self._scratch = scratch
 
-    def run(self, works: Sequence[Work], jobs: int = 1) -> Report:
-        """Run all cases, in `jobs` children at a time."""
+    def run(self, works: Sequence[Work], jobs: int = 1, batch: int = BATCH) -> Report:
+        """Run all cases, in `jobs` children at a time. batch: cases of one child, at most."""
         report = Report(Counter(work.category for work in works), Counter(), Counter(), [])
         gc.collect()
         gc.freeze()  # children's collections would look through, and copy, all that this process has
-        batches = -(-len(works) // BATCH)
+        batches = -(-len(works) // batch)
         queue = [list(works[at::batches]) for at in range(batches)]  # some of each category: all take as long
         running: list[_Child] = []
         try:
