@@ -18,15 +18,15 @@ FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
 COMMANDS = (
-    "batch", "bench", "cache", "chat", "convert", "embed", "eval", "generate", "info", "list", "pull", "rerank", "rm",
-    "serve", "verify",
+    "batch", "bench", "cache", "chat", "convert", "doctor", "embed", "eval", "generate", "info", "list", "pull",
+    "rerank", "rm", "serve", "verify",
 )  # fmt: skip
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
     "server": "serve", "start": "serve", "check": "verify", "fsck": "verify", "embedding": "embed",
-    "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank",
+    "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank", "diagnose": "doctor", "env": "doctor",
 }
 """Commands of other programs -> the one here."""
 

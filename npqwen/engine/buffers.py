@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.records import Activations, ExpertActivations, Workspace
-from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
@@ -21,22 +20,22 @@ class Buffers:
     """The arrays of passes of up to `tokens` tokens, of sequences of up to `context`; see npqwen.engine.records.
 
     They are zeroed, so that the padding of every row stays zero, and use memory only where they are written.
+    output_encoding: the code of the output matrix's encoding.
     """
 
-    def __init__(self, config: Config, weights: Weights, threads: int, tokens: int, context: int) -> None:
-        model = weights.model[0]
-        layers = weights.layers
+    def __init__(self, config: Config, output_encoding: int, threads: int, tokens: int, context: int) -> None:
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        hidden = int(model["embed_tokens"]["cols"])
-        attended = int(layers["o_proj"]["cols"].max())
-        sparse = layers["expert_bytes"] > 0
-        inner = int(layers["down_proj"]["cols"][~sparse].max(initial=UNIT_COLUMNS))
-        expert_inner = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLUMNS))
+        hidden, attended = pad(config.hidden_size, UNIT_COLUMNS), pad(heads * dim, UNIT_COLUMNS)
+        sparse = [config.is_sparse(layer) for layer in range(config.num_hidden_layers)]
+        inner = UNIT_COLUMNS if all(sparse) else pad(config.intermediate_size, UNIT_COLUMNS)
+        expert_inner = UNIT_COLUMNS
         tokens = pad(tokens, WIDTHS[-1])
         slots = 0
         self.experts: ExpertActivations | None = None
         if config.mixture is not None:
             experts, chosen = config.mixture.num_experts, config.mixture.num_experts_per_tok
+            if any(sparse):
+                expert_inner = pad(config.mixture.moe_intermediate_size, UNIT_COLUMNS)
             slots = pad(most_slots(tokens, experts, chosen), WIDTHS[-1])
             self.experts = ExpertActivations(
                 normed=_floats(tokens, hidden),
@@ -69,8 +68,8 @@ class Buffers:
         self.workspace = Workspace(
             scratch=_floats(threads, scratch), local=_floats(threads, matmul.local_floats(tokens, multiple))
         )
-        self._output_encoding = int(model["lm_head"]["encoding"])
-        self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
+        self._output_encoding = output_encoding
+        self._logits = np.zeros((0, pad(config.vocab_size, UNIT_ROWS)), np.float32)
 
     @property
     def nbytes(self) -> int:

@@ -115,7 +115,9 @@ class Engine:
         # An engine that nobody closed ends its threads when it is collected; at exit they are daemons.
         weakref.finalize(self, self._team.close).atexit = False
         self.chunk = chunk_size(self.config)
-        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context)
+        self._buffers = Buffers(
+            self.config, self.weights.output_encoding, self.threads, self.chunk, self.context
+        )
         self._rows = np.arange(self.chunk)
         self.passes = PassTimes(sparse=self.config.mixture is not None)
         """What passes of few tokens take here."""

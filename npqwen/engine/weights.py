@@ -73,6 +73,11 @@ class Weights:
         return {encoding.code for encoding in self.quantization.encodings.values()}
 
     @property
+    def output_encoding(self) -> int:
+        """Code of the output matrix's encoding."""
+        return int(self.model[0]["lm_head"]["encoding"])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.data.size for tensor in self.tensors.values())
