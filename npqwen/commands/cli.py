@@ -18,8 +18,8 @@ FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
 COMMANDS = (
-    "batch", "bench", "cache", "chat", "convert", "doctor", "embed", "eval", "generate", "info", "list", "pull",
-    "rerank", "rm", "serve", "verify",
+    "batch", "bench", "cache", "chat", "completions", "convert", "doctor", "embed", "eval", "generate", "info", "list",
+    "pull", "rerank", "rm", "serve", "verify",
 )  # fmt: skip
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
@@ -46,7 +46,7 @@ class _Group(Command, click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
-        if name in COMMANDS or name.startswith("-"):
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:  # which completion in a shell does
             return super().resolve_command(ctx, args)
         near = near_names(name, COMMANDS, _ELSEWHERE)
         hint = f"; did you mean {choice(near)}?" if near else ""

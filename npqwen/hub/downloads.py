@@ -9,6 +9,9 @@ from npqwen.errors import CheckpointError, OutputError
 from npqwen.format.config import MODEL_TYPES, read_json
 from npqwen.format.quantization import is_converted
 
+_FOLDER = "models--"
+"""The beginning of the names of huggingface_hub's directories of models; "owner--name" follows."""
+
 
 @dataclass(frozen=True)
 class Download:
@@ -49,6 +52,17 @@ def downloads() -> list[Download]:
                 )
             )
     return sorted(chosen, key=lambda download: download.model.lower())
+
+
+def downloaded_names() -> list[str]:
+    """The hub ids of `downloads()`, in no order. Quick, as nothing is measured."""
+    from huggingface_hub import constants
+
+    return [
+        path.name.removeprefix(_FOLDER).replace("--", "/", 1)
+        for path in Path(constants.HF_HUB_CACHE).glob(f"{_FOLDER}*")
+        if any(map(_is_ours, path.glob("snapshots/*")))
+    ]
 
 
 def remove_download(download: Download) -> None:
