@@ -20,9 +20,9 @@ from npqwen.commands.cli import COMMANDS, cli
 Run = Callable[..., tuple[str, str]]
 NO_FILES = {
     "question", "prompt", "query", "system", "stop", "regex", "choice", "instruction", "host", "api_keys", "origins",
-    "hosts",
+    "hosts", "topic",
 }  # fmt: skip
-"""Parameters that are texts, which nothing completes."""
+"""Parameters that are plain texts, or complete by a function of their own."""
 
 
 def complete(*words: str) -> list[str]:
