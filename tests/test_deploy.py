@@ -64,8 +64,9 @@ def test_an_image_is_given_what_a_wheel_needs() -> None:
 def test_the_service_runs_a_command_that_there_is() -> None:
     settings = dict(re.findall(r'^Environment="?(NPQWEN_\w+)=([^"\n]*)"?$', UNIT, re.M))
     (start,) = re.findall(r"^ExecStart=(.*)$", UNIT, re.M)
-    start = start.replace("$NPQWEN_FLAGS", settings["NPQWEN_FLAGS"]).replace("${NPQWEN_MODEL}", settings["NPQWEN_MODEL"])
-    program, *words = shlex.split(start.replace("${CREDENTIALS_DIRECTORY}", "/run"))
+    for name, value in (settings | {"CREDENTIALS_DIRECTORY": "/run"}).items():
+        start = start.replace(f"${{{name}}}", value).replace(f"${name}", value)
+    program, *words = shlex.split(start)
     assert program.endswith("/npqwen")
     assert accepted(words)
 

@@ -26,8 +26,8 @@ _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
     "server": "serve", "start": "serve", "check": "verify", "fsck": "verify", "embedding": "embed",
-    "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank", "diagnose": "doctor", "env": "doctor",
-    "man": "help", "docs": "help", "topics": "help", "completion": "completions",
+    "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank", "diagnose": "doctor",
+    "env": "doctor", "man": "help", "docs": "help", "topics": "help", "completion": "completions",
 }
 """Commands of other programs -> the one here."""
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -41,9 +42,9 @@ class _FileOrWord(StringParamType):
         return words or ([CompletionItem(incomplete, type="file")] if self._files else [])
 
 
-def completed(parameter: click.Parameter) -> click.ParamType:
-    """The type of a command's parameter, with completion if it is a text whose name or metavariable tells what it is:
-    "MODEL", "FILE", "int8|f16|f32".
+def completed(parameter: click.Parameter) -> Any:
+    """The click type of a command's parameter, with completion if it is a text whose name or metavariable tells what
+    it is: "MODEL", "FILE", "int8|f16|f32".
     """
     if parameter.type is not click.STRING:
         return parameter.type

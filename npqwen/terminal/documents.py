@@ -25,7 +25,7 @@ PAGES = {
     "deploy": "examples/deploy/README.md",
     "format": "quant/FORMAT.md",
 }
-"""Where each page lies in the repository. In an installed npqwen, `documents` has them by their names (pyproject.toml)."""
+"""Where each page lies in the repository. In an installed npqwen, `documents` has them by their names."""
 _ELSEWHERE = {
     "memory": "models which one fits",
     "formats": "sources",
@@ -84,7 +84,8 @@ class Documents:
             try:
                 text = path.read_text(encoding="utf-8")
             except OSError as error:
-                raise OptionError(f"{path}, a part of npqwen, cannot be read: {error.strerror}; install npqwen again")
+                problem = f"{path}, a part of npqwen, cannot be read: {error.strerror}"
+                raise OptionError(f"{problem}; install npqwen again") from None
             found[name] = _sections(name, text)
         return found
 
@@ -146,9 +147,9 @@ def _sections(page: str, text: str) -> list[Section]:
             starts.append((at, heading[2].replace("`", "")))
         at += len(line)
     found = [Section(page, title, text)]
-    for i, (start, heading) in enumerate(starts):
+    for i, (start, name) in enumerate(starts):
         end = starts[i + 1][0] if i + 1 < len(starts) else len(text)
-        found.append(Section(page, heading, text[start:end]))
+        found.append(Section(page, name, text[start:end]))
     return found
 
 

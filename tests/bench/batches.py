@@ -3,8 +3,8 @@
 
     python tests/bench/batches.py build/bench/0.6B-4 --threads 2
 
-Requests have prompts of mixed lengths (log-uniform, 16 to 512 tokens) of random tokens, drawn anew for each run, so that
-no run finds another's prefixes; every answer has --tokens tokens, drawn with temperature 1 and top-k 20. `npqwen batch`
+Requests have prompts of mixed lengths (log-uniform, 16 to 512 tokens) of random tokens, drawn anew for each run, so
+that no run finds another's prefixes; every answer has --tokens tokens, drawn with temperature 1 and top-k 20. `npqwen batch`
 is the command, in a process of its own: its seconds are those that it reports, the loading of the model among them.
 Prints generated tokens a second: medians and ranges of the rounds, and how many times as fast as one by one.
 """
@@ -55,7 +55,8 @@ def batch_command(directory: Path, asked: list[list[int]], options: dict[str, An
                 body = {"model": "", "prompt": prompt, **options}
                 line = {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
                 file.write(json.dumps(line) + "\n")
-        command = [sys.executable, "-m", "npqwen", "batch", requests, answers, "--model", directory, *arguments]
+        named = [str(requests), str(answers), "--model", str(directory)]
+        command = [sys.executable, "-m", "npqwen", "batch", *named, *arguments]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         found = re.search(r"(\d+) answered in ([\d.]+) s; ", done.stderr)
         if done.returncode or found is None or int(found[1]) != len(asked):

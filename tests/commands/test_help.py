@@ -94,7 +94,7 @@ def test_an_unknown_topic_is_refused(run: Run) -> None:
 
 def test_a_broken_installation_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(documents, "__file__", str(tmp_path / "npqwen" / "terminal" / "documents.py"))
-    with pytest.raises(OptionError, match="cannot be read: .*; install npqwen again"):
+    with pytest.raises(OptionError, match=r"cannot be read: .*; install npqwen again"):
         Documents().find("server")
     place = tmp_path / "npqwen" / "documents"  # where a wheel has them
     place.mkdir(parents=True)

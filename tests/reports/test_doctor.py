@@ -27,6 +27,7 @@ from npqwen.reports.bench import bytes_per_token
 from npqwen.reports.cache_checks import check_cache
 from npqwen.reports.finding import Finding
 from npqwen.reports.forecast import SHARE, forecasts
+from npqwen.simd.isa import available
 
 Run = Callable[..., tuple[str, str]]
 PLACE = "hub/org--name/0123456789ab-01234567-int4-v2"
@@ -152,12 +153,9 @@ def test_numbers_of_a_small_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_kernels_that_are_not_the_best_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(doctor._check_kernels()) == [] or os.environ.get("NPQWEN_ISA")
-    offered = doctor.available()
-
-    class Better(offered[0]):  # type: ignore[name-defined,misc]
-        name = "better"
-
-    monkeypatch.setattr(doctor, "available", lambda: [Better, *offered])
+    offered = available()
+    better = type("Better", (offered[0],), {"name": "better"})
+    monkeypatch.setattr(doctor, "available", lambda: [better, *offered])
     monkeypatch.setenv("NPQWEN_ISA", offered[0].name)
     assert f"NPQWEN_ISA={offered[0].name} replaces better" in only(list(doctor._check_kernels())).text
     monkeypatch.setattr(doctor, "available", lambda: offered[-1:])
