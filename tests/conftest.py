@@ -87,6 +87,24 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """hybrid(name, bits): one of the small hybrids, converted once."""
+    from hybrids import hybrid_checkpoint
+    from npqwen_quant import convert
+
+    place = tmp_path_factory.mktemp("hybrid")
+
+    def converted(name: str, bits: int) -> Path:
+        out = place / f"{name}-{bits}"
+        if not out.exists():
+            source = place / name
+            convert(source if source.exists() else hybrid_checkpoint(name, source), out, bits=bits)
+        return out
+
+    return converted
+
+
+@pytest.fixture(scope="session")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Model]]:
     """embedder(bits): a small embedding model, loaded once."""
     from retrieval_checkpoints import Shelf, embedding_checkpoint

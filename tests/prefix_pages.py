@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
+from checkpoints import make_config
 from numpy.typing import NDArray
 
 from npqwen.engine.kv_cache import KVCache
+from npqwen.format.config import Config
 from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 
-SHAPE: Any = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, head_dim=16)
+SHAPE = Config.from_dict(make_config(num_hidden_layers=2, num_key_value_heads=1, head_dim=16))
 Ids = NDArray[np.int32]
 
 

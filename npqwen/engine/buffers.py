@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.records import Activations, ExpertActivations, Workspace
+from npqwen.engine.records import Activations, ExpertActivations, RecurrentActivations, Workspace
+from npqwen.engine.weights import PlannedWeights, Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
-from npqwen.kernels import attention, matmul
+from npqwen.kernels import attention, gated_delta, matmul
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
@@ -20,22 +21,25 @@ class Buffers:
     """The arrays of passes of up to `tokens` tokens, of sequences of up to `context`; see npqwen.engine.records.
 
     They are zeroed, so that the padding of every row stays zero, and use memory only where they are written.
-    output_encoding: the code of the output matrix's encoding.
     """
 
-    def __init__(self, config: Config, output_encoding: int, threads: int, tokens: int, context: int) -> None:
+    def __init__(
+        self, config: Config, weights: Weights | PlannedWeights, threads: int, tokens: int, context: int
+    ) -> None:
+        model = weights.model[0]
+        layers = weights.layers
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        hidden, attended = pad(config.hidden_size, UNIT_COLUMNS), pad(heads * dim, UNIT_COLUMNS)
-        sparse = [config.is_sparse(layer) for layer in range(config.num_hidden_layers)]
-        inner = UNIT_COLUMNS if all(sparse) else pad(config.intermediate_size, UNIT_COLUMNS)
-        expert_inner = UNIT_COLUMNS
+        hidden = int(model["embed_tokens"]["cols"])
+        attended = int(layers["o_proj"]["cols"].max())
+        sparse = layers["expert_bytes"] > 0
+        inner = int(layers["down_proj"]["cols"][~sparse].max(initial=UNIT_COLUMNS))
+        inner = max(inner, int(layers["shared_down_proj"]["cols"].max()))
+        expert_inner = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLUMNS))
         tokens = pad(tokens, WIDTHS[-1])
         slots = 0
         self.experts: ExpertActivations | None = None
         if config.mixture is not None:
             experts, chosen = config.mixture.num_experts, config.mixture.num_experts_per_tok
-            if any(sparse):
-                expert_inner = pad(config.mixture.moe_intermediate_size, UNIT_COLUMNS)
             slots = pad(most_slots(tokens, experts, chosen), WIDTHS[-1])
             self.experts = ExpertActivations(
                 normed=_floats(tokens, hidden),
@@ -48,6 +52,12 @@ class Buffers:
                 segment_count=np.zeros(1, np.int64),
                 gated=_bytes(packed_bytes(slots, expert_inner)),
                 results=_floats(slots, hidden),
+            )
+        self.recurrent: RecurrentActivations | None = None
+        if config.recurrence is not None:
+            self.recurrent = RecurrentActivations(
+                projected=_floats(tokens, int(max(layers["in_proj"]["rows"].max(), layers["q_gate"]["rows"].max()))),
+                gates=_floats(tokens, int(layers["in_proj_ba"]["rows"].max())),
             )
         self.activations = Activations(
             hidden=_floats(tokens, hidden),
@@ -64,17 +74,21 @@ class Buffers:
             matmul.scratch_floats(columns),
             matmul.scratch_floats(hidden, multiple),
             columns,
+            gated_delta.scratch_floats(
+                int(model["linear_key_head_dim"]), int(model["linear_value_head_dim"])
+            ) if config.recurrence else 0,
         )
         self.workspace = Workspace(
             scratch=_floats(threads, scratch), local=_floats(threads, matmul.local_floats(tokens, multiple))
         )
-        self._output_encoding = output_encoding
-        self._logits = np.zeros((0, pad(config.vocab_size, UNIT_ROWS)), np.float32)
+        self._output_encoding = int(model["lm_head"]["encoding"])
+        self._logits = np.zeros((0, int(model["lm_head"]["rows"])), np.float32)
 
     @property
     def nbytes(self) -> int:
         """Maximum bytes in use, without the logits."""
-        return sum(array.nbytes for array in (*self.activations, *(self.experts or ()), *self.workspace))
+        groups = (self.activations, self.experts or (), self.recurrent or (), self.workspace)
+        return sum(array.nbytes for group in groups for array in group)
 
     def logits(self, rows: int) -> NDArray[np.float32]:
         """An array for this many rows of logits: (at least `padded_rows(rows)`, padded vocabulary)."""

@@ -25,11 +25,12 @@ from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
-from npqwen.engine.kv_cache import KeysAndValues, KVCache, layer_states
+from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.pass_times import PassTimes
 from npqwen.engine.prefix_files import DEFAULT_SIZE, PrefixFiles
 from npqwen.engine.prefixes import Prefixes
 from npqwen.engine.records import Output, Sequences, Tokens
+from npqwen.engine.recurrent_states import Recurrent, most_checkpoints
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
@@ -39,6 +40,7 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
 from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel, reporting
+from npqwen.kernels.gated_delta import gated_delta_kernel
 from npqwen.kernels.matmul import matmul_kernels
 from npqwen.kernels.matrix import read_row
 from npqwen.kernels.paging import prefetch_policy
@@ -54,6 +56,9 @@ SHORT_PASS = 4
 """Passes of at most this many tokens run on the calling thread too: Ctrl-C can wait that long."""
 
 
+_NO_STATES = (0,) * 6
+"""The fields of SEQUENCE from `guesses` on, without recurrent layers."""
+
 PREFIX_MEMORY = 4 << 30
 """Bytes of prefixes that are kept in memory at most by default, and at most a quarter of what is available."""
 
@@ -67,6 +72,8 @@ class Piece(NamedTuple):
     """With room for them, see `KVCache.reserve`; the tokens are appended to it."""
     rows: int
     """Of how many of the last tokens logits are computed."""
+    guesses: int = 0
+    """How many of the last tokens `KVCache.retract` may take out afterwards."""
 
 
 class Engine:
@@ -104,8 +111,9 @@ class Engine:
         self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
         if not self._exceeds_memory:
             self.weights.advise_huge_pages()
-        kept = [isinstance(state, KeysAndValues) for state in layer_states(self.config)]
-        self.weights.layers["kv_index"] = np.cumsum(kept) - 1
+        is_recurrent = [self.config.is_recurrent(layer) for layer in range(self.config.num_hidden_layers)]
+        self.weights.layers["kv_index"] = np.cumsum(np.logical_not(is_recurrent)) - 1
+        self.weights.layers["state_index"] = np.cumsum(is_recurrent) - 1
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self._threads = default_threads() if threads is None else int(threads)
         self._origin = object()
@@ -115,14 +123,12 @@ class Engine:
         # An engine that nobody closed ends its threads when it is collected; at exit they are daemons.
         weakref.finalize(self, self._team.close).atexit = False
         self.chunk = chunk_size(self.config)
-        self._buffers = Buffers(
-            self.config, self.weights.output_encoding, self.threads, self.chunk, self.context
-        )
+        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context)
         self._rows = np.arange(self.chunk)
         self.passes = PassTimes(sparse=self.config.mixture is not None)
         """What passes of few tokens take here."""
         page = self.new_cache(1).page_bytes
-        Budget(self.weight_bytes, self._buffers.nbytes, page, available).check(context)
+        Budget(self.weight_bytes, self._buffers.nbytes + states_bytes(self.config), page, available).check(context)
         self._turns: dict[int, threading.Lock] = {}
         self._prefixes = self._new_prefixes(prefix_cache, prefix_cache_size, prefix_memory, notice, available)
         with reporting(on_compile):
@@ -153,6 +159,7 @@ class Engine:
         left = PREFIX_MEMORY if available is None else max(0, available - self.weight_bytes) // 4
         return Prefixes(
             min(PREFIX_MEMORY, left) if memory is None else memory,
+            recurrent=self.config.recurrence is not None,
             adjustable=memory is None,
             files=files,
             busy=lambda: any(turn.locked() for turn in turns.values()),
@@ -165,7 +172,10 @@ class Engine:
         model = self.weights.model[0]
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
+        if cache.recurrent is not None:
+            model["gated_delta_kernel"] = gated_delta_kernel()
         output = Output(np.zeros(1, np.int64), False, self._buffers.logits(1))
+        cache.begin(1)
         sample = self._arguments([Piece(np.zeros(1, np.int64), cache, 1)], self.weights.layers, True, output)
         compile_kernel(forward, (self._team.row(0), 0, *sample))
 
@@ -266,7 +276,7 @@ class Engine:
         states = self._allocate((len(chosen), tokens.size, self.config.hidden_size), "hidden states", tokens.size)
         cache = self.new_cache(min(tokens.size, self.context))
         cache.reserve(tokens.size)
-        for start, end in self._chunks(tokens.size):
+        for start, end in self._chunks(tokens.size, cache):
             self._hidden_pass(tokens[start:end], cache, chosen, states[:, start:end])
         return states[0] if several is None else states
 
@@ -331,9 +341,11 @@ class Engine:
 
     def _pieces_pass(self, pieces: Sequence[Piece], output: Output) -> None:
         """Run pieces through all layers and append them to their caches, in the caller's turn."""
+        for piece in pieces:
+            piece.cache.begin(piece.ids.size, piece.guesses)
         self._forward(pieces, self.weights.layers, True, output)
         for piece in pieces:
-            piece.cache.length += piece.ids.size
+            piece.cache.advance(piece.ids.size)
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         """An array for the logits of passes of up to this many rows, see `forward_pieces`."""
@@ -368,15 +380,19 @@ class Engine:
         with cache.in_use:
             cache.reserve(tokens.size)
             out = self._logits(rows, out)
-            for start, end in self._chunks(tokens.size):
+            for start, end in self._chunks(tokens.size, cache):
                 self._pass(tokens[start:end], cache, out[max(0, start - first) : max(0, end - first)])
                 if progress is not None:
                     progress(end, tokens.size)
         return out
 
-    def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """(start, end) of each pass over a text."""
-        return ((start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk))
+    def _chunks(self, tokens: int, cache: KVCache) -> Iterator[tuple[int, int]]:
+        """(start, end) of each pass over a text, whose tokens are appended to the cache meanwhile."""
+        start = 0
+        while start < tokens:
+            end = start + cache.span(min(self.chunk, tokens - start))
+            yield start, end
+            start = end
 
     def _pass(self, ids: NDArray[np.int64], cache: KVCache, out: NDArray[np.float32]) -> None:
         """One forward pass of at most `chunk` tokens; `out` receives the logits of the last len(out) of them."""
@@ -387,8 +403,9 @@ class Engine:
             # A single row is not padded to a tile: the kernels write it in place.
             direct = rows == 1 and out.shape[1] % UNIT_ROWS == 0 and out.flags.carray
             output = Output(_last_tokens(pieces), False, out if direct else logits)
+            cache.begin(ids.size)
             self._forward(pieces, self.weights.layers, True, output)
-            cache.length += ids.size
+            cache.advance(ids.size)
             if not direct:
                 out[:] = logits[:rows, : out.shape[1]]
 
@@ -401,6 +418,7 @@ class Engine:
         pieces = [Piece(ids, cache, 0)]
         with self._turn():
             done = 0
+            cache.begin(ids.size)
             for i in sorted(set(chosen)):
                 normed = np.empty((ids.size if i == last else 0, self.config.hidden_size), np.float32)
                 output = Output(self._rows[: len(normed)], True, normed)
@@ -408,7 +426,7 @@ class Engine:
                 hidden = self._buffers.activations.hidden[: ids.size, : self.config.hidden_size]
                 found[i] = normed if i == last else hidden.copy()
                 done = i
-            cache.length += ids.size
+            cache.advance(ids.size)
         for state, i in zip(states, chosen, strict=True):
             state[:] = found[i]
 
@@ -430,10 +448,12 @@ class Engine:
     ) -> tuple[Any, ...]:
         """The arguments of `npqwen.engine.forward.forward` after the member's row and number."""
         buffers = self._buffers
-        records = np.empty(len(pieces), SEQUENCE)
+        records = np.zeros(len(pieces), SEQUENCE)
         first = 0
-        for i, (ids, cache, _) in enumerate(pieces):
-            records[i] = first, ids.size, cache.length, cache.page_table
+        for i, piece in enumerate(pieces):
+            ids, cache = piece.ids, piece.cache
+            of_states = _NO_STATES if cache.recurrent is None else cache.recurrent.fields
+            records[i] = first, ids.size, cache.length, cache.page_table, *of_states
             first += ids.size
         rows = self._rows[:first]
         if len(pieces) == 1:
@@ -453,6 +473,7 @@ class Engine:
             Sequences(records, pieces[0].cache.dtype_array),
             buffers.activations,
             buffers.experts,
+            buffers.recurrent,
             buffers.workspace,
             output,
         )
@@ -536,6 +557,15 @@ def _by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDAr
     """The rows of a pass's results that belong to each piece."""
     ends = accumulate(piece.rows for piece in pieces)
     return [values[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
+
+
+def states_bytes(config: Config) -> int:
+    """Bytes that the recurrent states of one sequence take at most, checkpoints included; 0 without recurrent layers.
+
+    The newest state, the next one and one to be reused are held beside them.
+    """
+    shape = Recurrent.of(config)
+    return 0 if shape is None else (3 + most_checkpoints(shape)) * shape.nbytes
 
 
 def chunk_size(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""The forward pass of Qwen3, which every thread of a team runs, step by step (npqwen/kernels/pieces.py)."""
+"""The forward pass of Qwen3 and its hybrids, run step by step by all threads of a team (npqwen/kernels/pieces.py)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from npqwen.kernels.experts import (
     project_gated_slots,
     route,
 )
+from npqwen.kernels.gated_delta import gated_delta
 from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
-from npqwen.kernels.norm import rms_norm, rotate
+from npqwen.kernels.norm import add_gated, multiply_sigmoid, rms_norm, rotate
 from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
 from npqwen.kernels.pieces import claim, claim_private, finish_first, leave
 from npqwen.simd.scalar import memory, without_refcounts
@@ -36,12 +37,13 @@ _inline = njit(nogil=True, inline="always")
 @njit(nogil=True)
 def forward(
     team: Any, member: int, model: Any, layers: Any, tokens: Any, sequences: Any, activations: Any, experts: Any,
-    workspace: Any, output: Any,
+    recurrent: Any, workspace: Any, output: Any,
 ) -> None:  # fmt: skip
     """One pass: embedding, layers, final norm, output matrix. Every thread of the team calls it with its own `member`.
 
     team: this member's row of the team's state. model, layers: MODEL record and array of LAYER records. The others are
-    the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse.
+    the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse;
+    recurrent: RecurrentActivations, or None if all layers are plain attention.
     """
     team, layers = without_refcounts((team, layers))
     tokens, sequences = without_refcounts((tokens, sequences))
@@ -51,7 +53,12 @@ def forward(
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
     for i in range(layers.size):
         layer = layers[i]
-        attention_block(team, model, layer, tokens, sequences, activations, scratch, local)
+        if recurrent is None:  # noqa: SIM114  Numba compiles only this branch then
+            attention_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
+        elif layer.in_proj.address == 0:
+            attention_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
+        else:
+            recurrent_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
             dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
         elif layer.expert_bytes == 0:
@@ -68,21 +75,49 @@ def forward(
 
 @_inline
 def attention_block(
-    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, scratch: Any, local: Any
-) -> None:
-    """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to their caches."""
+    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
+    """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to their caches.
+
+    In hybrids, attention's output is multiplied by sigmoid(q_gate @ the normed hidden) (Qiu et al. 2025).
+    """
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
     norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed)
     project_heads(team, model, layer, tokens, sequences.dtype, packed, local, scratch, queries)
+    size = model.num_attention_heads * model.head_dim
+    if recurrent is not None:
+        gates, width = recurrent.projected, tile_width(count, encoding)  # that of `norm_and_pack`
+        matmul(team, model.matmul_kernels, layer.q_gate, packed, count, width, gates, 0, scratch, local)
     attention(
         team, model.attention_kernels, queries, sequences.records, sequences.dtype, layer.kv_index,
         model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
     )  # fmt: skip
-    pack_all(team, attended, count, layer.o_proj.encoding, packed)
+    if recurrent is not None:
+        apply_gates(team, recurrent.projected, count, size, attended)
+    pack_all(team, attended, count, size, layer.o_proj, packed)
     width = tile_width(count, layer.o_proj.encoding)
     matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
+
+
+@_inline
+def recurrent_block(
+    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
+    """hidden += o_proj @ the gated delta rule of the normed hidden (Yang et al. 2025), which advances the states."""
+    hidden, packed, _, _, attended, _ = activations
+    projected, gates = recurrent
+    count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
+    for matrix, out in ((layer.in_proj_ba, gates), (layer.in_proj, projected)):
+        norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed)
+        matmul(team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), out, 0, scratch, local)
+    gated_delta(team, model, layer, sequences.records, projected, gates, scratch, attended)
+    pack_all(team, attended, count, model.linear_num_value_heads * model.linear_value_head_dim, layer.o_proj, packed)
+    width = tile_width(count, layer.o_proj.encoding)
+    matmul(team, kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
 
 
 @_inline
@@ -94,7 +129,7 @@ def dense_feed_forward(
     count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
     norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed)
-    project_gated(team, model, layer, packed, count, local, scratch, gated)
+    project_gated(team, model, layer.gate_up_proj, layer.down_proj, packed, count, local, scratch, gated)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
     matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local)
 
@@ -103,7 +138,10 @@ def dense_feed_forward(
 def sparse_feed_forward(
     team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, scratch: Any, local: Any
 ) -> None:
-    """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden."""
+    """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden.
+
+    In hybrids, that of an expert which sees every token, times sigmoid(shared_expert_gate @ the normed hidden), too.
+    """
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
@@ -123,6 +161,13 @@ def sparse_feed_forward(
         if t == count:
             break
         route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
+    if layer.shared_expert_gate != 0:
+        gate_up, down = layer.shared_gate_up_proj, layer.shared_down_proj
+        pack_all(team, normed, count, model.hidden_size, gate_up, packed)
+        project_gated(team, model, gate_up, down, packed, count, local, scratch, activations.gated)
+        width = tile_width(count, gate_up.encoding)  # that of `project_gated`, which has packed
+        matmul(team, kernels, down, activations.gated, count, width, results, 0, scratch, local)
+        add_shared(team, model, layer.shared_expert_gate, normed, results, count, hidden)
     while claim(team, 1) == 0:
         shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
     segment_count = shared_count[0]
@@ -192,25 +237,47 @@ def norm_and_pack(
 
 
 @_step
-def pack_all(team: Any, x: Any, count: int, encoding: int, packed: Any) -> None:
-    """packed = the first `count` rows of x, padded to whole tiles, as input of a matrix of an encoding (a code)."""
-    width = tile_width(count, encoding)
+def pack_all(team: Any, x: Any, count: int, size: int, matrix: Any, packed: Any) -> None:
+    """packed = `size` elements of each of the first `count` rows of x, padded to whole tiles, as input of a matrix."""
+    width = tile_width(count, matrix.encoding)
     while True:
         t = claim(team, whole_tiles(count, width))
         if t == whole_tiles(count, width):
             return
-        pack(x[t], t, width, encoding, packed)
+        line = x[t, : matrix.cols]
+        line[size:] = np.float32(0.0)
+        pack(line, t, width, matrix.encoding, packed)
+
+
+@_step
+def apply_gates(team: Any, gates: Any, count: int, size: int, x: Any) -> None:
+    """x *= sigmoid(gates), of the first `size` elements of the first `count` rows."""
+    while True:
+        t = claim(team, count)
+        if t == count:
+            return
+        multiply_sigmoid(gates[t, :size], x[t])
+
+
+@_step
+def add_shared(team: Any, model: Any, gate: int, normed: Any, shared: Any, count: int, hidden: Any) -> None:
+    """hidden += sigmoid(gate @ normed) * shared, of the first `count` rows. gate: address of float32 (hidden_size,)."""
+    weight = memory(gate, model.hidden_size, np.float32)
+    while True:
+        t = claim(team, count)
+        if t == count:
+            return
+        add_gated(weight, normed[t], shared[t], hidden[t])
 
 
 @_step
 def project_gated(
-    team: Any, model: Any, layer: Any, packed: Any, count: int, local: Any, scratch: Any, gated: Any
+    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, local: Any, scratch: Any, gated: Any
 ) -> None:
-    """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`.
+    """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
 
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
     """
-    matrix = layer.gate_up_proj
     width = tile_width(count, matrix.encoding)
     groups = matrix.rows // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
@@ -224,7 +291,7 @@ def project_gated(
         if not finish_first(team):
             continue
         padded = whole_tiles(count, width)
-        pack_gated(local, matrix, first, last, 0, padded, width, layer.down_proj, scratch, gated)
+        pack_gated(local, matrix, first, last, 0, padded, width, down_proj, scratch, gated)
 
 
 @_step

@@ -1,4 +1,4 @@
-"""The cache of one sequence: the keys and values that its layers keep of the tokens so far, in pages."""
+"""The cache of one sequence: what its layers keep of the tokens so far, keys and values in pages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
 from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
+from npqwen.engine.prefix_page import SHARED
+from npqwen.engine.recurrent_states import Recurrent, RecurrentStates, State
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
@@ -25,15 +27,17 @@ from npqwen.kernels.paging import advise_huge_pages
 
 
 class KeysAndValues(NamedTuple):
-    """The state of an attention layer: a key and a value per head, for every token."""
+    """What attention layers keep: a key and a value per head, for every token. All of a model have the same shape."""
 
+    layers: int
     heads: int
     head_dim: int
 
 
-def layer_states(config: Config) -> list[KeysAndValues]:
-    """The state that each layer keeps. All attention layers of a model have the same shape."""
-    return [KeysAndValues(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+def keys_and_values(config: Config) -> KeysAndValues:
+    """Of a model."""
+    layers = sum(not config.is_recurrent(layer) for layer in range(config.num_hidden_layers))
+    return KeysAndValues(layers, config.num_key_value_heads, config.head_dim)
 
 
 class _Pages:
@@ -68,6 +72,8 @@ class KVCache:
 
     A page is allocated zeroed, and the operating system provides memory only for what is written. Growing never copies.
     A cache serves one thread at a time (OptionError for a second one); give each sequence its own, such as a `fork`.
+
+    recurrent: what a hybrid's other layers keep; None if all layers keep keys and values.
     """
 
     def __init__(
@@ -91,14 +97,15 @@ class KVCache:
         """Maximum tokens."""
         self.in_use = _OneThread()
         """Held while the cache is read or changed."""
-        states = layer_states(config)
-        heads, head_dim = states[0]
+        layers, heads, head_dim = keys_and_values(config)
+        shape = Recurrent.of(config)
+        self.recurrent = None if shape is None else RecurrentStates(shape, _memory)
         self.kv = kv
         """The type of the numbers."""
         self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
         """Positions of a tile, the least part of a page that is copied."""
         items = int8_tile_bytes.py_func(head_dim) if kv == "int8" else POSITION_TILE * head_dim
-        self.page_shape = (len(states), 2, heads, PAGE // self.tile, items)
+        self.page_shape = (layers, 2, heads, PAGE // self.tile, items)
         """(layers that keep keys and values, keys or values, heads, tiles, what a tile takes)."""
         self.dtype_array = np.zeros(0, PAGE_DTYPES[kv])
         """An empty array of the pages' dtype."""
@@ -119,8 +126,8 @@ class KVCache:
 
     @property
     def held(self) -> object:
-        """The owner of the pages that `addresses` leads to: they stay as long as it does."""
-        return self._held
+        """The owner of what a pass reads and writes: pages and states stay as long as it does."""
+        return self._held if self.recurrent is None else (self._held, self.recurrent.arrays)
 
     @property
     def page_table(self) -> int:
@@ -134,8 +141,8 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the allocated pages, including shared ones."""
-        return self.page_count * self.page_bytes
+        """Bytes of the allocated pages and states, including shared ones."""
+        return self.page_count * self.page_bytes + (0 if self.recurrent is None else self.recurrent.nbytes)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more, in pages that no fork shares.
@@ -174,16 +181,60 @@ class KVCache:
     def reusable(self, length: int) -> int:
         """How many of the first `length` tokens `truncate` and `fork` can keep.
 
-        Layers that keep keys and values can go back to any length: min(length, self.length).
+        Layers that keep keys and values can go back to any length: min(length, self.length). Recurrent ones only to a
+        checkpoint.
         """
-        return min(check_whole("length", length), self.length)
+        length = check_whole("length", length)
+        return min(length, self.length) if self.recurrent is None else self.recurrent.reusable(length, self.length)
+
+    def expected(self, length: int) -> int:
+        """How many of the first `length` tokens will be reusable once they are computed."""
+        recurrent = self.recurrent
+        return length if recurrent is None else recurrent.expected(length, self.length)
 
     def truncate(self, length: int) -> None:
         """Discard all but the first `length` tokens; OptionError if the cache cannot go back to that length."""
         with self.in_use:
             self._check_length(length)
             self.cuts += length < self.length
+            if self.recurrent is not None:
+                self.recurrent.cut(length)
             self.length = int(length)
+
+    def mark(self, positions: Iterable[int]) -> None:
+        """Have checkpoints at these positions, to which other texts may go back: `span` ends passes there.
+
+        Or a little before them, at the beginning of a page: pages are found by more than their first few tokens.
+        """
+        if self.recurrent is not None:
+            self.recurrent.marks = sorted({at - at % PAGE if at % PAGE < SHARED else at for at in positions})
+
+    def span(self, tokens: int) -> int:
+        """How many of the next `tokens` tokens one pass may run, at least 1 of 1."""
+        return tokens if self.recurrent is None else self.recurrent.span(self.length, tokens)
+
+    def begin(self, tokens: int, guesses: int = 0) -> None:
+        """Prepare a pass of `tokens` tokens, for which there is room; of the last `guesses`, `retract` may take out
+        some or all."""
+        if self.recurrent is not None:
+            try:
+                self.recurrent.begin(self.length, tokens, guesses)
+            except OSError:
+                raise OutOfMemoryError(
+                    f"the state after {self.length + tokens} tokens needs {self.recurrent.shape.nbytes / 1e9:.2f} GB, "
+                    "which is more than the available memory; close other programs"
+                ) from None
+
+    def advance(self, tokens: int) -> None:
+        """Append the tokens of a pass that is complete."""
+        if self.recurrent is not None:
+            self.recurrent.commit()
+        self.length += tokens
+
+    def keep_checkpoint(self) -> None:
+        """Make it possible to go back to the tokens that are in the cache now."""
+        if self.recurrent is not None:
+            self.recurrent.keep()
 
     def retract(self, count: int) -> None:
         """Take out the last `count` tokens, guesses that no text has yet, so that `restore` can put some of them back.
@@ -220,6 +271,8 @@ class KVCache:
                 arrays.append(page)
                 addresses[full] = page.ctypes.data
             fork._held = _Pages(arrays, addresses)
+            if self.recurrent is not None:
+                fork.recurrent = self.recurrent.fork(length)
             fork._shared = dict.fromkeys(range(full), PAGE)
             self._shared.update(fork._shared)
             return fork
@@ -230,19 +283,29 @@ class KVCache:
         The cache appends after these tokens in place, and copies a page before it overwrites one of them.
         """
         with self.in_use:
-            self._check_length(length)
+            if length > self.length:
+                raise OptionError(f"length is {length}; the cache has {self.length} tokens")
             count = ceil_div(length, PAGE)
             for i in range(count):
                 self._shared[i] = max(self._shared.get(i, 0), min(PAGE, length - i * PAGE))
             return self._held.arrays[:count]
 
-    def adopt(self, pages: Sequence[NDArray[Any]], length: int) -> int:
+    def states(self, length: int) -> list[State]:
+        """Recurrent states after parts of the first `length` tokens, for others to read; none but of a hybrid."""
+        if self.recurrent is None:
+            return []
+        with self.in_use:
+            states = {state.position: state.array for state in (*self.recurrent.checkpoints, self.recurrent.newest)}
+            return [State(position, array) for position, array in states.items() if 0 < position <= length]
+
+    def adopt(self, pages: Sequence[NDArray[Any]], length: int, checkpoints: Iterable[State] = ()) -> int:
         """Replace all tokens by `length` tokens in `pages`, which others hold, too; returns how many the cache holds.
 
         pages: of `page_shape`, from `share` of a cache of this model; they are copied before they are written.
+        checkpoints: of a hybrid, states after parts of these tokens.
 
-        Layers that keep keys and values can use any part of the last page, so all tokens are taken. A layer whose state
-        cannot be cut would return the position of the last checkpoint that the pages have.
+        Layers that keep keys and values can use any part of the last page, so all tokens are taken. Recurrent ones hold
+        those up to the last checkpoint.
         """
         with self.in_use:
             if length > self.limit:
@@ -251,6 +314,8 @@ class KVCache:
             addresses[: len(pages)] = [page.ctypes.data for page in pages]
             self.cuts += 1
             self.length = 0
+            if self.recurrent is not None:
+                length = self.recurrent.replace(checkpoints)
             self._shared = dict.fromkeys(range(len(pages)), PAGE)
             self._held = _Pages(list(pages), addresses)
             self.length = length
@@ -274,6 +339,17 @@ class KVCache:
         """A new page of zeros, which this cache does not hold. Raises OutOfMemoryError if memory is too short."""
         self._check_memory(1, 1)
         return self._new_page()
+
+    def new_state(self) -> NDArray[np.float32]:
+        """A new recurrent state of a hybrid, all zeros. Raises OutOfMemoryError if memory is too short."""
+        assert self.recurrent is not None
+        available, needed = available_memory(), self.recurrent.shape.nbytes
+        try:
+            if available is None or needed <= available - HEADROOM:
+                return self.recurrent.new_array()
+        except OSError:
+            pass
+        raise OutOfMemoryError(f"a state needs {needed / 1e9:.2f} GB, which is more than the available memory")
 
     def _new_page(self) -> NDArray[Any]:
         try:

@@ -1,7 +1,8 @@
 """A directory of prefixes: one file for each page, which later runs and other processes read.
 
 A file is a valid safetensors file: `ids` is I32 (tokens,), `page` has the page's positions as `KVCache` holds them,
-rounded up to whole tiles. `__metadata__` has the format, its version, the key and a CRC-32 of ids and page. The name
+rounded up to whole tiles. Of a hybrid, `state.N` is the recurrent state after N of its tokens, F32 (layers, what each
+keeps). `__metadata__` has the format, its version, the key, these N and a CRC-32 of ids, page and states. The name
 consists of the key of the tokens before the page, a hash of its first tokens, and its key; keys depend on the model's
 fingerprint and the cache's type. So a page of another model, version or text has another name, and nothing needs an
 index or a lock: files appear by atomic replacement and are never changed.
@@ -18,11 +19,12 @@ import os
 import re
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file, remove_abandoned, writing
 from npqwen.engine.kv_cache import KVCache, page_part
@@ -37,6 +39,7 @@ FORMAT, VERSION = "npqwen-prefix", "1"
 DEFAULT_SIZE = 10 * 10**9
 """Bytes that a directory may take, if nothing else is said."""
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{32}\.safetensors", re.ASCII)
+_OFFSETS = re.compile(r"[0-9]{1,3}(,[0-9]{1,3}){0,255}", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
 
 
@@ -88,6 +91,8 @@ class PrefixFiles:
         self._new_page = cache.new_page
         self._dtype = page_dtype(cache.kv)
         self._tile = cache.tile
+        self._recurrent = None if cache.recurrent is None else cache.recurrent.shape
+        self._new_state = cache.new_state
         self.root = root_key(FORMAT, VERSION, fingerprint, self._dtype, cache.page_shape)
         self._sample = cache.new_page()
         self._damaged: dict[str, str] = {}
@@ -124,21 +129,26 @@ class PrefixFiles:
         name = _name(page.parent, page.ids, page.key)
         path = self.directory / name
         used = page.used - 1000 * page.depth  # nanoseconds; file systems keep a tenth of a microsecond, or less
-        if not path.exists():
+        if not path.exists() or page.states:
             part = page_part(page.array, len(page.ids), self._tile)
             # A page's owner may still append to it: the checksum is that of the copy.
             data = part if page.is_full else np.ascontiguousarray(part)
             flat = data.reshape(-1).view(np.uint8)
             ids = page.ids.astype("<i4")
             checksum = zlib.crc32(flat.data, zlib.crc32(ids.data))
-            header = self._header(len(ids), page.key, f"{checksum:08x}")
-            needed = len(header) + ids.nbytes + flat.nbytes
+            states = dict(sorted(page.states.items()))
+            for state in states.values():
+                checksum = zlib.crc32(state.data, checksum)
+            header = self._header(len(ids), page.key, f"{checksum:08x}", list(states))
+            needed = len(header) + ids.nbytes + flat.nbytes + sum(state.nbytes for state in states.values())
             if not self._make_room(needed, used):
                 return
             with new_file(path, private=True, sync=False) as file:
                 file.write(header)
                 file.write(ids.data)
                 file.write(flat.data)
+                for state in states.values():
+                    file.write(state.data)
         with contextlib.suppress(OSError):
             os.utime(path, ns=(used, used))
         if page.replaces is not None:
@@ -179,11 +189,19 @@ class PrefixFiles:
         flat = whole.reshape(-1).view(np.uint8)
         if fill(file, whole) != flat.nbytes:
             raise _Damaged("it is truncated")
-        if f"{zlib.crc32(flat.data, zlib.crc32(ids.astype('<i4').data)):08x}" != header.metadata["checksum"]:
+        checksum = zlib.crc32(flat.data, zlib.crc32(ids.astype("<i4").data))
+        states: dict[int, NDArray[np.float32]] = {}
+        for offset in self._offsets(header, len(ids)):
+            states[offset] = state = self._new_state()
+            if fill(file, state) != state.nbytes:
+                raise _Damaged("it is truncated")
+            checksum = zlib.crc32(state.data, checksum)
+        if f"{checksum:08x}" != header.metadata["checksum"]:
             raise _Damaged("its checksum is wrong")
         if whole is not part:
             part[...] = whole
-        return PrefixPage(parent, ids, page, depth, stored=len(ids))
+        stored = frozenset(states)
+        return PrefixPage(parent, ids, page, depth, stored=len(ids), states=states, stored_states=stored)
 
     def _head(self, file: BinaryIO) -> tuple[Header, Ids]:
         """Header and ids of an open file, which is then at the page's first byte."""
@@ -202,8 +220,8 @@ class PrefixFiles:
         if not re.fullmatch(r"[0-9a-f]{32}", key) or not _CHECKSUM.fullmatch(metadata.get("checksum", "")):
             raise _Damaged("its header is damaged")
         count = stored.shape[0]
-        # The number of tokens, the key and the checksum determine the header.
-        expected = self._header(count, bytes.fromhex(key), metadata["checksum"])
+        # The number of tokens, the key, the checksum and where states are determine the header.
+        expected = self._header(count, bytes.fromhex(key), metadata["checksum"], self._offsets(header, count))
         file.seek(0)
         if file.read(len(expected)) != expected:
             raise _Damaged("its header is damaged")
@@ -237,11 +255,28 @@ class PrefixFiles:
         except OSError:
             self._refused.add(name)
 
-    def _header(self, count: int, key: bytes, checksum: str) -> bytes:
-        """The file's first bytes, up to the data."""
+    def _offsets(self, header: Header, count: int) -> list[int]:
+        """After how many of a page's `count` tokens a file has states."""
+        text = header.metadata.get("states")
+        if text is None:
+            return []
+        if self._recurrent is None or not _OFFSETS.fullmatch(text):
+            raise _Damaged("its header is damaged")
+        offsets = [int(offset) for offset in text.split(",")]
+        if offsets != sorted(set(offsets)) or not 0 < offsets[0] <= offsets[-1] <= count:
+            raise _Damaged("its header is damaged")
+        return offsets
+
+    def _header(self, count: int, key: bytes, checksum: str, offsets: Sequence[int]) -> bytes:
+        """The file's first bytes, up to the data. offsets: where states are."""
         metadata = {"format": FORMAT, "format_version": VERSION, "key": key.hex(), "checksum": checksum}
         shape = page_part(self._sample, count, self._tile).shape
-        return make_header([("ids", "I32", (count,)), ("page", self._dtype, shape)], metadata)
+        tensors: list[tuple[str, str, tuple[int, ...]]] = [("ids", "I32", (count,)), ("page", self._dtype, shape)]
+        if offsets:
+            assert self._recurrent is not None
+            metadata["states"] = ",".join(map(str, offsets))
+            tensors += [(f"state.{n}", "F32", (self._recurrent.layers, self._recurrent.state)) for n in offsets]
+        return make_header(tensors, metadata)
 
     def _make_room(self, needed: int, used: int) -> bool:
         """Remove files that were used before `used` until `needed` more bytes fit; whether they do.

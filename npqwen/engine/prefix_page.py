@@ -31,7 +31,7 @@ def key_after(parent: bytes, ids: Ids) -> bytes:
 
 @dataclass(eq=False)
 class PrefixPage:
-    """The keys and values of up to PAGE tokens; of fewer only at the end of a text."""
+    """What a model keeps of up to PAGE tokens; of fewer only at the end of a text."""
 
     parent: bytes
     """The key of all tokens before the page."""
@@ -48,9 +48,18 @@ class PrefixPage:
     """How many of its tokens a file has, or will have soon."""
     replaces: bytes | None = None
     """The key of a file with fewer of its tokens, which is not needed once this page has one."""
+    states: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    """Of a hybrid: recurrent states, by how many of the page's tokens come before them."""
+    stored_states: frozenset[int] = frozenset()
+    """Those that a file has, or will have soon."""
 
     def __post_init__(self) -> None:
         self.key = key_after(self.parent, self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states."""
+        return self.array.nbytes + sum(state.nbytes for state in self.states.values())
 
     @property
     def is_full(self) -> bool:

@@ -4,7 +4,8 @@
     keep(ids, cache) ◄─ KVCache.share ──► pages in memory ──► prefix_writer.py, behind the answer
 
 A page is found by the key of all tokens up to its last (prefix_page.py); the page at which two texts part, or one of
-them ends, by comparing tokens. Pages are shared with the caches, never copied here.
+them ends, by comparing tokens. Pages are shared with the caches, never copied here. Those of a hybrid have recurrent
+states, too: its prefixes end at one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 
 from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, branch_of, common_prefix, key_after
 from npqwen.engine.prefix_writer import PrefixWriter
+from npqwen.engine.recurrent_states import State
 from npqwen.errors import OutOfMemoryError, PrefixCacheWarning, user_stacklevel
+from npqwen.format.layout import ceil_div
 from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
@@ -42,7 +45,22 @@ class Prefix(NamedTuple):
 
     def give(self, cache: KVCache) -> int:
         """Make the prefix all that a cache holds; returns how many tokens that are."""
-        return cache.adopt([page.array for page in self.pages], self.length)
+        return cache.adopt([page.array for page in self.pages], self.length, self.states())
+
+    def states(self) -> list[State]:
+        """The recurrent states within the prefix, by position; none but of a hybrid."""
+        found = (
+            State(page.depth * PAGE + offset, array)
+            for page in self.pages
+            for offset, array in page.states.items()
+        )
+        return sorted((state for state in found if state.position <= self.length), key=lambda state: state.position)
+
+    def up_to_state(self) -> Prefix:
+        """The part up to the last recurrent state."""
+        states = self.states()
+        length = states[-1].position if states else 0
+        return Prefix(self.pages[: ceil_div(length, PAGE)], length)
 
 
 class Prefixes:
@@ -55,16 +73,19 @@ class Prefixes:
         self,
         limit: int,
         *,
+        recurrent: bool = False,
         adjustable: bool = False,
         files: PrefixFiles | None = None,
         busy: Callable[[], bool] = lambda: False,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        """limit: bytes in memory; 0 keeps nothing. adjustable: whether `allow` changes it. files: where pages are read
-        and written, too. busy: whether a pass is running at the moment. notice: receives lines about files that were
-        damaged or could not be written, in the thread of a caller; default: a PrefixCacheWarning.
+        """limit: bytes in memory; 0 keeps nothing. recurrent: whether the model is a hybrid. adjustable: whether
+        `allow` changes the limit. files: where pages are read and written, too. busy: whether a pass is running at the
+        moment. notice: receives lines about files that were damaged or could not be written, in the thread of a caller;
+        default: a PrefixCacheWarning.
         """
         self._limit = limit
+        self._recurrent = recurrent
         self._adjustable = adjustable
         self._files = files
         self._root = b"" if files is None else files.root
@@ -73,12 +94,12 @@ class Prefixes:
         self._lock = threading.Lock()
         self._pages: OrderedDict[bytes, PrefixPage] = OrderedDict()
         self._branches: dict[tuple[bytes, bytes], list[PrefixPage]] = {}
-        self._page_bytes = 0
+        self._nbytes = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages in memory, including those that caches share."""
-        return len(self._pages) * self._page_bytes
+        return self._nbytes
 
     @property
     def arrays(self) -> list[NDArray[Any]]:
@@ -88,7 +109,12 @@ class Prefixes:
         return arrays if self._writer is None else [*arrays, *(page.array for page in self._writer.waiting())]
 
     def find(self, ids: Ids) -> Prefix:
-        """The longest prefix of `ids` in memory, as of now used."""
+        """The longest prefix of `ids` in memory that a cache can use, as of now used."""
+        found = self._find(ids)
+        return found.up_to_state() if self._recurrent else found
+
+    def _find(self, ids: Ids) -> Prefix:
+        """The longest prefix of `ids` in memory."""
         with self._lock:
             pages, length = self._full_pages(ids)
             page, more = self._partial(pages[-1].key if pages else self._root, ids[length:])
@@ -99,13 +125,13 @@ class Prefixes:
 
     def fetch(self, ids: Ids) -> Prefix:
         """The longest prefix of `ids` in memory and in files, which are read into memory."""
-        found = self.find(ids)
-        if self._files is None or not self._limit or len(ids) - found.length < SHARED:
-            return found
-        try:
-            return self._read(self._files, ids, found)
-        finally:
-            self._tell()
+        found = self._find(ids)
+        if self._files is not None and self._limit and len(ids) - found.length >= SHARED:
+            try:
+                found = self._read(self._files, ids, found)
+            finally:
+                self._tell()
+        return found.up_to_state() if self._recurrent else found
 
     def extend(self, ids: Ids, cache: KVCache) -> int:
         """Have a cache that holds the first of `ids` hold the longest prefix that is known.
@@ -123,19 +149,21 @@ class Prefixes:
         length = len(ids) if rest >= SHARED else len(ids) - rest
         if not self._limit or not length:
             return
-        arrays = cache.share(length)
+        arrays, states = cache.share(length), cache.states(length)
         with self._lock:
             chain: list[PrefixPage] = []
             for depth, array in enumerate(arrays):
                 parent = chain[-1].key if chain else self._root
-                part = ids[depth * PAGE : min(length, (depth + 1) * PAGE)]
-                chain.append(self._add(PrefixPage(parent, part.astype(np.int32), array, depth)))
+                start, end = depth * PAGE, min(length, (depth + 1) * PAGE)
+                page = PrefixPage(parent, ids[start:end].astype(np.int32), array, depth)
+                page.states = {state.position - start: state.array for state in states if start < state.position <= end}
+                chain.append(self._add(page))
             self._touch(chain)
             self._evict()
             if self._writer is not None:
                 written = [page for page in chain if _worth_writing(page)]
                 for page in written:
-                    page.stored = len(page.ids)
+                    page.stored, page.stored_states = len(page.ids), frozenset(page.states)
                 self._writer.put(written, max(1, self._limit // arrays[0].nbytes))
 
     def drop_oldest(self) -> bool:
@@ -158,6 +186,7 @@ class Prefixes:
         with self._lock:
             self._pages.clear()
             self._branches.clear()
+            self._nbytes = 0
 
     def close(self) -> None:
         """Finish writing, and give up all pages in memory."""
@@ -225,18 +254,26 @@ class Prefixes:
         """Take a page; returns the one that has its tokens: an older one, or a longer one at the end of a text."""
         known = self._pages.get(page.key)
         if known is not None:
-            return known
+            return self._with_states(known, page)
         for other in self._branches.get(page.branch, []).copy():
             common = common_prefix(page.ids, other.ids)
             if common == len(page.ids):
-                return other
+                return self._with_states(other, page)
             if common == len(other.ids):
+                page.states = other.states | page.states
                 page.stored = max(page.stored, other.stored)
                 page.replaces = other.key if other.stored == len(other.ids) else other.replaces
                 self._remove(other)
         self._branches.setdefault(page.branch, []).append(page)
         self._pages[page.key] = page
-        self._page_bytes = page.array.nbytes
+        self._nbytes += page.nbytes
+        return page
+
+    def _with_states(self, page: PrefixPage, other: PrefixPage) -> PrefixPage:
+        """A page in memory, with the states of another that has some of its tokens, too."""
+        self._nbytes -= page.nbytes
+        page.states = other.states | page.states
+        self._nbytes += page.nbytes
         return page
 
     def _touch(self, pages: list[PrefixPage]) -> None:
@@ -248,7 +285,7 @@ class Prefixes:
                 self._pages.move_to_end(page.key)
 
     def _evict(self) -> None:
-        while self.nbytes > self._limit:
+        while self._pages and self.nbytes > self._limit:
             self._drop()
 
     def _drop(self) -> None:
@@ -256,6 +293,7 @@ class Prefixes:
 
     def _remove(self, page: PrefixPage) -> None:
         del self._pages[page.key]
+        self._nbytes -= page.nbytes
         branch = [other for other in self._branches.get(page.branch, ()) if other is not page]
         if branch:
             self._branches[page.branch] = branch
@@ -277,4 +315,5 @@ class Prefixes:
 
 def _worth_writing(page: PrefixPage) -> bool:
     """Whether enough of a page is not in a file; a full one is written, or its use noted, in any case."""
-    return page.is_full or not page.stored or len(page.ids) - page.stored >= _GROWN
+    grown = len(page.ids) - page.stored >= _GROWN or not page.stored_states.issuperset(page.states)
+    return page.is_full or not page.stored or grown

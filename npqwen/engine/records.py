@@ -25,13 +25,28 @@ LAYER = np.dtype(
         ("down_proj", MATRIX),
         ("router", MATRIX),
         ("expert_bytes", np.int64),
+        ("shared_gate_up_proj", MATRIX),
+        ("shared_down_proj", MATRIX),
+        ("shared_expert_gate", np.int64),
+        ("q_gate", MATRIX),
+        ("state_index", np.int64),
+        ("in_proj", MATRIX),
+        ("in_proj_ba", MATRIX),
+        ("conv1d", np.int64),
+        ("decay", np.int64),
+        ("dt_bias", np.int64),
+        ("linear_norm", np.int64),
     ]
 )
 """A layer's mapped weights. Vectors are addresses of float32.
 
-kv_index: the layer's index among those that keep keys and values in the cache.
+kv_index: the layer's index among those that keep keys and values in the cache. state_index: among those that keep a
+recurrent state; from there on what only these have, and o_proj. q_gate: of a hybrid's attention.
 expert_bytes: distance between two experts; gate_up_proj and down_proj are the first expert's. 0 in a dense layer.
 """
+
+RECURRENCE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+"""Fields of MODEL that only hybrids have."""
 
 MODEL = np.dtype(
     [
@@ -44,15 +59,17 @@ MODEL = np.dtype(
         ("head_dim", np.int64),
         ("rms_norm_eps", np.float32),
         ("norm_topk_prob", np.bool_),
+        *((key, np.int64) for key in RECURRENCE),
         ("prefetch", np.int64),
         ("matmul_kernels", np.int64, KERNEL_TABLE),
         ("attention_kernels", np.int64, (MAX_ROWS + 1,)),
+        ("gated_delta_kernel", np.int64),
     ]
 )
 """The weights outside the layers, and dimensions under the names of config.json.
 
 prefetch: the policy for experts' pages, see `npqwen.kernels.paging`.
-matmul_kernels, attention_kernels: addresses of machine code, see the functions of these names.
+matmul_kernels, attention_kernels, gated_delta_kernel: addresses of machine code, see the functions of these names.
 """
 
 Floats = NDArray[np.float32]
@@ -74,7 +91,7 @@ class Tokens(NamedTuple):
     pages: Ints
     """(tokens,): `SEQUENCE.pages` of their own sequences."""
     cos: Floats
-    """(tokens, head_dim / 2), of the rotary embedding."""
+    """(tokens, rotary_dim / 2), of the rotary embedding."""
     sin: Floats
 
 
@@ -127,6 +144,15 @@ class ExpertActivations(NamedTuple):
     """Input of down_proj, packed, by slot."""
     results: Floats
     """(slots, hidden)"""
+
+
+class RecurrentActivations(NamedTuple):
+    """Intermediate results of a hybrid's layers that the threads share. Rows are tokens."""
+
+    projected: Floats
+    """Of in_proj: queries, keys, values and z, see `npqwen.kernels.gated_delta`; in attention layers, of q_gate."""
+    gates: Floats
+    """Of in_proj_ba."""
 
 
 class Workspace(NamedTuple):

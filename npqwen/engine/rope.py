@@ -18,24 +18,25 @@ _BLOCK = 256
 class Rope:
     """cos and sin for any position, rounded as Hugging Face transformers rounds them.
 
-    frequency: float32 (head_dim / 2,), radians per position. scale: factor of cos and sin (YaRN's attention factor).
+    frequency: float32 (rotary_dim / 2,), radians per position. scale: factor of cos and sin (YaRN's attention factor).
     """
 
     def __init__(self, config: Config) -> None:
-        half = config.head_dim // 2
+        dim = config.rotary_dim
+        half = dim // 2
         self.scale = np.float32(1.0)
-        frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float32) * np.float32(2 / config.head_dim))
+        frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float32) * np.float32(2 / dim))
         yarn = config.yarn
         if yarn is not None:
             low, high = (
-                config.head_dim
+                dim
                 * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi))
                 / (2 * math.log(config.rope_theta))
                 for turns in (yarn.beta_fast, yarn.beta_slow)
             )
             if yarn.truncate:
                 low, high = math.floor(low), math.ceil(high)
-            low, high = max(low, 0), min(high, config.head_dim - 1)
+            low, high = max(low, 0), min(high, dim - 1)
             ramp = np.clip((np.arange(half) - low) / max(high - low, 0.001), 0, 1)
             frequency = frequency / yarn.factor * ramp + frequency * (1 - ramp)
             factor = yarn.attention_factor
@@ -50,14 +51,14 @@ class Rope:
         self._cos = self._sin = np.empty((0, half), np.float32)
 
     def tables(self, start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """cos and sin of positions start to start + count - 1, scaled: float32 (count, head_dim / 2) each."""
+        """cos and sin of positions start to start + count - 1, scaled: float32 (count, rotary_dim / 2) each."""
         end = start + count
         if end > self._ready:
             self._compute(np.arange(start // _BLOCK, ceil_div(end, _BLOCK)))
         return self._cos[start:end], self._sin[start:end]
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """cos and sin of any positions (n,), scaled: float32 (n, head_dim / 2) each."""
+        """cos and sin of any positions (n,), scaled: float32 (n, rotary_dim / 2) each."""
         if positions.max(initial=-1) >= self._ready:
             self._compute(positions // _BLOCK)
         return self._cos[positions], self._sin[positions]

@@ -5,14 +5,17 @@ are not computed yet, such as the last one drawn. `page.0`, `page.1`, ... are F1
 kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in tiles of 16 positions. A tile of keys is
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
 the last token are 0. Pages of int8 are U8 (layers, 2, kv_heads, tiles, bytes), in 8 tiles of 32 positions, which
-npqwen/kernels/int8_page.py describes. `__metadata__` has the format, its version and the fingerprint.
+npqwen/kernels/int8_page.py describes. Of a hybrid, `state.N` is the recurrent state after N tokens, F32 (layers, what
+each keeps): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version and the
+fingerprint.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from npqwen.atomic_file import new_file
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.kv_cache import KVCache, clear_positions
+from npqwen.engine.recurrent_states import State
 from npqwen.errors import ContextLengthError, FormatError, OutputError, quoted
 from npqwen.format.files import open_regular
 from npqwen.format.layout import ceil_div
@@ -29,6 +33,9 @@ from npqwen.format.safetensors import HeaderError, make_header, read_header, ten
 from npqwen.kernels.cache_page import PAGE
 
 FORMAT, VERSION = "npqwen-cache", "1"
+_STATES = 3
+"""Of a hybrid's states, how many are saved: those to which the next turn of a conversation may go back."""
+_STATE = re.compile(r"state\.[0-9]{1,10}", re.ASCII)
 _TYPES: dict[str, CacheType] = {"U8": "int8", "F16": "f16", "F32": "f32"}
 """Types of caches, by the dtype of their pages."""
 
@@ -38,7 +45,10 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
 
     ids: the tokens in the cache, and perhaps some after them. Raises OutputError if the file cannot be written.
     """
-    counts = cache.length, len(ids) - cache.length
+    states = cache.states(cache.length)[-_STATES:]
+    # Guesses that turned out right are not in a state before the next pass: they are computed again.
+    count = cache.length if cache.recurrent is None else states[-1].position if states else 0
+    counts = count, len(ids) - count, [state.position for state in states]
     header = _header(cache, *counts, fingerprint)
     size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, *counts))
     with cache.in_use, new_file(path) as file:
@@ -47,8 +57,10 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
             raise OutputError(f"{path} needs {size / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free there")
         file.write(header)
         file.write(np.array(ids, "<i4").data)
-        for page in _used(cache):
+        for page in _used(cache, count):
             file.write(page.reshape(-1).view(np.uint8).data)
+        for state in states:
+            file.write(state.array.data)
 
 
 def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
@@ -95,8 +107,11 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
             f"{path} holds {count + pending} tokens and the context is {cache.limit}; "
             "load the model with a longer context"
         )
-    # The numbers of tokens determine the header.
-    expected = _header(cache, count, pending, fingerprint)
+    # The numbers of tokens, and where states are, determine the header.
+    positions = [int(name[6:]) for name in header.tensors if _STATE.fullmatch(name)]
+    if len(positions) > _STATES or (positions[-1:] != [count] if cache.recurrent and count else positions):
+        raise damaged
+    expected = _header(cache, count, pending, positions, fingerprint)
     file.seek(0)
     if file.read(len(expected)) != expected:
         raise damaged
@@ -112,12 +127,23 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         if fill(file, whole) != whole.nbytes:
             raise damaged
         page[...] = whole
+    if cache.recurrent is not None:
+        states = [State(position, cache.new_state()) for position in positions]
+        for state in states:
+            if fill(file, state.array) != state.array.nbytes:
+                raise damaged
+        cache.recurrent.replace(states)
     cache.length = count
     return list(map(int, ids))
 
 
-def _tensors(cache: KVCache, count: int, pending: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor of a snapshot of `count` tokens, and `pending` that are not computed."""
+def _tensors(
+    cache: KVCache, count: int, pending: int, positions: Sequence[int]
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor of a snapshot of `count` tokens, and `pending` that are not computed.
+
+    positions: of the states.
+    """
     layers, two, heads, _, size = cache.page_shape
     tensors: list[tuple[str, str, tuple[int, ...]]] = [("ids", "I32", (count,))]
     if pending:
@@ -125,13 +151,16 @@ def _tensors(cache: KVCache, count: int, pending: int) -> list[tuple[str, str, t
     for start in range(0, count, PAGE):
         tiles = ceil_div(min(PAGE, count - start), cache.tile)
         tensors.append((f"page.{start // PAGE}", page_dtype(cache.kv), (layers, two, heads, tiles, size)))
+    if cache.recurrent is not None:
+        shape = cache.recurrent.shape
+        tensors += [(f"state.{position}", "F32", (shape.layers, shape.state)) for position in positions]
     return tensors
 
 
-def _header(cache: KVCache, count: int, pending: int, fingerprint: str) -> bytes:
+def _header(cache: KVCache, count: int, pending: int, positions: Sequence[int], fingerprint: str) -> bytes:
     """The file's first bytes, up to the data."""
     metadata = {"format": FORMAT, "format_version": VERSION, "fingerprint": fingerprint}
-    return make_header(_tensors(cache, count, pending), metadata)
+    return make_header(_tensors(cache, count, pending, positions), metadata)
 
 
 def page_dtype(kv: CacheType) -> str:
@@ -139,10 +168,10 @@ def page_dtype(kv: CacheType) -> str:
     return next(dtype for dtype, known in _TYPES.items() if known == kv)
 
 
-def _used(cache: KVCache) -> Iterator[NDArray[Any]]:
-    """The cache's tokens, page by page; positions after the last token are 0, whatever discarded tokens left there."""
-    pages = cache.pages(cache.length)
-    past = cache.length % cache.tile
+def _used(cache: KVCache, count: int) -> Iterator[NDArray[Any]]:
+    """The cache's first `count` tokens, page by page; positions after the last one are 0, whatever was left there."""
+    pages = cache.pages(count)
+    past = count % cache.tile
     if past:
         pages[-1] = page = pages[-1].copy()
         clear_positions(page, past, cache.kv)

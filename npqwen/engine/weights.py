@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.cache_type import CacheType
-from npqwen.engine.records import LAYER, MODEL
+from npqwen.engine.records import LAYER, MODEL, RECURRENCE
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
 from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.format.files import open_regular
 from npqwen.format.layout import Codebook, Experts, Layout, Matrix, Tensor, Vector
 from npqwen.format.quantization import AGAIN, FORMAT_VERSION, Quantization
+from npqwen.format.recipe import Recipe
 from npqwen.format.safetensors import ALIGNMENT, INDEX, Header, HeaderError, read_header, read_index
 from npqwen.kernels.paging import advise_huge_pages
 
@@ -73,11 +74,6 @@ class Weights:
         return {encoding.code for encoding in self.quantization.encodings.values()}
 
     @property
-    def output_encoding(self) -> int:
-        """Code of the output matrix's encoding."""
-        return int(self.model[0]["lm_head"]["encoding"])
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.data.size for tensor in self.tensors.values())
@@ -129,6 +125,9 @@ class Weights:
             model[key] = getattr(c, key)
         if c.mixture is not None:
             model["norm_topk_prob"] = c.mixture.norm_topk_prob
+        if c.recurrence is not None:
+            for key in RECURRENCE:
+                model[key] = getattr(c.recurrence, key)
         model["embed_tokens"] = self._matrix(layout.embed_tokens)
         model["norm"] = self._vector(layout.norm)
         model["lm_head"] = self._matrix(layout.lm_head or layout.embed_tokens)
@@ -150,14 +149,16 @@ class Weights:
                 )
 
     def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse encodings of q, k and v for which their common input would be packed in two ways."""
-        names = [tensors[role].name for role in ("qk_proj", "v_proj")]
-        first, second = (self.quantization.encodings[name] for name in names)
-        if (first.is_integer, first.zero_point) != (second.is_integer, second.zero_point):
-            raise FormatError(
-                f"{self.directory / 'config.json'}: tensor {names[1]} cannot be {second.name} where {names[0]} is "
-                f"{first.name}; {AGAIN}"
-            )
+        """Refuse encodings of q, k, v and the output gate for which their common input would be packed in two ways."""
+        names = [tensors[role].name for role in ("qk_proj", "v_proj", "q_gate") if role in tensors]
+        encodings = [self.quantization.encodings[name] for name in names]
+        for name, other in zip(names, encodings, strict=True):
+            first = encodings[0]
+            if (first.is_integer, first.zero_point) != (other.is_integer, other.zero_point):
+                raise FormatError(
+                    f"{self.directory / 'config.json'}: tensor {name} cannot be {other.name} where {names[0]} is "
+                    f"{first.name}; {AGAIN}"
+                )
 
     def _find(self, name: str) -> MappedTensor:
         if name not in self.tensors:
@@ -204,6 +205,31 @@ class Weights:
         layer["gate_up_proj"] = _record(address, codebook, encoding, gate_up)
         layer["down_proj"] = _record(address + math.prod(gate_up.shape(encoding)), codebook, encoding, down)
         layer["expert_bytes"] = experts.shape(encoding)[1]
+
+
+class PlannedWeights:
+    """The records of a model that is not converted yet: shapes and encodings, but no addresses."""
+
+    def __init__(self, config: Config, recipe: Recipe) -> None:
+        def record(name: str, matrix: Matrix) -> _Record:
+            return _record(0, 0, recipe.encoding(name, config.mixture is not None), matrix)
+
+        self.model, self.layers = np.zeros(1, MODEL), np.zeros(config.num_hidden_layers, LAYER)
+        layout = Layout(config)
+        if config.recurrence is not None:
+            for key in RECURRENCE:
+                self.model[0][key] = getattr(config.recurrence, key)
+        for role, tensor in (("embed_tokens", layout.embed_tokens), ("lm_head", layout.lm_head or layout.embed_tokens)):
+            self.model[0][role] = record(tensor.name, tensor)
+        for i in range(config.num_hidden_layers):
+            for role, part in layout.layer(i).items():
+                if isinstance(part, Matrix):
+                    self.layers[i][role] = record(part.name, part)
+                elif isinstance(part, Experts):
+                    gate_up, down = part.matrices(0)
+                    self.layers[i]["gate_up_proj"] = record(part.name, gate_up)
+                    self.layers[i]["down_proj"] = record(part.name, down)
+                    self.layers[i]["expert_bytes"] = 1
 
 
 def _record(address: int, codebook: int, encoding: Encoding, matrix: Matrix) -> _Record:

@@ -10,7 +10,13 @@ from typing import Any
 from npqwen.errors import CheckpointError, quoted, shortened
 from npqwen.format.files import LARGEST_JSON, read_json_text, read_small
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
+_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+CONVOLUTION = 4
+"""Tokens that a Gated DeltaNet layer's convolution sees (config key linear_conv_kernel_dim); no model has others."""
+_LAYER_TYPES = ("linear_attention", "full_attention")
+_LAYERS = 1 << 16
 _POSITIONS = 2**31
 """Tokens that a context may have at most, YaRN included."""
 
@@ -29,7 +35,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a `qwen3_moe` model, under the names that they have in `config.json`."""
+    """The experts of a sparse model, under the names that they have in `config.json`."""
 
     num_experts: int
     """`num_local_experts` in transformers 5."""
@@ -39,6 +45,36 @@ class Mixture:
     """Whether the chosen experts' probabilities are divided by their sum."""
     decoder_sparse_step: int
     mlp_only_layers: tuple[int, ...]
+    shared_expert_intermediate_size: int = 0
+    """Of the expert that sees every token, in hybrids; 0 without one."""
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """The Gated DeltaNet layers of a hybrid (Yang et al. 2025), under the names that they have in `config.json`."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    """A multiple of linear_num_key_heads."""
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    layer_types: tuple[str, ...]
+    """For each layer "linear_attention" or "full_attention"."""
+
+    @property
+    def keys(self) -> int:
+        """Elements of all heads' keys."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def values(self) -> int:
+        """Elements of all heads' values."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.keys + self.values
 
 
 @dataclass(frozen=True)
@@ -52,6 +88,8 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rotary_dim: int
+    """Of a head, the coordinates that are rotated: head_dim times the key partial_rotary_factor."""
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -59,6 +97,12 @@ class Config:
     yarn: Yarn | None
     tie_word_embeddings: bool
     mixture: Mixture | None = None
+    recurrence: Recurrence | None = None
+    """Of a hybrid: its other layers' attention has an output gate, too."""
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer is a Gated DeltaNet layer in place of attention."""
+        return self.recurrence is not None and self.recurrence.layer_types[layer] == "linear_attention"
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer's feed-forward is a mixture of experts."""
@@ -110,14 +154,20 @@ class Config:
             raise CheckpointError(f"{where}: rope_parameters is {quoted(rope)}, not an object")
         scaling = raw.get("rope_scaling") or rope
         heads = _count(raw, "num_attention_heads", where)
+        layers = _count(raw, "num_hidden_layers", where)
+        mixture = _mixture(raw, where) if model_type in _MIXTURES else None
+        head_dim = _count(raw, "head_dim", where, default=256 if model_type in _HYBRIDS else 128)
         config = cls(
             model_type=model_type,
             hidden_size=_count(raw, "hidden_size", where),
-            intermediate_size=_count(raw, "intermediate_size", where),
-            num_hidden_layers=_count(raw, "num_hidden_layers", where),
+            # Qwen3.5's mixtures have no dense layer.
+            intermediate_size=_count(
+                raw, "intermediate_size", where, default=mixture.moe_intermediate_size if mixture else None
+            ),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_count(raw, "num_key_value_heads", where, default=heads),
-            head_dim=_count(raw, "head_dim", where, default=128),
+            head_dim=head_dim,
             vocab_size=_count(raw, "vocab_size", where),
             max_position_embeddings=_count(raw, "max_position_embeddings", where),
             rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6),
@@ -125,7 +175,9 @@ class Config:
             rope_theta=_positive(rope if rope.get("rope_theta") is not None else raw, "rope_theta", where),
             yarn=_yarn(scaling, raw, where),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            mixture=_mixture(raw, where) if model_type == "qwen3_moe" else None,
+            mixture=mixture,
+            recurrence=_recurrence(raw, layers, where) if model_type in _HYBRIDS else None,
+            rotary_dim=_rotary_dim(raw, rope, head_dim, 0.25 if model_type in _HYBRIDS else 1.0, where),
         )
         if heads % config.num_key_value_heads:
             raise CheckpointError(
@@ -193,19 +245,78 @@ def _mixture(raw: Mapping[str, Any], where: str) -> Mixture:
     if not isinstance(only, list) or not all(type(i) is int for i in only):
         raise CheckpointError(f"{where}: mlp_only_layers is {quoted(only)}, not a list of layers")
     experts = raw.get("num_experts") or raw.get("num_local_experts")
+    is_hybrid = raw.get("model_type") in _HYBRIDS
     mixture = Mixture(
         num_experts=_count({"num_experts": experts}, "num_experts", where, default=128),
         num_experts_per_tok=_count(raw, "num_experts_per_tok", where, default=8),
         moe_intermediate_size=_count(raw, "moe_intermediate_size", where, default=768),
-        norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+        # Qwen3.5's mixtures have no such key and do so; Qwen3-Next's default is to do so.
+        norm_topk_prob=bool(raw.get("norm_topk_prob", is_hybrid)),
         decoder_sparse_step=_count(raw, "decoder_sparse_step", where, default=1),
         mlp_only_layers=tuple(only),
+        shared_expert_intermediate_size=(
+            _count(raw, "shared_expert_intermediate_size", where, default=512) if is_hybrid else 0
+        ),
     )
     if mixture.num_experts_per_tok > mixture.num_experts:
         raise CheckpointError(
             f"{where}: num_experts_per_tok {mixture.num_experts_per_tok} is more than the {mixture.num_experts} experts"
         )
     return mixture
+
+
+def _recurrence(raw: Mapping[str, Any], layers: int, where: str) -> Recurrence:
+    """The keys of a hybrid; defaults are those of transformers' Qwen3NextConfig."""
+    types = raw.get("layer_types")
+    if types is None:
+        interval = _count(raw, "full_attention_interval", where, default=4)
+        if layers > _LAYERS:
+            raise CheckpointError(f"{where}: num_hidden_layers is {layers}, more than {_LAYERS}")
+        types = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= set(_LAYER_TYPES):
+        raise CheckpointError(
+            f"{where}: layer_types is {quoted(types)}; it must name {' or '.join(_LAYER_TYPES)} for each of the "
+            f"{layers} layers"
+        )
+    if "full_attention" not in types:
+        raise CheckpointError(f"{where}: layer_types has no full_attention, which every Qwen3 hybrid has")
+    taps = _count(raw, "linear_conv_kernel_dim", where, default=CONVOLUTION)
+    if taps != CONVOLUTION:
+        raise CheckpointError(f"{where}: linear_conv_kernel_dim {taps} is not supported, only {CONVOLUTION}")
+    if raw.get("attn_output_gate", True) is not True:
+        raise CheckpointError(f"{where}: attn_output_gate is false, which no Qwen3 hybrid has")
+    if raw.get("output_gate_type", "swish") not in ("swish", "silu"):
+        raise CheckpointError(
+            f"{where}: output_gate_type {quoted(raw['output_gate_type'])} is not supported, only 'swish'"
+        )
+    recurrence = Recurrence(
+        linear_num_key_heads=_count(raw, "linear_num_key_heads", where, default=16),
+        linear_num_value_heads=_count(raw, "linear_num_value_heads", where, default=32),
+        linear_key_head_dim=_count(raw, "linear_key_head_dim", where, default=128),
+        linear_value_head_dim=_count(raw, "linear_value_head_dim", where, default=128),
+        layer_types=tuple(types),
+    )
+    for key in ("linear_key_head_dim", "linear_value_head_dim"):
+        if getattr(recurrence, key) % 16:
+            raise CheckpointError(f"{where}: {key} {getattr(recurrence, key)} is not a multiple of 16")
+    if recurrence.linear_num_value_heads % recurrence.linear_num_key_heads:
+        raise CheckpointError(
+            f"{where}: linear_num_value_heads {recurrence.linear_num_value_heads} is not a multiple of "
+            f"linear_num_key_heads {recurrence.linear_num_key_heads}"
+        )
+    return recurrence
+
+
+def _rotary_dim(raw: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int, default: float, where: str) -> int:
+    """How many coordinates of a head are rotated."""
+    keys = rope if rope.get("partial_rotary_factor") is not None else raw
+    factor = _positive(keys, "partial_rotary_factor", where, default=default)
+    dim = int(head_dim * factor)
+    if not 0 < dim <= head_dim or dim % 2:
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor {factor:g} of head_dim {head_dim} is not an even number of coordinates"
+        )
+    return dim
 
 
 def _yarn(scaling: Any, raw: Mapping[str, Any], where: str) -> Yarn | None:

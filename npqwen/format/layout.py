@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from npqwen.format.config import Config
+from npqwen.format.config import CONVOLUTION, Config
 from npqwen.format.encodings import CODEBOOK_BYTES, UNIT_COLUMNS, UNIT_ROWS, Encoding
 
 
@@ -147,8 +147,12 @@ class Layout:
 
     def layer(self, i: int) -> dict[str, Tensor]:
         """Layer i's tensors by their role (qk_proj, router, experts, ...), in the order in which a pass uses them."""
-        c, prefix = self.config, f"model.layers.{i}."
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        prefix = f"model.layers.{i}."
+        mixer = self._recurrent(prefix) if self.config.is_recurrent(i) else self._attention(prefix)
+        return mixer | self._feed_forward(i, prefix)
+
+    def _attention(self, prefix: str) -> dict[str, Tensor]:
+        c, attention = self.config, prefix + "self_attn."
         hidden, queries, keys = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         # head_dim is a multiple of 16, so no padding lies between q and k.
         qk = (
@@ -159,15 +163,55 @@ class Layout:
             "input_layernorm": Vector(prefix + "input_layernorm.weight", hidden),
             "qk_proj": Matrix(attention + "qk_proj.weight", hidden, qk),
             "v_proj": _plain(attention + "v_proj.weight", keys, hidden),
+        }
+        if c.recurrence is not None:
+            tensors["q_gate"] = _plain(attention + "q_gate.weight", queries, hidden)
+        return tensors | {
             "q_norm": Vector(attention + "q_norm.weight", c.head_dim),
             "k_norm": Vector(attention + "k_norm.weight", c.head_dim),
             "o_proj": _plain(attention + "o_proj.weight", hidden, queries),
+        }
+
+    def _recurrent(self, prefix: str) -> dict[str, Tensor]:
+        """Of a Gated DeltaNet layer: queries, keys, values and z are one product, b and a (the gates) another."""
+        r, hidden, own = self.config.recurrence, self.config.hidden_size, prefix + "linear_attn."
+        assert r is not None
+        heads = r.linear_num_value_heads
+        # Dimensions are multiples of 16, so no padding lies between the parts of the first.
+        projections = (
+            Part(own + "in_proj_qkv.weight", r.channels),
+            Part(own + "in_proj_z.weight", r.values, start=r.channels // UNIT_ROWS),
+        )
+        gates = (
+            Part(own + "in_proj_b.weight", heads),
+            Part(own + "in_proj_a.weight", heads, start=ceil_div(heads, UNIT_ROWS)),
+        )
+        return {
+            "input_layernorm": Vector(prefix + "input_layernorm.weight", hidden),
+            "in_proj": Matrix(own + "in_proj.weight", hidden, projections),
+            "in_proj_ba": Matrix(own + "in_proj_ba.weight", hidden, gates),
+            "conv1d": Vector(own + "conv1d.weight", CONVOLUTION * r.channels),
+            "decay": Vector(own + "decay", heads),
+            "dt_bias": Vector(own + "dt_bias", heads),
+            "linear_norm": Vector(own + "norm.weight", r.linear_value_head_dim),
+            "o_proj": _plain(own + "out_proj.weight", hidden, r.values),
+        }
+
+    def _feed_forward(self, i: int, prefix: str) -> dict[str, Tensor]:
+        c, hidden, mlp = self.config, self.config.hidden_size, prefix + "mlp."
+        tensors: dict[str, Tensor] = {
             "post_attention_layernorm": Vector(prefix + "post_attention_layernorm.weight", hidden),
         }
         if c.mixture is not None and c.is_sparse(i):
             count, inner = c.mixture.num_experts, c.mixture.moe_intermediate_size
             tensors["router"] = _plain(mlp + "gate.weight", count, hidden)
             tensors["experts"] = Experts(mlp + "experts.weight", mlp + "experts.", count, hidden, inner)
+            shared = c.mixture.shared_expert_intermediate_size
+            if shared:
+                own = mlp + "shared_expert."
+                tensors["shared_gate_up_proj"] = _gate_up(own, hidden, shared)
+                tensors["shared_down_proj"] = _plain(own + "down_proj.weight", hidden, shared)
+                tensors["shared_expert_gate"] = Vector(mlp + "shared_expert_gate.weight", hidden)
         else:
             tensors["gate_up_proj"] = _gate_up(mlp, hidden, c.intermediate_size)
             tensors["down_proj"] = _plain(mlp + "down_proj.weight", hidden, c.intermediate_size)

@@ -25,7 +25,8 @@ class Recipe:
     cache_type: Literal["int8", "f16", "f32"] = "int8"
     """Of the keys and values of models made by this recipe, by default."""
     routers: Encoding = BF16
-    """Of a mixture's routers: a wrong choice of experts costs more than any rounding within them."""
+    """Of a mixture's routers, where a wrong choice of experts costs more than any rounding within them, and of the
+    gates of Gated DeltaNet layers, whose error stays in the state."""
     vocabulary: Encoding | None = None
     """Of the embedding and the output matrix, whose rounding costs as much as that of all layers together; as the other
     matrices by default."""
@@ -48,7 +49,7 @@ class Recipe:
         part = tensor.removesuffix(".weight").rpartition(".")[2]
         if is_mixture and part in self.mixture:
             return self.mixture[part]
-        if tensor.endswith(".mlp.gate.weight"):
+        if tensor.endswith((".mlp.gate.weight", ".in_proj_ba.weight")):
             return self.routers
         if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
             return self.vocabulary or self.matrices

@@ -1,7 +1,7 @@
 """The text part of multimodal checkpoints, which is a Qwen3 model as others.
 
-Of Qwen3-VL, for text alone: its rotary embedding has three positions a token (time, height, width), which are equal
-then, and images are what adds to hidden states (Qwen3VLTextModel in transformers).
+Of Qwen3-VL and Qwen3.5, for text alone: the rotary embedding has three positions a token (time, height, width), which
+are equal then, and images are what adds to hidden states (Qwen3VLTextModel in transformers).
 """
 
 from __future__ import annotations
@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_MODEL_TYPES = {"qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe"}
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+_MODEL_TYPES = {
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
 _SHARED = (
     "tie_word_embeddings",
     "bos_token_id",

@@ -258,10 +258,10 @@ class Batch:
             shared = common_prefix(other.prompt, entry.prompt[:most])
             if shared == len(other.prompt) < other.sequence.length:
                 shared = common_prefix(other.computed(), entry.prompt[:most])
-            length = min(shared, other.sequence.length)
+            length = other.cache.reusable(shared)
             if length >= max(SHARED, best + 1):
                 best, source = length, other
-            coming = max(coming, min(shared, len(other.prompt)))
+            coming = max(coming, other.cache.expected(min(shared, len(other.prompt))))
         return (-1, None) if coming >= best + SHARED else (best, source)
 
     def _set_cache(self, entry: _Entry, length: int, source: _Entry | Prefix | None) -> None:
@@ -272,6 +272,7 @@ class Batch:
             sequence.cache = self._model.new_cache()
         if isinstance(source, Prefix):
             length = source.give(sequence.cache)
+        sequence.mark_borders()
         if not sequence.decoding.ids:
             sequence.cached = length
             sequence.next_step()
@@ -309,7 +310,7 @@ class Batch:
             sequence = entry.sequence
             if sequence.left > _SHORT and writes:
                 room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
-            size = min(sequence.left, room)
+            size = entry.cache.span(min(sequence.left, room))
             rest = sequence.left - size
             if 0 < rest < sequence.rows:  # rows of logits come from one pass
                 size -= sequence.rows - rest
@@ -381,7 +382,8 @@ class Batch:
         for entry, size in chosen:
             sequence = entry.sequence
             rows = sequence.rows if size == sequence.left else 0
-            pieces.append(Piece(np.array(sequence.todo(size), np.int64), entry.cache, rows))
+            ids = np.array(sequence.todo(size), np.int64)
+            pieces.append(Piece(ids, entry.cache, rows, sequence.drafting))
         rows = sum(piece.rows for piece in pieces)
         if self._logits is None or len(self._logits) < rows + _TILE:
             self._logits = self._model.new_logits(rows + _TILE)

@@ -163,6 +163,7 @@ class ModelDrafter:
     def _run(self, ids: list[int]) -> None:
         assert self._cache is not None  # made by catch_up
         self.draft.model.forward(np.array(ids, np.int64), self._cache, out=self._logits)
+        self._cache.keep_checkpoint()
         self._held += ids
 
     def _choose_vocabulary(self) -> None:
@@ -185,6 +186,7 @@ class ModelDrafter:
             same += 1
         # The last token is run again even if it was guessed: its logits are not kept.
         same = min(same, len(self._ids) - 1)
+        same = cache.reusable(same)
         cache.truncate(same)
         del self._held[same:]
         self._agreed = same

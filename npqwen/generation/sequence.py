@@ -13,6 +13,7 @@ from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.completion import Completion, Usage
 from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.message_borders import message_borders
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.speculation import PASS, speculation_for
 from npqwen.generation.watches import option_watches
@@ -77,6 +78,7 @@ class Sequence:
                     f"the prompt's {len(prompt)} tokens leave no room in a cache for {cache.limit}"
                 )
             limit = min(limit, cache.limit - len(prompt))
+        self._tokenizer = model.tokenizer
         self.decoding = Decoding(model, prompt, given, option_watches(given), limit=limit)
         self.progress = given.get("progress")
         """progress(done, total): to be called as the prompt's tokens are run."""
@@ -103,6 +105,11 @@ class Sequence:
         """How many tokens of the last draft were accepted so far."""
         self.prefill_seconds = self.first_token_seconds = self.decode_seconds = 0.0
         self._since = 0.0
+
+    def mark_borders(self) -> None:
+        """Have the cache keep checkpoints between the prompt's messages."""
+        if self.cache is not None and self.cache.recurrent is not None:
+            self.cache.mark(message_borders(self.decoding.prompt_ids, self._tokenizer))
 
     @property
     def length(self) -> int:
@@ -149,8 +156,6 @@ class Sequence:
         cache, left = self.cache, self.left
         if self._speculation is None or cache is None or most < 1 or left < 1 or self.reads_prompt:
             return 0
-        if cache.reusable(cache.length - 1) < cache.length - 1:
-            return 0  # it cannot forget tokens that turn out to be wrong
         # One more than the draft may be drawn: the token after it.
         most = min(most, self.decoding.left - 1)
         self._draft = self._speculation.propose(self.decoding.ids, most, left + others, alone=not others)

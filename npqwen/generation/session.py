@@ -15,6 +15,7 @@ from npqwen.engine.prefix_page import common_prefix
 from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
+from npqwen.generation.message_borders import message_borders
 from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.stream import Stream
 
@@ -159,6 +160,7 @@ class Session:
         reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
         self.cache.truncate(reused)
         self._ids = ids
+        self.cache.mark(message_borders(ids, self.model.tokenizer))
         tokens = np.array(ids, np.int32)
         reused = self.model.prefixes.extend(tokens[:-1], self.cache)
         logits = self.model.prefill(tokens[reused:], self.cache, progress)

@@ -199,6 +199,7 @@ class Stream(AsyncSteps[str]):
     def _generate(self) -> Generator[str, None, None]:
         sequence, decoding, cache = self._sequence, self._decoding, self.cache
         sequence.next_step()
+        sequence.mark_borders()
         prompt = np.array(decoding.prompt_ids, np.int32)
         sequence.cached = self._model.prefixes.extend(prompt[:-1], cache)
         try:
@@ -253,7 +254,7 @@ class Stream(AsyncSteps[str]):
         if sequence.drafting:
             if self._rows is None:
                 self._rows = self._model.new_logits(PASS)
-            return self._model.forward_pieces([Piece(ids, cache, sequence.rows)], self._rows)[0]
+            return self._model.forward_pieces([Piece(ids, cache, sequence.rows, sequence.drafting)], self._rows)[0]
         if sequence.rows > 1:
             return self._model.forward(ids, cache, all_logits=True)
         return self._model.forward(ids, cache, out=buffer)

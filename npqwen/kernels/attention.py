@@ -33,11 +33,25 @@ _SCORE_FLOATS = SCORE_BLOCK + WEIGHT_FLOATS
 SPAN = 1024
 """Positions whose results are computed apart and merged: a task of its own when there are fewer heads than threads."""
 
-SEQUENCE = np.dtype([("first", np.int64), ("tokens", np.int64), ("start", np.int64), ("pages", np.int64)])
+SEQUENCE = np.dtype(
+    [
+        ("first", np.int64),
+        ("tokens", np.int64),
+        ("start", np.int64),
+        ("pages", np.int64),
+        ("guesses", np.int64),
+        ("pending", np.int64),
+        ("state", np.int64),
+        ("next_state", np.int64),
+        ("pending_rows", np.int64),
+        ("next_pending_rows", np.int64),
+    ]
+)
 """A sequence's part in a pass.
 
 first: the index, in the pass, of the first of its `tokens`. start: that token's position. pages: the address of an
-array of int64, the addresses of the pages that hold its keys and values.
+array of int64, the addresses of the pages that hold its keys and values. The others are those of recurrent layers
+(npqwen/kernels/gated_delta.py), 0 where there are none.
 """
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and SwiGLU, each for one token's vector."""
+"""RMSNorm, rotary embedding, SwiGLU and gates, each for one token's vector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.simd.blocks import swiglu_block
-from npqwen.simd.scalar import FAST
+from npqwen.simd.scalar import FAST, exp
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -38,3 +38,21 @@ def swiglu(gate_up: Any, out: Any) -> None:
     """out = silu(gate) * up (Shazeer 2020), float32; gate_up alternates 16 of gate and 16 of up."""
     for i in range(0, gate_up.size // 2, UNIT_ROWS):
         swiglu_block(gate_up, 2 * i, out, i)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def multiply_sigmoid(gate: Any, x: Any) -> None:
+    """x *= sigmoid(gate) over gate.size elements, float32."""
+    for i in range(gate.size):
+        x[i] /= np.float32(1.0) + exp(-gate[i])
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def add_gated(weight: Any, x: Any, values: Any, out: Any) -> None:
+    """out += sigmoid(weight @ x) * values over weight.size elements, float32."""
+    gate = np.float32(0.0)
+    for i in range(weight.size):
+        gate += weight[i] * x[i]
+    scale = np.float32(1.0) / (np.float32(1.0) + exp(-gate))
+    for i in range(weight.size):
+        out[i] += scale * values[i]

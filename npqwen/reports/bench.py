@@ -151,6 +151,7 @@ def benchmark(
             cache = model.new_cache(before + tokens)
             if before:
                 model.prefill(ids[:before], cache)
+                cache.keep_checkpoint()
             read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
             rates, shares = [], []
             for turn in range(repeat + 1):
@@ -195,7 +196,10 @@ def bytes_to_read() -> int:
 def bytes_per_token(model: Model, depth: int) -> int:
     """Bytes that decoding one token at position `depth` reads: every weight it uses once, and the cache.
 
-    Of a mixture of experts it uses the chosen experts, of an untied embedding one row.
+    Of a mixture of experts it uses the chosen experts, of an untied embedding one row. Recurrent states count twice:
+    they are written, too.
     """
     sizes = ((name, tensor.data.size) for name, tensor in model.weights.tensors.items())
-    return active_bytes(model.config, sizes) + depth * model.new_cache(1).page_bytes // PAGE
+    cache = model.new_cache(1)
+    states = 0 if cache.recurrent is None else 2 * cache.recurrent.shape.nbytes
+    return active_bytes(model.config, sizes) + states + depth * cache.page_bytes // PAGE

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,10 +52,10 @@ def _check_place(root: Path) -> Iterator[Finding]:
             f"nothing can be written to the cache, {root}: kernels are compiled anew by every command",
             "make it writable, or name another directory in NPQWEN_CACHE",
         )
-    if root.is_dir() and not is_trusted(root):
+    if root.is_dir() and _others_may_replace(root):
         yield Finding(
             f"{root} belongs to another user, or others may write to it, and could replace models and programs in it",
-            f"chmod go-w {shlex.quote(str(root))}, or name another directory in NPQWEN_CACHE",
+            f"chmod o-w {shlex.quote(str(root))}, or name another directory in NPQWEN_CACHE",
         )
     free = free_bytes(root)
     if free < _LITTLE:
@@ -61,6 +63,14 @@ def _check_place(root: Path) -> Iterator[Finding]:
             f"only {size(free)} are free where the cache is, {root}",
             "npqwen cache prune, npqwen rm MODEL, or name a directory on another disk in NPQWEN_CACHE",
         )
+
+
+def _others_may_replace(directory: Path) -> bool:
+    """Whether it is another user's, or anybody's. A group may write: on many systems it has only this user."""
+    state = directory.stat()
+    if sys.platform == "win32":
+        return False
+    return state.st_uid not in (os.geteuid(), 0) or bool(state.st_mode & stat.S_IWOTH)
 
 
 def _check_kernels() -> Iterator[Finding]:

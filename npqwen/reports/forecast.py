@@ -12,6 +12,7 @@ from npqwen.engine.budget import RESERVED, Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.weights import PlannedWeights
 from npqwen.errors import size
 from npqwen.format.config import Config
 from npqwen.format.recipe import Recipe, recipe_of
@@ -123,10 +124,9 @@ def _forecast(
     name: str, config: Config, recipe: Recipe, available: int | None, bandwidth: float | None, threads: int
 ) -> Forecast:
     tensors = [(tensor.name, tensor.nbytes) for tensor in plan(config, recipe)]
-    output = recipe.encoding("lm_head.weight", config.mixture is not None)
     budget = Budget(
         weights=sum(count for _, count in tensors),
-        working=Buffers(config, output.code, threads, chunk_size(config), CONTEXT).nbytes,
+        working=Buffers(config, PlannedWeights(config, recipe), threads, chunk_size(config), CONTEXT).nbytes,
         page=KVCache(config, 1, recipe.cache_type).page_bytes,
         available=available,
     )

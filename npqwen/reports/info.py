@@ -105,7 +105,7 @@ def inspect(
     threads = machine.default_threads()
     budget = Budget(
         weights=sum(parts.values()),
-        working=Buffers(config, weights.output_encoding, threads, chunk_size(config), context).nbytes,
+        working=Buffers(config, weights, threads, chunk_size(config), context).nbytes,
         page=KVCache(config, 1, kv).page_bytes,
         available=machine.available_memory(),
     )

@@ -89,7 +89,7 @@ def swiglu_block(b: ir.IRBuilder, gate_up: Array, at: Int, out: Array, out_at: I
     kind = vector(F32, UNIT_ROWS)
     gate, up = (b.load(element(b, gate_up, step(b, at, n), kind), align=4) for n in (0, UNIT_ROWS))
     negated = b.fsub(constant(F32, UNIT_ROWS, -0.0), gate)
-    denominator = b.fadd(constant(F32, UNIT_ROWS, 1.0), _exp(b, negated))
+    denominator = b.fadd(constant(F32, UNIT_ROWS, 1.0), exponential(b, negated))
     b.store(b.fmul(b.fdiv(gate, denominator), up), element(b, out, out_at, kind), align=4)
 
 
@@ -122,7 +122,7 @@ def softmax_block(
     masked = b.select(seen, values, constant(F32, count, -3.0e38))
     block_max = call(b, f"llvm.vector.reduce.fmax.v{count}f32", F32, masked, fastmath=("nnan",))
     maximum = call(b, "llvm.maxnum.f32", F32, block_max, row_max)
-    exponentials = _exp(b, b.fsub(values, splat(b, maximum, count)))
+    exponentials = exponential(b, b.fsub(values, splat(b, maximum, count)))
     weights = b.select(seen, exponentials, constant(F32, count, 0.0))
     b.store(weights, place, align=4)
     zero = ir.Constant(F32, 0.0)
@@ -151,7 +151,7 @@ def softmax_block_int8(
     block_max = call(b, f"llvm.vector.reduce.fmax.v{count}f32", F32, masked, fastmath=("nnan",))
     maximum = call(b, "llvm.maxnum.f32", F32, block_max, row_max)
     nothing = constant(F32, count, 0.0)
-    weights = b.select(seen, _exp(b, b.fsub(loaded, splat(b, maximum, count))), nothing)
+    weights = b.select(seen, exponential(b, b.fsub(loaded, splat(b, maximum, count))), nothing)
     total = call(b, f"llvm.vector.reduce.fadd.v{count}f32", F32, ir.Constant(F32, 0.0), weights, fastmath=("reassoc",))
     part = vector(F32, BLOCK_COLUMNS)
     places = [element(b, values, step(b, scales_at, n, pitch), part) for n in range(blocks)]
@@ -181,7 +181,7 @@ def reduce_max(b: ir.IRBuilder, values: Array, at: Int, count: Const) -> Float:
     return call(b, f"llvm.vector.reduce.fmaximum.v{count}f32", F32, loaded)
 
 
-def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def exponential(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e**x for a vector of float32, within about 2 ulp; clamped to about 1e-38 and 1e38."""
     kind = x.type
     n = kind.count

@@ -18,6 +18,7 @@ from npqwen.format.text_part import text_name, text_part
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files
+from npqwen_quant.hybrid import in_layout
 from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
@@ -97,10 +98,13 @@ class Checkpoint:
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
-        return unfused(with_prefix(tensors), self.config)
+        return in_layout(unfused(with_prefix(tensors), self.config), self.config)
 
     def own_name(self, name: str) -> str | None:
-        """What a stored tensor would be called in a checkpoint of the text model alone; None for one of images."""
+        """What a stored tensor would be called in a checkpoint of the text model alone; None for one that is not of
+        it: of images, or of a hybrid's draft layer, which is not read."""
+        if self.config.recurrence is not None and name.startswith("mtp."):
+            return None
         return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:

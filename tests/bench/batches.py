@@ -4,8 +4,9 @@
     python tests/bench/batches.py build/bench/0.6B-4 --threads 2
 
 Requests have prompts of mixed lengths (log-uniform, 16 to 512 tokens) of random tokens, drawn anew for each run, so
-that no run finds another's prefixes; every answer has --tokens tokens, drawn with temperature 1 and top-k 20. `npqwen batch`
-is the command, in a process of its own: its seconds are those that it reports, the loading of the model among them.
+that no run finds another's prefixes; every answer has --tokens tokens, drawn with temperature 1 and top-k 20. `npqwen
+batch` is the command, in a process of its own: its seconds are those that it reports, the loading of the model among
+them.
 Prints generated tokens a second: medians and ranges of the rounds, and how many times as fast as one by one.
 """
 

@@ -86,7 +86,7 @@ def needs(name: str, bits: int, context: int = CONTEXT, threads: int = THREADS) 
         weights = Weights(Path(place), layer)
         budget = Budget(
             weights=sum(planned.nbytes for planned in plan(config, recipe_of(bits))),
-            working=Buffers(layer, weights.output_encoding, threads, chunk_size(layer), context).nbytes,
+            working=Buffers(layer, weights, threads, chunk_size(layer), context).nbytes,
             page=KVCache(config, 1, weights.cache_type).page_bytes,
             available=None,
         )

@@ -10,14 +10,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import make_config
 
 from npqwen.engine.kv_cache import KVCache
 from npqwen.errors import OptionError, OutOfMemoryError
+from npqwen.format.config import Config
 from npqwen.kernels.cache_page import PAGE
 from npqwen.model import Model, load
 
@@ -30,7 +31,7 @@ def model(tiny: Callable[[int], Path]) -> Iterator[Model]:
         yield loaded
 
 
-SMALL: Any = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=16)
+SMALL = Config.from_dict(make_config(num_hidden_layers=1, num_key_value_heads=1, head_dim=16))
 
 
 def positions(cache: KVCache) -> np.ndarray:

@@ -21,6 +21,7 @@ OTHERS = [isa.name for isa in available() if isa.name != ISA.name]
 TESTS = [
     "kernels/test_kernels.py",
     "kernels/test_attention.py",
+    "kernels/test_gated_delta.py",
     "engine/test_parity.py::test_logits_of_transformers",
     "engine/test_parity.py::test_tokens_of_the_quantized_oracle",
     "engine/test_parity.py::test_prompts_of_the_quantized_oracle",

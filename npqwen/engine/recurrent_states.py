@@ -1,0 +1,218 @@
+"""The recurrent states of one sequence: of a hybrid's Gated DeltaNet layers, which cannot forget a token.
+
+A state is that after all tokens up to its position. A pass reads the newest one and writes another, so an interrupted
+pass changes nothing, and keeping a state (a *checkpoint*, to which the sequence can go back, or a fork's beginning)
+costs no copy. Tokens that are guesses do not get into the state: their inputs are noted, and the next pass replays
+those that turned out right (npqwen/kernels/gated_delta.py).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.errors import OptionError
+from npqwen.format.config import Config
+from npqwen.format.encodings import UNIT_ROWS
+from npqwen.format.layout import pad
+from npqwen.kernels.gated_delta import MOST_GUESSES
+
+CHECKPOINT_BYTES = 512 << 20
+"""Of the checkpoints that a cache keeps, unless these are fewer than FEWEST."""
+FEWEST, MOST = 4, 32
+"""Checkpoints that a cache keeps at most, whatever they take."""
+SPACING = 256
+"""Tokens from one checkpoint to the next, if nothing marks a better place."""
+_MARKED = 16
+"""How much more a marked checkpoint is worth than another."""
+
+
+class Recurrent(NamedTuple):
+    """What a model's Gated DeltaNet layers keep: float32 each."""
+
+    layers: int
+    state: int
+    """Of a layer: the heads' states, and the convolution's last columns."""
+    inputs: int
+    """Of a layer and a token: what it is computed from."""
+
+    @classmethod
+    def of(cls, config: Config) -> Recurrent | None:
+        """Of a model; None if it has no such layers."""
+        r = config.recurrence
+        if r is None:
+            return None
+        layers = sum(map(config.is_recurrent, range(config.num_hidden_layers)))
+        state = r.values * r.linear_key_head_dim + 3 * r.channels
+        return cls(layers, state, r.channels + 2 * pad(r.linear_num_value_heads, UNIT_ROWS))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a state."""
+        return 4 * self.layers * self.state
+
+
+def most_checkpoints(shape: Recurrent) -> int:
+    """How many checkpoints a cache keeps."""
+    return min(MOST, max(FEWEST, CHECKPOINT_BYTES // shape.nbytes))
+
+
+class State(NamedTuple):
+    """The state after the first `position` tokens; nobody changes its arrays."""
+
+    position: int
+    array: NDArray[np.float32]
+    """(layers, what a layer keeps)."""
+    rows: NDArray[np.float32] | None = None
+    """(layers, MOST_GUESSES, inputs of a token), of the guessed tokens after it."""
+    guesses: int = 0
+    """How many they are."""
+
+
+class RecurrentStates:
+    """The newest state of a sequence, and checkpoints. Serves one thread at a time, as the cache that it belongs to."""
+
+    def __init__(self, shape: Recurrent, allocate: Callable[[int], NDArray[np.uint8]]) -> None:
+        """allocate: makes zeroed memory of some bytes."""
+        self.shape = shape
+        self._allocate = allocate
+        self._state = State(0, self.new_array())
+        self._is_shared = False
+        """Whether others know the newest state's arrays."""
+        self._next: State | None = None
+        """What the running pass writes."""
+        self.fields: tuple[int, ...] = ()
+        """Of SEQUENCE, from `guesses` on, for the running pass."""
+        self._spare: list[NDArray[np.float32]] = []
+        self.checkpoints: list[State] = []
+        """By position, all before the newest state's or at it."""
+        self.marks: list[int] = []
+        """Positions after which a pass ends, so that there is a state to keep."""
+        self._most = most_checkpoints(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states, those included that others share."""
+        return self.shape.nbytes * (1 + len(self.checkpoints) + len(self._spare))
+
+    @property
+    def newest(self) -> State:
+        """The newest state, which is kept from now on."""
+        self._is_shared = True
+        return self._state
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What the running pass reads and writes."""
+        return self._state, self._next
+
+    def reusable(self, length: int, held: int) -> int:
+        """How many of the first `length` tokens can be kept, of `held`."""
+        state = self._state
+        if state.position <= length:
+            return min(length, held)
+        at = bisect_right(self.checkpoints, length, key=lambda checkpoint: checkpoint.position)
+        return self.checkpoints[at - 1].position if at else 0
+
+    def expected(self, length: int, held: int) -> int:
+        """How many of the first `length` tokens will be reusable once they are computed; `held` tokens are."""
+        at = bisect_right(self.marks, length)
+        coming = self.marks[at - 1] if at and self.marks[at - 1] > held else 0
+        return max(coming, self.reusable(length, held))
+
+    def cut(self, length: int) -> None:
+        """Go back to `length` tokens, as many as `reusable` says."""
+        self.checkpoints = [state for state in self.checkpoints if state.position <= length]
+        if self._state.position <= length:
+            return
+        self._state = self.checkpoints[-1] if length else State(0, self.new_array())
+        self._is_shared = bool(length)
+
+    def fork(self, length: int) -> RecurrentStates:
+        """Those of a fork with the first `length` tokens, as many as `reusable` says."""
+        self._is_shared = True
+        fork = RecurrentStates.__new__(RecurrentStates)
+        fork.__dict__ |= self.__dict__
+        fork._next, fork._spare, fork.marks = None, [], []
+        fork.checkpoints = self.checkpoints.copy()
+        fork.cut(length)
+        return fork
+
+    def replace(self, checkpoints: Iterable[State]) -> int:
+        """Hold these states of another text in place of all others; returns the last one's position."""
+        self.checkpoints = sorted(checkpoints, key=lambda state: state.position)[-self._most :]
+        if not self.checkpoints:
+            self._state, self._is_shared = State(0, self.new_array()), False
+            return 0
+        self._state, self._is_shared = self.checkpoints[-1], True
+        return self._state.position
+
+    def span(self, length: int, tokens: int) -> int:
+        """How many of the next `tokens` tokens after `length` one pass may run, so that it ends at a mark."""
+        at = bisect_right(self.marks, length)
+        return min(tokens, self.marks[at] - length) if at < len(self.marks) else tokens
+
+    def begin(self, length: int, tokens: int, guesses: int) -> None:
+        """Prepare a pass of so many tokens after `length`.
+
+        guesses: how many of the last tokens `KVCache.retract` may take out. Raises OSError without memory.
+        """
+        if guesses > MOST_GUESSES:
+            raise OptionError(f"a pass of a hybrid model takes at most {MOST_GUESSES} guessed tokens, not {guesses}")
+        state, rows = self._state, None
+        if guesses:
+            rows = np.empty((self.shape.layers, MOST_GUESSES, self.shape.inputs), np.float32)
+        # Not the array of a pass that was interrupted: a late thread may still write to it.
+        array = self._spare.pop() if self._spare else self.new_array()
+        self._next = State(length + tokens - guesses, array, rows, guesses)
+        self.fields = (
+            guesses,
+            length - state.position,
+            state.array.ctypes.data,
+            array.ctypes.data,
+            0 if state.rows is None else state.rows.ctypes.data,
+            0 if rows is None else rows.ctypes.data,
+        )
+
+    def commit(self) -> None:
+        """Take over what the pass has written, as it is complete."""
+        before, after = self._state, self._next
+        assert after is not None
+        self._state, self._next = after, None
+        if not self._is_shared:
+            self._spare.append(before.array)
+        self._is_shared = False
+        if after.position in self.marks or after.position % SPACING == 0:
+            self.keep()
+
+    def keep(self) -> None:
+        """Make the newest state a checkpoint."""
+        state = self._state
+        if not state.position or any(state.position == other.position for other in self.checkpoints):
+            return
+        self._is_shared = True
+        self.checkpoints.append(state)
+        if len(self.checkpoints) > self._most:
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        """Drop the checkpoint that saves the least: distances to the newest state should grow like its powers of 2."""
+        places = [0, *(state.position for state in self.checkpoints)]
+        end = places[-1]
+
+        def worth(at: int) -> float:
+            gain = (places[at + 1] - places[at - 1]) / (end - places[at] + SPACING)
+            return gain * _MARKED if places[at] in self.marks else gain
+
+        # The first one is where other texts part, the last one is the newest.
+        worst = min(range(2, len(places) - 1), key=worth)
+        del self.checkpoints[worst - 1]
+
+    def new_array(self) -> NDArray[np.float32]:
+        """A state's array of zeros; OSError without memory."""
+        shape = self.shape
+        return self._allocate(shape.nbytes).view(np.float32).reshape(shape.layers, shape.state)

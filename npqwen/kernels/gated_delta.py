@@ -1,0 +1,359 @@
+"""The recurrence of gated DeltaNet layers (Yang et al. 2024), with what surrounds it between two matrices.
+
+For each value head, with the key and query of its key head, a token does
+
+    S <- decay * S;  delta = beta * (value - key @ S);  S <- S + outer(key, delta);  output = query @ S
+
+where queries, keys and values come out of a causal convolution over four tokens. S, (key_head_dim, value_head_dim), is
+all that is kept of a sequence, beside the last three inputs of the convolution: it cannot be cut back to an earlier
+token. Therefore a pass may leave its last tokens, guesses, out of the state that it writes, and keep their inputs: if
+they turn out right, the next pass computes them again, *pending* tokens before its own.
+
+Tokens are computed one after another, always in the same order of additions. So a token's result depends on its own
+sequence alone, to the bit: not on how tokens are divided into passes, nor on the other sequences, nor on the threads.
+
+A sequence's state is float32 (recurrent layers, heads * value_head_dim * key_head_dim + 3 * channels): a layer's S as
+(heads, value_head_dim / 16, key_head_dim, 16), then three rows of the convolution's inputs, oldest first. Its pending
+rows are float32 (recurrent layers, MOST_GUESSES, channels + 2 * heads rounded up to 16): the convolution's inputs, the
+gates b, padding, the gates a, padding. Channels are those of queries, then keys, then values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.kernels.compiled import address_of
+from npqwen.kernels.entry import entry, run_at
+from npqwen.kernels.pieces import claim
+from npqwen.simd.llvm import CACHE_LINE
+from npqwen.simd.recurrence import (
+    ROW,
+    ROWS_AT_ONCE,
+    add_block_products,
+    add_up,
+    compute_gates,
+    convolve_block,
+    copy_block,
+    dot_rows,
+    finish_token,
+    gated_norm_block,
+    update_dot_rows,
+    stream_rows,
+    update_rows,
+)
+from npqwen.simd.scalar import bits_float, float_bits, memory
+from npqwen.simd.tile import LANES, prefetch, zeros
+
+TAPS = 4
+"""Tokens that the convolution reads: the token itself and those before it."""
+MOST_GUESSES = 16
+"""Guesses of a pass, and pending tokens of the next, at most."""
+_GROUP = 16
+"""Tokens whose inputs are computed at once, to stay in the first-level cache with a part of the state."""
+_BLOCKS = 2 if LANES == ROW else 1
+"""Blocks of the state that are computed side by side: more share the loads of keys, and independent sums hide latency,
+if registers hold them."""
+_NARROW = ROW // LANES
+_WIDE = _BLOCKS * _NARROW
+"""Vectors of a row of one block, and of those computed side by side."""
+_LINES = ROWS_AT_ONCE * CACHE_LINE
+_L2_EPS = np.float32(1e-6)
+
+
+def scratch_floats(key_head_dim: int, value_head_dim: int) -> int:
+    """float32 of scratch for one thread: inputs and outputs of a group of tokens, and part of a state for guesses."""
+    return _GROUP * (2 * key_head_dim + 2 * value_head_dim + 3) + _BLOCKS * ROW * key_head_dim
+
+
+@njit(nogil=True)
+def padded_heads(heads: int) -> int:
+    """float32 that a gate takes of all heads."""
+    return (heads + ROW - 1) // ROW * ROW
+
+
+# The parts of the kernel, inlined into it.
+
+
+@njit(inline="always")
+def _row_address(
+    t: int, pending: int, state_at: int, state_bytes: int, pending_at: int, pending_bytes: int, at: int, stride: int
+) -> int:
+    """The address of token t's inputs of the convolution, counted from the first pending one; t is -3 or more.
+
+    state_at, pending_at, at: addresses of the oldest row of the state, of the first pending row, and of the first
+    token's. state_bytes, pending_bytes, stride: bytes from one to the next.
+    """
+    if t < 0:
+        return state_at + (t + TAPS - 1) * state_bytes
+    if t < pending:
+        return pending_at + t * pending_bytes
+    return at + (t - pending) * stride
+
+
+@njit(inline="always")
+def _convolve(oldest: Any, older: Any, old: Any, newest: Any, at: int, size: int, weights: Any, out: Any) -> None:
+    """out = silu of the convolution of `size` channels from `at` on; the tokens' rows are `newest` and those before."""
+    for i in range(0, size, ROW):
+        convolve_block(oldest, older, old, newest, at + i, weights, newest.size, out, i)
+
+
+@njit(inline="always")
+def _normalize(key: Any, query: Any) -> Any:
+    """Scale a key and a query to length 1, the query then by 1 / sqrt(its size); returns their product."""
+    keys, queries, both = zeros(1, _NARROW, 1), zeros(1, _NARROW, 1), zeros(1, _NARROW, 1)
+    for i in range(0, key.size, ROW):
+        keys = add_block_products(keys, key, i, key, i)
+        queries = add_block_products(queries, query, i, query, i)
+        both = add_block_products(both, key, i, query, i)
+    key_scale = np.float32(1.0) / np.sqrt(add_up(keys) + _L2_EPS)
+    query_scale = np.float32(1.0) / np.sqrt((add_up(queries) + _L2_EPS) * np.float32(key.size))
+    for i in range(key.size):
+        key[i] *= key_scale
+        query[i] *= query_scale
+    return add_up(both) * key_scale * query_scale
+
+
+@njit(inline="always")
+def _copy(source_at: int, target_at: int, size: int) -> None:
+    """Copy `size` float32, a multiple of 16, from one address to another."""
+    source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
+    for i in range(0, size, ROW):
+        copy_block(source, target, i)
+
+
+@njit(inline="always")
+def _recur_once(
+    source_at: int, target_at: int, key_dim: int, inputs: Any, dim: int, values: Any, gates: Any, out: Any
+) -> None:
+    """One token's outputs, and the state after it.
+
+    Memory is the limit: a block is written past the caches while the block after it is read, and the one after that
+    prefetched. Arguments as those of `_recur`, which computes the same; target_at: at the beginning of a cache line.
+    """
+    size = key_dim * ROW
+    source, target = memory(source_at, key_dim * dim, np.float32), memory(target_at, key_dim * dim, np.float32)
+    decay = gates[0]
+    sums = zeros(2, _NARROW, ROWS_AT_ONCE)
+    for k in range(0, key_dim, ROWS_AT_ONCE):
+        prefetch(source, size + k * ROW, _LINES)
+        sums = dot_rows(sums, source, k * ROW, 0, inputs, k, key_dim + k)
+    for block in range(dim // ROW):
+        at, place = block * size, block * ROW
+        deltas = finish_token(sums, values, place, gates, 0, _GROUP, 2 * _GROUP, out, place)
+        sums = zeros(2, _NARROW, ROWS_AT_ONCE)
+        if place + ROW < dim:
+            for k in range(0, key_dim, ROWS_AT_ONCE):
+                row = at + k * ROW
+                prefetch(source, row + 2 * size, _LINES)
+                sums = dot_rows(sums, source, row + size, 0, inputs, k, key_dim + k)
+                stream_rows(deltas, decay, source, row, target, row, 0, inputs, k)
+        else:
+            for k in range(0, key_dim, ROWS_AT_ONCE):
+                row = at + k * ROW
+                stream_rows(deltas, decay, source, row, target, row, 0, inputs, k)
+
+
+@njit(inline="always")
+def _recur(
+    vectors: int, count: int, source_at: int, target_at: int, key_dim: int, inputs: Any, dim: int, values: Any, at: int,
+    gates: Any, out: Any,
+) -> None:  # fmt: skip
+    """`count` tokens' outputs, and the state after them, of blocks of value coordinates from `at` on.
+
+    vectors: of a row of these blocks. source_at, target_at: the addresses of the blocks before and after. inputs: each
+    token's key and query. values, out: (tokens, dim), flat. gates: decays, betas and products of key and query.
+    """
+    pitch = key_dim * ROW
+    size = vectors // _NARROW * pitch
+    source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
+    sums = zeros(2, vectors, ROWS_AT_ONCE)
+    for k in range(0, key_dim, ROWS_AT_ONCE):
+        sums = dot_rows(sums, source, k * ROW, pitch, inputs, k, key_dim + k)
+    for t in range(count):
+        deltas = finish_token(sums, values, t * dim + at, gates, t, _GROUP + t, 2 * _GROUP + t, out, t * dim + at)
+        key = 2 * key_dim * t
+        decay = gates[t]
+        if t < count - 1:
+            following = key + 2 * key_dim
+            sums = zeros(2, vectors, ROWS_AT_ONCE)
+            for k in range(0, key_dim, ROWS_AT_ONCE):
+                sums = update_dot_rows(
+                    sums, deltas, decay, source, k * ROW, target, k * ROW, pitch, inputs, key + k, following + k,
+                    following + key_dim + k,
+                )  # fmt: skip
+        else:
+            for k in range(0, key_dim, ROWS_AT_ONCE):
+                update_rows(deltas, decay, source, k * ROW, target, k * ROW, pitch, inputs, key + k)
+        source = target
+
+
+@njit(inline="always")
+def _gated_norm(x: Any, weight: Any, eps: Any, gate: Any, out: Any) -> None:
+    """out = x / sqrt(mean(x**2) + eps) * weight * silu(gate)."""
+    squares = zeros(1, _NARROW, 1)
+    for i in range(0, x.size, ROW):
+        squares = add_block_products(squares, x, i, x, i)
+    scale = np.float32(1.0) / np.sqrt(add_up(squares) / np.float32(x.size) + eps)
+    for i in range(0, x.size, ROW):
+        gated_norm_block(x, i, scale, weight, i, gate, i, out, i)
+
+
+@entry(error_model="numpy")
+def _head(
+    head: int, key_heads: int, heads: int, key_dim: int, dim: int, eps_bits: int, layer: int, weights_at: int,
+    rates_at: int, biases_at: int, norm_at: int, tokens: int, guesses: int, pending: int, state_at: int,
+    next_state_at: int, pending_at: int, next_pending_at: int, x_at: int, x_bytes: int, gates_at: int, gates_bytes: int,
+    scratch_at: int, out_at: int, out_bytes: int,
+) -> None:  # fmt: skip
+    """One value head of one sequence: see `gated_delta`.
+
+    layer: among the recurrent ones. x_at, gates_at, out_at: addresses of the rows of the sequence's first token, the
+    next `..._bytes` after them. The others are the fields of the records.
+    """
+    channels = 2 * key_heads * key_dim + heads * dim
+    padded = padded_heads(heads)
+    group = heads // key_heads
+    key_head = head // group
+    head_bytes, row_bytes, pending_bytes = 4 * key_dim * dim, 4 * channels, 4 * (channels + 2 * padded)
+    layer_bytes = heads * head_bytes + (TAPS - 1) * row_bytes
+    state_at, next_state_at = state_at + layer * layer_bytes, next_state_at + layer * layer_bytes
+    pending_at += layer * MOST_GUESSES * pending_bytes
+    next_pending_at += layer * MOST_GUESSES * pending_bytes
+    history_at = state_at + heads * head_bytes
+    query_channel, key_channel = key_head * key_dim, (key_heads + key_head) * key_dim
+    value_channel = 2 * key_heads * key_dim + head * dim
+    weights = memory(weights_at, TAPS * channels, np.float32)
+    rate, bias = memory(rates_at, heads, np.float32)[head], memory(biases_at, heads, np.float32)[head]
+    norm = memory(norm_at, dim, np.float32)
+    eps = bits_float(np.int32(eps_bits))
+    inputs_at = scratch_at
+    values_at = inputs_at + 4 * _GROUP * 2 * key_dim
+    outputs_at = values_at + 4 * _GROUP * dim
+    shares_at = outputs_at + 4 * _GROUP * dim
+    spare_at = shares_at + 4 * _GROUP * 3
+    inputs = memory(inputs_at, _GROUP * 2 * key_dim, np.float32)
+    values = memory(values_at, _GROUP * dim, np.float32)
+    outputs = memory(outputs_at, _GROUP * dim, np.float32)
+    shares = memory(shares_at, _GROUP * 3, np.float32)
+
+    total = pending + tokens
+    kept = total - guesses
+    before_at, after_at = state_at + head * head_bytes, next_state_at + head * head_bytes
+    far = total == 1 and guesses == 0 and after_at % CACHE_LINE == 0
+    if kept == 0:
+        _copy(before_at, after_at, key_dim * dim)
+    first = 0
+    while first < total:
+        count = min(_GROUP, (kept if first < kept else total) - first)
+        for i in range(count):
+            t = first + i
+            oldest = memory(
+                _row_address(t - 3, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes),
+                channels, np.float32,
+            )  # fmt: skip
+            older = memory(
+                _row_address(t - 2, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes),
+                channels, np.float32,
+            )  # fmt: skip
+            old = memory(
+                _row_address(t - 1, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes),
+                channels, np.float32,
+            )  # fmt: skip
+            newest = memory(
+                _row_address(t, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes),
+                channels, np.float32,
+            )  # fmt: skip
+            key = memory(inputs_at + 8 * i * key_dim, key_dim, np.float32)
+            query = memory(inputs_at + 8 * i * key_dim + 4 * key_dim, key_dim, np.float32)
+            _convolve(oldest, older, old, newest, key_channel, key_dim, weights, key)
+            _convolve(oldest, older, old, newest, query_channel, key_dim, weights, query)
+            value = memory(values_at + 4 * i * dim, dim, np.float32)
+            _convolve(oldest, older, old, newest, value_channel, dim, weights, value)
+            shares[2 * _GROUP + i] = _normalize(key, query)
+            token_gates_at = gates_at + (t - pending) * gates_bytes
+            if t < pending:
+                token_gates_at = pending_at + t * pending_bytes + row_bytes
+            token_gates = memory(token_gates_at, 2 * padded, np.float32)
+            shares[i], shares[_GROUP + i] = token_gates[padded + head], token_gates[head]
+        compute_gates(shares, _GROUP, 0, rate, bias)
+        source_at = before_at if first == 0 else after_at
+        if far:
+            _recur_once(before_at, after_at, key_dim, inputs, dim, values, shares, outputs)
+        for block in range(0, 0 if far else dim // ROW, _BLOCKS):
+            at = 4 * block * key_dim * ROW
+            target_at = after_at + at if first < kept else spare_at
+            if block + _BLOCKS <= dim // ROW:
+                _recur(
+                    _WIDE, count, source_at + at, target_at, key_dim, inputs, dim, values, block * ROW, shares, outputs
+                )
+            else:
+                _recur(
+                    _NARROW, count, source_at + at, target_at, key_dim, inputs, dim, values, block * ROW, shares,
+                    outputs,
+                )  # fmt: skip
+        for i in range(max(0, pending - first), count):
+            t = first + i - pending
+            _gated_norm(
+                memory(outputs_at + 4 * i * dim, dim, np.float32), norm, eps,
+                memory(x_at + t * x_bytes + row_bytes + 4 * head * dim, dim, np.float32),
+                memory(out_at + t * out_bytes + 4 * head * dim, dim, np.float32),
+            )  # fmt: skip
+        first += count
+
+    for n in range(TAPS - 1 + guesses):
+        t = kept - (TAPS - 1) + n
+        row_at = _row_address(t, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes)
+        copy_at = next_state_at + heads * head_bytes + n * row_bytes
+        if n >= TAPS - 1:
+            copy_at = next_pending_at + (n - (TAPS - 1)) * pending_bytes
+            token_gates = memory(gates_at + (t - pending) * gates_bytes, 2 * padded, np.float32)
+            kept_gates = memory(copy_at + row_bytes, 2 * padded, np.float32)
+            kept_gates[head], kept_gates[padded + head] = token_gates[head], token_gates[padded + head]
+        _copy(row_at + 4 * value_channel, copy_at + 4 * value_channel, dim)
+        if head % group == 0:
+            _copy(row_at + 4 * query_channel, copy_at + 4 * query_channel, key_dim)
+            _copy(row_at + 4 * key_channel, copy_at + 4 * key_channel, key_dim)
+
+
+def gated_delta_kernel() -> int:
+    """The address of the kernel that `gated_delta` calls, compiled or loaded."""
+    return address_of(_head)
+
+
+@njit(nogil=True)
+def gated_delta(
+    team: Any, model: Any, layer: Any, sequences: Any, projected: Any, gates: Any, scratch: Any, out: Any
+) -> None:
+    """out = the gated norm of the recurrence's outputs, for all tokens of a pass; next states and next pending rows.
+
+    All members of the team call it, and share the sequences and value heads.
+    model: MODEL, with gated_delta_kernel. layer: LAYER; its state_index is its place in a state. sequences: SEQUENCE
+    records: `pending` tokens, whose inputs are in pending_rows, come between `state` and the pass's tokens; next_state
+    is the state after all but the last `guesses`, at most MOST_GUESSES, whose inputs go to next_pending_rows. What is
+    read and what is written must not overlap. projected: float32 (tokens, >= channels + heads * value_head_dim), the
+    channels, then the gate of the norm. gates: float32 (tokens, >= 2 * padded_heads(heads)), b, then a. scratch: this
+    thread's float32, see `scratch_floats`. out: float32 (tokens, >= heads * value_head_dim).
+    """
+    heads = model.linear_num_value_heads
+    pieces = sequences.size * heads
+    while True:
+        piece = claim(team, pieces)
+        if piece == pieces:
+            return
+        sequence = sequences[piece // heads]
+        first = sequence.first
+        run_at(
+            model.gated_delta_kernel,
+            (
+                piece % heads, model.linear_num_key_heads, heads, model.linear_key_head_dim,
+                model.linear_value_head_dim, np.int64(float_bits(model.rms_norm_eps)), layer.state_index, layer.conv1d,
+                layer.decay, layer.dt_bias, layer.linear_norm, sequence.tokens, sequence.guesses, sequence.pending,
+                sequence.state, sequence.next_state, sequence.pending_rows, sequence.next_pending_rows,
+                projected.ctypes.data + first * projected.strides[0], projected.strides[0],
+                gates.ctypes.data + first * gates.strides[0], gates.strides[0], scratch.ctypes.data,
+                out.ctypes.data + first * out.strides[0], out.strides[0],
+            ),
+        )  # fmt: skip

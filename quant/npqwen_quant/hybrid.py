@@ -1,0 +1,176 @@
+"""Checkpoints of hybrids (Qwen3-Next, Qwen3.5): their tensors in the forms that npqwen's layout has.
+
+- Norms are zero-centred, factors are 1 + weight, but for the one within a Gated DeltaNet layer.
+- q_proj has, head by head, the rows of the queries and those of the output gate.
+- Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
+  the group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v, and one for each of z, b and a.
+- The convolution is (channels, 1, taps); decay = exp(A_log).
+
+Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npqwen.errors import CheckpointError, shortened
+from npqwen.format.config import CONVOLUTION, Config, Recurrence
+from npqwen_quant.tensors import SourceTensor, widen
+
+_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
+_MOST_ROWS = 1 << 20
+"""Of a gathered matrix: more are not listed, which would take memory."""
+
+Ranges = Sequence[tuple[int, int]]
+"""First row and number of rows, one after the other."""
+
+
+class Gathered(SourceTensor):
+    """Some rows of a matrix, range after range."""
+
+    def __init__(self, stored: SourceTensor, ranges: Ranges) -> None:
+        self.path = stored.path
+        self.rows = np.concatenate([np.arange(first, first + count) for first, count in ranges])
+        self.shape = len(self.rows), stored.shape[1]
+        self.nbytes = stored.nbytes * len(self.rows) // max(1, stored.shape[0])
+        self._stored = stored
+
+    def check(self, name: str) -> None:
+        """See SourceTensor."""
+        self._stored.check(name)
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """See SourceTensor."""
+        rows = self.rows[first : first + count]
+        borders = np.flatnonzero(np.diff(rows) != 1) + 1
+        parts = [self._stored.read(int(part[0]), len(part)) for part in np.split(rows, borders) if len(part)]
+        return np.concatenate(parts) if parts else self._stored.read(0, 0)
+
+
+class _Changed(SourceTensor):
+    """A vector, read as a whole and changed."""
+
+    def __init__(self, stored: SourceTensor, length: int) -> None:
+        self.path = stored.path
+        self.shape = (length,)
+        self.nbytes = stored.nbytes
+        self._stored = stored
+
+    def check(self, name: str) -> None:
+        """See SourceTensor."""
+        self._stored.check(name)
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """See SourceTensor."""
+        whole = widen(self._stored.read(0, self._stored.shape[0]))
+        return np.ascontiguousarray(self.changed(whole)[first : first + count])
+
+    def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What becomes of the stored values: a vector."""
+        flat: npt.NDArray[np.float32] = whole.reshape(-1)
+        return flat
+
+
+class _OnePlus(_Changed):
+    """The factors of a zero-centred norm."""
+
+    def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        factors: npt.NDArray[np.float32] = whole + np.float32(1.0)
+        return factors
+
+
+class _Taps(_Changed):
+    """A convolution (channels, 1, taps) with the taps of all channels one after the other."""
+
+    def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        flat: npt.NDArray[np.float32] = whole.reshape(-1, CONVOLUTION).T.reshape(-1)
+        return flat
+
+
+class _Decay(_Changed):
+    """exp(A_log)."""
+
+    def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        with np.errstate(over="ignore"):  # what is infinite then is refused by who reads it
+            decay: npt.NDArray[np.float32] = np.exp(whole)
+        return decay
+
+
+def in_layout(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
+    """Tensors of a hybrid's checkpoint, perhaps only some, by the names of npqwen's layout.
+
+    Raises CheckpointError for shapes that config.json does not have.
+    """
+    recurrence = config.recurrence
+    if recurrence is None:
+        return dict(tensors)
+    found: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        before, dot, part = name.rpartition(".linear_attn.")
+        if dot:
+            own = _recurrent(part, tensor, config, recurrence)
+            found |= {f"{before}{dot}{key}": one for key, one in own.items()}
+        elif name.endswith(".self_attn.q_proj.weight"):
+            dim = config.head_dim
+            _check(name, tensor, (2 * config.num_attention_heads * dim, config.hidden_size))
+            starts = range(0, 2 * config.num_attention_heads * dim, 2 * dim)
+            found[name] = Gathered(tensor, [(start, dim) for start in starts])
+            gate = name.removesuffix("q_proj.weight") + "q_gate.weight"
+            found[gate] = Gathered(tensor, [(start + dim, dim) for start in starts])
+        elif name.endswith(_NORMS) or name == "model.norm.weight":
+            found[name] = _OnePlus(tensor, _length(name, tensor))
+        elif name.endswith(".shared_expert_gate.weight"):
+            _check(name, tensor, (1, config.hidden_size))
+            found[name] = _Changed(tensor, config.hidden_size)
+        else:
+            found[name] = tensor
+    return found
+
+
+def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -> dict[str, SourceTensor]:
+    """What becomes of a tensor of a Gated DeltaNet layer, by names without the layer."""
+    hidden, heads = config.hidden_size, r.linear_num_value_heads
+    if part == "conv1d.weight":
+        _check(part, tensor, (r.channels, 1, CONVOLUTION))
+        return {part: _Taps(tensor, r.channels * CONVOLUTION)}
+    if part == "A_log":
+        return {"decay": _Decay(tensor, _length(part, tensor))}
+    group = heads // r.linear_num_key_heads
+    if part == "in_proj_qkvz.weight":
+        _check(part, tensor, (r.channels + r.values, hidden))
+        key, value = r.linear_key_head_dim, group * r.linear_value_head_dim
+        starts = range(0, r.channels + r.values, 2 * key + 2 * value)
+        qkv = [
+            (start + first, count)
+            for first, count in ((0, key), (key, key), (2 * key, value))
+            for start in starts
+        ]
+        return {
+            "in_proj_qkv.weight": Gathered(tensor, qkv),
+            "in_proj_z.weight": Gathered(tensor, [(start + 2 * key + value, value) for start in starts]),
+        }
+    if part == "in_proj_ba.weight":
+        _check(part, tensor, (2 * heads, hidden))
+        starts = range(0, 2 * heads, 2 * group)
+        return {
+            "in_proj_b.weight": Gathered(tensor, [(start, group) for start in starts]),
+            "in_proj_a.weight": Gathered(tensor, [(start + group, group) for start in starts]),
+        }
+    return {part: tensor}
+
+
+def _length(name: str, tensor: SourceTensor) -> int:
+    if len(tensor.shape) != 1:
+        raise CheckpointError(f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}; it must be a vector")
+    return tensor.shape[0]
+
+
+def _check(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or shape[0] > _MOST_ROWS:
+        raise CheckpointError(
+            f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
+        )
