@@ -54,6 +54,17 @@ def downloads() -> list[Download]:
     return sorted(chosen, key=lambda download: download.model.lower())
 
 
+def damaged_downloads() -> list[str]:
+    """What huggingface_hub finds wrong with repositories in its cache, a sentence each."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]
+
+    try:
+        return [str(warning) for warning in scan_cache_dir(constants.HF_HUB_CACHE).warnings]
+    except CacheNotFound:
+        return []
+
+
 def downloaded_names() -> list[str]:
     """The hub ids of `downloads()`, in no order. Quick, as nothing is measured."""
     from huggingface_hub import constants

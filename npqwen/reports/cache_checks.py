@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from npqwen.errors import CheckpointError, FormatError, size
+from npqwen.errors import CheckpointError, FormatError, shortened, size
 from npqwen.format.quantization import is_converted
 from npqwen.hub.disk_usage import freed_bytes
-from npqwen.hub.downloads import Download
+from npqwen.hub.downloads import Download, damaged_downloads
 from npqwen.hub.inventory import Conversion, conversions
 from npqwen.hub.leftovers import leftovers
 from npqwen.hub.room import free_bytes
@@ -24,8 +24,20 @@ _LITTLE = 1 << 30
 """Bytes of free disk below which the smallest model does not fit."""
 
 
-def check_cache(root: Path, downloads: list[Download]) -> Iterator[Finding]:
-    """What is wrong with the cache directory `root`, which need not exist, and with the downloads."""
+def check_downloads(found: list[Download]) -> Iterator[Finding]:
+    """What is wrong with huggingface_hub's cache; found: Qwen3 checkpoints there."""
+    for download in found:
+        partial = [path for path in download.path.glob("blobs/*.incomplete") if path.is_file()]
+        if partial:
+            amount = size(sum(path.stat().st_size for path in partial))
+            yield Finding.note(f"the download of {download.model} is incomplete ({amount})", "npqwen pull continues it")
+    for warning in damaged_downloads():
+        problem = f"a download is damaged: {shortened(warning, 300)}"
+        yield Finding.note(problem, "remove its directory; it is downloaded again when it is needed")
+
+
+def check_cache(root: Path) -> Iterator[Finding]:
+    """What is wrong with the cache directory `root`, which need not exist."""
     try:
         yield from _check_place(root)
         if root.is_dir():
@@ -35,11 +47,6 @@ def check_cache(root: Path, downloads: list[Download]) -> Iterator[Finding]:
             yield from _leftovers(root)
     except OSError as error:
         yield Finding(f"{error.filename or root} cannot be read: {error.strerror}", "check who owns it")
-    for download in downloads:
-        partial = [path for path in download.path.glob("blobs/*.incomplete") if path.is_file()]
-        if partial:
-            amount = size(sum(path.stat().st_size for path in partial))
-            yield Finding.note(f"the download of {download.model} is incomplete ({amount})", "npqwen pull continues it")
 
 
 def _check_place(root: Path) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from npqwen.hub.inventory import conversions
 from npqwen.hub.room import free_bytes
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import bytes_to_read
-from npqwen.reports.cache_checks import check_cache
+from npqwen.reports.cache_checks import check_cache, check_downloads
 from npqwen.reports.extras import Extra, extras
 from npqwen.reports.finding import Finding
 from npqwen.reports.forecast import CONTEXT, SHARE, Forecast, forecasts, table
@@ -122,7 +122,8 @@ def examine(root: Path = Path("/")) -> Diagnosis:
     findings = [
         *_check_machine(facts, busy),
         *_check_kernels(),
-        *check_cache(place, fetched),
+        *check_cache(place),
+        *check_downloads(fetched),
         *_check_extras(optional),
     ]
     return Diagnosis(

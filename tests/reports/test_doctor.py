@@ -24,7 +24,7 @@ from npqwen.model import load
 from npqwen.reports import doctor, extras, forecast
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import bytes_per_token
-from npqwen.reports.cache_checks import check_cache
+from npqwen.reports.cache_checks import check_cache, check_downloads
 from npqwen.reports.finding import Finding
 from npqwen.reports.forecast import SHARE, forecasts
 from npqwen.simd.isa import available
@@ -51,8 +51,8 @@ def conversion(cache: Path, tiny: Callable[[int], Path]) -> Path:
     return path
 
 
-def found(cache: Path, downloads: list[Download] | None = None) -> list[Finding]:
-    return list(check_cache(cache, downloads or []))
+def found(cache: Path) -> list[Finding]:
+    return list(check_cache(cache))
 
 
 def only(findings: list[Finding]) -> Finding:
@@ -141,6 +141,7 @@ def test_numbers_of_a_small_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ReadBandwidth, "measure", lambda self, repeat=3: 10e9)
     monkeypatch.setattr(doctor, "downloads", list)
+    monkeypatch.setattr("npqwen.reports.cache_checks.damaged_downloads", list)
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
     seen = doctor.examine(root)
     assert not seen.is_well
@@ -307,14 +308,19 @@ def test_kernels_that_others_could_have_written(cache: Path, compiled: Path) -> 
     assert finding.way_out.startswith("rm -r ")
 
 
-def test_an_incomplete_download(cache: Path, tmp_path: Path) -> None:
-    place = tmp_path / "models--org--name"
+@pytest.mark.usefixtures("no_hub")
+def test_an_incomplete_download(tmp_path: Path) -> None:
+    place = tmp_path / "hf" / "models--org--name"
     (place / "blobs").mkdir(parents=True)
     download = Download("org/name", place, ("a" * 40,), 0, 0.0, False)
-    assert found(cache, [download]) == []
+    (place / "snapshots").mkdir()
+    (place / "refs").mkdir()
+    assert list(check_downloads([download])) == []
     (place / "blobs" / "0123.incomplete").write_bytes(b"x" * 2_000_000)
-    finding = only(found(cache, [download]))
+    finding = only(list(check_downloads([download])))
     assert not finding.is_problem
     assert finding.text == "the download of org/name is incomplete (2.0 MB)"
+    (place / "snapshots").rmdir()
+    assert "a download is damaged: " in [*check_downloads([download])][1].text
 
 
