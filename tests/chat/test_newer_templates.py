@@ -31,7 +31,8 @@ SOURCES = {
     ),
     "3.8": EFFORT
     + SOURCE.replace(
-        OLD, "{%- if preserve_thinking is undefined or preserve_thinking is true or loop.index0 > ns.last_query_index %}"
+        OLD,
+        "{%- if preserve_thinking is undefined or preserve_thinking is true or loop.index0 > ns.last_query_index %}",
     ),
 }
 TEMPLATES = {name: ChatTemplate({"default": source}, {}, Path("model")) for name, source in SOURCES.items()}
