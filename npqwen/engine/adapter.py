@@ -157,7 +157,7 @@ class Adapter:
         parts = np.split(_grouped(stacked), dense.PARTS, axis=1)
         each.shrink[:] = place(np.concatenate(parts)), len(stacked) // UNIT_ROWS
         for factors, expand in zip(each.factors, each.expands, strict=True):
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 b = read(factors.b) * np.float32(factors.scale)
             if not np.isfinite(b).all():
                 raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, with which factors overflow")

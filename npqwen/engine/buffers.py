@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.records import Activations, ExpertActivations, RecurrentActivations, Workspace
-from npqwen.engine.weights import Weights
+from npqwen.engine.weights import PlannedWeights, Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
@@ -24,7 +24,14 @@ class Buffers:
     """
 
     def __init__(
-        self, config: Config, weights: Weights, threads: int, tokens: int, context: int, *, rank: int = 0
+        self,
+        config: Config,
+        weights: Weights | PlannedWeights,
+        threads: int,
+        tokens: int,
+        context: int,
+        *,
+        rank: int = 0,
     ) -> None:
         """rank: the largest of the model's adapters."""
         model = weights.model[0]

@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from npqwen.checks import is_number
 from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
+from npqwen.format.alpha_patterns import AlphaPatterns
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 
@@ -42,6 +44,10 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
 }
 """Keys of what is not supported, and how messages call it."""
+_LARGEST = 1e30
+"""Of lora_alpha: float32 holds no much larger numbers."""
+_LONGEST_NAME = 250
+"""Characters of a tensor's name."""
 _ADVICE = "merge it in PEFT (merge_and_unload, save_pretrained) and convert the result"
 
 
@@ -147,13 +153,13 @@ class StoredAdapter:
                 raise CheckpointError(f"{self.directory} uses {what}, which is not supported; {_ADVICE}")
         if self._config.get("bias", "none") != "none":
             raise CheckpointError(f"{self.directory} trains biases, which no Qwen3 model has; {_ADVICE}")
-        if not isinstance(self._config.get("alpha_pattern") or {}, dict):
-            raise CheckpointError(f"{self.directory / CONFIG} has an alpha_pattern that is not an object")
 
     def _sort(self, stored: Mapping[str, StoredTensor]) -> None:
         factors: dict[str, dict[str, StoredTensor]] = {}
         transposed = set()
         for name, tensor in stored.items():
+            if len(name) > _LONGEST_NAME:
+                raise CheckpointError(f"{self.directory} adapts {shortened(name)}, a name of {len(name):,} characters")
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(
                     f"{self.weights}: {shortened(name)} is stored as {shortened(tensor.dtype)}; only BF16, F16 and F32 "
@@ -163,7 +169,8 @@ class StoredAdapter:
             match = _FACTOR.fullmatch(own)
             if match is not None:
                 matrix = f"{match['module']}.weight"
-                factors.setdefault(matrix, {})[match["factor"]] = tensor
+                if factors.setdefault(matrix, {}).setdefault(match["factor"], tensor) is not tensor:
+                    raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
                 if match["embedding"]:
                     transposed.add(matrix)
             elif ".lora_" in own or not own.endswith(".weight"):
@@ -171,7 +178,11 @@ class StoredAdapter:
                     f"{self.directory} has a tensor {shortened(name)}, which is not supported; {_ADVICE}"
                 )
             else:
-                self.saved[own.replace(".modules_to_save", "").replace(".base_layer", "")] = tensor
+                matrix = own.replace(".modules_to_save", "").replace(".base_layer", "")
+                if self.saved.setdefault(matrix, tensor) is not tensor:
+                    raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
+        modules = [name.removesuffix(".weight") for name in factors]
+        alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, modules, str(self.directory / CONFIG))
         for name, pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{self.directory} has only one of the two factors of {shortened(name)}")
@@ -181,25 +192,20 @@ class StoredAdapter:
                     f"{self.directory}: the factors of {shortened(name)} have shapes {list(a.shape)} and "
                     f"{list(b.shape)}, which have no product"
                 )
-            self.factors[name] = Factors(a, b, self._scale(name, a.shape[0]), name in transposed)
+            if a.shape[0] > max(a.shape[1], b.shape[0]):
+                raise CheckpointError(
+                    f"{self.directory}: the factors of {shortened(name)} have rank {a.shape[0]:,}, but it has only "
+                    f"{max(a.shape[1], b.shape[0]):,} rows or columns"
+                )
+            alpha = alphas.alpha(name.removesuffix(".weight"), self._config.get("lora_alpha", 8))
+            self.factors[name] = Factors(a, b, self._scale(alpha, a.shape[0]), name in transposed)
         if not self.factors and not self.saved:
             raise CheckpointError(f"{self.weights} adapts nothing")
 
-    def _scale(self, name: str, rank: int) -> float:
-        """What the product of a matrix's factors is multiplied by."""
-        module = name.removesuffix(".weight")
-        alpha = self._config.get("lora_alpha", 8)
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            try:
-                fits = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error:
-                raise CheckpointError(
-                    f"{self.directory / CONFIG} has the alpha_pattern {quoted(pattern)}, which is not a valid regular "
-                    "expression"
-                ) from None
-            if fits:
-                alpha = value
-                break
+    def _scale(self, alpha: Any, rank: int) -> float:
+        """What the product of a matrix's factors is multiplied by, for its lora_alpha."""
         if not is_number(alpha):
             raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}; it must be a number")
+        if not abs(alpha) <= _LARGEST:
+            raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}, which is impossible")
         return self._strength * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)

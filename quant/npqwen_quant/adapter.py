@@ -58,8 +58,9 @@ class AdaptedTensor(SourceTensor):
             left, right = widen(self._b.read(first, count)), _all(self._a)
         assert left.shape == (count, self._factors.rank)
         # Summed in float64: the order of a float32 product would depend on the number of rows.
-        product = (left.astype(np.float64) @ right.astype(np.float64)) * self._factors.scale
-        rows: npt.NDArray[np.float32] = widen(self._base.read(first, count)) + product.astype(np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses what is not finite
+            product = (left.astype(np.float64) @ right.astype(np.float64)) * self._factors.scale
+            rows: npt.NDArray[np.float32] = widen(self._base.read(first, count)) + product.astype(np.float32)
         return rows
 
 
