@@ -12,6 +12,7 @@ from npqwen.engine.budget import RESERVED, Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.recurrent_states import Recurrent, states_bytes
 from npqwen.engine.weights import PlannedWeights
 from npqwen.errors import size
 from npqwen.format.config import Config
@@ -67,6 +68,22 @@ def _sparse(hidden: int, inner: int, layers: int, heads: int, expert: int) -> di
     )
 
 
+def _hybrid(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, values: int, **more: Any
+) -> dict[str, Any]:
+    """values: the value heads of Gated DeltaNet layers."""
+    own: dict[str, Any] = {
+        "model_type": "qwen3_5_text",
+        "num_key_value_heads": kv_heads,
+        "head_dim": 256,
+        "vocab_size": 248320,
+        "max_position_embeddings": 262144,
+        "rope_theta": 10000000,
+        "linear_num_value_heads": values,
+    }
+    return _dense(hidden, inner, layers, heads, **(own | more))
+
+
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3-0.6B": _dense(1024, 3072, 28, 16, tie_word_embeddings=True),
     "Qwen3-1.7B": _dense(2048, 6144, 28, 16, tie_word_embeddings=True),
@@ -76,6 +93,24 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3-32B": _dense(5120, 25600, 64, 64),
     "Qwen3-30B-A3B": _sparse(2048, 6144, 48, 32, 768),
     "Qwen3-235B-A22B": _sparse(4096, 12288, 94, 64, 1536),
+    "Qwen3.5-0.8B": _hybrid(1024, 3584, 24, 8, 2, 16, tie_word_embeddings=True),
+    "Qwen3.5-2B": _hybrid(2048, 6144, 24, 8, 2, 16, tie_word_embeddings=True),
+    "Qwen3.5-4B": _hybrid(2560, 9216, 32, 16, 4, 32, tie_word_embeddings=True),
+    "Qwen3.5-9B": _hybrid(4096, 12288, 32, 16, 4, 32),
+    "Qwen3.5-27B": _hybrid(5120, 17408, 64, 24, 4, 48),
+    "Qwen3.5-35B-A3B": _hybrid(
+        2048,
+        512,
+        40,
+        16,
+        2,
+        32,
+        model_type="qwen3_5_moe_text",
+        num_experts=256,
+        num_experts_per_tok=8,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+    ),
 }
 """The shapes of Qwen's models, by the names that `npqwen chat` takes: what their config.json have of them."""
 
@@ -129,6 +164,7 @@ def _forecast(
         working=Buffers(config, PlannedWeights(config, recipe), threads, chunk_size(config), CONTEXT).nbytes,
         page=KVCache(config, 1, recipe.cache_type).page_bytes,
         available=available,
+        states=states_bytes(config),
     )
     fit: Fit = "fits"
     if budget.fitting(CONTEXT) < CONTEXT:
@@ -136,7 +172,9 @@ def _forecast(
         fit = "partly" if half else "no"
     speed = None
     if bandwidth is not None and fit == "fits":
-        speed = SHARE * bandwidth / (active_bytes(config, tensors) + _DEPTH * budget.page // PAGE)
+        shape = Recurrent.of(config)
+        states = 0 if shape is None else 2 * shape.nbytes  # read and written
+        speed = SHARE * bandwidth / (active_bytes(config, tensors) + states + _DEPTH * budget.page // PAGE)
     return Forecast(name, recipe.bits, budget.weights, budget.needed(CONTEXT) + RESERVED, fit, speed)
 
 

@@ -63,17 +63,22 @@ def only(findings: list[Finding]) -> Finding:
 # --- forecasts ---
 
 
+def shape_of(model: str) -> str:
+    """The key of `SIZES` for a model's name."""
+    return model.removeprefix("Qwen3-").removeprefix("Qwen")
+
+
 def test_memory_is_that_of_the_documents() -> None:
     """memory_table.py computes it from files that it writes; docs/models.md has its numbers."""
     for one in forecasts(None, None, threads=4):
-        computed = needs(one.model.removeprefix("Qwen3-"), one.bits)
+        computed = needs(shape_of(one.model), one.bits)
         assert (one.weights, one.needed) == (computed.weights, computed.needed), one
         assert (one.fit, one.tokens_per_second) == ("fits", None)
 
 
 def test_shapes_are_those_of_the_models() -> None:
     for name, raw in forecast.MODELS.items():
-        assert Config.from_dict(raw) == Config.from_dict(SIZES[name.removeprefix("Qwen3-")])
+        assert Config.from_dict(raw) == Config.from_dict(SIZES[shape_of(name)])
 
 
 @pytest.mark.parametrize("directory", [TINY, Path(__file__).parents[1] / "data" / "tiny-qwen3-moe"])
