@@ -18,6 +18,7 @@ from npqwen.format.text_part import text_name, text_part
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files
+from npqwen_quant.gguf_hybrid import undone
 from npqwen_quant.hybrid import in_layout
 from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
@@ -64,7 +65,7 @@ class Checkpoint:
         self._gguf = GgufModel(files)
         self.raw_config = self._gguf.raw_config
         self.config = Config.from_dict(self.raw_config, str(files[0]))
-        self.tensors = self._gguf.tensors
+        self.tensors = undone(self._gguf.tensors, self.config, self._gguf.metadata.architecture)
 
     def _read_directory(self, weights: bool) -> None:
         directory = self.directory

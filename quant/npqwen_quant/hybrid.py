@@ -30,12 +30,12 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Gathered(SourceTensor):
-    """Some rows of a matrix, range after range."""
+    """Some rows of a matrix, or elements of a vector, range after range."""
 
     def __init__(self, stored: SourceTensor, ranges: Ranges) -> None:
         self.path = stored.path
         self.rows = np.concatenate([np.arange(first, first + count) for first, count in ranges])
-        self.shape = len(self.rows), stored.shape[1]
+        self.shape = len(self.rows), *stored.shape[1:]
         self.nbytes = stored.nbytes * len(self.rows) // max(1, stored.shape[0])
         self._stored = stored
 
@@ -51,12 +51,13 @@ class Gathered(SourceTensor):
         return np.concatenate(parts) if parts else self._stored.read(0, 0)
 
 
-class _Changed(SourceTensor):
+class Changed(SourceTensor):
     """A vector, read as a whole and changed."""
 
-    def __init__(self, stored: SourceTensor, length: int) -> None:
+    def __init__(self, stored: SourceTensor, length: int | None = None) -> None:
+        """length: of what it becomes; by default that of what is stored."""
         self.path = stored.path
-        self.shape = (length,)
+        self.shape = stored.shape if length is None else (length,)
         self.nbytes = stored.nbytes
         self._stored = stored
 
@@ -75,7 +76,7 @@ class _Changed(SourceTensor):
         return flat
 
 
-class _OnePlus(_Changed):
+class _OnePlus(Changed):
     """The factors of a zero-centred norm."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -83,25 +84,28 @@ class _OnePlus(_Changed):
         return factors
 
 
-class _Taps(_Changed):
-    """A convolution (channels, 1, taps) with the taps of all channels one after the other."""
+class _Taps(Changed):
+    """A convolution (channels, 1, taps) or (channels, taps) with the taps of all channels one after the other."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         flat: npt.NDArray[np.float32] = whole.reshape(-1, CONVOLUTION).T.reshape(-1)
         return flat
 
 
-class _Decay(_Changed):
+class _Decay(Changed):
     """exp(A_log)."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         with np.errstate(over="ignore"):  # what is infinite then is refused by who reads it
-            decay: npt.NDArray[np.float32] = np.exp(whole)
-        return decay
+            return np.exp(whole.astype(np.float64)).astype(np.float32)  # in float32, processors differ
 
 
-def in_layout(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
+def in_layout(
+    tensors: Mapping[str, SourceTensor], config: Config, zero_centred: bool = True
+) -> dict[str, SourceTensor]:
     """Tensors of a hybrid's checkpoint, perhaps only some, by the names of npqwen's layout.
+
+    zero_centred: whether norms are; else they are factors already.
 
     Raises CheckpointError for shapes that config.json does not have.
     """
@@ -116,16 +120,16 @@ def in_layout(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, 
             found |= {f"{before}{dot}{key}": one for key, one in own.items()}
         elif name.endswith(".self_attn.q_proj.weight"):
             dim = config.head_dim
-            _check(name, tensor, (2 * config.num_attention_heads * dim, config.hidden_size))
+            check_shape(name, tensor, (2 * config.num_attention_heads * dim, config.hidden_size))
             starts = range(0, 2 * config.num_attention_heads * dim, 2 * dim)
             found[name] = Gathered(tensor, [(start, dim) for start in starts])
             gate = name.removesuffix("q_proj.weight") + "q_gate.weight"
             found[gate] = Gathered(tensor, [(start + dim, dim) for start in starts])
         elif name.endswith(_NORMS) or name == "model.norm.weight":
-            found[name] = _OnePlus(tensor, _length(name, tensor))
+            found[name] = _OnePlus(tensor, _length(name, tensor)) if zero_centred else tensor
         elif name.endswith(".shared_expert_gate.weight"):
-            _check(name, tensor, (1, config.hidden_size))
-            found[name] = _Changed(tensor, config.hidden_size)
+            check_shape(name, tensor, (1, config.hidden_size), (config.hidden_size,))
+            found[name] = Changed(tensor, config.hidden_size)
         else:
             found[name] = tensor
     return found
@@ -135,13 +139,13 @@ def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -
     """What becomes of a tensor of a Gated DeltaNet layer, by names without the layer."""
     hidden, heads = config.hidden_size, r.linear_num_value_heads
     if part == "conv1d.weight":
-        _check(part, tensor, (r.channels, 1, CONVOLUTION))
+        check_shape(part, tensor, (r.channels, 1, CONVOLUTION), (r.channels, CONVOLUTION))
         return {part: _Taps(tensor, r.channels * CONVOLUTION)}
     if part == "A_log":
         return {"decay": _Decay(tensor, _length(part, tensor))}
     group = heads // r.linear_num_key_heads
     if part == "in_proj_qkvz.weight":
-        _check(part, tensor, (r.channels + r.values, hidden))
+        check_shape(part, tensor, (r.channels + r.values, hidden))
         key, value = r.linear_key_head_dim, group * r.linear_value_head_dim
         starts = range(0, r.channels + r.values, 2 * key + 2 * value)
         qkv = [
@@ -154,7 +158,7 @@ def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -
             "in_proj_z.weight": Gathered(tensor, [(start + 2 * key + value, value) for start in starts]),
         }
     if part == "in_proj_ba.weight":
-        _check(part, tensor, (2 * heads, hidden))
+        check_shape(part, tensor, (2 * heads, hidden))
         starts = range(0, 2 * heads, 2 * group)
         return {
             "in_proj_b.weight": Gathered(tensor, [(start, group) for start in starts]),
@@ -169,8 +173,9 @@ def _length(name: str, tensor: SourceTensor) -> int:
     return tensor.shape[0]
 
 
-def _check(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape or shape[0] > _MOST_ROWS:
+def check_shape(name: str, tensor: SourceTensor, *shapes: tuple[int, ...]) -> None:
+    """CheckpointError for a tensor of none of these shapes."""
+    if tensor.shape not in shapes or tensor.shape[0] > _MOST_ROWS:
         raise CheckpointError(
-            f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
+            f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says {list(shapes[0])}"
         )

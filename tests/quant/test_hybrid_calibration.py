@@ -92,8 +92,8 @@ def test_calibration_lowers_the_error_of_every_layer_and_is_resumed(
         with load(directory, threads=2) as model:
             errors.append(layer_errors(exact, model))
     exact.close()
-    print(name, np.round(errors, 4), np.divide(*errors))
-    assert (errors[1] < 0.97 * errors[0]).all()
+    # What comes out of a random layer has no directions that matter less, but the embeddings of 40 tokens do.
+    assert (errors[1] < np.array([0.75, 0.97, 0.97, 0.97]) * errors[0]).all()
 
 
 def layer_errors(exact: Engine, model: Engine) -> np.ndarray:
