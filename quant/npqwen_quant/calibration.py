@@ -1,9 +1,9 @@
 """Calibration: quantizing with error feedback, layer by layer, resumed where an interrupted one ended.
 
 The text's hidden states lie in a file of the conversion's working directory. Half a layer at a time (attention or
-Gated DeltaNet, feed-forward) they are advanced by the unquantized model, which gives the second moments of its matrices' inputs; the
-matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is done when the next
-hidden states have their name, which they get after the half's fits were synced.
+Gated DeltaNet, feed-forward) they are advanced by the unquantized model, which gives the second moments of its
+matrices' inputs; the matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is
+done when the next hidden states have their name, which they get after the half's fits were synced.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ class Checkpoint:
         self._gguf: GgufModel | None = None
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
+        self.has_draft = False
+        """Whether it is a hybrid with layers that draft further tokens (MTP), which are not read."""
         self.format: QuantizedFormat | None = None
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
         if weights and (files := gguf_files(directory)):
@@ -63,6 +65,7 @@ class Checkpoint:
     def _read_gguf(self, files: Sequence[Path]) -> None:
         self._watch(files)
         self._gguf = GgufModel(files)
+        self.has_draft = self._gguf.has_draft
         self.raw_config = self._gguf.raw_config
         self.config = Config.from_dict(self.raw_config, str(files[0]))
         self.tensors = undone(self._gguf.tensors, self.config, self._gguf.metadata.architecture)
@@ -96,15 +99,20 @@ class Checkpoint:
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
+        self.find_draft(stored)
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
         return in_layout(unfused(with_prefix(tensors), self.config), self.config)
 
+    def find_draft(self, names: Iterable[str]) -> None:
+        """Set has_draft if one of the stored tensors' names is of a draft layer."""
+        self.has_draft = self.has_draft or (self.config.recurrence is not None and any(map(_is_of_draft, names)))
+
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one that is not of
         it: of images, or of a hybrid's draft layer, which is not read."""
-        if self.config.recurrence is not None and name.startswith("mtp."):
+        if self.config.recurrence is not None and _is_of_draft(name):
             return None
         return text_name(name) if self.has_images else name
 
@@ -188,6 +196,10 @@ class Checkpoint:
         """The tensors of one file."""
         self._watch([path])
         return read_tensors(path)
+
+
+def _is_of_draft(name: str) -> bool:
+    return name.startswith(("mtp.", "model.mtp.", "language_model.mtp.", "model.language_model.mtp."))
 
 
 def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:

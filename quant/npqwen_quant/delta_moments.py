@@ -1,4 +1,4 @@
-"""A Gated DeltaNet layer of the unquantized model, in float32: what its matrices are multiplied with, and what comes out.
+"""A Gated DeltaNet layer of the unquantized model, in float32: what its matrices are multiplied with, and its output.
 
 The recurrence (npqwen/kernels/gated_delta.py has it token by token) is computed in chunks, as matrix products (Yang et
 al. 2025): within a chunk, what tokens write to the state and read from each other is a triangular system.

@@ -62,9 +62,9 @@ def undone(tensors: Mapping[str, SourceTensor], config: Config, architecture: st
 
 def _grouped(name: str, part: str, tensor: SourceTensor, config: Config, r: Recurrence) -> SourceTensor:
     """A tensor with its value heads grouped by key head."""
-    keys, group, dim = r.linear_num_key_heads, r.linear_num_value_heads // r.linear_num_key_heads, r.linear_value_head_dim
-    hidden, heads = config.hidden_size, r.linear_num_value_heads
-    order = [turn * keys + key for key in range(keys) for turn in range(group)]
+    keys, heads, dim = r.linear_num_key_heads, r.linear_num_value_heads, r.linear_value_head_dim
+    hidden = config.hidden_size
+    order = [turn * keys + key for key in range(keys) for turn in range(heads // keys)]
     values = [(head * dim, dim) for head in order]
     if part == "in_proj_qkv.weight":
         check_shape(name, tensor, (r.channels, hidden))

@@ -148,11 +148,7 @@ def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -
         check_shape(part, tensor, (r.channels + r.values, hidden))
         key, value = r.linear_key_head_dim, group * r.linear_value_head_dim
         starts = range(0, r.channels + r.values, 2 * key + 2 * value)
-        qkv = [
-            (start + first, count)
-            for first, count in ((0, key), (key, key), (2 * key, value))
-            for start in starts
-        ]
+        qkv = [(start + first, count) for first, count in ((0, key), (key, key), (2 * key, value)) for start in starts]
         return {
             "in_proj_qkv.weight": Gathered(tensor, qkv),
             "in_proj_z.weight": Gathered(tensor, [(start + 2 * key + value, value) for start in starts]),

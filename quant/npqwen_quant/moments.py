@@ -74,7 +74,7 @@ def silu(x: F32) -> F32:
 def sigmoid(x: F32) -> F32:
     """1 / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # as in silu
-        gates: F32 = 1 / (1 + np.exp(-x))
+        gates: F32 = np.float32(1) / (1 + np.exp(-x))
     return gates
 
 
