@@ -195,7 +195,8 @@ def _bytes_to_read() -> int:
 def bytes_per_token(model: Model, depth: int) -> int:
     """Bytes that decoding one token at position `depth` reads: every weight it uses once, and the cache.
 
-    Of a mixture of experts it uses the chosen experts, of an untied embedding one row.
+    Of a mixture of experts it uses the chosen experts, of an untied embedding one row. Recurrent states count twice:
+    they are written, too.
     """
     c = model.config
     weights = 0.0
@@ -206,4 +207,6 @@ def bytes_per_token(model: Model, depth: int) -> int:
         if c.mixture is not None and name.endswith("experts.weight"):
             share = c.mixture.num_experts_per_tok / c.mixture.num_experts
         weights += share * tensor.data.size
-    return int(weights) + depth * model.new_cache(1).page_bytes // PAGE
+    cache = model.new_cache(1)
+    states = 0 if cache.recurrent is None else 2 * cache.recurrent.shape.nbytes
+    return int(weights) + states + depth * cache.page_bytes // PAGE

@@ -42,7 +42,10 @@ class Engine(Protocol):
         """Tokens in the cache."""
 
     def truncate(self, length: int) -> None:
-        """Keep only the first `length` tokens."""
+        """Keep only the first `length` tokens: of a hybrid none, or as many as `keep` was called with."""
+
+    def keep(self) -> None:
+        """Make it possible for a hybrid to be truncated to the tokens that are in the cache now."""
 
     def run(self, ids: Ids, *, every: bool) -> None:
         """Run tokens after the cached ones. every: compute the logits of every token, not only of the last."""
@@ -84,6 +87,8 @@ class Llama:
         if not self._context:
             raise SystemExit(f"llama.cpp cannot make a context of {context} tokens, flash attention {flash}")
         self._length = 0
+        self._kept: tuple[int, Any] | None = None
+        """A length to which the cache of a hybrid can be truncated, and its state."""
 
     def about(self) -> dict[str, str]:
         return {
@@ -99,9 +104,21 @@ class Llama:
 
     def truncate(self, length: int) -> None:
         memory = self._c.llama_get_memory(self._context)
-        if not self._c.llama_memory_seq_rm(memory, 0, length, -1):
+        if self._kept is not None and length == self._kept[0]:
+            data = self._kept[1]
+            if self._c.llama_state_seq_set_data(self._context, data, len(data), 0) != len(data):
+                raise SystemExit("llama.cpp cannot restore its state")
+        elif not length:
+            self._c.llama_memory_clear(memory, True)
+        elif not self._c.llama_memory_seq_rm(memory, 0, length, -1):
             raise SystemExit(f"llama.cpp cannot truncate its cache to {length} tokens")
         self._length = length
+
+    def keep(self) -> None:
+        if self._c.llama_model_is_hybrid(self._model) and (self._kept is None or self._kept[0] != self._length):
+            data = (ctypes.c_uint8 * self._c.llama_state_seq_get_size(self._context, 0))()
+            self._c.llama_state_seq_get_data(self._context, data, len(data), 0)
+            self._kept = self._length, data
 
     def run(self, ids: Ids, *, every: bool) -> None:
         for start in range(0, len(ids), 2048):
@@ -156,6 +173,9 @@ class Npqwen:
         self._cache.truncate(length)
         self._length = length
 
+    def keep(self) -> None:
+        self._cache.keep_checkpoint()
+
     def run(self, ids: Ids, *, every: bool) -> None:
         if every:
             self._model.forward(ids, self._cache, all_logits=True)
@@ -177,6 +197,8 @@ def seek(engine: Engine, ids: Ids, depth: int) -> None:
         engine.truncate(depth)
     if engine.length() < depth:
         engine.run(ids[engine.length() : depth], every=False)
+    if depth:
+        engine.keep()
 
 
 class Stopwatch:

@@ -3,6 +3,7 @@
 
     python tests/bench/make_checkpoint.py 0.6B OUT [--layers N] [--shard-mb 2000] [--seed 0]
     python tests/bench/make_checkpoint.py 30B-A3B OUT --convert 3
+    python tests/bench/make_checkpoint.py 3.5-4B OUT
 
 The directory has the files of the real model: config.json, generation_config.json, tokenizer files, and bf16
 safetensors, sharded with an index if they are large. Speed and memory do not depend on the values of a dense model's
@@ -70,6 +71,35 @@ MOE = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
+HYBRID = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "bos_token_id": None,
+    "eos_token_id": 248046,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+    "vocab_size": 248320,
+}
+HYBRID_MOE = {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
 GENERATION = {
     "bos_token_id": 151643,
     "do_sample": True,
@@ -98,6 +128,16 @@ def _moe(hidden: int, inner: int, expert: int, layers: int, heads: int, **more: 
     return _dense(hidden, inner, layers, heads, **(sparse | more))
 
 
+def _hybrid(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, values: int, **more: Any
+) -> dict[str, Any]:
+    """values: the value heads of Gated DeltaNet layers."""
+    types = ["linear_attention" if (layer + 1) % 4 else "full_attention" for layer in range(layers)]
+    own = {"num_key_value_heads": kv_heads, "linear_num_value_heads": values, "layer_types": types}
+    config = _dense(hidden, inner, layers, heads, **(HYBRID | own | more))
+    return {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+
+
 SIZES = {
     "0.6B": _dense(1024, 3072, 28, 16, tie_word_embeddings=True),
     "1.7B": _dense(2048, 6144, 28, 16, tie_word_embeddings=True),
@@ -118,6 +158,14 @@ SIZES = {
         rope_theta=10000000,
         max_position_embeddings=262144,
     ),
+    "3.5-0.8B": _hybrid(1024, 3584, 24, 8, 2, 16, tie_word_embeddings=True),
+    "3.5-2B": _hybrid(2048, 6144, 24, 8, 2, 16, tie_word_embeddings=True),
+    "3.5-4B": _hybrid(2560, 9216, 32, 16, 4, 32, tie_word_embeddings=True),
+    "3.5-9B": _hybrid(4096, 12288, 32, 16, 4, 32),
+    "3.5-27B": _hybrid(5120, 17408, 64, 24, 4, 48),
+    "3.5-35B-A3B": _hybrid(
+        2048, 512, 40, 16, 2, 32, **HYBRID_MOE, moe_intermediate_size=512, shared_expert_intermediate_size=512
+    ),
 }
 
 
@@ -129,17 +177,24 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", (hidden,)
-        yield prefix + "self_attn.q_proj.weight", (queries, hidden)
-        yield prefix + "self_attn.k_proj.weight", (keys, hidden)
-        yield prefix + "self_attn.v_proj.weight", (keys, hidden)
-        yield prefix + "self_attn.o_proj.weight", (hidden, queries)
-        yield prefix + "self_attn.q_norm.weight", (head,)
-        yield prefix + "self_attn.k_norm.weight", (head,)
+        if is_recurrent(config, layer):
+            yield from ((f"{prefix}linear_attn.{name}", shape) for name, shape in recurrent(config))
+        else:
+            gated = 2 if "linear_num_value_heads" in config else 1
+            yield prefix + "self_attn.q_proj.weight", (gated * queries, hidden)
+            yield prefix + "self_attn.k_proj.weight", (keys, hidden)
+            yield prefix + "self_attn.v_proj.weight", (keys, hidden)
+            yield prefix + "self_attn.o_proj.weight", (hidden, queries)
+            yield prefix + "self_attn.q_norm.weight", (head,)
+            yield prefix + "self_attn.k_norm.weight", (head,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        if config["model_type"] == "qwen3_moe":
+        if "num_experts" in config:
             yield prefix + "mlp.gate.weight", (config["num_experts"], hidden)
             inner = config["moe_intermediate_size"]
             blocks = [f"{prefix}mlp.experts.{expert}." for expert in range(config["num_experts"])]
+            if "shared_expert_intermediate_size" in config:  # as large as the others
+                yield prefix + "mlp.shared_expert_gate.weight", (1, hidden)
+                blocks.append(prefix + "mlp.shared_expert.")
         else:
             inner = config["intermediate_size"]
             blocks = [prefix + "mlp."]
@@ -152,12 +207,33 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
+def is_recurrent(config: dict[str, Any], layer: int) -> bool:
+    """Whether a layer is a Gated DeltaNet layer."""
+    return "layer_types" in config and bool(config["layer_types"][layer] == "linear_attention")
+
+
+def recurrent(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, without the layer's prefix, and shape of every tensor of a Gated DeltaNet layer."""
+    hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    yield "in_proj_qkv.weight", (2 * keys + values, hidden)
+    yield "in_proj_z.weight", (values, hidden)
+    yield "in_proj_b.weight", (heads, hidden)
+    yield "in_proj_a.weight", (heads, hidden)
+    yield "conv1d.weight", (2 * keys + values, 1, config["linear_conv_kernel_dim"])
+    yield "A_log", (heads,)
+    yield "dt_bias", (heads,)
+    yield "norm.weight", (config["linear_value_head_dim"],)
+    yield "out_proj.weight", (hidden, values)
+
+
 def deviation(config: dict[str, Any], name: str, shape: tuple[int, ...]) -> float:
     """Standard deviation of a matrix's values: keeps the magnitude of activations, and a mixture's tokens distinct.
 
     With a smaller embedding attention's mean over the past outweighs the token, and all tokens choose the same experts.
     """
-    if name == "model.embed_tokens.weight" and config["model_type"] == "qwen3_moe":
+    if name == "model.embed_tokens.weight" and "num_experts" in config:
         return 1.0
     return 0.7 / math.sqrt(shape[-1])
 
@@ -208,7 +284,7 @@ def write_values(file: BinaryIO, rng: np.random.Generator, shape: tuple[int, ...
     if len(shape) == 1:
         file.write(_bf16(1 + 0.1 * rng.standard_normal(shape, dtype=np.float32)).data)
         return
-    rows, columns = shape
+    rows, columns = shape[0], shape[-1]
     step = max(1, (1 << 20) // columns)
     for row in range(0, rows, step):
         values = rng.standard_normal((min(step, rows - row), columns), dtype=np.float32)
@@ -307,6 +383,8 @@ def main() -> None:
     config = dict(SIZES[options.size])
     if options.layers:
         config["num_hidden_layers"] = config["max_window_layers"] = options.layers
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"][: options.layers]
     arguments = config, options.out, options.tokenizer, options.shard_mb << 20, options.seed
     if options.convert is None:
         write(*arguments)
