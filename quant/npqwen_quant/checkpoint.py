@@ -19,7 +19,8 @@ from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files
 from npqwen_quant.gguf_hybrid import undone
-from npqwen_quant.hybrid import in_layout
+from npqwen_quant.hybrid import in_layout, is_of_mlx
+from npqwen_quant.mlx import Mlx
 from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
@@ -49,6 +50,7 @@ class Checkpoint:
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
         self._gguf: GgufModel | None = None
+        self._whole = weights
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
         self.has_draft = False
@@ -103,7 +105,20 @@ class Checkpoint:
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
-        return in_layout(unfused(with_prefix(tensors), self.config), self.config)
+        named = unfused(with_prefix(tensors), self.config)
+        return in_layout(named, self.config, zero_centred=not self._is_of_mlx(named))
+
+    def _is_of_mlx(self, tensors: Mapping[str, SourceTensor]) -> bool:
+        """Whether MLX stored a hybrid. CheckpointError if only some of its tensors are here, and others tell."""
+        found, expected = is_of_mlx(tensors), isinstance(self.format, Mlx)
+        if found is None or found == expected:
+            return expected
+        if not self._whole:
+            raise CheckpointError(
+                f"{self.directory} stores its tensors as MLX does, and such checkpoints can only be converted whole; "
+                "use it without low_disk (--low-disk)"
+            )
+        return found
 
     def find_draft(self, names: Iterable[str]) -> None:
         """Set has_draft if one of the stored tensors' names is of a draft layer."""

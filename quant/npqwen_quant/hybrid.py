@@ -5,6 +5,7 @@
 - Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
   the group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v, and one for each of z, b and a.
 - The convolution is (channels, 1, taps); decay = exp(A_log).
+- MLX stores the convolution as (channels, taps, 1), and then the norms as factors.
 
 Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 """
@@ -22,6 +23,12 @@ from npqwen.format.config import CONVOLUTION, Config, Recurrence
 from npqwen_quant.tensors import SourceTensor, widen
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
+_SPLIT = {
+    ".self_attn.q_proj": ("q_proj", "q_gate"),
+    ".linear_attn.in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    ".linear_attn.in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+"""Modules that are taken apart, and what they become."""
 _MOST_ROWS = 1 << 20
 """Of a gathered matrix: more are not listed, which would take memory."""
 
@@ -85,7 +92,7 @@ class _OnePlus(Changed):
 
 
 class _Taps(Changed):
-    """A convolution (channels, 1, taps) or (channels, taps) with the taps of all channels one after the other."""
+    """A convolution (channels, taps), in two or three dimensions, with the taps of all channels one after the other."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         flat: npt.NDArray[np.float32] = whole.reshape(-1, CONVOLUTION).T.reshape(-1)
@@ -98,6 +105,26 @@ class _Decay(Changed):
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         with np.errstate(over="ignore"):  # what is infinite then is refused by who reads it
             return np.exp(whole.astype(np.float64)).astype(np.float32)  # in float32, processors differ
+
+
+def names_in_layout(name: str, config: Config) -> tuple[str, ...]:
+    """The names in npqwen's layout of what becomes of a stored tensor, or of its part: "….weight", "….scales"."""
+    if config.recurrence is None:
+        return (name,)
+    if name.endswith(".linear_attn.A_log"):
+        return (name.removesuffix("A_log") + "decay",)
+    module, dot, kind = name.rpartition(".")
+    for end, parts in _SPLIT.items():
+        if module.endswith(end):
+            before = module.rpartition(".")[0]
+            return tuple(f"{before}.{part}{dot}{kind}" for part in parts)
+    return (name,)
+
+
+def is_of_mlx(tensors: Mapping[str, SourceTensor]) -> bool | None:
+    """Whether MLX stored a hybrid's tensors; None if these do not tell."""
+    shapes = (tensor.shape for name, tensor in tensors.items() if name.endswith(".linear_attn.conv1d.weight"))
+    return next((shape[1:] == (CONVOLUTION, 1) for shape in shapes), None)
 
 
 def in_layout(
@@ -139,7 +166,7 @@ def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -
     """What becomes of a tensor of a Gated DeltaNet layer, by names without the layer."""
     hidden, heads = config.hidden_size, r.linear_num_value_heads
     if part == "conv1d.weight":
-        check_shape(part, tensor, (r.channels, 1, CONVOLUTION), (r.channels, CONVOLUTION))
+        check_shape(part, tensor, (r.channels, 1, CONVOLUTION), (r.channels, CONVOLUTION, 1), (r.channels, CONVOLUTION))
         return {part: _Taps(tensor, r.channels * CONVOLUTION)}
     if part == "A_log":
         return {"decay": _Decay(tensor, _length(part, tensor))}
