@@ -155,8 +155,8 @@ def test_experts_in_two_tensors(tmp_path: Path, name: str) -> None:
 
 
 def with_draft(stored: Stored) -> Stored:
-    draft = {"mtp.fc.weight": np.ones((128, 256), np.float32), "mtp.layers.0.self_attn.q_norm.weight": np.ones(32)}
-    return stored | {name: values.astype(np.float32) for name, values in draft.items()}
+    shapes = {"mtp.fc.weight": (128, 256), "mtp.layers.0.self_attn.q_norm.weight": (32,)}
+    return stored | {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
