@@ -19,6 +19,7 @@ import numpy.typing as npt
 from npqwen.checks import is_number
 from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.config import read_json
+from npqwen.format.text_part import text_name
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors, widen
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -151,6 +152,7 @@ class Adapter:
         for name, tensor in stored.items():
             tensor.check(name)
             own = name.removeprefix(_PREFIX)
+            own = text_name(own) or own  # of a multimodal model's text part
             match = _FACTOR.fullmatch(own)
             if match is not None:
                 matrix = f"{match['module']}.weight"

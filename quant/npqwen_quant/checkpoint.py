@@ -35,8 +35,8 @@ class Checkpoint:
     """A checkpoint directory of `model.safetensors`, or of shards with an index; or a GGUF file, one of several shards
     of a model, or a directory of these.
 
-    Tensors go by the names that Qwen3ForCausalLM gives them; files of the bare base model, whose names lack the leading
-    `model.`, are read too.
+    Tensors go by the names that Qwen3ForCausalLM gives them, those of hybrids by the names of npqwen's layout; files of
+    the bare base model, whose names lack the leading `model.`, are read too.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Checkpoint:
         self._states: dict[Path, tuple[int, int]] = {}
         self._gguf: GgufModel | None = None
         self._whole = weights
+        self.tensors: dict[str, SourceTensor] = {}
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
         self.has_draft = False
@@ -59,10 +60,19 @@ class Checkpoint:
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
         if weights and (files := gguf_files(directory)):
             self._read_gguf(files)
+            of_mlx = False
         else:
             self._read_directory(weights)
+            of_mlx = self._is_of_mlx(self.tensors)
         for file in adapters:
+            if self.config.recurrence is not None and (of_mlx or self._gguf is not None):
+                raise CheckpointError(
+                    f"adapters cannot be merged into {directory}, whose tensors are not stored as transformers stores "
+                    "them; merge them into the original checkpoint"
+                )
             self._adapt(Adapter(file))
+        if self._gguf is None:
+            self.tensors = in_layout(self.tensors, self.config, zero_centred=not of_mlx)
 
     def _read_gguf(self, files: Sequence[Path]) -> None:
         self._watch(files)
@@ -87,7 +97,7 @@ class Checkpoint:
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        self.tensors = self.sources(self._read_tensors()) if weights else {}
+        self.tensors = self._named(self._read_tensors()) if weights else {}
         refuse_packed(self.tensors, directory)
 
     def _adapt(self, adapter: Adapter) -> None:
@@ -100,13 +110,17 @@ class Checkpoint:
         self.tensors = adapter.apply(self.tensors)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
-        """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
+        """Tensors of the checkpoint from all that its files store of them, as in `tensors`."""
+        named = self._named(stored)
+        return in_layout(named, self.config, zero_centred=not self._is_of_mlx(named))
+
+    def _named(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
+        """What files store, dequantized, by the names of Qwen3ForCausalLM or its sisters."""
         self.find_draft(stored)
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
-        named = unfused(with_prefix(tensors), self.config)
-        return in_layout(named, self.config, zero_centred=not self._is_of_mlx(named))
+        return unfused(with_prefix(tensors), self.config)
 
     def _is_of_mlx(self, tensors: Mapping[str, SourceTensor]) -> bool:
         """Whether MLX stored a hybrid. CheckpointError if only some of its tensors are here, and others tell."""

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import read_safetensors, write_safetensors
+from gguf_hybrids import hybrid_gguf
 from hybrids import HYBRIDS, hybrid_checkpoint
 from npqwen_quant import Shards, convert, convert_shards
+from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
 from quantizers import Quantizer, awq, fp8, gptq, mlx
 
@@ -237,3 +239,40 @@ def test_mlx_in_floats_shard_by_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"stores its tensors as MLX does, .* without low_disk"):
         convert_shards(directory, tmp_path / "out", in_shards(directory, anywhere))
     assert not (tmp_path / "out").exists()
+
+
+def lora(place: Path, stored: Stored, modules: tuple[str, ...]) -> Stored:
+    """Write an adapter of some modules, by the ends of their names; returns the tensors with it merged."""
+    rng = np.random.default_rng(7)
+    place.mkdir()
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    factors: Stored = {}
+    merged = dict(stored)
+    for name in [name for name in stored if name.endswith(modules) and "visual" not in name]:
+        a, b = (rng.normal(size=shape).astype(np.float32) / 8 for shape in ((2, 128), (len(stored[name]), 2)))
+        module = "base_model.model." + name.removesuffix(".weight")
+        factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        product = 2.0 * (b.astype(np.float64) @ a.astype(np.float64))
+        merged[name] = stored[name] + product.astype(np.float32)
+    write_safetensors(place / "adapter_model.safetensors", factors, "F32")
+    return merged
+
+
+@pytest.mark.parametrize("name", ["next", "qwen35"])
+def test_adapters_are_merged_before_matrices_are_taken_apart(tmp_path: Path, name: str) -> None:
+    modules = ("q_proj.weight", "in_proj_qkvz.weight", "in_proj_ba.weight", "in_proj_a.weight", "out_proj.weight")
+    source = rewritten(name, tmp_path / "in", plain)
+    want = rewritten(name, tmp_path / "merged", lambda stored: lora(tmp_path / "adapter", stored, modules))
+    convert(source, tmp_path / "out", 16, adapters=[AdapterFile(tmp_path / "adapter")])
+    convert(want, tmp_path / "want", 16)
+    found, expected = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "want"))
+    assert found == expected
+
+
+def test_adapters_are_not_merged_into_mlx_nor_gguf(tmp_path: Path) -> None:
+    source = rewritten(
+        "qwen35", tmp_path / "in", lambda stored: as_mlx(lora(tmp_path / "adapter", stored, ("q_proj",)))
+    )
+    for one in (source, hybrid_gguf("qwen35", tmp_path)):
+        with pytest.raises(CheckpointError, match="merge them into the original checkpoint"):
+            Checkpoint(one, adapters=[AdapterFile(tmp_path / "adapter")])
