@@ -39,9 +39,7 @@ class Checkpoint:
     the bare base model, whose names lack the leading `model.`, are read too.
     """
 
-    def __init__(
-        self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()
-    ) -> None:
+    def __init__(self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()) -> None:
         """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong.
 
         weights: False for a directory that holds none; then `tensors` is empty. adapters: LoRA adapters, which are

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.format.config import CONVOLUTION, Config, Recurrence
-from npqwen_quant.hybrid import Changed, Gathered, check_shape, in_layout
+from npqwen_quant.hybrid import Changed, Gathered, check_shape, in_layout, rows_of
 from npqwen_quant.tensors import SourceTensor
 
 NAMES = {
@@ -62,29 +62,37 @@ def undone(tensors: Mapping[str, SourceTensor], config: Config, architecture: st
 
 def _grouped(name: str, part: str, tensor: SourceTensor, config: Config, r: Recurrence) -> SourceTensor:
     """A tensor with its value heads grouped by key head."""
-    keys, heads, dim = r.linear_num_key_heads, r.linear_num_value_heads, r.linear_value_head_dim
-    hidden = config.hidden_size
-    order = [turn * keys + key for key in range(keys) for turn in range(heads // keys)]
-    values = [(head * dim, dim) for head in order]
-    if part == "in_proj_qkv.weight":
-        check_shape(name, tensor, (r.channels, hidden))
-    elif part == "conv1d.weight":
-        check_shape(name, tensor, (r.channels, CONVOLUTION))
-    elif part == "in_proj_z.weight":
-        check_shape(name, tensor, (r.values, hidden))
-        return Gathered(tensor, values)
-    elif part in ("in_proj_b.weight", "in_proj_a.weight"):
-        check_shape(name, tensor, (heads, hidden))
-        return Gathered(tensor, [(head, 1) for head in order])
-    elif part in ("decay", "dt_bias"):
-        check_shape(name, tensor, (heads,))
-        return Gathered(tensor, [(head, 1) for head in order])
-    elif part == "out_proj.weight":
-        check_shape(name, tensor, (hidden, r.values))
-        return _Columns(tensor, np.concatenate([np.arange(first, first + count) for first, count in values]))
-    else:
+    hidden, heads = config.hidden_size, r.linear_num_value_heads
+    shapes = {
+        "in_proj_qkv.weight": (r.channels, hidden),
+        "in_proj_z.weight": (r.values, hidden),
+        "in_proj_b.weight": (heads, hidden),
+        "in_proj_a.weight": (heads, hidden),
+        "conv1d.weight": (r.channels, CONVOLUTION),
+        "decay": (heads,),
+        "dt_bias": (heads,),
+        "out_proj.weight": (hidden, r.values),
+    }
+    if part not in shapes:
         return tensor
-    return Gathered(tensor, [(0, 2 * r.keys), *((2 * r.keys + first, count) for first, count in values)])
+    check_shape(name, tensor, shapes[part])
+    if part == "out_proj.weight":
+        return _Columns(tensor, rows_of(_values(r)))
+    if part in ("in_proj_qkv.weight", "conv1d.weight"):
+        return Gathered(tensor, [(0, 2 * r.keys), *_values(r, 2 * r.keys)])
+    return Gathered(tensor, _values(r) if part == "in_proj_z.weight" else [(head, 1) for head in _order(r)])
+
+
+def _order(r: Recurrence) -> list[int]:
+    """Where each value head lies in the file."""
+    keys = r.linear_num_key_heads
+    return [turn * keys + key for key in range(keys) for turn in range(r.linear_num_value_heads // keys)]
+
+
+def _values(r: Recurrence, first: int = 0) -> list[tuple[int, int]]:
+    """Ranges of the value heads' coordinates; first: where these begin."""
+    dim = r.linear_value_head_dim
+    return [(first + head * dim, dim) for head in _order(r)]
 
 
 class _Negated(Changed):

@@ -36,12 +36,17 @@ Ranges = Sequence[tuple[int, int]]
 """First row and number of rows, one after the other."""
 
 
+def rows_of(ranges: Ranges) -> npt.NDArray[np.int64]:
+    """All rows of some ranges."""
+    return np.concatenate([np.arange(first, first + count) for first, count in ranges])
+
+
 class Gathered(SourceTensor):
     """Some rows of a matrix, or elements of a vector, range after range."""
 
     def __init__(self, stored: SourceTensor, ranges: Ranges) -> None:
         self.path = stored.path
-        self.rows = np.concatenate([np.arange(first, first + count) for first, count in ranges])
+        self.rows = rows_of(ranges)
         self.shape = len(self.rows), *stored.shape[1:]
         self.nbytes = stored.nbytes * len(self.rows) // max(1, stored.shape[0])
         self._stored = stored
@@ -198,7 +203,7 @@ def _length(name: str, tensor: SourceTensor) -> int:
 
 def check_shape(name: str, tensor: SourceTensor, *shapes: tuple[int, ...]) -> None:
     """CheckpointError for a tensor of none of these shapes."""
-    if tensor.shape not in shapes or tensor.shape[0] > _MOST_ROWS:
+    if tensor.shape not in shapes or max(tensor.shape) > _MOST_ROWS:
         raise CheckpointError(
             f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says {list(shapes[0])}"
         )
