@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,22 @@ def _weights(tensor: Tensor) -> int:
     if isinstance(tensor, Experts):
         return tensor.count * sum(map(_weights, tensor.matrices(0)))
     return sum(map(math.prod, tensor.sources.values()))
+
+
+def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
+    """Bytes of the weights that one token reads. tensors: names and bytes of all of a converted model's.
+
+    Of a mixture of experts it reads the chosen experts, of an untied embedding one row.
+    """
+    total = 0.0
+    for name, count in tensors:
+        if name == "model.embed_tokens.weight" and not c.tie_word_embeddings:
+            continue
+        share = 1.0
+        if c.mixture is not None and name.endswith("experts.weight"):
+            share = c.mixture.num_experts_per_tok / c.mixture.num_experts
+        total += share * count
+    return int(total)
 
 
 def _parameters(info: Info) -> str:
