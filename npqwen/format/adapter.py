@@ -19,6 +19,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.alpha_patterns import AlphaPatterns
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import StoredTensor, stored_tensors
+from npqwen.format.text_part import text_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -157,6 +158,7 @@ class StoredAdapter:
     def _sort(self, stored: Mapping[str, StoredTensor]) -> None:
         factors: dict[str, dict[str, StoredTensor]] = {}
         transposed = set()
+        modules: dict[str, str] = {}  # what PEFT calls those of the matrices, which differs in a multimodal model
         for name, tensor in stored.items():
             if len(name) > _LONGEST_NAME:
                 raise CheckpointError(f"{self.directory} adapts {shortened(name)}, a name of {len(name):,} characters")
@@ -165,10 +167,12 @@ class StoredAdapter:
                     f"{self.weights}: {shortened(name)} is stored as {shortened(tensor.dtype)}; only BF16, F16 and F32 "
                     "can be read"
                 )
-            own = name.removeprefix(_PREFIX)
+            whole = name.removeprefix(_PREFIX)
+            own = text_name(whole) or whole
             match = _FACTOR.fullmatch(own)
             if match is not None:
                 matrix = f"{match['module']}.weight"
+                modules[matrix] = whole.partition(".lora_")[0]
                 if factors.setdefault(matrix, {}).setdefault(match["factor"], tensor) is not tensor:
                     raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
                 if match["embedding"]:
@@ -181,8 +185,7 @@ class StoredAdapter:
                 matrix = own.replace(".modules_to_save", "").replace(".base_layer", "")
                 if self.saved.setdefault(matrix, tensor) is not tensor:
                     raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
-        modules = [name.removesuffix(".weight") for name in factors]
-        alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, modules, str(self.directory / CONFIG))
+        alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, modules.values(), str(self.directory / CONFIG))
         for name, pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{self.directory} has only one of the two factors of {shortened(name)}")
@@ -197,7 +200,7 @@ class StoredAdapter:
                     f"{self.directory}: the factors of {shortened(name)} have rank {a.shape[0]:,}, but it has only "
                     f"{max(a.shape[1], b.shape[0]):,} rows or columns"
                 )
-            alpha = alphas.alpha(name.removesuffix(".weight"), self._config.get("lora_alpha", 8))
+            alpha = alphas.alpha(modules[name], self._config.get("lora_alpha", 8))
             self.factors[name] = Factors(a, b, self._scale(alpha, a.shape[0]), name in transposed)
         if not self.factors and not self.saved:
             raise CheckpointError(f"{self.weights} adapts nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,24 +15,28 @@ from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
-from npqwen.engine.recurrent_states import states_bytes
+from npqwen.engine.recurrent_states import Recurrent, states_bytes
 from npqwen.engine.weights import Weights
 from npqwen.errors import size
 from npqwen.format.config import Config
 from npqwen.format.encodings import ENCODINGS
+from npqwen.format.layout import Experts, Layout, Tensor, Vector
 from npqwen.format.quantization import EvaluationRecord
 from npqwen.hardware import machine
 from npqwen.simd.isa import ISA, available
 
 PARTS = {
     "embedding": ("embed_tokens",),
-    "attention": ("qk_proj", "v_proj", "o_proj"),
-    "feed-forward": ("gate_up_proj", "down_proj"),
-    "experts": ("experts",),
-    "routers": ("gate",),
+    "attention": ("qk_proj", "v_proj", "q_gate", "o_proj"),
+    "recurrence": ("in_proj", "in_proj_ba", "conv1d", ".linear_attn", "out_proj"),
+    "feed-forward": (".mlp.gate_up_proj", ".mlp.down_proj"),
+    "experts": (".experts",),
+    "shared expert": ("shared_expert.gate_up_proj", "shared_expert.down_proj", "shared_expert_gate"),
+    "routers": (".mlp.gate",),
     "norms": ("norm",),
     "output": ("lm_head",),
 }
+"""Ends of the names of tensors, the last component left out."""
 
 
 @dataclass(frozen=True)
@@ -148,36 +153,31 @@ def inspect(
 
 
 def weights_in_matrices(c: Config) -> int:
-    """Number of weights in a checkpoint's matrices, a tied embedding counted once."""
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    total = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    for layer in range(c.num_hidden_layers):
-        total += attention + feed_forward_weights(c, layer, active=False)
-    return total
-
-
-def feed_forward_weights(c: Config, layer: int, active: bool) -> int:
-    """Number of weights in a layer's feed-forward part. active: count only the experts that one token uses."""
-    if c.mixture is None or not c.is_sparse(layer):
-        return 3 * c.hidden_size * c.intermediate_size
-    experts = c.mixture.num_experts_per_tok if active else c.mixture.num_experts
-    return c.mixture.num_experts * c.hidden_size + experts * 3 * c.hidden_size * c.mixture.moe_intermediate_size
+    """Number of weights in the matrices of a converted model, a tied embedding counted once."""
+    return sum(_weights(tensor) for tensor in Layout(c) if not isinstance(tensor, Vector))
 
 
 def parameters(c: Config) -> int:
     """Number of a checkpoint's parameters."""
-    norms = c.num_hidden_layers * (2 * c.hidden_size + 2 * c.head_dim) + c.hidden_size
-    return weights_in_matrices(c) + norms
+    return sum(map(_weights, Layout(c)))
 
 
 def active_parameters(c: Config) -> int:
     """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row."""
-    idle = sum(
-        feed_forward_weights(c, layer, active=False) - feed_forward_weights(c, layer, active=True)
-        for layer in range(c.num_hidden_layers)
-    )
+    idle = 0
+    if c.mixture is not None:
+        others = c.mixture.num_experts - c.mixture.num_experts_per_tok
+        stacks = (tensor for tensor in Layout(c) if isinstance(tensor, Experts))
+        idle = sum(_weights(stack) // stack.count * others for stack in stacks)
     unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
     return parameters(c) - idle - unread
+
+
+def _weights(tensor: Tensor) -> int:
+    """Of a tensor, without padding."""
+    if isinstance(tensor, Experts):
+        return tensor.count * sum(map(_weights, tensor.matrices(0)))
+    return sum(map(math.prod, tensor.sources.values()))
 
 
 def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
@@ -199,6 +199,18 @@ def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
 def _parameters(info: Info) -> str:
     total, active = info.parameters, active_parameters(info.config)
     return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
+
+
+def _recurrence(c: Config) -> list[tuple[str, str]]:
+    """The line about a hybrid's Gated DeltaNet layers."""
+    shape, r = Recurrent.of(c), c.recurrence
+    if shape is None or r is None:
+        return []
+    keys = f"{r.linear_num_key_heads} key heads of {r.linear_key_head_dim}"
+    values = f"{r.linear_num_value_heads} value heads of {r.linear_value_head_dim}"
+    where = f"Gated DeltaNet in {shape.layers} of {c.num_hidden_layers} layers, {keys} and {values}"
+    kept = f"{size(shape.nbytes)} a state, {size(states_bytes(c))} with all checkpoints"
+    return [("recurrence", f"{where}; {kept}")]
 
 
 def _longest(c: Config) -> str:
@@ -251,14 +263,22 @@ def describe(info: Info, name: str | None = None) -> str:
     """The facts as lines of text, one each. name: what the model is called, if that is not its directory."""
     c = info.config
     heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
+    if c.recurrence is not None:
+        heads += f", in {c.recurrence.layer_types.count('full_attention')} of {c.num_hidden_layers} layers"
     mixture = c.mixture
-    experts = "" if mixture is None else f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
+    experts = ""
+    if mixture is not None:
+        experts = f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
+        experts += f", {mixture.num_experts_per_tok} a token"
+        if mixture.shared_expert_intermediate_size:
+            experts += f", and one of {mixture.shared_expert_intermediate_size} that every token uses"
     lines = [
         *([("model", info.path)] if name is None else [("model", name), ("files", info.path)]),
         ("type", f"{c.model_type}, {_parameters(info)}"),
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
         ("attention", heads),
-        *([("mixture", f"{experts}, {mixture.num_experts_per_tok} a token")] if mixture is not None else []),
+        *_recurrence(c),
+        *([("mixture", experts)] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         ("positions", f"up to {_longest(c)}, rope_theta {c.rope_theta:g}"),
         ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),

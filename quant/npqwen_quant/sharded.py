@@ -30,8 +30,10 @@ from npqwen_quant.conversion import (
     output_bytes,
     refuse_impossible_counts,
     refuse_unknown,
+    tell_of_draft,
     write_small,
 )
+from npqwen_quant.hybrid import names_in_layout
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
 from npqwen_quant.plan import plan
@@ -90,6 +92,7 @@ def convert_shards(
         tensors = plan(checkpoint.config, recipe)
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}
         _check_names(checkpoint, shapes, stored)
+        tell_of_draft(checkpoint, notice)
         files = deal(tensors, shard_bytes)
         small = checkpoint.small_files()
         output.check_room(output_bytes(files, small) + largest)
@@ -110,11 +113,18 @@ class _Stored:
     shard: str
     own: str
     """Its name in Qwen3ForCausalLM, or what that would be if the weights were not quantized."""
+    made: tuple[str, ...]
+    """The names in npqwen's layout of what is made of it; or what these would be."""
+
+    @property
+    def modules(self) -> set[str]:
+        """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
+        return {_module(name) for name in self.made}
 
     @property
     def module(self) -> str:
-        """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
-        return _module(self.own)
+        """One of them: all are complete with the same shard."""
+        return _module(self.made[0])
 
 
 def _module(name: str) -> str:
@@ -136,14 +146,18 @@ def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored
     missing = sorted(set(weight_map.values()) - set(shards.files))
     if missing:
         raise CheckpointError(f"{shortened(missing[0])} is missing, a shard that {INDEX} names")
+    checkpoint.find_draft(weight_map)
     own = {name: text for name in weight_map if (text := checkpoint.own_name(name)) is not None}
-    bare = is_bare(own.values())
-    return [_Stored(name, weight_map[name], prefixed(text) if bare else text) for name, text in own.items()]
+    if is_bare(own.values()):
+        own = {name: prefixed(text) for name, text in own.items()}
+    return [
+        _Stored(name, weight_map[name], text, names_in_layout(text, checkpoint.config)) for name, text in own.items()
+    ]
 
 
 def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: Iterable[_Stored]) -> None:
     modules = {_module(name) for name in shapes}
-    there = {one.module for one in stored}
+    there = {module for one in stored for module in one.modules}
     for name in shapes:
         if _module(name) not in there:
             layer = name.partition(".mlp.experts.")[0]
@@ -155,7 +169,7 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
     for one in stored:
         if checkpoint.format is None or one.module not in modules:
-            refuse_unknown(one.own, shapes, Path(one.shard))
+            refuse_unknown(one.own if one.made[0] not in shapes else one.made[0], shapes, Path(one.shard))
 
 
 @dataclass
@@ -213,7 +227,8 @@ class _Run:
         self._done, self._total = 0, sum(shards.files.values())
         self._due: dict[str, str] = {}
         for one in stored:
-            self._due[one.module] = max(one.shard, self._due.get(one.module, ""))
+            for module in one.modules:
+                self._due[module] = max(one.shard, self._due.get(module, ""))
 
     def convert(self, parts: Iterable[Piece]) -> None:
         """Convert the shards that are not done, one after the other."""

@@ -115,7 +115,7 @@ def importances(directory: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np
         widest = config.intermediate_size + config.num_attention_heads * config.head_dim
         halves: list[Mapping[str, moments.Moments]] = [moments.attention(config, of_layer, hidden, widest)]
         if config.is_sparse(i):
-            halves += [of_expert for _, of_expert in moments.mixture(config, of_layer, hidden, widest)]
+            halves += list(moments.mixture(config, of_layer, hidden, widest))
         else:
             halves.append(moments.feed_forward(config, of_layer, hidden, widest))
         found |= {prefix + name: inputs for half in halves for name, inputs in half.items()}
