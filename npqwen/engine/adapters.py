@@ -94,6 +94,8 @@ class Adapters(Mapping[str, Adapter]):
 
     def prepare(self, config: Config, buffers: Buffers) -> int:
         """Allocate what passes write beside `buffers`; returns its bytes. Called once."""
+        if not self:
+            return 0
         hidden = buffers.activations.hidden
         every = list(self.values())
         layers = config.num_hidden_layers
@@ -132,8 +134,13 @@ class Adapters(Mapping[str, Adapter]):
         written = ("normed", "gated", "reduced", "slot_adapters", "slot_gated", "slot_reduced")
         return sum(getattr(self._pass, name).nbytes for name in written)
 
-    def of_pass(self, counts: Sequence[tuple[Adapter | None, int]]) -> Adapted:
-        """The adapters of a pass's tokens. counts: for each sequence its adapter, and how many tokens it runs."""
+    def of_pass(self, counts: Sequence[tuple[Adapter | None, int]]) -> Adapted | None:
+        """The adapters of a pass's tokens; None if the model has none.
+
+        counts: for each sequence its adapter, and how many tokens it runs.
+        """
+        if not self:
+            return None
         assert self._pass is not None
         if not any(adapter is not None for adapter, _ in counts):
             return self._pass

@@ -39,7 +39,7 @@ from npqwen.kernels.low_rank import (
     rows_read,
     shrink,
 )
-from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, shrink_slots
+from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, gated_rows_read, shrink_slots
 from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import add_gated, multiply_sigmoid, rms_norm, rotate
@@ -62,12 +62,12 @@ def forward(
 
     team: this member's row of the team's state. model, layers: MODEL record and array of LAYER records. The others are
     the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse;
-    recurrent: RecurrentActivations, or None if all layers are plain attention.
+    recurrent: RecurrentActivations, or None if all layers are plain attention; adapters: Adapted, or None if the model
+    has no LoRA adapters.
     """
     team, layers = without_refcounts((team, layers))
     tokens, sequences = without_refcounts((tokens, sequences))
     activations, output, workspace = without_refcounts((activations, output, workspace))
-    adapters = without_refcounts(adapters)
     scratch, local = workspace.scratch[member], workspace.local[member]
     if tokens.embed:
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
@@ -105,9 +105,10 @@ def attention_block(
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    kept = rows_read(adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+    kept = rows_read(adapters, layer.number, ATTENTION_INPUT, hidden)
     norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
-    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+    if adapters is not None:
+        shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed)
     project_heads(team, model, layer, tokens, sequences.dtype, packed, adapters, local, scratch, queries)
     size = model.num_attention_heads * model.head_dim
     if recurrent is not None:
@@ -120,7 +121,8 @@ def attention_block(
     if recurrent is not None:
         apply_gates(team, recurrent.projected, count, size, attended)
     pack_all(team, attended, count, size, layer.o_proj, packed)
-    shrink(team, adapters, layer.number, ATTENDED, attended)
+    if adapters is not None:
+        shrink(team, adapters, layer.number, ATTENDED, attended)
     width = tile_width(count, layer.o_proj.encoding)
     adapted_matmul(
         team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters,
@@ -154,13 +156,17 @@ def dense_feed_forward(
     hidden, packed, gated, _, _, _ = activations
     count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
-    kept = rows_read(adapters, layer.number, MLP_INPUT, adapters.normed)
+    kept = rows_read(adapters, layer.number, MLP_INPUT, hidden)
     norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed, kept)
-    shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed)
+    if adapters is not None:
+        shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed)
+    kept = rows_read(adapters, layer.number, GATED, hidden)
     project_gated(
-        team, model, layer.gate_up_proj, layer.down_proj, packed, count, adapters, layer.number, local, scratch, gated
-    )
-    shrink(team, adapters, layer.number, GATED, adapters.gated)
+        team, model, layer.gate_up_proj, layer.down_proj, packed, count, adapters, layer.number, kept, local, scratch,
+        gated,
+    )  # fmt: skip
+    if adapters is not None:
+        shrink(team, adapters, layer.number, GATED, adapters.gated)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
     adapted_matmul(
         team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local, adapters,
@@ -190,7 +196,8 @@ def sparse_feed_forward(
         if t < count:
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.encoding, packed)
-    shrink(team, adapters, layer.number, MLP_INPUT, normed)
+    if adapters is not None:
+        shrink(team, adapters, layer.number, MLP_INPUT, normed)
     adapted_matmul(
         team, kernels, layer.router, packed, count, width, scores, 0, scratch, local, adapters, layer.number, ROUTER
     )
@@ -204,8 +211,9 @@ def sparse_feed_forward(
         pack_all(team, normed, count, model.hidden_size, gate_up, packed)
         # Hybrids, which alone have a shared expert, have no adapters.
         project_gated(
-            team, model, gate_up, down, packed, count, adapters, layer.number, local, scratch, activations.gated
-        )
+            team, model, gate_up, down, packed, count, None, layer.number, hidden[:0], local, scratch,
+            activations.gated,
+        )  # fmt: skip
         width = tile_width(count, gate_up.encoding)  # that of `project_gated`, which has packed
         matmul(team, kernels, down, activations.gated, count, width, results, 0, scratch, local)
         add_shared(team, model, layer.shared_expert_gate, normed, results, count, hidden)
@@ -215,11 +223,14 @@ def sparse_feed_forward(
     # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
     prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
-    shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
+    if adapters is not None:
+        shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
+    kept = gated_rows_read(adapters, layer.number, hidden)
     project_gated_slots(
-        team, kernels, layer, policy, segments, segment_count, count, packed, adapters, local, scratch, gated
+        team, kernels, layer, policy, segments, segment_count, count, packed, adapters, kept, local, scratch, gated
     )
-    shrink_slots(team, adapters, layer.number, EXPERT_GATED, chosen[:count], slots[:count], adapters.slot_gated)
+    if adapters is not None:
+        shrink_slots(team, adapters, layer.number, EXPERT_GATED, chosen[:count], slots[:count], adapters.slot_gated)
     multiply_slots(
         team, kernels, layer, policy, segments, segment_count, count, gated, adapters, results, scratch, local
     )
@@ -322,18 +333,18 @@ def add_shared(team: Any, model: Any, gate: int, normed: Any, shared: Any, count
 
 @_step
 def project_gated(
-    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, adapters: Any, number: int, local: Any,
-    scratch: Any, gated: Any,
+    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, adapters: Any, number: int, kept: Any,
+    local: Any, scratch: Any, gated: Any,
 ) -> None:  # fmt: skip
     """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
 
+    adapters: what they add, too; None adds nothing. number: the layer's. kept: float32 for what is packed, or no rows.
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
     """
     width = tile_width(count, matrix.encoding)
     groups = matrix.rows // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
     pieces = (groups + chunk - 1) // chunk
-    kept = rows_read(adapters, number, GATED, adapters.gated)
     while True:
         piece = claim_private(team, pieces)
         if piece == pieces:

@@ -17,10 +17,8 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.low_rank_experts import (
     EXPERT_DOWN,
     EXPERT_GATE,
-    EXPERT_GATED,
     EXPERT_UP,
     add_to_slots,
-    expert_rows_read,
 )
 from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
@@ -204,20 +202,20 @@ def claim_segment_rows(team: Any, matrix: Any, segment_count: int, multiple: int
 @njit(nogil=True)
 def project_gated_slots(
     team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, tokens: int, x: Any,
-    adapters: Any, local: Any, scratch: Any, gated: Any,
+    adapters: Any, kept: Any, local: Any, scratch: Any, gated: Any,
 ) -> None:  # fmt: skip
     """gated[slot] = silu(gate_proj @ x[slot]) * (up_proj @ x[slot]) of the slot's expert, packed for down_proj.
 
     kernels: see `matmul_kernels`. layer: a LAYER. policy: of prefetching the matrices to come
     (npqwen/kernels/paging.py). x: packed, each segment at its first slot; of a pass of one token, that token alone.
-    adapters: an `npqwen.engine.records.Adapted`. local: this thread's float32 (`local_floats`), for the rows that it
-    computes, and processes further while they are in its cache.
+    adapters: a `npqwen.engine.records.Adapted`, or None. kept: float32 (slots, columns) for what is packed, or no rows.
+    local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they are
+    in its cache.
     """
     matrix, down = layer.gate_up_proj, layer.down_proj
     size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
     gated_size = packed_row_bytes(down.encoding, down.cols)
     most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
-    kept = expert_rows_read(adapters, layer.number, EXPERT_GATED, adapters.slot_gated)
     while True:
         s, first, last = claim_segment_rows(team, matrix, segment_count, GROUPS_PER_BLOCK, most)
         if s == segment_count:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.kernels.matmul import local_chunk, multiply_local_rows, write_rows
+from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows, write_rows
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.scalar import memory
@@ -173,8 +173,14 @@ def low_rank_kernels() -> NDArray[np.int64]:
 
 
 @njit(nogil=True)
-def rows_read(adapters: Any, layer: int, what: int, rows: Any) -> Any:
-    """`rows`, if adapters of this pass read `what` (ATTENTION_INPUT, ...) of a layer; none of them otherwise."""
+def rows_read(adapters: Any, layer: int, what: int, other: Any) -> Any:
+    """Where adapters of this pass read `what` (ATTENTION_INPUT, ...) of a layer, float32 (tokens, columns).
+
+    No rows if none does. other: any array of float32 with two dimensions, C-contiguous.
+    """
+    if adapters is None:
+        return other[:0]
+    rows = adapters.gated if what == GATED else adapters.normed
     return rows if adapters.tiles.shape[0] and adapters.most_groups[layer, what] else rows[:0]
 
 
@@ -236,8 +242,10 @@ def add_low_rank(
     """Add what adapters add to a matrix (Q_PROJ, ...) to the results of row groups first to last - 1 of a stored one.
 
     The matrix's i-th row group is the stored one's start + i * stride; it has `groups` of them. local: float32, flat,
-    tokens * 16 * (last - first). scratch: this thread's float32, 4 times the largest rank.
+    tokens * 16 * (last - first). scratch: this thread's float32, 4 times the largest rank. adapters: None adds nothing.
     """
+    if adapters is None:
+        return
     tiles, reduced = adapters.tiles, adapters.reduced
     begin, end = own_groups(first, last, start, stride, groups)
     if begin >= end:
@@ -281,6 +289,9 @@ def adapted_matmul(
     local: Any, adapters: Any, layer: int, role: int,
 ) -> None:  # fmt: skip
     """`matmul` with what adapters add to the matrix, O_PROJ, DOWN_PROJ or ROUTER; after `shrink` of its input."""
+    if adapters is None:
+        matmul(team, kernels, matrix, x, tokens, width, out, accumulate, scratch, local)
+        return
     groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, tokens, width, local, 1)
     pieces = (groups + chunk - 1) // chunk

@@ -17,9 +17,15 @@ EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = range(3)
 
 
 @njit(nogil=True)
-def expert_rows_read(adapters: Any, layer: int, what: int, rows: Any) -> Any:
-    """`rows`, if adapters of this pass read `what` (EXPERT_INPUT, ...) of a layer's experts; none of them otherwise."""
-    return rows if adapters.tiles.shape[0] and adapters.expert_most_groups[layer, what] else rows[:0]
+def gated_rows_read(adapters: Any, layer: int, other: Any) -> Any:
+    """Where adapters of this pass read what a layer's experts have gated, float32 (slots, columns).
+
+    No rows if none does. other: any array of float32 with two dimensions, C-contiguous.
+    """
+    if adapters is None:
+        return other[:0]
+    rows = adapters.slot_gated
+    return rows if adapters.tiles.shape[0] and adapters.expert_most_groups[layer, EXPERT_GATED] else rows[:0]
 
 
 @njit(nogil=True)
@@ -59,6 +65,8 @@ def add_to_slots(
     local: float32, flat, count * 16 * (last - first): row groups first to last - 1 of the stored matrix, of which the
     adapted one has start, start + stride, ... scratch: this thread's float32, at least the largest rank.
     """
+    if adapters is None:
+        return
     what = EXPERT_GATED if matrix == EXPERT_DOWN else EXPERT_INPUT
     if adapters.tiles.shape[0] == 0 or adapters.expert_most_groups[layer, what] == 0:
         return
