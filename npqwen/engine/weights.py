@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.cache_type import CacheType
-from npqwen.engine.records import LAYER, MODEL, RECURRENCE
+from npqwen.engine.records import DRAFT, LAYER, MODEL, RECURRENCE
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
 from npqwen.format.encodings import ZERO_POINT, Encoding
@@ -39,7 +39,8 @@ class MappedTensor:
 class Weights:
     """A model's weights, mapped read-only from its files for as long as this lives.
 
-    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records.
+    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and LAYER
+    records, one each if the model has a draft layer.
     """
 
     def __init__(self, directory: Path, config: Config) -> None:
@@ -55,6 +56,8 @@ class Weights:
         self._find(layout.layer(config.num_hidden_layers - 1)["input_layernorm"].name)
         self.model = np.zeros(1, MODEL)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
+        self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
+        self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
         self._fill(layout)
 
     @property
@@ -131,14 +134,10 @@ class Weights:
         model["norm"] = self._vector(layout.norm)
         model["lm_head"] = self._matrix(layout.lm_head or layout.embed_tokens)
         for i in range(c.num_hidden_layers):
-            for role, tensor in layout.layer(i).items():
-                if isinstance(tensor, Vector):
-                    self.layers[i][role] = self._vector(tensor)
-                elif isinstance(tensor, Matrix):
-                    self.layers[i][role] = self._matrix(tensor)
-                else:
-                    self._experts(self.layers[i], tensor)
-            self._check_same_packing(layout.layer(i))
+            self._fill_record(self.layers[i], layout.layer(i))
+        for i in range(c.mtp_num_hidden_layers):
+            self._fill_record(self.draft[i], layout.draft())
+            self._fill_record(self.draft_layers[i], layout.draft_layer())
         known = {tensor.name for tensor in layout}
         for name in self.quantization.encodings:
             if name not in known:
@@ -146,6 +145,17 @@ class Weights:
                     f"{self.directory / 'config.json'} gives tensor {shortened(name)} an encoding, but its other keys "
                     f"describe a model without that tensor; {AGAIN}"
                 )
+
+    def _fill_record(self, record: np.void, tensors: Mapping[str, Tensor]) -> None:
+        """Fill a record whose fields are the tensors' roles."""
+        for role, tensor in tensors.items():
+            if isinstance(tensor, Vector):
+                record[role] = self._vector(tensor)
+            elif isinstance(tensor, Matrix):
+                record[role] = self._matrix(tensor)
+            else:
+                self._experts(record, tensor)
+        self._check_same_packing(tensors)
 
     def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse encodings of q, k, v and the output gate for which their common input would be packed in two ways."""

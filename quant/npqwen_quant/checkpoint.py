@@ -25,6 +25,8 @@ from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
 _UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
 """Small files that npqwen copies without reading them."""
+_DRAFT = "mtp."
+"""Names of a hybrid's draft layer begin so, in a base model too."""
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
@@ -81,8 +83,22 @@ class Checkpoint:
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        self.tensors = self.sources(self._read_tensors()) if weights else {}
+        self.tensors: dict[str, SourceTensor] = {}
+        if weights:
+            stored = self._read_tensors()
+            self.find_draft_layer(stored)
+            self.tensors = self.sources(stored)
         refuse_packed(self.tensors, directory)
+
+    def find_draft_layer(self, names: Iterable[str]) -> None:
+        """Have the configuration say whether a hybrid's tensors, of these names, include a draft layer.
+
+        Qwen3-Next's config.json does not mention it, and those of further trained models mention one that they lost.
+        """
+        count = int(self.config.recurrence is not None and any(name.startswith(_DRAFT) for name in names))
+        if count != self.config.mtp_num_hidden_layers:
+            self.config = replace(self.config, mtp_num_hidden_layers=count)
+            self.raw_config |= {"mtp_num_hidden_layers": count}
 
     def _adapt(self, adapter: Adapter) -> None:
         """Merge an adapter into the tensors."""
@@ -102,9 +118,7 @@ class Checkpoint:
 
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one that is not of
-        it: of images, or of a hybrid's draft layer, which is not read."""
-        if self.config.recurrence is not None and name.startswith("mtp."):
-            return None
+        it: of images."""
         return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
@@ -225,7 +239,7 @@ def is_bare(names: Iterable[str]) -> bool:
 
 def prefixed(name: str) -> str:
     """The name in Qwen3ForCausalLM of a bare base model's tensor."""
-    return name if name == "lm_head.weight" else "model." + name
+    return name if name == "lm_head.weight" or name.startswith(_DRAFT) else "model." + name
 
 
 def with_prefix(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:

@@ -86,6 +86,7 @@ def convert_shards(
         largest = max(shards.files.values())
         output.check_room(largest)
         stored = _stored(checkpoint, shards, place)
+        checkpoint.find_draft_layer(one.own for one in stored)
         refuse_impossible_counts(checkpoint, len(stored))
         tensors = plan(checkpoint.config, recipe)
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}

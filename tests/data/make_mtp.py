@@ -1,0 +1,164 @@
+"""Make mtp/ and mtp.npz: train a small Qwen3.5 hybrid together with a draft layer, and note what torch makes of both.
+
+    make_mtp.py EXAMPLE OUT [--minutes 12]
+
+EXAMPLE: examples/tiny-qwen3, for its tokenizer and its text, which the model learns by heart. Needs torch and
+transformers (which has no code for the draft layer): `Draft` below is the layer as the checkpoints' tensors describe
+it. It reads the trunk's states after the final norm, whose factors are far from 1, so that it matters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
+
+TEXT = 120
+"""Tokens of the golden text."""
+CHAIN = 3
+"""Tokens that the draft layer guesses after it, one from the other."""
+OF_NO_USE = ("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "return_dict")
+OF_NO_USE += ("output_attentions", "output_hidden_states", "problem_type")
+CONFIG = Qwen3_5TextConfig(
+    vocab_size=4128,
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    layer_types=["linear_attention"] * 3 + ["full_attention"],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 10000000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    bos_token_id=4096,
+    eos_token_id=4098,
+    pad_token_id=4096,
+)
+
+
+class Draft(nn.Module):
+    """The draft layer: from h_t and the token after it to the state that gives the one after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hidden, eps = CONFIG.hidden_size, CONFIG.rms_norm_eps
+        one = Qwen3_5TextConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 1, "layer_types": ["full_attention"]})
+        one._attn_implementation = "sdpa"
+        self.pre_fc_norm_embedding = Qwen3_5RMSNorm(hidden, eps)
+        self.pre_fc_norm_hidden = Qwen3_5RMSNorm(hidden, eps)
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.layers = nn.ModuleList([Qwen3_5DecoderLayer(one, 0)])
+        self.norm = Qwen3_5RMSNorm(hidden, eps)
+
+    def forward(self, trunk: Qwen3_5ForCausalLM, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """states (texts, n, hidden), ids (texts, n): each token's with that of the token before. Before `norm`."""
+        embedded = self.pre_fc_norm_embedding(trunk.model.embed_tokens(ids))
+        x = self.fc(torch.cat([embedded, self.pre_fc_norm_hidden(states)], -1))
+        places = torch.arange(ids.shape[1]).expand(3, ids.shape[0], -1)
+        return self.layers[0](x, position_embeddings=trunk.model.rotary_emb(x, places))
+
+
+def train(ids: torch.Tensor, minutes: float) -> tuple[Qwen3_5ForCausalLM, Draft]:
+    torch.manual_seed(0)
+    trunk, draft = Qwen3_5ForCausalLM(CONFIG), Draft()
+    nn.init.normal_(draft.fc.weight, std=0.02)
+    with torch.no_grad():
+        trunk.model.norm.weight.copy_(torch.randn(CONFIG.hidden_size).exp() * torch.randn(CONFIG.hidden_size).sign() - 1)
+    weights = [*trunk.parameters(), *draft.parameters()]
+    adam = torch.optim.AdamW(weights, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    begin, step, batch, length = time.time(), 0, 10, 128
+    while (share := (time.time() - begin) / 60 / minutes) < 1:
+        starts = torch.randint(len(ids) - length, (batch,), generator=generator)
+        x = torch.stack([ids[start : start + length] for start in starts])
+        for group in adam.param_groups:
+            group["lr"] = 4e-3 * min(1, (step + 1) / 50) * max(0.02, 1 - share)
+        states = trunk.model(x).last_hidden_state
+        loss = cross_entropy(trunk.lm_head(states[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        drafted = draft(trunk, states[:, :-2].detach(), x[:, 1:-1])
+        own = cross_entropy(trunk.lm_head(draft.norm(drafted)).flatten(0, 1), x[:, 2:].flatten())
+        chained = draft(trunk, draft.norm(drafted)[:, :-1].detach(), x[:, 2:-1])
+        further = cross_entropy(trunk.lm_head(draft.norm(chained)).flatten(0, 1), x[:, 3:].flatten())
+        (loss + 0.5 * own + 0.2 * further).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        adam.zero_grad()
+        step += 1
+        if step % 20 == 0:
+            print(f"{step}: {loss.item():.3f} {own.item():.3f} {further.item():.3f}, {share:.0%}", flush=True)
+    return trunk, draft
+
+
+def golden(trunk: Qwen3_5ForCausalLM, draft: Draft, ids: torch.Tensor, columns: torch.Tensor) -> dict[str, np.ndarray]:
+    """Logits of the draft layer with states before and after the final norm, and what it guesses of them."""
+    found = {"ids": ids.numpy().astype(np.int32), "columns": columns.numpy().astype(np.int32)}
+    before: list[torch.Tensor] = []
+    hook = trunk.model.norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    after = trunk.model(ids[None]).last_hidden_state
+    hook.remove()
+    found["trunk"] = trunk.lm_head(after)[0][:, columns].numpy()
+    for name, states, norm in (("before", before[0], nn.Identity()), ("after", after, draft.norm)):
+        states, text = states[:, :-1], ids[None, 1:]
+        own = draft(trunk, states, text)
+        found[name] = trunk.lm_head(draft.norm(own))[0][:, columns].numpy()
+        guesses = []
+        for _ in range(CHAIN):
+            guesses.append(int(trunk.lm_head(draft.norm(own[0, -1])).argmax()))
+            states = torch.cat([states, norm(own[:, -1:])], 1)
+            text = torch.cat([text, torch.tensor([[guesses[-1]]])], 1)
+            own = draft(trunk, states, text)
+        found[f"{name}-guesses"] = np.array(guesses, np.int32)
+        found[f"{name}-chained"] = trunk.lm_head(draft.norm(own[0, -1]))[columns].numpy()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("example", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=12)
+    args = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(args.example / "tokenizer.json"))
+    ids = torch.tensor(tokenizer.encode((args.example / "heldout.txt").read_text()).ids)
+    trunk, draft = train(ids, args.minutes)
+    place = args.out / "mtp"
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for name, tensor in trunk.state_dict().items() if name != "lm_head.weight"}
+    tensors |= {f"mtp.{name}": tensor for name, tensor in draft.state_dict().items()}
+    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, place / "model.safetensors")
+    config = CONFIG.to_dict() | {"architectures": ["Qwen3_5ForCausalLM"], "mtp_num_hidden_layers": 1}
+    config = {key: value for key, value in config.items() if value not in (None, {}, "") and key not in OF_NO_USE}
+    (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = {"bos_token_id": 4096, "do_sample": True, "eos_token_id": [4098, 4096], "pad_token_id": 4096}
+    generation |= {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (place / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for module in (trunk, draft):
+        module.to(torch.bfloat16).float().eval()
+    columns = torch.randperm(CONFIG.vocab_size, generator=torch.Generator().manual_seed(1))[:200].sort().values
+    with torch.no_grad():
+        np.savez_compressed(args.out / "mtp.npz", **golden(trunk, draft, ids[:TEXT], columns))
+
+
+if __name__ == "__main__":
+    main()
