@@ -230,11 +230,23 @@ class Engine:
 
     @property
     def has_draft_layer(self) -> bool:
-        """Whether `draft` can guess tokens: the checkpoint has a layer of its own for it (multi-token prediction)."""
+        """Whether `run_draft_layer` can guess tokens: the checkpoint has a layer of its own for it (multi-token prediction)."""
         return len(self.weights.draft) > 0
 
+    @property
+    def draft_share(self) -> float:
+        """The bytes of weights that `run_draft_layer` reads for a token and half the vocabulary, in those that a pass reads."""
+        mixture, tensors = self.config.mixture, self.weights.tensors
+        chosen = 1.0 if mixture is None else mixture.num_experts_per_tok / mixture.num_experts
+        read = {name: one.data.size * (chosen if ".experts." in name else 1) for name, one in tensors.items()}
+        own = sum(size for name, size in read.items() if name.startswith("mtp."))
+        embedding = read["model.embed_tokens.weight"]
+        output = read.get("lm_head.weight", embedding)
+        others = sum(read.values()) - own - (embedding if "lm_head.weight" in read else 0)
+        return float((own + output / 2) / others)
+
     def new_draft_cache(self) -> KVCache:
-        """An empty cache for the keys and values of the draft layer, see `draft`."""
+        """An empty cache for the keys and values of the draft layer, see `run_draft_layer`."""
         config = replace(self.config, num_hidden_layers=1, recurrence=None)
         return KVCache(config, self.context, self.kv, self._draft_origin, self.prefixes.drop_oldest)
 
@@ -336,7 +348,7 @@ class Engine:
             self._pieces_pass(pieces, Output(_last_tokens(pieces), True, states))
         return _by_piece(states, pieces)
 
-    def draft(
+    def run_draft_layer(
         self,
         ids: ArrayLike,
         states: NDArray[np.float32],
@@ -350,7 +362,7 @@ class Engine:
 
         ids: up to `chunk` tokens of a text, one after the other, that follow those in the cache. states: float32
         (tokens, hidden_size), for each of them the hidden state of the token *before* it: the model's last layer's, see
-        `KVCache.tail`; or if `chained`, what `draft` returned for the token before, which was a guess. normed: apply the
+        `KVCache.tail`; or if `chained`, what this returned for the token before, which was a guess. normed: apply the
         final norm of whoever made the states, the model's or the draft layer's, before they are used. cache: of
         `new_draft_cache`; its first token may be anywhere in the text, since only distances matter. out: float32
         (1, n) with n a multiple of 16, receives logits of the ids below n after the last token.

@@ -272,7 +272,7 @@ class Batch:
             sequence.cache = self._model.new_cache()
         if isinstance(source, Prefix):
             length = source.give(sequence.cache)
-        sequence.mark_borders()
+        sequence.begin_cache(sequence.cache)
         if not sequence.decoding.ids:
             sequence.cached = length
             sequence.next_step()

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
 
 TEXT = 120
@@ -79,6 +80,19 @@ class Draft(nn.Module):
         return self.layers[0](x, position_embeddings=trunk.model.rotary_emb(x, places))
 
 
+def delta_rule(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **others: object
+) -> tuple[torch.Tensor, None]:
+    """The gated delta rule of a short text in one piece, from an empty state: many times as fast as transformers'."""
+    heads = value.shape[2] // key.shape[2]
+    q, k = (normalize(x, dim=-1).repeat_interleave(heads, 2).transpose(1, 2) for x in (query, key))
+    v, g, beta = value.transpose(1, 2), g.transpose(1, 2).cumsum(-1), beta.transpose(1, 2).unsqueeze(-1)
+    decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).tril().exp().tril()
+    lower = ((beta * k) @ k.mT * decay).tril(-1) + torch.eye(k.shape[2])
+    new = torch.linalg.solve_triangular(lower, beta * v, upper=False, unitriangular=True)
+    return (((q @ k.mT) * q.shape[-1] ** -0.5 * decay) @ new).transpose(1, 2), None
+
+
 def train(ids: torch.Tensor, minutes: float) -> tuple[Qwen3_5ForCausalLM, Draft]:
     torch.manual_seed(0)
     trunk, draft = Qwen3_5ForCausalLM(CONFIG), Draft()
@@ -88,13 +102,13 @@ def train(ids: torch.Tensor, minutes: float) -> tuple[Qwen3_5ForCausalLM, Draft]
     weights = [*trunk.parameters(), *draft.parameters()]
     adam = torch.optim.AdamW(weights, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
-    begin, step, batch, length = time.time(), 0, 10, 128
+    begin, step, batch, length = time.time(), 0, 16, 96
     while (share := (time.time() - begin) / 60 / minutes) < 1:
         starts = torch.randint(len(ids) - length, (batch,), generator=generator)
         x = torch.stack([ids[start : start + length] for start in starts])
         for group in adam.param_groups:
             group["lr"] = 4e-3 * min(1, (step + 1) / 50) * max(0.02, 1 - share)
-        states = trunk.model(x).last_hidden_state
+        states = trunk.model(x, use_cache=False).last_hidden_state
         loss = cross_entropy(trunk.lm_head(states[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         drafted = draft(trunk, states[:, :-2].detach(), x[:, 1:-1])
         own = cross_entropy(trunk.lm_head(draft.norm(drafted)).flatten(0, 1), x[:, 2:].flatten())
@@ -139,9 +153,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=12)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     tokenizer = Tokenizer.from_file(str(args.example / "tokenizer.json"))
     ids = torch.tensor(tokenizer.encode((args.example / "heldout.txt").read_text()).ids)
+    slow, modeling.torch_chunk_gated_delta_rule = modeling.torch_chunk_gated_delta_rule, delta_rule
     trunk, draft = train(ids, args.minutes)
+    modeling.torch_chunk_gated_delta_rule = slow
     place = args.out / "mtp"
     place.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor for name, tensor in trunk.state_dict().items() if name != "lm_head.weight"}
