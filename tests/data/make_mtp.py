@@ -1,6 +1,9 @@
-"""Make mtp/ and mtp.npz: train a small Qwen3.5 hybrid together with a draft layer, and note what torch makes of both.
+"""Make mtp/, mtp.npz and draft_layers.npz: what torch makes of draft layers.
 
-    make_mtp.py EXAMPLE OUT [--minutes 12]
+The first is a small Qwen3.5 hybrid that is trained here together with a draft layer, the second has its logits. The
+third has those of the mixtures of `hybrids.py` with the draft layers of `draft_tensors`.
+
+    make_mtp.py EXAMPLE OUT [--minutes 12]    # 0: only the third
 
 EXAMPLE: examples/tiny-qwen3, for its tokenizer and its text, which the model learns by heart. Needs torch and
 transformers (which has no code for the draft layer): `Draft` below is the layer as the checkpoints' tensors describe
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -20,9 +24,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
+
+sys.path.append(str(Path(__file__).parents[1]))
+from checkpoints import from_bf16, read_safetensors  # noqa: E402
+from hybrids import draft_tensors  # noqa: E402
 
 TEXT = 120
 """Tokens of the golden text."""
@@ -147,6 +155,29 @@ def golden(trunk: Qwen3_5ForCausalLM, draft: Draft, ids: torch.Tensor, columns: 
     return found
 
 
+def of_mixture(name: str, ids: torch.Tensor, columns: torch.Tensor) -> dict[str, np.ndarray]:
+    """Logits of the draft layer of a small random mixture, with states after the final norm."""
+    place = Path(__file__).parent / "hybrid" / name
+    kind = AutoModelForCausalLM if name == "next" else AutoModelForImageTextToText
+    whole = kind.from_pretrained(place, dtype=torch.float32, experts_implementation="eager").eval()
+    text = whole.model if name == "next" else whole.model.language_model
+    own = {key: torch.tensor(from_bf16(bits)) for key, bits in draft_tensors(
+        read_safetensors(place / "model.safetensors")
+    ).items()}  # fmt: skip
+
+    def norm(key: str, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + text.config.rms_norm_eps).rsqrt() * (1 + own[f"mtp.{key}.weight"])
+
+    states = text(ids[None, :-1]).last_hidden_state
+    embedded = norm("pre_fc_norm_embedding", text.embed_tokens(ids[None, 1:]))
+    x = torch.cat([embedded, norm("pre_fc_norm_hidden", states)], -1) @ own["mtp.fc.weight"].T
+    places = torch.arange(len(ids) - 1)[None]
+    turned = text.rotary_emb(x, places if name == "next" else places.expand(3, 1, -1))
+    mask = torch.full((len(ids) - 1, len(ids) - 1), float("-inf")).triu(1)[None, None]
+    found = text.layers[3](x, position_embeddings=turned, attention_mask=mask)  # whose tensors the draft layer has
+    return {name: whole.lm_head(norm("norm", found))[0][:, columns].numpy()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("example", type=Path)
@@ -157,6 +188,15 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.example / "tokenizer.json"))
     ids = torch.tensor(tokenizer.encode((args.example / "heldout.txt").read_text()).ids)
     slow, modeling.torch_chunk_gated_delta_rule = modeling.torch_chunk_gated_delta_rule, delta_rule
+    columns = torch.randperm(CONFIG.vocab_size, generator=torch.Generator().manual_seed(1))[:200].sort().values
+    args.out.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        found = {"ids": ids[:TEXT].numpy().astype(np.int32), "columns": columns.numpy().astype(np.int32)}
+        for name in ("next", "qwen35-moe"):
+            found |= of_mixture(name, ids[:TEXT], columns)
+    np.savez_compressed(args.out / "draft_layers.npz", **found)
+    if not args.minutes:
+        return
     trunk, draft = train(ids, args.minutes)
     modeling.torch_chunk_gated_delta_rule = slow
     place = args.out / "mtp"
@@ -172,7 +212,6 @@ def main() -> None:
     (place / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for module in (trunk, draft):
         module.to(torch.bfloat16).float().eval()
-    columns = torch.randperm(CONFIG.vocab_size, generator=torch.Generator().manual_seed(1))[:200].sort().values
     with torch.no_grad():
         np.savez_compressed(args.out / "mtp.npz", **golden(trunk, draft, ids[:TEXT], columns))
 
