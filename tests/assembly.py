@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from npqwen.format.encodings import UNIT_ROWS, Encoding
-from npqwen.simd import amx, tile
+from npqwen.simd import amx, recurrence, tile
 from npqwen.simd.instructions import PREFETCH_DISTANCE, UNPACKED, InstructionSet
 from npqwen.simd.llvm import F32, I8, I16, I64, undefined, vector
 from npqwen.simd.packed import block_bytes
@@ -29,9 +30,9 @@ SAPPHIRE_RAPIDS = "x86_64-unknown-linux-gnu", "sapphirerapids"
 ALDER_LAKE = "x86_64-unknown-linux-gnu", "alderlake"
 HASWELL = "x86_64-unknown-linux-gnu", "haswell"
 
-Body = Callable[[ir.IRBuilder, list[ir.Value], ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], list[ir.Value]]
-"""One turn of a loop: (builder, sums, weights, activations, offset in the weights, in the activations, codebook) to
-sums."""
+Body = Callable[[ir.IRBuilder, list[ir.Value], ir.Value, ir.Value, ir.Value, ir.Value, Any], list[ir.Value]]
+"""One turn of a loop: (builder, sums, weights, activations, offset in the weights, in the activations, what was
+loaded before) to sums."""
 
 
 def integer_loop(
@@ -52,7 +53,7 @@ def integer_loop(
         return sums
 
     step, x_step = 2 * encoding.block_bytes, 2 * block_bytes(tokens, isa.start_bytes)
-    return _loop(isa, target, tokens * vectors, step, x_step, I8, I8, body, encoding)
+    return _loop(isa, target, tokens * vectors, step, x_step, I8, I8, body, lambda b, x: isa.codebook(b, encoding, x))
 
 
 def unpacked_loop(isa: InstructionSet, target: tuple[str, str]) -> list[str]:
@@ -112,6 +113,30 @@ def floating_loop(
     return _loop(isa, target, tokens * vectors * together, 16, tokens, element, F32, body)
 
 
+def recurrence_loop(isa: InstructionSet, target: tuple[str, str], blocks: int) -> list[str]:
+    """The loop over rows of `blocks` blocks of a recurrent state, which updates them for a token and reads the next."""
+    count, dim = blocks * recurrence.ROW // isa.lanes, 128
+    floats = vector(F32, isa.lanes)
+
+    def before(b: ir.IRBuilder, x: ir.Value) -> list[ir.Value]:
+        deltas = [b.load(b.bitcast(b.gep(x, [I64(n * isa.lanes)]), floats.as_pointer()), align=4) for n in range(count)]
+        return [*deltas, b.load(b.gep(x, [I64(-1)]))]
+
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, held: Any
+    ) -> list[ir.Value]:
+        *deltas, decay = held
+        keys = x_at, b.add(x_at, I64(2 * dim)), b.add(x_at, I64(3 * dim))
+        target_at = b.add(at, I64(1 << 16))
+        args = deltas, decay, w, at, w, target_at, I64(dim * recurrence.ROW), x, *keys
+        return list(recurrence.update_dot_rows.emit(b, sums, *args))
+
+    patched = {"LANES": isa.lanes, "FLOATS": floats, "_VECTORS": recurrence.ROW // isa.lanes}
+    with mock.patch.multiple(recurrence, **patched):
+        rows = recurrence.ROWS_AT_ONCE
+        return _loop(isa, target, 2 * rows * count, rows * recurrence.ROW, rows, F32, F32, body, before)
+
+
 def _loop(
     isa: InstructionSet,
     target: tuple[str, str],
@@ -121,9 +146,12 @@ def _loop(
     weight: ir.Type,
     activation: ir.Type,
     body: Body,
-    encoding: Encoding | None = None,
+    before: Callable[[ir.IRBuilder, ir.Value], Any] = lambda b, x: None,
 ) -> list[str]:
-    """Compile a loop of `body`, with `count` vectors of sums; each turn advances by `step` and `x_step` elements."""
+    """Compile a loop of `body`, with `count` vectors of sums; each turn advances by `step` and `x_step` elements.
+
+    before: loads what `body` receives as its last argument, given the activations' address.
+    """
     floats = vector(F32, isa.lanes)
     module = ir.Module()
     module.triple, _ = target
@@ -133,7 +161,7 @@ def _loop(
     entry, turn, end = (function.append_basic_block(name) for name in ("entry", "turn", "end"))
     b = ir.IRBuilder(entry)
     # Loaded once, before the loop.
-    table = undefined(vector(I8, 4 * isa.lanes)) if encoding is None else isa.codebook(b, encoding, x)
+    table = before(b, x)
     b.branch(turn)
     b = ir.IRBuilder(turn)
     carried = ir.ArrayType(floats, count)

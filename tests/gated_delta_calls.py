@@ -107,14 +107,18 @@ class State:
     pending_rows: Floats
 
     @classmethod
-    def random(cls, shape: Shape, seed: int) -> State:
-        rng = np.random.default_rng(seed)
-        values = rng.standard_normal((LAYERS, shape.state_floats), np.float32)
+    def random(cls, shape: Shape, seed: int, offset: int = 0) -> State:
+        """Random values, that begin `offset` float32 past the beginning of a cache line."""
+        size = LAYERS * shape.state_floats
+        raw = np.empty(size + 32, np.float32)
+        values = raw[-raw.ctypes.data // 4 % 16 + offset :][:size].reshape(LAYERS, shape.state_floats)
+        values[:] = np.random.default_rng(seed).standard_normal(values.shape, np.float32)
         return cls(values, 0, np.full((LAYERS, MOST_GUESSES, shape.pending_floats), STALE, np.float32))
 
     @classmethod
-    def stale(cls, shape: Shape) -> State:
-        state = cls.random(shape, 0)
+    def stale(cls, shape: Shape, offset: int = 0) -> State:
+        """What the kernel overwrites."""
+        state = cls.random(shape, 0, offset)
         state.values[:] = STALE
         return state
 
@@ -123,14 +127,19 @@ class State:
         return State(self.values, pending, self.pending_rows)
 
 
-def run_pass(layer: Layer, parts: list[tuple[State, Tokens, int]], members: int = 1) -> list[tuple[Floats, State]]:
-    """A pass over some sequences, each a state, tokens and how many of them are guesses: outputs and next states."""
+def run_pass(
+    layer: Layer, parts: list[tuple[State, Tokens, int]], members: int = 1, offset: int = 0
+) -> list[tuple[Floats, State]]:
+    """A pass over some sequences, each a state, tokens and how many of them are guesses: outputs and next states.
+
+    offset: float32 past the beginning of a cache line where the next states begin.
+    """
     shape, count = layer.shape, sum(len(tokens) for _, tokens, _ in parts)
     rows = shape.heads * shape.dim
     projected = np.full((count + 2, shape.channels + rows + 16), STALE, np.float32)
     gates = np.full((count + 2, 2 * shape.padded + 16), STALE, np.float32)
     out = np.full((count + 1, rows + 16), STALE, np.float32)
-    records, nexts, first = np.zeros(len(parts), SEQUENCE), [State.stale(shape) for _ in parts], 0
+    records, nexts, first = np.zeros(len(parts), SEQUENCE), [State.stale(shape, offset) for _ in parts], 0
     for record, (state, tokens, guesses), after in zip(records, parts, nexts, strict=True):
         mine = slice(first, first + len(tokens))
         projected[mine, : shape.channels + rows] = tokens.projected

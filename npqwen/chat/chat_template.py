@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Template, TemplateError, meta
 
@@ -25,6 +25,21 @@ from npqwen.structure.json_values import plain
 from npqwen.tools.toolbox import Tool, as_tools
 
 Thinking = Literal["switch", "always", "never"]
+
+
+class Mode(NamedTuple):
+    """What a template does about thinking."""
+
+    thinking: Thinking
+    """Whether it has a switch for it, always opens it, or never does."""
+    opens: bool
+    """Whether it opens the thinking itself, as from Qwen3.5 on; Qwen3 leaves that to the model."""
+    by_default: bool
+    """Whether the model thinks if nothing is said."""
+    graded: bool
+    """Whether it has a variable reasoning_effort, as from Qwen3.8 on."""
+
+
 
 _SET_HERE = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *SPECIAL)
 _QUESTION: Message = {"role": "user", "content": "?"}
@@ -90,8 +105,8 @@ class ChatTemplate:
                 raise OptionError(f"unknown option {quoted(name)}: the chat template has no such variable; {there}")
         variables = {name: plain(value, name) for name, value in options.items()}
         if thinking is not None:
-            _check_thinking(program.thinking, thinking)
-            if program.thinking == "switch":
+            _check_thinking(program.mode.thinking, thinking)
+            if program.mode.thinking == "switch":
                 variables["enable_thinking"] = thinking
         return Rendering(
             program,
@@ -103,7 +118,11 @@ class ChatTemplate:
 
     def thinking(self, template: str | None = None, tools: bool = False) -> Thinking:
         """Whether a template has a switch for thinking, always opens it, or never does. Determined by rendering."""
-        return self._program(template, tools).thinking
+        return self.mode(template, tools).thinking
+
+    def mode(self, template: str | None = None, tools: bool = False) -> Mode:
+        """What a template does about thinking. Determined by rendering."""
+        return self._program(template, tools).mode
 
     def call_style(self, template: str | None = None) -> CallStyle:
         """How a template with tools writes calls: as JSON, or in Qwen3-Coder's tags. Determined by rendering."""
@@ -191,13 +210,15 @@ class _Program:
             raise OptionError(f"the chat template refuses these messages: {_reason(error)}") from error
 
     @cached_property
-    def thinking(self) -> Thinking:
-        on, off = (
-            self.render([_QUESTION], None, True, {"enable_thinking": value}, is_probe=True) for value in (True, False)
+    def mode(self) -> Mode:
+        on, off, default = (
+            self.render([_QUESTION], None, True, {} if value is None else {"enable_thinking": value}, is_probe=True)
+            for value in (True, False, None)
         )
-        if on != off:
-            return "switch"
-        return "always" if opens_thinking(on) else "never"
+        opens = opens_thinking(on)
+        kind: Thinking = "switch" if on != off else "always" if opens else "never"
+        by_default = default == on if kind == "switch" else opens
+        return Mode(kind, opens, by_default, "reasoning_effort" in self.variables)
 
     @cached_property
     def call_style(self) -> CallStyle:

@@ -122,9 +122,9 @@ def _with_defaults(
     """The caller's options, and for those left out the sampling advised with or without thinking; and notices."""
     own, given = model.generation_config.sampling, settings.generation
     template = settings.template_options.get("template")
-    kind = model.chat_template.thinking(template, settings.tools is not None)
-    thinking = thinks(kind, settings.thinking, messages)
-    advised = default_sampling(own, kind, thinking)
+    mode = model.chat_template.mode(template, settings.tools is not None)
+    thinking = thinks(mode, settings.thinking, messages)
+    advised = default_sampling(own, mode, thinking)
     greedy = given.get("temperature", advised.temperature) == 0 or given.get("top_k", advised.top_k) == 1
     changed = {
         f.name: getattr(advised, f.name) for f in fields(own) if getattr(advised, f.name) != getattr(own, f.name)

@@ -24,10 +24,12 @@ class Budget:
     """Keys and values of PAGE tokens."""
     available: int | None
     """Of the machine's memory; None if the system does not report it, then everything fits."""
+    states: int = 0
+    """A hybrid's recurrent states, checkpoints included, however many tokens there are."""
 
     def cache(self, tokens: int) -> int:
-        """Bytes of the keys and values of this many tokens."""
-        return ceil_div(tokens, PAGE) * self.page
+        """Bytes of the cache of this many tokens."""
+        return ceil_div(tokens, PAGE) * self.page + self.states
 
     def needed(self, tokens: int) -> int:
         """Bytes of everything, at a context of this many tokens."""
@@ -55,7 +57,8 @@ class Budget:
         longest = self.possible(1 << 60)
         if not longest:
             raise OutOfMemoryError(
-                f"the model needs {(self.working + self.page + RESERVED) / 1e9:.2f} GB besides its weights and {have}; "
+                f"the model needs {(self.working + self.cache(1) + RESERVED) / 1e9:.2f} GB besides its weights and "
+                f"{have}; "
                 "close other programs, or choose a smaller model"
             )
         if context is not None and longest < context:
@@ -67,4 +70,5 @@ class Budget:
     def _tokens(self, weights: int, limit: int) -> int:
         if self.available is None:
             return limit
-        return min(limit, max(0, self.available - RESERVED - self.working - weights) // self.page * PAGE)
+        left = self.available - RESERVED - self.working - self.states - weights
+        return min(limit, max(0, left) // self.page * PAGE)

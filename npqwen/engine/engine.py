@@ -32,7 +32,7 @@ from npqwen.engine.pass_times import PassTimes
 from npqwen.engine.prefix_files import DEFAULT_SIZE, PrefixFiles
 from npqwen.engine.prefixes import Prefixes
 from npqwen.engine.records import Output, Sequences, Tokens
-from npqwen.engine.recurrent_states import Recurrent, most_checkpoints
+from npqwen.engine.recurrent_states import states_bytes
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
@@ -130,7 +130,7 @@ class Engine:
         self.passes = PassTimes(sparse=self.config.mixture is not None)
         """What passes of few tokens take here."""
         page = self.new_cache(1).page_bytes
-        Budget(self.weight_bytes, self._buffers.nbytes + states_bytes(self.config), page, available).check(context)
+        Budget(self.weight_bytes, self._buffers.nbytes, page, available, states_bytes(self.config)).check(context)
         self._turns: dict[int, threading.Lock] = {}
         self._prefixes = self._new_prefixes(prefix_cache, prefix_cache_size, prefix_memory, notice, available)
         with reporting(on_compile):
@@ -659,15 +659,6 @@ def _by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDAr
     """The rows of a pass's results that belong to each piece."""
     ends = accumulate(piece.rows for piece in pieces)
     return [values[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
-
-
-def states_bytes(config: Config) -> int:
-    """Bytes that the recurrent states of one sequence take at most, checkpoints included; 0 without recurrent layers.
-
-    The newest state, the next one and one to be reused are held beside them.
-    """
-    shape = Recurrent.of(config)
-    return 0 if shape is None else (3 + most_checkpoints(shape)) * shape.nbytes
 
 
 def chunk_size(config: Config) -> int:

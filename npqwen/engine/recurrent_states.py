@@ -61,6 +61,15 @@ def most_checkpoints(shape: Recurrent) -> int:
     return min(MOST, max(FEWEST, CHECKPOINT_BYTES // shape.nbytes))
 
 
+def states_bytes(config: Config) -> int:
+    """Bytes that the states of one sequence take at most, checkpoints included; 0 without recurrent layers.
+
+    The newest state, the next one and one to be reused are held beside them.
+    """
+    shape = Recurrent.of(config)
+    return 0 if shape is None else (3 + most_checkpoints(shape)) * shape.nbytes
+
+
 class State(NamedTuple):
     """The state after the first `position` tokens; nobody changes its arrays."""
 

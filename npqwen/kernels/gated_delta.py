@@ -26,46 +26,33 @@ import numpy as np
 from numba import njit
 
 from npqwen.kernels.compiled import address_of
+from npqwen.kernels.delta_rule import BLOCKS, GROUP, NARROW, WIDE, copy, recur, recur_once
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.pieces import claim
 from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.recurrence import (
     ROW,
-    ROWS_AT_ONCE,
     add_block_products,
     add_up,
     compute_gates,
     convolve_block,
-    copy_block,
-    dot_rows,
-    finish_token,
     gated_norm_block,
-    update_dot_rows,
-    stream_rows,
-    update_rows,
 )
 from npqwen.simd.scalar import bits_float, float_bits, memory
-from npqwen.simd.tile import LANES, prefetch, zeros
+from npqwen.simd.tile import zeros
 
 TAPS = 4
 """Tokens that the convolution reads: the token itself and those before it."""
 MOST_GUESSES = 16
 """Guesses of a pass, and pending tokens of the next, at most."""
-_GROUP = 16
-"""Tokens whose inputs are computed at once, to stay in the first-level cache with a part of the state."""
-_BLOCKS = 2 if LANES == ROW else 1
-"""Blocks of the state that are computed side by side: more share the loads of keys, and independent sums hide latency,
-if registers hold them."""
-_NARROW = ROW // LANES
-_WIDE = _BLOCKS * _NARROW
-"""Vectors of a row of one block, and of those computed side by side."""
-_LINES = ROWS_AT_ONCE * CACHE_LINE
+_FEW = 8
+"""Tokens up to which memory is the limit: then blocks one by one, so that reading and writing alternate more often."""
 _L2_EPS = np.float32(1e-6)
 
 
 def scratch_floats(key_head_dim: int, value_head_dim: int) -> int:
-    """float32 of scratch for one thread: inputs and outputs of a group of tokens, and part of a state for guesses."""
-    return _GROUP * (2 * key_head_dim + 2 * value_head_dim + 3) + _BLOCKS * ROW * key_head_dim
+    """float32 of scratch for one thread: inputs and outputs of a group of tokens, and a part of the state."""
+    return GROUP * (2 * key_head_dim + 2 * value_head_dim + 3) + BLOCKS * ROW * key_head_dim + CACHE_LINE // 4
 
 
 @njit(nogil=True)
@@ -103,7 +90,7 @@ def _convolve(oldest: Any, older: Any, old: Any, newest: Any, at: int, size: int
 @njit(inline="always")
 def _normalize(key: Any, query: Any) -> Any:
     """Scale a key and a query to length 1, the query then by 1 / sqrt(its size); returns their product."""
-    keys, queries, both = zeros(1, _NARROW, 1), zeros(1, _NARROW, 1), zeros(1, _NARROW, 1)
+    keys, queries, both = zeros(1, NARROW, 1), zeros(1, NARROW, 1), zeros(1, NARROW, 1)
     for i in range(0, key.size, ROW):
         keys = add_block_products(keys, key, i, key, i)
         queries = add_block_products(queries, query, i, query, i)
@@ -117,83 +104,9 @@ def _normalize(key: Any, query: Any) -> Any:
 
 
 @njit(inline="always")
-def _copy(source_at: int, target_at: int, size: int) -> None:
-    """Copy `size` float32, a multiple of 16, from one address to another."""
-    source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
-    for i in range(0, size, ROW):
-        copy_block(source, target, i)
-
-
-@njit(inline="always")
-def _recur_once(
-    source_at: int, target_at: int, key_dim: int, inputs: Any, dim: int, values: Any, gates: Any, out: Any
-) -> None:
-    """One token's outputs, and the state after it.
-
-    Memory is the limit: a block is written past the caches while the block after it is read, and the one after that
-    prefetched. Arguments as those of `_recur`, which computes the same; target_at: at the beginning of a cache line.
-    """
-    size = key_dim * ROW
-    source, target = memory(source_at, key_dim * dim, np.float32), memory(target_at, key_dim * dim, np.float32)
-    decay = gates[0]
-    sums = zeros(2, _NARROW, ROWS_AT_ONCE)
-    for k in range(0, key_dim, ROWS_AT_ONCE):
-        prefetch(source, size + k * ROW, _LINES)
-        sums = dot_rows(sums, source, k * ROW, 0, inputs, k, key_dim + k)
-    for block in range(dim // ROW):
-        at, place = block * size, block * ROW
-        deltas = finish_token(sums, values, place, gates, 0, _GROUP, 2 * _GROUP, out, place)
-        sums = zeros(2, _NARROW, ROWS_AT_ONCE)
-        if place + ROW < dim:
-            for k in range(0, key_dim, ROWS_AT_ONCE):
-                row = at + k * ROW
-                prefetch(source, row + 2 * size, _LINES)
-                sums = dot_rows(sums, source, row + size, 0, inputs, k, key_dim + k)
-                stream_rows(deltas, decay, source, row, target, row, 0, inputs, k)
-        else:
-            for k in range(0, key_dim, ROWS_AT_ONCE):
-                row = at + k * ROW
-                stream_rows(deltas, decay, source, row, target, row, 0, inputs, k)
-
-
-@njit(inline="always")
-def _recur(
-    vectors: int, count: int, source_at: int, target_at: int, key_dim: int, inputs: Any, dim: int, values: Any, at: int,
-    gates: Any, out: Any,
-) -> None:  # fmt: skip
-    """`count` tokens' outputs, and the state after them, of blocks of value coordinates from `at` on.
-
-    vectors: of a row of these blocks. source_at, target_at: the addresses of the blocks before and after. inputs: each
-    token's key and query. values, out: (tokens, dim), flat. gates: decays, betas and products of key and query.
-    """
-    pitch = key_dim * ROW
-    size = vectors // _NARROW * pitch
-    source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
-    sums = zeros(2, vectors, ROWS_AT_ONCE)
-    for k in range(0, key_dim, ROWS_AT_ONCE):
-        sums = dot_rows(sums, source, k * ROW, pitch, inputs, k, key_dim + k)
-    for t in range(count):
-        deltas = finish_token(sums, values, t * dim + at, gates, t, _GROUP + t, 2 * _GROUP + t, out, t * dim + at)
-        key = 2 * key_dim * t
-        decay = gates[t]
-        if t < count - 1:
-            following = key + 2 * key_dim
-            sums = zeros(2, vectors, ROWS_AT_ONCE)
-            for k in range(0, key_dim, ROWS_AT_ONCE):
-                sums = update_dot_rows(
-                    sums, deltas, decay, source, k * ROW, target, k * ROW, pitch, inputs, key + k, following + k,
-                    following + key_dim + k,
-                )  # fmt: skip
-        else:
-            for k in range(0, key_dim, ROWS_AT_ONCE):
-                update_rows(deltas, decay, source, k * ROW, target, k * ROW, pitch, inputs, key + k)
-        source = target
-
-
-@njit(inline="always")
 def _gated_norm(x: Any, weight: Any, eps: Any, gate: Any, out: Any) -> None:
     """out = x / sqrt(mean(x**2) + eps) * weight * silu(gate)."""
-    squares = zeros(1, _NARROW, 1)
+    squares = zeros(1, NARROW, 1)
     for i in range(0, x.size, ROW):
         squares = add_block_products(squares, x, i, x, i)
     scale = np.float32(1.0) / np.sqrt(add_up(squares) / np.float32(x.size) + eps)
@@ -229,25 +142,28 @@ def _head(
     rate, bias = memory(rates_at, heads, np.float32)[head], memory(biases_at, heads, np.float32)[head]
     norm = memory(norm_at, dim, np.float32)
     eps = bits_float(np.int32(eps_bits))
-    inputs_at = scratch_at
-    values_at = inputs_at + 4 * _GROUP * 2 * key_dim
-    outputs_at = values_at + 4 * _GROUP * dim
-    shares_at = outputs_at + 4 * _GROUP * dim
-    spare_at = shares_at + 4 * _GROUP * 3
-    inputs = memory(inputs_at, _GROUP * 2 * key_dim, np.float32)
-    values = memory(values_at, _GROUP * dim, np.float32)
-    outputs = memory(outputs_at, _GROUP * dim, np.float32)
-    shares = memory(shares_at, _GROUP * 3, np.float32)
+    inputs_at = -(-scratch_at // CACHE_LINE) * CACHE_LINE
+    values_at = inputs_at + 4 * GROUP * 2 * key_dim
+    outputs_at = values_at + 4 * GROUP * dim
+    shares_at = outputs_at + 4 * GROUP * dim
+    spare_at = shares_at + 4 * GROUP * 3
+    inputs = memory(inputs_at, GROUP * 2 * key_dim, np.float32)
+    values = memory(values_at, GROUP * dim, np.float32)
+    outputs = memory(outputs_at, GROUP * dim, np.float32)
+    shares = memory(shares_at, GROUP * 3, np.float32)
 
     total = pending + tokens
     kept = total - guesses
     before_at, after_at = state_at + head * head_bytes, next_state_at + head * head_bytes
-    far = total == 1 and guesses == 0 and after_at % CACHE_LINE == 0
+    streams = after_at % CACHE_LINE == 0
     if kept == 0:
-        _copy(before_at, after_at, key_dim * dim)
+        copy(before_at, after_at, key_dim * dim, streams)
     first = 0
     while first < total:
-        count = min(_GROUP, (kept if first < kept else total) - first)
+        # All guesses are in the last group.
+        count = total - first
+        if count > GROUP:
+            count = min(GROUP, kept - first)
         for i in range(count):
             t = first + i
             oldest = memory(
@@ -272,28 +188,32 @@ def _head(
             _convolve(oldest, older, old, newest, query_channel, key_dim, weights, query)
             value = memory(values_at + 4 * i * dim, dim, np.float32)
             _convolve(oldest, older, old, newest, value_channel, dim, weights, value)
-            shares[2 * _GROUP + i] = _normalize(key, query)
+            shares[2 * GROUP + i] = _normalize(key, query)
             token_gates_at = gates_at + (t - pending) * gates_bytes
             if t < pending:
                 token_gates_at = pending_at + t * pending_bytes + row_bytes
             token_gates = memory(token_gates_at, 2 * padded, np.float32)
-            shares[i], shares[_GROUP + i] = token_gates[padded + head], token_gates[head]
-        compute_gates(shares, _GROUP, 0, rate, bias)
+            shares[i], shares[GROUP + i] = token_gates[padded + head], token_gates[head]
+        compute_gates(shares, GROUP, 0, rate, bias)
         source_at = before_at if first == 0 else after_at
-        if far:
-            _recur_once(before_at, after_at, key_dim, inputs, dim, values, shares, outputs)
-        for block in range(0, 0 if far else dim // ROW, _BLOCKS):
-            at = 4 * block * key_dim * ROW
-            target_at = after_at + at if first < kept else spare_at
-            if block + _BLOCKS <= dim // ROW:
-                _recur(
-                    _WIDE, count, source_at + at, target_at, key_dim, inputs, dim, values, block * ROW, shares, outputs
-                )
-            else:
-                _recur(
-                    _NARROW, count, source_at + at, target_at, key_dim, inputs, dim, values, block * ROW, shares,
-                    outputs,
-                )  # fmt: skip
+        if total == 1 and kept == 1 and streams:
+            recur_once(before_at, after_at, key_dim, inputs, dim, values, shares, outputs)
+        else:
+            last = first + count == total
+            step = BLOCKS if count > _FEW else 1
+            for block in range(0, dim // ROW, step):
+                at, place = 4 * block * key_dim * ROW, block * ROW
+                work_at = spare_at if last else after_at + at
+                if step == BLOCKS and block + BLOCKS <= dim // ROW:
+                    recur(
+                        WIDE, count, kept - first, source_at + at, work_at, after_at + at, last and streams, key_dim,
+                        inputs, dim, values, place, shares, outputs,
+                    )  # fmt: skip
+                else:
+                    recur(
+                        NARROW, count, kept - first, source_at + at, work_at, after_at + at, last and streams, key_dim,
+                        inputs, dim, values, place, shares, outputs,
+                    )  # fmt: skip
         for i in range(max(0, pending - first), count):
             t = first + i - pending
             _gated_norm(
@@ -312,10 +232,10 @@ def _head(
             token_gates = memory(gates_at + (t - pending) * gates_bytes, 2 * padded, np.float32)
             kept_gates = memory(copy_at + row_bytes, 2 * padded, np.float32)
             kept_gates[head], kept_gates[padded + head] = token_gates[head], token_gates[padded + head]
-        _copy(row_at + 4 * value_channel, copy_at + 4 * value_channel, dim)
+        copy(row_at + 4 * value_channel, copy_at + 4 * value_channel, dim, False)
         if head % group == 0:
-            _copy(row_at + 4 * query_channel, copy_at + 4 * query_channel, key_dim)
-            _copy(row_at + 4 * key_channel, copy_at + 4 * key_channel, key_dim)
+            copy(row_at + 4 * query_channel, copy_at + 4 * query_channel, key_dim, False)
+            copy(row_at + 4 * key_channel, copy_at + 4 * key_channel, key_dim, False)
 
 
 def gated_delta_kernel() -> int:

@@ -12,6 +12,7 @@ from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.recurrent_states import states_bytes
 from npqwen.engine.weights import Weights
 from npqwen.errors import size
 from npqwen.format.config import Config
@@ -107,6 +108,7 @@ def inspect(
         working=Buffers(config, weights, threads, chunk_size(config), context).nbytes,
         page=KVCache(config, 1, kv).page_bytes,
         available=machine.available_memory(),
+        states=states_bytes(config),
     )
     return Info(
         path=str(directory),

@@ -8,6 +8,8 @@ result is the same to the bit, however tokens are divided into passes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llvmlite import ir
 from numba import types
 
@@ -107,12 +109,9 @@ def update_dot_rows(
     pitch: Int, inputs: Array, key_at: Int, next_key_at: Int, next_query_at: Int,
 ) -> Tile:  # fmt: skip
     """`update_rows`, then `dot_rows` of the updated rows with the next token's key and query."""
-    factors = [
-        [_factor(b, inputs, place, row) for place in (next_key_at, next_query_at)] for row in range(ROWS_AT_ONCE)
-    ]
-    updated = _updated(b, deltas, decay, source, at, pitch, inputs, key_at)
-    for row, values in enumerate(updated):
-        _add_products(b, sums, row, values, *factors[row])
+    for row, values in enumerate(_updated(b, deltas, decay, source, at, pitch, inputs, key_at)):
+        key, query = (_factor(b, inputs, place, row) for place in (next_key_at, next_query_at))
+        _add_products(b, sums, row, values, key, query)
         for n, value in enumerate(values):
             b.store(value, _place(b, target, target_at, row, n, pitch), align=4)
     return sums
@@ -121,15 +120,13 @@ def update_dot_rows(
 def _updated(
     b: ir.IRBuilder, deltas: list[ir.Value], decay: ir.Value, source: ir.Value, at: ir.Value, pitch: ir.Value,
     inputs: ir.Value, key_at: ir.Value,
-) -> list[list[ir.Value]]:  # fmt: skip
-    """The rows that `update_rows` writes."""
+) -> Iterator[list[ir.Value]]:  # fmt: skip
+    """The rows that `update_rows` writes, one by one, as registers hold few."""
     factor = splat(b, decay, LANES)
-    rows = []
     for row in range(ROWS_AT_ONCE):
         key = _factor(b, inputs, key_at, row)
         before = [b.load(_place(b, source, at, row, n, pitch), align=4) for n in range(len(deltas))]
-        rows.append([fma(b, key, delta, b.fmul(factor, old)) for delta, old in zip(deltas, before, strict=True)])
-    return rows
+        yield [fma(b, key, delta, b.fmul(factor, old)) for delta, old in zip(deltas, before, strict=True)]
 
 
 def _vectors_of(sums: types.UniTuple, *_: types.Type | int) -> types.UniTuple:
@@ -166,6 +163,13 @@ def finish_token(
 def copy_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
     """target[at:] = source[at:], 16 float32."""
     b.store(b.load(element(b, source, at, _KIND), align=4), element(b, target, at, _KIND), align=4)
+
+
+@operation
+def stream_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
+    """`copy_block` to the beginning of a cache line, past the caches."""
+    stored = b.store(b.load(element(b, source, at, _KIND), align=4), element(b, target, at, _KIND), align=4 * ROW)
+    stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
 
 
 @operation

@@ -128,7 +128,7 @@ def _show_info(chat: TerminalChat) -> None:
 
 
 def _show_parameters(chat: TerminalChat) -> None:
-    own, kind = chat.model.generation_config.sampling, chat.model.chat_template.thinking()
-    thinking = thinks(kind, chat.conversation.thinking, chat.conversation.messages)
-    defaults = dataclasses.asdict(default_sampling(own, kind, thinking)) | CHAT_DEFAULTS
+    own, mode = chat.model.generation_config.sampling, chat.model.chat_template.mode()
+    thinking = thinks(mode, chat.conversation.thinking, chat.conversation.messages)
+    defaults = dataclasses.asdict(default_sampling(own, mode, thinking)) | CHAT_DEFAULTS
     chat.terminal.lines(chat.settings.table(defaults))

@@ -180,7 +180,7 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         if is_recurrent(config, layer):
             yield from ((f"{prefix}linear_attn.{name}", shape) for name, shape in recurrent(config))
         else:
-            gated = 2 if "layer_types" in config else 1
+            gated = 2 if "linear_num_value_heads" in config else 1
             yield prefix + "self_attn.q_proj.weight", (gated * queries, hidden)
             yield prefix + "self_attn.k_proj.weight", (keys, hidden)
             yield prefix + "self_attn.v_proj.weight", (keys, hidden)

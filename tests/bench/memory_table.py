@@ -26,6 +26,7 @@ from npqwen.engine.budget import RESERVED, Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.recurrent_states import states_bytes
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.format.quantization import FORMAT_VERSION, Quantization
@@ -47,7 +48,7 @@ class Needs:
     weights: int
     """Of the converted model, on disk as in memory: the files are mapped."""
     cache: int
-    """Keys and values of a full context."""
+    """Of a full context: keys and values, and a hybrid's states."""
     working: int
     """Buffers of the forward pass."""
 
@@ -78,17 +79,25 @@ def hollow(directory: Path, raw: Mapping[str, Any], bits: int) -> Config:
     return config
 
 
+def four_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes in a hybrid's config.json if it has four layers."""
+    return {"num_hidden_layers": 4, "layer_types": raw["layer_types"][:4]}
+
+
 def needs(name: str, bits: int, context: int = CONTEXT, threads: int = THREADS) -> Needs:
     """What a model of `make_checkpoint.SIZES` takes."""
     config = Config.from_dict(SIZES[name])
     with tempfile.TemporaryDirectory() as place:
-        layer = hollow(Path(place), {**SIZES[name], "num_hidden_layers": 1}, bits)
+        # A hybrid's fourth layer is the first with attention.
+        few = {"num_hidden_layers": 1} if config.recurrence is None else four_layers(SIZES[name])
+        layer = hollow(Path(place), {**SIZES[name], **few}, bits)
         weights = Weights(Path(place), layer)
         budget = Budget(
             weights=sum(planned.nbytes for planned in plan(config, recipe_of(bits))),
             working=Buffers(layer, weights, threads, chunk_size(layer), context).nbytes,
             page=KVCache(config, 1, weights.cache_type).page_bytes,
             available=None,
+            states=states_bytes(config),
         )
         weights.close()
     download = 2 * sum(math.prod(shape) for _, shape in tensors(SIZES[name]))

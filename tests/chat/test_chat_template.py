@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"
 CHATS = json.loads((DATA / "chats.json").read_text(encoding="utf-8"))
 TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-NAMES = ("hybrid", "thinking-2507", "instruct-2507", "coder", "features")
+NAMES = ("hybrid", "thinking-2507", "instruct-2507", "coder", "qwen3.5", "features")
 SOURCES = {name: (DATA / "templates" / f"{name}.jinja").read_text(encoding="utf-8") for name in NAMES}
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -40,6 +40,10 @@ def test_renders_equal_those_of_transformers_to_the_byte(name: str) -> None:
         thinking = options.pop("enable_thinking", None)
         options.setdefault("add_generation_prompt", False)
         before = json.dumps(case["messages"])
+        if case["rendered"] is None:
+            with pytest.raises(OptionError, match="the chat template refuses these messages"):
+                TEMPLATES[name].render(case["messages"], case["tools"], thinking, **options)
+            continue
         rendered = TEMPLATES[name].render(case["messages"], case["tools"], thinking, **options)
         assert rendered == case["rendered"], case
         assert json.dumps(case["messages"]) == before
@@ -62,6 +66,7 @@ def test_whether_a_template_has_a_switch_for_thinking_is_found_by_rendering() ->
         "thinking-2507": "always",
         "instruct-2507": "never",
         "coder": "never",
+        "qwen3.5": "switch",
         "features": "never",
     }
     # A switch of the same name that does nothing is none.

@@ -5,6 +5,7 @@
     python tests/data/make_chats.py
 
 Templates: templates/*.jinja, beside this file. "hybrid" is that of Qwen3-0.6B, "coder" that of Qwen3-Coder;
+"qwen3.5" that of Qwen3.5-4B;
 "thinking-2507" and "instruct-2507" differ from hybrid as those releases do; "features" uses what else a template may.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parents[1] / "examples" / "tiny-qwen3"
-QWEN = ("hybrid", "thinking-2507", "instruct-2507", "coder")
+QWEN = ("hybrid", "thinking-2507", "instruct-2507", "coder", "qwen3.5")
 
 WEATHER = {
     "type": "function",
@@ -165,13 +166,14 @@ def cases() -> list[dict[str, Any]]:
         for messages, tools in CONVERSATIONS:
             for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False}):
                 found.append({"template": template, "messages": messages, "tools": tools, "options": options})
-        if template != "coder":
+        if template not in ("coder", "qwen3.5"):
             messages, tools = STRING_ARGUMENTS
             found.append({"template": template, "messages": messages, "tools": tools, "options": {}})
     for messages, tools in CONVERSATIONS[:4]:
         for thinking in (True, False):
-            options = {"add_generation_prompt": True, "enable_thinking": thinking}
-            found.append({"template": "hybrid", "messages": messages, "tools": tools, "options": options})
+            for template in ("hybrid", "qwen3.5"):
+                options = {"add_generation_prompt": True, "enable_thinking": thinking}
+                found.append({"template": template, "messages": messages, "tools": tools, "options": options})
     talk = [
         SYSTEM,
         user("a"),
@@ -193,15 +195,19 @@ def cases() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    import jinja2
     from transformers import AutoTokenizer, __version__
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     done = cases()
     for case in done:
         source = (HERE / "templates" / f"{case['template']}.jinja").read_text(encoding="utf-8")
-        case["rendered"] = tokenizer.apply_chat_template(
-            case["messages"], tools=case["tools"], chat_template=source, tokenize=False, **case["options"]
-        )
+        try:
+            case["rendered"] = tokenizer.apply_chat_template(
+                case["messages"], tools=case["tools"], chat_template=source, tokenize=False, **case["options"]
+            )
+        except jinja2.TemplateError:  # that of Qwen3.5 refuses some
+            case["rendered"] = None
     lines = ",\n".join(json.dumps(case, ensure_ascii=True) for case in done)
     (HERE / "chats.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"{len(done)} conversations rendered by transformers {__version__}", file=sys.stderr)

@@ -18,6 +18,7 @@ from assembly import (
     innermost_loop,
     integer_loop,
     mnemonics,
+    recurrence_loop,
     spills,
     unpacked_loop,
 )
@@ -214,3 +215,25 @@ def test_the_matrix_product_of_arm_cores() -> None:
     assert not has_matrix_product(*CORTEX_A76, "+neon")
     assert not has_matrix_product("arm64-apple-darwin23.1.0", "apple-m1", "")
     assert not has_matrix_product(*ZEN4, "+avx512vnni")
+
+
+@pytest.mark.parametrize(
+    ("isa", "target", "blocks", "name"),
+    [
+        (Avx512(), ZEN4, 2, "vfmadd"),
+        (Avx512(), ZEN4, 1, "vfmadd"),
+        (Avx2(), HASWELL, 1, "vfmadd"),
+        (Neon(), CORTEX_A76, 1, "fmla"),
+    ],
+    ids=["avx512-2", "avx512-1", "avx2", "neon"],
+)
+def test_a_recurrent_state_takes_four_operations_a_vector_in_registers(
+    isa: InstructionSet, target: tuple[str, str], blocks: int, name: str
+) -> None:
+    loop = recurrence_loop(isa, target, blocks)
+    vectors = 2 * blocks * 16 // isa.lanes  # of two rows
+    names = mnemonics(loop)
+    updates = sum(each in ("vmulps", "fmul") for each in names)
+    assert updates in (vectors, 2 * vectors)  # LLVM may unroll once
+    assert sum(each.startswith(name) for each in names) == 3 * updates
+    assert not spills(loop)

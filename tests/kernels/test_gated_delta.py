@@ -91,6 +91,16 @@ def test_guesses_that_turn_out_right_are_the_tokens_they_guess_to_the_bit(guesse
     same(run_pass(layer, [(after.accepting(guesses), following, 0)])[0], in_pieces(layer, plain, following, 1))
 
 
+@pytest.mark.parametrize(("count", "guesses"), [(1, 0), (1, 1), (2, 1), (9, 8), (16, 0), (17, 0), (20, 5), (40, 8)])
+@pytest.mark.parametrize("shape", [SMALL, Shape(1, 2, 128, 16)], ids=str)
+def test_states_that_begin_inside_a_cache_line_are_the_same_to_the_bit(count: int, guesses: int, shape: Shape) -> None:
+    layer, tokens = Layer(shape), Tokens(shape, count, 2)
+    (aligned,) = run_pass(layer, [(State.random(shape, 1), tokens, guesses)])
+    (shifted,) = run_pass(layer, [(State.random(shape, 1, 5), tokens, guesses)], offset=4)
+    same(aligned, shifted)
+    assert np.array_equal(aligned[1].pending_rows, shifted[1].pending_rows)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
 def test_whatever_the_inputs_nothing_else_is_written(value: float) -> None:
     layer, state, tokens = Layer(SMALL), State.random(SMALL, 1), Tokens(SMALL, 20, 2)
