@@ -15,8 +15,14 @@ _GOLDEN = np.load(_DATA / "hybrid.npz")
 
 
 def hybrid_checkpoint(name: str, place: Path) -> Path:
-    """A directory with the checkpoint and the example model's tokenizer."""
-    shutil.copytree(_DATA / "hybrid" / name, place)
+    """A directory with the checkpoint and the example model's tokenizer.
+
+    name: of `HYBRIDS`, perhaps followed by "+draft" for one with a draft layer; or "mtp", which is trained and has one.
+    """
+    own, _, draft = name.partition("+")
+    shutil.copytree(_DATA / "hybrid" / own, place)
+    if draft:
+        add_draft_layer(place)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / file, place / file)
     return place

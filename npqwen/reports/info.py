@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,25 @@ from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import states_bytes
 from npqwen.engine.weights import Weights
 from npqwen.errors import size
-from npqwen.format.config import Config
+from npqwen.format.config import Config, Recurrence
 from npqwen.format.encodings import ENCODINGS
+from npqwen.format.layout import Experts, Layout, Tensor, Vector
 from npqwen.format.quantization import EvaluationRecord
 from npqwen.hardware import machine
 from npqwen.simd.isa import ISA, available
 
 PARTS = {
     "embedding": ("embed_tokens",),
-    "attention": ("qk_proj", "v_proj", "o_proj"),
+    "attention": ("qk_proj", "v_proj", "q_gate", "o_proj"),
+    "DeltaNet": (),
     "feed-forward": ("gate_up_proj", "down_proj"),
     "experts": ("experts",),
     "routers": ("gate",),
     "norms": ("norm",),
     "output": ("lm_head",),
+    "draft layer": (),
 }
+"""Parts of a model, and how the names of their tensors end."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,10 @@ def inspect(
     context = context_length(config, context)
     weights = Weights(directory, config)
     kv = weights.cache_type if kv is None else check_cache_type(kv)
-    parts = {
-        part: sum(
-            tensor.data.size for name, tensor in weights.tensors.items() if name.rpartition(".")[0].endswith(ends)
-        )
-        for part, ends in PARTS.items()
-    }
+    parts = dict.fromkeys(PARTS, 0)
+    for name, tensor in weights.tensors.items():
+        if part := part_of(name):
+            parts[part] += tensor.data.size
     matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
     threads = machine.default_threads()
     budget = Budget(
@@ -136,42 +139,57 @@ def inspect(
     )
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, of PARTS; "" if no model has it."""
+    if name.startswith("mtp."):
+        return "draft layer"
+    if ".linear_attn." in name:
+        return "DeltaNet"
+    return next((part for part, ends in PARTS.items() if name.rpartition(".")[0].endswith(ends)), "")
+
+
 def weights_in_matrices(c: Config) -> int:
     """Number of weights in a checkpoint's matrices, a tied embedding counted once."""
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    total = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    for layer in range(c.num_hidden_layers):
-        total += attention + feed_forward_weights(c, layer, active=False)
-    return total
+    return sum(_elements(tensor) for tensor in Layout(c) if not isinstance(tensor, Vector))
 
 
-def feed_forward_weights(c: Config, layer: int, active: bool) -> int:
-    """Number of weights in a layer's feed-forward part. active: count only the experts that one token uses."""
-    if c.mixture is None or not c.is_sparse(layer):
-        return 3 * c.hidden_size * c.intermediate_size
-    experts = c.mixture.num_experts_per_tok if active else c.mixture.num_experts
-    return c.mixture.num_experts * c.hidden_size + experts * 3 * c.hidden_size * c.mixture.moe_intermediate_size
+def _elements(tensor: Tensor) -> int:
+    """Of the checkpoint's tensors that a tensor is made from."""
+    if isinstance(tensor, Experts):
+        return tensor.count * sum(map(_elements, tensor.matrices(0)))
+    return sum(math.prod(shape) for shape in tensor.sources.values())
 
 
 def parameters(c: Config) -> int:
     """Number of a checkpoint's parameters."""
-    norms = c.num_hidden_layers * (2 * c.hidden_size + 2 * c.head_dim) + c.hidden_size
-    return weights_in_matrices(c) + norms
+    return sum(map(_elements, Layout(c)))
 
 
 def active_parameters(c: Config) -> int:
-    """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row."""
-    idle = sum(
-        feed_forward_weights(c, layer, active=False) - feed_forward_weights(c, layer, active=True)
-        for layer in range(c.num_hidden_layers)
-    )
+    """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row.
+
+    A draft layer is left out.
+    """
+    idle = 0
+    if c.mixture is not None:
+        unused = c.mixture.num_experts - c.mixture.num_experts_per_tok
+        sparse = sum(map(c.is_sparse, range(c.num_hidden_layers)))
+        idle = unused * sparse * 3 * c.hidden_size * c.mixture.moe_intermediate_size
+    draft = sum(_elements(tensor) for tensor in Layout(c) if tensor.name.startswith("mtp."))
     unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-    return parameters(c) - idle - unread
+    return parameters(c) - draft - idle - unread
 
 
 def _parameters(info: Info) -> str:
     total, active = info.parameters, active_parameters(info.config)
     return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
+
+
+def _recurrence(r: Recurrence) -> str:
+    return (
+        f"in {r.layer_types.count('linear_attention')} of the layers, {r.linear_num_key_heads} key heads of "
+        f"{r.linear_key_head_dim} and {r.linear_num_value_heads} value heads of {r.linear_value_head_dim}"
+    )
 
 
 def _longest(c: Config) -> str:
@@ -230,7 +248,9 @@ def describe(info: Info, name: str | None = None) -> str:
         *([("model", info.path)] if name is None else [("model", name), ("files", info.path)]),
         ("type", f"{c.model_type}, {_parameters(info)}"),
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
+        *([("Gated DeltaNet", _recurrence(c.recurrence))] if c.recurrence is not None else []),
         ("attention", heads),
+        *([("draft layer", "one, which guesses further tokens")] if c.mtp_num_hidden_layers else []),
         *([("mixture", f"{experts}, {mixture.num_experts_per_tok} a token")] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         ("positions", f"up to {_longest(c)}, rope_theta {c.rope_theta:g}"),

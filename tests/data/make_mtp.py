@@ -1,4 +1,4 @@
-"""Make mtp/, mtp.npz and draft_layers.npz: what torch makes of draft layers.
+"""Make hybrid/mtp/, mtp.npz and draft_layers.npz: what torch makes of draft layers.
 
 The first is a small Qwen3.5 hybrid that is trained here together with a draft layer, the second has its logits. The
 third has those of the mixtures of `hybrids.py` with the draft layers of `draft_tensors`.
@@ -199,7 +199,7 @@ def main() -> None:
         return
     trunk, draft = train(ids, args.minutes)
     modeling.torch_chunk_gated_delta_rule = slow
-    place = args.out / "mtp"
+    place = args.out / "hybrid" / "mtp"
     place.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor for name, tensor in trunk.state_dict().items() if name != "lm_head.weight"}
     tensors |= {f"mtp.{name}": tensor for name, tensor in draft.state_dict().items()}
