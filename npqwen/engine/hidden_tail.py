@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEPT = 256
-"""At least the states of so many of the latest tokens are kept."""
+"""At least the states of so many of the latest tokens are kept, wrong guesses among them."""
 
 
 class HiddenTail:

@@ -146,6 +146,7 @@ class LayerDrafter:
             if self._cache is None or normed != self._normed or self._held < begin:
                 self._cache = self._layer.model.new_draft_cache()
                 self._normed, self._first, self._held = normed, begin, begin
+            self._held = min(self._held, last - 1)  # the last token is run again if it was: its logits are not kept
             self._cache.truncate(self._held - self._first)  # without guesses
             if len(self._ids) >= self._viewed + RECENT // 8 or not self._viewed:
                 self._choose_vocabulary()

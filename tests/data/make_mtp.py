@@ -3,7 +3,7 @@
 The first is a small Qwen3.5 hybrid that is trained here together with a draft layer, the second has its logits. The
 third has those of the mixtures of `hybrids.py` with the draft layers of `draft_tensors`.
 
-    make_mtp.py EXAMPLE OUT [--minutes 12]    # 0: only the third
+    make_mtp.py EXAMPLE OUT [--minutes 18]    # 0: of the model that is in OUT
 
 EXAMPLE: examples/tiny-qwen3, for its tokenizer and its text, which the model learns by heart. Needs torch and
 transformers (which has no code for the draft layer): `Draft` below is the layer as the checkpoints' tensors describe
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
@@ -132,12 +132,25 @@ def train(ids: torch.Tensor, minutes: float) -> tuple[Qwen3_5ForCausalLM, Draft]
     return trunk, draft
 
 
+def store(trunk: Qwen3_5ForCausalLM, draft: Draft, place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for name, tensor in trunk.state_dict().items() if name != "lm_head.weight"}
+    tensors |= {f"mtp.{name}": tensor for name, tensor in draft.state_dict().items()}
+    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, place / "model.safetensors")
+    config = CONFIG.to_dict() | {"architectures": ["Qwen3_5ForCausalLM"], "mtp_num_hidden_layers": 1}
+    config = {key: value for key, value in config.items() if value not in (None, {}, "") and key not in OF_NO_USE}
+    (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = {"bos_token_id": 4096, "do_sample": True, "eos_token_id": [4098, 4096], "pad_token_id": 4096}
+    generation |= {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (place / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
 def golden(trunk: Qwen3_5ForCausalLM, draft: Draft, ids: torch.Tensor, columns: torch.Tensor) -> dict[str, np.ndarray]:
     """Logits of the draft layer with states before and after the final norm, and what it guesses of them."""
     found = {"ids": ids.numpy().astype(np.int32), "columns": columns.numpy().astype(np.int32)}
     before: list[torch.Tensor] = []
     hook = trunk.model.norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
-    after = trunk.model(ids[None]).last_hidden_state
+    after = trunk.model(ids[None], use_cache=False).last_hidden_state
     hook.remove()
     found["trunk"] = trunk.lm_head(after)[0][:, columns].numpy()
     for name, states, norm in (("before", before[0], nn.Identity()), ("after", after, draft.norm)):
@@ -168,7 +181,7 @@ def of_mixture(name: str, ids: torch.Tensor, columns: torch.Tensor) -> dict[str,
     def norm(key: str, x: torch.Tensor) -> torch.Tensor:
         return x * (x.pow(2).mean(-1, keepdim=True) + text.config.rms_norm_eps).rsqrt() * (1 + own[f"mtp.{key}.weight"])
 
-    states = text(ids[None, :-1]).last_hidden_state
+    states = text(ids[None, :-1], use_cache=False).last_hidden_state
     embedded = norm("pre_fc_norm_embedding", text.embed_tokens(ids[None, 1:]))
     x = torch.cat([embedded, norm("pre_fc_norm_hidden", states)], -1) @ own["mtp.fc.weight"].T
     places = torch.arange(len(ids) - 1)[None]
@@ -182,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("example", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--minutes", type=float, default=18)
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_file(str(args.example / "tokenizer.json"))
@@ -195,23 +208,16 @@ def main() -> None:
         for name in ("next", "qwen35-moe"):
             found |= of_mixture(name, ids[:TEXT], columns)
     np.savez_compressed(args.out / "draft_layers.npz", **found)
-    if not args.minutes:
-        return
-    trunk, draft = train(ids, args.minutes)
-    modeling.torch_chunk_gated_delta_rule = slow
     place = args.out / "hybrid" / "mtp"
-    place.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor for name, tensor in trunk.state_dict().items() if name != "lm_head.weight"}
-    tensors |= {f"mtp.{name}": tensor for name, tensor in draft.state_dict().items()}
-    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, place / "model.safetensors")
-    config = CONFIG.to_dict() | {"architectures": ["Qwen3_5ForCausalLM"], "mtp_num_hidden_layers": 1}
-    config = {key: value for key, value in config.items() if value not in (None, {}, "") and key not in OF_NO_USE}
-    (place / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = {"bos_token_id": 4096, "do_sample": True, "eos_token_id": [4098, 4096], "pad_token_id": 4096}
-    generation |= {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    (place / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for module in (trunk, draft):
-        module.to(torch.bfloat16).float().eval()
+    if args.minutes:
+        slow, modeling.torch_chunk_gated_delta_rule = modeling.torch_chunk_gated_delta_rule, delta_rule
+        store(*train(ids, args.minutes), place)
+        modeling.torch_chunk_gated_delta_rule = slow
+    stored = {name: tensor.float() for name, tensor in load_file(place / "model.safetensors").items()}
+    trunk, draft = Qwen3_5ForCausalLM(CONFIG).eval(), Draft().eval()
+    of_draft = {name.removeprefix("mtp."): stored.pop(name) for name in list(stored) if name.startswith("mtp.")}
+    draft.load_state_dict(of_draft)
+    trunk.load_state_dict(stored | {"lm_head.weight": stored["model.embed_tokens.weight"]})
     with torch.no_grad():
         np.savez_compressed(args.out / "mtp.npz", **golden(trunk, draft, ids[:TEXT], columns))
 

@@ -63,9 +63,9 @@ def test_texts_are_the_same_and_most_guesses_are_right(forgetful: Model) -> None
 
 
 def test_logprobs_of_accepted_guesses_are_those_of_the_text_alone(forgetful: Model) -> None:
-    options: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "logprobs": 3}
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "top_logprobs": 3}
     plain, guessed = (generate(forgetful, QUESTIONS[1], speculation=wanted, **options) for wanted in (False, True))
-    assert guessed.usage.accepted_tokens > 5
+    assert guessed.usage.accepted_tokens > 3
     assert guessed.logprobs == plain.logprobs
 
 
