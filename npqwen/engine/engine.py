@@ -230,12 +230,12 @@ class Engine:
 
     @property
     def has_draft_layer(self) -> bool:
-        """Whether `run_draft_layer` can guess tokens: the checkpoint has a layer of its own for it (multi-token prediction)."""
+        """Whether the checkpoint has a layer of its own that guesses tokens (multi-token prediction)."""
         return len(self.weights.draft) > 0
 
     @property
     def draft_share(self) -> float:
-        """The bytes of weights that `run_draft_layer` reads for a token and half the vocabulary, in those that a pass reads."""
+        """Bytes of weights that `run_draft_layer` reads for a token and half the vocabulary, in those of a pass."""
         mixture, tensors = self.config.mixture, self.weights.tensors
         chosen = 1.0 if mixture is None else mixture.num_experts_per_tok / mixture.num_experts
         read = {name: one.data.size * (chosen if ".experts." in name else 1) for name, one in tensors.items()}
@@ -393,7 +393,8 @@ class Engine:
                 arguments = self._arguments(pieces, self.weights.draft_layers, False, output, self._draft_model)
                 self._team.run(forward, *arguments, on_caller=on_caller, keep=cache.held)
                 cache.advance(tokens.size)
-                return self._buffers.activations.hidden[tokens.size - 1, :size].copy()
+                last: NDArray[np.float32] = self._buffers.activations.hidden[tokens.size - 1, :size].copy()
+                return last
 
     def _draft_arguments(self, norm: int, ids: NDArray[np.int64], states: NDArray[np.float32]) -> tuple[Any, ...]:
         """The arguments of `draft_input` after the member's row and number."""

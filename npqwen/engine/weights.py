@@ -39,8 +39,8 @@ class MappedTensor:
 class Weights:
     """A model's weights, mapped read-only from its files for as long as this lives.
 
-    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and LAYER
-    records, one each if the model has a draft layer.
+    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and
+    LAYER records, one each if the model has a draft layer.
     """
 
     def __init__(self, directory: Path, config: Config) -> None:

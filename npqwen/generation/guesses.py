@@ -79,10 +79,10 @@ class Guesses:
         self.accepted += accepted
         self.decided += decided
 
-    def pass_over(self) -> None:
-        """Count a pass for which it did not pay to guess."""
+    def pass_over(self, pays: bool) -> None:
+        """Count a pass without guesses. pays: whether guessing would have been better than nothing."""
         self.overall.fade()
-        self.passed_over += 1
+        self.passed_over += not pays
 
 
 def enough_ids(ids: Sequence[int], added: Collection[int], size: int, parts: Sequence[float]) -> int:

@@ -113,7 +113,7 @@ class Speculation:
         overall = guesses.overall
         length, promised = self._best_length(overall.rate, most, certain, cost)
         if not length or (promised <= speed and not self._always):
-            guesses.pass_over()
+            guesses.pass_over(length > 0)
             return []
         if not model.catch_up():
             return []

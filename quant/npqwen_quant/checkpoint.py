@@ -50,6 +50,8 @@ class Checkpoint:
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
         self._gguf: GgufModel | None = None
+        self.tensors: dict[str, SourceTensor] = {}
+        """By the names of npqwen's layout."""
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
         self.format: QuantizedFormat | None = None
@@ -83,7 +85,6 @@ class Checkpoint:
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        self.tensors: dict[str, SourceTensor] = {}
         if weights:
             stored = self._read_tensors()
             self.find_draft_layer(stored)

@@ -28,6 +28,13 @@ _OTHER_NORMS = ("model.norm", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_
 _MOST_ROWS = 1 << 20
 """Of a gathered matrix: more are not listed, which would take memory."""
 
+STORED_AS = {
+    "q_gate": "q_proj",
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
+}
+"""By the last part of a layout's name, that of the tensor which a checkpoint may have for several."""
+
 Ranges = Sequence[tuple[int, int]]
 """First row and number of rows, one after the other."""
 

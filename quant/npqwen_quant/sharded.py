@@ -32,6 +32,7 @@ from npqwen_quant.conversion import (
     refuse_unknown,
     write_small,
 )
+from npqwen_quant.hybrid import STORED_AS
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
 from npqwen_quant.plan import plan
@@ -119,7 +120,9 @@ class _Stored:
 
 
 def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    """Of a name in the checkpoint or in the layout."""
+    before, dot, part = name.rpartition(".")[0].rpartition(".")
+    return before + dot + STORED_AS.get(part, part)
 
 
 def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:
@@ -155,7 +158,8 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
                 )
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
     for one in stored:
-        if checkpoint.format is None or one.module not in modules:
+        is_changed = checkpoint.format is not None or checkpoint.config.recurrence is not None
+        if not is_changed or one.module not in modules:
             refuse_unknown(one.own, shapes, Path(one.shard))
 
 
@@ -266,6 +270,9 @@ class _Run:
         found = self._checkpoint.sources({name: stored[name] for name in due})
         for name, tensor in found.items():
             refuse_unknown(name, self._shapes, tensor.path)
+        for name in self._shapes:
+            if name not in found and self._due[_module(name)] == shard:
+                raise CheckpointError(f"{self._checkpoint.directory} has no tensor {name}; is the upload complete?")
         needed = {name: tensor for name, tensor in found.items() if name in self._shapes}
         return {name: checked(name, tensor, self._shapes[name]) for name, tensor in needed.items()}
 

@@ -29,14 +29,14 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
 
 sys.path.append(str(Path(__file__).parents[1]))
-from checkpoints import from_bf16, read_safetensors  # noqa: E402
-from hybrids import draft_tensors  # noqa: E402
+from checkpoints import from_bf16, read_safetensors
+from hybrids import draft_tensors
 
 TEXT = 120
 """Tokens of the golden text."""
 CHAIN = 3
 """Tokens that the draft layer guesses after it, one from the other."""
-OF_NO_USE = ("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "return_dict")
+OF_NO_USE: tuple[str, ...] = ("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "return_dict")
 OF_NO_USE += ("output_attentions", "output_hidden_states", "problem_type")
 CONFIG = Qwen3_5TextConfig(
     vocab_size=4128,
@@ -66,7 +66,7 @@ CONFIG = Qwen3_5TextConfig(
 )
 
 
-class Draft(nn.Module):
+class Draft(nn.Module):  # type: ignore[misc]
     """The draft layer: from h_t and the token after it to the state that gives the one after that."""
 
     def __init__(self) -> None:
@@ -106,7 +106,8 @@ def train(ids: torch.Tensor, minutes: float) -> tuple[Qwen3_5ForCausalLM, Draft]
     trunk, draft = Qwen3_5ForCausalLM(CONFIG), Draft()
     nn.init.normal_(draft.fc.weight, std=0.02)
     with torch.no_grad():
-        trunk.model.norm.weight.copy_(torch.randn(CONFIG.hidden_size).exp() * torch.randn(CONFIG.hidden_size).sign() - 1)
+        size = CONFIG.hidden_size
+        trunk.model.norm.weight.copy_(torch.randn(size).exp() * torch.randn(size).sign() - 1)
     weights = [*trunk.parameters(), *draft.parameters()]
     adam = torch.optim.AdamW(weights, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +220,7 @@ def main() -> None:
     draft.load_state_dict(of_draft)
     trunk.load_state_dict(stored | {"lm_head.weight": stored["model.embed_tokens.weight"]})
     with torch.no_grad():
-        np.savez_compressed(args.out / "mtp.npz", **golden(trunk, draft, ids[:TEXT], columns))
+        np.savez_compressed(args.out / "mtp.npz", allow_pickle=False, **golden(trunk, draft, ids[:TEXT], columns))
 
 
 if __name__ == "__main__":

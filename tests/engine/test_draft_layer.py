@@ -32,14 +32,16 @@ def states_of(model: Model, ids: np.ndarray) -> np.ndarray:
     cache = model.new_cache()
     cache.tail = HiddenTail(model.config.hidden_size)
     model.forward(ids, cache)
-    return cache.tail.rows(0, len(ids)).copy()
+    states: np.ndarray = cache.tail.rows(0, len(ids)).copy()
+    return states
 
 
 def logits_of(model: Model, ids: np.ndarray, states: np.ndarray, normed: bool) -> tuple[np.ndarray, np.ndarray, Any]:
-    """The draft layer's logits after all tokens but the first, in pieces of several sizes; its last state, its cache."""
+    """The draft layer's logits after all tokens but the first, in pieces of several sizes: which rows of states those
+    belong to, and the logits; then its last state, its cache and the array of its last logits."""
     cache, found, at = model.new_draft_cache(), [], 1
     out = np.empty((1, model.config.vocab_size), np.float32)
-    own = np.empty(0)
+    own = np.empty(0, np.float32)
     for size in (1, 5, 1, 1, 40, *[1] * len(ids)):
         part = slice(at, min(len(ids), at + size))
         if part.start == len(ids):
@@ -124,10 +126,12 @@ def test_what_cannot_be_run_is_refused(hybrid: Callable[[str, int], Path]) -> No
     out, ids = np.empty((1, 4128), np.float32), np.array([5, 6])
     with load(hybrid("mtp", 4), threads=1) as model:
         states, cache = np.zeros((2, 64), np.float32), model.new_draft_cache()
-        for wrong in (states[:1], states[:, :60], states.astype(np.float64)):
+        wrong_states: list[Any] = [states[:1], states[:, :60], states.astype(np.float64)]
+        for wrong in wrong_states:
             with pytest.raises(OptionError, match=r"states must be float32 \(2, 64\)"):
                 model.run_draft_layer(ids, wrong, cache, out)
-        for array in (out[0], out[:, :4120], out[:, ::2], out.astype(np.float64)):
+        wrong_arrays: list[Any] = [out[0], out[:, :4120], out[:, ::2], out.astype(np.float64)]
+        for array in wrong_arrays:
             with pytest.raises(OptionError, match="out must be"):
                 model.run_draft_layer(ids, states, cache, array)
         with pytest.raises(OptionError, match="new_draft_cache"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,9 @@ def test_the_kind_of_states_is_decided_by_acceptance(model: Model) -> None:
         elif len(kinds) % 2:
             before.add(0, 1)
         else:
-            before.pass_over()
+            before.pass_over(pays=False)
     assert kinds[0] is False
-    assert sum(a != b for a, b in zip(kinds, kinds[1:], strict=False)) >= 6  # they take turns
+    assert sum(a != b for a, b in pairwise(kinds)) >= 6  # they take turns
     assert layer.normed
     before.add(1000, 1000)
     assert not layer.normed
