@@ -15,7 +15,7 @@ from npqwen_quant.conversion import update
 
 from npqwen.engine.engine import Piece
 from npqwen.engine.hidden_tail import KEPT, HiddenTail
-from npqwen.errors import CheckpointError, OptionError
+from npqwen.errors import CheckpointError, FormatError, OptionError
 from npqwen.format.safetensors import read_header
 from npqwen.model import Model, load
 from npqwen.reports.info import describe, inspect
@@ -163,6 +163,10 @@ def test_the_tensors_decide_whatever_the_config_says(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lost" / "config.json").read_text())["mtp_num_hidden_layers"] == 0
     files = [tmp_path / name / "model.safetensors" for name in ("plain", "lost")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    converted = tmp_path / "plain" / "config.json"
+    converted.write_text(json.dumps(json.loads(converted.read_text()) | {"mtp_num_hidden_layers": 1}))
+    with pytest.raises(FormatError, match=r"tensor mtp.pre_fc_norm_embedding.weight is missing"):
+        load(tmp_path / "plain", threads=1)
     update(tmp_path / "lost", source, tmp_path / "updated")
     load(tmp_path / "updated", threads=1).close()
     config["text_config"]["mtp_num_hidden_layers"] = 2
