@@ -10,8 +10,6 @@ Importing it is cheap: Numba, the tokenizer and the client of the Hugging Face h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from npqwen.errors import (
     CheckpointError,
     ClosedError,
@@ -27,9 +25,11 @@ from npqwen.errors import (
     ThreadsWarning,
 )
 
+TYPE_CHECKING = False  # as in `typing`, whose import would take longer than all else here: Ctrl-C in it is a traceback
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+    from typing import Any
 
     from npqwen.chat.chat_options import ChatOptions as ChatOptions
     from npqwen.chat.chat_stream import ChatStream as ChatStream

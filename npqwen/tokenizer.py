@@ -16,17 +16,12 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from npqwen.checks import check_ids
 from npqwen.errors import CheckpointError, OptionError, quoted, shortened
-from npqwen.format.files import read_small
+from npqwen.format.tokenizer_file import read_tokenizer
 
 Kept = TypeVar("Kept")
-_AFFIX = re.compile(rb'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"(?!")')
-"""A setting that no byte-level BPE has, and with which the tokenizers library aborts the process."""
-_PART = re.compile(rb'"type"\s*:\s*"(Precompiled|FixedLength)"')
-"""Parts of other tokenizers, with which the library panics."""
-_LARGEST = 50_000_000
-"""Bytes of a tokenizer.json, at most. Qwen3's has 11 MB."""
-_VALUES = 5_000_000
-"""Values of a tokenizer.json, at most: 3 bytes may make an object of many more. Qwen3's has 1,000,000."""
+_BLANKS = re.compile(r"\s*")
+_BLANK = 9_000_000
+"""Blank characters in a row, at most. With 10 million, the library panics, and says so on stderr by itself."""
 
 
 def _byte_letters() -> dict[str, int]:
@@ -65,18 +60,7 @@ class Tokenizer:
     def from_directory(cls, directory: Path) -> Tokenizer:
         """Read `directory/tokenizer.json`; CheckpointError if it is missing, damaged or not a byte-level BPE."""
         path = directory / "tokenizer.json"
-        try:
-            data = read_small(path, _LARGEST)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; is {directory} a complete model directory?") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-        if sum(map(data.count, (b",", b"[", b"{"))) > _VALUES:
-            raise CheckpointError(f"{path} cannot be read: it has more than {_VALUES:,} values")
-        if part := _PART.search(data):
-            raise CheckpointError(f"{path} has a part {part[1].decode()}; Qwen3's tokenizer is a byte-level BPE")
-        if _AFFIX.search(data):
-            raise CheckpointError(f"{path} has a subword prefix or suffix; Qwen3's tokenizer is a byte-level BPE")
+        data = read_tokenizer(path)
         try:
             tokenizer = _Tokenizer.from_buffer(data)
         except BaseException as error:
@@ -126,6 +110,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise OptionError("the text is not valid Unicode: it holds bytes that were not UTF-8") from None
+        if _longest_blank(text) > _BLANK:
+            raise OptionError(f"the text cannot be tokenized: it has more than {_BLANK:,} blank characters in a row")
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except BaseException as error:
@@ -219,6 +205,16 @@ class StreamDecoder:
     def finish(self) -> str:
         """The rest of the text: U+FFFD for a character that was not completed."""
         return self._utf8.decode(b"", final=True)
+
+
+def _longest_blank(text: str) -> int:
+    """The characters of a run of more than _BLANK blanks, if there is one; else a smaller number."""
+    longest, step = 0, _BLANK // 2
+    for at in range(step, len(text), step):
+        if text[at].isspace():
+            end = _BLANKS.match(text, at).end()  # type: ignore[union-attr]
+            longest = max(longest, end - len(text[:at].rstrip()))
+    return longest
 
 
 def _is_the_librarys(error: BaseException) -> bool:

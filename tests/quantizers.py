@@ -56,6 +56,12 @@ def fp8(weights: np.ndarray, block: tuple[int, int] = (128, 128), bf16: bool = F
     return {"weight": codes, "weight_scale_inv": to_bf16(scales) if bf16 else scales}, meant
 
 
+def scaled_fp8(weights: np.ndarray, block: tuple[int, int]) -> Any:
+    """compressed-tensors' float-quantized, with a scale for each block."""
+    parts, meant = fp8(weights, block, bf16=True)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, meant
+
+
 def packed(values: np.ndarray, bits: int) -> np.ndarray:
     """Integers (rows, n), each row as a stream of bits from the lowest bit of its first word on: int32 words."""
     stream = (values[:, :, None].astype(np.int64) >> np.arange(bits) & 1).astype(np.uint8).reshape(len(values), -1)

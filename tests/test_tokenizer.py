@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,7 @@ def test_special_tokens_are_recognised_but_not_added_nor_printed(tokenizer: Toke
     assert tokenizer.token_id("<|nothing|>") is None
 
 
-def test_decoding_is_the_librarys_even_for_broken_utf8(
-    tokenizer: Tokenizer, library: tokenizers.Tokenizer
-) -> None:
+def test_decoding_is_the_librarys_even_for_broken_utf8(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:
     rng = random.Random(1)
     for _ in range(500):
         ids = [rng.choice([rng.randrange(256), rng.randrange(4128)]) for _ in range(rng.randrange(1, 30))]
@@ -308,11 +307,17 @@ def test_no_normalizer_and_a_sequence_of_nfc_are_accepted(tmp_path: Path, normal
     assert found.decode(found.encode("e")) == "e"
 
 
-def test_a_panic_of_the_library_is_an_option_error(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: .*retry-limit"):
-        tokenizer.encode(" " * 11_000_000)
-    capfd.readouterr()
-    assert tokenizer.decode(tokenizer.encode("after")) == "after"
+@pytest.mark.parametrize("text", [" " * 11_000_000, "a" * 5_000_000 + "\u3000 " * 5_000_000 + "a", "\n" * 9_000_001])
+def test_a_run_of_blanks_at_which_the_library_panics_is_refused(
+    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str], text: str
+) -> None:
+    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: it has more than 9,000,000 blank"):
+        tokenizer.encode(text)
+    assert capfd.readouterr().err == ""
+
+
+def test_long_texts_with_shorter_runs_of_blanks_are_tokenized(tokenizer: Tokenizer) -> None:
+    assert len(tokenizer.encode((" " * 4_600_000 + "a") * 2)) > 200_000
 
 
 def test_a_vocabulary_that_panics_is_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -333,3 +338,43 @@ def test_a_tokenizer_that_would_take_much_memory_is_refused(tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").write_text('{"a": [' + "[]," * 5_000_000 + "[]]}")
     with pytest.raises(CheckpointError, match="it has more than 5,000,000 values"):
         Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["x" * 5001], "has an added token of more than 5,000 bytes; Qwen3's have at most 25"),
+        (['\\"' * 100_000], "has an added token of more than 5,000 bytes"),
+        ([f"{n:04}" + "x" * 4000 for n in range(250)], "has added tokens of more than 1,000,000 bytes"),
+    ],
+)
+def test_added_tokens_that_would_take_much_memory_are_refused(tmp_path: Path, tokens: list[str], message: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        Tokenizer.from_directory(with_added(tmp_path, tokens))
+
+
+def test_many_added_tokens_and_a_long_one_are_accepted(tmp_path: Path) -> None:
+    tokens = [f"<token {n}>" for n in range(2000)] + ["x" * 4998]
+    found = Tokenizer.from_directory(with_added(tmp_path, tokens))
+    assert [found.token_id(token) for token in tokens] == list(range(4122, 6123))
+
+
+@pytest.mark.parametrize("name", ["continuing_subword\\u005fprefix", "\\u0065nd_of_word_suffix", "cont\\u0065nt"])
+def test_names_hidden_by_escapes_are_refused(tmp_path: Path, name: str) -> None:
+    text = (TINY / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace('"model": {', f'"model": {{"{name}": "x",'), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"it writes plain letters as escapes such as \\u0061$"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_token_that_spells_an_escape_is_accepted(tmp_path: Path) -> None:
+    found = Tokenizer.from_directory(with_added(tmp_path, [r"\u0061", r"\\\u0061"]))
+    assert found.encode(r"\u0061") == [4122]
+    assert found.encode(r"\\\u0061") == [4123]
+
+
+def with_added(path: Path, tokens: list[str]) -> Path:
+    """A directory with the example's tokenizer and further added tokens, from id 4122 on."""
+    added = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    more = [added[0] | {"id": 4122 + n, "content": token} for n, token in enumerate(tokens)]
+    return altered(path, added_tokens=added + more)

@@ -7,7 +7,8 @@ of Hugging Face transformers, and render byte-identical text.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,26 +162,32 @@ class _Program:
         self._where = where
 
     @cached_property
-    def _compiled(self) -> tuple[LimitedEnvironment, Template, frozenset[str]]:
-        """The environment, the compiled template, and the variables that it uses without setting them."""
+    def _compiled(self) -> tuple[LimitedEnvironment, Template]:
         environment = LimitedEnvironment()
-        try:
+        with self._compiling():
             if len(self.source) > MAX_SOURCE:
                 raise ValueError(f"it has {len(self.source):,} characters; the limit is {MAX_SOURCE:,}")
-            template = environment.from_string(self.source)
+            return environment, environment.from_string(self.source)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The variables that the template uses without setting them."""
+        environment, _ = self._compiled
+        with self._compiling():
             names = meta.find_undeclared_variables(environment.parse(self.source))
-        except Exception as error:  # Jinja's, and Python's own for the program that Jinja writes
+        return frozenset(names).difference(environment.globals)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """CheckpointError for any other error: Jinja's, and Python's own for the program that Jinja writes."""
+        try:
+            yield
+        except Exception as error:
             line = getattr(error, "lineno", None)
             place = "" if line is None or not isinstance(error, TemplateError) else f" (line {line})"
             raise CheckpointError(
                 f"{self._where}: the chat template cannot be compiled{place}: {_reason(error)}"
             ) from None
-        return environment, template, frozenset(names).difference(environment.globals)
-
-    @property
-    def variables(self) -> frozenset[str]:
-        """The variables that the template uses without setting them."""
-        return self._compiled[2]
 
     def render(
         self,
@@ -192,7 +199,7 @@ class _Program:
         is_probe: bool = False,
     ) -> str:
         """The text; OptionError if the template fails. is_probe: in less time than a conversation may take."""
-        environment, template, _ = self._compiled
+        environment, template = self._compiled
         try:
             return environment.limited(
                 template,

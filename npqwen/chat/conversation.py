@@ -18,6 +18,7 @@ from npqwen.chat.messages import Message, checked
 from npqwen.chat.saved_conversation import SavedConversation
 from npqwen.chat.window import Window
 from npqwen.checks import check_path
+from npqwen.engine import snapshot
 from npqwen.errors import NpqwenError, OptionError, quoted
 from npqwen.generation.options import OPTIONS, with_options
 from npqwen.generation.session import Session
@@ -114,9 +115,9 @@ class Conversation:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values of these tokens, in memory and in a saved file."""
+        """Bytes of what the cache keeps of these tokens, in a saved file."""
         cache = self._session.cache
-        return sum(page.nbytes for page in cache.pages(cache.length))
+        return snapshot.size_of(cache)
 
     @with_options(CHAT_OPTIONS, OPTIONS)
     def send(self, content: str | list[dict[str, Any]] | None = None, **options: Unpack[ChatOptions]) -> Reply:

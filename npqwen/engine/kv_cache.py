@@ -100,7 +100,7 @@ class KVCache:
         """Held while the cache is read or changed."""
         layers, heads, head_dim = keys_and_values(config)
         shape = Recurrent.of(config)
-        self.recurrent = None if shape is None else RecurrentStates(shape, _memory)
+        self.recurrent = None if shape is None else RecurrentStates(shape)
         self.kv = kv
         """The type of the numbers."""
         self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
@@ -143,12 +143,22 @@ class KVCache:
         return len(self._held.arrays)
 
     @property
+    def held_arrays(self) -> list[NDArray[Any]]:
+        """All pages and states, including shared ones."""
+        return [*self._held.arrays, *(() if self.recurrent is None else self.recurrent.held)]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the allocated pages and states, including shared ones."""
-        return self.page_count * self.page_bytes + (0 if self.recurrent is None else self.recurrent.nbytes)
+        """Bytes of all pages and states, including shared ones."""
+        return sum(array.nbytes for array in self.held_arrays)
+
+    def missing_bytes(self, tokens: int) -> int:
+        """Bytes that a pass of `tokens` more tokens allocates."""
+        pages = max(0, ceil_div(self.length + tokens, PAGE) - self.page_count)
+        return pages * self.page_bytes + (0 if self.recurrent is None else self.recurrent.missing_bytes)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more, in pages that no fork shares.
+        """Make room for `tokens` more, in pages that no fork shares, and for the state after them.
 
         Raises ContextLengthError beyond the limit, OutOfMemoryError if the machine has no memory for them.
         """
@@ -159,6 +169,8 @@ class KVCache:
                     f"{self.length} tokens in the cache and {tokens} more exceed the limit of {self.limit}; "
                     "shorten the prompt, or raise the context if the model allows more"
                 )
+            if self.recurrent is not None and self.recurrent.missing_bytes:
+                self.recurrent.add_spare(self.new_state())
             held, end = self._held, ceil_div(need, PAGE)
             written = [
                 i
@@ -220,13 +232,9 @@ class KVCache:
         """Prepare a pass of `tokens` tokens, for which there is room; of the last `guesses`, `retract` may take out
         some or all."""
         if self.recurrent is not None:
-            try:
-                self.recurrent.begin(self.length, tokens, guesses)
-            except OSError:
-                raise OutOfMemoryError(
-                    f"the state after {self.length + tokens} tokens needs {self.recurrent.shape.nbytes / 1e9:.2f} GB, "
-                    "which is more than the available memory; close other programs"
-                ) from None
+            if self.recurrent.missing_bytes:
+                self.recurrent.add_spare(self.new_state())
+            self.recurrent.begin(self.length, tokens, guesses)
 
     def advance(self, tokens: int) -> None:
         """Append the tokens of a pass that is complete."""
@@ -346,14 +354,23 @@ class KVCache:
 
     def new_state(self) -> NDArray[np.float32]:
         """A new recurrent state of a hybrid, all zeros. Raises OutOfMemoryError if memory is too short."""
-        assert self.recurrent is not None
-        available, needed = available_memory(), self.recurrent.shape.nbytes
+        recurrent = self.recurrent
+        assert recurrent is not None
+        needed = recurrent.shape.nbytes
         try:
-            if available is None or needed <= available - HEADROOM:
-                return self.recurrent.new_array()
-        except OSError:
+            available = available_memory()
+            while available is not None and needed > available - HEADROOM:
+                if not (self._reclaim is not None and self._reclaim()) and not recurrent.drop_checkpoint():
+                    break
+                available = available_memory()
+            else:
+                return _memory(needed).view(np.float32).reshape(recurrent.shape.layers, recurrent.shape.state)
+        except OSError:  # a limit on the address space, or a system that does not overcommit
             pass
-        raise OutOfMemoryError(f"a state needs {needed / 1e9:.2f} GB, which is more than the available memory")
+        raise OutOfMemoryError(
+            f"the recurrent state needs another {needed / 1e9:.2f} GB, which is more than the available memory; "
+            "close other programs"
+        )
 
     def _new_page(self) -> NDArray[Any]:
         try:
@@ -379,8 +396,8 @@ class KVCache:
 
 
 def held_bytes(caches: Iterable[KVCache], pages: Iterable[NDArray[Any]] = ()) -> int:
-    """Bytes of the pages of several caches, and of further pages, shared ones counted once."""
-    held = {id(page): page.nbytes for cache in caches for page in cache._held.arrays}
+    """Bytes of the pages and states of several caches, and of further ones, shared ones counted once."""
+    held = {id(array): array.nbytes for cache in caches for array in cache.held_arrays}
     held.update((id(page), page.nbytes) for page in pages)
     return sum(held.values())
 

@@ -103,10 +103,12 @@ class Prefixes:
 
     @property
     def arrays(self) -> list[NDArray[Any]]:
-        """All pages in memory, including those that wait to be written to a file."""
+        """All pages and states in memory, including those that wait to be written to a file."""
         with self._lock:
-            arrays = [page.array for page in self._pages.values()]
-        return arrays if self._writer is None else [*arrays, *(page.array for page in self._writer.waiting())]
+            pages = list(self._pages.values())
+        if self._writer is not None:
+            pages += self._writer.waiting()
+        return [array for page in pages for array in (page.array, *page.states.values())]
 
     def find(self, ids: Ids) -> Prefix:
         """The longest prefix of `ids` in memory that a cache can use, as of now used."""

@@ -9,7 +9,7 @@ those that turned out right (npqwen/kernels/gated_delta.py).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.format.layout import pad
 from npqwen.kernels.gated_delta import MOST_GUESSES
 
-CHECKPOINT_BYTES = 512 << 20
+CHECKPOINT_BYTES = 256 << 20
 """Of the checkpoints that a cache keeps, unless these are fewer than FEWEST."""
 FEWEST, MOST = 4, 32
 """Checkpoints that a cache keeps at most, whatever they take."""
@@ -85,11 +85,9 @@ class State(NamedTuple):
 class RecurrentStates:
     """The newest state of a sequence, and checkpoints. Serves one thread at a time, as the cache that it belongs to."""
 
-    def __init__(self, shape: Recurrent, allocate: Callable[[int], NDArray[np.uint8]]) -> None:
-        """allocate: makes zeroed memory of some bytes."""
+    def __init__(self, shape: Recurrent) -> None:
         self.shape = shape
-        self._allocate = allocate
-        self._state = State(0, self.new_array())
+        self._state = _empty(shape)
         self._is_shared = False
         """Whether others know the newest state's arrays."""
         self._next: State | None = None
@@ -104,9 +102,15 @@ class RecurrentStates:
         self._most = most_checkpoints(shape)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all states, those included that others share."""
-        return self.shape.nbytes * (1 + len(self.checkpoints) + len(self._spare))
+    def held(self) -> list[NDArray[np.float32]]:
+        """The arrays of all states, those included that others share."""
+        states = {id(state.array): state.array for state in (*self.checkpoints, self._state) if state.position}
+        return [*states.values(), *self._spare]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that the next pass allocates."""
+        return 0 if self._spare else self.shape.nbytes
 
     @property
     def newest(self) -> State:
@@ -138,7 +142,7 @@ class RecurrentStates:
         self.checkpoints = [state for state in self.checkpoints if state.position <= length]
         if self._state.position <= length:
             return
-        self._state = self.checkpoints[-1] if length else State(0, self.new_array())
+        self._state = self.checkpoints[-1] if length else _empty(self.shape)
         self._is_shared = bool(length)
 
     def fork(self, length: int) -> RecurrentStates:
@@ -155,7 +159,7 @@ class RecurrentStates:
         """Hold these states of another text in place of all others; returns the last one's position."""
         self.checkpoints = sorted(checkpoints, key=lambda state: state.position)[-self._most :]
         if not self.checkpoints:
-            self._state, self._is_shared = State(0, self.new_array()), False
+            self._state, self._is_shared = _empty(self.shape), False
             return 0
         self._state, self._is_shared = self.checkpoints[-1], True
         return self._state.position
@@ -165,10 +169,14 @@ class RecurrentStates:
         at = bisect_right(self.marks, length)
         return min(tokens, self.marks[at] - length) if at < len(self.marks) else tokens
 
-    def begin(self, length: int, tokens: int, guesses: int) -> None:
-        """Prepare a pass of so many tokens after `length`.
+    def add_spare(self, array: NDArray[np.float32]) -> None:
+        """Give an array (layers, what a layer keeps) for the next state to be written to."""
+        self._spare.append(array)
 
-        guesses: how many of the last tokens `KVCache.retract` may take out. Raises OSError without memory.
+    def begin(self, length: int, tokens: int, guesses: int) -> None:
+        """Prepare a pass of so many tokens after `length`; `missing_bytes` must be 0.
+
+        guesses: how many of the last tokens `KVCache.retract` may take out.
         """
         if guesses > MOST_GUESSES:
             raise OptionError(f"a pass of a hybrid model takes at most {MOST_GUESSES} guessed tokens, not {guesses}")
@@ -176,7 +184,7 @@ class RecurrentStates:
         if guesses:
             rows = np.empty((self.shape.layers, MOST_GUESSES, self.shape.inputs), np.float32)
         # Not the array of a pass that was interrupted: a late thread may still write to it.
-        array = self._spare.pop() if self._spare else self.new_array()
+        array = self._spare.pop()
         self._next = State(length + tokens - guesses, array, rows, guesses)
         self.fields = (
             guesses,
@@ -192,7 +200,7 @@ class RecurrentStates:
         before, after = self._state, self._next
         assert after is not None
         self._state, self._next = after, None
-        if not self._is_shared:
+        if not self._is_shared and before.position:
             self._spare.append(before.array)
         self._is_shared = False
         if after.position in self.marks or after.position % SPACING == 0:
@@ -221,7 +229,14 @@ class RecurrentStates:
         worst = min(range(2, len(places) - 1), key=worth)
         del self.checkpoints[worst - 1]
 
-    def new_array(self) -> NDArray[np.float32]:
-        """A state's array of zeros; OSError without memory."""
-        shape = self.shape
-        return self._allocate(shape.nbytes).view(np.float32).reshape(shape.layers, shape.state)
+    def drop_checkpoint(self) -> bool:
+        """Give up the oldest checkpoint, as memory is short; returns whether there was one besides the newest state."""
+        if not self.checkpoints or self.checkpoints[0].array is self._state.array:
+            return False
+        del self.checkpoints[0]
+        return True
+
+
+def _empty(shape: Recurrent) -> State:
+    """The state before the first token: zeros, which take no memory, as they are only read."""
+    return State(0, np.zeros((shape.layers, shape.state), np.float32))

@@ -63,6 +63,13 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
             file.write(state.array.data)
 
 
+def size_of(cache: KVCache) -> int:
+    """Bytes that a cache takes in a file, about."""
+    pages = sum(page.nbytes for page in cache.pages(cache.length))
+    recurrent = cache.recurrent
+    return pages if recurrent is None else pages + min(_STATES, len(recurrent.held)) * recurrent.shape.nbytes
+
+
 def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
     """Fill an empty cache from a file; returns the ids that `save` was given. fingerprint, vocab_size: of its model.
 

@@ -16,8 +16,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
 """No pointer of Git LFS is larger."""
 
-SMALL = 100_000_000
-"""Bytes up to which a file is read whole: far above any tokenizer."""
+SMALL = 50_000_000
+"""Bytes up to which a file is read whole: far above any tokenizer. Qwen3's has 11 MB."""
 LARGEST_JSON = 16_000_000
 """Bytes up to which JSON is read. The index of Qwen3-235B-A22B in FP8 has 8 MB."""
 VALUES = 300_000

@@ -36,6 +36,8 @@ _TILE = 16
 """Tokens by which pieces of prompts grow and shrink; a pass takes at least so many, however slow it is."""
 _SHORT = 32
 """Tokens up to which the rest of a prompt, or forced tokens, run at once like a step of a text."""
+_STATES = 3
+"""Recurrent states that a sequence of a hybrid needs at least: what it reads, what it writes, and a checkpoint."""
 _ROOM = 256
 """Tokens of a text that have to fit into memory before its sequence begins; its growth may evict others later."""
 
@@ -286,7 +288,9 @@ class Batch:
             return True
         missing = _pages(entry) - shared // PAGE
         missing += sum(max(0, _pages(other) - other.cache.page_count) for other in self._running)
-        while self.cache_bytes + missing * self._running[0].cache.page_bytes > self._memory:
+        cache = self._running[0].cache
+        states = 0 if cache.recurrent is None else _STATES * cache.recurrent.shape.nbytes
+        while self.cache_bytes + missing * cache.page_bytes + states > self._memory:
             if not self._prefixes.drop_oldest():
                 return False
         return True
@@ -338,9 +342,9 @@ class Batch:
             while entry in self._running:
                 try:
                     self._check_memory(entry, size)
-                    pages = entry.cache.page_table
+                    pages, states = entry.cache.page_table, entry.cache.missing_bytes(0)
                     entry.cache.reserve(size)
-                    self._pages_changed |= entry.cache.page_table != pages
+                    self._pages_changed |= states > 0 or entry.cache.page_table != pages
                 except OutOfMemoryError as error:
                     self._pages_changed = True
                     if entry.sequence.drafting:
@@ -356,8 +360,8 @@ class Batch:
     def _check_memory(self, entry: _Entry, size: int) -> None:
         """Raise OutOfMemoryError if the pages for `size` more tokens would exceed the limit."""
         cache = entry.cache
-        pages = ceil_div(cache.length + size, PAGE) - cache.page_count
-        if pages > 0 and self._memory is not None and self.cache_bytes + pages * cache.page_bytes > self._memory:
+        missing = cache.missing_bytes(size)
+        if missing and self._memory is not None and self.cache_bytes + missing > self._memory:
             raise OutOfMemoryError(
                 f"{cache.length + size} tokens do not fit into {self._memory / 1e9:.2f} GB of memory for keys and "
                 "values; shorten the prompt, or give the server more memory"

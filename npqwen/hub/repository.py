@@ -11,6 +11,7 @@ import errno
 import glob
 import os
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ from npqwen.hub.gguf_files import SUFFIX, choose
 from npqwen.hub.names import HubName, repository_of
 from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, Source, is_wanted
 
+_LARGEST_BY_HTTP = 50_000_000_000
+"""Bytes of a file that the hub gives to clients without its own protocol, which huggingface_hub has."""
 MAIN = "main"
 """The revision of a name without one, in records of conversions."""
 
@@ -103,27 +106,31 @@ class HubSource(Source):
         """Bytes of some files that are not in huggingface_hub's cache."""
         from huggingface_hub import try_to_load_from_cache
 
-        blobs = download_directory() / f"models--{self.repository.replace('/', '--')}" / "blobs"
         total = 0
         for name in names:
             file = self.files[name]
-            if (blobs / file.digest).exists() or isinstance(
-                try_to_load_from_cache(self.repository, name, revision=self.commit), str
-            ):
+            blob = self._blob(file)
+            if blob.exists() or isinstance(try_to_load_from_cache(self.repository, name, revision=self.commit), str):
                 continue
-            begun = blobs.glob(f"{glob.escape(file.digest)}*.incomplete") if "/" not in file.digest else ()
-            total += max(0, file.nbytes - sum(_size(path) for path in begun))
+            total += max(0, file.nbytes - _size(_partial(blob)))
         return total
+
+    def _blob(self, file: File) -> Path:
+        """Where huggingface_hub's cache has the content of a file."""
+        return download_directory() / _cached(self.repository) / "blobs" / file.digest
 
     def download(self, *, weights: bool, bars: bool) -> Path:
         """Download what is missing into huggingface_hub's own cache; returns the directory there, or the GGUF file.
 
-        weights: False leaves them on the hub. bars: let huggingface_hub draw its progress bars on stderr.
-        Raises ModelNotFoundError if it cannot be reached, OutputError if the disk is full.
+        weights: False leaves them on the hub. What an interrupted download has left of a file of them is continued.
+        bars: let huggingface_hub draw its progress bars on stderr. Raises ModelNotFoundError if it cannot be reached,
+        OutputError if the disk is full, CheckpointError for a file that is not what the hub says.
         """
         from huggingface_hub import snapshot_download
 
         revision = None if self.revision == MAIN else self.revision
+        for name in self.shards if weights else ():
+            self._download_blob(name, bars)
         allowed = [glob.escape(name) for name in self.wanted if weights or name not in self.shards]
         with _errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
@@ -148,14 +155,42 @@ class HubSource(Source):
         if isinstance(kept, str):
             return Path(kept)
         path = directory / name
-        if not path.exists():
-            partial = directory / f"{name}.incomplete"
-            continued = partial.exists()
-            if not self._fetch(name, partial, bars) and not (continued and self._fetch(name, partial, bars)):
-                raise CheckpointError(f"{self.label}: {name} is not what the hub says it is; try again")
-            with writing(path):
-                partial.rename(path)
+        self._complete(name, path, bars)
         return path
+
+    def _download_blob(self, name: str, bars: bool) -> None:
+        """Download a large file to where huggingface_hub's cache has its content; it links what is there.
+
+        huggingface_hub itself (2.x) removes what it has of a file when a download is interrupted.
+        """
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.file_download import are_symlinks_supported
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+        file = self.files[name]
+        if not _is_sha256(file.digest) or file.nbytes > _LARGEST_BY_HTTP:
+            return
+        if isinstance(try_to_load_from_cache(self.repository, name, revision=self.commit), str):
+            return
+        blob, cache = self._blob(file), download_directory()
+        lock = cache / ".locks" / _cached(self.repository) / f"{file.digest}.lock"
+        with _errors(self.label):
+            for directory in (blob.parent, lock.parent):
+                directory.mkdir(parents=True, exist_ok=True)
+            if are_symlinks_supported(cache):  # without links, it copies what it finds
+                with WeakFileLock(lock):
+                    self._complete(name, blob, bars)
+
+    def _complete(self, name: str, path: Path, bars: bool) -> None:
+        """Have a file of the commit at a path, after an interrupted download by what is missing."""
+        if path.exists():
+            return
+        partial = _partial(path)
+        continued = partial.exists()
+        if not self._fetch(name, partial, bars) and not (continued and self._fetch(name, partial, bars)):
+            raise CheckpointError(f"{self.label}: {name} is not what the hub says it is; try again")
+        with writing(path):
+            partial.rename(path)
 
     def _fetch(self, name: str, partial: Path, bars: bool) -> bool:
         """Download the rest of a file; False, and the file is gone, if the whole is not what the hub says."""
@@ -166,7 +201,7 @@ class HubSource(Source):
 
         url = hf_hub_url(self.repository, name, revision=self.commit)
         file = self.files[name]
-        with _errors(self.label), _progress_bars(bars), open(partial, "ab") as out:
+        with _errors(self.label), _progress_bars(bars) as tqdm_class, open(partial, "ab") as out:
             place = get_hf_file_metadata(url).location
             headers = build_hf_headers()
             if urlsplit(place).netloc != urlsplit(url).netloc:  # a redirect: no token to other hosts
@@ -174,7 +209,10 @@ class HubSource(Source):
             if out.tell() > file.nbytes:
                 out.truncate(0)
             if out.tell() < file.nbytes:
-                http_get(place, out, resume_size=out.tell(), headers=headers, expected_size=file.nbytes)
+                known = signature(http_get).parameters  # older clients know no tqdm_class
+                bar = {"displayed_filename": name, "tqdm_class": tqdm_class}
+                bar = {key: value for key, value in bar.items() if key in known}
+                http_get(place, out, resume_size=out.tell(), headers=headers, expected_size=file.nbytes, **bar)
             out.flush()
             os.fsync(out.fileno())
         if _is_sha256(file.digest):
@@ -185,6 +223,16 @@ class HubSource(Source):
         if not right:
             partial.unlink()
         return right
+
+
+def _partial(path: Path) -> Path:
+    """Where the beginning of a file is while it is downloaded."""
+    return path.with_name(f"{path.name}.incomplete")
+
+
+def _cached(repository: str) -> str:
+    """The directory of a repository in huggingface_hub's cache."""
+    return f"models--{repository.replace('/', '--')}"
 
 
 def _is_sha256(digest: str) -> bool:

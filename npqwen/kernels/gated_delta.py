@@ -39,7 +39,7 @@ from npqwen.simd.recurrence import (
     gated_norm_block,
 )
 from npqwen.simd.scalar import bits_float, float_bits, memory
-from npqwen.simd.tile import zeros
+from npqwen.simd.tile import prefetch, zeros
 
 TAPS = 4
 """Tokens that the convolution reads: the token itself and those before it."""
@@ -47,6 +47,8 @@ MOST_GUESSES = 16
 """Guesses of a pass, and pending tokens of the next, at most."""
 _FEW = 8
 """Tokens up to which memory is the limit: then blocks one by one, so that reading and writing alternate more often."""
+_AHEAD = 2
+"""Tokens by which the inputs of the convolution are prefetched: short pieces of long rows."""
 _L2_EPS = np.float32(1e-6)
 
 
@@ -85,6 +87,14 @@ def _convolve(oldest: Any, older: Any, old: Any, newest: Any, at: int, size: int
     """out = silu of the convolution of `size` channels from `at` on; the tokens' rows are `newest` and those before."""
     for i in range(0, size, ROW):
         convolve_block(oldest, older, old, newest, at + i, weights, newest.size, out, i)
+
+
+@njit(inline="always")
+def _prefetch(address: int, size: int) -> None:
+    """Prefetch `size` float32, which need not be mapped."""
+    values = memory(address, size, np.float32)
+    for i in range(0, size, ROW):
+        prefetch(values, i, CACHE_LINE)
 
 
 @njit(inline="always")
@@ -166,6 +176,13 @@ def _head(
             count = min(GROUP, kept - first)
         for i in range(count):
             t = first + i
+            x_row_at, out_row_at = x_at + (t - pending) * x_bytes, out_at + (t - pending) * out_bytes
+            ahead_at = x_row_at + _AHEAD * x_bytes
+            _prefetch(ahead_at + 4 * key_channel, key_dim)
+            _prefetch(ahead_at + 4 * query_channel, key_dim)
+            _prefetch(ahead_at + 4 * value_channel, dim)
+            _prefetch(x_row_at + row_bytes + 4 * head * dim, dim)
+            _prefetch(out_row_at + 4 * head * dim, dim)
             oldest = memory(
                 _row_address(t - 3, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes),
                 channels, np.float32,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from npqwen.checks import is_number
 from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.config import read_json
+from npqwen_quant.alpha_patterns import AlphaPatterns
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors, widen
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +44,10 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
 }
 """Keys of what is not merged, and how messages call it."""
+_LARGEST = 1e30
+"""Of lora_alpha: float32 holds no much larger numbers."""
+_LONGEST_NAME = 250
+"""Characters of a tensor's name."""
 _ADVICE = "merge it in PEFT (merge_and_unload, save_pretrained) and convert the result"
 
 
@@ -100,6 +105,8 @@ class Adapter:
         self._factors: dict[str, _Factors] = {}
         """By the names of the adapted matrices."""
         self._sort(read_tensors(directory / WEIGHTS))
+        modules = [name.removesuffix(".weight") for name in self._factors]
+        self._alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, modules, str(directory / CONFIG))
 
     @property
     def paths(self) -> list[Path]:
@@ -142,19 +149,20 @@ class Adapter:
                 raise CheckpointError(f"{self.directory} uses {what}, which is not merged here; {_ADVICE}")
         if self._config.get("bias", "none") != "none":
             raise CheckpointError(f"{self.directory} trains biases, which no Qwen3 model has; {_ADVICE}")
-        if not isinstance(self._config.get("alpha_pattern") or {}, dict):
-            raise CheckpointError(f"{self.directory / CONFIG} has an alpha_pattern that is not an object")
 
     def _sort(self, stored: Mapping[str, PlainTensor]) -> None:
         factors: dict[str, dict[str, PlainTensor]] = {}
         transposed = set()
         for name, tensor in stored.items():
+            if len(name) > _LONGEST_NAME:
+                raise CheckpointError(f"{self.directory} adapts {shortened(name)}, a name of {len(name):,} characters")
             tensor.check(name)
             own = name.removeprefix(_PREFIX)
             match = _FACTOR.fullmatch(own)
             if match is not None:
                 matrix = f"{match['module']}.weight"
-                factors.setdefault(matrix, {})[match["factor"]] = tensor
+                if factors.setdefault(matrix, {}).setdefault(match["factor"], tensor) is not tensor:
+                    raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
                 if match["embedding"]:
                     transposed.add(matrix)
             elif ".lora_" in own or not own.endswith(".weight"):
@@ -162,7 +170,9 @@ class Adapter:
                     f"{self.directory} has a tensor {shortened(name)}, which is not merged; {_ADVICE}"
                 )
             else:
-                self._saved[own.replace(".modules_to_save", "").replace(".base_layer", "")] = tensor
+                matrix = own.replace(".modules_to_save", "").replace(".base_layer", "")
+                if self._saved.setdefault(matrix, tensor) is not tensor:
+                    raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
         for name, pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{self.directory} has only one of the two factors of {shortened(name)}")
@@ -172,27 +182,22 @@ class Adapter:
                     f"{self.directory}: the factors of {shortened(name)} have shapes {list(a.shape)} and "
                     f"{list(b.shape)}, which have no product"
                 )
+            if a.shape[0] > max(a.shape[1], b.shape[0]):
+                raise CheckpointError(
+                    f"{self.directory}: the factors of {shortened(name)} have rank {a.shape[0]:,}, but it has only "
+                    f"{max(a.shape[1], b.shape[0]):,} rows or columns"
+                )
             self._factors[name] = _Factors(a, b, name in transposed)
         if not self._factors and not self._saved:
             raise CheckpointError(f"{self.directory / WEIGHTS} adapts nothing")
 
     def _scale(self, name: str, rank: int) -> float:
         """What the product of a matrix's factors is multiplied by."""
-        module = name.removesuffix(".weight")
-        alpha = self._config.get("lora_alpha", 8)
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            try:
-                fits = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error:
-                raise CheckpointError(
-                    f"{self.directory / CONFIG} has the alpha_pattern {quoted(pattern)}, which is not a valid regular "
-                    "expression"
-                ) from None
-            if fits:
-                alpha = value
-                break
+        alpha = self._alphas.alpha(name.removesuffix(".weight"), self._config.get("lora_alpha", 8))
         if not is_number(alpha):
             raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}; it must be a number")
+        if not abs(alpha) <= _LARGEST:
+            raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}, which is impossible")
         return self._strength * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
 
@@ -218,8 +223,9 @@ class AdaptedTensor(SourceTensor):
             left, right = widen(factors.b.read(first, count)), _all(factors.a)
         assert left.shape == (count, rank)
         # Summed in float64: the order of a float32 product would depend on the number of rows.
-        product = (left.astype(np.float64) @ right.astype(np.float64)) * self._scale
-        rows: npt.NDArray[np.float32] = widen(self._base.read(first, count)) + product.astype(np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses what is not finite
+            product = (left.astype(np.float64) @ right.astype(np.float64)) * self._scale
+            rows: npt.NDArray[np.float32] = widen(self._base.read(first, count)) + product.astype(np.float32)
         return rows
 
 

@@ -107,7 +107,8 @@ class Checkpoint:
         if adapter.unties and self.config.tie_word_embeddings:
             self.config = replace(self.config, tie_word_embeddings=False)
             self.raw_config |= {"tie_word_embeddings": False}
-            self.tensors[OUTPUT] = self.tensors[EMBEDDING]
+            if EMBEDDING in self.tensors:
+                self.tensors[OUTPUT] = self.tensors[EMBEDDING]
         self.tensors = adapter.apply(self.tensors)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:

@@ -26,6 +26,8 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
 _VALUES = (FP8, "I8")
 _PARTS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
 _INTEGER_BITS = range(2, 9)
+_MOST_GROUPS = 100
+"""Of config.json: the blocks of each may be those of any matrix."""
 
 F32 = npt.NDArray[np.float32]
 
@@ -120,6 +122,8 @@ class CompressedTensors:
         groups = config.get("config_groups")
         if not isinstance(groups, dict):
             raise CheckpointError(f"{where}: config_groups is {quoted(groups)}, not an object of compressed-tensors")
+        if len(groups) > _MOST_GROUPS:
+            raise CheckpointError(f"{where}: config_groups has {len(groups):,} groups; npqwen reads {_MOST_GROUPS}")
         sparsity = config.get("sparsity_config")
         if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
             raise UnreadableError(f"compressed-tensors, {sparsity.get('format')}")

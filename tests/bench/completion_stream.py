@@ -32,6 +32,8 @@ class Stream:
     prompt_tokens: int
     sent: float
     tokens: int = 0
+    cached: int = 0
+    """Tokens of the prompt that were not computed."""
     times: list[float] = field(default_factory=list)
 
     @property
@@ -72,7 +74,7 @@ class _Exchange:
         if not head.startswith(b"HTTP/1.1 200"):
             raise SystemExit(raw[:500].decode("utf-8", "replace"))
         found = Stream(self._prompt_tokens, self._sent)
-        usage: dict[str, int] = {}
+        usage: dict[str, Any] = {}
         for moment, line in self._lines(len(head) + 4, body):
             if not line.startswith(b"data: {"):
                 continue
@@ -81,6 +83,7 @@ class _Exchange:
             if any(choice["text"] for choice in event["choices"]):
                 found.times.append(moment)
         found.tokens = usage.get("completion_tokens", 0)
+        found.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         if found.tokens != self._tokens or usage["prompt_tokens"] != self._prompt_tokens:
             wanted = f"{self._prompt_tokens} + {self._tokens} tokens were wanted"
             raise OtherTokensError(f"{wanted}, but the server counts {usage}")

@@ -136,6 +136,14 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+def test_little_is_imported_before_ctrl_c_leaves_no_traceback() -> None:
+    script = "import sys; before = {*sys.modules}; import npqwen.__main__; print(*sorted({*sys.modules} - before))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "quant")))}
+    command = [sys.executable, "-S", "-c", script]  # without site-packages, which import modules of their own
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.stdout.split() == ["__future__", "npqwen", "npqwen.__main__", "npqwen.errors"], done.stderr
+
+
 def test_stdout_and_stdin_are_utf8_in_any_locale() -> None:
     command = ["generate", str(TINY), "-", "--max-tokens", "3", "--stop", "é"]
     process = child(*command, stdin=subprocess.PIPE, env=ascii_locale())

@@ -1,6 +1,6 @@
 """Cases that fail on purpose, to test the runner: prints the category and the problem of each failure.
 
-    python -m hostile.broken SCRATCH
+python -m hostile.broken SCRATCH
 """
 
 from __future__ import annotations

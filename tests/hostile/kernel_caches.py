@@ -7,6 +7,7 @@ seconds: these cases may take longer than others.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -22,10 +23,8 @@ def kernel_caches(random: Random, place: Place) -> Case:
     kernel_directory.cache_clear()
     source = kernel_directory()
     directory = place.directory / "cache" / "kernels" / source.name
-    directory.mkdir(parents=True, mode=0o700)
+    shutil.copytree(source, directory)
     directory.parent.chmod(0o700)
-    for file in source.iterdir():
-        os.link(file, directory / file.name)
     files = sorted(path for path in directory.iterdir() if path.suffix in (".nbi", ".nbc"))
     labels = [_change(random.choice(files), files, random) for _ in range(random.choice([1, 1, 2]))]
     kernel_directory.cache_clear()

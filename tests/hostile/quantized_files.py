@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import struct
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -27,9 +29,26 @@ FORMATS: dict[str, tuple[dict[str, Any], quantizers.Quantizer]] = {
         quantizers.awq,
     ),
     "mlx": ({"bits": 4, "group_size": 8}, quantizers.mlx),
+    "pack": (
+        {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 16}}}},
+        partial(quantizers.pack_quantized, group=16, symmetric=False, act_order=True),
+    ),
+    "int8": (
+        {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}},
+        partial(quantizers.int_quantized, symmetric=False),
+    ),
+    "blocks": (
+        {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "block_structure": [16, 24]}}}},
+        lambda weights: quantizers.scaled_fp8(weights, (16, 24)),
+    ),
 }
+COMPRESSED = {"pack": "pack-quantized", "int8": "int-quantized", "blocks": "float-quantized"}
+"""Those of compressed-tensors, and their layouts."""
+for _name, _layout in COMPRESSED.items():
+    FORMATS[_name][0].update(quant_method="compressed-tensors", format=_layout, ignore=["lm_head"])
 _KEYS = ("general.alignment", "split.count", "split.no", "qwen3.rope.scaling.type", "qwen3.rope.scaling.factor")
-_PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv")
+_PACKED: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx", "weight_scale_inv", "weight_packed", "weight_scale")
+_PACKED += ("weight_shape", "weight_zero_point", "weight_g_idx")
 _PATTERNS = (b"\xff\xff\xff\xff", b"\0\0\xc0\x7f", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\0\x7c\0\x7c")
 KINDS = ("BF16", "Q8_0", "Q4_K")
 
@@ -105,14 +124,27 @@ def _value(random: Random) -> Any:
 
 def quantized_checkpoints(random: Random, place: Place) -> Case:
     """FP8, GPTQ, AWQ or MLX: an entry of config.json, a header or the tensors."""
-    name = random.choice(list(FORMATS))
+    return _case(random.choice([name for name in FORMATS if name not in COMPRESSED]), _change, random, place)
+
+
+def compressed_tensors(random: Random, place: Place) -> Case:
+    """compressed-tensors: groups of config.json, a header or the tensors."""
+    return _case(random.choice(list(COMPRESSED)), _change_groups, random, place)
+
+
+def _case(name: str, change: Callable[[dict[str, Any], Random], str], random: Random, place: Place) -> Case:
+    """change: makes a change in config.json, and says which."""
     model = place.copy(name)
     path = model / "model.safetensors"
     kind = random.random()
-    if kind < 0.5:
+    if kind < 0.45:
         labels: list[str] = []
-        change_json(model / "config.json", lambda config: labels.append(_change(config, random)))
+        change_json(model / "config.json", lambda config: labels.append(change(config, random)))
         label = labels[0]
+    elif kind < 0.5:
+        how, content = damage(path.read_bytes(), random)
+        write(path, content)
+        label = f"model.safetensors: {how}"
     else:
         header, data = read_header(path)
         names = [tensor for tensor in header if tensor != "__metadata__"]
@@ -125,19 +157,65 @@ def quantized_checkpoints(random: Random, place: Place) -> Case:
             part = random.choice([end - start, 4])
             data = data[:start] + filled[:part] + data[start + part :]
             label = f"{tensor}: {part} bytes of {pattern.hex()}"
-        elif kind < 0.85:
+        elif kind < 0.82:
             label = f"no {tensor}"
             del header[tensor]
+        elif kind < 0.88:
+            module = tensor.rpartition(".")[0]
+            ends = ["qweight", "scales", "g_idx", "weight", "weight_packed", "weight_scale", "bias", "x" * 100_000, ""]
+            ends += ["weight_zero_point", "weight_shape", "weight_g_idx", "input_scale", "\ud800", "\x1b[31m"]
+            new = random.choice(["", "x.", "x" * 100_000 + ".", f"{module}."]) + random.choice(ends)
+            header[new] = header[tensor] if random.random() < 0.5 else header.pop(tensor)
+            label = f"{tensor} as {shown(new)}"
         else:
             field = random.choice(["dtype", "shape"])
             shape = header[tensor]["shape"]
             dtypes = ["F8_E4M3", "F8_E5M2", "I32", "U32", "F32", "BF16", "I8", "U8", "F16", "x"]
-            options = dtypes if field == "dtype" else [shape[::-1], [*shape, 1], [], [0], [-1, 5], [2**31, 2**31]]
+            shapes = [shape[::-1], [*shape, 1], [], [0], [-1, 5], [2**31, 2**31], [1, math.prod(shape)]]
+            shapes += [[math.prod(shape), 1], [2 * side for side in shape], [side // 2 for side in shape], [0, 2**62]]
+            options = dtypes if field == "dtype" else shapes
             header[tensor][field] = random.choice(options)
             label = f"{tensor}: {field} = {header[tensor][field]}"
         write_header(path, header, data)
     out = str(place.directory / "out")
     return Case(f"{name}: {label}", ["convert", str(model), out, "--bits", random.choice("34"), "--quiet"])
+
+
+def _change_groups(config: dict[str, Any], random: Random) -> str:
+    """Change the entry of compressed-tensors in config.json; says how."""
+    entry = config["quantization_config"]
+    if random.random() < 0.05:
+        config["quantization_config"] = strange(random)
+        return f"quantization_config = {shown(config['quantization_config'])}"
+    if random.random() < 0.3:
+        fields = ["format", "config_groups", "sparsity_config", "transform_config", "ignore", "quantization_status"]
+        field = random.choice([*fields, "kv_cache_scheme", "version", "quant_method"])
+        values = [*COMPRESSED.values(), "marlin-24", "dense", {"format": "sparse-bitmask"}, {"format": 5}, {}, {"": {}}]
+        entry[field] = random.choice(values) if random.random() < 0.5 else strange(random)
+        return f"{field} = {shown(entry[field])}"
+    groups = entry["config_groups"]
+    if random.random() < 0.1:
+        count = random.choice([2, 100, 20_000])
+        for n in range(count):
+            groups[f"group_{n}"] = {"weights": {"num_bits": 8, "block_structure": [1 + n, 1 + n % 7]}}
+        return f"{count} groups"
+    where = groups["group_0"] if random.random() < 0.2 else groups["group_0"]["weights"]
+    fields = [
+        "num_bits",
+        "type",
+        "group_size",
+        "strategy",
+        "symmetric",
+        "block_structure",
+        "actorder",
+        "format",
+        "weights",
+    ]
+    field = random.choice([*fields, "num_bits", "block_structure"])
+    sizes = [-1, 0, 1, 2, 3, 5, 8, 9, 16, 2**31, 2**63, 10**400, 1e300, [0, 0], [1, 1], [10**9, 10**9], [16], "4", True]
+    sizes += [[1 << 20, 1 << 20], [16, 24, 1], [True, 4], [4.0, 4], "float", "pack-quantized", None]
+    where[field] = random.choice(sizes) if random.random() < 0.8 else strange(random)
+    return f"{field} = {shown(where[field])}"
 
 
 def _change(config: dict[str, Any], random: Random) -> str:

@@ -11,14 +11,19 @@ output; --keep leaves its files there. The exit status is 1 if a case failed. Li
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import pickle
+import shutil
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+Made = TypeVar("Made")
 TESTS = Path(__file__).resolve().parents[1]
 if sys.path[0] == str(TESTS / "hostile"):  # run as a script: its neighbours are modules of the package
     sys.path[:1] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "quant")]
@@ -27,6 +32,7 @@ os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARA
 os.environ.pop("RUST_BACKTRACE", None)
 
 from hostile import (  # noqa: E402
+    adapters,
     configs,
     headers,
     kernel_caches,
@@ -55,6 +61,8 @@ GENERATORS: dict[str, tuple[Generator, float]] = {
     "units": (weights.units, 6),
     "ggufs": (quantized_files.ggufs, 6),
     "quantized": (quantized_files.quantized_checkpoints, 5),
+    "compressed": (quantized_files.compressed_tensors, 4),
+    "adapters": (adapters.adapters, 4),
     "conversations": (saved.conversations, 4),
     "sessions": (saved.sessions, 4),
     "prefix_caches": (saved.prefix_caches, 3),
@@ -77,22 +85,36 @@ def main() -> int:
     chosen = options.category or list(GENERATORS)
     if options.case is not None and len(chosen) != 1:
         parser.error("--case needs one --category")
-    with tempfile.TemporaryDirectory(prefix="npqwen-hostile-") as made:
+    with tempfile.TemporaryDirectory(prefix="npqwen-hostile-", dir=_memory()) as made:
         scratch = Path(made).resolve()
         bases = scratch / "bases"
         bases.mkdir()
-        _in_child(lambda: _make(bases))
         runner = Runner({name: generator for name, (generator, _) in GENERATORS.items()}, bases, scratch)
+        _import()
         if options.case is not None:
+            _in_child(lambda: _make(bases))
             return _one(runner, Work(chosen[0], options.seed, options.case), options.keep or scratch / "case")
         works = _works(chosen, options.cases, options.seed)
         start = time.monotonic()
-        _import()
+        warm = [work for work in works if work.category != "kernel_caches"]
         cold = [work for work in works if work.category == "kernel_caches"]
-        reports = [runner.run(cold, options.jobs)]
-        _warm_up(bases)
-        reports.append(runner.run([work for work in works if work.category != "kernel_caches"], options.jobs))
+        reports = [_in_child(lambda: _made_and_run(runner, bases, warm, options.jobs))]
+        reports.append(runner.run(cold, options.jobs, batch=1))  # a kernel that was loaded is not loaded again
         return _print(reports, time.monotonic() - start)
+
+
+def _memory() -> str | None:
+    """The directory of a file system in memory, which waits for no disk, if there is one with room."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > 4 << 30:
+            return "/dev/shm"
+    return None
+
+
+def _made_and_run(runner: Runner, bases: Path, works: list[Work], jobs: int) -> Report:
+    """Make the models, which loads all that commands need, and run cases on them."""
+    _make(bases)
+    return runner.run(works, jobs)
 
 
 def _works(chosen: list[str], cases: int, seed: int) -> list[Work]:
@@ -107,21 +129,29 @@ def _make(bases: Path) -> None:
     make_bases(bases)
     saved.make_saved(bases)
     quantized_files.make_quantized(bases)
+    adapters.make_adapter(bases)
     _warm_up(bases)  # compiles what is not in the cache of kernels yet
 
 
-def _in_child(work: Callable[[], object]) -> None:
-    """Run a function in a child, so that this process loads no kernels."""
+def _in_child(work: Callable[[], Made]) -> Made:
+    """What a function returns that runs in a child, so that this process loads no kernels."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            work()
+            with open(writer, "wb") as pipe:
+                pickle.dump(work(), pipe)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        made = pipe.read()
     if os.waitpid(child, 0)[1]:
-        raise SystemExit("the models could not be made")
+        raise SystemExit("the models could not be made, or the cases not be run")
+    found: Made = pickle.loads(made)
+    return found
 
 
 def _import() -> None:
@@ -153,12 +183,14 @@ def _warm_up(bases: Path) -> None:
             cli.main(line, prog_name="npqwen", standalone_mode=False)
         line = ["chat", str(bases / "dense-4"), "What?", "-n", "1"]
         cli.main(line, prog_name="npqwen", standalone_mode=False)
-        with tempfile.TemporaryDirectory() as out:
-            ggufs = [f"gguf/{kind}.gguf" for kind in quantized_files.KINDS]
-            sources = ["dense", "mixture", *quantized_files.FORMATS, *ggufs]
-            for name, bits in ((name, bits) for name in sources for bits in ("3", "4", "8", "16")):
-                line = ["convert", str(bases / name), f"{out}/{Path(name).name}-{bits}", "--bits", bits]
-                cli.main(line, prog_name="npqwen", standalone_mode=False)
+        # `make_bases` has converted bfloat16 to all numbers of bits; FP8 stands for the formats that give float32.
+        sources = [("fp8", bits) for bits in ("3", "8", "16")]
+        sources += [(name, "4") for name in quantized_files.FORMATS]
+        sources += [(f"gguf/{kind}.gguf", "4") for kind in quantized_files.KINDS]
+        for name, bits in sources:
+            line = ["convert", str(bases / name), str(bases / "warm"), "--bits", bits, "--force"]
+            cli.main(line, prog_name="npqwen", standalone_mode=False)
+        shutil.rmtree(bases / "warm")
     finally:
         os.dup2(kept[0], 1), os.dup2(kept[1], 2)
         for descriptor in (sink, *kept):

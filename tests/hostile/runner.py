@@ -7,6 +7,7 @@ the case runs again alone: only what fails alone, or a death, is a failure. POSI
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -30,7 +31,7 @@ from hostile.case import Case, Generator, Place
 STALL = 60.0
 """Seconds without a report after which a child is killed: it waits for something, or the machine is very busy."""
 BATCH = 100
-"""Cases of one child."""
+"""Cases of one child, at most."""
 LONGEST = 1000
 """Characters of a line on stderr, at most, after the name of the program."""
 OVERTIME = "it was killed for its CPU time"
@@ -80,10 +81,13 @@ class Runner:
         self._bases = bases
         self._scratch = scratch
 
-    def run(self, works: Sequence[Work], jobs: int = 1) -> Report:
-        """Run all cases, in `jobs` children at a time."""
+    def run(self, works: Sequence[Work], jobs: int = 1, batch: int = BATCH) -> Report:
+        """Run all cases, in `jobs` children at a time. batch: cases of one child, at most."""
         report = Report(Counter(work.category for work in works), Counter(), Counter(), [])
-        queue = [list(works[at : at + BATCH]) for at in range(0, len(works), BATCH)][::-1]
+        gc.collect()
+        gc.freeze()  # children's collections would look through, and copy, all that this process has
+        batches = -(-len(works) // batch)
+        queue = [list(works[at::batches]) for at in range(batches)]  # some of each category: all take as long
         running: list[_Child] = []
         try:
             while queue or running:
@@ -221,6 +225,7 @@ def _child(runner: Runner, works: Sequence[Work], writer: int) -> None:
             os.chdir(place)
             case = runner.work(work, place)
             _write(writer, {"label": case.label})
+            _forget_peak()
             status, problem = _judged(case, place, base)
             os.chdir("/")
             seconds = _cpu_seconds() - started
@@ -348,6 +353,15 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def _forget_peak() -> None:
+    """Have the most memory that this process had count from now on: what it took to make a case is not the command's.
+
+    Where the system cannot, it counts.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _virtual_bytes() -> int:

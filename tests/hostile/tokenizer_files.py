@@ -52,7 +52,12 @@ def tokenizer_files(random: Random, place: Place) -> Case:
     else:
         labels = [_change(tokenizer, random) for _ in range(random.choice([1, 1, 2]))]
         label = ", ".join(labels)
-        write(path, json.dumps(tokenizer))
+        text = json.dumps(tokenizer)
+        if random.random() < 0.05:
+            name = random.choice(["continuing_subword_prefix", "end_of_word_suffix", "added_tokens", "type", "content"])
+            text = text.replace(f'"{name}": ""', f'"{name}": "x"').replace(name, name.replace("e", "\\u0065", 1))
+            label += f", {name} with an escape"
+        write(path, text)
     args = command(random, place, model, is_checkpoint=base == "dense")
     text = random.choice(["once", "x" * 30, "xxxxxxxxxxxxxxxxxxxxxxxxxxz", "a" * 3000, "a b " * 800, "<|im_end|>é"])
     return Case(f"{base}: {label[:200]}", [text if arg == "once upon a time" else arg for arg in args], panics=True)
@@ -98,7 +103,8 @@ def _change(tokenizer: dict[str, Any], random: Random) -> str:
         others = [0, 5, 2**32, True, strange(random)]
         added[key] = random.choice(contents if key == "content" else others)
         if random.random() < 0.1:
-            tokenizer["added_tokens"] = random.choice([[], None, [added] * 1000, strange(random)])
+            more = [added | {"id": 400 + n, "content": f"{n} {added['content']}"} for n in range(100)]
+            tokenizer["added_tokens"] = random.choice([[], None, [added] * 1000, more, strange(random)])
         return f"added {key} = {shown(added[key])}"
     name = {"normalizer": "normalizer", "split": "pre_tokenizer"}.get(kind, "decoder")
     if kind == "part":

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from checkpoints import make_config, write_checkpoint
 from fake_hub import FakeHub
@@ -158,21 +159,60 @@ def test_a_file_that_is_not_what_the_hub_says(
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_ordinary_download_that_breaks_off_keeps_whole_files(
+def test_an_ordinary_download_that_breaks_off_is_continued(fake_hub: FakeHub, sharded: Path, tmp_path: Path) -> None:
+    """No byte of the weights is fetched twice; the rest needs less room, and what is told says so."""
+    fake_hub.publish("org/name", sharded)
+    want = hub.convert(sharded, tmp_path / "want")
+    name = "model-00003-of-00004.safetensors"
+    for _ in range(2):
+        fake_hub.cut[name] = 20_000
+        with pytest.raises(ModelNotFoundError, match="org/name cannot be downloaded: "):
+            hub.resolve("org/name")
+    (partial,) = (tmp_path / "hf").rglob("*.incomplete")
+    assert partial.stat().st_size == 40_000
+    del fake_hub.cut[name]
+    sizes = {path.name: path.stat().st_size for path in sharded.glob("*.safetensors")}
+    rest = sizes[name] - 40_000 + sizes["model-00004-of-00004.safetensors"]
+    rest += sum(path.stat().st_size for path in sharded.glob("*.json") if path.name != "config.json")
+    notices: list[str] = []
+    assert same(hub.resolve("org/name", notice=notices.append), want)
+    assert f"downloading org/name: {rest / 1000:.0f} kB into " in notices[0]
+    for path, size in sizes.items():
+        assert bytes_sent(fake_hub, path) == size
+    assert not [*(tmp_path / "hf").rglob("*.incomplete")]
+    # It is all in huggingface_hub's cache, as if that had downloaded it.
+    snapshot = Path(huggingface_hub.snapshot_download("org/name", local_files_only=True))
+    assert all((snapshot / path.name).read_bytes() == path.read_bytes() for path in sharded.iterdir())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_ordinary_download_that_was_damaged_is_fetched_again(
     fake_hub: FakeHub, sharded: Path, tmp_path: Path
 ) -> None:
     fake_hub.publish("org/name", sharded)
     want = hub.convert(sharded, tmp_path / "want")
-    name = "model-00004-of-00004.safetensors"
+    name = "model-00001-of-00004.safetensors"
     fake_hub.cut[name] = 20_000
-    with pytest.raises(ModelNotFoundError, match="org/name cannot be downloaded: "):
+    with pytest.raises(ModelNotFoundError):
         hub.resolve("org/name")
     del fake_hub.cut[name]
-    done = {path.name for path in (tmp_path / "hf").rglob("*.safetensors")}
-    fake_hub.downloads.clear()
+    (partial,) = (tmp_path / "hf").rglob("*.incomplete")
+    partial.write_bytes(bytes(20_000))
     assert same(hub.resolve("org/name"), want)
-    assert not done & set(fake_hub.downloads)
-    assert name in fake_hub.downloads
+
+
+def test_without_links_the_hubs_client_downloads(
+    fake_hub: FakeHub, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would copy what it finds in its cache."""
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda directory: False)
+    fake_hub.publish("org/name", sharded)
+    hub.resolve("org/name")
+    for path in sharded.glob("*.safetensors"):
+        assert bytes_sent(fake_hub, path.name) == path.stat().st_size
+        (found,) = (tmp_path / "hf").rglob(path.name)
+        assert found.read_bytes() == path.read_bytes()
+    assert not [path for path in (tmp_path / "hf").rglob("blobs/*") if path.stat().st_size > 20_000]
 
 
 def test_what_is_in_the_hub_clients_cache_is_used_and_stays(fake_hub: FakeHub, sharded: Path, tmp_path: Path) -> None:

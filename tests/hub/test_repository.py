@@ -74,6 +74,7 @@ def test_no_bar_of_a_download_is_left_among_later_lines(
 
     hub.resolve("org/name", notice=notice, download_bars=True)
     assert "Fetching" in stderr.getvalue()
+    assert "model.safetensors:   0%" in stderr.getvalue()
     screen = pyte.Screen(1000, 50)
     pyte.Stream(screen).feed(stderr.getvalue().replace("\n", "\r\n"))
     assert [row.rstrip() for row in screen.display if row.strip()] == notices

@@ -61,7 +61,7 @@ def test_a_sequence_in_company_is_the_sequence_alone_to_the_bit(members: int) ->
 
 
 @pytest.mark.parametrize("guesses", range(9))
-@pytest.mark.parametrize("sure", [0, 1, 2, 18])
+@pytest.mark.parametrize("sure", [0, 1, 2, 12, 18])
 def test_guesses_that_turn_out_right_are_the_tokens_they_guess_to_the_bit(guesses: int, sure: int) -> None:
     if sure + guesses == 0:
         return

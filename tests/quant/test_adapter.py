@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import TINY
+from checkpoints import TINY, make_config, random_tensors, write_checkpoint
 from npqwen_quant import convert
 from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
@@ -142,7 +143,15 @@ def test_scales_of_the_command_line(tmp_path: Path) -> None:
         ({"trainable_token_indices": [1]}, "uses trained tokens"),
         ({"bias": "all"}, "trains biases"),
         ({"lora_alpha": "much"}, "has a lora_alpha of 'much'"),
+        ({"lora_alpha": 10**400}, "which is impossible"),
+        ({"lora_alpha": -1e308}, "has a lora_alpha of -1e+308, which is impossible"),
+        ({"lora_alpha": float("nan")}, "has a lora_alpha of nan, which is impossible"),
         ({"alpha_pattern": {"(": 2}}, "not a valid regular expression"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "'(a+)+b', which is not a simple regular expression"),
+        ({"alpha_pattern": {"x" * 2001: 2}}, "which is not a simple regular expression"),
+        ({"alpha_pattern": {".*" * 20 + "z": 2}}, "an alpha_pattern that takes too long to match"),
+        ({"alpha_pattern": {"(.|.)" * 40 + "z": 2}}, "an alpha_pattern that takes too long to match"),
+        ({"alpha_pattern": {f"x{n}": 2 for n in range(20_000)}}, "an alpha_pattern that takes too long to match"),
         ({"alpha_pattern": 3}, "alpha_pattern that is not an object"),
     ],
 )
@@ -153,7 +162,7 @@ def test_what_is_not_merged_is_refused_by_name(adapter: Path, values: dict[str, 
     assert problem in str(error.value)
 
 
-B = f"base_model.model.{Q_PROJ[:-7]}.lora_B.weight"
+A, B = (f"base_model.model.{Q_PROJ[:-7]}.lora_{factor}.weight" for factor in "AB")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +175,15 @@ B = f"base_model.model.{Q_PROJ[:-7]}.lora_B.weight"
         ({B.replace("layers.1", "layers.9"): np.zeros((512, 3), np.float32)}, "only one of the two factors"),
         ({"base_model.model.model.layers.9.mlp.up_proj.weight": np.zeros((1, 1), np.float32)}, "the checkpoint lacks"),
         ({B.replace("lora_B.weight", "lora_magnitude_vector"): np.zeros(3, np.float32)}, "which is not merged"),
+        (
+            {B.removeprefix("base_model.model."): np.zeros((512, 3), np.float32)},
+            "layers.1.self_attn.q_proj.weight twice",
+        ),
+        (
+            {B: np.zeros((512, 600), np.float32), A: np.zeros((600, 256), np.float32)},
+            "have rank 600, but it has only 512",
+        ),
+        ({"x" * 300: np.zeros(3, np.float32)}, "a name of 300 characters"),
     ],
 )
 def test_damaged_adapters_are_refused(adapter: Path, changes: dict[str, Any], problem: str) -> None:
@@ -175,6 +193,43 @@ def test_damaged_adapters_are_refused(adapter: Path, changes: dict[str, Any], pr
     with pytest.raises(npqwen.CheckpointError) as error:
         Checkpoint(TINY, adapters=[AdapterFile(adapter)])
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("q_proj", "^model.layers.1.self_attn.q_proj", "self_attn.q_proj", r".*layers\.[0-9]+\..*", "k_proj|q_proj"),
+        *(r"layers\.(0|1|2)\.(?:self_attn|mlp)\..+", r"\d+\.self_attn\.q_proj"),
+    ],
+)
+def test_patterns_of_alpha_match_as_in_peft(adapter: Path, pattern: str) -> None:
+    """The first that matches holds; PEFT's matching is `re.match(rf"(.*\\.)?({key})$", module)`."""
+    before = weights(Q_PROJ)
+    change(adapter, alpha_pattern={"_proj": 1000, "layers.0": 1000, pattern: 10, "q_proj$": 1000})
+    assert re.match(rf"(.*\.)?({pattern})$", Q_PROJ[:-7])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    expected = before + tensors[B].astype(np.float64) @ tensors[A] * 10 / 3
+    np.testing.assert_allclose(weights(Q_PROJ, AdapterFile(adapter)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_too_large_for_float32_are_one_error(adapter: Path, tmp_path: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[A][:], tensors[B][5] = 10, 3e38
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(npqwen.CheckpointError, match=r"adapter_model.*q_proj.weight holds NaN or infinity"):
+        convert(TINY, tmp_path / "model", bits=16, adapters=[AdapterFile(adapter)])
+
+
+def test_an_adapted_output_matrix_of_a_checkpoint_without_embedding(adapter: Path, tmp_path: Path) -> None:
+    config = make_config(tie_word_embeddings=True)
+    tensors = random_tensors(config)
+    rows, columns = tensors.pop("model.embed_tokens.weight").shape
+    write_checkpoint(tmp_path / "broken", config, tensors)
+    shapes = {"A": (2, columns), "B": (rows, 2)}
+    factors = {f"base_model.model.lm_head.lora_{name}.weight": np.ones(shape, "f4") for name, shape in shapes.items()}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    with pytest.raises(npqwen.CheckpointError, match=r"adapts lm_head.weight, which the checkpoint lacks"):
+        Checkpoint(tmp_path / "broken", adapters=[AdapterFile(adapter)])
 
 
 def test_directories_that_hold_no_adapter(adapter: Path, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "pack: sparse": ("pack", entry(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
     "pack: transforms": ("pack", entry(transform_config={"config_groups": {}}), "compressed-tensors with transforms"),
     "pack: no groups": ("pack", entry(config_groups=None), "config_groups is None, not an object"),
+    "pack: many groups": ("pack", entry(config_groups=dict.fromkeys(map(str, range(101)))), "has 101 groups"),
     "pack: a group of nothing": ("pack", entry(config_groups={"x": 3}), "config_groups has 3, which is not a group"),
     "int8: no scales": ("int8", without(f"{PROJ}.weight_scale"), f"no {PROJ}.weight_scale, though"),
     "int8: scales of fewer rows": (
