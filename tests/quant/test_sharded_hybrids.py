@@ -19,7 +19,8 @@ def in_shards(name: str, place: Path, shards: int, without: str = "") -> Path:
     one = hybrid_checkpoint(name, place / "one")
     tensors = read_safetensors(one / "model.safetensors")
     tensors.pop(without, None)
-    write_checkpoint(place / "in", json.loads((one / "config.json").read_text()), tensors, shards=shards, tokenizer=True)
+    config = json.loads((one / "config.json").read_text())
+    write_checkpoint(place / "in", config, tensors, shards=shards, tokenizer=True)
     return place / "in"
 
 
