@@ -18,15 +18,16 @@ FAILED = 2
 INTERRUPTED = 130
 READER_GONE = 141
 COMMANDS = (
-    "batch", "bench", "cache", "chat", "convert", "embed", "eval", "generate", "info", "list", "pull", "rerank", "rm",
-    "serve", "verify",
+    "batch", "bench", "cache", "chat", "completions", "convert", "doctor", "embed", "eval", "generate", "help", "info",
+    "list", "pull", "rerank", "rm", "serve", "verify",
 )  # fmt: skip
 """Each is the function of this name in the module of this name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
     "server": "serve", "start": "serve", "check": "verify", "fsck": "verify", "embedding": "embed",
-    "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank",
+    "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank", "diagnose": "doctor",
+    "env": "doctor", "man": "help", "docs": "help", "topics": "help", "completion": "completions",
 }
 """Commands of other programs -> the one here."""
 
@@ -46,7 +47,7 @@ class _Group(Command, click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
-        if name in COMMANDS or name.startswith("-"):
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:  # which completion in a shell does
             return super().resolve_command(ctx, args)
         near = near_names(name, COMMANDS, _ELSEWHERE)
         hint = f"; did you mean {choice(near)}?" if near else ""
@@ -89,6 +90,8 @@ def cli() -> None:
 
     MODEL is a Hugging Face id such as Qwen/Qwen3-0.6B, a checkpoint directory, a GGUF file (model.gguf, or on the hub
     owner/name:Q4_K_M), or a converted directory. All but the last are converted once and kept in a cache.
+
+    npqwen help TOPIC shows the documentation, npqwen COMMAND --help the options of a command.
     """
 
 

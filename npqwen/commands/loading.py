@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from npqwen.commands.completion import words
 from npqwen.commands.options import Decorated, argument_text
 from npqwen.errors import OptionError, size
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
@@ -66,6 +67,7 @@ bits_option = click.option(
     "--bits",
     type=int,
     metavar="|".join(CHOICES),
+    shell_complete=lambda *_: words(CHOICES),
     help=f"Bits per weight, if not converted yet; default: {DEFAULT_BITS}.",
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No notices, progress bars or statistics.")

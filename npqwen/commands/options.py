@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from npqwen.commands.completion import completed
 from npqwen.errors import OptionError, quoted
 from npqwen.generation.options import OPTIONS, GenerationOptions, Option
 from npqwen.terminal.terminal import Terminal
@@ -23,12 +24,15 @@ PATIENCE = 1.0
 class Command(click.Command):
     """A command whose --help, or -h, is written as all text is: with one line for an error, such as a full disk.
 
-    An unknown option, or a value that was meant for another one, is refused with what to type instead.
+    An unknown option, or a value that was meant for another one, is refused with what to type instead. In a shell, Tab
+    completes models and files.
     """
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.context_settings.setdefault("help_option_names", ["-h", "--help"])
+        for parameter in self.params:
+            parameter.type = completed(parameter)
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         option = super().get_help_option(ctx)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.records import Activations, ExpertActivations, RecurrentActivations, Workspace
-from npqwen.engine.weights import Weights
+from npqwen.engine.weights import PlannedWeights, Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
@@ -23,7 +23,9 @@ class Buffers:
     They are zeroed, so that the padding of every row stays zero, and use memory only where they are written.
     """
 
-    def __init__(self, config: Config, weights: Weights, threads: int, tokens: int, context: int) -> None:
+    def __init__(
+        self, config: Config, weights: Weights | PlannedWeights, threads: int, tokens: int, context: int
+    ) -> None:
         model = weights.model[0]
         layers, draft = np.concatenate([weights.layers, weights.draft_layers]), weights.draft
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads

@@ -19,6 +19,7 @@ from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.format.files import open_regular
 from npqwen.format.layout import Codebook, Experts, Layout, Matrix, Tensor, Vector
 from npqwen.format.quantization import AGAIN, FORMAT_VERSION, Quantization
+from npqwen.format.recipe import Recipe
 from npqwen.format.safetensors import ALIGNMENT, INDEX, Header, HeaderError, read_header, read_index
 from npqwen.kernels.paging import advise_huge_pages
 
@@ -214,6 +215,31 @@ class Weights:
         layer["gate_up_proj"] = _record(address, codebook, encoding, gate_up)
         layer["down_proj"] = _record(address + math.prod(gate_up.shape(encoding)), codebook, encoding, down)
         layer["expert_bytes"] = experts.shape(encoding)[1]
+
+
+class PlannedWeights:
+    """The records of a model that is not converted yet: shapes and encodings, but no addresses."""
+
+    def __init__(self, config: Config, recipe: Recipe) -> None:
+        def record(name: str, matrix: Matrix) -> _Record:
+            return _record(0, 0, recipe.encoding(name, config.mixture is not None), matrix)
+
+        self.model, self.layers = np.zeros(1, MODEL), np.zeros(config.num_hidden_layers, LAYER)
+        layout = Layout(config)
+        if config.recurrence is not None:
+            for key in RECURRENCE:
+                self.model[0][key] = getattr(config.recurrence, key)
+        for role, tensor in (("embed_tokens", layout.embed_tokens), ("lm_head", layout.lm_head or layout.embed_tokens)):
+            self.model[0][role] = record(tensor.name, tensor)
+        for i in range(config.num_hidden_layers):
+            for role, part in layout.layer(i).items():
+                if isinstance(part, Matrix):
+                    self.layers[i][role] = record(part.name, part)
+                elif isinstance(part, Experts):
+                    gate_up, down = part.matrices(0)
+                    self.layers[i]["gate_up_proj"] = record(part.name, gate_up)
+                    self.layers[i]["down_proj"] = record(part.name, down)
+                    self.layers[i]["expert_bytes"] = 1
 
 
 def _record(address: int, codebook: int, encoding: Encoding, matrix: Matrix) -> _Record:

@@ -11,6 +11,8 @@ from npqwen.errors import CheckpointError, quoted, shortened
 from npqwen.format.files import LARGEST_JSON, read_json_text, read_small
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+FAMILY = "Qwen3, Qwen3-Next and Qwen3.5 to 3.8"
+"""The models of these types, for messages."""
 _MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 _HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 CONVOLUTION = 4
@@ -143,7 +145,7 @@ class Config:
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
             raise CheckpointError(
-                f"{where}: model_type {quoted(model_type)} is not supported; npqwen runs {', '.join(MODEL_TYPES)}"
+                f"{where}: model_type {quoted(model_type)} is not supported; npqwen runs {FAMILY}"
             )
         if raw.get("attention_bias"):
             raise CheckpointError(f"{where}: attention_bias is set, which no Qwen3 model has")

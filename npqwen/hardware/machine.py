@@ -84,6 +84,16 @@ def total_memory(root: Path = Path("/")) -> int | None:
     return _meminfo(root).get("MemTotal")
 
 
+def swap_memory(root: Path = Path("/")) -> tuple[int, int] | None:
+    """Bytes of swap space, and of it in use; None if unknown. root: where /proc is."""
+    if sys.platform == "darwin":
+        found = re.search(r"total = ([\d.]+)M\s+used = ([\d.]+)M", _sysctl("vm.swapusage"))
+        return None if found is None else (int(float(found[1]) * (1 << 20)), int(float(found[2]) * (1 << 20)))
+    facts = _meminfo(root)
+    total, free = facts.get("SwapTotal"), facts.get("SwapFree")
+    return None if total is None or free is None else (total, total - free)
+
+
 def resident_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that this process occupies, mapped files included; None if unknown. root: where /proc is."""
     if sys.platform == "win32":

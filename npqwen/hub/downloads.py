@@ -9,6 +9,9 @@ from npqwen.errors import CheckpointError, OutputError
 from npqwen.format.config import MODEL_TYPES, read_json
 from npqwen.format.quantization import is_converted
 
+_FOLDER = "models--"
+"""The beginning of the names of huggingface_hub's directories of models; "owner--name" follows."""
+
 
 @dataclass(frozen=True)
 class Download:
@@ -49,6 +52,28 @@ def downloads() -> list[Download]:
                 )
             )
     return sorted(chosen, key=lambda download: download.model.lower())
+
+
+def damaged_downloads() -> list[str]:
+    """What huggingface_hub finds wrong with repositories in its cache, a sentence each."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]
+
+    try:
+        return [str(warning) for warning in scan_cache_dir(constants.HF_HUB_CACHE).warnings]
+    except CacheNotFound:
+        return []
+
+
+def downloaded_names() -> list[str]:
+    """The hub ids of `downloads()`, in no order. Quick, as nothing is measured."""
+    from huggingface_hub import constants
+
+    return [
+        path.name.removeprefix(_FOLDER).replace("--", "/", 1)
+        for path in Path(constants.HF_HUB_CACHE).glob(f"{_FOLDER}*")
+        if any(map(_is_ours, path.glob("snapshots/*")))
+    ]
 
 
 def remove_download(download: Download) -> None:

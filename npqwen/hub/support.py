@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
-from npqwen.format.config import MODEL_TYPES, Config, read_json
+from npqwen.format.config import FAMILY, MODEL_TYPES, Config, read_json
 from npqwen.format.files import is_lfs_pointer
 from npqwen.format.safetensors import INDEX
 from npqwen.format.task import check_task
@@ -48,8 +48,8 @@ def check(source: Source, purpose: Purpose) -> None:
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
-            f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs "
-            f"{' and '.join(MODEL_TYPES)} models, such as Qwen/Qwen3-0.6B"
+            f"{source.label} is of the family {quoted(model_type)}, which is not supported; npqwen runs {FAMILY}, "
+            "such as Qwen/Qwen3-0.6B"
         )
     if not source.gguf:
         quantized_format(source)

@@ -141,15 +141,41 @@ class _Files(caching.IndexDataCacheFile):
                 content = file.readall()  # type: ignore[attr-defined]  # unbuffered
         except OSError:
             return None
-        size = hashlib.sha256().digest_size
-        return content[size:] if content[:size] == self._digest(name, content[size:]) else None
+        return _body(name, content)
 
     def _write(self, name: str, body: bytes) -> None:
         with _replacing(Path(self._cache_path, name)) as file:
-            file.write(self._digest(name, body) + body)
+            file.write(_digest(name, body) + body)
 
-    def _digest(self, name: str, body: bytes) -> bytes:
-        return hashlib.sha256(b"\0".join((name.encode(), body))).digest()
+
+def _digest(name: str, body: bytes) -> bytes:
+    return hashlib.sha256(b"\0".join((name.encode(), body))).digest()
+
+
+def _body(name: str, content: bytes) -> bytes | None:
+    """What follows the digest in a file; None if the file is damaged or has another's name."""
+    size = hashlib.sha256().digest_size
+    return content[size:] if content[:size] == _digest(name, content[size:]) else None
+
+
+def unusable_files(directory: Path) -> dict[str, str]:
+    """The files of a kernel directory that count as missing, by their names, and why, as a clause. OSError if the
+    directory cannot be read."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        try:
+            if not _is_private(path.stat()):
+                found[path.name] = "belongs to another user, or others may write to it"
+            elif _body(path.name, path.read_bytes()) is None:
+                found[path.name] = "is an interrupted write" if ".tmp." in path.name else "is damaged"
+        except OSError as error:
+            found[path.name] = f"cannot be read: {error.strerror}"
+    return found
+
+
+def is_trusted(directory: Path) -> bool:
+    """Whether nobody but this user and the administrator can have written to a directory. OSError without one."""
+    return _is_private(directory.stat())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.paging import huge_page_bytes
 from npqwen.model import Model
 from npqwen.reports.bandwidth import ReadBandwidth
+from npqwen.reports.info import active_bytes
 from npqwen.simd.isa import ISA
 
 
@@ -145,7 +146,7 @@ def benchmark(
     readings: list[float] = []
     measures = []
     logits = np.empty((1, model.config.vocab_size), np.float32)
-    with ReadBandwidth(model.threads, _bytes_to_read()) as memory:
+    with ReadBandwidth(model.threads, bytes_to_read()) as memory:
         for test, tokens, before in tests:
             cache = model.new_cache(before + tokens)
             if before:
@@ -186,7 +187,7 @@ def benchmark(
     )
 
 
-def _bytes_to_read() -> int:
+def bytes_to_read() -> int:
     """Size of the array for measuring bandwidth: 256 MiB, at most a quarter of the available memory."""
     available = available_memory()
     return 1 << 28 if available is None else min(1 << 28, max(1 << 20, available // 4 // 512 * 512))
@@ -198,15 +199,7 @@ def bytes_per_token(model: Model, depth: int) -> int:
     Of a mixture of experts it uses the chosen experts, of an untied embedding one row. Recurrent states count twice:
     they are written, too.
     """
-    c = model.config
-    weights = 0.0
-    for name, tensor in model.weights.tensors.items():
-        if name == "model.embed_tokens.weight" and not c.tie_word_embeddings:
-            continue
-        share = 1.0
-        if c.mixture is not None and name.endswith("experts.weight"):
-            share = c.mixture.num_experts_per_tok / c.mixture.num_experts
-        weights += share * tensor.data.size
+    sizes = ((name, tensor.data.size) for name, tensor in model.weights.tensors.items())
     cache = model.new_cache(1)
     states = 0 if cache.recurrent is None else 2 * cache.recurrent.shape.nbytes
-    return int(weights) + states + depth * cache.page_bytes // PAGE
+    return active_bytes(model.config, sizes) + states + depth * cache.page_bytes // PAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,22 @@ def active_parameters(c: Config) -> int:
     draft = sum(_elements(tensor) for tensor in Layout(c) if tensor.name.startswith("mtp."))
     unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
     return parameters(c) - draft - idle - unread
+
+
+def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
+    """Bytes of the weights that one token reads. tensors: names and bytes of all of a converted model's.
+
+    Of a mixture of experts it reads the chosen experts, of an untied embedding one row; a draft layer is left out.
+    """
+    total = 0.0
+    for name, count in tensors:
+        if name.startswith("mtp.") or (name == "model.embed_tokens.weight" and not c.tie_word_embeddings):
+            continue
+        share = 1.0
+        if c.mixture is not None and name.endswith("experts.weight"):
+            share = c.mixture.num_experts_per_tok / c.mixture.num_experts
+        total += share * count
+    return int(total)
 
 
 def _parameters(info: Info) -> str:

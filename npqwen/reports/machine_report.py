@@ -67,25 +67,8 @@ def collect(model: Model, speed: bench.Report, root: Path = Path("/")) -> dict[s
         "report": 1,
         "npqwen": speed.version,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": {
-            "processor": machine.processor(root),
-            "core": llvmlite.binding.get_host_cpu_name(),
-            "architecture": platform.machine(),
-            "processors": os.cpu_count(),
-            "memory": machine.total_memory(root),
-            "memory_available": machine.available_memory(root),
-            "memory_limit": memory(root),
-            "page": mmap.PAGESIZE,
-            "read_bandwidth": [round(rate) for rate in speed.read_bandwidth],
-        },
-        "software": {
-            "system": _system(root),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-            "numba": numba.__version__,
-            "llvmlite": llvmlite.__version__,
-            "numpy": np.__version__,
-        },
+        "machine": machine_facts(root) | {"read_bandwidth": [round(rate) for rate in speed.read_bandwidth]},
+        "software": software_facts(root),
         "run": {
             "kernels": speed.kernels,
             "kernels_available": [isa.name for isa in available()],
@@ -109,6 +92,32 @@ def collect(model: Model, speed: bench.Report, root: Path = Path("/")) -> dict[s
             "vocabulary": c.vocab_size,
         },
         "measures": speed.as_dict()["measures"],
+    }
+
+
+def machine_facts(root: Path = Path("/")) -> dict[str, Any]:
+    """Processor and memory of this machine. Sizes are in bytes, None if unknown. root: where /proc and /sys are."""
+    return {
+        "processor": machine.processor(root),
+        "core": llvmlite.binding.get_host_cpu_name(),
+        "architecture": platform.machine(),
+        "processors": os.cpu_count(),
+        "memory": machine.total_memory(root),
+        "memory_available": machine.available_memory(root),
+        "memory_limit": memory(root),
+        "page": mmap.PAGESIZE,
+    }
+
+
+def software_facts(root: Path = Path("/")) -> dict[str, str]:
+    """The operating system, and versions of what compiles and runs the kernels. root: where /etc is."""
+    return {
+        "system": _system(root),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "numpy": np.__version__,
     }
 
 

@@ -74,7 +74,16 @@ def verify(model: str | os.PathLike[str], progress: Progress | None = None) -> V
     and other small files that programs read; a file that was edited counts as damaged, too. Raises FormatError for a
     directory that is not a converted model of this format version.
     """
-    directory = Path(os.path.expanduser(model))
+    return _verify(Path(os.path.expanduser(model)), progress, read_weights=True)
+
+
+def verify_structure(directory: Path) -> Verification:
+    """What `verify` can find in a converted model without reading its weights: missing, cut-off and edited files, and
+    parts that do not fit together. Raises FormatError, as `verify` does."""
+    return _verify(directory, None, read_weights=False)
+
+
+def _verify(directory: Path, progress: Progress | None, *, read_weights: bool) -> Verification:
     Quantization.from_directory(directory)
     damage: list[Damage] = []
     try:
@@ -86,7 +95,7 @@ def verify(model: str | os.PathLike[str], progress: Progress | None = None) -> V
     total, done = sum(tensor.nbytes for _, tensor in stored.values()), 0
     if progress:
         progress(0, total)
-    for name, (path, tensor) in stored.items():
+    for name, (path, tensor) in stored.items() if read_weights else ():
         digest = Digest()
         try:
             for piece in pieces(path, tensor.offset, tensor.nbytes):

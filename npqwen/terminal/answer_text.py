@@ -7,6 +7,7 @@ from typing import Protocol
 
 from npqwen.terminal.markdown_text import MarkdownText
 from npqwen.terminal.plain_text import PlainText
+from npqwen.terminal.row_printer import RowPrinter
 from npqwen.terminal.terminal import Terminal, without_control_characters
 
 
@@ -31,6 +32,18 @@ def answer_text(terminal: Terminal, *, markdown: bool = False, exact: bool = Fal
     if sys.stdout.isatty():
         return ScreenText(terminal, markdown=markdown and terminal.draws_text)
     return PipedText(terminal, exact=exact)
+
+
+def rendered(text: str, columns: int, styles: bool) -> str:
+    """A finished Markdown text as rows of at most `columns`, for a terminal that understands escape sequences.
+
+    styles: whether to use styles of letters.
+    """
+    rows: list[str] = []
+    printer = MarkdownText(RowPrinter(rows.append, lambda: columns, redraws=False, styles=styles))
+    printer.add(without_control_characters(text))
+    printer.close()
+    return "".join(rows)
 
 
 class ScreenText:

@@ -45,6 +45,8 @@ class Terminal:
         """Whether text on stderr may be written over later."""
         self.draws_text = _understands_ansi(sys.stdout)
         """Whether stdout is a terminal that understands escape sequences."""
+        self.styles_text = self.draws_text and not os.environ.get("NO_COLOR")
+        """Whether text on stdout may have styles of letters."""
         self._dims = ansi and not os.environ.get("NO_COLOR")
         self._line_open = False
         """Whether the last text on stdout did not end with a newline."""
@@ -110,7 +112,7 @@ class Terminal:
             self.write_text,
             lambda: max(_size(sys.stdout).columns, 8),
             redraws=self.draws_text,
-            styles=self.draws_text and not os.environ.get("NO_COLOR"),
+            styles=self.styles_text,
         )
 
     # --- stderr ---

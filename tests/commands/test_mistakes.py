@@ -67,7 +67,7 @@ def small_checkpoint(**changes: Any) -> dict[str, bytes]:
     return {"config.json": config(**changes), "model.safetensors": WEIGHTS} | TOKENIZER
 
 
-SUPPORTED = "npqwen runs qwen3 and qwen3_moe models, such as Qwen/Qwen3-0.6B"
+SUPPORTED = "npqwen runs Qwen3, Qwen3-Next and Qwen3.5 to 3.8, such as Qwen/Qwen3-0.6B"
 QUANTIZED = "which npqwen does not read; use the original, Qwen/Qwen3-8B, and --bits to quantize it"
 
 FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
@@ -98,14 +98,22 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         f"Qwen/Qwen2.5-VL-7B-Instruct is of the family 'qwen2_5_vl', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-Next-80B-A3B-Instruct": (
-        small_checkpoint(model_type="qwen3_next"),
+        small_checkpoint(model_type="qwen3_next", num_hidden_layers=4, linear_conv_kernel_dim=5),
         {},
-        f"Qwen/Qwen3-Next-80B-A3B-Instruct is of the family 'qwen3_next', which is not supported; {SUPPORTED}",
+        "Qwen/Qwen3-Next-80B-A3B-Instruct: config.json: linear_conv_kernel_dim 5 is not supported, only 4",
     ),
     "Qwen3.5-4B": (
-        small_checkpoint(model_type="qwen3_5"),
+        small_checkpoint(
+            model_type="qwen3_5",
+            text_config=make_config(model_type="qwen3_5_text", num_hidden_layers=4, attn_output_gate=False),
+        ),
         {},
-        f"Qwen/Qwen3.5-4B is of the family 'qwen3_5', which is not supported; {SUPPORTED}",
+        "Qwen/Qwen3.5-4B: config.json: attn_output_gate is false, which no Qwen3 hybrid has",
+    ),
+    "Qwen3.8-Flash-Next": (
+        small_checkpoint(model_type="qwen4_exp"),
+        {},
+        f"Qwen/Qwen3.8-Flash-Next is of the family 'qwen4_exp', which is not supported; {SUPPORTED}",
     ),
     "Qwen/Qwen3-8B-FP8": (
         small_checkpoint(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 0]}),

@@ -205,6 +205,22 @@ Pages purgeable:                          3000.
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's files")
+def test_swap_space(tmp_path: Path) -> None:
+    assert machine.swap_memory(tmp_path) is None
+    tree(tmp_path, {"proc/meminfo": "MemTotal: 10 kB\nSwapTotal:  2097148 kB\nSwapFree:   2000000 kB"})
+    assert machine.swap_memory(tmp_path) == (2097148 * 1024, 97148 * 1024)
+    tree(tmp_path, {"proc/meminfo": "SwapTotal: 0 kB\nSwapFree: 0 kB"})
+    assert machine.swap_memory(tmp_path) == (0, 0)
+
+
+def test_swap_space_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "total = 2048.00M  used = 512.50M  free = 1535.50M  (encrypted)"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(machine, "_command", lambda *words: said)
+    assert machine.swap_memory() == (2 << 30, 512 << 20 | 1 << 19)
+
+
 def test_memory_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"vm_stat": VM_STAT, "sysctl": "17179869184"}
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -1,0 +1,29 @@
+"""What an examination of this machine found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem, or something to know; and what to do about it."""
+
+    text: str
+    way_out: str
+    is_problem: bool = True
+    """False: everything works nevertheless."""
+
+    @classmethod
+    def note(cls, text: str, way_out: str) -> Finding:
+        """Something to know that is no problem."""
+        return cls(text, way_out, is_problem=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{self.text}\n  -> {self.way_out}\n"

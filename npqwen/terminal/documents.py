@@ -1,0 +1,173 @@
+"""The documents that come with npqwen, by page and section: what `npqwen help` shows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from npqwen.checks import choice, near_names
+from npqwen.errors import OptionError, quoted
+
+PAGES = {
+    "terminal": "docs/terminal.md",
+    "python": "docs/python.md",
+    "server": "docs/server.md",
+    "agents": "docs/agents.md",
+    "integrations": "docs/integrations.md",
+    "options": "docs/options.md",
+    "models": "docs/models.md",
+    "sources": "docs/sources.md",
+    "speed": "docs/speed.md",
+    "precision": "docs/precision.md",
+    "raspberry-pi": "docs/raspberry-pi.md",
+    "deploy": "examples/deploy/README.md",
+    "format": "quant/FORMAT.md",
+}
+"""Where each page lies in the repository. In an installed npqwen, `documents` has them by their names."""
+_ELSEWHERE = {
+    "memory": "models which one fits",
+    "formats": "sources",
+    "quantization": "terminal converting",
+    "api": "server",
+    "docker": "deploy",
+    "systemd": "deploy",
+    "pi": "raspberry-pi",
+    "environment": "terminal environment variables",
+    "lora": "sources lora adapters",
+}
+"""Words that people may try -> a topic."""
+_HEADING = re.compile(r"^(#+) (.+)$")
+_LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\(([^()\s]*)\)")
+_ITEM = re.compile(r"\s*([-*]|\d+\.) ")
+_BLOCK = re.compile(rf"#|\||>|{_ITEM.pattern}")
+"""The beginning of a line that continues no paragraph."""
+_IMAGE = re.compile(r"^!\[.*$\n?", re.M)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: from its heading to the next one that is as high."""
+
+    page: str
+    heading: str
+    """Without the marks; of a page as a whole, its title."""
+    text: str
+
+    @property
+    def topic(self) -> str:
+        """What to type to see it."""
+        return f"{self.page} {self.heading.lower()}"
+
+
+class Documents:
+    """All pages. Raises OptionError for what is not there."""
+
+    def __init__(self) -> None:
+        package = Path(__file__).parents[1]
+        installed = package / "documents"
+        self._places = {
+            name: installed / f"{name}.md" if installed.is_dir() else package.parent / place
+            for name, place in PAGES.items()
+        }
+
+    def page(self, name: str) -> Section:
+        """A whole page."""
+        return self.sections[name][0]
+
+    @cached_property
+    def sections(self) -> dict[str, list[Section]]:
+        """The sections of each page by the pages' names; the first one is the whole page."""
+        found = {}
+        for name, path in self._places.items():
+            try:
+                text = path.read_text(encoding="utf-8")
+            except OSError as error:
+                problem = f"{path}, a part of npqwen, cannot be read: {error.strerror}"
+                raise OptionError(f"{problem}; install npqwen again") from None
+            found[name] = _sections(name, text)
+        return found
+
+    def find(self, topic: str) -> list[Section]:
+        """The sections that a topic means, such as "server", "sampling", "server speed": one, or all that match.
+
+        A page comes first, then a section of exactly this heading, of one that begins so, of one that has the words.
+        """
+        wanted = _words(topic)
+        wanted = _ELSEWHERE.get(wanted, wanted)
+        by_page = {_words(name): name for name in self._places}
+        if wanted in by_page:
+            return [self.page(by_page[wanted])]
+        below = [section for sections in self.sections.values() for section in sections[1:]]
+        for matches in (
+            lambda own, full: wanted in (own, full),
+            lambda own, full: own.startswith(wanted) or full.startswith(wanted),
+            lambda own, full: wanted in own,
+        ):
+            found = [one for one in below if matches(_words(one.heading), _words(one.topic))]
+            if found:
+                return found
+        near = near_names(wanted, [*by_page, *(_words(one.heading) for one in below)], _ELSEWHERE)
+        hint = f"did you mean {choice(near)}? " if near else ""
+        raise OptionError(f"there is no topic {quoted(topic)}; {hint}npqwen help lists them")
+
+    def for_terminal(self, section: Section) -> str:
+        """The Markdown of a section, with commands in place of links to other pages, and without pictures."""
+        names = {Path(place).name: name for name, place in PAGES.items()}
+
+        def link(found: re.Match[str]) -> str:
+            text, target = found[1], found[2].partition("#")[0]
+            if "://" in target:
+                return found[0]
+            name = names.get(Path(target).name) if Path(target).name != "README.md" else None
+            return text if name is None else f"{text} (`npqwen help {name}`)"
+
+        return _LINK.sub(link, _unwrapped(_IMAGE.sub("", section.text)))
+
+    def listing(self) -> str:
+        """Markdown: all pages with their sections."""
+        lines = ["`npqwen help TOPIC` shows a page, or a section by its heading or some words of it.", ""]
+        for name, (page, *sections) in self.sections.items():
+            headings = [one.heading for one in sections]
+            lines.append(f"- **{name}**: {page.heading}" + (f" ({'; '.join(headings)})" if headings else ""))
+        return "\n".join([*lines, "", "`npqwen help COMMAND` shows a command's options."]) + "\n"
+
+
+def _sections(page: str, text: str) -> list[Section]:
+    """The page as a whole, and its sections of the second level."""
+    starts: list[tuple[int, str]] = []
+    title, inside, at = page, False, 0
+    for line in text.splitlines(keepends=True):
+        inside ^= line.startswith("```")
+        heading = None if inside else _HEADING.match(line.rstrip("\n"))
+        if heading is not None and len(heading[1]) == 1:
+            title = heading[2]
+        elif heading is not None and len(heading[1]) == 2:
+            starts.append((at, heading[2].replace("`", "")))
+        at += len(line)
+    found = [Section(page, title, text)]
+    for i, (start, name) in enumerate(starts):
+        end = starts[i + 1][0] if i + 1 < len(starts) else len(text)
+        found.append(Section(page, name, text[start:end]))
+    return found
+
+
+def _unwrapped(text: str) -> str:
+    """Markdown whose paragraphs and list items are a line each: a terminal has another width than the source."""
+    lines: list[str] = []
+    inside = joins = False
+    for line in text.splitlines():
+        fence = line.startswith("```")
+        plain = not (inside or fence) and line.strip() != "" and not _BLOCK.match(line)
+        if plain and joins:
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+        inside ^= fence
+        joins = plain or (not (inside or fence) and _ITEM.match(line) is not None)
+    return "\n".join(lines) + "\n"
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,128 @@
+"""`npqwen help`: pages, sections and commands, in a file and on a terminal; what an installed npqwen has of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from npqwen.commands.cli import COMMANDS
+from npqwen.errors import OptionError
+from npqwen.terminal import documents
+from npqwen.terminal.answer_text import rendered
+from npqwen.terminal.documents import PAGES, Documents, Section
+
+Run = Callable[..., tuple[str, str]]
+ROOT = Path(__file__).parents[2]
+
+
+def test_without_a_topic_all_are_listed(run: Run) -> None:
+    out, err = run("help")
+    assert err == ""
+    for name in PAGES:
+        assert f"- **{name}**: " in out
+    assert "Sampling" in out
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_the_document_itself(name: str, run: Run) -> None:
+    assert run("help", name)[0] == (ROOT / PAGES[name]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("topic", "page", "heading"),
+    [
+        ("sampling", "models", "## Sampling"),
+        ("Context and YaRN", "models", "## Context and YaRN"),
+        ("environment variables", "terminal", "## Environment variables"),
+        ("environment", "terminal", "## Environment variables"),
+        ("yarn", "models", "## Context and YaRN"),
+        ("memory", "models", "## Which one fits"),
+        ("server speed", "server", "## Speed"),
+        ("formats", "sources", "# "),
+        ("raspberry pi", "raspberry-pi", "# "),
+        ("OPENAI'S API", "server", "## OpenAI's API"),
+    ],
+)
+def test_a_topic_is_a_section(topic: str, page: str, heading: str, run: Run) -> None:
+    out, _ = run("help", *topic.split())
+    assert out.startswith(heading)
+    text = (ROOT / PAGES[page]).read_text(encoding="utf-8")
+    assert out in text
+    assert len(re.findall(r"^## ", out, re.M)) == 1 or out == text
+
+
+def test_sections_are_whole() -> None:
+    """A page is its beginning and its sections; a heading inside a block of code begins none."""
+    for page, *sections in Documents().sections.values():
+        assert page.text.endswith("".join(section.text for section in sections))
+    (page, one) = documents._sections("page", "# Title\n\n```\n## no heading\n```\n\n## One\n\ntext\n")
+    assert (page.heading, one.heading, one.text) == ("Title", "One", "## One\n\ntext\n")
+
+
+def test_every_section_is_found_by_its_topic() -> None:
+    pages = Documents()
+    for _, *sections in pages.sections.values():
+        for section in sections:
+            assert pages.find(section.topic) == [section]
+
+
+def test_other_words_lead_to_topics() -> None:
+    pages = Documents()
+    for word, topic in documents._ELSEWHERE.items():
+        assert len(pages.find(topic)) == 1, word
+
+
+def test_several_matches_are_listed(run: Run) -> None:
+    out, _ = run("help", "conversations")
+    assert "2 sections match:\n\nnpqwen help terminal conversations\nnpqwen help python conversations\n" in out
+
+
+def test_a_command_is_a_topic_too(run: Run) -> None:
+    for name in COMMANDS:
+        assert run("help", name)[0] == run(name, "--help")[0]
+
+
+def test_an_unknown_topic_is_refused(run: Run) -> None:
+    _, err = run("help", "qwertyuiop", status=2)
+    assert err == "npqwen: error: there is no topic 'qwertyuiop'; npqwen help lists them\n"
+    _, err = run("help", "sampleing", status=2)
+    assert "did you mean sampling?" in err
+
+
+def test_a_broken_installation_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(documents, "__file__", str(tmp_path / "npqwen" / "terminal" / "documents.py"))
+    with pytest.raises(OptionError, match=r"cannot be read: .*; install npqwen again"):
+        Documents().find("server")
+    place = tmp_path / "npqwen" / "documents"  # where a wheel has them
+    place.mkdir(parents=True)
+    for name in PAGES:
+        (place / f"{name}.md").write_text(f"# {name} installed\n")
+    assert Documents().page("server").text == "# server installed\n"
+
+
+def test_a_wheel_has_the_pages() -> None:
+    """pyproject.toml puts each where `Documents` looks for it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = dict(re.findall(r'^"(.+?)" = "npqwen/documents/(.+?)\.md"$', text, re.M))
+    assert found == {place: name for name, place in PAGES.items()}
+
+
+def test_on_a_terminal_it_is_readable() -> None:
+    section = Section(
+        "server",
+        "Title",
+        "# Title\n\nA long\nparagraph with [a link](speed.md#x), [one](#there) and [another](https://a.b/c).\n"
+        "![picture](page.png)\n* item\n  continued\n* item\n\n```\na\nb\n```\n\n| a |\n|---|\n| b |\n",
+    )
+    text = Documents().for_terminal(section)
+    assert text == (
+        "# Title\n\nA long paragraph with a link (`npqwen help speed`), one and [another](https://a.b/c).\n"
+        "* item continued\n* item\n\n```\na\nb\n```\n\n| a |\n|---|\n| b |\n"
+    )
+    shown = rendered(text, 40, styles=False)
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) < 40
+    assert "\x1b[1" in rendered(text, 40, styles=True)
