@@ -3,9 +3,9 @@
 The layer takes the hidden state of a token and the token after it, and gives a hidden state from which the output
 matrix makes the token after that. Further guesses take the layer's own state in place of the model's.
 
-Whether the layer was trained on states before the final norm or after it, no checkpoint says: llama.cpp feeds the
-former, vLLM the latter. So both are tried, and the one whose guesses are accepted more often is kept. Since a wrong
-guess changes no text, neither does the wrong choice.
+Whether the layer was trained on states before the final norm or after it, no checkpoint says, and implementations
+differ. So both are tried, and the kind whose guesses are accepted more often is kept. A wrong choice costs speed only:
+guesses do not change texts.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ class DraftLayer:
 class LayerDrafter:
     """The draft layer's view of one text: its own KV cache, which lags behind while nothing is guessed.
 
-    The cache begins with the first token whose state is known, at most `KEPT` or so tokens before the latest one when
-    guessing begins: earlier ones are known to the states. The last token of a text is never in it: the state is not
-    computed yet.
+    Each token in the cache was run with the state of the one before it. The first is at most `KEPT` tokens before the
+    latest when guessing begins: of earlier ones the layer knows what the states know.
     """
 
     def __init__(self, layer: DraftLayer, ids: Sequence[int]) -> None:
