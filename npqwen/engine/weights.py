@@ -224,7 +224,19 @@ class PlannedWeights:
         def record(name: str, matrix: Matrix) -> _Record:
             return _record(0, 0, recipe.encoding(name, config.mixture is not None), matrix)
 
+        def fill(target: np.void, tensors: Mapping[str, Tensor]) -> None:
+            for role, part in tensors.items():
+                if isinstance(part, Matrix):
+                    target[role] = record(part.name, part)
+                elif isinstance(part, Experts):
+                    gate_up, down = part.matrices(0)
+                    target["gate_up_proj"] = record(part.name, gate_up)
+                    target["down_proj"] = record(part.name, down)
+                    target["expert_bytes"] = 1
+
         self.model, self.layers = np.zeros(1, MODEL), np.zeros(config.num_hidden_layers, LAYER)
+        self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
+        self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
         layout = Layout(config)
         if config.recurrence is not None:
             for key in RECURRENCE:
@@ -232,14 +244,10 @@ class PlannedWeights:
         for role, tensor in (("embed_tokens", layout.embed_tokens), ("lm_head", layout.lm_head or layout.embed_tokens)):
             self.model[0][role] = record(tensor.name, tensor)
         for i in range(config.num_hidden_layers):
-            for role, part in layout.layer(i).items():
-                if isinstance(part, Matrix):
-                    self.layers[i][role] = record(part.name, part)
-                elif isinstance(part, Experts):
-                    gate_up, down = part.matrices(0)
-                    self.layers[i]["gate_up_proj"] = record(part.name, gate_up)
-                    self.layers[i]["down_proj"] = record(part.name, down)
-                    self.layers[i]["expert_bytes"] = 1
+            fill(self.layers[i], layout.layer(i))
+        for i in range(config.mtp_num_hidden_layers):
+            fill(self.draft[i], layout.draft())
+            fill(self.draft_layers[i], layout.draft_layer())
 
 
 def _record(address: int, codebook: int, encoding: Encoding, matrix: Matrix) -> _Record:
