@@ -28,7 +28,7 @@ from npqwen.errors import (
 TYPE_CHECKING = False  # as in `typing`, whose import would take longer than all else here: Ctrl-C in it is a traceback
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from npqwen.chat.chat_options import ChatOptions as ChatOptions
@@ -171,6 +171,7 @@ def load(
     low_disk: bool = False,
     yarn: float | None = None,
     kv: CacheType | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     prefix_cache: str | os.PathLike[str] | None = None,
     prefix_cache_size: int | None = None,
     prefix_memory: int | None = None,
@@ -193,6 +194,8 @@ def load(
     answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
     kv: the type of the cached keys and values, which every new token reads: "int8", "f16" or "f32". Default: int8, half
     of f16's memory and faster after long texts; f32 with 16 bits, where nothing else is rounded either.
+    adapters: LoRA adapters by the names that texts choose them by, {"sql": "directory that PEFT saved"}; each text uses
+    one, the option `adapter`, or none. "directory:0.5" halves an adapter's effect.
     prefix_cache: a directory that keeps what was computed of texts (keys and values, and the tokens themselves), so
     that texts that begin alike do not compute it again in a later run. Any number of processes and models may share it.
     prefix_cache_size: bytes that its files may take, default 10 GB; the least recently used are removed.
@@ -254,6 +257,7 @@ def load(
             context=context,
             yarn=yarn,
             kv=kv,
+            adapters=adapters,
             prefix_cache=prefix_cache,
             prefix_cache_size=prefix_cache_size,
             prefix_memory=prefix_memory,

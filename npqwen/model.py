@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from npqwen.chat.chat_template import ChatTemplate
     from npqwen.chat.conversation import Conversation
     from npqwen.chat.events import Reply
+    from npqwen.format.adapter import AdapterFile
     from npqwen.generation.decoding import Prompt, Prompts
     from npqwen.generation.options import GenerationOptions
     from npqwen.generation.score import ContinuationScore
@@ -74,6 +75,7 @@ class Model(Engine):
         context: int | None = None,
         yarn: float | None = None,
         kv: CacheType | None = None,
+        adapters: Mapping[str, Any] | None = None,
         prefix_cache: Path | None = None,
         prefix_cache_size: int | None = None,
         prefix_memory: int | None = None,
@@ -98,6 +100,7 @@ class Model(Engine):
                 context=context,
                 yarn=yarn,
                 kv=kv,
+                adapters=adapters,
                 prefix_cache=prefix_cache,
                 prefix_cache_size=prefix_cache_size,
                 prefix_memory=prefix_memory,
@@ -235,22 +238,30 @@ class Model(Engine):
         return text.generate(self, prompt, n=n, session=session, **options)
 
     @overload
-    def score(self, prompt: Prompt, continuations: str, *, session: Session | None = None) -> ContinuationScore: ...
+    def score(
+        self, prompt: Prompt, continuations: str, *, session: Session | None = None, adapter: str | None = None
+    ) -> ContinuationScore: ...
 
     @overload
     def score(
-        self, prompt: Prompt, continuations: Prompts, *, session: Session | None = None
+        self, prompt: Prompt, continuations: Prompts, *, session: Session | None = None, adapter: str | None = None
     ) -> list[ContinuationScore]: ...
 
     def score(
-        self, prompt: Prompt, continuations: str | Prompts, *, session: Session | None = None
+        self,
+        prompt: Prompt,
+        continuations: str | Prompts,
+        *,
+        session: Session | None = None,
+        adapter: str | None = None,
     ) -> ContinuationScore | list[ContinuationScore]:
         """How likely each of some continuations of a prompt is; the prompt is computed once.
 
             best = max(model.score("The sky is", [" blue", " green"]), key=lambda score: score.logprob)
 
         prompt, continuations: raw text without a chat template, or token ids. session: a `Session` of this model, which
-        afterwards holds the prompt; prompts that begin alike then compute only what differs.
+        afterwards holds the prompt; prompts that begin alike then compute only what differs. adapter: the name of one
+        of `adapters`.
 
         A continuation is encoded by itself and appended to the prompt's tokens. So write " blue" after "is": a prompt
         that ends in a space, or in the middle of a word, ends in tokens that the model rarely saw there.
@@ -261,7 +272,7 @@ class Model(Engine):
         """
         from npqwen.generation.score import score
 
-        return score(self, prompt, continuations, session=session)
+        return score(self, prompt, continuations, session=session, adapter=adapter)
 
     def embed(
         self,
@@ -449,6 +460,7 @@ def load(
     context: int | None = None,
     yarn: float | None = None,
     kv: CacheType | None = None,
+    adapters: Mapping[str, str | os.PathLike[str] | AdapterFile] | None = None,
     prefix_cache: str | os.PathLike[str] | None = None,
     prefix_cache_size: int | None = None,
     prefix_memory: int | None = None,
@@ -460,10 +472,11 @@ def load(
     """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn, kv, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when files of
-    the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done, total): called
-    while kernels are compiled, on the first use on a machine. name: of the model, default the directory's. draft: a
-    converted directory, loaded with the same options and closed with the model, or a loaded model; see `npqwen.load`.
+    own. yarn, kv, adapters, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when
+    files of the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done, total):
+    called while kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
+    draft: a converted directory, loaded with the same options (but for adapters) and closed with the model, or a loaded
+    model; see `npqwen.load`.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
     options, OutputError for a prefix cache that cannot be written, OutOfMemoryError if memory cannot hold the buffers
@@ -475,6 +488,7 @@ def load(
         context=context,
         yarn=yarn,
         kv=kv,
+        adapters=adapters,
         prefix_cache=None if prefix_cache is None else check_path(prefix_cache),
         prefix_cache_size=prefix_cache_size,
         prefix_memory=prefix_memory,

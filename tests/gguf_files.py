@@ -115,6 +115,13 @@ def stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def rebuilt(name: str, place: Path) -> Path:
     """llama.cpp's F16 file of "tiny-qwen3", or its BF16 file of "tiny-qwen3-moe": its header, and the data again."""
+    stored = stacked(_checkpoint(TINY if name == "tiny-qwen3" else MOE))
+    floats = {tensor: (bits.astype(np.uint32) << 16).view(np.float32) for tensor, bits in stored.items()}
+    return rebuilt_of(name, floats, place)
+
+
+def rebuilt_of(name: str, tensors: Mapping[str, np.ndarray], place: Path) -> Path:
+    """llama.cpp's file: the header of this name, and data of float32 tensors, which are exactly what it holds."""
     from npqwen_quant.gguf_header import read_header
 
     header = gzip.decompress((DATA / "from-llama" / f"{name}.header.gz").read_bytes())
@@ -124,14 +131,15 @@ def rebuilt(name: str, place: Path) -> Path:
         file.truncate(len(header) + 20_000_000)
         file.flush()
         located = read_header(path).tensors
+        assert located.keys() == tensors.keys()
         end = 0
-        for tensor, bits in stacked(_checkpoint(TINY if name == "tiny-qwen3" else MOE)).items():
+        for tensor, floats in tensors.items():
             stored = located[tensor]
-            floats = (bits.astype(np.uint32) << 16).view(np.float32)
+            bits = (floats.view(np.uint32) >> 16).astype("<u2")
             data = {"F32": floats, "F16": floats.astype("<f2"), "BF16": bits}[stored.kind.name]
-            assert stored.shape == bits.shape
+            assert stored.shape == floats.shape, tensor
             file.seek(stored.offset)
-            file.write(data.tobytes())
+            file.write(np.ascontiguousarray(data).tobytes())
             end = max(end, stored.offset + stored.nbytes)
         file.truncate(end)
     return path

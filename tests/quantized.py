@@ -74,7 +74,7 @@ class QuantizedReference(ReferenceModel):
         model.bits = read_bits(path)
         return model
 
-    def new_cache(self, room: int | None = None) -> ReferenceCache:
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> ReferenceCache:
         cache = ReferenceCache(self.config)
         if self.bits != 16:
             arrays = cache.arrays

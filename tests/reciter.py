@@ -16,6 +16,7 @@ from npqwen.chat.chat_stream import ChatStream, stream_chat
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.conversation import Conversation
 from npqwen.chat.events import Reply
+from npqwen.engine.adapters import Adapters
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefixes import Prefixes
@@ -95,6 +96,7 @@ class Reciter:
         self.config = replace(Config.from_directory(TINY), vocab_size=4128, max_position_embeddings=max(context, 2048))
         self.generation_config = GenerationConfig(frozenset({EOS}), sampling)
         self.fingerprint = "reciter"
+        self.adapters = Adapters({}, self.config)
         self.prefixes = Prefixes(1 << 28)
         self.drafting = Drafting()
         self.prompts: list[str] = []
@@ -135,7 +137,8 @@ class Reciter:
             found.append(logits[len(logits) - piece.rows :])
         return found
 
-    def new_cache(self, room: int | None = None) -> RecitersCache:
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> RecitersCache:
+        assert adapter is None
         assert room is None or room <= self.context
         return RecitersCache(self.config, room or self.context, "f16")
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
+from npqwen.engine.adapters import Adapters
 from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefixes import Prefixes
@@ -78,6 +79,7 @@ class ReferenceModel:
         self, config: Config, weights: Mapping[str, Any], path: Path | None = None, context: int | None = None
     ) -> None:
         self.config = config
+        self.adapters = Adapters({}, config)
         self.drafting = Drafting()
         self.weights = weights
         self.context = context or config.max_position_embeddings
@@ -100,7 +102,8 @@ class ReferenceModel:
             self.forward(piece.ids, piece.cache, all_logits=True)[piece.ids.size - piece.rows :] for piece in pieces
         ]
 
-    def new_cache(self, room: int | None = None) -> ReferenceCache:
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> ReferenceCache:
+        assert adapter is None
         return ReferenceCache(self.config, room or self.context)
 
     def forward(

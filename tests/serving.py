@@ -127,6 +127,11 @@ class ScriptedModels:
         statistics = WorkerStatistics(alive=True)
         return [ModelState(self.model.name, Offer.loaded(self.model), None, False, statistics, None)]
 
+    @property
+    def offered(self) -> list[ModelState]:
+        """See Models."""
+        return self.states
+
     async def close(self) -> None:
         pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -81,10 +81,13 @@ def test_python_code_runs(
     tiny, load = tmp_path / "examples" / "tiny-qwen3", npqwen.load
     shutil.copytree(ROOT / "examples" / "tiny-qwen3", tiny)
 
-    def load_small(model: object, bits: int | None = None, **_: object) -> npqwen.Model:
+    def load_small(
+        model: object, bits: int | None = None, adapters: Mapping[str, str] | None = None, **_: object
+    ) -> npqwen.Model:
         if "Embedding" in str(model) or "Reranker" in str(model):
             return (embedder if "Embedding" in str(model) else reranker)(bits or 4)
-        return load(tiny, bits, threads=1)
+        adapter = ROOT / "tests" / "data" / "adapters" / "linear"
+        return load(tiny, bits, threads=1, adapters=dict.fromkeys(adapters or {}, adapter))
 
     monkeypatch.setattr(npqwen, "load", load_small)
     names: dict[str, object] = {}

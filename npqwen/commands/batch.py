@@ -9,6 +9,7 @@ import click
 
 from npqwen.commands.loading import (
     Loading,
+    adapter_option,
     check_server,
     draft_option,
     model_options,
@@ -29,6 +30,7 @@ SOME_FAILED = 1
 @click.option("--any-order", is_flag=True, help="Write each answer as soon as it is complete.")
 @click.option("--parallel", type=int, metavar="N", help="Compute at most N answers at once; default: 16.")
 @draft_option
+@adapter_option
 @prefix_cache_options
 @model_options
 def batch(
@@ -58,18 +60,23 @@ def batch(
     names = sorted(given.models) if model is None else [argument_text(model)]
     if "" in names:
         raise OptionError(f"{requests} has requests that name no model; name it with --model")
+    if loading.adapters and model is None:
+        raise OptionError("--adapter needs --model MODEL, the model that it belongs to")
     with Terminal(quiet=quiet) as terminal, BatchOutput(Path(answers), given) as output:
         if output.answered:
             terminal.notice(f"{len(output.answered)} of {len(given.custom_ids)} are answered already")
         called = names if model is None else [model_name(names[0])]
         served = Models(*offers(names, called, loading, terminal), settings=settings)
+        answering = None if model is None else called[0]
+        if loading.first_adapter is not None:
+            answering = f"{answering}:{loading.first_adapter}"
         start = time.perf_counter()
         counts = batch_run.run(
             served,
             settings,
             given,
             output,
-            model=None if model is None else called[0],
+            model=answering,
             ordered=not any_order,
             progress=terminal.batch_progress,
         )

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.loading import Loading, draft_option, model_options, open_model, prefix_cache_options
+from npqwen.commands.loading import (
+    Loading,
+    adapter_option,
+    draft_option,
+    model_options,
+    open_model,
+    prefix_cache_options,
+)
 from npqwen.commands.options import (
     Command,
     Switch,
@@ -69,6 +76,7 @@ class _Chat(Command):
 @click.option("--no-save", is_flag=True, help="Keep neither the conversation nor what is typed.")
 @generation_options(CHAT_DEFAULTS)
 @draft_option
+@adapter_option
 @prefix_cache_options
 @model_options
 def chat(
@@ -90,9 +98,13 @@ def chat(
     to the question), there is one answer: its text to stdout, everything else to stderr. By default, sampling
     is as the model's authors recommend, with or without thinking.
 
+    With --adapter answers use that adapter, the first of several; /set adapter NAME chooses another, and /set adapter
+    default none.
+
     Conversations in the terminal are saved in the cache, readable by you alone; --continue finds the last one with
     MODEL, or else the last one.
     """
+    options["adapter"] = loading.first_adapter
     check_options(options)
     terminal = Terminal(quiet=quiet)
     message = _single_message(question, terminal)

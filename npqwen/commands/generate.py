@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from npqwen.commands.loading import Loading, draft_option, model_options, open_model, prefix_cache_options
+from npqwen.commands.loading import (
+    Loading,
+    adapter_option,
+    draft_option,
+    model_options,
+    open_model,
+    prefix_cache_options,
+)
 from npqwen.commands.options import Command, argument_text, generation_options, keyboard_notice, stdin_text
 from npqwen.generation.options import check_options
 from npqwen.terminal.terminal import Terminal
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @generation_options({})
 @draft_option
+@adapter_option
 @prefix_cache_options
 @model_options
 def generate(
@@ -34,7 +42,8 @@ def generate(
     """Continue PROMPT: the text to stdout, statistics to stderr.
 
     PROMPT is raw text, without a chat template; - reads it from stdin, without its last line break. By default,
-    sampling is as the model's authors recommend (generation_config.json).
+    sampling is as the model's authors recommend (generation_config.json). With --adapter the text uses that adapter,
+    the first of several.
     """
     from npqwen.generation.decoding import check_prompt
     from npqwen.generation.generate import stream
@@ -42,6 +51,7 @@ def generate(
     terminal = Terminal(quiet=quiet)
     prompt = stdin_text(terminal, keyboard_notice("the prompt")) if prompt == "-" else argument_text(prompt)
     prompt = check_prompt(prompt)
+    options["adapter"] = loading.first_adapter
     check_options(options)
     with (
         terminal,

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npqwen.commands.loading import bits_option, kv_option, low_disk_option, resolve, yarn_option
+from npqwen.commands.loading import (
+    Loading,
+    adapter_option,
+    bits_option,
+    kv_option,
+    low_disk_option,
+    resolve,
+    yarn_option,
+)
 from npqwen.commands.options import Command
 from npqwen.terminal.terminal import Terminal
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 )
 @yarn_option
 @kv_option
+@adapter_option
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def info(
     model: str,
@@ -32,6 +41,7 @@ def info(
     context: int | None,
     yarn: float | None,
     kv: CacheType | None,
+    adapters: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
     """Describe MODEL: shapes, bits per weight, bytes of each part, memory needed, and the kernels that will run.
@@ -43,5 +53,5 @@ def info(
 
     with Terminal() as terminal:
         path = resolve(model, bits, terminal, low_disk=low_disk)
-        found = inspect(path, context, yarn, kv)
+        found = inspect(path, context, yarn, kv, Loading(adapters=adapters).named_adapters())
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found, model_name(model))) + "\n")

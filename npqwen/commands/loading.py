@@ -32,7 +32,7 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 class Loading:
     """The flags of a command that say how its model is loaded; see `npqwen.load`. draft: as MODEL is named.
 
-    low_disk: see `npqwen.hub.resolve`. A command that lacks a flag has its default.
+    adapters: names and directories. low_disk: see `npqwen.hub.resolve`. A command that lacks a flag has its default.
     """
 
     bits: int | None = None
@@ -44,6 +44,21 @@ class Loading:
     prefix_cache: Path | None = None
     prefix_cache_size: int | None = None
     draft: str | None = None
+    adapters: tuple[tuple[str, str], ...] = ()
+
+    def named_adapters(self) -> dict[str, str]:
+        """The adapters by name. Raises OptionError for a name that is given twice."""
+        found: dict[str, str] = {}
+        for name, directory in self.adapters:
+            if name in found:
+                raise OptionError(f"--adapter {name} is given twice; give each adapter a name of its own")
+            found[name] = directory
+        return found
+
+    @property
+    def first_adapter(self) -> str | None:
+        """The name of the adapter that texts use unless they choose another."""
+        return self.adapters[0][0] if self.adapters else None
 
     def options(self, terminal: Terminal) -> dict[str, Any]:
         """Keywords of `npqwen.load` and of `Offer.of`; the draft model is downloaded and converted if necessary."""
@@ -58,9 +73,24 @@ class Loading:
             "prefix_cache": self.prefix_cache,
             "prefix_cache_size": self.prefix_cache_size,
             "draft": draft,
+            "adapters": self.named_adapters(),
             "notice": terminal.notice,
             "on_compile": terminal.compilation_progress,
         }
+
+
+class NamedAdapter(click.ParamType):  # type: ignore[type-arg]
+    """The name of a LoRA adapter and its directory."""
+
+    name = "NAME=DIR[:SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, directory = argument_text(str(value)).partition("=")
+        if not (name and equals and directory):
+            self.fail(f"{value!r} is not a name and a directory, such as sql=./sql-adapter", param, ctx)
+        return name, directory
 
 
 bits_option = click.option(
@@ -104,8 +134,8 @@ kv_option = click.option(
 def model_options(command: Decorated) -> Decorated:
     """Add --bits, --threads, --context, --yarn, --kv, --low-disk and --quiet, for commands that load a model.
 
-    The command gets them as `loading`, a Loading, but for `quiet`; also those of `prefix_cache_options` and
-    `draft_option` above it.
+    The command gets them as `loading`, a Loading, but for `quiet`; also those of `prefix_cache_options`, `draft_option`
+    and `adapter_option` above it.
     """
     names = [field.name for field in fields(Loading)]
 
@@ -173,6 +203,16 @@ draft_option = click.option(
 )
 
 
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=NamedAdapter(),
+    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE, under this name; may be repeated; "
+    "default: none.",
+)
+
+
 def resolve(
     model: str, bits: int | None, terminal: Terminal, *, purpose: Purpose = "arrays", low_disk: bool = False
 ) -> Path:
@@ -232,6 +272,8 @@ def offers(models: Sequence[str], names: Sequence[str], loading: Loading, termin
     check_server()
     from npqwen.server.offer import Offer
 
+    if loading.adapters and len(models) > 1:
+        raise OptionError("--adapter needs a single MODEL, as an adapter belongs to one; serve others by themselves")
     options = loading.options(terminal)
     paths = [resolve(model, loading.bits, terminal, low_disk=loading.low_disk) for model in models]
     return [Offer.of(path, name, **options) for path, name in zip(paths, names, strict=True)]

@@ -11,6 +11,7 @@ import click
 from npqwen.commands.loading import (
     Loading,
     Size,
+    adapter_option,
     check_server,
     draft_option,
     model_options,
@@ -94,6 +95,7 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--log", is_flag=True, help="Write one line for each request to stderr.")
 @draft_option
+@adapter_option
 @prefix_cache_options
 @model_options
 def serve(
@@ -119,6 +121,7 @@ def serve(
     """Serve MODEL, or several, by the APIs of OpenAI, Anthropic and ollama, and on a web page.
 
     The first MODEL is loaded at once and answers requests that name none; others are loaded when a request names them.
+    With --adapter NAME=DIR, requests for the model MODEL:NAME, or NAME, use that LoRA adapter.
     """
     terminal = Terminal(quiet=quiet)
     check_server()

@@ -10,7 +10,7 @@ from npqwen.engine.weights import PlannedWeights, Weights
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
-from npqwen.kernels import attention, gated_delta, matmul
+from npqwen.kernels import attention, gated_delta, low_rank, matmul
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
@@ -24,8 +24,16 @@ class Buffers:
     """
 
     def __init__(
-        self, config: Config, weights: Weights | PlannedWeights, threads: int, tokens: int, context: int
+        self,
+        config: Config,
+        weights: Weights | PlannedWeights,
+        threads: int,
+        tokens: int,
+        context: int,
+        *,
+        rank: int = 0,
     ) -> None:
+        """rank: the largest of the model's adapters."""
         model = weights.model[0]
         layers, draft = np.concatenate([weights.layers, weights.draft_layers]), weights.draft
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -76,10 +84,13 @@ class Buffers:
             matmul.scratch_floats(columns),
             matmul.scratch_floats(hidden, multiple),
             columns,
+            low_rank.WIDE * rank,
             gated_delta.scratch_floats(
                 int(model["linear_key_head_dim"]), int(model["linear_value_head_dim"])
             ) if config.recurrence else 0,
         )
+        self.inner, self.expert_inner = inner, expert_inner
+        """Columns of down_proj in dense layers and of experts, padding included."""
         self.workspace = Workspace(
             scratch=_floats(threads, scratch), local=_floats(threads, matmul.local_floats(tokens, multiple))
         )

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from npqwen.checks import check_progress, check_whole
+from npqwen.engine.adapters import Adapters, check_adapters
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.cache_type import CacheType, check_cache_type
@@ -93,6 +94,7 @@ class Engine:
         context: int | None = None,
         yarn: float | None = None,
         kv: CacheType | None = None,
+        adapters: Mapping[str, Any] | None = None,
         prefix_cache: Path | None = None,
         prefix_cache_size: int | None = None,
         prefix_memory: int | None = None,
@@ -103,6 +105,7 @@ class Engine:
         if threads is not None:
             check_threads(threads)
         chosen = None if kv is None else check_cache_type(kv)
+        files = check_adapters(adapters)
         self._path = path
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
@@ -125,12 +128,16 @@ class Engine:
         # An engine that nobody closed ends its threads when it is collected; at exit they are daemons.
         weakref.finalize(self, self._team.close).atexit = False
         self.chunk = chunk_size(self.config)
-        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context)
+        self._adapters = Adapters(files, self.config)
+        rank = self.adapters.rank
+        self._buffers = Buffers(self.config, self.weights, self.threads, self.chunk, self.context, rank=rank)
+        beside = self.adapters.nbytes + self.adapters.prepare(self.config, self._buffers)
         self._rows = np.arange(self.chunk)
         self.passes = PassTimes(sparse=self.config.mixture is not None)
         """What passes of few tokens take here."""
         page = self.new_cache(1).page_bytes
-        Budget(self.weight_bytes, self._buffers.nbytes, page, available, states_bytes(self.config)).check(context)
+        working = self._buffers.nbytes + beside
+        Budget(self.weight_bytes, working, page, available, states_bytes(self.config)).check(context)
         self._turns: dict[int, threading.Lock] = {}
         self._prefixes = self._new_prefixes(prefix_cache, prefix_cache_size, prefix_memory, notice, available)
         with reporting(on_compile):
@@ -250,12 +257,22 @@ class Engine:
         config = replace(self.config, num_hidden_layers=1, recurrence=None)
         return KVCache(config, self.context, self.kv, self._draft_origin, self.prefixes.drop_oldest)
 
-    def new_cache(self, room: int | None = None) -> KVCache:
-        """An empty cache for one sequence of up to `room` tokens (default: the context)."""
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters that texts can choose from, by name."""
+        return self._adapters
+
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `room` tokens (default: the context).
+
+        adapter: the name of one of `adapters`, with which all its tokens are run. Raises OptionError if there is none,
+        ContextLengthError for more room than the context.
+        """
         limit = self.context if room is None else check_whole("room", room, 1)
         if limit > self.context:
             raise ContextLengthError(f"a cache for {limit} tokens exceeds the model's context of {self.context}")
-        return KVCache(self.config, limit, self.kv, self._origin, self.prefixes.drop_oldest)
+        chosen = None if adapter is None else self.adapters.find(adapter)
+        return KVCache(self.config, limit, self.kv, self._origin, self.prefixes.drop_oldest, chosen)
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
@@ -284,20 +301,25 @@ class Engine:
         last: NDArray[np.float32] = self._run(self._check(ids), cache, 1, progress=progress)[0]
         return last
 
-    def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """float32 logits (tokens, vocab_size) after every token of a text. Raises what `forward` raises."""
-        tokens = self._check(ids)
-        return self.forward(tokens, self.new_cache(min(tokens.size, self.context)), all_logits=True)
+    def logits(self, ids: ArrayLike, *, adapter: str | None = None) -> NDArray[np.float32]:
+        """float32 logits (tokens, vocab_size) after every token of a text, run with one of `adapters` if it is named.
 
-    def hidden(self, ids: ArrayLike, layers: int | Sequence[int] = -1) -> NDArray[np.float32]:
+        Raises what `forward` and `new_cache` raise.
+        """
+        tokens = self._check(ids)
+        return self.forward(tokens, self.new_cache(min(tokens.size, self.context), adapter), all_logits=True)
+
+    def hidden(
+        self, ids: ArrayLike, layers: int | Sequence[int] = -1, *, adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """Hidden states of a text: float32 (tokens, hidden_size), or (len(layers), tokens, hidden_size) for a sequence.
 
         layers: indices as into the `hidden_states` of Hugging Face transformers, num_hidden_layers + 1 in number. 0 is
         the embedding; i is the output of the i-th layer, which the next one reads; the last, num_hidden_layers or -1,
         is the final norm's output, which the output matrix reads. Negative ones count from the end. Layers after the
-        last one requested are not computed.
+        last one requested are not computed. adapter: the name of one of `adapters`.
 
-        Raises OptionError for a layer out of range, and what `forward` raises.
+        Raises OptionError for a layer out of range, and what `forward` and `new_cache` raise.
         """
         tokens = self._check(ids)
         count = self.config.num_hidden_layers
@@ -305,7 +327,7 @@ class Engine:
         indices = [layers] if several is None else several
         chosen = [check_whole("layers", i, -count - 1, count) % (count + 1) for i in indices]
         states = self._allocate((len(chosen), tokens.size, self.config.hidden_size), "hidden states", tokens.size)
-        cache = self.new_cache(min(tokens.size, self.context))
+        cache = self.new_cache(min(tokens.size, self.context), adapter)
         cache.reserve(tokens.size)
         for start, end in self._chunks(tokens.size, cache):
             self._hidden_pass(tokens[start:end], cache, chosen, states[:, start:end])
@@ -577,6 +599,7 @@ class Engine:
             buffers.activations,
             buffers.experts,
             buffers.recurrent,
+            self.adapters.of_pass([(piece.cache.adapter, piece.ids.size) for piece in pieces]),
             buffers.workspace,
             output,
         )

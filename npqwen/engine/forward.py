@@ -21,10 +21,29 @@ from npqwen.kernels.experts import (
     route,
 )
 from npqwen.kernels.gated_delta import gated_delta
+from npqwen.kernels.low_rank import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    DOWN_PROJ,
+    GATE_PROJ,
+    GATED,
+    K_PROJ,
+    MLP_INPUT,
+    O_PROJ,
+    Q_PROJ,
+    ROUTER,
+    UP_PROJ,
+    V_PROJ,
+    adapted_matmul,
+    add_low_rank,
+    rows_read,
+    shrink,
+)
+from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, shrink_slots
 from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import add_gated, multiply_sigmoid, rms_norm, rotate
-from npqwen.kernels.packing import pack, pack_gated, tile_width, whole_tiles
+from npqwen.kernels.packing import copy_floats, pack, pack_gated, tile_width, whole_tiles
 from npqwen.kernels.pieces import claim, claim_private, finish_first, leave
 from npqwen.simd.scalar import memory, without_refcounts
 
@@ -37,7 +56,7 @@ _inline = njit(nogil=True, inline="always")
 @njit(nogil=True)
 def forward(
     team: Any, member: int, model: Any, layers: Any, tokens: Any, sequences: Any, activations: Any, experts: Any,
-    recurrent: Any, workspace: Any, output: Any,
+    recurrent: Any, adapters: Any, workspace: Any, output: Any,
 ) -> None:  # fmt: skip
     """One pass: embedding, layers, final norm, output matrix. Every thread of the team calls it with its own `member`.
 
@@ -48,23 +67,24 @@ def forward(
     team, layers = without_refcounts((team, layers))
     tokens, sequences = without_refcounts((tokens, sequences))
     activations, output, workspace = without_refcounts((activations, output, workspace))
+    adapters = without_refcounts(adapters)
     scratch, local = workspace.scratch[member], workspace.local[member]
     if tokens.embed:
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
     for i in range(layers.size):
         layer = layers[i]
         if recurrent is None:  # noqa: SIM114  Numba compiles only this branch then
-            attention_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
+            attention_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
         elif layer.in_proj.address == 0:
-            attention_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
+            attention_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
         else:
             recurrent_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
-            dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
+            dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
         elif layer.expert_bytes == 0:
-            dense_feed_forward(team, model, layer, tokens.rows, activations, scratch, local)
+            dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
         else:
-            sparse_feed_forward(team, model, layer, tokens.ids.size, activations, experts, scratch, local)
+            sparse_feed_forward(team, model, layer, tokens.ids.size, activations, experts, adapters, scratch, local)
     if output.tokens.size:
         if output.normed:
             final_norm(team, model, activations.hidden, output)
@@ -75,8 +95,8 @@ def forward(
 
 @_inline
 def attention_block(
-    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, scratch: Any,
-    local: Any,
+    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, adapters: Any,
+    scratch: Any, local: Any,
 ) -> None:  # fmt: skip
     """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to their caches.
 
@@ -85,8 +105,10 @@ def attention_block(
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed)
-    project_heads(team, model, layer, tokens, sequences.dtype, packed, local, scratch, queries)
+    kept = rows_read(adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
+    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+    project_heads(team, model, layer, tokens, sequences.dtype, packed, adapters, local, scratch, queries)
     size = model.num_attention_heads * model.head_dim
     if recurrent is not None:
         gates, width = recurrent.projected, tile_width(count, encoding)  # that of `norm_and_pack`
@@ -98,8 +120,12 @@ def attention_block(
     if recurrent is not None:
         apply_gates(team, recurrent.projected, count, size, attended)
     pack_all(team, attended, count, size, layer.o_proj, packed)
+    shrink(team, adapters, layer.number, ATTENDED, attended)
     width = tile_width(count, layer.o_proj.encoding)
-    matmul(team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
+    adapted_matmul(
+        team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters,
+        layer.number, O_PROJ,
+    )  # fmt: skip
 
 
 @_inline
@@ -112,7 +138,7 @@ def recurrent_block(
     projected, gates = recurrent
     count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
     for matrix, out in ((layer.in_proj_ba, gates), (layer.in_proj, projected)):
-        norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed)
+        norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, hidden[:0])
         matmul(team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), out, 0, scratch, local)
     gated_delta(team, model, layer, sequences.records, projected, gates, scratch, attended)
     pack_all(team, attended, count, model.linear_num_value_heads * model.linear_value_head_dim, layer.o_proj, packed)
@@ -122,22 +148,31 @@ def recurrent_block(
 
 @_inline
 def dense_feed_forward(
-    team: Any, model: Any, layer: Any, rows: Any, activations: Any, scratch: Any, local: Any
+    team: Any, model: Any, layer: Any, rows: Any, activations: Any, adapters: Any, scratch: Any, local: Any
 ) -> None:
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
     hidden, packed, gated, _, _, _ = activations
     count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
-    norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed)
-    project_gated(team, model, layer.gate_up_proj, layer.down_proj, packed, count, local, scratch, gated)
+    kept = rows_read(adapters, layer.number, MLP_INPUT, adapters.normed)
+    norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed, kept)
+    shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed)
+    project_gated(
+        team, model, layer.gate_up_proj, layer.down_proj, packed, count, adapters, layer.number, local, scratch, gated
+    )
+    shrink(team, adapters, layer.number, GATED, adapters.gated)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
-    matmul(team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local)
+    adapted_matmul(
+        team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local, adapters,
+        layer.number, DOWN_PROJ,
+    )  # fmt: skip
 
 
 @_step
 def sparse_feed_forward(
-    team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, scratch: Any, local: Any
-) -> None:
+    team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, adapters: Any, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
     """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden.
 
     In hybrids, that of an expert which sees every token, times sigmoid(shared_expert_gate @ the normed hidden), too.
@@ -155,7 +190,10 @@ def sparse_feed_forward(
         if t < count:
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.encoding, packed)
-    matmul(team, model.matmul_kernels, layer.router, packed, count, width, scores, 0, scratch, local)
+    shrink(team, adapters, layer.number, MLP_INPUT, normed)
+    adapted_matmul(
+        team, kernels, layer.router, packed, count, width, scores, 0, scratch, local, adapters, layer.number, ROUTER
+    )
     while True:
         t = claim(team, count)
         if t == count:
@@ -164,7 +202,10 @@ def sparse_feed_forward(
     if layer.shared_expert_gate != 0:
         gate_up, down = layer.shared_gate_up_proj, layer.shared_down_proj
         pack_all(team, normed, count, model.hidden_size, gate_up, packed)
-        project_gated(team, model, gate_up, down, packed, count, local, scratch, activations.gated)
+        # Hybrids, which alone have a shared expert, have no adapters.
+        project_gated(
+            team, model, gate_up, down, packed, count, adapters, layer.number, local, scratch, activations.gated
+        )
         width = tile_width(count, gate_up.encoding)  # that of `project_gated`, which has packed
         matmul(team, kernels, down, activations.gated, count, width, results, 0, scratch, local)
         add_shared(team, model, layer.shared_expert_gate, normed, results, count, hidden)
@@ -174,8 +215,14 @@ def sparse_feed_forward(
     # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
     prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
-    project_gated_slots(team, kernels, layer, policy, segments, segment_count, count, packed, local, scratch, gated)
-    multiply_slots(team, kernels, layer, policy, segments, segment_count, count, gated, results, scratch, local)
+    shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
+    project_gated_slots(
+        team, kernels, layer, policy, segments, segment_count, count, packed, adapters, local, scratch, gated
+    )
+    shrink_slots(team, adapters, layer.number, EXPERT_GATED, chosen[:count], slots[:count], adapters.slot_gated)
+    multiply_slots(
+        team, kernels, layer, policy, segments, segment_count, count, gated, adapters, results, scratch, local
+    )
     combine(team, results, slots[:count], weights, hidden)
 
 
@@ -195,7 +242,7 @@ def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch
     """output.values = lm_head @ the final norm of output.tokens."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
-    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed)
+    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])
     width = tile_width(rows, matrix.encoding)
     matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
 
@@ -212,12 +259,13 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 
 @_step
 def norm_and_pack(
-    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any
+    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any, kept: Any
 ) -> None:
     """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix of an encoding.
 
     rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
-    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py.
+    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py. kept:
+    float32 (tokens, columns of hidden) for what is packed, or none of its rows.
     """
     count = rows.size
     width = tile_width(count, encoding)
@@ -231,6 +279,8 @@ def norm_and_pack(
             return
         if t < count:
             rms_norm(hidden[rows[t]], weights, model.rms_norm_eps, normed)
+            if kept.shape[0]:
+                copy_floats(normed, kept[t])
         else:
             normed[:] = np.float32(0.0)
         pack(normed, t, width, encoding, packed)
@@ -272,8 +322,9 @@ def add_shared(team: Any, model: Any, gate: int, normed: Any, shared: Any, count
 
 @_step
 def project_gated(
-    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, local: Any, scratch: Any, gated: Any
-) -> None:
+    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, adapters: Any, number: int, local: Any,
+    scratch: Any, gated: Any,
+) -> None:  # fmt: skip
     """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
 
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
@@ -282,22 +333,25 @@ def project_gated(
     groups = matrix.rows // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
     pieces = (groups + chunk - 1) // chunk
+    kept = rows_read(adapters, number, GATED, adapters.gated)
     while True:
         piece = claim_private(team, pieces)
         if piece == pieces:
             return
         first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        add_low_rank(team, adapters, number, GATE_PROJ, local, first, last, 0, 2, groups // 2, scratch)
+        add_low_rank(team, adapters, number, UP_PROJ, local, first, last, 1, 2, groups // 2, scratch)
         if not finish_first(team):
             continue
         padded = whole_tiles(count, width)
-        pack_gated(local, matrix, first, last, 0, padded, width, down_proj, scratch, gated)
+        pack_gated(local, matrix, first, last, 0, padded, width, down_proj, scratch, gated, kept)
 
 
 @_step
 def project_heads(
-    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, local: Any, scratch: Any,
-    queries: Any,
+    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, adapters: Any, local: Any,
+    scratch: Any, queries: Any,
 ) -> None:  # fmt: skip
     """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into their sequences' caches.
 
@@ -324,6 +378,13 @@ def project_heads(
         first = chunk * (piece if in_qk else piece - qk_pieces)
         last = min(first + chunk, qk_groups if in_qk else v_groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        if in_qk:
+            q_groups = heads * dim // UNIT_ROWS
+            add_low_rank(team, adapters, layer.number, Q_PROJ, local, first, last, 0, 1, q_groups, scratch)
+            k_groups = qk_groups - q_groups
+            add_low_rank(team, adapters, layer.number, K_PROJ, local, first, last, q_groups, 1, k_groups, scratch)
+        else:
+            add_low_rank(team, adapters, layer.number, V_PROJ, local, first, last, 0, 1, v_groups, scratch)
         if not finish_first(team):
             continue
         rows = UNIT_ROWS * (last - first)

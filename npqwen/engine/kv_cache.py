@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import mmap
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +22,10 @@ from npqwen.format.layout import ceil_div
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels.cache_page import PAGE, POSITION_TILE
 from npqwen.kernels.int8_page import INT8_TILE, clear_int8_positions, int8_tile_bytes
-from npqwen.kernels.paging import advise_huge_pages
+from npqwen.kernels.paging import new_memory
+
+if TYPE_CHECKING:
+    from npqwen.engine.adapter import Adapter
 
 
 class KeysAndValues(NamedTuple):
@@ -84,13 +85,17 @@ class KVCache:
         kv: CacheType,
         origin: object = None,
         reclaim: Callable[[], bool] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """limit: maximum tokens. kv: the type of its numbers. origin: the engine that cache and forks belong to.
+        adapter: the one that all its tokens are run with.
 
         reclaim: called when memory is too short for a page. It evicts something from the pool of prefixes, and returns
         False if the pool is empty.
         """
         self.origin = origin
+        self.adapter = adapter
+        """What its keys and values were computed with, beside the model; forks have the same."""
         self._reclaim = reclaim
         self.length = 0
         """Tokens in the cache."""
@@ -364,7 +369,7 @@ class KVCache:
                     break
                 available = available_memory()
             else:
-                return _memory(needed).view(np.float32).reshape(recurrent.shape.layers, recurrent.shape.state)
+                return new_memory(needed).view(np.float32).reshape(recurrent.shape.layers, recurrent.shape.state)
         except OSError:  # a limit on the address space, or a system that does not overcommit
             pass
         raise OutOfMemoryError(
@@ -374,7 +379,7 @@ class KVCache:
 
     def _new_page(self) -> NDArray[Any]:
         try:
-            memory = _memory(self.page_bytes)
+            memory = new_memory(self.page_bytes)
         except OSError:  # a limit on the address space, or a system that does not overcommit
             raise self._too_large(1, self.length + 1, 0) from None
         return memory.view(self.dtype_array.dtype).reshape(self.page_shape)
@@ -415,17 +420,3 @@ def clear_positions(page: NDArray[Any], first: int, kv: CacheType) -> None:
     shape, dim = page.shape[:4], page.shape[4] // POSITION_TILE
     page.reshape(*shape, dim, POSITION_TILE)[:, 0, :, -1, :, first:] = 0
     page.reshape(*shape, POSITION_TILE, dim)[:, 1, :, -1, first:] = 0
-
-
-def _memory(size: int) -> NDArray[np.uint8]:
-    """Zeros at a multiple of 4,096 bytes, which the system gets back once no array is left; OSError without room.
-
-    After pages of many lengths of life, malloc would keep a multiple of what is in use: of what has been freed, it
-    returns only the end of its heap.
-    """
-    if sys.platform == "win32":
-        mapping = mmap.mmap(-1, size)
-    else:
-        mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        advise_huge_pages(mapping)
-    return np.frombuffer(mapping, np.uint8)

@@ -4,8 +4,8 @@ A file is a valid safetensors file: `ids` is I32 (tokens,), `page` has the page'
 rounded up to whole tiles. Of a hybrid, `state.N` is the recurrent state after N of its tokens, F32 (layers, what each
 keeps). `__metadata__` has the format, its version, the key, these N and a CRC-32 of ids, page and states. The name
 consists of the key of the tokens before the page, a hash of its first tokens, and its key; keys depend on the model's
-fingerprint and the cache's type. So a page of another model, version or text has another name, and nothing needs an
-index or a lock: files appear by atomic replacement and are never changed.
+fingerprint, the adapter's and the cache's type. So a page of another model, version or text has another name, and
+nothing needs an index or a lock: files appear by atomic replacement and are never changed.
 
 The modification time is that of the last use. When the directory exceeds its limit, files are removed, the least
 recently used first; times within a prefix decrease from page to page, so that its end goes first.

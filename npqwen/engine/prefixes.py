@@ -5,7 +5,8 @@
 
 A page is found by the key of all tokens up to its last (prefix_page.py); the page at which two texts part, or one of
 them ends, by comparing tokens. Pages are shared with the caches, never copied here. Those of a hybrid have recurrent
-states, too: its prefixes end at one.
+states, too: its prefixes end at one. What was computed with an adapter has keys of its own: no text finds what another
+adapter, or none, has computed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, branch_of, common_prefix, key_after
+from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, branch_of, common_prefix, key_after, root_key
 from npqwen.engine.prefix_writer import PrefixWriter
 from npqwen.engine.recurrent_states import State
 from npqwen.errors import OutOfMemoryError, PrefixCacheWarning, user_stacklevel
@@ -28,6 +29,7 @@ from npqwen.format.layout import ceil_div
 from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
+    from npqwen.engine.adapter import Adapter
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.prefix_files import PrefixFiles
 
@@ -110,27 +112,28 @@ class Prefixes:
             pages += self._writer.waiting()
         return [array for page in pages for array in (page.array, *page.states.values())]
 
-    def find(self, ids: Ids) -> Prefix:
-        """The longest prefix of `ids` in memory that a cache can use, as of now used."""
-        found = self._find(ids)
+    def find(self, ids: Ids, adapter: Adapter | None = None) -> Prefix:
+        """The longest prefix of `ids` in memory that a cache with this adapter can use, as of now used."""
+        found = self._find(ids, self._root_of(adapter))
         return found.up_to_state() if self._recurrent else found
 
-    def _find(self, ids: Ids) -> Prefix:
-        """The longest prefix of `ids` in memory."""
+    def _find(self, ids: Ids, root: bytes) -> Prefix:
+        """The longest prefix of `ids` in memory after the key `root`."""
         with self._lock:
-            pages, length = self._full_pages(ids)
-            page, more = self._partial(pages[-1].key if pages else self._root, ids[length:])
+            pages, length = self._full_pages(ids, root)
+            page, more = self._partial(pages[-1].key if pages else root, ids[length:])
             if page is not None:
                 pages.append(page)
             self._touch(pages)
             return Prefix(pages, length + more)
 
-    def fetch(self, ids: Ids) -> Prefix:
-        """The longest prefix of `ids` in memory and in files, which are read into memory."""
-        found = self._find(ids)
+    def fetch(self, ids: Ids, adapter: Adapter | None = None) -> Prefix:
+        """The longest prefix of `ids` with this adapter in memory and in files, which are read into memory."""
+        root = self._root_of(adapter)
+        found = self._find(ids, root)
         if self._files is not None and self._limit and len(ids) - found.length >= SHARED:
             try:
-                found = self._read(self._files, ids, found)
+                found = self._read(self._files, ids, found, root)
             finally:
                 self._tell()
         return found.up_to_state() if self._recurrent else found
@@ -139,10 +142,11 @@ class Prefixes:
         """Have a cache that holds the first of `ids` hold the longest prefix that is known.
 
         Returns how many tokens it holds now. It must not hold all of `ids`, and keeps what it has if that is as long.
+        Only what was computed with the cache's adapter counts.
         """
         if not self._limit or len(ids) - cache.length < SHARED:
             return cache.length
-        found = self.fetch(ids)
+        found = self.fetch(ids, cache.adapter)
         return found.give(cache) if found.length >= cache.length + SHARED else cache.length
 
     def keep(self, ids: Ids, cache: KVCache) -> None:
@@ -151,11 +155,11 @@ class Prefixes:
         length = len(ids) if rest >= SHARED else len(ids) - rest
         if not self._limit or not length:
             return
-        arrays, states = cache.share(length), cache.states(length)
+        arrays, states, root = cache.share(length), cache.states(length), self._root_of(cache.adapter)
         with self._lock:
             chain: list[PrefixPage] = []
             for depth, array in enumerate(arrays):
-                parent = chain[-1].key if chain else self._root
+                parent = chain[-1].key if chain else root
                 start, end = depth * PAGE, min(length, (depth + 1) * PAGE)
                 page = PrefixPage(parent, ids[start:end].astype(np.int32), array, depth)
                 page.states = {state.position - start: state.array for state in states if start < state.position <= end}
@@ -197,13 +201,17 @@ class Prefixes:
         self.clear()
         self._tell()
 
-    def _read(self, files: PrefixFiles, ids: Ids, found: Prefix) -> Prefix:
-        """Continue a prefix with what files have of `ids`."""
+    def _root_of(self, adapter: Adapter | None) -> bytes:
+        """The key before the first token of texts with an adapter."""
+        return self._root if adapter is None else root_key(self._root, adapter.fingerprint)
+
+    def _read(self, files: PrefixFiles, ids: Ids, found: Prefix, root: bytes) -> Prefix:
+        """Continue a prefix with what files have of `ids` after the key `root`."""
         pages, length = found.pages.copy(), found.length
         last = pages.pop() if length % PAGE else None
         length -= length % PAGE
         room = self._limit // files.page_bytes - len(pages)
-        parent = pages[-1].key if pages else self._root
+        parent = pages[-1].key if pages else root
         end = None
         try:
             while len(ids) - length >= PAGE and room > 0:
@@ -230,10 +238,10 @@ class Prefixes:
             self._evict()
         return Prefix(pages, length)
 
-    def _full_pages(self, ids: Ids) -> tuple[list[PrefixPage], int]:
-        """The pages in memory whose tokens are all in `ids`, and how many tokens that are."""
+    def _full_pages(self, ids: Ids, root: bytes) -> tuple[list[PrefixPage], int]:
+        """The pages in memory after the key `root` whose tokens are all in `ids`, and how many tokens that are."""
         pages: list[PrefixPage] = []
-        key, length = self._root, 0
+        key, length = root, 0
         while len(ids) - length >= PAGE:
             key = key_after(key, ids[length : length + PAGE])
             page = self._pages.get(key)

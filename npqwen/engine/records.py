@@ -25,6 +25,7 @@ LAYER = np.dtype(
         ("down_proj", MATRIX),
         ("router", MATRIX),
         ("expert_bytes", np.int64),
+        ("number", np.int64),
         ("shared_gate_up_proj", MATRIX),
         ("shared_down_proj", MATRIX),
         ("shared_expert_gate", np.int64),
@@ -43,6 +44,7 @@ LAYER = np.dtype(
 kv_index: the layer's index among those that keep keys and values in the cache. state_index: among those that keep a
 recurrent state; from there on what only these have, and o_proj. q_gate: of a hybrid's attention.
 expert_bytes: distance between two experts; gate_up_proj and down_proj are the first expert's. 0 in a dense layer.
+number: the layer's index in the model.
 """
 
 DRAFT = np.dtype(
@@ -149,6 +151,42 @@ class ExpertActivations(NamedTuple):
     """Input of down_proj, packed, by slot."""
     results: Floats
     """(slots, hidden)"""
+
+
+class Adapted(NamedTuple):
+    """The model's LoRA adapters, and which tokens of the pass have one (npqwen/kernels/low_rank.py)."""
+
+    kernels: Ints
+    """See `low_rank_kernels`."""
+    shrinks: Ints
+    """(adapters, layers, inputs, 2): address of A of all matrices that read an input, and its groups of 16 ranks."""
+    expands: Ints
+    """(adapters, layers, matrices, 3): address of B, rank, and where its ranks begin among those of A."""
+    most_groups: Ints
+    """(layers, inputs): the most groups that an adapter has."""
+    expert_shrinks: Ints
+    """(adapters, layers, experts, inputs of an expert, 2); without adapters and experts if no expert is adapted."""
+    expert_expands: Ints
+    """(adapters, layers, experts, matrices of an expert, 3)"""
+    expert_most_groups: Ints
+    """(layers, inputs of an expert)"""
+    tiles: Ints
+    """(tiles, 3): number of the adapter, first token, number of tokens. Tiles of one adapter lie side by side; tokens
+    without adapter have none."""
+    of_token: Ints
+    """(tokens,): number of the adapter, or -1; empty if no token has one."""
+    normed: Floats
+    """(tokens, hidden), what attention and feed-forward read."""
+    gated: Floats
+    """(tokens, inner), what down_proj reads."""
+    reduced: Floats
+    """(tokens, PARTS, ranks): A @ x, as a sum of parts."""
+    slot_adapters: Ints
+    """(slots,): number of the adapter, or -1."""
+    slot_gated: Floats
+    """(slots, inner)"""
+    slot_reduced: Floats
+    """(slots, 1, ranks)"""
 
 
 class RecurrentActivations(NamedTuple):

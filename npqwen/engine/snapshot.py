@@ -6,8 +6,8 @@ kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in ti
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
 the last token are 0. Pages of int8 are U8 (layers, 2, kv_heads, tiles, bytes), in 8 tiles of 32 positions, which
 npqwen/kernels/int8_page.py describes. Of a hybrid, `state.N` is the recurrent state after N tokens, F32 (layers, what
-each keeps): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version and the
-fingerprint.
+each keeps): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version, the
+model's fingerprint and, if the cache was computed with an adapter, the adapter's name and fingerprint.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +32,22 @@ from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
 from npqwen.kernels.cache_page import PAGE
 
+if TYPE_CHECKING:
+    from npqwen.engine.adapter import Adapter
+
 FORMAT, VERSION = "npqwen-cache", "1"
 _STATES = 3
 """Of a hybrid's states, how many are saved: those to which the next turn of a conversation may go back."""
 _STATE = re.compile(r"state\.[0-9]{1,10}", re.ASCII)
 _TYPES: dict[str, CacheType] = {"U8": "int8", "F16": "f16", "F32": "f32"}
 """Types of caches, by the dtype of their pages."""
+
+
+class _Adapter(NamedTuple):
+    """What a file says about the adapter."""
+
+    name: str
+    fingerprint: str
 
 
 def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
@@ -49,7 +59,8 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
     # Guesses that turned out right are not in a state before the next pass: they are computed again.
     count = cache.length if cache.recurrent is None else states[-1].position if states else 0
     counts = count, len(ids) - count, [state.position for state in states]
-    header = _header(cache, *counts, fingerprint)
+    adapter = None if cache.adapter is None else _Adapter(cache.adapter.name, cache.adapter.fingerprint)
+    header = _header(cache, *counts, fingerprint, adapter)
     size = len(header) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in _tensors(cache, *counts))
     with cache.in_use, new_file(path) as file:
         free = shutil.disk_usage(os.path.dirname(file.name)).free
@@ -70,20 +81,26 @@ def size_of(cache: KVCache) -> int:
     return pages if recurrent is None else pages + min(_STATES, len(recurrent.held)) * recurrent.shape.nbytes
 
 
-def load(path: Path, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
-    """Fill an empty cache from a file; returns the ids that `save` was given. fingerprint, vocab_size: of its model.
+def load(
+    path: Path, cache: KVCache, fingerprint: str, vocab_size: int, adapters: Iterable[Adapter] = ()
+) -> list[int]:
+    """Fill an empty cache from a file; returns the ids that `save` was given.
 
-    Raises FormatError for a file that is damaged, not a snapshot or another model's, ContextLengthError if it holds
-    more tokens than the cache may.
+    fingerprint, vocab_size, adapters: of its model. The cache gets the adapter that the file was computed with.
+
+    Raises FormatError for a file that is damaged, not a snapshot, another model's or computed with another adapter,
+    ContextLengthError if it holds more tokens than the cache may.
     """
     try:
         with open_regular(path) as file:
-            return _read(path, file, cache, fingerprint, vocab_size)
+            return _read(path, file, cache, fingerprint, vocab_size, adapters)
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_size: int) -> list[int]:
+def _read(
+    path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_size: int, adapters: Iterable[Adapter]
+) -> list[int]:
     damaged = FormatError(f"{path} is truncated or not a saved session; save it again")
     try:
         header = read_header(file)
@@ -103,6 +120,15 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
         )
     if header.metadata.get("fingerprint") != fingerprint:
         raise FormatError(f"{path} is of another model, other weights or another YaRN factor; start a new session")
+    adapter = None
+    if "adapter" in header.metadata or "adapter_fingerprint" in header.metadata:
+        adapter = _Adapter(header.metadata.get("adapter", ""), header.metadata.get("adapter_fingerprint", ""))
+        cache.adapter = next((other for other in adapters if other.fingerprint == adapter.fingerprint), None)
+        if cache.adapter is None:
+            raise FormatError(
+                f"{path} was computed with the adapter {quoted(adapter.name)}, which this model lacks; load the model "
+                "with that adapter"
+            )
     stored, rest = header.tensors.get("ids"), header.tensors.get("pending")
     if stored is None or any(
         tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] >= 2**31) for tensor in (stored, rest)
@@ -118,7 +144,7 @@ def _read(path: Path, file: BinaryIO, cache: KVCache, fingerprint: str, vocab_si
     positions = [int(name[6:]) for name in header.tensors if _STATE.fullmatch(name)]
     if len(positions) > _STATES or (positions[-1:] != [count] if cache.recurrent and count else positions):
         raise damaged
-    expected = _header(cache, count, pending, positions, fingerprint)
+    expected = _header(cache, count, pending, positions, fingerprint, adapter)
     file.seek(0)
     if file.read(len(expected)) != expected:
         raise damaged
@@ -164,9 +190,13 @@ def _tensors(
     return tensors
 
 
-def _header(cache: KVCache, count: int, pending: int, positions: Sequence[int], fingerprint: str) -> bytes:
+def _header(
+    cache: KVCache, count: int, pending: int, positions: Sequence[int], fingerprint: str, adapter: _Adapter | None
+) -> bytes:
     """The file's first bytes, up to the data."""
     metadata = {"format": FORMAT, "format_version": VERSION, "fingerprint": fingerprint}
+    if adapter is not None:
+        metadata |= {"adapter": adapter.name, "adapter_fingerprint": adapter.fingerprint}
     return make_header(_tensors(cache, count, pending, positions), metadata)
 
 

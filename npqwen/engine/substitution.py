@@ -33,16 +33,25 @@ def parts(engine: Engine, donor: Engine) -> list[Part]:
     layers = engine.weights.layers
     names = layers.dtype.names or ()
     sparse = layers["expert_bytes"] > 0
-    every, dense, mixtures = (
-        tuple(np.flatnonzero(chosen).tolist()) for chosen in (np.ones_like(sparse), ~sparse, sparse)
+    recurrent = np.array([engine.config.is_recurrent(i) for i in range(len(layers))])
+    shared = layers["shared_expert_gate"] != 0
+    every, attention, dense, mixtures, deltas, with_shared = (
+        tuple(np.flatnonzero(chosen).tolist())
+        for chosen in (np.ones_like(sparse), ~recurrent, ~sparse, sparse, recurrent, shared)
     )
+    # Together: they are multiplied by the same packed activations.
+    gate = ("q_gate",) if deltas else ()
+    projections = "qk_proj, v_proj and q_gate" if deltas else "qk_proj and v_proj"
+    which = "all attention layers" if deltas else "all layers"
     kinds = [
-        # Together: they are multiplied by the same packed activations.
-        Part("qk_proj and v_proj of all layers", ("qk_proj", "v_proj"), every),
-        Part("o_proj of all layers", ("o_proj",), every),
+        Part(f"{projections} of {which}", ("qk_proj", "v_proj", *gate), attention),
+        Part(f"o_proj of {which}", ("o_proj",), attention),
+        Part("in_proj of all Gated DeltaNet layers", ("in_proj",), deltas),
+        Part("out_proj of all Gated DeltaNet layers", ("o_proj",), deltas),
         Part("gate_up_proj of all dense layers", ("gate_up_proj",), dense),
         Part("down_proj of all dense layers", ("down_proj",), dense),
         Part("experts of all layers", ("gate_up_proj", "down_proj", "expert_bytes"), mixtures),
+        Part("shared expert of all layers", ("shared_gate_up_proj", "shared_down_proj"), with_shared),
     ]
     return [
         Part("embedding", ("embed_tokens",)),

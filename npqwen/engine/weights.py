@@ -57,6 +57,7 @@ class Weights:
         self._find(layout.layer(config.num_hidden_layers - 1)["input_layernorm"].name)
         self.model = np.zeros(1, MODEL)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
+        self.layers["number"] = np.arange(config.num_hidden_layers)
         self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
         self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
         self._fill(layout)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 from npqwen.errors import CheckpointError, shortened
 from npqwen.format.config import read_json
-from npqwen.format.files import LARGEST_JSON, read_json_text
+from npqwen.format.files import LARGEST_JSON, is_lfs_pointer, open_regular, read_json_text
 
 ALIGNMENT = 64
 """Bytes: the data of files written here starts at a multiple of it, a cache line."""
@@ -94,6 +94,21 @@ def read_header(file: BinaryIO) -> Header:
     tensors = {name: _tensor(name, entry, 8 + length, size) for name, entry in entries.items()}
     _check_filled(tensors, 8 + length, size)
     return Header(tensors, metadata, size)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file of a checkpoint; CheckpointError if it is missing or damaged."""
+    try:
+        with open_regular(path) as file:
+            return read_header(file).tensors
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except HeaderError as error:
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`") from None
+        raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -158,7 +158,7 @@ class Batch:
 
     def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
         """Let a sequence join; its pieces of text, for which all sequences advance. Raises what ended it early."""
-        self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32))
+        self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32), sequence.adapter)
         texts: deque[str] = deque()
         ends: list[BaseException | None] = []
         self.add(sequence, texts.append, ends.append)
@@ -252,11 +252,13 @@ class Batch:
         most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
         source: _Entry | Prefix | None = None
         best = entry.sequence.length
-        found = self._prefixes.find(entry.prompt[:most])
+        found = self._prefixes.find(entry.prompt[:most], entry.sequence.adapter)
         if found.length >= max(SHARED, best + 1):
             best, source = found.length, found
         coming = 0
         for other in self._running:
+            if other.sequence.adapter is not entry.sequence.adapter:
+                continue
             shared = common_prefix(other.prompt, entry.prompt[:most])
             if shared == len(other.prompt) < other.sequence.length:
                 shared = common_prefix(other.computed(), entry.prompt[:most])
@@ -271,7 +273,7 @@ class Batch:
         if isinstance(source, _Entry):
             sequence.cache = source.cache.fork(length)
         elif sequence.cache is None:
-            sequence.cache = self._model.new_cache()
+            sequence.cache = sequence.new_cache()
         if isinstance(source, Prefix):
             length = source.give(sequence.cache)
         sequence.begin_cache(sequence.cache)
@@ -382,6 +384,8 @@ class Batch:
         self.statistics.preempted += 1
 
     def _run(self, chosen: list[tuple[_Entry, int]]) -> None:
+        # Side by side, tokens with the same adapter share what is read of it.
+        chosen = sorted(chosen, key=lambda pair: -1 if (own := pair[0].sequence.adapter) is None else own.number)
         pieces = []
         for entry, size in chosen:
             sequence = entry.sequence

@@ -329,6 +329,8 @@ def check_for_model(model: LanguageModel, options: GenerationOptions) -> Samplin
     foreign = next((id for id in sampling.logit_bias if id >= model.config.vocab_size), None)
     if foreign is not None:
         raise OptionError(f"logit_bias has token id {foreign}; the model's are 0 to {model.config.vocab_size - 1}")
+    if options.get("adapter") is not None:
+        model.adapters.find(options["adapter"])
     if options.get("thinking_budget") is not None:
         ending_ids(model.tokenizer)
     structure = Structure.of(options)

@@ -150,6 +150,12 @@ def _check_function(name: str, value: Any) -> Callable[..., Any]:
     return cast("Callable[..., Any]", value)
 
 
+def _check_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise OptionError(f"{name} is {quoted(value)}; it must be text")
+    return value
+
+
 def _check_functions(name: str, value: Any) -> list[Callable[..., Any]]:
     if not isinstance(value, Iterable):
         raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of functions")
@@ -364,6 +370,17 @@ class GenerationOptions(TypedDict, total=False):
             "default: where it is faster.",
             bool,
             elsewhere=("speculative", "spec_type", "prompt_lookup_num_tokens", "num_draft_tokens", "draft_max"),
+        ),
+    ]
+    adapter: Annotated[
+        str | None,
+        Option(
+            "Use the LoRA adapter of this name, one of those that the model was loaded with; default: none.",
+            str,
+            metavar="NAME",
+            flag=False,
+            validate=_check_text,
+            elsewhere=("lora", "lora_name", "lora_request", "adapter_name"),
         ),
     ]
     progress: Annotated[

@@ -50,18 +50,33 @@ class ContinuationScore:
 
 @overload
 def score(
-    model: LanguageModel, prompt: Prompt, continuations: str, *, session: Session | None = None
+    model: LanguageModel,
+    prompt: Prompt,
+    continuations: str,
+    *,
+    session: Session | None = None,
+    adapter: str | None = None,
 ) -> ContinuationScore: ...
 
 
 @overload
 def score(
-    model: LanguageModel, prompt: Prompt, continuations: Prompts, *, session: Session | None = None
+    model: LanguageModel,
+    prompt: Prompt,
+    continuations: Prompts,
+    *,
+    session: Session | None = None,
+    adapter: str | None = None,
 ) -> list[ContinuationScore]: ...
 
 
 def score(
-    model: LanguageModel, prompt: Prompt, continuations: str | Prompts, *, session: Session | None = None
+    model: LanguageModel,
+    prompt: Prompt,
+    continuations: str | Prompts,
+    *,
+    session: Session | None = None,
+    adapter: str | None = None,
 ) -> ContinuationScore | list[ContinuationScore]:
     """The log-probabilities of continuations of a prompt, which is computed once; see `Model.score`."""
     check_session(session, model)
@@ -77,7 +92,7 @@ def score(
             "shorten the prompt"
         )
     session = session or Session(model)
-    first = session.prefill(start)[np.newaxis]
+    first = session.prefill(start, adapter=adapter)[np.newaxis]
     scores = []
     for each, ids in zip(several, ends, strict=True):
         text = each if isinstance(each, str) else model.tokenizer.decode(ids)

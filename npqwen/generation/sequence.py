@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
-from npqwen.errors import ContextLengthError, OptionError
+from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.completion import Completion, Usage
 from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
@@ -55,12 +55,17 @@ class Sequence:
         """Prepare to continue a prompt.
 
         prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
-        (default: all tokens it holds), while at least one must remain to run. Without one, the driver sets `cache`.
+        (default: all tokens it holds), while at least one must remain to run; its adapter is used. Without one, the
+        driver sets `cache` to what `new_cache` gives.
 
         Raises OptionError, CheckpointError or ContextLengthError before anything is changed.
         """
         given = check_options(options)
         prompt = check_prompt_ids(model, prompt)
+        self._model = model
+        name = given.get("adapter")
+        self.adapter = None if name is None else model.adapters.find(name)
+        """What its tokens are run with, beside the model."""
         self.max_tokens = given.get("max_tokens")
         """The option, None if it is left out."""
         room = model.context - len(prompt)
@@ -68,6 +73,12 @@ class Sequence:
         if cache is not None:
             if not hasattr(cache, "length") or not hasattr(cache, "limit"):
                 raise OptionError(f"cache is {type(cache).__name__}; make one with the model's new_cache()")
+            if self.adapter is not None and cache.adapter is not self.adapter:
+                other = "none" if cache.adapter is None else cache.adapter.name
+                raise OptionError(
+                    f"adapter is {quoted(name)}, but the cache was computed with {other}; give it a cache of its own"
+                )
+            self.adapter = cache.adapter
             cached = cache.reusable(cache.length if cached is None else check_whole("cached", cached, 0, cache.length))
             if cached >= len(prompt):
                 raise OptionError(
@@ -105,6 +116,10 @@ class Sequence:
         """How many tokens of the last draft were accepted so far."""
         self.prefill_seconds = self.first_token_seconds = self.decode_seconds = 0.0
         self._since = 0.0
+
+    def new_cache(self, room: int | None = None) -> KVCache:
+        """An empty cache for this text, of up to `room` tokens (default: the context)."""
+        return self._model.new_cache(room, None if self.adapter is None else self.adapter.name)
 
     def begin_cache(self, cache: KVCache) -> None:
         """Use a cache from now on: it keeps checkpoints between the prompt's messages, and gives what guesses need."""

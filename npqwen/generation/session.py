@@ -36,7 +36,9 @@ class Session:
         print(session.continue_(max_tokens=50).completion().text)
         print(session.text)
 
-    `stream` and `prefill` replace the text by a prompt, `append` and `continue_` add to it. However a stream ends -
+    `stream` and `prefill` replace the text by a prompt, `append` and `continue_` add to it. The option `adapter` holds
+    for one call: a prompt with another adapter than the text before is computed anew. `append` and `continue_` use the
+    text's. However a stream ends -
     finished, closed early, by Ctrl-C during a pass, by an error - the session knows which tokens its cache holds and
     continues from there. It needs no closing. One thread at a time; `fork()` for more.
 
@@ -86,9 +88,10 @@ class Session:
         """
         ids = check_prompt_ids(self.model, prompt)
         known = self._settle()
+        cache = self._cache_for(options.get("adapter"))
         # The last token is always run: its logits are not stored.
-        reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
-        self._stream = Stream(self.model, ids, cache=self._cache, cached=reused, batch=batch, **options)
+        reused = cache.reusable(min(common_prefix(known, ids), len(ids) - 1)) if cache is self._cache else 0
+        self._stream = Stream(self.model, ids, cache=cache, cached=reused, batch=batch, **options)
         return self._stream
 
     @with_options(OPTIONS)
@@ -99,19 +102,26 @@ class Session:
         would give; `seed` and the penalties of generated tokens start over. Raises OptionError for an empty session.
         """
         self._settle()
+        if options.get("adapter") is None and self._cache.adapter is not None:
+            options["adapter"] = self._cache.adapter.name
         if not self._ids:
             raise OptionError("the session is empty, so there is nothing to continue; stream or prefill a prompt first")
         return self.stream(self._ids, **options)
 
-    def prefill(self, prompt: Prompt, progress: Callable[[int, int], None] | None = None) -> NDArray[np.float32]:
+    def prefill(
+        self, prompt: Prompt, progress: Callable[[int, int], None] | None = None, *, adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """Replace the text by a prompt, and compute it: a long document, say, to continue, `fork` or `save`.
 
-        prompt: text or token ids. progress(done, total): called after every chunk with tokens. Returns the float32
-        logits (vocab_size,) of the token that follows. An interruption keeps the chunks that were done.
+        prompt: text or token ids. progress(done, total): called after every chunk with tokens. adapter: see the option.
+        Returns the float32 logits (vocab_size,) of the token that follows. An interruption keeps the chunks that were
+        done.
 
         Raises what `stream` raises; the session then keeps its text.
         """
-        return self._read(check_prompt_ids(self.model, prompt, room=0), progress)
+        ids = check_prompt_ids(self.model, prompt, room=0)
+        self._settle()
+        return self._read(ids, progress, self._cache_for(adapter))
 
     def append(self, more: Prompt, progress: Callable[[int, int], None] | None = None) -> NDArray[np.float32]:
         """Compute text or token ids after the text so far; see `prefill` for the rest.
@@ -124,7 +134,7 @@ class Session:
             raise ContextLengthError(
                 f"{len(self._ids)} tokens and {len(new)} more exceed the context of {self.model.context}"
             )
-        return self._read(self._ids + new, progress)
+        return self._read(self._ids + new, progress, self._cache)
 
     def fork(self) -> Session:
         """An independent session with the same past; keys and values are shared until one of them changes."""
@@ -143,24 +153,33 @@ class Session:
     def load(cls, model: LanguageModel, path: str | os.PathLike[str]) -> Session:
         """Read what `save` wrote.
 
-        Raises FormatError for a file that is not a saved session, is truncated, or was saved from another model, and
+        Raises FormatError for a file that is not a saved session, is truncated, or was saved from another model or with
+        an adapter that this one lacks, and
         ContextLengthError if it holds more tokens than the model's context.
         """
         session = cls.__new__(cls)
         cache = model.new_cache()
-        ids = snapshot.load(check_path(path), cache, model.fingerprint, model.config.vocab_size)
+        adapters = model.adapters.values()
+        ids = snapshot.load(check_path(path), cache, model.fingerprint, model.config.vocab_size, adapters)
         session._start(model, cache, ids)
         return session
 
-    def _read(self, ids: list[int], progress: Callable[[int, int], None] | None) -> NDArray[np.float32]:
+    def _cache_for(self, adapter: str | None) -> KVCache:
+        """The session's cache, or a new one if it was computed with another adapter. Raises OptionError."""
+        own = None if self._cache.adapter is None else self._cache.adapter.name
+        return self._cache if adapter == own else self.model.new_cache(adapter=adapter)
+
+    def _read(
+        self, ids: list[int], progress: Callable[[int, int], None] | None, cache: KVCache
+    ) -> NDArray[np.float32]:
         """Make `ids` the text, and compute what the cache lacks of it; the logits (vocab_size,) of the last token."""
         if progress is not None:
             OPTIONS["progress"].check(progress)
-        known = self._settle()
-        reused = self.cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
-        self.cache.truncate(reused)
-        self._ids = ids
-        self.cache.mark(message_borders(ids, self.model.tokenizer))
+        known = self._settle() if cache is self._cache else []
+        reused = cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
+        cache.truncate(reused)
+        self._cache, self._ids = cache, ids
+        cache.mark(message_borders(ids, self.model.tokenizer))
         tokens = np.array(ids, np.int32)
         reused = self.model.prefixes.extend(tokens[:-1], self.cache)
         logits = self.model.prefill(tokens[reused:], self.cache, progress)

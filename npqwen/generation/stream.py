@@ -51,9 +51,10 @@ class Stream(AsyncSteps[str]):
         """Prepare to continue a prompt.
 
         prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
-        (default: all tokens it holds); tokens after them are discarded, and at least one must remain to run. While the
-        stream runs it holds a prefix of prompt and text, at the end all but the last drawn or forced tokens. batch:
-        runs this stream together with its others; whichever is iterated, all of them advance.
+        (default: all tokens it holds); tokens after them are discarded, and at least one must remain to run. Its
+        adapter is used, and the option may only name the same. While the stream runs it holds a prefix of prompt and
+        text, at the end all but the last drawn or forced tokens. batch: runs this stream together with its others;
+        whichever is iterated, all of them advance.
 
         Raises OptionError, CheckpointError or ContextLengthError before anything is computed or changed.
         """
@@ -117,7 +118,7 @@ class Stream(AsyncSteps[str]):
         """The KV cache. In a batch it may be another one after the next piece."""
         sequence = self._sequence
         if sequence.cache is None:  # the batch has not begun to run this stream
-            sequence.cache = self._model.new_cache(sequence.room)
+            sequence.cache = sequence.new_cache(sequence.room)
         return sequence.cache
 
     @property

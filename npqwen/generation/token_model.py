@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from npqwen.engine.adapters import Adapters
     from npqwen.engine.engine import Piece
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.prefixes import Prefixes
@@ -55,8 +56,15 @@ class TokenModel(Protocol):
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         """An array for `forward_pieces` to put at least this many rows of logits into."""
 
-    def new_cache(self, room: int | None = None) -> KVCache:
-        """An empty cache for one sequence of up to `room` tokens (default: the context)."""
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters that texts can choose from, by name."""
+
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `room` tokens (default: the context).
+
+        adapter: the name of one of `adapters`, with which all its tokens are run.
+        """
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None

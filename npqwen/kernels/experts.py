@@ -14,6 +14,14 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
+from npqwen.kernels.low_rank_experts import (
+    EXPERT_DOWN,
+    EXPERT_GATE,
+    EXPERT_GATED,
+    EXPERT_UP,
+    add_to_slots,
+    expert_rows_read,
+)
 from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
@@ -196,19 +204,20 @@ def claim_segment_rows(team: Any, matrix: Any, segment_count: int, multiple: int
 @njit(nogil=True)
 def project_gated_slots(
     team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, tokens: int, x: Any,
-    local: Any, scratch: Any, gated: Any,
+    adapters: Any, local: Any, scratch: Any, gated: Any,
 ) -> None:  # fmt: skip
     """gated[slot] = silu(gate_proj @ x[slot]) * (up_proj @ x[slot]) of the slot's expert, packed for down_proj.
 
     kernels: see `matmul_kernels`. layer: a LAYER. policy: of prefetching the matrices to come
     (npqwen/kernels/paging.py). x: packed, each segment at its first slot; of a pass of one token, that token alone.
-    local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they are
-    in its cache.
+    adapters: an `npqwen.engine.records.Adapted`. local: this thread's float32 (`local_floats`), for the rows that it
+    computes, and processes further while they are in its cache.
     """
     matrix, down = layer.gate_up_proj, layer.down_proj
     size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
     gated_size = packed_row_bytes(down.encoding, down.cols)
     most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
+    kept = expert_rows_read(adapters, layer.number, EXPERT_GATED, adapters.slot_gated)
     while True:
         s, first, last = claim_segment_rows(team, matrix, segment_count, GROUPS_PER_BLOCK, most)
         if s == segment_count:
@@ -228,15 +237,22 @@ def project_gated_slots(
             batch = min(fitting, whole_tiles(count, width) - start)
             x_at = x.ctypes.data + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            real = min(batch, count - start)
+            for matrix_of, at in ((EXPERT_GATE, 0), (EXPERT_UP, 1)):
+                add_to_slots(
+                    adapters, layer.number, matrix_of, expert, slot + start, real, local, first, last, at, 2, scratch
+                )
             if start == 0 and not finish_first(team):
                 break
-            pack_gated(local, matrix, first, last, start, batch, width, down, scratch, gated[slot * gated_size :])
+            pack_gated(
+                local, matrix, first, last, start, batch, width, down, scratch, gated[slot * gated_size :], kept[slot:]
+            )
 
 
 @njit(nogil=True)
 def multiply_slots(
     team: Any, kernels: Any, layer: Any, policy: int, segments: Any, segment_count: int, tokens: int, gated: Any,
-    out: Any, scratch: Any, local: Any,
+    adapters: Any, out: Any, scratch: Any, local: Any,
 ) -> None:  # fmt: skip
     """out[slot] = down_proj of the slot's expert @ gated[slot], for all segments; out: float32 (slots, >= rows)."""
     matrix = layer.down_proj
@@ -261,9 +277,13 @@ def multiply_slots(
             batch = min(fitting, whole_tiles(count, width) - start)
             x_at = gated.ctypes.data + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            real = min(batch, count - start)
+            add_to_slots(
+                adapters, layer.number, EXPERT_DOWN, expert, slot + start, real, local, first, last, 0, 1, scratch
+            )
             if start == 0 and not finish_first(team):
                 break
-            write_rows(local, first, last, min(batch, count - start), out[slot + start :], 0)
+            write_rows(local, first, last, real, out[slot + start :], 0)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)

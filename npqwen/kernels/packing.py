@@ -112,15 +112,23 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
 
 
 @njit(nogil=True)
+def copy_floats(source: Any, target: Any) -> None:
+    """The first of `target` = all of `source`; float32."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@njit(nogil=True)
 def pack_gated(
     local: Any, matrix: Any, first: int, last: int, start: int, count: int, width: int, down: Any, scratch: Any,
-    gated: Any,
+    gated: Any, kept: Any,
 ) -> None:  # fmt: skip
     """Pack silu(gate) * up as down_proj's activations, for `count` tokens from `start` on.
 
     local: float32, the tokens' products with row groups first to last - 1 of gate_up_proj (matrix, a MATRIX); groups of
     gate and up alternate, and first is a multiple of GROUPS_PER_BLOCK. down: the MATRIX of down_proj. scratch: float32
-    (down.cols,). gated: uint8, packed, tiles of `width` tokens.
+    (down.cols,). gated: uint8, packed, tiles of `width` tokens. kept: float32 (tokens, down.cols) for what is packed,
+    or none of its rows.
     """
     rows = UNIT_ROWS * (last - first)
     column = UNIT_ROWS * first // 2
@@ -130,3 +138,5 @@ def pack_gated(
     for t in range(count):
         swiglu(local[t * rows : (t + 1) * rows], product)
         pack_part(product, column, down.cols, start + t, width, down.encoding, gated)
+        if kept.shape[0]:
+            copy_floats(product, kept[start + t, column:])

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
 from numba import njit
+from numpy.typing import NDArray
 
 from npqwen.simd.llvm import I32, Int, Int32, call, operation
 
@@ -125,3 +127,17 @@ def prefetch_pages(policy: int, address: int, size: int, residency: Any) -> None
             if page == pages or residency[page] & 1:
                 _request(at + first * _PAGE, at + page * _PAGE)
                 first = page + 1
+
+
+def new_memory(size: int) -> NDArray[np.uint8]:
+    """Zeros at a multiple of 4,096 bytes, which the system gets back once no array is left; OSError without room.
+
+    After pages of many lengths of life, malloc would keep a multiple of what is in use: of what has been freed, it
+    returns only the end of its heap.
+    """
+    if sys.platform == "win32":
+        mapping = mmap.mmap(-1, size)
+    else:
+        mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        advise_huge_pages(mapping)
+    return np.frombuffer(mapping, np.uint8)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from npqwen.engine.budget import Budget
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.recurrent_states import states_bytes
 from npqwen.errors import CheckpointError, OptionError, size
 from npqwen.format.config import Config
 from npqwen.format.encodings import BY_NAME
@@ -201,7 +202,7 @@ def plan_conversion(
         free=free_bytes(place),
         context=context,
         kv=kv,
-        cache=Budget(weights, 0, page, available).cache(context),
+        cache=Budget(weights, 0, page, available, states_bytes(config)).cache(context),
         cache_token=page // PAGE,
         available_memory=available,
         threads=threads,

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from npqwen.engine.adapters import Adapters, check_adapters
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
-from npqwen.engine.recurrent_states import states_bytes
+from npqwen.engine.recurrent_states import Recurrent, states_bytes
 from npqwen.engine.weights import Weights
 from npqwen.errors import size
-from npqwen.format.config import Config, Recurrence
+from npqwen.format.config import Config
 from npqwen.format.encodings import ENCODINGS
 from npqwen.format.layout import Experts, Layout, Tensor, Vector
 from npqwen.format.quantization import EvaluationRecord
@@ -27,15 +28,16 @@ from npqwen.simd.isa import ISA, available
 PARTS = {
     "embedding": ("embed_tokens",),
     "attention": ("qk_proj", "v_proj", "q_gate", "o_proj"),
-    "DeltaNet": (),
-    "feed-forward": ("gate_up_proj", "down_proj"),
-    "experts": ("experts",),
-    "routers": ("gate",),
+    "recurrence": ("in_proj", "in_proj_ba", "conv1d", ".linear_attn", "out_proj"),
+    "feed-forward": (".mlp.gate_up_proj", ".mlp.down_proj"),
+    "experts": (".experts",),
+    "shared expert": ("shared_expert.gate_up_proj", "shared_expert.down_proj", "shared_expert_gate"),
+    "routers": (".mlp.gate",),
     "norms": ("norm",),
     "output": ("lm_head",),
     "draft layer": (),
 }
-"""Parts of a model, and how the names of their tensors end."""
+"""Ends of the names of tensors, the last component left out."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Info:
     """Keys and values of a full context."""
     working: int
     """Buffers of the forward pass, at most."""
+    adapters: int
+    """LoRA adapters, all of them."""
     available_memory: int | None
     fitting_context: int
     """Tokens of context that fit the available memory together with all weights; 0 if the weights do not fit."""
@@ -80,7 +84,7 @@ class Info:
     @property
     def needed(self) -> int:
         """Bytes for everything at this context."""
-        return self.weights + self.cache + self.working
+        return self.weights + self.cache + self.working + self.adapters
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -88,11 +92,15 @@ class Info:
 
 
 def inspect(
-    directory: Path, context: int | None = None, yarn: float | None = None, kv: CacheType | None = None
+    directory: Path,
+    context: int | None = None,
+    yarn: float | None = None,
+    kv: CacheType | None = None,
+    adapters: Mapping[str, Any] | None = None,
 ) -> Info:
     """Inspect a converted directory without loading it.
 
-    context: tokens to count memory for, by default the model's limit. yarn, kv: as of `npqwen.load`.
+    context: tokens to count memory for, by default the model's limit. yarn, kv, adapters: as of `npqwen.load`.
     Raises FormatError or
     CheckpointError for a directory that cannot be loaded, OptionError for a context beyond the limit.
     """
@@ -107,9 +115,11 @@ def inspect(
             parts[part] += tensor.data.size
     matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
     threads = machine.default_threads()
+    found = Adapters(check_adapters(adapters), config)
+    working = Buffers(config, weights, threads, chunk_size(config), context, rank=found.rank).nbytes
     budget = Budget(
         weights=sum(parts.values()),
-        working=Buffers(config, weights, threads, chunk_size(config), context).nbytes,
+        working=working + found.nbytes,
         page=KVCache(config, 1, kv).page_bytes,
         available=machine.available_memory(),
         states=states_bytes(config),
@@ -128,7 +138,8 @@ def inspect(
         context=context,
         kv=kv,
         cache=budget.cache(context),
-        working=budget.working,
+        working=working,
+        adapters=found.nbytes,
         available_memory=budget.available,
         fitting_context=budget.fitting(context),
         possible_context=budget.possible(context),
@@ -144,26 +155,17 @@ def part_of(name: str) -> str:
     """The part of the model that a tensor belongs to, of PARTS; "" if no model has it."""
     if name.startswith("mtp."):
         return "draft layer"
-    if ".linear_attn." in name:
-        return "DeltaNet"
     return next((part for part, ends in PARTS.items() if name.rpartition(".")[0].endswith(ends)), "")
 
 
 def weights_in_matrices(c: Config) -> int:
-    """Number of weights in a checkpoint's matrices, a tied embedding counted once."""
-    return sum(_elements(tensor) for tensor in Layout(c) if not isinstance(tensor, Vector))
-
-
-def _elements(tensor: Tensor) -> int:
-    """Of the checkpoint's tensors that a tensor is made from."""
-    if isinstance(tensor, Experts):
-        return tensor.count * sum(map(_elements, tensor.matrices(0)))
-    return sum(math.prod(shape) for shape in tensor.sources.values())
+    """Number of weights in the matrices of a converted model, a tied embedding counted once."""
+    return sum(_weights(tensor) for tensor in Layout(c) if not isinstance(tensor, Vector))
 
 
 def parameters(c: Config) -> int:
     """Number of a checkpoint's parameters."""
-    return sum(map(_elements, Layout(c)))
+    return sum(map(_weights, Layout(c)))
 
 
 def active_parameters(c: Config) -> int:
@@ -171,14 +173,21 @@ def active_parameters(c: Config) -> int:
 
     A draft layer is left out.
     """
+    used = [tensor for tensor in Layout(c) if not tensor.name.startswith("mtp.")]
     idle = 0
     if c.mixture is not None:
-        unused = c.mixture.num_experts - c.mixture.num_experts_per_tok
-        sparse = sum(map(c.is_sparse, range(c.num_hidden_layers)))
-        idle = unused * sparse * 3 * c.hidden_size * c.mixture.moe_intermediate_size
-    draft = sum(_elements(tensor) for tensor in Layout(c) if tensor.name.startswith("mtp."))
+        others = c.mixture.num_experts - c.mixture.num_experts_per_tok
+        stacks = (tensor for tensor in used if isinstance(tensor, Experts))
+        idle = sum(_weights(stack) // stack.count * others for stack in stacks)
     unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-    return parameters(c) - draft - idle - unread
+    return sum(map(_weights, used)) - idle - unread
+
+
+def _weights(tensor: Tensor) -> int:
+    """Of a tensor, without padding."""
+    if isinstance(tensor, Experts):
+        return tensor.count * sum(map(_weights, tensor.matrices(0)))
+    return sum(map(math.prod, tensor.sources.values()))
 
 
 def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
@@ -202,11 +211,16 @@ def _parameters(info: Info) -> str:
     return f"{total / 1e6:.1f}M parameters" + (f", {active / 1e6:.1f}M active a token" if info.config.mixture else "")
 
 
-def _recurrence(r: Recurrence) -> str:
-    return (
-        f"in {r.layer_types.count('linear_attention')} of the layers, {r.linear_num_key_heads} key heads of "
-        f"{r.linear_key_head_dim} and {r.linear_num_value_heads} value heads of {r.linear_value_head_dim}"
-    )
+def _recurrence(c: Config) -> list[tuple[str, str]]:
+    """The line about a hybrid's Gated DeltaNet layers."""
+    shape, r = Recurrent.of(c), c.recurrence
+    if shape is None or r is None:
+        return []
+    keys = f"{r.linear_num_key_heads} key heads of {r.linear_key_head_dim}"
+    values = f"{r.linear_num_value_heads} value heads of {r.linear_value_head_dim}"
+    where = f"Gated DeltaNet in {shape.layers} of {c.num_hidden_layers} layers, {keys} and {values}"
+    kept = f"{size(shape.nbytes)} a state, {size(states_bytes(c))} with all checkpoints"
+    return [("recurrence", f"{where}; {kept}")]
 
 
 def _longest(c: Config) -> str:
@@ -259,16 +273,23 @@ def describe(info: Info, name: str | None = None) -> str:
     """The facts as lines of text, one each. name: what the model is called, if that is not its directory."""
     c = info.config
     heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
+    if c.recurrence is not None:
+        heads += f", in {c.recurrence.layer_types.count('full_attention')} of {c.num_hidden_layers} layers"
     mixture = c.mixture
-    experts = "" if mixture is None else f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
+    experts = ""
+    if mixture is not None:
+        experts = f"{mixture.num_experts} experts of {mixture.moe_intermediate_size}"
+        experts += f", {mixture.num_experts_per_tok} a token"
+        if mixture.shared_expert_intermediate_size:
+            experts += f", and one of {mixture.shared_expert_intermediate_size} that every token uses"
     lines = [
         *([("model", info.path)] if name is None else [("model", name), ("files", info.path)]),
         ("type", f"{c.model_type}, {_parameters(info)}"),
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
-        *([("Gated DeltaNet", _recurrence(c.recurrence))] if c.recurrence is not None else []),
         ("attention", heads),
+        *_recurrence(c),
         *([("draft layer", "one, which guesses further tokens")] if c.mtp_num_hidden_layers else []),
-        *([("mixture", f"{experts}, {mixture.num_experts_per_tok} a token")] if mixture is not None else []),
+        *([("mixture", experts)] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         ("positions", f"up to {_longest(c)}, rope_theta {c.rope_theta:g}"),
         ("encoding", f"{', '.join(info.encodings)}; {info.bits_per_weight:.2f} bits per weight"),
@@ -278,6 +299,7 @@ def describe(info: Info, name: str | None = None) -> str:
         *([("evaluation", evaluation_line(info.evaluation))] if info.evaluation is not None else []),
         ("cache", f"{size(info.cache)} at {info.context} tokens of context, in {info.kv}"),
         ("working", f"{size(info.working)} at most, for {info.threads} threads"),
+        *([("adapters", size(info.adapters))] if info.adapters else []),
         ("needed", size(info.needed)),
     ]
     if info.available_memory is not None:

@@ -147,5 +147,6 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
             choice.notices = prepared.notices
         choices.append(choice)
     # Here rather than in the engine's thread: reading files would keep other texts waiting.
-    model.prefixes.fetch(np.array(choices[0].sequence.decoding.prompt_ids[:-1], np.int32))
+    first = choices[0].sequence
+    model.prefixes.fetch(np.array(first.decoding.prompt_ids[:-1], np.int32), first.adapter)
     return choices

@@ -19,12 +19,18 @@ class ModelNames:
     """Finds models by what clients call them. Case does not matter, nor does the tag ":latest".
 
     "Qwen3-0.6B" and ollama's "qwen3:0.6b" are Qwen/Qwen3-0.6B unless another model has that name, too. An alias may
-    contain "*" and stands for what is left; exact ones come first.
+    contain "*" and stands for what is left; exact ones come first. A model with an adapter is found by the adapter's
+    own name, too, unless another model has an adapter of that name.
     """
 
-    def __init__(self, names: Sequence[str], aliases: Mapping[str, str]) -> None:
-        """names: of the models, the first is the default. Raises OptionError for an alias of something else."""
-        self._names = list(names)
+    def __init__(
+        self, names: Sequence[str], aliases: Mapping[str, str], adapters: Mapping[str, str] | None = None
+    ) -> None:
+        """names: of the models, the first is the default. adapters: names of models with an adapter -> the adapter's
+        own. Raises OptionError for an alias of something else.
+        """
+        self._adapters = dict(adapters or {})
+        self._names = [*names, *self._adapters]
         self._aliases: dict[str, str] = {}
         for alias, model in aliases.items():
             found = self._among_names(model)
@@ -50,7 +56,8 @@ class ModelNames:
             lambda own: own == name,
             lambda own: _plain(own) == plain,
             lambda own: _plain(own).rpartition("/")[2] == plain,
-            lambda own: _ollama_matches(plain, _plain(own)),
+            lambda own: own not in self._adapters and _ollama_matches(plain, _plain(own)),
+            lambda own: _plain(self._adapters.get(own, "")) == plain,
         )
         for matches in spellings:
             found = [own for own in self._names if matches(own)]

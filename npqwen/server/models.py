@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from npqwen.engine.budget import RESERVED
 from npqwen.errors import ClosedError, NpqwenError, OptionError, OutOfMemoryError, QueueFullError, size
 from npqwen.format.task import Task, check_task
 from npqwen.hardware.machine import available_memory
+from npqwen.server.adapter_worker import AdapterWorker
 from npqwen.server.background import in_thread
 from npqwen.server.exchange import current
 from npqwen.server.model_names import ModelNames
@@ -67,7 +68,9 @@ class Models:
             if names.count(name) > 1:
                 raise OptionError(f"two models are named {name}; serve one of them, or rename its directory")
         self._slots = {slot.name: slot for slot in slots}
-        self._names = ModelNames(names, self._settings.aliases)
+        self._adapters = {f"{slot.name}:{name}": (slot, name) for slot in slots for name in slot.offer.adapters}
+        adapters = {name: own for name, (_, own) in self._adapters.items()}
+        self._names = ModelNames(names, self._settings.aliases, adapters)
         keep_alive = self._settings.keep_alive
         if keep_alive is None:
             keep_alive = KEEP_ALIVE if len(slots) > 1 else -1.0
@@ -84,13 +87,18 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """The names of the models; the first is the default."""
-        return list(self._slots)
+        """The names of the models and, after them, of models with an adapter; the first is the default."""
+        return [*self._slots, *self._adapters]
 
     @property
     def states(self) -> list[ModelState]:
         """What is known of every model."""
         return [self._state(slot) for slot in self._slots.values()]
+
+    @property
+    def offered(self) -> list[ModelState]:
+        """What is known of every model, and of every model with one of its adapters as if it were a model."""
+        return [self.state(name) for name in self.names]
 
     @property
     def in_use(self) -> int:
@@ -99,12 +107,15 @@ class Models:
 
     def state(self, name: str | None) -> ModelState:
         """What is known of one model. Raises what `worker` raises for its name."""
-        return self._state(self._slots[self._names.find(name)])
+        found = self._names.find(name)
+        return replace(self._state(self._slot(found)[0]), name=found)
 
     async def worker(
         self, name: str | None, keep_alive: float | None = None, task: Task | None = "text"
-    ) -> Worker:
+    ) -> Worker | AdapterWorker:
         """The worker of a model, which is loaded if necessary; None: of the first model for the task.
+
+        The name may be that of a model with an adapter, which requests then use.
 
         keep_alive: seconds for which the model stays loaded after this request, negative for ever; None: as the
         settings have it. task: what the request needs; None: any model will do.
@@ -113,7 +124,7 @@ class Models:
         QueueFullError if other models take the memory and are in use, OutOfMemoryError, and what loading raises; the
         next request tries again.
         """
-        slot = self._find(name, task)
+        slot, adapter = self._find(name, task)
         if self._closed:
             raise ClosedError("the server is shutting down")
         slot.keep_alive = self._keep_alive if keep_alive is None else math.inf if keep_alive < 0 else keep_alive
@@ -129,21 +140,25 @@ class Models:
             slot.users -= 1
             self._touch(slot)
         self._sweep_later()
-        return slot.worker
+        return slot.worker if adapter is None else AdapterWorker(slot.worker, adapter)
 
-    def _find(self, name: str | None, task: Task | None) -> _Slot:
-        """The model of a name, checked for the task; without a name, the first one for it."""
-        slot = self._slots[self._names.find(name)]
+    def _slot(self, name: str) -> tuple[_Slot, str | None]:
+        """The model of one of `names`, and the adapter."""
+        return self._adapters.get(name) or (self._slots[name], None)
+
+    def _find(self, name: str | None, task: Task | None) -> tuple[_Slot, str | None]:
+        """The model of a name and the adapter, checked for the task; without a name, the first one for it."""
+        slot, adapter = self._slot(self._names.find(name))
         if task is None:
-            return slot
+            return slot, adapter
         if not name:
             slot = next((one for one in self._slots.values() if one.offer.task == task), slot)
         check_task(slot.name, slot.offer.task, task)
-        return slot
+        return slot, adapter
 
     async def let_go(self, name: str | None) -> bool:
         """Unload a model now, or as soon as it is idle. Whether it is unloaded when this returns."""
-        slot = self._slots[self._names.find(name)]
+        slot, _ = self._slot(self._names.find(name))
         slot.keep_alive = 0.0
         self._touch(slot)
         if slot.can_go():

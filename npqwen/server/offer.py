@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from npqwen.engine.adapter import check
+from npqwen.engine.adapters import check_adapters
 from npqwen.engine.cache_type import check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefix_files import check_size
 from npqwen.errors import FormatError
+from npqwen.format.adapter import AdapterFile, StoredAdapter
 from npqwen.format.config import Config
+from npqwen.format.layout import Layout
 from npqwen.format.quantization import Quantization
 from npqwen.format.task import Task, directory_task
 from npqwen.generation.draft_model import check_tokens
@@ -38,6 +42,7 @@ class Loading(TypedDict, total=False):
     notice: Callable[[str], None] | None
     on_compile: Callable[[int, int], None] | None
     draft: Path | None
+    adapters: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Offer:
 
     name: what clients call it. path: the converted directory. load: maps it; any thread may call it. config: its
     dimensions. context: maximum tokens of a prompt and its answer together. draft: the converted directory of its draft
-    model, which is loaded with it.
+    model, which is loaded with it. adapters: its LoRA adapters.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Offer:
     config: Config
     context: int
     draft: Path | None = None
+    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -70,7 +76,7 @@ class Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
         Raises OptionError for a context that the model does not support, an unknown type of cache, a prefix cache that
-        is too small or a draft model with other tokens, CheckpointError for damaged files.
+        is too small or a draft model with other tokens, CheckpointError for damaged files and adapters of other models.
         """
         from npqwen.model import load
 
@@ -79,7 +85,10 @@ class Offer:
         def load_it() -> Model:
             return load(path, threads=threads, context=context, yarn=yarn, name=name, **options)
 
-        offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"))
+        adapters = check_adapters(options.get("adapters"))
+        for file in adapters.values():
+            check(StoredAdapter(file), Layout(config))
+        offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"), adapters)
         offer._read_facts()
         if offer.draft is not None:
             tokenizers = Tokenizer.from_directory(offer.draft), Tokenizer.from_directory(path)
@@ -94,7 +103,8 @@ class Offer:
     @classmethod
     def loaded(cls, model: Model) -> Offer:
         """The offer of a model that is loaded."""
-        offer = cls(model.name, model.path, lambda: model, model.config, model.context)
+        adapters = {name: AdapterFile(adapter.directory) for name, adapter in model.adapters.items()}
+        offer = cls(model.name, model.path, lambda: model, model.config, model.context, adapters=adapters)
         with suppress(FormatError):  # a stand-in for a model may have no converted directory
             offer._read_facts()
         return offer
@@ -120,10 +130,9 @@ class Offer:
 
     @cached_property
     def loaded_bytes(self) -> int:
-        """Bytes of the weights that are loaded, those of a draft model included."""
-        if self.draft is None:
-            return self.weight_bytes
-        return self.weight_bytes + sum(size for _, size in _weight_files(self.draft))
+        """Bytes of the weights that are loaded, those of a draft model and of adapters included."""
+        beside = [file.directory for file in self.adapters.values()] + ([] if self.draft is None else [self.draft])
+        return self.weight_bytes + sum(size for directory in beside for _, size in _weight_files(directory))
 
     @cached_property
     def modified(self) -> float:

@@ -82,6 +82,12 @@ def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, together: Const) -> Tile:
 
 
 @operation
+def add(b: ir.IRBuilder, tile: Tile, other: Tile) -> Tile:
+    """tile + other, of the same shape."""
+    return [b.fadd(x, y) for x, y in zip(tile, other, strict=True)]
+
+
+@operation
 def load(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> Tile:
     """The tile that `store` of the same arguments has written; `tile` only tells how many vectors it has."""
     return [b.load(_place(b, out, at, n, rows, stride), align=4) for n in range(len(tile))]

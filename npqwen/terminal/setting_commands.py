@@ -124,7 +124,8 @@ def show(chat: TerminalChat, subject: str) -> None:
 def _show_info(chat: TerminalChat) -> None:
     from npqwen.reports.info import describe, inspect
 
-    chat.terminal.lines(describe(inspect(Path(chat.model.path), chat.model.context), chat.name))
+    path, adapters = Path(chat.model.path), {name: one.directory for name, one in chat.model.adapters.items()}
+    chat.terminal.lines(describe(inspect(path, chat.model.context, adapters=adapters), chat.name))
 
 
 def _show_parameters(chat: TerminalChat) -> None:

@@ -1,9 +1,9 @@
 """Calibration: quantizing with error feedback, layer by layer, resumed where an interrupted one ended.
 
-The text's hidden states lie in a file of the conversion's working directory. Half a layer at a time (attention,
-feed-forward) they are advanced by the unquantized model, which gives the second moments of its matrices' inputs; the
-matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is done when the next
-hidden states have their name, which they get after the half's fits were synced.
+The text's hidden states lie in a file of the conversion's working directory. Half a layer at a time (attention or
+Gated DeltaNet, feed-forward) they are advanced by the unquantized model, which gives the second moments of its
+matrices' inputs; the matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is
+done when the next hidden states have their name, which they get after the half's fits were synced.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from npqwen.format.encodings import BLOCK_COLUMNS
 from npqwen.format.layout import pad
 from npqwen_quant import moments
 from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.delta_moments import recurrent
 from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 from npqwen_quant.moments import Moments
@@ -215,9 +216,10 @@ class _Run:
                 return self._load(prefix + name)
 
             if half % 2 == 0:
-                self._fit(_prefixed(prefix, moments.attention(self.config, load, hidden, WIDEST)))
+                mixer = recurrent if self.config.is_recurrent(layer) else moments.attention
+                self._fit(_prefixed(prefix, mixer(self.config, load, hidden, WIDEST)))
             elif self.config.is_sparse(layer):
-                for _, of_expert in moments.mixture(self.config, load, hidden, WIDEST):
+                for of_expert in moments.mixture(self.config, load, hidden, WIDEST):
                     self._fit(_prefixed(prefix, of_expert))
             else:
                 self._fit(_prefixed(prefix, moments.feed_forward(self.config, load, hidden, WIDEST)))
@@ -227,8 +229,12 @@ class _Run:
         """The matrices that are fitted in this half of a layer, or at the end."""
         if half == halves:
             return [name for name in self.codebooks if not name.startswith("model.layers.")]
-        part = "self_attn." if half % 2 == 0 else "mlp."
-        return [name for name in self.codebooks if name.startswith(f"model.layers.{half // 2}.{part}")]
+        layer = f"model.layers.{half // 2}."
+        return [
+            name
+            for name in self.codebooks
+            if name.startswith(layer) and name.startswith(layer + "mlp.") == (half % 2 == 1)
+        ]
 
     def _load(self, name: str) -> F32:
         source = self.sources[name]

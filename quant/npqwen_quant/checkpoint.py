@@ -18,7 +18,9 @@ from npqwen.format.text_part import text_name, text_part
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files
-from npqwen_quant.hybrid import in_layout
+from npqwen_quant.gguf_hybrid import undone
+from npqwen_quant.hybrid import in_layout, is_of_mlx
+from npqwen_quant.mlx import Mlx
 from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
@@ -35,13 +37,11 @@ class Checkpoint:
     """A checkpoint directory of `model.safetensors`, or of shards with an index; or a GGUF file, one of several shards
     of a model, or a directory of these.
 
-    Tensors go by the names that Qwen3ForCausalLM gives them; files of the bare base model, whose names lack the leading
-    `model.`, are read too.
+    Tensors go by the names that Qwen3ForCausalLM gives them, those of hybrids by the names of npqwen's layout; files of
+    the bare base model, whose names lack the leading `model.`, are read too.
     """
 
-    def __init__(
-        self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()
-    ) -> None:
+    def __init__(self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()) -> None:
         """Read the configuration and every file's header. Raises CheckpointError, naming what is wrong.
 
         weights: False for a directory that holds none; then `tensors` is empty. adapters: LoRA adapters, which are
@@ -50,25 +50,37 @@ class Checkpoint:
         self.directory = directory
         self._states: dict[Path, tuple[int, int]] = {}
         self._gguf: GgufModel | None = None
+        self._whole = weights
         self.tensors: dict[str, SourceTensor] = {}
-        """By the names of npqwen's layout."""
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
+        self.has_draft = False
+        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), which are not read."""
         self.format: QuantizedFormat | None = None
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
         if weights and (files := gguf_files(directory)):
             self._read_gguf(files)
+            of_mlx = False
         else:
             self._read_directory(weights)
+            of_mlx = self._is_of_mlx(self.tensors)
         for file in adapters:
+            if self.config.recurrence is not None and (of_mlx or self._gguf is not None):
+                raise CheckpointError(
+                    f"adapters cannot be merged into {directory}, whose tensors are not stored as transformers stores "
+                    "them; merge them into the original checkpoint"
+                )
             self._adapt(Adapter(file))
+        if self._gguf is None:
+            self.tensors = in_layout(self.tensors, self.config, zero_centred=not of_mlx)
 
     def _read_gguf(self, files: Sequence[Path]) -> None:
         self._watch(files)
         self._gguf = GgufModel(files)
+        self.has_draft = self._gguf.has_draft
         self.raw_config = self._gguf.raw_config
         self.config = Config.from_dict(self.raw_config, str(files[0]))
-        self.tensors = self._gguf.tensors
+        self.tensors = undone(self._gguf.tensors, self.config, self._gguf.metadata.architecture)
 
     def _read_directory(self, weights: bool) -> None:
         directory = self.directory
@@ -88,7 +100,7 @@ class Checkpoint:
         if weights:
             stored = self._read_tensors()
             self.find_draft_layer(stored)
-            self.tensors = self.sources(stored)
+            self.tensors = self._named(stored)
         refuse_packed(self.tensors, directory)
 
     def find_draft_layer(self, names: Iterable[str]) -> None:
@@ -96,7 +108,7 @@ class Checkpoint:
 
         Qwen3-Next's config.json does not mention it, and those of further trained models mention one that they lost.
         """
-        count = int(self.config.recurrence is not None and any(name.startswith(_DRAFT) for name in names))
+        count = int(self.config.recurrence is not None and any(map(_of_draft, names)))
         if count != self.config.mtp_num_hidden_layers:
             self.config = replace(self.config, mtp_num_hidden_layers=count)
             self.raw_config |= {"mtp_num_hidden_layers": count}
@@ -112,15 +124,34 @@ class Checkpoint:
         self.tensors = adapter.apply(self.tensors)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
-        """Tensors of the checkpoint from all that its files store of them, by the names of Qwen3ForCausalLM."""
+        """Tensors of the checkpoint from all that its files store of them, as in `tensors`."""
+        named = self._named(stored)
+        return in_layout(named, self.config, zero_centred=not self._is_of_mlx(named))
+
+    def _named(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
+        """What files store, dequantized, by the names of Qwen3ForCausalLM or its sisters."""
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
-        return in_layout(unfused(with_prefix(tensors), self.config), self.config)
+        return unfused(with_prefix(tensors), self.config)
+
+    def _is_of_mlx(self, tensors: Mapping[str, SourceTensor]) -> bool:
+        """Whether MLX stored a hybrid. CheckpointError if only some of its tensors are here, and others tell."""
+        found, expected = is_of_mlx(tensors), isinstance(self.format, Mlx)
+        if found is None or found == expected:
+            return expected
+        if not self._whole:
+            raise CheckpointError(
+                f"{self.directory} stores its tensors as MLX does, and such checkpoints can only be converted whole; "
+                "use it without low_disk (--low-disk)"
+            )
+        return found
 
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one that is not of
         it: of images."""
+        if self.config.recurrence is not None and (of_draft := _of_draft(name)):
+            return of_draft
         return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
@@ -203,6 +234,12 @@ class Checkpoint:
         """The tensors of one file."""
         self._watch([path])
         return read_tensors(path)
+
+
+def _of_draft(name: str) -> str:
+    """The name that a tensor of a hybrid's draft layer has in npqwen's layout; "" for other tensors."""
+    before, dot, own = name.partition(_DRAFT)
+    return dot + own if before in ("", "model.", "language_model.", "model.language_model.") else ""
 
 
 def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:

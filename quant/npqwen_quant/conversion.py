@@ -67,7 +67,8 @@ def convert(
     calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback).
     calibration_progress: a function (bytes_done, bytes_total) of the matrices, in place of a bar.
     adapters: LoRA adapters to merge into the weights (npqwen_quant.adapter).
-    notice(line): called when an interrupted conversion is resumed, and with what stays of an interrupted one.
+    notice(line): called with what of the checkpoint is left out, when an interrupted conversion is resumed, and with
+    what stays of an interrupted one.
 
     `out` appears complete and synced, or not at all. A conversion that was interrupted, even by a power failure, is
     resumed by the next one to `out` with the same arguments (threads may differ), and the result is the same to the
@@ -86,6 +87,7 @@ def convert(
     if calibration is not None and not codebooks:
         raise OptionError(f"calibration makes no difference to {bits} bits; use it with fewer")
     refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
+    tell_of_draft(checkpoint, notice)
     files = deal(tensors, shard_bytes)
     states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
     text = None if calibration is None else calibration_key(calibration, codebooks)
@@ -132,6 +134,12 @@ def convert(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
+    """Tell that a GGUF file's draft layer is left out, if it has one."""
+    if checkpoint.has_draft and notice:
+        notice("the file's draft layer (MTP) is left out; that of the original checkpoint would be converted")
 
 
 def conversion_key(

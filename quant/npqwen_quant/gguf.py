@@ -14,8 +14,17 @@ import numpy.typing as npt
 from npqwen.errors import CheckpointError, quoted, shortened
 from npqwen.format.safetensors import INDEX, StoredTensor
 from npqwen.format.small_files import TOKENIZER
-from npqwen_quant.gguf_config import Metadata, config, end_ids, generation_config, refuse_architecture
+from npqwen_quant.gguf_config import (
+    HYBRIDS,
+    Metadata,
+    config,
+    draft_layers,
+    end_ids,
+    generation_config,
+    refuse_architecture,
+)
 from npqwen_quant.gguf_header import GgufHeader, StoredGguf, is_gguf, read_architecture, read_header
+from npqwen_quant.gguf_hybrid import NAMES as OF_HYBRIDS
 from npqwen_quant.gguf_tokenizer import GgufTokenizer
 from npqwen_quant.gguf_types import TYPES
 from npqwen_quant.small_file import SmallFile
@@ -48,9 +57,14 @@ _NAMES = {
 """GGUF's names of tensors, those of layers after "blk.N.", and Qwen3ForCausalLM's. llama.cpp's converter stores them as
 they are: it reorders the rows of q and k for LLaMA's interleaved rotary embedding only, not for Qwen's."""
 _MOST_EXPERTS = 1 << 12
-_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-"""Stacks (experts, rows, columns)."""
-_IN_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.weight", re.ASCII)
+_EXPERTS = {
+    "ffn_gate_exps": ("gate_proj",),
+    "ffn_up_exps": ("up_proj",),
+    "ffn_down_exps": ("down_proj",),
+    "ffn_gate_up_exps": ("gate_proj", "up_proj"),
+}
+"""Stacks (experts, rows, columns), and whose rows they have for each expert, one after the other."""
+_IN_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.([\w.]+)", re.ASCII)
 
 
 def gguf_files(path: Path) -> list[Path]:
@@ -124,7 +138,8 @@ class GgufTensor(SourceTensor):
 class GgufModel:
     """A model in GGUF: what a checkpoint directory would say of it.
 
-    files: all of its shards. raw_config: the content of config.json. tensors: by the names of Qwen3ForCausalLM.
+    files: all of its shards. raw_config: the content of config.json. tensors: by the names of Qwen3ForCausalLM; of a
+    hybrid, as gguf_hybrid.undone takes them. has_draft: whether it has layers that are not read.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -146,9 +161,13 @@ class GgufModel:
             raise CheckpointError(f"{files[0]} and its other shards have {len(stored)} of {total} tensors")
         self.kinds = _kinds(tensor for _, tensor in stored.values())
         """Names of the formats of the matrices, by the bytes they take, the largest first."""
+        drafts = draft_layers(self.metadata)
+        self.has_draft = drafts > 0
+        self.is_hybrid = self.metadata.architecture in HYBRIDS
+        self._layers = self.metadata.needed(".block_count", int) - drafts
         self.tensors: dict[str, SourceTensor] = {}
         for name, (path, tensor) in stored.items():
-            for ours, found in _named(name, path, tensor):
+            for ours, found in self._named(name, path, tensor):
                 if ours in self.tensors:
                     raise CheckpointError(f"{path} has {ours} twice, under two names; it is damaged")
                 self.tensors[ours] = found
@@ -183,30 +202,43 @@ class GgufModel:
             files["generation_config.json"] = _json(self._generation)
         return [SmallFile(name, len(content), partial(bytes, content)) for name, content in files.items()]
 
+    def _named(self, name: str, path: Path, stored: StoredGguf) -> Iterator[tuple[str, SourceTensor]]:
+        """A tensor under the name of Qwen3ForCausalLM; a stack of experts as one tensor each; none of a draft's layers.
+        Unknown names stay."""
+        match = _IN_LAYER.fullmatch(name)
+        if match is None:
+            found = _NAMES.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            yield f"{found}.weight" if found is not None else name, GgufTensor(path, stored)
+            return
+        layer, part = f"model.layers.{match[1]}", match[2]
+        if self.has_draft and int(match[1]) >= self._layers:
+            return
+        own = part.removesuffix(".weight") if part.endswith(".weight") else ""
+        if own in _EXPERTS and len(stored.shape) == 3:
+            yield from _experts(f"{layer}.mlp.experts", name, path, stored, _EXPERTS[own])
+        elif self.is_hybrid and part in OF_HYBRIDS:
+            yield f"{layer}.{OF_HYBRIDS[part]}", GgufTensor(path, stored)
+        else:
+            yield f"{layer}.{_NAMES[own]}.weight" if own in _NAMES else name, GgufTensor(path, stored)
+
     def _dense_layers(self) -> list[int]:
         """The layers without experts. More than there are tensors are refused with the tensors' names."""
-        layers = range(min(self.metadata.needed(".block_count", int), len(self.tensors)))
+        layers = range(min(self._layers, len(self.tensors)))
         return [layer for layer in layers if f"model.layers.{layer}.mlp.gate.weight" not in self.tensors]
 
 
-def _named(name: str, path: Path, stored: StoredGguf) -> Iterator[tuple[str, SourceTensor]]:
-    """A tensor under the name of Qwen3ForCausalLM; a stack of experts as one tensor each. Unknown names stay."""
-    match = _IN_LAYER.fullmatch(name)
-    if match is None:
-        found = _NAMES.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        yield f"{found}.weight" if found is not None else name, GgufTensor(path, stored)
-        return
-    layer, part = f"model.layers.{match[1]}", match[2]
-    if part in _EXPERTS and len(stored.shape) == 3:
-        count, *shape = stored.shape
-        if count > _MOST_EXPERTS:
-            raise CheckpointError(f"{path}: {name} has {count} experts; that cannot be")
-        nbytes = stored.nbytes // count
-        for expert in range(count):
-            one = StoredGguf(stored.kind, tuple(shape), stored.offset + expert * nbytes, nbytes)
-            yield f"{layer}.mlp.experts.{expert}.{_EXPERTS[part]}.weight", GgufTensor(path, one)
-    else:
-        yield f"{layer}.{_NAMES[part]}.weight" if part in _NAMES else name, GgufTensor(path, stored)
+def _experts(
+    prefix: str, name: str, path: Path, stored: StoredGguf, parts: Sequence[str]
+) -> Iterator[tuple[str, SourceTensor]]:
+    """The matrices of a stack of experts."""
+    count, rows, columns = stored.shape
+    if count > _MOST_EXPERTS or rows % len(parts):
+        raise CheckpointError(f"{path}: {name} has {count} experts of {rows} rows; that cannot be")
+    shape, nbytes = (rows // len(parts), columns), stored.nbytes // count // len(parts)
+    for expert in range(count):
+        for i, part in enumerate(parts):
+            offset = stored.offset + (expert * len(parts) + i) * nbytes
+            yield f"{prefix}.{expert}.{part}.weight", GgufTensor(path, StoredGguf(stored.kind, shape, offset, nbytes))
 
 
 def _check_shard(header: GgufHeader, number: int, count: int) -> None:

@@ -9,8 +9,23 @@ from typing import Any
 from npqwen.errors import CheckpointError, quoted
 from npqwen_quant.gguf_header import ARCHITECTURE, Value
 
-ARCHITECTURES = {"qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+ARCHITECTURES = {
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "qwen3next": "qwen3_next",
+    "qwen35": "qwen3_5_text",
+    "qwen35moe": "qwen3_5_moe_text",
+}
 """Architectures that can be read, with their model_type in config.json."""
+HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
+_MIXTURES = ("qwen3moe", "qwen3next", "qwen35moe")
+_CLASSES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen3next": "Qwen3NextForCausalLM",
+    "qwen35": "Qwen3_5ForCausalLM",
+    "qwen35moe": "Qwen3_5MoeForCausalLM",
+}
 
 _ENDS = ("<|im_end|>", "<|endoftext|>")
 """Tokens of Qwen's that end a text, whatever eos_token_id says: generation_config.json has both, a GGUF file one."""
@@ -55,7 +70,9 @@ def refuse_architecture(path: Path | str, found: object) -> None:
     """CheckpointError for an architecture that cannot be read."""
     if not isinstance(found, str) or found not in ARCHITECTURES:
         what = "names no architecture" if found is None else f"has the architecture {quoted(found)}"
-        raise CheckpointError(f"{path} {what}; npqwen reads {' and '.join(ARCHITECTURES)}: Qwen3 and its mixtures")
+        raise CheckpointError(
+            f"{path} {what}; npqwen reads {', '.join(ARCHITECTURES)}: Qwen3, Qwen3-Next and Qwen3.5, and their mixtures"
+        )
 
 
 def config(
@@ -66,10 +83,11 @@ def config(
     vocab_size: rows of the embedding. tied: whether it is the output matrix, too. dense_layers: of a mixture, those
     without experts. ends: `end_ids`. Raises CheckpointError for what is missing, or a model that differs from Qwen3's.
     """
-    mixture = metadata.architecture == "qwen3moe"
+    mixture, hybrid = metadata.architecture in _MIXTURES, metadata.architecture in HYBRIDS
+    layers = metadata.needed(".block_count", int) - draft_layers(metadata)
     width, heads = metadata.needed(".embedding_length", int), metadata.needed(".attention.head_count", int)
     head = metadata.get(".attention.key_length", int, width // heads if heads > 0 else 0)
-    for key in (".attention.value_length", ".rope.dimension_count"):
+    for key in (".attention.value_length", *(() if hybrid else (".rope.dimension_count",))):
         if metadata.get(key, int, head) != head:
             raise CheckpointError(
                 f"{metadata.path}: {metadata.architecture}{key} is {metadata.get(key, int)}, but keys have {head} "
@@ -78,7 +96,7 @@ def config(
     if metadata.get(".attention.causal", bool, True) is False:
         raise CheckpointError(f"{metadata.path} attends in both directions, as encoders do, which npqwen does not run")
     found: dict[str, Any] = {
-        "architectures": ["Qwen3MoeForCausalLM" if mixture else "Qwen3ForCausalLM"],
+        "architectures": [_CLASSES[metadata.architecture]],
         "attention_bias": False,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": list(ends),
@@ -88,7 +106,7 @@ def config(
         "max_position_embeddings": metadata.needed(".context_length", int),
         "model_type": ARCHITECTURES[metadata.architecture],
         "num_attention_heads": heads,
-        "num_hidden_layers": metadata.needed(".block_count", int),
+        "num_hidden_layers": layers,
         "num_key_value_heads": metadata.get(".attention.head_count_kv", int, heads),
         "rms_norm_eps": metadata.needed(".attention.layer_norm_rms_epsilon", float),
         "rope_scaling": _scaling(metadata),
@@ -115,6 +133,45 @@ def config(
             raise CheckpointError(f"{metadata.path} scales its experts' weights, which no Qwen3 model does")
     else:
         found["intermediate_size"] = metadata.needed(".feed_forward_length", int)
+    return found | (_of_hybrid(metadata, layers, head) if hybrid else {})
+
+
+def draft_layers(metadata: Metadata) -> int:
+    """How many of a file's layers are its draft's, the last ones; they are not read."""
+    found: int = metadata.get(".nextn_predict_layers", int, 0) if metadata.architecture in HYBRIDS else 0
+    if found < 0:
+        raise CheckpointError(f"{metadata.path}: {metadata.architecture}.nextn_predict_layers is {found}")
+    return found
+
+
+def _of_hybrid(metadata: Metadata, layers: int, head_dim: int) -> dict[str, Any]:
+    """What config.json of a hybrid has beyond that of other models. layers: without those of the draft."""
+    rotated = metadata.get(".rope.dimension_count", int, head_dim)
+    heads = metadata.needed(".ssm.time_step_rank", int)
+    inner = metadata.needed(".ssm.inner_size", int)
+    if heads <= 0 or inner % heads:
+        raise CheckpointError(
+            f"{metadata.path}: {metadata.architecture}.ssm.inner_size {inner} is not that of {heads} heads "
+            "(ssm.time_step_rank)"
+        )
+    found: dict[str, Any] = {
+        "linear_conv_kernel_dim": metadata.needed(".ssm.conv_kernel", int),
+        "linear_key_head_dim": metadata.needed(".ssm.state_size", int),
+        "linear_num_key_heads": metadata.needed(".ssm.group_count", int),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": inner // heads,
+        "partial_rotary_factor": rotated / head_dim if head_dim > 0 else 0.0,
+    }
+    recurrent = metadata.get(".attention.recurrent_layers", list)
+    if recurrent is None:
+        found["full_attention_interval"] = metadata.get(".full_attention_interval", int, 4)
+    else:  # too few are refused with config.json
+        found["layer_types"] = ["linear_attention" if one else "full_attention" for one in recurrent[:layers]]
+    if metadata.architecture in _MIXTURES:
+        shared = metadata.get(".expert_shared_feed_forward_length", int)
+        if shared is None:  # as in llama.cpp
+            shared = metadata.needed(".feed_forward_length", int)
+        found["shared_expert_intermediate_size"] = shared
     return found
 
 

@@ -14,12 +14,15 @@ from typing import Any
 from npqwen.errors import CheckpointError, quoted
 from npqwen_quant.gguf_config import Metadata
 
-PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen")
-"""Values of `tokenizer.ggml.pre` of Qwen's pre-tokenizer."""
-
-_PATTERN = (
+_QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN35 = (  # marks that combine with letters belong to words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {"qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "qwen35": _QWEN35}
+"""Of Qwen's pre-tokenizers, by values of `tokenizer.ggml.pre`."""
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """Types of tokens. Rows of the embedding without a token are of the fourth, named [PADn]."""
@@ -38,10 +41,11 @@ class GgufTokenizer:
         """vocab_size: rows of the embedding. CheckpointError for a tokenizer that is not Qwen's, or is damaged."""
         self._metadata = metadata
         model, pre = metadata.get("tokenizer.ggml.model", str), metadata.get("tokenizer.ggml.pre", str)
-        if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        if model != "gpt2" or pre not in _PATTERNS:
             raise CheckpointError(
                 f"{metadata.path} has the tokenizer {quoted(model)} with {quoted(pre)}; Qwen3's is 'gpt2' with 'qwen2'"
             )
+        self._pattern = _PATTERNS[pre]
         self.tokens: list[str] = self._list("tokens", str)
         self._types: list[int] = self._list("token_type", int)
         self._merges: list[str] = self._list("merges", str)
@@ -81,7 +85,7 @@ class GgufTokenizer:
             "pre_tokenizer": {
                 "type": "Sequence",
                 "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False},
+                    {"type": "Split", "pattern": {"Regex": self._pattern}, "behavior": "Isolated", "invert": False},
                     _BYTE_LEVEL,
                 ],
             },

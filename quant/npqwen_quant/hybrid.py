@@ -7,6 +7,7 @@
 - Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
   the group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v, and one for each of z, b and a.
 - The convolution is (channels, 1, taps); decay = exp(A_log).
+- MLX stores the convolution as (channels, taps, 1), and then the norms as factors.
 
 Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 """
@@ -25,27 +26,31 @@ from npqwen_quant.tensors import SourceTensor, widen
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
 _OTHER_NORMS = ("model.norm", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
+_SPLIT = {
+    ".self_attn.q_proj": ("q_proj", "q_gate"),
+    ".linear_attn.in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    ".linear_attn.in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+"""Modules that are taken apart, and what they become."""
 _MOST_ROWS = 1 << 20
 """Of a gathered matrix: more are not listed, which would take memory."""
-
-STORED_AS = {
-    "q_gate": "q_proj",
-    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
-    **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
-}
-"""By the last part of a layout's name, that of the tensor which a checkpoint may have for several."""
 
 Ranges = Sequence[tuple[int, int]]
 """First row and number of rows, one after the other."""
 
 
+def rows_of(ranges: Ranges) -> npt.NDArray[np.int64]:
+    """All rows of some ranges."""
+    return np.concatenate([np.arange(first, first + count) for first, count in ranges])
+
+
 class Gathered(SourceTensor):
-    """Some rows of a matrix, range after range."""
+    """Some rows of a matrix, or elements of a vector, range after range."""
 
     def __init__(self, stored: SourceTensor, ranges: Ranges) -> None:
         self.path = stored.path
-        self.rows = np.concatenate([np.arange(first, first + count) for first, count in ranges])
-        self.shape = len(self.rows), stored.shape[1]
+        self.rows = rows_of(ranges)
+        self.shape = len(self.rows), *stored.shape[1:]
         self.nbytes = stored.nbytes * len(self.rows) // max(1, stored.shape[0])
         self._stored = stored
 
@@ -61,12 +66,13 @@ class Gathered(SourceTensor):
         return np.concatenate(parts) if parts else self._stored.read(0, 0)
 
 
-class _Changed(SourceTensor):
+class Changed(SourceTensor):
     """A vector, read as a whole and changed."""
 
-    def __init__(self, stored: SourceTensor, length: int) -> None:
+    def __init__(self, stored: SourceTensor, length: int | None = None) -> None:
+        """length: of what it becomes; by default that of what is stored."""
         self.path = stored.path
-        self.shape = (length,)
+        self.shape = stored.shape if length is None else (length,)
         self.nbytes = stored.nbytes
         self._stored = stored
 
@@ -85,7 +91,7 @@ class _Changed(SourceTensor):
         return flat
 
 
-class _OnePlus(_Changed):
+class _OnePlus(Changed):
     """The factors of a zero-centred norm."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -93,25 +99,48 @@ class _OnePlus(_Changed):
         return factors
 
 
-class _Taps(_Changed):
-    """A convolution (channels, 1, taps) with the taps of all channels one after the other."""
+class _Taps(Changed):
+    """A convolution (channels, taps), in two or three dimensions, with the taps of all channels one after the other."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         flat: npt.NDArray[np.float32] = whole.reshape(-1, CONVOLUTION).T.reshape(-1)
         return flat
 
 
-class _Decay(_Changed):
+class _Decay(Changed):
     """exp(A_log)."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         with np.errstate(over="ignore"):  # what is infinite then is refused by who reads it
-            decay: npt.NDArray[np.float32] = np.exp(whole)
-        return decay
+            return np.exp(whole.astype(np.float64)).astype(np.float32)  # in float32, processors differ
 
 
-def in_layout(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
+def names_in_layout(name: str, config: Config) -> tuple[str, ...]:
+    """The names in npqwen's layout of what becomes of a stored tensor, or of its part: "….weight", "….scales"."""
+    if config.recurrence is None:
+        return (name,)
+    if name.endswith(".linear_attn.A_log"):
+        return (name.removesuffix("A_log") + "decay",)
+    module, dot, kind = name.rpartition(".")
+    for end, parts in _SPLIT.items():
+        if module.endswith(end):
+            before = module.rpartition(".")[0]
+            return tuple(f"{before}.{part}{dot}{kind}" for part in parts)
+    return (name,)
+
+
+def is_of_mlx(tensors: Mapping[str, SourceTensor]) -> bool | None:
+    """Whether MLX stored a hybrid's tensors; None if these do not tell."""
+    shapes = (tensor.shape for name, tensor in tensors.items() if name.endswith(".linear_attn.conv1d.weight"))
+    return next((shape[1:] == (CONVOLUTION, 1) for shape in shapes), None)
+
+
+def in_layout(
+    tensors: Mapping[str, SourceTensor], config: Config, zero_centred: bool = True
+) -> dict[str, SourceTensor]:
     """Tensors of a hybrid's checkpoint, perhaps only some, by the names of npqwen's layout.
+
+    zero_centred: whether norms are; else they are factors already.
 
     Raises CheckpointError for shapes that config.json does not have.
     """
@@ -126,16 +155,16 @@ def in_layout(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, 
             found |= {f"{before}{dot}{key}": one for key, one in own.items()}
         elif name.endswith(".self_attn.q_proj.weight"):
             dim = config.head_dim
-            _check(name, tensor, (2 * config.num_attention_heads * dim, config.hidden_size))
+            check_shape(name, tensor, (2 * config.num_attention_heads * dim, config.hidden_size))
             starts = range(0, 2 * config.num_attention_heads * dim, 2 * dim)
             found[name] = Gathered(tensor, [(start, dim) for start in starts])
             gate = name.removesuffix("q_proj.weight") + "q_gate.weight"
             found[gate] = Gathered(tensor, [(start + dim, dim) for start in starts])
         elif name.endswith(_NORMS) or name.removesuffix(".weight") in _OTHER_NORMS:
-            found[name] = _OnePlus(tensor, _length(name, tensor))
+            found[name] = _OnePlus(tensor, _length(name, tensor)) if zero_centred else tensor
         elif name.endswith(".shared_expert_gate.weight"):
-            _check(name, tensor, (1, config.hidden_size))
-            found[name] = _Changed(tensor, config.hidden_size)
+            check_shape(name, tensor, (1, config.hidden_size), (config.hidden_size,))
+            found[name] = Changed(tensor, config.hidden_size)
         else:
             found[name] = tensor
     return found
@@ -145,26 +174,22 @@ def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -
     """What becomes of a tensor of a Gated DeltaNet layer, by names without the layer."""
     hidden, heads = config.hidden_size, r.linear_num_value_heads
     if part == "conv1d.weight":
-        _check(part, tensor, (r.channels, 1, CONVOLUTION))
+        check_shape(part, tensor, (r.channels, 1, CONVOLUTION), (r.channels, CONVOLUTION, 1), (r.channels, CONVOLUTION))
         return {part: _Taps(tensor, r.channels * CONVOLUTION)}
     if part == "A_log":
         return {"decay": _Decay(tensor, _length(part, tensor))}
     group = heads // r.linear_num_key_heads
     if part == "in_proj_qkvz.weight":
-        _check(part, tensor, (r.channels + r.values, hidden))
+        check_shape(part, tensor, (r.channels + r.values, hidden))
         key, value = r.linear_key_head_dim, group * r.linear_value_head_dim
         starts = range(0, r.channels + r.values, 2 * key + 2 * value)
-        qkv = [
-            (start + first, count)
-            for first, count in ((0, key), (key, key), (2 * key, value))
-            for start in starts
-        ]
+        qkv = [(start + first, count) for first, count in ((0, key), (key, key), (2 * key, value)) for start in starts]
         return {
             "in_proj_qkv.weight": Gathered(tensor, qkv),
             "in_proj_z.weight": Gathered(tensor, [(start + 2 * key + value, value) for start in starts]),
         }
     if part == "in_proj_ba.weight":
-        _check(part, tensor, (2 * heads, hidden))
+        check_shape(part, tensor, (2 * heads, hidden))
         starts = range(0, 2 * heads, 2 * group)
         return {
             "in_proj_b.weight": Gathered(tensor, [(start, group) for start in starts]),
@@ -179,8 +204,9 @@ def _length(name: str, tensor: SourceTensor) -> int:
     return tensor.shape[0]
 
 
-def _check(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape or shape[0] > _MOST_ROWS:
+def check_shape(name: str, tensor: SourceTensor, *shapes: tuple[int, ...]) -> None:
+    """CheckpointError for a tensor of none of these shapes."""
+    if tensor.shape not in shapes or max(tensor.shape) > _MOST_ROWS:
         raise CheckpointError(
-            f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says {list(shape)}"
+            f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says {list(shapes[0])}"
         )

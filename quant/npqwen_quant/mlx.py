@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError, quoted
+from npqwen.format.text_part import text_name
 from npqwen_quant.parts import FLOATS, Module, UnreadableError, modules, unpack
 from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
 
@@ -74,7 +75,8 @@ class Mlx:
         """where: the checkpoint, for messages. CheckpointError for an impossible value or another mode."""
         bits, size = _checked(config, where)
         layers = {name: entry for name, entry in config.items() if isinstance(entry, dict)}
-        return cls(bits, size, {name: _checked({**config, **entry}, where) for name, entry in layers.items()})
+        own = {text_name(name) or name: _checked({**config, **entry}, where) for name, entry in layers.items()}
+        return cls(bits, size, own)
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """The checkpoint's tensors, its quantized matrices dequantized. CheckpointError for one that is incomplete."""

@@ -1,13 +1,14 @@
 """Half a layer at a time of the unquantized model, in float32: what matrices are multiplied with, and what comes out.
 
 Hidden states of the calibration text (sequences, tokens, hidden_size) go through a layer's attention or feed-forward,
-batch by batch, and the second moments of every matrix's inputs are summed up on the way.
+batch by batch, and the second moments of every matrix's inputs are summed up on the way. Gated DeltaNet layers, which
+hybrids have in place of attention, are in delta_moments.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -63,18 +64,26 @@ def batches(hidden: F32) -> Iterator[F32]:
         yield hidden[first : first + step]
 
 
-def _silu(x: F32) -> F32:
+def silu(x: F32) -> F32:
+    """x * sigmoid(x)."""
     with np.errstate(over="ignore"):  # exp of a large negative number's magnitude: the quotient is 0
         activated: F32 = x / (1 + np.exp(-x))
     return activated
 
 
+def sigmoid(x: F32) -> F32:
+    """1 / (1 + exp(-x))."""
+    with np.errstate(over="ignore"):  # as in silu
+        gates: F32 = np.float32(1) / (1 + np.exp(-x))
+    return gates
+
+
 def attention(config: Config, load: Load, hidden: F32, widest: int) -> dict[str, Moments]:
     """Add the attention's output to the hidden states, in place. Returns moments by the names of matrices."""
     c = config
-    w = {
-        part: load(f"self_attn.{part}.weight") for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-    }
+    gated = c.recurrence is not None
+    inward = ["q_proj", "k_proj", "v_proj", *(["q_gate"] if gated else [])]
+    w = {part: load(f"self_attn.{part}.weight") for part in (*inward, "o_proj", "q_norm", "k_norm")}
     before = load("input_layernorm.weight")
     inputs, outputs = Moments(c.hidden_size, widest), Moments(c.num_attention_heads * c.head_dim, widest)
     tokens = hidden.shape[1]
@@ -85,8 +94,8 @@ def attention(config: Config, load: Load, hidden: F32, widest: int) -> dict[str,
     def heads(x: F32, name: str, count: int) -> F32:
         """(count, tokens, head_dim)."""
         y = norm(x.reshape(tokens, count, c.head_dim), w[name], c)
-        a, b = np.split(y, 2, -1)
-        rotated: F32 = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        a, b, rest = np.split(y, [c.rotary_dim // 2, c.rotary_dim], -1)
+        rotated: F32 = np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
         turned: F32 = rotated.transpose(1, 0, 2)
         return turned
 
@@ -104,27 +113,23 @@ def attention(config: Config, load: Load, hidden: F32, widest: int) -> dict[str,
                 scores = np.exp(scores - scores.max(-1, keepdims=True))
                 scores /= scores.sum(-1, keepdims=True)
                 mixed[i, :, head * c.head_dim : (head + 1) * c.head_dim] = scores @ values[head // group]
+        if gated:
+            mixed *= sigmoid(x @ w["q_gate"].T)
         outputs.add(mixed)
         batch += mixed @ w["o_proj"].T
-    attn = "self_attn."
-    return {
-        attn + "q_proj.weight": inputs,
-        attn + "k_proj.weight": inputs,
-        attn + "v_proj.weight": inputs,
-        attn + "o_proj.weight": outputs,
-    }
+    return {f"self_attn.{part}.weight": inputs for part in inward} | {"self_attn.o_proj.weight": outputs}
 
 
 def feed_forward(config: Config, load: Load, hidden: F32, widest: int) -> dict[str, Moments]:
     """Add a dense feed-forward's output to the hidden states, in place. Returns moments by the names of matrices."""
-    names = [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    names = _names("mlp.")
     gate, up, down = (load(name) for name in names)
     before = load("post_attention_layernorm.weight")
     inputs, inner = Moments(config.hidden_size, widest), Moments(config.intermediate_size, widest)
     for batch in batches(hidden):
         x = norm(batch, before, config)
         inputs.add(x)
-        activated = _silu(x @ gate.T) * (x @ up.T)
+        activated = silu(x @ gate.T) * (x @ up.T)
         inner.add(activated)
         batch += activated @ down.T
     return dict(zip(names, (inputs, inputs, inner), strict=True))
@@ -138,14 +143,12 @@ def last(config: Config, load: Load, hidden: F32, widest: int) -> Moments:
     return inputs
 
 
-Experts = Iterator[tuple[int, Mapping[str, Moments]]]
-
-
-def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Experts:
+def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Iterator[dict[str, Moments]]:
     """Add a mixture's output to the hidden states, in place.
 
-    Yields each expert's number and the moments by the names of its matrices: those of the tokens that reached it and,
-    with the weight of _PRIOR tokens, of all its layer's. Nothing if no moments are summed up.
+    Yields the moments of the shared expert, if there is one, and of every other expert, by the names of its matrices:
+    those of the tokens that reached it and, with the weight of _PRIOR tokens, of all its layer's. Nothing if no moments
+    are summed up.
     """
     mixture = config.mixture
     assert mixture is not None
@@ -169,24 +172,44 @@ def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Experts:
         tokens, place = np.nonzero(chosen == expert)
         gate, up = (load(f"mlp.experts.{expert}.{part}_proj.weight") for part in ("gate", "up"))
         reached = x[tokens]
-        activated = _silu(reached @ gate.T) * (reached @ up.T)
+        activated = silu(reached @ gate.T) * (reached @ up.T)
         if with_output:
             down = load(f"mlp.experts.{expert}.down_proj.weight")
             out[tokens] += share[tokens, place][:, None] * (activated @ down.T)
         return reached, activated
 
+    shared = None
+    if mixture.shared_expert_intermediate_size:
+        shared = _shared_expert(load, x, out, Moments(mixture.shared_expert_intermediate_size, widest))
     for expert in range(mixture.num_experts):
         every_inner.add(run(expert, True)[1])
     hidden += out.reshape(hidden.shape)
     if widest == NONE:
         return
+    if shared is not None:
+        yield dict(zip(_names("mlp.shared_expert."), (every, every, shared), strict=True))
     for expert in range(mixture.num_experts):
         reached, activated = run(expert, False)
         inputs, inner = _with_prior(every), _with_prior(every_inner)
         inputs.add(reached)
         inner.add(activated)
-        names = [f"mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
-        yield expert, dict(zip(names, (inputs, inputs, inner), strict=True))
+        yield dict(zip(_names(f"mlp.experts.{expert}."), (inputs, inputs, inner), strict=True))
+
+
+def _shared_expert(load: Load, x: F32, out: F32, inner: Moments) -> Moments:
+    """Add the output of the expert that every token reaches, through its gate. Returns the moments of down_proj."""
+    gate, up, down = (load(name) for name in _names("mlp.shared_expert."))
+    open_by = load("mlp.shared_expert_gate.weight")
+    for start in range(0, len(x), _BATCH):
+        part = slice(start, start + _BATCH)
+        activated = silu(x[part] @ gate.T) * (x[part] @ up.T)
+        inner.add(activated)
+        out[part] += sigmoid(x[part] @ open_by)[:, None] * (activated @ down.T)
+    return inner
+
+
+def _names(prefix: str) -> list[str]:
+    return [f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down")]
 
 
 _PRIOR = 256

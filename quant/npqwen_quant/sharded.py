@@ -32,7 +32,7 @@ from npqwen_quant.conversion import (
     refuse_unknown,
     write_small,
 )
-from npqwen_quant.hybrid import STORED_AS
+from npqwen_quant.hybrid import names_in_layout
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
 from npqwen_quant.plan import plan
@@ -87,7 +87,6 @@ def convert_shards(
         largest = max(shards.files.values())
         output.check_room(largest)
         stored = _stored(checkpoint, shards, place)
-        checkpoint.find_draft_layer(one.own for one in stored)
         refuse_impossible_counts(checkpoint, len(stored))
         tensors = plan(checkpoint.config, recipe)
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}
@@ -112,17 +111,22 @@ class _Stored:
     shard: str
     own: str
     """Its name in Qwen3ForCausalLM, or what that would be if the weights were not quantized."""
+    made: tuple[str, ...]
+    """The names in npqwen's layout of what is made of it; or what these would be."""
+
+    @property
+    def modules(self) -> set[str]:
+        """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
+        return {_module(name) for name in self.made}
 
     @property
     def module(self) -> str:
-        """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
-        return _module(self.own)
+        """One of them: all are complete with the same shard."""
+        return _module(self.made[0])
 
 
 def _module(name: str) -> str:
-    """Of a name in the checkpoint or in the layout."""
-    before, dot, part = name.rpartition(".")[0].rpartition(".")
-    return before + dot + STORED_AS.get(part, part)
+    return name.rpartition(".")[0]
 
 
 def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:
@@ -140,14 +144,18 @@ def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored
     missing = sorted(set(weight_map.values()) - set(shards.files))
     if missing:
         raise CheckpointError(f"{shortened(missing[0])} is missing, a shard that {INDEX} names")
+    checkpoint.find_draft_layer(weight_map)
     own = {name: text for name in weight_map if (text := checkpoint.own_name(name)) is not None}
-    bare = is_bare(own.values())
-    return [_Stored(name, weight_map[name], prefixed(text) if bare else text) for name, text in own.items()]
+    if is_bare(own.values()):
+        own = {name: prefixed(text) for name, text in own.items()}
+    return [
+        _Stored(name, weight_map[name], text, names_in_layout(text, checkpoint.config)) for name, text in own.items()
+    ]
 
 
 def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: Iterable[_Stored]) -> None:
     modules = {_module(name) for name in shapes}
-    there = {one.module for one in stored}
+    there = {module for one in stored for module in one.modules}
     for name in shapes:
         if _module(name) not in there:
             layer = name.partition(".mlp.experts.")[0]
@@ -158,9 +166,8 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
                 )
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
     for one in stored:
-        is_changed = checkpoint.format is not None or checkpoint.config.recurrence is not None
-        if not is_changed or one.module not in modules:
-            refuse_unknown(one.own, shapes, Path(one.shard))
+        if checkpoint.format is None or one.module not in modules:
+            refuse_unknown(one.own if one.made[0] not in shapes else one.made[0], shapes, Path(one.shard))
 
 
 @dataclass
@@ -218,7 +225,8 @@ class _Run:
         self._done, self._total = 0, sum(shards.files.values())
         self._due: dict[str, str] = {}
         for one in stored:
-            self._due[one.module] = max(one.shard, self._due.get(one.module, ""))
+            for module in one.modules:
+                self._due[module] = max(one.shard, self._due.get(module, ""))
 
     def convert(self, parts: Iterable[Piece]) -> None:
         """Convert the shards that are not done, one after the other."""

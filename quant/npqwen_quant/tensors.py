@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError, shortened
-from npqwen.format.files import is_lfs_pointer, open_regular
-from npqwen.format.safetensors import INDEX, HeaderError, StoredTensor, read_header
+from npqwen.format.files import open_regular
+from npqwen.format.safetensors import StoredTensor, stored_tensors
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
@@ -106,18 +106,7 @@ class PlainTensor(SourceTensor):
 
 def read_tensors(path: Path) -> dict[str, PlainTensor]:
     """The tensors of one file; CheckpointError if it is missing or damaged."""
-    try:
-        with open_regular(path) as file:
-            stored = read_header(file).tensors
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except HeaderError as error:
-        if is_lfs_pointer(path):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`") from None
-        raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
-    return {name: PlainTensor(path, tensor) for name, tensor in stored.items()}
+    return {name: PlainTensor(path, tensor) for name, tensor in stored_tensors(path).items()}
 
 
 def widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

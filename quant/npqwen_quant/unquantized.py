@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from npqwen_quant import moments
 from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.delta_moments import recurrent
 from npqwen_quant.search import F32
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -35,7 +36,8 @@ def final_states(
         def load(name: str, prefix: str = f"model.layers.{layer}.") -> F32:
             return _whole(checkpoint, prefix + name)
 
-        moments.attention(config, load, hidden, moments.NONE)
+        mixer = recurrent if config.is_recurrent(layer) else moments.attention
+        mixer(config, load, hidden, moments.NONE)
         if config.is_sparse(layer):
             for _ in moments.mixture(config, load, hidden, moments.NONE):
                 pass

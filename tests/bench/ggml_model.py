@@ -39,6 +39,7 @@ class GgmlModel:
 
     def __init__(self, path: Path, base: Model) -> None:
         self.path = path
+        self.adapters = base.adapters
         self.config, self.tokenizer, self.generation_config = base.config, base.tokenizer, base.generation_config
         self.context = CONTEXT
         self.fingerprint = str(path)
@@ -46,7 +47,8 @@ class GgmlModel:
         self._base = base
         self._llama = Llama(path, base.threads, CONTEXT, "off", False)
 
-    def new_cache(self, room: int | None = None) -> KVCache:
+    def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
+        assert adapter is None
         self._llama.truncate(0)
         return _Cache(self._base, self._llama)
 
@@ -113,7 +115,7 @@ def importances(directory: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np
         widest = config.intermediate_size + config.num_attention_heads * config.head_dim
         halves: list[Mapping[str, moments.Moments]] = [moments.attention(config, of_layer, hidden, widest)]
         if config.is_sparse(i):
-            halves += [of_expert for _, of_expert in moments.mixture(config, of_layer, hidden, widest)]
+            halves += list(moments.mixture(config, of_layer, hidden, widest))
         else:
             halves.append(moments.feed_forward(config, of_layer, hidden, widest))
         found |= {prefix + name: inputs for half in halves for name, inputs in half.items()}

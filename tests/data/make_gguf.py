@@ -5,9 +5,11 @@
     python tests/data/make_gguf.py LLAMA_CPP
 
 LLAMA_CPP: a checkout of llama.cpp, for its convert_hf_to_gguf.py. `tiny-qwen3.header.gz`, `tiny-qwen3-moe.header.gz`:
-all of its F16 and BF16 files but the tensors' data. `llama.npz`: for the prompts `ids_k` of tiny-qwen3.npz `greedy_k`,
-48 further tokens by the F16 file; and for each format of quantized blocks NAME `NAME.blocks`, random bytes with finite
-scales, and `NAME.weights`, ggml's float32 of them.
+all of its F16 and BF16 files but the tensors' data; and `next`, `qwen35` and `qwen35-moe` of the BF16 files of the
+hybrids, whose digests are `NAME.sha256` in `llama.npz`. There are also: for the prompts `ids_k` of tiny-qwen3.npz
+`greedy_k`, 48 further tokens by the F16 file; for 40 tokens of `ids-NAME` of hybrid.npz `greedy-NAME`, by an F32 file;
+and for each format of quantized blocks NAME `NAME.blocks`, random bytes with finite scales, and `NAME.weights`, ggml's
+float32 of them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gzip
+import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,13 +35,15 @@ MODELS = {
     "tiny-qwen3": (HERE.parents[1] / "examples" / "tiny-qwen3", "f16"),
     "tiny-qwen3-moe": (HERE / "tiny-qwen3-moe", "bf16"),
 }
+HYBRIDS = ("next", "qwen35", "qwen35-moe")
 # The converter knows pre-tokenizers by the ids that they give a text, so not those of small vocabularies.
 CONVERTER = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import convert_hf_to_gguf
 from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+pre = sys.argv.pop(1)
+TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
 convert_hf_to_gguf.main()
 """
 HALVES = {
@@ -110,16 +116,33 @@ def main() -> None:
     options = parser.parse_args()
     arrays = blocks(np.random.default_rng(18))
     (HERE / "from-llama").mkdir(exist_ok=True)
+
+    def converted(checkpoint: Path, kind: str, pre: str, *more: str) -> Path:
+        path = Path(place) / f"{checkpoint.name}-{kind}.gguf"
+        convert = [sys.executable, "-c", CONVERTER, str(options.llama), pre, str(checkpoint)]
+        subprocess.run([*convert, "--outtype", kind, "--outfile", str(path), *more], check=True)
+        return path
+
+    def keep_header(name: str, path: Path) -> None:
+        header = path.read_bytes()[: gguf.GGUFReader(path).data_offset]
+        (HERE / "from-llama" / f"{name}.header.gz").write_bytes(gzip.compress(header, mtime=0))
+
     with tempfile.TemporaryDirectory() as place:
         for name, (checkpoint, kind) in MODELS.items():
-            path = Path(place) / f"{name}.gguf"
-            convert = [sys.executable, "-c", CONVERTER, str(options.llama), str(checkpoint)]
-            subprocess.run([*convert, "--outtype", kind, "--outfile", str(path)], check=True)
-            header = path.read_bytes()[: gguf.GGUFReader(path).data_offset]
-            (HERE / "from-llama" / f"{name}.header.gz").write_bytes(gzip.compress(header, mtime=0))
+            keep_header(name, converted(checkpoint, kind, "qwen2"))
         prompts = np.load(HERE / "tiny-qwen3.npz")
         for key in (key for key in prompts if key.startswith("ids_")):
-            arrays[key.replace("ids", "greedy")] = greedy(Path(place) / "tiny-qwen3.gguf", prompts[key])
+            arrays[key.replace("ids", "greedy")] = greedy(Path(place) / "tiny-qwen3-f16.gguf", prompts[key])
+        texts = np.load(HERE / "hybrid.npz")
+        for name in HYBRIDS:
+            checkpoint = Path(shutil.copytree(HERE / "hybrid" / name, Path(place) / name))
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(MODELS["tiny-qwen3"][0] / file, checkpoint)
+            path = converted(checkpoint, "bf16", "qwen35", "--no-mtp")
+            keep_header(name, path)
+            arrays[f"{name}.sha256"] = np.array(hashlib.sha256(path.read_bytes()).hexdigest())
+            path = converted(checkpoint, "f32", "qwen35", "--no-mtp")
+            arrays[f"greedy-{name}"] = greedy(path, texts[f"ids-{name}"][:40])
     np.savez_compressed(HERE / "from-llama" / "llama.npz", **arrays)  # type: ignore[arg-type]
 
 

@@ -227,7 +227,7 @@ def test_a_page_that_the_system_refuses_is_out_of_memory(model: Model, monkeypat
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     cache = model.new_cache()
-    monkeypatch.setattr("npqwen.engine.kv_cache.mmap.mmap", refuse)
+    monkeypatch.setattr("npqwen.kernels.paging.mmap.mmap", refuse)
     with pytest.raises(OutOfMemoryError, match="shorten the prompt"):
         cache.reserve(1)
     assert cache.page_count == 0

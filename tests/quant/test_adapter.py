@@ -139,7 +139,7 @@ def test_scales_of_the_command_line(tmp_path: Path) -> None:
     ("values", "problem"),
     [
         ({"peft_type": "IA3"}, "of the kind 'IA3', not LoRA"),
-        ({"use_dora": True}, "uses DoRA, which is not merged here; merge it in PEFT"),
+        ({"use_dora": True}, "uses DoRA, which is not supported; merge it in PEFT"),
         ({"trainable_token_indices": [1]}, "uses trained tokens"),
         ({"bias": "all"}, "trains biases"),
         ({"lora_alpha": "much"}, "has a lora_alpha of 'much'"),
@@ -174,7 +174,7 @@ A, B = (f"base_model.model.{Q_PROJ[:-7]}.lora_{factor}.weight" for factor in "AB
         ({B: np.zeros((512, 3), np.int8)}, "is stored as I8"),
         ({B.replace("layers.1", "layers.9"): np.zeros((512, 3), np.float32)}, "only one of the two factors"),
         ({"base_model.model.model.layers.9.mlp.up_proj.weight": np.zeros((1, 1), np.float32)}, "the checkpoint lacks"),
-        ({B.replace("lora_B.weight", "lora_magnitude_vector"): np.zeros(3, np.float32)}, "which is not merged"),
+        ({B.replace("lora_B.weight", "lora_magnitude_vector"): np.zeros(3, np.float32)}, "which is not supported"),
         (
             {B.removeprefix("base_model.model."): np.zeros((512, 3), np.float32)},
             "layers.1.self_attn.q_proj.weight twice",

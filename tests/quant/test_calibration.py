@@ -86,7 +86,7 @@ def test_moments_are_those_of_the_forward_pass(tmp_path: Path, widest: int, monk
 
         parts: list[Mapping[str, moments.Moments]] = [moments.attention(checkpoint.config, load, hidden, widest)]
         if checkpoint.config.is_sparse(i):
-            parts += [of_expert for _, of_expert in moments.mixture(checkpoint.config, load, hidden, widest)]
+            parts += list(moments.mixture(checkpoint.config, load, hidden, widest))
         else:
             parts.append(moments.feed_forward(checkpoint.config, load, hidden, widest))
         found |= {f"model.layers.{i}.{name}": sums for part in parts for name, sums in part.items()}

@@ -224,7 +224,7 @@ def test_a_file_that_is_changed_or_cut_while_it_is_converted(tmp_path: Path) -> 
 
 
 ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
-    "another architecture": ({"general__architecture": "llama"}, "the architecture 'llama'; npqwen reads qwen3 and"),
+    "another architecture": ({"general__architecture": "llama"}, "the architecture 'llama'; npqwen reads qwen3, "),
     "a projector": ({"general__architecture": "clip"}, "has the architecture 'clip'"),
     "no architecture": ({"general__architecture": None}, "names no architecture"),
     "a number for the architecture": ({"general__architecture": 3}, "has the architecture 3"),

@@ -32,8 +32,8 @@ async def version(request: Request) -> Response:
 
 async def tags(models: Models, request: Request) -> Response:
     """All models on offer."""
-    states = models.states
-    return JSONReply({"models": await in_thread(lambda: [_tag(state.offer) for state in states])})
+    states = models.offered
+    return JSONReply({"models": await in_thread(lambda: [_tag(state) for state in states])})
 
 
 async def running(models: Models, request: Request) -> Response:
@@ -51,10 +51,11 @@ async def show(models: Models, request: Request) -> Response:
     return JSONReply(await in_thread(lambda: _described(state)))
 
 
-def _tag(offer: Offer) -> dict[str, Any]:
+def _tag(state: ModelState) -> dict[str, Any]:
+    offer = state.offer
     return {
-        "name": offer.name,
-        "model": offer.name,
+        "name": state.name,
+        "model": state.name,
         "modified_at": _time(datetime.fromtimestamp(offer.modified, timezone.utc)),
         "size": offer.weight_bytes,
         "digest": offer.digest,
@@ -66,7 +67,7 @@ def _running(state: ModelState, now: datetime) -> dict[str, Any]:
     left = _FOR_EVER if state.expires_in is None else timedelta(seconds=state.expires_in)
     taken = state.offer.weight_bytes + state.statistics.cache_bytes
     changes = {"size": taken, "expires_at": _time(now + left), "size_vram": 0, "context_length": state.offer.context}
-    return {name: value for name, value in _tag(state.offer).items() if name != "modified_at"} | changes
+    return {name: value for name, value in _tag(state).items() if name != "modified_at"} | changes
 
 
 def _details(offer: Offer) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _described(state: ModelState) -> dict[str, Any]:
             "expert_used_count": config.mixture.num_experts_per_tok,
         }
     return {
-        "modelfile": f"# served by npqwen\nFROM {offer.name}\n",
+        "modelfile": f"# served by npqwen\nFROM {state.name}\n",
         "parameters": "",
         "template": template,
         "details": _details(offer),

@@ -19,7 +19,7 @@ async def list_models(models: Models, request: Request) -> Response:
     Codex reads `models` in place of `data`. What it requires of an entry differs from version to version, and one that
     it cannot read makes it refuse the whole list; it does accept an empty one.
     """
-    return JSONReply({"object": "list", "data": [_model(state) for state in models.states], "models": []})
+    return JSONReply({"object": "list", "data": [_model(state) for state in models.offered], "models": []})
 
 
 async def retrieve_model(models: Models, request: Request) -> Response:

@@ -13,6 +13,7 @@ from npqwen.server.requests import TextRequest
 from npqwen.server.run import Completed, Run, RunEvent, Take
 
 if TYPE_CHECKING:
+    from npqwen.server.adapter_worker import AdapterWorker
     from npqwen.server.worker import Worker
 
 AT_ONCE = 16
@@ -26,7 +27,7 @@ class PromptsRun:
     the others are cancelled, and `for_each` raises what it raised.
     """
 
-    def __init__(self, worker: Worker, requests: Sequence[TextRequest]) -> None:
+    def __init__(self, worker: Worker | AdapterWorker, requests: Sequence[TextRequest]) -> None:
         self._worker = worker
         self._requests = requests
         self._prompts = iter(range(len(requests)))
@@ -36,7 +37,7 @@ class PromptsRun:
         self._cancelled = False
 
     @classmethod
-    async def start(cls, worker: Worker, requests: Sequence[TextRequest]) -> PromptsRun:
+    async def start(cls, worker: Worker | AdapterWorker, requests: Sequence[TextRequest]) -> PromptsRun:
         """Start the first prompts. Raises what `Worker.start` raises for them; then none is running."""
         run = cls(worker, requests)
         try:

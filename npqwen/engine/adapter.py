@@ -1,0 +1,247 @@
+"""A LoRA adapter in memory, in the order and layout in which a forward pass reads it (npqwen/kernels/low_rank.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.errors import CheckpointError, OutOfMemoryError, shortened, size
+from npqwen.format.adapter import EMBEDDING, OUTPUT, Factors, StoredAdapter
+from npqwen.format.config import Config
+from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
+from npqwen.format.files import open_regular
+from npqwen.format.layout import Experts, Layout, Matrix, ceil_div, pad
+from npqwen.format.safetensors import StoredTensor
+from npqwen.hardware.machine import HEADROOM, available_memory
+from npqwen.kernels import low_rank as dense
+from npqwen.kernels import low_rank_experts as sparse
+from npqwen.kernels.paging import new_memory
+from npqwen.simd.llvm import CACHE_LINE
+
+Floats = NDArray[np.float32]
+_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+_LAYER = (
+    (dense.ATTENTION_INPUT, ((dense.Q_PROJ, "qk_proj", 0), (dense.K_PROJ, "qk_proj", 1), (dense.V_PROJ, "v_proj", 0))),
+    (dense.ATTENDED, ((dense.O_PROJ, "o_proj", 0),)),
+    (
+        dense.MLP_INPUT,
+        ((dense.ROUTER, "router", 0), (dense.GATE_PROJ, "gate_up_proj", 0), (dense.UP_PROJ, "gate_up_proj", 1)),
+    ),
+    (dense.GATED, ((dense.DOWN_PROJ, "down_proj", 0),)),
+)
+"""What a layer's matrices read, and which read it: number, role in `Layout.layer`, part of the stored matrix."""
+_EXPERT = (
+    (sparse.EXPERT_INPUT, ((sparse.EXPERT_GATE, 0, 0), (sparse.EXPERT_UP, 0, 1))),
+    (sparse.EXPERT_GATED, ((sparse.EXPERT_DOWN, 1, 0),)),
+)
+"""What an expert's matrices read, and which read it: number, which of `Experts.matrices`, part of the stored matrix."""
+
+
+class _Input(NamedTuple):
+    """Adapted matrices that have the same input."""
+
+    shrink: NDArray[np.int64]
+    """(2,): receives the address of their A, and its groups of 16 ranks."""
+    columns: int
+    """Of the input, padding included."""
+    factors: list[Factors]
+    expands: list[NDArray[np.int64]]
+    """(3,) each: receives the address of a matrix's B, its rank, and where its ranks begin among all of the input."""
+
+
+class Adapter:
+    """The factors of a LoRA adapter, in bf16, B multiplied by the scale.
+
+    shrinks, expands: int64 (layers, INPUTS, 2) and (layers, MATRICES, 3); see `npqwen.engine.records.Adapted`, as for
+    expert_shrinks and expert_expands, (layers, experts, 2, 2) and (layers, experts, 3, 3), without experts if it adapts
+    none.
+    """
+
+    def __init__(self, name: str, number: int, stored: StoredAdapter, config: Config) -> None:
+        """number: its index among the model's. Raises CheckpointError for an adapter of another model or of what only a
+        conversion can merge, OutOfMemoryError if memory cannot hold it.
+        """
+        self.name = name
+        self.number = number
+        self.directory = stored.directory
+        self.rank = max((factors.rank for factors in stored.factors.values()), default=0)
+        """The largest."""
+        layout, layers = Layout(config), config.num_hidden_layers
+        check(stored, layout)
+        self.shrinks = np.zeros((layers, dense.INPUTS, 2), np.int64)
+        self.expands = np.zeros((layers, dense.MATRICES, 3), np.int64)
+        experts = 0
+        if config.mixture is not None and any(".mlp.experts." in name for name in stored.factors):
+            experts = config.mixture.num_experts
+        self.expert_shrinks = np.zeros((layers, experts, 2, 2), np.int64)
+        self.expert_expands = np.zeros((layers, experts, 3, 3), np.int64)
+        inputs = list(self._inputs(stored, layout))
+        self.nbytes = sum(_bytes(each) for each in inputs)
+        """Bytes of the factors in memory."""
+        available = available_memory()
+        if available is not None and self.nbytes > available - HEADROOM:
+            raise OutOfMemoryError(
+                f"the adapter {name} needs {size(self.nbytes)} of memory and {size(available)} are available; "
+                "close other programs, or load fewer adapters"
+            )
+        self._memory = new_memory(max(1, self.nbytes))
+        with open_regular(stored.weights) as file:
+
+            def read(tensor: StoredTensor) -> Floats:
+                raw = np.empty(tensor.shape, _DTYPES[tensor.dtype])
+                view = raw.reshape(-1).view(np.uint8).data
+                file.seek(tensor.offset)
+                while view:
+                    got = file.readinto(view)  # type: ignore[attr-defined]
+                    if not got:
+                        raise CheckpointError(f"{stored.weights} became shorter while it was read")
+                    view = view[got:]
+                wide = _widen(raw)
+                if not np.isfinite(wide).all():
+                    raise CheckpointError(f"{stored.weights} holds NaN or infinity; the adapter is broken")
+                return wide
+
+            end = 0
+            for each in inputs:
+                end = self._fill(each, end, read)
+        ranks = sorted((matrix, factors.rank) for matrix, factors in stored.factors.items())
+        digest = hashlib.sha256(json.dumps(ranks).encode())
+        digest.update(self._memory.data)
+        self.fingerprint = digest.hexdigest()
+        """A hash of the factors: equal for adapters that compute the same, whatever they are called."""
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self.name}: rank {self.rank}, {self.nbytes / 1e6:.1f} MB, from {self.directory}>"
+
+    def _inputs(self, stored: StoredAdapter, layout: Layout) -> Iterator[_Input]:
+        """What is adapted, in the order of a pass."""
+        for i in range(layout.config.num_hidden_layers):
+            tensors = layout.layer(i)
+            for what, matrices in _LAYER:
+                known = [
+                    (number, part, matrix)
+                    for number, role, part in matrices
+                    if isinstance(matrix := tensors.get(role), Matrix)
+                ]
+                yield from _adapted(stored, self.shrinks[i, what], self.expands[i], known)
+            experts = tensors.get("experts")
+            if isinstance(experts, Experts) and self.expert_shrinks.size:
+                for expert in range(experts.count):
+                    both = experts.matrices(expert)
+                    shrinks, expands = self.expert_shrinks[i, expert], self.expert_expands[i, expert]
+                    for what, parts in _EXPERT:
+                        chosen = [(number, part, both[which]) for number, which, part in parts]
+                        yield from _adapted(stored, shrinks[what], expands, chosen)
+
+    def _fill(self, each: _Input, end: int, read: Callable[[StoredTensor], Floats]) -> int:
+        """Put the factors of an input's matrices into memory from `end` on; returns where they end."""
+
+        def place(values: Floats) -> int:
+            """values: (groups of 16 rows, columns, 16)."""
+            nonlocal end
+            start, end = end, end + pad(2 * values.size, CACHE_LINE)
+            self._memory[start : start + 2 * values.size].view(np.uint16)[:] = _bf16(values).ravel()
+            return self._memory.ctypes.data + start
+
+        stacked = np.zeros((pad(sum(factors.rank for factors in each.factors), UNIT_ROWS), each.columns), np.float32)
+        at = 0
+        for factors, expand in zip(each.factors, each.expands, strict=True):
+            stacked[at : at + factors.rank, : factors.a.shape[1]] = read(factors.a)
+            expand[1:] = factors.rank, at
+            at += factors.rank
+        parts = np.split(_grouped(stacked), dense.PARTS, axis=1)
+        each.shrink[:] = place(np.concatenate(parts)), len(stacked) // UNIT_ROWS
+        for factors, expand in zip(each.factors, each.expands, strict=True):
+            with np.errstate(over="ignore", invalid="ignore"):
+                b = read(factors.b) * np.float32(factors.scale)
+            if not np.isfinite(b).all():
+                raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, with which factors overflow")
+            rows = np.zeros((pad(len(b), UNIT_ROWS), factors.rank), np.float32)
+            rows[: len(b)] = b
+            expand[0] = place(_grouped(rows))
+        return end
+
+
+def check(stored: StoredAdapter, layout: Layout) -> None:
+    """Raise CheckpointError unless an adapter can be used with a model of this layout while it runs."""
+    if layout.config.recurrence is not None:
+        raise CheckpointError(
+            f"{stored.directory} is of a hybrid (a model with linear_attention layers), which takes no adapters while "
+            f"it runs; merge it into the model: npqwen convert MODEL OUT --adapter {stored.directory}"
+        )
+    for name in (EMBEDDING, OUTPUT, *stored.saved):
+        if name in stored.saved or name in stored.factors:
+            how = "replaces" if name in stored.saved else "adapts"
+            raise CheckpointError(
+                f"{stored.directory} {how} {shortened(name)}, which is only possible when it is merged into the model: "
+                f"npqwen convert MODEL OUT --adapter {stored.directory}"
+            )
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers = {_layer_of(name) for name in stored.factors}
+    for i in range(layout.config.num_hidden_layers):
+        if i in layers:
+            for tensor in layout.layer(i).values():
+                if isinstance(tensor, Matrix | Experts):
+                    shapes |= tensor.sources
+    for name, factors in stored.factors.items():
+        stored.check_shape(name, factors.shape, shapes.get(name), "the model")
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a matrix belongs to; -1 if its name has none."""
+    parts = name.split(".")
+    return int(parts[2]) if len(parts) > 2 and parts[2].isascii() and parts[2].isdigit() and len(parts[2]) < 9 else -1
+
+
+def _adapted(
+    stored: StoredAdapter,
+    shrink: NDArray[np.int64],
+    expands: NDArray[np.int64],
+    matrices: Sequence[tuple[int, int, Matrix]],
+) -> Iterator[_Input]:
+    """Those of some matrices with the same input that an adapter has factors of, if there are any.
+
+    matrices: the row of each in `expands`, and which part of a stored matrix it is.
+    """
+    found = [
+        (stored.factors[source], expands[number])
+        for number, part, matrix in matrices
+        if (source := matrix.parts[part].source) in stored.factors
+    ]
+    if found:
+        columns = pad(matrices[0][2].columns, UNIT_COLUMNS)
+        yield _Input(shrink, columns, [factors for factors, _ in found], [expand for _, expand in found])
+
+
+def _bytes(each: _Input) -> int:
+    """Bytes of the factors of an input's matrices, each at a cache line."""
+    ranks = sum(factors.rank for factors in each.factors)
+    sizes = [pad(ranks, UNIT_ROWS) * each.columns]
+    sizes += [UNIT_ROWS * ceil_div(factors.b.shape[0], UNIT_ROWS) * factors.rank for factors in each.factors]
+    return sum(pad(2 * each, CACHE_LINE) for each in sizes)
+
+
+def _grouped(matrix: Floats) -> Floats:
+    """(groups of 16 rows, columns, 16) of a matrix."""
+    grouped: Floats = matrix.reshape(-1, UNIT_ROWS, matrix.shape[1]).transpose(0, 2, 1)
+    return grouped
+
+
+def _widen(stored: NDArray[Any]) -> Floats:
+    """float32 of f16, f32 or the bits of bf16."""
+    if stored.dtype == np.uint16:
+        stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def _bf16(values: Floats) -> NDArray[np.uint16]:
+    """The bits of the nearest bf16, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    halves: NDArray[np.uint16] = (rounded >> np.uint32(16)).astype(np.uint16)
+    return halves
