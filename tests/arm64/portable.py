@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import npqwen
+from npqwen.engine.engine import Engine
 from npqwen.simd.isa import ISA
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,9 @@ ALLOWED = {4: 2e-2, 8: 2e-2, 16: 1e-4}
 # Where such a step changes the order of two experts that score alike, a token goes to another one: in a mixture, one
 # token in that many may differ more.
 TIPPED = 20
+HYBRID = ROOT / "tests" / "data" / "hybrid" / "qwen35"
+"""A checkpoint without a tokenizer, whose random weights enlarge every difference."""
+HYBRID_ALLOWED = 1e-3
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
@@ -56,9 +60,24 @@ def answers(path: Path, name: str) -> dict[str, np.ndarray]:
     return out
 
 
+def check_hybrid(path: Path) -> None:
+    """End the program unless a hybrid's logits, of a text at once and in pieces, are transformers'."""
+    expected = golden("hybrid")
+    ids, columns = expected["ids-qwen35"], expected["columns"]
+    engine = Engine(path, threads=2, context=256)
+    whole, cache = engine.logits(ids), engine.new_cache()
+    pieces = [engine.forward(part, cache, all_logits=True) for part in np.split(ids, [1, 2, 20, 100])]
+    engine.close()
+    difference = float(np.abs(whole[:, columns] - expected["qwen35"]).max())
+    print(f"qwen35, 16 bits, transformers: logits of {len(ids)} tokens differ by at most {difference:.1e}")
+    if difference > HYBRID_ALLOWED or not np.array_equal(np.concatenate(pieces), whole):
+        sys.exit(f"qwen35: {HYBRID_ALLOWED:.0e} is allowed, and nothing between passes of different lengths")
+
+
 def write(directory: Path) -> None:
     from npqwen_quant import convert
 
+    convert(HYBRID, directory / "qwen35-16", bits=16)
     for name, (source, encodings) in MODELS.items():
         for bits in encodings:
             path = directory / f"{name}-{bits}"
@@ -69,6 +88,8 @@ def write(directory: Path) -> None:
 
 def check(directory: Path, *names: str) -> None:
     print(f"{platform.machine()}, {ISA.name} kernels, pages of {mmap.PAGESIZE // 1024} KiB", flush=True)
+    if not names:
+        check_hybrid(directory / "qwen35-16")
     for name in names or MODELS:
         for bits in MODELS[name][1]:
             start = time.perf_counter()
