@@ -20,6 +20,7 @@ from npqwen.errors import NpqwenError, OptionError, quoted
 from npqwen.format.task import Task, check_task
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
+from npqwen.generation.draft_layer import DraftLayer
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
@@ -122,7 +123,11 @@ class Model(Engine):
                         on_compile=on_compile,
                     )
                 self._draft = draft
-                self._drafting = Drafting(self.passes, None if draft is None else DraftModel(draft, self))
+                self._drafting = Drafting(
+                    self.passes,
+                    None if draft is None else DraftModel(draft, self),
+                    DraftLayer(self) if self.has_draft_layer else None,
+                )
             except NpqwenError:
                 self.close()
                 raise

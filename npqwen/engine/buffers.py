@@ -35,7 +35,7 @@ class Buffers:
     ) -> None:
         """rank: the largest of the model's adapters."""
         model = weights.model[0]
-        layers = weights.layers
+        layers, draft = np.concatenate([weights.layers, weights.draft_layers]), weights.draft
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         hidden = int(model["embed_tokens"]["cols"])
         attended = int(layers["o_proj"]["cols"].max())
@@ -44,6 +44,7 @@ class Buffers:
         inner = max(inner, int(layers["shared_down_proj"]["cols"].max()))
         expert_inner = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLUMNS))
         tokens = pad(tokens, WIDTHS[-1])
+        of_draft = int(draft["fc"]["cols"].max(initial=0))
         slots = 0
         self.experts: ExpertActivations | None = None
         if config.mixture is not None:
@@ -69,14 +70,15 @@ class Buffers:
             )
         self.activations = Activations(
             hidden=_floats(tokens, hidden),
-            packed=_bytes(packed_bytes(max(tokens, slots), max(hidden, attended))),
+            packed=_bytes(packed_bytes(max(tokens, slots), max(hidden, attended, of_draft))),
             gated=_bytes(packed_bytes(tokens, inner)),
             queries=_floats(tokens, heads * dim),
             attended=_floats(tokens, attended),
             partials=np.zeros(attention.partial_floats(kv_heads, heads // kv_heads, dim, context), np.float32),
         )
         multiple = max(dim // UNIT_ROWS, GROUPS_PER_BLOCK)
-        columns = max(hidden, attended, inner, expert_inner)
+        # Beside the input of a draft layer's matrix, a thread has an embedding.
+        columns = max(hidden, attended, inner, expert_inner, of_draft + hidden if of_draft else 0)
         scratch = max(
             attention.scratch_floats(dim),
             matmul.scratch_floats(columns),

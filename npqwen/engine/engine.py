@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
+from npqwen.engine.draft_input import draft_input
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KVCache
@@ -119,7 +121,7 @@ class Engine:
         self.weights.layers["state_index"] = np.cumsum(is_recurrent) - 1
         self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self._threads = default_threads() if threads is None else int(threads)
-        self._origin = object()
+        self._origin, self._draft_origin = object(), object()
         self._prefixes = Prefixes(0)
         self._rope = Rope(self.config)
         self._team = Team(self.threads)
@@ -185,6 +187,13 @@ class Engine:
         cache.begin(1)
         sample = self._arguments([Piece(np.zeros(1, np.int64), cache, 1)], self.weights.layers, True, output)
         compile_kernel(forward, (self._team.row(0), 0, *sample))
+        if self.has_draft_layer:
+            self._draft_model = self.weights.model.copy()
+            self._draft_model["norm"] = self.weights.draft["norm"]
+            states = np.zeros((1, self.config.hidden_size), np.float32)
+            compile_kernel(
+                draft_input, (self._team.row(0), 0, *self._draft_arguments(0, np.zeros(1, np.int64), states))
+            )
 
     @property
     def path(self) -> Path:
@@ -225,6 +234,28 @@ class Engine:
     def prefixes(self) -> Prefixes:
         """Keys and values of texts so far, for texts that begin alike."""
         return self._prefixes
+
+    @property
+    def has_draft_layer(self) -> bool:
+        """Whether the checkpoint has a layer of its own that guesses tokens (multi-token prediction)."""
+        return len(self.weights.draft) > 0
+
+    @property
+    def draft_share(self) -> float:
+        """Bytes of weights that `run_draft_layer` reads for a token and half the vocabulary, in those of a pass."""
+        mixture, tensors = self.config.mixture, self.weights.tensors
+        chosen = 1.0 if mixture is None else mixture.num_experts_per_tok / mixture.num_experts
+        read = {name: one.data.size * (chosen if ".experts." in name else 1) for name, one in tensors.items()}
+        own = sum(size for name, size in read.items() if name.startswith("mtp."))
+        embedding = read["model.embed_tokens.weight"]
+        output = read.get("lm_head.weight", embedding)
+        others = sum(read.values()) - own - (embedding if "lm_head.weight" in read else 0)
+        return float((own + output / 2) / others)
+
+    def new_draft_cache(self) -> KVCache:
+        """An empty cache for the keys and values of the draft layer, see `run_draft_layer`."""
+        config = replace(self.config, num_hidden_layers=1, recurrence=None)
+        return KVCache(config, self.context, self.kv, self._draft_origin, self.prefixes.drop_oldest)
 
     @property
     def adapters(self) -> Adapters:
@@ -339,6 +370,59 @@ class Engine:
             self._pieces_pass(pieces, Output(_last_tokens(pieces), True, states))
         return _by_piece(states, pieces)
 
+    def run_draft_layer(
+        self,
+        ids: ArrayLike,
+        states: NDArray[np.float32],
+        cache: KVCache,
+        out: NDArray[np.float32],
+        *,
+        normed: bool = False,
+        chained: bool = False,
+    ) -> NDArray[np.float32]:
+        """Guess the token after `ids` with the draft layer; its keys and values are appended to the cache.
+
+        ids: up to `chunk` tokens of a text, one after the other, that follow those in the cache. states: float32
+        (tokens, hidden_size), for each of them the hidden state of the token *before* it: the model's last layer's, see
+        `KVCache.tail`; or if `chained`, what this returned for the token before, which was a guess. normed: apply the
+        final norm of whoever made the states, the model's or the draft layer's, before they are used. cache: of
+        `new_draft_cache`; its first token may be anywhere in the text, since only distances matter. out: float32
+        (1, n) with n a multiple of 16, receives logits of the ids below n after the last token.
+
+        Returns the layer's hidden state of the last token, float32 (hidden_size,), before its norm.
+        """
+        tokens, size = self._check(ids), self.config.hidden_size
+        if not self.has_draft_layer:
+            raise OptionError(f"{self.path} has no draft layer")
+        if cache.origin is not self._draft_origin:
+            raise OptionError("the cache belongs to another model; make one with this model's new_draft_cache()")
+        if tokens.size > self.chunk or states.shape != (tokens.size, size) or states.dtype != np.float32:
+            raise OptionError(f"states must be float32 {(tokens.size, size)}, and at most {self.chunk} at a time")
+        if out.ndim != 2 or out.shape[1] % UNIT_ROWS or not out.flags.carray or out.dtype != np.float32:
+            raise OptionError(f"out must be a writable float32 array (1, n), n a multiple of {UNIT_ROWS}")
+        norm = 0
+        if normed:
+            norm = int((self.weights.draft if chained else self.weights.model)["norm"][0])
+        pieces = [Piece(tokens, cache, 1)]
+        with cache.in_use:
+            cache.reserve(tokens.size)
+            with self._turn():
+                self.weights.check_whole()
+                on_caller = self._on_caller(tokens.size)
+                arguments = self._draft_arguments(norm, tokens, np.ascontiguousarray(states))
+                self._team.run(draft_input, *arguments, on_caller=on_caller)
+                output = Output(_last_tokens(pieces), False, out)
+                arguments = self._arguments(pieces, self.weights.draft_layers, False, output, self._draft_model)
+                self._team.run(forward, *arguments, on_caller=on_caller, keep=cache.held)
+                cache.advance(tokens.size)
+                last: NDArray[np.float32] = self._buffers.activations.hidden[tokens.size - 1, :size].copy()
+                return last
+
+    def _draft_arguments(self, norm: int, ids: NDArray[np.int64], states: NDArray[np.float32]) -> tuple[Any, ...]:
+        """The arguments of `draft_input` after the member's row and number."""
+        buffers, weights = self._buffers, self.weights
+        return weights.model[0], weights.draft[0], norm, ids, states, buffers.activations, buffers.workspace
+
     def output_row(self, id: int) -> NDArray[np.float32]:
         """A token's row of the output matrix, float32 (hidden_size,).
 
@@ -366,8 +450,17 @@ class Engine:
         for piece in pieces:
             piece.cache.begin(piece.ids.size, piece.guesses)
         self._forward(pieces, self.weights.layers, True, output)
+        self._advance(pieces)
+
+    def _advance(self, pieces: Sequence[Piece]) -> None:
+        """Append the tokens of a complete pass to their caches, and hand over their hidden states."""
+        hidden, first = self._buffers.activations.hidden[:, : self.config.hidden_size], 0
         for piece in pieces:
-            piece.cache.advance(piece.ids.size)
+            cache, last = piece.cache, first + piece.ids.size
+            if cache.tail is not None:
+                cache.tail.add(cache.length, hidden[first:last])
+            cache.advance(piece.ids.size)
+            first = last
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         """An array for the logits of passes of up to this many rows, see `forward_pieces`."""
@@ -425,9 +518,7 @@ class Engine:
             # A single row is not padded to a tile: the kernels write it in place.
             direct = rows == 1 and out.shape[1] % UNIT_ROWS == 0 and out.flags.carray
             output = Output(_last_tokens(pieces), False, out if direct else logits)
-            cache.begin(ids.size)
-            self._forward(pieces, self.weights.layers, True, output)
-            cache.advance(ids.size)
+            self._pieces_pass(pieces, output)
             if not direct:
                 out[:] = logits[:rows, : out.shape[1]]
 
@@ -455,20 +546,32 @@ class Engine:
     def _forward(self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output) -> None:
         """Run some layers on the team of threads, in the caller's turn."""
         self.weights.check_whole()
-        # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk: then no pass is
-        # short.
-        is_short = sum(piece.ids.size for piece in pieces) <= SHORT_PASS and not self._exceeds_memory
-        on_caller = is_short or threading.current_thread() is not threading.main_thread()
+        on_caller = self._on_caller(sum(piece.ids.size for piece in pieces))
         arguments, held = self._arguments(pieces, layers, embed, output), [piece.cache.held for piece in pieces]
         start = time.perf_counter()
         self._team.run(forward, *arguments, on_caller=on_caller, keep=held)
         if not output.normed and len(output.tokens) == sum(piece.ids.size for piece in pieces):
             self.passes.add(len(output.tokens), time.perf_counter() - start)
 
+    def _on_caller(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens runs on the calling thread, too."""
+        # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk: then no pass is
+        # short.
+        is_short = tokens <= SHORT_PASS and not self._exceeds_memory
+        return is_short or threading.current_thread() is not threading.main_thread()
+
     def _arguments(
-        self, pieces: Sequence[Piece], layers: NDArray[np.void], embed: bool, output: Output
+        self,
+        pieces: Sequence[Piece],
+        layers: NDArray[np.void],
+        embed: bool,
+        output: Output,
+        model: NDArray[np.void] | None = None,
     ) -> tuple[Any, ...]:
-        """The arguments of `npqwen.engine.forward.forward` after the member's row and number."""
+        """The arguments of `npqwen.engine.forward.forward` after the member's row and number.
+
+        model: a MODEL record to be used in place of the weights' own.
+        """
         buffers = self._buffers
         records = np.zeros(len(pieces), SEQUENCE)
         first = 0
@@ -489,7 +592,7 @@ class Engine:
             pages = np.repeat(records["pages"], counts)
             cos, sin = self._rope.at(positions)
         return (
-            self.weights.model[0],
+            (self.weights.model if model is None else model)[0],
             layers,
             Tokens(ids, rows, embed, positions, pages, cos, sin),
             Sequences(records, pieces[0].cache.dtype_array),

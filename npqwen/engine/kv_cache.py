@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
 from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
+from npqwen.engine.hidden_tail import HiddenTail
 from npqwen.engine.prefix_page import SHARED
 from npqwen.engine.recurrent_states import Recurrent, RecurrentStates, State
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
@@ -118,6 +119,8 @@ class KVCache:
         self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: dict[int, int] = {}
         """By index, how many positions of a page others may hold, too: it is copied before one of these is written."""
+        self.tail: HiddenTail | None = None
+        """Receives the hidden states of passes, for who guesses the next tokens from them; set by them, not forked."""
         self.cuts = 0
         """How often tokens were discarded or replaced; while it stays the same, tokens are only appended."""
 
@@ -273,6 +276,7 @@ class KVCache:
             self._check_length(length)
             fork = copy(self)
             fork.in_use = _OneThread()
+            fork.tail = None
             fork.length = int(length)
             held, full = self._held, length // PAGE
             arrays, addresses = held.arrays[:full], np.zeros_like(held.addresses)

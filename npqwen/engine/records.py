@@ -47,6 +47,11 @@ expert_bytes: distance between two experts; gate_up_proj and down_proj are the f
 number: the layer's index in the model.
 """
 
+DRAFT = np.dtype(
+    [("pre_fc_norm_embedding", np.int64), ("pre_fc_norm_hidden", np.int64), ("fc", MATRIX), ("norm", np.int64)]
+)
+"""What a draft layer has beside its LAYER record: fc makes its input of a token's embedding and the state before it."""
+
 RECURRENCE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 """Fields of MODEL that only hybrids have."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.cache_type import CacheType
-from npqwen.engine.records import LAYER, MODEL, RECURRENCE
+from npqwen.engine.records import DRAFT, LAYER, MODEL, RECURRENCE
 from npqwen.errors import FormatError, quoted, shortened
 from npqwen.format.config import Config
 from npqwen.format.encodings import ZERO_POINT, Encoding
@@ -40,7 +40,8 @@ class MappedTensor:
 class Weights:
     """A model's weights, mapped read-only from its files for as long as this lives.
 
-    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records.
+    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and
+    LAYER records, one each if the model has a draft layer.
     """
 
     def __init__(self, directory: Path, config: Config) -> None:
@@ -57,6 +58,8 @@ class Weights:
         self.model = np.zeros(1, MODEL)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
         self.layers["number"] = np.arange(config.num_hidden_layers)
+        self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
+        self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
         self._fill(layout)
 
     @property
@@ -133,14 +136,10 @@ class Weights:
         model["norm"] = self._vector(layout.norm)
         model["lm_head"] = self._matrix(layout.lm_head or layout.embed_tokens)
         for i in range(c.num_hidden_layers):
-            for role, tensor in layout.layer(i).items():
-                if isinstance(tensor, Vector):
-                    self.layers[i][role] = self._vector(tensor)
-                elif isinstance(tensor, Matrix):
-                    self.layers[i][role] = self._matrix(tensor)
-                else:
-                    self._experts(self.layers[i], tensor)
-            self._check_same_packing(layout.layer(i))
+            self._fill_record(self.layers[i], layout.layer(i))
+        for i in range(c.mtp_num_hidden_layers):
+            self._fill_record(self.draft[i], layout.draft())
+            self._fill_record(self.draft_layers[i], layout.draft_layer())
         known = {tensor.name for tensor in layout}
         for name in self.quantization.encodings:
             if name not in known:
@@ -148,6 +147,17 @@ class Weights:
                     f"{self.directory / 'config.json'} gives tensor {shortened(name)} an encoding, but its other keys "
                     f"describe a model without that tensor; {AGAIN}"
                 )
+
+    def _fill_record(self, record: np.void, tensors: Mapping[str, Tensor]) -> None:
+        """Fill a record whose fields are the tensors' roles."""
+        for role, tensor in tensors.items():
+            if isinstance(tensor, Vector):
+                record[role] = self._vector(tensor)
+            elif isinstance(tensor, Matrix):
+                record[role] = self._matrix(tensor)
+            else:
+                self._experts(record, tensor)
+        self._check_same_packing(tensors)
 
     def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse encodings of q, k, v and the output gate for which their common input would be packed in two ways."""
@@ -215,7 +225,19 @@ class PlannedWeights:
         def record(name: str, matrix: Matrix) -> _Record:
             return _record(0, 0, recipe.encoding(name, config.mixture is not None), matrix)
 
+        def fill(target: np.void, tensors: Mapping[str, Tensor]) -> None:
+            for role, part in tensors.items():
+                if isinstance(part, Matrix):
+                    target[role] = record(part.name, part)
+                elif isinstance(part, Experts):
+                    gate_up, down = part.matrices(0)
+                    target["gate_up_proj"] = record(part.name, gate_up)
+                    target["down_proj"] = record(part.name, down)
+                    target["expert_bytes"] = 1
+
         self.model, self.layers = np.zeros(1, MODEL), np.zeros(config.num_hidden_layers, LAYER)
+        self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
+        self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
         layout = Layout(config)
         if config.recurrence is not None:
             for key in RECURRENCE:
@@ -223,14 +245,10 @@ class PlannedWeights:
         for role, tensor in (("embed_tokens", layout.embed_tokens), ("lm_head", layout.lm_head or layout.embed_tokens)):
             self.model[0][role] = record(tensor.name, tensor)
         for i in range(config.num_hidden_layers):
-            for role, part in layout.layer(i).items():
-                if isinstance(part, Matrix):
-                    self.layers[i][role] = record(part.name, part)
-                elif isinstance(part, Experts):
-                    gate_up, down = part.matrices(0)
-                    self.layers[i]["gate_up_proj"] = record(part.name, gate_up)
-                    self.layers[i]["down_proj"] = record(part.name, down)
-                    self.layers[i]["expert_bytes"] = 1
+            fill(self.layers[i], layout.layer(i))
+        for i in range(config.mtp_num_hidden_layers):
+            fill(self.draft[i], layout.draft())
+            fill(self.draft_layers[i], layout.draft_layer())
 
 
 def _record(address: int, codebook: int, encoding: Encoding, matrix: Matrix) -> _Record:

@@ -101,6 +101,8 @@ class Config:
     mixture: Mixture | None = None
     recurrence: Recurrence | None = None
     """Of a hybrid: its other layers' attention has an output gate, too."""
+    mtp_num_hidden_layers: int = 0
+    """1 if the model has a draft layer (multi-token prediction), which guesses the token after the next."""
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer is a Gated DeltaNet layer in place of attention."""
@@ -180,6 +182,7 @@ class Config:
             mixture=mixture,
             recurrence=_recurrence(raw, layers, where) if model_type in _HYBRIDS else None,
             rotary_dim=_rotary_dim(raw, rope, head_dim, 0.25 if model_type in _HYBRIDS else 1.0, where),
+            mtp_num_hidden_layers=_draft_layers(raw, where) if model_type in _HYBRIDS else 0,
         )
         if heads % config.num_key_value_heads:
             raise CheckpointError(
@@ -307,6 +310,13 @@ def _recurrence(raw: Mapping[str, Any], layers: int, where: str) -> Recurrence:
             f"linear_num_key_heads {recurrence.linear_num_key_heads}"
         )
     return recurrence
+
+
+def _draft_layers(raw: Mapping[str, Any], where: str) -> int:
+    count = raw.get("mtp_num_hidden_layers") or 0
+    if type(count) is not int or count not in (0, 1):
+        raise CheckpointError(f"{where}: mtp_num_hidden_layers {quoted(count)} is not supported, only 0 and 1")
+    return count
 
 
 def _rotary_dim(raw: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int, default: float, where: str) -> int:

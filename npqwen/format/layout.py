@@ -149,7 +149,22 @@ class Layout:
         """Layer i's tensors by their role (qk_proj, router, experts, ...), in the order in which a pass uses them."""
         prefix = f"model.layers.{i}."
         mixer = self._recurrent(prefix) if self.config.is_recurrent(i) else self._attention(prefix)
-        return mixer | self._feed_forward(i, prefix)
+        return mixer | self._feed_forward(prefix, self.config.is_sparse(i))
+
+    def draft(self) -> dict[str, Tensor]:
+        """The tensors around the draft layer by their role; only of a model that has one."""
+        hidden = self.config.hidden_size
+        return {
+            "pre_fc_norm_embedding": Vector("mtp.pre_fc_norm_embedding.weight", hidden),
+            "pre_fc_norm_hidden": Vector("mtp.pre_fc_norm_hidden.weight", hidden),
+            "fc": _plain("mtp.fc.weight", hidden, 2 * hidden),
+            "norm": Vector("mtp.norm.weight", hidden),
+        }
+
+    def draft_layer(self) -> dict[str, Tensor]:
+        """The draft layer's tensors by their role, as those of `layer`; only of a model that has one."""
+        prefix = "mtp.layers.0."
+        return self._attention(prefix) | self._feed_forward(prefix, self.config.mixture is not None)
 
     def _attention(self, prefix: str) -> dict[str, Tensor]:
         c, attention = self.config, prefix + "self_attn."
@@ -197,12 +212,12 @@ class Layout:
             "o_proj": _plain(own + "out_proj.weight", hidden, r.values),
         }
 
-    def _feed_forward(self, i: int, prefix: str) -> dict[str, Tensor]:
+    def _feed_forward(self, prefix: str, sparse: bool) -> dict[str, Tensor]:
         c, hidden, mlp = self.config, self.config.hidden_size, prefix + "mlp."
         tensors: dict[str, Tensor] = {
             "post_attention_layernorm": Vector(prefix + "post_attention_layernorm.weight", hidden),
         }
-        if c.mixture is not None and c.is_sparse(i):
+        if c.mixture is not None and sparse:
             count, inner = c.mixture.num_experts, c.mixture.moe_intermediate_size
             tensors["router"] = _plain(mlp + "gate.weight", count, hidden)
             tensors["experts"] = Experts(mlp + "experts.weight", mlp + "experts.", count, hidden, inner)
@@ -225,6 +240,9 @@ class Layout:
         yield self.norm
         if self.lm_head is not None:
             yield self.lm_head
+        if self.config.mtp_num_hidden_layers:
+            yield from self.draft().values()
+            yield from self.draft_layer().values()
 
 
 def _plain(name: str, rows: int, columns: int) -> Matrix:

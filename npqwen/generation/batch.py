@@ -276,7 +276,7 @@ class Batch:
             sequence.cache = sequence.new_cache()
         if isinstance(source, Prefix):
             length = source.give(sequence.cache)
-        sequence.mark_borders()
+        sequence.begin_cache(sequence.cache)
         if not sequence.decoding.ids:
             sequence.cached = length
             sequence.next_step()

@@ -4,80 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import NpqwenError, OptionError
-from npqwen.format.encodings import UNIT_ROWS
-from npqwen.generation.acceptance import Acceptance
+from npqwen.generation.guesses import RECENT, Guess, Guesses, enough_ids
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
-    from npqwen.engine.pass_times import PassTimes
     from npqwen.generation.token_model import TokenModel
     from npqwen.tokenizer import Tokenizer
 
-_CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
-"""Between these, a guess's probability by the draft model puts it into one kind."""
-_BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)
-"""Of each kind, the share believed to be accepted before anything is known."""
-_OVERALL = 0.7
-"""The share of all guesses believed to be accepted before anything is known."""
-_FADES = 0.985
-"""What earlier evidence is worth after a draft: what a model guesses is more alike than what a text repeats."""
-_WEIGHT = 1 / 8
 _ADDED = 128
 """By so many tokens a vocabulary may be larger than the other, such as Qwen3's than that of an earlier release."""
 _PARTS = (1 / 4, 1 / 2)
-"""Parts of the vocabulary that may be enough: the lower an id, the more frequent is its token."""
-_ENOUGH, _RECENT = 0.97, 512
-"""This share of as many recent tokens has to be in such a part."""
+"""Parts of the vocabulary that may be enough, see `enough_ids`."""
 _CATCHING_UP = 32
 """So many tokens, that others wrote, are run in one pass with the first guess."""
 
 
-class Guess(NamedTuple):
-    """A guessed token."""
-
-    id: int
-    acceptance: Acceptance
-    """Of guesses that the draft model was as sure of."""
-
-
-class DraftModel:
+class DraftModel(Guesses):
     """A smaller model that guesses for a larger one, and what has become known of its guesses in all texts."""
 
     def __init__(self, model: TokenModel, target: TokenModel) -> None:
         """Raises OptionError unless both have the same tokens."""
         check_tokens(model.name, model.tokenizer, target.name, target.tokenizer)
+        super().__init__(model.weight_bytes / max(1, target.weight_bytes))
         self.model = model
         self.vocab_size = min(model.config.vocab_size, target.config.vocab_size)
-        self._ratio = min(1.0, model.weight_bytes / max(1, target.weight_bytes))
-        self.overall = Acceptance(_OVERALL, _FADES)
-        """Of the next guess, before its probability is known."""
-        self._kinds = [Acceptance(belief, _FADES) for belief in _BELIEFS]
-        self._seconds: float | None = None
-
-    def cost(self, passes: PassTimes | None) -> float:
-        """What a guess takes, in the unit of the target's `passes`; by the models' sizes until it is measured."""
-        if passes is None:
-            return 0.0
-        if self._seconds is None or not passes.measured:
-            return self._ratio * passes.seconds[1]
-        return self._seconds
-
-    def measured(self, seconds: float) -> None:
-        """Count a guess that took so long; one that took far longer than usual counts as twice as long."""
-        if self._seconds is None:
-            self._seconds = seconds
-        else:
-            self._seconds += (min(seconds, 2 * self._seconds) - self._seconds) * _WEIGHT
-
-    def acceptance(self, probability: float) -> Acceptance:
-        """Of guesses that the draft model gave about this probability."""
-        return self._kinds[int(np.searchsorted(_CONFIDENCES, probability))]
 
 
 def check_tokens(name: str, tokenizer: Tokenizer, target_name: str, target: Tokenizer) -> None:
@@ -110,6 +66,11 @@ class ModelDrafter:
         """How long the text was when its part of the vocabulary was chosen."""
         self._failed = False
 
+    @property
+    def guesses(self) -> Guesses:
+        """What is known of guesses such as the next ones."""
+        return self.draft
+
     def extend(self, ids: Iterable[int]) -> None:
         """Append the text's next tokens, drawn or forced."""
         self._ids.extend(ids)
@@ -125,7 +86,7 @@ class ModelDrafter:
                 known = model.prefixes.extend(np.array(self._ids[:-1], np.int32), self._cache)
                 self._held, self._agreed = self._ids[:known], known
             self._forget_wrong_guesses(self._cache)
-            if len(self._ids) >= self._viewed + _RECENT // 8 or not self._viewed:
+            if len(self._ids) >= self._viewed + RECENT // 8 or not self._viewed:
                 self._choose_vocabulary()
             missing = self._ids[len(self._held) : -1][: model.chunk]
             if len(missing) > _CATCHING_UP:
@@ -145,12 +106,10 @@ class ModelDrafter:
             self._run(missing)
         except NpqwenError:
             return None
-        logits = self._logits[0, : self.draft.vocab_size]
-        id = int(logits.argmax())
-        probability = 1 / float(np.exp(logits - logits[id]).sum())
+        guess = self.draft.best(self._logits[0, : self.draft.vocab_size])
         if len(missing) == 1:
             self.draft.measured(time.perf_counter() - start)
-        return Guess(id, self.draft.acceptance(probability))
+        return guess
 
     def close(self) -> None:
         """Leave what was computed to later texts."""
@@ -169,14 +128,8 @@ class ModelDrafter:
     def _choose_vocabulary(self) -> None:
         """Compute the logits of as many ids as the text needs: the output matrix of a small model is a third of it."""
         self._viewed = len(self._ids)
-        added = self.draft.model.tokenizer.added_ids
-        recent = np.array([id for id in self._ids[-_RECENT:] if id not in added])
-        size = self.draft.model.config.vocab_size
-        for part in _PARTS:
-            most = int(part * size) // UNIT_ROWS * UNIT_ROWS
-            if most and recent.size and np.mean(recent < most) >= _ENOUGH:
-                size = most
-                break
+        model = self.draft.model
+        size = enough_ids(self._ids, model.tokenizer.added_ids, model.config.vocab_size, _PARTS)
         if size != self._logits.shape[1]:
             self._logits = np.empty((1, size), np.float32)
 

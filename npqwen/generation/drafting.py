@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npqwen.engine.pass_times import PassTimes
+    from npqwen.generation.draft_layer import DraftLayer
     from npqwen.generation.draft_model import DraftModel
 
 ANSWERS = 4096
@@ -14,12 +15,15 @@ ANSWERS = 4096
 
 
 class Drafting:
-    """What passes cost, a draft model if there is one, and what was written lately."""
+    """What passes cost, a draft model or else the model's own draft layer, and what was written lately."""
 
-    def __init__(self, passes: PassTimes | None = None, model: DraftModel | None = None) -> None:
+    def __init__(
+        self, passes: PassTimes | None = None, model: DraftModel | None = None, layer: DraftLayer | None = None
+    ) -> None:
         """passes: None if nobody measures what passes of few tokens cost."""
         self.passes = passes
         self.model = model
+        self.layer = layer
         self._answers: tuple[list[int], ...] = ()
         """The latest last. Replaced as a whole: texts end in several threads."""
 

@@ -121,10 +121,13 @@ class Sequence:
         """An empty cache for this text, of up to `room` tokens (default: the context)."""
         return self._model.new_cache(room, None if self.adapter is None else self.adapter.name)
 
-    def mark_borders(self) -> None:
-        """Have the cache keep checkpoints between the prompt's messages."""
-        if self.cache is not None and self.cache.recurrent is not None:
-            self.cache.mark(message_borders(self.decoding.prompt_ids, self._tokenizer))
+    def begin_cache(self, cache: KVCache) -> None:
+        """Use a cache from now on: it keeps checkpoints between the prompt's messages, and gives what guesses need."""
+        self.cache = cache
+        if cache.recurrent is not None:
+            cache.mark(message_borders(self.decoding.prompt_ids, self._tokenizer))
+        if self._speculation is not None:
+            self._speculation.follow(cache)
 
     @property
     def length(self) -> int:

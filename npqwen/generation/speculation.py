@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from npqwen.generation.acceptance import Acceptance
+from npqwen.generation.draft_layer import LayerDrafter
 from npqwen.generation.draft_model import ModelDrafter
 from npqwen.generation.drafter import TextDrafter
 
 if TYPE_CHECKING:
+    from npqwen.engine.kv_cache import KVCache
     from npqwen.generation.drafting import Drafting
+    from npqwen.generation.guesses import Guesses
 
 PASS = 15
 """The most tokens of a pass with drafts: up to 15 tokens, logits are bitwise equal to those of passes of one token."""
@@ -23,8 +26,9 @@ _BELIEFS = {2: 0.5, 3: 0.65, 4: 0.8, 5: 0.9, 6: 0.95}
 class Speculation:
     """Proposes the tokens that a text's next pass runs beyond those that are certain, and learns what came of them.
 
-    Guesses from what the text says already cost nothing. A draft model guesses where that promises more tokens per
-    second, while the text is alone in its pass: the guesses come one by one, and other texts would wait for them.
+    Guesses from what the text says already cost nothing. A draft model, or else the model's own draft layer, guesses
+    where that promises more tokens per second, while the text is alone in its pass: the guesses come one by one, and
+    other texts would wait for them.
 
     The text does not depend on it: a proposed token is used only where it equals the one that is drawn.
     """
@@ -34,15 +38,24 @@ class Speculation:
         by what passes cost."""
         self._drafting = drafting
         self._text = TextDrafter(drafting.with_answers(prompt))
-        self._model = None if drafting.model is None else ModelDrafter(drafting.model, prompt)
+        self._model: ModelDrafter | LayerDrafter | None = None
+        if drafting.model is not None:
+            self._model = ModelDrafter(drafting.model, prompt)
+        elif drafting.layer is not None:
+            self._model = LayerDrafter(drafting.layer, prompt)
         self._always = always
         self._read = 0
         self._of_text: dict[int, Acceptance] = {}
         """By the certainty of the text's own drafts."""
         self._proposed: list[Acceptance] = []
         """What each token of the last proposal tells about."""
-        self._overall: Acceptance | None = None
-        """The acceptance of all guesses of the draft model, if it made the last proposal."""
+        self._guesses: Guesses | None = None
+        """What is known of the guesses of a model or layer, if it made the last proposal."""
+
+    def follow(self, cache: KVCache) -> None:
+        """Take what guesses need from the text's passes, which use this cache from now on."""
+        if isinstance(self._model, LayerDrafter):
+            self._model.follow(cache)
 
     def propose(self, ids: Sequence[int], most: int, certain: int, *, alone: bool = True) -> list[int]:
         """The next tokens to guess, at most `most`, perhaps none.
@@ -50,7 +63,7 @@ class Speculation:
         ids: the text's. certain: how many tokens the pass runs anyway. alone: whether all of them are this text's.
         """
         self._extend(ids)
-        self._proposed, self._overall = [], None
+        self._proposed, self._guesses = [], None
         most = min(most, PASS - certain)
         if self._model is not None and not alone:
             self._model.close()
@@ -75,14 +88,16 @@ class Speculation:
         decided = self._proposed[: accepted + rejected]
         for kind in dict.fromkeys(decided):
             kind.add(decided[:accepted].count(kind), decided.count(kind))
-        if decided and self._overall is not None:
-            self._overall.add(accepted, len(decided))
+        if decided and self._guesses is not None:
+            self._guesses.add(accepted, len(decided))
 
     def close(self, ids: Sequence[int]) -> None:
         """End with the text, whose ids these are: what was computed and written may help later texts."""
         self._extend(ids)
         if self._model is not None:
             self._model.close()
+        if isinstance(self._model, LayerDrafter):
+            self._model.leave()
         self._drafting.remember(ids)
 
     def _extend(self, ids: Sequence[int]) -> None:
@@ -92,12 +107,13 @@ class Speculation:
         if self._model is not None:
             self._model.extend(new)
 
-    def _guess(self, model: ModelDrafter, most: int, certain: int, speed: float) -> list[int]:
-        """What the draft model guesses; nothing if that does not promise more than `speed`, see `_speed`."""
-        overall, cost = model.draft.overall, model.draft.cost(self._drafting.passes)
+    def _guess(self, model: ModelDrafter | LayerDrafter, most: int, certain: int, speed: float) -> list[int]:
+        """What a model or layer guesses; nothing if that does not promise more than `speed`, see `_speed`."""
+        guesses, cost = model.guesses, model.guesses.cost(self._drafting.passes)
+        overall = guesses.overall
         length, promised = self._best_length(overall.rate, most, certain, cost)
         if not length or (promised <= speed and not self._always):
-            overall.fade()
+            guesses.pass_over(length > 0)
             return []
         if not model.catch_up():
             return []
@@ -119,7 +135,7 @@ class Speculation:
         best = max(range(self._always and len(ids) > 0, len(speeds)), key=speeds.__getitem__)
         for kind in set(kinds[best:]):
             kind.fade()
-        self._proposed, self._overall = kinds[:best], overall
+        self._proposed, self._guesses = kinds[:best], guesses
         return ids[:best]
 
     def _best_length(self, rate: float, most: int, certain: int, cost: float) -> tuple[int, float]:

@@ -200,7 +200,7 @@ class Stream(AsyncSteps[str]):
     def _generate(self) -> Generator[str, None, None]:
         sequence, decoding, cache = self._sequence, self._decoding, self.cache
         sequence.next_step()
-        sequence.mark_borders()
+        sequence.begin_cache(cache)
         prompt = np.array(decoding.prompt_ids, np.int32)
         sequence.cached = self._model.prefixes.extend(prompt[:-1], cache)
         try:

@@ -28,7 +28,7 @@ from npqwen.hub.source import GgufSource, LocalSource, Source
 from npqwen.hub.support import check
 from npqwen.kernels.cache_page import PAGE
 from npqwen.reports.columns import columns
-from npqwen.reports.info import PARTS
+from npqwen.reports.info import PARTS, part_of
 
 if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile
@@ -170,7 +170,7 @@ def plan_conversion(
     for tensor in tensors:
         name = tensor.tensor.matrix if isinstance(tensor.tensor, Codebook) else tensor.name
         count = sum(map(math.prod, tensor.sources.values()))
-        part = next(part for part, ends in PARTS.items() if name.rpartition(".")[0].endswith(ends))
+        part = part_of(name)
         before = parts.get(part, Part(0, 0))
         parts[part] = Part(before.weights + count, before.bytes + tensor.nbytes)
         if tensor.encoding is not None:

@@ -35,6 +35,7 @@ PARTS = {
     "routers": (".mlp.gate",),
     "norms": ("norm",),
     "output": ("lm_head",),
+    "draft layer": (),
 }
 """Ends of the names of tensors, the last component left out."""
 
@@ -108,12 +109,10 @@ def inspect(
     context = context_length(config, context)
     weights = Weights(directory, config)
     kv = weights.cache_type if kv is None else check_cache_type(kv)
-    parts = {
-        part: sum(
-            tensor.data.size for name, tensor in weights.tensors.items() if name.rpartition(".")[0].endswith(ends)
-        )
-        for part, ends in PARTS.items()
-    }
+    parts = dict.fromkeys(PARTS, 0)
+    for name, tensor in weights.tensors.items():
+        if part := part_of(name):
+            parts[part] += tensor.data.size
     matrices = sum(t.data.size for t in weights.tensors.values() if t.dtype == "U8")
     threads = machine.default_threads()
     found = Adapters(check_adapters(adapters), config)
@@ -152,6 +151,13 @@ def inspect(
     )
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, of PARTS; "" if no model has it."""
+    if name.startswith("mtp."):
+        return "draft layer"
+    return next((part for part, ends in PARTS.items() if name.rpartition(".")[0].endswith(ends)), "")
+
+
 def weights_in_matrices(c: Config) -> int:
     """Number of weights in the matrices of a converted model, a tied embedding counted once."""
     return sum(_weights(tensor) for tensor in Layout(c) if not isinstance(tensor, Vector))
@@ -163,14 +169,18 @@ def parameters(c: Config) -> int:
 
 
 def active_parameters(c: Config) -> int:
-    """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row."""
+    """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row.
+
+    A draft layer is left out.
+    """
+    used = [tensor for tensor in Layout(c) if not tensor.name.startswith("mtp.")]
     idle = 0
     if c.mixture is not None:
         others = c.mixture.num_experts - c.mixture.num_experts_per_tok
-        stacks = (tensor for tensor in Layout(c) if isinstance(tensor, Experts))
+        stacks = (tensor for tensor in used if isinstance(tensor, Experts))
         idle = sum(_weights(stack) // stack.count * others for stack in stacks)
     unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-    return parameters(c) - idle - unread
+    return sum(map(_weights, used)) - idle - unread
 
 
 def _weights(tensor: Tensor) -> int:
@@ -183,11 +193,11 @@ def _weights(tensor: Tensor) -> int:
 def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
     """Bytes of the weights that one token reads. tensors: names and bytes of all of a converted model's.
 
-    Of a mixture of experts it reads the chosen experts, of an untied embedding one row.
+    Of a mixture of experts it reads the chosen experts, of an untied embedding one row; a draft layer is left out.
     """
     total = 0.0
     for name, count in tensors:
-        if name == "model.embed_tokens.weight" and not c.tie_word_embeddings:
+        if name.startswith("mtp.") or (name == "model.embed_tokens.weight" and not c.tie_word_embeddings):
             continue
         share = 1.0
         if c.mixture is not None and name.endswith("experts.weight"):
@@ -278,6 +288,7 @@ def describe(info: Info, name: str | None = None) -> str:
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
         ("attention", heads),
         *_recurrence(c),
+        *([("draft layer", "one, which guesses further tokens")] if c.mtp_num_hidden_layers else []),
         *([("mixture", experts)] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         ("positions", f"up to {_longest(c)}, rope_theta {c.rope_theta:g}"),

@@ -27,6 +27,8 @@ from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
 _UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
 """Small files that npqwen copies without reading them."""
+_DRAFT = "mtp."
+"""Names of a hybrid's draft layer begin so, in a base model too."""
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
 """Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
@@ -53,7 +55,7 @@ class Checkpoint:
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
         self.has_draft = False
-        """Whether it is a hybrid with layers that draft further tokens (MTP), which are not read."""
+        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), which are not read."""
         self.format: QuantizedFormat | None = None
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
         if weights and (files := gguf_files(directory)):
@@ -95,8 +97,21 @@ class Checkpoint:
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
-        self.tensors = self._named(self._read_tensors()) if weights else {}
+        if weights:
+            stored = self._read_tensors()
+            self.find_draft_layer(stored)
+            self.tensors = self._named(stored)
         refuse_packed(self.tensors, directory)
+
+    def find_draft_layer(self, names: Iterable[str]) -> None:
+        """Have the configuration say whether a hybrid's tensors, of these names, include a draft layer.
+
+        Qwen3-Next's config.json does not mention it, and those of further trained models mention one that they lost.
+        """
+        count = int(self.config.recurrence is not None and any(map(_of_draft, names)))
+        if count != self.config.mtp_num_hidden_layers:
+            self.config = replace(self.config, mtp_num_hidden_layers=count)
+            self.raw_config |= {"mtp_num_hidden_layers": count}
 
     def _adapt(self, adapter: Adapter) -> None:
         """Merge an adapter into the tensors."""
@@ -115,7 +130,6 @@ class Checkpoint:
 
     def _named(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """What files store, dequantized, by the names of Qwen3ForCausalLM or its sisters."""
-        self.find_draft(stored)
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
@@ -133,15 +147,11 @@ class Checkpoint:
             )
         return found
 
-    def find_draft(self, names: Iterable[str]) -> None:
-        """Set has_draft if one of the stored tensors' names is of a draft layer."""
-        self.has_draft = self.has_draft or (self.config.recurrence is not None and any(map(_is_of_draft, names)))
-
     def own_name(self, name: str) -> str | None:
         """What a stored tensor would be called in a checkpoint of the text model alone; None for one that is not of
-        it: of images, or of a hybrid's draft layer, which is not read."""
-        if self.config.recurrence is not None and _is_of_draft(name):
-            return None
+        it: of images."""
+        if self.config.recurrence is not None and (of_draft := _of_draft(name)):
+            return of_draft
         return text_name(name) if self.has_images else name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
@@ -226,8 +236,10 @@ class Checkpoint:
         return read_tensors(path)
 
 
-def _is_of_draft(name: str) -> bool:
-    return name.startswith(("mtp.", "model.mtp.", "language_model.mtp.", "model.language_model.mtp."))
+def _of_draft(name: str) -> str:
+    """The name that a tensor of a hybrid's draft layer has in npqwen's layout; "" for other tensors."""
+    before, dot, own = name.partition(_DRAFT)
+    return dot + own if before in ("", "model.", "language_model.", "model.language_model.") else ""
 
 
 def checked(name: str, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
@@ -266,7 +278,7 @@ def is_bare(names: Iterable[str]) -> bool:
 
 def prefixed(name: str) -> str:
     """The name in Qwen3ForCausalLM of a bare base model's tensor."""
-    return name if name == "lm_head.weight" else "model." + name
+    return name if name == "lm_head.weight" or name.startswith(_DRAFT) else "model." + name
 
 
 def with_prefix(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:

@@ -137,9 +137,9 @@ def convert(
 
 
 def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
-    """Tell that a checkpoint's draft layer is left out, if it has one."""
+    """Tell that a GGUF file's draft layer is left out, if it has one."""
     if checkpoint.has_draft and notice:
-        notice("the checkpoint's draft layer (MTP) is left out")
+        notice("the file's draft layer (MTP) is left out; that of the original checkpoint would be converted")
 
 
 def conversion_key(
@@ -173,6 +173,7 @@ def update(
     converted, source, out = check_path(converted), check_path(source), check_path(out)
     checkpoint = Checkpoint(source, weights=False)
     quantization = Quantization.from_directory(converted)
+    checkpoint.find_draft_layer(quantization.encodings)
     checksums = Checksums.of(converted)
     small = checkpoint.small_files()
     with Output(out, json.dumps(["update", os.path.realpath(converted)]), force=False) as output:
@@ -249,11 +250,15 @@ def _complete(
 
 
 def _codebooks(tensors: Sequence[OutputTensor]) -> dict[str, search.Codebook]:
-    """Codebooks of the matrices that calibration changes, by the checkpoint's names: those of less than 8 bits."""
+    """Codebooks of the matrices that calibration changes, by the checkpoint's names: those of less than 8 bits.
+
+    The draft layer's are left out, which change no text.
+    """
     return {
         part.source: search.Codebook(np.array(planned.encoding.values, np.float32))
         for planned in tensors
         if planned.encoding is not None and planned.encoding.is_integer and planned.encoding.bits < 8
+        if not planned.name.startswith("mtp.")
         for matrix in planned.matrices()
         for part in matrix.parts
     }

@@ -1,6 +1,8 @@
 """Checkpoints of hybrids (Qwen3-Next, Qwen3.5): their tensors in the forms that npqwen's layout has.
 
 - Norms are zero-centred, factors are 1 + weight, but for the one within a Gated DeltaNet layer.
+- The draft layer (mtp.*) is an attention layer with three further norms and a matrix (hidden, 2 * hidden), whose first
+  half is multiplied with the token's embedding.
 - q_proj has, head by head, the rows of the queries and those of the output gate.
 - Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
   the group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v, and one for each of z, b and a.
@@ -23,6 +25,7 @@ from npqwen.format.config import CONVOLUTION, Config, Recurrence
 from npqwen_quant.tensors import SourceTensor, widen
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
+_OTHER_NORMS = ("model.norm", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
 _SPLIT = {
     ".self_attn.q_proj": ("q_proj", "q_gate"),
     ".linear_attn.in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
@@ -157,7 +160,7 @@ def in_layout(
             found[name] = Gathered(tensor, [(start, dim) for start in starts])
             gate = name.removesuffix("q_proj.weight") + "q_gate.weight"
             found[gate] = Gathered(tensor, [(start + dim, dim) for start in starts])
-        elif name.endswith(_NORMS) or name == "model.norm.weight":
+        elif name.endswith(_NORMS) or name.removesuffix(".weight") in _OTHER_NORMS:
             found[name] = _OnePlus(tensor, _length(name, tensor)) if zero_centred else tensor
         elif name.endswith(".shared_expert_gate.weight"):
             check_shape(name, tensor, (1, config.hidden_size), (config.hidden_size,))

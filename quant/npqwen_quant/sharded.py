@@ -30,7 +30,6 @@ from npqwen_quant.conversion import (
     output_bytes,
     refuse_impossible_counts,
     refuse_unknown,
-    tell_of_draft,
     write_small,
 )
 from npqwen_quant.hybrid import names_in_layout
@@ -92,7 +91,6 @@ def convert_shards(
         tensors = plan(checkpoint.config, recipe)
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}
         _check_names(checkpoint, shapes, stored)
-        tell_of_draft(checkpoint, notice)
         files = deal(tensors, shard_bytes)
         small = checkpoint.small_files()
         output.check_room(output_bytes(files, small) + largest)
@@ -146,7 +144,7 @@ def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored
     missing = sorted(set(weight_map.values()) - set(shards.files))
     if missing:
         raise CheckpointError(f"{shortened(missing[0])} is missing, a shard that {INDEX} names")
-    checkpoint.find_draft(weight_map)
+    checkpoint.find_draft_layer(weight_map)
     own = {name: text for name in weight_map if (text := checkpoint.own_name(name)) is not None}
     if is_bare(own.values()):
         own = {name: prefixed(text) for name, text in own.items()}
@@ -280,6 +278,9 @@ class _Run:
         found = self._checkpoint.sources({name: stored[name] for name in due})
         for name, tensor in found.items():
             refuse_unknown(name, self._shapes, tensor.path)
+        for name in self._shapes:
+            if name not in found and self._due[_module(name)] == shard:
+                raise CheckpointError(f"{self._checkpoint.directory} has no tensor {name}; is the upload complete?")
         needed = {name: tensor for name, tensor in found.items() if name in self._shapes}
         return {name: checked(name, tensor, self._shapes[name]) for name, tensor in needed.items()}
 

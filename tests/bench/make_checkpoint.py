@@ -171,40 +171,50 @@ SIZES = {
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of a model."""
-    hidden, head = config["hidden_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    hidden = config["hidden_size"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        yield prefix + "input_layernorm.weight", (hidden,)
-        if is_recurrent(config, layer):
-            yield from ((f"{prefix}linear_attn.{name}", shape) for name, shape in recurrent(config))
-        else:
-            gated = 2 if "linear_num_value_heads" in config else 1
-            yield prefix + "self_attn.q_proj.weight", (gated * queries, hidden)
-            yield prefix + "self_attn.k_proj.weight", (keys, hidden)
-            yield prefix + "self_attn.v_proj.weight", (keys, hidden)
-            yield prefix + "self_attn.o_proj.weight", (hidden, queries)
-            yield prefix + "self_attn.q_norm.weight", (head,)
-            yield prefix + "self_attn.k_norm.weight", (head,)
-        yield prefix + "post_attention_layernorm.weight", (hidden,)
-        if "num_experts" in config:
-            yield prefix + "mlp.gate.weight", (config["num_experts"], hidden)
-            inner = config["moe_intermediate_size"]
-            blocks = [f"{prefix}mlp.experts.{expert}." for expert in range(config["num_experts"])]
-            if "shared_expert_intermediate_size" in config:  # as large as the others
-                yield prefix + "mlp.shared_expert_gate.weight", (1, hidden)
-                blocks.append(prefix + "mlp.shared_expert.")
-        else:
-            inner = config["intermediate_size"]
-            blocks = [prefix + "mlp."]
-        for block in blocks:
-            yield block + "gate_proj.weight", (inner, hidden)
-            yield block + "up_proj.weight", (inner, hidden)
-            yield block + "down_proj.weight", (hidden, inner)
+        yield from _layer(config, f"model.layers.{layer}.", is_recurrent(config, layer))
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+    if config.get("mtp_num_hidden_layers"):
+        for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            yield f"mtp.{name}.weight", (hidden,)
+        yield "mtp.fc.weight", (hidden, 2 * hidden)
+        yield from _layer(config, "mtp.layers.0.", False)
+
+
+def _layer(config: dict[str, Any], prefix: str, recurs: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a layer."""
+    hidden, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    yield prefix + "input_layernorm.weight", (hidden,)
+    if recurs:
+        yield from ((f"{prefix}linear_attn.{name}", shape) for name, shape in recurrent(config))
+    else:
+        gated = 2 if "linear_num_value_heads" in config else 1
+        yield prefix + "self_attn.q_proj.weight", (gated * queries, hidden)
+        yield prefix + "self_attn.k_proj.weight", (keys, hidden)
+        yield prefix + "self_attn.v_proj.weight", (keys, hidden)
+        yield prefix + "self_attn.o_proj.weight", (hidden, queries)
+        yield prefix + "self_attn.q_norm.weight", (head,)
+        yield prefix + "self_attn.k_norm.weight", (head,)
+    yield prefix + "post_attention_layernorm.weight", (hidden,)
+    if "num_experts" in config:
+        yield prefix + "mlp.gate.weight", (config["num_experts"], hidden)
+        inner = config["moe_intermediate_size"]
+        blocks = [f"{prefix}mlp.experts.{expert}." for expert in range(config["num_experts"])]
+        if "shared_expert_intermediate_size" in config:  # as large as the others
+            yield prefix + "mlp.shared_expert_gate.weight", (1, hidden)
+            blocks.append(prefix + "mlp.shared_expert.")
+    else:
+        inner = config["intermediate_size"]
+        blocks = [prefix + "mlp."]
+    for block in blocks:
+        yield block + "gate_proj.weight", (inner, hidden)
+        yield block + "up_proj.weight", (inner, hidden)
+        yield block + "down_proj.weight", (hidden, inner)
 
 
 def is_recurrent(config: dict[str, Any], layer: int) -> bool:
@@ -376,11 +386,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=TINY, help="directory to copy the tokenizer from")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the real model's")
+    parser.add_argument("--draft-layer", action="store_true", help="of a hybrid, with a draft layer (mtp.*)")
     parser.add_argument("--shard-mb", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--convert", type=int, metavar="BITS", help="write a converted model, not the checkpoint")
     options = parser.parse_args()
     config = dict(SIZES[options.size])
+    if options.draft_layer:
+        config["mtp_num_hidden_layers"] = 1
     if options.layers:
         config["num_hidden_layers"] = config["max_window_layers"] = options.layers
         if "layer_types" in config:

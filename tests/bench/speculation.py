@@ -1,11 +1,12 @@
 """What guessed tokens are worth: tokens per second with and without them, taking turns.
 
-    python tests/bench/speculation.py MODEL [--draft MODEL [--acceptance SHARE]] [--threads N] [--rounds N] [--tokens N]
+    python tests/bench/speculation.py MODEL [--draft MODEL | --own-layer] [--acceptance SHARE] [--threads N]
+        [--rounds N] [--tokens N]
 
 MODEL: a converted directory; random weights will do. What the model says does not matter: its text is scripted, by a
 bias on the script's next token, so that every kind of text is decoded at the model's real cost. --draft: a text without
 repetition whose tokens this smaller model guesses, of which the given share is right, and what the times of single
-passes promise.
+passes promise. --own-layer: the same with the model's own draft layer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from npqwen.engine.engine import Piece
+from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.kv_cache import KVCache
+from npqwen.generation.draft_layer import DraftLayer
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.stream import Stream
@@ -58,16 +61,23 @@ def texts(model: Model) -> dict[str, tuple[list[int], list[int]]]:
 
 
 def rate(
-    model: Model, prompt: list[int], script: list[int], speculation: bool | None, draft: DraftModel | None = None
+    model: Model,
+    prompt: list[int],
+    script: list[int],
+    speculation: bool | None,
+    draft: DraftModel | None = None,
+    layer: DraftLayer | None = None,
 ) -> tuple[float, int, int]:
     """Tokens per second after the first; guessed and accepted tokens."""
     start = len(prompt)
 
     def follow(ids: list[int], logits: Any) -> None:
         logits[script[len(ids) - start]] = np.float32(1e4)
+        if layer is not None:
+            layer.model.at = len(ids) - start  # type: ignore[attr-defined]
 
     options: Any = {"logits_processor": follow, "max_tokens": len(script), "speculation": speculation}
-    model._drafting = Drafting(model.passes, draft)  # nothing is remembered of the script
+    model._drafting = Drafting(model.passes, draft, layer)  # nothing is remembered of the script
     done = Stream(model, prompt, temperature=0, **options).completion()
     assert done.ids == script[: len(done.ids)]
     return done.usage.decode_rate, done.usage.drafted_tokens, done.usage.accepted_tokens
@@ -90,23 +100,58 @@ class Scripted:
         return out
 
 
-def pass_seconds(model: Model, tokens: int, depth: int, rounds: int = 9) -> float:
-    """Median seconds of a forward pass over `tokens` tokens at `depth`, computing every token's logits."""
-    cache, out, ids = model.new_cache(), model.new_logits(tokens), np.full(tokens, 300, np.int64)
-    model.prefill(np.full(depth, 300), cache)
+class ScriptedLayer:
+    """A model whose draft layer's likeliest token is the script's, or another, at its real cost."""
+
+    def __init__(self, model: Model, likeliest: list[int]) -> None:
+        self.model, self.likeliest = model, likeliest
+        self.at = self.guessed = 0
+        """The token of the script that was drawn last, and guesses after it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def run_draft_layer(self, ids: Any, states: Any, cache: KVCache, out: Any, **options: Any) -> Any:
+        found = self.model.run_draft_layer(ids, states, cache, out, **options)
+        self.guessed = self.guessed + 1 if options.get("chained") else 1
+        if self.at + self.guessed < len(self.likeliest):
+            out[0, self.likeliest[self.at + self.guessed]] = 1e4
+        return found
+
+
+def layer_seconds(model: Model, depth: int, rounds: int = 9) -> float:
+    """Median seconds of a guess by the model's draft layer at `depth`, of a quarter of the vocabulary."""
+    cache, size = model.new_draft_cache(), model.config.hidden_size
+    states, out = np.zeros((depth, size), np.float32), np.empty((1, model.config.vocab_size // 64 * 16), np.float32)
+    model.run_draft_layer(np.full(depth, 300), states, cache, out)
     seconds = []
     for _ in range(rounds):
-        cache.reserve(tokens)
         start = time.perf_counter()
-        model.forward_pieces([Piece(ids, cache, tokens)], out)
+        model.run_draft_layer([300], states[:1], cache, out)
         seconds.append(time.perf_counter() - start)
         cache.truncate(depth)
     return statistics.median(seconds)
 
 
-def promised(model: Model, draft: Model, acceptance: float, depth: int) -> tuple[float, int]:
+def pass_seconds(model: Model, tokens: int, depth: int, rounds: int = 9) -> float:
+    """Median seconds of a forward pass over `tokens` tokens at `depth`, computing every token's logits."""
+    cache, out, ids = model.new_cache(), model.new_logits(tokens), np.full(tokens, 300, np.int64)
+    model.prefill(np.full(depth, 300), cache)
+    cache.keep_checkpoint()
+    seconds = []
+    for _ in range(rounds):
+        cache.reserve(tokens)
+        start = time.perf_counter()
+        model.forward_pieces([Piece(ids, cache, tokens, tokens - 1)], out)
+        seconds.append(time.perf_counter() - start)
+        cache.truncate(depth)
+    return statistics.median(seconds)
+
+
+def promised(model: Model, draft: Model | None, acceptance: float, depth: int) -> tuple[float, int]:
     """The ratio of speeds that the best number of guesses promises, and that number."""
-    alone, guess = pass_seconds(model, 1, depth), pass_seconds(draft, 1, depth)
+    alone = pass_seconds(model, 1, depth)
+    guess = layer_seconds(model, min(depth, KEPT)) if draft is None else pass_seconds(draft, 1, depth)
     best = 0.0, 0
     for count in range(1, 7):
         tokens = sum(acceptance**i for i in range(count + 1))
@@ -114,27 +159,31 @@ def promised(model: Model, draft: Model, acceptance: float, depth: int) -> tuple
     return best
 
 
-def measure_draft(model: Model, draft: Model, acceptance: float, rounds: int, tokens: int) -> None:
-    """Print speeds with and without a draft model, and what was to be expected."""
+def measure_draft(model: Model, draft: Model | None, acceptance: float, rounds: int, tokens: int) -> None:
+    """Print speeds with and without a draft model, or the model's own layer, and what was to be expected."""
     prompt, script = texts(model)["no repetition"]
     prompt, script = prompt[:200], script[:tokens]
     right = [i < acceptance * len(script) for i in range(len(script))]
     random.Random(1).shuffle(right)
     likeliest = [id if is_right else id + 1 for id, is_right in zip(script, right, strict=True)]
-    scripted: Any = Scripted(draft, len(prompt), likeliest)
-    drafter = DraftModel(scripted, model)
+    scripted: Any = ScriptedLayer(model, likeliest) if draft is None else Scripted(draft, len(prompt), likeliest)
+    drafter = None if draft is None else DraftModel(scripted, model)
+    layer = DraftLayer(scripted) if draft is None else None
     ratios, promises, rates = [], [], (0.0, 0.0)
     drafted = accepted = 0
     for _ in range(rounds):
         promises.append(promised(model, draft, acceptance, len(prompt) + len(script) // 2))
         without, _, _ = rate(model, prompt, script, False)
-        with_draft, drafted, accepted = rate(model, prompt, script, None, drafter)
+        with_draft, drafted, accepted = rate(model, prompt, script, None, drafter, layer)
         ratios.append(with_draft / without)
         rates = without, with_draft
     expected, count = sorted(promises)[len(promises) // 2]
     found = statistics.median(ratios)
     print(f"plain {rates[0]:.1f}, guessing {rates[1]:.1f} tokens/s: {found:.2f}x")
     print(f"{drafted} guessed, {accepted} accepted")
+    if draft is None:
+        guess, alone = layer_seconds(model, KEPT), pass_seconds(model, 1, KEPT)
+        print(f"a guess takes {1000 * guess:.2f} ms, a pass of one token {1000 * alone:.2f} ms")
     print(f"{count} guesses a pass promise {expected:.2f}x; measured {found / expected:.2f} of that")
 
 
@@ -143,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--draft", type=Path)
+    parser.add_argument("--own-layer", action="store_true")
     parser.add_argument("--acceptance", type=float, default=0.65)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
@@ -153,6 +203,9 @@ def main() -> None:
             measure_draft(model, draft, given.acceptance, given.rounds, given.tokens)
         return
     with load(given.model, threads=given.threads) as model:
+        if given.own_layer:
+            measure_draft(model, None, given.acceptance, given.rounds, given.tokens)
+            return
         print(f"{'text':<16}{'plain':>9}{'guessing':>10}{'ratio':>8}   guessed, accepted")
         for name, (prompt, whole) in texts(model).items():
             script = whole[: given.tokens]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import read_safetensors, write_safetensors
+from checkpoints import from_bf16, read_safetensors, to_bf16, write_safetensors
 from gguf_hybrids import hybrid_gguf
-from hybrids import HYBRIDS, hybrid_checkpoint
+from hybrids import HYBRIDS, draft_tensors, hybrid_checkpoint
 from npqwen_quant import Shards, convert, convert_shards
 from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
@@ -22,7 +22,6 @@ from quantizers import Quantizer, awq, fp8, gptq, mlx
 from npqwen.errors import CheckpointError
 
 Stored = dict[str, np.ndarray]
-MTP = "the checkpoint's draft layer (MTP) is left out"
 
 
 def rewritten(name: str, place: Path, change: Callable[[Stored], Stored], **entries: Any) -> Path:
@@ -157,23 +156,23 @@ def test_experts_in_two_tensors(tmp_path: Path, name: str) -> None:
 
 
 def with_draft(stored: Stored) -> Stored:
-    shapes = {"mtp.fc.weight": (128, 256), "mtp.layers.0.self_attn.q_norm.weight": (32,)}
-    return stored | {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    bits = {name: to_bf16(values) for name, values in stored.items()}
+    return stored | {name: from_bf16(values) for name, values in draft_tensors(bits).items()}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_draft_layers_and_images_are_left_out_and_said(tmp_path: Path, name: str) -> None:
-    directory = rewritten(name, tmp_path / "in", with_draft)
-    checkpoint = Checkpoint(directory)
-    assert checkpoint.has_draft
-    assert checkpoint.has_images == (name != "next")
-    said: list[str] = []
-    convert(directory, tmp_path / "out", 16, notice=said.append)
-    assert said == [MTP]
-    said.clear()
-    convert(hybrid_checkpoint(name, tmp_path / "without"), tmp_path / "other", 16, notice=said.append)
-    assert said == []
-    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "other")]
+def test_draft_layers_are_found_under_any_prefix(tmp_path: Path, name: str) -> None:
+    def prefixed(stored: Stored) -> Stored:
+        prefix = "model.language_model." if name == "qwen35" else "model."
+        return {f"{prefix}{key}" if key.startswith("mtp.") else key: x for key, x in with_draft(stored).items()}
+
+    for place, change in (("in", with_draft), ("prefixed", prefixed)):
+        directory = rewritten(name, tmp_path / place, change)
+        checkpoint = Checkpoint(directory)
+        assert checkpoint.config.mtp_num_hidden_layers == 1
+        assert checkpoint.has_images == (name != "next")
+        convert(directory, tmp_path / f"{place} converted", 16)
+    files = [(tmp_path / f"{place} converted" / "model.safetensors").read_bytes() for place in ("in", "prefixed")]
     assert files[0] == files[1]
 
 
@@ -218,10 +217,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_shard_by_shard(tmp_path: Path, name: str) -> None:
     directory = rewritten(name, tmp_path / "in", with_draft)
     convert(directory, tmp_path / "want")
-    said: list[str] = []
-    convert_shards(directory, tmp_path / "out", in_shards(directory, anywhere), notice=said.append)
+    convert_shards(directory, tmp_path / "out", in_shards(directory, anywhere))
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
-    assert said == [MTP]
 
 
 @pytest.mark.parametrize("name", ["next", "qwen35"])

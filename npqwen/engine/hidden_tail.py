@@ -1,0 +1,43 @@
+"""The hidden states of a text's latest tokens, kept as they are computed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEPT = 256
+"""At least the states of so many of the latest tokens are kept, wrong guesses among them."""
+
+
+class HiddenTail:
+    """What the last layer gives for the latest tokens, before the final norm.
+
+    first, end: positions in the text; the states from `first` to `end` - 1 are kept.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        self._rows = np.empty((2 * KEPT, hidden_size), np.float32)
+        self._start = 0
+        """The position of the first row."""
+        self.first = self.end = 0
+
+    def add(self, start: int, states: NDArray[np.float32]) -> None:
+        """Take the states (tokens, hidden_size) of the tokens from position `start` on, in place of any from there on.
+
+        If there is a gap, or if they are enough, earlier ones are forgotten.
+        """
+        if not self.first <= start <= self.end or len(states) >= KEPT:
+            start += max(0, len(states) - KEPT)
+            states = states[-KEPT:]
+            self.first = self._start = start
+        count = len(states)
+        if start + count - self._start > len(self._rows):
+            first = max(self.first, start + count - KEPT)
+            self._rows[: start - first] = self._rows[first - self._start : start - self._start]
+            self.first = self._start = first
+        self._rows[start - self._start : start - self._start + count] = states
+        self.end = start + count
+
+    def rows(self, start: int, end: int) -> NDArray[np.float32]:
+        """A view of the states of some positions, all of them kept: (end - start, hidden_size)."""
+        return self._rows[start - self._start : end - self._start]

@@ -1,0 +1,196 @@
+"""Guesses of a text's next tokens by the checkpoint's own draft layer (multi-token prediction).
+
+The layer takes the hidden state of a token and the token after it, and gives a hidden state from which the output
+matrix makes the token after that. Further guesses take the layer's own state in place of the model's.
+
+Whether the layer was trained on states before the final norm or after it, no checkpoint says, and implementations
+differ. So both are tried, and the kind whose guesses are accepted more often is kept. A wrong choice costs speed only:
+guesses do not change texts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.engine.hidden_tail import KEPT, HiddenTail
+from npqwen.errors import NpqwenError
+from npqwen.format.encodings import UNIT_ROWS
+from npqwen.generation.guesses import RECENT, Guess, Guesses, enough_ids
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.format.config import Config
+    from npqwen.tokenizer import Tokenizer
+
+_TRIED = 32
+"""So often each kind of state is tried before one is chosen."""
+_TURN = 8
+"""Until then they take turns, so many guesses each."""
+_PARTS = (1 / 8, 1 / 4, 1 / 2)
+"""Parts of the vocabulary that may be enough, see `enough_ids`."""
+_CATCHING_UP = 32
+"""So many tokens are run in one pass with the first guess."""
+
+
+class DraftingModel(Protocol):
+    """A model with a draft layer."""
+
+    @property
+    def config(self) -> Config:
+        """The dimensions, from config.json."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """From tokenizer.json."""
+
+    @property
+    def draft_share(self) -> float:
+        """Bytes that a guess reads, in those of all weights."""
+
+    def new_draft_cache(self) -> KVCache:
+        """An empty cache for the draft layer."""
+
+    def run_draft_layer(
+        self,
+        ids: ArrayLike,
+        states: NDArray[np.float32],
+        cache: KVCache,
+        out: NDArray[np.float32],
+        *,
+        normed: bool = False,
+        chained: bool = False,
+    ) -> NDArray[np.float32]:
+        """Run the draft layer, see `npqwen.engine.engine.Engine.run_draft_layer`."""
+
+
+class DraftLayer:
+    """The draft layer of a model, and what has become known of its guesses in all texts."""
+
+    def __init__(self, model: DraftingModel) -> None:
+        self.model = model
+        self.guesses = Guesses(model.draft_share), Guesses(model.draft_share)
+        """From states before the final norm, and after it."""
+
+    @property
+    def normed(self) -> bool:
+        """Whether the next guess is made from states after the final norm."""
+        before, after = self.guesses
+        tries = [one.decided + one.passed_over for one in self.guesses]
+        if min(tries) < _TRIED:
+            return tries[0] // _TURN > tries[1] // _TURN
+        return after.accepted * (before.decided + 1) > before.accepted * (after.decided + 1)
+
+
+class LayerDrafter:
+    """The draft layer's view of one text: its own KV cache, which lags behind while nothing is guessed.
+
+    Each token in the cache was run with the state of the one before it. The first is at most `KEPT` tokens before the
+    latest when guessing begins: of earlier ones the layer knows what the states know.
+    """
+
+    def __init__(self, layer: DraftLayer, ids: Sequence[int]) -> None:
+        """ids: the prompt's."""
+        self._layer = layer
+        self._ids = list(ids)
+        self._text: KVCache | None = None
+        self._tail = HiddenTail(layer.model.config.hidden_size)
+        self._cache: KVCache | None = None
+        self._first = self._held = 0
+        """Positions in the text: the cache has the tokens after those from `_first` to `_held` - 1, and guesses."""
+        self._normed = False
+        self._own = np.empty(0, np.float32)
+        """The layer's state of the last guess's predecessor."""
+        self._logits: NDArray[np.float32] = np.empty((1, UNIT_ROWS), np.float32)
+        self._viewed = 0
+        """How long the text was when its part of the vocabulary was chosen."""
+        self._failed = False
+
+    @property
+    def guesses(self) -> Guesses:
+        """What is known of guesses such as the next ones."""
+        return self._layer.guesses[self._layer.normed]
+
+    def follow(self, cache: KVCache) -> None:
+        """Have the hidden states of the text's passes, from now on with this cache."""
+        self.leave()
+        self._text, self._tail = cache, HiddenTail(self._layer.model.config.hidden_size)
+        cache.tail = self._tail
+
+    def leave(self) -> None:
+        """No longer have them."""
+        if self._text is not None and self._text.tail is self._tail:
+            self._text.tail = None
+        self._text = self._cache = None
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Append the text's next tokens, drawn or forced."""
+        self._ids.extend(ids)
+
+    def catch_up(self) -> bool:
+        """Run what the cache lacks of the text; returns whether guesses can follow at once."""
+        text, tail, last = self._text, self._tail, len(self._ids) - 1
+        # Of several tokens that are certain, the states are not known yet.
+        if self._failed or text is None or text.length != last or not tail.first < last <= tail.end:
+            return False
+        normed = self._layer.normed
+        try:
+            begin = max(tail.first, last - KEPT)
+            if self._cache is None or normed != self._normed or self._held < begin:
+                self._cache = self._layer.model.new_draft_cache()
+                self._normed, self._first, self._held = normed, begin, begin
+            self._held = min(self._held, last - 1)  # the last token is run again if it was: its logits are not kept
+            self._cache.truncate(self._held - self._first)  # without guesses
+            if len(self._ids) >= self._viewed + RECENT // 8 or not self._viewed:
+                self._choose_vocabulary()
+            if last - self._held > _CATCHING_UP:
+                self._run(last - 1)
+        except NpqwenError:  # the memory does not suffice
+            self.close()
+            self._failed = True
+            return False
+        return True
+
+    def guess(self, guesses: list[int]) -> Guess | None:
+        """The likeliest token after the text and `guesses`; None if the memory does not suffice."""
+        assert self._cache is not None  # made by catch_up
+        known, start, last = self.guesses, time.perf_counter(), len(self._ids) - 1
+        alone = bool(guesses) or last - self._held == 1
+        try:
+            if not guesses:
+                self._run(last)
+            else:
+                self._own = self._layer.model.run_draft_layer(
+                    guesses[-1:], self._own[None], self._cache, self._logits, normed=self._normed, chained=True
+                )
+        except NpqwenError:
+            return None
+        guess = known.best(self._logits[0])
+        if alone:
+            known.measured(time.perf_counter() - start)
+        return guess
+
+    def close(self) -> None:
+        """Give up the layer's cache; later guesses begin a new one."""
+        self._cache = None
+
+    def _run(self, end: int) -> None:
+        """Run the tokens after those at `_held` to `end` - 1, with these one's states."""
+        assert self._cache is not None
+        ids, states = self._ids[self._held + 1 : end + 1], self._tail.rows(self._held, end)
+        self._own = self._layer.model.run_draft_layer(ids, states, self._cache, self._logits, normed=self._normed)
+        self._held = end
+
+    def _choose_vocabulary(self) -> None:
+        self._viewed = len(self._ids)
+        model = self._layer.model
+        padded = -(-model.config.vocab_size // UNIT_ROWS) * UNIT_ROWS
+        size = min(enough_ids(self._ids, model.tokenizer.added_ids, padded, _PARTS), padded)
+        if size != self._logits.shape[1]:
+            self._logits = np.empty((1, size), np.float32)
