@@ -17,8 +17,8 @@ from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.conversation import Conversation
 from npqwen.chat.events import Reply
 from npqwen.engine.adapters import Adapters
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.piece import Piece
 from npqwen.engine.prefixes import Prefixes
 from npqwen.format.config import Config
 from npqwen.generation.drafting import Drafting

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
 from npqwen.engine.adapters import Adapters
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.piece import Piece
 from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import ContextLengthError
 from npqwen.format.config import Config

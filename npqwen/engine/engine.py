@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -11,16 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from npqwen.checks import check_progress, check_whole
 from npqwen.engine.adapters import Adapters, check_adapters
+from npqwen.engine.arrays import checked_ids, logits_array, results_array
 from npqwen.engine.budget import Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.cache_type import CacheType, check_cache_type
@@ -30,6 +29,7 @@ from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.forward import forward
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.pass_times import PassTimes
+from npqwen.engine.piece import Piece, by_piece, last_tokens
 from npqwen.engine.prefix_files import DEFAULT_SIZE, PrefixFiles
 from npqwen.engine.prefixes import Prefixes
 from npqwen.engine.records import Output, Sequences, Tokens
@@ -37,10 +37,10 @@ from npqwen.engine.recurrent_states import states_bytes
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team, check_threads
 from npqwen.engine.weights import Weights
-from npqwen.errors import ClosedError, ContextLengthError, OptionError, OutOfMemoryError
+from npqwen.errors import ClosedError, ContextLengthError, OptionError
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.hardware.machine import HEADROOM, available_memory, default_threads
+from npqwen.hardware.machine import available_memory, default_threads
 from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel, reporting
 from npqwen.kernels.gated_delta import gated_delta_kernel
@@ -64,19 +64,6 @@ _NO_STATES = (0,) * 6
 
 PREFIX_MEMORY = 4 << 30
 """Bytes of prefixes that are kept in memory at most by default, and at most a quarter of what is available."""
-
-
-class Piece(NamedTuple):
-    """What one pass runs of one sequence."""
-
-    ids: NDArray[np.int64]
-    """The tokens after those in the cache, (tokens,)."""
-    cache: KVCache
-    """With room for them, see `KVCache.reserve`; the tokens are appended to it."""
-    rows: int
-    """Of how many of the last tokens logits are computed."""
-    guesses: int = 0
-    """How many of the last tokens `KVCache.retract` may take out afterwards."""
 
 
 class Engine:
@@ -287,7 +274,7 @@ class Engine:
         Raises before computing: ContextLengthError and OutOfMemoryError; OptionError for ids outside the vocabulary,
         for another model's cache and for an `out` of the wrong shape or dtype.
         """
-        tokens = self._check(ids)
+        tokens = checked_ids(ids, self.config.vocab_size)
         return self._run(tokens, cache, tokens.size if all_logits else 1, out)
 
     def prefill(
@@ -298,7 +285,7 @@ class Engine:
         progress(done, total) is called after every chunk. Raises what `forward` raises.
         """
         check_progress(progress)
-        last: NDArray[np.float32] = self._run(self._check(ids), cache, 1, progress=progress)[0]
+        last: NDArray[np.float32] = self._run(checked_ids(ids, self.config.vocab_size), cache, 1, progress=progress)[0]
         return last
 
     def logits(self, ids: ArrayLike, *, adapter: str | None = None) -> NDArray[np.float32]:
@@ -306,7 +293,7 @@ class Engine:
 
         Raises what `forward` and `new_cache` raise.
         """
-        tokens = self._check(ids)
+        tokens = checked_ids(ids, self.config.vocab_size)
         return self.forward(tokens, self.new_cache(min(tokens.size, self.context), adapter), all_logits=True)
 
     def hidden(
@@ -321,12 +308,13 @@ class Engine:
 
         Raises OptionError for a layer out of range, and what `forward` and `new_cache` raise.
         """
-        tokens = self._check(ids)
+        tokens = checked_ids(ids, self.config.vocab_size)
         count = self.config.num_hidden_layers
         several = layers if isinstance(layers, Sequence | np.ndarray) else None
         indices = [layers] if several is None else several
         chosen = [check_whole("layers", i, -count - 1, count) % (count + 1) for i in indices]
-        states = self._allocate((len(chosen), tokens.size, self.config.hidden_size), "hidden states", tokens.size)
+        shape = len(chosen), tokens.size, self.config.hidden_size
+        states = results_array(shape, "hidden states", tokens.size, self.chunk)
         cache = self.new_cache(min(tokens.size, self.context), adapter)
         cache.reserve(tokens.size)
         for start, end in self._chunks(tokens.size, cache):
@@ -352,10 +340,10 @@ class Engine:
         self._check_pieces(pieces, count, out)
         with self._caches_in_use(pieces), self._turn():
             logits = self._buffers.logits(count) if out is None else out
-            self._pieces_pass(pieces, Output(_last_tokens(pieces), False, logits))
+            self._pieces_pass(pieces, Output(last_tokens(pieces), False, logits))
             found = logits[:count, : self.config.vocab_size]
             found = found.copy() if out is None else found
-        return _by_piece(found, pieces)
+        return by_piece(found, pieces)
 
     def hidden_pieces(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
         """One forward pass over pieces of several sequences, together at most `chunk` tokens.
@@ -367,8 +355,8 @@ class Engine:
         self._check_pieces(pieces, count, None)
         states = np.empty((count, self.config.hidden_size), np.float32)
         with self._caches_in_use(pieces), self._turn():
-            self._pieces_pass(pieces, Output(_last_tokens(pieces), True, states))
-        return _by_piece(states, pieces)
+            self._pieces_pass(pieces, Output(last_tokens(pieces), True, states))
+        return by_piece(states, pieces)
 
     def run_draft_layer(
         self,
@@ -391,7 +379,7 @@ class Engine:
 
         Returns the layer's hidden state of the last token, float32 (hidden_size,), before its norm.
         """
-        tokens, size = self._check(ids), self.config.hidden_size
+        tokens, size = checked_ids(ids, self.config.vocab_size), self.config.hidden_size
         if not self.has_draft_layer:
             raise OptionError(f"{self.path} has no draft layer")
         if cache.origin is not self._draft_origin:
@@ -411,7 +399,7 @@ class Engine:
                 on_caller = self._on_caller(tokens.size)
                 arguments = self._draft_arguments(norm, tokens, np.ascontiguousarray(states))
                 self._team.run(draft_input, *arguments, on_caller=on_caller)
-                output = Output(_last_tokens(pieces), False, out)
+                output = Output(last_tokens(pieces), False, out)
                 arguments = self._arguments(pieces, self.weights.draft_layers, False, output, self._draft_model)
                 self._team.run(forward, *arguments, on_caller=on_caller, keep=cache.held)
                 cache.advance(tokens.size)
@@ -494,7 +482,7 @@ class Engine:
         first = tokens.size - rows
         with cache.in_use:
             cache.reserve(tokens.size)
-            out = self._logits(rows, out)
+            out = logits_array(rows, self.config.vocab_size, self.chunk, out)
             for start, end in self._chunks(tokens.size, cache):
                 self._pass(tokens[start:end], cache, out[max(0, start - first) : max(0, end - first)])
                 if progress is not None:
@@ -517,7 +505,7 @@ class Engine:
             logits = self._buffers.logits(rows)
             # A single row is not padded to a tile: the kernels write it in place.
             direct = rows == 1 and out.shape[1] % UNIT_ROWS == 0 and out.flags.carray
-            output = Output(_last_tokens(pieces), False, out if direct else logits)
+            output = Output(last_tokens(pieces), False, out if direct else logits)
             self._pieces_pass(pieces, output)
             if not direct:
                 out[:] = logits[:rows, : out.shape[1]]
@@ -608,51 +596,6 @@ class Engine:
         """The lock of the running pass. A forked process has its own: the holder's thread is not there."""
         return self._turns.setdefault(os.getpid(), threading.Lock())
 
-    def _logits(self, rows: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        """`out`, checked, or a new array for this many rows of logits."""
-        shape = rows, self.config.vocab_size
-        if out is None:
-            return self._allocate(shape, "logits", rows)
-        if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not out.flags.writeable:
-            raise OptionError(f"out must be a writable float32 array {shape}")
-        narrow = out.ndim == 2 and rows == 1 == len(out) and 0 < out.shape[1] < shape[1]
-        if out.shape != shape and not (narrow and out.shape[1] % UNIT_ROWS == 0):
-            raise OptionError(f"out must be a writable float32 array {shape}")
-        return out
-
-    def _allocate(self, shape: tuple[int, ...], what: str, tokens: int) -> NDArray[np.float32]:
-        """A new float32 array of results; OutOfMemoryError if memory cannot hold them beside those of one chunk."""
-        size = 4 * math.prod(shape)
-        size += size // tokens * min(tokens, self.chunk)  # those of one chunk are in the buffers, too
-        available = available_memory() if tokens > self.chunk else None  # the query takes half a millisecond
-        too_large = OutOfMemoryError(
-            f"{what} of {tokens} tokens need {size / 1e9:.2f} GB, which is more than the available memory; "
-            "request them for fewer tokens at a time"
-        )
-        if available is not None and size > available - HEADROOM:
-            raise too_large
-        try:
-            return np.empty(shape, np.float32)
-        except MemoryError:  # a limit on the address space, or a system that does not overcommit
-            raise too_large from None
-
-    def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
-        """The ids as an int64 array; OptionError unless all are in the vocabulary."""
-        try:
-            tokens = np.atleast_1d(ids)
-        except ValueError:
-            raise OptionError("token ids must be one sequence of whole numbers, not nested sequences") from None
-        if not tokens.size:
-            raise OptionError("no tokens were given; give at least one")
-        if tokens.ndim > 1:
-            raise OptionError(f"token ids must be one sequence, not an array of shape {tokens.shape}")
-        if tokens.dtype.kind not in "iu":
-            raise OptionError(f"token ids must be whole numbers, not {tokens.dtype}; encode text with the tokenizer")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
-            raise OptionError(f"token id {wrong} is not in the vocabulary, 0 to {self.config.vocab_size - 1}")
-        return np.ascontiguousarray(tokens, np.int64)
-
     def close(self) -> None:
         """Wait for the running pass, end the threads and unmap the files. Later calls raise ClosedError.
 
@@ -670,19 +613,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
-    """The indices, within the pass, of the tokens whose logits are computed."""
-    ends = accumulate(piece.ids.size for piece in pieces)
-    ranges = (range(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True))
-    return np.array(list(chain.from_iterable(ranges)), np.int64)
-
-
-def _by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
-    """The rows of a pass's results that belong to each piece."""
-    ends = accumulate(piece.rows for piece in pieces)
-    return [values[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
 
 
 def chunk_size(config: Config) -> int:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import held_bytes
+from npqwen.engine.piece import Piece
 from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
 from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError

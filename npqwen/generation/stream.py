@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.errors import OptionError, OutOfMemoryError
 from npqwen.generation.async_iteration import AsyncSteps
 from npqwen.generation.completion import Completion, FinishReason, TokenLogprobs, Usage

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from npqwen.engine.adapters import Adapters
-    from npqwen.engine.engine import Piece
     from npqwen.engine.kv_cache import KVCache
+    from npqwen.engine.piece import Piece
     from npqwen.engine.prefixes import Prefixes
     from npqwen.format.config import Config
     from npqwen.tokenizer import Tokenizer

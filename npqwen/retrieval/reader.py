@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import held_bytes
+from npqwen.engine.piece import Piece
 from npqwen.errors import OutOfMemoryError, size
 from npqwen.format.layout import ceil_div
 from npqwen.generation.batch import ALONE, PARALLEL, BatchStatistics

@@ -17,8 +17,8 @@ from statistics import median
 
 import numpy as np
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.piece import Piece
 from npqwen.format.config import Config
 from npqwen.format.layout import Layout, Matrix
 from npqwen.format.safetensors import make_header

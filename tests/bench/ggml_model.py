@@ -13,8 +13,8 @@ from npqwen_quant import moments
 from npqwen_quant.checkpoint import Checkpoint
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.piece import Piece
 from npqwen.engine.prefixes import Prefixes
 from npqwen.generation.drafting import Drafting
 from npqwen.model import Model

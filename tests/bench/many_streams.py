@@ -34,7 +34,7 @@ from completion_stream import OtherTokensError, streams
 from server_process import ServerProcess, serve_command
 
 import npqwen
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.generation.batch import Batch
 from npqwen.generation.sequence import Sequence as Text
 from npqwen.hardware.machine import processor

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.kv_cache import KVCache
+from npqwen.engine.piece import Piece
 from npqwen.generation.draft_layer import DraftLayer
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting

@@ -17,7 +17,7 @@ from npqwen_quant.adapter import AdapterFile
 from reference import ReferenceModel
 
 import npqwen
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.format.config import Config
 from npqwen.model import Model, load
 

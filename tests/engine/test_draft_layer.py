@@ -13,8 +13,8 @@ from hybrids import add_draft_layer, hybrid_checkpoint
 from npqwen_quant import convert
 from npqwen_quant.conversion import update
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.hidden_tail import KEPT, HiddenTail
+from npqwen.engine.piece import Piece
 from npqwen.errors import CheckpointError, FormatError, OptionError
 from npqwen.format.safetensors import read_header
 from npqwen.model import Model, load

@@ -14,7 +14,7 @@ from checkpoints import TINY
 from npqwen_quant import convert
 from reference import ReferenceModel
 
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.errors import ClosedError, ContextLengthError, OptionError
 from npqwen.model import Model, load
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hybrids import HYBRIDS, golden
 
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.errors import OptionError
 from npqwen.generation.speculation import PASS
 from npqwen.kernels.gated_delta import MOST_GUESSES

@@ -99,7 +99,7 @@ def test_the_context_is_a_limit(
     for room in rooms:
         with pytest.raises(OptionError, match=f"room is {room!r}; it must be a whole number, 1 or more"):
             model.new_cache(room)
-    monkeypatch.setattr("npqwen.engine.engine.available_memory", lambda: 0)  # nothing is made room for first
+    monkeypatch.setattr("npqwen.engine.arrays.available_memory", lambda: 0)  # nothing is made room for first
     with pytest.raises(ContextLengthError):
         model.logits(np.zeros(2049, np.int64))
     monkeypatch.undo()

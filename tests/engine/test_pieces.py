@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.errors import OptionError
 from npqwen.model import Model, load
 

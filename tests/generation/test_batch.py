@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from npqwen.engine.engine import Piece
 from npqwen.engine.kv_cache import held_bytes
+from npqwen.engine.piece import Piece
 from npqwen.errors import ClosedError, NpqwenError, OutOfMemoryError
 from npqwen.generation import batch as batch_module
 from npqwen.generation.batch import Batch

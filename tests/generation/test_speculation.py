@@ -12,8 +12,8 @@ from random_texts import PROMPTS, RandomTexts, outcome
 from reciter import EOS, GREEDY, Reciter
 
 from npqwen.chat.events import Finish
-from npqwen.engine.engine import Piece
 from npqwen.engine.pass_times import PassTimes
+from npqwen.engine.piece import Piece
 from npqwen.generation.batch import Batch
 from npqwen.generation.drafter import KEY, TextDrafter
 from npqwen.generation.drafting import Drafting

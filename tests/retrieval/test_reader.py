@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import npqwen
-from npqwen.engine.engine import Piece
+from npqwen.engine.piece import Piece
 from npqwen.errors import OutOfMemoryError
 from npqwen.retrieval.reader import Reader
 

@@ -1,0 +1,38 @@
+"""What one forward pass runs of each of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npqwen.engine.kv_cache import KVCache
+
+
+class Piece(NamedTuple):
+    """What one pass runs of one sequence."""
+
+    ids: NDArray[np.int64]
+    """The tokens after those in the cache, (tokens,)."""
+    cache: KVCache
+    """With room for them, see `KVCache.reserve`; the tokens are appended to it."""
+    rows: int
+    """Of how many of the last tokens logits are computed."""
+    guesses: int = 0
+    """How many of the last tokens `KVCache.retract` may take out afterwards."""
+
+
+def last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    """The indices, within the pass, of the tokens whose logits are computed."""
+    ends = accumulate(piece.ids.size for piece in pieces)
+    ranges = (range(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True))
+    return np.array(list(chain.from_iterable(ranges)), np.int64)
+
+
+def by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+    """The rows of a pass's results that belong to each piece."""
+    ends = accumulate(piece.rows for piece in pieces)
+    return [values[end - piece.rows : end] for piece, end in zip(pieces, ends, strict=True)]
