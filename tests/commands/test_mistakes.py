@@ -340,9 +340,10 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (
         write_gguf,
         ["generate", "llama-Q4_K_M.gguf", "x"],
-        "llama-Q4_K_M.gguf has the architecture 'llama'; npqwen reads qwen3 and qwen3moe: Qwen3 and its mixtures",
+        "llama-Q4_K_M.gguf has the architecture 'llama'; npqwen reads qwen3, qwen3moe, qwen3next, qwen35, qwen35moe: "
+        "Qwen3, Qwen3-Next and Qwen3.5, and their mixtures",
     ),
-    (write_gguf, ["generate", ".", "x"], "llama-Q4_K_M.gguf has the architecture 'llama'; npqwen reads qwen3 and "),
+    (write_gguf, ["generate", ".", "x"], "llama-Q4_K_M.gguf has the architecture 'llama'; npqwen reads qwen3, "),
     (in_directory("llama", write_gguf), ["convert", "llama"], "llama/llama-Q4_K_M.gguf has the architecture 'llama'"),
     (
         lambda place: (place / "pytorch_model.bin").write_bytes(b"x"),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,8 @@ def test_a_full_disk_is_told_once_and_tried_again_later(tmp_path: Path, monkeypa
     lines: list[str] = []
     pool = opened(tmp_path, notice=lines.append)
     clock = [1000.0]
-    monkeypatch.setattr("npqwen.engine.prefix_writer.time.monotonic", lambda: clock[0])
+    # Not time.monotonic itself: other threads, such as a server's, would wait for ever.
+    monkeypatch.setattr("npqwen.engine.prefix_writer.time", SimpleNamespace(monotonic=lambda: clock[0]))
     full = [True]
     write = os.replace
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_system import tree
@@ -37,7 +38,8 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     monkeypatch.setattr(os, "times", lambda: os.times_result((1.0, 1.0, 0.0, 0.0, now[0])))
     monkeypatch.setattr(os, "getloadavg", lambda: (1.2, 1.0, 1.0))
     monkeypatch.setattr(os, "nice", lambda increment: 0)
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    # Not time.monotonic itself: other threads, such as a server's, would wait for ever.
+    monkeypatch.setattr("npqwen.hardware.contention.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def pass_to(seconds: float) -> None:
         now[0] = seconds
