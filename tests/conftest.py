@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest file: at the end, only one of several workers would be busy with it."""
+    items.sort(key=lambda item: "test_instruction_sets" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interrupts() -> None:
     """Have programs that tests start hear SIGINT, SIGQUIT and SIGHUP, which background jobs and `nohup` ignore."""

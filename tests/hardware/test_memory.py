@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import npqwen.engine.arrays
 import npqwen.engine.engine
 from npqwen import OutOfMemoryError
 from npqwen.commands import cli
@@ -64,11 +65,11 @@ def test_logits_that_memory_cannot_hold_are_refused(
     with load(tiny(4)) as model:
         ids = np.zeros(2000, np.int64)
         size = 4 * 4128 * (2000 + model.chunk)  # a piece's are computed in a place of their own
-        monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: size - 1 + HEADROOM)
+        monkeypatch.setattr(npqwen.engine.arrays, "available_memory", lambda: size - 1 + HEADROOM)
         with pytest.raises(OutOfMemoryError, match=r"logits of 2000 tokens need 0\.04 GB, .* fewer tokens at a time"):
             model.logits(ids)
         assert model.prefill(ids, model.new_cache()).shape == (4128,)
-        monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: size + HEADROOM)
+        monkeypatch.setattr(npqwen.engine.arrays, "available_memory", lambda: size + HEADROOM)
         assert model.logits(ids).shape == (2000, 4128)
 
         def refuse(*args: object) -> None:

@@ -18,7 +18,7 @@ from reference import ReferenceModel
 
 from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
-from npqwen.engine.records import LAYER, Adapted
+from npqwen.engine.records import LAYER
 from npqwen.errors import FormatError, size
 from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.hardware import machine
@@ -41,12 +41,8 @@ MOE: dict[str, Any] = {
 }
 
 
-_FLOATS = ("normed", "gated", "reduced", "slot_gated", "slot_reduced")
-_DIMENSIONS = (2, 4, 4, 2, 5, 5, 2, 2, 1, 2, 2, 3, 1, 2, 3)
-NO_ADAPTERS = Adapted._make(
-    np.zeros((0,) * dimensions, np.float32 if name in _FLOATS else np.int64)
-    for name, dimensions in zip(Adapted._fields, _DIMENSIONS, strict=True)
-)
+NOT_KEPT = np.zeros((0, 128), np.float32)
+"""Rows for what adapters read, of which there are none."""
 
 
 @pytest.fixture(scope="module")
@@ -276,11 +272,11 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
         local = room[: local_floats(pass_tokens, 4)]
         gated = np.zeros(packed_bytes(tokens, 128), np.uint8)
         scratch = np.zeros(max(scratch_floats(128, 4), 128), np.float32)
-        args = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, NO_ADAPTERS, local, scratch, gated)
+        args = kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, None, NOT_KEPT, local, scratch, gated
         together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
         results = np.zeros((tokens, 128), np.float32)
-        more = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, gated, NO_ADAPTERS, results, scratch, local)
+        more = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, gated, None, results, scratch, local)
         together(1, experts.multiply_slots, lambda _, args=more: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
         found.append((gated, results))

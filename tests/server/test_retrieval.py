@@ -242,7 +242,7 @@ def test_requests_at_once_get_their_own_vectors(url: str, embedder: npqwen.Model
 
 
 def test_a_query_is_answered_while_many_texts_are_read(url: str) -> None:
-    many = {"model": "vectors", "input": ["river winter " * 200] * 600, "truncate": True}
+    many = {"model": "vectors", "input": ["river winter " * 200] * 2000, "truncate": True}
     ended: list[float] = []
 
     def ask() -> None:
