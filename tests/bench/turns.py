@@ -85,10 +85,11 @@ def table(name: str, found: dict[str, list[Stream]]) -> Iterator[str]:
     for server, results in found.items():
         later = results[1:]
         computed = [one.prompt_tokens - one.cached for one in later]
-        times = [one.first for one in later]
+        times = [one.first for one in later if one.times]  # noise may have no text at all
+        first = f"{results[0].first:.2f}" if results[0].times else ""
         cells = f"{sum(one.prompt_tokens for one in later):,} | {sum(computed):,} | {max(computed):,}"
         yield (
-            f"| {name} | {server} | {cells} | {results[0].first:.2f} | {median(times):.2f} | {max(times):.2f} |"
+            f"| {name} | {server} | {cells} | {first} | {median(times):.2f} | {max(times):.2f} |"
         )
 
 
