@@ -73,13 +73,14 @@ def convert(
     Without OUT, the result goes into the cache, where the other commands look for it. Its path is written to stdout.
     After an interruption, the same command resumes the conversion.
     """
-    from npqwen_quant.adapter import AdapterFile
-
     from npqwen import hub
+    from npqwen.format.adapter import AdapterFile, StoredAdapter
 
     if evaluate is not None and no_evaluate:
         raise OptionError("--evaluate and --no-evaluate exclude each other; give one of them")
     merged = [AdapterFile.parse(argument_text(adapter)) for adapter in adapters]
+    for file in merged:  # before anything is downloaded
+        StoredAdapter(file)
     with tidied_up(), Terminal(quiet=quiet) as terminal:
         if dry_run:
             from npqwen.reports.conversion_plan import plan_conversion

@@ -47,11 +47,17 @@ class Loading:
     adapters: tuple[tuple[str, str], ...] = ()
 
     def named_adapters(self) -> dict[str, str]:
-        """The adapters by name. Raises OptionError for a name that is given twice."""
+        """The adapters' directories by name.
+
+        Raises OptionError for a name that is given twice, CheckpointError for a directory without a readable adapter.
+        """
+        from npqwen.format.adapter import AdapterFile, StoredAdapter
+
         found: dict[str, str] = {}
         for name, directory in self.adapters:
             if name in found:
                 raise OptionError(f"--adapter {name} is given twice; give each adapter a name of its own")
+            StoredAdapter(AdapterFile.parse(directory))
             found[name] = directory
         return found
 
@@ -244,6 +250,7 @@ def open_model(
     from npqwen.hardware.contention import Contention, too_many_threads
 
     contention = Contention()
+    loading.named_adapters()  # what is wrong with them is said before a download
     path = resolve(model, loading.bits, terminal, purpose=purpose, low_disk=loading.low_disk)
     options = loading.options(terminal)
 

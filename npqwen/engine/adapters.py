@@ -90,7 +90,7 @@ class Adapters(Mapping[str, Adapter]):
                 f"adapter is {quoted(name)}, but the model was loaded without adapters; "
                 "load it with adapters={name: directory} (--adapter NAME=DIR)"
             )
-        raise OptionError(f"there is no adapter {quoted(name)}; the model has {shortened(', '.join(self))}")
+        raise OptionError(f"unknown adapter {quoted(name)}; the model was loaded with {shortened(', '.join(self))}")
 
     def prepare(self, config: Config, buffers: Buffers) -> int:
         """Allocate what passes write beside `buffers`; returns its bytes. Called once."""

@@ -542,7 +542,7 @@ class Engine:
             self.passes.add(len(output.tokens), time.perf_counter() - start)
 
     def _on_caller(self, tokens: int) -> bool:
-        """Whether a pass of so many tokens runs on the calling thread, too."""
+        """Whether the calling thread takes part in a pass of `tokens` tokens."""
         # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk: then no pass is
         # short.
         is_short = tokens <= SHORT_PASS and not self._exceeds_memory

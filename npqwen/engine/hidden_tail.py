@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEPT = 256
-"""At least the states of so many of the latest tokens are kept, wrong guesses among them."""
+"""The least number of latest tokens, rejected guesses included, whose states are kept."""
 
 
 class HiddenTail:

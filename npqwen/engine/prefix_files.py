@@ -125,11 +125,12 @@ class PrefixFiles:
         return None
 
     def write(self, page: PrefixPage) -> None:
-        """Write a page unless there is a file of it, and take note of its use. Raises OutputError."""
+        """Write a page unless there is a file of it with all its states, and take note of its use. Raises OutputError.
+        """
         name = _name(page.parent, page.ids, page.key)
         path = self.directory / name
         used = page.used - 1000 * page.depth  # nanoseconds; file systems keep a tenth of a microsecond, or less
-        if not path.exists() or page.states:
+        if not path.exists() or page.is_outdated:
             part = page_part(page.array, len(page.ids), self._tile)
             # A page's owner may still append to it: the checksum is that of the copy.
             data = part if page.is_full else np.ascontiguousarray(part)
@@ -149,6 +150,7 @@ class PrefixFiles:
                 file.write(flat.data)
                 for state in states.values():
                     file.write(state.data)
+            page.is_outdated = False
         with contextlib.suppress(OSError):
             os.utime(path, ns=(used, used))
         if page.replaces is not None:

@@ -52,6 +52,8 @@ class PrefixPage:
     """Of a hybrid: recurrent states, by how many of the page's tokens come before them."""
     stored_states: frozenset[int] = frozenset()
     """Those that a file has, or will have soon."""
+    is_outdated: bool = False
+    """Whether the page's file has to be replaced, as it lacks some of them."""
 
     def __post_init__(self) -> None:
         self.key = key_after(self.parent, self.ids)

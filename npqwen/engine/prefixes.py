@@ -169,6 +169,7 @@ class Prefixes:
             if self._writer is not None:
                 written = [page for page in chain if _worth_writing(page)]
                 for page in written:
+                    page.is_outdated |= not page.stored_states.issuperset(page.states)
                     page.stored, page.stored_states = len(page.ids), frozenset(page.states)
                 self._writer.put(written, max(1, self._limit // arrays[0].nbytes))
 

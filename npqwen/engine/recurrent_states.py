@@ -78,8 +78,6 @@ class State(NamedTuple):
     """(layers, what a layer keeps)."""
     rows: NDArray[np.float32] | None = None
     """(layers, MOST_GUESSES, inputs of a token), of the guessed tokens after it."""
-    guesses: int = 0
-    """How many they are."""
 
 
 class RecurrentStates:
@@ -174,7 +172,7 @@ class RecurrentStates:
         self._spare.append(array)
 
     def begin(self, length: int, tokens: int, guesses: int) -> None:
-        """Prepare a pass of so many tokens after `length`; `missing_bytes` must be 0.
+        """Prepare a pass of `tokens` tokens that follow the first `length`; `missing_bytes` must be 0.
 
         guesses: how many of the last tokens `KVCache.retract` may take out.
         """
@@ -185,7 +183,7 @@ class RecurrentStates:
             rows = np.empty((self.shape.layers, MOST_GUESSES, self.shape.inputs), np.float32)
         # Not the array of a pass that was interrupted: a late thread may still write to it.
         array = self._spare.pop()
-        self._next = State(length + tokens - guesses, array, rows, guesses)
+        self._next = State(length + tokens - guesses, array, rows)
         self.fields = (
             guesses,
             length - state.position,

@@ -133,7 +133,10 @@ class StoredAdapter:
     def check_shape(
         self, name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None, whose: str = "the checkpoint"
     ) -> None:
-        """Raise CheckpointError unless an adapted matrix has the shape that `whose` has; None: there is no such matrix.
+        """Raise CheckpointError unless an adapted matrix has the expected shape.
+
+        expected: the matrix's shape in the model, None if the model has no matrix of this name. whose: what messages
+        call the model.
         """
         if expected is None:
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """`alpha_pattern` of PEFT's LoraConfig: the lora_alpha of modules that have another than most.
 
-Its keys are regular expressions for the ends of modules' names. They come with an adapter, and Python's can take for
-ever: only simple ones are read, and only so many.
+Its keys are regular expressions for the ends of modules' names. They come with an adapter, and Python's `re` can
+take exponential time: only simple ones are read, within a bound on their total work.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AlphaPatterns:
 
 
 def _steps(pattern: str, longest: int) -> int:
-    """The most ways in which a simple pattern can be tried on a name of so many characters."""
+    """An upper bound on the backtracking steps of a simple pattern on a name of `longest` characters."""
     plain = pattern.replace("(?:", "(")
     groups = max(1, plain.count("("))
     repeats = sum(map(plain.count, "*+?"))

@@ -24,7 +24,7 @@ class Acceptance:
         return (self._accepted + _WEIGHT * self._belief) / (self._decided + _WEIGHT)
 
     def add(self, accepted: int, decided: int) -> None:
-        """Count a draft of which this many tokens were accepted, and so many compared, a rejected one included."""
+        """Count a draft. accepted: its accepted tokens. decided: those and the rejected one, if there was one."""
         self._accepted = self._accepted * self._fades + accepted
         self._decided = self._decided * self._fades + decided
 

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from npqwen.tokenizer import Tokenizer
 
 _TRIED = 32
-"""So often each kind of state is tried before one is chosen."""
+"""Guesses with each kind of state before one kind is chosen."""
 _TURN = 8
-"""Until then they take turns, so many guesses each."""
+"""Guesses in a row with one kind of state until then."""
 _PARTS = (1 / 8, 1 / 4, 1 / 2)
 """Parts of the vocabulary that may be enough, see `enough_ids`."""
 _CATCHING_UP = 32
-"""So many tokens are run in one pass with the first guess."""
+"""The most tokens that one pass catches up on together with the first guess."""
 
 
 class DraftingModel(Protocol):

@@ -74,7 +74,7 @@ class Guesses:
         return Guess(id, self._kinds[int(np.searchsorted(_CONFIDENCES, probability))])
 
     def add(self, accepted: int, decided: int) -> None:
-        """Count a draft of which this many tokens were accepted, and so many compared, a rejected one included."""
+        """Count a draft. accepted: its accepted tokens. decided: those and the rejected one, if there was one."""
         self.overall.add(accepted, decided)
         self.accepted += accepted
         self.decided += decided

@@ -8,6 +8,7 @@ from pathlib import Path
 from npqwen.errors import CheckpointError, OutputError
 from npqwen.format.config import MODEL_TYPES, read_json
 from npqwen.format.quantization import is_converted
+from npqwen.format.text_part import text_part
 
 _FOLDER = "models--"
 """The beginning of the names of huggingface_hub's directories of models; "owner--name" follows."""
@@ -87,7 +88,8 @@ def remove_download(download: Download) -> None:
 
 def _is_ours(snapshot: Path) -> bool:
     try:
-        return read_json(snapshot / "config.json").get("model_type") in MODEL_TYPES
+        raw = read_json(snapshot / "config.json")
+        return (text_part(raw) or raw).get("model_type") in MODEL_TYPES
     except CheckpointError:
         return _has_gguf(snapshot)
 

@@ -33,7 +33,17 @@ from numba.core.registry import cpu_target
 from npqwen.cache_directory import cache_directory
 from npqwen.format.files import open_regular
 
-_SOURCES = ("simd", "kernels", "format/encodings.py", "engine/forward.py", "engine/records.py", "reports/bandwidth.py")
+_SOURCES = (
+    "simd",
+    "kernels",
+    "format/encodings.py",
+    "engine/draft_input.py",
+    "engine/forward.py",
+    "engine/records.py",
+    "engine/steps.py",
+    "reports/bandwidth.py",
+)
+"""Whatever is compiled, and what it takes constants from."""
 FUNCTIONS = 60
 """About how many functions are compiled, for the progress shown."""
 

@@ -209,7 +209,7 @@ def shrink(team: Any, adapters: Any, layer: int, what: int, x: Any) -> None:
 
 @njit(nogil=True)
 def parts_of(team: Any, tiles: int) -> int:
-    """Into how many results a token's is divided in a pass of so many tiles."""
+    """The number of partial sums that make up a token's A @ x, in a pass of `tiles` tiles."""
     return PARTS if tiles <= _FEW_TILES and team[MEMBERS] > 1 else 1
 
 

@@ -52,7 +52,7 @@ class Diagnosis:
 
     @property
     def is_well(self) -> bool:
-        """Whether there is no problem."""
+        """Whether none of the findings is a problem."""
         return not any(one.is_problem for one in self.findings)
 
     def as_dict(self) -> dict[str, Any]:

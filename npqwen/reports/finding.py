@@ -17,7 +17,7 @@ class Finding:
 
     @classmethod
     def note(cls, text: str, way_out: str) -> Finding:
-        """Something to know that is no problem."""
+        """A finding that is worth knowing and needs no action: `is_problem` is False."""
         return cls(text, way_out, is_problem=False)
 
     def as_dict(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Documents:
                 return found
         near = near_names(wanted, [*by_page, *(_words(one.heading) for one in below)], _ELSEWHERE)
         hint = f"did you mean {choice(near)}? " if near else ""
-        raise OptionError(f"there is no topic {quoted(topic)}; {hint}npqwen help lists them")
+        raise OptionError(f"unknown help topic {quoted(topic)}; {hint}npqwen help lists all topics")
 
     def for_terminal(self, section: Section) -> str:
         """The Markdown of a section, with commands in place of links to other pages, and without pictures."""

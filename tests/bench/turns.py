@@ -60,7 +60,7 @@ class Writer:
         return [*self._start, 1000, *self._line]
 
     def message(self, count: int) -> list[int]:
-        """A message of so many words."""
+        """A message of `count` words."""
         return [*self.opening(), *self.words(count), *self._end, *self._line]
 
 

@@ -103,7 +103,7 @@ def test_set_chooses_among_them(model: npqwen.Model) -> None:
     settings = Settings(model, adapter="one")
     assert settings.set("adapter", "two") == "adapter is two"
     assert settings.options["adapter"] == "two"
-    with pytest.raises(npqwen.OptionError, match="there is no adapter 'three'; the model has one, two, half"):
+    with pytest.raises(npqwen.OptionError, match="unknown adapter 'three'; the model was loaded with one, two, half"):
         settings.set("adapter", "three")
     assert settings.set("adapter", "default") == "adapter is the default again"
     assert "adapter" not in settings.options

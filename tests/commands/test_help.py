@@ -87,7 +87,7 @@ def test_a_command_is_a_topic_too(run: Run) -> None:
 
 def test_an_unknown_topic_is_refused(run: Run) -> None:
     _, err = run("help", "qwertyuiop", status=2)
-    assert err == "npqwen: error: there is no topic 'qwertyuiop'; npqwen help lists them\n"
+    assert err == "npqwen: error: unknown help topic 'qwertyuiop'; npqwen help lists all topics\n"
     _, err = run("help", "sampleing", status=2)
     assert "did you mean sampling?" in err
 

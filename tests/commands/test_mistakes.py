@@ -240,6 +240,19 @@ def test_every_command_that_takes_a_model(fake_hub: FakeHub, run: Run, typed: st
     assert 0 < fake_hub.bytes_sent < CHEAP
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["generate", "Qwen3-0.6B", "x", "--adapter", "a=gone"],
+        ["convert", "Qwen3-0.6B", "out", "--adapter", "gone"],
+    ],
+)
+def test_adapters_are_checked_before_a_download(fake_hub: FakeHub, run: Run, typed: list[str]) -> None:
+    fake_hub.publish("Qwen/Qwen3-0.6B", extra=small_checkpoint())
+    assert run(*typed) == "gone is not a directory; --adapter takes one that PEFT has saved"
+    assert fake_hub.bytes_sent == 0
+
+
 def test_a_base_model_in_a_chat(fake_hub: FakeHub, run: Run, place: Path) -> None:
     """Before the weights; and a checkpoint here, before it is converted."""
     base = small_checkpoint() | {"tokenizer_config.json": b"{}"}

@@ -108,6 +108,25 @@ def test_a_batch_shares_a_beginning(path: Path, plain: Model) -> None:
         assert [one.ids for one in found] == [plain.generate(p, max_tokens=20, temperature=0).ids for p in prompts]
 
 
+def test_files_of_prefixes_are_replaced_only_if_they_lack_a_state(path: Path, tmp_path: Path) -> None:
+    def files() -> dict[str, int]:
+        return {file.name: file.stat().st_ino for file in tmp_path.glob("*.safetensors")}
+
+    prompt: list[int] = []
+    found = []
+    for count in (300, 0, 100):  # a long prompt, the same again, and a longer one that marks other borders
+        with npqwen.load(path, threads=1, prefix_cache=tmp_path) as model:
+            prompt += Talk(model, 7).message([1000 + n for n in range(count)]) if count else []
+            model.generate(prompt, max_tokens=2, temperature=0)
+        found.append(files())
+    first, again, longer = found
+    assert first
+    assert again == first
+    assert len(longer) >= len(first)
+    with npqwen.load(path, threads=1, prefix_cache=tmp_path) as model:
+        assert model.generate(prompt, max_tokens=2, temperature=0).usage.cached_tokens > 300
+
+
 def test_a_saved_session_goes_back_to_the_last_message(path: Path, plain: Model, tmp_path: Path) -> None:
     with npqwen.load(path, threads=1, prefix_memory=0) as model:
         talk = Talk(model, 4)

@@ -119,7 +119,7 @@ def test_a_session_computes_anew_what_another_adapter_has_computed(
     assert session.continue_(**GREEDY).completion().ids == expected["b"]
     fork = session.fork()
     assert fork.continue_(**GREEDY).usage.cached_tokens == len(fork.ids) - 1
-    with pytest.raises(npqwen.OptionError, match="there is no adapter 'c'; the model has a, b"):
+    with pytest.raises(npqwen.OptionError, match="unknown adapter 'c'; the model was loaded with a, b"):
         session.stream(LETTER, adapter="c")
     assert session.ids == LETTER + expected["b"]
     session.prefill(LETTER[:200], adapter="a")

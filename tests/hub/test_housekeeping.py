@@ -19,6 +19,7 @@ from npqwen import hub
 from npqwen.errors import ModelNotFoundError, OutputError
 from npqwen.hub import removal
 from npqwen.hub.disk_usage import bytes_of, freed_bytes
+from npqwen.hub.downloads import downloaded_names, downloads
 from npqwen.hub.inventory import conversions
 from npqwen.hub.leftovers import Leftover, interrupted_work, leftovers, other_kernels, remove_leftover
 from npqwen.hub.selection import select
@@ -310,3 +311,24 @@ def test_models_by_the_names_that_people_type(cache: Path, tmp_path: Path) -> No
         with pytest.raises(ModelNotFoundError, match="is in the cache; ") as error:
             chosen(name)
         assert str(error.value).endswith(instead), name
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        ({"model_type": "qwen3"}, True),
+        ({"model_type": "qwen3_next"}, True),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, True),
+        ({"model_type": "qwen3_vl_moe", "text_config": {}}, True),
+        ({"model_type": "llama"}, False),
+    ],
+)
+def test_downloads_are_those_that_can_be_converted(
+    config: dict[str, Any], ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert downloaded_names() == (["org/name"] if ours else [])
+    assert [download.model for download in downloads()] == downloaded_names()

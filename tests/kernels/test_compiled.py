@@ -21,7 +21,7 @@ import pytest
 from numba.core.registry import CPUDispatcher
 
 import npqwen
-from npqwen.kernels.compiled import FUNCTIONS, address_of, kernel_directory
+from npqwen.kernels.compiled import _SOURCES, FUNCTIONS, address_of, kernel_directory
 from npqwen.model import load
 
 # A small kernel that shares the package's helpers, compiled as models' are.
@@ -333,3 +333,13 @@ def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
             address_of(kernel)
         assert sys.unraisablehook is hook
     assert [found.exc_type for found in ignored] == ([] if error is KeyboardInterrupt else [error])
+
+
+def test_all_compiled_sources_tell_one_cache_from_another() -> None:
+    """Otherwise an upgrade that changes one of them would run the machine code of the version before."""
+    package = Path(npqwen.__file__).parent
+    is_compiled = re.compile(r"^\s*@njit|= njit\(|^@step$", re.M)
+    compiled = {path for path in package.rglob("*.py") if is_compiled.search(path.read_text(encoding="utf-8"))}
+    known = {path for source in _SOURCES for path in [package / source, *(package / source).glob("*.py")]}
+    assert {package / "engine" / "draft_input.py", package / "engine" / "steps.py"} <= compiled
+    assert compiled <= known

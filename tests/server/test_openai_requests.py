@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from reciter import Reciter
 
+from npqwen.chat.chat_template import ChatTemplate
 from npqwen.errors import OptionError
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.openai.chat_request import chat_body
@@ -49,6 +51,24 @@ def request(template: str = SWITCH, **fields: Any) -> ChatRequest:
 )
 def test_fields_about_thinking_become_options(template: str, fields: Any, expected: dict[str, Any]) -> None:
     assert request(template, **fields).options == expected
+
+
+def test_an_effort_is_the_templates_own_where_it_has_one() -> None:
+    source = (Path(__file__).parents[1] / "data" / "templates" / "qwen3.5.jinja").read_text(encoding="utf-8")
+    graded = ChatTemplate({"default": "{% set e = reasoning_effort|default('xhigh') %}" + source}, {}, Path())
+    model: Any = Reciter(template="qwen3.5")
+    model.chat_template = graded
+
+    def options(**fields: Any) -> Any:
+        return chat_body(Fields({"messages": HELLO, **fields})).request(model).options
+
+    for effort, grade in (("minimal", None), ("low", "low"), ("medium", "medium"), ("high", "xhigh"), ("max", "xhigh")):
+        expected = {"thinking": False} if grade is None else {"template_options": {"reasoning_effort": grade}}
+        assert options(reasoning_effort=effort) == expected
+    own = {"chat_template_kwargs": {"reasoning_effort": "medium"}}
+    assert options(reasoning_effort="low", **own) == {"template_options": {"reasoning_effort": "medium"}}
+    assert options(reasoning_effort="low", thinking_budget=7) == {"thinking_budget": 7}
+    assert options(reasoning_effort="low", enable_thinking=False) == {"thinking": False}
 
 
 def test_a_model_that_never_thinks_is_not_made_to() -> None:

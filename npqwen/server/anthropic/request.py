@@ -104,18 +104,16 @@ def _thinking(body: Fields, thinking: Fields | None, model: Model, tools: bool) 
     kind = None if thinking is None else thinking.required("type", lambda name: thinking.one_of(name, _KINDS))
     can = model.chat_template.thinking(None, tools)
     wants: bool | None = None
-    budget = limit = None
+    budget: int | None = None
     if kind == "enabled":
         assert thinking is not None
         budget = thinking.required("budget_tokens", lambda name: thinking.whole(name, 0))
         wants = True
-    elif kind == "adaptive":
-        limit = None if effort is None else EFFORTS[effort]
-    elif kind == "disabled" or can == "switch":
+    elif kind != "adaptive" and (kind == "disabled" or can == "switch"):
         wants = False
     if can == "never":
         return {}
-    return ReasoningFields(wants, budget, limit, "apart", {}).options(model, tools)
+    return ReasoningFields(wants, budget, effort if kind == "adaptive" else None, "apart", {}).options(model, tools)
 
 
 _KINDS = ("enabled", "disabled", "adaptive")

@@ -96,8 +96,7 @@ def _reasoning(fields: Fields) -> ReasoningFields:
         return ReasoningFields(think, None, None, "apart", {})
     if think not in _LEVELS:
         fields.wrong("think", f"true, false or one of {', '.join(_LEVELS)}")
-    effort = EFFORTS[think]
-    return ReasoningFields(effort != 0, None, effort, "apart", {})
+    return ReasoningFields(EFFORTS[think] != 0, None, think, "apart", {})
 
 
 def keep_alive(fields: Fields) -> float | None:

@@ -16,6 +16,7 @@ from npqwen.server.fields import read_fields
 from npqwen.server.json_text import JSONReply
 
 if TYPE_CHECKING:
+    from npqwen.format.config import Config
     from npqwen.server.models import Models, ModelState
     from npqwen.server.offer import Offer
 
@@ -70,8 +71,13 @@ def _running(state: ModelState, now: datetime) -> dict[str, Any]:
     return {name: value for name, value in _tag(state).items() if name != "modified_at"} | changes
 
 
+def _family(config: Config) -> str:
+    """As ollama and GGUF call it, such as qwen35moe."""
+    return config.model_type.removesuffix("_text").replace("_", "")
+
+
 def _details(offer: Offer) -> dict[str, Any]:
-    family = offer.config.model_type.replace("_", "")
+    family = _family(offer.config)
     count = parameters(offer.config)
     return {
         "parent_model": "",
@@ -85,7 +91,7 @@ def _details(offer: Offer) -> dict[str, Any]:
 
 def _described(state: ModelState) -> dict[str, Any]:
     offer, config = state.offer, state.offer.config
-    family = config.model_type.replace("_", "")
+    family = _family(config)
     capabilities, template = _capabilities(state)
     facts: dict[str, Any] = {
         "context_length": offer.context,

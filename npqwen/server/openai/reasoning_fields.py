@@ -23,6 +23,9 @@ EFFORTS: dict[str, int | None] = {
 }
 """Budgets of thinking in tokens for each `reasoning_effort`; 0: it does not think, None: no limit."""
 
+GRADES = {"low": "low", "medium": "medium", "high": "xhigh", "xhigh": "xhigh", "max": "xhigh"}
+"""For each effort with thinking, the `reasoning_effort` of templates that have this variable (Qwen3.8)."""
+
 Shown = Literal["apart", "inline", "hidden"]
 """Where reasoning is shown: as `reasoning_content`, in the content between <think> tags, or nowhere."""
 
@@ -31,30 +34,34 @@ Shown = Literal["apart", "inline", "hidden"]
 class ReasoningFields:
     """What a body says about reasoning; None where it says nothing.
 
-    thinking: whether to think. budget: the most tokens of it. effort: a budget that a field of effort stands for.
-    template_options: variables of the chat template.
+    thinking: whether to think. budget: the most tokens of it. effort: one of `EFFORTS`. template_options: variables of
+    the chat template.
     """
 
     thinking: bool | None
     budget: int | None
-    effort: int | None
+    effort: str | None
     shown: Shown
     template_options: dict[str, Any]
 
     def options(self, model: Model, tools: bool) -> dict[str, Any]:
         """The options of a chat with this model that obey the fields. tools: whether there are any.
 
-        A model that always thinks is told not to by a budget of 0. An effort limits thinking; it demands none, so that
-        models that never think obey it, too. Raises OptionError if the model never thinks, but is told to.
+        A model that always thinks is told not to by a budget of 0. An effort is the template's, if it knows any;
+        otherwise it limits thinking, and demands none, so that models that never think obey it, too. Raises OptionError
+        if the model never thinks, but is told to.
         """
-        template = self.template_options.get("template")
-        kind = model.chat_template.thinking(template if isinstance(template, str) else None, tools)
-        thinking, budget = self.thinking, self.budget
+        template, template_options = self.template_options.get("template"), self.template_options
+        mode = model.chat_template.mode(template if isinstance(template, str) else None, tools)
+        kind, thinking, budget = mode.thinking, self.thinking, self.budget
         if budget is None and self.effort is not None and thinking is not False:
-            if self.effort == 0:
+            limit = EFFORTS[self.effort]
+            if limit == 0:
                 thinking = False if thinking is None else thinking
+            elif mode.graded:
+                template_options = {"reasoning_effort": GRADES[self.effort]} | template_options
             elif model.tokenizer.token_id(CLOSE) is not None:
-                budget = self.effort
+                budget = limit
         if budget == 0 and thinking is None:
             thinking = False
         if thinking is False and kind == "always":
@@ -64,8 +71,8 @@ class ReasoningFields:
         if thinking is True and kind == "never":
             raise OptionError("this model does not think; leave out the fields that tell it to")
         options: dict[str, Any] = {"thinking": thinking, "thinking_budget": budget}
-        if self.template_options:
-            options["template_options"] = self.template_options
+        if template_options:
+            options["template_options"] = template_options
         return {name: value for name, value in options.items() if value is not None}
 
 
@@ -105,7 +112,7 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
     return ReasoningFields(
         next((flag for flag in flags if flag is not None), None),
         next((budget for budget in budgets if budget is not None), None),
-        None if effort is None else EFFORTS[effort],
+        effort,
         "hidden" if hidden else "inline" if format == "none" else "apart",
         template_options,
     )

@@ -1,0 +1,202 @@
+"""Steps of the forward pass, each run by all threads of a team, piece by piece (npqwen/kernels/pieces.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from npqwen.format.encodings import UNIT_ROWS
+from npqwen.kernels.append import append_key, append_value
+from npqwen.kernels.cache_page import PAGE
+from npqwen.kernels.low_rank import (
+    GATE_PROJ,
+    K_PROJ,
+    Q_PROJ,
+    UP_PROJ,
+    V_PROJ,
+    add_low_rank,
+)
+from npqwen.kernels.matmul import local_chunk, multiply_local_rows
+from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
+from npqwen.kernels.norm import add_gated, multiply_sigmoid, rms_norm, rotate
+from npqwen.kernels.packing import copy_floats, pack, pack_gated, tile_width, whole_tiles
+from npqwen.kernels.pieces import claim, claim_private, finish_first
+from npqwen.simd.scalar import memory
+
+step = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles a function that only compiled code calls, without the wrappers for other callers."""
+
+
+@step
+def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
+    """hidden[t] = the embedding of ids[t]."""
+    while True:
+        t = claim(team, ids.size)
+        if t == ids.size:
+            return
+        read_row(embed_tokens, ids[t], hidden[t])
+
+
+@step
+def norm_and_pack(
+    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any, kept: Any
+) -> None:
+    """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix of an encoding.
+
+    rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
+    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py. kept:
+    float32 (tokens, columns of hidden) for what is packed, or none of its rows.
+    """
+    count = rows.size
+    width = tile_width(count, encoding)
+    cols = hidden.shape[1]
+    normed = scratch[:cols]
+    weights = memory(weight, model.hidden_size, np.float32)
+    normed[model.hidden_size :] = np.float32(0.0)
+    while True:
+        t = claim(team, whole_tiles(count, width))
+        if t == whole_tiles(count, width):
+            return
+        if t < count:
+            rms_norm(hidden[rows[t]], weights, model.rms_norm_eps, normed)
+            if kept.shape[0]:
+                copy_floats(normed, kept[t])
+        else:
+            normed[:] = np.float32(0.0)
+        pack(normed, t, width, encoding, packed)
+
+
+@step
+def pack_all(team: Any, x: Any, count: int, size: int, matrix: Any, packed: Any) -> None:
+    """packed = `size` elements of each of the first `count` rows of x, padded to whole tiles, as input of a matrix."""
+    width = tile_width(count, matrix.encoding)
+    while True:
+        t = claim(team, whole_tiles(count, width))
+        if t == whole_tiles(count, width):
+            return
+        line = x[t, : matrix.cols]
+        line[size:] = np.float32(0.0)
+        pack(line, t, width, matrix.encoding, packed)
+
+
+@step
+def project_heads(
+    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, adapters: Any, local: Any,
+    scratch: Any, queries: Any,
+) -> None:  # fmt: skip
+    """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into their sequences' caches.
+
+    Queries and keys are normed and rotated, queries scaled by 1 / sqrt(head_dim): queries (tokens, heads * head_dim).
+    Each thread does this to the heads that it has computed, while they are in its own cache: in `local`.
+    """
+    count, dim = tokens.ids.size, model.head_dim
+    width = tile_width(count, layer.qk_proj.encoding)
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    first_key = 2 * layer.kv_index * kv_heads  # the page's heads: for each layer the keys', then the values'
+    q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
+    scale = np.float32(1.0) / np.sqrt(np.float32(dim))
+    # Pieces of both matrices are one pool of work: row groups of qk_proj, then those of v_proj.
+    qk_groups, v_groups = layer.qk_proj.rows // UNIT_ROWS, layer.v_proj.rows // UNIT_ROWS
+    chunk = local_chunk(team, layer.qk_proj, qk_groups + v_groups, count, width, local, dim // UNIT_ROWS)
+    qk_pieces = (qk_groups + chunk - 1) // chunk
+    pieces = qk_pieces + (v_groups + chunk - 1) // chunk
+    while True:
+        piece = claim_private(team, pieces)
+        if piece == pieces:
+            return
+        in_qk = piece < qk_pieces
+        matrix = layer.qk_proj if in_qk else layer.v_proj
+        first = chunk * (piece if in_qk else piece - qk_pieces)
+        last = min(first + chunk, qk_groups if in_qk else v_groups)
+        multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        if in_qk:
+            q_groups = heads * dim // UNIT_ROWS
+            add_low_rank(team, adapters, layer.number, Q_PROJ, local, first, last, 0, 1, q_groups, scratch)
+            k_groups = qk_groups - q_groups
+            add_low_rank(team, adapters, layer.number, K_PROJ, local, first, last, q_groups, 1, k_groups, scratch)
+        else:
+            add_low_rank(team, adapters, layer.number, V_PROJ, local, first, last, 0, 1, v_groups, scratch)
+        if not finish_first(team):
+            continue
+        rows = UNIT_ROWS * (last - first)
+        first_head = UNIT_ROWS * (first if in_qk else qk_groups + first) // dim
+        for head in range(first_head, first_head + rows // dim):
+            for t in range(count):
+                at = t * rows + (head - first_head) * dim
+                x = local[at : at + dim]
+                position = tokens.positions[t]
+                pages = memory(tokens.pages[t], position // PAGE + 1, np.int64)
+                if head < heads:
+                    query = queries[t, head * dim : (head + 1) * dim]
+                    rms_norm(x, q_norm, model.rms_norm_eps, query)
+                    rotate(query, tokens.cos[t], tokens.sin[t])
+                    for k in range(dim):
+                        query[k] *= scale
+                elif head < heads + kv_heads:
+                    rms_norm(x, k_norm, model.rms_norm_eps, x)
+                    rotate(x, tokens.cos[t], tokens.sin[t])
+                    append_key(pages, cache_dtype, first_key + head - heads, position, x)
+                else:
+                    append_value(pages, cache_dtype, first_key + head - heads, position, x)
+
+
+@step
+def apply_gates(team: Any, gates: Any, count: int, size: int, x: Any) -> None:
+    """x *= sigmoid(gates), of the first `size` elements of the first `count` rows."""
+    while True:
+        t = claim(team, count)
+        if t == count:
+            return
+        multiply_sigmoid(gates[t, :size], x[t])
+
+
+@step
+def project_gated(
+    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, adapters: Any, number: int, kept: Any,
+    local: Any, scratch: Any, gated: Any,
+) -> None:  # fmt: skip
+    """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
+
+    adapters: what they add, too; None adds nothing. number: the layer's. kept: float32 for what is packed, or no rows.
+    Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
+    """
+    width = tile_width(count, matrix.encoding)
+    groups = matrix.rows // UNIT_ROWS
+    chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
+    pieces = (groups + chunk - 1) // chunk
+    while True:
+        piece = claim_private(team, pieces)
+        if piece == pieces:
+            return
+        first, last = chunk * piece, min(chunk * (piece + 1), groups)
+        multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        add_low_rank(team, adapters, number, GATE_PROJ, local, first, last, 0, 2, groups // 2, scratch)
+        add_low_rank(team, adapters, number, UP_PROJ, local, first, last, 1, 2, groups // 2, scratch)
+        if not finish_first(team):
+            continue
+        padded = whole_tiles(count, width)
+        pack_gated(local, matrix, first, last, 0, padded, width, down_proj, scratch, gated, kept)
+
+
+@step
+def add_shared(team: Any, model: Any, gate: int, normed: Any, shared: Any, count: int, hidden: Any) -> None:
+    """hidden += sigmoid(gate @ normed) * shared, of the first `count` rows. gate: address of float32 (hidden_size,)."""
+    weight = memory(gate, model.hidden_size, np.float32)
+    while True:
+        t = claim(team, count)
+        if t == count:
+            return
+        add_gated(weight, normed[t], shared[t], hidden[t])
+
+
+@step
+def final_norm(team: Any, model: Any, hidden: Any, output: Any) -> None:
+    """output.values = the final norm of output.tokens."""
+    weight = memory(model.norm, model.hidden_size, np.float32)
+    while True:
+        t = claim(team, output.tokens.size)
+        if t == output.tokens.size:
+            return
+        rms_norm(hidden[output.tokens[t]], weight, model.rms_norm_eps, output.values[t])
