@@ -118,13 +118,13 @@ class LayerDrafter:
         return self._layer.guesses[self._layer.normed]
 
     def follow(self, cache: KVCache) -> None:
-        """Have the hidden states of the text's passes, from now on with this cache."""
+        """Collect the hidden states that the text's passes compute, from now on those that use this KV cache."""
         self.leave()
         self._text, self._tail = cache, HiddenTail(self._layer.model.config.hidden_size)
         cache.tail = self._tail
 
     def leave(self) -> None:
-        """No longer have them."""
+        """Stop collecting hidden states, and give up the draft layer's own KV cache."""
         if self._text is not None and self._text.tail is self._tail:
             self._text.tail = None
         self._text = self._cache = None
