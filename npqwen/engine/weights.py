@@ -41,17 +41,25 @@ class Weights:
     """A model's weights, mapped read-only from its files for as long as this lives.
 
     model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and
-    LAYER records, one each if the model has a draft layer.
+    LAYER records, one each if the model has a draft layer. exceed_memory: whether the memory available cannot hold all
+    weights, so that passes read them from the disk.
     """
 
-    def __init__(self, directory: Path, config: Config) -> None:
-        """Raises FormatError, naming file and tensor, unless every tensor is there in the right shape and encoding."""
+    def __init__(self, directory: Path, config: Config, available: int | None = None) -> None:
+        """available: bytes of memory for a model that is going to run, if the system tells.
+
+        Raises FormatError, naming file and tensor, unless every tensor is there in the right shape and encoding.
+        """
         self.directory = directory
         self.quantization = Quantization.from_directory(directory)
         self.tensors: dict[str, MappedTensor] = {}
         self._mappings: dict[Path, mmap.mmap] = {}
         for path in weight_files(directory):
             self._map(path)
+        self.exceed_memory = available is not None and self.nbytes > 0.9 * available
+        if available is not None and not self.exceed_memory:
+            for mapping in self._mappings.values():
+                advise_huge_pages(mapping)  # before codebooks are read: pages in memory stay as small as they are
         layout = Layout(config)
         # A number of layers that the files do not have may be too large to allocate.
         self._find(layout.layer(config.num_hidden_layers - 1)["input_layernorm"].name)
@@ -100,11 +108,6 @@ class Weights:
                     f"{path} became shorter after the model was loaded; load it again, and replace its files by "
                     "renaming others, never by writing into them"
                 )
-
-    def advise_huge_pages(self) -> None:
-        """Ask for huge pages, for files that fit into memory; see `paging.advise_huge_pages`."""
-        for mapping in self._mappings.values():
-            advise_huge_pages(mapping)
 
     def _map(self, path: Path) -> None:
         """Map a file and add its tensors. Raises FormatError."""
