@@ -96,14 +96,18 @@ class Engine:
         self._path = path
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
+        self.weights = Weights(path, self.config)
         available = available_memory()
-        self.weights = Weights(path, self.config, available)
+        self._exceeds_memory = available is not None and self.weights.nbytes > 0.9 * available
+        if not self._exceeds_memory:
+            self.weights.advise_huge_pages()
+        self.weights.check_codebooks()
         self._kv = chosen or self.weights.cache_type
         self._weight_bytes = self.weights.nbytes
         is_recurrent = [self.config.is_recurrent(layer) for layer in range(self.config.num_hidden_layers)]
         self.weights.layers["kv_index"] = np.cumsum(np.logical_not(is_recurrent)) - 1
         self.weights.layers["state_index"] = np.cumsum(is_recurrent) - 1
-        self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self.weights.exceed_memory)
+        self.weights.model[0]["prefetch"] = prefetch_policy(self.weights.paths, self._exceeds_memory)
         self._threads = default_threads() if threads is None else int(threads)
         self._origin, self._draft_origin = object(), object()
         self._prefixes = Prefixes(0)
@@ -542,7 +546,7 @@ class Engine:
         """Whether the calling thread takes part in a pass of `tokens` tokens."""
         # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk: then no pass is
         # short.
-        is_short = tokens <= SHORT_PASS and not self.weights.exceed_memory
+        is_short = tokens <= SHORT_PASS and not self._exceeds_memory
         return is_short or threading.current_thread() is not threading.main_thread()
 
     def _arguments(

@@ -41,14 +41,12 @@ class Weights:
     """A model's weights, mapped read-only from its files for as long as this lives.
 
     model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and
-    LAYER records, one each if the model has a draft layer. exceed_memory: whether the memory available cannot hold all
-    weights, so that passes read them from the disk.
+    LAYER records, one each if the model has a draft layer.
     """
 
-    def __init__(self, directory: Path, config: Config, available: int | None = None) -> None:
-        """available: bytes of memory for a model that is going to run, if the system tells.
-
-        Raises FormatError, naming file and tensor, unless every tensor is there in the right shape and encoding.
+    def __init__(self, directory: Path, config: Config) -> None:
+        """Reads no weight. Raises FormatError, naming file and tensor, unless every tensor is there in the right shape
+        and encoding.
         """
         self.directory = directory
         self.quantization = Quantization.from_directory(directory)
@@ -56,10 +54,6 @@ class Weights:
         self._mappings: dict[Path, mmap.mmap] = {}
         for path in weight_files(directory):
             self._map(path)
-        self.exceed_memory = available is not None and self.nbytes > 0.9 * available
-        if available is not None and not self.exceed_memory:
-            for mapping in self._mappings.values():
-                advise_huge_pages(mapping)  # before codebooks are read: pages in memory stay as small as they are
         layout = Layout(config)
         # A number of layers that the files do not have may be too large to allocate.
         self._find(layout.layer(config.num_hidden_layers - 1)["input_layernorm"].name)
@@ -107,6 +101,29 @@ class Weights:
                 raise FormatError(
                     f"{path} became shorter after the model was loaded; load it again, and replace its files by "
                     "renaming others, never by writing into them"
+                )
+
+    def advise_huge_pages(self) -> None:
+        """Ask for huge pages before any weight is read, of files that fit into memory; see `paging.advise_huge_pages`.
+        """
+        for mapping in self._mappings.values():
+            advise_huge_pages(mapping)
+
+    def check_codebooks(self) -> None:
+        """Raise FormatError unless all codebooks are what kernels rely on: values in range, and repeated.
+
+        It reads a page of every matrix, and what the system reads around it.
+        """
+        for name, encoding in self.quantization.encodings.items():
+            if not encoding.codebook:
+                continue
+            label = Codebook(name).name
+            tensor = self._find(label)
+            rounds = tensor.data.reshape(-1, len(encoding.codebook))
+            if (rounds != rounds[0]).any() or rounds.max() >= 2 * ZERO_POINT:
+                raise FormatError(
+                    f"{tensor.path}: tensor {label} is not {len(encoding.codebook)} values below "
+                    f"{2 * ZERO_POINT}, repeated; {AGAIN}"
                 )
 
     def _map(self, path: Path) -> None:
@@ -198,15 +215,9 @@ class Weights:
         return tensor.data.ctypes.data, codebook, encoding
 
     def _codebook(self, codebook: Codebook, encoding: Encoding) -> int:
-        """The address of a codebook: kernels rely on its values and on its repetition."""
+        """The address of a codebook."""
         tensor = self._find(codebook.name)
         _check(tensor, codebook.name, "U8", codebook.shape, f" for {encoding.name}")
-        rounds = tensor.data.reshape(-1, len(encoding.codebook))
-        if (rounds != rounds[0]).any() or rounds.max() >= 2 * ZERO_POINT:
-            raise FormatError(
-                f"{tensor.path}: tensor {codebook.name} is not {len(encoding.codebook)} values below "
-                f"{2 * ZERO_POINT}, repeated; {AGAIN}"
-            )
         return tensor.data.ctypes.data
 
     def _matrix(self, matrix: Matrix) -> _Record:

@@ -188,19 +188,13 @@ def test_files_that_fit_into_memory_use_huge_pages(tmp_path: Path, monkeypatch: 
 
 
 def test_advice_on_pages_comes_before_the_first_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page stays as small as it was when it was first read, and codebooks, which are checked, lie among weights."""
+    """A page stays as small as it was when it was first read."""
     path = small_model(tmp_path / "model", 4)
     events: list[str] = []
-    real = Weights._codebook
-
-    def codebook(*arguments: Any) -> int:
-        events.append("read")
-        return real(*arguments)
-
-    monkeypatch.setattr("npqwen.engine.weights.advise_huge_pages", lambda _: events.append("advice"))
-    monkeypatch.setattr(Weights, "_codebook", codebook)
-    Weights(path, Config.from_directory(path), available=1 << 40)
-    assert events[:2] == ["advice", "read"]
+    monkeypatch.setattr(Weights, "advise_huge_pages", lambda _: events.append("advice"))
+    monkeypatch.setattr(Weights, "check_codebooks", lambda _: events.append("read"))
+    with Model(path, threads=1):
+        assert events == ["advice", "read"]
 
 
 SMAPS = """\
