@@ -18,7 +18,7 @@ from npqwen.kernels.entry import entry
 from npqwen.kernels.int8_page import INT8_TILE, SCALES_BYTES, int8_tile_bytes, padded_dim, rotate_coordinates
 from npqwen.kernels.online_softmax import SCORE_BLOCK, add_block, results
 from npqwen.kernels.packing import pack_part
-from npqwen.simd.blocks import softmax_block_int8
+from npqwen.simd.blocks import softmax_rows_int8
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.scalar import FAST, memory
@@ -28,8 +28,8 @@ BLOCKS = SCORE_BLOCK // INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
 _START_BYTES = ISA.start_bytes
 _CODE = INT8.code
-WEIGHT_FLOATS = SCORE_BLOCK // 4 + 1
-"""float32 that hold a row's weights of SCORE_BLOCK positions as bytes, and their scale."""
+WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3
+"""float32 that hold a row's weights of SCORE_BLOCK positions as bytes, their scale, maximum and sum."""
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
@@ -83,18 +83,20 @@ def _compute_scores(
 
 @njit(inline="always")
 def _softmax(
-    scores: Any, row: int, visible: int, dim: int, values: Any, at: int, padded: int, weights: Any, scales: Any,
-    row_max: Any, denominator: Any, accumulator: Any,
+    together: int, all_visible: bool, scores: Any, row: int, visible: int, dim: int, values: Any, at: int, padded: int,
+    weights: Any, scales: Any, maxima: Any, totals: Any, row_max: Any, denominator: Any, accumulator: Any,
 ) -> None:  # fmt: skip
-    """weights, scales = a row's softmax weights times the scales of the values, as integers.
+    """weights, scales = the softmax weights of `together` rows times the scales of the values, as integers.
 
-    If the row's maximum grows, its denominator and accumulator are rescaled.
+    If a row's maximum grows, its denominator and accumulator are rescaled. all_visible: a constant; otherwise positions
+    from the `visible`-th on get no weight. maxima, totals: float32 (rows,), scratch.
     """
-    maximum, total, scales[row] = softmax_block_int8(
-        scores, row * SCORE_BLOCK, BLOCKS, visible, row_max[row], values, at, INT8_TILE * (padded + 4), weights,
-        row * SCORE_BLOCK,
+    softmax_rows_int8(
+        together, all_visible, scores, row * SCORE_BLOCK, BLOCKS, visible, row_max, row, values, at,
+        INT8_TILE * (padded + 4), weights, row * SCORE_BLOCK, maxima, totals, scales,
     )  # fmt: skip
-    add_block(maximum, total, row, dim, row_max, denominator, accumulator)
+    for i in range(row, row + together):
+        add_block(maxima[i], totals[i], i, dim, row_max, denominator, accumulator)
 
 
 @njit(inline="always")
@@ -120,6 +122,8 @@ def int8_attention(rows: int) -> Any:
     """The kernel for tiles of `rows` rows of queries."""
     # Scores: a vector holds positions. Weighted sums: it holds coordinates, of which there is a multiple of 16.
     score_vectors = max(1, min(INT8_TILE // LANES, ISA.accumulators // (2 * rows)))
+    # Where a row's positions are few registers, its steps wait for each other, unless other rows' are between them.
+    together = min(rows, 8) if LANES == UNIT_ROWS else 1
     value_vectors = max(1, min(UNIT_ROWS // LANES, ISA.accumulators // (2 * rows)))
 
     @entry(rows, "int8", error_model="numpy", fastmath=FAST)
@@ -131,15 +135,16 @@ def int8_attention(rows: int) -> Any:
 
         queries_at, pages_at, scratch_at: addresses of the packed queries, see `pack_queries`, of the pages' addresses,
         int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
-        position. Scratch receives scores, weights and their scales; results_at, float32, the accumulator (rows,
-        head_dim), row_max (rows,) and denominator (rows,).
+        position. Scratch receives scores, weights, and the rows' scales, maxima and sums; results_at, float32, the
+        accumulator (rows, head_dim), row_max (rows,) and denominator (rows,).
         """
         padded = padded_dim(dim)
         queries = memory(queries_at, padded // BLOCK_COLUMNS * block_bytes(rows, _START_BYTES), np.uint8)
         pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
         scores = memory(scratch_at, rows * SCORE_BLOCK, np.float32)
         weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, rows * SCORE_BLOCK, np.uint8)
-        scales = memory(scratch_at + 5 * rows * SCORE_BLOCK, rows, np.float32)
+        of_rows = memory(scratch_at + 5 * rows * SCORE_BLOCK, 3 * rows, np.float32)
+        scales, maxima, totals = of_rows[:rows], of_rows[rows : 2 * rows], of_rows[2 * rows :]
         accumulator, row_max, denominator = results(results_at, rows, dim)
         size = PAGE // INT8_TILE * int8_tile_bytes(dim)
         for block in range(low, high, SCORE_BLOCK):
@@ -155,11 +160,19 @@ def int8_attention(rows: int) -> Any:
             _compute_scores(
                 rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores
             )
-            for row in range(rows):
-                visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
-                _softmax(
-                    scores, row, visible, dim, values, at, padded, weights, scales, row_max, denominator, accumulator
-                )
+            if start + first_row // group + 1 - block >= SCORE_BLOCK:
+                for row in range(0, rows, together):
+                    _softmax(
+                        together, True, scores, row, SCORE_BLOCK, dim, values, at, padded, weights, scales, maxima,
+                        totals, row_max, denominator, accumulator,
+                    )  # fmt: skip
+            else:
+                for row in range(rows):
+                    visible = max(0, min(count, start + (first_row + row) // group + 1 - block))
+                    _softmax(
+                        1, False, scores, row, visible, dim, values, at, padded, weights, scales, maxima, totals,
+                        row_max, denominator, accumulator,
+                    )  # fmt: skip
             _add_weighted_values(
                 rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded, accumulator
             )

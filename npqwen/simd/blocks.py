@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from llvmlite import ir
 
@@ -19,6 +20,7 @@ from npqwen.simd.llvm import (
     call,
     constant,
     element,
+    fma,
     operation,
     splat,
     step,
@@ -131,40 +133,111 @@ def softmax_block(
 
 
 @operation
-def softmax_block_int8(
-    b: ir.IRBuilder, scores: Array, at: Int, blocks: Const, visible: Int, row_max: Float,
-    values: Array, scales_at: Int, pitch: Int, out: Array, out_at: Int,
-) -> tuple[Float, Float, Float]:  # fmt: skip
-    """Weights exp(score - maximum) times the values' scales, as integers: (maximum, sum of weights, their scale).
+def softmax_rows_int8(
+    b: ir.IRBuilder, rows: Const, all_visible: Const, scores: Array, at: Int, blocks: Const, visible: Int,
+    row_max: Array, row: Int, values: Array, scales_at: Int, pitch: Int, out: Array, out_at: Int,
+    maxima: Array, totals: Array, scales: Array,
+) -> None:  # fmt: skip
+    """Weights exp(score - maximum) times the values' scales, as integers, of a power of two of rows side by side.
 
-    scores: float32, 32 for each block at scores[at:]; those from the `visible`-th on get no weight. The maximum is that
-    of the visible scores and of `row_max`, the row's maximum so far. values: uint8, 32 float32 scales at
-    values[scales_at:], those of the next block `pitch` bytes after them. out: uint8, out[out_at:] receives integers
-    from 0 to 127, the largest 127, which times the scale are the weights times the values' scales. The sum is that of
-    the weights alone.
+    scores: float32, 32 for each block at scores[at:], the next row's after them; those from the `visible`-th on get no
+    weight, unless `all_visible`. values: uint8, 32 float32 scales at values[scales_at:], those of the next block
+    `pitch` bytes after them. out: uint8, out[out_at:] receives integers from 0 to 127, each row's largest 127, which
+    times scales[row] are the weights times the values' scales.
+
+    maxima[row] becomes the maximum of the row's visible scores and row_max[row], totals[row] the sum of its weights.
+    float32, from `row` on.
     """
-    count = BLOCK_COLUMNS * blocks
-    kind, words = vector(F32, count), vector(I32, count)
-    loaded = b.load(element(b, scores, at, kind), align=4)
-    seen = b.icmp_signed("<", ir.Constant(words, list(range(count))), splat(b, b.trunc(visible, I32), count))
-    masked = b.select(seen, loaded, constant(F32, count, -3.0e38))
-    block_max = call(b, f"llvm.vector.reduce.fmax.v{count}f32", F32, masked, fastmath=("nnan",))
-    maximum = call(b, "llvm.maxnum.f32", F32, block_max, row_max)
-    nothing = constant(F32, count, 0.0)
-    weights = b.select(seen, exponential(b, b.fsub(loaded, splat(b, maximum, count))), nothing)
-    total = call(b, f"llvm.vector.reduce.fadd.v{count}f32", F32, ir.Constant(F32, 0.0), weights, fastmath=("reassoc",))
+    count, each = BLOCK_COLUMNS * blocks, range(rows)
+    kind, words, row_kind = vector(F32, count), vector(I32, count), vector(F32, rows)
+    loaded = [b.load(element(b, scores, step(b, at, n, count), kind), align=4) for n in each]
+    seen = None if all_visible else b.icmp_signed(
+        "<", ir.Constant(words, list(range(count))), splat(b, b.trunc(visible, I32), count)
+    )
+
+    def shown(vectors: list[ir.Value], otherwise: float) -> list[ir.Value]:
+        if seen is None:
+            return vectors
+        return [b.select(seen, v, constant(F32, count, otherwise)) for v in vectors]
+
+    def spread(of_rows: ir.Value) -> list[ir.Value]:
+        return [b.shuffle_vector(of_rows, of_rows, constant(I32, count, n)) for n in each]
+
+    def greater(x: ir.Value, y: ir.Value) -> ir.Value:
+        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+    def stored_to(array: ir.Value, value: ir.Value) -> None:
+        b.store(value, element(b, array, row, row_kind), align=4)
+
+    so_far = b.load(element(b, row_max, row, row_kind), align=4)
+    maximum = greater(_reduced(b, greater, shown(loaded, -3.0e38)), so_far)
+    stored_to(maxima, maximum)
+    log2 = constant(F32, count, 1.44269504)
+    lowered = spread(b.fmul(maximum, constant(F32, rows, -1.44269504)))
+    weights = shown(_powers_of_two(b, [fma(b, x, log2, y) for x, y in zip(loaded, lowered, strict=True)]), 0.0)
+    stored_to(totals, _reduced(b, b.fadd, weights))
     part = vector(F32, BLOCK_COLUMNS)
     places = [element(b, values, step(b, scales_at, n, pitch), part) for n in range(blocks)]
-    scales = functools.reduce(lambda x, y: _joined(b, x, y), [b.load(place, align=4) for place in places])
-    products = b.select(seen, b.fmul(weights, scales), nothing)
-    # Magnitudes of floats order like their bits.
-    peak = b.bitcast(call(b, f"llvm.vector.reduce.umax.v{count}i32", I32, b.bitcast(products, words)), F32)
-    usable = b.fcmp_ordered(">", peak, ir.Constant(F32, 1e-30))
-    inverse = b.select(usable, b.fdiv(ir.Constant(F32, 127.0), peak), ir.Constant(F32, 0.0))
-    rounded = call(b, f"llvm.rint.v{count}f32", kind, b.fmul(products, splat(b, inverse, count)))
-    stored = b.trunc(b.fptosi(rounded, words), vector(I8, count))
-    b.store(stored, element(b, out, out_at, stored.type), align=1)
-    return maximum, total, b.fmul(peak, ir.Constant(F32, 1 / 127))
+    value_scales = functools.reduce(lambda x, y: _joined(b, x, y), [b.load(place, align=4) for place in places])
+    products = shown([b.fmul(w, value_scales) for w in weights], 0.0)
+    peak = _reduced(b, greater, products)
+    usable = b.fcmp_ordered(">", peak, constant(F32, rows, 1e-30))
+    inverse = b.select(usable, b.fdiv(constant(F32, rows, 127.0), peak), constant(F32, rows, 0.0))
+    stored_to(scales, b.fmul(peak, constant(F32, rows, 1 / 127)))
+    rounding = constant(F32, count, _ROUNDING)
+    rounded = [fma(b, x, y, rounding) for x, y in zip(products, spread(inverse), strict=True)]
+    for n, value in enumerate(rounded):
+        integers = b.trunc(b.bitcast(value, words), vector(I8, count))
+        b.store(integers, element(b, out, step(b, out_at, n, count), integers.type), align=1)
+
+
+def _reduced(b: ir.IRBuilder, pair: Callable[[ir.Value, ir.Value], ir.Value], rows: list[ir.Value]) -> ir.Value:
+    """Each row's elements reduced to one, by halves: a vector with an element for each row.
+
+    rows: a power of two of them, up to 16. The order is the same for any number of rows, so that sums are, too.
+    """
+
+    def halves(x: ir.Value, y: ir.Value, lanes: list[int], size: int) -> ir.Value:
+        first, second = (ir.Constant(vector(I32, len(lanes)), [i + n for i in lanes]) for n in (0, size))
+        return pair(b.shuffle_vector(x, y, first), b.shuffle_vector(x, y, second))
+
+    size = rows[0].type.count
+    while size > UNIT_ROWS:
+        size //= 2
+        rows = [halves(x, x, list(range(size)), size) for x in rows]
+    while len(rows) > 1:  # two vectors become one, each row's part half as long
+        size //= 2
+        lanes = [start + i for start in range(0, 2 * UNIT_ROWS, 2 * size) for i in range(size)]
+        rows = [halves(x, y, lanes, size) for x, y in zip(rows[::2], rows[1::2], strict=True)]
+    (reduced,) = rows
+    count = reduced.type.count // size
+    while size > 1:
+        size //= 2
+        lanes = [start + i for start in range(0, 2 * size * count, 2 * size) for i in range(size)]
+        reduced = halves(reduced, reduced, lanes, size)
+    return reduced
+
+
+_ROUNDING = 1.5 * 2.0**23
+"""Added to a float32 of less than 2**22, it leaves the nearest integer in the low bits."""
+
+
+def _powers_of_two(b: ir.IRBuilder, exponents: list[ir.Value]) -> list[ir.Value]:
+    """2**y of float32 vectors of numbers up to 0, within 4e-6 of the value; at least about 2**-126."""
+    kind = exponents[0].type
+    n, words = kind.count, vector(I32, kind.count)
+
+    def const(value: float) -> ir.Constant:
+        return constant(F32, n, value)
+
+    clamped = [call(b, f"llvm.maxnum.v{n}f32", kind, y, const(-126.0)) for y in exponents]
+    wholes = [call(b, f"llvm.rint.v{n}f32", kind, y) for y in clamped]
+    rests = [b.fsub(y, whole) for y, whole in zip(clamped, wholes, strict=True)]
+    powers = [const(9.6181291e-3) for _ in rests]
+    for coefficient in (5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+        powers = [fma(b, p, rest, const(coefficient)) for p, rest in zip(powers, rests, strict=True)]
+    shifts = [b.shl(b.bitcast(b.fadd(x, const(_ROUNDING)), words), constant(I32, n, 23)) for x in wholes]
+    return [b.bitcast(b.add(b.bitcast(p, words), x), kind) for p, x in zip(powers, shifts, strict=True)]
 
 
 def _joined(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
