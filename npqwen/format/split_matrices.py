@@ -10,7 +10,7 @@ Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,19 @@ from npqwen.format.config import Config
 _QUERIES, _GROUPED, _GROUPED_GATES = ".self_attn.q_proj", ".linear_attn.in_proj_qkvz", ".linear_attn.in_proj_ba"
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Some rows of each of `groups` groups of `size` rows: one range of all groups, then the next one of all."""
 
     groups: int
     size: int
     ranges: tuple[tuple[int, int], ...]
     """First row within a group, and number of rows."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.groups * sum(count for _, count in self.ranges)
 
     @property
     def all(self) -> npt.NDArray[np.int64]:
