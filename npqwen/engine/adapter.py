@@ -197,7 +197,8 @@ class Adapter:
 
 def check(stored: StoredAdapter, layout: Layout) -> None:
     """Raise CheckpointError unless an adapter can be used with a model of this layout while it runs."""
-    for name in (EMBEDDING, OUTPUT, *stored.saved):
+    of_draft_layer = [name for name in stored.factors if name.startswith("mtp.")]
+    for name in (EMBEDDING, OUTPUT, *stored.saved, *of_draft_layer):
         if name in stored.saved or name in stored.factors:
             how = "replaces" if name in stored.saved else "adapts"
             raise CheckpointError(
