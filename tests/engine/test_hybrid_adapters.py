@@ -153,7 +153,8 @@ def test_the_draft_layer_runs_without_adapter(hybrid: Callable[[str, int], Path]
                 cache, out = model.new_cache(adapter=name), np.empty((1, 4128), np.float32)
                 cache.tail = HiddenTail(64)
                 model.forward(IDS[:20], cache)
-                model.run_draft_layer(IDS[:5], states, model.new_draft_cache(), out)
+                assert model.draft_layer is not None
+                model.draft_layer.run(IDS[:5], states, model.draft_layer.new_cache(), out)
                 found.append((cache.tail.rows(0, 20).copy(), out))
     for _, logits in found[1:]:
         np.testing.assert_array_equal(logits, found[0][1])
