@@ -17,7 +17,7 @@ from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.files import open_regular
 from npqwen.format.layout import Experts, Layout, Matrix, Tensor, pad
 from npqwen.format.safetensors import StoredTensor
-from npqwen.format.split_matrices import Rows, split, split_modules
+from npqwen.format.split_matrices import Rows, split, whole
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels import low_rank as dense
 from npqwen.kernels import low_rank_experts as sparse
@@ -209,15 +209,13 @@ def check(stored: StoredAdapter, layout: Layout) -> None:
     layers = {_layer_of(name) for name in stored.factors}
     for i in range(layout.config.num_hidden_layers):
         if i in layers:
+            own: dict[str, tuple[int, ...]] = {}
             for role, tensor in layout.layer(i).items():
                 if isinstance(tensor, Matrix | Experts):
-                    shapes |= tensor.sources
+                    own |= tensor.sources
                 elif role == "shared_expert_gate":
-                    shapes[tensor.name] = 1, tensor.length
-            for module in split_modules(f"model.layers.{i}", layout.config):
-                parts = [shapes.pop(f"{part}.weight", None) for part in split(module, layout.config)]
-                if parts[0] and parts[1]:
-                    shapes[f"{module}.weight"] = parts[0][0] + parts[1][0], parts[0][1]
+                    own[tensor.name] = 1, tensor.length
+            shapes |= whole(own, f"model.layers.{i}", layout.config)
     for name, factors in stored.factors.items():
         stored.check_shape(name, factors.shape, shapes.get(name), "the model")
 

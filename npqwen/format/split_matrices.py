@@ -10,6 +10,7 @@ Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,9 +71,16 @@ def split(module: str, config: Config) -> dict[str, Rows]:
     return {}
 
 
-def split_modules(layer: str, config: Config) -> list[str]:
-    """The modules of a layer that are split in a checkpoint of this model. layer: "model.layers.0"."""
-    if config.recurrence is None:
-        return []
+def whole(shapes: Mapping[str, tuple[int, ...]], layer: str, config: Config) -> dict[str, tuple[int, ...]]:
+    """The matrices of a layer as checkpoints of this model have them, with their shapes.
+
+    shapes: of the layout's. layer: "model.layers.0".
+    """
+    found = dict(shapes)
     grouped = (_GROUPED, _GROUPED_GATES) if config.model_type == "qwen3_next" else ()
-    return [layer + end for end in (_QUERIES, *grouped)]
+    for module in (layer + end for end in (_QUERIES, *grouped)):
+        parts = [f"{part}.weight" for part in split(module, config)]
+        if parts and all(part in found for part in parts):
+            (rows, columns), (others, _) = (found.pop(part) for part in parts)
+            found[f"{module}.weight"] = rows + others, columns
+    return found
