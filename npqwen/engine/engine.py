@@ -266,7 +266,10 @@ class Engine:
         cache = self.new_cache(min(tokens.size, self.context), adapter)
         cache.reserve(tokens.size)
         for start, end in self._chunks(tokens.size, cache):
-            self._hidden_pass(tokens[start:end], cache, chosen, states[:, start:end])
+            with self._runner.turn():
+                found = self._runner.hidden_states(Piece(tokens[start:end], cache, 0), set(chosen))
+            for i, state in zip(chosen, states, strict=True):
+                state[start:end] = found[i]
         return states[0] if several is None else states
 
     @cached_property
@@ -376,27 +379,6 @@ class Engine:
             self._runner.run_pieces(pieces, output)
             if not direct:
                 out[:] = logits[:rows, : out.shape[1]]
-
-    def _hidden_pass(
-        self, ids: NDArray[np.int64], cache: KVCache, chosen: list[int], states: NDArray[np.float32]
-    ) -> None:
-        """One forward pass; states (len(chosen), tokens, hidden_size) receives the chosen hidden states."""
-        found: dict[int, NDArray[np.float32]] = {}
-        last = self.config.num_hidden_layers
-        pieces = [Piece(ids, cache, 0)]
-        with self._runner.turn():
-            done = 0
-            cache.begin(ids.size)
-            for i in sorted(set(chosen)):
-                normed = np.empty((ids.size if i == last else 0, self.config.hidden_size), np.float32)
-                output = Output(np.arange(len(normed)), True, normed)
-                self._runner.forward(pieces, self.weights.layers[done:i], not found, output)
-                hidden = self._runner.buffers.activations.hidden[: ids.size, : self.config.hidden_size]
-                found[i] = normed if i == last else hidden.copy()
-                done = i
-            cache.advance(ids.size)
-        for state, i in zip(states, chosen, strict=True):
-            state[:] = found[i]
 
     def close(self) -> None:
         """Wait for the running pass, end the threads and unmap the files. Later calls raise ClosedError.

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,25 @@ class Runner:
                 cache.tail.add(cache.length, hidden[first:last])
             cache.advance(piece.ids.size)
             first = last
+
+    def hidden_states(self, piece: Piece, chosen: Collection[int]) -> dict[int, NDArray[np.float32]]:
+        """Run a piece as far as necessary and append it to its cache.
+
+        Returns hidden states, float32 (tokens, hidden_size), by the number of layers before each of them, in `chosen`.
+        Those after the last layer are the final norm's output.
+        """
+        count, size, last = piece.ids.size, self.config.hidden_size, self.config.num_hidden_layers
+        found: dict[int, NDArray[np.float32]] = {}
+        done = 0
+        piece.cache.begin(count)
+        for i in sorted(chosen):
+            normed = np.empty((count if i == last else 0, size), np.float32)
+            output = Output(self._rows[: len(normed)], True, normed)
+            self.forward([piece], self.weights.layers[done:i], not found, output)
+            found[i] = normed if i == last else self.buffers.activations.hidden[:count, :size].copy()
+            done = i
+        piece.cache.advance(count)
+        return found
 
     def _arguments(
         self,
