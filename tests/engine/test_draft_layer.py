@@ -130,7 +130,7 @@ def test_a_tail_keeps_the_latest_states() -> None:
 
 
 def test_what_cannot_be_run_is_refused(hybrid: Callable[[str, int], Path]) -> None:
-    out, ids = np.empty((1, 4128), np.float32), np.array([5, 6])
+    out, ids = np.zeros((1, 4128), np.float32), np.array([5, 6])
     with load(hybrid("mtp", 4), threads=1) as model:
         states, cache = np.zeros((2, 64), np.float32), layer_of(model).new_cache()
         wrong_states: list[Any] = [states[:1], states[:, :60], states.astype(np.float64)]
