@@ -79,12 +79,13 @@ class Engine:
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
         weights = Weights(path, self.config)
-        self._kv = chosen or weights.cache_type
-        self._weight_bytes = weights.nbytes
         available = available_memory()
-        exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
+        exceeds_memory = available is not None and weights.nbytes > 0.9 * available
         if not exceeds_memory:
             weights.advise_huge_pages()
+        weights.check_codebooks()
+        self._kv = chosen or weights.cache_type
+        self._weight_bytes = weights.nbytes
         is_recurrent = [self.config.is_recurrent(layer) for layer in range(self.config.num_hidden_layers)]
         weights.layers["kv_index"] = np.cumsum(np.logical_not(is_recurrent)) - 1
         weights.layers["state_index"] = np.cumsum(is_recurrent) - 1
