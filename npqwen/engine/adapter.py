@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ from npqwen.format.adapter import EMBEDDING, OUTPUT, Factors, StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.files import open_regular
-from npqwen.format.layout import Experts, Layout, Matrix, ceil_div, pad
+from npqwen.format.layout import Experts, Layout, Matrix, Tensor, pad
 from npqwen.format.safetensors import StoredTensor
+from npqwen.format.split_matrices import Rows, split, whole
 from npqwen.hardware.machine import HEADROOM, available_memory
 from npqwen.kernels import low_rank as dense
 from npqwen.kernels import low_rank_experts as sparse
@@ -26,13 +27,32 @@ from npqwen.simd.llvm import CACHE_LINE
 Floats = NDArray[np.float32]
 _DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 _LAYER = (
-    (dense.ATTENTION_INPUT, ((dense.Q_PROJ, "qk_proj", 0), (dense.K_PROJ, "qk_proj", 1), (dense.V_PROJ, "v_proj", 0))),
+    (
+        dense.ATTENTION_INPUT,
+        (
+            (dense.Q_PROJ, "qk_proj", 0),
+            (dense.K_PROJ, "qk_proj", 1),
+            (dense.V_PROJ, "v_proj", 0),
+            (dense.Q_GATE, "q_gate", 0),
+            (dense.IN_PROJ_QKV, "in_proj", 0),
+            (dense.IN_PROJ_Z, "in_proj", 1),
+            (dense.IN_PROJ_B, "in_proj_ba", 0),
+            (dense.IN_PROJ_A, "in_proj_ba", 1),
+        ),
+    ),
     (dense.ATTENDED, ((dense.O_PROJ, "o_proj", 0),)),
     (
         dense.MLP_INPUT,
-        ((dense.ROUTER, "router", 0), (dense.GATE_PROJ, "gate_up_proj", 0), (dense.UP_PROJ, "gate_up_proj", 1)),
+        (
+            (dense.ROUTER, "router", 0),
+            (dense.GATE_PROJ, "gate_up_proj", 0),
+            (dense.UP_PROJ, "gate_up_proj", 1),
+            (dense.GATE_PROJ, "shared_gate_up_proj", 0),
+            (dense.UP_PROJ, "shared_gate_up_proj", 1),
+        ),
     ),
-    (dense.GATED, ((dense.DOWN_PROJ, "down_proj", 0),)),
+    (dense.GATED, ((dense.DOWN_PROJ, "down_proj", 0), (dense.DOWN_PROJ, "shared_down_proj", 0))),
+    (dense.SHARED_GATE_INPUT, ((dense.SHARED_GATE, "shared_expert_gate", 0),)),
 )
 """What a layer's matrices read, and which read it: number, role in `Layout.layer`, part of the stored matrix."""
 _EXPERT = (
@@ -42,6 +62,14 @@ _EXPERT = (
 """What an expert's matrices read, and which read it: number, which of `Experts.matrices`, part of the stored matrix."""
 
 
+class _Target(NamedTuple):
+    """A matrix of the layout that is adapted: the factors of the checkpoint's matrix that it comes from."""
+
+    factors: Factors
+    rows: Rows | None
+    """The rows that it has of the checkpoint's matrix; None for all."""
+
+
 class _Input(NamedTuple):
     """Adapted matrices that have the same input."""
 
@@ -49,7 +77,7 @@ class _Input(NamedTuple):
     """(2,): receives the address of their A, and its groups of 16 ranks."""
     columns: int
     """Of the input, padding included."""
-    factors: list[Factors]
+    targets: list[_Target]
     expands: list[NDArray[np.int64]]
     """(3,) each: receives the address of a matrix's B, its rank, and where its ranks begin among all of the input."""
 
@@ -73,6 +101,7 @@ class Adapter:
         """The largest."""
         layout, layers = Layout(config), config.num_hidden_layers
         check(stored, layout)
+        targets = _targets(stored, config)
         self.shrinks = np.zeros((layers, dense.INPUTS, 2), np.int64)
         self.expands = np.zeros((layers, dense.MATRICES, 3), np.int64)
         experts = 0
@@ -80,7 +109,7 @@ class Adapter:
             experts = config.mixture.num_experts
         self.expert_shrinks = np.zeros((layers, experts, 2, 2), np.int64)
         self.expert_expands = np.zeros((layers, experts, 3, 3), np.int64)
-        inputs = list(self._inputs(stored, layout))
+        inputs = list(self._inputs(targets, layout))
         self.nbytes = sum(_bytes(each) for each in inputs)
         """Bytes of the factors in memory."""
         available = available_memory()
@@ -118,17 +147,13 @@ class Adapter:
     def __repr__(self) -> str:
         return f"<Adapter {self.name}: rank {self.rank}, {self.nbytes / 1e6:.1f} MB, from {self.directory}>"
 
-    def _inputs(self, stored: StoredAdapter, layout: Layout) -> Iterator[_Input]:
-        """What is adapted, in the order of a pass."""
+    def _inputs(self, targets: Mapping[str, _Target], layout: Layout) -> Iterator[_Input]:
+        """What is adapted, in the order of a pass. targets: by their names."""
         for i in range(layout.config.num_hidden_layers):
             tensors = layout.layer(i)
             for what, matrices in _LAYER:
-                known = [
-                    (number, part, matrix)
-                    for number, role, part in matrices
-                    if isinstance(matrix := tensors.get(role), Matrix)
-                ]
-                yield from _adapted(stored, self.shrinks[i, what], self.expands[i], known)
+                known = [(number, part, tensors[role]) for number, role, part in matrices if role in tensors]
+                yield from _adapted(targets, self.shrinks[i, what], self.expands[i], known)
             experts = tensors.get("experts")
             if isinstance(experts, Experts) and self.expert_shrinks.size:
                 for expert in range(experts.count):
@@ -136,7 +161,7 @@ class Adapter:
                     shrinks, expands = self.expert_shrinks[i, expert], self.expert_expands[i, expert]
                     for what, parts in _EXPERT:
                         chosen = [(number, part, both[which]) for number, which, part in parts]
-                        yield from _adapted(stored, shrinks[what], expands, chosen)
+                        yield from _adapted(targets, shrinks[what], expands, chosen)
 
     def _fill(self, each: _Input, end: int, read: Callable[[StoredTensor], Floats]) -> int:
         """Put the factors of an input's matrices into memory from `end` on; returns where they end."""
@@ -148,19 +173,22 @@ class Adapter:
             self._memory[start : start + 2 * values.size].view(np.uint16)[:] = _bf16(values).ravel()
             return self._memory.ctypes.data + start
 
-        stacked = np.zeros((pad(sum(factors.rank for factors in each.factors), UNIT_ROWS), each.columns), np.float32)
+        stacked = np.zeros((pad(_ranks(each.targets), UNIT_ROWS), each.columns), np.float32)
+        places: dict[StoredTensor, int] = {}
         at = 0
-        for factors, expand in zip(each.factors, each.expands, strict=True):
-            stacked[at : at + factors.rank, : factors.a.shape[1]] = read(factors.a)
-            expand[1:] = factors.rank, at
-            at += factors.rank
+        for (factors, _), expand in zip(each.targets, each.expands, strict=True):
+            if factors.a not in places:
+                stacked[at : at + factors.rank, : factors.a.shape[1]] = read(factors.a)
+                places[factors.a], at = at, at + factors.rank
+            expand[1:] = factors.rank, places[factors.a]
         parts = np.split(_grouped(stacked), dense.PARTS, axis=1)
         each.shrink[:] = place(np.concatenate(parts)), len(stacked) // UNIT_ROWS
-        for factors, expand in zip(each.factors, each.expands, strict=True):
+        for (factors, chosen), expand in zip(each.targets, each.expands, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
                 b = read(factors.b) * np.float32(factors.scale)
             if not np.isfinite(b).all():
                 raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, with which factors overflow")
+            b = b if chosen is None else b[chosen.all]
             rows = np.zeros((pad(len(b), UNIT_ROWS), factors.rank), np.float32)
             rows[: len(b)] = b
             expand[0] = place(_grouped(rows))
@@ -169,12 +197,8 @@ class Adapter:
 
 def check(stored: StoredAdapter, layout: Layout) -> None:
     """Raise CheckpointError unless an adapter can be used with a model of this layout while it runs."""
-    if layout.config.recurrence is not None:
-        raise CheckpointError(
-            f"{stored.directory} is of a hybrid (a model with linear_attention layers), which takes no adapters while "
-            f"it runs; merge it into the model: npqwen convert MODEL OUT --adapter {stored.directory}"
-        )
-    for name in (EMBEDDING, OUTPUT, *stored.saved):
+    of_draft_layer = [name for name in stored.factors if name.startswith("mtp.")]
+    for name in (EMBEDDING, OUTPUT, *stored.saved, *of_draft_layer):
         if name in stored.saved or name in stored.factors:
             how = "replaces" if name in stored.saved else "adapts"
             raise CheckpointError(
@@ -185,9 +209,13 @@ def check(stored: StoredAdapter, layout: Layout) -> None:
     layers = {_layer_of(name) for name in stored.factors}
     for i in range(layout.config.num_hidden_layers):
         if i in layers:
-            for tensor in layout.layer(i).values():
+            own: dict[str, tuple[int, ...]] = {}
+            for role, tensor in layout.layer(i).items():
                 if isinstance(tensor, Matrix | Experts):
-                    shapes |= tensor.sources
+                    own |= tensor.sources
+                elif role == "shared_expert_gate":
+                    own[tensor.name] = 1, tensor.length
+            shapes |= whole(own, f"model.layers.{i}", layout.config)
     for name, factors in stored.factors.items():
         stored.check_shape(name, factors.shape, shapes.get(name), "the model")
 
@@ -198,32 +226,49 @@ def _layer_of(name: str) -> int:
     return int(parts[2]) if len(parts) > 2 and parts[2].isascii() and parts[2].isdigit() and len(parts[2]) < 9 else -1
 
 
+def _targets(stored: StoredAdapter, config: Config) -> dict[str, _Target]:
+    """What of the layout an adapter adapts, by name."""
+    found: dict[str, _Target] = {}
+    for name, factors in stored.factors.items():
+        if parts := split(name.removesuffix(".weight"), config):
+            found |= {f"{part}.weight": _Target(factors, rows) for part, rows in parts.items()}
+        else:
+            found[name] = _Target(factors, None)
+    return found
+
+
 def _adapted(
-    stored: StoredAdapter,
+    targets: Mapping[str, _Target],
     shrink: NDArray[np.int64],
     expands: NDArray[np.int64],
-    matrices: Sequence[tuple[int, int, Matrix]],
+    matrices: Sequence[tuple[int, int, Tensor]],
 ) -> Iterator[_Input]:
-    """Those of some matrices with the same input that an adapter has factors of, if there are any.
+    """Those of some matrices with the same input that are adapted, if there are any.
 
     matrices: the row of each in `expands`, and which part of a stored matrix it is.
     """
-    found = [
-        (stored.factors[source], expands[number])
-        for number, part, matrix in matrices
-        if (source := matrix.parts[part].source) in stored.factors
-    ]
+    found = []
+    for number, part, tensor in matrices:
+        name = tensor.parts[part].source if isinstance(tensor, Matrix) else tensor.name
+        if name in targets:
+            found.append((targets[name], expands[number]))
     if found:
-        columns = pad(matrices[0][2].columns, UNIT_COLUMNS)
-        yield _Input(shrink, columns, [factors for factors, _ in found], [expand for _, expand in found])
+        columns = pad(found[0][0].factors.a.shape[1], UNIT_COLUMNS)
+        yield _Input(shrink, columns, [target for target, _ in found], [expand for _, expand in found])
+
+
+def _ranks(targets: Sequence[_Target]) -> int:
+    """Rows of all their A, of which those that come from one matrix share theirs."""
+    return sum(a.shape[0] for a in {target.factors.a for target in targets})
 
 
 def _bytes(each: _Input) -> int:
     """Bytes of the factors of an input's matrices, each at a cache line."""
-    ranks = sum(factors.rank for factors in each.factors)
-    sizes = [pad(ranks, UNIT_ROWS) * each.columns]
-    sizes += [UNIT_ROWS * ceil_div(factors.b.shape[0], UNIT_ROWS) * factors.rank for factors in each.factors]
-    return sum(pad(2 * each, CACHE_LINE) for each in sizes)
+    sizes = [pad(_ranks(each.targets), UNIT_ROWS) * each.columns]
+    for factors, chosen in each.targets:
+        rows = factors.b.shape[0] if chosen is None else chosen.count
+        sizes.append(pad(rows, UNIT_ROWS) * factors.rank)
+    return sum(pad(2 * size, CACHE_LINE) for size in sizes)
 
 
 def _grouped(matrix: Floats) -> Floats:

@@ -18,6 +18,7 @@ from npqwen.engine.steps import (
     project_heads,
     step,
 )
+from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.attention import attention
 from npqwen.kernels.experts import (
     arrange,
@@ -34,15 +35,22 @@ from npqwen.kernels.low_rank import (
     ATTENTION_INPUT,
     DOWN_PROJ,
     GATED,
+    IN_PROJ_A,
+    IN_PROJ_B,
+    IN_PROJ_QKV,
+    IN_PROJ_Z,
     MLP_INPUT,
     O_PROJ,
+    Q_GATE,
     ROUTER,
+    SHARED_GATE_INPUT,
     adapted_matmul,
+    adapted_pair,
     rows_read,
     shrink,
 )
 from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, gated_rows_read, shrink_slots
-from npqwen.kernels.matmul import matmul
+from npqwen.kernels.matmul import matmul, multiply_groups
 from npqwen.kernels.norm import rms_norm
 from npqwen.kernels.packing import pack, tile_width, whole_tiles
 from npqwen.kernels.pieces import claim, leave
@@ -77,7 +85,7 @@ def forward(
         elif layer.in_proj.address == 0:
             attention_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
         else:
-            recurrent_block(team, model, layer, tokens, sequences, activations, recurrent, scratch, local)
+            recurrent_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
             dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
         elif layer.expert_bytes == 0:
@@ -107,12 +115,15 @@ def attention_block(
     kept = rows_read(adapters, layer.number, ATTENTION_INPUT, hidden)
     norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
     if adapters is not None:
-        shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed)
+        shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, layer.qk_proj.cols)
     project_heads(team, model, layer, tokens, sequences.dtype, packed, adapters, local, scratch, queries)
     size = model.num_attention_heads * model.head_dim
     if recurrent is not None:
         gates, width = recurrent.projected, tile_width(count, encoding)  # that of `norm_and_pack`
-        matmul(team, model.matmul_kernels, layer.q_gate, packed, count, width, gates, 0, scratch, local)
+        adapted_matmul(
+            team, model.matmul_kernels, layer.q_gate, packed, count, width, gates, 0, scratch, local, adapters,
+            layer.number, Q_GATE,
+        )  # fmt: skip
     attention(
         team, model.attention_kernels, queries, sequences.records, sequences.dtype, layer.kv_index,
         model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
@@ -121,7 +132,7 @@ def attention_block(
         apply_gates(team, recurrent.projected, count, size, attended)
     pack_all(team, attended, count, size, layer.o_proj, packed)
     if adapters is not None:
-        shrink(team, adapters, layer.number, ATTENDED, attended)
+        shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
     width = tile_width(count, layer.o_proj.encoding)
     adapted_matmul(
         team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters,
@@ -131,20 +142,36 @@ def attention_block(
 
 @_inline
 def recurrent_block(
-    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, scratch: Any,
-    local: Any,
+    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, adapters: Any,
+    scratch: Any, local: Any,
 ) -> None:  # fmt: skip
     """hidden += o_proj @ the gated delta rule of the normed hidden (Yang et al. 2025), which advances the states."""
     hidden, packed, _, _, attended, _ = activations
     projected, gates = recurrent
     count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
-    for matrix, out in ((layer.in_proj_ba, gates), (layer.in_proj, projected)):
-        norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, hidden[:0])
-        matmul(team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), out, 0, scratch, local)
+    values = model.linear_num_value_heads * model.linear_value_head_dim
+    matrix, kept = layer.in_proj_ba, rows_read(adapters, layer.number, ATTENTION_INPUT, hidden)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, kept)
+    if adapters is not None:
+        shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, matrix.cols)
+    adapted_pair(
+        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), gates, 0, scratch, local, adapters,
+        layer.number, IN_PROJ_B, IN_PROJ_A, matrix.rows // UNIT_ROWS // 2,
+    )  # fmt: skip
+    matrix = layer.in_proj
+    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, hidden[:0])
+    adapted_pair(
+        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), projected, 0, scratch, local,
+        adapters, layer.number, IN_PROJ_QKV, IN_PROJ_Z, (matrix.rows - values) // UNIT_ROWS,
+    )  # fmt: skip
     gated_delta(team, model, layer, sequences.records, projected, gates, scratch, attended)
-    pack_all(team, attended, count, model.linear_num_value_heads * model.linear_value_head_dim, layer.o_proj, packed)
+    pack_all(team, attended, count, values, layer.o_proj, packed)
+    if adapters is not None:
+        shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
     width = tile_width(count, layer.o_proj.encoding)
-    matmul(team, kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local)
+    adapted_matmul(
+        team, kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters, layer.number, O_PROJ
+    )
 
 
 @_inline
@@ -158,14 +185,14 @@ def dense_feed_forward(
     kept = rows_read(adapters, layer.number, MLP_INPUT, hidden)
     norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed, kept)
     if adapters is not None:
-        shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed)
+        shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed, layer.gate_up_proj.cols)
     kept = rows_read(adapters, layer.number, GATED, hidden)
     project_gated(
         team, model, layer.gate_up_proj, layer.down_proj, packed, count, adapters, layer.number, kept, local, scratch,
         gated,
     )  # fmt: skip
     if adapters is not None:
-        shrink(team, adapters, layer.number, GATED, adapters.gated)
+        shrink(team, adapters, layer.number, GATED, adapters.gated, layer.down_proj.cols)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
     adapted_matmul(
         team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local, adapters,
@@ -196,7 +223,7 @@ def sparse_feed_forward(
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.encoding, packed)
     if adapters is not None:
-        shrink(team, adapters, layer.number, MLP_INPUT, normed)
+        shrink(team, adapters, layer.number, MLP_INPUT, normed, layer.router.cols)
     adapted_matmul(
         team, kernels, layer.router, packed, count, width, scores, 0, scratch, local, adapters, layer.number, ROUTER
     )
@@ -208,14 +235,20 @@ def sparse_feed_forward(
     if layer.shared_expert_gate != 0:
         gate_up, down = layer.shared_gate_up_proj, layer.shared_down_proj
         pack_all(team, normed, count, model.hidden_size, gate_up, packed)
-        # Hybrids, which alone have a shared expert, have no adapters.
+        kept = rows_read(adapters, layer.number, GATED, hidden)
         project_gated(
-            team, model, gate_up, down, packed, count, None, layer.number, hidden[:0], local, scratch,
-            activations.gated,
-        )  # fmt: skip
+            team, model, gate_up, down, packed, count, adapters, layer.number, kept, local, scratch, activations.gated
+        )
+        if adapters is not None:
+            shrink(team, adapters, layer.number, GATED, adapters.gated, down.cols)
         width = tile_width(count, gate_up.encoding)  # that of `project_gated`, which has packed
-        matmul(team, kernels, down, activations.gated, count, width, results, 0, scratch, local)
-        add_shared(team, model, layer.shared_expert_gate, normed, results, count, hidden)
+        adapted_matmul(
+            team, kernels, down, activations.gated, count, width, results, 0, scratch, local, adapters, layer.number,
+            DOWN_PROJ,
+        )  # fmt: skip
+        if adapters is not None:
+            shrink(team, adapters, layer.number, SHARED_GATE_INPUT, normed, layer.router.cols)
+        add_shared(team, model, layer, adapters, normed, results, count, hidden)
     while claim(team, 1) == 0:
         shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
     segment_count = shared_count[0]
@@ -238,9 +271,13 @@ def sparse_feed_forward(
 
 @_inline
 def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any, local: Any) -> None:
-    """output.values = lm_head @ the final norm of output.tokens."""
+    """output.values, output.further = lm_head @ the final norm of output.tokens."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
     norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])
     width = tile_width(rows, matrix.encoding)
     matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
+    if output.groups.size:
+        multiply_groups(
+            team, model.matmul_kernels, matrix, output.groups, packed, rows, width, output.further, scratch, local
+        )

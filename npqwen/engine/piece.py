@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.kv_cache import KVCache
+from npqwen.errors import OptionError
 
 
 class Piece(NamedTuple):
@@ -30,6 +32,24 @@ def last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
     ends = accumulate(piece.ids.size for piece in pieces)
     ranges = (range(end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True))
     return np.array(list(chain.from_iterable(ranges)), np.int64)
+
+
+def check_pieces(pieces: Sequence[Piece], chunk: int) -> None:
+    """Raise OptionError unless a pass of at most `chunk` tokens can run all of them."""
+    if len({id(piece.cache) for piece in pieces}) < len(pieces):
+        raise OptionError("two pieces of a pass have the same cache; each sequence needs its own, such as a fork")
+    tokens = sum(piece.ids.size for piece in pieces)
+    if not 0 < tokens <= chunk or not all(piece.ids.size for piece in pieces):
+        raise OptionError(f"a pass takes 1 to {chunk} tokens, and some of each sequence; these are {tokens}")
+
+
+@contextmanager
+def caches_in_use(pieces: Sequence[Piece]) -> Iterator[None]:
+    """Hold the caches of all pieces; OptionError if another thread uses one of them."""
+    with ExitStack() as in_use:
+        for piece in pieces:
+            in_use.enter_context(piece.cache.in_use)
+        yield
 
 
 def by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:

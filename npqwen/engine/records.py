@@ -214,4 +214,9 @@ class Output(NamedTuple):
     normed: bool
     """Whether the results are the final norm's; otherwise they are logits."""
     values: Floats
-    """A row for each of `tokens`: (>= rows, hidden_size) if normed, else (whole tiles of rows, padded vocabulary)."""
+    """A row for each of `tokens`: (>= rows, hidden_size) if normed, else (whole tiles of rows, padded vocabulary), or
+    less columns for the lowest ids alone."""
+    groups: Ints = np.zeros(0, np.int64)
+    """Row groups of the output matrix, 16 ids each, whose logits are wanted beside those in `values`."""
+    further: Floats = np.zeros((1, 0), np.float32)
+    """These logits: (rows, 16 * groups)."""

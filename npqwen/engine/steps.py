@@ -14,9 +14,11 @@ from npqwen.kernels.low_rank import (
     GATE_PROJ,
     K_PROJ,
     Q_PROJ,
+    SHARED_GATE,
     UP_PROJ,
     V_PROJ,
     add_low_rank,
+    low_rank_scalar,
 )
 from npqwen.kernels.matmul import local_chunk, multiply_local_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
@@ -181,14 +183,20 @@ def project_gated(
 
 
 @step
-def add_shared(team: Any, model: Any, gate: int, normed: Any, shared: Any, count: int, hidden: Any) -> None:
-    """hidden += sigmoid(gate @ normed) * shared, of the first `count` rows. gate: address of float32 (hidden_size,)."""
-    weight = memory(gate, model.hidden_size, np.float32)
+def add_shared(
+    team: Any, model: Any, layer: Any, adapters: Any, normed: Any, shared: Any, count: int, hidden: Any
+) -> None:
+    """hidden += sigmoid(shared_expert_gate @ normed) * shared, of the first `count` rows.
+
+    adapters: what they add to the gate, too; after `shrink` of its input. None adds nothing.
+    """
+    weight = memory(layer.shared_expert_gate, model.hidden_size, np.float32)
     while True:
         t = claim(team, count)
         if t == count:
             return
-        add_gated(weight, normed[t], shared[t], hidden[t])
+        bias = low_rank_scalar(team, adapters, layer.number, SHARED_GATE, t)
+        add_gated(weight, normed[t], bias, shared[t], hidden[t])
 
 
 @step

@@ -64,12 +64,9 @@ def parts(engine: Engine, donor: Engine) -> list[Part]:
 def substituted(engine: Engine, donor: Engine, part: Part) -> Engine:
     """`engine` with one part of `donor`'s weights.
 
-    It shares the engine's threads, buffers, lock and caches (one made by either serves both), and ends with it: close
-    neither `engine` nor `donor` before its last use, and do not close it.
+    Close neither `engine` nor `donor` before its last use, and do not close it; see `Engine.with_weights`.
     """
-    result = copy.copy(engine)
-    result.__dict__.pop("fingerprint", None)
-    result.weights = weights = copy.copy(engine.weights)
+    weights = copy.copy(engine.weights)
     weights.model, weights.layers = weights.model.copy(), weights.layers.copy()
     for field in part.fields:
         if part.layers is None:
@@ -78,7 +75,7 @@ def substituted(engine: Engine, donor: Engine, part: Part) -> Engine:
             chosen = list(part.layers)
             weights.layers[field][chosen] = donor.weights.layers[field][chosen]
     weights.model[0]["matmul_kernels"] = matmul_kernels(engine.weights.encodings | donor.weights.encodings)
-    return result
+    return engine.with_weights(weights)
 
 
 def _check_dimensions(engine: Engine, donor: Engine) -> None:

@@ -171,7 +171,9 @@ class StoredAdapter:
                     "can be read"
                 )
             whole = name.removeprefix(_PREFIX)
-            own = text_name(whole) or whole
+            own = text_name(whole)
+            if own is None:  # of images, which no text has
+                continue
             match = _FACTOR.fullmatch(own)
             if match is not None:
                 matrix = f"{match['module']}.weight"
@@ -206,7 +208,7 @@ class StoredAdapter:
             alpha = alphas.alpha(modules[name], self._config.get("lora_alpha", 8))
             self.factors[name] = Factors(a, b, self._scale(alpha, a.shape[0]), name in transposed)
         if not self.factors and not self.saved:
-            raise CheckpointError(f"{self.weights} adapts nothing")
+            raise CheckpointError(f"{self.weights} adapts nothing of the text model")
 
     def _scale(self, alpha: Any, rank: int) -> float:
         """What the product of a matrix's factors is multiplied by, for its lora_alpha."""

@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 
 from npqwen.engine.hidden_tail import KEPT, HiddenTail
 from npqwen.errors import NpqwenError
-from npqwen.format.encodings import UNIT_ROWS
-from npqwen.generation.guesses import RECENT, Guess, Guesses, enough_ids
+from npqwen.generation.draft_vocabulary import DraftVocabulary
+from npqwen.generation.guesses import Guess, Guesses
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
+    from npqwen.engine.draft_layer import DraftLayer
     from npqwen.engine.kv_cache import KVCache
     from npqwen.format.config import Config
     from npqwen.tokenizer import Tokenizer
@@ -33,8 +32,6 @@ _TRIED = 32
 """Guesses with each kind of state before one kind is chosen."""
 _TURN = 8
 """Guesses in a row with one kind of state until then."""
-_PARTS = (1 / 8, 1 / 4, 1 / 2)
-"""Parts of the vocabulary that may be enough, see `enough_ids`."""
 _CATCHING_UP = 32
 """The most tokens that one pass catches up on together with the first guess."""
 
@@ -51,31 +48,18 @@ class DraftingModel(Protocol):
         """From tokenizer.json."""
 
     @property
-    def draft_share(self) -> float:
-        """Bytes that a guess reads, in those of all weights."""
-
-    def new_draft_cache(self) -> KVCache:
-        """An empty cache for the draft layer."""
-
-    def run_draft_layer(
-        self,
-        ids: ArrayLike,
-        states: NDArray[np.float32],
-        cache: KVCache,
-        out: NDArray[np.float32],
-        *,
-        normed: bool = False,
-        chained: bool = False,
-    ) -> NDArray[np.float32]:
-        """Run the draft layer, see `npqwen.engine.engine.Engine.run_draft_layer`."""
+    def draft_layer(self) -> DraftLayer | None:
+        """The checkpoint's draft layer."""
 
 
-class DraftLayer:
-    """The draft layer of a model, and what has become known of its guesses in all texts."""
+class LayerGuesses:
+    """What has become known of the guesses of a model's draft layer, in all texts."""
 
     def __init__(self, model: DraftingModel) -> None:
-        self.model = model
-        self.guesses = Guesses(model.draft_share), Guesses(model.draft_share)
+        """model: one that has a draft layer."""
+        assert model.draft_layer is not None
+        self.layer, self.config, self.added_ids = model.draft_layer, model.config, model.tokenizer.added_ids
+        self.guesses = Guesses(self.layer.share), Guesses(self.layer.share)
         """From states before the final norm, and after it."""
 
     @property
@@ -95,21 +79,19 @@ class LayerDrafter:
     latest when guessing begins: of earlier ones the layer knows what the states know.
     """
 
-    def __init__(self, layer: DraftLayer, ids: Sequence[int]) -> None:
+    def __init__(self, layer: LayerGuesses, ids: Sequence[int]) -> None:
         """ids: the prompt's."""
         self._layer = layer
         self._ids = list(ids)
         self._text: KVCache | None = None
-        self._tail = HiddenTail(layer.model.config.hidden_size)
+        self._tail = HiddenTail(layer.config.hidden_size)
         self._cache: KVCache | None = None
         self._first = self._held = 0
         """Positions in the text: the cache has the tokens after those from `_first` to `_held` - 1, and guesses."""
         self._normed = False
         self._own = np.empty(0, np.float32)
         """The layer's state of the last guess's predecessor."""
-        self._logits: NDArray[np.float32] = np.empty((1, UNIT_ROWS), np.float32)
-        self._viewed = 0
-        """How long the text was when its part of the vocabulary was chosen."""
+        self._vocabulary = DraftVocabulary(layer.config.vocab_size, layer.added_ids)
         self._failed = False
 
     @property
@@ -120,7 +102,7 @@ class LayerDrafter:
     def follow(self, cache: KVCache) -> None:
         """Collect the hidden states that the text's passes compute, from now on those that use this KV cache."""
         self.leave()
-        self._text, self._tail = cache, HiddenTail(self._layer.model.config.hidden_size)
+        self._text, self._tail = cache, HiddenTail(self._layer.config.hidden_size)
         cache.tail = self._tail
 
     def leave(self) -> None:
@@ -143,12 +125,11 @@ class LayerDrafter:
         try:
             begin = max(tail.first, last - KEPT)
             if self._cache is None or normed != self._normed or self._held < begin:
-                self._cache = self._layer.model.new_draft_cache()
+                self._cache = self._layer.layer.new_cache()
                 self._normed, self._first, self._held = normed, begin, begin
             self._held = min(self._held, last - 1)  # the last token is run again if it was: its logits are not kept
             self._cache.truncate(self._held - self._first)  # without guesses
-            if len(self._ids) >= self._viewed + RECENT // 8 or not self._viewed:
-                self._choose_vocabulary()
+            self._vocabulary.follow(self._ids)
             if last - self._held > _CATCHING_UP:
                 self._run(last - 1)
         except NpqwenError:  # the memory does not suffice
@@ -159,22 +140,20 @@ class LayerDrafter:
 
     def guess(self, guesses: list[int]) -> Guess | None:
         """The likeliest token after the text and `guesses`; None if the memory does not suffice."""
-        assert self._cache is not None  # made by catch_up
         known, start, last = self.guesses, time.perf_counter(), len(self._ids) - 1
         alone = bool(guesses) or last - self._held == 1
         try:
             if not guesses:
                 self._run(last)
             else:
-                self._own = self._layer.model.run_draft_layer(
-                    guesses[-1:], self._own[None], self._cache, self._logits, normed=self._normed, chained=True
-                )
+                self._run_layer(guesses[-1:], self._own[None], chained=True)
         except NpqwenError:
             return None
-        guess = known.best(self._logits[0])
+        place = self._vocabulary.best()
+        guess = known.guess(place, self._vocabulary.logits[0])
         if alone:
             known.measured(time.perf_counter() - start)
-        return guess
+        return guess._replace(id=self._vocabulary.id(place))
 
     def close(self) -> None:
         """Give up the layer's cache; later guesses begin a new one."""
@@ -182,15 +161,18 @@ class LayerDrafter:
 
     def _run(self, end: int) -> None:
         """Run the tokens after those at `_held` to `end` - 1, with these one's states."""
-        assert self._cache is not None
-        ids, states = self._ids[self._held + 1 : end + 1], self._tail.rows(self._held, end)
-        self._own = self._layer.model.run_draft_layer(ids, states, self._cache, self._logits, normed=self._normed)
+        self._run_layer(self._ids[self._held + 1 : end + 1], self._tail.rows(self._held, end))
         self._held = end
 
-    def _choose_vocabulary(self) -> None:
-        self._viewed = len(self._ids)
-        model = self._layer.model
-        padded = -(-model.config.vocab_size // UNIT_ROWS) * UNIT_ROWS
-        size = min(enough_ids(self._ids, model.tokenizer.added_ids, padded, _PARTS), padded)
-        if size != self._logits.shape[1]:
-            self._logits = np.empty((1, size), np.float32)
+    def _run_layer(self, ids: list[int], states: NDArray[np.float32], *, chained: bool = False) -> None:
+        assert self._cache is not None  # made by catch_up
+        vocabulary = self._vocabulary
+        self._own = self._layer.layer.run(
+            ids,
+            states,
+            self._cache,
+            vocabulary.logits,
+            groups=vocabulary.groups,
+            normed=self._normed,
+            chained=chained,
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npqwen.engine.pass_times import PassTimes
-    from npqwen.generation.draft_layer import DraftLayer
+    from npqwen.generation.draft_layer import LayerGuesses
     from npqwen.generation.draft_model import DraftModel
 
 ANSWERS = 4096
@@ -18,7 +18,7 @@ class Drafting:
     """What passes cost, a draft model or else the model's own draft layer, and what was written lately."""
 
     def __init__(
-        self, passes: PassTimes | None = None, model: DraftModel | None = None, layer: DraftLayer | None = None
+        self, passes: PassTimes | None = None, model: DraftModel | None = None, layer: LayerGuesses | None = None
     ) -> None:
         """passes: None if nobody measures what passes of few tokens cost."""
         self.passes = passes

@@ -27,7 +27,7 @@ _FADES = 0.985
 _WEIGHT = 1 / 8
 RECENT = 512
 """Tokens that choose the part of the vocabulary."""
-_ENOUGH = 0.97
+ENOUGH = 0.97
 """This share of as many recent tokens has to be in a part of the vocabulary."""
 
 
@@ -69,7 +69,10 @@ class Guesses:
 
     def best(self, logits: NDArray[np.float32]) -> Guess:
         """The likeliest token by logits (ids,)."""
-        id = int(logits.argmax())
+        return self.guess(int(logits.argmax()), logits)
+
+    def guess(self, id: int, logits: NDArray[np.float32]) -> Guess:
+        """The token `id`, by logits (ids,) that are nowhere greater than its own."""
         probability = 1 / float(np.exp(logits - logits[id]).sum())
         return Guess(id, self._kinds[int(np.searchsorted(_CONFIDENCES, probability))])
 
@@ -94,6 +97,6 @@ def enough_ids(ids: Sequence[int], added: Collection[int], size: int, parts: Seq
     recent = np.array([id for id in ids[-RECENT:] if id not in added])
     for part in parts:
         most = int(part * size) // UNIT_ROWS * UNIT_ROWS
-        if most and recent.size and np.mean(recent < most) >= _ENOUGH:
+        if most and recent.size and np.mean(recent < most) >= ENOUGH:
             return most
     return size

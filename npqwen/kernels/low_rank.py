@@ -23,7 +23,7 @@ from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows, write_rows
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first
 from npqwen.simd.instructions import PREFETCH_DISTANCE
-from npqwen.simd.scalar import memory
+from npqwen.simd.scalar import bits_float, memory
 from npqwen.simd.tile import (
     BFLOAT16,
     LANES,
@@ -38,12 +38,15 @@ from npqwen.simd.tile import (
     zeros,
 )
 
-ATTENTION_INPUT, ATTENDED, MLP_INPUT, GATED = range(4)
-"""What a layer's adapted matrices read; in a sparse layer MLP_INPUT is the router's."""
-INPUTS = 4
+ATTENTION_INPUT, ATTENDED, MLP_INPUT, GATED, SHARED_GATE_INPUT = range(5)
+"""What a layer's adapted matrices read; in a sparse layer MLP_INPUT is that of the router and the shared expert."""
+INPUTS = 5
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, ROUTER = range(8)
-"""A layer's adapted matrices, those of experts apart."""
-MATRICES = 8
+"""A layer's adapted matrices, those of experts apart; in a sparse layer GATE_PROJ, UP_PROJ and DOWN_PROJ are the shared
+expert's, in a Gated DeltaNet layer O_PROJ is out_proj."""
+Q_GATE, IN_PROJ_QKV, IN_PROJ_Z, IN_PROJ_B, IN_PROJ_A, SHARED_GATE = range(8, 14)
+"""Further ones of hybrids."""
+MATRICES = 14
 WIDE = 4
 """Tokens of the wider of two tiles, which reads factors once for all of them; the other is a single token."""
 PARTS = 4
@@ -185,10 +188,11 @@ def rows_read(adapters: Any, layer: int, what: int, other: Any) -> Any:
 
 
 @njit(nogil=True)
-def shrink(team: Any, adapters: Any, layer: int, what: int, x: Any) -> None:
+def shrink(team: Any, adapters: Any, layer: int, what: int, x: Any, columns: int) -> None:
     """adapters.reduced = A @ x of all matrices of a layer that read `what` (ATTENTION_INPUT, ...).
 
-    adapters: an `npqwen.engine.records.Adapted`. x: float32 (tokens, columns of A).
+    adapters: an `npqwen.engine.records.Adapted`. x: float32 (tokens, at least `columns`). columns: of the matrices and
+    of A, padding included.
     """
     tiles, reduced = adapters.tiles, adapters.reduced
     count = tiles.shape[0]
@@ -204,7 +208,7 @@ def shrink(team: Any, adapters: Any, layer: int, what: int, x: Any) -> None:
         adapter, token, tokens = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
         address, groups = adapters.shrinks[adapter, layer, what, 0], adapters.shrinks[adapter, layer, what, 1]
         if groups:
-            shrink_tile(adapters.kernels, address, groups, tokens, part, parts, x[token:], reduced[token:])
+            shrink_tile(adapters.kernels, address, groups, columns, tokens, part, parts, x[token:], reduced[token:])
 
 
 @njit(nogil=True)
@@ -215,14 +219,13 @@ def parts_of(team: Any, tiles: int) -> int:
 
 @njit(nogil=True)
 def shrink_tile(
-    kernels: Any, address: int, groups: int, tokens: int, part: int, parts: int, x: Any, reduced: Any
+    kernels: Any, address: int, groups: int, columns: int, tokens: int, part: int, parts: int, x: Any, reduced: Any
 ) -> None:
-    """reduced[t, part] = one of `parts` parts of A @ x[t] for a tile of tokens."""
-    columns = x.shape[1]
+    """reduced[t, part] = one of `parts` parts of A @ x[t, :columns] for a tile of tokens."""
     run_at(
         kernels[0, tokens],
         (
-            address, groups, columns, part, PARTS if parts == 1 else part + 1, x.ctypes.data, columns,
+            address, groups, columns, part, PARTS if parts == 1 else part + 1, x.ctypes.data, x.shape[1],
             reduced.ctypes.data + reduced.itemsize * part * reduced.shape[2], reduced.shape[1] * reduced.shape[2],
         ),
     )  # fmt: skip
@@ -288,7 +291,19 @@ def adapted_matmul(
     team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any,
     local: Any, adapters: Any, layer: int, role: int,
 ) -> None:  # fmt: skip
-    """`matmul` with what adapters add to the matrix, O_PROJ, DOWN_PROJ or ROUTER; after `shrink` of its input."""
+    """`matmul` with what adapters add to the matrix (O_PROJ, ...); after `shrink` of its input."""
+    groups = matrix.rows // UNIT_ROWS
+    adapted_pair(
+        team, kernels, matrix, x, tokens, width, out, accumulate, scratch, local, adapters, layer, role, role, groups
+    )
+
+
+@njit(nogil=True)
+def adapted_pair(
+    team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any,
+    local: Any, adapters: Any, layer: int, role: int, other: int, split: int,
+) -> None:  # fmt: skip
+    """`adapted_matmul` of two matrices in one: that of `role`, and from row group `split` on that of `other`."""
     if adapters is None:
         matmul(team, kernels, matrix, x, tokens, width, out, accumulate, scratch, local)
         return
@@ -301,6 +316,30 @@ def adapted_matmul(
             return
         first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(kernels, matrix, x, tokens, width, first, last, scratch, local)
-        add_low_rank(team, adapters, layer, role, local, first, last, 0, 1, groups, scratch)
+        add_low_rank(team, adapters, layer, role, local, first, last, 0, 1, split, scratch)
+        add_low_rank(team, adapters, layer, other, local, first, last, split, 1, groups - split, scratch)
         if finish_first(team):
             write_rows(local, first, last, tokens, out, accumulate)
+
+
+@njit(nogil=True)
+def low_rank_scalar(team: Any, adapters: Any, layer: int, matrix: int, token: int) -> np.float32:
+    """What adapters add to a token's product with a matrix of a single row; after `shrink` of its input.
+
+    adapters: None adds nothing.
+    """
+    total = np.float32(0.0)
+    if adapters is None:
+        return total
+    tiles, reduced = adapters.tiles, adapters.reduced
+    if tiles.shape[0] == 0 or adapters.of_token[token] < 0:
+        return total
+    address, rank, at = adapters.expands[adapters.of_token[token], layer, matrix]
+    b = memory(address, rank * UNIT_ROWS, np.uint16)
+    parts = parts_of(team, tiles.shape[0])
+    for k in range(rank):
+        value = reduced[token, 0, at + k]
+        for part in range(1, parts):
+            value += reduced[token, part, at + k]
+        total += bits_float(np.int32(b[k * UNIT_ROWS]) << np.int32(16)) * value
+    return total

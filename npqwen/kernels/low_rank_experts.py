@@ -52,7 +52,7 @@ def shrink_slots(team: Any, adapters: Any, layer: int, what: int, chosen: Any, s
         if groups:
             row = token if what == EXPERT_INPUT else slot
             address = adapters.expert_shrinks[adapter, layer, expert, what, 0]
-            shrink_tile(adapters.kernels, address, groups, 1, 0, 1, x[row : row + 1], reduced[slot:])
+            shrink_tile(adapters.kernels, address, groups, x.shape[1], 1, 0, 1, x[row : row + 1], reduced[slot:])
 
 
 @njit(nogil=True)

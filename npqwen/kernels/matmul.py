@@ -331,6 +331,25 @@ def matmul(
 
 
 @njit(nogil=True)
+def multiply_groups(
+    team: Any, kernels: Any, matrix: Any, groups: Any, x: Any, tokens: int, width: int, out: Any, scratch: Any,
+    local: Any,
+) -> None:  # fmt: skip
+    """out[t] = the rows of some row groups, one group after the other, @ x[t]; bitwise those of `matmul`.
+
+    groups: int64, numbers of row groups. out: float32 (at least tokens, 16 * groups.size). The others as for `matmul`.
+    """
+    while True:
+        i = claim_private(team, groups.size)
+        if i == groups.size:
+            return
+        group = groups[i]
+        multiply_local_rows(kernels, matrix, x, tokens, width, group, group + 1, scratch, local)
+        if finish_first(team):
+            write_rows(local, i, i + 1, tokens, out, 0)
+
+
+@njit(nogil=True)
 def write_rows(local: Any, first: int, last: int, tokens: int, out: Any, accumulate: int) -> None:
     """Write results of row groups first to last - 1, or add them if accumulate (0 or 1), to the first rows of `out`.
 

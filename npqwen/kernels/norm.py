@@ -48,11 +48,11 @@ def multiply_sigmoid(gate: Any, x: Any) -> None:
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def add_gated(weight: Any, x: Any, values: Any, out: Any) -> None:
-    """out += sigmoid(weight @ x) * values over weight.size elements, float32."""
+def add_gated(weight: Any, x: Any, bias: np.float32, values: Any, out: Any) -> None:
+    """out += sigmoid(weight @ x + bias) * values over weight.size elements, float32."""
     gate = np.float32(0.0)
     for i in range(weight.size):
         gate += weight[i] * x[i]
-    scale = np.float32(1.0) / (np.float32(1.0) + exp(-gate))
+    scale = np.float32(1.0) / (np.float32(1.0) + exp(-(gate + bias)))
     for i in range(weight.size):
         out[i] += scale * values[i]

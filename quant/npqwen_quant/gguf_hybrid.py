@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.format.config import CONVOLUTION, Config, Recurrence
-from npqwen_quant.hybrid import Changed, Gathered, check_shape, in_layout, rows_of
+from npqwen_quant.hybrid import Changed, Gathered, check_shape, in_layout
 from npqwen_quant.tensors import SourceTensor
 
 NAMES = {
@@ -76,23 +76,14 @@ def _grouped(name: str, part: str, tensor: SourceTensor, config: Config, r: Recu
     if part not in shapes:
         return tensor
     check_shape(name, tensor, shapes[part])
+    values = np.arange(r.values).reshape(-1, r.linear_num_key_heads, r.linear_value_head_dim).swapaxes(0, 1).ravel()
     if part == "out_proj.weight":
-        return _Columns(tensor, rows_of(_values(r)))
+        return _Columns(tensor, values)
     if part in ("in_proj_qkv.weight", "conv1d.weight"):
-        return Gathered(tensor, [(0, 2 * r.keys), *_values(r, 2 * r.keys)])
-    return Gathered(tensor, _values(r) if part == "in_proj_z.weight" else [(head, 1) for head in _order(r)])
-
-
-def _order(r: Recurrence) -> list[int]:
-    """Where each value head lies in the file."""
-    keys = r.linear_num_key_heads
-    return [turn * keys + key for key in range(keys) for turn in range(r.linear_num_value_heads // keys)]
-
-
-def _values(r: Recurrence, first: int = 0) -> list[tuple[int, int]]:
-    """Ranges of the value heads' coordinates; first: where these begin."""
-    dim = r.linear_value_head_dim
-    return [(first + head * dim, dim) for head in _order(r)]
+        return Gathered(tensor, np.concatenate([np.arange(2 * r.keys), 2 * r.keys + values]))
+    if part == "in_proj_z.weight":
+        return Gathered(tensor, values)
+    return Gathered(tensor, np.arange(heads).reshape(-1, r.linear_num_key_heads).T.ravel())
 
 
 class _Negated(Changed):

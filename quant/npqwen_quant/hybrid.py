@@ -3,9 +3,8 @@
 - Norms are zero-centred, factors are 1 + weight, but for the one within a Gated DeltaNet layer.
 - The draft layer (mtp.*) is an attention layer with three further norms and a matrix (hidden, 2 * hidden), whose first
   half is multiplied with the token's embedding.
-- q_proj has, head by head, the rows of the queries and those of the output gate.
-- Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
-  the group's v and z, and those of b and a. Qwen3.5 has a matrix for q, k and v, and one for each of z, b and a.
+- q_proj and, in Qwen3-Next, the projections of a Gated DeltaNet layer are taken apart: see
+  npqwen/format/split_matrices.py.
 - The convolution is (channels, 1, taps); decay = exp(A_log).
 - MLX stores the convolution as (channels, taps, 1), and then the norms as factors.
 
@@ -14,7 +13,7 @@ Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,34 +21,20 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError, shortened
 from npqwen.format.config import CONVOLUTION, Config, Recurrence
+from npqwen.format.split_matrices import split
 from npqwen_quant.tensors import SourceTensor, widen
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
 _OTHER_NORMS = ("model.norm", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
-_SPLIT = {
-    ".self_attn.q_proj": ("q_proj", "q_gate"),
-    ".linear_attn.in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    ".linear_attn.in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
-"""Modules that are taken apart, and what they become."""
 _MOST_ROWS = 1 << 20
 """Of a gathered matrix: more are not listed, which would take memory."""
 
-Ranges = Sequence[tuple[int, int]]
-"""First row and number of rows, one after the other."""
-
-
-def rows_of(ranges: Ranges) -> npt.NDArray[np.int64]:
-    """All rows of some ranges."""
-    return np.concatenate([np.arange(first, first + count) for first, count in ranges])
-
-
 class Gathered(SourceTensor):
-    """Some rows of a matrix, or elements of a vector, range after range."""
+    """Some rows of a matrix, or elements of a vector."""
 
-    def __init__(self, stored: SourceTensor, ranges: Ranges) -> None:
+    def __init__(self, stored: SourceTensor, rows: npt.NDArray[np.int64]) -> None:
         self.path = stored.path
-        self.rows = rows_of(ranges)
+        self.rows = rows
         self.shape = len(self.rows), *stored.shape[1:]
         self.nbytes = stored.nbytes * len(self.rows) // max(1, stored.shape[0])
         self._stored = stored
@@ -122,11 +107,7 @@ def names_in_layout(name: str, config: Config) -> tuple[str, ...]:
     if name.endswith(".linear_attn.A_log"):
         return (name.removesuffix("A_log") + "decay",)
     module, dot, kind = name.rpartition(".")
-    for end, parts in _SPLIT.items():
-        if module.endswith(end):
-            before = module.rpartition(".")[0]
-            return tuple(f"{before}.{part}{dot}{kind}" for part in parts)
-    return (name,)
+    return tuple(f"{part}{dot}{kind}" for part in split(module, config)) or (name,)
 
 
 def is_of_mlx(tensors: Mapping[str, SourceTensor]) -> bool | None:
@@ -150,16 +131,13 @@ def in_layout(
     found: dict[str, SourceTensor] = {}
     for name, tensor in tensors.items():
         before, dot, part = name.rpartition(".linear_attn.")
-        if dot:
-            own = _recurrent(part, tensor, config, recurrence)
+        if name.endswith(".weight") and (parts := split(name.removesuffix(".weight"), config)):
+            rows = next(iter(parts.values()))
+            check_shape(name, tensor, (rows.groups * rows.size, config.hidden_size))
+            found |= {f"{module}.weight": Gathered(tensor, rows.all) for module, rows in parts.items()}
+        elif dot:
+            own = _recurrent(part, tensor, recurrence)
             found |= {f"{before}{dot}{key}": one for key, one in own.items()}
-        elif name.endswith(".self_attn.q_proj.weight"):
-            dim = config.head_dim
-            check_shape(name, tensor, (2 * config.num_attention_heads * dim, config.hidden_size))
-            starts = range(0, 2 * config.num_attention_heads * dim, 2 * dim)
-            found[name] = Gathered(tensor, [(start, dim) for start in starts])
-            gate = name.removesuffix("q_proj.weight") + "q_gate.weight"
-            found[gate] = Gathered(tensor, [(start + dim, dim) for start in starts])
         elif name.endswith(_NORMS) or name.removesuffix(".weight") in _OTHER_NORMS:
             found[name] = _OnePlus(tensor, _length(name, tensor)) if zero_centred else tensor
         elif name.endswith(".shared_expert_gate.weight"):
@@ -170,31 +148,13 @@ def in_layout(
     return found
 
 
-def _recurrent(part: str, tensor: SourceTensor, config: Config, r: Recurrence) -> dict[str, SourceTensor]:
-    """What becomes of a tensor of a Gated DeltaNet layer, by names without the layer."""
-    hidden, heads = config.hidden_size, r.linear_num_value_heads
+def _recurrent(part: str, tensor: SourceTensor, r: Recurrence) -> dict[str, SourceTensor]:
+    """What becomes of a tensor of a Gated DeltaNet layer that stays whole, by names without the layer."""
     if part == "conv1d.weight":
         check_shape(part, tensor, (r.channels, 1, CONVOLUTION), (r.channels, CONVOLUTION, 1), (r.channels, CONVOLUTION))
         return {part: _Taps(tensor, r.channels * CONVOLUTION)}
     if part == "A_log":
         return {"decay": _Decay(tensor, _length(part, tensor))}
-    group = heads // r.linear_num_key_heads
-    if part == "in_proj_qkvz.weight":
-        check_shape(part, tensor, (r.channels + r.values, hidden))
-        key, value = r.linear_key_head_dim, group * r.linear_value_head_dim
-        starts = range(0, r.channels + r.values, 2 * key + 2 * value)
-        qkv = [(start + first, count) for first, count in ((0, key), (key, key), (2 * key, value)) for start in starts]
-        return {
-            "in_proj_qkv.weight": Gathered(tensor, qkv),
-            "in_proj_z.weight": Gathered(tensor, [(start + 2 * key + value, value) for start in starts]),
-        }
-    if part == "in_proj_ba.weight":
-        check_shape(part, tensor, (2 * heads, hidden))
-        starts = range(0, 2 * heads, 2 * group)
-        return {
-            "in_proj_b.weight": Gathered(tensor, [(start, group) for start in starts]),
-            "in_proj_a.weight": Gathered(tensor, [(start + group, group) for start in starts]),
-        }
     return {part: tensor}
 
 

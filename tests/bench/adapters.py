@@ -22,6 +22,7 @@ from npqwen.engine.piece import Piece
 from npqwen.format.config import Config
 from npqwen.format.layout import Layout, Matrix
 from npqwen.format.safetensors import make_header
+from npqwen.format.split_matrices import whole
 from npqwen.model import Model, load
 
 TOKENS = 24
@@ -33,12 +34,13 @@ def write_adapter(directory: Path, config: Config, rank: int) -> Path:
     rng = np.random.default_rng(0)
     tensors = {}
     for i in range(config.num_hidden_layers):
-        for role, tensor in Layout(config).layer(i).items():
-            if isinstance(tensor, Matrix) and role != "router":
-                for name, (rows, columns) in tensor.sources.items():
-                    module = f"base_model.model.{name.removesuffix('.weight')}"
-                    tensors[f"{module}.lora_A.weight"] = rng.standard_normal((rank, columns)) / np.sqrt(columns)
-                    tensors[f"{module}.lora_B.weight"] = rng.standard_normal((rows, rank)) / rank / 10
+        layer = Layout(config).layer(i).items()
+        matrices = [tensor for role, tensor in layer if isinstance(tensor, Matrix) and role != "router"]
+        shapes = {name: shape for matrix in matrices for name, shape in matrix.sources.items()}
+        for name, (rows, columns) in whole(shapes, f"model.layers.{i}", config).items():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = rng.standard_normal((rank, columns)) / np.sqrt(columns)
+            tensors[f"{module}.lora_B.weight"] = rng.standard_normal((rows, rank)) / rank / 10
     stored = {name: tensor.astype("<f4") for name, tensor in tensors.items()}
     (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
     with open(directory / "adapter_model.safetensors", "wb") as file:

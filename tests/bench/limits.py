@@ -157,12 +157,12 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
     def timed(*args: Any) -> None:
         inside.append(seconds(lambda: forward(*args)))
 
-    run = model._team.run
+    run = model._runner.team.run
     endless = replace(model.generation_config, eos_ids=frozenset())
     pairs = []
     with (
         mock.patch.multiple(model, generation_config=endless),
-        mock.patch.object(model._team, "run", lambda _, *args, **options: run(timed, *args, **options)),
+        mock.patch.object(model._runner.team, "run", lambda _, *args, **options: run(timed, *args, **options)),
     ):
         for _ in range(repeat + 1):
             inside.clear()

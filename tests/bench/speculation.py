@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ import numpy as np
 from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.piece import Piece
-from npqwen.generation.draft_layer import DraftLayer
+from npqwen.format.encodings import UNIT_ROWS
+from npqwen.generation.draft_layer import LayerGuesses
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.stream import Stream
@@ -66,7 +68,7 @@ def rate(
     script: list[int],
     speculation: bool | None,
     draft: DraftModel | None = None,
-    layer: DraftLayer | None = None,
+    layer: LayerGuesses | None = None,
 ) -> tuple[float, int, int]:
     """Tokens per second after the first; guessed and accepted tokens."""
     start = len(prompt)
@@ -74,7 +76,7 @@ def rate(
     def follow(ids: list[int], logits: Any) -> None:
         logits[script[len(ids) - start]] = np.float32(1e4)
         if layer is not None:
-            layer.model.at = len(ids) - start  # type: ignore[attr-defined]
+            layer.layer.at = len(ids) - start  # type: ignore[attr-defined]
 
     options: Any = {"logits_processor": follow, "max_tokens": len(script), "speculation": speculation}
     model._drafting = Drafting(model.passes, draft, layer)  # nothing is remembered of the script
@@ -101,33 +103,41 @@ class Scripted:
 
 
 class ScriptedLayer:
-    """A model whose draft layer's likeliest token is the script's, or another, at its real cost."""
+    """A model's draft layer whose likeliest token is the script's, or another, at its real cost."""
 
     def __init__(self, model: Model, likeliest: list[int]) -> None:
-        self.model, self.likeliest = model, likeliest
+        assert model.draft_layer is not None
+        self.layer, self.likeliest = model.draft_layer, likeliest
         self.at = self.guessed = 0
         """The token of the script that was drawn last, and guesses after it."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        return getattr(self.layer, name)
 
-    def run_draft_layer(self, ids: Any, states: Any, cache: KVCache, out: Any, **options: Any) -> Any:
-        found = self.model.run_draft_layer(ids, states, cache, out, **options)
+    def run(self, ids: Any, states: Any, cache: KVCache, out: Any, **options: Any) -> Any:
+        found = self.layer.run(ids, states, cache, out, **options)
         self.guessed = self.guessed + 1 if options.get("chained") else 1
         if self.at + self.guessed < len(self.likeliest):
-            out[0, self.likeliest[self.at + self.guessed]] = 1e4
+            id, groups = self.likeliest[self.at + self.guessed], options["groups"]
+            lowest = out.shape[1] - UNIT_ROWS * groups.size
+            if id >= lowest:
+                id += lowest + UNIT_ROWS * (int(np.searchsorted(groups, id // UNIT_ROWS)) - id // UNIT_ROWS)
+            if id < out.shape[1]:
+                out[0, id] = 1e4
         return found
 
 
 def layer_seconds(model: Model, depth: int, rounds: int = 9) -> float:
     """Median seconds of a guess by the model's draft layer at `depth`, of a quarter of the vocabulary."""
-    cache, size = model.new_draft_cache(), model.config.hidden_size
+    layer = model.draft_layer
+    assert layer is not None
+    cache, size = layer.new_cache(), model.config.hidden_size
     states, out = np.zeros((depth, size), np.float32), np.empty((1, model.config.vocab_size // 64 * 16), np.float32)
-    model.run_draft_layer(np.full(depth, 300), states, cache, out)
+    layer.run(np.full(depth, 300), states, cache, out)
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        model.run_draft_layer([300], states[:1], cache, out)
+        layer.run([300], states[:1], cache, out)
         seconds.append(time.perf_counter() - start)
         cache.truncate(depth)
     return statistics.median(seconds)
@@ -168,7 +178,10 @@ def measure_draft(model: Model, draft: Model | None, acceptance: float, rounds: 
     likeliest = [id if is_right else id + 1 for id, is_right in zip(script, right, strict=True)]
     scripted: Any = ScriptedLayer(model, likeliest) if draft is None else Scripted(draft, len(prompt), likeliest)
     drafter = None if draft is None else DraftModel(scripted, model)
-    layer = DraftLayer(scripted) if draft is None else None
+    layer = None
+    if draft is None:
+        drafting: Any = SimpleNamespace(draft_layer=scripted, config=model.config, tokenizer=model.tokenizer)
+        layer = LayerGuesses(drafting)
     ratios, promises, rates = [], [], (0.0, 0.0)
     drafted = accepted = 0
     for _ in range(rounds):

@@ -22,7 +22,8 @@ def test_what_an_earlier_pass_left_is_not_multiplied(tmp_path: Path, source: Pat
     convert(source, tmp_path / "model", bits=bits)
     with load(tmp_path / "model", threads=2) as model:
         for tokens in (2, 3, 5, 13, 17):
-            arrays = [*model._buffers.activations, *(model._buffers.experts or ()), model._buffers.logits(tokens)]
+            buffers = model._runner.buffers
+            arrays = [*buffers.activations, *(buffers.experts or ()), buffers.logits(tokens)]
             for array in arrays:
                 array.fill(255 if array.dtype == np.uint8 else 0)  # as float32 not a number
             model.forward(IDS[:tokens], model.new_cache(), all_logits=True)

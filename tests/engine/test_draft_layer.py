@@ -13,6 +13,7 @@ from hybrids import add_draft_layer, hybrid_checkpoint
 from npqwen_quant import convert
 from npqwen_quant.conversion import update
 
+from npqwen.engine.draft_layer import DraftLayer
 from npqwen.engine.hidden_tail import KEPT, HiddenTail
 from npqwen.engine.piece import Piece
 from npqwen.errors import CheckpointError, FormatError, OptionError
@@ -27,6 +28,12 @@ MIXTURES = np.load(_DATA / "draft_layers.npz")
 CHAIN = 3
 
 
+def layer_of(model: Model) -> DraftLayer:
+    layer = model.draft_layer
+    assert layer is not None
+    return layer
+
+
 def states_of(model: Model, ids: np.ndarray) -> np.ndarray:
     """The model's hidden states of a text, before the final norm."""
     cache = model.new_cache()
@@ -39,14 +46,14 @@ def states_of(model: Model, ids: np.ndarray) -> np.ndarray:
 def logits_of(model: Model, ids: np.ndarray, states: np.ndarray, normed: bool) -> tuple[np.ndarray, np.ndarray, Any]:
     """The draft layer's logits after all tokens but the first, in pieces of several sizes: which rows of states those
     belong to, and the logits; then its last state, its cache and the array of its last logits."""
-    cache, found, at = model.new_draft_cache(), [], 1
+    cache, found, at = layer_of(model).new_cache(), [], 1
     out = np.empty((1, model.config.vocab_size), np.float32)
     own = np.empty(0, np.float32)
     for size in (1, 5, 1, 1, 40, *[1] * len(ids)):
         part = slice(at, min(len(ids), at + size))
         if part.start == len(ids):
             break
-        own = model.run_draft_layer(ids[part], states[part.start - 1 : part.stop - 1], cache, out, normed=normed)
+        own = layer_of(model).run(ids[part], states[part.start - 1 : part.stop - 1], cache, out, normed=normed)
         found.append((part.stop - 2, out[0].copy()))
         at = part.stop
     assert cache.length == len(ids) - 1
@@ -63,12 +70,12 @@ def test_logits_and_chained_guesses_of_torch(hybrid: Callable[[str, int], Path],
         guesses = []
         for _ in range(CHAIN):
             guesses.append(int(out[0].argmax()))
-            own = model.run_draft_layer(guesses[-1:], own[None], cache, out, normed=normed, chained=True)
+            own = layer_of(model).run(guesses[-1:], own[None], cache, out, normed=normed, chained=True)
         assert guesses == TRAINED[f"{name}-guesses"].tolist()
         assert np.abs(out[0, columns] - TRAINED[f"{name}-chained"]).max() < TOLERANCE
         part = np.empty((1, 1024), np.float32)
         cache.truncate(len(ids) - 2)
-        model.run_draft_layer(ids[-1:], states[-2:-1], cache, part, normed=normed)
+        layer_of(model).run(ids[-1:], states[-2:-1], cache, part, normed=normed)
         assert np.array_equal(part[0], logits[-1][:1024])
 
 
@@ -123,26 +130,24 @@ def test_a_tail_keeps_the_latest_states() -> None:
 
 
 def test_what_cannot_be_run_is_refused(hybrid: Callable[[str, int], Path]) -> None:
-    out, ids = np.empty((1, 4128), np.float32), np.array([5, 6])
+    out, ids = np.zeros((1, 4128), np.float32), np.array([5, 6])
     with load(hybrid("mtp", 4), threads=1) as model:
-        states, cache = np.zeros((2, 64), np.float32), model.new_draft_cache()
+        states, cache = np.zeros((2, 64), np.float32), layer_of(model).new_cache()
         wrong_states: list[Any] = [states[:1], states[:, :60], states.astype(np.float64)]
         for wrong in wrong_states:
             with pytest.raises(OptionError, match=r"states must be float32 \(2, 64\)"):
-                model.run_draft_layer(ids, wrong, cache, out)
+                layer_of(model).run(ids, wrong, cache, out)
         wrong_arrays: list[Any] = [out[0], out[:, :4120], out[:, ::2], out.astype(np.float64)]
         for array in wrong_arrays:
             with pytest.raises(OptionError, match="out must be"):
-                model.run_draft_layer(ids, states, cache, array)
-        with pytest.raises(OptionError, match="new_draft_cache"):
-            model.run_draft_layer(ids, states, model.new_cache(), out)
+                layer_of(model).run(ids, states, cache, array)
+        with pytest.raises(OptionError, match="draft layer\'s new_cache"):
+            layer_of(model).run(ids, states, model.new_cache(), out)
         with pytest.raises(OptionError, match="another model"):
             model.forward(ids, cache)
         assert cache.length == 0
     with load(hybrid("qwen35", 4), threads=1) as model:
-        assert not model.has_draft_layer
-        with pytest.raises(OptionError, match="has no draft layer"):
-            model.run_draft_layer(ids, states, cache, out)
+        assert model.draft_layer is None
 
 
 @pytest.mark.parametrize("missing", ["mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.k_norm.weight"])

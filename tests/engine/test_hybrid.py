@@ -145,13 +145,13 @@ def test_an_interrupted_pass_changes_nothing(model: Model, monkeypatch: pytest.M
     cache = model.new_cache()
     model.forward(ids[:60], cache)
     engine: Any = model.engine if hasattr(model, "engine") else model
-    run = engine._team.run
+    run = engine._runner.team.run
 
     def interrupted(*args: Any, **options: Any) -> None:
         run(*args, **options)  # everything is written, and then Ctrl-C comes
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine._team, "run", interrupted)
+    monkeypatch.setattr(engine._runner.team, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.forward(ids[60:100], cache)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ import pytest
 
 from npqwen import ClosedError, OptionError
 from npqwen.engine.budget import Budget
-from npqwen.engine.engine import SHORT_PASS
+from npqwen.engine.runner import SHORT_PASS
 from npqwen.engine.team import Team
 from npqwen.model import Model, load
 

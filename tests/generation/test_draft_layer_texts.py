@@ -15,7 +15,7 @@ from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.pass_times import PassTimes
 from npqwen.errors import OutOfMemoryError
 from npqwen.generation.batch import Batch
-from npqwen.generation.draft_layer import DraftLayer, LayerDrafter
+from npqwen.generation.draft_layer import LayerDrafter, LayerGuesses
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
 from npqwen.generation.speculation import PASS, Speculation
@@ -39,7 +39,7 @@ def model(hybrid: Callable[[str, int], Path]) -> Iterator[Model]:
 @pytest.fixture
 def forgetful(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The model, whose texts do not know earlier ones, so that only the draft layer guesses."""
-    monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=DraftLayer(model)))
+    monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerGuesses(model)))
     monkeypatch.setattr(Drafting, "remember", lambda self, ids: None)
     return model
 
@@ -73,7 +73,7 @@ def test_logprobs_of_accepted_guesses_are_those_of_the_text_alone(forgetful: Mod
 def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
     ids = TRAINED["ids"].tolist()
     for name, normed in (("before", False), ("after", True)):
-        layer = DraftLayer(model)
+        layer = LayerGuesses(model)
         for one, tried in zip(layer.guesses, ((0, 40), (40, 40)) if normed else ((40, 40), (0, 40)), strict=True):
             one.add(*tried)
         assert layer.normed == normed
@@ -110,7 +110,7 @@ def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
 
 def test_a_long_prompt_is_seen_by_its_end(model: Model) -> None:
     ids = np.tile(TRAINED["ids"], 10)[:1000].tolist()
-    drafter, cache = LayerDrafter(DraftLayer(model), ids), model.new_cache()
+    drafter, cache = LayerDrafter(LayerGuesses(model), ids), model.new_cache()
     drafter.follow(cache)
     model.forward(ids[:-1], cache)
     assert drafter.catch_up()
@@ -176,12 +176,12 @@ def test_without_memory_for_the_layers_cache_texts_go_on(forgetful: Model, monke
     def failing(*args: Any, **options: Any) -> Any:
         raise OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(forgetful, "run_draft_layer", failing)
+    monkeypatch.setattr(forgetful.draft_layer, "run", failing)
     assert generate(forgetful, QUESTIONS[0], speculation=True, **options).ids == want
 
 
 def test_the_kind_of_states_is_decided_by_acceptance(model: Model) -> None:
-    layer = DraftLayer(model)
+    layer = LayerGuesses(model)
     before, after = layer.guesses
     kinds = []
     while min(one.decided + one.passed_over for one in layer.guesses) < 32:
@@ -206,7 +206,7 @@ def test_it_is_run_only_where_its_guesses_pay(
     times = PassTimes(sparse=False)
     times.add(1, 1.0)
     times.add(16, 1.5)
-    layer = DraftLayer(model)
+    layer = LayerGuesses(model)
     for one in layer.guesses:
         monkeypatch.setattr(one, "cost", lambda passes: cost)
     ids = TRAINED["ids"].tolist()

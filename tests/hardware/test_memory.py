@@ -15,6 +15,7 @@ import pytest
 
 import npqwen.engine.arrays
 import npqwen.engine.engine
+import npqwen.engine.runner
 from npqwen import OutOfMemoryError
 from npqwen.commands import cli
 from npqwen.engine import kv_cache
@@ -95,10 +96,10 @@ def test_a_context_that_memory_cannot_hold_is_refused_when_loading(
 ) -> None:
     """Nothing is computed or compiled first. Without a requested context, only what is used counts."""
     with load(tiny(4)) as model:
-        page, working = model.new_cache().page_bytes, model._buffers.nbytes
+        page, working = model.new_cache().page_bytes, model._runner.nbytes
     monkeypatch.setattr(npqwen.engine.engine, "available_memory", lambda: working + 3 * page + RESERVED)
     with monkeypatch.context() as patch:
-        patch.setattr(npqwen.engine.engine, "compile_kernel", None)
+        patch.setattr(npqwen.engine.runner, "compile_kernel", None)
         with pytest.raises(OutOfMemoryError, match=rf"context of {3 * PAGE + 1} tokens .* enough for {3 * PAGE} tok"):
             load(tiny(4), context=3 * PAGE + 1)
     load(tiny(4), context=3 * PAGE).close()
