@@ -261,16 +261,32 @@ def connection(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Connection
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A headless browser; tests that need it are skipped where there is none."""
-    from browser import Browser, find_browser
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Browser]]:
+    """browsers(engine): the headless "Chromium", "Firefox" or "WebKit"; where there is none, the test is skipped."""
+    from chromium import Chromium
+    from firefox import Firefox
+    from webkit import WebKit
 
-    path = find_browser()
-    if path is None:
-        pytest.skip("there is no Chromium (Debian's package chromium) or Chrome, or it is Windows'")
-    browser = Browser(path, tmp_path_factory.mktemp("browser") / "profile")
+    running: dict[str, Browser] = {}
+
+    def browser(engine: str) -> Browser:
+        if engine not in running:
+            kind = {"Chromium": Chromium, "Firefox": Firefox, "WebKit": WebKit}[engine]
+            path = kind.find()
+            if path is None:
+                pytest.skip(f"needs {engine}")
+            running[engine] = kind(path, tmp_path_factory.mktemp("browser") / "profile")
+        return running[engine]
+
     yield browser
-    browser.close()
+    for one in running.values():
+        one.close()
+
+
+@pytest.fixture
+def browser(browsers: Callable[[str], Browser]) -> Browser:
+    """A headless Chromium; tests that need it are skipped where there is none."""
+    return browsers("Chromium")
 
 
 @pytest.fixture(scope="session")

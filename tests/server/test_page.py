@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from fake_api import HOLD, FakeApi, Received, call, end, progress, text, thought
 from serving import wait_until
 
 ANSWER = ".assistant > .markdown"
+
+
+@pytest.fixture(params=["Chromium", "Firefox", "WebKit"])
+def browser(request: pytest.FixtureRequest, browsers: Callable[[str], Browser]) -> Browser:
+    return browsers(request.param)
 
 
 def ask(page: Page, question: str) -> None:
@@ -386,8 +392,7 @@ def test_a_reload_keeps_what_has_come(page: Page, api: FakeApi) -> None:
 
 def test_two_tabs_show_the_same_conversations(page: Page, api: FakeApi, browser: Browser) -> None:
     ask_and_wait(page, "From one")
-    second = Page(browser, page.context)
-    second.load(api.url)
+    second = browser.open_beside(page, api.url)
     second.until_text("#list .open", "From one")
     ask_and_wait(page, "And more")
     second.click("#list .open")
