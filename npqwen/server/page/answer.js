@@ -4,6 +4,7 @@ import { chunks, request, ServerError } from "./stream.js";
 
 const MOST_RETURNS = 3; // to a stream whose connection breaks again and again before anything comes
 const PAUSE = 1000; // milliseconds before each
+const LEAVING = 300; // milliseconds: Firefox and Safari cut connections before they say that the page is being closed
 
 export function emptyAnswer(model) {
   return {
@@ -90,10 +91,11 @@ export class Answer {
           if (message.stream?.next !== before) failures = 0;
           if (this.left || !error.lost || !message.stream || ++failures > MOST_RETURNS) throw error;
         }
-        await new Promise((resolve) => setTimeout(resolve, PAUSE));
+        await pause(PAUSE);
         open = () => this.rest();
       }
     } catch (error) {
+      if (error.lost) await pause(LEAVING);
       if (this.left) return;
       if (error.name === "AbortError") message.finish = "stopped";
       else {
@@ -147,6 +149,10 @@ export class Answer {
     this.pieces++;
     this.progress = null;
   }
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
 function streamPath({ id }) {
