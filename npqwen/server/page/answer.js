@@ -4,7 +4,9 @@ import { chunks, request, ServerError } from "./stream.js";
 
 const MOST_RETURNS = 3; // to a stream whose connection breaks again and again before anything comes
 const PAUSE = 1000; // milliseconds before each
-const LEAVING = 300; // milliseconds: Firefox and Safari cut connections before they say that the page is being closed
+// Firefox and Safari cut connections before they say that the page is closed: milliseconds to wait for their word when
+// a connection breaks, after "beforeunload" (which also comes before a download) and without (Safari on iOS has none).
+const LEAVING = { announced: 10000, unannounced: 300 };
 
 export function emptyAnswer(model) {
   return {
@@ -21,6 +23,7 @@ export class Answer {
     this.progress = null; // {done, total, cached}: tokens of the prompt that are read
     this.pieces = 0; // chunks with text so far: about one token each
     this.left = false;
+    this.patience = LEAVING.unannounced;
     this.error = null; // the ServerError that ended it
     this.controller = new AbortController();
     this.onchange = onchange;
@@ -33,9 +36,10 @@ export class Answer {
     if (stream) request(streamPath(stream), { key: this.key, method: "DELETE" }).catch(() => {});
   }
 
-  // The page is being closed: what breaks from now on is no error of the server's.
-  leave() {
-    this.left = true;
+  // The page is being closed: what breaks from now on is no error of the server's; or, unless `surely`, it may be.
+  leave(surely) {
+    if (surely) this.left = true;
+    else this.patience = LEAVING.announced;
   }
 
   // Runs until the answer is over, however it ends; never throws.
@@ -95,7 +99,7 @@ export class Answer {
         open = () => this.rest();
       }
     } catch (error) {
-      if (error.lost) await pause(LEAVING);
+      if (error.lost) await pause(this.patience);
       if (this.left) return;
       if (error.name === "AbortError") message.finish = "stopped";
       else {

@@ -436,12 +436,14 @@ addEventListener("hashchange", () => {
   const wanted = all.get(location.hash.slice(1));
   if (wanted && wanted !== current) open(wanted);
 });
-addEventListener("pagehide", () => {
-  for (const answer of answers.values()) {
-    answer.leave();
-    storage.put(answer.conversation).catch(() => {});
-  }
-});
+// Safari forgets what is saved as late as "pagehide".
+for (const event of ["beforeunload", "pagehide"])
+  addEventListener(event, () => {
+    for (const answer of answers.values()) {
+      answer.leave(event === "pagehide");
+      storage.put(answer.conversation).catch(() => {});
+    }
+  });
 
 async function start() {
   const place = location.hash.slice(1);
