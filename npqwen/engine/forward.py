@@ -12,6 +12,7 @@ from npqwen.engine.steps import (
     apply_gates,
     embed,
     final_norm,
+    multiply_output,
     norm_and_pack,
     pack_all,
     project_gated,
@@ -238,9 +239,7 @@ def sparse_feed_forward(
 
 @_inline
 def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any, local: Any) -> None:
-    """output.values = lm_head @ the final norm of output.tokens."""
+    """output.values = lm_head @ the final norm of output.tokens, and their maxima."""
     hidden, packed = activations.hidden, activations.packed
-    rows, matrix = output.tokens.size, model.lm_head
-    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])
-    width = tile_width(rows, matrix.encoding)
-    matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
+    norm_and_pack(team, hidden, output.tokens, model.norm, model, model.lm_head.encoding, scratch, packed, hidden[:0])
+    multiply_output(team, model, packed, output, scratch, local)

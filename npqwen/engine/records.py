@@ -215,3 +215,5 @@ class Output(NamedTuple):
     """Whether the results are the final norm's; otherwise they are logits."""
     values: Floats
     """A row for each of `tokens`: (>= rows, hidden_size) if normed, else (whole tiles of rows, padded vocabulary)."""
+    maxima: Floats = np.zeros((0, 0), np.float32)
+    """Of the logits, see `npqwen.kernels.greatest.block_maxima`: (>= rows, blocks); empty if nobody needs them."""

@@ -17,7 +17,7 @@ from npqwen.generation.options import LogitsProcessor
 from npqwen.generation.sampling import Sampling
 from npqwen.kernels.bit_mask import mask
 from npqwen.kernels.compiled import compile_kernel
-from npqwen.kernels.greatest import MAXIMA_BLOCK, select
+from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima, select
 
 MANY = 500
 """Up to this many candidates are selected by a compiled kernel and drawn from in plain Python; more, with NumPy."""
@@ -54,17 +54,27 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
         self._masked: NDArray[np.float32] | None = None
 
-    def __call__(self, logits: NDArray[np.float32], allowed: NDArray[np.uint32] | None = None) -> int:
+    def __call__(
+        self,
+        logits: NDArray[np.float32],
+        allowed: NDArray[np.uint32] | None = None,
+        maxima: NDArray[np.float32] | None = None,
+    ) -> int:
         """Draw the next id from logits, float32 (vocab_size,), which are not changed; it counts as generated.
 
-        allowed: draw only tokens whose bit is set, that of token i being bit i % 32 of word i // 32; after bias,
-        penalties and processor. If it is one token, no random number is used.
+        maxima: of the logits, see `npqwen.kernels.greatest.block_maxima`, if they are known. allowed: draw only tokens
+        whose bit is set, that of token i being bit i % 32 of word i // 32; after bias, penalties and processor. If it
+        is one token, no random number is used.
 
         Raises FormatError for NaN or infinite logits, a sign of damaged weights, OptionError if bias, processor and
         `allowed` leave no token to draw, and what the processor raises.
         """
-        logits = self._adjusted(logits)
-        id = self._choose(logits) if allowed is None else self._choose_allowed(logits, allowed)
+        adjusted = self._adjusted(logits)
+        if allowed is not None:
+            id = self._choose_allowed(adjusted, allowed)
+        else:
+            # They are those of the logits as they came, without penalties and the like.
+            id = self._choose(adjusted, maxima=maxima if np.may_share_memory(adjusted, logits) else None)
         self.add(id)
         return id
 
@@ -136,21 +146,23 @@ class Sampler:
             return best
         return self._choose(self._masked, count)
 
-    def _choose(self, logits: NDArray[np.float32], count: int | None = None) -> int:
+    def _choose(
+        self, logits: NDArray[np.float32], count: int | None = None, maxima: NDArray[np.float32] | None = None
+    ) -> int:
         """Draw an id from adjusted logits, or take the likeliest if sampling is greedy.
 
-        count: how many of them are allowed, if not all; the others are minus infinity.
+        count: how many of them are allowed, if not all; the others are minus infinity. maxima: of blocks of them.
         """
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
-            best = int(logits.argmax())  # argmax finds NaN first
+            best = likeliest(logits, maxima)
             self._check(float(logits[best]))
             return best
         k = s.top_k
         if count is not None and (k or count <= MANY):
             k = min(k or count, count)
         if k:
-            return self._draw(greatest(logits, k), logits)
+            return self._draw(greatest(logits, k, maxima), logits)
         p = self._weights(logits)
         if s.top_p < 1:
             total = float(p.sum())
@@ -227,15 +239,40 @@ class Sampler:
             return np.exp((logits.astype(np.float64) - top) / self.sampling.temperature)
 
 
-def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """The indices, ascending, of the k greatest values and of all equal to the k-th; NaN counts as the greatest."""
+def likeliest(logits: NDArray[np.float32], maxima: NDArray[np.float32] | None = None) -> int:
+    """The first index of the greatest of the logits, or one of a NaN if there is any.
+
+    maxima: see `npqwen.kernels.greatest.block_maxima`; without them, all logits are read.
+    """
+    blocks = len(logits) // MAXIMA_BLOCK
+    if maxima is None or not blocks:
+        return int(logits.argmax())  # argmax finds NaN first
+    at = MAXIMA_BLOCK * int(maxima[:blocks].argmax())
+    best = at + int(logits[at : at + MAXIMA_BLOCK].argmax())
+    rest = logits[MAXIMA_BLOCK * blocks :]
+    if len(rest) and not rest.max() <= logits[best]:
+        best = MAXIMA_BLOCK * blocks + int(rest.argmax())
+    return best
+
+
+def greatest(values: NDArray[np.float32], k: int, maxima: NDArray[np.float32] | None = None) -> NDArray[np.intp]:
+    """The indices, ascending, of the k greatest values and of all equal to the k-th; NaN counts as the greatest.
+
+    maxima: see `npqwen.kernels.greatest.block_maxima`; without them, all values are read.
+    """
     if k >= len(values):
         return np.arange(len(values))
     if k > MANY:
         kth = np.partition(values, len(values) - k)[len(values) - k]
         return np.flatnonzero(~(values < kth))
     ids = np.empty(len(values), np.int64)
-    args = values, np.empty(k, np.float32), np.empty(len(values) // MAXIMA_BLOCK, np.float32), ids
+    blocks = len(values) // MAXIMA_BLOCK
+    if maxima is None:
+        maxima = np.empty(blocks, np.float32)
+        if not block_maxima.overloads:
+            compile_kernel(block_maxima, (values, 0, maxima))
+        block_maxima(values, 0, maxima)
+    args = values, maxima[:blocks], np.empty(k, np.float32), ids
     if not select.overloads:
         compile_kernel(select, args)
     return ids[: select(*args)]

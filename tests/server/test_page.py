@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +12,6 @@ from fake_api import HOLD, FakeApi, Received, call, end, progress, text, thought
 from serving import wait_until
 
 ANSWER = ".assistant > .markdown"
-
-
-@pytest.fixture(params=["Chromium", "Firefox", "WebKit"])
-def browser(request: pytest.FixtureRequest, browsers: Callable[[str], Browser]) -> Browser:
-    return browsers(request.param)
 
 
 def ask(page: Page, question: str) -> None:

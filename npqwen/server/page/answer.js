@@ -16,7 +16,8 @@ export function emptyAnswer(model) {
 }
 
 export class Answer {
-  // conversation, message: what the answer belongs to. onchange(answer) is called whenever the message has changed.
+  // conversation, message: what the answer belongs to. onchange(urgent) is called whenever the
+  // message has changed; urgent: by what a page that comes back needs.
   constructor(conversation, message, onchange) {
     this.conversation = conversation;
     this.message = message;
@@ -52,7 +53,7 @@ export class Answer {
       const id = response.headers.get("X-Stream-Id");
       if (id) {
         this.message.stream = { id, next: 0 };
-        this.onchange(this);
+        this.onchange(true);
       }
       return response;
     });
@@ -117,7 +118,7 @@ export class Answer {
     for await (const { chunk, id } of chunks(response)) {
       this.apply(chunk);
       if (id !== null && this.message.stream) this.message.stream.next = id + 1;
-      this.onchange(this);
+      this.onchange(false);
     }
     if (this.message.finish === null)
       throw new ServerError("The connection ended before the answer did.", { lost: true });

@@ -108,8 +108,9 @@ async function ask(failed = null, attempt = 0) {
 
 // Shows and saves an answer as it comes; run(answer) waits for its end. Returns the ServerError that ended it, if any.
 async function follow(conversation, message, run) {
-  const answer = new Answer(conversation, message, () => {
-    storage.putSoon(conversation);
+  const answer = new Answer(conversation, message, (urgent) => {
+    if (urgent) storage.put(conversation).catch(() => {});
+    else storage.putSoon(conversation);
     if (conversation === current) drawSoon();
   });
   answers.set(conversation.id, answer);
