@@ -240,19 +240,20 @@ class Sampler:
 
 
 def likeliest(logits: NDArray[np.float32], maxima: NDArray[np.float32] | None = None) -> int:
-    """The first index of the greatest of the logits, or one of a NaN if there is any.
+    """The first index of the greatest of the logits; NaN counts as the greatest.
 
     maxima: see `npqwen.kernels.greatest.block_maxima`; without them, all logits are read.
     """
     blocks = len(logits) // MAXIMA_BLOCK
     if maxima is None or not blocks:
-        return int(logits.argmax())  # argmax finds NaN first
+        return int(logits.argmax())
     at = MAXIMA_BLOCK * int(maxima[:blocks].argmax())
     best = at + int(logits[at : at + MAXIMA_BLOCK].argmax())
     rest = logits[MAXIMA_BLOCK * blocks :]
-    if len(rest) and not rest.max() <= logits[best]:
-        best = MAXIMA_BLOCK * blocks + int(rest.argmax())
-    return best
+    if not len(rest):
+        return best
+    last = MAXIMA_BLOCK * blocks + int(rest.argmax())
+    return (best, last)[logits[[best, last]].argmax()]
 
 
 def greatest(values: NDArray[np.float32], k: int, maxima: NDArray[np.float32] | None = None) -> NDArray[np.intp]:
