@@ -17,10 +17,11 @@ from npqwen.generation.options import LogitsProcessor
 from npqwen.generation.sampling import Sampling
 from npqwen.kernels.bit_mask import mask
 from npqwen.kernels.compiled import compile_kernel
+from npqwen.kernels.draw import draw
 from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima, select
 
 MANY = 500
-"""Up to this many candidates are selected by a compiled kernel and drawn from in plain Python; more, with NumPy."""
+"""Up to this many candidates are selected and drawn from by compiled kernels; more, with NumPy."""
 _NO_WEIGHT = 750.0
 """exp(-746) is 0 in float64: a logit that is more than 750 temperatures below the maximum is never drawn."""
 
@@ -178,36 +179,22 @@ class Sampler:
 
         total: the sum of the weights exp((logit - maximum) / temperature) of all tokens, if there are others.
         """
-        candidates = logits[ids]
-        top = self._check(float(candidates.max()))
-        if len(ids) > MANY:  # for example, all tokens that a processor forbids tie with the k-th
-            likely = candidates >= np.float32(top) - np.float32(_NO_WEIGHT * self.sampling.temperature)
-            ids, candidates = ids[likely], candidates[likely]
-        draw = self._draw_few if len(ids) <= MANY else self._draw_many
-        return draw(ids, candidates, top, total)
-
-    def _draw_few(self, ids: NDArray[np.intp], logits: NDArray[np.float32], top: float, total: float | None) -> int:
-        """`_draw` for few candidates, in plain Python: calling NumPy would take longer than computing.
-
-        logits: the candidates'. top: their maximum.
-        """
         s = self.sampling
-        weights = [math.exp((logit - top) / s.temperature) for logit in logits.tolist()]
-        pairs: list[tuple[float, int]] = sorted(zip(weights, ids.tolist(), strict=True), key=lambda pair: -pair[0])
-        if s.top_p < 1:
-            needed, mass = s.top_p * (math.fsum(weights) if total is None else total), 0.0
-            for n, (weight, _) in enumerate(pairs, 1):
-                mass += weight
-                if mass >= needed:
-                    pairs = pairs[:n]
-                    break
-        pairs = [pair for pair in pairs if pair[0] >= s.min_p]
-        left = self._random.random() * math.fsum(weight for weight, _ in pairs)
-        for weight, id in pairs:
-            left -= weight
-            if left < 0:
-                return id
-        return pairs[0][1]  # rounding made the last weight's share empty
+        if len(ids) > MANY:  # for example, all tokens that a processor forbids tie with the k-th
+            candidates = logits[ids]
+            top = self._check(float(candidates.max()))
+            likely = candidates >= np.float32(top) - np.float32(_NO_WEIGHT * s.temperature)
+            ids, candidates = ids[likely], candidates[likely]
+            if len(ids) > MANY:
+                return self._draw_many(ids, candidates, top, total)
+        options = float(s.temperature), float(s.top_p), float(s.min_p)
+        args = logits, ids, np.empty(len(ids)), *options, -1.0 if total is None else total, self._random.random()
+        if not draw.overloads:
+            compile_kernel(draw, args)
+        id = draw(*args)
+        if id < 0:
+            self._check(float(logits[ids].max()))
+        return id
 
     def _draw_many(self, ids: NDArray[np.intp], logits: NDArray[np.float32], top: float, total: float | None) -> int:
         """`_draw` for many candidates, with NumPy. logits: the candidates'. top: their maximum."""
