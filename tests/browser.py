@@ -30,14 +30,26 @@ class Browser(ABC):
 
 
 class Page(ABC):
-    """A tab: what tests do in it, and what went wrong in it.
-
-    problems: uncaught exceptions and violations of the Content-Security-Policy. requests: all URLs, in order.
-    """
+    """A tab: what tests do in it, and what went wrong in it."""
 
     def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.requests: list[str] = []
+        self._problems: list[str] = []
+        self._requests: list[str] = []
+
+    @property
+    def problems(self) -> list[str]:
+        """What went wrong: uncaught exceptions and violations of the Content-Security-Policy."""
+        self.look()
+        return self._problems
+
+    @property
+    def requests(self) -> list[str]:
+        """All URLs that were requested, in order."""
+        self.look()
+        return self._requests
+
+    def look(self) -> None:  # noqa: B027  most need not do anything
+        """Take note of problems and requests, in an engine that does not tell of them as they come."""
 
     @abstractmethod
     def load(self, url: str) -> None:
@@ -87,7 +99,8 @@ class Page(ABC):
 
     def text(self, selector: str) -> str:
         """The visible text of the last element that matches, "" if there is none."""
-        return str(self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)?.innerText.trim() ?? ''"))
+        find = f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)"
+        return str(self.evaluate(f"{find}?.innerText.trim() ?? ''"))
 
     def until_text(self, selector: str, text: str) -> None:
         """Wait until the last element that matches contains the text."""

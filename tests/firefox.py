@@ -135,7 +135,8 @@ class Firefox(Browser):
         while True:
             with contextlib.suppress(OSError, ValueError):
                 return int(json.loads(file.read_text(encoding="utf-8"))["ws_port"])
-            assert time.monotonic() < end and self._process.poll() is None, "Firefox does not start"
+            assert self._process.poll() is None, "Firefox has ended"
+            assert time.monotonic() < end, "Firefox does not start"
             time.sleep(0.02)
 
     def open(self, url: str, width: int = 1280, height: int = 800, *, touch: bool = False) -> FirefoxPage:

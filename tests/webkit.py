@@ -39,7 +39,8 @@ class Driver:
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)):
                 break
-            assert time.monotonic() < end and self._process.poll() is None, "WebKitWebDriver does not start"
+            assert self._process.poll() is None, "WebKitWebDriver has ended"
+            assert time.monotonic() < end, "WebKitWebDriver does not start"
             time.sleep(0.01)
         self._session = ""
         self._session = f"/session/{self._request('POST', '/session', {'capabilities': {}})['sessionId']}"
@@ -128,23 +129,11 @@ class WebKitPage(Page):
     """A window of WebKit. Its problems and requests are known from the end of loading on."""
 
     def __init__(self, driver: Driver, window: str) -> None:
+        super().__init__()
         self.driver = driver
         self._window = window
-        self._problems: list[str] = []
-        self._requests: list[str] = []
 
-    @property
-    def problems(self) -> list[str]:
-        self._look()
-        return self._problems
-
-    @property
-    def requests(self) -> list[str]:
-        self._look()
-        return self._requests
-
-    def _look(self) -> None:
-        """Take what the page has noticed since the last look."""
+    def look(self) -> None:
         problems, requests = self.evaluate(_SEEN)
         self._problems += problems
         self._requests += [one for one in requests if not one.startswith("data:") and one not in self._requests]
@@ -161,7 +150,7 @@ class WebKitPage(Page):
         self._watch()
 
     def reload(self) -> None:
-        self._look()
+        self.look()
         self.command("POST", "/refresh")
         self._watch()
 

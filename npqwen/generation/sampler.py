@@ -191,7 +191,7 @@ class Sampler:
         args = logits, ids, np.empty(len(ids)), *options, -1.0 if total is None else total, self._random.random()
         if not draw.overloads:
             compile_kernel(draw, args)
-        id = draw(*args)
+        id: int = draw(*args)
         if id < 0:
             self._check(float(logits[ids].max()))
         return id

@@ -8,9 +8,11 @@ import numpy as np
 from numba import njit
 
 from npqwen.simd.blocks import reduce_max
+from npqwen.simd.tile import prefetch
 
 MAXIMA_BLOCK = 64
 """Values of a block whose maximum decides whether they are compared one by one."""
+_BLOCK_BYTES = 4 * MAXIMA_BLOCK
 
 
 @njit(nogil=True, error_model="numpy")
@@ -34,6 +36,9 @@ def select(values: Any, maxima: Any, tops: Any, ids: Any) -> int:
     tops[:] = -np.inf
     for n in range(maxima.size):
         _insert(tops, maxima[n])
+    for n in range(maxima.size):
+        if not maxima[n] < tops[-1]:
+            prefetch(values, n * MAXIMA_BLOCK, _BLOCK_BYTES)
     # The k-th greatest of the blocks' maxima is at most the k-th greatest of all.
     candidates = _find_not_below(values, maxima, tops[-1], ids)
     tops[:] = -np.inf

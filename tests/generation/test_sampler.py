@@ -12,9 +12,11 @@ from maxima import write_maxima
 from numpy.typing import NDArray
 
 from npqwen.errors import FormatError, OptionError
-from npqwen.generation.sampler import MANY, Sampler, greatest, likeliest
+from npqwen.generation import sampler
 from npqwen.generation.options import LogitsProcessor
+from npqwen.generation.sampler import MANY, Sampler, greatest, likeliest
 from npqwen.generation.sampling import Sampling
+from npqwen.kernels.draw import draw
 from npqwen.kernels.greatest import MAXIMA_BLOCK
 
 
@@ -109,15 +111,18 @@ def weighed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many ids each draw weighed one by one, or sorted."""
     counts: list[int] = []
 
-    def counted(draw: Any) -> Any:
-        def count(self: Sampler, ids: np.ndarray, *args: Any) -> Any:
-            counts.append(len(ids))
-            return draw(self, ids, *args)
+    def few(logits: np.ndarray, ids: np.ndarray, *args: Any) -> Any:
+        counts.append(len(ids))
+        return draw(logits, ids, *args)
 
-        return count
+    def many(self: Sampler, ids: np.ndarray, *args: Any) -> Any:
+        counts.append(len(ids))
+        return draw_many(self, ids, *args)
 
-    monkeypatch.setattr(Sampler, "_draw_few", counted(Sampler._draw_few))
-    monkeypatch.setattr(Sampler, "_draw_many", counted(Sampler._draw_many))
+    draw_many = Sampler._draw_many
+    monkeypatch.setattr(Sampler, "_draw_many", many)
+    monkeypatch.setattr(sampler, "draw", few)
+    few.overloads = draw.overloads  # type: ignore[attr-defined]
     return counts
 
 
@@ -177,7 +182,8 @@ def maxima_of(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Of blocks, in an array with room for more."""
     maxima = np.full((1, len(logits) // MAXIMA_BLOCK + 3), np.nan, np.float32)
     write_maxima([logits.reshape(1, -1)], maxima)
-    return maxima[0]
+    found: NDArray[np.float32] = maxima[0]
+    return found
 
 
 @pytest.mark.parametrize("at", [0, 100, 64 * 4 + 1])
