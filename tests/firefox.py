@@ -54,8 +54,12 @@ class WebSocket:
             f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
-        head = self._until(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 101"), head
+        try:
+            head = self._until(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 101"), head
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, text: str) -> None:
         """Send a message in one frame."""
@@ -120,9 +124,13 @@ class Firefox(Browser):
         )  # fmt: skip
         self._last_id = 0
         self._pages: dict[str, FirefoxPage] = {}
-        self._socket = WebSocket(self._port(profile / "WebDriverBiDiServer.json"), "/session")
-        self.command("session.new", capabilities={})
-        self.command("session.subscribe", events=["script.message", "network.beforeRequestSent"])
+        try:
+            self._socket = WebSocket(self._port(profile / "WebDriverBiDiServer.json"), "/session")
+            self.command("session.new", capabilities={})
+            self.command("session.subscribe", events=["script.message", "network.beforeRequestSent"])
+        except BaseException:
+            self._kill()
+            raise
 
     @staticmethod
     def find() -> str | None:
@@ -185,8 +193,12 @@ class Firefox(Browser):
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
 
 
 class FirefoxPage(Page):
