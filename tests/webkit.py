@@ -67,6 +67,12 @@ class Driver:
         if self._open:
             self.command(window, "DELETE", "/window")
             return
+        self.end()
+
+    def end(self) -> None:
+        """Close all windows, and end the processes; no effect if that is done."""
+        if self._process.returncode is not None:
+            return
         with contextlib.suppress(AssertionError, OSError):
             self._request("DELETE", "")
         with contextlib.suppress(ProcessLookupError):
@@ -101,6 +107,7 @@ class WebKit(Browser):
         own = {"DISPLAY": f":{number}", "GDK_BACKEND": "x11", "HOME": str(place), "XDG_RUNTIME_DIR": str(place)}
         self._environment = {**os.environ, **own, "NO_AT_BRIDGE": "1", "LIBGL_ALWAYS_SOFTWARE": "1"}
         self._path = path
+        self._drivers: list[Driver] = []
 
     @staticmethod
     def find() -> str | None:
@@ -109,6 +116,7 @@ class WebKit(Browser):
 
     def open(self, url: str, width: int = 1280, height: int = 800, *, touch: bool = False) -> WebKitPage:
         driver = Driver(self._path, self._environment)
+        self._drivers.append(driver)
         page = WebKitPage(driver, driver.first)
         page.resize(width, height)
         page.load(url)
@@ -121,6 +129,8 @@ class WebKit(Browser):
         return other
 
     def close(self) -> None:
+        for driver in self._drivers:
+            driver.end()
         self._display.terminate()
         self._display.wait()
 
