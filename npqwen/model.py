@@ -25,7 +25,8 @@ from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
 from npqwen.generation.options import OPTIONS, with_options
-from npqwen.generation.sampler import greatest
+from npqwen.generation.sampler import Sampler
+from npqwen.generation.sampling import Sampling
 from npqwen.generation.stream import Stream
 from npqwen.retrieval.embedder import Embedder
 from npqwen.retrieval.ranking import Ranking
@@ -177,7 +178,7 @@ class Model(Engine):
 
     def _compile(self) -> None:
         super()._compile()
-        greatest(np.zeros(2, np.float32), 1)  # the sampler's kernel: now, so that on_compile includes it
+        Sampler(Sampling(top_k=2))(np.zeros(3, np.float32))  # its kernels: now, so that on_compile includes them
 
     @with_options(OPTIONS)
     def stream(

@@ -1,202 +1,91 @@
-"""A headless Chromium that tests drive by the DevTools protocol over a pipe: no package and no port needed."""
+"""What tests do in a page of a browser, whichever engine shows it."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import json
-import os
-import select
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SECONDS = 60.0
 """How long anything may take before a test fails."""
-_OPTIONS = (
-    "--headless=new",
-    "--remote-debugging-pipe",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-default-apps",
-    "--disable-dev-shm-usage",
-    "--disable-extensions",
-    "--disable-gpu",
-    "--disable-sync",
-    "--force-color-profile=srgb",
-    "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    "--lang=en",
-    "--no-default-browser-check",
-    "--no-first-run",
-    "--password-store=basic",
-    "--use-mock-keychain",
-)
-_START = """
-import fcntl, os, sys
-ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
-for descriptor, end in zip((3, 4), ends):
-    os.dup2(end, descriptor)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-"""A program that gives Chromium the pipe as its descriptors 3 and 4."""
-_KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "ArrowUp": (38, ""), "Tab": (9, ""), "Backspace": (8, "")}
 SHIFT, CONTROL = 8, 2
 
 
-def find_browser() -> str | None:
-    """The path of a Chromium or Chrome that can be driven by a pipe, or None."""
-    if sys.platform == "win32":
-        return None
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None and sys.platform == "darwin":
-        application = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-        found = application if os.access(application, os.X_OK) else None
-    return found
+class Browser(ABC):
+    """A running browser. Every page that is opened has cookies, storage and cache of its own."""
 
-
-class Browser:
-    """A running browser. Every page has cookies, storage and cache of its own."""
-
-    def __init__(self, path: str, profile: Path) -> None:
-        """profile: a directory that does not exist yet."""
-        read_end, self._write = os.pipe()
-        self._read, write_end = os.pipe()
-        root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        command = [path, *_OPTIONS, *root, f"--user-data-dir={profile}", "about:blank"]
-        for descriptor in (read_end, write_end):
-            os.set_inheritable(descriptor, True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(read_end), str(write_end), *command],
-            pass_fds=(read_end, write_end), start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(read_end)
-        os.close(write_end)
-        self._seen = b""
-        self._last_id = 0
-        self._results: dict[int, dict[str, Any]] = {}
-        self._pages: dict[str, Page] = {}
-        self.command("Browser.getVersion")
-
+    @abstractmethod
     def open(self, url: str, width: int = 1280, height: int = 800, *, touch: bool = False) -> Page:
-        """A page of the URL, fully loaded, in a new context. touch: as on a phone."""
-        context = self.command("Target.createBrowserContext")["browserContextId"]
-        page = Page(self, context)
-        page.resize(width, height, touch=touch)
-        page.load(url)
-        return page
+        """A page of the URL, fully loaded, in a new context. touch: as on a phone, where the engine can do that."""
 
-    def attach(self, page: Page) -> tuple[str, str]:
-        """A new target in the page's context: its id, and the session that talks to it."""
-        target = self.command("Target.createTarget", url="about:blank", browserContextId=page.context)["targetId"]
-        session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self._pages[session] = page
-        return target, session
+    @abstractmethod
+    def open_beside(self, page: Page, url: str) -> Page:
+        """A page of the URL, fully loaded, that shares cookies and storage with another."""
 
-    def command(self, method: str, session: str | None = None, **parameters: Any) -> Any:
-        """Run a command of the protocol and return its result. Events that come meanwhile go to their pages."""
-        self._last_id += 1
-        id = self._last_id
-        message = {"id": id, "method": method, "params": parameters}
-        if session is not None:
-            message["sessionId"] = session
-        rest = json.dumps(message).encode() + b"\0"
-        while rest:
-            rest = rest[os.write(self._write, rest) :]
-        end = time.monotonic() + SECONDS
-        while id not in self._results:
-            self.receive(end - time.monotonic(), method)
-        result = self._results.pop(id)
-        assert "error" not in result, f"{method}: {result['error']}"
-        return result["result"]
-
-    def receive(self, seconds: float, what: str) -> None:
-        """Wait for one message or more."""
-        ready, _, _ = select.select([self._read], [], [], max(0.0, seconds))
-        assert ready, f"the browser does not answer: {what}"
-        piece = os.read(self._read, 1 << 20)
-        assert piece, "the browser has ended"
-        *messages, self._seen = (self._seen + piece).split(b"\0")
-        for message in map(json.loads, messages):
-            if "id" in message:
-                self._results[message["id"]] = message
-            elif message.get("sessionId") in self._pages:
-                self._pages[message["sessionId"]].hear(message["method"], message["params"])
-
+    @abstractmethod
     def close(self) -> None:
         """End the browser and all its processes."""
-        with contextlib.suppress(AssertionError, OSError):
-            self.command("Browser.close")
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        os.close(self._read)
-        os.close(self._write)
 
 
-class Page:
-    """A tab: what tests do in it, and what went wrong in it.
+class Page(ABC):
+    """A tab: what tests do in it, and what went wrong in it."""
 
-    problems: uncaught exceptions and violations of the Content-Security-Policy. requests: all URLs, in order.
-    """
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+        self._requests: list[str] = []
 
-    def __init__(self, browser: Browser, context: str) -> None:
-        self.context = context
-        self.problems: list[str] = []
-        self.requests: list[str] = []
-        self._browser = browser
-        self._loaded = False
-        self._target, self._session = browser.attach(self)
-        for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
-            self.command(f"{domain}.enable")
+    @property
+    def problems(self) -> list[str]:
+        """What went wrong: uncaught exceptions and violations of the Content-Security-Policy."""
+        self.look()
+        return self._problems
 
-    def command(self, method: str, **parameters: Any) -> Any:
-        """Run a command of the protocol in this page."""
-        return self._browser.command(method, self._session, **parameters)
+    @property
+    def requests(self) -> list[str]:
+        """All URLs that were requested, in order."""
+        self.look()
+        return self._requests
 
-    def hear(self, method: str, event: dict[str, Any]) -> None:
-        """Take note of an event."""
-        if method == "Page.loadEventFired":
-            self._loaded = True
-        elif method == "Runtime.exceptionThrown":
-            details = event["exceptionDetails"]
-            self.problems.append(details.get("exception", {}).get("description") or details["text"])
-        elif method == "Log.entryAdded" and event["entry"]["source"] == "security":
-            self.problems.append(event["entry"]["text"])
-        elif method == "Audits.issueAdded" and event["issue"]["code"] == "ContentSecurityPolicyIssue":
-            self.problems.append(json.dumps(event["issue"]["details"]))
-        elif method == "Network.requestWillBeSent" and not event["request"]["url"].startswith("data:"):
-            self.requests.append(event["request"]["url"])
+    def look(self) -> None:  # noqa: B027  most need not do anything
+        """Take note of problems and requests, in an engine that does not tell of them as they come."""
 
+    @abstractmethod
     def load(self, url: str) -> None:
         """Go to the URL and wait until it is loaded."""
-        self._wait_for_load(lambda: self.command("Page.navigate", url=url))
 
+    @abstractmethod
     def reload(self) -> None:
         """Load the page again."""
-        self._wait_for_load(lambda: self.command("Page.reload"))
 
-    def _wait_for_load(self, start: Callable[[], object]) -> None:
-        self._loaded = False
-        start()
-        end = time.monotonic() + SECONDS
-        while not self._loaded:
-            self._browser.receive(end - time.monotonic(), "load")
-
+    @abstractmethod
     def evaluate(self, script: str) -> Any:
         """The value of an expression in the page; a promise is awaited. An exception fails the test."""
-        answer = self.command("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+
+    @abstractmethod
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        """An event of the mouse's left button: "mouseMoved", "mousePressed" or "mouseReleased"."""
+
+    @abstractmethod
+    def type(self, text: str) -> None:
+        """Enter text where the focus is."""
+
+    @abstractmethod
+    def press(self, key: str, modifiers: int = 0) -> None:
+        """Press and release a key; modifiers: SHIFT, CONTROL."""
+
+    @abstractmethod
+    def resize(self, width: int, height: int, *, touch: bool = False) -> None:
+        """Change the viewport."""
+
+    @abstractmethod
+    def screenshot(self, path: Path) -> None:
+        """Write what is to be seen as PNG."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the page and forget its context."""
 
     def until(self, condition: str) -> Any:
         """Wait until an expression is true. Returns its value."""
@@ -210,7 +99,8 @@ class Page:
 
     def text(self, selector: str) -> str:
         """The visible text of the last element that matches, "" if there is none."""
-        return str(self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)?.innerText ?? ''"))
+        find = f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)"
+        return str(self.evaluate(f"{find}?.innerText.trim() ?? ''"))
 
     def until_text(self, selector: str, text: str) -> None:
         """Wait until the last element that matches contains the text."""
@@ -240,15 +130,6 @@ class Page:
         self.mouse("mouseMoved", *place)
         return place[0], place[1]
 
-    def mouse(self, kind: str, x: float, y: float) -> None:
-        """An event of the mouse's left button."""
-        button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
-        self.command("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
-
-    def type(self, text: str) -> None:
-        """Enter text where the focus is."""
-        self.command("Input.insertText", text=text)
-
     def fill(self, selector: str, text: str) -> None:
         """Replace the text of a field."""
         self.evaluate(f"(() => {{ const one = document.querySelector({json.dumps(selector)}); "
@@ -264,32 +145,3 @@ class Page:
                       f"one.value = {json.dumps(value)}; "
                       "for (const kind of ['input', 'change']) one.dispatchEvent(new Event(kind, {bubbles: true})); "
                       "})()")  # fmt: skip
-
-    def press(self, key: str, modifiers: int = 0) -> None:
-        """Press and release a key; modifiers: SHIFT, CONTROL."""
-        code, text = _KEYS.get(key, (ord(key[0].upper()), key))
-        event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
-        down = {"type": "keyDown", "text": text} if text and not modifiers & CONTROL else {"type": "rawKeyDown"}
-        self.command("Input.dispatchKeyEvent", **event, **down)
-        self.command("Input.dispatchKeyEvent", **event, type="keyUp")
-
-    def resize(self, width: int, height: int, *, touch: bool = False) -> None:
-        """Change the viewport."""
-        self.command(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, mobile=touch, deviceScaleFactor=1
-        )
-        self.command("Emulation.setTouchEmulationEnabled", enabled=touch)
-
-    def prefer(self, **features: str) -> None:
-        """Media features, such as prefer(prefers_color_scheme="dark")."""
-        values = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        self.command("Emulation.setEmulatedMedia", features=values)
-
-    def screenshot(self, path: Path) -> None:
-        """Write what is to be seen as PNG."""
-        path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))
-
-    def close(self) -> None:
-        """Close the page and forget its context."""
-        self._browser.command("Target.closeTarget", targetId=self._target)
-        self._browser.command("Target.disposeBrowserContext", browserContextId=self.context)

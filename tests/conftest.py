@@ -15,12 +15,18 @@ from fake_hub import Connection, FakeHub
 
 if TYPE_CHECKING:
     from browser import Browser, Page
+    from chromium import ChromiumPage
     from fake_api import FakeApi
     from serving import Runs
 
     from npqwen.model import Model
 
 TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--browser: in which engine to run the tests of the page."""
+    parser.addoption("--browser", choices=["Chromium", "Firefox", "WebKit"], default="Chromium")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -261,16 +267,32 @@ def connection(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Connection
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A headless browser; tests that need it are skipped where there is none."""
-    from browser import Browser, find_browser
+def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Browser]]:
+    """browsers(engine): a headless browser with that engine; where there is none, the test is skipped."""
+    from chromium import Chromium
+    from firefox import Firefox
+    from webkit import WebKit
 
-    path = find_browser()
-    if path is None:
-        pytest.skip("there is no Chromium (Debian's package chromium) or Chrome, or it is Windows'")
-    browser = Browser(path, tmp_path_factory.mktemp("browser") / "profile")
+    kinds: dict[str, type[Chromium | Firefox | WebKit]] = {"Chromium": Chromium, "Firefox": Firefox, "WebKit": WebKit}
+    running: dict[str, Browser] = {}
+
+    def browser(engine: str) -> Browser:
+        if engine not in running:
+            path = kinds[engine].find()
+            if path is None:
+                pytest.skip(f"there is no {engine} here that can be driven")
+            running[engine] = kinds[engine](path, tmp_path_factory.mktemp("browser") / "profile")
+        return running[engine]
+
     yield browser
-    browser.close()
+    for one in running.values():
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def browser(request: pytest.FixtureRequest, browsers: Callable[[str], Browser]) -> Browser:
+    """The browser of the option --browser, Chromium by default; where there is none, the test is skipped."""
+    return browsers(request.config.getoption("--browser"))
 
 
 @pytest.fixture(scope="session")
@@ -298,3 +320,13 @@ def page(api: FakeApi, browser: Browser) -> Iterator[Page]:
     assert page.problems == []
     assert [url for url in page.requests if not url.startswith((api.url, f"blob:{api.url}"))] == []
     page.close()
+
+
+@pytest.fixture
+def chromium(page: Page) -> ChromiumPage:
+    """The page in Chromium, which emulates preferences of people and states of the network."""
+    from chromium import ChromiumPage
+
+    if not isinstance(page, ChromiumPage):
+        pytest.skip("only Chromium emulates that")
+    return page

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from checkpoints import TINY
+from maxima import write_maxima
 from numpy.typing import ArrayLike, NDArray
 
 from npqwen.chat.chat_model import ChatModel
@@ -116,7 +117,10 @@ class Reciter:
         return np.empty((rows, self.config.vocab_size), np.float32)
 
     def forward_pieces(
-        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+        self,
+        pieces: Sequence[Piece],
+        out: NDArray[np.float32] | None = None,
+        maxima: NDArray[np.float32] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Each text's prompt ends with the first piece whose logits are read."""
         found = []
@@ -135,6 +139,7 @@ class Reciter:
             if is_prompt:
                 self._record(piece.cache)
             found.append(logits[len(logits) - piece.rows :])
+        write_maxima(found, maxima)
         return found
 
     def new_cache(self, room: int | None = None, adapter: str | None = None) -> RecitersCache:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from maxima import write_maxima
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Self
 
@@ -97,10 +98,14 @@ class ReferenceModel:
     def new_logits(self, rows: int) -> Array:
         return np.empty((rows, self.config.vocab_size), np.float32)
 
-    def forward_pieces(self, pieces: Sequence[Piece], out: Array | None = None) -> list[Array]:
-        return [
+    def forward_pieces(
+        self, pieces: Sequence[Piece], out: Array | None = None, maxima: Array | None = None
+    ) -> list[Array]:
+        found = [
             self.forward(piece.ids, piece.cache, all_logits=True)[piece.ids.size - piece.rows :] for piece in pieces
         ]
+        write_maxima(found, maxima)
+        return found
 
     def new_cache(self, room: int | None = None, adapter: str | None = None) -> ReferenceCache:
         assert adapter is None

@@ -279,12 +279,17 @@ class Engine:
         return fingerprint(self.config, self.weights)
 
     def forward_pieces(
-        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+        self,
+        pieces: Sequence[Piece],
+        out: NDArray[np.float32] | None = None,
+        maxima: NDArray[np.float32] | None = None,
     ) -> list[NDArray[np.float32]]:
         """One forward pass over pieces of several sequences, together at most `chunk` tokens.
 
         Returns for each piece float32 logits (rows, vocab_size), equal to the bit to those of a pass of its own. They
-        are views of `out` if it is given, an array that `new_logits` made for at least as many rows.
+        are views of `out` if it is given, an array that `new_logits` made for at least as many rows. maxima: receives
+        for each row the greatest of each whole block of MAXIMA_BLOCK logits, with which `npqwen.kernels.greatest` need
+        not read all of them; float32 (at least as many rows, padded vocabulary // MAXIMA_BLOCK).
 
         Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes.
         """
@@ -292,7 +297,8 @@ class Engine:
         self._check_pieces(pieces, count, out)
         with caches_in_use(pieces), self._runner.turn():
             logits = self._runner.buffers.logits(count) if out is None else out
-            self._runner.run_pieces(pieces, Output(last_tokens(pieces), False, logits))
+            output = Output(last_tokens(pieces), False, logits)
+            self._runner.run_pieces(pieces, output if maxima is None else output._replace(maxima=maxima))
             found = logits[:count, : self.config.vocab_size]
             found = found.copy() if out is None else found
         return by_piece(found, pieces)

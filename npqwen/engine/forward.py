@@ -12,6 +12,7 @@ from npqwen.engine.steps import (
     apply_gates,
     embed,
     final_norm,
+    multiply_output,
     norm_and_pack,
     pack_all,
     project_gated,
@@ -50,7 +51,7 @@ from npqwen.kernels.low_rank import (
     shrink,
 )
 from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, gated_rows_read, shrink_slots
-from npqwen.kernels.matmul import matmul, multiply_groups
+from npqwen.kernels.matmul import multiply_groups
 from npqwen.kernels.norm import rms_norm
 from npqwen.kernels.packing import pack, tile_width, whole_tiles
 from npqwen.kernels.pieces import claim, leave
@@ -271,13 +272,13 @@ def sparse_feed_forward(
 
 @_inline
 def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any, local: Any) -> None:
-    """output.values, output.further = lm_head @ the final norm of output.tokens."""
+    """output.values, output.further = lm_head @ the final norm of output.tokens; output.maxima = those of values."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
     norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])
-    width = tile_width(rows, matrix.encoding)
-    matmul(team, model.matmul_kernels, matrix, packed, rows, width, output.values, 0, scratch, local)
+    multiply_output(team, model, packed, output, scratch, local)
     if output.groups.size:
+        width = tile_width(rows, matrix.encoding)
         multiply_groups(
             team, model.matmul_kernels, matrix, output.groups, packed, rows, width, output.further, scratch, local
         )

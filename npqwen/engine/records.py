@@ -220,3 +220,5 @@ class Output(NamedTuple):
     """Row groups of the output matrix, 16 ids each, whose logits are wanted beside those in `values`."""
     further: Floats = np.zeros((1, 0), np.float32)
     """These logits: (rows, 16 * groups)."""
+    maxima: Floats = np.zeros((0, 0), np.float32)
+    """Of `values`, see `npqwen.kernels.greatest.block_maxima`: (>= rows, blocks); empty if nobody needs them."""

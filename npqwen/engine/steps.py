@@ -10,6 +10,7 @@ from numba import njit
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.append import append_key, append_value
 from npqwen.kernels.cache_page import PAGE
+from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima
 from npqwen.kernels.low_rank import (
     GATE_PROJ,
     K_PROJ,
@@ -20,7 +21,7 @@ from npqwen.kernels.low_rank import (
     add_low_rank,
     low_rank_scalar,
 )
-from npqwen.kernels.matmul import local_chunk, multiply_local_rows
+from npqwen.kernels.matmul import local_chunk, multiply_local_rows, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import add_gated, multiply_sigmoid, rms_norm, rotate
 from npqwen.kernels.packing import copy_floats, pack, pack_gated, tile_width, whole_tiles
@@ -208,3 +209,30 @@ def final_norm(team: Any, model: Any, hidden: Any, output: Any) -> None:
         if t == output.tokens.size:
             return
         rms_norm(hidden[output.tokens[t]], weight, model.rms_norm_eps, output.values[t])
+
+
+@step
+def multiply_output(team: Any, model: Any, packed: Any, output: Any, scratch: Any, local: Any) -> None:
+    """output.values = lm_head @ what is packed of output.tokens, and output.maxima, if it is not empty, those of it.
+
+    Each thread finds the maxima of the logits that it has computed, while they are in its own cache: in `local`.
+    """
+    matrix, count, maxima = model.lm_head, output.tokens.size, output.maxima
+    width = tile_width(count, matrix.encoding)
+    groups = min(matrix.rows, output.values.shape[1]) // UNIT_ROWS
+    chunk = local_chunk(team, matrix, groups, count, width, local, MAXIMA_BLOCK // UNIT_ROWS if maxima.size else 1)
+    pieces = (groups + chunk - 1) // chunk
+    while True:
+        piece = claim_private(team, pieces)
+        if piece == pieces:
+            return
+        first, last = chunk * piece, min(chunk * (piece + 1), groups)
+        multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
+        if not finish_first(team):
+            continue
+        write_rows(local, first, last, count, output.values, 0)
+        if maxima.size:
+            rows = UNIT_ROWS * (last - first)
+            start = UNIT_ROWS * first // MAXIMA_BLOCK
+            for t in range(count):
+                block_maxima(local, t * rows, maxima[t, start : start + rows // MAXIMA_BLOCK])

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npqwen.engine.kv_cache import held_bytes
-from npqwen.engine.piece import Piece
+from npqwen.engine.piece import Piece, by_piece
 from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
 from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
+from npqwen.kernels.greatest import MAXIMA_BLOCK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,6 +125,8 @@ class Batch:
         if memory is not None:
             self._prefixes.allow(memory)
         self._logits: NDArray[np.float32] | None = None
+        self._maxima = np.empty((0, 0), np.float32)
+        """Of blocks of the logits."""
         self._seconds_per_token = STALL / (2 * _TILE)
         """Of prompts, as measured in recent passes."""
         self._pages_changed = False
@@ -395,14 +398,16 @@ class Batch:
         rows = sum(piece.rows for piece in pieces)
         if self._logits is None or len(self._logits) < rows + _TILE:
             self._logits = self._model.new_logits(rows + _TILE)
+            self._maxima = np.empty((len(self._logits), self._logits.shape[1] // MAXIMA_BLOCK), np.float32)
         reads = [entry.sequence.reads_prompt for entry, _ in chosen]
         start = time.perf_counter()
         sequences = [entry.sequence for entry, _ in chosen]
         try:
-            logits = self._model.forward_pieces(pieces, self._logits)
+            logits = self._model.forward_pieces(pieces, self._logits, self._maxima)
             self._account(sum(size for _, size in chosen), reads, time.perf_counter() - start)
-            for (entry, _), piece, row in zip(chosen, pieces, logits, strict=True):
-                self._advance(entry, row if piece.rows else None)
+            maxima = by_piece(self._maxima, pieces)
+            for (entry, _), piece, own, greatest in zip(chosen, pieces, logits, maxima, strict=True):
+                self._advance(entry, own if piece.rows else None, greatest)
         finally:
             for sequence in sequences:
                 sequence.settle()
@@ -425,7 +430,7 @@ class Batch:
         tokens = int(seconds / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
         return min(self._model.chunk, max(_TILE, tokens))
 
-    def _advance(self, entry: _Entry, logits: NDArray[np.float32] | None) -> None:
+    def _advance(self, entry: _Entry, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32]) -> None:
         """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""
         sequence = entry.sequence
         decoding = sequence.decoding
@@ -434,7 +439,7 @@ class Batch:
             if sequence.progress is not None and not before:
                 sequence.progress(sequence.length - sequence.cached, len(entry.prompt) - sequence.cached)
             while logits is not None or not sequence.left:
-                entry.on_text(sequence.accept(logits))
+                entry.on_text(sequence.accept(logits, None if logits is None else maxima))
                 if decoding.finished or entry.cancelled:
                     break
                 sequence.next_step()

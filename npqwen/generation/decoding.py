@@ -137,14 +137,15 @@ class Decoding:
             return []
         return self.ids[self._run :]
 
-    def accept(self, logits: NDArray[np.float32] | None) -> str:
+    def accept(self, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None = None) -> str:
         """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
 
-        logits: float32 (`rows`, vocab_size), the last row that of the last token; None if nothing was pending. Raises
+        logits: float32 (`rows`, vocab_size), the last row that of the last token; None if nothing was pending. maxima:
+        those of blocks of the last row, see `npqwen.kernels.greatest.block_maxima`, if they are known. Raises
         what a logits_processor or a watch raises, OptionError if bias, processor or the text's structure leave no token
         to draw, or the structure forbids a forced one, and FormatError for logits that are not finite.
         """
-        piece = self._score_unscored(logits) if self._unscored and logits is not None else self._step(logits)
+        piece = self._score_unscored(logits) if self._unscored and logits is not None else self._step(logits, maxima)
         if piece:
             self._pieces.append(piece)
         return piece
@@ -181,7 +182,7 @@ class Decoding:
             self.force(ending_ids(self._tokenizer))
             self.thinking_ended_by = by
 
-    def _step(self, logits: NDArray[np.float32] | None) -> str:
+    def _step(self, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None) -> str:
         """Append the forced tokens, or draw one; returns the text this makes certain."""
         if logits is not None:
             self._run = len(self.ids)
@@ -198,7 +199,7 @@ class Decoding:
                 self._sampler.add(id)
         else:
             assert logits is not None  # something was pending
-            new = [self._sampler(logits[-1], None if self._guide is None else self._guide.allowed())]
+            new = [self._sampler(logits[-1], None if self._guide is None else self._guide.allowed(), maxima)]
         before = len(self.ids)
         piece = self._append(new)
         if self.logprobs is not None and logits is not None:

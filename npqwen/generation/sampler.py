@@ -17,10 +17,11 @@ from npqwen.generation.options import LogitsProcessor
 from npqwen.generation.sampling import Sampling
 from npqwen.kernels.bit_mask import mask
 from npqwen.kernels.compiled import compile_kernel
-from npqwen.kernels.greatest import MAXIMA_BLOCK, select
+from npqwen.kernels.draw import draw
+from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima, select
 
 MANY = 500
-"""Up to this many candidates are selected by a compiled kernel and drawn from in plain Python; more, with NumPy."""
+"""Up to this many candidates are selected and drawn from by compiled kernels; more, with NumPy."""
 _NO_WEIGHT = 750.0
 """exp(-746) is 0 in float64: a logit that is more than 750 temperatures below the maximum is never drawn."""
 
@@ -54,17 +55,27 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
         self._masked: NDArray[np.float32] | None = None
 
-    def __call__(self, logits: NDArray[np.float32], allowed: NDArray[np.uint32] | None = None) -> int:
+    def __call__(
+        self,
+        logits: NDArray[np.float32],
+        allowed: NDArray[np.uint32] | None = None,
+        maxima: NDArray[np.float32] | None = None,
+    ) -> int:
         """Draw the next id from logits, float32 (vocab_size,), which are not changed; it counts as generated.
 
-        allowed: draw only tokens whose bit is set, that of token i being bit i % 32 of word i // 32; after bias,
-        penalties and processor. If it is one token, no random number is used.
+        maxima: of the logits, see `npqwen.kernels.greatest.block_maxima`, if they are known. allowed: draw only tokens
+        whose bit is set, that of token i being bit i % 32 of word i // 32; after bias, penalties and processor. If it
+        is one token, no random number is used.
 
         Raises FormatError for NaN or infinite logits, a sign of damaged weights, OptionError if bias, processor and
         `allowed` leave no token to draw, and what the processor raises.
         """
-        logits = self._adjusted(logits)
-        id = self._choose(logits) if allowed is None else self._choose_allowed(logits, allowed)
+        adjusted = self._adjusted(logits)
+        if allowed is not None:
+            id = self._choose_allowed(adjusted, allowed)
+        else:
+            # They are those of the logits as they came, without penalties and the like.
+            id = self._choose(adjusted, maxima=maxima if np.may_share_memory(adjusted, logits) else None)
         self.add(id)
         return id
 
@@ -136,21 +147,23 @@ class Sampler:
             return best
         return self._choose(self._masked, count)
 
-    def _choose(self, logits: NDArray[np.float32], count: int | None = None) -> int:
+    def _choose(
+        self, logits: NDArray[np.float32], count: int | None = None, maxima: NDArray[np.float32] | None = None
+    ) -> int:
         """Draw an id from adjusted logits, or take the likeliest if sampling is greedy.
 
-        count: how many of them are allowed, if not all; the others are minus infinity.
+        count: how many of them are allowed, if not all; the others are minus infinity. maxima: of blocks of them.
         """
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
-            best = int(logits.argmax())  # argmax finds NaN first
+            best = likeliest(logits, maxima)
             self._check(float(logits[best]))
             return best
         k = s.top_k
         if count is not None and (k or count <= MANY):
             k = min(k or count, count)
         if k:
-            return self._draw(greatest(logits, k), logits)
+            return self._draw(greatest(logits, k, maxima), logits)
         p = self._weights(logits)
         if s.top_p < 1:
             total = float(p.sum())
@@ -166,36 +179,22 @@ class Sampler:
 
         total: the sum of the weights exp((logit - maximum) / temperature) of all tokens, if there are others.
         """
-        candidates = logits[ids]
-        top = self._check(float(candidates.max()))
-        if len(ids) > MANY:  # for example, all tokens that a processor forbids tie with the k-th
-            likely = candidates >= np.float32(top) - np.float32(_NO_WEIGHT * self.sampling.temperature)
-            ids, candidates = ids[likely], candidates[likely]
-        draw = self._draw_few if len(ids) <= MANY else self._draw_many
-        return draw(ids, candidates, top, total)
-
-    def _draw_few(self, ids: NDArray[np.intp], logits: NDArray[np.float32], top: float, total: float | None) -> int:
-        """`_draw` for few candidates, in plain Python: calling NumPy would take longer than computing.
-
-        logits: the candidates'. top: their maximum.
-        """
         s = self.sampling
-        weights = [math.exp((logit - top) / s.temperature) for logit in logits.tolist()]
-        pairs: list[tuple[float, int]] = sorted(zip(weights, ids.tolist(), strict=True), key=lambda pair: -pair[0])
-        if s.top_p < 1:
-            needed, mass = s.top_p * (math.fsum(weights) if total is None else total), 0.0
-            for n, (weight, _) in enumerate(pairs, 1):
-                mass += weight
-                if mass >= needed:
-                    pairs = pairs[:n]
-                    break
-        pairs = [pair for pair in pairs if pair[0] >= s.min_p]
-        left = self._random.random() * math.fsum(weight for weight, _ in pairs)
-        for weight, id in pairs:
-            left -= weight
-            if left < 0:
-                return id
-        return pairs[0][1]  # rounding made the last weight's share empty
+        if len(ids) > MANY:  # for example, all tokens that a processor forbids tie with the k-th
+            candidates = logits[ids]
+            top = self._check(float(candidates.max()))
+            likely = candidates >= np.float32(top) - np.float32(_NO_WEIGHT * s.temperature)
+            ids, candidates = ids[likely], candidates[likely]
+            if len(ids) > MANY:
+                return self._draw_many(ids, candidates, top, total)
+        options = float(s.temperature), float(s.top_p), float(s.min_p)
+        args = logits, ids, np.empty(len(ids)), *options, -1.0 if total is None else total, self._random.random()
+        if not draw.overloads:
+            compile_kernel(draw, args)
+        id: int = draw(*args)
+        if id < 0:
+            self._check(float(logits[ids].max()))
+        return id
 
     def _draw_many(self, ids: NDArray[np.intp], logits: NDArray[np.float32], top: float, total: float | None) -> int:
         """`_draw` for many candidates, with NumPy. logits: the candidates'. top: their maximum."""
@@ -227,15 +226,41 @@ class Sampler:
             return np.exp((logits.astype(np.float64) - top) / self.sampling.temperature)
 
 
-def greatest(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """The indices, ascending, of the k greatest values and of all equal to the k-th; NaN counts as the greatest."""
+def likeliest(logits: NDArray[np.float32], maxima: NDArray[np.float32] | None = None) -> int:
+    """The first index of the greatest of the logits; NaN counts as the greatest.
+
+    maxima: see `npqwen.kernels.greatest.block_maxima`; without them, all logits are read.
+    """
+    blocks = len(logits) // MAXIMA_BLOCK
+    if maxima is None or not blocks:
+        return int(logits.argmax())
+    at = MAXIMA_BLOCK * int(maxima[:blocks].argmax())
+    best = at + int(logits[at : at + MAXIMA_BLOCK].argmax())
+    rest = logits[MAXIMA_BLOCK * blocks :]
+    if not len(rest):
+        return best
+    last = MAXIMA_BLOCK * blocks + int(rest.argmax())
+    return (best, last)[logits[[best, last]].argmax()]
+
+
+def greatest(values: NDArray[np.float32], k: int, maxima: NDArray[np.float32] | None = None) -> NDArray[np.intp]:
+    """The indices, ascending, of the k greatest values and of all equal to the k-th; NaN counts as the greatest.
+
+    maxima: see `npqwen.kernels.greatest.block_maxima`; without them, all values are read.
+    """
     if k >= len(values):
         return np.arange(len(values))
     if k > MANY:
         kth = np.partition(values, len(values) - k)[len(values) - k]
         return np.flatnonzero(~(values < kth))
     ids = np.empty(len(values), np.int64)
-    args = values, np.empty(k, np.float32), np.empty(len(values) // MAXIMA_BLOCK, np.float32), ids
+    blocks = len(values) // MAXIMA_BLOCK
+    if maxima is None:
+        maxima = np.empty(blocks, np.float32)
+        if not block_maxima.overloads:
+            compile_kernel(block_maxima, (values, 0, maxima))
+        block_maxima(values, 0, maxima)
+    args = values, maxima[:blocks], np.empty(k, np.float32), ids
     if not select.overloads:
         compile_kernel(select, args)
     return ids[: select(*args)]

@@ -204,8 +204,11 @@ class Sequence:
         if not self._ahead:
             self._end_draft(False)
 
-    def accept(self, logits: NDArray[np.float32] | None) -> str:
-        """Take one step with the logits of the tokens that were run, see `Decoding.accept`; returns its text."""
+    def accept(self, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None = None) -> str:
+        """Take one step with the logits of the tokens that were run, see `Decoding.accept`; returns its text.
+
+        maxima: of the blocks of each row of them, if they are known.
+        """
         decoding, count = self.decoding, len(self._draft)
         if count:
             assert self.cache is not None
@@ -217,10 +220,11 @@ class Sequence:
             self._outcome = 0
         elif logits is None:
             logits, self._found = self._found, None
+            maxima = None
         first = not decoding.ids
         if first:
             self.prefill_seconds = time.perf_counter() - self._since
-        piece = decoding.accept(logits)
+        piece = decoding.accept(logits, None if maxima is None else maxima[-1 - count])
         now = time.perf_counter()
         if not first:
             self.decode_seconds += now - self._since

@@ -46,11 +46,15 @@ class TokenModel(Protocol):
         """The most tokens that one pass takes."""
 
     def forward_pieces(
-        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+        self,
+        pieces: Sequence[Piece],
+        out: NDArray[np.float32] | None = None,
+        maxima: NDArray[np.float32] | None = None,
     ) -> list[NDArray[np.float32]]:
         """One pass over pieces of several sequences.
 
-        Returns float32 logits (rows, vocab_size) of each, perhaps views of `out`.
+        Returns float32 logits (rows, vocab_size) of each, perhaps views of `out`. maxima: float32 (at least all rows,
+        columns of what `new_logits` gives // MAXIMA_BLOCK), receives the greatest of each whole block of logits.
         """
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:

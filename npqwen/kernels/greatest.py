@@ -1,4 +1,4 @@
-"""The k greatest of many logits in one pass, the first step of sampling."""
+"""The k greatest of many logits, the first step of sampling."""
 
 from __future__ import annotations
 
@@ -8,29 +8,48 @@ import numpy as np
 from numba import njit
 
 from npqwen.simd.blocks import reduce_max
+from npqwen.simd.tile import prefetch
 
 MAXIMA_BLOCK = 64
 """Values of a block whose maximum decides whether they are compared one by one."""
+_BLOCK_BYTES = 4 * MAXIMA_BLOCK
 
 
 @njit(nogil=True, error_model="numpy")
-def select(values: Any, tops: Any, maxima: Any, ids: Any) -> int:
+def block_maxima(values: Any, at: int, maxima: Any) -> None:
+    """maxima[n] = the greatest of the MAXIMA_BLOCK values of block n, which begin at values[at:]; NaN if there is one.
+
+    values: float32, flat.
+    """
+    for n in range(maxima.size):
+        maxima[n] = reduce_max(values, at + n * MAXIMA_BLOCK, MAXIMA_BLOCK)
+
+
+@njit(nogil=True, error_model="numpy")
+def select(values: Any, maxima: Any, tops: Any, ids: Any) -> int:
     """ids = the indices, ascending, of the tops.size greatest values and of all equal to the last; returns their
     number.
 
-    values: float32, at least tops.size; NaN counts as the greatest. tops: scratch, float32 (k,). maxima: scratch,
-    float32 (values.size // MAXIMA_BLOCK,). ids: int64 (values.size,).
+    values: float32, at least tops.size; NaN counts as the greatest. maxima: see `block_maxima`, float32
+    (values.size // MAXIMA_BLOCK,). tops: scratch, float32 (k,). ids: int64 (values.size,).
     """
     tops[:] = -np.inf
     for n in range(maxima.size):
-        maxima[n] = reduce_max(values, n * MAXIMA_BLOCK, MAXIMA_BLOCK)
         _insert(tops, maxima[n])
+    for n in range(maxima.size):
+        if not maxima[n] < tops[-1]:
+            prefetch(values, n * MAXIMA_BLOCK, _BLOCK_BYTES)
     # The k-th greatest of the blocks' maxima is at most the k-th greatest of all.
     candidates = _find_not_below(values, maxima, tops[-1], ids)
     tops[:] = -np.inf
     for n in range(candidates):
         _insert(tops, values[ids[n]])
-    return _find_not_below(values, maxima, tops[-1], ids)
+    count = 0
+    for n in range(candidates):
+        if not values[ids[n]] < tops[-1]:
+            ids[count] = ids[n]
+            count += 1
+    return count
 
 
 @njit(nogil=True)

@@ -61,8 +61,12 @@ class GgmlModel:
         return np.empty((rows, self.config.vocab_size), np.float32)
 
     def forward_pieces(
-        self, pieces: Sequence[Piece], out: NDArray[np.float32] | None = None
+        self,
+        pieces: Sequence[Piece],
+        out: NDArray[np.float32] | None = None,
+        maxima: NDArray[np.float32] | None = None,
     ) -> list[NDArray[np.float32]]:
+        assert maxima is None
         (piece,) = pieces  # llama.cpp's context holds one sequence
         return [self.forward(piece.ids, piece.cache, all_logits=True)[piece.ids.size - piece.rows :]]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npqwen.engine.piece import Piece
+from npqwen.engine.piece import Piece, by_piece
 from npqwen.errors import OptionError
+from npqwen.kernels.greatest import MAXIMA_BLOCK
 from npqwen.model import Model, load
 
 
@@ -28,6 +29,7 @@ def test_any_schedule_gives_the_logits_of_each_sequence_alone(model: Model, seed
     caches = [model.new_cache(length) for length in lengths]
     expected = [model.logits(text) for text in texts]
     out = model.new_logits(64)
+    maxima = np.empty((len(out), out.shape[1] // MAXIMA_BLOCK), np.float32)
     while left := [i for i, (text, cache) in enumerate(zip(texts, caches, strict=True)) if cache.length < len(text)]:
         room, pieces, chosen = model.chunk, [], []
         for i in rng.permutation(left)[: rng.integers(1, 7)]:
@@ -39,11 +41,15 @@ def test_any_schedule_gives_the_logits_of_each_sequence_alone(model: Model, seed
                 pieces.append(Piece(texts[i][done : done + size], caches[i], rows))
                 chosen.append((i, done + size))
                 room -= size
-        for (i, end), piece, logits in zip(
-            chosen, pieces, model.forward_pieces(pieces, out if seed % 2 else None), strict=True
-        ):
+        maxima[:] = np.nan
+        found = model.forward_pieces(pieces, out if seed % 2 else None, maxima if seed > 1 else None)
+        for (i, end), piece, logits, greatest in zip(chosen, pieces, found, by_piece(maxima, pieces), strict=True):
             assert np.array_equal(logits, expected[i][end - piece.rows : end])
             assert caches[i].length == end
+            if seed > 1:
+                blocks = logits.shape[1] // MAXIMA_BLOCK
+                whole = logits[:, : blocks * MAXIMA_BLOCK].reshape(piece.rows, blocks, MAXIMA_BLOCK)
+                assert np.array_equal(greatest[:, :blocks], whole.max(axis=2))
 
 
 def test_pieces_that_are_refused(model: Model, tiny: Callable[[int], Path]) -> None:

@@ -202,9 +202,9 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever(
     batch = Batch(dense)
     forward_pieces = dense.forward_pieces
 
-    def slow(pieces: list[Piece], out: Any = None) -> list[NDArray[np.float32]]:
+    def slow(pieces: list[Piece], out: Any = None, maxima: Any = None) -> list[NDArray[np.float32]]:
         clock.now += 0.01 * sum(piece.ids.size for piece in pieces)
-        return forward_pieces(pieces, out)
+        return forward_pieces(pieces, out, maxima)
 
     monkeypatch.setattr(dense, "forward_pieces", slow)
     Text(batch, dense, "One", temperature=0.9, seed=1, max_tokens=500, logit_bias=ENDLESS)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
+from maxima import write_maxima
 from numpy.typing import NDArray
 
 from npqwen.errors import FormatError, OptionError
-from npqwen.generation.sampler import MANY, Sampler, greatest
+from npqwen.generation import sampler
+from npqwen.generation.options import LogitsProcessor
+from npqwen.generation.sampler import MANY, Sampler, greatest, likeliest
 from npqwen.generation.sampling import Sampling
+from npqwen.kernels.draw import draw
+from npqwen.kernels.greatest import MAXIMA_BLOCK
 
 
 def distribution(
@@ -105,15 +111,18 @@ def weighed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many ids each draw weighed one by one, or sorted."""
     counts: list[int] = []
 
-    def counted(draw: Any) -> Any:
-        def count(self: Sampler, ids: np.ndarray, *args: Any) -> Any:
-            counts.append(len(ids))
-            return draw(self, ids, *args)
+    def few(logits: np.ndarray, ids: np.ndarray, *args: Any) -> Any:
+        counts.append(len(ids))
+        return draw(logits, ids, *args)
 
-        return count
+    def many(self: Sampler, ids: np.ndarray, *args: Any) -> Any:
+        counts.append(len(ids))
+        return draw_many(self, ids, *args)
 
-    monkeypatch.setattr(Sampler, "_draw_few", counted(Sampler._draw_few))
-    monkeypatch.setattr(Sampler, "_draw_many", counted(Sampler._draw_many))
+    draw_many = Sampler._draw_many
+    monkeypatch.setattr(Sampler, "_draw_many", many)
+    monkeypatch.setattr(sampler, "draw", few)
+    few.overloads = draw.overloads  # type: ignore[attr-defined]
     return counts
 
 
@@ -163,7 +172,53 @@ def test_the_greatest_values_with_ties(n: int, k: int) -> None:
         np.where(rng.random(n) < 0.99, -np.inf, 1.0),
     ):
         kth = np.sort(values)[-min(k, n)]
-        assert greatest(values.astype(np.float32), k).tolist() == np.flatnonzero(values >= kth).tolist()
+        logits = values.astype(np.float32)
+        for maxima in (None, maxima_of(logits)):
+            assert greatest(logits, k, maxima).tolist() == np.flatnonzero(values >= kth).tolist()
+            assert likeliest(logits, maxima) == logits.argmax()
+
+
+def maxima_of(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of blocks, in an array with room for more."""
+    maxima = np.full((1, len(logits) // MAXIMA_BLOCK + 3), np.nan, np.float32)
+    write_maxima([logits.reshape(1, -1)], maxima)
+    found: NDArray[np.float32] = maxima[0]
+    return found
+
+
+@pytest.mark.parametrize("at", [0, 100, 64 * 4 + 1])
+def test_nan_is_the_likeliest_whatever_is_known_of_blocks(at: int) -> None:
+    logits = np.zeros(64 * 4 + 2, np.float32)
+    logits[at] = np.nan
+    assert likeliest(logits, maxima_of(logits)) == at
+    with pytest.raises(FormatError, match="a logit of nan"):
+        Sampler(Sampling(temperature=0))(logits, maxima=maxima_of(logits))
+    with pytest.raises(FormatError, match="a logit of nan"):
+        Sampler(Sampling(top_k=5))(logits, maxima=maxima_of(logits))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "forbidden", "processor"),
+    [
+        (Sampling(top_k=20, seed=1), [], None),
+        (Sampling(top_k=20, seed=1), range(400, 500), None),
+        (Sampling(top_k=3, seed=1), [7, 8, 300], None),
+        (Sampling(temperature=0), [7, 8, 300], None),
+        (Sampling(top_k=5, seed=1, presence_penalty=2, repetition_penalty=1.3), [], None),
+        (Sampling(top_k=5, seed=1, logit_bias={3: 9.0}), range(400, 500), None),
+        (Sampling(temperature=0), [], lambda ids, logits: -logits),
+        (Sampling(top_k=0, top_p=0.9, seed=1), [], None),
+    ],
+)
+def test_what_is_known_of_blocks_changes_no_token(
+    sampling: Sampling, forbidden: Iterable[int], processor: LogitsProcessor | None
+) -> None:
+    rng = np.random.default_rng(0)
+    never = np.array(forbidden, np.intp)
+    plain, knowing = (Sampler(sampling, [1, 2], never, processor) for _ in range(2))
+    for _ in range(20):
+        logits = rng.normal(size=500).astype(np.float32) * 3
+        assert knowing(logits, maxima=maxima_of(logits)) == plain(logits)
 
 
 def test_temperature_0_is_the_likeliest_with_penalties_applied() -> None:

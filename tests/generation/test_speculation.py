@@ -205,9 +205,9 @@ def test_texts_of_a_batch_are_the_same_with_and_without_guesses(tiny_model: Mode
 class Counting(Reciter):
     """Counts the tokens of each pass over several sequences."""
 
-    def forward_pieces(self, pieces: Sequence[Piece], out: Any = None) -> list[Any]:
+    def forward_pieces(self, pieces: Sequence[Piece], out: Any = None, maxima: Any = None) -> list[Any]:
         self.passes_run = [*getattr(self, "passes_run", []), sum(piece.ids.size for piece in pieces)]
-        return super().forward_pieces(pieces, out)
+        return super().forward_pieces(pieces, out, maxima)
 
 
 def test_passes_of_a_batch_are_no_longer_than_promised() -> None:

@@ -386,8 +386,7 @@ def test_a_reload_keeps_what_has_come(page: Page, api: FakeApi) -> None:
 
 def test_two_tabs_show_the_same_conversations(page: Page, api: FakeApi, browser: Browser) -> None:
     ask_and_wait(page, "From one")
-    second = Page(browser, page.context)
-    second.load(api.url)
+    second = browser.open_beside(page, api.url)
     second.until_text("#list .open", "From one")
     ask_and_wait(page, "And more")
     second.click("#list .open")

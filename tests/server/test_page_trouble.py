@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from browser import Browser, Page
+from chromium import ChromiumPage
 from fake_api import DROP, HOLD, FakeApi, Refusal, call, end, failure, text, thought
 from test_page import ANSWER, ask, ask_and_wait, idle, messages, shown
 
@@ -130,14 +131,14 @@ def test_a_stream_without_an_end_is_an_error(page: Page, api: FakeApi) -> None:
     page.until_text(".error", "The connection ended before the answer did.")
 
 
-def test_a_server_that_is_gone_is_named(page: Page, api: FakeApi) -> None:
+def test_a_server_that_is_gone_is_named(chromium: ChromiumPage, api: FakeApi) -> None:
     network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    page.command("Network.emulateNetworkConditions", offline=True, **network)
-    ask(page, "Hi")
-    page.until_text(".error", "The server cannot be reached.")
-    page.command("Network.emulateNetworkConditions", offline=False, **network)
-    page.click(".error button")
-    page.until_text(ANSWER, "Hello.")
+    chromium.command("Network.emulateNetworkConditions", offline=True, **network)
+    ask(chromium, "Hi")
+    chromium.until_text(".error", "The server cannot be reached.")
+    chromium.command("Network.emulateNetworkConditions", offline=False, **network)
+    chromium.click(".error button")
+    chromium.until_text(ANSWER, "Hello.")
 
 
 def test_a_call_that_was_cut_off_is_not_sent_back(page: Page, api: FakeApi) -> None:
@@ -212,26 +213,26 @@ def test_every_control_has_a_name(page: Page, api: FakeApi) -> None:
     assert nameless == []
 
 
-def test_colors_follow_the_system_and_the_switch(page: Page) -> None:
+def test_colors_follow_the_system_and_the_switch(chromium: ChromiumPage) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     light, dark = "rgb(255, 255, 255)", "rgb(23, 24, 28)"
-    page.prefer(prefers_color_scheme="light")
-    assert page.evaluate(ground) == light
-    page.prefer(prefers_color_scheme="dark")
-    assert page.evaluate(ground) == dark
-    page.choose("#theme", "light")
-    assert page.evaluate(ground) == light
-    page.reload()
-    assert page.evaluate(ground) == light
-    assert page.evaluate("document.getElementById('theme').value") == "light"
-    page.choose("#theme", "auto")
-    assert page.evaluate(ground) == dark
+    chromium.prefer(prefers_color_scheme="light")
+    assert chromium.evaluate(ground) == light
+    chromium.prefer(prefers_color_scheme="dark")
+    assert chromium.evaluate(ground) == dark
+    chromium.choose("#theme", "light")
+    assert chromium.evaluate(ground) == light
+    chromium.reload()
+    assert chromium.evaluate(ground) == light
+    assert chromium.evaluate("document.getElementById('theme').value") == "light"
+    chromium.choose("#theme", "auto")
+    assert chromium.evaluate(ground) == dark
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_enough_contrast(page: Page, scheme: str) -> None:
-    page.prefer(prefers_color_scheme=scheme)
-    ratios = page.evaluate("""(() => {
+def test_text_has_enough_contrast(chromium: ChromiumPage, scheme: str) -> None:
+    chromium.prefer(prefers_color_scheme=scheme)
+    ratios = chromium.evaluate("""(() => {
         const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
         const probe = document.body.appendChild(document.createElement("i"));
         const luminance = (name) => {

@@ -4,6 +4,9 @@ import { chunks, request, ServerError } from "./stream.js";
 
 const MOST_RETURNS = 3; // to a stream whose connection breaks again and again before anything comes
 const PAUSE = 1000; // milliseconds before each
+// Firefox and Safari cut connections before they say that the page is closed: milliseconds to wait for their word when
+// a connection breaks, after "beforeunload" (which also comes before a download) and without (Safari on iOS has none).
+const LEAVING = { announced: 10000, unannounced: 300 };
 
 export function emptyAnswer(model) {
   return {
@@ -13,13 +16,15 @@ export function emptyAnswer(model) {
 }
 
 export class Answer {
-  // conversation, message: what the answer belongs to. onchange(answer) is called whenever the message has changed.
+  // conversation, message: what the answer belongs to. onchange(urgent) is called whenever the
+  // message has changed; urgent: by what a page that comes back needs.
   constructor(conversation, message, onchange) {
     this.conversation = conversation;
     this.message = message;
     this.progress = null; // {done, total, cached}: tokens of the prompt that are read
     this.pieces = 0; // chunks with text so far: about one token each
     this.left = false;
+    this.patience = LEAVING.unannounced;
     this.error = null; // the ServerError that ended it
     this.controller = new AbortController();
     this.onchange = onchange;
@@ -32,9 +37,10 @@ export class Answer {
     if (stream) request(streamPath(stream), { key: this.key, method: "DELETE" }).catch(() => {});
   }
 
-  // The page is being closed: what breaks from now on is no error of the server's.
-  leave() {
-    this.left = true;
+  // The page is being closed: what breaks from now on is no error of the server's; or, unless `surely`, it may be.
+  leave(surely) {
+    if (surely) this.left = true;
+    else this.patience = LEAVING.announced;
   }
 
   // Runs until the answer is over, however it ends; never throws.
@@ -47,7 +53,7 @@ export class Answer {
       const id = response.headers.get("X-Stream-Id");
       if (id) {
         this.message.stream = { id, next: 0 };
-        this.onchange(this);
+        this.onchange(true);
       }
       return response;
     });
@@ -90,10 +96,11 @@ export class Answer {
           if (message.stream?.next !== before) failures = 0;
           if (this.left || !error.lost || !message.stream || ++failures > MOST_RETURNS) throw error;
         }
-        await new Promise((resolve) => setTimeout(resolve, PAUSE));
+        await pause(PAUSE);
         open = () => this.rest();
       }
     } catch (error) {
+      if (error.lost) await pause(this.patience);
       if (this.left) return;
       if (error.name === "AbortError") message.finish = "stopped";
       else {
@@ -111,7 +118,7 @@ export class Answer {
     for await (const { chunk, id } of chunks(response)) {
       this.apply(chunk);
       if (id !== null && this.message.stream) this.message.stream.next = id + 1;
-      this.onchange(this);
+      this.onchange(false);
     }
     if (this.message.finish === null)
       throw new ServerError("The connection ended before the answer did.", { lost: true });
@@ -147,6 +154,10 @@ export class Answer {
     this.pieces++;
     this.progress = null;
   }
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
 function streamPath({ id }) {

@@ -108,8 +108,9 @@ async function ask(failed = null, attempt = 0) {
 
 // Shows and saves an answer as it comes; run(answer) waits for its end. Returns the ServerError that ended it, if any.
 async function follow(conversation, message, run) {
-  const answer = new Answer(conversation, message, () => {
-    storage.putSoon(conversation);
+  const answer = new Answer(conversation, message, (urgent) => {
+    if (urgent) storage.put(conversation).catch(() => {});
+    else storage.putSoon(conversation);
     if (conversation === current) drawSoon();
   });
   answers.set(conversation.id, answer);
@@ -436,12 +437,14 @@ addEventListener("hashchange", () => {
   const wanted = all.get(location.hash.slice(1));
   if (wanted && wanted !== current) open(wanted);
 });
-addEventListener("pagehide", () => {
-  for (const answer of answers.values()) {
-    answer.leave();
-    storage.put(answer.conversation).catch(() => {});
-  }
-});
+// Safari forgets what is saved as late as "pagehide".
+for (const event of ["beforeunload", "pagehide"])
+  addEventListener(event, () => {
+    for (const answer of answers.values()) {
+      answer.leave(event === "pagehide");
+      storage.put(answer.conversation).catch(() => {});
+    }
+  });
 
 async function start() {
   const place = location.hash.slice(1);
