@@ -173,7 +173,7 @@ def update(
     converted, source, out = check_path(converted), check_path(source), check_path(out)
     checkpoint = Checkpoint(source, weights=False)
     quantization = Quantization.from_directory(converted)
-    checkpoint.find_draft_layer(quantization.encodings)
+    checkpoint.learn_from_names(quantization.encodings)
     checksums = Checksums.of(converted)
     small = checkpoint.small_files()
     with Output(out, json.dumps(["update", os.path.realpath(converted)]), force=False) as output:
