@@ -54,8 +54,8 @@ class Checkpoint:
         self.tensors: dict[str, SourceTensor] = {}
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
-        self.has_draft = False
-        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), which are not read."""
+        self.leaves_draft = False
+        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), and they are not read."""
         self._named_by_mlx = False
         self.format: QuantizedFormat | None = None
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
@@ -78,9 +78,10 @@ class Checkpoint:
     def _read_gguf(self, files: Sequence[Path]) -> None:
         self._watch(files)
         self._gguf = GgufModel(files)
-        self.has_draft = self._gguf.has_draft
+        self.leaves_draft = self._gguf.leaves_draft
         self.raw_config = self._gguf.raw_config
         self.config = Config.from_dict(self.raw_config, str(files[0]))
+        self.learn_from_names(self._gguf.tensors)
         self.tensors = undone(self._gguf.tensors, self.config, self._gguf.metadata.architecture)
 
     def _read_directory(self, weights: bool) -> None:

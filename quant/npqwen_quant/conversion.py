@@ -137,9 +137,9 @@ def convert(
 
 
 def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
-    """Tell that a GGUF file's draft layer is left out, if it has one."""
-    if checkpoint.has_draft and notice:
-        notice("the file's draft layer (MTP) is left out; that of the original checkpoint would be converted")
+    """Tell that a GGUF file's draft layers are left out, if they are."""
+    if checkpoint.leaves_draft and notice:
+        notice("the file's draft layers (MTP) are left out: npqwen reads one, which shares the model's vocabulary")
 
 
 def conversion_key(
