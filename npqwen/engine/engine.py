@@ -97,12 +97,13 @@ class Engine:
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
         self.weights = Weights(path, self.config)
-        self._kv = chosen or self.weights.cache_type
-        self._weight_bytes = self.weights.nbytes
         available = available_memory()
-        self._exceeds_memory = available is not None and self.weight_bytes > 0.9 * available
+        self._exceeds_memory = available is not None and self.weights.nbytes > 0.9 * available
         if not self._exceeds_memory:
             self.weights.advise_huge_pages()
+        self.weights.check_codebooks()
+        self._kv = chosen or self.weights.cache_type
+        self._weight_bytes = self.weights.nbytes
         is_recurrent = [self.config.is_recurrent(layer) for layer in range(self.config.num_hidden_layers)]
         self.weights.layers["kv_index"] = np.cumsum(np.logical_not(is_recurrent)) - 1
         self.weights.layers["state_index"] = np.cumsum(is_recurrent) - 1

@@ -45,7 +45,9 @@ class Weights:
     """
 
     def __init__(self, directory: Path, config: Config) -> None:
-        """Raises FormatError, naming file and tensor, unless every tensor is there in the right shape and encoding."""
+        """Reads no weight. Raises FormatError, naming file and tensor, unless every tensor is there in the right shape
+        and encoding.
+        """
         self.directory = directory
         self.quantization = Quantization.from_directory(directory)
         self.tensors: dict[str, MappedTensor] = {}
@@ -102,9 +104,27 @@ class Weights:
                 )
 
     def advise_huge_pages(self) -> None:
-        """Ask for huge pages, for files that fit into memory; see `paging.advise_huge_pages`."""
+        """Ask for huge pages before any weight is read, of files that fit into memory; see `paging.advise_huge_pages`.
+        """
         for mapping in self._mappings.values():
             advise_huge_pages(mapping)
+
+    def check_codebooks(self) -> None:
+        """Raise FormatError unless all codebooks are what kernels rely on: values in range, and repeated.
+
+        It reads a page of every matrix, and what the system reads around it.
+        """
+        for name, encoding in self.quantization.encodings.items():
+            if not encoding.codebook:
+                continue
+            label = Codebook(name).name
+            tensor = self._find(label)
+            rounds = tensor.data.reshape(-1, len(encoding.codebook))
+            if (rounds != rounds[0]).any() or rounds.max() >= 2 * ZERO_POINT:
+                raise FormatError(
+                    f"{tensor.path}: tensor {label} is not {len(encoding.codebook)} values below "
+                    f"{2 * ZERO_POINT}, repeated; {AGAIN}"
+                )
 
     def _map(self, path: Path) -> None:
         """Map a file and add its tensors. Raises FormatError."""
@@ -195,15 +215,9 @@ class Weights:
         return tensor.data.ctypes.data, codebook, encoding
 
     def _codebook(self, codebook: Codebook, encoding: Encoding) -> int:
-        """The address of a codebook: kernels rely on its values and on its repetition."""
+        """The address of a codebook."""
         tensor = self._find(codebook.name)
         _check(tensor, codebook.name, "U8", codebook.shape, f" for {encoding.name}")
-        rounds = tensor.data.reshape(-1, len(encoding.codebook))
-        if (rounds != rounds[0]).any() or rounds.max() >= 2 * ZERO_POINT:
-            raise FormatError(
-                f"{tensor.path}: tensor {codebook.name} is not {len(encoding.codebook)} values below "
-                f"{2 * ZERO_POINT}, repeated; {AGAIN}"
-            )
         return tensor.data.ctypes.data
 
     def _matrix(self, matrix: Matrix) -> _Record:

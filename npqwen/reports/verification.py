@@ -117,7 +117,9 @@ def _verify(directory: Path, progress: Progress | None, *, read_weights: bool) -
         damage += _small_files(directory, checksums)
     if not damage:
         try:
-            Weights(directory, Config.from_directory(directory)).close()
+            weights = Weights(directory, Config.from_directory(directory))
+            weights.check_codebooks()
+            weights.close()
         except (FormatError, CheckpointError) as error:
             damage.append(Damage("config.json", None, f"and the weights do not fit together: {error}"))
     return Verification(directory, len(stored), total, checksums is not None, tuple(damage))

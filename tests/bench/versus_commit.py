@@ -234,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min([options.repeat, options.restarts, *options.threads]) < 1:
         parser.error("--repeat, --restarts and --threads start at 1")
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work and options.work.resolve()) as work:
         trees = [Tree(name, getattr(options, name).resolve(), Path(work)) for name in ("old", "new")]
         for tree in trees:

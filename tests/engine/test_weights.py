@@ -23,6 +23,7 @@ from npqwen.commands import cli
 from npqwen.engine.weights import Weights
 from npqwen.format.config import Config
 from npqwen.model import load
+from npqwen.reports.info import inspect
 
 IDS = np.random.default_rng(0).integers(0, 200, 40)
 QK = "model.layers.1.self_attn.qk_proj.weight"
@@ -114,7 +115,7 @@ def test_extra_tensors_and_metadata_do_no_harm(model: Path) -> None:
 def refused(directory: Path, message: str) -> None:
     """Assert that Weights and load() both refuse a directory, in one line that matches."""
     with pytest.raises((FormatError, CheckpointError), match=message) as error:
-        Weights(directory, Config.from_directory(directory))
+        Weights(directory, Config.from_directory(directory)).check_codebooks()
     assert "\n" not in str(error.value)
     with pytest.raises(type(error.value), match=message):
         load(directory)
@@ -434,3 +435,10 @@ def test_a_file_that_is_replaced_while_it_is_mapped_changes_nothing(model: Path)
         (model / "new").write_bytes(b"something else")
         os.replace(model / "new", model / "model.safetensors")
         np.testing.assert_array_equal(loaded.logits(IDS), expected)
+
+
+def test_to_describe_a_model_reads_none_of_its_weights(model: Path) -> None:
+    """Codebooks lie among the weights: to read them all takes half of a file from the disk."""
+    write_safetensors(model / "model.safetensors", {**values(), CODEBOOK: np.full(64, 64, np.uint8)})
+    assert inspect(model).bits == 4
+    refused(model, f"{CODEBOOK} is not 16 values below 64")

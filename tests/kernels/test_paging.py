@@ -187,6 +187,16 @@ def test_files_that_fit_into_memory_use_huge_pages(tmp_path: Path, monkeypatch: 
     assert ("hg" in flags[1].split()) == (fits and supported)
 
 
+def test_advice_on_pages_comes_before_the_first_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page stays as small as it was when it was first read."""
+    path = small_model(tmp_path / "model", 4)
+    events: list[str] = []
+    monkeypatch.setattr(Weights, "advise_huge_pages", lambda _: events.append("advice"))
+    monkeypatch.setattr(Weights, "check_codebooks", lambda _: events.append("read"))
+    with Model(path, threads=1):
+        assert events == ["advice", "read"]
+
+
 SMAPS = """\
 7f0000000000-7f0000400000 r--s 00000000 fe:00 17                         {0}/a model.safetensors
 Rss:                4096 kB
