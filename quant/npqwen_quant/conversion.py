@@ -35,8 +35,8 @@ from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
 from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.writer import Writer
 
-_VERSION = 1
-"""Changed with the order of steps, or with what the files of a working directory mean."""
+_VERSION = 2
+"""Changed with the order of steps, with recipes, or with what the files of a working directory mean."""
 
 # Each takes some 7 MB, and no disk keeps up with more.
 _MAX_THREADS = 64
