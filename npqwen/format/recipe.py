@@ -43,6 +43,10 @@ class Recipe:
     """In hybrids, of the matrices named here, above all those of Gated DeltaNet layers: what their rounding changes in
     keys and values stays in the state."""
 
+    shared_expert: Encoding | None = None
+    """Of the expert that sees every token, in hybrid mixtures: it is small beside the others; as the other matrices by
+    default."""
+
     @property
     def name(self) -> str:
         """As reports and directories of the cache show it: "int4"."""
@@ -55,6 +59,8 @@ class Recipe:
             return self.hybrid[part]
         if config.mixture is not None and part in self.mixture:
             return self.mixture[part]
+        if ".mlp.shared_expert." in tensor and self.shared_expert is not None:
+            return self.shared_expert
         if tensor.endswith((".mlp.gate.weight", ".in_proj_ba.weight")):
             return self.routers
         if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -77,6 +83,7 @@ RECIPES = {
             down_proj=INT4,
             mixture={"qk_proj": INT4, "v_proj": INT5, "o_proj": INT4},
             hybrid={"in_proj": INT4, "out_proj": INT4, "qk_proj": INT4},
+            shared_expert=INT4,
         ),
         Recipe(
             INT4.bits,
@@ -85,6 +92,7 @@ RECIPES = {
             v_proj=INT6,
             mixture={"qk_proj": INT5, "o_proj": INT5},
             hybrid={"in_proj": INT5, "out_proj": INT5, "qk_proj": INT5},
+            shared_expert=INT5,
         ),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.

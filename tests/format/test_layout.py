@@ -113,7 +113,9 @@ def test_encodings_that_recipes_choose(kind: str) -> None:
                 continue
             part = tensor.name.removesuffix(".weight").split(".")[-1]
             encoding = recipe.encoding(tensor.name, config)
-            if tensor.name.endswith((".mlp.gate.weight", ".in_proj_ba.weight")):
+            if ".shared_expert." in tensor.name:
+                assert encoding == {3: INT4, 4: INT5, 8: INT8, 16: BF16}[bits]
+            elif tensor.name.endswith((".mlp.gate.weight", ".in_proj_ba.weight")):
                 assert encoding == BF16
             else:
                 assert encoding == expected[bits].get(part, expected[bits]["mlp"]), tensor.name
