@@ -168,8 +168,8 @@ def test_a_draft_layer_without_a_final_norm_has_the_models(tmp_path: Path) -> No
         del tensors["blk.4.nextn.shared_head_norm.weight"]
 
     found = Checkpoint(rewritten("qwen35", tmp_path / "x.gguf", change)).tensors
-    norms = [found[name].floats(0, 128) for name in ("mtp.norm.weight", "model.norm.weight")]
-    np.testing.assert_array_equal(*norms)
+    own, models = (found[name].floats(0, 128) for name in ("mtp.norm.weight", "model.norm.weight"))
+    np.testing.assert_array_equal(own, models)
 
 
 def own_embedding(metadata: dict[str, Any], tensors: Tensors) -> None:
