@@ -12,7 +12,7 @@ from gguf_files import LLAMA, rebuilt_of
 
 from npqwen.format.config import read_json
 
-_DATA = Path(__file__).parent / "data" / "hybrid"
+DATA = Path(__file__).parent / "data" / "hybrid"
 _PLACES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",
@@ -48,11 +48,11 @@ def hybrid_gguf(name: str, place: Path) -> Path:
 
 def llama_tensors(name: str) -> dict[str, np.ndarray]:
     """float32 tensors as llama.cpp's converter makes them, under GGUF's names."""
-    raw = read_json(_DATA / name / "config.json")
+    raw = read_json(DATA / name / "config.json")
     config = raw.get("text_config", raw)
     found: dict[str, np.ndarray] = {}
     experts: dict[str, list[np.ndarray]] = {}
-    stored = read_safetensors(_DATA / name / "model.safetensors")
+    stored = read_safetensors(DATA / name / "model.safetensors")
     for key in sorted(stored, key=_natural):
         module = key.replace("model.language_model.", "model.")
         if "visual" in module:

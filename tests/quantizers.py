@@ -247,18 +247,3 @@ def check_conversion(source: Path, out: Path, meant: Mapping[str, np.ndarray]) -
     want = ReferenceModel(Config.from_directory(out), rounded).logits(ids)
     with npqwen.load(out, threads=1) as model:
         np.testing.assert_allclose(model.logits(ids), want, rtol=0, atol=1e-3 * np.abs(want).max())
-
-
-def stacked(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors with those of a layer's experts stacked, as mlx-lm writes them."""
-    experts = sum(name.startswith("model.layers.1.mlp.experts.") for name in stored)
-    found: dict[str, np.ndarray] = {}
-    for name, values in stored.items():
-        before, apart, after = name.partition(".mlp.experts.")
-        if not apart:
-            found[name] = values
-        elif after.startswith("0."):
-            rest = after[1:]
-            all_of_them = [stored.get(f"{before}.mlp.experts.{e}{rest}") for e in range(experts)]
-            found[f"{before}.mlp.switch_mlp{rest}"] = np.stack([one for one in all_of_them if one is not None])
-    return found

@@ -237,7 +237,7 @@ class PlannedWeights:
 
     def __init__(self, config: Config, recipe: Recipe) -> None:
         def record(name: str, matrix: Matrix) -> _Record:
-            return _record(0, 0, recipe.encoding(name, config.mixture is not None), matrix)
+            return _record(0, 0, recipe.encoding(name, config), matrix)
 
         def fill(target: np.void, tensors: Mapping[str, Tensor]) -> None:
             for role, part in tensors.items():

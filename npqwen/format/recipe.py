@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from npqwen.errors import OptionError, quoted
+from npqwen.format.config import Config
 from npqwen.format.encodings import BF16, INT3, INT4, INT5, INT6, INT8, Encoding
 
 
@@ -38,17 +39,28 @@ class Recipe:
     mixture: Mapping[str, Encoding] = field(default_factory=dict)
     """In mixtures of experts, of the attention's matrices named here: they are few beside the experts, but every token
     uses them, and most of the damage is theirs."""
+    hybrid: Mapping[str, Encoding] = field(default_factory=dict)
+    """In hybrids, of the matrices named here, above all those of Gated DeltaNet layers: what their rounding changes in
+    keys and values stays in the state."""
+
+    shared_expert: Encoding | None = None
+    """Of the expert that sees every token, in hybrid mixtures: it is small beside the others; as the other matrices by
+    default."""
 
     @property
     def name(self) -> str:
         """As reports and directories of the cache show it: "int4"."""
         return self.matrices.name
 
-    def encoding(self, tensor: str, is_mixture: bool) -> Encoding:
-        """The encoding of the matrix tensor of this name, in a dense model or in a mixture of experts."""
+    def encoding(self, tensor: str, config: Config) -> Encoding:
+        """The encoding of the matrix tensor of this name, in a model with this configuration."""
         part = tensor.removesuffix(".weight").rpartition(".")[2]
-        if is_mixture and part in self.mixture:
+        if config.recurrence is not None and part in self.hybrid:
+            return self.hybrid[part]
+        if config.mixture is not None and part in self.mixture:
             return self.mixture[part]
+        if ".mlp.shared_expert." in tensor and self.shared_expert is not None:
+            return self.shared_expert
         if tensor.endswith((".mlp.gate.weight", ".in_proj_ba.weight")):
             return self.routers
         if tensor in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -70,8 +82,18 @@ RECIPES = {
             v_proj=INT4,
             down_proj=INT4,
             mixture={"qk_proj": INT4, "v_proj": INT5, "o_proj": INT4},
+            hybrid={"in_proj": INT4, "out_proj": INT4, "qk_proj": INT4},
+            shared_expert=INT4,
         ),
-        Recipe(INT4.bits, INT4, vocabulary=INT5, v_proj=INT6, mixture={"qk_proj": INT5, "o_proj": INT5}),
+        Recipe(
+            INT4.bits,
+            INT4,
+            vocabulary=INT5,
+            v_proj=INT6,
+            mixture={"qk_proj": INT5, "o_proj": INT5},
+            hybrid={"in_proj": INT5, "out_proj": INT5, "qk_proj": INT5},
+            shared_expert=INT5,
+        ),
         Recipe(INT8.bits, INT8),
         # The unquantized baseline, which nothing else should round either.
         Recipe(BF16.bits, BF16, cache_type="f32"),

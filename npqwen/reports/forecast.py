@@ -80,6 +80,7 @@ def _hybrid(
         "max_position_embeddings": 262144,
         "rope_theta": 10000000,
         "linear_num_value_heads": values,
+        "mtp_num_hidden_layers": 1,
     }
     return _dense(hidden, inner, layers, heads, **(own | more))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files
 from npqwen_quant.gguf_hybrid import undone
-from npqwen_quant.hybrid import in_layout, is_of_mlx
+from npqwen_quant.hybrid import in_layout, is_named_by_mlx, is_of_mlx
 from npqwen_quant.mlx import Mlx
 from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
@@ -54,8 +54,9 @@ class Checkpoint:
         self.tensors: dict[str, SourceTensor] = {}
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
-        self.has_draft = False
-        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), which are not read."""
+        self.leaves_draft = False
+        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), and they are not read."""
+        self._named_by_mlx = False
         self.format: QuantizedFormat | None = None
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
         if weights and (files := gguf_files(directory)):
@@ -77,9 +78,10 @@ class Checkpoint:
     def _read_gguf(self, files: Sequence[Path]) -> None:
         self._watch(files)
         self._gguf = GgufModel(files)
-        self.has_draft = self._gguf.has_draft
+        self.leaves_draft = self._gguf.leaves_draft
         self.raw_config = self._gguf.raw_config
         self.config = Config.from_dict(self.raw_config, str(files[0]))
+        self.learn_from_names(self._gguf.tensors)
         self.tensors = undone(self._gguf.tensors, self.config, self._gguf.metadata.architecture)
 
     def _read_directory(self, weights: bool) -> None:
@@ -99,15 +101,17 @@ class Checkpoint:
         self.config = Config.from_dict(raw, str(directory / "config.json"))
         if weights:
             stored = self._read_tensors()
-            self.find_draft_layer(stored)
+            self.learn_from_names(stored)
             self.tensors = self._named(stored)
         refuse_packed(self.tensors, directory)
 
-    def find_draft_layer(self, names: Iterable[str]) -> None:
+    def learn_from_names(self, names: Collection[str]) -> None:
         """Have the configuration say whether a hybrid's tensors, of these names, include a draft layer.
 
         Qwen3-Next's config.json does not mention it, and those of further trained models mention one that they lost.
+        Whether MLX stored the tensors is what their names tell until shapes do.
         """
+        self._named_by_mlx = is_named_by_mlx(names)
         count = int(self.config.recurrence is not None and any(map(_of_draft, names)))
         if count != self.config.mtp_num_hidden_layers:
             self.config = replace(self.config, mtp_num_hidden_layers=count)
@@ -137,7 +141,7 @@ class Checkpoint:
 
     def _is_of_mlx(self, tensors: Mapping[str, SourceTensor]) -> bool:
         """Whether MLX stored a hybrid. CheckpointError if only some of its tensors are here, and others tell."""
-        found, expected = is_of_mlx(tensors), isinstance(self.format, Mlx)
+        found, expected = is_of_mlx(tensors), isinstance(self.format, Mlx) or self._named_by_mlx
         if found is None or found == expected:
             return expected
         if not self._whole:

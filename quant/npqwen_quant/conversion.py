@@ -35,8 +35,8 @@ from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
 from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.writer import Writer
 
-_VERSION = 1
-"""Changed with the order of steps, or with what the files of a working directory mean."""
+_VERSION = 2
+"""Changed with the order of steps, with recipes, or with what the files of a working directory mean."""
 
 # Each takes some 7 MB, and no disk keeps up with more.
 _MAX_THREADS = 64
@@ -137,9 +137,9 @@ def convert(
 
 
 def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
-    """Tell that a GGUF file's draft layer is left out, if it has one."""
-    if checkpoint.has_draft and notice:
-        notice("the file's draft layer (MTP) is left out; that of the original checkpoint would be converted")
+    """Tell that a GGUF file's draft layers are left out, if they are."""
+    if checkpoint.leaves_draft and notice:
+        notice("the file's draft layers (MTP) are left out: npqwen reads one, which shares the model's vocabulary")
 
 
 def conversion_key(
@@ -173,7 +173,7 @@ def update(
     converted, source, out = check_path(converted), check_path(source), check_path(out)
     checkpoint = Checkpoint(source, weights=False)
     quantization = Quantization.from_directory(converted)
-    checkpoint.find_draft_layer(quantization.encodings)
+    checkpoint.learn_from_names(quantization.encodings)
     checksums = Checksums.of(converted)
     small = checkpoint.small_files()
     with Output(out, json.dumps(["update", os.path.realpath(converted)]), force=False) as output:

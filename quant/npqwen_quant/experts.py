@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,37 @@ from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor
 
 _STACKED = ".mlp.switch_mlp."
 _FUSED = ".mlp.experts."
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""The fused tensors of a layer's experts, and what each has of every expert, one after the other."""
+_OTHER = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
 _MOST = 1 << 16
-"""Experts; more are not taken apart, which would take memory."""
+"""Experts of a layer; more are not taken apart, which would take memory."""
+_MOST_NAMES = 1 << 21
+
+
+def names_of_singles(names: Iterable[str], config: Config) -> dict[str, tuple[str, ...]]:
+    """By the names of stored tensors, those of what becomes of them: of all experts, where a tensor stacks a layer's.
+
+    If only both fused tensors of a layer tell how they are stored, each has the names of what becomes of both.
+    Raises CheckpointError for more experts than memory might hold the names of.
+    """
+    count = 0 if config.mixture is None else config.mixture.num_experts
+    both = tuple(part for parts in _PARTS.values() for part in parts)
+    found: dict[str, tuple[str, ...]] = {}
+    total = 0
+    for name in names:
+        layer, stacked, after = name.partition(_STACKED)
+        parts: tuple[str, ...] = (after,) if stacked else ()
+        if not stacked:
+            layer, _, fused = name.partition(_FUSED)
+            own = both if _ambiguous(config) else _PARTS.get(fused, ())
+            parts = tuple(f"{part}.weight" for part in own) if fused in _PARTS else ()
+        total += count * len(parts)
+        if total > _MOST_NAMES:
+            raise CheckpointError(f"config.json's num_experts, {count}, is more than any model has")
+        singles = (f"{layer}{_FUSED}{expert}.{part}" for part in parts for expert in range(count))
+        found[name] = tuple(singles) or (name,)
+    return found
 
 
 def unstacked(stored: Mapping[str, PlainTensor], config: Config) -> dict[str, PlainTensor]:
@@ -34,52 +63,55 @@ def unstacked(stored: Mapping[str, PlainTensor], config: Config) -> dict[str, Pl
 
 
 def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, SourceTensor]:
-    """Tensors of Qwen3-VL's mixtures under the names of single experts.
+    """Tensors of the mixtures of Qwen3-VL and Qwen3.5 under the names of single experts.
 
-    There, gate and up of all experts are one tensor (experts, hidden, 2 * inner) and down is (experts, inner, hidden):
-    each matrix is transposed. What transformers saves anew is (experts, 2 * inner, hidden), (experts, hidden, inner).
+    Gate and up of all experts are one tensor (experts, 2 * inner, hidden), down is (experts, hidden, inner). Qwen3-VL's
+    are (experts, hidden, 2 * inner) and (experts, inner, hidden): each matrix is transposed. Square ones are stored as
+    the layer's other tensor is, which must be there then.
     """
     found: dict[str, SourceTensor] = {}
     recent: Recent[npt.NDArray[Any]] = Recent()
     for name, tensor in tensors.items():
         layer, _, part = name.partition(_FUSED)
-        if part not in ("gate_up_proj", "down_proj") or not isinstance(tensor, PlainTensor):
+        if part not in _PARTS or not isinstance(tensor, PlainTensor):
             found[name] = tensor
-        elif part == "gate_up_proj":
-            down = tensors.get(f"{layer}{_FUSED}down_proj")
-            if not isinstance(down, PlainTensor):
-                raise CheckpointError(f"{tensor.path} has {shortened(name)}, but no down_proj beside it")
-            found |= _experts(f"{layer}.mlp.experts", tensor, down, config, recent)
-        elif f"{layer}{_FUSED}gate_up_proj" not in tensors:
-            raise CheckpointError(f"{tensor.path} has {shortened(name)}, but no gate_up_proj beside it")
+            continue
+        transposed = _is_transposed(name, tensor, config)
+        if transposed is None:
+            beside = f"{layer}{_FUSED}{_OTHER[part]}"
+            other = tensors.get(beside)
+            if not isinstance(other, PlainTensor):
+                raise CheckpointError(f"{tensor.path} has {shortened(name)}, but no {_OTHER[part]} beside it")
+            transposed = bool(_is_transposed(beside, other, config))
+        rows = tensor.shape[2 if transposed else 1] // len(_PARTS[part])
+        for expert in range(tensor.shape[0]):
+            matrix = tensor.entry(expert)
+            for i, each in enumerate(_PARTS[part]):
+                found[f"{layer}{_FUSED}{expert}.{each}.weight"] = (
+                    TransposedRows(matrix, i * rows, rows, recent) if transposed else matrix.rows(i * rows, rows)
+                )
     return found
 
 
-def _experts(
-    layer: str, gate_up: PlainTensor, down: PlainTensor, config: Config, recent: Recent[npt.NDArray[Any]]
-) -> dict[str, SourceTensor]:
-    """The matrices of a layer's experts."""
-    inner, hidden = _check(f"{layer}.gate_up_proj", gate_up, config), config.hidden_size
-    _check(f"{layer}.down_proj", down, config)
-    shapes = gate_up.shape[1:], down.shape[1:]
-    transposed = shapes == ((hidden, 2 * inner), (inner, hidden))
-    if not transposed and shapes != ((2 * inner, hidden), (hidden, inner)):
+def _ambiguous(config: Config) -> bool:
+    """Whether the matrices of one of a layer's fused tensors are square: then its shape does not tell their order."""
+    inner = 0 if config.mixture is None else config.mixture.moe_intermediate_size
+    return config.hidden_size in (inner, 2 * inner)
+
+
+def _is_transposed(name: str, tensor: PlainTensor, config: Config) -> bool | None:
+    """Whether the experts' matrices in a fused tensor are; None if they are square. CheckpointError for other shapes.
+
+    Gate and up together, or down: they cannot both be square.
+    """
+    inner, hidden = _check(name, tensor, config), config.hidden_size
+    shape = (2 * inner, hidden) if name.endswith("gate_up_proj") else (hidden, inner)
+    if tensor.shape[1:] not in (shape, shape[::-1]):
         raise CheckpointError(
-            f"{gate_up.path}: the experts of {shortened(layer)} have shapes {list(gate_up.shape)} and "
-            f"{list(down.shape)}, but config.json says {[hidden, 2 * inner]} and {[inner, hidden]} for each"
+            f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says "
+            f"{[tensor.shape[0], *shape]}"
         )
-    found: dict[str, SourceTensor] = {}
-    for expert in range(gate_up.shape[0]):
-        both, last = gate_up.entry(expert), down.entry(expert)
-        for part, whole, first, count in (
-            ("gate_proj", both, 0, inner),
-            ("up_proj", both, inner, inner),
-            ("down_proj", last, 0, hidden),
-        ):
-            found[f"{layer}.{expert}.{part}.weight"] = (
-                TransposedRows(whole, first, count, recent) if transposed else whole.rows(first, count)
-            )
-    return found
+    return None if shape[0] == shape[1] else tensor.shape[1:] != shape
 
 
 def _check(name: str, tensor: PlainTensor, config: Config) -> int:

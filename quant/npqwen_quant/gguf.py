@@ -24,6 +24,7 @@ from npqwen_quant.gguf_config import (
     refuse_architecture,
 )
 from npqwen_quant.gguf_header import GgufHeader, StoredGguf, is_gguf, read_architecture, read_header
+from npqwen_quant.gguf_hybrid import DRAFT, DRAFT_NAMES, OWN_VOCABULARY
 from npqwen_quant.gguf_hybrid import NAMES as OF_HYBRIDS
 from npqwen_quant.gguf_tokenizer import GgufTokenizer
 from npqwen_quant.gguf_types import TYPES
@@ -139,7 +140,8 @@ class GgufModel:
     """A model in GGUF: what a checkpoint directory would say of it.
 
     files: all of its shards. raw_config: the content of config.json. tensors: by the names of Qwen3ForCausalLM; of a
-    hybrid, as gguf_hybrid.undone takes them. has_draft: whether it has layers that are not read.
+    hybrid, as gguf_hybrid.undone takes them. leaves_draft: whether it has draft layers that are not read: several, or
+    one with an embedding or an output matrix of its own.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -162,9 +164,10 @@ class GgufModel:
         self.kinds = _kinds(tensor for _, tensor in stored.values())
         """Names of the formats of the matrices, by the bytes they take, the largest first."""
         drafts = draft_layers(self.metadata)
-        self.has_draft = drafts > 0
         self.is_hybrid = self.metadata.architecture in HYBRIDS
         self._layers = self.metadata.needed(".block_count", int) - drafts
+        self._drafts = drafts
+        self.leaves_draft = drafts > 1 or any(f"blk.{self._layers}.{name}" in stored for name in OWN_VOCABULARY)
         self.tensors: dict[str, SourceTensor] = {}
         for name, (path, tensor) in stored.items():
             for ours, found in self._named(name, path, tensor):
@@ -203,16 +206,20 @@ class GgufModel:
         return [SmallFile(name, len(content), partial(bytes, content)) for name, content in files.items()]
 
     def _named(self, name: str, path: Path, stored: StoredGguf) -> Iterator[tuple[str, SourceTensor]]:
-        """A tensor under the name of Qwen3ForCausalLM; a stack of experts as one tensor each; none of a draft's layers.
-        Unknown names stay."""
+        """A tensor under the name of Qwen3ForCausalLM; a stack of experts as one tensor each. Unknown names stay."""
         match = _IN_LAYER.fullmatch(name)
         if match is None:
             found = _NAMES.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             yield f"{found}.weight" if found is not None else name, GgufTensor(path, stored)
             return
         layer, part = f"model.layers.{match[1]}", match[2]
-        if self.has_draft and int(match[1]) >= self._layers:
-            return
+        if self._drafts and int(match[1]) >= self._layers:
+            if self.leaves_draft:
+                return
+            layer = DRAFT
+            if part in DRAFT_NAMES:
+                yield DRAFT_NAMES[part], GgufTensor(path, stored)
+                return
         own = part.removesuffix(".weight") if part.endswith(".weight") else ""
         if own in _EXPERTS and len(stored.shape) == 3:
             yield from _experts(f"{layer}.mlp.experts", name, path, stored, _EXPERTS[own])

@@ -137,7 +137,7 @@ def config(
 
 
 def draft_layers(metadata: Metadata) -> int:
-    """How many of a file's layers are its draft's, the last ones; they are not read."""
+    """How many of a file's layers are its draft's, the last ones."""
     found: int = metadata.get(".nextn_predict_layers", int, 0) if metadata.architecture in HYBRIDS else 0
     if found < 0:
         raise CheckpointError(f"{metadata.path}: {metadata.architecture}.nextn_predict_layers is {found}")

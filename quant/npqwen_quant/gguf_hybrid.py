@@ -6,7 +6,7 @@
   have them as they are, ssm_in.
 - The value heads of Qwen3.5, here grouped by key head as in checkpoints, take turns: the first of each key head, then
   the second of each, and so on. So it is with all that has a row, a channel, a column or an element for each.
-- Draft layers (nextn) are numbered as further layers.
+- The draft layer (nextn) is numbered as a further one, of attention; without a final norm, it has the model's.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ NAMES = {
 """What GGUF calls the tensors of a hybrid's layer that other models lack, and checkpoints do."""
 
 
+DRAFT = "mtp.layers.0"
+"""What the draft layer is called in checkpoints."""
+DRAFT_NAMES = {
+    "nextn.eh_proj.weight": "mtp.fc.weight",
+    "nextn.enorm.weight": "mtp.pre_fc_norm_embedding.weight",
+    "nextn.hnorm.weight": "mtp.pre_fc_norm_hidden.weight",
+    "nextn.shared_head_norm.weight": "mtp.norm.weight",
+}
+"""What GGUF calls the tensors around the draft layer, and checkpoints do."""
+OWN_VOCABULARY = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
+"""Of a draft layer that does not share the model's embedding or output matrix; no Qwen model has one."""
+
+
 def undone(tensors: Mapping[str, SourceTensor], config: Config, architecture: str) -> dict[str, SourceTensor]:
     """The tensors of npqwen's layout from those of a file, by NAMES.
 
@@ -51,6 +64,8 @@ def undone(tensors: Mapping[str, SourceTensor], config: Config, architecture: st
     if recurrence is None:
         return dict(tensors)
     found: dict[str, SourceTensor] = {}
+    if "mtp.fc.weight" in tensors and "model.norm.weight" in tensors:
+        tensors = {"mtp.norm.weight": tensors["model.norm.weight"], **tensors}
     for name, tensor in tensors.items():
         _, linear, part = name.rpartition(".linear_attn.")
         source = _Negated(tensor) if linear and part == "decay" else tensor

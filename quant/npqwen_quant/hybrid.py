@@ -13,7 +13,7 @@ Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,11 @@ def is_of_mlx(tensors: Mapping[str, SourceTensor]) -> bool | None:
     """Whether MLX stored a hybrid's tensors; None if these do not tell."""
     shapes = (tensor.shape for name, tensor in tensors.items() if name.endswith(".linear_attn.conv1d.weight"))
     return next((shape[1:] == (CONVOLUTION, 1) for shape in shapes), None)
+
+
+def is_named_by_mlx(names: Iterable[str]) -> bool:
+    """Whether these are names that mlx-lm or mlx-vlm gives to a hybrid's tensors, and transformers does not."""
+    return any(name.startswith("language_model.model.") or ".mlp.switch_mlp." in name for name in names)
 
 
 def in_layout(

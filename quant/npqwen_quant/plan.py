@@ -62,7 +62,7 @@ def plan(config: Config, recipe: Recipe) -> list[OutputTensor]:
 def planned(config: Config, recipe: Recipe) -> Iterator[OutputTensor]:
     """`plan`, one tensor after the other: a hostile config.json may have more than memory holds."""
     for tensor in Layout(config):
-        encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name, config.mixture is not None)
+        encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name, config)
         if encoding is not None and encoding.codebook:
             yield OutputTensor(Codebook(tensor.name), encoding)
         yield OutputTensor(tensor, encoding)

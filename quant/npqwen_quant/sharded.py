@@ -32,6 +32,7 @@ from npqwen_quant.conversion import (
     refuse_unknown,
     write_small,
 )
+from npqwen_quant.experts import names_of_singles
 from npqwen_quant.hybrid import names_in_layout
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
@@ -87,7 +88,7 @@ def convert_shards(
         largest = max(shards.files.values())
         output.check_room(largest)
         stored = _stored(checkpoint, shards, place)
-        refuse_impossible_counts(checkpoint, len(stored))
+        refuse_impossible_counts(checkpoint, sum(len(one.made) for one in stored))
         tensors = plan(checkpoint.config, recipe)
         shapes = {name: shape for planned in tensors for name, shape in planned.sources.items()}
         _check_names(checkpoint, shapes, stored)
@@ -144,13 +145,16 @@ def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored
     missing = sorted(set(weight_map.values()) - set(shards.files))
     if missing:
         raise CheckpointError(f"{shortened(missing[0])} is missing, a shard that {INDEX} names")
-    checkpoint.find_draft_layer(weight_map)
+    checkpoint.learn_from_names(weight_map)
     own = {name: text for name in weight_map if (text := checkpoint.own_name(name)) is not None}
     if is_bare(own.values()):
         own = {name: prefixed(text) for name, text in own.items()}
-    return [
-        _Stored(name, weight_map[name], text, names_in_layout(text, checkpoint.config)) for name, text in own.items()
-    ]
+    singles = names_of_singles(own.values(), checkpoint.config)
+    found = []
+    for name, text in own.items():
+        made = [one for single in singles[text] for one in names_in_layout(single, checkpoint.config)]
+        found.append(_Stored(name, weight_map[name], text, tuple(made)))
+    return found
 
 
 def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: Iterable[_Stored]) -> None:
@@ -158,12 +162,6 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
     there = {module for one in stored for module in one.modules}
     for name in shapes:
         if _module(name) not in there:
-            layer = name.partition(".mlp.experts.")[0]
-            if any(module.startswith((f"{layer}.mlp.switch_mlp", f"{layer}.mlp.experts")) for module in there):
-                raise CheckpointError(
-                    f"{checkpoint.directory} stores a layer's experts in one tensor, and such checkpoints can only be "
-                    "converted whole; use it without low_disk (--low-disk)"
-                )
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
     for one in stored:
         if checkpoint.format is None or one.module not in modules:

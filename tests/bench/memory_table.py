@@ -79,6 +79,12 @@ def hollow(directory: Path, raw: Mapping[str, Any], bits: int) -> Config:
     return config
 
 
+def whole(name: str) -> dict[str, Any]:
+    """config.json of a model of `make_checkpoint.SIZES`, with the draft layer that Qwen's hybrids have."""
+    raw = dict(SIZES[name])
+    return raw if Config.from_dict(raw).recurrence is None else raw | {"mtp_num_hidden_layers": 1}
+
+
 def four_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What changes in a hybrid's config.json if it has four layers."""
     return {"num_hidden_layers": 4, "layer_types": raw["layer_types"][:4]}
@@ -86,11 +92,12 @@ def four_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def needs(name: str, bits: int, context: int = CONTEXT, threads: int = THREADS) -> Needs:
     """What a model of `make_checkpoint.SIZES` takes."""
-    config = Config.from_dict(SIZES[name])
+    raw = whole(name)
+    config = Config.from_dict(raw)
     with tempfile.TemporaryDirectory() as place:
         # A hybrid's fourth layer is the first with attention.
-        few = {"num_hidden_layers": 1} if config.recurrence is None else four_layers(SIZES[name])
-        layer = hollow(Path(place), {**SIZES[name], **few}, bits)
+        few = {"num_hidden_layers": 1} if config.recurrence is None else four_layers(raw)
+        layer = hollow(Path(place), {**raw, **few}, bits)
         weights = Weights(Path(place), layer)
         budget = Budget(
             weights=sum(planned.nbytes for planned in plan(config, recipe_of(bits))),
@@ -100,7 +107,7 @@ def needs(name: str, bits: int, context: int = CONTEXT, threads: int = THREADS) 
             states=states_bytes(config),
         )
         weights.close()
-    download = 2 * sum(math.prod(shape) for _, shape in tensors(SIZES[name]))
+    download = 2 * sum(math.prod(shape) for _, shape in tensors(raw))
     return Needs(name, bits, download, budget.weights, budget.cache(context), budget.working)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import make_config, shapes
 from converted import MATRICES, tensors
+from make_checkpoint import SIZES
 from units import PLANES, unit_bytes
 
 from npqwen.format.config import Config
@@ -81,26 +82,40 @@ def test_encodings_are_what_the_format_says() -> None:
             assert all(abs(value) <= 127 if bits == 8 else -32 <= value < 32 for value in encoding.values)
 
 
-@pytest.mark.parametrize("is_mixture", [False, True])
-def test_encodings_that_recipes_choose(is_mixture: bool) -> None:
+@pytest.mark.parametrize("kind", ["dense", "mixture", "hybrid", "hybrid mixture"])
+def test_encodings_that_recipes_choose(kind: str) -> None:
     expected: dict[int, dict[str, Encoding]] = {
         3: {"embed_tokens": INT5, "qk_proj": INT3, "v_proj": INT4, "o_proj": INT3, "down_proj": INT4, "mlp": INT3},
         4: {"embed_tokens": INT5, "qk_proj": INT4, "v_proj": INT6, "o_proj": INT4, "down_proj": INT4, "mlp": INT4},
         8: dict.fromkeys(("embed_tokens", "qk_proj", "v_proj", "o_proj", "down_proj", "mlp"), INT8),
         16: dict.fromkeys(("embed_tokens", "qk_proj", "v_proj", "o_proj", "down_proj", "mlp"), BF16),
     }
-    if is_mixture:
+    for parts in expected.values():
+        parts["lm_head"] = parts["embed_tokens"]
+    if "mixture" in kind:
         expected[3] |= {"qk_proj": INT4, "v_proj": INT5, "o_proj": INT4}
         expected[4] |= {"qk_proj": INT5, "o_proj": INT5}
-    layout = Layout(Config.from_dict(make_config(**(MIXTURE if is_mixture else {}))))
+    if "hybrid" in kind:
+        expected[3] |= dict.fromkeys(("in_proj", "out_proj", "qk_proj"), INT4)
+        expected[4] |= dict.fromkeys(("in_proj", "out_proj", "qk_proj"), INT5)
+    configs = {
+        "dense": make_config(tie_word_embeddings=False),
+        "mixture": make_config(**MIXTURE),
+        "hybrid": SIZES["3.5-4B"] | {"mtp_num_hidden_layers": 1},
+        "hybrid mixture": SIZES["3.5-35B-A3B"] | {"mtp_num_hidden_layers": 1},
+    }
+    config = Config.from_dict(configs[kind])
+    layout = Layout(config)
     for bits, recipe in RECIPES.items():
         assert recipe.bits == bits
         for tensor in layout:
             if isinstance(tensor, Vector):
                 continue
             part = tensor.name.removesuffix(".weight").split(".")[-1]
-            encoding = recipe.encoding(tensor.name, is_mixture)
-            if tensor.name.endswith(".mlp.gate.weight"):
+            encoding = recipe.encoding(tensor.name, config)
+            if ".shared_expert." in tensor.name:
+                assert encoding == {3: INT4, 4: INT5, 8: INT8, 16: BF16}[bits]
+            elif tensor.name.endswith((".mlp.gate.weight", ".in_proj_ba.weight")):
                 assert encoding == BF16
             else:
                 assert encoding == expected[bits].get(part, expected[bits]["mlp"]), tensor.name

@@ -6,14 +6,16 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import from_bf16, read_safetensors
 from gguf_files import LLAMA, Tensors, encode
-from gguf_hybrids import hybrid_gguf, llama_tensors
-from hybrids import HYBRIDS, golden, hybrid_checkpoint
+from gguf_hybrids import DATA, hybrid_gguf, llama_tensors
+from hybrids import HYBRIDS, draft_tensors, golden, hybrid_checkpoint
 from npqwen_quant import convert
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.gguf import GgufModel
@@ -60,7 +62,10 @@ def test_the_pre_tokenizer_keeps_marks_with_letters(files: dict[str, Path], tmp_
 
 def rewritten(name: str, path: Path, change: Callable[[dict[str, Any], Tensors], object]) -> Path:
     """A hybrid's file in F32 with changes of its metadata and tensors."""
-    metadata = dict(read_header(hybrid_gguf(name, path.parent)).metadata)
+    metadata: dict[str, Any] = dict(read_header(hybrid_gguf(name, path.parent)).metadata)
+    for key, value in metadata.items():
+        if isinstance(value, list) and value and isinstance(value[0], bool):
+            metadata[key] = bools(value)
     tensors: Tensors = {}
     for key, values in llama_tensors(name).items():
         tensors[key] = "F32", values.shape, np.ascontiguousarray(values).tobytes()
@@ -69,14 +74,27 @@ def rewritten(name: str, path: Path, change: Callable[[dict[str, Any], Tensors],
     return path
 
 
-def with_draft(metadata: dict[str, Any], tensors: Tensors) -> None:
+def with_draft(name: str, metadata: dict[str, Any], tensors: Tensors, layers: int = 1) -> None:
+    """Add the draft layer of `hybrid_checkpoint(f"{name}+draft")`, as llama.cpp's converter does, numbered from 4 on.
+
+    layers: how often.
+    """
     (arch,) = {key.partition(".")[0] for key in metadata if key.endswith(".block_count")}
-    metadata[f"{arch}.block_count"] = 5
-    metadata[f"{arch}.nextn_predict_layers"] = 1
-    metadata[f"{arch}.attention.recurrent_layers"] = bools([True, True, True, False, False])
-    tensors |= {key.replace("blk.3.", "blk.4."): value for key, value in tensors.items() if key.startswith("blk.3.")}
-    for part in ("eh_proj", "enorm", "hnorm", "shared_head_norm"):
-        tensors[f"blk.4.nextn.{part}.weight"] = tensors["blk.3.attn_norm.weight"]
+    metadata[f"{arch}.block_count"] = 4 + layers
+    metadata[f"{arch}.nextn_predict_layers"] = layers
+    metadata[f"{arch}.attention.recurrent_layers"] = bools([True, True, True, *[False] * (1 + layers)])
+    stored = read_safetensors(DATA / name / "model.safetensors")
+    stored = {key.replace("model.language_model.", "model."): values for key, values in stored.items()}
+    own = {key: from_bf16(values) for key, values in draft_tensors(stored).items()}
+    around = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm"}
+    around["norm"] = "shared_head_norm"
+    for layer in range(4, 4 + layers):
+        # The layer is a copy of the last one.
+        copies = {key.replace("blk.3.", f"blk.{layer}."): x for key, x in tensors.items() if key.startswith("blk.3.")}
+        tensors |= copies
+        for part, theirs in around.items():
+            values = own[f"mtp.{part}.weight"] + np.float32(part != "fc")
+            tensors[f"blk.{layer}.nextn.{theirs}.weight"] = "F32", values.shape, values.tobytes()
 
 
 def bools(values: list[bool]) -> bytes:
@@ -110,8 +128,6 @@ def nothing(metadata: dict[str, Any], tensors: Tensors) -> None:
     ("name", "change"),
     [
         ("qwen35", nothing),
-        ("qwen35", with_draft),
-        ("qwen35-moe", with_draft),
         ("next", as_old_files_do),
         ("qwen35-moe", with_fused_experts),
     ],
@@ -119,16 +135,15 @@ def nothing(metadata: dict[str, Any], tensors: Tensors) -> None:
 def test_other_styles_are_read_as_the_checkpoint(
     tmp_path: Path, name: str, change: Callable[[dict[str, Any], Tensors], object]
 ) -> None:
-    def fix(metadata: dict[str, Any], tensors: Tensors) -> None:
-        for key, value in metadata.items():
-            if isinstance(value, list) and isinstance(value[0], bool):
-                metadata[key] = bools(value)
-        change(metadata, tensors)
+    equal(
+        Checkpoint(rewritten(name, tmp_path / "x.gguf", change)),
+        Checkpoint(hybrid_checkpoint(name, tmp_path / "checkpoint")),
+    )
 
-    found = Checkpoint(rewritten(name, tmp_path / "x.gguf", fix))
-    want = Checkpoint(hybrid_checkpoint(name, tmp_path / "checkpoint"))
+
+def equal(found: Checkpoint, want: Checkpoint) -> None:
+    """Whether two checkpoints are the same model."""
     assert found.config == want.config
-    assert found.has_draft == (change is with_draft)
     assert found.tensors.keys() == want.tensors.keys()
     for key, tensor in want.tensors.items():
         one = found.tensors[key]
@@ -136,6 +151,51 @@ def test_other_styles_are_read_as_the_checkpoint(
         np.testing.assert_array_equal(one.floats(0, one.shape[0]), tensor.floats(0, one.shape[0]), key)
         if len(one.shape) == 2:
             np.testing.assert_array_equal(one.floats(3, 1), tensor.floats(3, 1), key)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_draft_layer_is_that_of_the_checkpoint(tmp_path: Path, name: str) -> None:
+    found = Checkpoint(rewritten(name, tmp_path / "x.gguf", partial(with_draft, name)))
+    assert not found.leaves_draft
+    equal(found, Checkpoint(hybrid_checkpoint(f"{name}+draft", tmp_path / "checkpoint")))
+
+
+def test_a_draft_layer_without_a_final_norm_has_the_models(tmp_path: Path) -> None:
+    """As in llama.cpp."""
+
+    def change(metadata: dict[str, Any], tensors: Tensors) -> None:
+        with_draft("qwen35", metadata, tensors)
+        del tensors["blk.4.nextn.shared_head_norm.weight"]
+
+    found = Checkpoint(rewritten("qwen35", tmp_path / "x.gguf", change)).tensors
+    own, models = (found[name].floats(0, 128) for name in ("mtp.norm.weight", "model.norm.weight"))
+    np.testing.assert_array_equal(own, models)
+
+
+def own_embedding(metadata: dict[str, Any], tensors: Tensors) -> None:
+    with_draft("qwen35", metadata, tensors)
+    tensors["blk.4.nextn.embed_tokens.weight"] = tensors["token_embd.weight"]
+
+
+@pytest.mark.parametrize("change", [partial(with_draft, "qwen35", layers=2), own_embedding])
+def test_other_draft_layers_are_left_out_and_said(
+    tmp_path: Path, change: Callable[[dict[str, Any], Tensors], object]
+) -> None:
+    path = rewritten("qwen35", tmp_path / "x.gguf", change)
+    equal(Checkpoint(path), Checkpoint(hybrid_checkpoint("qwen35", tmp_path / "checkpoint")))
+    notices: list[str] = []
+    convert(path, tmp_path / "out", notice=notices.append)
+    assert notices[0].startswith("the file's draft layers (MTP) are left out")
+
+
+def test_an_incomplete_draft_layer_is_refused(tmp_path: Path) -> None:
+    def change(metadata: dict[str, Any], tensors: Tensors) -> None:
+        with_draft("qwen35", metadata, tensors)
+        del tensors["blk.4.nextn.enorm.weight"]
+
+    path = rewritten("qwen35", tmp_path / "x.gguf", change)
+    with pytest.raises(CheckpointError, match=r"has no tensor mtp\.pre_fc_norm_embedding\.weight"):
+        convert(path, tmp_path / "out", 8)
 
 
 def of_another_shape(part: str) -> Callable[[dict[str, Any], Tensors], object]:
@@ -188,11 +248,7 @@ def entry(key: str, value: Any) -> Callable[[dict[str, Any], Tensors], object]:
 def test_what_cannot_be_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any], Tensors], object], message: str | None
 ) -> None:
-    def fix(metadata: dict[str, Any], tensors: Tensors) -> None:
-        metadata["qwen35.attention.recurrent_layers"] = bools([True, True, True, False])
-        change(metadata, tensors)
-
-    path = rewritten("qwen35", tmp_path / "x.gguf", fix)
+    path = rewritten("qwen35", tmp_path / "x.gguf", change)
     if message is None:
         assert Checkpoint(path).tensors
         return

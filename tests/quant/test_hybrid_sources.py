@@ -18,6 +18,7 @@ from npqwen_quant import Shards, convert, convert_shards
 from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
 from quantizers import Quantizer, awq, fp8, gptq, mlx
+from stacked_experts import fused
 
 from npqwen.errors import CheckpointError
 
@@ -133,24 +134,10 @@ def test_quantized_by_mlx(tmp_path: Path) -> None:
     equal(found, rewritten("qwen35", tmp_path / "meant", partial(change, meant=True)))
 
 
-def fused(stored: Stored, transposed: bool) -> Stored:
-    """Experts in two tensors a layer, as Qwen3.5's checkpoints have them."""
-    found = {name: values for name, values in stored.items() if ".experts." not in name}
-    prefixes = {name.partition(".experts.")[0] for name in stored if ".experts." in name}
-    for prefix in sorted(prefixes):
-        gate, up, down = (
-            np.stack([stored[f"{prefix}.experts.{expert}.{part}_proj.weight"] for expert in range(12)])
-            for part in ("gate", "up", "down")
-        )
-        for part, stack in (("gate_up", np.concatenate([gate, up], 1)), ("down", down)):
-            found[f"{prefix}.experts.{part}_proj"] = np.ascontiguousarray(stack.swapaxes(1, 2)) if transposed else stack
-    return found
-
-
 @pytest.mark.parametrize("name", ["next", "qwen35-moe"])
 def test_experts_in_two_tensors(tmp_path: Path, name: str) -> None:
     equal(
-        rewritten(name, tmp_path / "in", partial(fused, transposed=False)),
+        rewritten(name, tmp_path / "in", fused),
         rewritten(name, tmp_path / "plain", plain),
     )
 
@@ -231,8 +218,16 @@ def test_fp8_shard_by_shard(tmp_path: Path, name: str) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
-def test_mlx_in_floats_shard_by_shard_is_refused(tmp_path: Path) -> None:
+def test_mlx_shard_by_shard(tmp_path: Path) -> None:
+    """In floats, which config.json does not tell from transformers': the names do."""
     directory = rewritten("qwen35", tmp_path / "in", as_mlx)
+    convert(directory, tmp_path / "want")
+    convert_shards(directory, tmp_path / "out", in_shards(directory, anywhere))
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+
+
+def test_mlx_under_other_names_shard_by_shard_is_refused(tmp_path: Path) -> None:
+    directory = rewritten("next", tmp_path / "in", as_mlx)
     with pytest.raises(CheckpointError, match=r"stores its tensors as MLX does, .* without low_disk"):
         convert_shards(directory, tmp_path / "out", in_shards(directory, anywhere))
     assert not (tmp_path / "out").exists()

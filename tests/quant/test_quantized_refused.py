@@ -15,7 +15,8 @@ from checkpoints import make_config, random_tensors, to_bf16, write_safetensors
 from npqwen_quant import convert
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.plan import plan
-from quantizers import UNQUANTIZED, Quantizer, awq, fp8, gptq, int_quantized, mlx, pack_quantized, stacked
+from quantizers import UNQUANTIZED, Quantizer, awq, fp8, gptq, int_quantized, mlx, pack_quantized
+from stacked_experts import stacked
 
 from npqwen.errors import CheckpointError
 from npqwen.format.recipe import recipe_of

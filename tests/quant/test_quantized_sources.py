@@ -32,9 +32,9 @@ from quantizers import (
     int_quantized,
     mlx,
     pack_quantized,
-    stacked,
     write_quantized,
 )
+from stacked_experts import stacked
 
 
 def of_gptq(bits: int = 4, group: int = 16, version: int = 1) -> dict[str, Any]:

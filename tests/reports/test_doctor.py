@@ -15,8 +15,7 @@ import pytest
 from checkpoints import TINY
 from converted import small_model
 from fake_system import raspberry_pi, tree
-from make_checkpoint import SIZES
-from memory_table import needs
+from memory_table import needs, whole
 
 from npqwen.format.config import Config, read_json
 from npqwen.hub.downloads import Download
@@ -64,7 +63,7 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def shape_of(model: str) -> str:
-    """The key of `SIZES` for a model's name."""
+    """The key of `make_checkpoint.SIZES` for a model's name."""
     return model.removeprefix("Qwen3-").removeprefix("Qwen")
 
 
@@ -78,7 +77,7 @@ def test_memory_is_that_of_the_documents() -> None:
 
 def test_shapes_are_those_of_the_models() -> None:
     for name, raw in forecast.MODELS.items():
-        assert Config.from_dict(raw) == Config.from_dict(SIZES[shape_of(name)])
+        assert Config.from_dict(raw) == Config.from_dict(whole(shape_of(name)))
 
 
 @pytest.mark.parametrize("directory", [TINY, Path(__file__).parents[1] / "data" / "tiny-qwen3-moe"])
