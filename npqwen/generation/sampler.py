@@ -18,7 +18,7 @@ from npqwen.generation.sampling import Sampling
 from npqwen.kernels.bit_mask import mask
 from npqwen.kernels.compiled import compile_kernel
 from npqwen.kernels.draw import draw
-from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima, select
+from npqwen.kernels.greatest import MAXIMA_BLOCK, all_maxima, select
 
 MANY = 500
 """Up to this many candidates are selected and drawn from by compiled kernels; more, with NumPy."""
@@ -257,9 +257,9 @@ def greatest(values: NDArray[np.float32], k: int, maxima: NDArray[np.float32] | 
     blocks = len(values) // MAXIMA_BLOCK
     if maxima is None:
         maxima = np.empty(blocks, np.float32)
-        if not block_maxima.overloads:
-            compile_kernel(block_maxima, (values, 0, maxima))
-        block_maxima(values, 0, maxima)
+        if not all_maxima.overloads:
+            compile_kernel(all_maxima, (values, maxima))
+        all_maxima(values, maxima)
     args = values, maxima[:blocks], np.empty(k, np.float32), ids
     if not select.overloads:
         compile_kernel(select, args)
