@@ -96,7 +96,7 @@ def test_options_reach_the_sampler_and_the_engine(run: Run, monkeypatch: pytest.
 
     def sampler(sampling: Any, *rest: Any) -> Any:
         given.append(sampling)
-        return lambda logits, allowed: 4098
+        return lambda logits, allowed, maxima: 4098
 
     monkeypatch.setattr("npqwen.generation.decoding.Sampler", sampler)
     options = "--temperature 0.7 --top-k 3 --top-p 0.8 --min-p 0.1 --repetition-penalty 1.1"

@@ -157,7 +157,7 @@ def test_the_draft_layer_runs_without_adapter(hybrid: Callable[[str, int], Path]
                 model.draft_layer.run(IDS[:5], states, model.draft_layer.new_cache(), out)
                 found.append((cache.tail.rows(0, 20).copy(), out))
     for _, logits in found[1:]:
-        np.testing.assert_array_equal(logits, found[0][1])
+        np.testing.assert_allclose(logits, found[0][1], atol=1e-4)  # compiled apart: not to the bit
     np.testing.assert_array_equal(found[1][0], found[0][0])
     assert np.abs(found[2][0] - found[0][0]).max() > 0.01
 

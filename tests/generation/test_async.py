@@ -175,13 +175,14 @@ class Slow(AsyncSteps[int]):
     """Steps of 20 ms; the third fails if `failing`."""
 
     def __init__(self, failing: bool = False) -> None:
-        self.done = 0
+        self.begun = self.done = 0
         self.cancelled = self.closed = False
         self.failing = failing
 
     def __next__(self) -> int:
         if self.cancelled or self.done == 5:
             raise StopIteration
+        self.begun += 1
         time.sleep(0.02)
         self.done += 1
         if self.failing and self.done == 3:
@@ -206,9 +207,8 @@ def test_cancelling_any_iterator_waits_for_its_step_and_closes_it(failing: bool)
 
     async def main() -> None:
         task = asyncio.ensure_future(reading())
-        while steps.done < 2:
+        while steps.begun < 3:
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
