@@ -19,7 +19,7 @@ _PARTS = (1 / 8, 1 / 4, 1 / 2)
 
 
 class DraftVocabulary:
-    """The lowest ids, which are the most frequent tokens, and beyond them those that the text has had lately.
+    """The lowest ids, which are the most frequent tokens, and beyond them the latest ones of the text.
 
     The output matrix would be most of a guess's work. It has rows in groups of UNIT_ROWS, which are computed together.
     """
@@ -39,7 +39,7 @@ class DraftVocabulary:
         """Those of padding, which is no token's."""
 
     def follow(self, ids: Sequence[int]) -> None:
-        """Choose for a text that goes on after `ids`, unless it is hardly longer than when this was done before."""
+        """Choose the ids for the continuation of a text, unless it has hardly grown since the last choice."""
         if self._viewed and len(ids) < self._viewed + RECENT // 8:
             return
         self._viewed = len(ids)
@@ -67,7 +67,7 @@ class DraftVocabulary:
         return UNIT_ROWS * int(self.groups[group]) + row
 
     def _enough(self, latest: NDArray[np.int64], padded: int) -> int:
-        """How many of the lowest ids are needed: most of the latest tokens are among them, or were had before."""
+        """How many of the lowest ids are needed: most of the latest tokens are among them, or repeat earlier ones."""
         _, first, which = np.unique(latest // UNIT_ROWS, return_index=True, return_inverse=True)
         known = (first[which] < np.arange(latest.size)) | np.isin(latest, self._added)
         recent, known = latest[-RECENT:], known[-RECENT:]
