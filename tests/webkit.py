@@ -179,9 +179,20 @@ class WebKitPage(Page):
         self.command("POST", "/actions", actions=key_actions([key], modifiers))
 
     def resize(self, width: int, height: int, *, touch: bool = False) -> None:
+        sizes = [self._inner()]
         self.command("POST", "/window/rect", width=width, height=height)
-        inner = self.evaluate("[innerWidth, innerHeight]")  # less than the window, or more: it has a smallest width
+        end = time.monotonic() + 5
+        # The window changes some time after the command, if it is to change.
+        while (len(sizes) < 3 or sizes[-1] == sizes[0] or sizes[-1] != sizes[-2]) and time.monotonic() < end:
+            if sizes[-1] == [width, height]:
+                return
+            time.sleep(0.05)
+            sizes.append(self._inner())
+        inner = sizes[-1]  # less than the window, or more: it has a smallest width
         self.command("POST", "/window/rect", width=2 * width - inner[0], height=2 * height - inner[1])
+
+    def _inner(self) -> Any:
+        return self.evaluate("[innerWidth, innerHeight]")
 
     def screenshot(self, path: Path) -> None:
         # What was drawn last may be older than the page.
