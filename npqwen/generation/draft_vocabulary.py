@@ -36,7 +36,7 @@ class DraftVocabulary:
         self.logits = np.empty((1, 0), np.float32)
         """Receives logits: those of the lowest ids, then those of `groups`."""
         self._none = slice(0, 0)
-        """Those of padding, which is no token's."""
+        """The logits of padded rows of the output matrix, which belong to no token."""
 
     def follow(self, ids: Sequence[int]) -> None:
         """Choose the ids for the continuation of a text, unless it has hardly grown since the last choice."""
