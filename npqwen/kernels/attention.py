@@ -24,7 +24,6 @@ from npqwen.kernels.int8_attention import WEIGHT_FLOATS, int8_attention, pack_qu
 from npqwen.kernels.online_softmax import SCORE_BLOCK, merge
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
 from npqwen.simd.isa import ISA
-from npqwen.simd.scalar import FAST
 
 MAX_ROWS = ISA.rows[-1]
 _ROWS = ISA.rows
@@ -81,7 +80,7 @@ def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
     return addresses
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def _gather(
     q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any
 ) -> None:
@@ -247,7 +246,7 @@ def _copy(source: Any, size: int, target: Any, at: int) -> None:
         target[at + i] = source[i]
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def _normalize(partial: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any) -> None:
     """out = accumulator / denominator, each row where its token and head belong; out begins with the first token."""
     for t in range(min(width, rows - first_row)):

@@ -25,7 +25,7 @@ from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
-from npqwen.simd.scalar import FAST, exp
+from npqwen.simd.scalar import exp, multiply_add
 
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
 """Columns of a segment: its expert, its first slot, the number of its tokens, the width of its tiles."""
@@ -43,7 +43,7 @@ def most_slots(tokens: int, experts: int, chosen: int) -> int:
     return tokens * chosen + min(experts, tokens * chosen) * (WIDEST - 1)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
     """Choose experts.size distinct experts of the largest softmax(scores): their numbers and probabilities.
 
@@ -60,9 +60,10 @@ def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
         for n in range(experts.size):
             experts[n], weights[n] = n, np.float32(np.nan)
         return
-    total = np.float32(0.0)
     for i in range(scores.size):
         scores[i] = exp(scores[i] - row_max)
+    total = np.float32(0.0)
+    for i in range(scores.size):
         total += scores[i]
     taken = np.float32(0.0)
     for n in range(experts.size):
@@ -284,7 +285,7 @@ def multiply_slots(
             write_rows(local, first, last, real, out[slot + start :], 0)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def combine(team: Any, results: Any, slots: Any, weights: Any, hidden: Any) -> None:
     """hidden[t] += sum over n of weights[t, n] * results[slots[t, n]]."""
     while True:
@@ -295,4 +296,4 @@ def combine(team: Any, results: Any, slots: Any, weights: Any, hidden: Any) -> N
         for n in range(slots.shape[1]):
             result, weight = results[slots[t, n]], weights[t, n]
             for i in range(line.size):
-                line[i] += weight * result[i]
+                line[i] = multiply_add(weight, result[i], line[i])

@@ -12,7 +12,7 @@ from npqwen.kernels.entry import entry
 from npqwen.kernels.online_softmax import SCORE_BLOCK, results, softmax
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import CACHE_LINE
-from npqwen.simd.scalar import FAST, memory
+from npqwen.simd.scalar import memory
 from npqwen.simd.tile import (
     FLOAT16,
     FLOAT32,
@@ -122,7 +122,7 @@ def float_attention(rows: int, dtype: Any) -> Any:
     kind = FLOAT32 if size == 4 else FLOAT16
     far = FAR_BYTES // size
 
-    @entry(rows, np.dtype(dtype).name, error_model="numpy", fastmath=FAST)
+    @entry(rows, np.dtype(dtype).name, error_model="numpy")
     def attend(
         queries_at: int, dim: int, pages_at: int, key_index: int, value_index: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch_at: int, results_at: int,

@@ -21,7 +21,7 @@ from npqwen.kernels.packing import pack_part
 from npqwen.simd.blocks import softmax_rows_int8
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import block_bytes
-from npqwen.simd.scalar import FAST, memory
+from npqwen.simd.scalar import memory
 from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, prefetch, scale_rows, store, store_add, zeros
 
 BLOCKS = SCORE_BLOCK // INT8_TILE
@@ -32,7 +32,7 @@ WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3
 """float32 that hold a row's weights of SCORE_BLOCK positions as bytes, their scale, maximum and sum."""
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def pack_queries(
     q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, scratch: Any, out: Any
 ) -> None:
@@ -126,7 +126,7 @@ def int8_attention(rows: int) -> Any:
     together = min(rows, 8) if LANES == UNIT_ROWS else 1
     value_vectors = max(1, min(UNIT_ROWS // LANES, ISA.accumulators // (2 * rows)))
 
-    @entry(rows, "int8", error_model="numpy", fastmath=FAST)
+    @entry(rows, "int8", error_model="numpy")
     def attend(
         queries_at: int, dim: int, pages_at: int, key_index: int, value_index: int, low: int, high: int, start: int,
         first_row: int, group: int, scratch_at: int, results_at: int,

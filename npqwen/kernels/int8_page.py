@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from npqwen.format.encodings import BLOCK_COLUMNS, LINE_BYTES, UNIT_ROWS
 from npqwen.kernels.cache_page import PAGE
 from npqwen.simd.blocks import hadamard_block
-from npqwen.simd.scalar import FAST, memory, round_even
+from npqwen.simd.scalar import bits_float, float_bits, memory, round_even
 
 INT8_TILE = 32
 """Positions of a tile."""
@@ -67,13 +67,13 @@ def rotate_coordinates(x: Any) -> None:
         x[i] *= scale
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def _scale(x: Any) -> np.float32:
     """The scale of x, float32, rounded to int8: its largest magnitude / 127."""
-    peak = np.float32(0.0)
+    peak = np.int32(0)  # magnitudes of floats order like their bits
     for i in range(x.size):
-        peak = max(peak, abs(x[i]))
-    return peak * np.float32(1 / 127)
+        peak = max(peak, float_bits(x[i]) & np.int32(0x7FFFFFFF))
+    return bits_float(peak) * np.float32(1 / 127)
 
 
 @njit(nogil=True, error_model="numpy")

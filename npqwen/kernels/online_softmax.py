@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from npqwen.simd.blocks import softmax_block
-from npqwen.simd.scalar import FAST, exp, memory
+from npqwen.simd.scalar import exp, memory, multiply_add
 
 SCORE_BLOCK = 64
 """Positions whose scores are computed before they are used."""
@@ -57,7 +57,7 @@ def add_block(
     denominator[row] += total
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def merge(merged: Any, partial: Any, width: int, dim: int) -> None:
     """Log-sum-exp merge of attention over one span into that over others: accumulator, row_max, denominator.
 
@@ -68,6 +68,6 @@ def merge(merged: Any, partial: Any, width: int, dim: int) -> None:
         maximum = max(merged[row_max + t], partial[row_max + t])
         a, b = exp(merged[row_max + t] - maximum), exp(partial[row_max + t] - maximum)
         for i in range(t * dim, (t + 1) * dim):
-            merged[i] = merged[i] * a + partial[i] * b
+            merged[i] = multiply_add(merged[i], a, partial[i] * b)
         merged[row_max + t] = maximum
-        merged[denominator + t] = merged[denominator + t] * a + partial[denominator + t] * b
+        merged[denominator + t] = multiply_add(merged[denominator + t], a, partial[denominator + t] * b)

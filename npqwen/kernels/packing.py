@@ -20,7 +20,7 @@ from npqwen.simd.packed import (
     start_offset,
     values_offset,
 )
-from npqwen.simd.scalar import FAST, memory
+from npqwen.simd.scalar import memory
 
 WIDTHS = tuple(sorted(ISA.tiles))
 """Numbers of tokens that a tile can have."""
@@ -84,7 +84,7 @@ def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
     pack_part(x, 0, x.size, token, width, encoding, packed)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding: int, packed: Any) -> None:
     """Pack x, one token's activations from column `first` on; `columns` is the number of the whole row.
 

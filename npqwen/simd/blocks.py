@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS
 from npqwen.simd.isa import ISA
@@ -13,6 +14,7 @@ from npqwen.simd.llvm import (
     F32,
     I8,
     I32,
+    I64,
     Array,
     Const,
     Float,
@@ -245,6 +247,22 @@ def _joined(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     if x.type != y.type:
         raise TypeError("vectors of different lengths")
     return b.shuffle_vector(x, y, ir.Constant(vector(I32, 2 * x.type.count), list(range(2 * x.type.count))))
+
+
+@operation
+def dot(b: ir.IRBuilder, x: Array, y: Array, count: Int) -> Float:
+    """The sum of x[i] * y[i] for `count` float32, added in an order that only `count` decides."""
+    kind = vector(F32, BLOCK_COLUMNS)
+    sums, rest = (cgutils.alloca_once_value(b, start) for start in (constant(F32, BLOCK_COLUMNS, 0.0), F32(0.0)))
+    whole = b.mul(b.sdiv(count, I64(BLOCK_COLUMNS)), I64(BLOCK_COLUMNS))
+    with cgutils.for_range_slice(b, I64(0), whole, I64(BLOCK_COLUMNS), I64) as (i, _):
+        left, right = (b.load(element(b, array, i, kind), align=4) for array in (x, y))
+        b.store(fma(b, left, right, b.load(sums)), sums)
+    with cgutils.for_range_slice(b, whole, count, I64(1), I64) as (i, _):
+        left, right = (b.load(b.gep(array, [i])) for array in (x, y))
+        b.store(call(b, "llvm.fma.f32", F32, left, right, b.load(rest)), rest)
+    total = call(b, f"llvm.vector.reduce.fadd.v{BLOCK_COLUMNS}f32", F32, F32(-0.0), b.load(sums), fastmath=("reassoc",))
+    return b.fadd(total, b.load(rest))
 
 
 @operation

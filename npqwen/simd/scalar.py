@@ -13,9 +13,6 @@ from numba.np.arrayobj import populate_array
 
 from npqwen.simd.llvm import F32, I32, Float, Int32, call, operation
 
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-"""Fast-math flags of kernels: never `nnan` or `ninf`, which would break masks and checks."""
-
 
 @operation
 def float_bits(b: ir.IRBuilder, value: Float) -> Int32:
@@ -27,6 +24,12 @@ def float_bits(b: ir.IRBuilder, value: Float) -> Int32:
 def bits_float(b: ir.IRBuilder, value: Int32) -> Float:
     """The float32 of these bits."""
     return b.bitcast(value, F32)
+
+
+@operation
+def multiply_add(b: ir.IRBuilder, x: Float, y: Float, z: Float) -> Float:
+    """x * y + z, rounded once."""
+    return call(b, "llvm.fma.f32", F32, x, y, z)
 
 
 @operation
@@ -72,19 +75,19 @@ def without_refcounts(_: Any, arrays: Any) -> Any:
     return arrays(arrays), lambda context, b, sig, args: uncounted(context, b, sig.args[0], args[0])
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
+@njit(nogil=True, error_model="numpy")
 def exp(x: np.float32) -> np.float32:
     """e**x for float32 within about 2 ulp; x below -87 gives about 1e-38, above 88 about 1e38."""
     y = min(max(x * np.float32(1.44269504), np.float32(-126.0)), np.float32(126.0))
     n = round_even(y)
     f = y - n
     p = np.float32(1.5403530e-4)
-    p = p * f + np.float32(1.3333558e-3)
-    p = p * f + np.float32(9.6181291e-3)
-    p = p * f + np.float32(5.5504109e-2)
-    p = p * f + np.float32(2.4022651e-1)
-    p = p * f + np.float32(6.9314718e-1)
-    p = p * f + np.float32(1.0)
+    p = multiply_add(p, f, np.float32(1.3333558e-3))
+    p = multiply_add(p, f, np.float32(9.6181291e-3))
+    p = multiply_add(p, f, np.float32(5.5504109e-2))
+    p = multiply_add(p, f, np.float32(2.4022651e-1))
+    p = multiply_add(p, f, np.float32(6.9314718e-1))
+    p = multiply_add(p, f, np.float32(1.0))
     return p * bits_float(np.int32(np.int32(n) + np.int32(127)) << np.int32(23))
 
 
