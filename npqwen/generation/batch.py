@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npqwen.engine.kv_cache import held_bytes
 from npqwen.engine.piece import Piece, by_piece
 from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
 from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
+from npqwen.generation.cache_memory import CacheMemory
 from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.greatest import MAXIMA_BLOCK
@@ -114,16 +114,14 @@ class Batch:
     """
 
     def __init__(self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None) -> None:
-        """parallel: the most sequences that run at once. memory: bytes for keys and values, those of the model's pool
-        of prefixes included; None: what is available."""
+        """parallel: the most sequences that run at once. memory: bytes for keys and values, those of prefixes kept and
+        of a draft model included; None: what is available."""
         self._model = model
         self._parallel = parallel
-        self._memory = memory
+        self._memory = CacheMemory(model, memory)
         self._waiting: deque[_Entry] = deque()
         self._running: list[_Entry] = []
         self._prefixes = model.prefixes
-        if memory is not None:
-            self._prefixes.allow(memory)
         self._logits: NDArray[np.float32] | None = None
         self._maxima = np.empty((0, 0), np.float32)
         """Of blocks of the logits."""
@@ -146,7 +144,7 @@ class Batch:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pages, shared ones counted once."""
-        return held_bytes((entry.cache for entry in self._running), self._prefixes.arrays)
+        return self._memory.held(self._caches())
 
     def add(
         self,
@@ -213,12 +211,13 @@ class Batch:
 
     def limit(self, memory: int | None) -> None:
         """Change the memory for keys and values; prefixes that nobody uses are given up to fit."""
-        self._memory = memory
-        if memory is not None:
-            self._prefixes.allow(memory)
-        while memory is not None and self.cache_bytes > memory and self._prefixes.drop_oldest():
-            pass
+        self._memory.set_limit(memory)
+        self._memory.trim(self._caches())
         self._count_pages()
+
+    def _caches(self) -> Iterator[KVCache]:
+        """The caches of running sequences, and of what guesses for them."""
+        return (cache for entry in self._running for cache in entry.sequence.caches)
 
     def _count_pages(self) -> None:
         self.statistics.cache_bytes = self.cache_bytes
@@ -289,14 +288,14 @@ class Batch:
     def _has_memory(self, entry: _Entry, shared: int) -> bool:
         """Whether the pages of a sequence's prompt fit, after giving up old prefixes; true if nothing else is running.
         """
-        if self._memory is None or not self._running:
+        if self._memory.limit is None or not self._running:
             return True
         missing = _pages(entry) - shared // PAGE
         missing += sum(max(0, _pages(other) - other.cache.page_count) for other in self._running)
         cache = self._running[0].cache
         states = 0 if cache.recurrent is None else _STATES * cache.recurrent.shape.nbytes
-        while self.cache_bytes + missing * cache.page_bytes + states > self._memory:
-            if not self._prefixes.drop_oldest():
+        while self._memory.lacks(self._caches(), missing * cache.page_bytes + states):
+            if not self._memory.drop_prefix():
                 return False
         return True
 
@@ -339,6 +338,21 @@ class Batch:
                 count = entry.sequence.draft(share, tokens - size)
                 chosen[at] = entry, size + count
                 tokens += count
+        # Those who guess have appended to their own caches.
+        while self._guessing() and self._memory.lacks(self._caches(), 0):
+            if not self._memory.drop_prefix():
+                self._stop_guessing()
+
+    def _guessing(self) -> list[_Entry]:
+        """Those for which a model or layer holds keys and values to guess."""
+        return [entry for entry in self._running if len(entry.sequence.caches) > 1]
+
+    def _stop_guessing(self) -> bool:
+        """Give up what models and layers hold to guess; returns whether there was any."""
+        guessing = self._guessing()
+        for entry in guessing:
+            entry.sequence.stop_guessing()
+        return bool(guessing)
 
     def _reserve(self, chosen: list[tuple[_Entry, int]]) -> list[tuple[_Entry, int]]:
         """Allocate the pages that the pass will write; those sequences for which there is memory."""
@@ -366,15 +380,17 @@ class Batch:
         """Raise OutOfMemoryError if the pages for `size` more tokens would exceed the limit."""
         cache = entry.cache
         missing = cache.missing_bytes(size)
-        if missing and self._memory is not None and self.cache_bytes + missing > self._memory:
+        if missing and self._memory.lacks(self._caches(), missing):
+            assert self._memory.limit is not None
             raise OutOfMemoryError(
-                f"{cache.length + size} tokens do not fit into {self._memory / 1e9:.2f} GB of memory for keys and "
-                "values; shorten the prompt, or give the server more memory"
+                f"{cache.length + size} tokens do not fit into {self._memory.limit / 1e9:.2f} GB of memory for keys "
+                "and values; shorten the prompt, or give the server more memory"
             )
 
     def _make_room(self, entry: _Entry, error: OutOfMemoryError) -> None:
-        """Give up an old prefix, or have the youngest sequence wait again; alone, this sequence ends with the error."""
-        if self._prefixes.drop_oldest():
+        """Give up an old prefix, or guesses, or have the youngest sequence wait again; alone, this one ends with the
+        error."""
+        if self._memory.drop_prefix() or self._stop_guessing():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
         if len(self._running) == 1:
@@ -460,6 +476,7 @@ class Batch:
         if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # may be changed already
             self._prefixes.keep(entry.computed(), entry.cache)
         entry.release()
+        self._memory.trim(self._caches())
         entry.on_end(error)
 
 

@@ -95,6 +95,11 @@ class LayerDrafter:
         self._failed = False
 
     @property
+    def cache(self) -> KVCache | None:
+        """Its keys and values, while it guesses."""
+        return self._cache
+
+    @property
     def guesses(self) -> Guesses:
         """What is known of guesses such as the next ones."""
         return self._layer.guesses[self._layer.normed]

@@ -67,6 +67,11 @@ class ModelDrafter:
         self._failed = False
 
     @property
+    def cache(self) -> KVCache | None:
+        """Its keys and values, while it guesses."""
+        return self._cache
+
+    @property
     def guesses(self) -> Guesses:
         """What is known of guesses such as the next ones."""
         return self.draft

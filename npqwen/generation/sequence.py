@@ -130,6 +130,12 @@ class Sequence:
             self._speculation.follow(cache)
 
     @property
+    def caches(self) -> list[KVCache]:
+        """The text's cache, and that of the model or layer that guesses for it, as far as there are any."""
+        guessing = None if self._speculation is None else self._speculation.cache
+        return [cache for cache in (self.cache, guessing) if cache is not None]
+
+    @property
     def length(self) -> int:
         """How many tokens are in the cache."""
         return 0 if self.cache is None else self.cache.length
@@ -239,6 +245,11 @@ class Sequence:
         if self.length > known:
             assert self.cache is not None
             self.cache.truncate(known)
+
+    def stop_guessing(self) -> None:
+        """Give up the cache of a model or layer that guesses, for lack of memory."""
+        if self._speculation is not None:
+            self._speculation.stop_model()
 
     def close(self) -> None:
         """End guessing: the text is over. Closing again has no effect."""

@@ -83,6 +83,19 @@ class Speculation:
         self._proposed = [acceptance] * length
         return draft.ids[:length]
 
+    @property
+    def cache(self) -> KVCache | None:
+        """The cache of the model or layer that guesses."""
+        return None if self._model is None else self._model.cache
+
+    def stop_model(self) -> None:
+        """Give up the model or layer that guesses, and its cache; the text's own drafts go on."""
+        if self._model is not None:
+            self._model.close()
+        if isinstance(self._model, LayerDrafter):
+            self._model.leave()
+        self._model = None
+
     def learn(self, accepted: int, rejected: bool) -> None:
         """Take what came of the last proposal: how many tokens were accepted, and whether the next was rejected."""
         decided = self._proposed[: accepted + rejected]
@@ -94,10 +107,7 @@ class Speculation:
     def close(self, ids: Sequence[int]) -> None:
         """End with the text, whose ids these are: what was computed and written may help later texts."""
         self._extend(ids)
-        if self._model is not None:
-            self._model.close()
-        if isinstance(self._model, LayerDrafter):
-            self._model.leave()
+        self.stop_model()
         self._drafting.remember(ids)
 
     def _extend(self, ids: Sequence[int]) -> None:

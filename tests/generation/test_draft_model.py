@@ -115,6 +115,28 @@ def test_texts_of_a_batch_draft_only_while_they_are_alone(pair: Model) -> None:
     assert streams[1].usage.accepted_tokens > 0
 
 
+def test_a_batchs_memory_holds_the_draft_models_keys_and_values_too(tiny: Any) -> None:
+    options: dict[str, Any] = {"temperature": 0, "logit_bias": {4098: -1e9, 4096: -1e9}, "max_tokens": 700}
+    with npqwen.load(tiny(16), threads=1, draft=tiny(3)) as pair:
+        assert pair.draft is not None
+        of_target, of_draft = (model.new_cache(1).page_bytes for model in (pair, pair.draft))
+        plain = generate(pair, QUESTION, speculation=False, **options)
+        limits = [3 * (of_target + of_draft), 3 * of_target + of_draft, 3 * of_target]
+        for limit, guesses in zip(limits, (True, True, False), strict=True):
+            pair.prefixes.clear()
+            pair.draft.prefixes.clear()
+            batch = Batch(pair, memory=limit)
+            stream = Stream(pair, QUESTION, batch=batch, speculation=True, **options)
+            most = 0
+            for _ in stream:
+                most = max(most, batch.cache_bytes)
+            assert stream.completion().ids == plain.ids
+            assert most <= limit
+            kept = [page for model in (pair, pair.draft) for page in model.prefixes.arrays]
+            assert batch.cache_bytes == sum(page.nbytes for page in kept) <= limit
+            assert any(page.nbytes == of_draft for page in kept) == guesses
+
+
 def priced(pair: Model, longest: float, cost: float, monkeypatch: pytest.MonkeyPatch) -> Drafting:
     """Passes of one token take 1 second and those of 16 `longest`, a guess takes `cost`."""
     assert pair.draft is not None

@@ -1,0 +1,53 @@
+"""The memory for keys and values: of running texts, of the models that guess for them, and of prefixes kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from npqwen.engine.kv_cache import held_bytes
+
+if TYPE_CHECKING:
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.generation.language_model import LanguageModel
+
+
+class CacheMemory:
+    """How much the caches of a model and of its draft model take, and the prefixes that can be given up for others."""
+
+    def __init__(self, model: LanguageModel, limit: int | None) -> None:
+        """limit: in bytes, for both models together; None: what is available."""
+        draft = model.drafting.model
+        # What the draft model has kept goes first: without it guesses begin later, and no text waits.
+        self._pools = [*([] if draft is None else [draft.model.prefixes]), model.prefixes]
+        self.set_limit(limit)
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes; None: what is available."""
+        return self._limit
+
+    def set_limit(self, limit: int | None) -> None:
+        """Change the limit. Until `trim`, more may be held."""
+        self._limit = limit
+        if limit is not None:
+            for pool in self._pools:
+                pool.allow(limit)
+
+    def held(self, caches: Iterable[KVCache]) -> int:
+        """Bytes of these caches and of kept prefixes, shared pages counted once."""
+        return held_bytes(caches, (page for pool in self._pools for page in pool.arrays))
+
+    def lacks(self, caches: Iterable[KVCache], more: int) -> bool:
+        """Whether these caches, kept prefixes and `more` bytes exceed the limit."""
+        return self._limit is not None and self.held(caches) + more > self._limit
+
+    def drop_prefix(self) -> bool:
+        """Give up a prefix that no text uses; returns whether there was one."""
+        return any(pool.drop_oldest() for pool in self._pools)
+
+    def trim(self, caches: Iterable[KVCache]) -> None:
+        """Give up prefixes until the limit holds, or none is left."""
+        held = list(caches)
+        while self.lacks(held, 0) and self.drop_prefix():
+            pass
