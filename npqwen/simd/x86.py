@@ -7,7 +7,7 @@ import functools
 import itertools
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from llvmlite import ir
@@ -69,8 +69,7 @@ class Avx2(_Avx):
     ) -> Iterator[list[ir.Value]]:
         if not encoding.zero_point:
             return self._signed_products(b, encoding, table, blocks, x, tokens)
-        ones = [self._ones] * len(blocks)
-        return self._unsigned_products(b, encoding, table, blocks, ones, x, tokens)
+        return self._unsigned_products(b, encoding, table, blocks, lambda: [self._ones] * len(blocks), x, tokens)
 
     def scaled_products(
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], scales: list[ir.Value],
@@ -79,7 +78,10 @@ class Avx2(_Avx):
         if not encoding.zero_point:
             yield from super().scaled_products(b, encoding, table, blocks, scales, x, tokens)
             return
-        factors = [self._scale_pairs(b, place) for place in scales]
+
+        def factors() -> list[ir.Value]:
+            return [self._scale_pairs(b, place) for place in scales]
+
         for sums in self._unsigned_products(b, encoding, table, blocks, factors, x, tokens):
             yield [self.to_float(b, total) for total in sums]
 
@@ -91,28 +93,36 @@ class Avx2(_Avx):
         return b.shuffle_vector(words, words, low)
 
     def _unsigned_products(
-        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value], factors: list[ir.Value],
-        x: ir.Value, tokens: int,
+        self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value],
+        factors: Callable[[], list[ir.Value]], x: ir.Value, tokens: int,
     ) -> Iterator[list[ir.Value]]:  # fmt: skip
-        """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row."""
+        """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row.
+
+        factors: makes them.
+        """
         together = min(tokens, 2)
-        unpacks = encoding.bits < 8 and tokens > together
-        # Quads that more tokens share spill, which is cheaper than to take them apart twice.
-        kept = list(self.quads(b, encoding, table, blocks)) if unpacks else []
-        for first in range(0, tokens, together):
-            quads = iter(kept) if unpacks else self.quads(b, encoding, table, blocks)
-            halves = []
-            for half in range(2):
+        # Kept from the start, they would be registers that a tile of more tokens lacks.
+        scales = factors() if tokens == together else []
+        quads = self.quads(b, encoding, table, blocks)
+        halves: list[list[list[ir.Value]]] = []
+        for half in range(2):
+            # One half after the other for all tokens: the quads of a whole block would not fit the registers.
+            taken = itertools.islice(quads, QUADS // 2)
+            shared = list(taken) if tokens > together else taken
+            rows: list[list[ir.Value]] = []
+            for first in range(0, tokens, together):
                 sums = [[self._half_start(b, x, first + t, tokens, half)] * len(blocks) for t in range(together)]
-                for n, vectors in itertools.islice(quads, QUADS // 2):
+                for n, vectors in shared:
                     for t, row in enumerate(sums, first):
                         activations = b.bitcast(self.broadcast(b, x, t, n), vectors[0].type)
                         pairs = [_pairs(b, quad, activations) for quad in vectors]
                         row[:] = map(b.add, row, pairs)
                     sums = _settled(b, sums) if tokens > 1 else sums
-                halves.append([list(map(functools.partial(_widen, b), row, factors)) for row in sums])
-            for rows in zip(*halves, strict=True):
-                yield list(map(b.add, *rows))
+                rows += sums
+                scales = scales or factors()
+            halves.append([list(map(functools.partial(_widen, b), row, scales)) for row in rows])
+        for pair in zip(*halves, strict=True):
+            yield list(map(b.add, *pair))
 
     def dot_weights(self, b: ir.IRBuilder, total: ir.Value, quad: ir.Value, weights: ir.Value) -> ir.Value:
         signed, unsigned = (b.bitcast(each, vector(I8, 4 * self.lanes)) for each in (quad, weights))
