@@ -8,7 +8,7 @@
 that another engine has the machine. `first` generates one token from the prompt and prints it.
 
 Both engines run the same token ids, a fixed random sequence; depth d means its first d tokens. A cache that holds more
-than that is truncated rather than refilled.
+than that is truncated rather than refilled; a hybrid's, to a state that it has kept, and refilled from there.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ class Engine(Protocol):
     def length(self) -> int:
         """Tokens in the cache."""
 
+    def reusable(self, length: int) -> int:
+        """How many of the first `length` tokens `truncate` can keep: all, but of a hybrid perhaps none."""
+
     def truncate(self, length: int) -> None:
-        """Keep only the first `length` tokens: of a hybrid none, or as many as `keep` was called with."""
+        """Keep only the first `length` tokens, as many as `reusable` says."""
 
     def keep(self) -> None:
         """Make it possible for a hybrid to be truncated to the tokens that are in the cache now."""
@@ -101,6 +104,11 @@ class Llama:
 
     def length(self) -> int:
         return self._length
+
+    def reusable(self, length: int) -> int:
+        if length >= self._length or not self._c.llama_model_is_hybrid(self._model):
+            return min(length, self._length)
+        return self._kept[0] if self._kept is not None and self._kept[0] <= length else 0
 
     def truncate(self, length: int) -> None:
         memory = self._c.llama_get_memory(self._context)
@@ -169,6 +177,9 @@ class Npqwen:
     def length(self) -> int:
         return self._length
 
+    def reusable(self, length: int) -> int:
+        return self._cache.reusable(length)
+
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
         self._length = length
@@ -194,7 +205,7 @@ def stream(vocabulary: int, count: int) -> Ids:
 def seek(engine: Engine, ids: Ids, depth: int) -> None:
     """Make the cache hold exactly the first `depth` tokens."""
     if engine.length() > depth:
-        engine.truncate(depth)
+        engine.truncate(engine.reusable(depth))
     if engine.length() < depth:
         engine.run(ids[engine.length() : depth], every=False)
     if depth:

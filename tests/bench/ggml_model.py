@@ -99,10 +99,12 @@ def quantized(
 def importances(directory: Path, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
     """Mean squares of the inputs of each column of all matrices, by GGUF names; of experts (experts, columns).
 
-    ids: the text (sequences, tokens). They are what llama.cpp's imatrix program computes.
+    ids: the text (sequences, tokens). They are what llama.cpp's imatrix program computes. Not of hybrids.
     """
     checkpoint = Checkpoint(directory)
     config = checkpoint.config
+    if config.recurrence is not None:
+        raise SystemExit(f"{directory} is a hybrid, whose importances are not computed; leave out +self")
 
     def load(name: str, prefix: str = "") -> NDArray[np.float32]:
         source = checkpoint.tensors[prefix + name]

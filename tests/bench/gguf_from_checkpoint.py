@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from hybrid_tensors import ARCHITECTURES as HYBRIDS
+from hybrid_tensors import Target, targets
 
+ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", **HYBRIDS}
+EXACT = (".ffn_gate_inp.", ".ffn_gate_inp_shexp.", ".ssm_conv1d.")
+"""Matrices that llama.cpp keeps in f32: the router, and the convolution of Gated DeltaNet."""
 FLOATS = {
     "bf16": gguf.GGMLQuantizationType.BF16,
     "f16": gguf.GGMLQuantizationType.F16,
@@ -75,6 +80,27 @@ class Source:
         return np.memmap(self.path, dtype, "r", self.offset, self.shape)
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a GGUF file, and what it is made of."""
+
+    name: str
+    shape: tuple[int, ...]
+    stack: list[Source]
+    """One, or one per expert for the experts' matrices."""
+    made: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = lambda values: values
+    """Its values, or an expert's part of them, of a source's in the type in which they are stored."""
+
+    def is_exact(self) -> bool:
+        """Whether llama.cpp keeps it in f32."""
+        return len(self.shape) == 1 or any(part in self.name for part in EXACT)
+
+    def read(self, kind: str) -> npt.NDArray[Any]:
+        """The values as "f32", "f16" or (their 16 bits) "bf16"."""
+        arrays = [self.made(encode(source.read(), source.dtype, kind)) for source in self.stack]
+        return arrays[0].reshape(self.shape) if len(arrays) == 1 else np.stack(arrays)
+
+
 def sources(checkpoint: Path) -> dict[str, Source]:
     """Every tensor of a checkpoint's safetensors files, by name."""
     found = {}
@@ -109,10 +135,15 @@ def encode(values: npt.NDArray[Any], dtype: str, kind: str) -> npt.NDArray[Any]:
     return out
 
 
-def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[str, list[Source]]]:
-    """GGUF name of every tensor and its sources: one, or one per expert for the experts' matrices."""
-    arch = gguf.MODEL_ARCH.QWEN3MOE if moe else gguf.MODEL_ARCH.QWEN3
-    names = gguf.get_tensor_name_map(arch, layers)
+def tensors(found: dict[str, Source], config: dict[str, Any]) -> list[Tensor]:
+    """All tensors of a model's GGUF file. config: that of the text model in config.json."""
+    return list(hybrid_tensors(found, config) if config["model_type"] in HYBRIDS else plain_tensors(found, config))
+
+
+def plain_tensors(found: dict[str, Source], config: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a Qwen3 model, dense or MoE."""
+    arch = gguf.MODEL_ARCH.QWEN3MOE if config["model_type"] == "qwen3_moe" else gguf.MODEL_ARCH.QWEN3
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     stacks: dict[str, dict[int, Source]] = {}
     for name, source in found.items():
         match = EXPERT.fullmatch(name)
@@ -122,7 +153,26 @@ def tensors(found: dict[str, Source], layers: int, moe: bool) -> Iterator[tuple[
         target = names.get_name(name, try_suffixes=(".weight",))
         if target is None:
             raise SystemExit(f"{name} is not a tensor of a Qwen3 model; is this a checkpoint of another architecture?")
-        yield target, [stack[index] for index in range(len(stack))]
+        shape = stack[0].shape if len(stack) == 1 else (len(stack), *stack[0].shape)
+        yield Tensor(target, shape, [stack[index] for index in range(len(stack))])
+
+
+def hybrid_tensors(found: dict[str, Source], config: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a Qwen3-Next or Qwen3.5 model."""
+    stacks: dict[str, dict[int, tuple[Target, Source]]] = {}
+    for name, source in found.items():
+        try:
+            made = targets(name, source.shape, config)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        for target in made:
+            if target.expert is None:
+                yield Tensor(target.name, target.shape, [source], target.made)
+            else:
+                stacks.setdefault(target.name, {})[target.expert] = target, source
+    for name, stack in stacks.items():
+        target, _ = stack[0]
+        yield Tensor(name, (len(stack), *target.shape), [stack[index][1] for index in range(len(stack))], target.made)
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> None:
@@ -131,7 +181,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> 
     theta = rope.get("rope_theta") or config["rope_theta"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    if "intermediate_size" in config:
+        writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
@@ -144,13 +195,35 @@ def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str) -> 
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         writer.add_rope_scaling_orig_ctx_len(original)
-    if config["model_type"] == "qwen3_moe":
+    if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config["model_type"] in HYBRIDS:
+        add_hybrid_metadata(writer, config, rope)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_hybrid_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], rope: dict[str, Any]) -> None:
+    """The dimensions that only hybrids have. rope: parameters of the rotary embedding."""
+    heads = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(config.get("full_attention_interval", 4))
+    if "layer_types" in config:
+        recurrent = [kind == "linear_attention" for kind in config["layer_types"]]
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
+    writer.add_rope_dimension_count(int(config["head_dim"] * share))
+    if config["model_type"] != "qwen3_next":
+        writer.add_rope_dimension_sections([*rope.get("mrope_section", (11, 11, 10)), 0])
+    if "shared_expert_intermediate_size" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, Any]) -> None:
@@ -167,11 +240,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, A
         types[added["id"]] = special
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre("qwen35" if config["model_type"].startswith("qwen3_5") else "qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(config["bos_token_id"])
+    if config["bos_token_id"] is not None:
+        writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
     if isinstance(settings.get("chat_template"), str):
@@ -180,28 +254,25 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, A
 
 def write_float(checkpoint: Path, out: Path, kind: str = "bf16") -> None:
     """Write `out`, matrices in `kind` ("bf16" or "f16"), vectors in f32. Takes the memory of one tensor."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    moe = config["model_type"] == "qwen3_moe"
-    plan = list(tensors(sources(checkpoint), config["num_hidden_layers"], moe))
+    raw = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = raw.get("text_config", raw)
+    if config["model_type"] not in ARCHITECTURES:
+        raise SystemExit(f"{checkpoint} is of type {config['model_type']}, not of {', '.join(ARCHITECTURES)}")
+    plan = tensors(sources(checkpoint), config)
     part = out.with_name(out.name + ".part")
-    writer = gguf.GGUFWriter(part, "qwen3moe" if moe else "qwen3")
+    writer = gguf.GGUFWriter(part, ARCHITECTURES[config["model_type"]])
     add_metadata(writer, config, kind)
     add_tokenizer(writer, checkpoint, config)
-    kinds = []
-    for name, stack in plan:
-        shape = stack[0].shape if len(stack) == 1 else (len(stack), *stack[0].shape)
-        # llama.cpp keeps the router in f32
-        exact = len(shape) == 1 or ".ffn_gate_inp." in name
-        stored = gguf.GGMLQuantizationType.F32 if exact else FLOATS[kind]
-        size = int(np.prod(shape)) * (4 if exact else 2)
-        writer.add_tensor_info(name, shape, np.dtype(np.float32 if exact else np.float16), size, stored)
-        kinds.append("f32" if exact else kind)
+    for tensor in plan:
+        stored = gguf.GGMLQuantizationType.F32 if tensor.is_exact() else FLOATS[kind]
+        size = int(np.prod(tensor.shape)) * (4 if tensor.is_exact() else 2)
+        dtype = np.dtype(np.float32 if tensor.is_exact() else np.float16)
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, size, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for (_, stack), stored_kind in zip(plan, kinds, strict=True):
-        arrays = [encode(source.read(), source.dtype, stored_kind) for source in stack]
-        writer.write_tensor_data(arrays[0] if len(arrays) == 1 else np.stack(arrays))
+    for tensor in plan:
+        writer.write_tensor_data(tensor.read("f32" if tensor.is_exact() else kind))
     writer.close()
     part.replace(out)
 
