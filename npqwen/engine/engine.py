@@ -22,7 +22,7 @@ from npqwen.engine.draft_layer import DraftLayer
 from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.pass_times import PassTimes
-from npqwen.engine.piece import Piece, by_piece, caches_in_use, check_pieces, last_tokens
+from npqwen.engine.piece import Piece, by_piece, caches_in_use, check_pieces, last_tokens, reserve
 from npqwen.engine.prefix_files import PrefixFiles
 from npqwen.engine.prefix_pool import new_pool
 from npqwen.engine.prefixes import Prefixes
@@ -291,11 +291,13 @@ class Engine:
         for each row the greatest of each whole block of MAXIMA_BLOCK logits, with which `npqwen.kernels.greatest` need
         not read all of them; float32 (at least as many rows, padded vocabulary // MAXIMA_BLOCK).
 
-        Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes.
+        Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes;
+        ContextLengthError and OutOfMemoryError as `KVCache.reserve`.
         """
         count = sum(piece.rows for piece in pieces)
         self._check_pieces(pieces, count, out)
         with caches_in_use(pieces), self._runner.turn():
+            reserve(pieces)
             logits = self._runner.buffers.logits(count) if out is None else out
             output = Output(last_tokens(pieces), False, logits)
             self._runner.run_pieces(pieces, output if maxima is None else output._replace(maxima=maxima))
@@ -313,6 +315,7 @@ class Engine:
         self._check_pieces(pieces, count, None)
         states = np.empty((count, self.config.hidden_size), np.float32)
         with caches_in_use(pieces), self._runner.turn():
+            reserve(pieces)
             self._runner.run_pieces(pieces, Output(last_tokens(pieces), True, states))
         return by_piece(states, pieces)
 

@@ -52,6 +52,12 @@ def caches_in_use(pieces: Sequence[Piece]) -> Iterator[None]:
         yield
 
 
+def reserve(pieces: Sequence[Piece]) -> None:
+    """Make room for a pass over these pieces in their caches, where there is none yet; see `KVCache.reserve`."""
+    for piece in pieces:
+        piece.cache.reserve(piece.ids.size)
+
+
 def by_piece(values: NDArray[np.float32], pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
     """The rows of a pass's results that belong to each piece."""
     ends = accumulate(piece.rows for piece in pieces)

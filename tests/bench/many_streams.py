@@ -68,8 +68,6 @@ def raw_rate(model: npqwen.Model, count: int, tokens: int) -> float:
     out = model.new_logits(count)
 
     def step() -> None:
-        for cache in caches:
-            cache.reserve(1)
         model.forward_pieces([Piece(np.array([2000]), cache, 1) for cache in caches], out)
 
     return rate(count, [step] * tokens)
@@ -83,7 +81,6 @@ def pass_rate(model: npqwen.Model, count: int, tokens: int) -> float:
 
     def step() -> None:
         cache.truncate(cache.length - count + 1 if cache.length > PROMPT else PROMPT)
-        cache.reserve(count)
         model.forward_pieces([Piece(ids, cache, count)], out)
 
     return rate(count, [step] * tokens)

@@ -36,7 +36,6 @@ def test_any_schedule_gives_the_logits_of_each_sequence_alone(model: Model, seed
             done = caches[i].length
             size = min(len(texts[i]) - done, room, int(rng.choice([1, 2, 7, 64, 256])))
             if size:
-                caches[i].reserve(size)
                 rows = int(rng.integers(0, min(size, 10) + 1))
                 pieces.append(Piece(texts[i][done : done + size], caches[i], rows))
                 chosen.append((i, done + size))
