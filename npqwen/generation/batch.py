@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from npqwen.engine.piece import Piece, by_piece
-from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
+from npqwen.engine.prefix_page import SHARED, common_prefix
 from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
+from npqwen.generation.batch_entry import Entry
+from npqwen.generation.batch_statistics import BatchStatistics
 from npqwen.generation.cache_memory import CacheMemory
 from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
@@ -39,65 +40,6 @@ _SHORT = 32
 """Tokens up to which the rest of a prompt, or forced tokens, run at once like a step of a text."""
 _STATES = 3
 """Recurrent states that a sequence of a hybrid needs at least: what it reads, what it writes, and a checkpoint."""
-_ROOM = 256
-"""Tokens of a text that have to fit into memory before its sequence begins; its growth may evict others later."""
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A sequence in the batch."""
-
-    sequence: Sequence
-    on_text: Callable[[str], None]
-    """Called after every step with its text, perhaps ""."""
-    on_end: Callable[[BaseException | None], None]
-    """Called once, with what ended the sequence before its text was finished, if something did."""
-    arrived: float
-    prompt: Ids
-    lent: bool
-    """Whether its cache is somebody else's, who uses it afterwards."""
-    cancelled: bool = False
-
-    @property
-    def cache(self) -> KVCache:
-        cache = self.sequence.cache
-        assert cache is not None  # made when the sequence began to run
-        return cache
-
-    def release(self) -> None:
-        """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
-        self.sequence.close()
-        if not self.lent:
-            self.sequence.cache = None
-
-    def computed(self) -> Ids:
-        """The tokens in the cache."""
-        prompt, length = self.prompt, self.sequence.length
-        if length <= len(prompt):
-            return prompt[:length]
-        return np.concatenate([prompt, np.array(self.sequence.decoding.ids[: length - len(prompt)], np.int32)])
-
-
-@dataclass
-class BatchStatistics:
-    """What a batch has done so far."""
-
-    prompt_tokens: int = 0
-    """Of prompts that were begun, cached ones included."""
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    """That were guessed, and run beside those of a text."""
-    accepted_tokens: int = 0
-    """Those of them that became part of a text."""
-    prefill_seconds: float = 0.0
-    """In passes of prompts, or parts of them, alone or beside texts."""
-    decode_seconds: float = 0.0
-    """In passes of texts alone."""
-    cache_bytes: int = 0
-    """Of all pages, shared ones counted once, after the last step."""
-    preempted: int = 0
-    """How often a sequence had to give its memory to an older one, and was computed again."""
 
 
 class Batch:
@@ -119,8 +61,8 @@ class Batch:
         self._model = model
         self._parallel = parallel
         self._memory = CacheMemory(model, memory)
-        self._waiting: deque[_Entry] = deque()
-        self._running: list[_Entry] = []
+        self._waiting: deque[Entry] = deque()
+        self._running: list[Entry] = []
         self._prefixes = model.prefixes
         self._logits: NDArray[np.float32] | None = None
         self._maxima = np.empty((0, 0), np.float32)
@@ -155,7 +97,7 @@ class Batch:
         """Let a sequence join; `step` calls on_text(text) after each of its steps, and on_end(error or None) once."""
         prompt = np.array(sequence.decoding.prompt_ids, np.int32)
         lent = sequence.cache is not None
-        self._waiting.append(_Entry(sequence, on_text, on_end, time.perf_counter(), prompt, lent))
+        self._waiting.append(Entry(sequence, on_text, on_end, time.perf_counter(), prompt, lent))
 
     def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
         """Let a sequence join; its pieces of text, for which all sequences advance. Raises what ended it early."""
@@ -249,10 +191,10 @@ class Batch:
             except OutOfMemoryError as error:
                 self._end(entry, error)
 
-    def _longest_prefix(self, entry: _Entry) -> tuple[int, _Entry | Prefix | None]:
+    def _longest_prefix(self, entry: Entry) -> tuple[int, Entry | Prefix | None]:
         """The longest prefix that is computed already, and by whom; -1 if it is worth waiting for a longer one."""
         most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
-        source: _Entry | Prefix | None = None
+        source: Entry | Prefix | None = None
         best = entry.sequence.length
         found = self._prefixes.find(entry.prompt[:most], entry.sequence.adapter)
         if found.length >= max(SHARED, best + 1):
@@ -270,9 +212,9 @@ class Batch:
             coming = max(coming, other.cache.expected(min(shared, len(other.prompt))))
         return (-1, None) if coming >= best + SHARED else (best, source)
 
-    def _set_cache(self, entry: _Entry, length: int, source: _Entry | Prefix | None) -> None:
+    def _set_cache(self, entry: Entry, length: int, source: Entry | Prefix | None) -> None:
         sequence = entry.sequence
-        if isinstance(source, _Entry):
+        if isinstance(source, Entry):
             sequence.cache = source.cache.fork(length)
         elif sequence.cache is None:
             sequence.cache = sequence.new_cache()
@@ -285,13 +227,13 @@ class Batch:
             self.statistics.prompt_tokens += len(entry.prompt)
             self.statistics.cached_tokens += length
 
-    def _has_memory(self, entry: _Entry, shared: int) -> bool:
+    def _has_memory(self, entry: Entry, shared: int) -> bool:
         """Whether the pages of a sequence's prompt fit, after giving up old prefixes; true if nothing else is running.
         """
         if self._memory.limit is None or not self._running:
             return True
-        missing = _pages(entry) - shared // PAGE
-        missing += sum(max(0, _pages(other) - other.cache.page_count) for other in self._running)
+        missing = entry.pages - shared // PAGE
+        missing += sum(max(0, other.pages - other.cache.page_count) for other in self._running)
         cache = self._running[0].cache
         states = 0 if cache.recurrent is None else _STATES * cache.recurrent.shape.nbytes
         while self._memory.lacks(self._caches(), missing * cache.page_bytes + states):
@@ -299,18 +241,18 @@ class Batch:
                 return False
         return True
 
-    def _choose(self) -> list[tuple[_Entry, int]]:
+    def _choose(self) -> list[tuple[Entry, int]]:
         """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts.
 
         A pass without prompts is filled with drafts, up to as many tokens as those may have.
         """
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
 
-        def deadline(entry: _Entry) -> tuple[bool, float]:
+        def deadline(entry: Entry) -> tuple[bool, float]:
             left = entry.sequence.left
             return left > _SHORT, entry.arrived + left * self._seconds_per_token
 
-        chosen: list[tuple[_Entry, int]] = []
+        chosen: list[tuple[Entry, int]] = []
         room = self._prompt_tokens(ALONE)
         for entry in self._running:
             entry.sequence.draft(0)
@@ -329,7 +271,7 @@ class Batch:
             self._add_drafts(chosen)
         return chosen
 
-    def _add_drafts(self, chosen: list[tuple[_Entry, int]]) -> None:
+    def _add_drafts(self, chosen: list[tuple[Entry, int]]) -> None:
         """Let texts guess their next tokens, each its share of what is left of the pass."""
         tokens = sum(size for _, size in chosen)
         for at, (entry, size) in enumerate(chosen):
@@ -343,7 +285,7 @@ class Batch:
             if not self._memory.drop_prefix():
                 self._stop_guessing()
 
-    def _guessing(self) -> list[_Entry]:
+    def _guessing(self) -> list[Entry]:
         """Those for which a model or layer holds keys and values to guess."""
         return [entry for entry in self._running if len(entry.sequence.caches) > 1]
 
@@ -354,9 +296,9 @@ class Batch:
             entry.sequence.stop_guessing()
         return bool(guessing)
 
-    def _reserve(self, chosen: list[tuple[_Entry, int]]) -> list[tuple[_Entry, int]]:
+    def _reserve(self, chosen: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
         """Allocate the pages that the pass will write; those sequences for which there is memory."""
-        ready: list[tuple[_Entry, int]] = []
+        ready: list[tuple[Entry, int]] = []
         for entry, size in chosen:
             while entry in self._running:
                 try:
@@ -376,7 +318,7 @@ class Batch:
                     break
         return [(entry, size) for entry, size in ready if entry in self._running]
 
-    def _check_memory(self, entry: _Entry, size: int) -> None:
+    def _check_memory(self, entry: Entry, size: int) -> None:
         """Raise OutOfMemoryError if the pages for `size` more tokens would exceed the limit."""
         cache = entry.cache
         missing = cache.missing_bytes(size)
@@ -387,7 +329,7 @@ class Batch:
                 "and values; shorten the prompt, or give the server more memory"
             )
 
-    def _make_room(self, entry: _Entry, error: OutOfMemoryError) -> None:
+    def _make_room(self, entry: Entry, error: OutOfMemoryError) -> None:
         """Give up an old prefix, or guesses, or have the youngest sequence wait again; alone, this one ends with the
         error."""
         if self._memory.drop_prefix() or self._stop_guessing():
@@ -402,7 +344,7 @@ class Batch:
         self._waiting.appendleft(youngest)
         self.statistics.preempted += 1
 
-    def _run(self, chosen: list[tuple[_Entry, int]]) -> None:
+    def _run(self, chosen: list[tuple[Entry, int]]) -> None:
         # Side by side, tokens with the same adapter share what is read of it.
         chosen = sorted(chosen, key=lambda pair: -1 if (own := pair[0].sequence.adapter) is None else own.number)
         pieces = []
@@ -446,7 +388,7 @@ class Batch:
         tokens = int(seconds / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
         return min(self._model.chunk, max(_TILE, tokens))
 
-    def _advance(self, entry: _Entry, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32]) -> None:
+    def _advance(self, entry: Entry, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32]) -> None:
         """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""
         sequence = entry.sequence
         decoding = sequence.decoding
@@ -469,7 +411,7 @@ class Batch:
         if decoding.finished or entry.cancelled:
             self._end(entry)
 
-    def _end(self, entry: _Entry, error: BaseException | None = None, keep: bool = True) -> None:
+    def _end(self, entry: Entry, error: BaseException | None = None, keep: bool = True) -> None:
         """Have a running sequence leave, and keep its cache for others."""
         self._pages_changed = True
         self._running.remove(entry)
@@ -478,8 +420,3 @@ class Batch:
         entry.release()
         self._memory.trim(self._caches())
         entry.on_end(error)
-
-
-def _pages(entry: _Entry) -> int:
-    """How many pages a sequence's prompt and the beginning of its text take."""
-    return ceil_div(min(len(entry.prompt) + _ROOM, entry.sequence.room), PAGE)

@@ -1,0 +1,60 @@
+"""A sequence in a batch, and whom its text goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npqwen.format.layout import ceil_div
+from npqwen.kernels.cache_page import PAGE
+
+if TYPE_CHECKING:
+    from npqwen.engine.kv_cache import KVCache
+    from npqwen.engine.prefix_page import Ids
+    from npqwen.generation.sequence import Sequence
+
+_ROOM = 256
+"""Tokens of a text that have to fit into memory before its sequence begins; its growth may evict others later."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """A sequence in the batch."""
+
+    sequence: Sequence
+    on_text: Callable[[str], None]
+    """Called after every step with its text, perhaps ""."""
+    on_end: Callable[[BaseException | None], None]
+    """Called once, with what ended the sequence before its text was finished, if something did."""
+    arrived: float
+    prompt: Ids
+    lent: bool
+    """Whether its cache is somebody else's, who uses it afterwards."""
+    cancelled: bool = False
+
+    @property
+    def cache(self) -> KVCache:
+        cache = self.sequence.cache
+        assert cache is not None  # made when the sequence began to run
+        return cache
+
+    @property
+    def pages(self) -> int:
+        """How many pages its prompt and the beginning of its text take."""
+        return ceil_div(min(len(self.prompt) + _ROOM, self.sequence.room), PAGE)
+
+    def release(self) -> None:
+        """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
+        self.sequence.close()
+        if not self.lent:
+            self.sequence.cache = None
+
+    def computed(self) -> Ids:
+        """The tokens in the cache."""
+        prompt, length = self.prompt, self.sequence.length
+        if length <= len(prompt):
+            return prompt[:length]
+        return np.concatenate([prompt, np.array(self.sequence.decoding.ids[: length - len(prompt)], np.int32)])
