@@ -289,12 +289,13 @@ def test_a_damaged_entry_of_the_converter_is_compiled_again(tmp_path: Path) -> N
             assert (hits(), hits()) == (["0"], ["1"])
 
 
-def test_two_processes_at_once(tmp_path: Path) -> None:
+def test_of_two_processes_at_once_one_compiles(tmp_path: Path) -> None:
     both = [start(SMALL, NPQWEN_CACHE=str(tmp_path)) for _ in range(2)]
-    for process in both:
-        assert len(finish(process)) == 2
+    waited, compiled = sorted((finish(process)[1] for process in both), key=len)
+    assert waited in ("", f"(0, {FUNCTIONS}) ({FUNCTIONS}, {FUNCTIONS})")
+    assert len(compiled) > len(waited)
     assert small(tmp_path)[1] == []
-    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not [*tmp_path.rglob("*.tmp*"), *tmp_path.rglob("*.lock")]
 
 
 def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path], tiny_moe: Path) -> None:
