@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ TEMPLATES = Path(__file__).parent / "data" / "templates"
 TOKENIZER = Tokenizer.from_directory(TINY)
 THINKING = Sampling(temperature=0.6, top_k=20, top_p=0.95)
 GREEDY = Sampling(temperature=0)
+
+
+@cache
+def chat_template(source: str) -> ChatTemplate:
+    """A template, compiled once for all tests."""
+    return ChatTemplate({"default": source}, {}, Path("model"))
 
 
 class RecitersCache(KVCache):
@@ -89,8 +96,7 @@ class Reciter:
         context: int = 2048,
         sampling: Sampling = THINKING,
     ) -> None:
-        source = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
-        self.chat_template = ChatTemplate({"default": source}, {}, Path("model"))
+        self.chat_template = chat_template((TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8"))
         self.tokenizer = TOKENIZER
         self.context = context
         self.path = TINY

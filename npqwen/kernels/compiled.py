@@ -3,7 +3,8 @@
 Numba's own cache does not notice a change in a function that the cached one calls. So the directory is named after
 everything that machine code depends on: the kernels' sources, the versions that compiled them, the instruction set, the
 processor and the size of memory pages. Its files are pickles and machine code, that is, programs: only those that no
-other user could have written are read, and only undamaged ones.
+other user could have written are read, and only undamaged ones. Processes that need the same function at the same time
+compile it once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from numba.core.registry import cpu_target
 
 from npqwen.cache_directory import cache_directory
 from npqwen.format.files import open_regular
+from npqwen.kernels.compile_lock import WAITING, CompileLock
 
 _SOURCES = (
     "simd",
@@ -46,6 +48,7 @@ _SOURCES = (
 """Whatever is compiled, and what it takes constants from."""
 FUNCTIONS = 60
 """About how many functions are compiled, for the progress shown."""
+_LOCK = ".lock"
 
 
 def _digest_of_sources() -> bytes:
@@ -173,6 +176,8 @@ def unusable_files(directory: Path) -> dict[str, str]:
     directory cannot be read."""
     found = {}
     for path in sorted(directory.iterdir()):
+        if path.suffix == _LOCK:
+            continue
         try:
             if not _is_private(path.stat()):
                 found[path.name] = "belongs to another user, or others may write to it"
@@ -257,27 +262,61 @@ class _Entries(caching.CompileResultCacheImpl):
 
 
 class KernelCache(CodeCache):
-    """A kernel's machine code, in the kernel directory."""
+    """A kernel's machine code, in the kernel directory.
+
+    Code that is missing is locked until it is stored, or until `close`.
+    """
 
     _impl_class = _Entries
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)
         self._cache_file.private = True
+        self._lock: CompileLock | None = None
         if not _is_usable(kernel_directory()):
             self.disable()
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        if found is not None or not self._enabled:
+            return found
+        try:
+            self._impl.locator.ensure_cache_path()
+        except OSError:
+            return None
+        self.close()
+        types = hashlib.sha256(str(sig).encode()).hexdigest()[:20]
+        self._lock = CompileLock(kernel_directory() / f"{self._impl.filename_base}.{types}{_LOCK}")
+        self._lock.acquire()
+        found = super().load_overload(sig, target_context)  # what another process has stored meanwhile
+        if found is not None:
+            self.close()
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        super().save_overload(sig, data)
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes compile what this one could not. The cache stays usable."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
 
 class _Counter(event.Listener):
-    """Reports each function as Numba begins to compile it."""
+    """Reports each function as Numba begins to compile it, or as another process does."""
 
     def __init__(self, report: Callable[[int, int], None]) -> None:
         self.count = 0
+        self.has_reported = False
         self.report = report
 
     def on_start(self, event: Any) -> None:
-        self.count += 1
-        self.report(min(self.count, FUNCTIONS) - 1, FUNCTIONS)
+        self.has_reported = True
+        self.report(min(self.count, FUNCTIONS - 1), FUNCTIONS)
+        if event.kind != WAITING:
+            self.count += 1
 
     def on_end(self, event: Any) -> None:
         pass
@@ -290,9 +329,9 @@ def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
         yield
         return
     counter = _Counter(on_compile)
-    with event.install_listener("numba:compile", counter):
+    with event.install_listener("numba:compile", counter), event.install_listener(WAITING, counter):
         yield
-    if counter.count:
+    if counter.has_reported:
         on_compile(FUNCTIONS, FUNCTIONS)
 
 
@@ -321,7 +360,7 @@ def compile_kernel(function: Any, args: tuple[Any, ...]) -> None:
     signature = tuple(numba.typeof(arg) for arg in args)
     if signature not in function.overloads:
         function._cache = KernelCache(function.py_func)
-        with _raising_interrupts():
+        with _raising_interrupts(), contextlib.closing(function._cache):
             function.compile(signature)
 
 
@@ -329,6 +368,6 @@ def address_of(kernel: Any) -> int:
     """The address of an `entry`'s machine code (npqwen/kernels/entry.py), loaded from disk, or compiled and stored."""
     if kernel.address is None:
         kernel._cache = KernelCache(kernel.__wrapped__)
-        with _raising_interrupts():
+        with _raising_interrupts(), contextlib.closing(kernel._cache):
             kernel.compile()
     return int(kernel.address)

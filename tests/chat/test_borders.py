@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reciter import TEMPLATES, TOKENIZER, Reciter
+from reciter import TEMPLATES, TOKENIZER, Reciter, chat_template
 
-from npqwen.chat.chat_template import ChatTemplate
 from npqwen.chat.messages import checked
 from npqwen.chat.prompter import Prompter
 from npqwen.errors import OptionError
@@ -114,7 +113,7 @@ TOLD: dict[str, Callable[[str], tuple[list[dict[str, Any]], list[Any] | None]]] 
 def reciter(name: str) -> Reciter:
     model = Reciter(template=name if name not in MADE_UP else "hybrid")
     if name in MADE_UP:
-        model.chat_template = ChatTemplate({"default": MADE_UP[name]}, {}, Path("model"))
+        model.chat_template = chat_template(MADE_UP[name])
     return model
 
 

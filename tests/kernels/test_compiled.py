@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 from numba.core.registry import CPUDispatcher
 
@@ -40,17 +39,6 @@ team.run(read, data, sums)
 assert sums.sum() == 100_096, sums
 print(kernel_directory())
 print(*calls)
-"""
-# One of the functions that conversion compiles.
-QUANTIZE = """
-import numpy as np
-from npqwen.format.encodings import INT4, UNIT_COLUMNS, UNIT_ROWS
-from npqwen_quant.blocks import _store
-scales = np.full((UNIT_ROWS, UNIT_COLUMNS // 32), 7, np.int8)
-unit = np.empty(INT4.unit_bytes, np.uint8)
-_store(np.full((UNIT_ROWS, UNIT_COLUMNS), 3, np.uint8), scales, INT4.planes, 0, unit)
-assert unit.tolist() == [7] * scales.size + [0x33] * (unit.size - scales.size), unit
-print(sum(_store.stats.cache_hits.values()))
 """
 LOAD = """
 import sys
@@ -196,105 +184,18 @@ def test_numbas_setting_of_cache_locators_does_not_apply(cache: Path, locator: s
     assert (Path(directory).parent, calls) == (cache / "kernels", "")
 
 
-def damage(directory: Path, pattern: str, how: str) -> None:
-    (file,) = directory.glob(pattern)
-    good = file.read_bytes()
-    bad = {
-        "empty": b"",
-        "short": good[: len(good) // 2],
-        "other": b"no pickle at all" * 100,
-        "random": good[:100] + np.random.default_rng(0).bytes(len(good) - 100),
-        "one bit": good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 4]) + good[len(good) // 2 + 1 :],
-        "last bit": good[:-1] + bytes([good[-1] ^ 1]),
-    }
-    file.write_bytes(bad[how])
-
-
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-@pytest.mark.parametrize("how", ["empty", "short", "other", "random", "one bit", "last bit"])
-def test_a_damaged_entry_is_compiled_again(cache: Path, pattern: str, how: str) -> None:
-    damage(next((cache / "kernels").iterdir()), pattern, how)
-    assert small(cache)[1] != []
-    assert small(cache)[1] == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in directories")
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-def test_a_named_pipe_counts_as_missing(cache: Path, pattern: str) -> None:
-    (file,) = next((cache / "kernels").iterdir()).glob(pattern)
-    file.unlink()
-    os.mkfifo(file)
-    assert small(cache)[1] != []
-    assert small(cache)[1] == []
-
-
-def test_an_entry_is_only_read_for_its_own_function(cache: Path) -> None:
-    """The file of another function would be loaded as code for the same types."""
-    names = {}
-    for function in ("read", "look"):
-        code = SMALL.replace("import read", "import read\nread = njit(read.py_func)").replace(
-            "import sys", "from numba import njit", 1
-        )
-        code = code.replace("data, sums = ", f"read.py_func.__qualname__ = {function!r}\ndata, sums = ")
-        finish(start(code, NPQWEN_CACHE=str(cache)))
-        (names[function],) = (file for file in cache.rglob("*.nbc") if f".{function}-" in file.name)
-    content = {function: file.read_bytes() for function, file in names.items()}
-    names["read"].write_bytes(content["look"])
-    assert small(cache)[1] != []
-    assert small(cache)[1] == []
-
-
-def test_the_cache_is_private_to_the_user(filled: Path) -> None:
-    directory = next((filled / "kernels").iterdir())
-    if sys.platform != "win32":
-        assert directory.stat().st_mode & 0o777 == 0o700
-        assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o600}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
-@pytest.mark.parametrize("which", ["directory", "index", "code"])
-@pytest.mark.parametrize("how", ["group", "others", "owner"])
-def test_code_that_others_could_have_written_is_not_run(cache: Path, which: str, how: str) -> None:
-    directory = next((cache / "kernels").iterdir())
-    path = directory if which == "directory" else next(directory.glob({"index": "*.nbi", "code": "*.nbc"}[which]))
-    if how == "owner":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give files away")
-        os.chown(path, 12345, -1)
-    else:
-        path.chmod(path.stat().st_mode | {"group": 0o020, "others": 0o002}[how])
-    process = start(SMALL, NPQWEN_CACHE=str(cache))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0
-    assert f"({FUNCTIONS}, {FUNCTIONS})" in out  # compiled again
-    assert ("others may write to it" in err) == (which == "directory")
-    if which == "directory":
-        assert os.fspath(directory) in err
-
-
 def test_importing_the_cache_chooses_no_instruction_set() -> None:
     code = "import sys, npqwen_quant.blocks; print('npqwen.simd.isa' in sys.modules)"
     assert finish(start(code)) == ["False"]
 
 
-def test_a_damaged_entry_of_the_converter_is_compiled_again(tmp_path: Path) -> None:
-    def hits() -> list[str]:
-        return finish(start(QUANTIZE, NUMBA_CACHE_DIR=str(tmp_path)))
-
-    assert (hits(), hits()) == (["0"], ["1"])
-    (directory,) = tmp_path.iterdir()
-    for pattern in ("*.nbi", "*.nbc"):
-        for how in ("empty", "random"):
-            damage(directory, pattern, how)
-            assert (hits(), hits()) == (["0"], ["1"])
-
-
-def test_two_processes_at_once(tmp_path: Path) -> None:
+def test_of_two_processes_at_once_one_compiles(tmp_path: Path) -> None:
     both = [start(SMALL, NPQWEN_CACHE=str(tmp_path)) for _ in range(2)]
-    for process in both:
-        assert len(finish(process)) == 2
+    waited, compiled = sorted((finish(process)[1] for process in both), key=len)
+    assert waited in ("", f"(0, {FUNCTIONS}) ({FUNCTIONS}, {FUNCTIONS})")
+    assert len(compiled) > len(waited)
     assert small(tmp_path)[1] == []
-    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not [*tmp_path.rglob("*.tmp*"), *tmp_path.rglob("*.lock")]
 
 
 def test_no_two_functions_of_the_kernels_share_a_name(tiny: Callable[[int], Path], tiny_moe: Path) -> None:
