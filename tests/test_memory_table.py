@@ -48,8 +48,14 @@ def test_tables_have_what_is_computed(name: str, count: int) -> None:
         computed = needs(size_of(row["model"]), int(row["--bits"]))
         for heading, cell in row.items():
             for start, quantity in QUANTITIES.items():
-                if heading.startswith(start):
-                    assert cell == f"{getattr(computed, quantity) / 1e9:.1f} GB", row
+                if not heading.startswith(start):
+                    continue
+                size = getattr(computed, quantity) / 1e9
+                if quantity == "needed":  # some buffers are larger with one instruction set than with another
+                    assert cell.endswith(" GB"), row
+                    assert abs(float(cell.removesuffix(" GB")) - size) < 0.08, row
+                else:
+                    assert cell == f"{size:.1f} GB", row
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
