@@ -51,9 +51,9 @@ def test_tables_have_what_is_computed(name: str, count: int) -> None:
                 if not heading.startswith(start):
                     continue
                 size = getattr(computed, quantity) / 1e9
-                if quantity == "needed":  # some buffers are larger with one instruction set than with another
+                if quantity == "needed":  # what mixtures work in is padded to the tiles of the instruction set
                     assert cell.endswith(" GB"), row
-                    assert abs(float(cell.removesuffix(" GB")) - size) < 0.08, row
+                    assert abs(float(cell.removesuffix(" GB")) - size) < 0.05 + computed.working / 1e9, row
                 else:
                     assert cell == f"{size:.1f} GB", row
 
