@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Threads of OpenBLAS that wait for others spin, and take the time of tests in other processes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from checkpoints import TINY, write_checkpoint
 from converted import large_model
@@ -29,9 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--browser", choices=["Chromium", "Firefox", "WebKit"], default="Chromium")
 
 
+FIRST = ("kernels/test_instruction_sets.py", "hostile/test_hostile.py", "kernels/test_compiled.py")
+"""The files that take longest: at the end, only one of several workers would be busy with them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist keep the order of files; it would begin with those of many tests, which are short ones."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest file: at the end, only one of several workers would be busy with it."""
-    items.sort(key=lambda item: "test_instruction_sets" not in item.nodeid)
+    """Begin with `FIRST`."""
+    order = {str(TESTS / name): place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(FIRST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
