@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,11 @@ def run(kernel: Any, *args: Any) -> Any:
     """Call a kernel, compiled and cached like those of the package."""
     compile_kernel(kernel, args)
     return kernel(*args)
+
+
+def call_at(address: int, *args: int) -> None:
+    """Call a kernel that takes integers at the address of its machine code (npqwen/kernels/entry.py)."""
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(args))(int(address))(*args)
 
 
 def together(members: int, kernel: Any, args: Callable[[int], tuple[Any, ...]]) -> None:

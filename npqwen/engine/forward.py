@@ -117,7 +117,7 @@ def attention_block(
     norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
     if adapters is not None:
         shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, layer.qk_proj.cols)
-    project_heads(team, model, layer, tokens, sequences.dtype, packed, adapters, local, scratch, queries)
+    project_heads(team, model, layer, tokens, packed, adapters, local, scratch, queries)
     size = model.num_attention_heads * model.head_dim
     if recurrent is not None:
         gates, width = recurrent.projected, tile_width(count, encoding)  # that of `norm_and_pack`
@@ -126,7 +126,7 @@ def attention_block(
             layer.number, Q_GATE,
         )  # fmt: skip
     attention(
-        team, model.attention_kernels, queries, sequences.records, sequences.dtype, layer.kv_index,
+        team, model.attention_kernels, queries, sequences, model.cache_is_int8, layer.kv_index,
         model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
     )  # fmt: skip
     if recurrent is not None:
@@ -165,7 +165,7 @@ def recurrent_block(
         team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), projected, 0, scratch, local,
         adapters, layer.number, IN_PROJ_QKV, IN_PROJ_Z, (matrix.rows - values) // UNIT_ROWS,
     )  # fmt: skip
-    gated_delta(team, model, layer, sequences.records, projected, gates, scratch, attended)
+    gated_delta(team, model, layer, sequences, projected, gates, scratch, attended)
     pack_all(team, attended, count, values, layer.o_proj, packed)
     if adapters is not None:
         shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)

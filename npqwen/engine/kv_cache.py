@@ -113,9 +113,9 @@ class KVCache:
         items = int8_tile_bytes.py_func(head_dim) if kv == "int8" else POSITION_TILE * head_dim
         self.page_shape = (layers, 2, heads, PAGE // self.tile, items)
         """(layers that keep keys and values, keys or values, heads, tiles, what a tile takes)."""
-        self.dtype_array = np.zeros(0, PAGE_DTYPES[kv])
-        """An empty array of the pages' dtype."""
-        self.page_bytes = math.prod(self.page_shape) * self.dtype_array.itemsize
+        self.page_dtype: np.dtype[Any] = np.dtype(PAGE_DTYPES[kv])
+        """uint16 stands for the bits of float16."""
+        self.page_bytes = math.prod(self.page_shape) * self.page_dtype.itemsize
         self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: dict[int, int] = {}
         """By index, how many positions of a page others may hold, too: it is copied before one of these is written."""
@@ -382,7 +382,7 @@ class KVCache:
             memory = new_memory(self.page_bytes)
         except OSError:  # a limit on the address space, or a system that does not overcommit
             raise self._too_large(1, self.length + 1, 0) from None
-        return memory.view(self.dtype_array.dtype).reshape(self.page_shape)
+        return memory.view(self.page_dtype).reshape(self.page_shape)
 
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()

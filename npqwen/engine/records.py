@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +70,16 @@ MODEL = np.dtype(
         ("prefetch", np.int64),
         ("matmul_kernels", np.int64, KERNEL_TABLE),
         ("attention_kernels", np.int64, (MAX_ROWS + 1,)),
+        ("append_kernels", np.int64, (2,)),
+        ("cache_is_int8", np.bool_),
         ("gated_delta_kernel", np.int64),
     ]
 )
 """The weights outside the layers, and dimensions under the names of config.json.
 
 prefetch: the policy for experts' pages, see `npqwen.kernels.paging`.
-matmul_kernels, attention_kernels, gated_delta_kernel: addresses of machine code, see the functions of these names.
+matmul_kernels, attention_kernels, append_kernels, gated_delta_kernel: addresses of machine code, see the functions of
+these names; cache_is_int8: what those of attention and of appending are for.
 """
 
 Floats = NDArray[np.float32]
@@ -100,15 +103,6 @@ class Tokens(NamedTuple):
     cos: Floats
     """(tokens, rotary_dim / 2), of the rotary embedding."""
     sin: Floats
-
-
-class Sequences(NamedTuple):
-    """The sequences of one pass, and their KV caches."""
-
-    records: NDArray[np.void]
-    """(sequences,) of SEQUENCE, see `npqwen.kernels.attention`."""
-    dtype: NDArray[Any]
-    """An empty array of the pages' dtype: uint16 stands for the bits of float16."""
 
 
 class Activations(NamedTuple):

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.forward import forward
 from npqwen.engine.pass_times import PassTimes
-from npqwen.engine.records import Output, Sequences, Tokens
+from npqwen.engine.records import Output, Tokens
 from npqwen.engine.rope import Rope
 from npqwen.engine.team import Team
+from npqwen.kernels.append import append_kernels
 from npqwen.kernels.attention import SEQUENCE, attention_kernels
 from npqwen.kernels.compiled import compile_kernel
 from npqwen.kernels.gated_delta import gated_delta_kernel
@@ -78,7 +79,9 @@ class Runner:
         """Load the kernels from disk, or compile them. piece: a token whose cache is empty, never run."""
         model, cache = self.weights.model[0], piece.cache
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
-        model["attention_kernels"] = attention_kernels(cache.dtype_array.dtype)
+        model["attention_kernels"] = attention_kernels(cache.page_dtype)
+        model["append_kernels"] = append_kernels(cache.page_dtype)
+        model["cache_is_int8"] = cache.page_dtype == np.uint8
         if cache.recurrent is not None:
             model["gated_delta_kernel"] = gated_delta_kernel()
         cache.begin(1)
@@ -192,7 +195,7 @@ class Runner:
             (self.weights.model if model is None else model)[0],
             layers,
             Tokens(ids, rows, embed, positions, pages, cos, sin),
-            Sequences(records, pieces[0].cache.dtype_array),
+            records,
             buffers.activations,
             buffers.experts,
             buffers.recurrent,

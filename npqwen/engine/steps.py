@@ -8,8 +8,8 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.kernels.append import append_key, append_value
-from npqwen.kernels.cache_page import PAGE
+from npqwen.kernels.append import APPEND_KEY, APPEND_VALUE
+from npqwen.kernels.entry import run_at
 from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima
 from npqwen.kernels.low_rank import (
     GATE_PROJ,
@@ -86,8 +86,7 @@ def pack_all(team: Any, x: Any, count: int, size: int, matrix: Any, packed: Any)
 
 @step
 def project_heads(
-    team: Any, model: Any, layer: Any, tokens: Any, cache_dtype: Any, packed: Any, adapters: Any, local: Any,
-    scratch: Any, queries: Any,
+    team: Any, model: Any, layer: Any, tokens: Any, packed: Any, adapters: Any, local: Any, scratch: Any, queries: Any
 ) -> None:  # fmt: skip
     """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into their sequences' caches.
 
@@ -129,8 +128,7 @@ def project_heads(
             for t in range(count):
                 at = t * rows + (head - first_head) * dim
                 x = local[at : at + dim]
-                position = tokens.positions[t]
-                pages = memory(tokens.pages[t], position // PAGE + 1, np.int64)
+                position, pages = tokens.positions[t], tokens.pages[t]
                 if head < heads:
                     query = queries[t, head * dim : (head + 1) * dim]
                     rms_norm(x, q_norm, model.rms_norm_eps, query)
@@ -140,9 +138,11 @@ def project_heads(
                 elif head < heads + kv_heads:
                     rms_norm(x, k_norm, model.rms_norm_eps, x)
                     rotate(x, tokens.cos[t], tokens.sin[t])
-                    append_key(pages, cache_dtype, first_key + head - heads, position, x)
+                    place = (pages, first_key + head - heads, position, x.ctypes.data, dim)
+                    run_at(model.append_kernels[APPEND_KEY], place)
                 else:
-                    append_value(pages, cache_dtype, first_key + head - heads, position, x)
+                    place = (pages, first_key + head - heads, position, x.ctypes.data, dim)
+                    run_at(model.append_kernels[APPEND_VALUE], place)
 
 
 @step

@@ -146,16 +146,16 @@ def _task_count(sequences: Any, group: int, kv_heads: int, divided: bool) -> int
 
 @njit(nogil=True)
 def attention(
-    team: Any, kernels: Any, q: Any, sequences: Any, cache_dtype: Any, layer: int, heads: int, kv_heads: int, dim: int,
+    team: Any, kernels: Any, q: Any, sequences: Any, is_int8: bool, layer: int, heads: int, kv_heads: int, dim: int,
     partials: Any, scratch: Any, out: Any,
 ) -> None:  # fmt: skip
     """out[t, head] = softmax(q[t, head] @ keys.T) @ values over the positions of t's sequence up to its own.
 
     All members of the team call it, and share the sequences, heads, tiles of rows and spans.
     kernels: see `attention_kernels`. q: float32 (tokens, >= heads * dim), rotated and scaled by 1/sqrt(dim). sequences:
-    SEQUENCE records, in the order of their tokens. layer: its index among the layers in the cache. partials: float32
-    shared by the team, flat, see `partial_floats`. scratch: this thread's float32 (scratch_floats(dim),). out: float32
-    (tokens, >= heads * dim).
+    SEQUENCE records, in the order of their tokens. is_int8: whether the kernels are those of an int8 cache. layer: its
+    index among the layers in the cache. partials: float32 shared by the team, flat, see `partial_floats`. scratch: this
+    thread's float32 (scratch_floats(dim),). out: float32 (tokens, >= heads * dim).
     """
     group = heads // kv_heads
     divided = is_divided(team, sequences, group, kv_heads, dim, partials.size)
@@ -180,7 +180,7 @@ def attention(
         first_row = tile * width
         last_seen = sequence.start + (min(first_row + width, rows) - 1) // group + 1
         queries, rest = scratch[: width * dim], scratch[width * dim :]
-        if cache_dtype.itemsize == 1:
+        if is_int8:
             pack_queries(q, sequence.first, head, group, rows, first_row, width, dim, rest, queries)
         else:
             _gather(q, sequence.first, head, group, rows, first_row, width, dim, queries)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_calls import run, together
+from kernel_calls import call_at, run, together
 
+from npqwen.kernels.append import APPEND_KEY, APPEND_VALUE, append_kernels
 from npqwen.kernels.attention import (
     MAX_ROWS,
     SEQUENCE,
@@ -17,7 +18,7 @@ from npqwen.kernels.attention import (
     is_divided,
     scratch_floats,
 )
-from npqwen.kernels.cache_page import PAGE, page_items, store_key, store_value
+from npqwen.kernels.cache_page import PAGE, page_items
 
 
 class Cache:
@@ -39,7 +40,12 @@ class Cache:
         # Separate allocations, like the cache's pages.
         self.pages = [np.array(page) for page in whole]
         self.addresses = np.array([page.ctypes.data for page in self.pages])
-        self.dtype_array = np.zeros(0, np.uint16 if dtype is np.float16 else np.float32)
+        self.dtype = np.dtype(np.uint16 if dtype is np.float16 else np.float32)
+
+
+def append(cache: Any, kernel: int, index: int, position: int, x: np.ndarray) -> None:
+    """Write a key or value, float32 (dim,), at a head's index of a page."""
+    call_at(append_kernels(cache.dtype)[kernel], cache.addresses.ctypes.data, index, position, x.ctypes.data, x.size)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -56,8 +62,8 @@ def test_store_key_and_value(dtype: Any, dim: int) -> None:
             key = expected.keys[position, layer, head].astype(np.float32)
             value = expected.values[position, layer, head].astype(np.float32)
             at = 2 * layer * kv_heads + head
-            run(store_key, found.addresses, found.dtype_array, at, position, key)
-            run(store_value, found.addresses, found.dtype_array, at + kv_heads, position, value)
+            append(found, APPEND_KEY, at, position, key)
+            append(found, APPEND_VALUE, at + kv_heads, position, value)
     for mine, theirs in zip(found.pages, expected.pages, strict=True):
         assert np.array_equal(mine, theirs)
 
@@ -100,13 +106,13 @@ def attend(
         addresses = part.cache.addresses.ctypes.data
         record["first"], record["tokens"], record["start"], record["pages"] = first, part.tokens, part.start, addresses
         first += part.tokens
-    dtype = parts[0].cache.dtype_array
-    kernels = attention_kernels(dtype.dtype)
+    dtype = parts[0].cache.dtype
+    kernels = attention_kernels(dtype)
     together(
         members,
         attention,
         lambda member: (
-            *(kernels, rows, records, dtype, 1, heads, kv_heads, dim),
+            *(kernels, rows, records, dtype == np.uint8, 1, heads, kv_heads, dim),
             *(partials, scratches[member], out),
         ),
     )

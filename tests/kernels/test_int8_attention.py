@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_calls import run
-from test_attention import Part, attend, attended, queries
+from test_attention import Part, append, attend, attended, queries
 
-from npqwen.kernels.append import append_key, append_value
+from npqwen.kernels.append import APPEND_KEY, APPEND_VALUE
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.int8_page import int8_tile_bytes, rotate_coordinates
 
@@ -42,12 +42,12 @@ class Int8Cache:
         size = layers * 2 * kv_heads * (PAGE // 32) * int8_tile_bytes.py_func(dim)
         self.pages = [np.zeros(size, np.uint8) for _ in range(pages)]
         self.addresses = np.array([page.ctypes.data for page in self.pages])
-        self.dtype_array = np.zeros(0, np.uint8)
+        self.dtype = np.dtype(np.uint8)
         for position, layer, head in itertools.product(range(pages * PAGE), range(layers), range(kv_heads)):
             at = 2 * layer * kv_heads + head
             key, value = self.keys[position, layer, head], self.values[position, layer, head]
-            run(append_key, self.addresses, self.dtype_array, at, position, key.copy())
-            run(append_value, self.addresses, self.dtype_array, at + kv_heads, position, value)
+            append(self, APPEND_KEY, at, position, key.copy())
+            append(self, APPEND_VALUE, at + kv_heads, position, value)
 
 
 def stored(cache: Int8Cache, dim: int, layers: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,10 +180,10 @@ def test_long_texts_whose_keys_have_outlier_channels(outliers: float, sharpness:
     size = 2 * 2 * (PAGE // 32) * int8_tile_bytes.py_func(dim)
     cache.pages = [np.zeros(size, np.uint8) for _ in range(length // PAGE)]
     cache.addresses = np.array([page.ctypes.data for page in cache.pages])
-    cache.dtype_array = np.zeros(0, np.uint8)
+    cache.dtype = np.dtype(np.uint8)
     for position in range(length):
-        run(append_key, cache.addresses, cache.dtype_array, 2, position, cache.keys[position, 1, 0].copy())
-        run(append_value, cache.addresses, cache.dtype_array, 3, position, cache.values[position, 1, 0])
+        append(cache, APPEND_KEY, 2, position, cache.keys[position, 1, 0].copy())
+        append(cache, APPEND_VALUE, 3, position, cache.values[position, 1, 0])
     q = queries(1, 2, dim, sharpness)
     out = attend([part], q, 2, 1, 1, spans=16)
     assert relative_error(out, attended(q, part.cache, 1, length - 1)) < 1e-3
