@@ -11,7 +11,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 SECONDS = 2.0
-"""CPU time that a command may take in any case but those that say so."""
+"""CPU time that a command may take in any case but those that say so; a slower machine takes as much longer."""
 GROWTH = 200_000_000
 """Bytes by which the process may grow beyond what it takes before the command."""
 

@@ -38,6 +38,8 @@ OVERTIME = "it was killed for its CPU time"
 _ERROR = "npqwen: error: "
 _PANIC = re.compile(r"\nthread '[^']*' \(\d+\) panicked at .*\n.*\nnote: run with `RUST_BACKTRACE=1`.*\n")
 """Three lines, without RUST_BACKTRACE in the environment."""
+_PACE = 0.2
+"""CPU seconds of the work in `_slowness` on the machine on which limits were set."""
 _MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024
 _SUSPICIOUS = re.compile(r"Traceback \(most|^\s+File \"|Warning: |Exception ignored|panicked|RUST_BACKTRACE|dumped")
 
@@ -253,7 +255,7 @@ def _judged(case: Case, place: Path, base: int) -> tuple[int, str]:
     text = errors.read_bytes().decode("utf-8", "replace")
     problem = judge(status, _PANIC.sub("", text) if case.panics else text, case.statuses)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT - base
-    if not problem and seconds > case.seconds:
+    if not problem and seconds > case.seconds and seconds > case.seconds * _slowness():
         problem = f"it took {seconds:.1f} s of CPU time"
     if not problem and grown > case.growth:
         problem = f"it grew by {grown / 1e6:.0f} MB"
@@ -348,6 +350,19 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_CPU, (int(_cpu_seconds() + 2 * seconds) + 2, hard))
     yield
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
+def _slowness() -> float:
+    """How many times slower than the machine on which limits were set this one is now, by a piece of Python's work.
+
+    A processor may be older, and have another process on the other half of its core.
+    """
+    before = _cpu_seconds()
+    for _ in range(8):
+        words = [f"{{{{ {number}.x }}}}" for number in range(40_000)]
+        counts = {word[3:-5]: len(word) for word in words}
+        "".join(sorted(words, key=lambda word: -counts[word[3:-5]])).split("x")
+    return (_cpu_seconds() - before) / _PACE
 
 
 def _cpu_seconds() -> float:
