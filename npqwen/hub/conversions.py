@@ -20,8 +20,9 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, Outp
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub import record
-from npqwen.hub.names import HubName, with_revision
-from npqwen.hub.repository import MAIN, downloaded, folder, look_up
+from npqwen.hub.names import MAIN, HubName, conversions_folder, with_revision
+from npqwen.hub.repository import look_up
+from npqwen.hub.snapshot import downloaded
 from npqwen.hub.source import LocalSource, Source, local_source
 from npqwen.hub.support import Purpose, check, check_purpose, file_error
 from npqwen.hub.transfer import Transfer
@@ -246,7 +247,7 @@ def _same_weights(target: Path) -> Path | None:
 
 def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
     """The conversion that was last used of all that were this revision of the repository; None if there is none."""
-    parent = cache_directory() / folder(name.repository)
+    parent = cache_directory() / conversions_folder(name.repository)
     revision = name.revision or MAIN
     try:
         found = [

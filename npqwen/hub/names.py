@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote
 
 from npqwen.errors import ModelNotFoundError, OptionError, quoted, shortened
 
 OWNER = "Qwen"
 """Of a name without an owner, such as Qwen3-0.6B."""
+MAIN = "main"
+"""The revision of a name without one, in records of conversions."""
 
 _PART = r"[A-Za-z0-9_][\w.-]*"
 _ID = re.compile(rf"[A-Za-z0-9][\w.-]*/{_PART}", re.ASCII)
@@ -50,6 +53,11 @@ class HubName:
 def repository_of(model: str) -> str:
     """The repository of a model's name that has no revision."""
     return model.partition(":")[0]
+
+
+def conversions_folder(repository: str) -> Path:
+    """Where in the cache's directory the conversions of a repository, or of a model in it, lie."""
+    return Path("hub", repository_of(repository).replace("/", "--"))
 
 
 def parse(model: str | os.PathLike[str]) -> HubName:

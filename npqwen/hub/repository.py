@@ -1,13 +1,8 @@
-"""Repositories on the Hugging Face hub: the files of a revision, and downloading them, through huggingface_hub.
-
-What its client raises becomes one line. Network errors are those of requests or httpx, by its version, so they are
-caught as Exception.
-"""
+"""Repositories on the Hugging Face hub: the files of a revision, and downloading them, through huggingface_hub."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 from collections.abc import Iterable, Iterator
@@ -17,16 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from npqwen.atomic_file import writing
-from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OutputError, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError
 from npqwen.format.checksums import digest_of_range
 from npqwen.hub.gguf_files import SUFFIX, choose
-from npqwen.hub.names import HubName, repository_of
-from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, Source, is_wanted
+from npqwen.hub.hub_errors import hub_errors, hub_problem, is_missing
+from npqwen.hub.names import MAIN, HubName, conversions_folder
+from npqwen.hub.source import File, Source, is_wanted
 
 _LARGEST_BY_HTTP = 50_000_000_000
 """Bytes of a file that the hub gives to clients without its own protocol, which huggingface_hub has."""
-MAIN = "main"
-"""The revision of a name without one, in records of conversions."""
 
 
 class HubSource(Source):
@@ -78,7 +72,7 @@ class HubSource(Source):
 
     @property
     def folder(self) -> Path:
-        return folder(self.repository)
+        return conversions_folder(self.repository)
 
     @property
     def wanted(self) -> list[str]:
@@ -99,7 +93,7 @@ class HubSource(Source):
     def small_file(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with _errors(self.label), _progress_bars(False):
+        with hub_errors(self.label), _progress_bars(False):
             return Path(hf_hub_download(self.repository, name, revision=self.commit, local_dir=self.scratch))
 
     def missing(self, names: Iterable[str]) -> int:
@@ -132,7 +126,7 @@ class HubSource(Source):
         for name in self.shards if weights else ():
             self._download_blob(name, bars)
         allowed = [glob.escape(name) for name in self.wanted if weights or name not in self.shards]
-        with _errors(self.label), _progress_bars(bars) as tqdm_class:
+        with hub_errors(self.label), _progress_bars(bars) as tqdm_class:
             found = snapshot_download(
                 self.repository,
                 revision=revision,
@@ -174,7 +168,7 @@ class HubSource(Source):
             return
         blob, cache = self._blob(file), download_directory()
         lock = cache / ".locks" / _cached(self.repository) / f"{file.digest}.lock"
-        with _errors(self.label):
+        with hub_errors(self.label):
             for directory in (blob.parent, lock.parent):
                 directory.mkdir(parents=True, exist_ok=True)
             if are_symlinks_supported(cache):  # without links, it copies what it finds
@@ -201,7 +195,7 @@ class HubSource(Source):
 
         url = hf_hub_url(self.repository, name, revision=self.commit)
         file = self.files[name]
-        with _errors(self.label), _progress_bars(bars) as tqdm_class, open(partial, "ab") as out:
+        with hub_errors(self.label), _progress_bars(bars) as tqdm_class, open(partial, "ab") as out:
             place = get_hf_file_metadata(url).location
             headers = build_hf_headers()
             if urlsplit(place).netloc != urlsplit(url).netloc:  # a redirect: no token to other hosts
@@ -239,58 +233,6 @@ def _is_sha256(digest: str) -> bool:
     return len(digest) == 64 and set(digest) <= set("0123456789abcdef")
 
 
-class SnapshotSource(LocalSource):
-    """A revision that was downloaded before, in huggingface_hub's cache, while the hub cannot be used."""
-
-    def __init__(self, name: HubName, directory: Path) -> None:
-        super().__init__(directory, str(name))
-        self.model = name.repository
-        self.revision = name.revision or MAIN
-        self.commit = directory.name
-
-    @staticmethod
-    def _content(path: Path, status: os.stat_result) -> str:
-        # A link leads to a file whose name is the hub's digest. Without links, a new conversion is made.
-        return Path(os.readlink(path)).name if path.is_symlink() else LocalSource._content(path, status)
-
-    @property
-    def folder(self) -> Path:
-        return folder(self.model)
-
-    @property
-    def _salt(self) -> str:
-        return ""
-
-
-class SnapshotGguf(GgufSource):
-    """A model in GGUF that was downloaded before, while the hub cannot be used."""
-
-    def __init__(self, name: HubName, directory: Path) -> None:
-        names = [path.relative_to(directory).as_posix() for path in directory.rglob(f"*{SUFFIX}")]
-        tag, files = choose(names, name.file, str(name))
-        super().__init__(directory / files[0], str(HubName(name.repository, name.revision, tag)))
-        self.model = HubName(name.repository, None, tag).model
-        self.files = {file: self._file(directory / file) for file in files}
-        self.revision = name.revision or MAIN
-        self.commit = directory.name
-
-    def _file(self, path: Path) -> File:
-        return File(path.stat().st_size, SnapshotSource._content(path, path.stat()))
-
-    @property
-    def folder(self) -> Path:
-        return folder(self.model)
-
-    @property
-    def _salt(self) -> str:
-        return ""
-
-
-def folder(repository: str) -> Path:
-    """Where in the cache's directory the conversions of a repository, or of a model in it, lie."""
-    return Path("hub", repository_of(repository).replace("/", "--"))
-
-
 def look_up(name: HubName) -> tuple[HubSource | None, str]:
     """What the hub says of a name; or None, and a clause that says why the hub cannot be used.
 
@@ -299,38 +241,17 @@ def look_up(name: HubName) -> tuple[HubSource | None, str]:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HFValidationError  # type: ignore[attr-defined]
 
-    with _errors(str(name)):
+    with hub_errors(str(name)):
         try:
             answer = HfApi().model_info(name.repository, revision=name.revision, timeout=10, files_metadata=True)
         except Exception as error:
             # After these another attempt is pointless. A proxy may also answer with a page instead of JSON.
-            if isinstance(error, HFValidationError) or _is_missing(error):
+            if isinstance(error, HFValidationError) or is_missing(error):
                 raise
-            return None, _problem(error)
+            return None, hub_problem(error)
         if not answer.sha:
             return None, "the hub names no commit"
         return HubSource(name, answer), ""
-
-
-def downloaded(name: HubName, problem: str) -> Source:
-    """What an earlier download has left; ModelNotFoundError if there is none.
-
-    problem: the clause of `look_up`.
-    """
-    from huggingface_hub import snapshot_download
-
-    with _errors(str(name), problem):
-        path = snapshot_download(
-            name.repository,
-            revision=name.revision,
-            allow_patterns=list(PATTERNS),  # what else is there need not have been downloaded
-            ignore_patterns=list(IGNORED),
-            local_files_only=True,
-        )
-    directory = Path(path)
-    if name.file is not None or (not [*directory.glob("*.safetensors")] and [*directory.rglob(f"*{SUFFIX}")]):
-        return SnapshotGguf(name, directory)
-    return SnapshotSource(name, directory)
 
 
 def download_directory() -> Path:
@@ -338,61 +259,6 @@ def download_directory() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE).expanduser()
-
-
-@contextlib.contextmanager
-def _errors(label: str, problem: str = "") -> Iterator[None]:
-    """Turn each of huggingface_hub's errors into one line."""
-    try:
-        yield
-    except NpqwenError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{label} cannot be downloaded: the disk is full") from None
-        if _is_a(error, "RevisionNotFoundError"):
-            repository, _, revision = label.partition("@")
-            raise ModelNotFoundError(
-                f"{repository} has no revision {shortened(revision or MAIN)}: no branch, tag or commit of this name"
-            ) from None
-        if _is_a(error, "GatedRepoError"):
-            repository = label.partition("@")[0]
-            raise ModelNotFoundError(
-                f"{repository} is gated: accept its conditions on https://huggingface.co/{repository}, then log in "
-                "with `hf auth login`"
-            ) from None
-        if _is_missing(error):
-            raise ModelNotFoundError(
-                f"{label} is neither a directory nor a repository on the hub that can be read; "
-                "check the name, or log in with `hf auth login` if it is private or gated"
-            ) from None
-        if problem:
-            raise ModelNotFoundError(f"there is no directory {label}, it is not in the cache, and {problem}") from None
-        raise ModelNotFoundError(f"{label} cannot be downloaded: {_first_line(error)}") from None
-
-
-def _is_missing(error: Exception) -> bool:
-    return _is_a(error, "RepositoryNotFoundError") or _is_a(error, "RevisionNotFoundError")
-
-
-def _is_a(error: Exception, name: str) -> bool:
-    # huggingface_hub.errors has them only since 0.25.
-    import huggingface_hub.utils
-
-    return isinstance(error, getattr(huggingface_hub.utils, name))
-
-
-def _problem(error: Exception) -> str:
-    """Why the hub cannot be used, as a clause."""
-    response = getattr(error, "response", None)
-    if getattr(response, "status_code", None) in (401, 403):
-        return f"the hub refuses the login ({_first_line(error)}): renew HF_TOKEN, or log in again with `hf auth login`"
-    return f"the hub cannot be reached ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return shortened(text.splitlines()[0], 200) if text else type(error).__name__
 
 
 def _size(path: Path) -> int:
