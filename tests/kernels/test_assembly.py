@@ -43,7 +43,7 @@ def unpacking(encoding: Encoding) -> int:
     """NEON instructions that make the 8 quads of a block: loads, and shifts, masks, inserts, lookups."""
     lookups = 8 if encoding.codebook else 0
     # Of two planes: the fields' shifts, an insert, a mask, less those that some quads do not need.
-    fields = {"int3": 25, "int4": 8, "int5": 28, "int6": 18, "int8": 0}[encoding.name]
+    fields = {"int3": 25, "int4": 8, "int5": 24, "int6": 18, "int8": 0}[encoding.name]
     return encoding.bits + fields + lookups
 
 
