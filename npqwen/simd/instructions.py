@@ -171,7 +171,7 @@ class InstructionSet:
         parts = []
         for line, shift, width in fields:
             mask = constant(I8, line.type.count, (1 << width) - 1 << at)
-            parts.append(b.and_(_shift(b, line, at - shift), mask))
+            parts.append(b.and_(shifted(b, line, at - shift), mask))
             at += width
         bits = functools.reduce(b.or_, parts)
         return self.lookup(b, table, bits) if encoding.codebook else bits
@@ -234,7 +234,7 @@ class InstructionSet:
         return b.bitcast(b.or_(b.bitcast(scaled, vector(I32, n)), sign), vector(F32, n))
 
 
-def _shift(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
+def shifted(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
     """Every byte shifted left by so many bits, or right if they are negative."""
     count = constant(I8, line.type.count, abs(bits))
     return b.shl(line, count) if bits > 0 else b.lshr(line, count) if bits else line

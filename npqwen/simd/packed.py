@@ -6,8 +6,8 @@ For a matrix of an integer encoding, each block of 32 columns of a tile of `widt
      4 * width bytes   float32 scale of each token: the largest magnitude / 127
      start_bytes * width bytes
                        start of each token, to which a block's products are added: minus the kernel's zero point
-                       (`InstructionSet.zero_point`) times the sum of the token's values, int32, or several such sums
-                       of some of the values (`InstructionSet.pack_start`)
+                       (`InstructionSet.zero_point`) times the sum of the token's values, int32, or what
+                       `InstructionSet.pack_start` makes of it: several such sums of some of the values, or copies
 
 and the blocks of a tile follow each other. Where the instruction set multiplies pairs of tokens
 (`InstructionSet.pairs`), the values of two tokens alternate: 8 columns of the first, the same 8 of the second, the next

@@ -25,7 +25,7 @@ from npqwen_quant.plan import plan
 
 from npqwen.engine.engine import chunk_size
 from npqwen.format.config import Config
-from npqwen.format.encodings import BF16, ENCODINGS, INT3, INT4, INT8, Encoding
+from npqwen.format.encodings import BF16, ENCODINGS, INT3, INT4, INT5, INT6, INT8, Encoding
 from npqwen.format.layout import Experts
 from npqwen.format.recipe import recipe_of
 from npqwen.kernels.cache_page import POSITION_TILE
@@ -96,7 +96,7 @@ def pipes(loop: list[str]) -> Pipes:
         name, _, operands = line.partition("\t")
         if name in ("scvtf", "fcvtl", "fcvtl2", "fcvtzs", "frintn"):
             out.first += 2
-        elif name in ("ushr", "sshr", "shl", "ushll", "ushll2", "shll", "shll2", "sshll", "sshll2", "usra"):
+        elif re.fullmatch(r"[us]shr|shl|[us]?shll2?|usra|s[lr]i", name):
             out.second += 1
         elif name in ("ldr", "ldur", "prfm", "prfum"):
             out.load += 1
@@ -218,7 +218,7 @@ def print_loops() -> None:
     print("| loop | tokens x rows | instructions | `sdot` and `fmla` | vector, load, integer operations "
           "| cycles | multiply-adds a cycle |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
-    for encoding in (INT3, INT4, INT8):
+    for encoding in (INT3, INT4, INT5, INT6, INT8):
         for tokens, vectors in isa.tiles.items():
             loop = integer_loop(isa, CORTEX_A76, encoding, tokens, vectors)
             row(f"{encoding.name}, 64 columns", tokens, vectors, loop, 64)

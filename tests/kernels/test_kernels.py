@@ -25,6 +25,7 @@ from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, ZERO_POINT, pac
 from npqwen.kernels.pieces import new_state
 from npqwen.kernels.unpacked_matmul import PIECE_TILES
 from npqwen.simd import scalar
+from npqwen.simd.arm import Neon
 from npqwen.simd.isa import ISA
 
 ALL = pytest.mark.parametrize("encoding", ENCODINGS, ids=lambda encoding: encoding.name)
@@ -71,13 +72,16 @@ def guarded(units: Units) -> Units:
 
 def packed(x: np.ndarray, encoding: Encoding, width: int) -> np.ndarray:
     """Activations x (tokens, cols) as simd/packed.py describes them, uint8."""
+    real = np.arange(-(-len(x) // width) * width).reshape(-1, 1, width) < len(x)
     x = np.pad(x, ((0, -len(x) % width), (0, 0)))
     tiles, cols = len(x) // width, x.shape[1]
     if not encoding.is_integer:
         return np.ascontiguousarray(x.reshape(tiles, width, cols).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
     q, scales = (part.reshape(tiles, width, cols // 32, -1).swapaxes(1, 2) for part in int8_blocks(x))
     starts = (-ZERO_POINT[encoding.code] * q.sum(3, dtype=np.int32)).astype(np.int32)
-    if ISA.start_bytes == 8:  # of columns 0, 1 and of columns 2, 3 of quads 0, 1, 4, 5, and of 2, 3, 6, 7
+    if isinstance(ISA, Neon):  # bits of floats around 1.5 * 2**23, repeated
+        starts = np.repeat((starts + real * np.float32(3 << 22).view(np.int32))[..., None], ISA.start_bytes // 4, 3)
+    elif ISA.start_bytes == 8:  # of columns 0, 1 and of columns 2, 3 of quads 0, 1, 4, 5, and of 2, 3, 6, 7
         pairs = q.reshape(*q.shape[:3], 2, 2, 2, 2, 2).sum((3, 5, 7), dtype=np.int32)
         starts = (-ZERO_POINT[encoding.code] * pairs).astype(np.int16)
     if ISA.pairs and width > 1:
