@@ -110,7 +110,7 @@ class KVCache:
         """The type of the numbers."""
         self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
         """Positions of a tile, the least part of a page that is copied."""
-        items = int8_tile_bytes.py_func(head_dim) if kv == "int8" else POSITION_TILE * head_dim
+        items = int8_tile_bytes(head_dim) if kv == "int8" else POSITION_TILE * head_dim
         self.page_shape = (layers, 2, heads, PAGE // self.tile, items)
         """(layers that keep keys and values, keys or values, heads, tiles, what a tile takes)."""
         self.page_dtype: np.dtype[Any] = np.dtype(PAGE_DTYPES[kv])

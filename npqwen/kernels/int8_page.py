@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from npqwen.format.encodings import BLOCK_COLUMNS, LINE_BYTES, UNIT_ROWS
@@ -33,13 +34,13 @@ SCALES_BYTES = 4 * INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
 
 
-@njit(nogil=True)
+@register_jitable
 def padded_dim(head_dim: int) -> int:
     """head_dim, rounded up to whole blocks."""
     return (head_dim + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS * BLOCK_COLUMNS
 
 
-@njit(nogil=True)
+@register_jitable
 def int8_tile_bytes(head_dim: int) -> int:
     """Bytes of a head's keys, or values, of INT8_TILE positions."""
     return SCALES_BYTES + INT8_TILE * padded_dim(head_dim)
