@@ -94,8 +94,6 @@ class Adapters(Mapping[str, Adapter]):
 
     def prepare(self, config: Config, buffers: Buffers) -> int:
         """Allocate what passes write beside `buffers`; returns its bytes. Called once."""
-        if not self:
-            return 0
         hidden = buffers.activations.hidden
         every = list(self.values())
         layers = config.num_hidden_layers
@@ -115,7 +113,7 @@ class Adapters(Mapping[str, Adapter]):
         inner = buffers.inner if most[:, low_rank.GATED].any() else 0
         tokens = len(hidden) if every else 0
         self._pass = Adapted(
-            kernels=low_rank_kernels(),
+            kernels=low_rank_kernels() if self else np.zeros((0, 0), np.int64),
             shrinks=shrinks,
             expands=expands,
             most_groups=most,
@@ -134,13 +132,11 @@ class Adapters(Mapping[str, Adapter]):
         written = ("normed", "gated", "reduced", "slot_adapters", "slot_gated", "slot_reduced")
         return sum(getattr(self._pass, name).nbytes for name in written)
 
-    def of_pass(self, counts: Sequence[tuple[Adapter | None, int]]) -> Adapted | None:
-        """The adapters of a pass's tokens; None if the model has none.
+    def of_pass(self, counts: Sequence[tuple[Adapter | None, int]]) -> Adapted:
+        """The adapters of a pass's tokens.
 
         counts: for each sequence its adapter, and how many tokens it runs.
         """
-        if not self:
-            return None
         assert self._pass is not None
         if not any(adapter is not None for adapter, _ in counts):
             return self._pass

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from npqwen.kernels.matmul import matmul
+from npqwen.kernels.matmul import OVERWRITE, matmul
 from npqwen.kernels.matrix import read_row
 from npqwen.kernels.norm import rms_norm
 from npqwen.kernels.packing import pack, tile_width, whole_tiles
@@ -31,7 +31,7 @@ def draft_input(
     _pack_inputs(team, model, draft, norm, ids, states, scratch, activations.packed)
     width = tile_width(ids.size, draft.fc.encoding)
     kernels = model.matmul_kernels
-    matmul(team, kernels, draft.fc, activations.packed, ids.size, width, activations.hidden, 0, scratch, local)
+    matmul(team, kernels, draft.fc, activations.packed, ids.size, width, activations.hidden, OVERWRITE, scratch, local)
     leave(team)
 
 

@@ -51,7 +51,7 @@ from npqwen.kernels.low_rank import (
     shrink,
 )
 from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, gated_rows_read, shrink_slots
-from npqwen.kernels.matmul import multiply_groups
+from npqwen.kernels.matmul import ACCUMULATE, OVERWRITE, multiply_groups
 from npqwen.kernels.norm import rms_norm
 from npqwen.kernels.packing import pack, tile_width, whole_tiles
 from npqwen.kernels.pieces import claim, leave
@@ -70,12 +70,12 @@ def forward(
 
     team: this member's row of the team's state. model, layers: MODEL record and array of LAYER records. The others are
     the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse;
-    recurrent: RecurrentActivations, or None if all layers are plain attention; adapters: Adapted, or None if the model
-    has no LoRA adapters.
+    recurrent: RecurrentActivations, or None if all layers are plain attention; adapters: Adapted.
     """
     team, layers = without_refcounts((team, layers))
     tokens, sequences = without_refcounts((tokens, sequences))
-    activations, output, workspace = without_refcounts((activations, output, workspace))
+    activations, adapters = without_refcounts((activations, adapters))
+    output, workspace = without_refcounts((output, workspace))
     scratch, local = workspace.scratch[member], workspace.local[member]
     if tokens.embed:
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
@@ -113,16 +113,15 @@ def attention_block(
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    kept = rows_read(adapters, layer.number, ATTENTION_INPUT, hidden)
+    kept = rows_read(adapters, layer.number, ATTENTION_INPUT)
     norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
-    if adapters is not None:
-        shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, layer.qk_proj.cols)
+    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, layer.qk_proj.cols)
     project_heads(team, model, layer, tokens, packed, adapters, local, scratch, queries)
     size = model.num_attention_heads * model.head_dim
     if recurrent is not None:
         gates, width = recurrent.projected, tile_width(count, encoding)  # that of `norm_and_pack`
         adapted_matmul(
-            team, model.matmul_kernels, layer.q_gate, packed, count, width, gates, 0, scratch, local, adapters,
+            team, model.matmul_kernels, layer.q_gate, packed, count, width, gates, OVERWRITE, scratch, local, adapters,
             layer.number, Q_GATE,
         )  # fmt: skip
     attention(
@@ -132,11 +131,10 @@ def attention_block(
     if recurrent is not None:
         apply_gates(team, recurrent.projected, count, size, attended)
     pack_all(team, attended, count, size, layer.o_proj, packed)
-    if adapters is not None:
-        shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
+    shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
     width = tile_width(count, layer.o_proj.encoding)
     adapted_matmul(
-        team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters,
+        team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, ACCUMULATE, scratch, local, adapters,
         layer.number, O_PROJ,
     )  # fmt: skip
 
@@ -151,28 +149,27 @@ def recurrent_block(
     projected, gates = recurrent
     count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
     values = model.linear_num_value_heads * model.linear_value_head_dim
-    matrix, kept = layer.in_proj_ba, rows_read(adapters, layer.number, ATTENTION_INPUT, hidden)
+    matrix, kept = layer.in_proj_ba, rows_read(adapters, layer.number, ATTENTION_INPUT)
     norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, kept)
-    if adapters is not None:
-        shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, matrix.cols)
+    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, matrix.cols)
     adapted_pair(
-        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), gates, 0, scratch, local, adapters,
-        layer.number, IN_PROJ_B, IN_PROJ_A, matrix.rows // UNIT_ROWS // 2,
+        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), gates, OVERWRITE, scratch, local,
+        adapters, layer.number, IN_PROJ_B, IN_PROJ_A, matrix.rows // UNIT_ROWS // 2,
     )  # fmt: skip
     matrix = layer.in_proj
     norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, hidden[:0])
     adapted_pair(
-        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), projected, 0, scratch, local,
+        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), projected, OVERWRITE, scratch, local,
         adapters, layer.number, IN_PROJ_QKV, IN_PROJ_Z, (matrix.rows - values) // UNIT_ROWS,
     )  # fmt: skip
     gated_delta(team, model, layer, sequences, projected, gates, scratch, attended)
     pack_all(team, attended, count, values, layer.o_proj, packed)
-    if adapters is not None:
-        shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
+    shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
     width = tile_width(count, layer.o_proj.encoding)
     adapted_matmul(
-        team, kernels, layer.o_proj, packed, count, width, hidden, 1, scratch, local, adapters, layer.number, O_PROJ
-    )
+        team, kernels, layer.o_proj, packed, count, width, hidden, ACCUMULATE, scratch, local, adapters, layer.number,
+        O_PROJ,
+    )  # fmt: skip
 
 
 @_inline
@@ -183,20 +180,18 @@ def dense_feed_forward(
     hidden, packed, gated, _, _, _ = activations
     count = rows.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
-    kept = rows_read(adapters, layer.number, MLP_INPUT, hidden)
+    kept = rows_read(adapters, layer.number, MLP_INPUT)
     norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed, kept)
-    if adapters is not None:
-        shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed, layer.gate_up_proj.cols)
-    kept = rows_read(adapters, layer.number, GATED, hidden)
+    shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed, layer.gate_up_proj.cols)
+    kept = rows_read(adapters, layer.number, GATED)
     project_gated(
         team, model, layer.gate_up_proj, layer.down_proj, packed, count, adapters, layer.number, kept, local, scratch,
         gated,
     )  # fmt: skip
-    if adapters is not None:
-        shrink(team, adapters, layer.number, GATED, adapters.gated, layer.down_proj.cols)
+    shrink(team, adapters, layer.number, GATED, adapters.gated, layer.down_proj.cols)
     width = tile_width(count, encoding)  # that of `project_gated`, which has packed
     adapted_matmul(
-        team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, 1, scratch, local, adapters,
+        team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, ACCUMULATE, scratch, local, adapters,
         layer.number, DOWN_PROJ,
     )  # fmt: skip
 
@@ -223,11 +218,11 @@ def sparse_feed_forward(
         if t < count:
             rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
         pack(normed[t], t, width, layer.router.encoding, packed)
-    if adapters is not None:
-        shrink(team, adapters, layer.number, MLP_INPUT, normed, layer.router.cols)
+    shrink(team, adapters, layer.number, MLP_INPUT, normed, layer.router.cols)
     adapted_matmul(
-        team, kernels, layer.router, packed, count, width, scores, 0, scratch, local, adapters, layer.number, ROUTER
-    )
+        team, kernels, layer.router, packed, count, width, scores, OVERWRITE, scratch, local, adapters, layer.number,
+        ROUTER,
+    )  # fmt: skip
     while True:
         t = claim(team, count)
         if t == count:
@@ -236,19 +231,17 @@ def sparse_feed_forward(
     if layer.shared_expert_gate != 0:
         gate_up, down = layer.shared_gate_up_proj, layer.shared_down_proj
         pack_all(team, normed, count, model.hidden_size, gate_up, packed)
-        kept = rows_read(adapters, layer.number, GATED, hidden)
+        kept = rows_read(adapters, layer.number, GATED)
         project_gated(
             team, model, gate_up, down, packed, count, adapters, layer.number, kept, local, scratch, activations.gated
         )
-        if adapters is not None:
-            shrink(team, adapters, layer.number, GATED, adapters.gated, down.cols)
+        shrink(team, adapters, layer.number, GATED, adapters.gated, down.cols)
         width = tile_width(count, gate_up.encoding)  # that of `project_gated`, which has packed
         adapted_matmul(
-            team, kernels, down, activations.gated, count, width, results, 0, scratch, local, adapters, layer.number,
-            DOWN_PROJ,
+            team, kernels, down, activations.gated, count, width, results, OVERWRITE, scratch, local, adapters,
+            layer.number, DOWN_PROJ,
         )  # fmt: skip
-        if adapters is not None:
-            shrink(team, adapters, layer.number, SHARED_GATE_INPUT, normed, layer.router.cols)
+        shrink(team, adapters, layer.number, SHARED_GATE_INPUT, normed, layer.router.cols)
         add_shared(team, model, layer, adapters, normed, results, count, hidden)
     while claim(team, 1) == 0:
         shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
@@ -256,14 +249,12 @@ def sparse_feed_forward(
     # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
     prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
-    if adapters is not None:
-        shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
-    kept = gated_rows_read(adapters, layer.number, hidden)
+    shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
+    kept = gated_rows_read(adapters, layer.number)
     project_gated_slots(
         team, kernels, layer, policy, segments, segment_count, count, packed, adapters, kept, local, scratch, gated
     )
-    if adapters is not None:
-        shrink_slots(team, adapters, layer.number, EXPERT_GATED, chosen[:count], slots[:count], adapters.slot_gated)
+    shrink_slots(team, adapters, layer.number, EXPERT_GATED, chosen[:count], slots[:count], adapters.slot_gated)
     multiply_slots(
         team, kernels, layer, policy, segments, segment_count, count, gated, adapters, results, scratch, local
     )

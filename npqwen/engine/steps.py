@@ -12,16 +12,20 @@ from npqwen.kernels.append import APPEND_KEY, APPEND_VALUE
 from npqwen.kernels.entry import run_at
 from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima
 from npqwen.kernels.low_rank import (
+    ALONE,
+    FIRST,
     GATE_PROJ,
     K_PROJ,
+    PAIRED,
     Q_PROJ,
+    SECOND,
     SHARED_GATE,
     UP_PROJ,
     V_PROJ,
     add_low_rank,
     low_rank_scalar,
 )
-from npqwen.kernels.matmul import local_chunk, multiply_local_rows, write_rows
+from npqwen.kernels.matmul import OVERWRITE, local_chunk, multiply_local_rows, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, read_row
 from npqwen.kernels.norm import add_gated, multiply_sigmoid, rms_norm, rotate
 from npqwen.kernels.packing import copy_floats, pack, pack_gated, tile_width, whole_tiles
@@ -115,11 +119,11 @@ def project_heads(
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
         if in_qk:
             q_groups = heads * dim // UNIT_ROWS
-            add_low_rank(team, adapters, layer.number, Q_PROJ, local, first, last, 0, 1, q_groups, scratch)
+            add_low_rank(team, adapters, layer.number, Q_PROJ, local, first, last, FIRST, ALONE, q_groups, scratch)
             k_groups = qk_groups - q_groups
-            add_low_rank(team, adapters, layer.number, K_PROJ, local, first, last, q_groups, 1, k_groups, scratch)
+            add_low_rank(team, adapters, layer.number, K_PROJ, local, first, last, q_groups, ALONE, k_groups, scratch)
         else:
-            add_low_rank(team, adapters, layer.number, V_PROJ, local, first, last, 0, 1, v_groups, scratch)
+            add_low_rank(team, adapters, layer.number, V_PROJ, local, first, last, FIRST, ALONE, v_groups, scratch)
         if not finish_first(team):
             continue
         rows = UNIT_ROWS * (last - first)
@@ -162,12 +166,12 @@ def project_gated(
 ) -> None:  # fmt: skip
     """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
 
-    adapters: what they add, too; None adds nothing. number: the layer's. kept: float32 for what is packed, or no rows.
+    adapters: what they add, too. number: the layer's. kept: float32 for what is packed, or no rows.
     Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
     """
     width = tile_width(count, matrix.encoding)
     groups = matrix.rows // UNIT_ROWS
-    chunk = local_chunk(team, matrix, groups, count, width, local, GROUPS_PER_BLOCK)
+    chunk = local_chunk(team, matrix, groups, count, width, local, np.int64(GROUPS_PER_BLOCK))
     pieces = (groups + chunk - 1) // chunk
     while True:
         piece = claim_private(team, pieces)
@@ -175,8 +179,8 @@ def project_gated(
             return
         first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
-        add_low_rank(team, adapters, number, GATE_PROJ, local, first, last, 0, 2, groups // 2, scratch)
-        add_low_rank(team, adapters, number, UP_PROJ, local, first, last, 1, 2, groups // 2, scratch)
+        add_low_rank(team, adapters, number, GATE_PROJ, local, first, last, FIRST, PAIRED, groups // 2, scratch)
+        add_low_rank(team, adapters, number, UP_PROJ, local, first, last, SECOND, PAIRED, groups // 2, scratch)
         if not finish_first(team):
             continue
         padded = whole_tiles(count, width)
@@ -189,7 +193,7 @@ def add_shared(
 ) -> None:
     """hidden += sigmoid(shared_expert_gate @ normed) * shared, of the first `count` rows.
 
-    adapters: what they add to the gate, too; after `shrink` of its input. None adds nothing.
+    adapters: what they add to the gate, too; after `shrink` of its input.
     """
     weight = memory(layer.shared_expert_gate, model.hidden_size, np.float32)
     while True:
@@ -230,7 +234,7 @@ def multiply_output(team: Any, model: Any, packed: Any, output: Any, scratch: An
         multiply_local_rows(model.matmul_kernels, matrix, packed, count, width, first, last, scratch, local)
         if not finish_first(team):
             continue
-        write_rows(local, first, last, count, output.values, 0)
+        write_rows(local, first, last, count, output.values, OVERWRITE)
         if maxima.size:
             rows = UNIT_ROWS * (last - first)
             start = UNIT_ROWS * first // MAXIMA_BLOCK

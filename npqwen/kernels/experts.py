@@ -14,13 +14,14 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
+from npqwen.kernels.low_rank import ALONE, FIRST, PAIRED, SECOND
 from npqwen.kernels.low_rank_experts import (
     EXPERT_DOWN,
     EXPERT_GATE,
     EXPERT_UP,
     add_to_slots,
 )
-from npqwen.kernels.matmul import CHUNK_BYTES, run_kernel, write_rows
+from npqwen.kernels.matmul import CHUNK_BYTES, OVERWRITE, run_kernel, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
@@ -209,7 +210,7 @@ def project_gated_slots(
 
     kernels: see `matmul_kernels`. layer: a LAYER. policy: of prefetching the matrices to come
     (npqwen/kernels/paging.py). x: packed, each segment at its first slot; of a pass of one token, that token alone.
-    adapters: a `npqwen.engine.records.Adapted`, or None. kept: float32 (slots, columns) for what is packed, or no rows.
+    adapters: an `npqwen.engine.records.Adapted`. kept: float32 (slots, columns) for what is packed, or no rows.
     local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they are
     in its cache.
     """
@@ -237,10 +238,11 @@ def project_gated_slots(
             x_at = x.ctypes.data + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
             real = min(batch, count - start)
-            for matrix_of, at in ((EXPERT_GATE, 0), (EXPERT_UP, 1)):
+            for matrix_of, at in ((EXPERT_GATE, FIRST), (EXPERT_UP, SECOND)):
                 add_to_slots(
-                    adapters, layer.number, matrix_of, expert, slot + start, real, local, first, last, at, 2, scratch
-                )
+                    adapters, layer.number, matrix_of, expert, slot + start, real, local, first, last, at, PAIRED,
+                    scratch,
+                )  # fmt: skip
             if start == 0 and not finish_first(team):
                 break
             pack_gated(
@@ -278,11 +280,12 @@ def multiply_slots(
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
             real = min(batch, count - start)
             add_to_slots(
-                adapters, layer.number, EXPERT_DOWN, expert, slot + start, real, local, first, last, 0, 1, scratch
-            )
+                adapters, layer.number, EXPERT_DOWN, expert, slot + start, real, local, first, last, FIRST, ALONE,
+                scratch,
+            )  # fmt: skip
             if start == 0 and not finish_first(team):
                 break
-            write_rows(local, first, last, real, out[slot + start :], 0)
+            write_rows(local, first, last, real, out[slot + start :], OVERWRITE)
 
 
 @njit(nogil=True, error_model="numpy")

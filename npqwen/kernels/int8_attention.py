@@ -27,7 +27,7 @@ from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, prefetch
 BLOCKS = SCORE_BLOCK // INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
 _START_BYTES = ISA.start_bytes
-_CODE = INT8.code
+_CODE = np.int64(INT8.code)
 WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3
 """float32 that hold a row's weights of SCORE_BLOCK positions as bytes, their scale, maximum and sum."""
 
@@ -52,7 +52,7 @@ def pack_queries(
             for i in range(dim):
                 query[i] = line[at + i]
             rotate_coordinates(query[:dim])
-        pack_part(query, 0, padded, t, width, _CODE, packed)
+        pack_part(query, np.int64(0), padded, t, width, _CODE, packed)
 
 
 # The parts of a kernel, inlined into it. rows and vectors are constants: see `int8_attention`.

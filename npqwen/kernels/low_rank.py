@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
-from npqwen.kernels.matmul import local_chunk, matmul, multiply_local_rows, write_rows
+from npqwen.kernels.matmul import local_chunk, multiply_local_rows, write_rows
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first
 from npqwen.simd.instructions import PREFETCH_DISTANCE
 from npqwen.simd.scalar import bits_float, memory
@@ -38,15 +38,22 @@ from npqwen.simd.tile import (
     zeros,
 )
 
-ATTENTION_INPUT, ATTENDED, MLP_INPUT, GATED, SHARED_GATE_INPUT = range(5)
-"""What a layer's adapted matrices read; in a sparse layer MLP_INPUT is that of the router and the shared expert."""
+ATTENTION_INPUT, ATTENDED, MLP_INPUT, GATED, SHARED_GATE_INPUT = map(np.int64, range(5))
+"""What a layer's adapted matrices read; in a sparse layer MLP_INPUT is that of the router and the shared expert.
+
+int64, as are all such constants here: Numba compiles a function again for every int among the arguments of its calls.
+"""
 INPUTS = 5
-Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, ROUTER = range(8)
+Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, ROUTER = map(np.int64, range(8))
 """A layer's adapted matrices, those of experts apart; in a sparse layer GATE_PROJ, UP_PROJ and DOWN_PROJ are the shared
 expert's, in a Gated DeltaNet layer O_PROJ is out_proj."""
-Q_GATE, IN_PROJ_QKV, IN_PROJ_Z, IN_PROJ_B, IN_PROJ_A, SHARED_GATE = range(8, 14)
+Q_GATE, IN_PROJ_QKV, IN_PROJ_Z, IN_PROJ_B, IN_PROJ_A, SHARED_GATE = map(np.int64, range(8, 14))
 """Further ones of hybrids."""
 MATRICES = 14
+FIRST, SECOND = map(np.int64, range(2))
+"""Where in a stored matrix the row groups of an adapted one begin."""
+ALONE, PAIRED = map(np.int64, range(1, 3))
+"""From one row group of the adapted one to its next: PAIRED ones alternate with those of another."""
 WIDE = 4
 """Tokens of the wider of two tiles, which reads factors once for all of them; the other is a single token."""
 PARTS = 4
@@ -176,13 +183,9 @@ def low_rank_kernels() -> NDArray[np.int64]:
 
 
 @njit(nogil=True)
-def rows_read(adapters: Any, layer: int, what: int, other: Any) -> Any:
-    """Where adapters of this pass read `what` (ATTENTION_INPUT, ...) of a layer, float32 (tokens, columns).
-
-    No rows if none does. other: any array of float32 with two dimensions, C-contiguous.
-    """
-    if adapters is None:
-        return other[:0]
+def rows_read(adapters: Any, layer: int, what: int) -> Any:
+    """Where adapters of this pass read `what` (ATTENTION_INPUT, ...) of a layer, float32 (tokens, columns); no rows
+    if none does."""
     rows = adapters.gated if what == GATED else adapters.normed
     return rows if adapters.tiles.shape[0] and adapters.most_groups[layer, what] else rows[:0]
 
@@ -245,10 +248,8 @@ def add_low_rank(
     """Add what adapters add to a matrix (Q_PROJ, ...) to the results of row groups first to last - 1 of a stored one.
 
     The matrix's i-th row group is the stored one's start + i * stride; it has `groups` of them. local: float32, flat,
-    tokens * 16 * (last - first). scratch: this thread's float32, 4 times the largest rank. adapters: None adds nothing.
+    tokens * 16 * (last - first). scratch: this thread's float32, 4 times the largest rank.
     """
-    if adapters is None:
-        return
     tiles, reduced = adapters.tiles, adapters.reduced
     begin, end = own_groups(first, last, start, stride, groups)
     if begin >= end:
@@ -291,7 +292,8 @@ def adapted_matmul(
     team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any,
     local: Any, adapters: Any, layer: int, role: int,
 ) -> None:  # fmt: skip
-    """`matmul` with what adapters add to the matrix (O_PROJ, ...); after `shrink` of its input."""
+    """`matmul` (npqwen/kernels/matmul.py) with what adapters add to the matrix (O_PROJ, ...); after `shrink` of its
+    input."""
     groups = matrix.rows // UNIT_ROWS
     adapted_pair(
         team, kernels, matrix, x, tokens, width, out, accumulate, scratch, local, adapters, layer, role, role, groups
@@ -304,11 +306,8 @@ def adapted_pair(
     local: Any, adapters: Any, layer: int, role: int, other: int, split: int,
 ) -> None:  # fmt: skip
     """`adapted_matmul` of two matrices in one: that of `role`, and from row group `split` on that of `other`."""
-    if adapters is None:
-        matmul(team, kernels, matrix, x, tokens, width, out, accumulate, scratch, local)
-        return
     groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
-    chunk = local_chunk(team, matrix, groups, tokens, width, local, 1)
+    chunk = local_chunk(team, matrix, groups, tokens, width, local, np.int64(1))
     pieces = (groups + chunk - 1) // chunk
     while True:
         piece = claim_private(team, pieces)
@@ -316,21 +315,16 @@ def adapted_pair(
             return
         first, last = chunk * piece, min(chunk * (piece + 1), groups)
         multiply_local_rows(kernels, matrix, x, tokens, width, first, last, scratch, local)
-        add_low_rank(team, adapters, layer, role, local, first, last, 0, 1, split, scratch)
-        add_low_rank(team, adapters, layer, other, local, first, last, split, 1, groups - split, scratch)
+        add_low_rank(team, adapters, layer, role, local, first, last, FIRST, ALONE, split, scratch)
+        add_low_rank(team, adapters, layer, other, local, first, last, split, ALONE, groups - split, scratch)
         if finish_first(team):
             write_rows(local, first, last, tokens, out, accumulate)
 
 
 @njit(nogil=True)
 def low_rank_scalar(team: Any, adapters: Any, layer: int, matrix: int, token: int) -> np.float32:
-    """What adapters add to a token's product with a matrix of a single row; after `shrink` of its input.
-
-    adapters: None adds nothing.
-    """
+    """What adapters add to a token's product with a matrix of a single row; after `shrink` of its input."""
     total = np.float32(0.0)
-    if adapters is None:
-        return total
     tiles, reduced = adapters.tiles, adapters.reduced
     if tiles.shape[0] == 0 or adapters.of_token[token] < 0:
         return total

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.low_rank import expand, shrink_tile
 from npqwen.kernels.pieces import claim
 
-EXPERT_INPUT, EXPERT_GATED = range(2)
+EXPERT_INPUT, EXPERT_GATED = map(np.int64, range(2))
 """What an expert's adapted matrices read."""
-EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = range(3)
+EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = map(np.int64, range(3))
 """An expert's adapted matrices."""
 
 
 @njit(nogil=True)
-def gated_rows_read(adapters: Any, layer: int, other: Any) -> Any:
-    """Where adapters of this pass read what a layer's experts have gated, float32 (slots, columns).
-
-    No rows if none does. other: any array of float32 with two dimensions, C-contiguous.
-    """
-    if adapters is None:
-        return other[:0]
+def gated_rows_read(adapters: Any, layer: int) -> Any:
+    """Where adapters of this pass read what a layer's experts have gated, float32 (slots, columns); no rows if none
+    does."""
     rows = adapters.slot_gated
     return rows if adapters.tiles.shape[0] and adapters.expert_most_groups[layer, EXPERT_GATED] else rows[:0]
 
@@ -65,8 +62,6 @@ def add_to_slots(
     local: float32, flat, count * 16 * (last - first): row groups first to last - 1 of the stored matrix, of which the
     adapted one has start, start + stride, ... scratch: this thread's float32, at least the largest rank.
     """
-    if adapters is None:
-        return
     what = EXPERT_GATED if matrix == EXPERT_DOWN else EXPERT_INPUT
     if adapters.tiles.shape[0] == 0 or adapters.expert_most_groups[layer, what] == 0:
         return

@@ -58,6 +58,8 @@ STREAM_BYTES = 1 << 19
 _UNPACK_FROM = ISA.unpack_from
 _LOCAL_FLOATS = 1 << 16
 """float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
+OVERWRITE, ACCUMULATE = map(np.int64, range(2))
+"""What results do to what is there. int64: Numba compiles a function again for every int among its arguments."""
 _LINE_COLUMNS = CACHE_LINE // (2 * UNIT_ROWS)
 """Columns of bf16 in a cache line."""
 
@@ -318,7 +320,7 @@ def matmul(
     multiplied. scratch, local: this thread's float32, `scratch_floats(matrix.cols)` and `local_floats(tokens, 1)`.
     """
     groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
-    chunk = local_chunk(team, matrix, groups, tokens, width, local, 1)
+    chunk = local_chunk(team, matrix, groups, tokens, width, local, np.int64(1))
     pieces = (groups + chunk - 1) // chunk
     while True:
         piece = claim_private(team, pieces)
@@ -346,7 +348,7 @@ def multiply_groups(
         group = groups[i]
         multiply_local_rows(kernels, matrix, x, tokens, width, group, group + 1, scratch, local)
         if finish_first(team):
-            write_rows(local, i, i + 1, tokens, out, 0)
+            write_rows(local, i, i + 1, tokens, out, OVERWRITE)
 
 
 @njit(nogil=True)

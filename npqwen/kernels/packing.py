@@ -81,7 +81,7 @@ def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
 
     encoding: the code of the encoding of the weights to multiply by. packed: uint8, all tokens'.
     """
-    pack_part(x, 0, x.size, token, width, encoding, packed)
+    pack_part(x, np.int64(0), x.size, token, width, encoding, packed)
 
 
 @njit(nogil=True, error_model="numpy")

@@ -18,7 +18,7 @@ from reference import ReferenceModel
 
 from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
-from npqwen.engine.records import LAYER
+from npqwen.engine.records import LAYER, Adapted
 from npqwen.errors import FormatError, size
 from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.hardware import machine
@@ -43,6 +43,18 @@ MOE: dict[str, Any] = {
 
 NOT_KEPT = np.zeros((0, 128), np.float32)
 """Rows for what adapters read, of which there are none."""
+
+
+def no_adapters() -> Adapted:
+    """The adapters of a pass without any."""
+    dimensions = {"kernels": 2, "shrinks": 4, "expands": 4, "most_groups": 2}
+    dimensions |= {"expert_shrinks": 5, "expert_expands": 5, "expert_most_groups": 2}
+    dimensions |= {"tiles": 2, "of_token": 1, "normed": 2, "gated": 2, "reduced": 3}
+    dimensions |= {"slot_adapters": 1, "slot_gated": 2, "slot_reduced": 3}
+    floats = {"normed", "gated", "reduced", "slot_gated", "slot_reduced"}
+    return Adapted(
+        **{name: np.zeros((0,) * n, np.float32 if name in floats else np.int64) for name, n in dimensions.items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -266,17 +278,18 @@ def test_a_segment_of_more_tokens_than_the_pass_stays_in_its_buffer() -> None:
     for t in range(tokens):
         pack(rng.standard_normal(128).astype(np.float32), t, WIDEST, INT8.code, x)
     segments = np.array([[0, 0, tokens, WIDEST]])
+    adapters = no_adapters()
     found = []
     for pass_tokens in (16, tokens):  # the number of tokens that the kernel is given
         room = np.full(local_floats(pass_tokens, 4) + 4096 * 64, 77, np.float32)
         local = room[: local_floats(pass_tokens, 4)]
         gated = np.zeros(packed_bytes(tokens, 128), np.uint8)
         scratch = np.zeros(max(scratch_floats(128, 4), 128), np.float32)
-        args = kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, None, NOT_KEPT, local, scratch, gated
+        args = kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, x, adapters, NOT_KEPT, local, scratch, gated
         together(1, experts.project_gated_slots, lambda _, args=args: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
         results = np.zeros((tokens, 128), np.float32)
-        more = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, gated, None, results, scratch, local)
+        more = (kernels, layer, PREFETCH_NEVER, segments, 1, pass_tokens, gated, adapters, results, scratch, local)
         together(1, experts.multiply_slots, lambda _, args=more: args)  # type: ignore[misc]
         assert (room[len(local) :] == 77).all()
         found.append((gated, results))
