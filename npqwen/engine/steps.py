@@ -184,7 +184,7 @@ def project_gated(
         if not finish_first(team):
             continue
         padded = whole_tiles(count, width)
-        pack_gated(local, matrix, first, last, 0, padded, width, down_proj, scratch, gated, kept)
+        pack_gated(local, matrix, first, last, np.int64(0), padded, width, down_proj, scratch, gated, kept)
 
 
 @step

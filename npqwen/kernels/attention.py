@@ -203,7 +203,7 @@ def attention(
             if span > 0:
                 merge(merged, partial, width, dim)
             elif spans > 1:
-                _copy(partial, size, merged, 0)
+                _copy(partial, size, merged, np.int64(0))
         if finish_first(team):
             if divided:
                 _copy(partial, size, partials, place + at * size)

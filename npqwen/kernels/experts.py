@@ -123,7 +123,7 @@ def pack_choices(
     tokens = slots.shape[0]
     if tokens == 1:
         while claim(team, 1) == 0:
-            pack(normed[0], 0, 1, encoding, packed)
+            pack(normed[0], np.int64(0), np.int64(1), encoding, packed)
         return
     while True:
         t = claim(team, tokens + segment_count)
@@ -235,7 +235,7 @@ def project_gated_slots(
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
-            x_at = x.ctypes.data + (slot + start) * size
+            x_at = np.int64(x.ctypes.data) + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
             real = min(batch, count - start)
             for matrix_of, at in ((EXPERT_GATE, FIRST), (EXPERT_UP, SECOND)):
@@ -276,7 +276,7 @@ def multiply_slots(
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
-            x_at = gated.ctypes.data + (slot + start) * size
+            x_at = np.int64(gated.ctypes.data) + (slot + start) * size
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
             real = min(batch, count - start)
             add_to_slots(

@@ -304,7 +304,8 @@ def multiply_local_rows(
     # Kernels count rows from the matrix's first.
     origin = out.ctypes.data - out.itemsize * UNIT_ROWS * first
     stride = UNIT_ROWS * (last - first)
-    run_kernel(kernels, matrix, matrix.address, width, tiles, x.ctypes.data, first, last, origin, stride, 0, scratch)
+    x_at = np.int64(x.ctypes.data)
+    run_kernel(kernels, matrix, matrix.address, width, tiles, x_at, first, last, origin, stride, 0, scratch)
 
 
 @njit(nogil=True)

@@ -39,7 +39,7 @@ class Int8Cache:
         self.values = rng.standard_normal(shape).astype(np.float32)
         self.keys[length:] *= 100
         self.values[length:] *= 100
-        size = layers * 2 * kv_heads * (PAGE // 32) * int8_tile_bytes.py_func(dim)
+        size = layers * 2 * kv_heads * (PAGE // 32) * int8_tile_bytes(dim)
         self.pages = [np.zeros(size, np.uint8) for _ in range(pages)]
         self.addresses = np.array([page.ctypes.data for page in self.pages])
         self.dtype = np.dtype(np.uint8)
@@ -177,7 +177,7 @@ def test_long_texts_whose_keys_have_outlier_channels(outliers: float, sharpness:
     # The kernel runs layer 1 of 2.
     cache.keys = np.repeat(keys, 2, axis=1).astype(np.float32)
     cache.values = np.repeat(rng.standard_normal((length, 1, 1, dim)), 2, axis=1).astype(np.float32)
-    size = 2 * 2 * (PAGE // 32) * int8_tile_bytes.py_func(dim)
+    size = 2 * 2 * (PAGE // 32) * int8_tile_bytes(dim)
     cache.pages = [np.zeros(size, np.uint8) for _ in range(length // PAGE)]
     cache.addresses = np.array([page.ctypes.data for page in cache.pages])
     cache.dtype = np.dtype(np.uint8)
