@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from npqwen.atomic_file import writing
 from npqwen.errors import CheckpointError, ModelNotFoundError
 from npqwen.format.checksums import digest_of_range
+from npqwen.hub.client_errors import hub_errors, hub_problem, is_missing
 from npqwen.hub.gguf_files import SUFFIX, choose
-from npqwen.hub.hub_errors import hub_errors, hub_problem, is_missing
 from npqwen.hub.names import MAIN, HubName, conversions_folder
 from npqwen.hub.source import File, Source, is_wanted
 

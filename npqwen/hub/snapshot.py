@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from npqwen.hub.client_errors import hub_errors
 from npqwen.hub.gguf_files import SUFFIX, choose
-from npqwen.hub.hub_errors import hub_errors
 from npqwen.hub.names import MAIN, HubName, conversions_folder
 from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, Source
 
