@@ -109,18 +109,17 @@ class State:
     @classmethod
     def random(cls, shape: Shape, seed: int, offset: int = 0) -> State:
         """Random values, that begin `offset` float32 past the beginning of a cache line."""
-        size = LAYERS * shape.state_floats
-        raw = np.empty(size + 32, np.float32)
-        values = raw[-raw.ctypes.data // 4 % 16 + offset :][:size].reshape(LAYERS, shape.state_floats)
-        values[:] = np.random.default_rng(seed).standard_normal(values.shape, np.float32)
-        return cls(values, 0, np.full((LAYERS, MOST_GUESSES, shape.pending_floats), STALE, np.float32))
+        state = cls.stale(shape, offset)
+        state.values[:] = np.random.default_rng(seed).standard_normal(state.values.shape, np.float32)
+        return state
 
     @classmethod
     def stale(cls, shape: Shape, offset: int = 0) -> State:
         """What the kernel overwrites."""
-        state = cls.random(shape, 0, offset)
-        state.values[:] = STALE
-        return state
+        size = LAYERS * shape.state_floats
+        raw = np.full(size + 32, STALE, np.float32)
+        values = raw[-raw.ctypes.data // 4 % 16 + offset :][:size].reshape(LAYERS, shape.state_floats)
+        return cls(values, 0, np.full((LAYERS, MOST_GUESSES, shape.pending_floats), STALE, np.float32))
 
     def accepting(self, pending: int) -> State:
         """This state, with the first few of its pending tokens."""

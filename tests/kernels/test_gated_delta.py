@@ -28,6 +28,16 @@ def in_pieces(layer: Layer, state: State, tokens: Tokens, size: int) -> tuple[np
     return np.concatenate(outputs), state
 
 
+def token_by_token(layer: Layer, state: State, tokens: Tokens) -> tuple[np.ndarray, list[State]]:
+    """Outputs of passes of one token each, and the states before, between and after them."""
+    outputs, states = [], [state]
+    for index in range(len(tokens)):
+        ((out, after),) = run_pass(layer, [(states[-1], tokens.part(index, 1), 0)])
+        outputs.append(out)
+        states.append(after)
+    return np.concatenate(outputs), states
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17, 40])
 def test_outputs_and_states_are_those_of_the_formulas(shape: Shape, count: int) -> None:
@@ -67,28 +77,27 @@ def test_guesses_that_turn_out_right_are_the_tokens_they_guess_to_the_bit(guesse
         return
     layer, state, tokens = Layer(SMALL), State.random(SMALL, 1), Tokens(SMALL, sure + guesses, 2)
     following = Tokens(SMALL, 5, 3)
-    plain_out, plain = in_pieces(layer, state, tokens, 1)
+    plain_out, plain = token_by_token(layer, state, tokens)
     ((out, after),) = run_pass(layer, [(state, tokens, guesses)])
     assert np.array_equal(out, plain_out)
     if sure:
-        assert np.array_equal(after.values, in_pieces(layer, state, tokens.part(0, sure), 1)[1].values)
+        assert np.array_equal(after.values, plain[sure].values)
     else:
         assert np.array_equal(after.values[INDEX], state.values[INDEX])
     for right in range(guesses + 1):
-        begun = in_pieces(layer, state, tokens.part(0, sure + right), 1)[1] if sure + right else state
+        begun = plain[sure + right]
+        expected_out, expected = token_by_token(layer, begun, following)
         # The pass after it computes the right ones again, before tokens of its own, with or without guesses.
         (found,) = run_pass(layer, [(after.accepting(right), following, 0)])
-        same(found, in_pieces(layer, begun, following, 1))
+        same(found, (expected_out, expected[-1]))
         (more,) = run_pass(layer, [(after.accepting(right), following, 4)])
         assert np.array_equal(more[0], found[0])
         (last,) = run_pass(layer, [(more[1].accepting(3), following, 0)])
-        expected_state = in_pieces(layer, begun, following.part(0, 4), 1)[1]
-        same(last, in_pieces(layer, expected_state, following, 1))
+        same(last, in_pieces(layer, expected[4], following, 1))
         # All of its own tokens can be guesses; the right ones are then part of its next state.
         (guessed,) = run_pass(layer, [(after.accepting(right), following, 5)])
         assert np.array_equal(guessed[0], found[0])
         assert np.array_equal(guessed[1].values[INDEX], begun.values[INDEX])
-    same(run_pass(layer, [(after.accepting(guesses), following, 0)])[0], in_pieces(layer, plain, following, 1))
 
 
 @pytest.mark.parametrize(("count", "guesses"), [(1, 0), (1, 1), (2, 1), (9, 8), (16, 0), (17, 0), (20, 5), (40, 8)])
