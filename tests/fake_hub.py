@@ -14,6 +14,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 _LARGE = (".safetensors", ".gguf", ".bin", "tokenizer.json")
 """Files that repositories keep in Git LFS: the hub names them by the SHA-256 of their content."""
+_POLL = 0.01
+"""Seconds until the server notices that it should end; half a second by default."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class FakeHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL,), daemon=True)
         self._thread.start()
 
     def publish(
