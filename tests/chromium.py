@@ -196,6 +196,8 @@ class ChromiumPage(Page):
 
     def mouse(self, kind: str, x: float, y: float) -> None:
         button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+        if kind == "mouseMoved":  # a tab behind another one takes 5 s to answer
+            self.command("Page.bringToFront")
         self.command("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def type(self, text: str) -> None:
