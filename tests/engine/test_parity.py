@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from checkpoints import TINY, make_config, read_safetensors, shapes, write_checkpoint
 from converted import small_model
+from divergence import divergence
 from npqwen_quant import convert
 from quantized import QuantizedReference
 from reference import ReferenceModel
 
 from npqwen.format.config import Config
 from npqwen.model import Model, load
-from npqwen.reports.evaluation import compare
-from npqwen.reports.evaluation_report import Score, Values
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "tiny-qwen3.npz")
 # ggml's Q8_0 and Q4_0 on the same model and text, matrix inputs in int8 too, no importance matrix.
@@ -76,13 +75,8 @@ def test_greedy_continuation_of_transformers(models: dict[int, Model], k: int) -
 def test_perplexity_of_transformers_and_divergence_of_ggml(
     models: dict[int, Model], tiny: Callable[[int], Path]
 ) -> None:
-    ids = np.array(models[16].tokenizer.encode((TINY / "heldout.txt").read_text(encoding="utf-8")))
-    values: dict[int, list[Values]] = {8: [], 4: []}
-    for window in ids[: len(ids) // 256 * 256].reshape(-1, 256):
-        base = models[16].logits(window[:-1])
-        for bits, parts in values.items():
-            parts.append(compare(models[bits].logits(window[:-1]), window[1:], base))
-    found = {bits: Score.of(Values.concatenate(parts)) for bits, parts in values.items()}
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")
+    found = {bits: divergence(models[16], models[bits], text).total for bits in (8, 4)}
     compared = found[8].divergence
     assert compared is not None
     assert found[8].tokens == GOLDEN["heldout_tokens"]
