@@ -17,7 +17,8 @@ from npqwen.hub.names import MAIN
 def hub_errors(label: str, problem: str = "") -> Iterator[None]:
     """Turn each of huggingface_hub's errors into one line: ModelNotFoundError, or OutputError on a full disk.
 
-    label: what is read or downloaded. problem: why the hub cannot be used, a clause, if it is not asked.
+    label: the model, as the message names it. problem: a clause that says why the hub cannot be reached, where only
+    huggingface_hub's cache is read.
     """
     try:
         yield
@@ -43,7 +44,9 @@ def hub_errors(label: str, problem: str = "") -> Iterator[None]:
                 "check the name, or log in with `hf auth login` if it is private or gated"
             ) from None
         if problem:
-            raise ModelNotFoundError(f"there is no directory {label}, it is not in the cache, and {problem}") from None
+            raise ModelNotFoundError(
+                f"{label} is neither a directory nor in the cache of downloads, and {problem}"
+            ) from None
         raise ModelNotFoundError(f"{label} cannot be downloaded: {_first_line(error)}") from None
 
 

@@ -11,7 +11,21 @@ from npqwen.hub.names import MAIN, HubName, conversions_folder
 from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, Source
 
 
-class SnapshotSource(LocalSource):
+class _Snapshot:
+    """Of a source that was downloaded: its conversions are those of the repository, whatever directory it lies in."""
+
+    model: str
+
+    @property
+    def folder(self) -> Path:
+        return conversions_folder(self.model)
+
+    @property
+    def _salt(self) -> str:
+        return ""
+
+
+class SnapshotSource(_Snapshot, LocalSource):
     """A revision that was downloaded before, in huggingface_hub's cache, while the hub cannot be used."""
 
     def __init__(self, name: HubName, directory: Path) -> None:
@@ -25,16 +39,8 @@ class SnapshotSource(LocalSource):
         # A link leads to a file whose name is the hub's digest. Without links, a new conversion is made.
         return Path(os.readlink(path)).name if path.is_symlink() else LocalSource._content(path, status)
 
-    @property
-    def folder(self) -> Path:
-        return conversions_folder(self.model)
 
-    @property
-    def _salt(self) -> str:
-        return ""
-
-
-class SnapshotGguf(GgufSource):
+class SnapshotGguf(_Snapshot, GgufSource):
     """A model in GGUF that was downloaded before, while the hub cannot be used."""
 
     def __init__(self, name: HubName, directory: Path) -> None:
@@ -48,14 +54,6 @@ class SnapshotGguf(GgufSource):
 
     def _file(self, path: Path) -> File:
         return File(path.stat().st_size, SnapshotSource._content(path, path.stat()))
-
-    @property
-    def folder(self) -> Path:
-        return conversions_folder(self.model)
-
-    @property
-    def _salt(self) -> str:
-        return ""
 
 
 def downloaded(name: HubName, problem: str) -> Source:

@@ -41,7 +41,8 @@ from npqwen.simd.tile import (
 ATTENTION_INPUT, ATTENDED, MLP_INPUT, GATED, SHARED_GATE_INPUT = map(np.int64, range(5))
 """What a layer's adapted matrices read; in a sparse layer MLP_INPUT is that of the router and the shared expert.
 
-int64, as are all such constants here: Numba compiles a function again for every int among the arguments of its calls.
+int64, as are all such constants here: Numba compiles a function again for every literal int among the arguments of its
+calls.
 """
 INPUTS = 5
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, ROUTER = map(np.int64, range(8))

@@ -59,7 +59,8 @@ _UNPACK_FROM = ISA.unpack_from
 _LOCAL_FLOATS = 1 << 16
 """float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
 OVERWRITE, ACCUMULATE = map(np.int64, range(2))
-"""What results do to what is there. int64: Numba compiles a function again for every int among its arguments."""
+"""Whether products replace what `out` holds or are added to it. int64: Numba compiles a function again for every
+literal int among the arguments of its calls."""
 _LINE_COLUMNS = CACHE_LINE // (2 * UNIT_ROWS)
 """Columns of bf16 in a cache line."""
 

@@ -277,7 +277,7 @@ def test_names_that_the_hub_does_not_have(fake_hub: FakeHub, connection: Connect
     )
     connection.error = OSError("no route to host")
     assert run("chat", "Qwen3-0.6B", "Hello") == (
-        "there is no directory Qwen/Qwen3-0.6B, it is not in the cache, and the hub cannot be reached "
+        "Qwen/Qwen3-0.6B is neither a directory nor in the cache of downloads, and the hub cannot be reached "
         "(no route to host)"
     )
 

@@ -154,7 +154,8 @@ def test_each_revision_is_found_without_the_hub(fake_hub: FakeHub, connection: C
     connection.error = OSError("no route to host")
     assert hub.resolve("org/name@v1") == tagged
     assert hub.resolve("org/name") == newest
-    with pytest.raises(ModelNotFoundError, match="org/name@v2, it is not in the cache, and the hub cannot be reached"):
+    message = "org/name@v2 is neither a directory nor in the cache of downloads, and the hub cannot be reached"
+    with pytest.raises(ModelNotFoundError, match=message):
         hub.resolve("org/name@v2")
 
 
@@ -192,7 +193,7 @@ def test_without_the_hub_an_earlier_download_is_converted(
 
 def test_without_the_hub_and_without_a_copy(connection: Connection) -> None:
     connection.error = OSError("no route to host")
-    message = r"there is no directory org/name, it is not in the cache, and the hub cannot be reached \(no route"
+    message = r"org/name is neither a directory nor in the cache of downloads, and the hub cannot be reached \(no route"
     with pytest.raises(ModelNotFoundError, match=message):
         hub.resolve("org/name")
 
@@ -207,7 +208,7 @@ def test_a_refused_login(fake_hub: FakeHub, connection: Connection, checkpoint: 
     notices: list[str] = []
     assert hub.resolve("org/name", 8, notice=notices.append) == kept
     assert notices == [f"{problem}; using {kept}"]
-    with pytest.raises(ModelNotFoundError, match="not in the cache, and the hub refuses the login"):
+    with pytest.raises(ModelNotFoundError, match="nor in the cache of downloads, and the hub refuses the login"):
         hub.resolve("org/other")
 
 
@@ -363,5 +364,5 @@ def test_the_command_line_finds_no_repository_and_no_hub(
     unreachable = command("http://127.0.0.1:9", "generate", "org/absent", "Hello")
     assert unreachable.returncode == 2
     (line,) = unreachable.stderr.splitlines()
-    absence = "there is no directory org/absent, it is not in the cache, and the hub cannot be reached ("
+    absence = "org/absent is neither a directory nor in the cache of downloads, and the hub cannot be reached ("
     assert line.startswith(f"npqwen: error: {absence}")
