@@ -384,6 +384,23 @@ def test_a_reload_keeps_what_has_come(page: Page, api: FakeApi) -> None:
     assert page.text(".assistant .versions") == "2/2"
 
 
+def test_a_question_waits_for_the_database_that_keeps_it(page: Page, api: FakeApi, browser: Browser) -> None:
+    # A database is not opened before one of its name is deleted, which waits until no page uses it.
+    page.evaluate("void indexedDB.deleteDatabase(`npqwen ${location.pathname}`)")
+    api.answer(text("Kept"), HOLD)
+    second = browser.open_beside(page, api.url)
+    second.until("document.getElementById('model').value")
+    ask(second, "Tell")
+    second.evaluate("new Promise((resolve) => setTimeout(resolve, 100))")
+    assert api.requests == []
+    page.reload()
+    second.until_text(ANSWER, "Kept")
+    second.reload()
+    second.until_text(ANSWER, "Kept")
+    assert shown(second) == ["Tell", "Kept"]
+    assert second.problems == []
+
+
 def test_two_tabs_show_the_same_conversations(page: Page, api: FakeApi, browser: Browser) -> None:
     ask_and_wait(page, "From one")
     second = browser.open_beside(page, api.url)

@@ -29,7 +29,6 @@ def test_the_page_shows_what_the_model_says(tiny_model: npqwen.Model, browser: B
         raw = page.evaluate("""(async () => {
             const {Storage} = await import("./page/storage.js");
             const storage = new Storage(() => {});
-            await storage.open();
             return (await storage.all())[0].messages[1];
         })()""")
         assert raw["content"] == expected.text

@@ -11,6 +11,7 @@ from fake_api import FakeApi, end, text, thought
 from test_page import (
     ANSWER,
     ask_and_wait,
+    test_a_question_waits_for_the_database_that_keeps_it,
     test_a_reload_keeps_what_has_come,
     test_an_answer_streams_and_is_there_after_a_reload,
     test_an_edited_question_makes_a_branch,
@@ -20,6 +21,7 @@ from test_page import (
 from test_page_markdown import test_markdown_becomes_elements
 
 __all__ = [
+    "test_a_question_waits_for_the_database_that_keeps_it",
     "test_a_reload_keeps_what_has_come",
     "test_an_answer_streams_and_is_there_after_a_reload",
     "test_an_edited_question_makes_a_branch",

@@ -451,8 +451,8 @@ async function start() {
   draw();
   const loading = loadModels();
   try {
-    await storage.open();
-    for (const conversation of await storage.all()) all.set(conversation.id, conversation);
+    for (const conversation of await storage.all())
+      if (!all.has(conversation.id)) all.set(conversation.id, conversation);
   } catch {
     notice("This browser does not let the page save conversations: they last until it is closed.");
   }

@@ -26,35 +26,32 @@ export function alone(name, work) {
   return navigator.locks ? navigator.locks.request(`${NAME} ${name}`, work) : work();
 }
 
-// All conversations of this browser, and of other tabs as they change.
+// All conversations of this browser, and of other tabs as they change. What is saved before the database is open, waits
+// for it; where the browser allows none, all() throws and nothing is saved.
 export class Storage {
   // onchange(id): another tab has changed or deleted the conversation.
   constructor(onchange) {
     this.channel = new BroadcastChannel(NAME);
     this.channel.onmessage = ({ data }) => onchange(data);
     this.timers = new Map();
+    this.opening = openDatabase();
+    this.opening.catch(() => {});
   }
 
-  async open() {
-    const opening = indexedDB.open(NAME, 1);
-    opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id" });
-    this.database = await finished(opening);
+  async all() {
+    const database = await this.opening;
+    return finished(database.transaction(STORE).objectStore(STORE).getAll());
   }
 
-  all() {
-    return finished(this.store("readonly").getAll());
+  async get(id) {
+    const database = await this.opening;
+    return finished(database.transaction(STORE).objectStore(STORE).get(id));
   }
 
-  get(id) {
-    return finished(this.store("readonly").get(id));
-  }
-
+  // Returns when the conversation is saved.
   async put(conversation) {
-    clearTimeout(this.timers.get(conversation.id));
-    this.timers.delete(conversation.id);
-    if (!this.database) return;
-    await this.write((store) => store.put(conversation));
-    this.channel.postMessage(conversation.id);
+    this.forgetTimer(conversation.id);
+    await this.write(conversation.id, (store) => store.put(conversation));
   }
 
   // Saves soon, and at most a few times a second: for answers that come.
@@ -64,23 +61,34 @@ export class Storage {
   }
 
   async delete(id) {
+    this.forgetTimer(id);
+    await this.write(id, (store) => store.delete(id));
+  }
+
+  forgetTimer(id) {
     clearTimeout(this.timers.get(id));
     this.timers.delete(id);
-    if (!this.database) return;
-    await this.write((store) => store.delete(id));
+  }
+
+  async write(id, change) {
+    const database = await this.opening.catch(() => null);
+    if (!database) return;
+    const transaction = database.transaction(STORE, "readwrite");
+    change(transaction.objectStore(STORE));
+    transaction.commit(); // at once: the page may be about to close
+    await new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onabort = () => reject(transaction.error);
+    });
     this.channel.postMessage(id);
   }
+}
 
-  write(change) {
-    const store = this.store("readwrite");
-    const done = finished(change(store));
-    store.transaction.commit(); // at once: the page may be about to close
-    return done;
-  }
-
-  store(mode) {
-    return this.database.transaction(STORE, mode).objectStore(STORE);
-  }
+// Throws where the browser allows no database, in some as a rejection, in others as an exception.
+async function openDatabase() {
+  const opening = indexedDB.open(NAME, 1);
+  opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id" });
+  return finished(opening);
 }
 
 function finished(request) {
