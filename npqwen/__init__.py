@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from npqwen.generation.completion import Logprob as Logprob
     from npqwen.generation.completion import TokenLogprobs as TokenLogprobs
     from npqwen.generation.completion import Usage as Usage
+    from npqwen.generation.loop_guard import LoopGuard as LoopGuard
     from npqwen.generation.options import GenerationOptions as GenerationOptions
-    from npqwen.generation.options import LoopGuard as LoopGuard
     from npqwen.generation.sampler import Sampler as Sampler
     from npqwen.generation.sampling import Sampling as Sampling
     from npqwen.generation.score import ContinuationScore as ContinuationScore
@@ -137,7 +137,7 @@ _LAZY = {
     "Logprob": "npqwen.generation.completion",
     "GenerationOptions": "npqwen.generation.options",
     "KVCache": "npqwen.engine.kv_cache",
-    "LoopGuard": "npqwen.generation.options",
+    "LoopGuard": "npqwen.generation.loop_guard",
     "Model": "npqwen.model",
     "Notice": "npqwen.chat.events",
     "Ranking": "npqwen.retrieval.ranking",

@@ -24,7 +24,8 @@ from npqwen.generation.draft_layer import LayerGuesses
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
-from npqwen.generation.options import OPTIONS, with_options
+from npqwen.generation.option import with_options
+from npqwen.generation.options import OPTIONS
 from npqwen.generation.sampler import Sampler
 from npqwen.generation.sampling import Sampling
 from npqwen.generation.stream import Stream

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from npqwen.errors import OptionError
-from npqwen.generation.options import LoopGuard
+from npqwen.generation.loop_guard import LoopGuard
 from npqwen.generation.stream import Stream
 from npqwen.generation.watched import Watched
 

@@ -11,7 +11,8 @@ import pytest
 
 import npqwen
 from npqwen.chat.chat_options import CHAT_OPTIONS
-from npqwen.generation.options import OPTIONS, Option
+from npqwen.generation.option import Option
+from npqwen.generation.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -11,7 +11,8 @@ from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.checks import suggestion
 from npqwen.errors import OptionError, quoted
-from npqwen.generation.options import ELSEWHERE, OPTIONS, GenerationOptions, Option, check_options, option_table
+from npqwen.generation.option import Option, option_table
+from npqwen.generation.options import ELSEWHERE, OPTIONS, GenerationOptions, check_options
 from npqwen.tools.toolbox import Tool, as_tools
 
 _NOT_FOR_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")

@@ -20,7 +20,8 @@ from npqwen.chat.window import Window
 from npqwen.checks import check_path
 from npqwen.engine import snapshot
 from npqwen.errors import NpqwenError, OptionError, quoted
-from npqwen.generation.options import OPTIONS, with_options
+from npqwen.generation.option import with_options
+from npqwen.generation.options import OPTIONS
 from npqwen.generation.session import Session
 
 if TYPE_CHECKING:

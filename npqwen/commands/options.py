@@ -12,7 +12,8 @@ import click
 
 from npqwen.commands.completion import completed
 from npqwen.errors import OptionError, quoted
-from npqwen.generation.options import OPTIONS, GenerationOptions, Option
+from npqwen.generation.option import Option
+from npqwen.generation.options import OPTIONS, GenerationOptions
 from npqwen.terminal.terminal import Terminal
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])

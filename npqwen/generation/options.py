@@ -5,15 +5,15 @@ of `Sampling` follow these definitions. To add an option, add an entry to `Gener
 `npqwen.generation.stream` or, for one that shapes the distribution, as a field of `Sampling`.
 """
 
-import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
-from npqwen.checks import check_number, check_whole, is_number, number_range, suggestion, whole_range
+from npqwen.checks import is_number, suggestion
 from npqwen.errors import OptionError, quoted
+from npqwen.generation.loop_guard import LoopGuard
+from npqwen.generation.option import Option, option_table
 from npqwen.generation.stop_strings import check_stop
 from npqwen.structure.sources import read_file, read_schema
 from npqwen.structure.structure import check_choice, check_grammar, check_one, check_regex, check_schema
@@ -32,97 +32,6 @@ It changes the logits in place, or returns an array of the same shape to use ins
 """
 Progress = Callable[[int, int], None]
 """progress(done, total), in prompt tokens."""
-Function = TypeVar("Function", bound=Callable[..., Any])
-Kind = type[int] | type[float] | type[bool] | type[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopGuard:
-    """When a repetition is a loop.
-
-    The last tokens of the text must repeat one run of at most `longest_period` tokens, at least `copies` times; all
-    copies together must be at least `thinking_tokens` long while the model thinks, `answer_tokens` otherwise. Tables,
-    matrices of zeros, refrains and "ha ha ha" stay far below the defaults.
-    """
-
-    thinking_tokens: int = 512
-    answer_tokens: int = 1024
-    copies: int = 4
-    longest_period: int = 512
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_whole(field.name, getattr(self, field.name), 2 if field.name == "copies" else 1, 2**20)
-
-
-class Option(NamedTuple):
-    """One generation option.
-
-    help: one line, for `--help` and the documentation.
-    kind: what a flag or `/set` reads from text: int, float, bool (a switch) or str; None for Python objects.
-    low, high: range of an int or float, both included. An int without `high` has no upper limit.
-    default: the value if the option is left out; None is explained in `help`, or is the checkpoint's own value.
-    metavar: the value's placeholder in `--help`, None for a switch.
-    flag: whether the command line has it; repeated: whether its flag may be given more than once.
-    settable: whether `/set` has it.
-    validate: replaces the check by type and range: (name, value) -> the value to use, or OptionError.
-    read: replaces the conversion of a flag's or `/set`'s text by kind: (name, text) -> the value to check, or
-    OptionError.
-    aliases: further spellings of its flag. elsewhere: its names in other programs, for suggestions.
-    """
-
-    help: str
-    kind: Kind | None = None
-    low: float = 0
-    high: float | None = None
-    default: Any = None
-    metavar: str | None = None
-    flag: bool = True
-    repeated: bool = False
-    settable: bool = True
-    validate: Callable[[str, Any], Any] | None = None
-    read: Callable[[str, str], Any] | None = None
-    aliases: tuple[str, ...] = ()
-    elsewhere: tuple[str, ...] = ()
-    name: str = ""
-
-    @property
-    def flag_name(self) -> str:
-        """`--top-k` for `top_k`."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def expected(self) -> str:
-        """The values allowed, for error messages: "a number from 0 to 1"."""
-        if self.kind is int:
-            return whole_range(int(self.low), None if self.high is None else int(self.high))
-        if self.kind is float:
-            return number_range(self.low, math.inf if self.high is None else self.high)
-        if self.read is not None:
-            return "the name of a file"
-        return "on or off" if self.kind is bool else "text"
-
-    def check(self, value: Any) -> Any:
-        """The value to use; OptionError if it is of the wrong type or out of range."""
-        if self.validate is not None:
-            return self.validate(self.name, value)
-        if self.kind is int:
-            return check_whole(self.name, value, int(self.low), None if self.high is None else int(self.high))
-        if self.kind is float:
-            return check_number(self.name, value, self.low, math.inf if self.high is None else self.high)
-        if not isinstance(value, bool):
-            raise OptionError(f"{self.name} is {quoted(value)}; it must be True or False")
-        return value
-
-    def parse(self, text: str) -> Any:
-        """The value that `text` stands for, checked; a switch reads "on" and "off". Raises OptionError."""
-        if self.read is not None:
-            return self.check(self.read(self.name, text))
-        try:
-            value = {"on": True, "off": False}[text.lower()] if self.kind is bool else (self.kind or str)(text)
-        except (ValueError, KeyError):
-            raise OptionError(f"{self.name} is {quoted(text)}; it must be {self.expected}") from None
-        return self.check(value)
 
 
 def _check_biases(name: str, value: Any) -> dict[int, float]:
@@ -403,18 +312,6 @@ class GenerationOptions(TypedDict, total=False):
     ]
 
 
-def option_table(definitions: Any, inherited: Iterable[str] = ()) -> dict[str, Option]:
-    """The options that the annotations of a TypedDict define, by name; they are appended to its docstring, too."""
-    table = {
-        name: hint.__metadata__[0]._replace(name=name)
-        for name, hint in definitions.__annotations__.items()
-        if name not in inherited
-    }
-    lines = "\n".join(f"    {option.name}: {option.help}" for option in table.values())
-    definitions.__doc__ = f"{definitions.__doc__.rstrip()}\n\n{lines}"
-    return table
-
-
 OPTIONS = option_table(GenerationOptions)
 """All options by name, in the order in which messages and `--help` list them."""
 
@@ -423,23 +320,6 @@ ELSEWHERE = {other: option.name for option in OPTIONS.values() for other in opti
 
 CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
 """Defaults in a chat that differ from the options' own."""
-
-
-def with_options(*tables: Iterable[str]) -> Callable[[Function], Function]:
-    """Have `help()` and completion at a prompt show these options in place of a function's `**options`.
-
-    Type checkers read them from the function's own signature.
-    """
-
-    def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        names = [name for table in tables for name in table]
-        options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-        function.__signature__ = signature.replace(parameters=fixed + options)  # type: ignore[attr-defined]
-        return function
-
-    return decorate
 
 
 def check_options(options: Mapping[str, Any]) -> GenerationOptions:

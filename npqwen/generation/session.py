@@ -16,7 +16,8 @@ from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.message_borders import message_borders
-from npqwen.generation.options import OPTIONS, with_options
+from npqwen.generation.option import with_options
+from npqwen.generation.options import OPTIONS
 from npqwen.generation.stream import Stream
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from npqwen.errors import OptionError, shortened
-from npqwen.generation.options import ELSEWHERE, OPTIONS, Option, check_options, find_option
+from npqwen.generation.option import Option
+from npqwen.generation.options import ELSEWHERE, OPTIONS, check_options, find_option
 
 if TYPE_CHECKING:
     from npqwen.generation.language_model import LanguageModel

@@ -11,9 +11,8 @@ import pytest
 from test_thinking_budget import SENTENCE, TURN, Drawn, Taking
 
 from npqwen.errors import OptionError
-from npqwen.generation.options import LoopGuard
+from npqwen.generation.loop_guard import LoopGuard, Repetition
 from npqwen.generation.stream import Stream
-from npqwen.generation.watches import Repetition
 from npqwen.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-qwen3"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from npqwen.errors import OptionError
-from npqwen.generation.options import OPTIONS, GenerationOptions, LoopGuard, check_options, find_option
+from npqwen.generation.loop_guard import LoopGuard
+from npqwen.generation.options import OPTIONS, GenerationOptions, check_options, find_option
 from npqwen.generation.sampling import SAMPLING_OPTIONS, Sampling
 from npqwen.terminal.settings import NAMES
 

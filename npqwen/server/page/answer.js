@@ -59,8 +59,8 @@ export class Answer {
     });
   }
 
-  // Goes on with the stream of a message that was coming when the page was closed. Runs until the answer is over; if
-  // the server does not keep the stream any more, the message stays as it is.
+  // Continues the stream of a message that was still arriving when the page was closed. Runs until the answer is
+  // complete; if the server no longer keeps the stream, the message stays as it is.
   async resume(key) {
     this.key = key;
     const { times, stream } = this.message;

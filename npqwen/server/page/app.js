@@ -125,7 +125,7 @@ async function follow(conversation, message, run) {
   return answer.error;
 }
 
-// Goes on with answers that were coming when a page was closed: this one, or another tab that has them now.
+// Continues answers that were streaming when a page was closed: this page, or another tab that has continued them.
 function resumeAll() {
   for (const { id, messages } of all.values())
     for (const message of messages)
