@@ -25,7 +25,7 @@ from npqwen.errors import (
     ThreadsWarning,
 )
 
-TYPE_CHECKING = False  # as in `typing`, whose import would take longer than all else here: Ctrl-C in it is a traceback
+TYPE_CHECKING = False  # as in `typing`, whose import takes longer than all else here; Ctrl-C in it prints a traceback
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
@@ -188,28 +188,28 @@ def load(
     threads: default: one per core. More than the CPUs that this process may use are slower, and give a ThreadsWarning.
     context: maximum tokens of a prompt and its continuation; default: the model's own limit.
     revision: a branch, tag or commit of the Hugging Face id, unless its name has one after "@".
-    low_disk: download and convert one file of weights at a time, and keep none; resumes after an interruption.
+    low_disk: download and convert one weight file at a time, and keep none of them; resumes after an interruption.
     yarn: extends the context by YaRN, by a factor from 1 to 4: tokens needed / tokens trained on, such as 2 for 65,536
     tokens with a Qwen3 that was trained on 32,768. It is for models trained on fewer than 131,072 tokens, and makes
     answers to short texts a little worse. Default: as in config.json, where Qwen's models have none; 1: off.
     kv: the type of the cached keys and values, which every new token reads: "int8", "f16" or "f32". Default: int8, half
-    of f16's memory and faster after long texts; f32 with 16 bits, where nothing else is rounded either.
-    adapters: LoRA adapters by the names that texts choose them by, {"sql": "directory that PEFT saved"}; each text uses
-    one, the option `adapter`, or none. "directory:0.5" halves an adapter's effect.
-    prefix_cache: a directory that keeps what was computed of texts (keys and values, and the tokens themselves), so
-    that texts that begin alike do not compute it again in a later run. Any number of processes and models may share it.
-    prefix_cache_size: bytes that its files may take, default 10 GB; the least recently used are removed.
-    prefix_memory: bytes of it that are kept in memory, with or without a directory; default: a quarter of what is
+    of f16's memory and faster after long texts; f32 with bits=16, where nothing else is rounded either.
+    adapters: LoRA adapters by name, {"sql": "directory that PEFT saved"}; each text uses one, named by the option
+    `adapter`, or none. "directory:0.5" halves an adapter's effect.
+    prefix_cache: a directory that keeps the keys and values of texts, and the tokens themselves, so that texts with a
+    common prefix do not compute it again in a later run. Any number of processes and models may share it.
+    prefix_cache_size: the most bytes that its files take, default 10 GB; the least recently used are removed.
+    prefix_memory: the most bytes of prefixes kept in memory, with or without a directory; default: a quarter of what is
     available beside the weights, at most 4 GiB; 0: none.
-    draft: a smaller model with the same tokens, such as "Qwen/Qwen3-0.6B" for "Qwen/Qwen3-8B", or a loaded one. It
-    guesses next tokens, and one pass of this model verifies several of them, where that is faster (see the option
-    `speculation`). Texts stay the same.
+    draft: a draft model for speculative decoding: a smaller one with the same tokens, such as "Qwen/Qwen3-0.6B" for
+    "Qwen/Qwen3-8B", or a loaded one. One pass of this model verifies several of its draft tokens, where that is faster
+    (see the option `speculation`). Texts stay the same.
 
     progress: bars on stderr for download, conversion and compilation; default: if stderr is a terminal or a notebook's.
-    False shows none, True always shows them. A function (bytes_done, bytes_total) follows the conversion instead.
-    notice: a function (line) that receives what was found, downloaded or converted, and where, and later which files of
-    the prefix cache were damaged, or why none can be written (default: a PrefixCacheWarning). on_compile: a function
-    (done, total) that follows the compilation of the kernels on first use, in place of its bar.
+    False shows none, True always shows them. A function (bytes_done, bytes_total) is called during conversion instead.
+    notice: a function (line) that is called with what was found, downloaded or converted, and where, and later with
+    which files of the prefix cache were damaged, or why none can be written (default: a PrefixCacheWarning).
+    on_compile: a function (done, total) that is called while kernels are compiled on first use, in place of its bar.
 
     Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
     """

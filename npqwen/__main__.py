@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C ends it without a traceback, also while Python is still importing modules."""
+    """Run the command line. Ctrl-C ends it without a traceback, even while Python is still importing modules."""
     try:
         from npqwen.commands.cli import main as run
 

@@ -1,4 +1,4 @@
-"""Atomic replacement of files and directories: written beside, synced, renamed."""
+"""Atomic replacement of files and directories: write a temporary file next to the old one, sync, rename."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ABANDONED = 3600
 def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[BinaryIO]:
     """Yields a temporary file, which replaces `path` on leaving; after an exception it is removed instead.
 
-    The directory is made if need be. A link is followed, and a replaced file passes its permissions on. private: only
-    the owner can read a new file. sync: wait until the file is on the disk; without it, a file may be damaged after a
-    power failure. Raises OutputError if `path` is a directory or a device, and for every OSError
+    The directory is created if it is missing. A symbolic link is followed, and the permissions of a replaced file are
+    kept. private: only the owner can read a new file. sync: wait until the file is on the disk; without it, a file may
+    be damaged after a power failure. Raises OutputError if `path` is a directory or a device, and for every OSError
     within.
     """
     with writing(path):

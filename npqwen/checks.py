@@ -71,9 +71,9 @@ def number_range(low: float, high: float) -> str:
 
 
 def suggestion(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
-    """For an unknown name: the known ones that it may stand for ("did you mean top_k?"), or all of them.
+    """For an unknown name: the known ones that may be meant ("did you mean top_k?"), or all of them.
 
-    elsewhere: what other programs call some of the known names.
+    elsewhere: names in other programs -> known names.
     """
     known = list(known)
     near = near_names(name, known, elsewhere)
@@ -81,7 +81,7 @@ def suggestion(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | N
 
 
 def near_names(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> list[str]:
-    """The known names that a misspelt one may stand for, at most four.
+    """The known names that a misspelt one may mean, at most four.
 
     In this order: the one that `elsewhere` translates it to; all that it abbreviates, as "temp" does "temperature"; the
     one that it is closest to. Case, and "-" for "_", do not matter.

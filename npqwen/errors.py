@@ -1,4 +1,4 @@
-"""Exceptions, one for each party who can fix the problem. Every message is one line: the problem and the way out."""
+"""Exceptions, one for each party who can fix the problem. Every message is one line: the problem and its remedy."""
 
 from __future__ import annotations
 

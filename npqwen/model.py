@@ -62,7 +62,7 @@ class Model(Engine):
 
     Text: `generate`, `stream`, `score`. Conversations: `chat`, `stream_chat`, `conversation`, `render`, `count_tokens`.
     Search: `embed` of an embedding model, `rerank` of a reranker. Arrays: `logits`, `hidden`, and `forward` or
-    `prefill` with a KV cache of `new_cache`. What it is: `name`, `path`, `task`, `bits`, `context`, `threads`,
+    `prefill` with a KV cache of `new_cache`. Properties: `name`, `path`, `task`, `bits`, `context`, `threads`,
     `weight_bytes`, `config`, `tokenizer`, `generation_config`, `chat_template`.
 
     Any number of threads may call it: one forward pass runs at a time, on all of the model's own threads, and the
@@ -91,9 +91,9 @@ class Model(Engine):
         self._draft: Model | None = None
         self._loaded_draft: Model | None = None
         with ThreadPoolExecutor(1) as reader:
-            # A Qwen3 tokenizer takes as long to read as everything else: they are read side by side.
+            # Reading a Qwen3 tokenizer takes as long as everything else, so it runs in parallel.
             tokenizer = reader.submit(Tokenizer.from_directory, path)
-            # Read now, since the directory may be removed while the model runs; an error is of interest in chats only.
+            # Read now, since the directory may be removed while the model runs; an error matters only in chats.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
             task_files = reader.submit(TaskFiles.from_directory, path, self._name)
             super().__init__(
@@ -159,19 +159,19 @@ class Model(Engine):
 
     @property
     def draft(self) -> Model | None:
-        """The model that guesses this one's tokens."""
+        """The draft model; None if there is none."""
         return self._draft
 
     @property
     def drafting(self) -> Drafting:
-        """What its texts share to guess their next tokens."""
+        """What its texts share for speculative decoding."""
         return self._drafting
 
     def close(self) -> None:
         """Wait for the running pass, end the threads and unmap the files. Later calls raise ClosedError.
 
-        Prefixes that are not yet in the prefix cache's directory are written. A draft model that was given loaded stays
-        open.
+        Prefixes that are not yet in the prefix cache's directory are written. A draft model that the caller had loaded
+        stays open.
         """
         super().close()
         if self._loaded_draft is not None:
@@ -179,15 +179,15 @@ class Model(Engine):
 
     def _compile(self) -> None:
         super()._compile()
-        Sampler(Sampling(top_k=2))(np.zeros(3, np.float32))  # its kernels: now, so that on_compile includes them
+        Sampler(Sampling(top_k=2))(np.zeros(3, np.float32))  # compiles its kernels now, so that on_compile counts them
 
     @with_options(OPTIONS)
     def stream(
         self, prompt: Prompt, *, session: Session | None = None, **options: Unpack[GenerationOptions]
     ) -> Stream:
-        """Continue `prompt`, raw text without a chat template or token ids, piece by piece; see `Stream`.
+        """Continue `prompt` (raw text without a chat template, or token ids) piece by piece; see `Stream`.
 
-        session: a `Session` of this model, which keeps what was computed between calls. options: see
+        session: a `Session` of this model, which keeps keys and values between calls. options: see
         `npqwen.GenerationOptions`. Raises OptionError and ContextLengthError before anything is computed.
         """
         return text.stream(self, prompt, session=session, **options)
@@ -231,10 +231,10 @@ class Model(Engine):
         session: Session | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Completion | list[Completion] | list[list[Completion]]:
-        """Continue a prompt, raw text without a chat template or token ids, to its end; a list of prompts gives a list.
+        """Continue a prompt (raw text without a chat template, or token ids) to its end; several prompts give a list.
 
-        n: a list of n completions of each prompt, drawn with seed, seed + 1, ... if a seed is given. session: a
-        `Session` of this model, which keeps what was computed between calls. options: see `npqwen.GenerationOptions`.
+        n: return a list of n completions of each prompt, drawn with seed, seed + 1, ... if a seed is given. session: a
+        `Session` of this model, which keeps keys and values between calls. options: see `npqwen.GenerationOptions`.
         Raises OptionError and ContextLengthError before anything is computed.
         """
         return text.generate(self, prompt, n=n, session=session, **options)
@@ -257,18 +257,19 @@ class Model(Engine):
         session: Session | None = None,
         adapter: str | None = None,
     ) -> ContinuationScore | list[ContinuationScore]:
-        """How likely each of some continuations of a prompt is; the prompt is computed once.
+        """The log-probabilities of continuations of a prompt, which is computed once.
 
             best = max(model.score("The sky is", [" blue", " green"]), key=lambda score: score.logprob)
 
         prompt, continuations: raw text without a chat template, or token ids. session: a `Session` of this model, which
-        afterwards holds the prompt; prompts that begin alike then compute only what differs. adapter: the name of one
-        of `adapters`.
+        afterwards holds the prompt; later prompts compute only what follows their common prefix. adapter: the name of
+        one of `adapters`.
 
-        A continuation is encoded by itself and appended to the prompt's tokens. So write " blue" after "is": a prompt
+        A continuation is encoded on its own and appended to the prompt's tokens. So write " blue" after "is": a prompt
         that ends in a space, or in the middle of a word, ends in tokens that the model rarely saw there.
-        lm-evaluation-harness encodes prompt and continuation together and takes the tokens after as many as the prompt
-        has alone, which are the same wherever the continuation begins with a space and the prompt does not end in one.
+        lm-evaluation-harness encodes prompt and continuation together, and skips as many tokens as the prompt alone
+        has. The rest are the same tokens wherever the continuation begins with a space and the prompt does not end in
+        one.
 
         Raises OptionError, CheckpointError and ContextLengthError before anything is computed.
         """
@@ -285,17 +286,17 @@ class Model(Engine):
         truncate: bool = True,
         progress: Callable[[int, int], object] | None = None,
     ) -> NDArray[np.float32]:
-        """Vectors of texts by an embedding model: float32 (texts, dimensions), each of unit length.
+        """Embed texts with an embedding model: float32 vectors (texts, dimensions), each of unit length.
 
             queries = model.embed(["how do I cut stone?"], instruction=True)
             documents = model.embed(passages)
             similarity = queries @ documents.T
 
         texts: a list of texts or of token ids; a single text gives (dimensions,). instruction: for queries, a sentence
-        that says what is searched, in English: "Given a question, retrieve answers". True: the model's own for a web
-        search. None: for documents. dimensions: of the vectors, at least 32; default: all. truncate: texts that are
-        longer than the context are cut at their end; False: they are refused. progress(done, total): called after each
-        text. Names of special tokens in texts are those tokens, as in sentence-transformers.
+        in English that describes the task: "Given a question, retrieve answers". True: the model's own, for a web
+        search. None: for documents. dimensions: of the vectors, at least 32; default: all. truncate: cut texts that are
+        longer than the context at their end; False: raise ContextLengthError. progress(done, total): called after each
+        text. Names of special tokens in texts are encoded as those tokens, as in sentence-transformers.
 
         Raises OptionError, ContextLengthError and CheckpointError before anything is computed, and OutOfMemoryError.
         """
@@ -317,11 +318,11 @@ class Model(Engine):
         *,
         progress: Callable[[int, int], object] | None = None,
     ) -> Ranking:
-        """How well documents answer a query, by a reranker: their scores, from 0 to 1, and their order.
+        """Rank documents by how well they answer a query, with a reranker: their scores, from 0 to 1, and their order.
 
-        instruction: a sentence that says what is searched, in English; default: the passages that answer a web search.
-        progress(done, total): called after each document. What all prompts begin with is computed once. Documents that
-        are longer than the context are cut at their end. Names of special tokens are text here.
+        instruction: a sentence in English that describes the task; default: retrieving passages for a web search.
+        progress(done, total): called after each document. The common prefix of all prompts is computed once. Documents
+        that do not fit the context are cut at their end. Names of special tokens are encoded as plain text.
 
         Raises OptionError, ContextLengthError and CheckpointError before anything is computed, and OutOfMemoryError.
         """
@@ -361,7 +362,7 @@ class Model(Engine):
         add_generation_prompt: bool = True,
         **template_options: Any,
     ) -> str:
-        """The prompt that the chat template makes of a conversation; see `ChatTemplate.render`."""
+        """The prompt that the chat template renders from a conversation; see `ChatTemplate.render`."""
         return self.chat_template.render(messages, tools, thinking, add_generation_prompt, **template_options)
 
     def count_tokens(
@@ -372,9 +373,9 @@ class Model(Engine):
         thinking: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> int:
-        """How many tokens of the context `chat` with these arguments reads, all that the chat template adds included.
+        """The number of prompt tokens of `chat` with these arguments, including all that the chat template adds.
 
-        It is the answer's `usage.prompt_tokens`. A string is a single message of the user, as in `chat`; for raw text,
+        It is the reply's `usage.prompt_tokens`. A string is a single message of the user, as in `chat`; for raw text,
         count `model.tokenizer.encode(text)`. Raises what `chat` raises for wrong messages and options.
         """
         from npqwen.chat.chat_options import ChatSettings
@@ -405,8 +406,8 @@ class Model(Engine):
         """Answer a conversation.
 
         messages: [{"role": "user", "content": "17 + 25?"}, ...]; a string is a single message of the user. Append the
-        reply's `messages` to continue. n: a list of n answers, drawn with seed, seed + 1, ... if a seed is given.
-        session: a `Session` of this model, which keeps what was computed between calls. options: see
+        reply's `messages` to continue. n: return a list of n answers, drawn with seed, seed + 1, ... if a seed is
+        given. session: a `Session` of this model, which keeps keys and values between calls. options: see
         `npqwen.ChatOptions`.
 
         Raises OptionError for wrong messages or options, ContextLengthError for a conversation that does not fit.
@@ -417,10 +418,10 @@ class Model(Engine):
 
     @with_options(CHAT_OPTIONS, OPTIONS)
     def chat_batch(self, conversations: Sequence[Messages], **options: Unpack[ChatOptions]) -> list[Reply]:
-        """Answer many conversations together, in passes over several at once; the replies, in order.
+        """Answer many conversations in one batch; returns the replies, in order.
 
         conversations: each is what `chat` takes. Each is answered as it would be alone, with the same seed if one is
-        given. options: of all; see `npqwen.ChatOptions`. With `stop`, they are answered one after the other.
+        given. options: for all of them, see `npqwen.ChatOptions`. With `stop`, they are answered one after the other.
 
         Raises what `chat` raises, for any of them, before anything is computed.
         """
@@ -449,7 +450,7 @@ class Model(Engine):
         messages: Sequence[Mapping[str, Any]] = (),
         **options: Unpack[ChatOptions],
     ) -> Conversation:
-        """A conversation that keeps its messages and what was computed for them. See `Conversation`."""
+        """A conversation that keeps its messages and their keys and values. See `Conversation`."""
         from npqwen.chat.conversation import Conversation
 
         return Conversation(self, system, messages=messages, **options)
@@ -474,15 +475,15 @@ def load(
     """Map a converted directory, silently.
 
     threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn, kv, adapters, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): told when
-    files of the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done, total):
-    called while kernels are compiled, on the first use on a machine. name: of the model, default the directory's.
-    draft: a converted directory, loaded with the same options (but for adapters) and closed with the model, or a loaded
-    model; see `npqwen.load`.
+    own. yarn, kv, adapters, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): called
+    when files of the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done,
+    total): called while kernels are compiled, on the first use on a machine. name: of the model, default the
+    directory's. draft: a converted directory, loaded with the same threads, kv, prefix cache and callbacks and closed
+    with the model, or a loaded model; see `npqwen.load`.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
     options, OutputError for a prefix cache that cannot be written, OutOfMemoryError if memory cannot hold the buffers
-    and the cache of a context that is given.
+    and, if `context` is given, a cache of that many tokens.
     """
     return Model(
         Path(path),

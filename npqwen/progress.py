@@ -16,14 +16,14 @@ Progress = Callable[[int, int], Any]
 """progress(done, total)"""
 
 _DELAY = 0.3
-"""Seconds before a bar appears: what is done sooner needs none."""
+"""Seconds before a bar appears: shorter tasks need none."""
 
 
 class Bars:
     """Bars on stderr, one after another, by tqdm; in a Jupyter notebook with ipywidgets, widgets.
 
     shown: None shows them if stderr is a terminal or a notebook's, True always, False never. tqdm's own environment
-    variables hold, too: TQDM_DISABLE=1 switches all bars off. A context manager, which removes an unfinished bar.
+    variables apply, too: TQDM_DISABLE=1 switches all bars off. A context manager, which removes an unfinished bar.
     """
 
     def __init__(self, shown: bool | None = None) -> None:

@@ -3,7 +3,7 @@
     ds.map_batches(npqwen.ray.Generator, fn_constructor_kwargs={"model": "Qwen/Qwen3-4B"}, num_cpus=8, compute=...)
     serve.run(npqwen.ray.application("Qwen/Qwen3-4B", replicas=4, cpus=8))
 
-Actors of one machine map the same weights: several cost the memory of one, and of their KV caches.
+Actors on one machine map the same weights: several take the memory of one, plus that of their KV caches.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ Batch = dict[str, Any]
 ONGOING = 32
 """Requests that a replica takes at a time: twice as many as it computes at once, so that its passes are always full."""
 _KNOWN = 100_000
-"""Beginnings of which a router remembers the replica."""
+"""The most prompt prefixes for which a router remembers the replica."""
 _STEP = 1024
-"""Characters of raw prompts after each of which they may begin alike."""
+"""Raw prompts are compared in steps of this many characters."""
 
 
 class Generator:
     """Answers the prompts of a dataset: a class for `ray.data.Dataset.map_batches`.
 
     Adds the columns `text`, `reasoning`, `finish_reason`, `prompt_tokens`, `generated_tokens` and `error`. A prompt
-    that cannot be answered, such as one that is longer than the context, has its error there, and no text.
+    that cannot be answered, such as one that is longer than the context, has its error message there, and no text.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Generator:
         self._model = npqwen.load(model, threads=threads or assigned_cpus(), **(load_options or {}))
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch with the answers' columns; all prompts are computed together."""
+        """The batch with the answers' columns added; all prompts are computed together."""
         prompts = [_plain(prompt) for prompt in batch[self._column]]
         rows = [self._row(prompt) for prompt in self._answers(prompts)]
         names = ("text", "reasoning", "finish_reason", "prompt_tokens", "generated_tokens", "error")
@@ -85,7 +85,7 @@ class Generator:
         except NpqwenError as error:
             if len(prompts) == 1:
                 return [error]
-            half = len(prompts) // 2  # nothing was computed: errors are raised before
+            half = len(prompts) // 2  # nothing was computed: errors are raised before that
             return self._answers(prompts[:half]) + self._answers(prompts[half:])
 
     def _row(self, answer: Any) -> tuple[str, str, str, int, int, str]:
@@ -116,7 +116,7 @@ class Embedder:
         self._model = npqwen.load(model, threads=threads or assigned_cpus(), **(load_options or {}))
 
     def __call__(self, batch: Batch) -> Batch:
-        """A batch with its vectors."""
+        """The batch with the column of vectors added."""
         return batch | {"embedding": self._model.embed(list(map(str, batch[self._column])), **self._options)}
 
 
@@ -146,9 +146,9 @@ def application(
 ) -> Application:
     """A Ray Serve application with all endpoints of `npqwen serve`, for `serve.run`.
 
-    replicas: how many, each with `cpus` threads; two numbers scale between them by load. A request goes to the replica
-    that has computed the longest beginning of its prompt, unless that one has `ongoing` requests already; others to the
-    one with the fewest. load_options: of `npqwen.load`. settings: of `npqwen.server.app`.
+    replicas: how many, each with `cpus` threads; two numbers: the least and the most, scaled by load. A request goes to
+    the replica that has computed the longest prefix of its prompt, unless that one already has `ongoing` requests;
+    otherwise to the one with the fewest. load_options: of `npqwen.load`. settings: of `npqwen.server.app`.
     """
     scaling: dict[str, Any] = (
         {"num_replicas": replicas}
@@ -190,7 +190,7 @@ class _Replica:
         async def receive() -> MutableMapping[str, Any]:
             if request:
                 return request.pop()
-            await asyncio.Event().wait()  # a client that goes cancels the task
+            await asyncio.Event().wait()  # a client that disconnects cancels the task
             raise AssertionError
 
         async def send(message: MutableMapping[str, Any]) -> None:
@@ -212,7 +212,7 @@ class _Replica:
 
 
 class _Front:
-    """The ingress: reads requests, and passes the replicas' answers on."""
+    """The ingress: reads requests, and forwards them to replicas and the answers to clients."""
 
     def __init__(self, served: Any) -> None:
         """served: the handle of the replicas."""
@@ -281,7 +281,7 @@ def beginnings_of(body: bytes) -> list[str]:
 
 
 class BeginningsRouter(RequestRouter):  # type: ignore[misc]
-    """Routes a request to the replica that has computed the longest beginning of its prompt."""
+    """Routes a request to the replica that has computed the longest prefix of its prompt."""
 
     def initialize_state(self, **options: Any) -> None:
         """Called by Ray."""
@@ -290,7 +290,7 @@ class BeginningsRouter(RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of replicas: the one with the beginning, then those with the fewest requests."""
+        """Replicas by rank: the one with the longest prefix, then the others, fewest requests first."""
         queues = self.replica_queue_len_cache
 
         def length(replica: RunningReplica) -> int:

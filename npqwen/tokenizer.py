@@ -21,13 +21,13 @@ from npqwen.format.tokenizer_file import read_tokenizer
 Kept = TypeVar("Kept")
 _BLANKS = re.compile(r"\s*")
 _BLANK = 9_000_000
-"""Blank characters in a row, at most. With 10 million, the library panics, and says so on stderr by itself."""
+"""The most whitespace characters in a row. With 10 million, the library panics, and prints to stderr on its own."""
 
 
 def _byte_letters() -> dict[str, int]:
     """The printable character that byte-level BPE (GPT-2) writes for each byte, mapped to that byte.
 
-    Printable Latin-1 characters stand for themselves; the other bytes are U+0100 and up, in order.
+    Printable Latin-1 characters map to themselves; the other bytes are U+0100 and up, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -101,8 +101,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens that are spelled out in it are recognized; none are added.
 
-        Raises OptionError for what is not a string, holds lone surrogates, or is too much for the tokenizers library,
-        such as a run of ten million spaces.
+        Raises OptionError for anything but a string, for lone surrogates, and for text that the tokenizers library
+        cannot process, such as a run of ten million spaces.
         """
         if not isinstance(text, str):
             raise OptionError(f"the text is {quoted(text)}, not a string")
@@ -130,7 +130,7 @@ class Tokenizer:
         ids: list[int] = []
         start = 0
         for match in self._special_names.finditer(text):
-            ids += self.encode(text[start : match.start() + 1])  # "<", and from "|im_end|>" on
+            ids += self.encode(text[start : match.start() + 1])  # "<"; the next part begins with "|im_end|>"
             start = match.start() + 1
         return ids + self.encode(text[start:])
 
@@ -173,7 +173,7 @@ class Tokenizer:
             return b""
         try:
             return bytes([_BYTES[letter] for letter in token])
-        except KeyError:  # an entry that is not spelled in byte-level characters stands for itself
+        except KeyError:  # an entry that is not spelled in byte-level characters is literal text
             return str(token).encode()
 
     def missing_ids(self, vocab_size: int) -> NDArray[np.intp]:
@@ -208,7 +208,7 @@ class StreamDecoder:
 
 
 def _longest_blank(text: str) -> int:
-    """The characters of a run of more than _BLANK blanks, if there is one; else a smaller number."""
+    """The length of a run of more than _BLANK whitespace characters, if there is one; else a smaller number."""
     longest, step = 0, _BLANK // 2
     for at in range(step, len(text), step):
         if text[at].isspace():

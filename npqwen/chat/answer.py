@@ -1,4 +1,4 @@
-"""One step of an answer: the text that a model writes in one go, taken apart while it comes."""
+"""One step of an answer: the text of one generation, parsed into events while it streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Decoded(Protocol):
-    """What an answer reads of the text that is being generated. `Decoding` and `Stream` have it."""
+    """The state of a generation that an `Answer` reads. `Decoding` and `Stream` implement it."""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -48,7 +48,7 @@ class Decoded(Protocol):
 
     @property
     def structure(self) -> Structure | None:
-        """What the text must be, if an option says so."""
+        """The structure that the text must follow, if an option requires one."""
 
     @property
     def structured(self) -> Structured | None:
@@ -60,9 +60,9 @@ class Decoded(Protocol):
 
 
 class Answer:
-    """Takes the pieces of a model's text, and gives the events that they make certain.
+    """Turns the pieces of a model's text into events, each as soon as it is certain.
 
-    It runs nothing; a driver does, alone or for many answers at once:
+    It does not run the model; a driver does, for one answer or for many at once:
 
         answer = prepared.answer(decoding)
         for piece in the text of decoding:
@@ -71,9 +71,9 @@ class Answer:
                 break  # and end the decoding
         events = answer.finish()
 
-    decoding: at its start; its `thinking` says whether the text begins inside an open `<think>`. stops: the strings
-    that end the answer's text; reasoning and calls may contain them. schemas: the parameters of the tools on offer.
-    one_call: end the answer after its first call.
+    decoding: a generation at its start; its `thinking` tells whether the text begins inside an open `<think>`. stops:
+    the strings that end the answer's text; reasoning and calls may contain them. schemas: the parameters of the
+    available tools. one_call: end the answer after its first call.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Answer:
         """The finished calls so far."""
         self.unfinished_calls: list[UnfinishedCall] = []
         self._call_id = ""
-        """That of the latest call."""
+        """The id of the latest call."""
 
     @property
     def text(self) -> str:
@@ -127,9 +127,9 @@ class Answer:
         return self._record(self._stop.push(self._parser.push(piece)))
 
     def finish(self) -> list[Piece]:
-        """The events that were held back, at the end of the text; the decoding is finished, or `stopped` is set.
+        """The events that were held back until the end of the text. The decoding must be finished, or `stopped` set.
 
-        A call without its end is read only if the model ended the text itself, and no limit or stop string did.
+        A call without its closing tag is parsed only if the model itself ended the text, not a limit or a stop string.
         """
         if self.stopped:
             return []
@@ -138,7 +138,7 @@ class Answer:
         return pieces + self._record(self._stop.finish())
 
     def message(self, *, calls: bool = True) -> Message:
-        """The answer so far as a message. calls: whether it has the finished calls."""
+        """The answer so far as a message. calls: whether to include the finished calls."""
         message: Message = {"role": "assistant", "content": self.text}
         if self._reasoning or END_THINK in self.text:  # otherwise templates read it from the text before </think>
             message["reasoning_content"] = self.reasoning
@@ -154,7 +154,7 @@ class Answer:
         tool_results: Sequence[ToolResult] = (),
         notices: Sequence[str] = (),
     ) -> Reply:
-        """The finished answer; this is its last step. messages: those of all steps, if there are others."""
+        """The finished answer, with this step as its last. messages: those of all steps; default: this step's only."""
         reason = self.finish_reason
         assert reason is not None, "the answer is not finished"
         logprobs = self._decoding.logprobs
@@ -175,7 +175,7 @@ class Answer:
         )
 
     def _record(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """The pieces, which become part of the answer; calls get their ids."""
+        """Add pieces to the answer, up to its only call if `one_call`, and return them; calls get their ids."""
         recorded: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Text):

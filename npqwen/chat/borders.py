@@ -46,8 +46,8 @@ class Names:
         """`text` with a border in every name, and in every part of a name that text around it could complete.
 
         Such parts are the first two and the last two characters of a name, anywhere; the first character of a name at
-        the end of the text and the last at its start, blanks aside, which templates strip; and a text that as a whole
-        is part of a name.
+        the end of the text and the last at its start, ignoring whitespace, which templates strip; and a text that as a
+        whole is part of a name.
         """
         body = text.strip()
         if not body:
@@ -111,7 +111,7 @@ class Borders:
 def unused_character(plain: str, values: Any) -> str:
     """A character that occurs neither in `plain`, the rendered text, nor in the JSON `values` it was rendered from.
 
-    `plain` does not contain its escapes in JSON and Python either. Raises OptionError if there is no such character.
+    Nor does `plain` contain the character's JSON or Python escape. Raises OptionError if there is no such character.
     """
     used = set(plain).union(json.dumps(values, ensure_ascii=False))
     for character in map(chr, chain(*_CANDIDATES)):
@@ -128,7 +128,7 @@ def split(rendered: str, border: str) -> list[str]:
 
 
 def without_needless_cuts(parts: Sequence[str], names: Names) -> list[str]:
-    """`parts`, with those joined again whose border is not inside the name of a control token."""
+    """`parts`, rejoined where the border between them is not inside the name of a control token."""
     text = "".join(parts)
     cuts: list[int] = []
     at = 0

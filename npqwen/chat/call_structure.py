@@ -1,6 +1,6 @@
 """The structure of an answer that calls tools, in either style in which Qwen's models write calls.
 
-Qwen3 writes JSON (as Hermes does), Qwen3-Coder tags. Calls are one line break apart.
+Qwen3 writes JSON (as Hermes does), Qwen3-Coder tags. Calls are separated by one newline.
 
     <tool_call>                                  <tool_call>
     {"name": "f", "arguments": {"key": 1}}       <function=f>
@@ -33,8 +33,8 @@ def calls_structure(
     """An answer that is one call of these tools, or several if `parallel`, and nothing else.
 
     Arguments follow the tools' schemas; keys of a schema that llguidance does not know are ignored, unless the function
-    is "strict". tokens: whether the tags around calls are tokens of the vocabulary. otherwise: what the answer may be
-    in place of calls. Raises OptionError for schemas that cannot be used.
+    is "strict". tokens: whether the tags around calls are tokens of the vocabulary. otherwise: the structure
+    that the answer may have instead of calls. Raises OptionError for schemas that cannot be used.
     """
     grammar = _Grammar()
     write = _json_call if style == "json" else _tagged_call
@@ -53,7 +53,7 @@ def calls_structure(
 
 
 class _Grammar:
-    """llguidance's grammar while it is built: rules in Lark, and other grammars that they name."""
+    """Builds a grammar for llguidance: rules in Lark, and other grammars that they refer to."""
 
     def __init__(self) -> None:
         self._rules: list[str] = []
@@ -66,24 +66,24 @@ class _Grammar:
         return name
 
     def include(self, grammar: Mapping[str, Any]) -> str:
-        """Add a grammar; returns what names it in a rule."""
+        """Add a grammar; returns the reference to it for use in a rule."""
         name = f"g{len(self._included)}"
         self._included.append({**grammar, "name": name})
         return f"@{name}"
 
     def json(self, schema: Mapping[str, Any], tool: Tool) -> str:
-        """Add JSON that follows a schema; returns what names it in a rule."""
+        """Add JSON that follows a schema; returns the reference to it for use in a rule."""
         return self.include({"json_schema": self.styled(schema, tool)})
 
     def styled(self, schema: Mapping[str, Any], tool: Tool) -> dict[str, Any]:
-        """A tool's schema, or a part of it, with its meaning for llguidance."""
+        """A tool's schema, or a part of it, with llguidance's options for interpreting it."""
         strict = bool(tool.schema.get("function", tool.schema).get("strict"))
         own = schema.get("x-guidance", {})
         lenient = {} if strict or not isinstance(own, Mapping) else {"lenient": True, "coerce_one_of": True, **own}
         return with_style(narrowed({**schema, "x-guidance": lenient}))
 
     def text(self, start: str) -> str:
-        """The grammar as llguidance takes it."""
+        """The grammar in llguidance's JSON format."""
         main = {"name": "main", "lark_grammar": "\n".join([start, *self._rules])}
         return json.dumps({"grammars": [main, *self._included]}, ensure_ascii=False)
 
@@ -136,7 +136,7 @@ def _may_be_text(schema: Any) -> bool:
 
 
 def _with_nulls(schema: Any) -> Any:
-    """A copy in which values that transformers' schemas of functions call "nullable" may be null."""
+    """A copy in which values marked "nullable", as in transformers' function schemas, may be null."""
     if isinstance(schema, list):
         return [_with_nulls(one) for one in schema]
     if not isinstance(schema, Mapping):

@@ -1,4 +1,4 @@
-"""The options of a chat: those of generation, and tools, thinking and the template's own."""
+"""The options of a chat: those of generation, and those for tools, thinking and the chat template."""
 
 # No `from __future__ import annotations`: `CHAT_OPTIONS` reads these annotations.
 
@@ -46,9 +46,9 @@ def _check_template_options(name: str, value: Any) -> dict[str, Any]:
 class ChatOptions(GenerationOptions, total=False):
     """The options of `Model.chat`, `Model.stream_chat` and `Model.conversation`: these, and those of generation.
 
-    None has the same effect as leaving an option out. Differences in generation: `stop` strings end the answer's text
-    and may occur in reasoning and calls; sampling defaults to what the model's authors advise with or without thinking;
-    `loop_guard` is on by default.
+    None has the same effect as leaving an option out. Differences from plain generation: `stop` strings end the
+    answer's text and may occur in reasoning and calls; sampling defaults to the values that the model's authors
+    recommend with or without thinking; `loop_guard` is on by default.
     """
 
     tools: Annotated[
@@ -105,7 +105,7 @@ class ChatSettings:
     def of(cls, options: ChatOptions) -> "ChatSettings":
         """Check `options`.
 
-        Raises OptionError for those that no model could obey; others are refused when a prompt is made.
+        Raises OptionError for options that are invalid for every model; others are rejected when the prompt is built.
         """
         for name in options:
             if name in ("cache", "cached"):

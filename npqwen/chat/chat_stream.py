@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class ChatStream(AsyncSteps[Event]):
     """An answer's events: Reasoning, Text, ToolCall, ToolResult, Notice and, at the end, Finish.
 
-    Before each ToolCall come a CallStart and the CallArguments, while the call is being written; a call that began so
-    and was cut off, or is malformed, ends in an UnfinishedCall in place of the ToolCall.
+    Each ToolCall is preceded by a CallStart and CallArguments events, emitted while the call is being written. If such
+    a call is cut off or malformed, an UnfinishedCall follows in place of the ToolCall.
 
     Iterate with `for` or `async for`. `text` and `reasoning` hold the current step's text so far, `usage` the cost of
     all steps, `messages` those to append to the conversation `past`; `reply` is None until the end. `close()`, or
-    leaving an `async with` block, ends the answer early: text that was begun stays in `messages`, a call without its
-    result does not. One thread at a time may iterate; `cancel` may be called from any.
+    leaving an `async with` block, ends the answer early: partial text stays in `messages`, a call without its result
+    does not. One thread at a time may iterate; `cancel` may be called from any.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class ChatStream(AsyncSteps[Event]):
         batch: Batch | None = None,
     ) -> None:
         """
-        prompts: makes the prompt of each step. on_end(stream): called once, however the answer ends. batch: runs the
-        answer together with others, see `Stream`.
+        prompts: makes the prompt of each step. on_end(stream): called once, however the answer ends. batch:
+        generates the answer in a batch with others; see `Stream`.
 
         Raises OptionError or ContextLengthError before anything is computed.
         """
@@ -110,7 +110,7 @@ class ChatStream(AsyncSteps[Event]):
 
     @property
     def max_tokens(self) -> int | None:
-        """The option, None if it is left out; it limits each step."""
+        """The option `max_tokens`, which limits each step; None if it was left out."""
         return self._stream.max_tokens
 
     @property
@@ -125,7 +125,7 @@ class ChatStream(AsyncSteps[Event]):
 
     @property
     def structure(self) -> Structure | None:
-        """What the current step's answer must be, if an option says so."""
+        """The structure that the current step's answer must follow, if an option requires one."""
         return self._stream.structure
 
     @property
@@ -146,7 +146,7 @@ class ChatStream(AsyncSteps[Event]):
         self._stream.end_thinking()
 
     def _begin_step(self, prompt_ids: list[int]) -> None:
-        """Set the stream and the answer of the next step."""
+        """Set up the stream and the answer of the next step."""
         prepared = self._prepared
         self._answering = True
         options = prepared.later_options if self.messages else prepared.options
@@ -190,7 +190,7 @@ class ChatStream(AsyncSteps[Event]):
             yield Notice(self._notices[-1])
 
     def _write(self) -> Iterator[Piece]:
-        """The events of the current step, which becomes a message."""
+        """Yield the events of the current step, then append it to `messages`."""
         if self._cancelled:
             return
         for piece in self._stream:
@@ -210,7 +210,7 @@ class ChatStream(AsyncSteps[Event]):
         self._answering = False
 
     def _can_run(self) -> bool:
-        """Whether none of the calls is left to the caller, who alone can run tools without a function."""
+        """Whether all calls can be handled here: tools without a function can be run only by the caller."""
         tools = self._settings.tools or {}
         return all(call.name not in tools or tools[call.name].function is not None for call in self._answer.calls)
 
@@ -239,7 +239,7 @@ class ChatStream(AsyncSteps[Event]):
             self._on_end(self)
 
     def _drop_incomplete(self) -> None:
-        """After an early end, keep complete steps and the text that was begun; drop calls that lack results."""
+        """After an early end, keep complete steps and partial text; drop calls that lack results."""
         if self._answering:
             if self.text.strip():
                 self.messages.append(self._answer.message(calls=False))
@@ -265,9 +265,10 @@ def stream_chat(
     session: Session | None = None,
     **options: Unpack[ChatOptions],
 ) -> ChatStream:
-    """Answer a conversation, event by event; see `Model.chat`. Options and messages are checked before it returns.
+    """Answer a conversation as a stream of events; see `Model.chat`.
 
-    session: one of this model, kept between calls; a prefix of the prompt that it has computed is not computed again.
+    Options and messages are checked before it returns. session: a session of this model, kept between calls; a prompt
+    prefix that it has cached is not recomputed.
     """
     check_session(session, model)
     return _answer(model, messages, session or Session(model), ChatSettings.of(options))
@@ -281,12 +282,12 @@ def chat(
     session: Session | None = None,
     **options: Unpack[ChatOptions],
 ) -> Reply | list[Reply]:
-    """Answer a conversation, or give a list of n answers, for which the prompt is computed once; see `Model.chat`."""
+    """Answer a conversation; with `n`, return a list of n answers, whose prompt is computed once. See `Model.chat`."""
     samples = 1 if n is None else check_whole("n", n, 1)
     check_session(session, model)
     first, settings = session or Session(model), ChatSettings.of(options)
     seed = settings.generation.get("seed")
-    # In a batch texts run ahead of their readers, who are the ones that find the answer's stop strings.
+    # In a batch, generation runs ahead of the readers, and only they detect the answer's stop strings.
     batch = Batch(model) if samples > 1 and not settings.generation.get("stop") else None
     streams = []
     for i in range(samples):
@@ -307,7 +308,7 @@ def chat_batch(
     if isinstance(conversations, str) or not isinstance(conversations, Sequence):
         raise OptionError("conversations must be a list, of texts or of lists of messages")
     settings = ChatSettings.of(options)
-    # In a batch texts run ahead of their readers, who are the ones that find the answer's stop strings.
+    # In a batch, generation runs ahead of the readers, and only they detect the answer's stop strings.
     batch = Batch(model) if len(conversations) > 1 and not settings.generation.get("stop") else None
     streams = [_answer(model, messages, Session(model), settings, batch) for messages in conversations]
     return [stream.run() for stream in streams]

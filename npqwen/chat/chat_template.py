@@ -29,16 +29,16 @@ Thinking = Literal["switch", "always", "never"]
 
 
 class Mode(NamedTuple):
-    """What a template does about thinking."""
+    """How a template handles thinking."""
 
     thinking: Thinking
-    """Whether it has a switch for it, always opens it, or never does."""
+    """Whether it has a switch for thinking, always opens it, or never does."""
     opens: bool
-    """Whether it opens the thinking itself, as from Qwen3.5 on; Qwen3 leaves that to the model."""
+    """Whether it opens the thinking itself, as templates since Qwen3.5 do; Qwen3 leaves that to the model."""
     by_default: bool
-    """Whether the model thinks if nothing is said."""
+    """Whether the model thinks by default."""
     graded: bool
-    """Whether it has a variable reasoning_effort, as from Qwen3.8 on."""
+    """Whether it has a variable reasoning_effort, as templates since Qwen3.8 do."""
 
 
 
@@ -49,9 +49,9 @@ _QUESTION: Message = {"role": "user", "content": "?"}
 class ChatTemplate:
     """The templates of one model.
 
-    sources: by name; a checkpoint's only template is named "default".
+    sources: templates by name; a checkpoint's only template is named "default".
     special_tokens: bos_token, eos_token and so on, which templates see as variables.
-    where: the model's directory, for messages.
+    where: the model's directory, for error messages.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], where: Path) -> None:
@@ -61,7 +61,7 @@ class ChatTemplate:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ChatTemplate:
-        """Read a model's templates, perhaps none. Raises CheckpointError for damaged files."""
+        """Read a model's templates; there may be none. Raises CheckpointError for damaged files."""
         files = TemplateFiles.from_directory(directory)
         return cls(files.sources, files.special_tokens, directory)
 
@@ -122,7 +122,7 @@ class ChatTemplate:
         return self.mode(template, tools).thinking
 
     def mode(self, template: str | None = None, tools: bool = False) -> Mode:
-        """What a template does about thinking. Determined by rendering."""
+        """How a template handles thinking. Determined by rendering."""
         return self._program(template, tools).mode
 
     def call_style(self, template: str | None = None) -> CallStyle:
@@ -136,7 +136,7 @@ class ChatTemplate:
             _check_thinking(kind, thinking)
 
     def source(self, template: str | None = None) -> str:
-        """A template's text, of the one used without tools unless it is named. Raises OptionError if there is none."""
+        """A template's source; default: the one used without tools. Raises OptionError if there is none."""
         return self._program(template, tools=False).source
 
     def _program(self, name: str | None, tools: bool) -> _Program:
@@ -179,7 +179,7 @@ class _Program:
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
-        """CheckpointError for any other error: Jinja's, and Python's own for the program that Jinja writes."""
+        """Raise CheckpointError for any error: Jinja's, or Python's for the code that Jinja generates."""
         try:
             yield
         except Exception as error:
@@ -198,7 +198,7 @@ class _Program:
         *,
         is_probe: bool = False,
     ) -> str:
-        """The text; OptionError if the template fails. is_probe: in less time than a conversation may take."""
+        """The text; OptionError if the template fails. is_probe: apply the shorter time limit of probes."""
         environment, template = self._compiled
         try:
             return environment.limited(

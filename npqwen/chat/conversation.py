@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class About(TypedDict, total=False):
-    """What a saved conversation keeps besides what the `Conversation` has; see `SavedConversation`."""
+    """Fields of a saved conversation that a `Conversation` does not have; see `SavedConversation`."""
 
     model: str | None
     options: dict[str, Any] | None
@@ -43,8 +43,8 @@ class Conversation:
     stays; `messages` keeps everything; `dropped` counts the messages that the model no longer sees; the answer has a
     Notice.
 
-    An answer that ends early (closed, Ctrl-C, an error) keeps the text that was begun. If there is none, the turn is
-    undone. One thread at a time; `fork()` for more.
+    An answer that ends early (closed, Ctrl-C, an error) keeps its partial text. If there is none, the turn is undone.
+    Use by one thread at a time; `fork()` for more.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Conversation:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of what the cache keeps of these tokens, in a saved file."""
+        """Approximate size of the cache of these tokens in a saved file, in bytes."""
         cache = self._session.cache
         return snapshot.size_of(cache)
 
@@ -147,7 +147,7 @@ class Conversation:
 
     @with_options(CHAT_OPTIONS, OPTIONS)
     def stream_retry(self, **options: Unpack[ChatOptions]) -> ChatStream:
-        """Replace the last answer by a new one, and stream its events. If it ends before any text, the old one stays.
+        """Replace the last answer with a new one, and stream its events. If it ends before any text, the old one stays.
 
         Raises OptionError if there is no user message yet.
         """
@@ -195,9 +195,9 @@ class Conversation:
     def save(self, path: str | os.PathLike[str], *, cache: bool = True, **about: Unpack[About]) -> None:
         """Write the messages and `thinking` to a JSON file, and the keys and values to `path`.npqwen-cache beside it.
 
-        The second file is large and works with this model only. It saves computing the conversation again; `load`
-        works without it. cache: whether to write it. about: what else the JSON file keeps, for who shows it. An answer
-        that is still streaming is closed. Raises OutputError if a file cannot be written.
+        The second file is large and works with this model only. It avoids recomputing the conversation; `load`
+        works without it. cache: whether to write it. about: further fields of the JSON file, for programs that show
+        it. An answer that is still streaming is closed. Raises OutputError if a file cannot be written.
         """
         text = self.saved(**about).encode()
         path = check_path(path)
@@ -215,7 +215,7 @@ class Conversation:
         The cache file is used if it exists, is intact and belongs to this model; otherwise the next turn computes
         everything. Raises FormatError if `path` is not a saved conversation, OptionError for wrong options.
         """
-        ChatSettings.of(options)  # now errors below are the file's
+        ChatSettings.of(options)  # so that errors below are the file's
         path = check_path(path)
         return cls.restore(model, SavedConversation.read(path), path, **options)
 

@@ -32,8 +32,8 @@ class Text:
 class CallStart:
     """The beginning of a tool call; its arguments follow, and then a ToolCall or an UnfinishedCall with the same id.
 
-    index: how many calls the answer began before. It comes while the call is being written if the call names a tool on
-    offer before its arguments, otherwise at its end.
+    index: how many calls the answer began before this one. The event is emitted while the call is being written if the
+    call names an available tool before its arguments, otherwise at the call's end.
     """
 
     index: int
@@ -53,7 +53,7 @@ class CallArguments:
 class UnfinishedCall:
     """The end of a tool call that was begun and cannot be run: it was cut off, or its text is malformed.
 
-    arguments: the JSON text of its arguments as far as it came, all pieces together.
+    arguments: the JSON text of its arguments as far as it was emitted: all CallArguments pieces, joined.
     """
 
     index: int
@@ -84,7 +84,7 @@ class Reply:
     logprobs: of the last step's tokens, if `logprobs` or `top_logprobs` was set.
     structured: the text, if it has the structure given by an option, and is complete.
     unfinished_calls: the last step's calls that were cut off or malformed. They are not part of `messages`.
-    stop_string: the one of `stop` that ended the last step, if one did.
+    stop_string: the string of `stop` that ended the last step, if one did.
     reasoning_tokens: how many of the last step's tokens are reasoning.
     """
 
@@ -104,9 +104,9 @@ class Reply:
 
     @property
     def parsed(self) -> Any:
-        """What the text says, if there was a `schema`: an instance of the type, or the JSON value for a dictionary.
+        """The parsed text, if there was a `schema`: an instance of the type, or the JSON value for a dictionary.
 
-        None without a schema, if the answer calls tools instead, and if it was cut off: by max_tokens, a stop string or
+        None without a schema, if the answer calls tools instead, or if it was cut off: by max_tokens, a stop string or
         the loop guard. Raises what the type's own checks raise, such as pydantic's ValidationError for what a JSON
         schema cannot express.
         """

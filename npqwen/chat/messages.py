@@ -12,7 +12,7 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 _SYSTEM = "developer"
-"""What OpenAI's newer clients call the system message."""
+"""The role that OpenAI's newer clients give the system message."""
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -20,13 +20,12 @@ def checked(messages: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     """Copies of `messages`, checked and made of plain JSON values; a string is a single message of the user.
 
     A message is {"role": ..., "content": ...}. role: "system" (or "developer", which becomes "system"), "user",
-    "assistant" or "tool". content: a string, or a
-    list of {"type": "text", "text": ...}. An assistant's message may also have reasoning_content (or reasoning, or
-    thinking), and tool_calls, a list of {"function": {"name": ..., "arguments": ...}} whose arguments are an object, a
-    JSON string or None; with either, content may be absent. Keys whose value is None are ignored; other keys are
-    passed on to the template.
+    "assistant" or "tool". content: a string, or a list of {"type": "text", "text": ...}. An assistant's message may
+    also have reasoning_content (or reasoning, or thinking), and tool_calls, a list of
+    {"function": {"name": ..., "arguments": ...}} whose arguments are an object, a JSON string or None; with either,
+    content may be absent. Keys whose value is None are ignored; other keys are passed on to the template.
 
-    Raises OptionError that names the message and the problem.
+    Raises an OptionError that names the message and the problem.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]

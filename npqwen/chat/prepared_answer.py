@@ -1,4 +1,4 @@
-"""What an answer is generated from: the prompt's ids, and the options that hold for this model and these messages."""
+"""The inputs of an answer's generation: the prompt's ids, and the options for this model and these messages."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class PreparedAnswer:
     """All that a driver needs to generate an answer to some messages.
 
     prompt_ids: checked, with room for at least one more token in the context.
-    options: of the generation, checked. `stop` has only names of special tokens.
-    later_options: those of the steps after the first, once tools have been run: a `tool_choice` that demands a call
+    options: the checked generation options. `stop` has only names of special tokens.
+    later_options: those of the steps after the first, once tools have been run: a `tool_choice` that requires a call
     is fulfilled then.
     stops: the other stop strings, which end the answer's text, but neither reasoning nor calls.
     schemas: the parameters of the tools that may be called.
@@ -49,7 +49,7 @@ class PreparedAnswer:
     notices: list[str]
 
     def answer(self, decoding: Decoded) -> Answer:
-        """The answer that a text becomes. decoding: of `options`, or `later_options`, at its start."""
+        """The `Answer` that parses a generation. decoding: one with `options` or `later_options`, at its start."""
         return Answer(decoding, self.stops, self.schemas, one_call=self.one_call)
 
 
@@ -88,9 +88,9 @@ def prepare(
 def _with_calls(
     model: ChatModel, settings: ChatSettings, options: GenerationOptions, *, again: bool = False
 ) -> GenerationOptions:
-    """The options with what `tool_choice` and the model's way to think make of the answer's structure.
+    """The options, with the structure or logit bias that `tool_choice`, tools and the model's thinking imply.
 
-    again: calls have been made, so that none is required any more.
+    again: whether calls have been made, so that none is required any more.
     """
     structure = Structure.of(options)
     choice = "auto" if again and settings.tool_choice != "none" else settings.tool_choice

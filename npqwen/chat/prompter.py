@@ -1,4 +1,4 @@
-"""Messages to the token ids of a prompt, in which only the template writes control tokens."""
+"""Conversion of messages to the token ids of a prompt, in which only the template writes control tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from npqwen.tools.toolbox import Tool
 class Prompter:
     """Makes prompts for one model, with fixed tools and template options.
 
-    Users, answers, results and schemas of tools may spell out <|im_end|> and other control tokens, whole or in part.
-    They are encoded as text: the model can read them, but they do not end or begin a turn. Results and schemas cannot
-    write </tool_response>, <think> or <tool_call> either. The system message is trusted.
+    Messages of users and assistants, tool results and tool schemas may spell out <|im_end|> and other control tokens,
+    whole or in part. They are encoded as text: the model can read them, but they neither end nor begin a turn. Results
+    and schemas cannot write </tool_response>, <think> or <tool_call> either. The system message is trusted.
     """
 
     def __init__(

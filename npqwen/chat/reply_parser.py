@@ -18,7 +18,7 @@ from npqwen.tools.partial_call import PartialCall
 
 _END_FUNCTION = "</function>"
 _MAX_DOUBTS = 16
-"""Closing tags inside one value before the block is given up as a call: each costs a scan of the whole block."""
+"""Closing tags inside values at which a block is no longer parsed as a call: each costs a scan of the whole block."""
 _QUOTES = "`'\""
 _BLANK = " \t\r\n"
 
@@ -35,17 +35,18 @@ class ReplyParser:
 
     thinking: the text begins inside `<think>`, because the prompt ends with it (see `chat_template.opens_thinking`).
     schemas: the parameters of the tools on offer; Qwen3-Coder writes their values without quotes.
-    structured: the answer is either calls, or text in which tags are no tags, as in the strings of JSON.
+    structured: the answer is either calls, or text in which tags are plain text, as in the strings of JSON.
 
     In the states thinking and text, characters are emitted as soon as they cannot belong to a tag; tags are never
-    emitted, not even in parts. A tag between two quotes or backticks is text. Newlines next to tags belong to the
+    emitted, not even in part. A tag between two quotes or backticks is text. Newlines next to tags belong to the
     chat template and are dropped. Reasoning without `</think>` stays reasoning.
 
     In the state call, the whole block is buffered: at its end, the calls in it are emitted, or its text if it cannot be
     read as a call. A closing tag inside a value of the call (a string, a parameter) ends the block only if what follows
     shows that it does: another call or the end of the text. Meanwhile `PartialCall` reads the block up to such a tag;
-    once it is certain which tool is called, the arguments are emitted as they come. A call that began so and is not
-    there at the block's end is emitted as an UnfinishedCall in place of the block's text. Calls have no ids.
+    once it is certain which tool is called, the arguments are emitted as they stream. If that call turns out to be
+    incomplete or malformed at the block's end, an UnfinishedCall is emitted in place of the block's text. Calls have no
+    ids.
     """
 
     def __init__(self, thinking: bool = False, schemas: Schemas | None = None, *, structured: bool = False) -> None:
@@ -60,7 +61,7 @@ class ReplyParser:
         self._last = ""
         """The character before `_rest`, if there is one."""
         self._bare = False
-        """Whether the call has no <tool_call> around it, as Qwen3-Coder's sometimes do."""
+        """Whether the call has no <tool_call> around it, as is the case for some of Qwen3-Coder's."""
         self._searched = 0
         """Where to look for the next tag in the block."""
         self._doubtful: list[tuple[int, int]] = []
@@ -70,7 +71,7 @@ class ReplyParser:
         self._calls = 0
         """How many calls have begun."""
         self._given_up = False
-        """Whether a block was given up without its end: tags that follow may be part of it, and open no call."""
+        """Whether a block was abandoned before its end: tags that follow may be part of it, so they open no call."""
         self._reasoning, self._answer = _BlankTrimmer(), _BlankTrimmer()
         self._pieces: list[Piece] = []
 
@@ -184,7 +185,7 @@ class ReplyParser:
         block = self._rest[:end] + (_END_FUNCTION if self._bare and complete else "")
         calls, text = read_calls(block, self._schemas, complete=complete)
         if not calls and self._doubtful and end > self._doubtful[0][0]:
-            # A value without an end swallowed the tags after it: the first of them did end the block.
+            # An unterminated value swallowed the tags after it: the first of them did end the block.
             return self._leave_call(*self._doubtful[0], complete)
         self._given_up = self._given_up or not complete
         self._read_arguments(end)
@@ -260,11 +261,11 @@ class _Tags:
 
 _ENDS = _Tags([CLOSE, OPEN])
 _BARE_ENDS = _Tags([_END_FUNCTION, CLOSE, OPEN])
-"""What ends a block."""
+"""The tags that end a block; `_BARE_ENDS` for one that does not begin with <tool_call>."""
 
 
 class _BlankTrimmer:
-    """Drops the blanks before a tag and the newlines after one; separates the parts around it by one newline."""
+    """Drops the whitespace before a tag and the newlines after one; separates the parts around it by one newline."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -272,7 +273,7 @@ class _BlankTrimmer:
         self._after_tag = True
 
     def push(self, text: str) -> str:
-        """The text to emit: all but the blanks at its end, which a tag may follow."""
+        """The text to emit: all but trailing whitespace, which a tag may follow."""
         text = self._held + text
         out = text.rstrip(_BLANK)
         self._held = text[len(out) :]
@@ -284,14 +285,14 @@ class _BlankTrimmer:
         return out
 
     def at_tag(self) -> None:
-        """A tag follows: drop the blanks before it."""
+        """A tag follows: drop the whitespace before it."""
         self._held, self._after_tag = "", True
 
     @property
     def begun(self) -> bool:
-        """Whether there was more than blanks."""
+        """Whether there was anything but whitespace."""
         return self._begun
 
     def end(self) -> str:
-        """The blanks at the end of the text."""
+        """The whitespace at the end of the text."""
         return "" if self._after_tag else self._held

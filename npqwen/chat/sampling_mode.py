@@ -33,11 +33,11 @@ def thinks(mode: Mode, thinking: bool | None, messages: Sequence[Message]) -> bo
 
 
 def default_sampling(own: Sampling, mode: Mode, thinking: bool) -> Sampling:
-    """The checkpoint's own sampling; for a model with a switch, the one that Qwen advises for thinking or not thinking.
+    """The checkpoint's own sampling; for a model with a switch, what Qwen recommends with or without thinking.
 
     Its generation_config.json describes one mode only, thinking, and no presence penalty (QwenLM/Qwen3, quickstart.md,
-    and the model cards of Qwen3.5, 3.6 and 3.8 have all). Values that differ from Qwen's were chosen by someone and are
-    kept.
+    and the model cards of Qwen3.5, 3.6 and 3.8 give all values). Values that differ from Qwen's were set deliberately,
+    and are kept.
     """
     of_qwen = any(own == replace(own, temperature=t, top_p=0.95, top_k=20, min_p=0.0) for t in _temperatures(mode))
     if mode.thinking != "switch" or not of_qwen:
@@ -52,5 +52,5 @@ def default_sampling(own: Sampling, mode: Mode, thinking: bool) -> Sampling:
 
 
 def _temperatures(mode: Mode) -> tuple[float, ...]:
-    """Those that Qwen gives models with such a template: from Qwen3.5 on two, the lower one for exact tasks."""
+    """Qwen's temperatures for models with such a template: two since Qwen3.5, the lower one for precise tasks."""
     return (0.6, 1.0) if mode.opens else (0.6,)

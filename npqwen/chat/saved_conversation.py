@@ -1,4 +1,4 @@
-"""A conversation as a JSON file holds it."""
+"""The JSON file of a saved conversation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FORMAT, VERSION = "npqwen-conversation", 1
 
 @dataclasses.dataclass(frozen=True)
 class SavedConversation:
-    """What is kept of a conversation. `read` checks all but the options, which depend on the model.
+    """The saved state of a conversation. `read` checks all but the options, which depend on the model.
 
-    messages, dropped, thinking: as of a `Conversation`.
+    messages, dropped, thinking: as in a `Conversation`.
     model: the name of the model that answered. options: generation options by name. None: the file does not say.
     unanswered: a question that has no answer yet, and is not among the messages.
     """
@@ -39,7 +39,7 @@ class SavedConversation:
 
     @classmethod
     def read(cls, path: Path, limit: int = SMALL) -> SavedConversation:
-        """Read a file of at most `limit` bytes. Raises FormatError if there is none, or not of a conversation."""
+        """Read a file of at most `limit` bytes. Raises FormatError if it is missing, unreadable or invalid."""
         try:
             raw = json.loads(read_small(path, limit).decode("utf-8"))
         except FileNotFoundError:

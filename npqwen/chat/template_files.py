@@ -1,4 +1,4 @@
-"""The files of a checkpoint's chat templates. Reading them needs no Jinja, so a model does it when it is loaded."""
+"""The files of a checkpoint's chat templates. Reading them needs no Jinja, so it is done when a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npqwen.format.files import read_small
 
 FILE = "chat_template.jinja"
 PROCESSOR_FILE = "chat_template.json"
-"""Of older multimodal checkpoints."""
+"""The template file of older multimodal checkpoints."""
 DIRECTORY = "additional_chat_templates"
 """Hugging Face's directory of further templates, each named by its file."""
 

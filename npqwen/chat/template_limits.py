@@ -1,6 +1,6 @@
 """How much time and memory the rendering of a chat template may take.
 
-A template cannot tell what it has let go of, so all that it makes counts, as if it kept it.
+What a template has released is unknown, so everything that it creates counts, as if it were kept.
 """
 
 from __future__ import annotations
@@ -13,43 +13,44 @@ from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
 MAX_SECONDS = 0.5
-"""CPU time of a rendering, to which each message adds a thousandth of a second. A prompt takes two renderings at most,
-and up to four probes. Qwen3's template takes 40 µs a message on a PC, and ten times as much on a Raspberry Pi 3."""
+"""CPU time of a rendering in seconds, to which messages add (see `Limits`). A prompt takes at most two renderings and
+four probes. Qwen3's template takes 40 µs a message on a PC, and ten times as much on a Raspberry Pi 3."""
 PROBE_SECONDS = 0.2
-"""CPU time of the rendering of a probe."""
+"""CPU time of the rendering of a probe, in seconds; messages add to it as well."""
 MAX_SIZE = 500_000
-"""Characters of a text, to which the conversation adds four times its own."""
+"""Most characters of a text or list, to which the conversation adds four times its own."""
 MAX_ITEMS = 100_000
-"""Characters or items of what slow filters take."""
+"""Most characters or items of the input of slow filters."""
 MAX_WIDTH = 10_000
-"""Characters of padding or indentation; bits of an integer."""
+"""Most characters of padding or indentation; most bits of an integer."""
 
 _TOTAL = 60
-"""How many of the largest texts a rendering may make."""
+"""How many texts of the largest size a rendering may create."""
 _ITEM = 64
-"""Characters that each item of a list or object counts as, in addition to its text: more than its bytes."""
+"""Characters charged for each item of a list or object, in addition to its text: more than its bytes in memory."""
 _CONTAINERS = (list, tuple, dict, ItemsView, KeysView, ValuesView)
 
 
 class Limits:
-    """What is left of one rendering's time and memory."""
+    """The remaining time and memory of one rendering."""
 
     def __init__(self, variables: Mapping[str, Any], seconds: float) -> None:
-        """variables: what the template is given, which sets the limits. seconds: CPU time, to which messages add."""
+        """variables: the template's input, whose size sets the limits. seconds: CPU time, before 1 ms per message."""
         self._sizes: dict[int, tuple[Any, int]] = {}
-        """Sizes of lists and objects by their id, and themselves, so that ids stay theirs: sandboxed templates cannot
-        change them."""
+        """Sizes of lists and objects by id, with the values themselves, so that no id is reused. Sandboxed templates
+        cannot modify them."""
         given = sum(self.size(value) for value in variables.values())
         messages = variables.get("messages")
         count = len(messages) if isinstance(messages, list) else 1
-        self._seconds = seconds + 0.001 * count
+        # A template may append the messages to a text one by one, which copies it each time.
+        copied = 2 * count * given
+        self._seconds = seconds + 0.001 * count + 1e-9 * copied
         self._deadline = time.thread_time() + self._seconds
         self._largest = MAX_SIZE + 4 * given
-        # A template may append every message to a text of its own.
-        self._left = _TOTAL * MAX_SIZE + given * (_TOTAL + 2 * count)
+        self._left = _TOTAL * MAX_SIZE + _TOTAL * given + copied
 
     def charge(self, characters: int) -> None:
-        """Take note of what was made; SecurityError if that makes too much altogether, or time is over."""
+        """Count characters that were created; SecurityError if the total is too large, or the time is up."""
         self._left -= characters
         if self._left < 0:
             raise SecurityError("it makes too many texts and lists")
@@ -57,7 +58,7 @@ class Limits:
             raise SecurityError(f"it takes more than {self._seconds:.3g} seconds")
 
     def sized(self, value: Any) -> Any:
-        """`value`, which was just made; SecurityError if it is too large."""
+        """`value`, which was just created; SecurityError if it is too large."""
         if isinstance(value, str | bytes):
             self.check(len(value))
             self.charge(len(value))
@@ -96,7 +97,7 @@ class Limits:
             raise SecurityError(f"it pads or indents by more than {MAX_WIDTH:,} characters")
 
     def size(self, value: Any) -> int:
-        """About the characters of a value's text: a list that is contained several times counts as often."""
+        """Approximate length of a value's text: a list that is contained several times counts each time."""
         if isinstance(value, str | bytes):
             return _ITEM + len(value)
         if isinstance(value, Namespace):  # its text may grow later

@@ -1,9 +1,9 @@
 """Jinja as Hugging Face transformers sets it up for chat templates, with limits of time and size.
 
 A template is a program that comes with a model. Jinja's sandbox bars it from Python's internals, but not from running
-for hours or filling the memory. So whatever a template makes is measured (npqwen/chat/template_limits.py): loops,
-macros, calls, filters and operators report to `LimitedEnvironment`, by calls that `_Guards` inserts where Jinja has no
-hooks. The limits grow with the conversation, and are far beyond what templates of conversations need.
+for hours or exhausting memory. So everything that a template creates is measured (npqwen/chat/template_limits.py):
+loops, macros, calls, filters and operators report to `LimitedEnvironment`, by calls that `_Guards` inserts where Jinja
+has no hooks. The limits grow with the conversation, and are far above what chat templates need.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jinja2.runtime import Context
 
 MAX_SOURCE = 100_000
-"""Characters of a template's source. Qwen3's have about 5,000, and compiling takes about 10 µs for each."""
+"""Most characters of a template's source. Qwen3's have about 5,000; compiling takes about 10 µs per character."""
 
 _WIDE = re.compile(r"\d{5}")
 _PADDING = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill", "to_bytes"})
@@ -44,7 +44,7 @@ _ITERATING_FILTERS = frozenset(
     {"batch", "groupby", "list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "select"}
     | {"selectattr", "slice", "sort", "sum", "unique"}
 )
-"""Filters of lists, which take a string for a list of its characters."""
+"""Filters of lists, which treat a string as a list of its characters."""
 _LIST_FILTERS = _ITERATING_FILTERS | {"attr", "count", "d", "default", "dictsort", "first", "items", "last", "length"}
 """Filters that do not print lists and objects."""
 
@@ -72,14 +72,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     @property
     def limits(self) -> Limits:
-        """Those of the rendering that runs in this thread."""
+        """The limits of the rendering that runs in this thread."""
         found: Limits = self._thread.limits
         return found
 
     def limited(self, template: jinja2.Template, variables: Mapping[str, Any], seconds: float) -> str:
         """The text that `template` renders. Raises whatever the template raises, SecurityError beyond a limit.
 
-        seconds: CPU time, to which messages add.
+        seconds: CPU time, to which each message adds 1 ms.
         """
         before = getattr(self._thread, "limits", None)
         self._thread.limits = limits = Limits(variables, seconds)
@@ -89,16 +89,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self._thread.limits = before
 
     def tick(self, characters: int) -> str:
-        """Called in every iteration of a loop and every call of a macro, with the characters of text in its body."""
+        """Called in every iteration of a loop and every call of a macro, with the length of the text in its body."""
         self.limits.charge(characters)
         return ""
 
     def sized(self, value: Any) -> Any:
-        """`value`, which the template has just made; SecurityError if it is too large."""
+        """`value`, which the template has just created; SecurityError if it is too large."""
         return self.limits.sized(value)
 
     def printed(self, value: Any) -> Any:
-        """`value`, of which a text is made; SecurityError if that would be too large."""
+        """`value`, which is being converted to text; SecurityError if the text would be too large."""
         self.limits.check_printed(value)
         self.limits.charge(len(value) if isinstance(value, str) else 0)
         return value
@@ -179,7 +179,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self.limits.check(len(text) + text.count(old) * len(new))
 
     def _check_join(self, separator: int, parts: Any) -> None:
-        """separator: its characters."""
+        """SecurityError if the joined text would be too large. separator: its length in characters."""
         if isinstance(parts, list | tuple):
             self.limits.check(sum(separator + len(part) for part in parts if isinstance(part, str)))
 
@@ -223,7 +223,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Guards(NodeTransformer):
-    """Inserts calls of `tick` into loops and macros, of `printed` and `sized` around what makes texts and lists."""
+    """Inserts calls of `tick` into loops and macros, of `printed` and `sized` around new texts and lists."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._ticking(node)
@@ -324,7 +324,7 @@ def _json_size(
     limits: Limits, value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, *rest: Any,
     **others: Any,
 ) -> int:  # fmt: skip
-    """The most characters that `_to_json` makes. Characters are escaped, by up to 6, and items indented by depth."""
+    """Upper bound of the length of `_to_json`'s text. Escapes have up to 6 characters; items are indented by depth."""
     limits.check_widths([indent])
     size, depth = limits.size(value), limits.depth(value)
     width = len(indent) if isinstance(indent, str) else indent if isinstance(indent, int) else 0

@@ -23,7 +23,7 @@ class TextStop:
         return self._stop.found
 
     def push(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The pieces that are certain to stand before a stop string, once `pieces` have been appended."""
+        """The pieces that are certain to precede any stop string, once `pieces` have been appended."""
         for piece in pieces:
             if isinstance(piece, Text):
                 yield from _text(self._stop.push(piece.text))

@@ -18,8 +18,8 @@ class Window:
     and never the last turn. The rest of the conversation has to be computed again each time, so enough turns are
     dropped to leave a quarter of the context free.
 
-    encode: messages to a prompt's ids. context: maximum tokens of prompt and answer. max_tokens: of the answer, or
-    None.
+    encode: converts messages to a prompt's ids. context: maximum tokens of prompt and answer. max_tokens: of the
+    answer, or None.
     """
 
     def __init__(self, encode: Callable[[list[Message]], list[int]], context: int, max_tokens: int | None) -> None:

@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 Ids = NDArray[Any]
 
 OWN = "self"
-"""The argument that stands for text that the model writes itself."""
+"""The argument that selects text that the model writes itself."""
 
 SEQUENCES, TOKENS = 64, 512
-"""Of files, at most: sequences to calibrate with, spread over the text evenly, and tokens of each."""
+"""Most calibration sequences from files, spread evenly over the text, and most tokens of each."""
 
 MEASURED_TOKENS = 2048
-"""On which a conversion is measured, at most: its mean divergence is known to a tenth then."""
+"""Most tokens on which a conversion is measured: enough to know its mean divergence to within 10 %."""
 
 _MEASURED_SEQUENCES = MEASURED_TOKENS // TOKENS
 
 _OWN_TOKENS = 256
-"""Of a sequence that a model writes to be measured on."""
+"""Tokens of each sequence that a model writes to be measured on."""
 
 _SEED = 1 << 16
-"""Of the sequences that a model writes to be measured on: none is one of those that it is calibrated with."""
+"""Seed of the sequences that a model writes to be measured on: none of them is used for calibration."""
 
 _WRITER_BITS = 8
-"""Of the conversion that writes: its text is as good as the checkpoint's."""
+"""Bits of the conversion that writes the text: its text is as good as the checkpoint's."""
 
 _SUFFIXES = {".txt", ".md"}
 
@@ -53,7 +53,7 @@ class OwnText:
         self._terminal = terminal
 
     def calibration(self, source: Path) -> Calibration:
-        """What a checkpoint directory is calibrated with: text that its conversion to 8 bits writes."""
+        """The calibration of a checkpoint directory, with text that its 8-bit conversion writes."""
         from npqwen_quant.calibration import Calibration
 
         terminal = self._terminal
@@ -71,7 +71,7 @@ class OwnText:
             convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
             with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:
                 ids = write_own_text(model, progress=terminal.writing_progress)
-            shutil.rmtree(writer, ignore_errors=True)  # the fits need its room
+            shutil.rmtree(writer, ignore_errors=True)  # calibration needs its disk space
             return ids
 
         return Calibration(OWN, write)
@@ -92,14 +92,14 @@ class FileText:
     """The text of a file, or of all .txt and .md files below a directory."""
 
     def __init__(self, argument: str) -> None:
-        """Raises OptionError for what cannot be read as text."""
+        """Raises OptionError for files that cannot be read as text."""
         texts = read_texts(_files(argument))
         self.name = "stdin" if argument == "-" else Path(os.path.expanduser(argument)).resolve().name
         self._text = "\n\n".join(texts.values())
         self._digest = hashlib.sha256(repr(list(texts.values())).encode()).hexdigest()[:12]
 
     def calibration(self, source: Path) -> Calibration:
-        """What a checkpoint directory is calibrated with: sequences spread over the text."""
+        """The calibration of a checkpoint directory, with sequences spread over the text."""
         from npqwen_quant.calibration import Calibration
 
         from npqwen.tokenizer import Tokenizer
@@ -112,8 +112,8 @@ class FileText:
     def to_measure(self, model: Model, calibrated: bool) -> tuple[str, Ids]:
         """The name and the token ids (sequences, tokens) of text to measure a converted model on.
 
-        calibrated: it was calibrated with this text, so only what was held out will do; no sequences if the text is too
-        short for that. Raises OptionError for a text of fewer than 2 tokens.
+        calibrated: the model was calibrated with this text, so only held-out sequences are returned; none if the text
+        is too short to hold any out. Raises OptionError for a text of fewer than 2 tokens.
         """
         ids = model.tokenizer.encode(self._text)
         if len(ids) < 2:
@@ -137,7 +137,7 @@ def spread(ids: list[int], sequences: int) -> NDArray[np.int64]:
 
 
 def divided(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sequences of a text to calibrate with, and others that are held out; none of a text of fewer than 4 sequences."""
+    """Calibration sequences of a text, and held-out ones; none are held out of fewer than 4 sequences."""
     every = spread(ids, SEQUENCES + _MEASURED_SEQUENCES)
     count = len(every)
     share = count * _MEASURED_SEQUENCES // (SEQUENCES + _MEASURED_SEQUENCES)

@@ -163,12 +163,12 @@ def _single_message(question: str | None, terminal: Terminal) -> str | None:
 
 
 def _interactive() -> bool:
-    """Whether somebody sees the answer come and can press Ctrl-C for less than the end of the command."""
+    """Whether a user sees the answer stream, and can press Ctrl-C to end only the thinking, not the command."""
     return sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def _continue(chat: TerminalChat, autosave: Autosave) -> bool:
-    """Restore the last conversation with this model; returns whether there is one."""
+    """Restore the last conversation with this model, or else the last one; returns whether there is one."""
     last, problems = autosave.last(chat.name)
     for problem in problems:
         chat.terminal.notice(f"skipped: {problem}")

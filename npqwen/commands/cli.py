@@ -21,7 +21,7 @@ COMMANDS = (
     "batch", "bench", "cache", "chat", "completions", "convert", "doctor", "embed", "eval", "generate", "help", "info",
     "list", "pull", "rerank", "rm", "serve", "verify",
 )  # fmt: skip
-"""Each is the function of this name in the module of this name."""
+"""The commands; each is a function in the module of the same name."""
 _ELSEWHERE = {
     "run": "chat", "show": "info", "complete": "generate", "quantize": "convert", "perplexity": "eval",
     "ls": "list", "models": "list", "ps": "list", "download": "pull", "remove": "rm", "delete": "rm", "prune": "cache",
@@ -47,14 +47,14 @@ class _Group(Command, click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
-        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:  # which completion in a shell does
+        if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:  # set during shell completion
             return super().resolve_command(ctx, args)
         near = near_names(name, COMMANDS, _ELSEWHERE)
         hint = f"; did you mean {choice(near)}?" if near else ""
         raise click.UsageError(f"No such command '{name}'{hint}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A row for each command: its first sentence, wrapped. click's own cuts it at the end of the line."""
+        """A row for each command: its first sentence, wrapped. click itself truncates it to one line."""
         commands = {name: self.get_command(ctx, name) for name in COMMANDS}
         rows = [(name, _first_sentence(command.help or "")) for name, command in commands.items() if command]
         with formatter.section("Commands"):

@@ -1,4 +1,4 @@
-"""What Tab completes in a shell where a command takes a text: names of models, files, or one of a few words."""
+"""Shell completion of commands' text parameters: names of models, files, or one of a few words."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _FILES = ("FILE", "DIRECTORY", "DIR", "PATH", "INPUT", "OUTPUT", "OUT", "TEXT...
 
 
 class _Model(StringParamType):
-    """The name or the place of a model."""
+    """The name or the path of a model."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         try:
             names = [*_names(incomplete), *_places(incomplete)]
-        except (OSError, NpqwenError):  # caches that cannot be read have no names
+        except (OSError, NpqwenError):  # caches that cannot be read suggest nothing
             names = []
         return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 class _FileOrWord(StringParamType):
-    """One of a few words; if none begins so, a file or directory, where that is possible."""
+    """One of a few words; if none matches, a file or directory if `files` is set."""
 
     def __init__(self, words: list[str], *, files: bool) -> None:
         self._words, self._files = words, files
@@ -43,8 +43,9 @@ class _FileOrWord(StringParamType):
 
 
 def completed(parameter: click.Parameter) -> Any:
-    """The click type of a command's parameter, with completion if it is a text whose name or metavariable tells what
-    it is: "MODEL", "FILE", "int8|f16|f32".
+    """The click type of a parameter, with completion if it is a text of a known kind.
+
+    The name or metavariable tells the kind: "MODEL", "FILE", "int8|f16|f32".
     """
     if parameter.type is not click.STRING:
         return parameter.type
@@ -58,12 +59,12 @@ def completed(parameter: click.Parameter) -> Any:
 
 
 def words(choices: list[str]) -> list[CompletionItem]:
-    """For an option whose values are numbers."""
+    """The completions of an option whose values are numbers: all `choices`."""
     return [CompletionItem(choice) for choice in choices]
 
 
 def _names(incomplete: str) -> list[str]:
-    """Models of the hub that are here, with and without their owner, as far as they begin so, whatever the case."""
+    """Hub models on this machine whose name, with or without its owner, starts with `incomplete`, ignoring case."""
     from npqwen.cache_directory import cache_directory
     from npqwen.hub import record
     from npqwen.hub.downloads import downloaded_names
@@ -80,7 +81,7 @@ def _names(incomplete: str) -> list[str]:
 
 
 def _places(incomplete: str) -> Iterator[str]:
-    """Models among the entries of a directory, of those that begin so: directories with a config.json, GGUF files."""
+    """Paths of models that start with `incomplete`: directories with a config.json, and GGUF files."""
     folder, start = os.path.split(incomplete)
     place = Path(os.path.expanduser(folder or "."))
     for entry in sorted(place.iterdir()) if place.is_dir() else ():

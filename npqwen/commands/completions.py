@@ -25,5 +25,5 @@ def completions(ctx: click.Context, shell: str) -> None:
     """
     command = ctx.find_root()
     script = _SHELLS[shell](command.command, {}, command.info_name or "npqwen", _VARIABLE)
-    # Not source(): it runs bash to look at its version, and it may be another one than the one that reads this.
+    # Not source(): it runs bash to check its version, but that may not be the bash that evaluates this.
     Terminal().text(script.source_template % script.source_vars() + "\n")

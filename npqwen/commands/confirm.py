@@ -1,4 +1,4 @@
-"""The question before something is removed."""
+"""Confirmation before something is removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 
 
 def confirm(question: str, yes: bool, terminal: Terminal) -> bool:
-    """Whether the user agrees: at once with `yes`, else by an answer on the terminal; Enter alone is no.
+    """Whether the user agrees: True with `yes`, else as answered on the terminal; Enter alone means no.
 
     Raises OptionError if stdin is not a terminal, so that nobody could answer.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 _BLOCK = 256
-"""Texts whose vectors are computed before they are written."""
+"""Texts per block, whose vectors are computed before they are written."""
 
 
 @click.command(cls=Command)
@@ -64,7 +64,7 @@ def embed(
         terminal,
         closing(open_model(model, loading, terminal, purpose="embedding")) as loaded,
     ):
-        loaded.embedder.dimensions(dimensions)  # an option is refused before a file is made
+        loaded.embedder.dimensions(dimensions)  # reject the option before a file is created
         started = time.perf_counter()
 
         def vectors(at: int) -> NDArray[np.float32]:
@@ -90,7 +90,7 @@ def _vectors(
     truncate: bool,
     terminal: Terminal,
 ) -> NDArray[np.float32]:
-    """The vectors of a block of texts, the first of which is texts[at]."""
+    """The vectors of the block of texts that starts at `records[at]`: (texts, dimensions)."""
 
     def progress(done: int, total: int) -> None:
         terminal.reading_progress(at + done, len(records))
@@ -107,5 +107,5 @@ def _write_array(
     from npqwen.atomic_file import new_file
 
     empty = np.zeros((0, model.embedder.dimensions(dimensions)), np.float32)
-    with new_file(path) as file:  # a place that cannot be written is refused before anything is computed
+    with new_file(path) as file:  # reject an unwritable path before anything is computed
         np.save(file, np.concatenate([empty, *blocks]))

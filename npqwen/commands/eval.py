@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 TEXT_BYTES = 16_000_000
-"""Bytes of a text, at most: tokenizing takes a hundred times its size in memory."""
+"""Most bytes of a text: tokenizing takes a hundred times its size in memory."""
 UNQUANTIZED = 16
 
 
@@ -112,7 +112,7 @@ def eval(
             layers=layers,
             progress=terminal.evaluation_progress,
         )
-        found = replace(found, model=model, against=against)  # directories of the cache have no names for people
+        found = replace(found, model=model, against=against)  # cache directories have no readable names
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else found.as_markdown()) + "\n")
         if store:
             store_evaluation(path, found.as_record())
@@ -123,7 +123,7 @@ def eval(
 
 
 def read_texts(names: tuple[str, ...]) -> dict[str, str]:
-    """The texts of some files, by their names; - is stdin. Raises OptionError for what cannot be read as text."""
+    """The texts of some files, by their names; - is stdin. Raises OptionError for files that cannot be read as text."""
     found: dict[str, str] = {}
     for name in names:
         label = "stdin" if name == "-" else name
@@ -157,7 +157,7 @@ def _read_text(name: str, label: str) -> str:
 
 
 def _read(file: BinaryIO) -> bytes:
-    """All of a file, but no more than a byte beyond the limit."""
+    """All of a file, but at most TEXT_BYTES + 1 bytes."""
     return file.read(TEXT_BYTES + 1)
 
 

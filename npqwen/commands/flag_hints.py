@@ -1,4 +1,4 @@
-"""What to type instead of a flag that a command does not have, such as another program's for the same thing."""
+"""Suggestions for flags that a command does not have, such as another program's flag for the same option."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ARGUMENTS = {
     **dict.fromkeys(("f", "file"), "file"),
     **dict.fromkeys(("rev", "revision"), "revision"),
 }
-"""Such flags for what is an argument here, a part of one, or stdin."""
+"""Such flags -> what is an argument here, a part of one, or read from stdin."""
 
 _PROMPTS = ("prompt", "question")
 """Arguments that are text for the model; it may come from stdin, too."""
 
 
 def hint(ctx: click.Context, flag: str) -> str:
-    """What to type instead of `flag`, which the command of `ctx` does not have; empty if nothing comes near.
+    """What to type instead of `flag`, which the command of `ctx` does not have; empty if nothing is close.
 
     A flag of another program that means one of the command's comes first, then one that `flag` abbreviates, then the
     closest one.

@@ -14,7 +14,7 @@ from npqwen.terminal.documents import PAGES, Documents
 from npqwen.terminal.terminal import Terminal
 
 _WIDEST = 100
-"""Columns to which text is wrapped at most: longer rows are hard to read."""
+"""Most columns to which text is wrapped: longer rows are hard to read."""
 
 
 def _topics(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -57,7 +57,7 @@ def help(ctx: click.Context, topic: tuple[str, ...]) -> None:
 
 
 def _show(terminal: Terminal, exact: str, readable: str) -> None:
-    """Write Markdown: exact to a file or pipe, rendered on a terminal, page by page if it is longer than that."""
+    """Write Markdown: exact to a file or pipe, rendered on a terminal, in a pager if taller than the terminal."""
     if not sys.stdout.isatty():
         terminal.text(exact)
         return
@@ -66,4 +66,4 @@ def _show(terminal: Terminal, exact: str, readable: str) -> None:
     if shown.count("\n") < size.lines:
         terminal.write_text(shown)
     else:
-        click.echo_via_pager(shown)  # with styles where it is `less`
+        click.echo_via_pager(shown)  # with styles if it is `less`

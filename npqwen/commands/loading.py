@@ -1,4 +1,4 @@
-"""How a command loads its model: the flags, and what is made of them, with notices and progress on the terminal."""
+"""How a command loads its model: the flags, and loading by them, with notices and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 @dataclass(frozen=True)
 class Loading:
-    """The flags of a command that say how its model is loaded; see `npqwen.load`. draft: as MODEL is named.
+    """The flags that determine how a command's model is loaded; see `npqwen.load`. draft: named like MODEL.
 
-    adapters: names and directories. low_disk: see `npqwen.hub.resolve`. A command that lacks a flag has its default.
+    adapters: names and directories. low_disk: see `npqwen.hub.resolve`. Flags that a command lacks have their defaults.
     """
 
     bits: int | None = None
@@ -67,7 +67,7 @@ class Loading:
         return self.adapters[0][0] if self.adapters else None
 
     def options(self, terminal: Terminal) -> dict[str, Any]:
-        """Keywords of `npqwen.load` and of `Offer.of`; the draft model is downloaded and converted if necessary."""
+        """Keywords of `npqwen.load` and `Offer.of`; the draft model is downloaded and converted if necessary."""
         draft = None
         if self.draft is not None:
             draft = resolve(argument_text(self.draft), None, terminal, purpose="text", low_disk=self.low_disk)
@@ -140,8 +140,8 @@ kv_option = click.option(
 def model_options(command: Decorated) -> Decorated:
     """Add --bits, --threads, --context, --yarn, --kv, --low-disk and --quiet, for commands that load a model.
 
-    The command gets them as `loading`, a Loading, but for `quiet`; also those of `prefix_cache_options`, `draft_option`
-    and `adapter_option` above it.
+    The command receives all but `quiet` as `loading`, a Loading, including the options of `prefix_cache_options`,
+    `draft_option` and `adapter_option` above it.
     """
     names = [field.name for field in fields(Loading)]
 
@@ -250,7 +250,7 @@ def open_model(
     from npqwen.hardware.contention import Contention, too_many_threads
 
     contention = Contention()
-    loading.named_adapters()  # what is wrong with them is said before a download
+    loading.named_adapters()  # report errors in them before a download
     path = resolve(model, loading.bits, terminal, purpose=purpose, low_disk=loading.low_disk)
     options = loading.options(terminal)
 
@@ -272,9 +272,9 @@ def open_model(
 
 
 def offers(models: Sequence[str], names: Sequence[str], loading: Loading, terminal: Terminal) -> list[Offer]:
-    """Offers of several MODELs, which are downloaded and converted now if necessary.
+    """Offers of several MODELs, downloaded and converted first if necessary.
 
-    names: what requests call them. Raises OptionError without `npqwen[server]`.
+    names: the names that requests use for them. Raises OptionError without `npqwen[server]`.
     """
     check_server()
     from npqwen.server.offer import Offer
@@ -287,7 +287,7 @@ def offers(models: Sequence[str], names: Sequence[str], loading: Loading, termin
 
 
 def check_server() -> None:
-    """Raise OptionError unless what a server needs is installed."""
+    """Raise OptionError unless the server's dependencies are installed."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

@@ -19,14 +19,14 @@ from npqwen.terminal.terminal import Terminal
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 PATIENCE = 1.0
-"""Seconds without input on stdin after which a notice says that it is read."""
+"""Seconds without input on stdin after which a notice says that stdin is being read."""
 
 
 class Command(click.Command):
-    """A command whose --help, or -h, is written as all text is: with one line for an error, such as a full disk.
+    """A command whose --help, or -h, is written like all text, so that an error such as a full disk is one line.
 
-    An unknown option, or a value that was meant for another one, is refused with what to type instead. In a shell, Tab
-    completes models and files.
+    An unknown option, or a value meant for another one, is rejected with a suggestion. Models and files have shell
+    completion.
     """
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
@@ -83,7 +83,7 @@ def _show_help(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> 
 
 
 class _Bias(click.ParamType):  # type: ignore[type-arg]
-    """A token id and what to add to its logit."""
+    """A token id and the bias to add to its logit."""
 
     name = "ID=BIAS"
 
@@ -96,7 +96,7 @@ class _Bias(click.ParamType):  # type: ignore[type-arg]
 
 
 def generation_options(defaults: GenerationOptions) -> Callable[[Decorated], Decorated]:
-    """Add a flag for every option of `npqwen.generation.options` that has one; the command gets them as keywords.
+    """Add a flag for every option of `npqwen.generation.options` that has one; the command gets them by keyword.
 
     An option that is not given is None. defaults: the command's own defaults, which the help then names.
     """
@@ -112,7 +112,7 @@ def generation_options(defaults: GenerationOptions) -> Callable[[Decorated], Dec
 
 def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
     if option.kind is bool:
-        help = option.help  # without a default of its own, it says what happens
+        help = option.help  # without a default, the help itself says what happens
         if default is not None:
             help = f"{option.help.rstrip('.')}; default: {'on' if default else 'off'}."
         return click.option(f"{option.flag_name}/--no-{option.flag_name[2:]}", cls=Switch, default=None, help=help)
@@ -174,9 +174,10 @@ def check_numba() -> None:
 
 
 def stdin_text(terminal: Terminal, waiting: str) -> str:
-    """All of stdin as UTF-8, with "\\n" line ends and without the last of them.
+    """All of stdin decoded as UTF-8, with "\\n" as line ending and without the last one.
 
-    waiting: a notice for somebody who does not know that stdin is read, if nothing comes from it for a moment.
+    waiting: the notice if no input arrives for PATIENCE seconds, for users who do not know that stdin is read.
+    Raises OptionError for invalid UTF-8.
     """
     notice = threading.Timer(PATIENCE, terminal.notice, (waiting,))
     notice.daemon = True
@@ -184,7 +185,7 @@ def stdin_text(terminal: Terminal, waiting: str) -> str:
     try:
         data = sys.stdin.buffer.read(1)
         notice.cancel()
-        if data:  # at a keyboard, reading after the end would wait for another end
+        if data:  # at a keyboard, reading after end-of-file would wait for another one
             data += sys.stdin.buffer.read()
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -195,13 +196,13 @@ def stdin_text(terminal: Terminal, waiting: str) -> str:
 
 
 def keyboard_notice(what: str) -> str:
-    """A notice that `what` is read from stdin, and how it is ended at the keyboard."""
+    """A notice that `what` is read from stdin, and how to end it at the keyboard."""
     end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
     return f"waiting for {what} on stdin; {end} on an empty line ends it"
 
 
 def argument_text(text: str) -> str:
-    """An argument decoded as UTF-8, whatever the locale."""
+    """An argument decoded as UTF-8, whatever the locale. Raises OptionError if it is invalid."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:

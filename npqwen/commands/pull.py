@@ -31,7 +31,7 @@ def pull(model: str, bits: int | None, low_disk: bool, quiet: bool) -> None:
 
 
 def _tell_of_download(path: Path, terminal: Terminal) -> None:
-    """What of the model is in huggingface_hub's cache, now that it is converted."""
+    """Tell the user that the converted model's download is still in huggingface_hub's cache."""
     from npqwen.hub.downloads import downloads
     from npqwen.hub.names import repository_of
     from npqwen.hub.record import read

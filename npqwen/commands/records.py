@@ -1,4 +1,4 @@
-"""Texts that a command reads, a line each, plain or as JSON, and the JSON lines that it writes."""
+"""Texts that a command reads, one per line, plain or as JSON, and the JSON lines that it writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class Record:
-    """A text, and the JSON object that it came in; of a plain line, an object with the text alone."""
+    """A text, and the JSON object that it came in; for a plain line, an object with the text alone."""
 
     text: str
     fields: dict[str, Any]
@@ -30,8 +30,8 @@ class Record:
 def read_records(file: str, as_json: bool, terminal: Terminal, what: str) -> list[Record]:
     """The lines of a file, or of stdin if it is "-"; blank ones are left out.
 
-    as_json: lines are JSON strings, or objects with a text; those of a file whose name ends in .jsonl always are.
-    what: the texts' name, for notices. Raises OptionError, which names the line, for anything else.
+    as_json: lines are JSON strings, or objects with a text; those of a file whose name ends in .jsonl or .ndjson
+    always are. what: the texts' name, for notices. Raises an OptionError that names the line for anything else.
     """
     if file == "-":
         text = stdin_text(terminal, keyboard_notice(what))
@@ -66,7 +66,7 @@ def _record(line: str, place: str) -> Record:
 
 @contextlib.contextmanager
 def json_lines(output: str | None, terminal: Terminal) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes an object as a line of JSON: to stdout, or into a file that is there once it is whole."""
+    """A function that writes an object as a line of JSON: to stdout, or to a file that is replaced atomically."""
     if output is None:
         yield lambda value: terminal.text(_line(value))
         return
@@ -84,6 +84,6 @@ def _line(value: dict[str, Any]) -> str:
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         text = json.dumps(value)
     return f"{text}\n"

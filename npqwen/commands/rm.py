@@ -78,7 +78,7 @@ def _of_bits(model: str, found: list[Conversion], bits: int) -> list[Conversion]
 def _announce(
     conversions: list[Conversion], downloads: list[Download], converted: list[Conversion], terminal: Terminal
 ) -> None:
-    """What will be removed, a line each. converted: all conversions that there are."""
+    """Print what will be removed, one line each. converted: all existing conversions."""
     from npqwen.hub.disk_usage import freed_bytes
     from npqwen.reports.columns import columns
     from npqwen.reports.models import bits, name, use

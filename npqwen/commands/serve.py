@@ -30,7 +30,7 @@ PORT = 8000
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]
-    """Seconds: "300", "5m", "1h30m"; negative for ever."""
+    """Seconds: "300", "5m", "1h30m"; negative: forever."""
 
     name = "TIME"
 
@@ -46,7 +46,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
 
 
 class Alias(click.ParamType):  # type: ignore[type-arg]
-    """A name, and the model that it stands for."""
+    """An alias, and the model that it refers to."""
 
     name = "NAME=MODEL"
 
@@ -172,7 +172,7 @@ def _announce(terminal: Terminal, names: list[str], listener: Listener, settings
 
 
 def _keys_in(file: str | None) -> Sequence[str]:
-    """The keys in a file: one a line, without blank lines and those that begin with "#"."""
+    """The keys in a file: one per line; blank lines, and those that begin with "#", are skipped."""
     if file is None:
         return ()
     try:

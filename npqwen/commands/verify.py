@@ -40,7 +40,7 @@ def verify(models: tuple[str, ...], quiet: bool) -> None:
 
 
 def _converted(model: str) -> dict[Path, str]:
-    """The converted directories that a name stands for, and what to do if one is damaged."""
+    """The converted directories that a name refers to, and what to do if one is damaged."""
     from npqwen.cache_directory import cache_directory
     from npqwen.format.quantization import is_converted
     from npqwen.hub.downloads import downloads

@@ -54,51 +54,53 @@ _LAYER = (
     (dense.GATED, ((dense.DOWN_PROJ, "down_proj", 0), (dense.DOWN_PROJ, "shared_down_proj", 0))),
     (dense.SHARED_GATE_INPUT, ((dense.SHARED_GATE, "shared_expert_gate", 0),)),
 )
-"""What a layer's matrices read, and which read it: number, role in `Layout.layer`, part of the stored matrix."""
+"""A layer's matrix inputs, each with the matrices that read it: number, role in `Layout.layer`, part of the stored one.
+"""
 _EXPERT = (
     (sparse.EXPERT_INPUT, ((sparse.EXPERT_GATE, 0, 0), (sparse.EXPERT_UP, 0, 1))),
     (sparse.EXPERT_GATED, ((sparse.EXPERT_DOWN, 1, 0),)),
 )
-"""What an expert's matrices read, and which read it: number, which of `Experts.matrices`, part of the stored matrix."""
+"""An expert's matrix inputs, each with the matrices that read it: number, index in `Experts.matrices`, part of the
+stored one."""
 
 
 class _Target(NamedTuple):
-    """A matrix of the layout that is adapted: the factors of the checkpoint's matrix that it comes from."""
+    """An adapted matrix of the layout, with the factors of the checkpoint's matrix that it comes from."""
 
     factors: Factors
     rows: Rows | None
-    """The rows that it has of the checkpoint's matrix; None for all."""
+    """Its rows in the checkpoint's matrix; None for all."""
 
 
 class _Input(NamedTuple):
     """Adapted matrices that have the same input."""
 
     shrink: NDArray[np.int64]
-    """(2,): receives the address of their A, and its groups of 16 ranks."""
+    """(2,): receives the address of their stacked A, and its number of groups of 16 ranks."""
     columns: int
-    """Of the input, padding included."""
+    """Columns of the input, padding included."""
     targets: list[_Target]
     expands: list[NDArray[np.int64]]
-    """(3,) each: receives the address of a matrix's B, its rank, and where its ranks begin among all of the input."""
+    """(3,) each: receives the address of a matrix's B, its rank, and the index of its first rank in the stacked A."""
 
 
 class Adapter:
     """The factors of a LoRA adapter, in bf16, B multiplied by the scale.
 
-    shrinks, expands: int64 (layers, INPUTS, 2) and (layers, MATRICES, 3); see `npqwen.engine.records.Adapted`, as for
-    expert_shrinks and expert_expands, (layers, experts, 2, 2) and (layers, experts, 3, 3), without experts if it adapts
-    none.
+    shrinks, expands: int64 (layers, INPUTS, 2) and (layers, MATRICES, 3). expert_shrinks, expert_expands: int64
+    (layers, experts, 2, 2) and (layers, experts, 3, 3), with 0 experts if it adapts none. See
+    `npqwen.engine.records.Adapted`.
     """
 
     def __init__(self, name: str, number: int, stored: StoredAdapter, config: Config) -> None:
-        """number: its index among the model's. Raises CheckpointError for an adapter of another model or of what only a
-        conversion can merge, OutOfMemoryError if memory cannot hold it.
+        """number: its index among the model's adapters. Raises CheckpointError for an adapter of another model, or of
+        matrices that only a conversion can adapt, OutOfMemoryError if memory cannot hold it.
         """
         self.name = name
         self.number = number
         self.directory = stored.directory
         self.rank = max((factors.rank for factors in stored.factors.values()), default=0)
-        """The largest."""
+        """The largest rank of its factors."""
         layout, layers = Layout(config), config.num_hidden_layers
         check(stored, layout)
         targets = _targets(stored, config)
@@ -142,13 +144,13 @@ class Adapter:
         digest = hashlib.sha256(json.dumps(ranks).encode())
         digest.update(self._memory.data)
         self.fingerprint = digest.hexdigest()
-        """A hash of the factors: equal for adapters that compute the same, whatever they are called."""
+        """A hash of the factors: equal for adapters that compute the same, whatever their names."""
 
     def __repr__(self) -> str:
         return f"<Adapter {self.name}: rank {self.rank}, {self.nbytes / 1e6:.1f} MB, from {self.directory}>"
 
     def _inputs(self, targets: Mapping[str, _Target], layout: Layout) -> Iterator[_Input]:
-        """What is adapted, in the order of a pass. targets: by their names."""
+        """The inputs of adapted matrices, in the order of a pass. targets: by the matrices' names."""
         for i in range(layout.config.num_hidden_layers):
             tensors = layout.layer(i)
             for what, matrices in _LAYER:
@@ -164,7 +166,7 @@ class Adapter:
                         yield from _adapted(targets, shrinks[what], expands, chosen)
 
     def _fill(self, each: _Input, end: int, read: Callable[[StoredTensor], Floats]) -> int:
-        """Put the factors of an input's matrices into memory from `end` on; returns where they end."""
+        """Copy the factors of an input's matrices into memory, starting at byte `end`; returns the byte after them."""
 
         def place(values: Floats) -> int:
             """values: (groups of 16 rows, columns, 16)."""
@@ -196,7 +198,7 @@ class Adapter:
 
 
 def check(stored: StoredAdapter, layout: Layout) -> None:
-    """Raise CheckpointError unless an adapter can be used with a model of this layout while it runs."""
+    """Raise CheckpointError unless an adapter can be applied to a model of this layout at run time."""
     of_draft_layer = [name for name in stored.factors if name.startswith("mtp.")]
     for name in (EMBEDDING, OUTPUT, *stored.saved, *of_draft_layer):
         if name in stored.saved or name in stored.factors:
@@ -227,7 +229,7 @@ def _layer_of(name: str) -> int:
 
 
 def _targets(stored: StoredAdapter, config: Config) -> dict[str, _Target]:
-    """What of the layout an adapter adapts, by name."""
+    """The matrices of the layout that an adapter adapts, by name."""
     found: dict[str, _Target] = {}
     for name, factors in stored.factors.items():
         if parts := split(name.removesuffix(".weight"), config):
@@ -243,9 +245,9 @@ def _adapted(
     expands: NDArray[np.int64],
     matrices: Sequence[tuple[int, int, Tensor]],
 ) -> Iterator[_Input]:
-    """Those of some matrices with the same input that are adapted, if there are any.
+    """Yield an `_Input` of those among matrices with the same input that are adapted; nothing if none are.
 
-    matrices: the row of each in `expands`, and which part of a stored matrix it is.
+    matrices: of each the row in `expands`, the part of the stored matrix that it is, and the stored one.
     """
     found = []
     for number, part, tensor in matrices:
@@ -258,12 +260,12 @@ def _adapted(
 
 
 def _ranks(targets: Sequence[_Target]) -> int:
-    """Rows of all their A, of which those that come from one matrix share theirs."""
+    """Rows of their stacked A; targets that come from one matrix share its A."""
     return sum(a.shape[0] for a in {target.factors.a for target in targets})
 
 
 def _bytes(each: _Input) -> int:
-    """Bytes of the factors of an input's matrices, each at a cache line."""
+    """Bytes of the factors of an input's matrices, each aligned to a cache line."""
     sizes = [pad(_ranks(each.targets), UNIT_ROWS) * each.columns]
     for factors, chosen in each.targets:
         rows = factors.b.shape[0] if chosen is None else chosen.count
@@ -272,7 +274,7 @@ def _bytes(each: _Input) -> int:
 
 
 def _grouped(matrix: Floats) -> Floats:
-    """(groups of 16 rows, columns, 16) of a matrix."""
+    """A view of a matrix as (groups of 16 rows, columns, 16)."""
     grouped: Floats = matrix.reshape(-1, UNIT_ROWS, matrix.shape[1]).transpose(0, 2, 1)
     return grouped
 

@@ -1,4 +1,4 @@
-"""The LoRA adapters of a loaded model, and which of them the tokens of a pass have."""
+"""The LoRA adapters of a loaded model, and which of them the tokens of a pass use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 
 def check_adapters(adapters: object) -> dict[str, AdapterFile]:
-    """The option `adapters` of `npqwen.load` as the files it names. Raises OptionError."""
+    """The adapter files, by name, that the option `adapters` of `npqwen.load` gives. Raises OptionError."""
     if adapters is None:
         return {}
     if not isinstance(adapters, Mapping):
@@ -77,7 +77,7 @@ class Adapters(Mapping[str, Adapter]):
 
     @property
     def rank(self) -> int:
-        """The largest."""
+        """The largest rank of an adapter; 0 without adapters."""
         return max((adapter.rank for adapter in self.values()), default=0)
 
     def find(self, name: object) -> Adapter:
@@ -93,7 +93,7 @@ class Adapters(Mapping[str, Adapter]):
         raise OptionError(f"unknown adapter {quoted(name)}; the model was loaded with {shortened(', '.join(self))}")
 
     def prepare(self, config: Config, buffers: Buffers) -> int:
-        """Allocate what passes write beside `buffers`; returns its bytes. Called once."""
+        """Allocate the arrays that passes with adapters write besides `buffers`; returns their bytes. Call it once."""
         hidden = buffers.activations.hidden
         every = list(self.values())
         layers = config.num_hidden_layers

@@ -50,8 +50,8 @@ def logits_array(rows: int, vocab_size: int, chunk: int, out: NDArray[np.float32
 def results_array(shape: tuple[int, ...], what: str, tokens: int, chunk: int) -> NDArray[np.float32]:
     """A new float32 array for results of `tokens` tokens, `what` in messages.
 
-    chunk: tokens of a pass, whose results are in the engine's buffers, too. Raises OutOfMemoryError if memory cannot
-    hold both.
+    chunk: the most tokens of a pass, whose results also take memory in the engine's buffers. Raises OutOfMemoryError if
+    memory cannot hold both.
     """
     size = 4 * math.prod(shape)
     size += size // tokens * min(tokens, chunk)

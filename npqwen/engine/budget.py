@@ -15,7 +15,7 @@ RESERVED = HEADROOM + (96 << 20)
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a model needs. Weights are mapped from files and may be read again; everything else must fit."""
+    """Bytes that a model needs. Weights are mapped from files and can be read again; everything else must fit."""
 
     weights: int
     working: int
@@ -23,7 +23,7 @@ class Budget:
     page: int
     """Keys and values of PAGE tokens."""
     available: int | None
-    """Of the machine's memory; None if the system does not report it, then everything fits."""
+    """Available bytes of the machine's memory; None if the system does not report it: then everything fits."""
     states: int = 0
     """A hybrid's recurrent states, checkpoints included, however many tokens there are."""
 

@@ -33,7 +33,7 @@ class Buffers:
         *,
         rank: int = 0,
     ) -> None:
-        """rank: the largest of the model's adapters."""
+        """rank: the largest rank of the model's adapters."""
         model = weights.model[0]
         layers, draft = np.concatenate([weights.layers, weights.draft_layers]), weights.draft
         dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -77,7 +77,7 @@ class Buffers:
             partials=np.zeros(attention.partial_floats(kv_heads, heads // kv_heads, dim, context), np.float32),
         )
         multiple = max(dim // UNIT_ROWS, GROUPS_PER_BLOCK)
-        # Beside the input of a draft layer's matrix, a thread has an embedding.
+        # Besides the input of a draft layer's matrix, a thread holds an embedding.
         columns = max(hidden, attended, inner, expert_inner, of_draft + hidden if of_draft else 0)
         scratch = max(
             attention.scratch_floats(dim),
@@ -119,7 +119,7 @@ class Buffers:
 
 
 def _floats(rows: int, columns: int) -> NDArray[np.float32]:
-    """Zeros that begin at a cache line."""
+    """Zeros, aligned to a cache line."""
     return _bytes(4 * rows * columns).view(np.float32).reshape(rows, columns)
 
 

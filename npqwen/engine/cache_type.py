@@ -1,4 +1,4 @@
-"""The types of number that a KV cache may hold, as `load(kv=)` and `--kv` name them."""
+"""The element types of a KV cache, as `load(kv=)` and `--kv` name them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PAGE_DTYPES: dict[CacheType, np.dtype[Any]] = {
     "f16": np.dtype(np.uint16),
     "f32": np.dtype(np.float32),
 }
-"""The dtype of a page's array, by which kernels know the type. int8: bytes, as scales lie between the numbers. f16: the
-numbers' bits, as Numba has no float16."""
+"""The dtype of a page's array, which selects the kernels. int8: bytes, as scales are interleaved with the elements.
+f16: the elements' bits, as Numba has no float16."""
 
 
 def check_cache_type(kv: object) -> CacheType:

@@ -34,7 +34,7 @@ def context_length(config: Config, requested: int | None) -> int:
 
 
 def with_yarn(config: Config, factor: float | None) -> Config:
-    """The config with positions stretched by YaRN, whatever it said before. None changes nothing, 1 turns YaRN off.
+    """The config with positions stretched by YaRN, in place of its own setting. None changes nothing, 1 disables YaRN.
 
     factor: tokens needed / tokens that the model was trained on. Raises OptionError for a factor that is not from 1 to
     LARGEST_FACTOR or does not extend the context, and for a model that was trained on VALIDATED tokens or more.

@@ -1,4 +1,4 @@
-"""The input of a draft layer, made by all threads of a team: of a token's embedding and the state before it."""
+"""The input of a draft layer, computed by all threads of a team from a token's embedding and the state before it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from npqwen.simd.scalar import memory, without_refcounts
 def draft_input(
     team: Any, member: int, model: Any, draft: Any, norm: int, ids: Any, states: Any, activations: Any, workspace: Any
 ) -> None:
-    """activations.hidden = fc @ (normed embedding of each token, normed state of the token before it).
+    """activations.hidden = fc @ (normed embedding of each token, normed state of the previous token).
 
     Every thread of the team calls it with its own `member`. team: this member's row of the team's state. model, draft:
     MODEL and DRAFT records. norm: address of a norm's float32 (hidden_size,), applied to the states first; 0 for none.
-    ids: int64 (tokens,). states: float32 (tokens, hidden_size). The others are the records of npqwen.engine.records of
-    these names.
+    ids: int64 (tokens,). states: float32 (tokens, hidden_size). The others are the records of the same names in
+    npqwen.engine.records.
     """
     team, activations, workspace = without_refcounts((team, activations, workspace))
     scratch, local = workspace.scratch[member], workspace.local[member]
@@ -39,7 +39,7 @@ def draft_input(
 def _pack_inputs(
     team: Any, model: Any, draft: Any, norm: int, ids: Any, states: Any, scratch: Any, packed: Any
 ) -> None:
-    """packed = normed embeddings and states, one after the other, padded to whole tiles."""
+    """packed = normed embeddings and states, concatenated, padded to whole tiles."""
     count, size, columns, encoding = ids.size, model.hidden_size, draft.fc.cols, draft.fc.encoding
     width = tile_width(count, encoding)
     line, row = scratch[:columns], scratch[columns : columns + model.embed_tokens.cols]

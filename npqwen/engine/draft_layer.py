@@ -36,7 +36,7 @@ class DraftLayer:
         self._cache_options = context, kv, self._origin, reclaim
 
     def compile(self) -> None:
-        """Load or compile what it needs beside the model's own kernels, whose addresses it takes."""
+        """Load or compile its own kernel, and take over the addresses of the model's, which must be compiled."""
         weights = self._runner.weights
         self._model = weights.model.copy()
         self._model["norm"] = weights.draft["norm"]
@@ -45,7 +45,8 @@ class DraftLayer:
 
     @property
     def share(self) -> float:
-        """Bytes of weights that are read for a token and half the vocabulary, in those of a pass of the model."""
+        """Bytes of weights that it reads for one token and half the vocabulary, as a fraction of those that a pass of
+        the model reads."""
         mixture, tensors = self._runner.config.mixture, self._runner.weights.tensors
         chosen = 1.0 if mixture is None else mixture.num_experts_per_tok / mixture.num_experts
         read = {name: one.data.size * (chosen if ".experts." in name else 1) for name, one in tensors.items()}
@@ -72,13 +73,13 @@ class DraftLayer:
     ) -> NDArray[np.float32]:
         """Guess the token after `ids`, whose keys and values are appended to the cache.
 
-        ids: up to a pass's tokens of a text, one after the other, that follow those in the cache. states: float32
-        (tokens, hidden_size), for each of them the hidden state of the token *before* it: the model's last layer's, see
-        `KVCache.tail`; or if `chained`, what this returned for the token before, which was a guess. normed: apply the
-        final norm of whoever made the states, the model's or the draft layer's, before they are used. cache: of
+        ids: consecutive tokens of a text, at most those of a pass, that follow those in the cache. states: float32
+        (tokens, hidden_size), for each of them the hidden state of the *previous* token: the model's last layer's, see
+        `KVCache.tail`; or if `chained`, the one that this method returned for it, a draft token. normed: first
+        apply the final norm to the states, that of the model, or of the draft layer if `chained`. cache: of
         `new_cache`; its first token may be anywhere in the text, since only distances matter. out: float32 (1, n) with
         n a multiple of 16, receives logits after the last token: of the lowest ids and, in its last columns, of
-        `groups`, int64: group i has the 16 ids from 16 * i on.
+        `groups`, int64: group i is the 16 ids starting at 16 * i.
 
         Returns the layer's hidden state of the last token, float32 (hidden_size,), before its norm. Raises OptionError,
         OutOfMemoryError and ClosedError.
@@ -106,7 +107,7 @@ class DraftLayer:
                 return last
 
     def _output(self, tokens: int, out: NDArray[np.float32], groups: NDArray[np.int64]) -> Output:
-        """The logits after the last token go to `out`; checked."""
+        """An `Output` that writes the logits after the last token to `out`. Raises OptionError for wrong arrays."""
         rows = int(self._model["lm_head"]["rows"][0])
         if groups.dtype != np.int64 or groups.ndim != 1 or (groups < 0).any() or (groups >= rows // UNIT_ROWS).any():
             raise OptionError(f"groups must be int64, from 0 to {rows // UNIT_ROWS - 1}")

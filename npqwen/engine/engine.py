@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHUNK = 256
-"""Tokens of a prompt that one pass runs."""
+"""Most tokens of a prompt that one pass runs."""
 SPARSE_CHUNK = 512
-"""Tokens of a prompt that one pass of a mixture of experts runs: each expert sees only a part of them."""
+"""Most tokens of a prompt that one pass of a mixture of experts runs: each expert sees only a part of them."""
 
 
 class Engine:
@@ -150,7 +150,7 @@ class Engine:
 
     @property
     def passes(self) -> PassTimes:
-        """What passes of few tokens take here."""
+        """Measured durations of passes of few tokens on this machine."""
         return self._runner.times
 
     @property
@@ -170,28 +170,28 @@ class Engine:
 
     @property
     def kv(self) -> CacheType:
-        """The type of the numbers in the KV cache."""
+        """The element type of the KV cache."""
         return self._kv
 
     @property
     def prefixes(self) -> Prefixes:
-        """Keys and values of texts so far, for texts that begin alike."""
+        """The pool of cached prefixes: keys and values of earlier texts, for texts that begin alike."""
         return self._prefixes
 
     @property
     def draft_layer(self) -> DraftLayer | None:
-        """The layer of its own with which the checkpoint guesses tokens (multi-token prediction), if it has one."""
+        """The checkpoint's draft layer, which guesses tokens (multi-token prediction); None if it has none."""
         return self._draft_layer
 
     @property
     def adapters(self) -> Adapters:
-        """The LoRA adapters that texts can choose from, by name."""
+        """The loaded LoRA adapters, by name."""
         return self._runner.adapters
 
     def with_weights(self, weights: Weights) -> Self:
-        """An engine with other weights, padded alike, that shares this one's threads, buffers, lock and caches.
+        """An engine with other weights of the same padded sizes, sharing this one's threads, buffers, lock and caches.
 
-        It ends with this one: do not close it, nor use it after this one was closed.
+        Closing this engine ends both: do not close the new one, nor use it after this one was closed.
         """
         other = copy(self)
         other.__dict__.pop("fingerprint", None)
@@ -201,8 +201,8 @@ class Engine:
     def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
         """An empty cache for one sequence of up to `room` tokens (default: the context).
 
-        adapter: the name of one of `adapters`, with which all its tokens are run. Raises OptionError if there is none,
-        ContextLengthError for more room than the context.
+        adapter: the name of one of `adapters`, with which all its tokens are run. Raises OptionError for an unknown
+        name, ContextLengthError for more room than the context.
         """
         limit = self.context if room is None else check_whole("room", room, 1)
         if limit > self.context:
@@ -215,10 +215,10 @@ class Engine:
     ) -> NDArray[np.float32]:
         """Run `ids` after the tokens in the cache, and append their keys and values to it.
 
-        Returns float32 logits: (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits. `out`, of
-        the same shape, receives them if given, which saves allocating them for every token; of shape (1, n), with n a
-        multiple of 16, it receives those of the ids below n, and the others are not computed. Inputs longer than
-        `chunk` tokens run in chunks; after an interrupt the cache holds the chunks that were completed.
+        Returns float32 logits: (1, vocab_size) of the last token, or (tokens, vocab_size) with all_logits. If `out` is
+        given, it receives them, which saves an allocation per token: it has the same shape, or (1, n), with n a
+        multiple of 16, to compute only the logits of the ids below n. Inputs longer than `chunk` tokens run in chunks;
+        after an interrupt the cache holds the completed chunks.
 
         Raises before computing: ContextLengthError and OutOfMemoryError; OptionError for ids outside the vocabulary,
         for another model's cache and for an `out` of the wrong shape or dtype.
@@ -286,13 +286,13 @@ class Engine:
     ) -> list[NDArray[np.float32]]:
         """One forward pass over pieces of several sequences, together at most `chunk` tokens.
 
-        Returns for each piece float32 logits (rows, vocab_size), equal to the bit to those of a pass of its own. They
-        are views of `out` if it is given, an array that `new_logits` made for at least as many rows. maxima: receives
-        for each row the greatest of each whole block of MAXIMA_BLOCK logits, with which `npqwen.kernels.greatest` need
-        not read all of them; float32 (at least as many rows, padded vocabulary // MAXIMA_BLOCK).
+        Returns for each piece float32 logits (rows, vocab_size), bitwise equal to those of a separate pass. out: an
+        array from `new_logits` for at least as many rows; if given, the logits are views of it. maxima: float32 (at
+        least as many rows, padded vocabulary // MAXIMA_BLOCK), receives each row's maximum of each whole block of
+        MAXIMA_BLOCK logits, so that `npqwen.kernels.greatest` need not read all of them.
 
         Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes;
-        ContextLengthError and OutOfMemoryError as `KVCache.reserve`.
+        ContextLengthError and OutOfMemoryError as `KVCache.reserve` does.
         """
         count = sum(piece.rows for piece in pieces)
         self._check_pieces(pieces, count, out)
@@ -308,8 +308,8 @@ class Engine:
     def hidden_pieces(self, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
         """One forward pass over pieces of several sequences, together at most `chunk` tokens.
 
-        Returns for each piece the final norm's output, float32 (rows, hidden_size), equal to the bit to that of a pass
-        of its own. Raises what `forward_pieces` raises.
+        Returns for each piece the final norm's output, float32 (rows, hidden_size), bitwise equal to that of a separate
+        pass. Raises what `forward_pieces` raises.
         """
         count = sum(piece.rows for piece in pieces)
         self._check_pieces(pieces, count, None)
@@ -322,7 +322,7 @@ class Engine:
     def output_row(self, id: int) -> NDArray[np.float32]:
         """A token's row of the output matrix, float32 (hidden_size,).
 
-        The token's logit is its product with a hidden state that the final norm has left.
+        The token's logit is its dot product with a hidden state after the final norm.
         """
         check_whole("id", id, 0, self.config.vocab_size - 1)
         matrix = self.weights.model[0]["lm_head"]
@@ -346,7 +346,7 @@ class Engine:
             raise OptionError(f"out has {len(out)} rows, too few for logits of {rows} tokens; see new_logits")
 
     def _check_origin(self, cache: KVCache) -> None:
-        if getattr(cache, "origin", None) is not self._origin:  # kernels write where a cache says
+        if getattr(cache, "origin", None) is not self._origin:  # kernels write to a cache's addresses
             raise OptionError("the cache belongs to another model; make one with this model's new_cache()")
 
     def _run(
@@ -370,7 +370,7 @@ class Engine:
         return out
 
     def _chunks(self, tokens: int, cache: KVCache) -> Iterator[tuple[int, int]]:
-        """(start, end) of each pass over a text, whose tokens are appended to the cache meanwhile."""
+        """(start, end) of each pass over a text; the caller appends a pass's tokens to the cache before the next."""
         start = 0
         while start < tokens:
             end = start + cache.span(min(self.chunk, tokens - start))
@@ -408,5 +408,5 @@ class Engine:
 
 
 def chunk_size(config: Config) -> int:
-    """Tokens of a prompt that one pass runs."""
+    """Most tokens of a prompt that one pass runs."""
     return CHUNK if config.mixture is None else SPARSE_CHUNK

@@ -69,7 +69,7 @@ def forward(
     """One pass: embedding, layers, final norm, output matrix. Every thread of the team calls it with its own `member`.
 
     team: this member's row of the team's state. model, layers: MODEL record and array of LAYER records. The others are
-    the records of npqwen.engine.records of these names; experts: ExpertActivations, or None if no layer is sparse;
+    the records of the same names in npqwen.engine.records; experts: ExpertActivations, or None if no layer is sparse;
     recurrent: RecurrentActivations, or None if all layers are plain attention; adapters: Adapted.
     """
     team, layers = without_refcounts((team, layers))
@@ -144,7 +144,7 @@ def recurrent_block(
     team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, adapters: Any,
     scratch: Any, local: Any,
 ) -> None:  # fmt: skip
-    """hidden += o_proj @ the gated delta rule of the normed hidden (Yang et al. 2025), which advances the states."""
+    """hidden += o_proj @ the gated delta rule of the normed hidden (Yang et al. 2024), which advances the states."""
     hidden, packed, _, _, attended, _ = activations
     projected, gates = recurrent
     count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
@@ -203,7 +203,8 @@ def sparse_feed_forward(
 ) -> None:  # fmt: skip
     """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden.
 
-    In hybrids, that of an expert which sees every token, times sigmoid(shared_expert_gate @ the normed hidden), too.
+    In hybrids, plus that of a shared expert, which sees every token, times sigmoid(shared_expert_gate @ x), x the
+    normed hidden.
     """
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
@@ -246,7 +247,7 @@ def sparse_feed_forward(
     while claim(team, 1) == 0:
         shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
     segment_count = shared_count[0]
-    # Always a step, so that every pass has the same: a late thread may see the policy of a later one.
+    # Always a step, so that all passes have the same steps: a late thread may see the policy of a later pass.
     prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
     pack_choices(team, normed, slots[:count], segments, segment_count, encoding, packed)
     shrink_slots(team, adapters, layer.number, EXPERT_INPUT, chosen[:count], slots[:count], normed)
@@ -263,7 +264,7 @@ def sparse_feed_forward(
 
 @_inline
 def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any, local: Any) -> None:
-    """output.values, output.further = lm_head @ the final norm of output.tokens; output.maxima = those of values."""
+    """output.values, output.further = lm_head @ final norm of output.tokens; output.maxima = block maxima of values."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
     norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])

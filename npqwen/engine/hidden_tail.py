@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEPT = 256
-"""The least number of latest tokens, rejected guesses included, whose states are kept."""
+"""Fewest latest tokens, rejected draft tokens included, whose states are kept."""
 
 
 class HiddenTail:
-    """What the last layer gives for the latest tokens, before the final norm.
+    """The last layer's output for the latest tokens, before the final norm.
 
     first, end: positions in the text; the states from `first` to `end` - 1 are kept.
     """
@@ -22,9 +22,9 @@ class HiddenTail:
         self.first = self.end = 0
 
     def add(self, start: int, states: NDArray[np.float32]) -> None:
-        """Take the states (tokens, hidden_size) of the tokens from position `start` on, in place of any from there on.
+        """Append the states (tokens, hidden_size) of tokens at positions starting at `start`, replacing any from there.
 
-        If there is a gap, or if they are enough, earlier ones are forgotten.
+        After a gap, or if these are at least KEPT, earlier ones are dropped.
         """
         if not self.first <= start <= self.end or len(states) >= KEPT:
             start += max(0, len(states) - KEPT)

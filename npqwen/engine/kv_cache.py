@@ -1,4 +1,4 @@
-"""The cache of one sequence: what its layers keep of the tokens so far, keys and values in pages."""
+"""The cache of one sequence: keys and values of its tokens, in pages, and a hybrid's recurrent states."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class KeysAndValues(NamedTuple):
-    """What attention layers keep: a key and a value per head, for every token. All of a model have the same shape."""
+    """The shape of cached keys and values, a key and a value per head and token: equal for all attention layers."""
 
     layers: int
     heads: int
@@ -37,15 +37,15 @@ class KeysAndValues(NamedTuple):
 
 
 def keys_and_values(config: Config) -> KeysAndValues:
-    """Of a model."""
+    """The shape of a model's cached keys and values."""
     layers = sum(not config.is_recurrent(layer) for layer in range(config.num_hidden_layers))
     return KeysAndValues(layers, config.num_key_value_heads, config.head_dim)
 
 
 class _Pages:
-    """Replaced as a whole, never changed: an interrupt never leaves the address of a page that was freed.
+    """A cache's pages. Replaced as a whole, never modified: an interrupt never leaves the address of a freed page.
 
-    arrays: each of `page_shape`. addresses: of the pages, 0 where there is none yet.
+    arrays: each of `page_shape`. addresses: of the pages, 0 for those not allocated yet.
     """
 
     def __init__(self, arrays: list[NDArray[Any]], addresses: NDArray[np.int64]) -> None:
@@ -75,7 +75,7 @@ class KVCache:
     A page is allocated zeroed, and the operating system provides memory only for what is written. Growing never copies.
     A cache serves one thread at a time (OptionError for a second one); give each sequence its own, such as a `fork`.
 
-    recurrent: what a hybrid's other layers keep; None if all layers keep keys and values.
+    recurrent: the states of a hybrid's Gated DeltaNet layers; None if all layers are attention.
     """
 
     def __init__(
@@ -87,15 +87,15 @@ class KVCache:
         reclaim: Callable[[], bool] | None = None,
         adapter: Adapter | None = None,
     ) -> None:
-        """limit: maximum tokens. kv: the type of its numbers. origin: the engine that cache and forks belong to.
-        adapter: the one that all its tokens are run with.
+        """limit: maximum tokens. kv: the element type. origin: identifies the engine that cache and forks belong to.
+        adapter: the LoRA adapter that all its tokens are run with.
 
-        reclaim: called when memory is too short for a page. It evicts something from the pool of prefixes, and returns
-        False if the pool is empty.
+        reclaim: called when there is not enough memory for a page or a state. It evicts something from the pool of
+        prefixes, and returns False if the pool is empty.
         """
         self.origin = origin
         self.adapter = adapter
-        """What its keys and values were computed with, beside the model; forks have the same."""
+        """The LoRA adapter that its keys and values are computed with; forks have the same one."""
         self._reclaim = reclaim
         self.length = 0
         """Tokens in the cache."""
@@ -107,34 +107,34 @@ class KVCache:
         shape = Recurrent.of(config)
         self.recurrent = None if shape is None else RecurrentStates(shape)
         self.kv = kv
-        """The type of the numbers."""
+        """The element type."""
         self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
-        """Positions of a tile, the least part of a page that is copied."""
+        """Positions of a tile, the smallest unit in which pages are copied."""
         items = int8_tile_bytes(head_dim) if kv == "int8" else POSITION_TILE * head_dim
         self.page_shape = (layers, 2, heads, PAGE // self.tile, items)
-        """(layers that keep keys and values, keys or values, heads, tiles, what a tile takes)."""
+        """(attention layers, 2 for keys and values, heads, tiles, elements of a tile)."""
         self.page_dtype: np.dtype[Any] = np.dtype(PAGE_DTYPES[kv])
-        """uint16 stands for the bits of float16."""
+        """uint16 holds the bits of float16."""
         self.page_bytes = math.prod(self.page_shape) * self.page_dtype.itemsize
         self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: dict[int, int] = {}
-        """By index, how many positions of a page others may hold, too: it is copied before one of these is written."""
+        """By index, how many positions of a page others may share: the page is copied before one of them is written."""
         self.tail: HiddenTail | None = None
-        """Receives the hidden states of passes, for who guesses the next tokens from them; set by them, not forked."""
+        """Receives the hidden states of passes; set by the user of a draft layer, which reads them; forks have none."""
         self.cuts = 0
-        """How often tokens were discarded or replaced; while it stays the same, tokens are only appended."""
+        """How many times tokens were discarded or replaced; while it is unchanged, tokens were only appended."""
 
     def __repr__(self) -> str:
         return f"<KVCache: {self.length} of {self.limit} tokens, {self.nbytes / 1e6:.1f} MB>"
 
     @property
     def addresses(self) -> NDArray[np.int64]:
-        """The address of each page, 0 where there is none yet."""
+        """The address of each page, 0 for those not allocated yet."""
         return self._held.addresses
 
     @property
     def held(self) -> object:
-        """The owner of what a pass reads and writes: pages and states stay as long as it does."""
+        """An object that keeps alive the pages and states that a pass reads and writes."""
         return self._held if self.recurrent is None else (self._held, self.recurrent.arrays)
 
     @property
@@ -163,9 +163,9 @@ class KVCache:
         return pages * self.page_bytes + (0 if self.recurrent is None else self.recurrent.missing_bytes)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more, in pages that no fork shares, and for the state after them.
+        """Make room for `tokens` more tokens, in pages that no fork shares, and for the state after them.
 
-        Raises ContextLengthError beyond the limit, OutOfMemoryError if the machine has no memory for them.
+        Raises ContextLengthError beyond the limit, OutOfMemoryError if memory is too short.
         """
         with self.in_use:
             need = self.length + check_whole("tokens", tokens)
@@ -201,7 +201,7 @@ class KVCache:
     def reusable(self, length: int) -> int:
         """How many of the first `length` tokens `truncate` and `fork` can keep.
 
-        Layers that keep keys and values can go back to any length: min(length, self.length). Recurrent ones only to a
+        Attention layers can be truncated to any length: min(length, self.length). Recurrent layers only to a
         checkpoint.
         """
         length = check_whole("length", length)
@@ -213,7 +213,7 @@ class KVCache:
         return length if recurrent is None else recurrent.expected(length, self.length)
 
     def truncate(self, length: int) -> None:
-        """Discard all but the first `length` tokens; OptionError if the cache cannot go back to that length."""
+        """Discard all but the first `length` tokens; OptionError unless `reusable` allows that length."""
         with self.in_use:
             self._check_length(length)
             self.cuts += length < self.length
@@ -222,54 +222,54 @@ class KVCache:
             self.length = int(length)
 
     def mark(self, positions: Iterable[int]) -> None:
-        """Have checkpoints at these positions, to which other texts may go back: `span` ends passes there.
+        """Request checkpoints at these positions, at which other texts may branch off: `span` ends passes there.
 
-        Or a little before them, at the beginning of a page: pages are found by more than their first few tokens.
+        A position among a page's first SHARED tokens moves back to the page's start: no shorter page is ever shared.
         """
         if self.recurrent is not None:
             self.recurrent.marks = sorted({at - at % PAGE if at % PAGE < SHARED else at for at in positions})
 
     def span(self, tokens: int) -> int:
-        """How many of the next `tokens` tokens one pass may run, at least 1 of 1."""
+        """How many of the next `tokens` tokens one pass may run: at least 1, if there are any."""
         return tokens if self.recurrent is None else self.recurrent.span(self.length, tokens)
 
     def begin(self, tokens: int, guesses: int = 0) -> None:
-        """Prepare a pass of `tokens` tokens, for which there is room; of the last `guesses`, `retract` may take out
-        some or all."""
+        """Prepare a pass of `tokens` tokens, for which there is room. guesses: how many of the last ones are draft
+        tokens, which `retract` may remove."""
         if self.recurrent is not None:
             if self.recurrent.missing_bytes:
                 self.recurrent.add_spare(self.new_state())
             self.recurrent.begin(self.length, tokens, guesses)
 
     def advance(self, tokens: int) -> None:
-        """Append the tokens of a pass that is complete."""
+        """Append the tokens of a completed pass."""
         if self.recurrent is not None:
             self.recurrent.commit()
         self.length += tokens
 
     def keep_checkpoint(self) -> None:
-        """Make it possible to go back to the tokens that are in the cache now."""
+        """Keep a checkpoint of the newest state, so that the cache can be truncated to it later."""
         if self.recurrent is not None:
             self.recurrent.keep()
 
     def retract(self, count: int) -> None:
-        """Take out the last `count` tokens, guesses that no text has yet, so that `restore` can put some of them back.
+        """Remove the last `count` tokens, draft tokens that are in no text yet; `restore` can put some of them back.
 
-        Unlike `truncate` this is not counted in `cuts`.
+        Unlike `truncate`, this does not count in `cuts`.
         """
         with self.in_use:
             self.length -= count
 
     def restore(self, count: int) -> None:
-        """Put back the first `count` of the retracted tokens; nothing may have been run in between."""
+        """Put back the first `count` of the retracted tokens; no pass may have run in between."""
         with self.in_use:
             self.length += count
 
     def fork(self, length: int | None = None) -> KVCache:
-        """An independent cache with the first `length` tokens (default: all). It takes the memory of one page.
+        """An independent cache with the first `length` tokens (default: all). It allocates at most one page.
 
         Full pages are shared, and copied by whichever of the two writes to one after a `truncate`. Raises OptionError
-        if the cache cannot go back to that length, OutOfMemoryError if there is no memory for a page.
+        unless `reusable` allows that length, OutOfMemoryError if there is no memory for a page.
         """
         with self.in_use:
             length = self.length if length is None else length
@@ -308,7 +308,7 @@ class KVCache:
             return self._held.arrays[:count]
 
     def states(self, length: int) -> list[State]:
-        """Recurrent states after parts of the first `length` tokens, for others to read; none but of a hybrid."""
+        """A hybrid's recurrent states at positions up to `length`, for others to read; empty for other models."""
         if self.recurrent is None:
             return []
         with self.in_use:
@@ -316,13 +316,13 @@ class KVCache:
             return [State(position, array) for position, array in states.items() if 0 < position <= length]
 
     def adopt(self, pages: Sequence[NDArray[Any]], length: int, checkpoints: Iterable[State] = ()) -> int:
-        """Replace all tokens by `length` tokens in `pages`, which others hold, too; returns how many the cache holds.
+        """Replace all tokens by `length` tokens in shared `pages`; returns how many tokens the cache then holds.
 
         pages: of `page_shape`, from `share` of a cache of this model; they are copied before they are written.
-        checkpoints: of a hybrid, states after parts of these tokens.
+        checkpoints: a hybrid's states at positions within these tokens. Raises ContextLengthError beyond the limit.
 
-        Layers that keep keys and values can use any part of the last page, so all tokens are taken. Recurrent ones hold
-        those up to the last checkpoint.
+        Attention layers can use any part of the last page, so all tokens are kept; a hybrid keeps those up to the last
+        checkpoint.
         """
         with self.in_use:
             if length > self.limit:
@@ -339,7 +339,7 @@ class KVCache:
             return length
 
     def pages(self, length: int) -> list[NDArray[Any]]:
-        """Views of the first `length` positions, rounded up to whole tiles: of each page the tiles they take."""
+        """Views of the tiles of each page that hold the first `length` positions."""
         ends = [min(PAGE, length - start) for start in range(0, length, PAGE)]
         return [page_part(page, end, self.tile) for page, end in zip(self._held.arrays, ends, strict=False)]
 
@@ -353,7 +353,7 @@ class KVCache:
             raise OptionError(f"length is {length}; the cache has {self.length} tokens")
 
     def new_page(self) -> NDArray[Any]:
-        """A new page of zeros, which this cache does not hold. Raises OutOfMemoryError if memory is too short."""
+        """A new page of zeros, not added to this cache. Raises OutOfMemoryError if memory is too short."""
         self._check_memory(1, 1)
         return self._new_page()
 
@@ -401,7 +401,7 @@ class KVCache:
 
 
 def held_bytes(caches: Iterable[KVCache], pages: Iterable[NDArray[Any]] = ()) -> int:
-    """Bytes of the pages and states of several caches, and of further ones, shared ones counted once."""
+    """Bytes of the pages and states of several caches and of further `pages`, shared ones counted once."""
     held = {id(array): array.nbytes for cache in caches for array in cache.held_arrays}
     held.update((id(page), page.nbytes) for page in pages)
     return sum(held.values())
@@ -413,7 +413,7 @@ def page_part(page: NDArray[Any], positions: int, tile: int) -> NDArray[Any]:
 
 
 def clear_positions(page: NDArray[Any], first: int, kv: CacheType) -> None:
-    """Zero the positions from `first` on of a page's last tile. page: (layers, 2, heads, tiles, items)."""
+    """Zero the positions of a page's last tile starting at `first`. page: (layers, 2, heads, tiles, items)."""
     if kv == "int8":
         clear_int8_positions(page[:, :, :, -1], first)
         return

@@ -1,24 +1,25 @@
-"""What passes of several tokens cost, compared with passes of one: measured as they run."""
+"""The cost of passes of several tokens relative to passes of one, measured as they run."""
 
 from __future__ import annotations
 
 MEASURED = 16
 """Passes of up to this many tokens are measured."""
 _DENSE, _SPARSE = 0.04, 0.5
-"""What each further token is believed to cost, in passes of one, until it is measured. In a mixture of experts every
+"""Assumed cost of each further token, in units of a one-token pass, until it is measured. In a mixture of experts every
 token reads further experts."""
 _WEIGHT = 1 / 8
 _OUTLIER = 2.0
 _RENEWED = 16
-"""Passes after which the table is computed again."""
+"""Passes after which the table is recomputed."""
 _FORGETS = 1 / 16
-"""What a mean that has not been measured since loses of its distance to what is believed, each time."""
+"""Fraction of its distance from the assumed value that a mean loses each time, if it was not measured since the last.
+"""
 
 
 class PassTimes:
-    """Moving averages of the seconds that passes take, by their number of tokens; each token's logits are computed.
+    """Moving averages of the seconds of passes that compute every token's logits, by their number of tokens.
 
-    A pass that took twice as long as usual counts as no longer than that: something else kept the machine busy.
+    A pass that takes more than twice the mean counts as twice the mean: something else kept the machine busy.
     """
 
     def __init__(self, *, sparse: bool) -> None:
@@ -33,7 +34,7 @@ class PassTimes:
         """Numbers of tokens that were measured since the table was computed."""
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count a pass of this many tokens; one of more than `MEASURED` is left out."""
+        """Add the duration of a pass of this many tokens; passes of more than `MEASURED` are ignored."""
         if not 0 < tokens <= MEASURED:
             return
         mean = self._means.get(tokens)
@@ -47,25 +48,25 @@ class PassTimes:
         self._renewed.add(tokens)
         if self._counts[tokens] < 1 / _WEIGHT or self._added % _RENEWED == 0:
             self._forget()
-            # What is rarely measured may have been measured while the machine was busy: more tokens took less time.
+            # A rarely measured number may have been measured while the machine was busy: larger passes cap it.
             estimates = [self._estimate(tokens) for tokens in range(MEASURED + 1)]
             self._table = [min(estimates[tokens:]) for tokens in range(MEASURED + 1)]
 
     @property
     def measured(self) -> bool:
-        """Whether `seconds` are seconds."""
+        """Whether any pass has been measured, so that `seconds` are seconds."""
         return bool(self._means)
 
     @property
     def seconds(self) -> list[float]:
-        """seconds[n]: of a pass of n tokens, up to `MEASURED`; in passes of one token before any is measured.
+        """seconds[n]: of a pass of n tokens, up to `MEASURED`; in units of a one-token pass before any is measured.
 
-        Measured, or estimated from shorter and longer ones that were.
+        Measured, or estimated from measured passes of fewer and more tokens.
         """
         return self._table
 
     def _forget(self) -> None:
-        """Move what has not been measured lately towards what is believed: the machine may have been busy then."""
+        """Move means not measured lately toward their assumed values: the machine may have been busy then."""
         alone = self._means.get(1)
         if alone is not None and self._added % _RENEWED == 0:
             for tokens in self._means.keys() - self._renewed:

@@ -1,4 +1,4 @@
-"""What one forward pass runs of each of its sequences."""
+"""Pieces: the tokens of each sequence that one forward pass runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from npqwen.errors import OptionError
 
 
 class Piece(NamedTuple):
-    """What one pass runs of one sequence."""
+    """The tokens of one sequence that one pass runs."""
 
     ids: NDArray[np.int64]
     """The tokens after those in the cache, (tokens,)."""
     cache: KVCache
     """With room for them, see `KVCache.reserve`; the tokens are appended to it."""
     rows: int
-    """Of how many of the last tokens logits are computed."""
+    """For how many of the last tokens logits are computed."""
     guesses: int = 0
-    """How many of the last tokens `KVCache.retract` may take out afterwards."""
+    """How many of the last tokens are draft tokens, which `KVCache.retract` may remove afterwards."""
 
 
 def last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:

@@ -1,14 +1,14 @@
-"""A directory of prefixes: one file for each page, which later runs and other processes read.
+"""The directory of a prefix cache: one file per page, for later runs and other processes to read.
 
 A file is a valid safetensors file: `ids` is I32 (tokens,), `page` has the page's positions as `KVCache` holds them,
-rounded up to whole tiles. Of a hybrid, `state.N` is the recurrent state after N of its tokens, F32 (layers, what each
-keeps). `__metadata__` has the format, its version, the key, these N and a CRC-32 of ids, page and states. The name
-consists of the key of the tokens before the page, a hash of its first tokens, and its key; keys depend on the model's
-fingerprint, the adapter's and the cache's type. So a page of another model, version or text has another name, and
-nothing needs an index or a lock: files appear by atomic replacement and are never changed.
+rounded up to whole tiles. A hybrid's `state.N` is the recurrent state after N of the page's tokens, F32 (layers,
+elements of a layer's state). `__metadata__` has the format, its version, the key, these N and a CRC-32 of ids, page and
+states. The name consists of the key of the tokens before the page, a hash of its first tokens, and its key; keys depend
+on the fingerprints of model and adapter and on the cache's type. So a page of another model, version or text has
+another name, and neither an index nor a lock is needed: files are created by atomic replacement and never modified.
 
 The modification time is that of the last use. When the directory exceeds its limit, files are removed, the least
-recently used first; times within a prefix decrease from page to page, so that its end goes first.
+recently used first; times within a prefix decrease from page to page, so that its last pages are removed first.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from npqwen.kernels.cache_page import PAGE
 
 FORMAT, VERSION = "npqwen-prefix", "1"
 DEFAULT_SIZE = 10 * 10**9
-"""Bytes that a directory may take, if nothing else is said."""
+"""Bytes that a directory may take by default."""
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{32}\.safetensors", re.ASCII)
 _OFFSETS = re.compile(r"[0-9]{1,3}(,[0-9]{1,3}){0,255}", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
 
 
 class _Damaged(Exception):
-    """Why a file is not what its name says, as a clause."""
+    """A file is not what its name says; the message is a clause with the reason."""
 
 
 class _Found(NamedTuple):
@@ -78,7 +78,7 @@ class PrefixFiles:
     """The pages of one model in a directory. Reading and writing may happen in several threads."""
 
     def __init__(self, directory: Path, limit: int, cache: KVCache, fingerprint: str) -> None:
-        """limit: bytes that all files may take, those of other models included. cache: any of the model's.
+        """limit: bytes that all files may take, those of other models included. cache: any cache of the model.
 
         Raises OutputError for a directory that cannot be written, OptionError for a limit below two pages.
         """
@@ -87,7 +87,7 @@ class PrefixFiles:
         self.directory = directory
         self.limit = limit
         self.page_bytes = cache.page_bytes
-        """In memory."""
+        """Bytes of a page in memory."""
         self._new_page = cache.new_page
         self._dtype = page_dtype(cache.kv)
         self._tile = cache.tile
@@ -102,13 +102,14 @@ class PrefixFiles:
         remove_abandoned(directory)
 
     def read(self, parent: bytes, ids: Ids, depth: int) -> PrefixPage | None:
-        """The page with these tokens, if there is a file of it. Raises OutOfMemoryError without memory for a page."""
+        """The page with these tokens; None without a usable file of it. Raises OutOfMemoryError if memory is too short.
+        """
         return self._read(_name(parent, ids, key_after(parent, ids)), parent, depth)
 
     def read_longest(self, parent: bytes, ids: Ids, depth: int, least: int) -> PrefixPage | None:
-        """The page after the tokens with the key `parent` that has most of `ids` at its beginning.
+        """The page after the tokens with the key `parent` that has the longest common prefix with `ids`.
 
-        None if none has at least `least`. Raises OutOfMemoryError without memory for a page.
+        None if that is shorter than `least` or SHARED tokens. Raises OutOfMemoryError if memory is too short.
         """
         start = _start(parent, ids)
         try:
@@ -125,14 +126,16 @@ class PrefixFiles:
         return None
 
     def write(self, page: PrefixPage) -> None:
-        """Write a page unless there is a file of it with all its states, and take note of its use. Raises OutputError.
+        """Write a page unless there is a file of it with all its states, and update its time of use.
+
+        It is not written if the files used before it do not make enough room. Raises OutputError.
         """
         name = _name(page.parent, page.ids, page.key)
         path = self.directory / name
-        used = page.used - 1000 * page.depth  # nanoseconds; file systems keep a tenth of a microsecond, or less
+        used = page.used - 1000 * page.depth  # nanoseconds; file systems resolve 100 ns, or less
         if not path.exists() or page.is_outdated:
             part = page_part(page.array, len(page.ids), self._tile)
-            # A page's owner may still append to it: the checksum is that of the copy.
+            # A page's owner may still append to it, so the checksum is computed from a copy.
             data = part if page.is_full else np.ascontiguousarray(part)
             flat = data.reshape(-1).view(np.uint8)
             ids = page.ids.astype("<i4")
@@ -158,7 +161,7 @@ class PrefixFiles:
                 (self.directory / _name(page.parent, page.ids, page.replaces)).unlink()
 
     def take_damaged(self) -> str | None:
-        """What was wrong with files since the last call, in one line."""
+        """A line about the files found damaged since the last call; None if there were none."""
         if not self._damaged:
             return None
         damaged, self._damaged = self._damaged, {}
@@ -180,7 +183,7 @@ class PrefixFiles:
             return None
 
     def _checked(self, file: BinaryIO, name: str, parent: bytes, depth: int) -> PrefixPage:
-        """A page from an open file. Raises _Damaged unless all of it is what its name and checksum say."""
+        """A page from an open file. Raises _Damaged unless all of it matches its name and checksum."""
         header, ids = self._head(file)
         key = bytes.fromhex(header.metadata["key"])
         if name != _name(parent, ids, key_after(parent, ids)) or key != key_after(parent, ids):
@@ -206,7 +209,7 @@ class PrefixFiles:
         return PrefixPage(parent, ids, page, depth, stored=len(ids), states=states, stored_states=stored)
 
     def _head(self, file: BinaryIO) -> tuple[Header, Ids]:
-        """Header and ids of an open file, which is then at the page's first byte."""
+        """Header and ids of an open file, which is left at the page's first byte. Raises _Damaged."""
         try:
             header = read_header(file)
         except HeaderError as error:
@@ -222,7 +225,7 @@ class PrefixFiles:
         if not re.fullmatch(r"[0-9a-f]{32}", key) or not _CHECKSUM.fullmatch(metadata.get("checksum", "")):
             raise _Damaged("its header is damaged")
         count = stored.shape[0]
-        # The number of tokens, the key, the checksum and where states are determine the header.
+        # The number of tokens, the key, the checksum and the states' offsets determine the header.
         expected = self._header(count, bytes.fromhex(key), metadata["checksum"], self._offsets(header, count))
         file.seek(0)
         if file.read(len(expected)) != expected:
@@ -233,7 +236,7 @@ class PrefixFiles:
         return header, ids.astype(np.int32)
 
     def _ids(self, name: str) -> Ids:
-        """The tokens of a file; none if it cannot be used."""
+        """The tokens of a file; empty if it cannot be used."""
         none = np.zeros(0, np.int32)
         if name in self._refused:
             return none
@@ -247,7 +250,7 @@ class PrefixFiles:
             return none
 
     def _drop(self, name: str, error: Exception) -> None:
-        """Remove a file that cannot be used, and take note of it."""
+        """Remove a file that cannot be used, and record why."""
         reason = str(error) if isinstance(error, _Damaged) else str(getattr(error, "strerror", None) or error)
         self._damaged[name] = reason
         try:
@@ -258,7 +261,7 @@ class PrefixFiles:
             self._refused.add(name)
 
     def _offsets(self, header: Header, count: int) -> list[int]:
-        """After how many of a page's `count` tokens a file has states."""
+        """The offsets of a file's states: after how many of the page's `count` tokens each is. Raises _Damaged."""
         text = header.metadata.get("states")
         if text is None:
             return []
@@ -270,7 +273,7 @@ class PrefixFiles:
         return offsets
 
     def _header(self, count: int, key: bytes, checksum: str, offsets: Sequence[int]) -> bytes:
-        """The file's first bytes, up to the data. offsets: where states are."""
+        """The file's first bytes, up to the data. offsets: of the states, in tokens of the page."""
         metadata = {"format": FORMAT, "format_version": VERSION, "key": key.hex(), "checksum": checksum}
         shape = page_part(self._sample, count, self._tile).shape
         tensors: list[tuple[str, str, tuple[int, ...]]] = [("ids", "I32", (count,)), ("page", self._dtype, shape)]
@@ -281,10 +284,10 @@ class PrefixFiles:
         return make_header(tensors, metadata)
 
     def _make_room(self, needed: int, used: int) -> bool:
-        """Remove files that were used before `used` until `needed` more bytes fit; whether they do.
+        """Remove files last used before `used` until `needed` more bytes fit; returns whether they do.
 
         The directory is listed each time, as other processes write to it, too: while several do, it may exceed the
-        limit by a page of each.
+        limit by one page per process.
         """
         oldest = sorted(self._files(), reverse=True)
         total = sum(found.size for found in oldest)
@@ -301,7 +304,7 @@ class PrefixFiles:
         return True
 
     def _files(self) -> Iterator[_Found]:
-        """The files of pages that are there."""
+        """The page files in the directory."""
         with contextlib.suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
@@ -311,7 +314,8 @@ class PrefixFiles:
 
 
 def _start(parent: bytes, ids: Ids) -> str:
-    """How the names of all pages begin that come after the same tokens and begin like `ids`."""
+    """The common prefix of the file names of all pages after the same tokens whose first SHARED ids are those of `ids`.
+    """
     first = hashlib.blake2b(ids[:SHARED].astype("<i4").tobytes(), digest_size=4)
     return f"{parent.hex()}-{first.hexdigest()}-"
 

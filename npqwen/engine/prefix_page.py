@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from npqwen.kernels.cache_page import PAGE
 
 SHARED = 16
-"""Tokens of a common prefix that are worth reusing, or waiting for whoever computes them: fewer are soon computed."""
+"""Fewest tokens of a common prefix worth reusing, or waiting for while another text computes them. Computing
+fewer takes little time."""
 _KEY_BYTES = 16
 
 Ids = NDArray[np.int32]
@@ -31,13 +32,13 @@ def key_after(parent: bytes, ids: Ids) -> bytes:
 
 @dataclass(eq=False)
 class PrefixPage:
-    """What a model keeps of up to PAGE tokens; of fewer only at the end of a text."""
+    """Keys, values and recurrent states of PAGE tokens, or of fewer at the end of a text."""
 
     parent: bytes
     """The key of all tokens before the page."""
     ids: Ids
     array: NDArray[Any]
-    """Nobody changes the positions of `ids`."""
+    """The positions of `ids` are never modified."""
     depth: int
     """How many pages come before it."""
     key: bytes = field(init=False)
@@ -45,15 +46,15 @@ class PrefixPage:
     used: int = 0
     """When it was last used, in nanoseconds since the epoch."""
     stored: int = 0
-    """How many of its tokens a file has, or will have soon."""
+    """How many of its tokens are in a file or queued for writing."""
     replaces: bytes | None = None
-    """The key of a file with fewer of its tokens, which is not needed once this page has one."""
+    """The key of a file with fewer of its tokens, which is removed once this page is written."""
     states: dict[int, NDArray[np.float32]] = field(default_factory=dict)
-    """Of a hybrid: recurrent states, by how many of the page's tokens come before them."""
+    """A hybrid's recurrent states, by how many of the page's tokens come before them."""
     stored_states: frozenset[int] = frozenset()
-    """Those that a file has, or will have soon."""
+    """Those that are in a file or queued for writing."""
     is_outdated: bool = False
-    """Whether the page's file has to be replaced, as it lacks some of them."""
+    """Whether the page's file must be replaced, as it lacks some states."""
 
     def __post_init__(self) -> None:
         self.key = key_after(self.parent, self.ids)
@@ -70,7 +71,7 @@ class PrefixPage:
 
     @property
     def branch(self) -> tuple[bytes, bytes]:
-        """Equal for pages after the same tokens that have a prefix worth reusing in common."""
+        """Equal for pages after the same tokens that have their first SHARED tokens in common."""
         return branch_of(self.parent, self.ids)
 
 

@@ -11,7 +11,7 @@ from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import OptionError
 
 PREFIX_MEMORY = 4 << 30
-"""Bytes of prefixes that are kept in memory at most by default, and at most a quarter of what is available."""
+"""Most bytes of prefixes in memory by default, or a quarter of the available memory if that is less."""
 
 
 def new_pool(
@@ -27,8 +27,8 @@ def new_pool(
 ) -> Prefixes:
     """directory, most, memory: the options prefix_cache, prefix_cache_size and prefix_memory of `npqwen.load`.
 
-    available: bytes of memory beside the weights, None if the system does not tell. files: opens the directory with a
-    limit of bytes. The others are those of Prefixes. Raises OptionError, and what `files` raises.
+    available: bytes of memory besides the weights, None if the system does not report it. files: opens the directory
+    with a limit in bytes. The others are those of Prefixes. Raises OptionError, and what `files` raises.
     """
     opened = None
     if directory is not None:

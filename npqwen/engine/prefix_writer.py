@@ -1,4 +1,4 @@
-"""The thread that writes pages of prefixes to files, behind the answers."""
+"""The background thread that writes pages of prefixes to files."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from npqwen.engine.prefix_page import PrefixPage
 
 WAIT = 5.0
-"""Seconds that a page waits at most for the model to be idle."""
+"""Most seconds that a page waits for the model to be idle."""
 POLL = 0.02
-"""Seconds between two looks whether the model is busy; it is idle after three in a row that found it so."""
+"""Seconds between two polls of whether the model is busy; it counts as idle after three in a row that found it idle."""
 PAUSE = 60.0
-"""Seconds without a further try after a page could not be written."""
+"""Seconds without a retry after a page could not be written."""
 
 
 class PrefixWriter:
-    """Writes pages one after another, when the model is idle or after a while, and ends when there are none left.
+    """Writes pages one after another, when the model is idle or after WAIT seconds; the thread ends with the last one.
 
-    The interpreter waits for the thread at its end, so a program that does not close its model loses nothing.
+    The interpreter joins the thread at exit, so a program that does not close its model loses nothing.
     """
 
     def __init__(self, files: PrefixFiles, busy: Callable[[], bool]) -> None:
-        """busy: whether a pass is running at the moment."""
+        """busy: returns whether a pass is running."""
         self._files = files
         self._busy = busy
         self._lock = threading.Lock()
@@ -39,14 +39,15 @@ class PrefixWriter:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self._idle = 0
-        """How many looks in a row found the model idle."""
+        """How many polls in a row found the model idle."""
         self._again = 0.0
-        """`time.monotonic` before which nothing is written."""
+        """The `time.monotonic()` before which nothing is queued."""
         self._problem: str | None = None
         self._failing = False
 
     def put(self, pages: Iterable[PrefixPage], most: int) -> None:
-        """Have pages written, or their use noted; `most`: how many may wait, further ones are left out."""
+        """Queue pages to be written, or their time of use to be updated. most: how many may wait; others are left out.
+        """
         with self._lock:
             if time.monotonic() < self._again:
                 return
@@ -66,20 +67,20 @@ class PrefixWriter:
             return list(self._waiting.values())
 
     def forget(self) -> bool:
-        """Give up the pages that are not written yet; whether there were any."""
+        """Discard the pages that are not written yet; returns whether there were any."""
         with self._lock:
             had = bool(self._waiting)
             self._waiting = {}
             return had
 
     def take_problem(self) -> str | None:
-        """Why a page could not be written, once until one is written again."""
+        """Why a page could not be written; returned only once until a page is written again, otherwise None."""
         with self._lock:
             problem, self._problem = self._problem, None
             return problem
 
     def close(self) -> None:
-        """Write what is left; after an interrupt, only the page that was begun."""
+        """Write the waiting pages; after an interrupt, only the one that is being written."""
         self._hurry.set()
         thread = self._thread
         try:
@@ -92,7 +93,7 @@ class PrefixWriter:
             self._hurry.clear()
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # there, a thread has a priority of its own
+        if sys.platform == "linux":  # where each thread has its own priority
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:

@@ -1,12 +1,12 @@
-"""The pool of prefixes of a model: keys and values of texts so far, for texts that begin alike.
+"""A model's pool of cached prefixes: keys and values of earlier texts, for texts that begin alike.
 
     extend(ids, cache) ─ pages in memory ─ files (prefix_files.py) ──► KVCache.adopt
-    keep(ids, cache) ◄─ KVCache.share ──► pages in memory ──► prefix_writer.py, behind the answer
+    keep(ids, cache) ◄─ KVCache.share ──► pages in memory ──► prefix_writer.py, in the background
 
-A page is found by the key of all tokens up to its last (prefix_page.py); the page at which two texts part, or one of
-them ends, by comparing tokens. Pages are shared with the caches, never copied here. Those of a hybrid have recurrent
-states, too: its prefixes end at one. What was computed with an adapter has keys of its own: no text finds what another
-adapter, or none, has computed.
+A page is found by the key of all tokens up to its last (prefix_page.py); the page in which two texts diverge, or one of
+them ends, by comparing tokens. Pages are shared with the caches, never copied here. A hybrid's pages have recurrent
+states, too, and its prefixes end at one. Keys depend on the adapter: a text never finds pages that were computed with
+another adapter, or with none.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from npqwen.engine.prefix_files import PrefixFiles
 
 _GROWN = 64
-"""New tokens after which an incomplete page is written to its file again."""
+"""New tokens after which an incomplete page is written to a file again."""
 
 
 class Prefix(NamedTuple):
-    """A prefix that need not be computed."""
+    """A cached prefix of a text."""
 
     pages: list[PrefixPage]
     """The last one may hold more tokens than the prefix has."""
@@ -46,11 +46,11 @@ class Prefix(NamedTuple):
     """Tokens."""
 
     def give(self, cache: KVCache) -> int:
-        """Make the prefix all that a cache holds; returns how many tokens that are."""
+        """Replace a cache's tokens by the prefix; returns how many tokens the cache then holds."""
         return cache.adopt([page.array for page in self.pages], self.length, self.states())
 
     def states(self) -> list[State]:
-        """The recurrent states within the prefix, by position; none but of a hybrid."""
+        """A hybrid's recurrent states within the prefix, in order of position; empty for other models."""
         found = (
             State(page.depth * PAGE + offset, array)
             for page in self.pages
@@ -68,7 +68,7 @@ class Prefix(NamedTuple):
 class Prefixes:
     """Pages in memory, the least recently used first, and the files behind them. Any thread may call any method.
 
-    A page is always used more recently than those that follow it, so the ends of prefixes are given up first.
+    A page always counts as more recently used than those that follow it, so prefixes are evicted from their ends.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Prefixes:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         """limit: bytes in memory; 0 keeps nothing. recurrent: whether the model is a hybrid. adjustable: whether
-        `allow` changes the limit. files: where pages are read and written, too. busy: whether a pass is running at the
-        moment. notice: receives lines about files that were damaged or could not be written, in the thread of a caller;
-        default: a PrefixCacheWarning.
+        `allow` changes the limit. files: the files that pages are read from and written to. busy: returns whether a
+        pass is running. notice: called in a caller's thread with lines about files that were damaged or could not be
+        written; by default they become a PrefixCacheWarning.
         """
         self._limit = limit
         self._recurrent = recurrent
@@ -113,7 +113,7 @@ class Prefixes:
         return [array for page in pages for array in (page.array, *page.states.values())]
 
     def find(self, ids: Ids, adapter: Adapter | None = None) -> Prefix:
-        """The longest prefix of `ids` in memory that a cache with this adapter can use, as of now used."""
+        """The longest prefix of `ids` in memory that a cache with this adapter can use; it counts as used."""
         found = self._find(ids, self._root_of(adapter))
         return found.up_to_state() if self._recurrent else found
 
@@ -128,7 +128,7 @@ class Prefixes:
             return Prefix(pages, length + more)
 
     def fetch(self, ids: Ids, adapter: Adapter | None = None) -> Prefix:
-        """The longest prefix of `ids` with this adapter in memory and in files, which are read into memory."""
+        """The longest prefix of `ids` with this adapter in memory and in files, whose pages are read into memory."""
         root = self._root_of(adapter)
         found = self._find(ids, root)
         if self._files is not None and self._limit and len(ids) - found.length >= SHARED:
@@ -139,10 +139,10 @@ class Prefixes:
         return found.up_to_state() if self._recurrent else found
 
     def extend(self, ids: Ids, cache: KVCache) -> int:
-        """Have a cache that holds the first of `ids` hold the longest prefix that is known.
+        """Extend a cache that holds a proper prefix of `ids` to the longest known prefix.
 
-        Returns how many tokens it holds now. It must not hold all of `ids`, and keeps what it has if that is as long.
-        Only what was computed with the cache's adapter counts.
+        Returns how many tokens it then holds. It is left as it is unless it gains at least SHARED tokens. Only prefixes
+        computed with the cache's adapter are used.
         """
         if not self._limit or len(ids) - cache.length < SHARED:
             return cache.length
@@ -150,7 +150,7 @@ class Prefixes:
         return found.give(cache) if found.length >= cache.length + SHARED else cache.length
 
     def keep(self, ids: Ids, cache: KVCache) -> None:
-        """Keep the first len(ids) tokens of a cache, which are `ids`, and have them written."""
+        """Add the first len(ids) tokens of a cache, which are `ids`, to the pool, and queue them for writing."""
         rest = len(ids) % PAGE
         length = len(ids) if rest >= SHARED else len(ids) - rest
         if not self._limit or not length:
@@ -174,7 +174,10 @@ class Prefixes:
                 self._writer.put(written, max(1, self._limit // arrays[0].nbytes))
 
     def drop_oldest(self) -> bool:
-        """Give up the page that was not used for the longest time; returns whether there was anything to give up."""
+        """Evict the least recently used page, or if there is none, all pages that wait to be written.
+
+        Returns whether there was anything to evict.
+        """
         with self._lock:
             if self._pages:
                 self._drop()
@@ -189,14 +192,14 @@ class Prefixes:
                 self._evict()
 
     def clear(self) -> None:
-        """Give up all pages in memory."""
+        """Evict all pages in memory."""
         with self._lock:
             self._pages.clear()
             self._branches.clear()
             self._nbytes = 0
 
     def close(self) -> None:
-        """Finish writing, and give up all pages in memory."""
+        """Finish writing, and evict all pages in memory."""
         if self._writer is not None:
             self._writer.close()
         self.clear()
@@ -207,7 +210,7 @@ class Prefixes:
         return self._root if adapter is None else root_key(self._root, adapter.fingerprint)
 
     def _read(self, files: PrefixFiles, ids: Ids, found: Prefix, root: bytes) -> Prefix:
-        """Continue a prefix with what files have of `ids` after the key `root`."""
+        """Extend a prefix of `ids`, found after the key `root`, by pages read from files."""
         pages, length = found.pages.copy(), found.length
         last = pages.pop() if length % PAGE else None
         length -= length % PAGE
@@ -240,7 +243,7 @@ class Prefixes:
         return Prefix(pages, length)
 
     def _full_pages(self, ids: Ids, root: bytes) -> tuple[list[PrefixPage], int]:
-        """The pages in memory after the key `root` whose tokens are all in `ids`, and how many tokens that are."""
+        """The pages in memory after the key `root` whose tokens are all in `ids`, and their number of tokens."""
         pages: list[PrefixPage] = []
         key, length = root, 0
         while len(ids) - length >= PAGE:
@@ -262,7 +265,10 @@ class Prefixes:
         return best, 0 if best is None else longest
 
     def _add(self, page: PrefixPage) -> PrefixPage:
-        """Take a page; returns the one that has its tokens: an older one, or a longer one at the end of a text."""
+        """Add a page, in place of any that has only the first of its tokens, unless one in memory has all of them.
+
+        Returns the page that is then in memory, with the states of both.
+        """
         known = self._pages.get(page.key)
         if known is not None:
             return self._with_states(known, page)
@@ -281,7 +287,7 @@ class Prefixes:
         return page
 
     def _with_states(self, page: PrefixPage, other: PrefixPage) -> PrefixPage:
-        """A page in memory, with the states of another that has some of its tokens, too."""
+        """Add to a page in memory the states of another, whose tokens it has, too; returns the page in memory."""
         self._nbytes -= page.nbytes
         page.states = other.states | page.states
         self._nbytes += page.nbytes
@@ -312,7 +318,7 @@ class Prefixes:
             self._branches.pop(page.branch, None)
 
     def _tell(self) -> None:
-        """Pass on what happened to files."""
+        """Report damaged files and failed writes."""
         if self._files is None or self._writer is None:
             return
         for line in (self._files.take_damaged(), self._writer.take_problem()):
@@ -325,6 +331,7 @@ class Prefixes:
 
 
 def _worth_writing(page: PrefixPage) -> bool:
-    """Whether enough of a page is not in a file; a full one is written, or its use noted, in any case."""
+    """Whether to pass a page to the writer: a full one always, which at least updates the file's time of use; others
+    if enough of them is not in a file."""
     grown = len(page.ids) - page.stored >= _GROWN or not page.stored_states.issuperset(page.states)
     return page.is_full or not page.stored or grown

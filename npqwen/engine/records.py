@@ -41,16 +41,17 @@ LAYER = np.dtype(
 )
 """A layer's mapped weights. Vectors are addresses of float32.
 
-kv_index: the layer's index among those that keep keys and values in the cache. state_index: among those that keep a
-recurrent state; from there on what only these have, and o_proj. q_gate: of a hybrid's attention.
-expert_bytes: distance between two experts; gate_up_proj and down_proj are the first expert's. 0 in a dense layer.
+kv_index: the layer's index among the attention layers. state_index: its index among the recurrent layers; the fields
+after it are those of recurrent layers, which use o_proj, too. q_gate: of a hybrid's attention layers.
+expert_bytes: stride from one expert to the next; gate_up_proj and down_proj are the first expert's. 0 in a dense layer.
 number: the layer's index in the model.
 """
 
 DRAFT = np.dtype(
     [("pre_fc_norm_embedding", np.int64), ("pre_fc_norm_hidden", np.int64), ("fc", MATRIX), ("norm", np.int64)]
 )
-"""What a draft layer has beside its LAYER record: fc makes its input of a token's embedding and the state before it."""
+"""A draft layer's weights besides its LAYER record: fc computes its input from a token's embedding and the hidden state
+of the previous token."""
 
 RECURRENCE = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 """Fields of MODEL that only hybrids have."""
@@ -79,7 +80,7 @@ MODEL = np.dtype(
 
 prefetch: the policy for experts' pages, see `npqwen.kernels.paging`.
 matmul_kernels, attention_kernels, append_kernels, gated_delta_kernel: addresses of machine code, see the functions of
-these names; cache_is_int8: what those of attention and of appending are for.
+these names; cache_is_int8: whether those of attention and of appending are for an int8 cache.
 """
 
 Floats = NDArray[np.float32]
@@ -88,14 +89,14 @@ Bytes = NDArray[np.uint8]
 
 
 class Tokens(NamedTuple):
-    """The tokens of one pass: a few of each of one or more sequences, one sequence after another."""
+    """The tokens of one pass, those of one or more sequences, one sequence after another."""
 
     ids: Ints
     """(tokens,)"""
     rows: Ints
     """0, 1, ... tokens - 1."""
     embed: bool
-    """Whether the pass begins with the embedding; otherwise `Activations.hidden` is what earlier layers left."""
+    """Whether the pass begins with the embedding; otherwise with `Activations.hidden`, the output of earlier layers."""
     positions: Ints
     """(tokens,), in their own sequences."""
     pages: Ints
@@ -123,7 +124,7 @@ class Activations(NamedTuple):
 
 
 class ExpertActivations(NamedTuple):
-    """Intermediate results of sparse layers that the threads share. A slot holds one token of one expert."""
+    """Intermediate results of sparse layers that the threads share. A slot holds one token for one expert."""
 
     normed: Floats
     """(tokens, hidden)"""
@@ -153,26 +154,27 @@ class Adapted(NamedTuple):
     kernels: Ints
     """See `low_rank_kernels`."""
     shrinks: Ints
-    """(adapters, layers, inputs, 2): address of A of all matrices that read an input, and its groups of 16 ranks."""
+    """(adapters, layers, inputs, 2): address of the stacked A of all matrices that read an input, and its number of
+    groups of 16 ranks."""
     expands: Ints
-    """(adapters, layers, matrices, 3): address of B, rank, and where its ranks begin among those of A."""
+    """(adapters, layers, matrices, 3): address of B, rank, and the index of its first rank in the stacked A."""
     most_groups: Ints
-    """(layers, inputs): the most groups that an adapter has."""
+    """(layers, inputs): the most groups of any adapter."""
     expert_shrinks: Ints
-    """(adapters, layers, experts, inputs of an expert, 2); without adapters and experts if no expert is adapted."""
+    """(adapters, layers, experts, inputs of an expert, 2), with 0 experts if none is adapted."""
     expert_expands: Ints
     """(adapters, layers, experts, matrices of an expert, 3)"""
     expert_most_groups: Ints
     """(layers, inputs of an expert)"""
     tiles: Ints
-    """(tiles, 3): number of the adapter, first token, number of tokens. Tiles of one adapter lie side by side; tokens
-    without adapter have none."""
+    """(tiles, 3): number of the adapter, first token, number of tokens. Tiles of one adapter are adjacent; tokens
+    without an adapter are in none."""
     of_token: Ints
     """(tokens,): number of the adapter, or -1; empty if no token has one."""
     normed: Floats
-    """(tokens, hidden), what attention and feed-forward read."""
+    """(tokens, hidden), the input of attention or feed-forward."""
     gated: Floats
-    """(tokens, inner), what down_proj reads."""
+    """(tokens, inner), the input of down_proj."""
     reduced: Floats
     """(tokens, PARTS, ranks): A @ x, as a sum of parts."""
     slot_adapters: Ints
@@ -193,7 +195,7 @@ class RecurrentActivations(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Private arrays of the threads, a row each."""
+    """Private arrays of the threads, one row per thread."""
 
     scratch: Floats
     local: Floats
@@ -204,15 +206,15 @@ class Output(NamedTuple):
     """The results of the pass, which also extends the caches."""
 
     tokens: Ints
-    """Which tokens have results; none skips the final norm and the output matrix."""
+    """Indices of the tokens that have results; if empty, the final norm and the output matrix are skipped."""
     normed: bool
     """Whether the results are the final norm's; otherwise they are logits."""
     values: Floats
     """A row for each of `tokens`: (>= rows, hidden_size) if normed, else (whole tiles of rows, padded vocabulary), or
-    less columns for the lowest ids alone."""
+    fewer columns, for the lowest ids only."""
     groups: Ints = np.zeros(0, np.int64)
-    """Row groups of the output matrix, 16 ids each, whose logits are wanted beside those in `values`."""
+    """Row groups of the output matrix, 16 ids each, whose logits are computed besides those in `values`."""
     further: Floats = np.zeros((1, 0), np.float32)
     """These logits: (rows, 16 * groups)."""
     maxima: Floats = np.zeros((0, 0), np.float32)
-    """Of `values`, see `npqwen.kernels.greatest.block_maxima`: (>= rows, blocks); empty if nobody needs them."""
+    """Block maxima of `values`, see `npqwen.kernels.greatest.block_maxima`: (>= rows, blocks); empty if not needed."""

@@ -1,9 +1,9 @@
-"""The recurrent states of one sequence: of a hybrid's Gated DeltaNet layers, which cannot forget a token.
+"""The recurrent states of one sequence: of a hybrid's Gated DeltaNet layers, from which no token can be removed.
 
-A state is that after all tokens up to its position. A pass reads the newest one and writes another, so an interrupted
-pass changes nothing, and keeping a state (a *checkpoint*, to which the sequence can go back, or a fork's beginning)
-costs no copy. Tokens that are guesses do not get into the state: their inputs are noted, and the next pass replays
-those that turned out right (npqwen/kernels/gated_delta.py).
+A state includes all tokens up to its position. A pass reads the newest one and writes another, so an interrupted pass
+changes nothing, and keeping a state (as a *checkpoint*, to which the sequence can be truncated, or as the start of a
+fork) costs no copy. Draft tokens (guesses) do not enter the state: their inputs are kept, and the next pass replays
+the accepted ones (npqwen/kernels/gated_delta.py).
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from npqwen.format.layout import pad
 from npqwen.kernels.gated_delta import MOST_GUESSES
 
 CHECKPOINT_BYTES = 256 << 20
-"""Of the checkpoints that a cache keeps, unless these are fewer than FEWEST."""
+"""Most bytes of the checkpoints that a cache keeps, within the bounds of FEWEST and MOST."""
 FEWEST, MOST = 4, 32
-"""Checkpoints that a cache keeps at most, whatever they take."""
+"""Bounds of the limit on a cache's checkpoints, whatever their size."""
 SPACING = 256
-"""Tokens from one checkpoint to the next, if nothing marks a better place."""
+"""Tokens from one checkpoint to the next, where no mark gives a better position."""
 _MARKED = 16
-"""How much more a marked checkpoint is worth than another."""
+"""How many times as much a marked checkpoint is worth as another."""
 
 
 class Recurrent(NamedTuple):
-    """What a model's Gated DeltaNet layers keep: float32 each."""
+    """The sizes of a model's recurrent states, in float32 elements."""
 
     layers: int
+    """Gated DeltaNet layers."""
     state: int
-    """Of a layer: the heads' states, and the convolution's last columns."""
+    """Elements of a layer's state: the heads' states, and the convolution's last columns."""
     inputs: int
-    """Of a layer and a token: what it is computed from."""
+    """Elements of a layer's inputs for one token, from which a pass can replay it."""
 
     @classmethod
     def of(cls, config: Config) -> Recurrent | None:
-        """Of a model; None if it has no such layers."""
+        """The sizes for a model; None if it has no such layers."""
         r = config.recurrence
         if r is None:
             return None
@@ -57,27 +58,27 @@ class Recurrent(NamedTuple):
 
 
 def most_checkpoints(shape: Recurrent) -> int:
-    """How many checkpoints a cache keeps."""
+    """Most checkpoints that a cache keeps."""
     return min(MOST, max(FEWEST, CHECKPOINT_BYTES // shape.nbytes))
 
 
 def states_bytes(config: Config) -> int:
     """Bytes that the states of one sequence take at most, checkpoints included; 0 without recurrent layers.
 
-    The newest state, the next one and one to be reused are held beside them.
+    Besides the checkpoints, these are the newest state, the next one and a spare one.
     """
     shape = Recurrent.of(config)
     return 0 if shape is None else (3 + most_checkpoints(shape)) * shape.nbytes
 
 
 class State(NamedTuple):
-    """The state after the first `position` tokens; nobody changes its arrays."""
+    """The state after the first `position` tokens; its arrays are never modified."""
 
     position: int
     array: NDArray[np.float32]
-    """(layers, what a layer keeps)."""
+    """(layers, elements of a layer's state)."""
     rows: NDArray[np.float32] | None = None
-    """(layers, MOST_GUESSES, inputs of a token), of the guessed tokens after it."""
+    """(layers, MOST_GUESSES, inputs of a token), of the draft tokens after it."""
 
 
 class RecurrentStates:
@@ -87,21 +88,21 @@ class RecurrentStates:
         self.shape = shape
         self._state = _empty(shape)
         self._is_shared = False
-        """Whether others know the newest state's arrays."""
+        """Whether others hold the newest state's arrays."""
         self._next: State | None = None
-        """What the running pass writes."""
+        """The state that the running pass writes."""
         self.fields: tuple[int, ...] = ()
-        """Of SEQUENCE, from `guesses` on, for the running pass."""
+        """The fields of SEQUENCE starting at `guesses`, for the running pass."""
         self._spare: list[NDArray[np.float32]] = []
         self.checkpoints: list[State] = []
-        """By position, all before the newest state's or at it."""
+        """In order of position, none after the newest state's."""
         self.marks: list[int] = []
         """Positions after which a pass ends, so that there is a state to keep."""
         self._most = most_checkpoints(shape)
 
     @property
     def held(self) -> list[NDArray[np.float32]]:
-        """The arrays of all states, those included that others share."""
+        """The arrays of all states, including shared ones."""
         states = {id(state.array): state.array for state in (*self.checkpoints, self._state) if state.position}
         return [*states.values(), *self._spare]
 
@@ -112,17 +113,17 @@ class RecurrentStates:
 
     @property
     def newest(self) -> State:
-        """The newest state, which is kept from now on."""
+        """The newest state; marks it as shared, so that its array is not reused."""
         self._is_shared = True
         return self._state
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """What the running pass reads and writes."""
+        """The states that the running pass reads and writes."""
         return self._state, self._next
 
     def reusable(self, length: int, held: int) -> int:
-        """How many of the first `length` tokens can be kept, of `held`."""
+        """How many of the first `length` tokens can be kept, if the cache holds `held`."""
         state = self._state
         if state.position <= length:
             return min(length, held)
@@ -130,13 +131,13 @@ class RecurrentStates:
         return self.checkpoints[at - 1].position if at else 0
 
     def expected(self, length: int, held: int) -> int:
-        """How many of the first `length` tokens will be reusable once they are computed; `held` tokens are."""
+        """How many of the first `length` tokens will be reusable once they are computed; `held` tokens already are."""
         at = bisect_right(self.marks, length)
         coming = self.marks[at - 1] if at and self.marks[at - 1] > held else 0
         return max(coming, self.reusable(length, held))
 
     def cut(self, length: int) -> None:
-        """Go back to `length` tokens, as many as `reusable` says."""
+        """Truncate to `length` tokens, a number that `reusable` allows."""
         self.checkpoints = [state for state in self.checkpoints if state.position <= length]
         if self._state.position <= length:
             return
@@ -144,7 +145,7 @@ class RecurrentStates:
         self._is_shared = bool(length)
 
     def fork(self, length: int) -> RecurrentStates:
-        """Those of a fork with the first `length` tokens, as many as `reusable` says."""
+        """The states of a fork with the first `length` tokens, a number that `reusable` allows."""
         self._is_shared = True
         fork = RecurrentStates.__new__(RecurrentStates)
         fork.__dict__ |= self.__dict__
@@ -154,7 +155,7 @@ class RecurrentStates:
         return fork
 
     def replace(self, checkpoints: Iterable[State]) -> int:
-        """Hold these states of another text in place of all others; returns the last one's position."""
+        """Replace all states by these of another text; returns the last one's position, 0 without any."""
         self.checkpoints = sorted(checkpoints, key=lambda state: state.position)[-self._most :]
         if not self.checkpoints:
             self._state, self._is_shared = _empty(self.shape), False
@@ -168,13 +169,14 @@ class RecurrentStates:
         return min(tokens, self.marks[at] - length) if at < len(self.marks) else tokens
 
     def add_spare(self, array: NDArray[np.float32]) -> None:
-        """Give an array (layers, what a layer keeps) for the next state to be written to."""
+        """Add an array (layers, elements of a layer's state) for the next state to be written to."""
         self._spare.append(array)
 
     def begin(self, length: int, tokens: int, guesses: int) -> None:
         """Prepare a pass of `tokens` tokens that follow the first `length`; `missing_bytes` must be 0.
 
-        guesses: how many of the last tokens `KVCache.retract` may take out.
+        guesses: how many of the last tokens are draft tokens, which `KVCache.retract` may remove. Raises OptionError
+        for more than MOST_GUESSES.
         """
         if guesses > MOST_GUESSES:
             raise OptionError(f"a pass of a hybrid model takes at most {MOST_GUESSES} guessed tokens, not {guesses}")
@@ -194,7 +196,7 @@ class RecurrentStates:
         )
 
     def commit(self) -> None:
-        """Take over what the pass has written, as it is complete."""
+        """Make the state that the completed pass has written the newest."""
         before, after = self._state, self._next
         assert after is not None
         self._state, self._next = after, None
@@ -215,7 +217,7 @@ class RecurrentStates:
             self._thin_out()
 
     def _thin_out(self) -> None:
-        """Drop the checkpoint that saves the least: distances to the newest state should grow like its powers of 2."""
+        """Drop the checkpoint that is worth the least: distances to the newest state should grow like powers of 2."""
         places = [0, *(state.position for state in self.checkpoints)]
         end = places[-1]
 
@@ -223,12 +225,12 @@ class RecurrentStates:
             gain = (places[at + 1] - places[at - 1]) / (end - places[at] + SPACING)
             return gain * _MARKED if places[at] in self.marks else gain
 
-        # The first one is where other texts part, the last one is the newest.
+        # Never the first one, where other texts diverge, nor the last one, which is the newest.
         worst = min(range(2, len(places) - 1), key=worth)
         del self.checkpoints[worst - 1]
 
     def drop_checkpoint(self) -> bool:
-        """Give up the oldest checkpoint, as memory is short; returns whether there was one besides the newest state."""
+        """Drop the first checkpoint to free memory; returns whether there was one besides the newest state."""
         if not self.checkpoints or self.checkpoints[0].array is self._state.array:
             return False
         del self.checkpoints[0]

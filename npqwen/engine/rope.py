@@ -11,8 +11,7 @@ from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 
 _BLOCK = 256
-"""Positions that are computed at once. A cosine takes 0.1 µs: at every step, those of 8 sequences would take 1 % of it.
-"""
+"""Positions that are computed at once. A cosine takes 0.1 µs: those of 8 sequences would take 1 % of every step."""
 
 
 class Rope:
@@ -45,7 +44,7 @@ class Rope:
             self.scale = np.float32(factor)
         self.frequency = frequency.astype(np.float32)
         self._computed = np.zeros(0, np.bool_)
-        """Which blocks of positions the tables have; their memory is taken as rows are written."""
+        """Which blocks of positions the tables have; memory is used only for rows that are written."""
         self._ready = 0
         """The tables have all positions below this one."""
         self._cos = self._sin = np.empty((0, half), np.float32)
@@ -64,7 +63,7 @@ class Rope:
         return self._cos[positions], self._sin[positions]
 
     def _compute(self, blocks: NDArray[np.int64]) -> None:
-        """Compute the blocks of positions that have not been needed before."""
+        """Compute those of these blocks of positions that the tables lack."""
         count = int(blocks.max(initial=-1)) + 1
         if count > len(self._computed):
             self._grow(1 << (count - 1).bit_length())

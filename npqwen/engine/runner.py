@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from npqwen.format.config import Config
 
 SHORT_PASS = 4
-"""Passes of at most this many tokens run on the calling thread too: Ctrl-C can wait that long."""
+"""Most tokens of a pass that the main thread, if it is the caller, helps compute: Ctrl-C waits until the pass ends."""
 _NO_STATES = (0,) * 6
-"""The fields of SEQUENCE from `guesses` on, without recurrent layers."""
+"""The fields of SEQUENCE starting at `guesses`, without recurrent layers."""
 
 
 class Runner:
-    """Runs passes of a model on a team of threads that `close` ends; its caller holds the lock `turn` meanwhile."""
+    """Runs passes of a model on a team of threads that `close` ends; callers hold the lock `turn()` during a pass."""
 
     def __init__(
         self,
@@ -53,30 +53,30 @@ class Runner:
         context: int,
         from_disk: bool,
     ) -> None:
-        """chunk: the most tokens of a pass. context: of a sequence. from_disk: whether memory is too small for the
-        weights, so that no pass is short."""
+        """chunk: the most tokens of a pass. context: the most of a sequence. from_disk: whether memory is too small for
+        the weights, so that every pass takes long."""
         self.config, self.weights, self.adapters = config, weights, adapters
         self.team = Team(threads)
-        # A runner that nobody closed ends its threads when it is collected; at exit they are daemons.
+        # A runner that is not closed ends its threads when it is garbage-collected; at exit they are daemons.
         weakref.finalize(self, self.team.close).atexit = False
         self.buffers = Buffers(config, weights, threads, chunk, context, rank=adapters.rank)
         self.nbytes = self.buffers.nbytes + adapters.nbytes + adapters.prepare(config, self.buffers)
-        """Bytes that passes write at most, and those of the adapters."""
+        """Most bytes that passes write, plus those of the adapters."""
         self.times = PassTimes(sparse=config.mixture is not None)
-        """What passes of few tokens take here."""
+        """Measured durations of passes of few tokens on this machine."""
         self._from_disk = from_disk
         self._rope = Rope(config)
         self._rows = np.arange(chunk)
         self._turns: dict[int, threading.Lock] = {}
 
     def with_weights(self, weights: Weights) -> Self:
-        """One that runs other weights, padded alike, with the same threads and buffers, in the same turns."""
+        """A runner of other weights of the same padded sizes, with the same threads, buffers and lock."""
         other = copy(self)
         other.weights = weights
         return other
 
     def compile(self, piece: Piece) -> None:
-        """Load the kernels from disk, or compile them. piece: a token whose cache is empty, never run."""
+        """Load the kernels from disk, or compile them. piece: a token with an empty cache; it is not run."""
         model, cache = self.weights.model[0], piece.cache
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.page_dtype)
@@ -93,7 +93,7 @@ class Runner:
         compile_kernel(function, (self.team.row(0), 0, *arguments))
 
     def turn(self) -> threading.Lock:
-        """The lock of the running pass. A forked process has its own: the holder's thread is not there."""
+        """The lock of the running pass. A forked process has its own: the holder's thread does not exist there."""
         return self._turns.setdefault(os.getpid(), threading.Lock())
 
     def is_busy(self) -> bool:
@@ -106,7 +106,7 @@ class Runner:
         Raises FormatError if a file has become shorter, and what `Team.run` raises.
         """
         self.weights.check_whole()
-        # Ctrl-C reaches the main thread only. Weights that do not fit into memory are read from disk.
+        # Ctrl-C reaches the main thread only. Reading weights that do not fit into memory from disk takes long.
         is_short = tokens <= SHORT_PASS and not self._from_disk
         on_caller = is_short or threading.current_thread() is not threading.main_thread()
         self.team.run(function, *arguments, on_caller=on_caller, keep=keep)
@@ -119,16 +119,16 @@ class Runner:
         output: Output,
         model: NDArray[np.void] | None = None,
     ) -> None:
-        """Run pieces through some layers, for which their caches are prepared, and append nothing.
+        """Run pieces, whose caches are prepared, through some layers, and append nothing.
 
-        embed: begin with the embedding, otherwise with what `buffers` hold. model: a MODEL record to be used in place
-        of the weights' own.
+        embed: begin with the embedding, otherwise with the hidden states in `buffers`. model: a MODEL record to use in
+        place of the weights' own.
         """
         arguments, held = self._arguments(pieces, layers, embed, output, model), [piece.cache.held for piece in pieces]
         self.run(forward, sum(piece.ids.size for piece in pieces), *arguments, keep=held)
 
     def run_pieces(self, pieces: Sequence[Piece], output: Output) -> None:
-        """Run pieces through all layers, append them to their caches, and hand over their hidden states."""
+        """Run pieces through all layers, append them to their caches, and add their hidden states to `KVCache.tail`."""
         for piece in pieces:
             piece.cache.begin(piece.ids.size, piece.guesses)
         start = time.perf_counter()
@@ -145,10 +145,10 @@ class Runner:
             first = last
 
     def hidden_states(self, piece: Piece, chosen: Collection[int]) -> dict[int, NDArray[np.float32]]:
-        """Run a piece as far as necessary and append it to its cache.
+        """Run a piece through as many layers as necessary and append it to its cache.
 
-        Returns hidden states, float32 (tokens, hidden_size), by the number of layers before each of them, in `chosen`.
-        Those after the last layer are the final norm's output.
+        chosen: numbers of layers. Returns, by these, the hidden states after that many layers, float32 (tokens,
+        hidden_size). Those after all layers are the final norm's output.
         """
         count, size, last = piece.ids.size, self.config.hidden_size, self.config.num_hidden_layers
         found: dict[int, NDArray[np.float32]] = {}

@@ -1,13 +1,13 @@
 """Snapshots: a cache in a file, with its tokens and the fingerprint of its model.
 
 The file is a valid safetensors file. `ids` is I32 (tokens,); `pending`, if there are any, are those that follow and
-are not computed yet, such as the last one drawn. `page.0`, `page.1`, ... are F16 or F32 (layers, 2,
+are not computed yet, such as the last sampled one. `page.0`, `page.1`, ... are F16 or F32 (layers, 2,
 kv_heads, tiles, 16 * head_dim): for each layer the keys, then the values, in tiles of 16 positions. A tile of keys is
 (head_dim, 16), one of values (16, head_dim). A page has 16 tiles, the last page as many as it needs; positions after
 the last token are 0. Pages of int8 are U8 (layers, 2, kv_heads, tiles, bytes), in 8 tiles of 32 positions, which
-npqwen/kernels/int8_page.py describes. Of a hybrid, `state.N` is the recurrent state after N tokens, F32 (layers, what
-each keeps): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version, the
-model's fingerprint and, if the cache was computed with an adapter, the adapter's name and fingerprint.
+npqwen/kernels/int8_page.py describes. A hybrid's `state.N` is the recurrent state after N tokens, F32 (layers, elements
+of a layer's state): the one after all `ids`, and the checkpoints before it. `__metadata__` has the format, its version,
+the model's fingerprint and, if the cache was computed with an adapter, the adapter's name and fingerprint.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "npqwen-cache", "1"
 _STATES = 3
-"""Of a hybrid's states, how many are saved: those to which the next turn of a conversation may go back."""
+"""Most states of a hybrid that are saved: the newest, to which the next turn of a conversation may be truncated."""
 _STATE = re.compile(r"state\.[0-9]{1,10}", re.ASCII)
 _TYPES: dict[str, CacheType] = {"U8": "int8", "F16": "f16", "F32": "f32"}
 """Types of caches, by the dtype of their pages."""
 
 
 class _Adapter(NamedTuple):
-    """What a file says about the adapter."""
+    """The adapter that a file names."""
 
     name: str
     fingerprint: str
 
 
 def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
-    """Write a cache and its text to a file that replaces another atomically. fingerprint: of its model.
+    """Write a cache and its tokens to a file, by atomic replacement. fingerprint: of its model.
 
     ids: the tokens in the cache, and perhaps some after them. Raises OutputError if the file cannot be written.
     """
     states = cache.states(cache.length)[-_STATES:]
-    # Guesses that turned out right are not in a state before the next pass: they are computed again.
+    # Accepted draft tokens enter a state only in the next pass: they are saved as pending, and computed again.
     count = cache.length if cache.recurrent is None else states[-1].position if states else 0
     counts = count, len(ids) - count, [state.position for state in states]
     adapter = None if cache.adapter is None else _Adapter(cache.adapter.name, cache.adapter.fingerprint)
@@ -75,7 +75,7 @@ def save(path: Path, cache: KVCache, ids: list[int], fingerprint: str) -> None:
 
 
 def size_of(cache: KVCache) -> int:
-    """Bytes that a cache takes in a file, about."""
+    """Approximate bytes that a cache takes in a file."""
     pages = sum(page.nbytes for page in cache.pages(cache.length))
     recurrent = cache.recurrent
     return pages if recurrent is None else pages + min(_STATES, len(recurrent.held)) * recurrent.shape.nbytes
@@ -84,7 +84,7 @@ def size_of(cache: KVCache) -> int:
 def load(
     path: Path, cache: KVCache, fingerprint: str, vocab_size: int, adapters: Iterable[Adapter] = ()
 ) -> list[int]:
-    """Fill an empty cache from a file; returns the ids that `save` was given.
+    """Fill an empty cache from a file; returns the `ids` that were passed to `save`.
 
     fingerprint, vocab_size, adapters: of its model. The cache gets the adapter that the file was computed with.
 
@@ -140,7 +140,7 @@ def _read(
             f"{path} holds {count + pending} tokens and the context is {cache.limit}; "
             "load the model with a longer context"
         )
-    # The numbers of tokens, and where states are, determine the header.
+    # The numbers of tokens and the states' positions determine the header.
     positions = [int(name[6:]) for name in header.tensors if _STATE.fullmatch(name)]
     if len(positions) > _STATES or (positions[-1:] != [count] if cache.recurrent and count else positions):
         raise damaged
@@ -201,12 +201,12 @@ def _header(
 
 
 def page_dtype(kv: CacheType) -> str:
-    """The dtype that a file gives the pages of this type."""
+    """The safetensors dtype of pages of this type."""
     return next(dtype for dtype, known in _TYPES.items() if known == kv)
 
 
 def _used(cache: KVCache, count: int) -> Iterator[NDArray[Any]]:
-    """The cache's first `count` tokens, page by page; positions after the last one are 0, whatever was left there."""
+    """The cache's first `count` tokens, page by page; positions after the last one are zeroed."""
     pages = cache.pages(count)
     past = count % cache.tile
     if past:
@@ -216,7 +216,7 @@ def _used(cache: KVCache, count: int) -> Iterator[NDArray[Any]]:
 
 
 def fill(file: BinaryIO, page: NDArray[Any]) -> int:
-    """Read a contiguous array; returns the bytes read, fewer at the end of the file."""
+    """Fill a contiguous array from a file; returns the bytes read, fewer only at the end of the file."""
     rest = page.reshape(-1).view(np.uint8)
     while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
         rest = rest[done:]

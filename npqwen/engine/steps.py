@@ -50,11 +50,11 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 def norm_and_pack(
     team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any, kept: Any
 ) -> None:
-    """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix of an encoding.
+    """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix with an encoding.
 
     rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
     scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py. kept:
-    float32 (tokens, columns of hidden) for what is packed, or none of its rows.
+    float32 (tokens, columns of hidden), receives the normed rows as well, unless it has no rows.
     """
     count = rows.size
     width = tile_width(count, encoding)
@@ -95,7 +95,7 @@ def project_heads(
     """The heads of qk_proj @ x and v_proj @ x, x being `packed`. Keys and values go into their sequences' caches.
 
     Queries and keys are normed and rotated, queries scaled by 1 / sqrt(head_dim): queries (tokens, heads * head_dim).
-    Each thread does this to the heads that it has computed, while they are in its own cache: in `local`.
+    Each thread processes the heads that it has computed itself, in `local`, while they are in its CPU cache.
     """
     count, dim = tokens.ids.size, model.head_dim
     width = tile_width(count, layer.qk_proj.encoding)
@@ -151,7 +151,7 @@ def project_heads(
 
 @step
 def apply_gates(team: Any, gates: Any, count: int, size: int, x: Any) -> None:
-    """x *= sigmoid(gates), of the first `size` elements of the first `count` rows."""
+    """x *= sigmoid(gates), for the first `size` elements of the first `count` rows."""
     while True:
         t = claim(team, count)
         if t == count:
@@ -166,8 +166,9 @@ def project_gated(
 ) -> None:  # fmt: skip
     """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
 
-    adapters: what they add, too. number: the layer's. kept: float32 for what is packed, or no rows.
-    Each thread does this to the rows that it has computed, while they are in its own cache: in `local`.
+    adapters: what they add to both products is included. number: the layer's index. kept: float32, receives the rows
+    that are packed as well, unless it has no rows. Each thread processes the rows that it has computed itself, in
+    `local`, while they are in its CPU cache.
     """
     width = tile_width(count, matrix.encoding)
     groups = matrix.rows // UNIT_ROWS
@@ -191,9 +192,9 @@ def project_gated(
 def add_shared(
     team: Any, model: Any, layer: Any, adapters: Any, normed: Any, shared: Any, count: int, hidden: Any
 ) -> None:
-    """hidden += sigmoid(shared_expert_gate @ normed) * shared, of the first `count` rows.
+    """hidden += sigmoid(shared_expert_gate @ normed) * shared, for the first `count` rows.
 
-    adapters: what they add to the gate, too; after `shrink` of its input.
+    adapters: what they add to the gate's product is included; `shrink` of its input must have run.
     """
     weight = memory(layer.shared_expert_gate, model.hidden_size, np.float32)
     while True:
@@ -217,9 +218,9 @@ def final_norm(team: Any, model: Any, hidden: Any, output: Any) -> None:
 
 @step
 def multiply_output(team: Any, model: Any, packed: Any, output: Any, scratch: Any, local: Any) -> None:
-    """output.values = lm_head @ what is packed of output.tokens, and output.maxima, if it is not empty, those of it.
+    """output.values = lm_head @ the packed rows of output.tokens; output.maxima, unless empty, = its block maxima.
 
-    Each thread finds the maxima of the logits that it has computed, while they are in its own cache: in `local`.
+    Each thread finds the maxima of the logits that it has computed itself, in `local`, while they are in its CPU cache.
     """
     matrix, count, maxima = model.lm_head, output.tokens.size, output.maxima
     width = tile_width(count, matrix.encoding)

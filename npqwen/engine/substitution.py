@@ -1,4 +1,4 @@
-"""An engine with some of its matrices replaced by another's: what does quantizing just these cost?"""
+"""An engine with some of its matrices replaced by another's, to measure what quantizing just these costs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parts(engine: Engine, donor: Engine) -> list[Part]:
         tuple(np.flatnonzero(chosen).tolist())
         for chosen in (np.ones_like(sparse), ~recurrent, ~sparse, sparse, recurrent, shared)
     )
-    # Together: they are multiplied by the same packed activations.
+    # Replaced together, as they are multiplied by the same packed activations.
     gate = ("q_gate",) if deltas else ()
     projections = "qk_proj, v_proj and q_gate" if deltas else "qk_proj and v_proj"
     which = "all attention layers" if deltas else "all layers"
@@ -64,7 +64,7 @@ def parts(engine: Engine, donor: Engine) -> list[Part]:
 def substituted(engine: Engine, donor: Engine, part: Part) -> Engine:
     """`engine` with one part of `donor`'s weights.
 
-    Close neither `engine` nor `donor` before its last use, and do not close it; see `Engine.with_weights`.
+    Close neither `engine` nor `donor` while it is in use, and do not close it; see `Engine.with_weights`.
     """
     weights = copy.copy(engine.weights)
     weights.model, weights.layers = weights.model.copy(), weights.layers.copy()
@@ -79,7 +79,7 @@ def substituted(engine: Engine, donor: Engine, part: Part) -> Engine:
 
 
 def _check_dimensions(engine: Engine, donor: Engine) -> None:
-    """Equal configs, and equally padded matrices: the buffers are `engine`'s."""
+    """Raise OptionError unless configs and padded sizes are equal: the buffers are `engine`'s."""
     pairs = [(engine.weights.model, donor.weights.model), (engine.weights.layers, donor.weights.layers)]
     if engine.config != donor.config or not all(_equally_padded(ours, theirs) for ours, theirs in pairs):
         raise OptionError(

@@ -1,7 +1,7 @@
 """Threads that run one compiled function together, step by step.
 
-Waking a thread takes tens of microseconds, a step of atomics a third of one (npqwen/kernels/pieces.py). So the threads
-are woken once per forward pass.
+Waking a thread takes tens of microseconds, a step synchronized by atomics a third of one (npqwen/kernels/pieces.py). So
+the threads are woken once per forward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from npqwen.kernels.pieces import INSIDE, LAST_STEP, STEP, STOP, Interrupted, cl
 
 _POLL_SECONDS = 1e-3
 _LONGEST = 1 << 20
-"""More steps than a function has."""
+"""More steps than any function has."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Job:
     """Held until the first member returns."""
     failures: list[BaseException]
     keep: object
-    """What the function reads besides the arguments: a late member may still read when the call is over."""
+    """Owns what the function reads besides the arguments: a late member may still read it after the call returns."""
 
 
 class Team:
@@ -46,12 +46,12 @@ class Team:
     The caller sleeps meanwhile, so that it receives Ctrl-C: the members then stop before they claim more work. For
     short work it can take the place of member 0 (see `run`). One call runs at a time; other callers wait.
 
-    A call is over when its work is done. A member that the system keeps from running may still be inside, in an earlier
-    call than the one that runs: it writes to its own memory only, and nobody waits for it.
+    A call returns when its work is done. A member that the system has preempted may then still be inside it, even while
+    a later call runs: it writes to its own memory only, and nobody waits for it.
     """
 
     def __init__(self, threads: int) -> None:
-        """Raises OptionError unless threads is 1 to 1024, OutOfMemoryError if the system refuses so many."""
+        """Raises OptionError unless threads is 1 to 1024, OutOfMemoryError if the system cannot start them."""
         check_threads(threads)
         self.threads = threads
         self._turn = threading.Lock()
@@ -107,7 +107,7 @@ class Team:
             del job
 
     def _wake_after(self, member: int) -> None:
-        """Wake two other members, which wake two others each: one that is late keeps few asleep."""
+        """Wake two other members, each of which wakes two more: a late one keeps few others asleep."""
         for other in self._go[2 * member + 1 : 2 * member + 3]:
             _release(other)
 
@@ -115,7 +115,7 @@ class Team:
         """Run function(row, member, *args) in every member; returns when the first has returned.
 
         function: compiled with nogil. All of its work is claimed in steps (npqwen/kernels/pieces.py), so that it is
-        done when one member returns; what it writes otherwise, it writes for itself. on_caller: run member 0 on the
+        done when one member returns; any other memory that a member writes is its own. on_caller: run member 0 on the
         calling thread, which saves two context switches but delays Ctrl-C until the function returns: for short work.
         keep: owns the memory that the function reads at addresses. Raises what the function raised, KeyboardInterrupt,
         and ClosedError after close().
@@ -126,7 +126,7 @@ class Team:
             if self._closed:
                 raise ClosedError("the model is closed; load it again")
             if self._job is not None or next_step(self.state) > LAST_STEP - _LONGEST:
-                self._settle()  # an interrupt came while a call was being stopped, or the steps' numbers are used up
+                self._settle()  # an interrupt came while a call was being stopped, or step numbers are exhausted
             job = _Job(function, args, int(on_caller), next_step(self.state), _held(), [], keep)
             try:
                 with self._entering:
@@ -157,7 +157,7 @@ class Team:
         job.function(row, 0, *job.args)
 
     def _settle(self) -> None:
-        """Stop the running call, wait until all members are out of it and of earlier ones, and number steps anew."""
+        """Stop the running call, wait until all members have left it and earlier ones, and restart step numbers."""
         with self._entering:
             self._job = None
         self.state[0, STOP] = 1
@@ -165,7 +165,7 @@ class Team:
         clear(self.state)
 
     def _wait_for_members(self) -> None:
-        """Wait until all members are out of the functions that they run."""
+        """Wait until all members have returned from the functions that they run."""
         polls = 0
         while self.state[1:, INSIDE].any():
             polls += 1

@@ -38,10 +38,10 @@ class MappedTensor:
 
 
 class Weights:
-    """A model's weights, mapped read-only from its files for as long as this lives.
+    """A model's weights, mapped read-only from its files for as long as this object lives.
 
-    model, layers: what the kernels read, arrays of MODEL (one) and LAYER records. draft, draft_layers: of DRAFT and
-    LAYER records, one each if the model has a draft layer.
+    model, layers: the records that kernels read, arrays of MODEL (one) and LAYER. draft, draft_layers: arrays of DRAFT
+    and LAYER records, one each if the model has a draft layer, else empty.
     """
 
     def __init__(self, directory: Path, config: Config) -> None:
@@ -55,7 +55,7 @@ class Weights:
         for path in weight_files(directory):
             self._map(path)
         layout = Layout(config)
-        # A number of layers that the files do not have may be too large to allocate.
+        # Records of more layers than the files have may be too large to allocate.
         self._find(layout.layer(config.num_hidden_layers - 1)["input_layernorm"].name)
         self.model = np.zeros(1, MODEL)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
@@ -71,7 +71,7 @@ class Weights:
 
     @property
     def cache_type(self) -> CacheType:
-        """The type of the KV cache, unless another is chosen."""
+        """The KV cache's element type, unless another is chosen."""
         return self.quantization.recipe.cache_type
 
     @property
@@ -95,7 +95,7 @@ class Weights:
         self._mappings.clear()
 
     def check_whole(self) -> None:
-        """Raise FormatError if a file has become shorter: to read what is gone would end the process (SIGBUS)."""
+        """Raise FormatError if a file has become shorter: reading past its end would kill the process (SIGBUS)."""
         for path, mapping in self._mappings.items():
             if mapping.size() < len(mapping):
                 raise FormatError(
@@ -104,15 +104,17 @@ class Weights:
                 )
 
     def advise_huge_pages(self) -> None:
-        """Ask for huge pages before any weight is read, of files that fit into memory; see `paging.advise_huge_pages`.
+        """Request huge pages, before any weight is read, for files that fit into memory.
+
+        See `paging.advise_huge_pages`.
         """
         for mapping in self._mappings.values():
             advise_huge_pages(mapping)
 
     def check_codebooks(self) -> None:
-        """Raise FormatError unless all codebooks are what kernels rely on: values in range, and repeated.
+        """Raise FormatError unless all codebooks are as kernels expect: values in range, and repeated.
 
-        It reads a page of every matrix, and what the system reads around it.
+        This reads a memory page per codebook, plus the system's readahead.
         """
         for name, encoding in self.quantization.encodings.items():
             if not encoding.codebook:
@@ -143,7 +145,7 @@ class Weights:
             self.tensors[name] = MappedTensor(stored.dtype, stored.shape, data[stored.offset : end], path)
 
     def _fill(self, layout: Layout) -> None:
-        """Fill the records of the kernels, and refuse encodings of matrices that the config does not have."""
+        """Fill the kernels' records; FormatError for encodings of tensors that the config does not imply."""
         c, model = layout.config, self.model[0]
         for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
             model[key] = getattr(c, key)
@@ -180,7 +182,7 @@ class Weights:
         self._check_same_packing(tensors)
 
     def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse encodings of q, k, v and the output gate for which their common input would be packed in two ways."""
+        """Raise FormatError for encodings of q, k, v and the output gate that pack their common input differently."""
         names = [tensors[role].name for role in ("qk_proj", "v_proj", "q_gate") if role in tensors]
         encodings = [self.quantization.encodings[name] for name in names]
         for name, other in zip(names, encodings, strict=True):
@@ -224,7 +226,7 @@ class Weights:
         return _record(*self._units(matrix), matrix)
 
     def _experts(self, layer: np.void, experts: Experts) -> None:
-        """The first expert's matrices, and the distance from each expert to the next."""
+        """Fill in the first expert's matrices, and the stride from each expert to the next."""
         address, codebook, encoding = self._units(experts)
         gate_up, down = experts.matrices(0)
         layer["gate_up_proj"] = _record(address, codebook, encoding, gate_up)

@@ -24,7 +24,7 @@ from npqwen.format.text_part import text_name
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = ("BF16", "F16", "F32")
-"""Of factors and of matrices that are saved whole."""
+"""Supported dtypes of factors and of matrices that are saved whole."""
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)")
@@ -44,17 +44,17 @@ _UNSUPPORTED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Keys of what is not supported, and how messages call it."""
+"""Config keys of unsupported features, and their names in messages."""
 _LARGEST = 1e30
-"""Of lora_alpha: float32 holds no much larger numbers."""
+"""Largest magnitude of lora_alpha, below the range of float32."""
 _LONGEST_NAME = 250
-"""Characters of a tensor's name."""
+"""Most characters of a tensor's name."""
 _ADVICE = "merge it in PEFT (merge_and_unload, save_pretrained) and convert the result"
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter that a user named: PEFT's directory, and a factor of its effect."""
+    """An adapter that a user named: PEFT's directory, and a factor by which its effect is scaled."""
 
     directory: Path
     strength: float = 1.0
@@ -87,7 +87,7 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the adapted matrix."""
+        """The shape of the adapted matrix."""
         return (self.a.shape[1], self.b.shape[0]) if self.transposed else (self.b.shape[0], self.a.shape[1])
 
     @property
@@ -96,7 +96,10 @@ class Factors:
 
 
 class StoredAdapter:
-    """An adapter's directory, read and checked but for the numbers. Raises CheckpointError, naming what is wrong."""
+    """An adapter's directory, read and checked except for the values of its tensors.
+
+    Raises ModelNotFoundError if there is no directory, CheckpointError, naming the problem, if it is unusable.
+    """
 
     def __init__(self, file: AdapterFile) -> None:
         self.directory = directory = file.directory
@@ -110,9 +113,9 @@ class StoredAdapter:
             raise CheckpointError(f"{directory} has no {WEIGHTS}{found}")
         self._strength = file.strength
         self.saved: dict[str, StoredTensor] = {}
-        """Of modules_to_save, by the checkpoint's names."""
+        """The tensors of modules_to_save, by the checkpoint's names."""
         self.factors: dict[str, Factors] = {}
-        """By the names of the adapted matrices."""
+        """Factors by the names of the adapted matrices."""
         self._sort(stored_tensors(self.weights))
 
     @property
@@ -127,7 +130,7 @@ class StoredAdapter:
 
     @property
     def unties(self) -> bool:
-        """Whether it changes the embedding or the output matrix, which then differ if they were one."""
+        """Whether it changes the embedding or the output matrix, so that they can no longer be tied."""
         return bool({EMBEDDING, OUTPUT} & {*self.saved, *self.factors})
 
     def check_shape(
@@ -161,7 +164,7 @@ class StoredAdapter:
     def _sort(self, stored: Mapping[str, StoredTensor]) -> None:
         factors: dict[str, dict[str, StoredTensor]] = {}
         transposed = set()
-        modules: dict[str, str] = {}  # what PEFT calls those of the matrices, which differs in a multimodal model
+        modules: dict[str, str] = {}  # PEFT's names by matrix, which differ in a multimodal model
         for name, tensor in stored.items():
             if len(name) > _LONGEST_NAME:
                 raise CheckpointError(f"{self.directory} adapts {shortened(name)}, a name of {len(name):,} characters")
@@ -172,7 +175,7 @@ class StoredAdapter:
                 )
             whole = name.removeprefix(_PREFIX)
             own = text_name(whole)
-            if own is None:  # of images, which no text has
+            if own is None:  # of the vision part, which text does not use
                 continue
             match = _FACTOR.fullmatch(own)
             if match is not None:
@@ -211,7 +214,7 @@ class StoredAdapter:
             raise CheckpointError(f"{self.weights} adapts nothing of the text model")
 
     def _scale(self, alpha: Any, rank: int) -> float:
-        """What the product of a matrix's factors is multiplied by, for its lora_alpha."""
+        """The scale of the product of a matrix's factors, from its lora_alpha."""
         if not is_number(alpha):
             raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}; it must be a number")
         if not abs(alpha) <= _LARGEST:

@@ -1,4 +1,4 @@
-"""`alpha_pattern` of PEFT's LoraConfig: the lora_alpha of modules that have another than most.
+"""`alpha_pattern` of PEFT's LoraConfig: the lora_alpha of modules that differ from the default.
 
 Its keys are regular expressions for the ends of modules' names. They come with an adapter, and Python's `re` can
 take exponential time: only simple ones are read, within a bound on their total work.
@@ -17,16 +17,17 @@ _SIMPLE = re.compile(
     r"|\((?:\?:)?|\)(?![*+?])|[|^$])*"  # groups, not repeated
 )
 _LONGEST = 2000
-"""Characters of a pattern."""
+"""Most characters of a pattern."""
 _COMPILED, _MOST = 1000, 10_000_000
-"""Steps of matching that compiling a pattern takes as long as, and those of all patterns and names: some seconds."""
+"""The cost of compiling a pattern, in steps of matching, and the most steps of all patterns and names: some seconds."""
 
 
 class AlphaPatterns:
-    """What of alpha_pattern applies to some modules."""
+    """The patterns of an alpha_pattern, checked for use with some modules."""
 
     def __init__(self, value: Any, modules: Collection[str], where: str) -> None:
-        """value: of the key. where: the file, for messages. Raises CheckpointError for what cannot be read."""
+        """value: of the key. modules: their names. where: the file, for messages. Raises CheckpointError for a value
+        that is not an object, or has patterns that are not simple, not valid or too slow."""
         if not isinstance(value, dict):
             raise CheckpointError(f"{where} has an alpha_pattern that is not an object")
         longest, steps = max(map(len, modules), default=0), 0
@@ -50,7 +51,7 @@ class AlphaPatterns:
                 ) from None
 
     def alpha(self, module: str, otherwise: Any) -> Any:
-        """The value of the first pattern that matches a module's name."""
+        """The value of the first pattern that matches a module's name, `otherwise` without one."""
         return next((alpha for pattern, alpha in self._alphas if pattern.match(module)), otherwise)
 
 

@@ -1,4 +1,4 @@
-"""Digests of what a conversion wrote, in the file `NAME` of the model's directory (quant/FORMAT.md)."""
+"""Digests of the data that a conversion wrote, in the file `NAME` of the model's directory (quant/FORMAT.md)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from npqwen.format.files import open_regular
 
 NAME = "npqwen-checksums.json"
 ALGORITHM = "sha256"
-"""Of all digests. Processors have instructions for it: 2 GB/s on x86-64; the hub uses it, too."""
+"""The algorithm of all digests. Processors have instructions for it: 2 GB/s on x86-64; the hub uses it, too."""
 
 _VERSION = 1
 _PIECE = 1 << 20
 
 
 class Digest:
-    """The digest of bytes that come piece by piece."""
+    """An incremental digest of bytes."""
 
     def __init__(self) -> None:
         self._hash = hashlib.new(ALGORITHM, usedforsecurity=False)
@@ -40,9 +40,9 @@ class Checksums:
     """The digests of a converted model."""
 
     tensors: Mapping[str, str] = field(default_factory=dict)
-    """Of the bytes of every tensor, by its name."""
+    """Digests of every tensor's bytes, by its name."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Of config.json (see `config_digest`) and of the small files that programs read, by their paths."""
+    """Digests of config.json (see `config_digest`) and of the small files that programs read, by their paths."""
 
     def as_bytes(self) -> bytes:
         """The content of the file."""
@@ -51,7 +51,7 @@ class Checksums:
 
     @classmethod
     def of(cls, directory: Path) -> Checksums | None:
-        """Those of a converted model; None if it has none, or those of another version.
+        """The checksums of a converted model; None if it has none, or those of another version.
 
         Raises CheckpointError for a damaged file.
         """
@@ -72,22 +72,22 @@ def _is_digests(value: Any) -> TypeGuard[dict[str, str]]:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """Of config.json: of its JSON with sorted keys and without spaces, `quantization_config.evaluation` left out,
-    which is stored later."""
+    """The digest of config.json: of its JSON with sorted keys and without spaces, nor
+    `quantization_config.evaluation`, which is stored later."""
     entry = {key: value for key, value in config["quantization_config"].items() if key != "evaluation"}
     text = json.dumps({**config, "quantization_config": entry}, sort_keys=True, separators=(",", ":"))
     return bytes_digest(text.encode())
 
 
 def bytes_digest(data: bytes) -> str:
-    """Of a small file."""
+    """The digest of a small file's content."""
     digest = Digest()
     digest.update(data)
     return digest.text()
 
 
 def digest_of_range(path: Path, offset: int, nbytes: int) -> str:
-    """Of bytes of a file; OSError if it cannot be read, EOFError if it is too short."""
+    """The digest of a range of a file's bytes; OSError if it cannot be read, EOFError if it is too short."""
     digest = Digest()
     for piece in pieces(path, offset, nbytes):
         digest.update(piece)
@@ -95,7 +95,7 @@ def digest_of_range(path: Path, offset: int, nbytes: int) -> str:
 
 
 def pieces(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """Bytes of a file, piece by piece, each valid until the next one; raises as `digest_of_range`."""
+    """A range of a file's bytes, piece by piece, each valid until the next; raises what `digest_of_range` raises."""
     buffer = memoryview(bytearray(min(_PIECE, nbytes)))
     with open_regular(path) as file:
         file.seek(offset)

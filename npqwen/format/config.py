@@ -16,11 +16,11 @@ FAMILY = "Qwen3, Qwen3-Next and Qwen3.5 to 3.8"
 _MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
 _HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 CONVOLUTION = 4
-"""Tokens that a Gated DeltaNet layer's convolution sees (config key linear_conv_kernel_dim); no model has others."""
+"""Tokens that a Gated DeltaNet layer's convolution sees (config key linear_conv_kernel_dim), the same in all models."""
 _LAYER_TYPES = ("linear_attention", "full_attention")
 _LAYERS = 1 << 16
 _POSITIONS = 2**31
-"""Tokens that a context may have at most, YaRN included."""
+"""Most tokens of a context, YaRN included."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Mixture:
     decoder_sparse_step: int
     mlp_only_layers: tuple[int, ...]
     shared_expert_intermediate_size: int = 0
-    """Of the expert that sees every token, in hybrids; 0 without one."""
+    """Inner size of the shared expert, which sees every token, in hybrids; 0 without one."""
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """The Gated DeltaNet layers of a hybrid (Yang et al. 2025), under the names that they have in `config.json`."""
+    """The Gated DeltaNet layers of a hybrid (Yang et al. 2024), under the names that they have in `config.json`."""
 
     linear_num_key_heads: int
     linear_num_value_heads: int
@@ -91,7 +91,7 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int
-    """Of a head, the coordinates that are rotated: head_dim times the key partial_rotary_factor."""
+    """Rotated coordinates of a head: head_dim times the key partial_rotary_factor."""
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -100,7 +100,7 @@ class Config:
     tie_word_embeddings: bool
     mixture: Mixture | None = None
     recurrence: Recurrence | None = None
-    """Of a hybrid: its other layers' attention has an output gate, too."""
+    """None unless the model is a hybrid, whose attention layers also have an output gate."""
     mtp_num_hidden_layers: int = 0
     """1 if the model has a draft layer (multi-token prediction), which guesses the token after the next."""
 
@@ -126,7 +126,7 @@ class Config:
 
     @property
     def trained_context(self) -> int:
-        """Tokens of the context that the model was trained on, to which a factor of YaRN refers.
+        """Tokens of the context that the model was trained on, which YaRN's factor multiplies.
 
         Without YaRN in config.json, the largest power of two up to max_position_embeddings: Qwen3's 40,960 are the
         32,768 of its training and 8,192 for the prompt (Qwen3's model cards, "Processing Long Texts").
@@ -255,7 +255,7 @@ def _mixture(raw: Mapping[str, Any], where: str) -> Mixture:
         num_experts=_count({"num_experts": experts}, "num_experts", where, default=128),
         num_experts_per_tok=_count(raw, "num_experts_per_tok", where, default=8),
         moe_intermediate_size=_count(raw, "moe_intermediate_size", where, default=768),
-        # Qwen3.5's mixtures have no such key and do so; Qwen3-Next's default is to do so.
+        # Qwen3.5's mixtures have no such key, but normalize; Qwen3-Next does by default.
         norm_topk_prob=bool(raw.get("norm_topk_prob", is_hybrid)),
         decoder_sparse_step=_count(raw, "decoder_sparse_step", where, default=1),
         mlp_only_layers=tuple(only),

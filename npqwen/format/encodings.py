@@ -13,7 +13,7 @@ from dataclasses import dataclass
 UNIT_ROWS = 16
 """Rows of a unit, whatever the width of a vector register."""
 UNIT_COLUMNS = 128
-"""Columns of a unit: as many as make every part of a unit a multiple of 64 bytes."""
+"""Columns of a unit: enough to make the size of every part of a unit a multiple of 64 bytes."""
 BLOCK_COLUMNS = 32
 """Columns of a block: those that share a scale, in each row."""
 UNIT_BLOCKS = UNIT_COLUMNS // BLOCK_COLUMNS
@@ -42,12 +42,12 @@ class Encoding:
     """Index into the tables of kernels, 0 and up without gaps."""
     planes: tuple[int, ...]
     """Widths in bits of the planes that a block's integers are divided into, the lowest bits first. A plane of p bits
-    takes p lines; bits p * f and up of each byte of its line j belong to quad j + p * f."""
+    takes p lines; the p bits starting at p * f of each byte of its line j belong to quad j + p * f."""
     is_integer: bool = True
     """True: integers with scales, multiplied with int8 activations. False: floats, multiplied with float32."""
     codebook: tuple[int, ...] = ()
-    """The values that stored integers stand for, ascending, as the converter writes them: files have a codebook for
-    each matrix. Empty: the values follow from the stored integers."""
+    """The values that stored integers encode, ascending, as the converter writes them: files have a codebook for each
+    matrix. Empty: the values follow from the stored integers."""
 
     @property
     def bits(self) -> int:
@@ -56,7 +56,7 @@ class Encoding:
 
     @property
     def zero_point(self) -> int:
-        """Added to values, it makes what kernels multiply unsigned; 0 if that is signed."""
+        """Added to values to make the integers that kernels multiply unsigned; 0 if they are signed."""
         return ZERO_POINT if self.is_integer and self.bits < 8 else 0
 
     @property
@@ -66,7 +66,7 @@ class Encoding:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """What the integers 0, 1, ... of an encoding of integers stand for, ascending.
+        """The values that the integers 0, 1, ... of an encoding of integers encode, ascending; empty for floats.
 
         With a zero point and no codebook, a stored q is the value q * step - zero_point; without a zero point the
         values themselves are stored, signed.
@@ -84,7 +84,7 @@ class Encoding:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of the int8 scales that a unit begins with: of 16 rows for each of its blocks. 0: none."""
+        """Bytes of the int8 scales that a unit begins with: of 16 rows for each of its blocks. 0 for floats."""
         return UNIT_BLOCKS * UNIT_ROWS if self.is_integer else 0
 
     @property
@@ -99,11 +99,11 @@ class Encoding:
 
     @property
     def row_scale_bytes(self) -> int:
-        """Bytes of the float32 scales of 16 rows, which precede their units. 0: none."""
+        """Bytes of the float32 scales of 16 rows, which precede their units. 0 for floats."""
         return 4 * UNIT_ROWS if self.is_integer else 0
 
     def row_bytes(self, units: int) -> int:
-        """Bytes of a unit row: the scales of 16 rows, then so many units."""
+        """Bytes of a unit row: the scales of 16 rows, then `units` units."""
         return self.row_scale_bytes + units * self.unit_bytes
 
     @property
@@ -114,7 +114,7 @@ class Encoding:
 
 INT4 = Encoding(
     "int4", code=0, planes=(4,),
-    # Of the least squared error of trained weights in blocks of 32.
+    # Minimizes the squared error of trained weights in blocks of 32.
     codebook=(-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29),
 )  # fmt: skip
 INT8 = Encoding("int8", code=1, planes=(8,))

@@ -1,6 +1,6 @@
 """Reading files that others made: regular files only, and small ones up to a limit.
 
-A link to a device or a named pipe in a downloaded directory would otherwise be read until memory is gone, or block.
+A link to a device or a named pipe in a downloaded directory would otherwise exhaust memory, or block.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, BinaryIO
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
-"""No pointer of Git LFS is larger."""
+"""Most bytes of a Git LFS pointer."""
 
 SMALL = 50_000_000
 """Bytes up to which a file is read whole: far above any tokenizer. Qwen3's has 11 MB."""
 LARGEST_JSON = 16_000_000
 """Bytes up to which JSON is read. The index of Qwen3-235B-A22B in FP8 has 8 MB."""
 VALUES = 300_000
-"""Values of JSON, at most, unless it is a header: 3 bytes may make an object of 64. That index has 75,000."""
+"""Most values of JSON, unless it is a header: 3 bytes may become an object of 64. That index has 75,000."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -42,7 +42,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what Git leaves in the place of a large file, without Git LFS."""
+    """Whether a file is the pointer that Git without Git LFS leaves in place of a large file."""
     try:
         return read_small(path, _POINTER_BYTES).startswith(_POINTER)
     except OSError:
@@ -50,7 +50,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """All of a regular file; OSError if it is larger than `limit` bytes, and as open_regular raises."""
+    """All of a regular file; OSError if it is larger than `limit` bytes, and where open_regular raises it."""
     with open_regular(path) as file:
         data = bytearray()
         # Not in larger pieces: glibc would serve later arrays of such a size from the heap, where zeros take memory.
@@ -64,7 +64,7 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
 def read_json_text(data: bytes, values: int = VALUES) -> Any:
     """The value of JSON in UTF-8; ValueError or RecursionError if it is not JSON, or would take too much memory.
 
-    values: how many values it may have.
+    values: the most values that it may have.
     """
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON / 1e6:.0f} MB")

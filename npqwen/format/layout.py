@@ -1,7 +1,7 @@
 """Which tensors a converted model has: names, padded sizes, order, and what each is made from (quant/FORMAT.md).
 
-The converter writes the tensors of a `Layout`, the reader looks for them. Encodings are not part of it: a matrix counts
-in units of 16 rows x 128 columns, whatever their bytes.
+The converter writes the tensors of a `Layout`, the reader looks for them. Encodings are not part of it: a matrix is
+measured in units of 16 rows x 128 columns, whatever their size in bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix of the checkpoint within a stored one: its i-th 16 rows are the unit row `start + i * stride`."""
+    """A matrix of the checkpoint within a stored one: its i-th group of 16 rows is unit row `start + i * stride`."""
 
     source: str
     rows: int
@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in units: row after row of them. A *unit row* is the units of the same 16 rows."""
+    """A matrix stored in units, unit row by unit row. A *unit row* is the units of the same 16 rows."""
 
     name: str
     columns: int
@@ -74,7 +74,7 @@ class Matrix:
         return rows * UNIT_ROWS, columns * UNIT_COLUMNS
 
     def shape(self, encoding: Encoding) -> tuple[int, int]:
-        """Of the tensor: unit rows, and bytes of each."""
+        """The tensor's shape: unit rows, and bytes of each."""
         rows, columns = self.units
         return rows, encoding.row_bytes(columns)
 
@@ -106,7 +106,7 @@ class Experts:
 
     name: str
     source: str
-    """What the checkpoint's names begin with, up to the expert's number."""
+    """The prefix of the checkpoint's names, up to the expert's number."""
     count: int
     hidden: int
     inner: int
@@ -117,7 +117,7 @@ class Experts:
         return _gate_up(prefix, self.hidden, self.inner), _plain(f"{prefix}down_proj.weight", self.hidden, self.inner)
 
     def shape(self, encoding: Encoding) -> tuple[int, int]:
-        """Of the tensor: experts, and bytes of each."""
+        """The tensor's shape: experts, and bytes of each."""
         shapes = [matrix.shape(encoding) for matrix in self.matrices(0)]
         return self.count, sum(rows * row_bytes for rows, row_bytes in shapes)
 
@@ -143,7 +143,7 @@ class Layout:
         self.embed_tokens = _plain("model.embed_tokens.weight", vocabulary, hidden)
         self.norm = Vector("model.norm.weight", hidden)
         self.lm_head = None if config.tie_word_embeddings else _plain("lm_head.weight", vocabulary, hidden)
-        """None if the embedding is used for it."""
+        """None if the embedding is the output matrix, too."""
 
     def layer(self, i: int) -> dict[str, Tensor]:
         """Layer i's tensors by their role (qk_proj, router, experts, ...), in the order in which a pass uses them."""
@@ -152,7 +152,7 @@ class Layout:
         return mixer | self._feed_forward(prefix, self.config.is_sparse(i))
 
     def draft(self) -> dict[str, Tensor]:
-        """The tensors around the draft layer by their role; only of a model that has one."""
+        """The tensors around the draft layer by their role; only for a model that has one."""
         hidden = self.config.hidden_size
         return {
             "pre_fc_norm_embedding": Vector("mtp.pre_fc_norm_embedding.weight", hidden),
@@ -162,7 +162,7 @@ class Layout:
         }
 
     def draft_layer(self) -> dict[str, Tensor]:
-        """The draft layer's tensors by their role, as those of `layer`; only of a model that has one."""
+        """The draft layer's tensors by their role, as in `layer`; only for a model that has one."""
         prefix = "mtp.layers.0."
         return self._attention(prefix) | self._feed_forward(prefix, self.config.mixture is not None)
 
@@ -188,7 +188,7 @@ class Layout:
         }
 
     def _recurrent(self, prefix: str) -> dict[str, Tensor]:
-        """Of a Gated DeltaNet layer: queries, keys, values and z are one product, b and a (the gates) another."""
+        """A Gated DeltaNet layer's mixer: one matrix computes queries, keys, values, z, another the gates b and a."""
         r, hidden, own = self.config.recurrence, self.config.hidden_size, prefix + "linear_attn."
         assert r is not None
         heads = r.linear_num_value_heads
@@ -251,7 +251,7 @@ def _plain(name: str, rows: int, columns: int) -> Matrix:
 
 
 def _gate_up(prefix: str, hidden: int, inner: int) -> Matrix:
-    """gate_proj and up_proj, whose unit rows take turns: each padded to whole units first."""
+    """gate_proj and up_proj with interleaved unit rows, each padded to whole units first."""
     gate = Part(prefix + "gate_proj.weight", inner, start=0, stride=2)
     up = Part(prefix + "up_proj.weight", inner, start=1, stride=2)
     return Matrix(prefix + "gate_up_proj.weight", hidden, (gate, up))

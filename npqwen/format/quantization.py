@@ -18,7 +18,7 @@ from npqwen.format.encodings import BY_NAME, Encoding
 from npqwen.format.recipe import Recipe, recipe_of
 
 FORMAT_VERSION = 2
-"""Of the files that a conversion writes."""
+"""Format version of the files that a conversion writes."""
 
 AGAIN = "copy or convert it again (with --force)"
 """The advice about a damaged model."""
@@ -28,12 +28,12 @@ _METHOD = "npqwen"
 _EVALUATION = "evaluation"
 _CALIBRATION = "calibration"
 _IMPOSSIBLE = 1e18
-"""More than any number of an evaluation."""
+"""Bound above any number of an evaluation."""
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """What was measured of a converted model: its predictions of a text compared with those of another model."""
+    """Measurements of a converted model: its predictions of a text compared with those of another model."""
 
     text: str
     """The text's name."""
@@ -76,10 +76,10 @@ class Quantization:
 
     recipe: Recipe
     encodings: Mapping[str, Encoding]
-    """Of every matrix tensor, by its name in the files. A layer's experts are one tensor."""
+    """The encoding of every matrix tensor, by its name in the files. A layer's experts are one tensor."""
     evaluation: EvaluationRecord | None = None
     calibration: str | None = None
-    """The name of the text that it was calibrated with: "self", or the beginning of a digest; None if with none."""
+    """The name of the calibration text: "self", or the beginning of a digest; None without calibration."""
 
     def as_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
@@ -137,7 +137,7 @@ class Quantization:
 
 
 def store_evaluation(directory: Path, evaluation: EvaluationRecord) -> None:
-    """Write the record into a converted model's config.json, which is replaced as a whole.
+    """Write the record into a converted model's config.json, which is replaced atomically.
 
     Raises FormatError or CheckpointError for a directory that is not a converted model, OutputError if it cannot be
     written.

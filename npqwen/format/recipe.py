@@ -22,9 +22,9 @@ class Recipe:
     bits: int
     """Nominal bits per weight: the recipe's name on the command line and in files."""
     matrices: Encoding
-    """Of all matrices but those below."""
+    """The encoding of all matrices except those below."""
     cache_type: Literal["int8", "f16", "f32"] = "int8"
-    """Of the keys and values of models made by this recipe, by default."""
+    """The default type of the KV cache of models made by this recipe."""
     routers: Encoding = BF16
     """Of a mixture's routers, where a wrong choice of experts costs more than any rounding within them, and of the
     gates of Gated DeltaNet layers, whose error stays in the state."""
@@ -37,15 +37,15 @@ class Recipe:
     down_proj: Encoding | None = None
     """Of dense layers' down_proj, whose rounding costs the most beside v_proj's; as the other matrices by default."""
     mixture: Mapping[str, Encoding] = field(default_factory=dict)
-    """In mixtures of experts, of the attention's matrices named here: they are few beside the experts, but every token
-    uses them, and most of the damage is theirs."""
+    """In mixtures of experts, of the attention matrices named here: they are small compared with the experts, but every
+    token uses them, and their rounding causes most of the damage."""
     hybrid: Mapping[str, Encoding] = field(default_factory=dict)
-    """In hybrids, of the matrices named here, above all those of Gated DeltaNet layers: what their rounding changes in
-    keys and values stays in the state."""
+    """In hybrids, of the matrices named here, above all those of Gated DeltaNet layers: the errors of keys and values
+    that their rounding causes stay in the state."""
 
     shared_expert: Encoding | None = None
-    """Of the expert that sees every token, in hybrid mixtures: it is small beside the others; as the other matrices by
-    default."""
+    """Of the expert that sees every token, in hybrid mixtures: it is small compared with the others; as the other
+    matrices by default."""
 
     @property
     def name(self) -> str:
@@ -95,7 +95,7 @@ RECIPES = {
             shared_expert=INT5,
         ),
         Recipe(INT8.bits, INT8),
-        # The unquantized baseline, which nothing else should round either.
+        # The unquantized baseline, whose cache should not be rounded either.
         Recipe(BF16.bits, BF16, cache_type="f32"),
     )
 }

@@ -1,9 +1,9 @@
 """Headers of safetensors files, read and written: the only parser and the only writer in this project.
 
-The package `safetensors` cannot do this job. It does not tell where in the file a tensor lies, which mapping in place
-and reading by rows need (its maintainers advise to parse the header for that); it returns BF16 to PyTorch only, not to
-NumPy; and it reads through a mapping, so that a file cut short while a conversion reads it kills the process (SIGBUS).
-The tests hold this parser against the package's: what one refuses, the other does, but for headers of more than 16 MB.
+The package `safetensors` is not sufficient. It does not report a tensor's offset in the file, which memory mapping and
+reading by rows need (its maintainers advise parsing the header for that); it returns BF16 to PyTorch only, not to
+NumPy; and it reads through a mapping, so that a file truncated while a conversion reads it kills the process (SIGBUS).
+The tests compare this parser with the package's: both reject the same files, except for headers of more than 16 MB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from npqwen.format.config import read_json
 from npqwen.format.files import LARGEST_JSON, is_lfs_pointer, open_regular, read_json_text
 
 ALIGNMENT = 64
-"""Bytes: the data of files written here starts at a multiple of it, a cache line."""
+"""Bytes, a cache line: the data of files written here starts at a multiple of it."""
 
 INDEX = "model.safetensors.index.json"
 """The file that names the shard of every tensor."""
@@ -75,8 +75,8 @@ class Header:
 def read_header(file: BinaryIO) -> Header:
     """Read the header of an open file, at its beginning.
 
-    Every tensor lies within the file and has the size that its shape says; together they fill the data without holes
-    or overlaps. Raises HeaderError for a file of which that is not true. Unknown dtypes are left to the caller.
+    Every tensor lies within the file and has the size that its dtype and shape imply; together they fill the data
+    without holes or overlaps. Raises HeaderError otherwise. Unknown dtypes are left to the caller.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(_read(file, 8), "little")
@@ -117,7 +117,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file, up to the data, which they make start at a multiple of ALIGNMENT.
+    """The first bytes of a file, up to the data, padded so that the data starts at a multiple of ALIGNMENT.
 
     tensors: name, dtype and shape of each, in the order of their data, which follows without gaps.
     """

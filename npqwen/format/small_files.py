@@ -1,4 +1,4 @@
-"""The small files of a checkpoint, beside its weights and config.json, that its conversion has as well."""
+"""The small files of a checkpoint, besides its weights and config.json, that its conversion has as well."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL_FILES = (
     MODULES,
     "config_sentence_transformers.json",
 )
-"""Patterns of paths in the checkpoint's directory: the tokenizer, chat templates, defaults of sampling, and what
+"""Patterns of paths in the checkpoint's directory: the tokenizer, chat templates, sampling defaults, and what
 sentence-transformers needs of an embedding model or reranker."""
 FOR_PEOPLE = ("LICENSE", "README.md")
 """Files that a program does not read."""

@@ -1,4 +1,4 @@
-"""Matrices of a hybrid's checkpoint that npqwen's layout has as two: which rows go where.
+"""Matrices of a hybrid's checkpoint that npqwen's layout splits in two: which rows go where.
 
 - q_proj has, head by head, the rows of the queries and those of the output gate.
 - Qwen3-Next stores the projections of a Gated DeltaNet layer in two matrices, grouped by key head: the rows of q, k,
@@ -23,7 +23,7 @@ _QUERIES, _GROUPED, _GROUPED_GATES = ".self_attn.q_proj", ".linear_attn.in_proj_
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of each of `groups` groups of `size` rows: one range of all groups, then the next one of all."""
+    """Some rows of each of `groups` groups of `size` rows: the first range of every group, then the next of each."""
 
     groups: int
     size: int
@@ -32,12 +32,12 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many rows there are."""
         return self.groups * sum(count for _, count in self.ranges)
 
     @property
     def all(self) -> npt.NDArray[np.int64]:
-        """Their numbers."""
+        """The rows' indices, in order."""
         starts = self.size * np.arange(self.groups)[:, None]
         return np.concatenate([(starts + np.arange(first, first + count)).ravel() for first, count in self.ranges])
 
@@ -74,7 +74,7 @@ def split(module: str, config: Config) -> dict[str, Rows]:
 def whole(shapes: Mapping[str, tuple[int, ...]], layer: str, config: Config) -> dict[str, tuple[int, ...]]:
     """The matrices of a layer as checkpoints of this model have them, with their shapes.
 
-    shapes: of the layout's. layer: "model.layers.0".
+    shapes: of the layout's matrices. layer: a prefix of names, such as "model.layers.0".
     """
     found = dict(shapes)
     grouped = (_GROUPED, _GROUPED_GATES) if config.model_type == "qwen3_next" else ()

@@ -1,4 +1,4 @@
-"""What a model was trained for, told from the small files of its directory and from its name."""
+"""What a model was trained for, inferred from the small files of its directory and from its name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Task = Literal["text", "embedding", "reranking"]
 """To write text, to make vectors of texts, or to judge how well documents answer a query."""
 
 POOLING = "1_Pooling/config.json"
-"""How sentence-transformers makes one vector of a text's hidden states."""
+"""Describes how sentence-transformers pools a text's hidden states into one vector."""
 LOGIT_SCORE = "1_LogitScore/config.json"
-"""Which tokens' logits sentence-transformers makes a score of."""
+"""Names the tokens from whose logits sentence-transformers computes a score."""
 
 _OTHERWISE: dict[tuple[Task, Task], str] = {
     ("embedding", "text"): "is an embedding model, which does not write text; use embed with it (/v1/embeddings on a "
@@ -32,18 +32,18 @@ _OTHERWISE: dict[tuple[Task, Task], str] = {
     ("embedding", "reranking"): "is an embedding model, which does not judge documents; use embed with it "
     "(/v1/embeddings on a server), or a reranker, such as Qwen/Qwen3-Reranker-0.6B",
 }
-"""By a model's task and the one that is wanted: what is wrong, and what to do."""
+"""By a model's task and the requested one: what is wrong, and what to do."""
 _RERANKER = re.compile(r"rerank", re.IGNORECASE)
 _EMBEDDER = re.compile(r"qwen3-embedding", re.IGNORECASE)
 _PIPELINE = re.compile(r"^pipeline_tag:[ \t]*[\"']?([a-z-]+)", re.MULTILINE)
 _CARD_BYTES = 1 << 16
-"""The metadata of a model card is at its beginning."""
+"""Bytes of a model card that are read: its metadata is at the beginning."""
 
 
 def task_of(files: Container[str], name: str, pipeline: str | None) -> Task:
     """The task of a model. files: paths in its directory. name: its id or directory. pipeline: what its card says.
 
-    Qwen3-Reranker has the files of a language model: its name or its card tells.
+    Qwen3-Reranker has the files of a language model, so it is recognized by its name or its card.
     """
     last = PurePosixPath(name.replace("\\", "/")).name
     if LOGIT_SCORE in files or pipeline == "text-ranking":
@@ -56,7 +56,7 @@ def task_of(files: Container[str], name: str, pipeline: str | None) -> Task:
 
 
 def check_task(label: str, task: Task, wanted: Task) -> None:
-    """Raise OptionError, in which the model is called `label`, unless its task is the one that is wanted."""
+    """Raise OptionError, in which the model is called `label`, unless its task is the requested one."""
     if task != wanted:
         raise OptionError(f"{label} {_OTHERWISE[task, wanted]}")
 

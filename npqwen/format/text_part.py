@@ -1,7 +1,7 @@
-"""The text part of multimodal checkpoints, which is a Qwen3 model as others.
+"""The text part of multimodal checkpoints, which is an ordinary Qwen3 model.
 
-Of Qwen3-VL and Qwen3.5, for text alone: the rotary embedding has three positions a token (time, height, width), which
-are equal then, and images are what adds to hidden states (Qwen3VLTextModel in transformers).
+These are Qwen3-VL and Qwen3.5. For text alone, the rotary embedding's three positions per token (time, height, width)
+are equal, and only images add to hidden states (Qwen3VLTextModel in transformers).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _SHARED = (
     "quantization",
     "transformers_version",
 )
-"""What may stand beside text_config."""
+"""Keys of the text model that may be beside text_config."""
 _PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
-"""Of names in transformers, and in mlx-vlm."""
+"""Prefixes of names in transformers and in mlx-vlm, and what replaces them."""
 _OF_IMAGES = ("model.visual.", "visual.", "vision_tower.")
 
 
 def text_part(raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config.json that the text part would have by itself; None for a config.json of a text model.
+    """The config.json that the text part would have on its own; None for a config.json of a text model.
 
     The values are not checked.
     """

@@ -1,6 +1,6 @@
 """tokenizer.json, checked as bytes before the tokenizers library reads it.
 
-The library takes memory without bound for some files, panics at others, and aborts the process at a few.
+The library uses unbounded memory for some files, panics on others, and aborts the process on a few.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from npqwen.errors import CheckpointError
 from npqwen.format.files import read_small
 
 VALUES = 5_000_000
-"""Values of a tokenizer.json, at most: 3 bytes may make an object of many more. Qwen3's has 1,000,000."""
+"""Most values of a tokenizer.json: 3 bytes may become an object of many more. Qwen3's has 1,000,000."""
 ADDED, ALL_ADDED = 5_000, 1_000_000
-"""Bytes of an added token and of all, at most: the library takes 75 bytes of memory for each. Qwen3's have 350."""
+"""Most bytes of an added token and of all: the library takes 75 bytes of memory for each. Qwen3's have 350."""
 
 _AFFIX = re.compile(rb'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"(?!")')
 """A setting that no byte-level BPE has, and with which the tokenizers library aborts the process."""
 _PART = re.compile(rb'"type"\s*:\s*"(Precompiled|FixedLength)"')
 """Parts of other tokenizers, with which the library panics."""
 _CONTENT = re.compile(rb'"content"\s*:\s*"')
-"""Before the text of an added token."""
+"""Precedes the text of an added token."""
 _TEXT = re.compile(rb'(?:[^"\\]|\\.)*"', re.DOTALL)
 _ESCAPED = re.compile(rb"\\u00[2-7]")
-"""Of a printable ASCII character, unless the backslash is itself escaped. Nobody writes those; they hide names."""
+"""An escaped printable ASCII character, unless the backslash is itself escaped. Nobody needs these; they hide names."""
 
 
 def read_tokenizer(path: Path) -> bytes:
-    """The content of a tokenizer.json. CheckpointError if it is missing, or what no Qwen3 tokenizer is."""
+    """The content of a tokenizer.json. CheckpointError if it is missing, unreadable, or not a Qwen3 tokenizer."""
     try:
         data = read_small(path)
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def read_tokenizer(path: Path) -> bytes:
 
 
 def _has_escapes(data: bytes) -> bool:
-    """Whether a printable ASCII character is written as an escape, or more seem to be than are worth looking at."""
+    """Whether a printable ASCII character is written as an escape, or there are too many candidates to check."""
     for number, found in enumerate(_ESCAPED.finditer(data)):
         before = data[max(0, found.start() - 100) : found.start()]
         is_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0  # the backslash is not itself escaped

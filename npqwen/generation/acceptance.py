@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 _WEIGHT = 1.0
-"""How many tokens' evidence the belief is worth."""
+"""The weight of the prior, in tokens."""
 _RECOVERS = 0.98
-"""What earlier evidence is worth after a guess that was too unsure to be run."""
+"""The weight of earlier evidence after a guess that was too uncertain to be run."""
 
 
 class Acceptance:
-    """How many of the guessed tokens of one kind are accepted, lately."""
+    """The recent acceptance rate of draft tokens of one kind."""
 
     def __init__(self, belief: float, fades: float = 0.93) -> None:
-        """belief: the share that is accepted, before anything is known. fades: what earlier evidence is worth after new
-        one."""
+        """belief: the prior acceptance rate. fades: the weight of earlier evidence after each draft."""
         self._belief = belief
         self._fades = fades
         self._accepted = self._decided = 0.0
 
     @property
     def rate(self) -> float:
-        """The probability that a guessed token is accepted if those before it are."""
+        """The probability that a draft token is accepted if those before it are."""
         return (self._accepted + _WEIGHT * self._belief) / (self._decided + _WEIGHT)
 
     def add(self, accepted: int, decided: int) -> None:
@@ -29,6 +28,6 @@ class Acceptance:
         self._decided = self._decided * self._fades + decided
 
     def fade(self) -> None:
-        """Forget a little, so that what did not pay is tried again some time."""
+        """Discount earlier evidence a little, so that drafts that did not pay are eventually tried again."""
         self._accepted *= _RECOVERS
         self._decided *= _RECOVERS

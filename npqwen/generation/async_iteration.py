@@ -1,6 +1,6 @@
-"""`async for` over an iterator whose steps compute for a while.
+"""`async for` over an iterator whose steps take a while to compute.
 
-asyncio, which takes 10 ms to import, is imported by those who use it.
+asyncio takes 10 ms to import, so it is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AsyncSteps(Iterator[Item]):
         return self
 
     async def __anext__(self) -> Item:
-        """The next item, computed in a thread. If the task is cancelled, end the iteration before that is raised."""
+        """The next item, computed in a thread. If the task is cancelled, end the iteration and raise CancelledError."""
         import asyncio
 
         step = asyncio.ensure_future(asyncio.to_thread(next, self, _END))

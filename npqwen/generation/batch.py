@@ -1,4 +1,4 @@
-"""The driver that runs many texts at once: which tokens of which sequences go into the next forward pass."""
+"""The scheduler that runs many texts in one batch: which tokens of which sequences go into the next forward pass."""
 
 from __future__ import annotations
 
@@ -29,35 +29,36 @@ if TYPE_CHECKING:
     from npqwen.generation.sequence import Sequence
 
 PARALLEL = 16
-"""Default limit of sequences that run at once."""
+"""By default, the most sequences that run at once."""
 STALL = 0.15
-"""Seconds that a pass may take while texts are being written: pieces of prompts are cut to fit."""
+"""The most seconds that a pass should take while texts are being decoded: pieces of prompts are cut to fit."""
 ALONE = 1.0
-"""Seconds that a pass of prompts alone may take, after which others can join or leave."""
+"""The most seconds that a pass of prompts alone should take; sequences join and leave between passes."""
 _TILE = 16
-"""Tokens by which pieces of prompts grow and shrink; a pass takes at least so many, however slow it is."""
+"""Step, in tokens, by which pieces of prompts grow and shrink, and the least room of a pass, however slow it is."""
 _SHORT = 32
-"""Tokens up to which the rest of a prompt, or forced tokens, run at once like a step of a text."""
+"""Up to this many tokens, the rest of a prompt, or forced tokens, run in one pass like a decoding step."""
 _STATES = 3
-"""Recurrent states that a sequence of a hybrid needs at least: what it reads, what it writes, and a checkpoint."""
+"""The least recurrent states of a hybrid model's sequence: one to read, one to write, and a checkpoint."""
 
 
 class Batch:
-    """Runs sequences together. One thread calls `step`, which runs one forward pass and takes one step of each text.
+    """Runs sequences together (continuous batching). One thread calls `step`, which runs one forward pass.
 
-    Sequences join and leave at every step. All texts that are being written take part in every pass; what is left of
-    the pass is filled with pieces of prompts, cut so that no text waits for longer than about `STALL` seconds. Among
-    prompts, the one goes first that would have been finished first if each had the machine for itself, so short ones
-    need not wait for long ones, and long ones do not starve. Prefixes that other sequences have computed are not
-    computed again. A text is the same to the bit as without company.
+    Sequences join and leave at every step. Every pass runs the next step of each text that is being decoded; the rest
+    of the pass is filled with pieces of prompts, cut so that no text waits longer than about `STALL` seconds. Prompts
+    are scheduled earliest deadline first, where the deadline is when the prompt would be finished if it ran alone:
+    short prompts need not wait for long ones, and long ones do not starve. Prefixes that other sequences have computed
+    are reused. A text is bitwise equal to the same text generated alone.
 
-    Memory: a sequence begins when the pages of its prompt fit. If texts outgrow the memory, prefixes that are kept for
-    later are given up, then the youngest sequence waits again and is computed anew.
+    Memory: a sequence starts when the pages of its prompt fit. If texts outgrow the memory, kept prefixes are evicted,
+    then drafting by models and layers is stopped, then the youngest sequence is preempted: it waits again, and is
+    recomputed.
     """
 
     def __init__(self, model: LanguageModel, *, parallel: int = PARALLEL, memory: int | None = None) -> None:
-        """parallel: the most sequences that run at once. memory: bytes for keys and values, those of prefixes kept and
-        of a draft model included; None: what is available."""
+        """parallel: the most sequences that run at once. memory: bytes for keys and values, including kept prefixes and
+        those of a draft model; None: whatever is available."""
         self._model = model
         self._parallel = parallel
         self._memory = CacheMemory(model, memory)
@@ -66,21 +67,21 @@ class Batch:
         self._prefixes = model.prefixes
         self._logits: NDArray[np.float32] | None = None
         self._maxima = np.empty((0, 0), np.float32)
-        """Of blocks of the logits."""
+        """The maxima of blocks of `_logits`, (rows, blocks)."""
         self._seconds_per_token = STALL / (2 * _TILE)
-        """Of prompts, as measured in recent passes."""
+        """Of prompts: a moving average over recent passes."""
         self._pages_changed = False
-        """Whether sequences have taken pages, or given them back, since `statistics` counted them."""
+        """Whether sequences have allocated or freed pages since `statistics` counted them."""
         self.statistics = BatchStatistics()
 
     @property
     def waiting(self) -> int:
-        """How many sequences have not begun to run."""
+        """How many sequences wait to run, preempted ones included."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """How many sequences take part in passes."""
+        """How many sequences are running."""
         return len(self._running)
 
     @property
@@ -94,13 +95,13 @@ class Batch:
         on_text: Callable[[str], None],
         on_end: Callable[[BaseException | None], None],
     ) -> None:
-        """Let a sequence join; `step` calls on_text(text) after each of its steps, and on_end(error or None) once."""
+        """Add a sequence; `step` calls on_text(text) after each of its steps, and on_end(error or None) once."""
         prompt = np.array(sequence.decoding.prompt_ids, np.int32)
         lent = sequence.cache is not None
         self._waiting.append(Entry(sequence, on_text, on_end, time.perf_counter(), prompt, lent))
 
     def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
-        """Let a sequence join; its pieces of text, for which all sequences advance. Raises what ended it early."""
+        """Add a sequence; its pieces of text. Iterating them advances all sequences, and raises what ended it early."""
         self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32), sequence.adapter)
         texts: deque[str] = deque()
         ends: list[BaseException | None] = []
@@ -123,7 +124,7 @@ class Batch:
         return generate()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Have a sequence leave at the next step. Any thread may call this; no effect if it has left."""
+        """Remove a sequence at the next step. Any thread may call this; no effect if it has ended."""
         for entry in [*self._waiting, *self._running]:
             if entry.sequence is sequence:
                 entry.cancelled = True
@@ -131,8 +132,8 @@ class Batch:
     def step(self) -> bool:
         """Run one pass; returns whether there is anything left to run.
 
-        Exceptions of one sequence (of a logits_processor, say) end that sequence only. What the model raises in a pass
-        is raised here; all sequences are as they were before it.
+        An exception in one sequence (from a logits_processor, say) ends that sequence only. An exception of the model
+        in a pass is raised here, and leaves all sequences as they were before the pass.
         """
         self._drop_cancelled()
         self._begin()
@@ -152,13 +153,13 @@ class Batch:
             entry.on_end(error)
 
     def limit(self, memory: int | None) -> None:
-        """Change the memory for keys and values; prefixes that nobody uses are given up to fit."""
+        """Change the memory limit for keys and values; kept prefixes are evicted to meet it."""
         self._memory.set_limit(memory)
         self._memory.trim(self._caches())
         self._count_pages()
 
     def _caches(self) -> Iterator[KVCache]:
-        """The caches of running sequences, and of what guesses for them."""
+        """The caches of running sequences, and of the models or layers that draft for them."""
         return (cache for entry in self._running for cache in entry.sequence.caches)
 
     def _count_pages(self) -> None:
@@ -174,13 +175,13 @@ class Batch:
             entry.on_end(None)
 
     def _begin(self) -> None:
-        """Let waiting sequences run, the oldest first, as far as there is room."""
+        """Start waiting sequences, the oldest first, as long as there is room."""
         for entry in list(self._waiting):
             if len(self._running) >= self._parallel:
                 return
             length, source = self._longest_prefix(entry)
             if length < 0:
-                continue  # what it shares with another sequence is being computed
+                continue  # a running sequence is computing a prefix that both share
             if not self._has_memory(entry, length):
                 return
             self._waiting.remove(entry)
@@ -192,7 +193,10 @@ class Batch:
                 self._end(entry, error)
 
     def _longest_prefix(self, entry: Entry) -> tuple[int, Entry | Prefix | None]:
-        """The longest prefix that is computed already, and by whom; -1 if it is worth waiting for a longer one."""
+        """The length and the source of the longest computed prefix; length -1 if it is worth waiting for a longer one.
+
+        The source is None if nothing is longer than what the sequence's own cache holds.
+        """
         most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
         source: Entry | Prefix | None = None
         best = entry.sequence.length
@@ -228,7 +232,7 @@ class Batch:
             self.statistics.cached_tokens += length
 
     def _has_memory(self, entry: Entry, shared: int) -> bool:
-        """Whether the pages of a sequence's prompt fit, after giving up old prefixes; true if nothing else is running.
+        """Whether the pages of a sequence's prompt fit, after evicting old prefixes; true if nothing else is running.
         """
         if self._memory.limit is None or not self._running:
             return True
@@ -244,7 +248,7 @@ class Batch:
     def _choose(self) -> list[tuple[Entry, int]]:
         """Sequences and how many tokens of each to run: one step of every text, then pieces of prompts.
 
-        A pass without prompts is filled with drafts, up to as many tokens as those may have.
+        A pass without prompts is filled with draft tokens, up to `PASS` tokens in all.
         """
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
 
@@ -272,7 +276,7 @@ class Batch:
         return chosen
 
     def _add_drafts(self, chosen: list[tuple[Entry, int]]) -> None:
-        """Let texts guess their next tokens, each its share of what is left of the pass."""
+        """Add draft tokens, with an equal share of the rest of the pass for each text."""
         tokens = sum(size for _, size in chosen)
         for at, (entry, size) in enumerate(chosen):
             if entry.sequence.left == size:
@@ -280,24 +284,24 @@ class Batch:
                 count = entry.sequence.draft(share, tokens - size)
                 chosen[at] = entry, size + count
                 tokens += count
-        # Those who guess have appended to their own caches.
+        # Draft models and layers have appended to their own caches.
         while self._guessing() and self._memory.lacks(self._caches(), 0):
             if not self._memory.drop_prefix():
                 self._stop_guessing()
 
     def _guessing(self) -> list[Entry]:
-        """Those for which a model or layer holds keys and values to guess."""
+        """The running sequences for which a draft model or layer has a cache."""
         return [entry for entry in self._running if len(entry.sequence.caches) > 1]
 
     def _stop_guessing(self) -> bool:
-        """Give up what models and layers hold to guess; returns whether there was any."""
+        """Stop drafting by models and layers, and free their caches; returns whether there were any."""
         guessing = self._guessing()
         for entry in guessing:
             entry.sequence.stop_guessing()
         return bool(guessing)
 
     def _reserve(self, chosen: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
-        """Allocate the pages that the pass will write; those sequences for which there is memory."""
+        """Allocate the pages that the pass will write; returns the sequences for which there is memory."""
         ready: list[tuple[Entry, int]] = []
         for entry, size in chosen:
             while entry in self._running:
@@ -330,8 +334,8 @@ class Batch:
             )
 
     def _make_room(self, entry: Entry, error: OutOfMemoryError) -> None:
-        """Give up an old prefix, or guesses, or have the youngest sequence wait again; alone, this one ends with the
-        error."""
+        """Evict an old prefix, else stop drafting, else preempt the youngest sequence; if only one is running, end
+        `entry` with the error."""
         if self._memory.drop_prefix() or self._stop_guessing():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
@@ -345,7 +349,7 @@ class Batch:
         self.statistics.preempted += 1
 
     def _run(self, chosen: list[tuple[Entry, int]]) -> None:
-        # Side by side, tokens with the same adapter share what is read of it.
+        # Adjacent tokens with the same adapter share the reads of its weights.
         chosen = sorted(chosen, key=lambda pair: -1 if (own := pair[0].sequence.adapter) is None else own.number)
         pieces = []
         for entry, size in chosen:
@@ -371,7 +375,7 @@ class Batch:
                 sequence.settle()
 
     def _account(self, tokens: int, reads: list[bool], seconds: float) -> None:
-        """Count a pass, and learn from it how many tokens of prompts fit into the next one.
+        """Count a pass, and update the estimate of the seconds per token of prompts.
 
         reads: for each sequence of the pass, whether it ran a piece of its prompt.
         """
@@ -384,12 +388,12 @@ class Batch:
                 self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
 
     def _prompt_tokens(self, seconds: float) -> int:
-        """How many tokens of prompts take about so many seconds."""
+        """How many tokens of prompts take about `seconds`."""
         tokens = int(seconds / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
         return min(self._model.chunk, max(_TILE, tokens))
 
     def _advance(self, entry: Entry, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32]) -> None:
-        """Take the steps of a sequence that its logits allow; None if its prompt is not computed yet."""
+        """Take the steps of a sequence that its logits allow. logits: None if its prompt is not computed yet."""
         sequence = entry.sequence
         decoding = sequence.decoding
         before, drafted, accepted = len(decoding.ids), sequence.drafted, sequence.accepted
@@ -412,10 +416,10 @@ class Batch:
             self._end(entry)
 
     def _end(self, entry: Entry, error: BaseException | None = None, keep: bool = True) -> None:
-        """Have a running sequence leave, and keep its cache for others."""
+        """Remove a running sequence, and keep its cache as a prefix for others."""
         self._pages_changed = True
         self._running.remove(entry)
-        if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # may be changed already
+        if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # it may have changed
             self._prefixes.keep(entry.computed(), entry.cache)
         entry.release()
         self._memory.trim(self._caches())

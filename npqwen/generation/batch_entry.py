@@ -1,4 +1,4 @@
-"""A sequence in a batch, and whom its text goes to."""
+"""A sequence in a batch, and the callbacks that receive its text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from npqwen.generation.sequence import Sequence
 
 _ROOM = 256
-"""Tokens of a text that have to fit into memory before its sequence begins; its growth may evict others later."""
+"""Tokens of a text that must fit into memory before its sequence starts; further growth may preempt sequences."""
 
 
 @dataclass(eq=False)
@@ -28,11 +28,11 @@ class Entry:
     on_text: Callable[[str], None]
     """Called after every step with its text, perhaps ""."""
     on_end: Callable[[BaseException | None], None]
-    """Called once, with what ended the sequence before its text was finished, if something did."""
+    """Called once, with the exception that ended the sequence early, or None."""
     arrived: float
     prompt: Ids
     lent: bool
-    """Whether its cache is somebody else's, who uses it afterwards."""
+    """Whether its cache belongs to a caller who uses it afterwards."""
     cancelled: bool = False
 
     @property
@@ -47,7 +47,7 @@ class Entry:
         return ceil_div(min(len(self.prompt) + _ROOM, self.sequence.room), PAGE)
 
     def release(self) -> None:
-        """Leave the cache to the batch: whoever keeps the text must not keep its keys and values in memory."""
+        """Drop the reference to the cache: a caller who keeps the text must not keep its keys and values in memory."""
         self.sequence.close()
         if not self.lent:
             self.sequence.cache = None

@@ -10,18 +10,18 @@ class BatchStatistics:
     """What a batch has done so far."""
 
     prompt_tokens: int = 0
-    """Of prompts that were begun, cached ones included."""
+    """Tokens of prompts that were started, cached ones included."""
     cached_tokens: int = 0
     generated_tokens: int = 0
     drafted_tokens: int = 0
-    """That were guessed, and run beside those of a text."""
+    """Draft tokens that were run."""
     accepted_tokens: int = 0
     """Those of them that became part of a text."""
     prefill_seconds: float = 0.0
-    """In passes of prompts, or parts of them, alone or beside texts."""
+    """In passes with prompt tokens, with or without tokens of texts."""
     decode_seconds: float = 0.0
-    """In passes of texts alone."""
+    """In passes without prompt tokens."""
     cache_bytes: int = 0
     """Of all pages, shared ones counted once, after the last step."""
     preempted: int = 0
-    """How often a sequence had to give its memory to an older one, and was computed again."""
+    """How often a sequence was preempted: its memory was freed for an older one, and it was recomputed."""

@@ -1,4 +1,4 @@
-"""The memory for keys and values: of running texts, of the models that guess for them, and of prefixes kept."""
+"""The memory for keys and values: of running texts, of the models that draft for them, and of kept prefixes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class CacheMemory:
-    """How much the caches of a model and of its draft model take, and the prefixes that can be given up for others."""
+    """Accounts for the caches of a model and of its draft model, and evicts kept prefixes to make room."""
 
     def __init__(self, model: LanguageModel, limit: int | None) -> None:
-        """limit: in bytes, for both models together; None: what is available."""
+        """limit: in bytes, for both models together; None: whatever is available."""
         draft = model.drafting.model
-        # What the draft model has kept goes first: without it guesses begin later, and no text waits.
+        # The draft model's prefixes are evicted first: without them, drafting starts later, but no text waits.
         self._pools = [*([] if draft is None else [draft.model.prefixes]), model.prefixes]
         self.set_limit(limit)
 
     @property
     def limit(self) -> int | None:
-        """Bytes; None: what is available."""
+        """Bytes; None: whatever is available."""
         return self._limit
 
     def set_limit(self, limit: int | None) -> None:
@@ -43,11 +43,11 @@ class CacheMemory:
         return self._limit is not None and self.held(caches) + more > self._limit
 
     def drop_prefix(self) -> bool:
-        """Give up a prefix that no text uses; returns whether there was one."""
+        """Evict the least recently used page of the kept prefixes; returns whether there was one."""
         return any(pool.drop_oldest() for pool in self._pools)
 
     def trim(self, caches: Iterable[KVCache]) -> None:
-        """Give up prefixes until the limit holds, or none is left."""
+        """Evict kept prefixes until the limit is met, or none is left."""
         held = list(caches)
         while self.lacks(held, 0) and self.drop_prefix():
             pass

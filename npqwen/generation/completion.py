@@ -27,7 +27,7 @@ class Usage:
     cached_tokens: int = 0
     """Prompt tokens that the cache already held and that were not computed."""
     drafted_tokens: int = 0
-    """Tokens that were guessed, and run in one pass with the token before them: see the option `speculation`."""
+    """Draft tokens that were run, see the option `speculation`."""
     accepted_tokens: int = 0
     """Those of them that became part of the text."""
 
@@ -83,7 +83,7 @@ class Completion:
 
     @property
     def parsed(self) -> Any:
-        """What the text says, if there was a `schema`: an instance of the type, or the JSON value for a dictionary.
+        """The value of the text, if there was a `schema`: an instance of a type, or the JSON value for a dictionary.
 
         None without a schema, and if the text was cut off: by max_tokens, a stop string or the loop guard. Raises what
         the type's own checks raise, such as pydantic's ValidationError for what a JSON schema cannot express.

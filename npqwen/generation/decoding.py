@@ -62,7 +62,7 @@ class Decoding:
         self.thinking = ThinkingTracker(tokenizer, prompt_ids)
         self.thinking_ended_by: EndedBy | None = None
         self.structure = Structure.of(options)
-        """What the text must be, if an option says so."""
+        """The structure that the text must have; None if no option gives one."""
         self._guide = None if self.structure is None else Guide(model, self.structure, self.thinking, prompt_ids)
         self._stop = StopStrings(options.get("stop") or ())
         self._stop_ids = {
@@ -79,9 +79,9 @@ class Decoding:
         self._run = 0
         """Number of `ids` that the model has run."""
         self._unscored: list[int] = []
-        """Forced tokens that have to be run now for the log-probabilities of those after them."""
+        """Forced tokens to run next, for the log-probabilities of those after them."""
         self._held = ""
-        """Their text, which is passed on with their log-probabilities."""
+        """The text of these tokens, held back until their log-probabilities are known."""
 
     @property
     def finished(self) -> bool:
@@ -117,7 +117,7 @@ class Decoding:
 
     @property
     def rows(self) -> int:
-        """Of how many of the last pending tokens `accept` needs the logits."""
+        """How many of the last pending tokens `accept` needs the logits of."""
         return len(self._unscored) or 1
 
     @property
@@ -140,8 +140,8 @@ class Decoding:
     def accept(self, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None = None) -> str:
         """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
 
-        logits: float32 (`rows`, vocab_size), the last row that of the last token; None if nothing was pending. maxima:
-        those of blocks of the last row, see `npqwen.kernels.greatest.block_maxima`, if they are known. Raises
+        logits: float32 (`rows`, vocab_size), where the last row is the last token's; None if nothing was pending.
+        maxima: the block maxima of the last row, see `npqwen.kernels.greatest.block_maxima`, if they are known. Raises
         what a logits_processor or a watch raises, OptionError if bias, processor or the text's structure leave no token
         to draw, or the structure forbids a forced one, and FormatError for logits that are not finite.
         """
@@ -242,7 +242,7 @@ class Decoding:
         return piece
 
     def _flush(self) -> str:
-        """The text that was held back, as the beginning of a stop string or of a character."""
+        """The text that was held back as the possible beginning of a stop string or of a character."""
         if self._flushed:
             return ""
         self._flushed = True
@@ -285,7 +285,7 @@ TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 Prompt = str | TokenIds
 """A text, which is encoded, or its token ids."""
 Prompts = list[str] | tuple[str, ...] | list[list[int]]
-"""Several of them."""
+"""Several prompts."""
 
 
 def check_prompt(prompt: str) -> str:
@@ -299,7 +299,7 @@ def check_prompt_ids(model: LanguageModel, prompt: Prompt, room: int = 1, name: 
     """The prompt's ids as a list of ints. room: how many tokens must fit into the context after it. name: for messages.
 
     Raises OptionError unless it is text or a sequence of at least one of the model's token ids, CheckpointError if the
-    tokenizer makes others of the text, and ContextLengthError for a prompt that is too long.
+    tokenizer encodes the text to ids that the model lacks, and ContextLengthError for a prompt that is too long.
     """
     if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
         raise OptionError(f"{name} is {quoted(prompt)}; give text or token ids")

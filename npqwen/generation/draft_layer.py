@@ -1,9 +1,9 @@
 """Guesses of a text's next tokens by the checkpoint's own draft layer (multi-token prediction).
 
-The layer takes the hidden state of a token and the token after it, and gives a hidden state from which the output
-matrix makes the token after that. Further guesses take the layer's own state in place of the model's.
+The layer takes the hidden state of a token and the next token, and returns a hidden state from which the output matrix
+computes the logits of the token after that. Further guesses take the layer's own state in place of the model's.
 
-Whether the layer was trained on states before the final norm or after it, no checkpoint says, and implementations
+Checkpoints do not say whether the layer was trained on states before or after the final norm, and implementations
 differ. So both are tried, and the kind whose guesses are accepted more often is kept. A wrong choice costs speed only:
 guesses do not change texts.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _TRIED = 32
 """Guesses with each kind of state before one kind is chosen."""
 _TURN = 8
-"""Guesses in a row with one kind of state until then."""
+"""Until then, the kind of state alternates after this many guesses."""
 _CATCHING_UP = 32
 """The most tokens that one pass catches up on together with the first guess."""
 
@@ -53,7 +53,7 @@ class DraftingModel(Protocol):
 
 
 class LayerGuesses:
-    """What has become known of the guesses of a model's draft layer, in all texts."""
+    """Statistics of the guesses of a model's draft layer, over all texts."""
 
     def __init__(self, model: DraftingModel) -> None:
         """model: one that has a draft layer."""
@@ -75,8 +75,8 @@ class LayerGuesses:
 class LayerDrafter:
     """The draft layer's view of one text: its own KV cache, which lags behind while nothing is guessed.
 
-    Each token in the cache was run with the state of the one before it. The first is at most `KEPT` tokens before the
-    latest when guessing begins: of earlier ones the layer knows what the states know.
+    Each token in the cache was run with the state of the previous one. When guessing starts, the first is at most
+    `KEPT` tokens before the latest: of earlier ones the layer knows only what the states contain.
     """
 
     def __init__(self, layer: LayerGuesses, ids: Sequence[int]) -> None:
@@ -87,31 +87,31 @@ class LayerDrafter:
         self._tail = HiddenTail(layer.config.hidden_size)
         self._cache: KVCache | None = None
         self._first = self._held = 0
-        """Positions in the text: the cache has the tokens after those from `_first` to `_held` - 1, and guesses."""
+        """Positions in the text: the cache holds the tokens from `_first` + 1 to `_held`, then perhaps guesses."""
         self._normed = False
         self._own = np.empty(0, np.float32)
-        """The layer's state of the last guess's predecessor."""
+        """The layer's state that gave the last guess."""
         self._vocabulary = DraftVocabulary(layer.config.vocab_size, layer.added_ids)
         self._failed = False
 
     @property
     def cache(self) -> KVCache | None:
-        """Its keys and values, while it guesses."""
+        """Its keys and values; None while nothing is guessed."""
         return self._cache
 
     @property
     def guesses(self) -> Guesses:
-        """What is known of guesses such as the next ones."""
+        """The statistics of guesses from the kind of state that is used next."""
         return self._layer.guesses[self._layer.normed]
 
     def follow(self, cache: KVCache) -> None:
-        """Collect the hidden states that the text's passes compute, from now on those that use this KV cache."""
+        """Collect the hidden states of the text's passes, which use this KV cache from now on."""
         self.leave()
         self._text, self._tail = cache, HiddenTail(self._layer.config.hidden_size)
         cache.tail = self._tail
 
     def leave(self) -> None:
-        """Stop collecting hidden states, and give up the draft layer's own KV cache."""
+        """Stop collecting hidden states, and free the draft layer's own KV cache."""
         if self._text is not None and self._text.tail is self._tail:
             self._text.tail = None
         self._text = self._cache = None
@@ -121,9 +121,9 @@ class LayerDrafter:
         self._ids.extend(ids)
 
     def catch_up(self) -> bool:
-        """Run what the cache lacks of the text; returns whether guesses can follow at once."""
+        """Catch up with the text, except for a few tokens that `guess` runs; returns whether guessing can start."""
         text, tail, last = self._text, self._tail, len(self._ids) - 1
-        # Of several tokens that are certain, the states are not known yet.
+        # If several certain tokens are still to be run, their states are not known yet.
         if self._failed or text is None or text.length != last or not tail.first < last <= tail.end:
             return False
         normed = self._layer.normed
@@ -132,19 +132,19 @@ class LayerDrafter:
             if self._cache is None or normed != self._normed or self._held < begin:
                 self._cache = self._layer.layer.new_cache()
                 self._normed, self._first, self._held = normed, begin, begin
-            self._held = min(self._held, last - 1)  # the last token is run again if it was: its logits are not kept
-            self._cache.truncate(self._held - self._first)  # without guesses
+            self._held = min(self._held, last - 1)  # the last token is always run: its logits are not kept
+            self._cache.truncate(self._held - self._first)  # discards guesses
             self._vocabulary.follow(self._ids)
             if last - self._held > _CATCHING_UP:
                 self._run(last - 1)
-        except NpqwenError:  # the memory does not suffice
+        except NpqwenError:  # there is not enough memory
             self.close()
             self._failed = True
             return False
         return True
 
     def guess(self, guesses: list[int]) -> Guess | None:
-        """The likeliest token after the text and `guesses`; None if the memory does not suffice."""
+        """The likeliest token after the text and `guesses`; None if there is not enough memory."""
         known, start, last = self.guesses, time.perf_counter(), len(self._ids) - 1
         alone = bool(guesses) or last - self._held == 1
         try:
@@ -161,11 +161,11 @@ class LayerDrafter:
         return guess._replace(id=self._vocabulary.id(place))
 
     def close(self) -> None:
-        """Give up the layer's cache; later guesses begin a new one."""
+        """Free the layer's cache; later guesses start a new one."""
         self._cache = None
 
     def _run(self, end: int) -> None:
-        """Run the tokens after those at `_held` to `end` - 1, with these one's states."""
+        """Run the tokens from `_held` + 1 to `end`, each with the state of the previous token."""
         self._run_layer(self._ids[self._held + 1 : end + 1], self._tail.rows(self._held, end))
         self._held = end
 

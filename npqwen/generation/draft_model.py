@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from npqwen.tokenizer import Tokenizer
 
 _ADDED = 128
-"""By so many tokens a vocabulary may be larger than the other, such as Qwen3's than that of an earlier release."""
+"""The most tokens by which two vocabularies may differ in size, as Qwen3's does from that of an earlier release."""
 _PARTS = (1 / 4, 1 / 2)
-"""Parts of the vocabulary that may be enough, see `enough_ids`."""
+"""Fractions of the vocabulary that may be enough, see `enough_ids`."""
 _CATCHING_UP = 32
-"""So many tokens, that others wrote, are run in one pass with the first guess."""
+"""The most tokens that one pass catches up on together with the first guess."""
 
 
 class DraftModel(Guesses):
-    """A smaller model that guesses for a larger one, and what has become known of its guesses in all texts."""
+    """A smaller model that drafts for a larger one, and statistics of its guesses over all texts."""
 
     def __init__(self, model: TokenModel, target: TokenModel) -> None:
         """Raises OptionError unless both have the same tokens."""
@@ -45,7 +45,7 @@ def check_tokens(name: str, tokenizer: Tokenizer, target_name: str, target: Toke
 
 
 def _alike(a: dict[str, int], b: dict[str, int]) -> bool:
-    """Whether two vocabularies have the same ids, but for some added tokens that one of them lacks."""
+    """Whether two vocabularies have the same ids, except for some added tokens that one of them lacks."""
     return abs(len(a) - len(b)) <= _ADDED and all(b.get(token, id) == id for token, id in a.items())
 
 
@@ -58,22 +58,22 @@ class ModelDrafter:
         self._ids = list(ids)
         self._cache: KVCache | None = None
         self._held: list[int] = []
-        """The ids in the cache: of the text, then perhaps guesses."""
+        """The ids in the cache: the text's, then perhaps guesses."""
         self._agreed = 0
         """How many of them are known to be the text's."""
         self._logits: NDArray[np.float32] = np.empty((1, draft.model.config.vocab_size), np.float32)
         self._viewed = 0
-        """How long the text was when its part of the vocabulary was chosen."""
+        """The text's length when its part of the vocabulary was chosen."""
         self._failed = False
 
     @property
     def cache(self) -> KVCache | None:
-        """Its keys and values, while it guesses."""
+        """Its keys and values; None while nothing is guessed."""
         return self._cache
 
     @property
     def guesses(self) -> Guesses:
-        """What is known of guesses such as the next ones."""
+        """The statistics of the draft model's guesses."""
         return self.draft
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -81,7 +81,8 @@ class ModelDrafter:
         self._ids.extend(ids)
 
     def catch_up(self) -> bool:
-        """Run at most one chunk of what the cache lacks of the text; returns whether guesses can follow at once."""
+        """Catch up with the text by at most one chunk, except for a few tokens that `guess` runs; returns whether
+        guessing can start."""
         if self._failed:
             return False
         model = self.draft.model
@@ -96,14 +97,14 @@ class ModelDrafter:
             missing = self._ids[len(self._held) : -1][: model.chunk]
             if len(missing) > _CATCHING_UP:
                 self._run(missing)
-        except NpqwenError:  # the memory or the draft model's context does not suffice
+        except NpqwenError:  # there is not enough memory, or the draft model's context is too short
             self.close()
             self._failed = True
             return False
         return len(self._ids) - len(self._held) <= _CATCHING_UP + 1
 
     def guess(self, guesses: list[int]) -> Guess | None:
-        """The likeliest token after the text and `guesses`; None if the memory or the context does not suffice."""
+        """The likeliest token after the text and `guesses`; None if the memory or the context is too small."""
         start = time.perf_counter()
         known = len(self._held)
         missing = self._ids[known:] + guesses[max(0, known - len(self._ids)) :]
@@ -117,7 +118,7 @@ class ModelDrafter:
         return guess
 
     def close(self) -> None:
-        """Leave what was computed to later texts."""
+        """Keep the cache's tokens as a prefix for later texts, and free it."""
         cache, self._cache = self._cache, None
         if cache is not None:
             self._forget_wrong_guesses(cache)
@@ -131,7 +132,7 @@ class ModelDrafter:
         self._held += ids
 
     def _choose_vocabulary(self) -> None:
-        """Compute the logits of as many ids as the text needs: the output matrix of a small model is a third of it."""
+        """Choose how many ids' logits are computed, as the output matrix is a third of a small model."""
         self._viewed = len(self._ids)
         model = self.draft.model
         size = enough_ids(self._ids, model.tokenizer.added_ids, model.config.vocab_size, _PARTS)

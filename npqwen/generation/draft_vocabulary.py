@@ -11,17 +11,17 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.generation.guesses import ENOUGH, RECENT
 
 LATEST = 4096
-"""Tokens whose ids are among those that can be guessed, as far as there is room."""
+"""The ids of this many latest tokens can be guessed, as far as there is room."""
 MOST_GROUPS = 256
-"""Groups of UNIT_ROWS ids beside the lowest ones, at most."""
+"""The most groups of UNIT_ROWS ids beside the lowest ids."""
 _PARTS = (1 / 8, 1 / 4, 1 / 2)
-"""Parts of the vocabulary, of the lowest ids, that may be enough."""
+"""Fractions of the vocabulary, its lowest ids, that may be enough."""
 
 
 class DraftVocabulary:
-    """The lowest ids, which are the most frequent tokens, and beyond them the latest ones of the text.
+    """The lowest ids, which are the most frequent tokens, and beyond them the ids of the text's latest tokens.
 
-    The output matrix would be most of a guess's work. It has rows in groups of UNIT_ROWS, which are computed together.
+    The whole output matrix would be most of a guess's work. Its rows are computed in groups of UNIT_ROWS.
     """
 
     def __init__(self, vocab_size: int, added: Collection[int]) -> None:
@@ -29,14 +29,14 @@ class DraftVocabulary:
         self._size = vocab_size
         self._added = np.array(sorted(added), np.int64)
         self._viewed = 0
-        """How long the text was when the ids were chosen."""
+        """The text's length when the ids were chosen."""
         self._lowest = 0
         self.groups = np.zeros(0, np.int64)
         """Groups beside the lowest ids, ascending."""
         self.logits = np.empty((1, 0), np.float32)
         """Receives logits: those of the lowest ids, then those of `groups`."""
         self._none = slice(0, 0)
-        """The logits of padded rows of the output matrix, which belong to no token."""
+        """The logits of padding rows of the output matrix, which belong to no token."""
 
     def follow(self, ids: Sequence[int]) -> None:
         """Choose the ids for the continuation of a text, unless it has hardly grown since the last choice."""
@@ -55,12 +55,12 @@ class DraftVocabulary:
         self._none = slice(self.logits.size - (padded - self._size if ends else 0), None)
 
     def best(self) -> int:
-        """Which of `logits` is the greatest; those of padding are made -inf."""
+        """The index of the greatest of `logits`, after setting those of padding rows to -inf."""
         self.logits[0, self._none] = -np.inf
         return int(self.logits[0].argmax())
 
     def id(self, place: int) -> int:
-        """The id whose logit has a place among `logits`."""
+        """The id whose logit is at index `place` of `logits`."""
         if place < self._lowest:
             return place
         group, row = divmod(place - self._lowest, UNIT_ROWS)

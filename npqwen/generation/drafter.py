@@ -1,4 +1,4 @@
-"""Guesses of a text's next tokens, taken from what it says already: from its prompt, its thinking and its answer."""
+"""Drafts of a text's next tokens, copied from the text itself: from its prompt, its thinking and its answer."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import NamedTuple
 import numpy as np
 
 KEY = 3
-"""Tokens that must have occurred before."""
+"""There is a draft only if the text's last `KEY` tokens have occurred before."""
 LONGEST = 32
-"""Up to this many tokens are compared: what has repeated so many is sure to go on."""
+"""The most tokens that are compared: a repetition of this length is sure to continue."""
 _CANDIDATES = 16
-"""At most so many earlier occurrences are compared, the newest first."""
+"""The most earlier occurrences that are compared, the newest first."""
 _BITS = 21
 """Bits of a token's id in a key."""
 _KEY_MASK = (1 << KEY * _BITS) - 1
 
 
 class Draft(NamedTuple):
-    """Guessed tokens, and how sure they are.
+    """Draft tokens, and how certain they are.
 
-    certainty: a small number, the higher the surer. What was accepted lately of drafts of one certainty says how much
-    of the next one will be.
+    certainty: a small integer, higher for more certain drafts. The recent acceptance rate of drafts of one certainty
+    predicts that of the next one.
     """
 
     ids: list[int]
@@ -30,10 +30,10 @@ class Draft(NamedTuple):
 
 
 class TextDrafter:
-    """Finds the longest end of the text that occurred before, and proposes what followed it then.
+    """Finds the longest suffix of the text that occurred before, and proposes the tokens that followed it.
 
-    Every occurrence of `KEY` tokens is linked to the one before, from the newest on, as in Lempel and Ziv's
-    compression; a step takes some microseconds.
+    Every occurrence of `KEY` tokens is linked to the previous one, in chains from the newest to the oldest, as in
+    Lempel-Ziv compression; a step takes a few microseconds.
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
@@ -43,7 +43,7 @@ class TextDrafter:
         self._latest: dict[int, int] = dict(zip(keys, range(KEY, len(self._ids) + 1), strict=True))
         """Each key -> the index after its latest occurrence."""
         self._before: list[int] = [0] * KEY + before
-        """For each index, that after the previous occurrence of the key that ends there; 0 if it is the first."""
+        """For each index, the index after the previous occurrence of the key that ends there; 0 if there is none."""
         self._key = keys[-1] if keys else _key(self._ids)
         self._match = 0
         """The index after the latest earlier occurrence of the key at the end."""
@@ -89,7 +89,7 @@ class TextDrafter:
 
 
 def _key(ids: Sequence[int]) -> int:
-    """The last tokens, fewer than `KEY`, as the number that `extend` continues."""
+    """The key of fewer than `KEY` tokens, which `extend` continues."""
     key = 0
     for id in ids:
         key = (key << _BITS | id & (1 << _BITS) - 1) & _KEY_MASK
@@ -97,7 +97,7 @@ def _key(ids: Sequence[int]) -> int:
 
 
 def _keys(ids: list[int]) -> tuple[list[int], list[int]]:
-    """The key that ends at each token from the one of index KEY - 1 on, and the index after its previous occurrence."""
+    """The key that ends at each token, starting at index KEY - 1, and the index after its previous occurrence, or 0."""
     count = len(ids) - KEY + 1
     if count < 1:
         return [], []

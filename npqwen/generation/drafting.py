@@ -1,4 +1,4 @@
-"""What all texts of a model share to guess their next tokens."""
+"""What all texts of a model share for speculative decoding."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from npqwen.generation.draft_model import DraftModel
 
 ANSWERS = 4096
-"""Tokens of earlier texts that guesses are taken from, too."""
+"""The most tokens of earlier texts from which drafts are taken, too."""
 
 
 class Drafting:
-    """What passes cost, a draft model or else the model's own draft layer, and what was written lately."""
+    """The cost of passes, a draft model or else the model's own draft layer, and the latest texts."""
 
     def __init__(
         self, passes: PassTimes | None = None, model: DraftModel | None = None, layer: LayerGuesses | None = None
     ) -> None:
-        """passes: None if nobody measures what passes of few tokens cost."""
+        """passes: None if the cost of passes of few tokens is not measured."""
         self.passes = passes
         self.model = model
         self.layer = layer
         self._answers: tuple[list[int], ...] = ()
-        """The latest last. Replaced as a whole: texts end in several threads."""
+        """The ids of the ends of texts, the latest last. Replaced as a whole, as texts end in several threads."""
 
     def remember(self, ids: Sequence[int]) -> None:
-        """Keep the end of a text for guesses in later ones."""
+        """Keep the end of a text for drafts of later ones."""
         answers = (*self._answers, list(ids[-ANSWERS:]))
         while sum(map(len, answers)) > ANSWERS:
             answers = answers[1:]

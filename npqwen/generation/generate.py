@@ -25,7 +25,7 @@ def stream(
 
     session: one of this model; a prefix of the prompt that it has computed is not computed again, and afterwards it
     holds prompt and text. options: see `GenerationOptions`. Sampling options that are left out are the checkpoint's own
-    (`model.generation_config.sampling`). Exceptions of the functions among them propagate.
+    (`model.generation_config.sampling`). Exceptions raised by functions among the options propagate.
 
     Raises OptionError for an empty prompt, an unknown option or one out of range, and ContextLengthError for a prompt
     that does not fit the context, all before anything is computed.
@@ -88,9 +88,9 @@ def generate(
 ) -> Completion | list[Completion] | list[list[Completion]]:
     """Continue a prompt to the end of its text, or each of a list of prompts, as it would be continued alone.
 
-    n: return a list of n completions of each prompt, which is read once. Sample i is drawn with seed + i if a seed is
-    given, so it is what `generate` alone gives with that seed. session: one of this model;
-    afterwards it holds the last prompt and its first completion. options: see `stream`.
+    n: return a list of n completions of each prompt, which is computed once. Sample i is drawn with seed + i if a seed
+    is given, so it is what `generate` alone returns with that seed. session: one of this model; afterwards it holds the
+    last prompt and its first completion. options: see `stream`.
 
     Raises what `stream` raises, for any of the prompts, before anything is computed.
     """
@@ -134,7 +134,7 @@ def _all(
 
 
 def _sampled(options: GenerationOptions, i: int) -> GenerationOptions:
-    """The options of sample i: its own seed, and no report of the prompt, which sample 0 reads."""
+    """The options of sample i: its own seed, and only for sample 0, which runs the prompt, a progress function."""
     options, seed = options.copy(), options.get("seed")
     if i:
         options.pop("progress", None)

@@ -1,4 +1,4 @@
-"""What has become known of a drafter's guesses, in all texts: how many were right, and what they cost."""
+"""Statistics of a drafter's guesses, over all texts: how many were accepted, and what they cost."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from npqwen.engine.pass_times import PassTimes
 
 _CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
-"""Between these, a guess's probability by the drafter puts it into one kind."""
+"""The boundaries of the kinds of guesses, by the drafter's own probability of a guess."""
 _BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)
-"""Of each kind, the share believed to be accepted before anything is known."""
+"""The prior acceptance rate of each kind."""
 _OVERALL = 0.7
-"""The share of all guesses believed to be accepted before anything is known."""
+"""The prior acceptance rate of all guesses."""
 _FADES = 0.985
-"""What earlier evidence is worth after a draft: what a model guesses is more alike than what a text repeats."""
+"""The weight of earlier evidence after a draft: higher than for drafts from the text, as a model's vary less."""
 _WEIGHT = 1 / 8
 RECENT = 512
-"""Tokens that choose the part of the vocabulary."""
+"""The latest tokens of a text by which the part of the vocabulary is chosen."""
 ENOUGH = 0.97
-"""This share of as many recent tokens has to be in a part of the vocabulary."""
+"""The share of the `RECENT` latest tokens that must be in a part of the vocabulary."""
 
 
 class Guess(NamedTuple):
@@ -36,24 +36,24 @@ class Guess(NamedTuple):
 
     id: int
     acceptance: Acceptance
-    """Of guesses that the drafter was as sure of."""
+    """The statistics of guesses of a similar probability by the drafter."""
 
 
 class Guesses:
-    """Of one drafter."""
+    """Statistics of the guesses of one drafter."""
 
     def __init__(self, ratio: float) -> None:
-        """ratio: what a guess is believed to cost, in passes of one token."""
+        """ratio: the assumed cost of a guess, in passes of one token of the target."""
         self.overall = Acceptance(_OVERALL, _FADES)
-        """Of the next guess, before its probability is known."""
+        """The acceptance of the next guess, before its probability is known."""
         self._kinds = [Acceptance(belief, _FADES) for belief in _BELIEFS]
         self._ratio = min(1.0, ratio)
         self._seconds: float | None = None
         self.accepted = self.decided = self.passed_over = 0
-        """Guesses that were accepted, and that were compared at all; passes in which guessing did not pay."""
+        """Guesses that were accepted; guesses that were accepted or rejected; passes in which guessing did not pay."""
 
     def cost(self, passes: PassTimes | None) -> float:
-        """What a guess takes, in the unit of the target's `passes`; by the models' sizes until it is measured."""
+        """The cost of a guess, in the unit of the target's `passes`; from the models' sizes until it is measured."""
         if passes is None:
             return 0.0
         if self._seconds is None or not passes.measured:
@@ -61,18 +61,18 @@ class Guesses:
         return self._seconds
 
     def measured(self, seconds: float) -> None:
-        """Count a guess that took so long; one that took far longer than usual counts as twice as long."""
+        """Update the average with the seconds of a guess; more than twice the average counts as twice the average."""
         if self._seconds is None:
             self._seconds = seconds
         else:
             self._seconds += (min(seconds, 2 * self._seconds) - self._seconds) * _WEIGHT
 
     def best(self, logits: NDArray[np.float32]) -> Guess:
-        """The likeliest token by logits (ids,)."""
+        """A guess of the likeliest token, given logits (ids,)."""
         return self.guess(int(logits.argmax()), logits)
 
     def guess(self, id: int, logits: NDArray[np.float32]) -> Guess:
-        """The token `id`, by logits (ids,) that are nowhere greater than its own."""
+        """A guess of the token `id`, given logits (ids,), of which its own is the greatest."""
         probability = 1 / float(np.exp(logits - logits[id]).sum())
         return Guess(id, self._kinds[int(np.searchsorted(_CONFIDENCES, probability))])
 
@@ -89,10 +89,10 @@ class Guesses:
 
 
 def enough_ids(ids: Sequence[int], added: Collection[int], size: int, parts: Sequence[float]) -> int:
-    """How many of the lowest ids a draft's logits need: most of the text's latest tokens are among them.
+    """How many of the lowest ids a draft's logits need for most of the text's latest tokens to be among them.
 
     The lower an id, the more frequent is its token, and the output matrix is a large part of a small model. added: the
-    tokenizer's added ids, which are the highest. size: of the vocabulary. parts: of it, from the least on.
+    tokenizer's added ids, which are the highest. size: of the vocabulary. parts: fractions of it, ascending.
     """
     recent = np.array([id for id in ids[-RECENT:] if id not in added])
     for part in parts:

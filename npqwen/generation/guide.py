@@ -1,4 +1,4 @@
-"""Keeps one text to its structure, from the end of its thinking on."""
+"""Constrains one text to its structure, starting at the end of its thinking."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from npqwen.structure.structure import Structure, Structured
 from npqwen.structure.vocabulary import Vocabulary, vocabulary_of
 
 _TURN, _END = "<|im_start|>assistant\n", "<|im_end|>"
-"""What Qwen's chat templates write before an answer, where a hybrid model may begin to think, and what ends it."""
+"""What Qwen's chat templates write before an answer, where hybrid models may begin to think, and what ends answers."""
 _BLANK = "\n\n"
 """What Qwen3 was trained to write between `</think>` and its answer."""
 
@@ -22,8 +22,8 @@ _BLANK = "\n\n"
 class Guide:
     """Applies a structure to one text, which may think first.
 
-    The structure begins at once if the prompt has closed the thinking, or does not lead to any. Otherwise it begins
-    after `</think>` and a blank line, or in place of `<think>`:
+    The structure begins at once if the prompt has closed the thinking, or does not lead to thinking. Otherwise it
+    begins after `</think>` and a blank line, or in place of `<think>`:
 
         +-----------+  <think>  +----------+  </think>  +-----+  blank line  +-----------+
         | undecided | --------> | thinking | ---------> | gap | -----------> | structure |
@@ -32,7 +32,7 @@ class Guide:
               +--------------------------------------------------------------------+
 
     model: only its tokenizer and ids are used. thinking: the text's, updated with each token before `push`. prompt:
-    the ids before the text. Raises OptionError for a structure that this vocabulary cannot have.
+    the ids before the text. Raises OptionError for a structure that no text of this vocabulary can have.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Guide:
         return self._eos if self._constraint.ended else self._constraint.forced()
 
     def allowed(self) -> NDArray[np.uint32]:
-        """The tokens that may come next, as bits: see `Constraint.allowed`. Thinking must not end with the text."""
+        """The tokens that may come next, as bits: see `Constraint.allowed`. Eos is not allowed inside the thinking."""
         if self._state == "thinking":
             return self._all_but_eos
         bits = self._constraint.allowed()
@@ -104,7 +104,7 @@ class Guide:
         return bits
 
     def structured(self, ids: Sequence[int]) -> Structured | None:
-        """The structure's text, of a text of these ids; None if it is not complete."""
+        """The part that has the structure, of a text of these ids; None if it is not complete."""
         if self._state != "structure" or not self._constraint.complete:
             return None
         return Structured(self._structure, self._tokenizer.decode(ids[self._start :]))

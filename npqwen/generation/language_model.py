@@ -34,4 +34,4 @@ class LanguageModel(TokenModel, Protocol):
 
     @property
     def drafting(self) -> Drafting:
-        """What its texts share to guess their next tokens."""
+        """What its texts share for speculative decoding."""

@@ -1,6 +1,6 @@
-"""Where a text's messages begin: the tokens before are likely to begin another text, the next turn of a conversation.
+"""Where a text's messages begin: the tokens before are likely to be a prefix of another text, such as the next turn.
 
-A hybrid model's cache can go back to these places only, and to a few others (npqwen/engine/recurrent_states.py).
+A hybrid model's cache can be truncated only to these positions and a few others (npqwen/engine/recurrent_states.py).
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from npqwen.tokenizer import Tokenizer
 
 _NEAREST = 3
-"""Borders before the end that are kept in any case: the last message, the one before, and its answer."""
+"""The last borders, always kept: as a rule, of the answer to be written, the last message and the previous answer."""
 _APART = 1.5
-"""How much further from the end the next border must be than the last one, of those further away."""
+"""Of the others, a border is kept if it is at least this many times as far from the end as the last one kept."""
 _UNMARKED = 64
-"""Tokens without a border at the end of a text for which another place is chosen."""
+"""If a text ends with more than this many tokens without a border, another position is added."""
 _STEP = 16
 
 
 def message_borders(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """Positions before some of the messages of a prompt, ascending, all within 1 and len(ids) - 1.
 
-    The first one, at the end of a system prompt, and the last ones, the closer together the nearer to the end. Without
-    messages near the end, a place just before the end, for who sends the text again.
+    The first one, at the end of a system prompt, and the last ones, which are denser towards the end. If no message
+    begins near the end, also a position just before the end, in case the text is sent again.
     """
     start, last = tokenizer.token_id("<|im_start|>"), len(ids) - 1
     borders = [at for at, id in enumerate(ids) if id == start and 0 < at <= last]

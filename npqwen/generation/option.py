@@ -1,4 +1,4 @@
-"""What one option is: its type, range and help, how it is read from text, and what a table of options shows of it."""
+"""The definition of an option: its type, range and help, and how it is read from text; and tables of options."""
 
 import inspect
 import math
@@ -72,7 +72,7 @@ class Option(NamedTuple):
         return value
 
     def parse(self, text: str) -> Any:
-        """The value that `text` stands for, checked; a switch reads "on" and "off". Raises OptionError."""
+        """The value that `text` spells, checked; a switch reads "on" and "off". Raises OptionError."""
         if self.read is not None:
             return self.check(self.read(self.name, text))
         try:
@@ -83,7 +83,7 @@ class Option(NamedTuple):
 
 
 def option_table(definitions: Any, inherited: Iterable[str] = ()) -> dict[str, Option]:
-    """The options that the annotations of a TypedDict define, by name; they are appended to its docstring, too."""
+    """The options that the annotations of a TypedDict define, by name. Also appends them to its docstring."""
     table = {
         name: hint.__metadata__[0]._replace(name=name)
         for name, hint in definitions.__annotations__.items()

@@ -316,7 +316,7 @@ OPTIONS = option_table(GenerationOptions)
 """All options by name, in the order in which messages and `--help` list them."""
 
 ELSEWHERE = {other: option.name for option in OPTIONS.values() for other in option.elsewhere}
-"""What other programs call an option -> its name here."""
+"""An option's name in other programs -> its name here."""
 
 CHAT_DEFAULTS: GenerationOptions = {"loop_guard": True}
 """Defaults in a chat that differ from the options' own."""

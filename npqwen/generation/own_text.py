@@ -1,4 +1,4 @@
-"""Text that a model writes by itself, to calibrate its own quantization with: no data of anybody's is needed."""
+"""Text that a model generates to calibrate its own quantization, without external data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEGINNINGS = (
 """Texts of many kinds and languages begin like this."""
 
 SEQUENCES, TOKENS = 32, 256
-"""8,192 tokens calibrate as well as text from elsewhere (docs/lab.md)."""
+"""8,192 generated tokens calibrate as well as external text (docs/lab.md)."""
 
 
 def write_own_text(
@@ -32,10 +32,10 @@ def write_own_text(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.int32]:
-    """Have the model write: ids (sequences, tokens), drawn from its own distribution as it is.
+    """Generate text: int32 ids (sequences, tokens), drawn from the model's own distribution without changes.
 
     Two of three sequences begin with a user's turn, if the model has its token, the others with a few characters. None
-    ends early: what follows the end of a turn or a text is as good. progress(done, total): tokens.
+    ends early: what follows the end of a turn or a text is as useful. progress(done, total): in tokens.
     """
     tokenizer = model.tokenizer
     tokens = min(tokens, model.context)

@@ -1,7 +1,7 @@
 """From logits to the next token: bias, penalties, temperature, top-k, top-p, min-p, and the draw.
 
 The order is that of Hugging Face transformers: bias, repetition penalty, presence and frequency penalty, the
-caller's logits_processor, temperature, top-k, top-p, min-p, each applied to the result of the one before.
+caller's logits_processor, temperature, top-k, top-p, min-p, each applied to the result of the previous one.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Sampler:
         allowed: NDArray[np.uint32] | None = None,
         maxima: NDArray[np.float32] | None = None,
     ) -> int:
-        """Draw the next id from logits, float32 (vocab_size,), which are not changed; it counts as generated.
+        """Draw the next id from logits, float32 (vocab_size,), which are not changed, and count it as generated.
 
-        maxima: of the logits, see `npqwen.kernels.greatest.block_maxima`, if they are known. allowed: draw only tokens
-        whose bit is set, that of token i being bit i % 32 of word i // 32; after bias, penalties and processor. If it
-        is one token, no random number is used.
+        maxima: the block maxima of the logits, see `npqwen.kernels.greatest.block_maxima`, if they are known. allowed:
+        draw only tokens whose bit is set: token i is bit i % 32 of word i // 32. It applies after bias, penalties and
+        processor. If only one token is allowed, no random number is used.
 
         Raises FormatError for NaN or infinite logits, a sign of damaged weights, OptionError if bias, processor and
         `allowed` leave no token to draw, and what the processor raises.
@@ -74,7 +74,7 @@ class Sampler:
         if allowed is not None:
             id = self._choose_allowed(adjusted, allowed)
         else:
-            # They are those of the logits as they came, without penalties and the like.
+            # `maxima` are those of the raw logits, before bias, penalties and processor.
             id = self._choose(adjusted, maxima=maxima if np.may_share_memory(adjusted, logits) else None)
         self.add(id)
         return id
@@ -84,14 +84,14 @@ class Sampler:
         return self._processor is None and self.sampling.logit_bias.get(id) != -math.inf and id not in self._never
 
     def add(self, id: int) -> None:
-        """Count `id` as generated. For forced tokens: those that are drawn have been counted."""
+        """Count `id` as generated. For forced tokens only: drawn ones are counted already."""
         self._ids.append(id)
         if id not in self._never:  # a forbidden id may have no logit to penalize
             self._seen.add(id)
             self._counts[id] = self._counts.get(id, 0) + 1
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits after bias, penalties and processor; a copy, or a view of those of real tokens."""
+        """The logits after bias, penalties and processor: a copy, or a view of the logits of existing tokens."""
         forbidden = self._forbidden
         # Embedding rows without a token are usually the last ones: slicing them off avoids a copy.
         if self._processor is None and len(forbidden) and forbidden[0] == len(logits) - len(forbidden):
@@ -152,7 +152,7 @@ class Sampler:
     ) -> int:
         """Draw an id from adjusted logits, or take the likeliest if sampling is greedy.
 
-        count: how many of them are allowed, if not all; the others are minus infinity. maxima: of blocks of them.
+        count: how many ids are allowed, if not all; the other logits are minus infinity. maxima: the block maxima.
         """
         s = self.sampling
         if s.temperature == 0 or s.top_k == 1:
@@ -177,7 +177,7 @@ class Sampler:
     def _draw(self, ids: NDArray[np.intp], logits: NDArray[np.float32], total: float | None = None) -> int:
         """Draw one of the candidates `ids`, after top-p and min-p.
 
-        total: the sum of the weights exp((logit - maximum) / temperature) of all tokens, if there are others.
+        total: the sum of the weights exp((logit - maximum) / temperature) of all tokens, if `ids` are not all of them.
         """
         s = self.sampling
         if len(ids) > MANY:  # for example, all tokens that a processor forbids tie with the k-th
@@ -267,9 +267,9 @@ def greatest(values: NDArray[np.float32], k: int, maxima: NDArray[np.float32] | 
 
 
 def _nucleus(p: NDArray[np.float64], mass: float, logits: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Indices, ascending, of enough of the greatest `p` that they sum to `mass`; saves sorting all of them.
+    """Indices, ascending, of enough of the greatest `p` to sum to `mass`, without sorting all of them.
 
-    logits: what p was computed from, which order the tokens also where p underflows.
+    logits: what p was computed from; they order the tokens even where p underflows.
     """
     k = 256
     while k < len(p):

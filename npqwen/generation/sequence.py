@@ -1,4 +1,4 @@
-"""A text that is being generated with its KV cache: what every driver runs, alone or with others in one pass."""
+"""A text that is being generated, with its KV cache: what every driver runs, alone or in a batch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Sequence:
-    """A `Decoding`, the KV cache of its tokens, and what they cost.
+    """A `Decoding`, the KV cache of its tokens, and their cost.
 
-    The driver runs `todo()` after the tokens in `cache` and hands the logits to `accept`; meanwhile the cache holds a
-    prefix of prompt and text, at the end all but the last drawn or forced tokens:
+    The driver runs `todo()` after the tokens in `cache` and passes the logits to `accept`. The cache holds a prefix of
+    prompt and text; at the end, all but the last drawn or forced tokens:
 
         sequence.next_step()
         while not sequence.decoding.finished:
@@ -38,9 +38,9 @@ class Sequence:
         sequence.settle()
         sequence.close()
 
-    A pass may run more tokens than are certain: a draft. The logits of its tokens are kept, and the text advances step
-    by step as without it. While the tokens that a step has to run are those of the draft, they are in the cache
-    already, and `accept` finds their logits. The first that differs ends the draft; what it ran beyond is discarded.
+    A pass may run draft tokens after those that are certain. Their logits are kept, and the text advances step by step
+    as it would without a draft. While the tokens that a step has to run equal those of the draft, they are in the cache
+    already, and `accept` finds their logits. The first that differs ends the draft; the rest of it is rolled back.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Sequence:
         """Prepare to continue a prompt.
 
         prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
-        (default: all tokens it holds), while at least one must remain to run; its adapter is used. Without one, the
-        driver sets `cache` to what `new_cache` gives.
+        (default: all tokens it holds); at least one must remain to run, and the cache's adapter is used. Without a
+        cache, the driver sets `cache` to what `new_cache` returns.
 
         Raises OptionError, CheckpointError or ContextLengthError before anything is changed.
         """
@@ -65,7 +65,7 @@ class Sequence:
         self._model = model
         name = given.get("adapter")
         self.adapter = None if name is None else model.adapters.find(name)
-        """What its tokens are run with, beside the model."""
+        """The LoRA adapter with which its tokens are run; None if there is none."""
         self.max_tokens = given.get("max_tokens")
         """The option, None if it is left out."""
         room = model.context - len(prompt)
@@ -100,16 +100,16 @@ class Sequence:
         self.cache = cache
         """The keys and values of the first tokens; None until a driver has made it."""
         self.cached = cached or 0
-        """Prompt tokens that the cache held already when it was given."""
+        """Prompt tokens that were already in the cache and are not computed."""
         self.drafted = self.accepted = 0
-        """Tokens of drafts that were run, and how many of them became part of the text."""
+        """Draft tokens that were run, and how many of them were accepted."""
         self._speculation = speculation_for(given.get("speculation"), model.drafting, prompt)
         self._draft: list[int] = []
-        """Guessed tokens, to be run after those that are certain."""
+        """Draft tokens to run after those that are certain."""
         self._ahead: list[int] = []
-        """Guessed tokens that were run: the cache has them beyond its length."""
+        """Draft tokens that were run and are still to be verified: the cache holds them beyond its length."""
         self._ahead_logits: NDArray[np.float32] | None = None
-        """A row for each of them."""
+        """A row of logits for each of them."""
         self._found: NDArray[np.float32] | None = None
         """The logits for the next step, from an earlier pass."""
         self._outcome = 0
@@ -122,7 +122,7 @@ class Sequence:
         return self._model.new_cache(room, None if self.adapter is None else self.adapter.name)
 
     def begin_cache(self, cache: KVCache) -> None:
-        """Use a cache from now on: it keeps checkpoints between the prompt's messages, and gives what guesses need."""
+        """Use this cache: have it keep checkpoints where the prompt's messages begin, and have drafting follow it."""
         self.cache = cache
         if cache.recurrent is not None:
             cache.mark(message_borders(self.decoding.prompt_ids, self._tokenizer))
@@ -131,7 +131,7 @@ class Sequence:
 
     @property
     def caches(self) -> list[KVCache]:
-        """The text's cache, and that of the model or layer that guesses for it, as far as there are any."""
+        """The text's cache, and that of its draft model or layer, as far as they exist."""
         guessing = None if self._speculation is None else self._speculation.cache
         return [cache for cache in (self.cache, guessing) if cache is not None]
 
@@ -147,12 +147,12 @@ class Sequence:
 
     @property
     def drafting(self) -> int:
-        """How many of the last tokens of `todo` are guessed."""
+        """How many of the last tokens of `todo` are draft tokens."""
         return len(self._draft)
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the prompt is not computed yet."""
+        """Whether part of the prompt is not computed yet."""
         return self.length < len(self.decoding.prompt_ids)
 
     def todo(self, most: int | None = None) -> list[int]:
@@ -168,11 +168,11 @@ class Sequence:
 
     @property
     def rows(self) -> int:
-        """Of how many of the last tokens of `todo` the logits go to `accept`."""
+        """How many of the last tokens of `todo` `accept` needs the logits of."""
         return self.decoding.rows + len(self._draft)
 
     def draft(self, most: int = PASS, others: int = 0) -> int:
-        """Guess tokens that the next pass runs after those that are certain; returns how many, at most `most`.
+        """Draft tokens that the next pass runs after those that are certain; returns how many, at most `most`.
 
         others: tokens of other sequences in the pass.
         """
@@ -180,13 +180,13 @@ class Sequence:
         cache, left = self.cache, self.left
         if self._speculation is None or cache is None or most < 1 or left < 1 or self.reads_prompt:
             return 0
-        # One more than the draft may be drawn: the token after it.
+        # If the whole draft is accepted, one more token is drawn: the one after it.
         most = min(most, self.decoding.left - 1)
         self._draft = self._speculation.propose(self.decoding.ids, most, left + others, alone=not others)
         return len(self._draft)
 
     def next_step(self) -> None:
-        """Begin to count the time of the next step, and take the tokens that it has to run from the last draft."""
+        """Start timing the next step, and take from the last draft the tokens that the step has to run."""
         self._since = time.perf_counter()
         if not self._ahead:
             return
@@ -213,7 +213,7 @@ class Sequence:
     def accept(self, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None = None) -> str:
         """Take one step with the logits of the tokens that were run, see `Decoding.accept`; returns its text.
 
-        maxima: of the blocks of each row of them, if they are known.
+        maxima: the block maxima of each row of logits, if they are known.
         """
         decoding, count = self.decoding, len(self._draft)
         if count:
@@ -239,7 +239,7 @@ class Sequence:
         return piece
 
     def settle(self) -> None:
-        """Forget guessed tokens: the cache then holds a prefix of prompt and text, whatever interrupted a step."""
+        """Discard draft tokens: the cache then holds a prefix of prompt and text, whatever interrupted a step."""
         self._draft, self._ahead, self._ahead_logits, self._found = [], [], None, None
         known = len(self.decoding.prompt_ids) + len(self.decoding.ids)
         if self.length > known:
@@ -247,18 +247,18 @@ class Sequence:
             self.cache.truncate(known)
 
     def stop_guessing(self) -> None:
-        """Give up the cache of a model or layer that guesses, for lack of memory."""
+        """Stop drafting by a model or layer, and free its cache, for lack of memory."""
         if self._speculation is not None:
             self._speculation.stop_model()
 
     def close(self) -> None:
-        """End guessing: the text is over. Closing again has no effect."""
+        """End drafting, as the text has ended. Closing again has no effect."""
         if self._speculation is not None:
             self._speculation.close(self.decoding.ids)
         self._speculation = None
 
     def _end_draft(self, rejected: bool) -> None:
-        """Leave what is left of a draft. rejected: whether a token of it was not the text's."""
+        """Discard the rest of a draft. rejected: whether one of its tokens was rejected."""
         self._ahead, self._ahead_logits = [], None
         if self._speculation is not None:
             self._speculation.learn(self._outcome, rejected)

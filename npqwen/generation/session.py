@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A text and its KV cache: prompts that share a prefix, as the turns of a conversation do, compute what differs.
+    """A text and its KV cache: prompts that share a prefix, as the turns of a conversation do, compute only the rest.
 
         session = npqwen.Session(model)
         session.stream("Once upon a time", max_tokens=50).completion()
@@ -37,11 +37,11 @@ class Session:
         print(session.continue_(max_tokens=50).completion().text)
         print(session.text)
 
-    `stream` and `prefill` replace the text by a prompt, `append` and `continue_` add to it. The option `adapter` holds
-    for one call: a prompt with another adapter than the text before is computed anew. `append` and `continue_` use the
-    text's. However a stream ends -
-    finished, closed early, by Ctrl-C during a pass, by an error - the session knows which tokens its cache holds and
-    continues from there. It needs no closing. One thread at a time; `fork()` for more.
+    `stream` and `prefill` replace the text by a prompt, `append` and `continue_` add to it. The option `adapter`
+    applies to one call: a prompt with another adapter than the previous text is computed from the start. `append` and
+    `continue_` use the text's. However a stream ends (finished, closed early, by Ctrl-C during a pass, by an error),
+    the session knows which tokens its cache holds and continues from there. It need not be closed. One thread at a
+    time; `fork()` for more.
 
     Logits are bitwise equal to those of a fresh start.
     """
@@ -69,7 +69,7 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """All tokens: the prompt and everything drawn after it, also eos and the last one, which is not computed yet.
+        """All tokens: the prompt and everything after it, including eos and the last token, which is not computed yet.
 
         The first `cache.length` of them have their keys and values in the cache.
         """
@@ -82,7 +82,7 @@ class Session:
 
     @with_options(OPTIONS)
     def stream(self, prompt: Prompt, *, batch: Batch | None = None, **options: Unpack[GenerationOptions]) -> Stream:
-        """Replace the text by a prompt, and generate what follows. The prefix that both share is not computed again.
+        """Replace the text by a prompt, and generate what follows. Their common prefix is not computed again.
 
         prompt: text or token ids. batch: see `Stream`. An unfinished stream of this session is closed. Raises what
         `Stream` raises; the session then keeps its text.
@@ -99,8 +99,9 @@ class Session:
     def continue_(self, **options: Unpack[GenerationOptions]) -> Stream:
         """Generate what follows the text so far, as if it were a prompt of which only the last token is to be computed.
 
-        After an eos, which is part of the text, the model begins something new. Greedy texts are what one longer stream
-        would give; `seed` and the penalties of generated tokens start over. Raises OptionError for an empty session.
+        After an eos, which is part of the text, the model begins something new. A greedy text is the same as that of
+        one longer stream; `seed` and the penalties of generated tokens start over. Raises OptionError for an empty
+        session.
         """
         self._settle()
         if options.get("adapter") is None and self._cache.adapter is not None:
@@ -115,8 +116,8 @@ class Session:
         """Replace the text by a prompt, and compute it: a long document, say, to continue, `fork` or `save`.
 
         prompt: text or token ids. progress(done, total): called after every chunk with tokens. adapter: see the option.
-        Returns the float32 logits (vocab_size,) of the token that follows. An interruption keeps the chunks that were
-        done.
+        Returns the float32 logits (vocab_size,) of the token that follows. After an interrupt, completed chunks are
+        kept.
 
         Raises what `stream` raises; the session then keeps its text.
         """
@@ -127,7 +128,7 @@ class Session:
     def append(self, more: Prompt, progress: Callable[[int, int], None] | None = None) -> NDArray[np.float32]:
         """Compute text or token ids after the text so far; see `prefill` for the rest.
 
-        Text is encoded by itself: no token spans the border to the text before it.
+        Text is encoded on its own: no token spans the boundary to the text before it.
         """
         new = check_prompt_ids(self.model, more, room=0)
         self._settle()
@@ -155,8 +156,7 @@ class Session:
         """Read what `save` wrote.
 
         Raises FormatError for a file that is not a saved session, is truncated, or was saved from another model or with
-        an adapter that this one lacks, and
-        ContextLengthError if it holds more tokens than the model's context.
+        an adapter that this one lacks, and ContextLengthError if it holds more tokens than the model's context.
         """
         session = cls.__new__(cls)
         cache = model.new_cache()
@@ -166,7 +166,7 @@ class Session:
         return session
 
     def _cache_for(self, adapter: str | None) -> KVCache:
-        """The session's cache, or a new one if it was computed with another adapter. Raises OptionError."""
+        """The session's cache, or a new one if its adapter is another. OptionError for an unknown adapter."""
         own = None if self._cache.adapter is None else self._cache.adapter.name
         return self._cache if adapter == own else self.model.new_cache(adapter=adapter)
 

@@ -1,4 +1,4 @@
-"""Whether, and how far, one text's next tokens are guessed: what pays by what was accepted and what passes cost."""
+"""Whether one text's next tokens are drafted, and how many: decided by acceptance rates and the cost of passes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 PASS = 15
 """The most tokens of a pass with drafts: up to 15 tokens, logits are bitwise equal to those of passes of one token."""
 MARGIN = 1.05
-"""Drafting must promise so many times the tokens per second of plain passes."""
+"""Drafting must promise more than this many times the tokens per second of passes without drafts."""
 _BELIEFS = {2: 0.5, 3: 0.65, 4: 0.8, 5: 0.9, 6: 0.95}
-"""The share of tokens believed to be accepted, by the certainty of the text's own drafts, before anything is known."""
+"""The prior acceptance rate of drafts from the text itself, by their certainty."""
 
 
 class Speculation:
-    """Proposes the tokens that a text's next pass runs beyond those that are certain, and learns what came of them.
+    """Proposes draft tokens for a text's next pass, after those that are certain, and learns which were accepted.
 
-    Guesses from what the text says already cost nothing. A draft model, or else the model's own draft layer, guesses
-    where that promises more tokens per second, while the text is alone in its pass: the guesses come one by one, and
-    other texts would wait for them.
+    Drafts from the text itself cost nothing. A draft model, or else the model's own draft layer, drafts where that
+    promises more tokens per second, while the text is alone in its pass: drafting takes one step per token, for which
+    other texts would wait.
 
-    The text does not depend on it: a proposed token is used only where it equals the one that is drawn.
+    Drafts do not change the text: a draft token is accepted only if it equals the one that is drawn.
     """
 
     def __init__(self, drafting: Drafting, prompt: Sequence[int], *, always: bool = False) -> None:
-        """drafting: what all texts of the model share. always: guess wherever there is an idea; otherwise where it pays
-        by what passes cost."""
+        """drafting: what all texts of the model share. always: draft wherever possible; otherwise only where the cost
+        of passes makes it worthwhile."""
         self._drafting = drafting
         self._text = TextDrafter(drafting.with_answers(prompt))
         self._model: ModelDrafter | LayerDrafter | None = None
@@ -46,21 +46,21 @@ class Speculation:
         self._always = always
         self._read = 0
         self._of_text: dict[int, Acceptance] = {}
-        """By the certainty of the text's own drafts."""
+        """Of drafts from the text itself, by their certainty."""
         self._proposed: list[Acceptance] = []
-        """What each token of the last proposal tells about."""
+        """For each token of the last proposal, the statistics that its outcome is counted in."""
         self._guesses: Guesses | None = None
-        """What is known of the guesses of a model or layer, if it made the last proposal."""
+        """The statistics of the model or layer that made the last proposal; None if none did."""
 
     def follow(self, cache: KVCache) -> None:
-        """Take what guesses need from the text's passes, which use this cache from now on."""
+        """Collect what drafting needs from the text's passes, which use this cache from now on."""
         if isinstance(self._model, LayerDrafter):
             self._model.follow(cache)
 
     def propose(self, ids: Sequence[int], most: int, certain: int, *, alone: bool = True) -> list[int]:
-        """The next tokens to guess, at most `most`, perhaps none.
+        """Draft tokens for the next pass, at most `most`, perhaps none.
 
-        ids: the text's. certain: how many tokens the pass runs anyway. alone: whether all of them are this text's.
+        ids: the text's. certain: how many tokens the pass runs anyway. alone: whether all of those are this text's.
         """
         self._extend(ids)
         self._proposed, self._guesses = [], None
@@ -85,11 +85,11 @@ class Speculation:
 
     @property
     def cache(self) -> KVCache | None:
-        """The cache of the model or layer that guesses."""
+        """The cache of the draft model or layer; None if it has none."""
         return None if self._model is None else self._model.cache
 
     def stop_model(self) -> None:
-        """Give up the model or layer that guesses, and its cache; the text's own drafts go on."""
+        """Stop using the draft model or layer, and free its cache; drafts from the text itself continue."""
         if self._model is not None:
             self._model.close()
         if isinstance(self._model, LayerDrafter):
@@ -97,7 +97,7 @@ class Speculation:
         self._model = None
 
     def learn(self, accepted: int, rejected: bool) -> None:
-        """Take what came of the last proposal: how many tokens were accepted, and whether the next was rejected."""
+        """Learn the outcome of the last proposal: how many tokens were accepted, and whether the next was rejected."""
         decided = self._proposed[: accepted + rejected]
         for kind in dict.fromkeys(decided):
             kind.add(decided[:accepted].count(kind), decided.count(kind))
@@ -105,7 +105,7 @@ class Speculation:
             self._guesses.add(accepted, len(decided))
 
     def close(self, ids: Sequence[int]) -> None:
-        """End with the text, whose ids these are: what was computed and written may help later texts."""
+        """End with the text, whose ids these are; keep its tokens, and a draft model's keys and values, for others."""
         self._extend(ids)
         self.stop_model()
         self._drafting.remember(ids)
@@ -118,7 +118,7 @@ class Speculation:
             self._model.extend(new)
 
     def _guess(self, model: ModelDrafter | LayerDrafter, most: int, certain: int, speed: float) -> list[int]:
-        """What a model or layer guesses; nothing if that does not promise more than `speed`, see `_speed`."""
+        """The draft of a model or layer; empty if it does not promise more than `speed`, see `_speed`."""
         guesses, cost = model.guesses, model.guesses.cost(self._drafting.passes)
         overall = guesses.overall
         length, promised = self._best_length(overall.rate, most, certain, cost)
@@ -139,7 +139,7 @@ class Speculation:
             another = self._speed(tokens[-1] + chance * overall.rate, certain, count + 1, cost * (count + 1))
             if another <= self._speed(tokens[-1], certain, count, cost * count):
                 break
-        # All are paid for; those that are still too unsure are not run.
+        # The cost of all guesses is spent; those that are too uncertain are still not worth running.
         spent = cost * len(ids)
         speeds = [self._speed(tokens[length], certain, length, spent) for length in range(len(tokens))]
         best = max(range(self._always and len(ids) > 0, len(speeds)), key=speeds.__getitem__)
@@ -164,9 +164,9 @@ class Speculation:
         return best, highest
 
     def _speed(self, tokens: float, certain: int, guessed: int, spent: float) -> float:
-        """Tokens per second, in those of passes without guesses.
+        """Tokens per second, relative to passes without drafts.
 
-        tokens: what a pass with this many guesses gives on average. spent: seconds that it took to guess.
+        tokens: the mean number of tokens from a pass with `guessed` draft tokens. spent: seconds of drafting.
         """
         passes = self._drafting.passes
         if passes is None or certain + guessed > PASS:

@@ -52,9 +52,9 @@ class Stream(AsyncSteps[str]):
 
         prompt: text or token ids. cache: one of this model's, which already holds the first `cached` prompt tokens
         (default: all tokens it holds); tokens after them are discarded, and at least one must remain to run. Its
-        adapter is used, and the option may only name the same. While the stream runs it holds a prefix of prompt and
-        text, at the end all but the last drawn or forced tokens. batch: runs this stream together with its others;
-        whichever is iterated, all of them advance.
+        adapter is used, and the option `adapter` may only name the same. While the stream runs, the cache holds a
+        prefix of prompt and text; at the end, all but the last drawn or forced tokens. batch: runs this stream together
+        with the batch's others; iterating any of them advances all.
 
         Raises OptionError, CheckpointError or ContextLengthError before anything is computed or changed.
         """
@@ -115,7 +115,7 @@ class Stream(AsyncSteps[str]):
 
     @property
     def cache(self) -> KVCache:
-        """The KV cache. In a batch it may be another one after the next piece."""
+        """The KV cache. In a batch, it may be replaced by another one when the next piece is generated."""
         sequence = self._sequence
         if sequence.cache is None:  # the batch has not begun to run this stream
             sequence.cache = sequence.new_cache(sequence.room)
@@ -173,7 +173,7 @@ class Stream(AsyncSteps[str]):
 
     @property
     def structure(self) -> Structure | None:
-        """What the text must be, if an option says so."""
+        """The structure that the text must have; None if no option gives one."""
         return self._decoding.structure
 
     @property
@@ -225,7 +225,7 @@ class Stream(AsyncSteps[str]):
             sequence.close()
 
     def _keep(self) -> None:
-        """Keep what was computed for texts that begin alike, unless the cache's owner has changed it since."""
+        """Keep the cache's tokens as a prefix for other texts, unless the cache's owner has changed it since."""
         computed, self._computed = self._computed, None
         cache = self._sequence.cache
         if computed is not None and cache is not None and cache.cuts == computed[0]:
@@ -233,7 +233,7 @@ class Stream(AsyncSteps[str]):
             self._model.prefixes.keep(ids[: computed[1]], cache)
 
     def _prefill(self, cache: KVCache) -> NDArray[np.float32]:
-        """Run the prompt; its last token's logits (1, vocab_size)."""
+        """Run the prompt; returns its last token's logits (1, vocab_size)."""
         report = self._sequence.progress
 
         def progress(done: int, total: int) -> None:
@@ -245,7 +245,7 @@ class Stream(AsyncSteps[str]):
         return self._model.prefill(np.array(self._sequence.todo(), np.int32), cache, progress).reshape(1, -1)
 
     def _forward(self, cache: KVCache, buffer: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-        """Run the pending tokens; the logits that the next step takes, in `buffer` if they are one row."""
+        """Run the pending tokens; returns the logits that the next step takes, in `buffer` if they are one row."""
         sequence = self._sequence
         if sequence.draft() and not self._has_room(cache):
             sequence.draft(0)

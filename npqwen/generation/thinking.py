@@ -19,8 +19,8 @@ ENDING = (
 class ThinkingTracker:
     """Follows the ids of one text, which thinks at most once, at its beginning; later tags have no meaning.
 
-    prompt: the ids before the text. It may end inside an open `<think>`, as the templates of models that always think
-    make it; tags in earlier turns do not count.
+    prompt: the ids before the text. It may end inside an open `<think>`, as in the templates of models that always
+    think; tags in earlier turns do not count.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:

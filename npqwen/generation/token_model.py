@@ -39,7 +39,7 @@ class TokenModel(Protocol):
 
     @property
     def prefixes(self) -> Prefixes:
-        """Keys and values of texts so far, for texts that begin alike."""
+        """Keys and values of earlier texts, for texts with a common prefix."""
 
     @property
     def chunk(self) -> int:
@@ -54,7 +54,7 @@ class TokenModel(Protocol):
         """One pass over pieces of several sequences.
 
         Returns float32 logits (rows, vocab_size) of each, perhaps views of `out`. maxima: float32 (at least all rows,
-        columns of what `new_logits` gives // MAXIMA_BLOCK), receives the greatest of each whole block of logits.
+        columns of `new_logits(...)` // MAXIMA_BLOCK), receives the maximum of each whole block of logits.
         """
 
     def new_logits(self, rows: int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _UNLIMITED = 1 << 60
-"""Version 1 has no word for "unlimited": it reports the largest multiple of a memory page that fits int64."""
+"""At least this means no limit: version 1 then reports the largest multiple of a memory page that fits int64."""
 
 
 def memory(root: Path = Path("/")) -> int | None:
@@ -92,7 +92,7 @@ def _hierarchical(groups: Iterator[Path]) -> Iterator[Path]:
 def _left(group: Path, limits: tuple[str, ...], usage: str, prefix: str) -> int | None:
     """Bytes left in a group: limit - usage + file cache; None without a limit.
 
-    limits, usage: names of its files. prefix: of the hierarchical entries of memory.stat.
+    limits, usage: names of its files. prefix: of the names of memory.stat's hierarchical entries.
     """
     limit = min((n for n in (_number(group / name) for name in limits) if n is not None), default=_UNLIMITED)
     used = _number(group / usage)

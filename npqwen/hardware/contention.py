@@ -10,11 +10,11 @@ from npqwen.hardware.cgroup import read
 from npqwen.hardware.machine import usable_cpus
 
 _SHORTEST = 0.3
-"""Seconds of observation below which nothing is concluded: a burst of other programs is over soon."""
+"""Fewest seconds of observation for a result: bursts of other programs are short."""
 _MISSING = 0.7
-"""CPUs that must be missing for a hint."""
+"""Fewest CPUs that must be missing for a hint."""
 _LOAD = 0.5
-"""The least mean of the last minute's running processes for a hint: another program must have been busy for a while."""
+"""Lowest load average of the last minute for a hint: another program must have been busy for a while."""
 
 
 def too_many_threads(threads: int) -> str | None:
@@ -27,7 +27,7 @@ def too_many_threads(threads: int) -> str | None:
 
 
 class Contention:
-    """How much other programs use this process's CPUs, from the object's creation on. Known on Linux only.
+    """How much other programs use this process's CPUs, since the object's creation. Known on Linux only.
 
     Programs with a lower priority (`nice`) do not count. root: where /proc is.
     """
@@ -64,12 +64,12 @@ class Contention:
         """CPU seconds that other programs have used on these CPUs since the start of the system; None if unknown."""
         fields = [line.split() for line in (read(self._root / "proc/stat") or "").splitlines()]
         used = [
-            int(words[1]) + int(words[3])  # user and system; niced programs are counted apart
+            int(words[1]) + int(words[3])  # user and system; niced programs are counted separately
             for words in fields
             if words[0].startswith("cpu") and words[0][3:].isdigit() and int(words[0][3:]) in self._cpus
         ]
         if not used:
             return None
         own = os.times()
-        niced = os.nice(0) > 0  # then this process's own time is counted apart, too
+        niced = os.nice(0) > 0  # then this process's own user time is counted separately, too
         return sum(used) / os.sysconf("SC_CLK_TCK") - own.system - (0 if niced else own.user)

@@ -1,6 +1,6 @@
 """Errors of huggingface_hub as errors of npqwen: one line that says what to do.
 
-Network errors are those of requests or httpx, by its version, so they are caught as Exception.
+Network errors are those of requests or httpx, depending on its version, so they are caught as Exception.
 """
 
 from __future__ import annotations

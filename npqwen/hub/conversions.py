@@ -1,8 +1,8 @@
 """Converted models: a directory of the user's, or a conversion in the user's cache, made when it is first needed.
 
 A conversion in the cache is named after the contents of its checkpoint (the hub's hashes, or the files' sizes and
-times), the recipe and the format version. A new commit with the same contents has the same conversion; one whose small
-files alone are new gets a directory with links to the old one's weights.
+times), the recipe and the format version. A new commit with the same contents has the same conversion; one in which
+only small files are new gets a directory with hard links to the old one's weights.
 """
 
 from __future__ import annotations
@@ -46,22 +46,21 @@ def resolve(
     progress: Progress | None = None,
     download_bars: bool = False,
 ) -> Path:
-    """The converted directory that `model` names, made first if need be.
+    """The converted directory that `model` names, converted first if necessary.
 
     model: a converted directory, a checkpoint directory, a GGUF file, or a name on the hub: "org/name",
     "org/name@revision", "org/name:Q4_K_M" of GGUF files, a URL of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A
-    checkpoint is converted into `cache_directory()`, once for
-    each state of its files and each `bits`.
+    checkpoint is converted into `cache_directory()`, once for each state of its files and each `bits`.
     bits: the recipe (npqwen.format.recipe), by default 4; None accepts any converted directory.
     revision: a branch, tag or commit of the hub's repository, if the name has none.
     purpose: what the model must be able to do; checked before a download or a conversion.
-    low_disk: download and convert one file of weights at a time, and keep none of them.
-    notice(line): called with what is done and where. progress(done, total): bytes converted so far.
+    low_disk: download and convert one weight file at a time, and keep none of them.
+    notice(line): called with messages that say what is done and where. progress(done, total): bytes converted so far.
     download_bars: let huggingface_hub draw its progress bars on stderr.
 
     Raises ModelNotFoundError if there is no such directory, repository or revision, or if the hub cannot be reached and
     there is no local copy; CheckpointError for a model that npqwen cannot run; OptionError for a converted directory of
-    other bits, or a model that cannot do what it must; OutputError if it does not fit on the disk; what
+    other bits, or a model that cannot serve the purpose; OutputError if it does not fit on the disk; and whatever
     `npqwen_quant.convert` raises.
     """
     recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
@@ -120,12 +119,12 @@ def convert(
 ) -> Path:
     """Convert a checkpoint directory, a GGUF file or a repository of the hub into `out`, by default into the cache.
 
-    Returns the converted directory. force: convert again, and replace a converted model that is there. calibration:
-    makes the text of a checkpoint directory to calibrate with (see `npqwen_quant.convert`); the result replaces one in
-    the cache. measure(checkpoint, converted): called with both directories when the conversion is complete. These two
-    need all weights, so they exclude low_disk. adapters: LoRA adapters to merge into the weights; they need `out`, and
-    exclude low_disk, too. Raises what `resolve` and `npqwen_quant.convert` raise; the other
-    parameters are those of `resolve`.
+    Returns the converted directory. force: convert again, and replace a converted model that is there.
+    calibration(checkpoint): called with the checkpoint directory, returns the text to calibrate with (see
+    `npqwen_quant.convert`); the result replaces one in the cache. measure(checkpoint, converted): called with both
+    directories when the conversion is complete. These two need all weights, so they exclude low_disk. adapters: LoRA
+    adapters to merge into the weights; they need `out`, and exclude low_disk, too. Raises what `resolve` and
+    `npqwen_quant.convert` raise; the other parameters are those of `resolve`.
     """
     recipe = recipe_of(bits)
     tell = notice or _ignore
@@ -173,10 +172,10 @@ def check_adapters(adapters: Sequence[AdapterFile], out: object, low_disk: bool)
 
 
 def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:
-    """The checkpoint that a user names: a directory, a GGUF file, or a repository of the hub, of which a copy serves if
-    it cannot be reached.
+    """The checkpoint that a user names: a directory, a GGUF file, or a repository on the hub, or its downloaded copy if
+    the hub cannot be reached.
 
-    Raises ModelNotFoundError, and OptionError for a revision of a directory.
+    Raises ModelNotFoundError if there is none, and OptionError for a revision of a directory.
     """
     directory = _directory(model)
     if directory is not None:
@@ -230,7 +229,7 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
 
 
 def place_of(source: Source, recipe: Recipe) -> Path:
-    """Where the conversion of a checkpoint in its present state belongs."""
+    """The directory in the cache for the conversion of a checkpoint in its present state."""
     name = f"{source.weights_digest[:12]}-{source.files_digest[:8]}-{recipe.name}-v{FORMAT_VERSION}"
     return cache_directory() / source.folder / name
 
@@ -246,7 +245,7 @@ def _same_weights(target: Path) -> Path | None:
 
 
 def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
-    """The conversion that was last used of all that were this revision of the repository; None if there is none."""
+    """The most recently used conversion of those of this revision of the repository; None if there is none."""
     parent = cache_directory() / conversions_folder(name.repository)
     revision = name.revision or MAIN
     try:
@@ -276,7 +275,7 @@ def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bo
             tell(f"another process is converting {transfer.source.label}; waiting for it")
             busy.wait()
         except OutputError as error:
-            if is_converted(target):  # another process was faster, and its result is as good
+            if is_converted(target):  # another process was faster, and its result is equivalent
                 return
             if "NPQWEN_CACHE" in str(error):
                 raise

@@ -1,4 +1,4 @@
-"""What files and directories take of the disk. A file with several names (hard links) is one file."""
+"""The disk space of files and directories. A file with several names (hard links) is one file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def _files(paths: Iterable[Path]) -> Iterator[os.stat_result]:
-    """The state of every file below some paths, links not followed. What is removed meanwhile is left out."""
+    """The state of every file below some paths, links not followed. Files that are removed meanwhile are left out."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             for folder, _, names in os.walk(path):
@@ -23,7 +23,7 @@ def bytes_of(paths: Iterable[Path]) -> int:
 
 
 def freed_bytes(paths: Iterable[Path]) -> int:
-    """Bytes that removing some paths frees: a file of which a name remains elsewhere frees none."""
+    """Bytes that removing some paths frees: a file with another name (hard link) elsewhere frees none."""
     found: dict[tuple[int, int], list[os.stat_result]] = {}
     for state in _files(paths):
         found.setdefault((state.st_dev, state.st_ino), []).append(state)

@@ -11,7 +11,7 @@ from npqwen.format.quantization import is_converted
 from npqwen.format.text_part import text_part
 
 _FOLDER = "models--"
-"""The beginning of the names of huggingface_hub's directories of models; "owner--name" follows."""
+"""The prefix of the names of huggingface_hub's directories of models; "owner--name" follows."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def downloads() -> list[Download]:
 
 
 def damaged_downloads() -> list[str]:
-    """What huggingface_hub finds wrong with repositories in its cache, a sentence each."""
+    """huggingface_hub's warnings about repositories in its cache, a sentence each."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]
 
@@ -67,7 +67,7 @@ def damaged_downloads() -> list[str]:
 
 
 def downloaded_names() -> list[str]:
-    """The hub ids of `downloads()`, in no order. Quick, as nothing is measured."""
+    """The hub ids of `downloads()`, in no order. Fast, as no sizes are measured."""
     from huggingface_hub import constants
 
     return [

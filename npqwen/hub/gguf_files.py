@@ -1,4 +1,4 @@
-"""Which files of a repository are one model in GGUF: by quantization, as llama.cpp and ollama name them."""
+"""Which files of a repository form one model in GGUF: by quantization, as llama.cpp and ollama name them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 
 SUFFIX = ".gguf"
 _DEFAULTS = ("q4_k_m", "q8_0")
-"""The first of these that is there, as in llama.cpp."""
+"""The default quantizations: the first of these that is there, as in llama.cpp."""
 
 _TAG = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4\w*|BF16|F16|FP16|F32|FP32))", re.ASCII | re.IGNORECASE
@@ -20,11 +20,11 @@ _LISTED = 12
 
 
 def choose(names: Iterable[str], wanted: str | None, label: str) -> tuple[str, list[str]]:
-    """A model's quantization, or its file's name if that tells none, and its files, shards in order.
+    """A model's quantization, or its file's name if that does not tell it, and its files, shards in order.
 
     names: of all files of a repository. wanted: a quantization or a file's name, in any case; None is the only model,
     or else Q4_K_M or Q8_0. label: the repository, for messages. Raises ModelNotFoundError, which lists the models, for
-    one that is not there; CheckpointError if a shard is missing.
+    one that does not exist or is ambiguous; CheckpointError if a shard is missing.
     """
     models = _models(names)
     tags = _tags(models)
@@ -43,7 +43,7 @@ def choose(names: Iterable[str], wanted: str | None, label: str) -> tuple[str, l
 
 
 def _models(names: Iterable[str]) -> dict[str, list[str]]:
-    """The files of each model, by its path without what tells shards apart."""
+    """The files of each model, by its path without suffix and number of a shard."""
     from npqwen_quant.gguf import OTHER_PARTS, SHARD
 
     found: dict[str, list[str]] = {}
@@ -56,7 +56,7 @@ def _models(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _tags(models: Iterable[str]) -> dict[str, str]:
-    """What each model is called: its quantization, unless another one has the same."""
+    """The name of each model: its quantization, or its file's name if that has none or another model has the same."""
     found = {}
     for model in models:
         name = PurePosixPath(model).name
@@ -70,7 +70,7 @@ def _tags(models: Iterable[str]) -> dict[str, str]:
 
 
 def _matching(tags: dict[str, str], wanted: str | None) -> list[str]:
-    """The models that are meant."""
+    """The models that match `wanted`."""
     if wanted is None:
         usual = ([model for model, tag in tags.items() if tag.lower() == default] for default in _DEFAULTS)
         return list(tags) if len(tags) == 1 else next(filter(None, usual), [])

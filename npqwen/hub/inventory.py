@@ -1,4 +1,4 @@
-"""The conversions in the cache: which models they are, what they take of the disk, and which will not be used again."""
+"""The conversions in the cache: which models they are, when they were last used, and which will not be used again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npqwen.format.recipe import RECIPES
 from npqwen.hub import record
 
 _NAME = re.compile(r"(?P<weights>[0-9a-f]{12})(?P<files>-[0-9a-f]{8})?-(?P<recipe>\w+)-v(?P<version>\d+)", re.ASCII)
-"""The name of a conversion's directory. Before there was a record, it had no digest of the small files."""
+"""The name of a conversion's directory. It has no digest of the small files if a version without records made it."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Conversion:
     model: str
     """The hub id, or the path of the checkpoint; of a conversion without a record, the name of its directory."""
     revisions: Mapping[str, str]
-    """Of the hub: branches, tags and commits that it is, with their commits."""
+    """The branches, tags and commits on the hub that it matches, with their commit hashes."""
     bits: int | None
-    """None if its config.json does not tell."""
+    """None if its config.json does not name them."""
     calibrated: bool
     last_used: float
     """Seconds since the epoch."""
@@ -35,7 +35,7 @@ class Conversion:
 
 
 def conversions(root: Path) -> list[Conversion]:
-    """All conversions in a cache directory, by model and bits. What cannot be read is left out."""
+    """All conversions in a cache directory, by model and bits. Those that are removed meanwhile are left out."""
     found = []
     for path in record.conversions(root):
         try:

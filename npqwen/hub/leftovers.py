@@ -1,5 +1,5 @@
-"""What the cache does not need any more: conversions that will not be used again, remains of interrupted work, and
-kernels of other versions or machines."""
+"""What can be removed from the cache: conversions that will not be used again, remains of interrupted work, and kernels
+of other versions or machines."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Leftover:
     reason: str
     """What it is, and why it is not needed."""
     lock: Path | None = None
-    """A file that the process to which it belongs holds locked while it lives."""
+    """A file that the process to which it belongs keeps locked while it runs."""
 
 
 def leftovers(root: Path) -> list[Leftover]:
-    """All that can be removed from the cache directory `root`."""
+    """Everything that can be removed from the cache directory `root`."""
     return [*stale_conversions(root), *interrupted_work(root), *other_kernels(root)]
 
 
@@ -49,10 +49,10 @@ def stale_conversions(root: Path) -> list[Leftover]:
 
 
 def interrupted_work(root: Path) -> list[Leftover]:
-    """The remains of interrupted conversions and removals, without those of processes that live.
+    """The remains of interrupted conversions and removals, without those of running processes.
 
-    One in which a killed conversion has put the model that it was to replace, without anything in its place, is none:
-    the next conversion puts the model back.
+    Those of a killed conversion that hold the model it was to replace, with nothing in its place, are left out: the
+    next conversion moves the model back.
     """
     found = []
     for folder in sorted([*root.glob("hub/*"), *root.glob("local/*")]):
@@ -79,7 +79,7 @@ def other_kernels(root: Path) -> list[Leftover]:
 
 
 def remove_leftover(leftover: Leftover) -> bool:
-    """Remove it, unless a process has begun to use it since; whether it was removed. Raises OutputError."""
+    """Remove it unless a process has started to use it, and return whether it was removed. Raises OutputError."""
     with _held(leftover.lock) as free:
         if not free or (is_converted(leftover.path) and _is_needed(leftover.path)):
             return False
@@ -91,7 +91,7 @@ def remove_leftover(leftover: Leftover) -> bool:
 
 
 def _is_needed(path: Path) -> bool:
-    """Whether this is a conversion, not its remains, that has become of use since it was found."""
+    """Whether this is a conversion, not its remains, that has become usable since it was found."""
     return not path.name.startswith(".") and staleness(path) is None
 
 
@@ -102,7 +102,7 @@ def _is_free(lock: Path | None) -> bool:
 
 @contextlib.contextmanager
 def _held(lock: Path | None) -> Iterator[bool]:
-    """Hold a lock; yields whether it is ours. What has no lock belongs to nobody."""
+    """Hold a lock; yields whether it was acquired: True if there is no lock, so that no process is involved."""
     from npqwen.file_lock import try_lock
 
     with contextlib.ExitStack() as stack:
@@ -112,6 +112,6 @@ def _held(lock: Path | None) -> Iterator[bool]:
                 free = try_lock(stack.enter_context(open(lock, "r+b")))
             except FileNotFoundError:
                 pass
-            except OSError:  # no locks on this file system, or a file of another user: who knows
+            except OSError:  # no locks on this file system, or a file of another user: unknown
                 free = False
         yield free

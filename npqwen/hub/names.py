@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from npqwen.errors import ModelNotFoundError, OptionError, quoted, shortened
 
 OWNER = "Qwen"
-"""Of a name without an owner, such as Qwen3-0.6B."""
+"""The owner of a name without one, such as Qwen3-0.6B."""
 MAIN = "main"
 """The revision of a name without one, in records of conversions."""
 
@@ -27,19 +27,19 @@ _OFFICIAL = re.compile(
 )
 _OLLAMA = re.compile(r"qwen3(?::(?:([\d.]+b)(?:-[\w.-]+)?|[\w.-]+))?", re.ASCII | re.IGNORECASE)
 _SPARSE = {"30B": "30B-A3B", "235B": "235B-A22B"}
-"""Of mixtures, what ollama calls by the number of all weights."""
+"""Sizes of mixtures: ollama names only the number of all weights."""
 
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository of the hub, and which state of it."""
+    """A repository on the hub, at a revision."""
 
     repository: str
     revision: str | None = None
     """A branch, a tag or a commit; None is the newest commit of the main branch."""
     file: str | None = None
     """Of a repository of GGUF files, a quantization such as Q4_K_M, or a file's name; None is the repository's
-    checkpoint, or the usual quantization."""
+    checkpoint, or the default quantization."""
 
     @property
     def model(self) -> str:
@@ -56,7 +56,7 @@ def repository_of(model: str) -> str:
 
 
 def conversions_folder(repository: str) -> Path:
-    """Where in the cache's directory the conversions of a repository, or of a model in it, lie."""
+    """The folder of a repository's conversions, or those of a model in it, relative to the cache directory."""
     return Path("hub", repository_of(repository).replace("/", "--"))
 
 
@@ -99,7 +99,7 @@ def parse(model: str | os.PathLike[str]) -> HubName:
 
 
 def with_revision(model: str | os.PathLike[str], revision: str | None) -> HubName:
-    """`parse`, with a revision that was given apart from the name. OptionError if the name has another one."""
+    """`parse`, with a revision that is given separately. OptionError if the name has another one."""
     name = parse(model)
     if revision is None or revision == name.revision:
         return name
@@ -119,7 +119,7 @@ def model_name(model: str | os.PathLike[str], revision: str | None = None) -> st
 
 
 def file_name(path: str | os.PathLike[str]) -> str:
-    """The name of the model in a GGUF file: without ".gguf", and without what tells shards apart."""
+    """The name of the model in a GGUF file: without ".gguf" and the number of a shard."""
     name = os.path.basename(os.path.abspath(path))
     return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", name, flags=re.IGNORECASE) or name
 
@@ -131,7 +131,7 @@ def official(text: str) -> str | None:
 
 
 def _official_case(name: str) -> str:
-    """A name of Qwen's with its capitals: Qwen3-0.6B-Base of qwen3-0.6b-base."""
+    """A name of Qwen's in its official case: Qwen3-0.6B-Base for qwen3-0.6b-base."""
     parts = name.split("-")
     return "-".join(
         part.upper()
@@ -149,7 +149,7 @@ def original(name: str, originals: tuple[str, ...] = ()) -> str | None:
 def advice(name: str, originals: tuple[str, ...] = ()) -> str:
     """What to use instead of a model in another format, as a clause.
 
-    originals: what its model card says that it was made from.
+    originals: the repositories that it was made from, by its model card.
     """
     known = original(name, originals)
     if known is not None:
@@ -184,7 +184,7 @@ def _from_url(url: str) -> tuple[str, str | None]:
         return f"{owner}/{name}", typed
     if len(pages) < 2 or pages[0] not in _PAGES:
         return f"{owner}/{name}", None
-    # Of a file's page, the revision is the first part; a branch's own slashes are written %2F, decoded above.
+    # In a file's URL, the revision is the first part; a branch's own slashes are written %2F, decoded above.
     count = 4 if pages[1] == "refs" else 2
     revision, file = "/".join(pages[1:count]), "/".join(pages[count:])
     tag = f":{file}" if file.lower().endswith(".gguf") else ""

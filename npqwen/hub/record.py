@@ -29,11 +29,11 @@ class Record:
     model: str
     """The hub id, or the absolute path of the checkpoint directory."""
     revisions: Mapping[str, str] = field(default_factory=dict)
-    """Of the hub: the branches, tags and commits that this conversion was last seen to be, with their commits. "main"
-    stands for an id without a revision. Empty for a local checkpoint."""
+    """The branches, tags and commits on the hub that this conversion was last known to match, with their commit hashes.
+    "main" is the key of an id without a revision. Empty for a local checkpoint."""
     replaced: bool = False
-    """Whether another conversion with as many bits is now what all of `revisions` name, or what the local checkpoint
-    contains: this one will not be used again, unless the checkpoint returns to its earlier state."""
+    """Whether other conversions with the same bits have taken over all of its revisions, or match the local checkpoint:
+    this one will not be used again, unless the checkpoint returns to its earlier state."""
 
 
 def read(directory: Path) -> Record | None:
@@ -61,9 +61,9 @@ def last_used(directory: Path) -> float:
 def used(directory: Path, model: str, revision: str | None = None, commit: str | None = None) -> None:
     """Record that a conversion is used now, for this model.
 
-    revision, commit: of a model of the hub. Other conversions of this model, of as many bits, lose the revision; those
-    without one left, and other conversions of a local checkpoint, are marked as replaced. A cache that cannot be
-    written stays as it is.
+    revision, commit: of a model on the hub. Other conversions of this model with the same bits lose the revision; those
+    with none left, and other conversions of a local checkpoint, are marked as replaced. A cache that cannot be written
+    stays unchanged.
     """
     with contextlib.suppress(OutputError, OSError):
         before = read(directory)
@@ -98,7 +98,7 @@ def conversions(root: Path) -> Iterator[Path]:
 
 
 def _others(directory: Path, model: str) -> Iterator[tuple[Path, Record]]:
-    """The other conversions of a model, of as many bits, that have a record."""
+    """The other conversions of a model with the same bits that have a record."""
     bits = read_bits(directory)
     for other in sorted(directory.parent.iterdir()):
         if other != directory and not other.name.startswith("."):

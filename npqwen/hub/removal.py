@@ -11,7 +11,7 @@ from npqwen.atomic_file import sync_directory
 from npqwen.errors import OutputError
 
 REMOVED = "removed"
-"""In the names of directories whose removal has begun: `.NAME.removed-HEX`, hidden, so never a conversion."""
+"""Part of the names of directories whose removal has begun: `.NAME.removed-HEX`, hidden, so never a conversion."""
 
 
 def remove(directory: Path) -> None:
@@ -37,7 +37,7 @@ def remove(directory: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory that nothing loads, or a file, and the folder that it was in if that is now empty.
+    """Delete a directory that nothing loads, or a file, and its parent folder if that is then empty.
 
     Raises OutputError.
     """

@@ -20,13 +20,14 @@ from npqwen.hub.names import MAIN, HubName, conversions_folder
 from npqwen.hub.source import File, Source, is_wanted
 
 _LARGEST_BY_HTTP = 50_000_000_000
-"""Bytes of a file that the hub gives to clients without its own protocol, which huggingface_hub has."""
+"""The largest file, in bytes, that the hub serves over plain HTTP. Larger ones need its own protocol, which
+huggingface_hub has."""
 
 
 class HubSource(Source):
-    """A commit of a repository on the hub, of which nothing needs to be here.
+    """A commit of a repository on the hub. None of its files need to be on this disk.
 
-    answer: what the hub says of it (`HfApi.model_info` with the files' metadata).
+    answer: the hub's answer about it (`HfApi.model_info` with the files' metadata).
     """
 
     remote = True
@@ -45,15 +46,15 @@ class HubSource(Source):
         self.originals = tuple(base for base in ([bases] if isinstance(bases, str) else bases) if isinstance(base, str))
         self.pipeline = getattr(answer, "pipeline_tag", None)
         self.architecture: str | None = None
-        """Of GGUF files, if the hub says it."""
+        """The architecture of GGUF files, if the hub names it."""
         self.parameters: int | None = None
-        """Of GGUF files, their number, if the hub says it."""
+        """The number of parameters of GGUF files, if the hub names it."""
         self._has_template: bool | None = None
         if name.file is not None or (not self.has("*.safetensors") and self.has(f"*{SUFFIX}")):
             self._choose_gguf(name, getattr(answer, "gguf", None))
 
     def _choose_gguf(self, name: HubName, said: object) -> None:
-        """Be one model of a repository of GGUF files. said: what the hub found in one of them."""
+        """Restrict this source to one model of a repository of GGUF files. said: the hub's metadata of one of them."""
         tag, names = choose(self.files, name.file, self.label)
         self.gguf = True
         self.files = {file: self.files[file] for file in names}
@@ -87,7 +88,7 @@ class HubSource(Source):
 
     @property
     def shards(self) -> list[str]:
-        """The files of weights."""
+        """The weight files."""
         return sorted(self.weights)
 
     def small_file(self, name: str) -> Path:
@@ -110,15 +111,15 @@ class HubSource(Source):
         return total
 
     def _blob(self, file: File) -> Path:
-        """Where huggingface_hub's cache has the content of a file."""
+        """The path of a file's content in huggingface_hub's cache."""
         return download_directory() / _cached(self.repository) / "blobs" / file.digest
 
     def download(self, *, weights: bool, bars: bool) -> Path:
-        """Download what is missing into huggingface_hub's own cache; returns the directory there, or the GGUF file.
+        """Download missing files into huggingface_hub's cache; return the directory there, or the GGUF file.
 
-        weights: False leaves them on the hub. What an interrupted download has left of a file of them is continued.
-        bars: let huggingface_hub draw its progress bars on stderr. Raises ModelNotFoundError if it cannot be reached,
-        OutputError if the disk is full, CheckpointError for a file that is not what the hub says.
+        weights: False leaves them on the hub. An interrupted download of a weight file is resumed. bars: let
+        huggingface_hub draw its progress bars on stderr. Raises ModelNotFoundError if the hub cannot be reached,
+        OutputError if the disk is full, CheckpointError for a file that does not match the hub's size or digest.
         """
         from huggingface_hub import snapshot_download
 
@@ -138,10 +139,9 @@ class HubSource(Source):
         return Path(found, min(self.files)) if self.gguf else Path(found)
 
     def shard(self, name: str, directory: Path, bars: bool) -> Path:
-        """Download one file into `directory`, unless it is in huggingface_hub's cache; returns where it is.
+        """Download one file into `directory`, unless it is in huggingface_hub's cache; return its path.
 
-        What an interrupted download has left there is continued. Raises as `download`, and CheckpointError for a file
-        that is not what the hub says.
+        An interrupted download is resumed. Raises as `download` does.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -153,9 +153,9 @@ class HubSource(Source):
         return path
 
     def _download_blob(self, name: str, bars: bool) -> None:
-        """Download a large file to where huggingface_hub's cache has its content; it links what is there.
+        """Download a large file to its content's path in huggingface_hub's cache, so that it is only linked.
 
-        huggingface_hub itself (2.x) removes what it has of a file when a download is interrupted.
+        huggingface_hub itself (2.x) removes a partial file when a download is interrupted.
         """
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.file_download import are_symlinks_supported
@@ -176,7 +176,7 @@ class HubSource(Source):
                     self._complete(name, blob, bars)
 
     def _complete(self, name: str, path: Path, bars: bool) -> None:
-        """Have a file of the commit at a path, after an interrupted download by what is missing."""
+        """Download a file of the commit to a path, unless it is there. An interrupted download is resumed."""
         if path.exists():
             return
         partial = _partial(path)
@@ -187,8 +187,8 @@ class HubSource(Source):
             partial.rename(path)
 
     def _fetch(self, name: str, partial: Path, bars: bool) -> bool:
-        """Download the rest of a file; False, and the file is gone, if the whole is not what the hub says."""
-        # hf_hub_download does not continue what an earlier call has begun (2.x), only what breaks off within it.
+        """Download the rest of a file; if it does not match the hub's digest or size, remove it and return False."""
+        # hf_hub_download (2.x) does not resume an earlier call's download, only one that breaks off within the call.
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import get_hf_file_metadata, http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -220,7 +220,7 @@ class HubSource(Source):
 
 
 def _partial(path: Path) -> Path:
-    """Where the beginning of a file is while it is downloaded."""
+    """The path of a partially downloaded file."""
     return path.with_name(f"{path.name}.incomplete")
 
 
@@ -234,7 +234,7 @@ def _is_sha256(digest: str) -> bool:
 
 
 def look_up(name: HubName) -> tuple[HubSource | None, str]:
-    """What the hub says of a name; or None, and a clause that says why the hub cannot be used.
+    """Look up a name on the hub: the source; or None, and a clause that says why the hub cannot be used.
 
     Raises ModelNotFoundError if there is no such repository or revision, or none that this user may read.
     """
@@ -245,7 +245,7 @@ def look_up(name: HubName) -> tuple[HubSource | None, str]:
         try:
             answer = HfApi().model_info(name.repository, revision=name.revision, timeout=10, files_metadata=True)
         except Exception as error:
-            # After these another attempt is pointless. A proxy may also answer with a page instead of JSON.
+            # These errors are final. With any other, such as a proxy's page in place of JSON, the hub cannot be used.
             if isinstance(error, HFValidationError) or is_missing(error):
                 raise
             return None, hub_problem(error)
@@ -270,9 +270,9 @@ def _size(path: Path) -> int:
 
 @contextlib.contextmanager
 def _progress_bars(shown: bool) -> Iterator[Any]:
-    """Show or hide huggingface_hub's progress bars; gives a class of bars for it, which are removed at the end.
+    """Show or hide huggingface_hub's progress bars; yields a class of bars for it, which are closed at the end.
 
-    By itself it leaves some open (2.4), and what is written later appears in the same rows.
+    Otherwise it leaves some open (2.4), and later output appears in the same rows.
     """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,

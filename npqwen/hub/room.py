@@ -1,4 +1,4 @@
-"""What a model takes of the disks: told before a download, and refused if it does not fit."""
+"""The disk space that a model needs, checked before it is downloaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def converted_bytes(config: Config, recipe: Recipe, weights: int) -> int | None:
 def check_room(label: str, needs: Mapping[Path, tuple[str, int]], advice: str) -> None:
     """Raise OutputError unless the disks have room.
 
-    needs: by directory, which may not exist yet, what goes there and its bytes. advice: what else the user can do.
+    needs: for each directory, which may not exist yet, a phrase that says what goes there, and its bytes. advice: a
+    clause that says what else the user can do.
     """
     disks: dict[int, list[Path]] = {}
     for place in needs:

@@ -19,7 +19,7 @@ def select(
     """The conversions and downloads of a model.
 
     model: its id, with or without the owner and in any case; "id@revision"; the path of its checkpoint; or the path of
-    one conversion. Raises ModelNotFoundError, with names that come near, if there is none of it.
+    one conversion. Raises ModelNotFoundError, with similar names, if there are none.
     """
     by_path = [one for one in conversions if _same_path(model, one.path) or _same_path(model, Path(one.model))]
     if by_path:
@@ -37,7 +37,7 @@ def select(
 
 
 def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
-    """The known names that are meant, in any case, and a revision. A name without its owner may be any owner's."""
+    """The known names that match, in any case, and a revision. A name without an owner matches any owner's."""
     wanted, _, revision = model.partition("@")
     try:
         name = parse(model)
@@ -53,7 +53,7 @@ def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
 
 
 def _near(wanted: str, known: list[str]) -> list[str]:
-    """Known names whose last part comes near that of the wanted one."""
+    """Known names whose last part is similar to that of the wanted one."""
     tails = {_tail(one): one for one in known}
     return [tails[one] for one in near_names(_tail(wanted), tails)]
 
@@ -68,6 +68,6 @@ def _has(one: Conversion, revision: str) -> bool:
 
 
 def _same_path(text: str, path: Path) -> bool:
-    """Whether a path of a user is this one; a checkpoint that is gone is known by its path, too."""
+    """Whether a user's path is this one. Neither need exist: the checkpoint of a conversion may be gone."""
     typed = os.path.expanduser(text)
     return path.is_absolute() and str(path) in (os.path.abspath(typed), os.path.realpath(typed))

@@ -1,4 +1,4 @@
-"""What an earlier download has left in huggingface_hub's cache, for when the hub cannot be used."""
+"""Models in huggingface_hub's cache that were downloaded earlier, for when the hub cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from npqwen.hub.source import IGNORED, PATTERNS, File, GgufSource, LocalSource, 
 
 
 class _Snapshot:
-    """Of a source that was downloaded: its conversions are those of the repository, whatever directory it lies in."""
+    """A mixin for downloaded sources: their conversions are those of the repository, whatever directory they lie in."""
 
     model: str
 
@@ -36,7 +36,7 @@ class SnapshotSource(_Snapshot, LocalSource):
 
     @staticmethod
     def _content(path: Path, status: os.stat_result) -> str:
-        # A link leads to a file whose name is the hub's digest. Without links, a new conversion is made.
+        # A symbolic link points to a file that is named by the hub's digest. Without links, a new conversion is made.
         return Path(os.readlink(path)).name if path.is_symlink() else LocalSource._content(path, status)
 
 
@@ -57,7 +57,7 @@ class SnapshotGguf(_Snapshot, GgufSource):
 
 
 def downloaded(name: HubName, problem: str) -> Source:
-    """What an earlier download has left; ModelNotFoundError if there is none.
+    """The source of an earlier download; ModelNotFoundError if there is none.
 
     problem: the clause of `look_up`.
     """
@@ -67,7 +67,7 @@ def downloaded(name: HubName, problem: str) -> Source:
         path = snapshot_download(
             name.repository,
             revision=name.revision,
-            allow_patterns=list(PATTERNS),  # what else is there need not have been downloaded
+            allow_patterns=list(PATTERNS),  # other files need not have been downloaded
             ignore_patterns=list(IGNORED),
             local_files_only=True,
         )

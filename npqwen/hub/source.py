@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from npqwen_quant.gguf import GgufModel
 
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja")
-"""The files of a conversion. Weights of other frameworks stay on the hub."""
+"""The files that a conversion uses. Weights of other frameworks stay on the hub."""
 IGNORED = ("*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*")
 """Of subdirectories, only additional_chat_templates and `MODULES` are needed."""
 CARD = "README.md"
 """The model card: its metadata may say what the model is for."""
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", INDEX)
-"""What a converted model's weights depend on."""
+"""The files that a converted model's weights depend on."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class File:
 class Source(ABC):
     """A checkpoint that a user named.
 
-    label: how messages call it. model: its hub id, or the absolute path of its directory. files: by their paths in it.
-    originals: the repositories that it was made from, as its model card says. pipeline: the task that the hub shows.
+    label: its name in messages. model: its hub id, or the absolute path of its directory. files: by their paths in it.
+    originals: the repositories that it was made from, by its model card. pipeline: the task that the hub shows.
     remote: whether the files are on the hub. revision, commit: of the hub's repositories. gguf: whether it is a model
-    in GGUF; then `files` are its shards and nothing else.
+    in GGUF; then `files` are only its shards.
     """
 
     label: str
@@ -66,12 +66,12 @@ class Source(ABC):
 
     @abstractmethod
     def small_file(self, name: str) -> Path:
-        """A small file, here."""
+        """The local path of a small file, which is downloaded if necessary."""
 
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Where in the cache's directory its conversions lie."""
+        """The folder of its conversions, relative to the cache directory."""
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Source(ABC):
 
     @property
     def has_images(self) -> bool:
-        """Whether it is a multimodal checkpoint, whose text part alone is converted."""
+        """Whether it is a multimodal checkpoint, of which only the text part is converted."""
         return "config.json" in self.files and text_part(self._whole_config) is not None
 
     @cached_property
@@ -120,7 +120,7 @@ class Source(ABC):
 
     @property
     def weights(self) -> dict[str, File]:
-        """The files of weights, by name."""
+        """The weight files, by name."""
         return dict(sorted(self.files.items())) if self.gguf else self.matching("*.safetensors")
 
     def has(self, pattern: str) -> bool:
@@ -129,12 +129,12 @@ class Source(ABC):
 
     @property
     def weights_digest(self) -> str:
-        """Of all that a conversion's weights depend on: 64 hexadecimal digits."""
+        """The digest of all files that a conversion's weights depend on: 64 hexadecimal digits."""
         return self._digest(WEIGHTS)
 
     @property
     def files_digest(self) -> str:
-        """Of the small files: tokenizer, chat templates, sampling defaults."""
+        """The digest of the small files: tokenizer, chat templates, sampling defaults."""
         return self._digest(SMALL_FILES)
 
     def _digest(self, patterns: tuple[str, ...]) -> str:
@@ -144,14 +144,14 @@ class Source(ABC):
 
     @property
     def _salt(self) -> str:
-        """What is part of the digests besides the files."""
+        """A text that the digests include besides the files."""
         return ""
 
 
 class LocalSource(Source):
     """A checkpoint directory on this machine.
 
-    label: how messages call it; by default, as the directory is written. Raises CheckpointError if it cannot be read.
+    label: its name in messages; by default, the directory as given. Raises CheckpointError if it cannot be read.
     """
 
     def __init__(self, directory: Path, label: str | None = None) -> None:
@@ -197,7 +197,7 @@ class LocalSource(Source):
 class GgufSource(Source):
     """A model in GGUF on this machine: a file, its shards, or a directory of these.
 
-    directory: what was named, which `npqwen_quant` takes. label: how messages call it. Raises CheckpointError if a
+    directory: the path as given, which `npqwen_quant` accepts. label: its name in messages. Raises CheckpointError if a
     shard is missing, or if the directory has several models.
     """
 
@@ -230,7 +230,7 @@ class GgufSource(Source):
 
     @property
     def quantized(self) -> list[str]:
-        """The formats of its matrices, if any is quantized."""
+        """The formats of its matrices; empty if none is quantized."""
         return self._parsed.kinds if self._parsed.quantized else []
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Whether npqwen can run a checkpoint, told from its config.json and list of files, before anything is downloaded."""
+"""Whether npqwen can run a checkpoint, by its config.json and list of files, before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from npqwen_quant.quantized import QuantizedFormat
 
 Purpose = Literal["arrays", "text", "chat", "embedding", "reranking"]
-"""What a model is opened for: with "arrays" its logits and hidden states, with "text" it writes, with "chat" it answers
-by its chat template, with "embedding" it makes vectors of texts, with "reranking" it judges documents."""
+"""What a model is used for: "arrays" (logits and hidden states), "text" (generating text), "chat" (answering with its
+chat template), "embedding" (vectors of texts) or "reranking" (scoring documents)."""
 
 _OTHER_WEIGHTS = {
     ".bin": "PyTorch pickles (.bin)",
@@ -33,9 +33,9 @@ _OTHER_WEIGHTS = {
 
 
 def check(source: Source, purpose: Purpose) -> None:
-    """Raise CheckpointError for a checkpoint that npqwen cannot run, OptionError for one that cannot do this.
+    """Raise CheckpointError for a checkpoint that npqwen cannot run, OptionError for one that cannot serve the purpose.
 
-    The message names what would work.
+    The message names an alternative.
     """
     if isinstance(source, HubSource) and source.gguf:
         _check_architecture(source)
@@ -73,7 +73,7 @@ def quantized_format(source: Source) -> QuantizedFormat | None:
 
 
 def check_purpose(source: Source, purpose: Purpose) -> None:
-    """Raise OptionError for a model that cannot do this, although npqwen runs it."""
+    """Raise OptionError for a model that cannot serve this purpose, although npqwen runs it."""
     _refuse_other_tasks(source, purpose)
     if purpose == "chat" and not source.has_template:
         raise OptionError(
@@ -82,7 +82,7 @@ def check_purpose(source: Source, purpose: Purpose) -> None:
 
 
 def _check_architecture(source: HubSource) -> None:
-    """Raise CheckpointError for a GGUF file that cannot be read, before its download, as far as the hub says."""
+    """Raise CheckpointError for a GGUF file that cannot be read, before its download, if the hub tells."""
     from npqwen_quant.gguf_config import refuse_architecture
 
     if source.architecture is not None:
@@ -98,7 +98,7 @@ def file_error(path: Path, label: str) -> NpqwenError:
 
 
 def _refuse_pointers(source: Source) -> None:
-    """Files of a clone without Git LFS: three lines in place of the content. The hub gives content."""
+    """Refuse Git LFS pointers: three lines in place of a file, in a clone without Git LFS. The hub serves the files."""
     if source.remote:
         return
     for name in source.matching("*.safetensors", "*.json"):
@@ -110,7 +110,7 @@ def _refuse_pointers(source: Source) -> None:
 
 
 def _refuse_other_files(source: Source) -> None:
-    """Adapters, and weights of other programs without any in safetensors."""
+    """Refuse sources without weights in safetensors: adapters, caches, other frameworks' weights, incomplete ones."""
     label, names = source.label, set(source.files)
     if {"model.safetensors", INDEX} & names:
         return
@@ -141,7 +141,7 @@ def _is_download_cache(label: str) -> bool:
 
 
 def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
-    """Architectures whose output is not a next token's logits."""
+    """Refuse architectures whose output is not a next token's logits."""
     architectures = raw.get("architectures")
     for name in architectures if isinstance(architectures, list) else []:
         if not isinstance(name, str) or name.endswith(("ForCausalLM", "Model")):
@@ -159,6 +159,6 @@ def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
 
 
 def _refuse_other_tasks(source: Source, purpose: Purpose) -> None:
-    """Rerankers and embedding models have the architecture of a language model, but were trained for another task."""
+    """Refuse other tasks' models: rerankers and embedding models have a language model's architecture."""
     if purpose != "arrays":
         check_task(source.label, source.task, "text" if purpose == "chat" else purpose)

@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 
 class Transfer:
-    """The work on one source.
+    """Downloads and converts one source.
 
     tell: receives notices. bars: let huggingface_hub draw its progress bars on stderr. progress(done, total): receives
     bytes converted so far.
@@ -50,14 +50,14 @@ class Transfer:
         return source.directory
 
     def directory(self) -> Path:
-        """The checkpoint's directory or GGUF file, which is downloaded unless it is there."""
+        """The checkpoint's directory or GGUF file, which is downloaded if it is on the hub."""
         if isinstance(self.source, HubSource):
             return self.source.download(weights=True, bars=self._bars)
         assert isinstance(self.source, LocalSource | GgufSource)
         return self.source.directory
 
     def update(self, other: Path, target: Path) -> None:
-        """Convert to `target`, whose weights are those of `other`, a conversion: only small files are needed."""
+        """Convert to `target` with the weights of `other`, a conversion: only small files of the source are needed."""
         from npqwen_quant import update
 
         source = self.source
@@ -85,7 +85,7 @@ class Transfer:
     ) -> None:
         """Convert to `target`, after a download if the source is on the hub. See `npqwen.hub.convert`.
 
-        once: whether to say that it will not be done again.
+        once: whether the notice says that the conversion is done only once.
         """
         from npqwen_quant import convert
 
@@ -116,7 +116,7 @@ class Transfer:
         )
 
     def _tell_of_source(self, recipe: Recipe, path: Path) -> None:
-        """Tell what of the source is left out, and that it lost precision before. path: where it is."""
+        """Send notices if parts of the source are left out, or if it is quantized already. path: where it is."""
         source = self.source
         if source.has_images:
             self._tell(f"{source.label} is multimodal; npqwen runs its text part, without images")
@@ -165,7 +165,7 @@ class Transfer:
         )
 
     def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:
-        """Tell what is downloaded and converted, and where; OutputError if the disks have no room for it."""
+        """Send a notice of what is downloaded and converted, and where; OutputError if it does not fit on the disks."""
         from npqwen_quant.working import held_bytes
 
         place = download_directory()
@@ -187,13 +187,13 @@ class Transfer:
 
     def _converted_bytes(self, recipe: Recipe, weights: int) -> int:
         source = self.source
-        if isinstance(source, HubSource) and source.gguf:  # its config is in it, so this is an estimate
+        if isinstance(source, HubSource) and source.gguf:  # its config is in the file, so this is an estimate
             return weights if source.parameters is None else int(source.parameters * (recipe.bits + 0.6) / 8)
         config = Config.from_dict(self.source.raw_config, f"{self.source.label}: config.json")
         return converted_bytes(config, recipe, weights) or weights
 
     def _announced(self, line: str) -> Progress:
-        """The progress function, with a notice before its first call: by then the converter has checked the source."""
+        """The progress function, with a notice on its first call: by then the converter has checked the source."""
 
         def announced(done: int, total: int) -> None:
             nonlocal line

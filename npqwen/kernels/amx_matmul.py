@@ -1,4 +1,4 @@
-"""out = weight @ x for tiles of 16 tokens on a processor with AMX: the sums of the other kernels, to the bit.
+"""out = weight @ x for tiles of 16 tokens on a processor with AMX; bitwise equal to the other kernels' sums.
 
 Weights of fewer than 8 bits are unpacked once for all tokens; int8 weights are read where they are mapped.
 """
@@ -30,7 +30,7 @@ from npqwen.simd.tile import prefetch, scale_rows, store, store_add, zeros
 
 _UNPACKED_UNIT = UNIT_BLOCKS * UNPACKED_BLOCK
 AMX_ROOM_BYTES = 2 * SUM_BYTES
-"""Bytes of scratch beside unpacked weights."""
+"""Bytes of scratch in addition to unpacked weights."""
 
 
 def amx_rows(encoding: Encoding) -> Any:
@@ -72,7 +72,7 @@ def amx_rows(encoding: Encoding) -> Any:
                 for u in range(units):
                     if tile == 0:
                         prefetch(w, unit_at + PREFETCH_DISTANCE, prefetched)
-                    # Two blocks a turn, one for each two registers. The block that follows them is started already.
+                    # Two blocks per iteration, one in each set of registers; the next one is started, too.
                     for pair in range(UNIT_BLOCKS // 2):
                         scales_at = unit_at + 2 * UNIT_ROWS * pair
                         second = unit_at + scale_bytes + (2 * pair + 1) * block_size
@@ -85,7 +85,7 @@ def amx_rows(encoding: Encoding) -> Any:
                                 if not unpacks:
                                     next_at += scale_bytes
                             else:
-                                # The last block is started once more, for nothing: that saves a branch.
+                                # The last block is started again, and not used: that saves a branch.
                                 following -= block_size
                                 next_at -= UNPACKED_BLOCK
                                 next_x -= x_block

@@ -55,7 +55,7 @@ KERNELS = {
 """The kernels for keys and for values, by the dtype of the cache.
 
 They take the address of the pages' addresses, int64; the index of a page's head, and the position, see `store_key`; and
-a head's key or value, float32 (dim,), which may be written over.
+a head's key or value, float32 (dim,), which may be overwritten.
 """
 
 

@@ -5,8 +5,9 @@ key and value is read once for all of them. Row r of a key/value head is query h
 `r // group`, group being the query heads per key/value head. npqwen/kernels/cache_page.py has the layout of keys and
 values.
 
-Positions are cut into spans of `SPAN`, whose results are merged from the first to the last, whoever computes them. So a
-token's result depends on its own sequence alone, to the bit: not on the other tokens of the pass, nor on the threads.
+Positions are split into spans of `SPAN`, whose results are merged from the first to the last, whichever threads compute
+them. So a token's result depends, bitwise, on its own sequence alone: not on the other tokens of the pass, nor on the
+threads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _ROWS = ISA.rows
 _SCORE_FLOATS = SCORE_BLOCK + WEIGHT_FLOATS
 """float32 of a row's scores, and of its weights as the int8 kernel packs them."""
 SPAN = 1024
-"""Positions whose results are computed apart and merged: a task of its own when there are fewer heads than threads."""
+"""Positions whose results are computed separately, then merged; each span is a task if heads and tiles are too few for
+all threads."""
 
 SEQUENCE = np.dtype(
     [
@@ -46,7 +48,7 @@ SEQUENCE = np.dtype(
         ("next_pending_rows", np.int64),
     ]
 )
-"""A sequence's part in a pass.
+"""A sequence's tokens in a pass, and its cache.
 
 first: the index, in the pass, of the first of its `tokens`. start: that token's position. pages: the address of an
 array of int64, the addresses of the pages that hold its keys and values. The others are those of recurrent layers
@@ -60,7 +62,7 @@ def scratch_floats(head_dim: int) -> int:
 
 
 def partial_floats(kv_heads: int, group: int, head_dim: int, context: int) -> int:
-    """float32 of the results of all spans of a few tokens of the longest sequence, see `is_divided`."""
+    """float32 of the results of all spans of MEMORY_BOUND_ROWS tokens of the longest sequence, see `is_divided`."""
     return kv_heads * -(-context // SPAN) * row_width.py_func(MEMORY_BOUND_ROWS * group) * (head_dim + 2)
 
 
@@ -84,7 +86,7 @@ def attention_kernels(dtype: np.dtype[Any]) -> NDArray[np.int64]:
 def _gather(
     q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, out: Any
 ) -> None:
-    """out = the queries of `width` rows from first_row on, (head_dim, width); zeros past the last of `rows` rows.
+    """out = the queries of `width` rows starting at first_row, (head_dim, width); zeros past the last of `rows` rows.
 
     first: the index of the sequence's first token in q.
     """
@@ -119,13 +121,13 @@ def _row_tiles(sequence: Any, group: int) -> Any:
 
 @njit(nogil=True)
 def _span_count(sequence: Any) -> int:
-    """How many spans the positions have that a sequence's tokens see."""
+    """How many spans cover the positions that a sequence's tokens attend to."""
     return (sequence.start + sequence.tokens + SPAN - 1) // SPAN
 
 
 @njit(nogil=True)
 def is_divided(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, room: int) -> bool:
-    """Whether each span is a task, as heads and tiles are too few for all threads; room: float32 for their results."""
+    """Whether each span is a task, as heads and tiles are too few for all threads; room: float32 for the results."""
     members = team[MEMBERS]
     tasks, floats = 0, 0
     for i in range(sequences.size):
@@ -137,7 +139,7 @@ def is_divided(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, r
 
 @njit(nogil=True)
 def _task_count(sequences: Any, group: int, kv_heads: int, divided: bool) -> int:
-    """How many tasks there are: a head and tile of rows each, of one span if divided."""
+    """The number of tasks, each of a head and a tile of rows, and, if divided, a span."""
     tasks = 0
     for i in range(sequences.size):
         tasks += kv_heads * _row_tiles(sequences[i], group)[2] * (_span_count(sequences[i]) if divided else 1)
@@ -163,7 +165,7 @@ def attention(
     i, before, place = 0, 0, 0
     task = claim_private(team, pieces)
     while task < pieces:
-        if task < before:  # what another thread has been computing
+        if task < before:  # a piece taken over from another thread
             i, before, place = 0, 0, 0
         sequence = sequences[i]
         rows, width, tiles = _row_tiles(sequence, group)
@@ -217,7 +219,7 @@ def attention(
 
 @njit(nogil=True)
 def _merge_spans(team: Any, sequences: Any, group: int, kv_heads: int, dim: int, partials: Any, out: Any) -> None:
-    """Merge the results of all spans, from the first to the last, as one thread does that computes all of them."""
+    """Merge the results of all spans, from the first to the last, as a thread does that computes all of them."""
     i, before, place = 0, 0, 0
     pieces = _task_count(sequences, group, kv_heads, False)
     task = claim(team, pieces)
@@ -241,14 +243,14 @@ def _merge_spans(team: Any, sequences: Any, group: int, kv_heads: int, dim: int,
 
 @njit(nogil=True)
 def _copy(source: Any, size: int, target: Any, at: int) -> None:
-    """target[at : at + size] = source[:size]; Numba would compile that with its formatted error message."""
+    """target[at : at + size] = source[:size]; for that, Numba would compile its formatted error message, too."""
     for i in range(size):
         target[at + i] = source[i]
 
 
 @njit(nogil=True, error_model="numpy")
 def _normalize(partial: Any, width: int, dim: int, rows: int, first_row: int, group: int, head: int, out: Any) -> None:
-    """out = accumulator / denominator, each row where its token and head belong; out begins with the first token."""
+    """out = accumulator / denominator, each row at its token and head; out begins with the first token."""
     for t in range(min(width, rows - first_row)):
         row = first_row + t
         line = out[row // group]

@@ -12,7 +12,7 @@ from numba import njit
 def mask(values: Any, bits: Any, out: Any) -> int:
     """out = the values whose bit is set, minus infinity for the others; returns how many are set.
 
-    values, out: float32, of the same size, perhaps the same array. bits: uint32, at least one for each value: that of
+    values, out: float32, of the same size, possibly the same array. bits: uint32, at least one for each value: that of
     value i is bit i % 32 of word i // 32.
     """
     count = 0

@@ -1,10 +1,10 @@
-"""Pages of the KV cache: where keys and values lie, and how a token's are written.
+"""Pages of the KV cache: the layout of keys and values, and writing those of a token.
 
 The cache comes in pages of `PAGE` positions. A page holds, layer by layer, the keys of each head and then the values of
-each. npqwen/kernels/int8_page.py has the layout of a head's int8; here is that of float16 (uint16 to Numba) and
-float32, the dtype of the array `cache_dtype`. Keys lie in position tiles: 16 positions, (16, head_dim) transposed to
-(head_dim, 16), so that a vector holds one coordinate of many positions and scores need no sums across a vector. Values
-lie as (position, head_dim).
+each. npqwen/kernels/int8_page.py has the layout of a head's int8; this file has that of float16 (uint16 to Numba) and
+float32; the array `cache_dtype` carries the dtype. Keys lie in position tiles: 16 positions, (16, head_dim) transposed
+to (head_dim, 16), so that a vector holds one coordinate of many positions and scores need no sums across a vector.
+Values lie as (position, head_dim).
 """
 
 from __future__ import annotations

@@ -13,15 +13,16 @@ from numba.core import event
 from npqwen.file_lock import try_lock
 
 WAITING = "npqwen:waiting"
-"""The event of Numba's that tells of waiting."""
+"""The Numba event that reports waiting."""
 PATIENCE = 300.0
 """Seconds to wait for another process, which may be suspended."""
 _POLL_SECONDS = 0.05
 
 
 class CompileLock:
-    """The lock of one function. It spares work, and nothing depends on it: where files cannot be locked or written,
-    and after PATIENCE, processes compile the same at the same time. A killed process leaves an empty file, unlocked.
+    """The lock of one function. It only saves work; correctness does not depend on it: where files cannot be locked or
+    written, and after PATIENCE, processes compile the same function concurrently. A killed process leaves an empty
+    file, unlocked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +31,7 @@ class CompileLock:
         self._file: BinaryIO | None = None
 
     def acquire(self) -> None:
-        """Wait until no other process has it. Raises nothing but KeyboardInterrupt."""
+        """Wait until no other process holds it, at most PATIENCE. Raises nothing but KeyboardInterrupt."""
         with contextlib.suppress(OSError):
             if self._try():
                 return
@@ -40,7 +41,7 @@ class CompileLock:
                     time.sleep(_POLL_SECONDS)
 
     def _try(self) -> bool:
-        """Opened anew each time: a process that was forked meanwhile may still have a removed file locked."""
+        """Opens the file each time: a process forked in the meantime may still hold the lock of a removed file."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         file = open(os.open(self._path, flags, 0o600), "r+b")  # noqa: SIM115
         try:

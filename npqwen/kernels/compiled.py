@@ -45,9 +45,9 @@ _SOURCES = (
     "engine/steps.py",
     "reports/bandwidth.py",
 )
-"""Whatever is compiled, and what it takes constants from."""
+"""The sources of all compiled code, and of the constants in it."""
 FUNCTIONS = 95
-"""About how many functions a first run of a dense model compiles, for the progress shown."""
+"""The approximate number of functions that the first run of a dense model compiles, for the progress display."""
 _LOCK = ".lock"
 
 
@@ -66,8 +66,8 @@ _DIGEST = _digest_of_sources()
 
 @cache
 def kernel_directory() -> Path:
-    """The directory of the kernels that these sources and versions compile for this processor. It may not exist yet."""
-    from npqwen.simd.isa import ISA  # chosen on import: the converter needs none
+    """The directory of kernels compiled from these sources and versions for this processor. It may not exist yet."""
+    from npqwen.simd.isa import ISA  # importing it chooses one; the converter needs none
 
     return _directory_of(ISA.name)
 
@@ -115,9 +115,9 @@ def _is_usable(directory: Path) -> bool:
 
 
 class _Files(caching.IndexDataCacheFile):
-    """The files of one function's cache, each a pickle after a digest of it and of its name.
+    """The files of one function's cache: each is a digest of its name and body, then the body, a pickle.
 
-    Truncated, altered and exchanged files count as missing; unpickled, they could crash or compute something else.
+    Truncated, altered and swapped files count as missing: if unpickled, they could crash or compute something else.
     """
 
     private = False
@@ -166,7 +166,7 @@ def _digest(name: str, body: bytes) -> bytes:
 
 
 def _body(name: str, content: bytes) -> bytes | None:
-    """What follows the digest in a file; None if the file is damaged or has another's name."""
+    """The body of a file, after its digest; None if the file is damaged or has another file's name."""
     size = hashlib.sha256().digest_size
     return content[size:] if content[:size] == _digest(name, content[size:]) else None
 
@@ -189,13 +189,13 @@ def unusable_files(directory: Path) -> dict[str, str]:
 
 
 def is_trusted(directory: Path) -> bool:
-    """Whether nobody but this user and the administrator can have written to a directory. OSError without one."""
+    """Whether nobody but this user and the administrator can have written to a directory. OSError if there is none."""
     return _is_private(directory.stat())
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file for this user only that replaces `path` when it is whole."""
+    """A file, private to this user, that atomically replaces `path` once it is complete."""
     partial = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex[:16]}")
     try:
         with open(
@@ -212,7 +212,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 class CodeCache(caching.FunctionCache):
     """One function's machine code, where Numba keeps it.
 
-    A damaged entry, or a directory that cannot be written, only means compiling again.
+    If an entry is damaged or the directory is not writable, the function is compiled again.
     """
 
     _cache_file: _Files
@@ -253,8 +253,8 @@ class _Locator(caching._CacheLocator):
 
 class _Entries(caching.CompileResultCacheImpl):
     def __init__(self, function: Any) -> None:
-        # Not Numba's, which uses another directory if NUMBA_CACHE_LOCATOR_CLASSES is set: only ours is named after all
-        # that the code depends on.
+        # Numba's own constructor uses another directory if NUMBA_CACHE_LOCATOR_CLASSES is set: only ours is named after
+        # everything that the code depends on.
         self._lineno = function.__code__.co_firstlineno
         self._locator = _Locator()
         name = f"{Path(inspect.getfile(function)).stem}.{function.__qualname__}"
@@ -264,7 +264,7 @@ class _Entries(caching.CompileResultCacheImpl):
 class KernelCache(CodeCache):
     """A kernel's machine code, in the kernel directory.
 
-    Code that is missing is locked until it is stored, or until `close`.
+    Missing code is locked until it is stored, or until `close`.
     """
 
     _impl_class = _Entries
@@ -305,7 +305,7 @@ class KernelCache(CodeCache):
 
 
 class _Counter(event.Listener):
-    """Reports each function as Numba begins to compile it, or as another process does."""
+    """Reports each function when Numba begins to compile it, or begins to wait for another process that does."""
 
     def __init__(self, report: Callable[[int, int], None]) -> None:
         self.count = 0
@@ -337,7 +337,7 @@ def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
 
 @contextmanager
 def _raising_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end if Ctrl-C came in a callback of LLVM, where Python only prints it."""
+    """Raise KeyboardInterrupt at the end if Ctrl-C arrived in a callback from LLVM, where Python only prints it."""
     before, interrupts = sys.unraisablehook, []
 
     def hook(ignored: sys.UnraisableHookArgs, /) -> None:

@@ -1,7 +1,7 @@
 """The gated delta rule of one value head, on its state as it lies in memory (npqwen/kernels/gated_delta.py).
 
 The state is computed by blocks of 16 value coordinates. Each token sweeps over a block once: it updates a row, and
-multiplies the updated row by the next token's key and query while registers hold it.
+multiplies the updated row by the next token's key and query while it is in registers.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ BLOCKS = 2 if LANES == ROW else 1
 hold them."""
 NARROW = ROW // LANES
 WIDE = BLOCKS * NARROW
-"""Vectors of a row of one block, and of those computed side by side."""
+"""Vectors of a row of one block, and of the blocks computed side by side."""
 _LINES = ROWS_AT_ONCE * CACHE_LINE
 
 
 @njit(inline="always")
 def copy(source_at: int, target_at: int, size: int, streams: bool) -> None:
-    """Copy `size` float32, a multiple of 16; if `streams`, past the caches, to the beginning of a cache line."""
+    """Copy `size` float32, a multiple of 16; if `streams`, non-temporally, to a target aligned to a cache line."""
     source, target = memory(source_at, size, np.float32), memory(target_at, size, np.float32)
     if streams:
         for i in range(0, size, ROW):
@@ -55,8 +55,8 @@ def recur_once(
 ) -> None:
     """One token's outputs, and the state after it.
 
-    Memory is the limit: a block is written past the caches while the block after it is read, and the one after that
-    prefetched. Arguments as those of `recur`, which computes the same; target_at: at the beginning of a cache line.
+    Memory is the limit: a block is written with non-temporal stores while the next one is read, and the one after that
+    prefetched. Arguments as those of `recur`, which computes the same; target_at: aligned to a cache line.
     """
     size = key_dim * ROW
     source, target = memory(source_at, key_dim * dim, np.float32), memory(target_at, key_dim * dim, np.float32)
@@ -86,13 +86,13 @@ def recur(
     vectors: int, count: int, kept: int, source_at: int, work_at: int, target_at: int, streams: bool, key_dim: int,
     inputs: Any, dim: int, values: Any, at: int, gates: Any, out: Any,
 ) -> None:  # fmt: skip
-    """The outputs of `count` tokens, and the state after the first `kept`, of blocks of value coordinates from `at` on.
+    """The outputs of `count` tokens, and the state after the first `kept`, of value blocks starting at coordinate `at`.
 
-    vectors: of a row of these blocks, a constant. source_at, target_at: addresses of the blocks before the tokens, and
-    after those kept; nothing is written there if there are none. work_at: of as many float32, for the states in
-    between; it may be target_at if all are kept. streams: whether target_at is at the beginning of a cache line and
-    will not be read soon. inputs: each token's key and query. values, out: (tokens, dim), flat. gates: `GROUP` decays,
-    betas, and products of key and query.
+    vectors: those of a row of these blocks, a constant. source_at, target_at: addresses of the blocks before the tokens
+    and after the kept ones; if none is kept, nothing is written to target_at. work_at: the address of as many float32,
+    for the intermediate states; it may be target_at if all tokens are kept. streams: whether target_at is aligned to a
+    cache line and will not be read soon. inputs: each token's key and query. values, out: (tokens, dim), flat. gates:
+    `GROUP` decays, betas, and products of key and query.
     """
     kept = min(kept, count)
     pitch = key_dim * ROW

@@ -1,4 +1,4 @@
-"""The draw of one of few candidates, the last step of sampling."""
+"""Drawing one of a few candidates, the last step of sampling."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def draw(
 ) -> int:
     """One of `ids` after top-p and min-p; -1 if the greatest of their logits is not finite.
 
-    logits: float32, of all tokens. ids: int64, ascending, one at least; sorted from the likeliest on. weights: scratch,
-    float64 (ids,). total: the sum of the weights exp((logit - maximum) / temperature) of all tokens; negative if there
-    are no others. number: from 0 to 1, exclusive.
+    logits: float32, of all tokens. ids: int64, ascending, at least one; reordered in place, likeliest first. weights:
+    scratch, float64 (ids,). total: the sum of the weights exp((logit - maximum) / temperature) of all tokens; negative
+    if only `ids` count. number: random, at least 0 and less than 1.
     """
     top = -np.inf
     for id in ids:

@@ -1,4 +1,4 @@
-"""Kernels that are compiled by themselves and called by the address of their machine code.
+"""Kernels that are compiled separately and called by the address of their machine code.
 
 Numba copies a function's code into everything that calls it, and LLVM optimizes each copy again. The big loops are
 therefore functions of integers (addresses, sizes) that are compiled one by one, and only those that a model's encodings
@@ -22,9 +22,9 @@ from npqwen.simd.llvm import I8, I64
 def entry(*constants: object, **options: Any) -> Callable[[Callable[..., None]], Any]:
     """Decorate a kernel that takes int64, returns nothing and must not raise.
 
-    constants: they tell it from other kernels of the same code, and become part of its name. The linker identifies
+    constants: distinguish it from other kernels with the same code, and become part of its name. The linker identifies
     functions by name, types and a number that starts at 1 in every process: without the constants it could call one
-    kernel instead of another that a different process compiled.
+    kernel in place of another that a different process compiled.
     `npqwen.kernels.compiled.address_of` compiles it, or loads its machine code.
     """
 

@@ -1,9 +1,9 @@
 """The feed-forward of a sparse layer: a router, and the few experts that it chooses for each token.
 
-The tokens of an expert lie side by side in *slots* and form *segments*: one of whole tiles of the widest width, one of
-the rest; or one of all, where weights are unpacked by pieces. The rows of all segments are one pool of work, so that
-one token keeps every thread busy on its experts, and a long prompt multiplies the matrices of each expert by all tokens
-that chose it.
+The tokens of an expert lie side by side in *slots* and form *segments*: one of whole tiles of the widest width and one
+of the remaining tokens; or a single one, where weights are unpacked by pieces. The rows of all segments are one pool of
+work, so that one token keeps every thread busy on its experts, and a long prompt multiplies the matrices of each expert
+by all tokens that chose it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from npqwen.simd.scalar import exp, multiply_add
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
 """Columns of a segment: its expert, its first slot, the number of its tokens, the width of its tiles."""
 MATRICES_AHEAD = 16
-"""How many matrices before its use one is prefetched from disk: all of one token's if it has 8 experts."""
+"""How many matrices ahead of its use a matrix is prefetched from disk: all those of one token, if it has 8 experts."""
 
 
 def most_segments(tokens: int, experts: int, chosen: int) -> int:
@@ -46,11 +46,11 @@ def most_slots(tokens: int, experts: int, chosen: int) -> int:
 
 @njit(nogil=True, error_model="numpy")
 def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
-    """Choose experts.size distinct experts of the largest softmax(scores): their numbers and probabilities.
+    """Choose the experts.size distinct experts with the largest softmax(scores): write their numbers and probabilities.
 
-    scores: float32, at least as many as experts, overwritten. Of equal scores the first is chosen. normalize: divide by
-    the sum of the chosen probabilities (config key norm_topk_prob). Scores that have no softmax (NaN, +inf, -inf alone)
-    choose the first experts with weights of NaN, which end as NaN logits.
+    scores: float32, at least as many as experts, overwritten. Ties go to the first. normalize: divide by the sum of the
+    chosen probabilities (config key norm_topk_prob). Scores without a softmax (any NaN or +inf, or nothing but -inf)
+    choose the first experts, with weights of NaN, which lead to NaN logits.
     """
     row_max = scores[0]
     defined = True
@@ -84,7 +84,7 @@ def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
 
 @njit(nogil=True)
 def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any) -> int:
-    """Give every choice of an expert a slot, those of one expert side by side; returns the number of segments.
+    """Assign a slot to every choice of an expert, those of one expert side by side; return the number of segments.
 
     experts: int64 (tokens, chosen). encoding: the code of their matrices' encoding. counts: scratch, int64 (experts,).
     slots: like experts. segments: int64 (n, 4).
@@ -118,7 +118,7 @@ def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any)
 def pack_choices(
     team: Any, normed: Any, slots: Any, segments: Any, segment_count: int, encoding: int, packed: Any
 ) -> None:
-    """packed = normed (tokens, cols), each token in all of its slots, padding too; a lone token once for all slots."""
+    """packed = normed (tokens, cols): each token in all of its slots, and padding; a lone token once, for all slots."""
     size = packed_row_bytes(encoding, normed.shape[1])
     tokens = slots.shape[0]
     if tokens == 1:
@@ -208,11 +208,11 @@ def project_gated_slots(
 ) -> None:  # fmt: skip
     """gated[slot] = silu(gate_proj @ x[slot]) * (up_proj @ x[slot]) of the slot's expert, packed for down_proj.
 
-    kernels: see `matmul_kernels`. layer: a LAYER. policy: of prefetching the matrices to come
-    (npqwen/kernels/paging.py). x: packed, each segment at its first slot; of a pass of one token, that token alone.
-    adapters: an `npqwen.engine.records.Adapted`. kept: float32 (slots, columns) for what is packed, or no rows.
-    local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they are
-    in its cache.
+    kernels: see `matmul_kernels`. layer: a LAYER. policy: for prefetching the next matrices (npqwen/kernels/paging.py).
+    x: packed, each segment at its first slot; in a pass of one token, only that token. adapters: an
+    `npqwen.engine.records.Adapted`. kept: float32 (slots, columns) that receives the gated rows unpacked, too, or no
+    rows. local: this thread's float32 (`local_floats`), for the rows that it computes, and processes further while they
+    are in its cache.
     """
     matrix, down = layer.gate_up_proj, layer.down_proj
     size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
@@ -231,7 +231,7 @@ def project_gated_slots(
         rows = UNIT_ROWS * (last - first)
         # Kernels count rows from the matrix's first.
         origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
-        # One batch, unless a segment has more tokens than the pass: no data may write past the end of `local`.
+        # One batch, unless a segment has more tokens than the pass: no data may cause writes past the end of `local`.
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)

@@ -26,7 +26,7 @@ from npqwen.simd.tile import (
 )
 
 MEMORY_BOUND_ROWS = 4
-"""Rows of a product up to which memory is the limit, so that keys and values are worth prefetching from far."""
+"""Most rows of a product for which memory is the limit, so that prefetching keys and values far ahead pays."""
 FAR_BYTES = 8192
 """Prefetch distance for keys and values: two position tiles of float16 keys of 128 coordinates."""
 
@@ -49,7 +49,7 @@ def _prefetch_next_values(values: Any, first: int, coordinate: int, together: in
 
 @njit(inline="always")
 def _prefetch_far_values(values: Any, v: int, far: int) -> None:
-    """Few rows: prefetch values ahead, all that one position's turn reads."""
+    """Few rows: prefetch ahead as many values as the iteration of one position reads."""
     prefetch(values, v + far, 256)
 
 
@@ -115,7 +115,7 @@ def float_attention(rows: int, dtype: Any) -> Any:
     """The kernel for tiles of `rows` rows of queries, and a cache of this dtype."""
     # Scores: a vector holds positions. Weighted sums: it holds coordinates.
     score_vectors = max(1, min(POSITION_TILE // LANES, ISA.accumulators // rows))
-    # Several position tiles at once instead of several sums a score: decoding then adds in the order of prefill.
+    # Several position tiles at once instead of several sums per score: decoding then adds in the order of prefill.
     together = min(2, chains(rows * score_vectors))
     wide_vectors, narrow_vectors = max(1, ISA.accumulators // rows), POSITION_TILE // LANES
     size = np.dtype(dtype).itemsize

@@ -4,13 +4,13 @@ For each value head, with the key and query of its key head, a token does
 
     S <- decay * S;  delta = beta * (value - key @ S);  S <- S + outer(key, delta);  output = query @ S
 
-where queries, keys and values come out of a causal convolution over four tokens. S, (key_head_dim, value_head_dim), is
-all that is kept of a sequence, beside the last three inputs of the convolution: it cannot be cut back to an earlier
-token. Therefore a pass may leave its last tokens, guesses, out of the state that it writes, and keep their inputs: if
-they turn out right, the next pass computes them again, *pending* tokens before its own.
+where queries, keys and values are outputs of a causal convolution over four tokens. S, (key_head_dim, value_head_dim),
+and the last three inputs of the convolution are all that is kept of a sequence, so it cannot be rolled back to an
+earlier token. Therefore a pass may leave its last tokens, guesses (draft tokens), out of the state that it writes, and
+keep their inputs: if they are accepted, the next pass recomputes them as *pending* tokens before its own.
 
-Tokens are computed one after another, always in the same order of additions. So a token's result depends on its own
-sequence alone, to the bit: not on how tokens are divided into passes, nor on the other sequences, nor on the threads.
+Tokens are computed one after another, always in the same order of additions. So a token's result depends, bitwise, on
+its own sequence alone: not on how tokens are divided into passes, nor on the other sequences, nor on the threads.
 
 A sequence's state is float32 (recurrent layers, heads * value_head_dim * key_head_dim + 3 * channels): a layer's S as
 (heads, value_head_dim / 16, key_head_dim, 16), then three rows of the convolution's inputs, oldest first. Its pending
@@ -42,13 +42,13 @@ from npqwen.simd.scalar import bits_float, float_bits, memory
 from npqwen.simd.tile import prefetch, zeros
 
 TAPS = 4
-"""Tokens that the convolution reads: the token itself and those before it."""
+"""Tokens that the convolution reads: the token itself and the three before it."""
 MOST_GUESSES = 16
-"""Guesses of a pass, and pending tokens of the next, at most."""
+"""Most guesses in a pass, and most pending tokens in the next."""
 _FEW = 8
-"""Tokens up to which memory is the limit: then blocks one by one, so that reading and writing alternate more often."""
+"""Most tokens for which memory is the limit: blocks go one by one, so that reads and writes alternate more often."""
 _AHEAD = 2
-"""Tokens by which the inputs of the convolution are prefetched: short pieces of long rows."""
+"""How many tokens ahead the convolution's inputs are prefetched, which are short parts of long rows."""
 _L2_EPS = np.float32(1e-6)
 
 
@@ -59,7 +59,7 @@ def scratch_floats(key_head_dim: int, value_head_dim: int) -> int:
 
 @njit(nogil=True)
 def padded_heads(heads: int) -> int:
-    """float32 that a gate takes of all heads."""
+    """float32 of one gate of all heads, padded to a multiple of 16."""
     return (heads + ROW - 1) // ROW * ROW
 
 
@@ -70,10 +70,10 @@ def padded_heads(heads: int) -> int:
 def _row_address(
     t: int, pending: int, state_at: int, state_bytes: int, pending_at: int, pending_bytes: int, at: int, stride: int
 ) -> int:
-    """The address of token t's inputs of the convolution, counted from the first pending one; t is -3 or more.
+    """The address of token t's inputs of the convolution; t counts from the first pending token, and is at least -3.
 
     state_at, pending_at, at: addresses of the oldest row of the state, of the first pending row, and of the first
-    token's. state_bytes, pending_bytes, stride: bytes from one to the next.
+    token's row. state_bytes, pending_bytes, stride: bytes from one row to the next.
     """
     if t < 0:
         return state_at + (t + TAPS - 1) * state_bytes
@@ -84,7 +84,7 @@ def _row_address(
 
 @njit(inline="always")
 def _convolve(oldest: Any, older: Any, old: Any, newest: Any, at: int, size: int, weights: Any, out: Any) -> None:
-    """out = silu of the convolution of `size` channels from `at` on; the tokens' rows are `newest` and those before."""
+    """out = silu of the convolution of `size` channels starting at `at`; the token's row is `newest`."""
     for i in range(0, size, ROW):
         convolve_block(oldest, older, old, newest, at + i, weights, newest.size, out, i)
 
@@ -99,7 +99,7 @@ def _prefetch(address: int, size: int) -> None:
 
 @njit(inline="always")
 def _normalize(key: Any, query: Any) -> Any:
-    """Scale a key and a query to length 1, the query then by 1 / sqrt(its size); returns their product."""
+    """Scale a key and a query to length 1, the query then by 1 / sqrt(its size); return their dot product."""
     keys, queries, both = zeros(1, NARROW, 1), zeros(1, NARROW, 1), zeros(1, NARROW, 1)
     for i in range(0, key.size, ROW):
         keys = add_block_products(keys, key, i, key, i)
@@ -133,8 +133,8 @@ def _head(
 ) -> None:  # fmt: skip
     """One value head of one sequence: see `gated_delta`.
 
-    layer: among the recurrent ones. x_at, gates_at, out_at: addresses of the rows of the sequence's first token, the
-    next `..._bytes` after them. The others are the fields of the records.
+    layer: its index among the recurrent layers. x_at, gates_at, out_at: addresses of the rows of the sequence's first
+    token; those of the next token are `..._bytes` further. The others are the fields of the records.
     """
     channels = 2 * key_heads * key_dim + heads * dim
     padded = padded_heads(heads)
@@ -264,15 +264,15 @@ def gated_delta_kernel() -> int:
 def gated_delta(
     team: Any, model: Any, layer: Any, sequences: Any, projected: Any, gates: Any, scratch: Any, out: Any
 ) -> None:
-    """out = the gated norm of the recurrence's outputs, for all tokens of a pass; next states and next pending rows.
+    """out = the gated norm of the recurrence's outputs, for all tokens of a pass; writes next states and pending rows.
 
     All members of the team call it, and share the sequences and value heads.
-    model: MODEL, with gated_delta_kernel. layer: LAYER; its state_index is its place in a state. sequences: SEQUENCE
-    records: `pending` tokens, whose inputs are in pending_rows, come between `state` and the pass's tokens; next_state
-    is the state after all but the last `guesses`, at most MOST_GUESSES, whose inputs go to next_pending_rows. What is
-    read and what is written must not overlap. projected: float32 (tokens, >= channels + heads * value_head_dim), the
-    channels, then the gate of the norm. gates: float32 (tokens, >= 2 * padded_heads(heads)), b, then a. scratch: this
-    thread's float32, see `scratch_floats`. out: float32 (tokens, >= heads * value_head_dim).
+    model: MODEL, with gated_delta_kernel. layer: LAYER; its state_index is its index among the layers of a state.
+    sequences: SEQUENCE records: `pending` tokens, whose inputs are in pending_rows, come between `state` and the pass's
+    tokens; next_state is the state after all tokens but the last `guesses`, at most MOST_GUESSES, whose inputs go to
+    next_pending_rows. Inputs and outputs must not overlap. projected: float32 (tokens, >= channels + heads *
+    value_head_dim), the channels, then the gate of the norm. gates: float32 (tokens, >= 2 * padded_heads(heads)), b,
+    then a. scratch: this thread's float32, see `scratch_floats`. out: float32 (tokens, >= heads * value_head_dim).
     """
     heads = model.linear_num_value_heads
     pieces = sequences.size * heads

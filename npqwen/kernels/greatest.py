@@ -29,15 +29,15 @@ def block_maxima(values: Any, at: int, maxima: Any) -> None:
 def all_maxima(values: Any, maxima: Any) -> None:
     """maxima = those of the whole blocks of `values`, see `block_maxima`; called from Python.
 
-    What other kernels contain is compiled with them, so that Numba would not store it as a kernel of its own.
+    Numba compiles `block_maxima` into the kernels that call it, and would not cache it as a kernel of its own.
     """
     block_maxima(values, 0, maxima)
 
 
 @njit(nogil=True, error_model="numpy")
 def select(values: Any, maxima: Any, tops: Any, ids: Any) -> int:
-    """ids = the indices, ascending, of the tops.size greatest values and of all equal to the last; returns their
-    number.
+    """ids = the indices, ascending, of the tops.size greatest values and of all equal to the last of these; return how
+    many there are.
 
     values: float32, at least tops.size; NaN counts as the greatest. maxima: see `block_maxima`, float32
     (values.size // MAXIMA_BLOCK,). tops: scratch, float32 (k,). ids: int64 (values.size,).

@@ -1,8 +1,8 @@
 """Attention over keys and values of int8: the kernel for one key/value head and a tile of query rows.
 
-Scores and weighted sums are products of int8, as of a matrix of the encoding INT8 with activations. The queries are
-packed once for all positions; weights, which are never negative, are rounded to 7 bits for each 64 positions, after the
-scales of the values are multiplied in.
+Scores and weighted sums are int8 products, like those of a matrix of the encoding INT8 with activations. The queries
+are packed once for all positions; weights, which are never negative, are multiplied by the scales of the values, then
+rounded to 7 bits, 64 positions at a time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3
 def pack_queries(
     q: Any, first: int, head: int, group: int, rows: int, first_row: int, width: int, dim: int, scratch: Any, out: Any
 ) -> None:
-    """out = the queries of `width` rows from first_row on, rotated and packed; zeros past the last of `rows` rows.
+    """out = the queries of `width` rows starting at first_row, rotated and packed; zeros past the last of `rows` rows.
 
     q: float32 (tokens, >= heads * dim), whose row `first` is the sequence's first token. scratch: float32, at least
-    padded_dim(dim). out: float32, a place for bytes (npqwen/simd/packed.py).
+    padded_dim(dim). out: float32, written as bytes (npqwen/simd/packed.py).
     """
     padded = padded_dim(dim)
     query, packed = scratch[:padded], memory(out.ctypes.data, 4 * out.size, np.uint8)
@@ -89,7 +89,7 @@ def _softmax(
     """weights, scales = the softmax weights of `together` rows times the scales of the values, as integers.
 
     If a row's maximum grows, its denominator and accumulator are rescaled. all_visible: a constant; otherwise positions
-    from the `visible`-th on get no weight. maxima, totals: float32 (rows,), scratch.
+    starting at index `visible` get no weight. maxima, totals: float32 (rows,), scratch.
     """
     softmax_rows_int8(
         together, all_visible, scores, row * SCORE_BLOCK, BLOCKS, visible, row_max, row, values, at,
@@ -120,9 +120,9 @@ def _add_weighted_values(
 
 def int8_attention(rows: int) -> Any:
     """The kernel for tiles of `rows` rows of queries."""
-    # Scores: a vector holds positions. Weighted sums: it holds coordinates, of which there is a multiple of 16.
+    # Scores: a vector holds positions. Weighted sums: it holds coordinates, whose number is a multiple of 16.
     score_vectors = max(1, min(INT8_TILE // LANES, ISA.accumulators // (2 * rows)))
-    # Where a row's positions are few registers, its steps wait for each other, unless other rows' are between them.
+    # Where a row's scores fill few registers, its steps wait for each other, unless interleaved with other rows'.
     together = min(rows, 8) if LANES == UNIT_ROWS else 1
     value_vectors = max(1, min(UNIT_ROWS // LANES, ISA.accumulators // (2 * rows)))
 

@@ -1,4 +1,4 @@
-"""Keys and values of int8: where they lie in a page of the KV cache, and how a token's are written.
+"""Keys and values of int8: their layout in a page of the KV cache, and writing those of a token.
 
 A head's keys, or values, are 8 tiles of 32 positions. A tile begins with the float32 scales of its positions: the
 largest magnitude / 127. Then follow blocks of 16 rows x 32 columns of int8 as in matrices of the encoding INT8, so that
@@ -9,8 +9,8 @@ scores and weighted sums are products like a matrix's:
 
 A block has 8 lines of 64 bytes, one for each 4 neighbouring columns: 16 rows of 4 bytes. head_dim is padded to a
 multiple of 32. Keys are stored rotated by a Walsh-Hadamard transform (`rotate_coordinates`), as are the queries that
-meet them: it spreads the few large coordinates that Qwen3's keys have, whose scale the others would suffer from
-(QuaRot, Ashkboos et al. 2024).
+they are multiplied by: it spreads the few large coordinates of Qwen3's keys, whose scale would cost the others
+precision (QuaRot, Ashkboos et al. 2024).
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def int8_tile_bytes(head_dim: int) -> int:
     return SCALES_BYTES + INT8_TILE * padded_dim(head_dim)
 
 
-# Without fast-math: LLVM would reassociate the sums, in each copy of the function that it inlines in another way.
+# Without fast-math: LLVM would reassociate the sums, differently in each copy of the function that it inlines.
 @njit(nogil=True, error_model="numpy")
 def rotate_coordinates(x: Any) -> None:
-    """Normalized Walsh-Hadamard transform of x, float32, in place, by parts of the largest power of two in its size.
+    """Normalized Walsh-Hadamard transform of x, float32, in place, in parts of the largest size 2**n that divides
+    x.size.
 
-    Its size is a multiple of 16. Dot products of vectors that are both rotated stay as they are.
+    x.size is a multiple of 16. The dot product of two rotated vectors is that of the originals.
     """
     size = x.size & -x.size
     for at in range(0, x.size, UNIT_ROWS):
@@ -70,7 +71,7 @@ def rotate_coordinates(x: Any) -> None:
 
 @njit(nogil=True, error_model="numpy")
 def _scale(x: Any) -> np.float32:
-    """The scale of x, float32, rounded to int8: its largest magnitude / 127."""
+    """The scale for rounding x, float32, to int8: its largest magnitude / 127."""
     peak = np.int32(0)  # magnitudes of floats order like their bits
     for i in range(x.size):
         peak = max(peak, float_bits(x[i]) & np.int32(0x7FFFFFFF))
@@ -79,7 +80,7 @@ def _scale(x: Any) -> np.float32:
 
 @njit(nogil=True, error_model="numpy")
 def _inverse(scale: np.float32) -> np.float32:
-    """1 / scale, or 0 for a scale so small, or NaN, that there is none."""
+    """1 / scale, or 0 if the scale is NaN or too small to invert."""
     return np.float32(1.0) / scale if scale > np.float32(1e-32) else np.float32(0.0)
 
 
@@ -129,7 +130,7 @@ def store_int8_value(pages: Any, index: int, position: int, value: Any) -> None:
 
 
 def clear_int8_positions(tiles: NDArray[np.uint8], first: int) -> None:
-    """Zero the positions from `first` on of one tile of each head: tiles (layers, 2, heads, bytes)."""
+    """Zero the positions starting at `first` in one tile of each head: tiles (layers, 2, heads, bytes)."""
     for position in range(first, INT8_TILE):
         tiles[..., 4 * position : 4 * position + 4] = 0
         block, row = divmod(position, UNIT_ROWS)

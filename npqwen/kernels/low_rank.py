@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al., 2021, "LoRA"): out += B @ (A @ x) beside a matrix, with A and B of the token's adapter.
 
-Two steps: `shrink` computes A @ x of all matrices that read x, one below the other, and `add_low_rank` adds B @ (A @ x)
-to the rows that a thread has just multiplied, while they are in its cache. A token's sums are the same to the bit
-whoever else is in the pass: their order depends on nothing but the sizes.
+Two steps: `shrink` computes A @ x for all matrices that read x, stacked, and `add_low_rank` adds B @ (A @ x) to the
+rows that a thread has just multiplied, while they are in its cache. A token's sums are bitwise equal whatever else is
+in the pass: their order depends only on the sizes.
 
 Factors are bf16. A: PARTS ranges of x's columns, padding included; each range has groups of 16 ranks, each of them
 column by column. B: groups of 16 rows, each column by column, `rank` columns, already multiplied by the adapter's
@@ -39,38 +39,38 @@ from npqwen.simd.tile import (
 )
 
 ATTENTION_INPUT, ATTENDED, MLP_INPUT, GATED, SHARED_GATE_INPUT = map(np.int64, range(5))
-"""What a layer's adapted matrices read; in a sparse layer MLP_INPUT is that of the router and the shared expert.
+"""Inputs of a layer's adapted matrices; in a sparse layer, MLP_INPUT is that of the router and the shared expert.
 
 int64, as are all such constants here: Numba compiles a function again for every literal int among the arguments of its
 calls.
 """
 INPUTS = 5
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, ROUTER = map(np.int64, range(8))
-"""A layer's adapted matrices, those of experts apart; in a sparse layer GATE_PROJ, UP_PROJ and DOWN_PROJ are the shared
-expert's, in a Gated DeltaNet layer O_PROJ is out_proj."""
+"""A layer's adapted matrices, except those of experts; in a sparse layer GATE_PROJ, UP_PROJ and DOWN_PROJ are the
+shared expert's, in a Gated DeltaNet layer O_PROJ is out_proj."""
 Q_GATE, IN_PROJ_QKV, IN_PROJ_Z, IN_PROJ_B, IN_PROJ_A, SHARED_GATE = map(np.int64, range(8, 14))
-"""Further ones of hybrids."""
+"""Further adapted matrices of hybrid models."""
 MATRICES = 14
 FIRST, SECOND = map(np.int64, range(2))
-"""Where in a stored matrix the row groups of an adapted one begin."""
+"""The row group of a stored matrix at which those of an adapted one begin."""
 ALONE, PAIRED = map(np.int64, range(1, 3))
-"""From one row group of the adapted one to its next: PAIRED ones alternate with those of another."""
+"""The stride of the adapted one's row groups in the stored one: PAIRED ones alternate with those of another matrix."""
 WIDE = 4
-"""Tokens of the wider of two tiles, which reads factors once for all of them; the other is a single token."""
+"""Tokens of the wider of the two tiles, which reads factors once for all of them; the other tile is a single token."""
 PARTS = 4
-"""Ranges of the columns of A whose sums a token's result is the sum of; few tokens leave each to another thread."""
+"""Ranges of A's columns: a token's result is the sum of their partial sums. With few tokens, threads share them."""
 _FEW_TILES = 8
-"""Tiles of tokens up to which they do."""
+"""Most tiles of tokens for which threads share the ranges."""
 _CHAINS = 4
 """Independent sums of a range: column n of it adds to the sum n % 4."""
 _CHAIN_BYTES = 2 * _CHAINS * UNIT_ROWS
-"""Bytes of a group that every chain reads a column of."""
+"""Bytes of a group's columns that one iteration reads: one for each chain."""
 _VECTORS = UNIT_ROWS // LANES
 
 
 @njit(inline="always")
 def _part_of_one(tokens: int, w: Any, at: int, first: int, count: int, x: Any, stride: int) -> Any:
-    """The sums of columns first to first + count - 1 of x, of one token (tokens is 1), all chains side by side.
+    """The sums over columns first to first + count - 1 of one token's x (tokens is 1), all chains side by side.
 
     w[at:] has these columns of a group of 16 ranks.
     """
@@ -167,11 +167,11 @@ def _expand_rows(tokens: int) -> Any:
 
 
 SHRINK = {1: _shrink_rows(1), WIDE: _shrink_rows(WIDE)}
-"""By tokens of a tile. out = A @ x of `groups` groups of 16 ranks, over parts first to last - 1 of the columns. a, x,
-out: the addresses of bf16 and float32; the strides, between tokens, count float32."""
+"""The kernels by tokens per tile. out = A @ x for `groups` groups of 16 ranks, over parts first to last - 1 of the
+columns. a, x, out: addresses of bf16 (a) and float32; strides, between tokens, count float32."""
 EXPAND = {1: _expand_rows(1), WIDE: _expand_rows(WIDE)}
-"""By tokens of a tile. out += B @ y for `groups` groups of 16 rows, which are `pitch` float32 apart in out; addresses
-and strides as for SHRINK."""
+"""The kernels by tokens per tile. out += B @ y for `groups` groups of 16 rows, which are `pitch` float32 apart in out;
+addresses and strides as for SHRINK."""
 
 
 def low_rank_kernels() -> NDArray[np.int64]:
@@ -185,15 +185,15 @@ def low_rank_kernels() -> NDArray[np.int64]:
 
 @njit(nogil=True)
 def rows_read(adapters: Any, layer: int, what: int) -> Any:
-    """Where adapters of this pass read `what` (ATTENTION_INPUT, ...) of a layer, float32 (tokens, columns); no rows
-    if none does."""
+    """The array from which adapters of this pass read `what` (ATTENTION_INPUT, ...) of a layer, float32 (tokens,
+    columns); without rows if none reads it."""
     rows = adapters.gated if what == GATED else adapters.normed
     return rows if adapters.tiles.shape[0] and adapters.most_groups[layer, what] else rows[:0]
 
 
 @njit(nogil=True)
 def shrink(team: Any, adapters: Any, layer: int, what: int, x: Any, columns: int) -> None:
-    """adapters.reduced = A @ x of all matrices of a layer that read `what` (ATTENTION_INPUT, ...).
+    """adapters.reduced = A @ x for all matrices of a layer that read `what` (ATTENTION_INPUT, ...).
 
     adapters: an `npqwen.engine.records.Adapted`. x: float32 (tokens, at least `columns`). columns: of the matrices and
     of A, padding included.
@@ -246,7 +246,7 @@ def add_low_rank(
     team: Any, adapters: Any, layer: int, matrix: int, local: Any, first: int, last: int, start: int, stride: int,
     groups: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """Add what adapters add to a matrix (Q_PROJ, ...) to the results of row groups first to last - 1 of a stored one.
+    """Add the adapters' products for a matrix (Q_PROJ, ...) to results of row groups first to last - 1 of a stored one.
 
     The matrix's i-th row group is the stored one's start + i * stride; it has `groups` of them. local: float32, flat,
     tokens * 16 * (last - first). scratch: this thread's float32, 4 times the largest rank.
@@ -293,8 +293,8 @@ def adapted_matmul(
     team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any,
     local: Any, adapters: Any, layer: int, role: int,
 ) -> None:  # fmt: skip
-    """`matmul` (npqwen/kernels/matmul.py) with what adapters add to the matrix (O_PROJ, ...); after `shrink` of its
-    input."""
+    """`matmul` (npqwen/kernels/matmul.py) plus the adapters' products for the matrix (O_PROJ, ...); call `shrink` on
+    its input first."""
     groups = matrix.rows // UNIT_ROWS
     adapted_pair(
         team, kernels, matrix, x, tokens, width, out, accumulate, scratch, local, adapters, layer, role, role, groups
@@ -306,7 +306,7 @@ def adapted_pair(
     team: Any, kernels: Any, matrix: Any, x: Any, tokens: int, width: int, out: Any, accumulate: int, scratch: Any,
     local: Any, adapters: Any, layer: int, role: int, other: int, split: int,
 ) -> None:  # fmt: skip
-    """`adapted_matmul` of two matrices in one: that of `role`, and from row group `split` on that of `other`."""
+    """`adapted_matmul` of two matrices stored as one: that of `role`, and from row group `split`, that of `other`."""
     groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, tokens, width, local, np.int64(1))
     pieces = (groups + chunk - 1) // chunk
@@ -324,7 +324,7 @@ def adapted_pair(
 
 @njit(nogil=True)
 def low_rank_scalar(team: Any, adapters: Any, layer: int, matrix: int, token: int) -> np.float32:
-    """What adapters add to a token's product with a matrix of a single row; after `shrink` of its input."""
+    """What a token's adapter adds to the token's product with a single-row matrix; call `shrink` on its input first."""
     total = np.float32(0.0)
     tiles, reduced = adapters.tiles, adapters.reduced
     if tiles.shape[0] == 0 or adapters.of_token[token] < 0:

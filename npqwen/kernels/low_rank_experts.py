@@ -12,22 +12,22 @@ from npqwen.kernels.low_rank import expand, shrink_tile
 from npqwen.kernels.pieces import claim
 
 EXPERT_INPUT, EXPERT_GATED = map(np.int64, range(2))
-"""What an expert's adapted matrices read."""
+"""Inputs of an expert's adapted matrices."""
 EXPERT_GATE, EXPERT_UP, EXPERT_DOWN = map(np.int64, range(3))
 """An expert's adapted matrices."""
 
 
 @njit(nogil=True)
 def gated_rows_read(adapters: Any, layer: int) -> Any:
-    """Where adapters of this pass read what a layer's experts have gated, float32 (slots, columns); no rows if none
-    does."""
+    """The array from which adapters of this pass read the gated rows of a layer's experts, float32 (slots, columns);
+    without rows if none reads them."""
     rows = adapters.slot_gated
     return rows if adapters.tiles.shape[0] and adapters.expert_most_groups[layer, EXPERT_GATED] else rows[:0]
 
 
 @njit(nogil=True)
 def shrink_slots(team: Any, adapters: Any, layer: int, what: int, chosen: Any, slots: Any, x: Any) -> None:
-    """adapters.slot_reduced = A @ x of the matrices of each slot's expert that read `what` (EXPERT_INPUT, ...).
+    """adapters.slot_reduced = A @ x for the matrices of each slot's expert that read `what` (EXPERT_INPUT, ...).
 
     chosen, slots: int64 (tokens, experts per token). x: float32, a row for each token if `what` is EXPERT_INPUT, else
     one for each slot.
@@ -57,10 +57,11 @@ def add_to_slots(
     adapters: Any, layer: int, matrix: int, expert: int, slot: int, count: int, local: Any, first: int, last: int,
     start: int, stride: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """Add what adapters add to an expert's matrix (EXPERT_GATE, ...) to the results of `count` slots from `slot` on.
+    """Add the adapters' products for an expert's matrix (EXPERT_GATE, ...) to the results of `count` slots starting at
+    `slot`.
 
-    local: float32, flat, count * 16 * (last - first): row groups first to last - 1 of the stored matrix, of which the
-    adapted one has start, start + stride, ... scratch: this thread's float32, at least the largest rank.
+    local: float32, flat, count * 16 * (last - first): row groups first to last - 1 of the stored matrix; the adapted
+    one's are start, start + stride, ... scratch: this thread's float32, at least the largest rank.
     """
     what = EXPERT_GATED if matrix == EXPERT_DOWN else EXPERT_INPUT
     if adapters.tiles.shape[0] == 0 or adapters.expert_most_groups[layer, what] == 0:

@@ -1,8 +1,8 @@
 """out = weight @ x for every encoding of the format: the kernels that do nearly all of the work.
 
-A thread claims some row groups (16 rows) at a time and multiplies each by one tile of tokens after the other, the sums
-in registers. With one token that reads every weight once, at the memory's speed; with many, each weight is unpacked
-once a tile.
+A thread claims a few row groups (of 16 rows) at a time and multiplies them by one tile of tokens after another, with
+the sums in registers. With one token, this reads every weight once, at memory speed; with many, each weight is unpacked
+once per tile.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _MATRICES = ISA.matrices
 CHUNK_BYTES = 1 << 17
 """Bytes of weights that a thread claims at a time: they stay in its cache for all tiles of tokens."""
 STREAM_BYTES = 1 << 19
-"""Bytes of a chunk where there is one tile: weights are read once, and every chunk begins by waiting for memory."""
+"""Bytes of a chunk if there is only one tile: weights are read once, and every chunk starts by waiting for memory."""
 _UNPACK_FROM = ISA.unpack_from
 _LOCAL_FLOATS = 1 << 16
-"""float32 of the results that a thread keeps to itself, few enough to stay in its cache."""
+"""float32 of a thread's private results: few enough to stay in its cache."""
 OVERWRITE, ACCUMULATE = map(np.int64, range(2))
 """Whether products replace what `out` holds or are added to it. int64: Numba compiles a function again for every
 literal int among the arguments of its calls."""
@@ -72,8 +72,8 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
     row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
     x_block = block_bytes(tokens, ISA.start_bytes)
-    # Prefetching line by line between loads gives a tenth more bandwidth than prefetching a whole unit first: there,
-    # only the scales are left.
+    # Prefetching line by line between loads gives 10% more bandwidth than prefetching a whole unit first: where the
+    # instruction set does so, only the scales are left to prefetch here.
     halves = not ISA.prefetches
     prefetched = unit // 2 if halves else scale_bytes
 
@@ -95,7 +95,7 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
                     scales_at = at + row
                     block_at = at + scale_bytes + 4 * row
                     x_at = tile * units * UNIT_BLOCKS * x_block
-                    # Two blocks a turn: with four, LLVM would load early, and have no registers for it.
+                    # Two blocks per iteration: with four, LLVM would hoist loads and run out of registers.
                     for half in range(2 * units):
                         ahead = block_at - scale_bytes + PREFETCH_DISTANCE
                         if not halves and half % 2:  # the line of scales is prefetched already
@@ -122,7 +122,7 @@ def _integer_rows(encoding: Encoding, tokens: int) -> Any:
 
 _TOGETHER = tuple(chains(width * ISA.tiles.get(width, 1)) if width else 1 for width in range(WIDEST + 1))
 """Row groups that the kernels for bf16 multiply at once, by the width of the tile: independent sums hide the latency of
-multiply-adds. Several sums a row would do that too, but then a token's results would depend on the width."""
+multiply-adds. Several sums per row would, too, but then a token's results would depend on the width."""
 
 
 def _bf16_rows(tokens: int) -> Any:
@@ -189,10 +189,10 @@ def _rows(encoding: Encoding, tokens: int) -> Any:
 KERNELS = tuple({width: _rows(encoding, width) for width in WIDTHS} for encoding in ENCODINGS)
 """The kernels by the code of the encoding, then by the width of a tile.
 
-A kernel multiplies row groups first to last - 1 of the matrix at `address`, of `units` units a group and the codebook
-at `codebook` (0 in encodings that have none), by `tiles` tiles of packed activations at x. The results go to float32 at
-`out`, `stride` of them a token, and are added to what is there if `accumulate` is 1 and not 0. scratch: the address of
-`scratch_floats` float32.
+A kernel multiplies row groups first to last - 1 of the matrix at `address`, of `units` units per group and with the
+codebook at `codebook` (0 in encodings that have none), by `tiles` tiles of packed activations at x. The results go to
+float32 at `out`, `stride` of them per token, and are added to those already there if `accumulate` is 1 (0: replace
+them). scratch: the address of `scratch_floats` float32.
 """
 
 
@@ -260,8 +260,8 @@ def chunk_groups(team: Any, matrix: Any, groups: int, tokens: int, width: int) -
 def local_chunk(team: Any, matrix: Any, groups: int, tokens: int, width: int, local: Any, multiple: int) -> int:
     """How many row groups a thread claims at a time to keep their results in `local`: a multiple of `multiple`.
 
-    groups: those of the matrix, or of it and of matrices with the same input. local: this thread's float32, flat,
-    `local_floats`, for the results of all tokens, rounded up to whole tiles.
+    groups: the row groups of the matrix, or of it and other matrices with the same input together. local: this thread's
+    float32, flat, `local_floats`, for the results of all tokens, rounded up to whole tiles.
     """
     fitting = local.size // (whole_tiles(tokens, width) * UNIT_ROWS)
     return max(multiple, min(chunk_groups(team, matrix, groups, tokens, width), fitting) // multiple * multiple)
@@ -317,9 +317,10 @@ def matmul(
     """out[t, r] = sum over c of weight[r, c] * x[t, c], or += if accumulate (0 or 1), for t < tokens.
 
     All members of the team call it, and share the rows.
-    kernels: see `matmul_kernels`. matrix: a MATRIX. x: packed for its encoding, `width` tokens a tile. out: float32
-    (at least tokens, matrix.rows or more); with fewer columns, a multiple of 16, only those rows of the matrix are
-    multiplied. scratch, local: this thread's float32, `scratch_floats(matrix.cols)` and `local_floats(tokens, 1)`.
+    kernels: see `matmul_kernels`. matrix: a MATRIX. x: packed for its encoding, `width` tokens per tile. out: float32
+    (at least tokens, matrix.rows or more); if it has fewer columns (a multiple of 16), only that many rows of the
+    matrix are multiplied. scratch, local: this thread's float32, `scratch_floats(matrix.cols)` and
+    `local_floats(tokens, 1)`.
     """
     groups = min(matrix.rows, out.shape[1]) // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, tokens, width, local, np.int64(1))
@@ -339,9 +340,10 @@ def multiply_groups(
     team: Any, kernels: Any, matrix: Any, groups: Any, x: Any, tokens: int, width: int, out: Any, scratch: Any,
     local: Any,
 ) -> None:  # fmt: skip
-    """out[t] = the rows of some row groups, one group after the other, @ x[t]; bitwise those of `matmul`.
+    """out[t] = the rows of some row groups, one group after another, @ x[t]; bitwise equal to those of `matmul`.
 
-    groups: int64, numbers of row groups. out: float32 (at least tokens, 16 * groups.size). The others as for `matmul`.
+    groups: int64, numbers of row groups. out: float32 (at least tokens, 16 * groups.size). Other arguments as for
+    `matmul`.
     """
     while True:
         i = claim_private(team, groups.size)

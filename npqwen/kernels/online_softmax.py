@@ -33,7 +33,7 @@ def results(at: int, rows: int, dim: int) -> Any:
 def softmax(scores: Any, row: int, visible: int, dim: int, row_max: Any, denominator: Any, accumulator: Any) -> None:
     """Turn a row's scores into weights; if its maximum grows, rescale its denominator and accumulator.
 
-    scores: float32 (rows, SCORE_BLOCK); those from the `visible`-th on get no weight. row_max, denominator: float32
+    scores: float32 (rows, SCORE_BLOCK); those starting at index `visible` get no weight. row_max, denominator: float32
     (rows,). accumulator: float32 (rows, dim).
     """
     maximum, total = softmax_block(scores, row * SCORE_BLOCK, SCORE_BLOCK, visible, row_max[row])

@@ -28,17 +28,17 @@ WIDEST = WIDTHS[-1]
 PIECES_WIDTH = ISA.pieces_width
 """The width of tiles whose weights are unpacked by pieces; 0: there are none."""
 ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
-"""What the kernels add to weights, by the code of their encoding."""
+"""The zero points that the kernels add to weights, by the code of their encoding."""
 _MIDDLE = 4
 _FEW = (2 if ISA.matrices else 3) * _MIDDLE
-"""Tokens up to which several tiles of the middle width are faster than one of the widest."""
+"""Most tokens for which several tiles of the middle width are faster than one of the widest."""
 _MANY = 9 * _MIDDLE
-"""Tokens from which padding to whole tiles of the middle width costs less than tiles half as wide do."""
+"""Fewest tokens for which padding to whole tiles of the middle width costs less than tiles of half that width."""
 _IS_UNPACKED = tuple(encoding.zero_point > 0 for encoding in ENCODINGS)
 _PAIRS = ISA.pairs
 _START_BYTES = ISA.start_bytes
 _PAIR_PITCH = 2 * OCTET
-"""Bytes from one octet of a token to its next where the tokens of a pair alternate; a literal to the compiler."""
+"""Bytes from one octet of a token to its next where the tokens of a pair alternate; a compile-time literal."""
 
 
 @njit(nogil=True)
@@ -86,7 +86,7 @@ def pack(x: Any, token: int, width: int, encoding: int, packed: Any) -> None:
 
 @njit(nogil=True, error_model="numpy")
 def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding: int, packed: Any) -> None:
-    """Pack x, one token's activations from column `first` on; `columns` is the number of the whole row.
+    """Pack x, one token's activations starting at column `first`; `columns`: the length of the whole row.
 
     first and x.size are multiples of 32; the rest is as for `pack`.
     """
@@ -113,7 +113,7 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
 
 @njit(nogil=True)
 def copy_floats(source: Any, target: Any) -> None:
-    """The first of `target` = all of `source`; float32."""
+    """target[: source.size] = source; float32."""
     for i in range(source.size):
         target[i] = source[i]
 
@@ -123,12 +123,12 @@ def pack_gated(
     local: Any, matrix: Any, first: int, last: int, start: int, count: int, width: int, down: Any, scratch: Any,
     gated: Any, kept: Any,
 ) -> None:  # fmt: skip
-    """Pack silu(gate) * up as down_proj's activations, for `count` tokens from `start` on.
+    """Pack silu(gate) * up as down_proj's activations, for `count` tokens starting at `start`.
 
     local: float32, the tokens' products with row groups first to last - 1 of gate_up_proj (matrix, a MATRIX); groups of
     gate and up alternate, and first is a multiple of GROUPS_PER_BLOCK. down: the MATRIX of down_proj. scratch: float32
-    (down.cols,). gated: uint8, packed, tiles of `width` tokens. kept: float32 (tokens, down.cols) for what is packed,
-    or none of its rows.
+    (down.cols,). gated: uint8, packed, tiles of `width` tokens. kept: float32 (tokens, down.cols) that receives the
+    same activations unpacked, or no rows.
     """
     rows = UNIT_ROWS * (last - first)
     column = UNIT_ROWS * first // 2

@@ -1,4 +1,4 @@
-"""Advice to the operating system about the memory pages of mapped files: huge pages, and reading ahead of use."""
+"""Advice to the operating system about the memory pages of mapped files: huge pages, and prefetching."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PREFETCH_NEVER, PREFETCH_ALWAYS, PREFETCH_IF_ABSENT = 0, 1, 2
 """Policies: prefetch nothing, all memory pages that will be used, or those of them that are not in memory."""
 _PAGE = mmap.PAGESIZE
 _REQUEST_BYTES = 1 << 17
-"""Bytes of one request: Linux reads no more for it than the disk takes at once, and drops the rest."""
+"""Bytes of one request: Linux reads no more of it than the disk accepts at once, and drops the rest."""
 _WILLNEED = int(getattr(mmap, "MADV_WILLNEED", 3))
 
 
 def advise_huge_pages(mapping: mmap.mmap) -> None:
-    """Have Linux use huge pages of 2 MiB, for a file if its file system can; some virtual machines decode a quarter
-    faster.
+    """Have Linux use huge pages of 2 MiB, for a file if its file system supports them; on some virtual machines,
+    decoding is 25% faster.
 
-    Of files, only for those that fit into memory: a touched byte reads up to 4 MiB. Pages that are in memory already
-    stay small.
+    Use it only for files that fit in memory: touching a byte reads up to 4 MiB. Pages that are already in memory stay
+    small.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -64,9 +64,9 @@ def prefetch_policy(paths: Iterable[Path], exceeds_memory: bool) -> int:
 
     exceeds_memory: whether they are larger than the memory available.
 
-    Prefetching an expert of 2.7 MB takes 50 microseconds even if it is in memory; asking whether it is takes 2. Linux
-    answers only the file's owner and users who may write to it; to others it reports every page as in memory. On
-    Windows nothing is prefetched: a page is read when it is touched.
+    Prefetching an expert of 2.7 MB takes 50 microseconds even if it is in memory; querying whether it is takes 2. Linux
+    answers truthfully only to the file's owner and to users who may write to it; to others it reports every page as in
+    memory. On Windows nothing is prefetched: a page is read when it is touched.
     """
     if sys.platform == "win32":
         return PREFETCH_NEVER
@@ -96,7 +96,7 @@ def _madvise(b: ir.IRBuilder, address: Int, size: Int, advice: Int32) -> Int32:
 
 @operation
 def _mincore(b: ir.IRBuilder, address: Int, size: Int, residency: Int) -> Int32:
-    """Write one byte a page to the address `residency`, its lowest bit set if the page is in memory; 0 on success."""
+    """Write one byte per page to the address `residency`, its lowest bit set if the page is in memory; 0 on success."""
     return call(b, "npqwen_mincore", I32, address, size, residency)
 
 
@@ -111,7 +111,7 @@ def _request(start: int, end: int) -> None:
 def prefetch_pages(policy: int, address: int, size: int, residency: Any) -> None:
     """Have the system read `size` bytes of a mapped file at an address in the background.
 
-    policy: PREFETCH_ALWAYS or PREFETCH_IF_ABSENT. residency: scratch, uint8, for one byte a page.
+    policy: PREFETCH_ALWAYS or PREFETCH_IF_ABSENT. residency: scratch, uint8, for one byte per page.
     """
     start, end = address // _PAGE * _PAGE, address + size
     if policy == PREFETCH_ALWAYS:
@@ -130,9 +130,9 @@ def prefetch_pages(policy: int, address: int, size: int, residency: Any) -> None
 
 
 def new_memory(size: int) -> NDArray[np.uint8]:
-    """Zeros at a multiple of 4,096 bytes, which the system gets back once no array is left; OSError without room.
+    """Zeroed memory, aligned to 4,096 bytes, returned to the system once no array refers to it; OSError without room.
 
-    After pages of many lengths of life, malloc would keep a multiple of what is in use: of what has been freed, it
+    With pages of many different lifetimes, malloc would hold several times the memory in use: of freed memory, it
     returns only the end of its heap.
     """
     if sys.platform == "win32":

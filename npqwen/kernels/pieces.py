@@ -1,13 +1,15 @@
-"""The work of a team of threads, in steps of pieces: claiming pieces, and waiting for their end. Compiled code only.
+"""How a team of threads shares work, in steps of pieces: claiming them, and waiting until all are finished. For
+compiled code only.
 
 Every thread goes through the same steps in the same order. It claims pieces of a step until none are left, and `claim`
-then returns when all are *finished*, not when all threads have arrived: a thread that the system keeps from running
-finds the steps that it missed over, and catches up. What it holds of the running step, others compute once more, if the
-piece is private: its results stay with the thread until `finish_first` says that it is the first to have them.
+then returns when all are *finished*, not when all threads have arrived: a thread that the system has descheduled finds
+the steps that it missed complete, and catches up. The piece of the running step that it holds is recomputed by others,
+if it is private: a thread keeps such a piece's results to itself until `finish_first` says that it is the first to
+finish it.
 
-One word has the running step, and how many of its pieces are claimed and finished, so that finishing a piece and
+One word holds the running step and how many of its pieces are claimed and finished, so that finishing a piece and
 claiming the next is one atomic operation, and a late thread cannot claim from a step that it does not know. Whatever a
-thread reads before it claims a piece was stable, for the claim would have failed otherwise.
+thread reads before it claims a piece was stable, or the claim would have failed.
 """
 
 from __future__ import annotations
@@ -29,21 +31,21 @@ ROW = 16
 """int64 of a row of a team's state: two cache lines."""
 # Row 0, the team's. STOP: not 0 to interrupt the function that is running.
 STATE, STOP = 0, 8
-# A member's row. The first line is what others read: the private piece that it computes, and whether it is still inside
-# the function. The rest is its own.
+# A member's row. Others read the first cache line: the private piece that the member computes, and whether it is still
+# inside the function. The rest is the member's own.
 _HELD, INSIDE = 0, 1
 _TEAM, MEMBERS, STEP, _UNCOUNTED, _HOLDER, _HOLDING, _BEGAN, _PIECES = range(8, 16)
 _PACE = 2
-"""Ticks that one of its pieces took, on average over the last step."""
+"""Ticks per piece, the average of the member's pieces in the last step."""
 
 _COUNT_BITS = 20
 MOST_PIECES = (1 << _COUNT_BITS) - 1
-"""The most pieces of a step."""
+"""The most pieces in a step."""
 _FINISHED = 1 << _COUNT_BITS
 _STEP_SHIFT = 2 * _COUNT_BITS
 LAST_STEP = (1 << (63 - _STEP_SHIFT)) - 1
 PATIENCE = 500
-"""Polls, at least 6 microseconds, before a waiting thread computes what another holds."""
+"""Polls, at least 6 microseconds, before a waiting thread recomputes a piece that another holds."""
 SPINS = 4000
 """Polls, about 50 microseconds, before a waiting thread yields its processor to others."""
 
@@ -55,7 +57,7 @@ class Interrupted(Exception):
 def new_state(members: int) -> NDArray[np.int64]:
     """The state of a team: int64 (1 + members, ROW). Row 1 + m is what member m passes to the functions of this file.
 
-    It must outlive them: they know the rows' address.
+    The array must outlive their calls: rows hold its address.
     """
     raw = np.zeros((members + 2) * ROW, np.int64)
     start = -raw.ctypes.data // raw.itemsize % ROW
@@ -72,7 +74,7 @@ def next_step(state: NDArray[np.int64]) -> int:
 
 
 def clear(state: NDArray[np.int64]) -> None:
-    """Number the steps anew, and let functions run; no member may be inside one."""
+    """Restart the numbering of steps, and clear STOP; no member may be inside a function."""
     state[0, STATE] = state[0, STOP] = 0
     state[1:, _HELD] = 0
     state[1:, _UNCOUNTED] = state[1:, _PIECES] = 0
@@ -93,7 +95,7 @@ llvmlite.binding.initialize_native_asmparser()  # AArch64's clock is read by an 
 
 @operation
 def _exchange(b: ir.IRBuilder, array: Array, slot: Int, expected: Int, new: Int) -> Int:
-    """Write a slot atomically if it has the expected value; returns the value that it had."""
+    """Compare and swap: write a slot atomically if it has the expected value; return its previous value."""
     pair = b.cmpxchg(b.gep(array, [slot]), expected, new, "acq_rel", "acquire")
     return b.extract_value(pair, 0)
 
@@ -128,7 +130,7 @@ def pause(b: ir.IRBuilder) -> None:
 
 @operation
 def ticks(b: ir.IRBuilder) -> Int:
-    """A clock that runs at a constant rate, whatever it is; 0 on a processor without one."""
+    """A clock of constant but unspecified rate; 0 on a processor without one."""
     target = llvmlite.binding.get_process_triple()
     if target.startswith(("x86_64", "i686")):
         return call(b, "llvm.readcyclecounter", I64)
@@ -151,11 +153,11 @@ def _rows(team: Any) -> Any:
 
 @njit(nogil=True)
 def claim(team: Any, pieces: int) -> int:
-    """Claim one of the `pieces` of this step; the piece that this thread has claimed before is then finished.
+    """Claim one of the `pieces` of this step; this marks the piece that this thread claimed before as finished.
 
     team: this member's row of the state. Returns the index of the piece, ascending unless it is another thread's (see
-    `claim_private`); `pieces` once all are finished, and the next call is about the next step. Raises Interrupted once
-    the team is stopped.
+    `claim_private`); `pieces` once all are finished, and the next call then concerns the next step. Raises Interrupted
+    once the team is stopped.
     """
     rows, step = _rows(team), team[STEP]
     finished, team[_UNCOUNTED] = team[_UNCOUNTED], 0
@@ -167,7 +169,7 @@ def claim(team: Any, pieces: int) -> int:
         if running > step or (running < step and pieces == 0):
             team[STEP], team[_PIECES] = step + 1, 0
             return pieces
-        # Who comes first to a step begins it: the one before is over.
+        # The first thread to reach a step begins it: the previous one is complete.
         new = word + finished * _FINISHED if running == step else step << _STEP_SHIFT
         piece = new & MOST_PIECES
         if piece < pieces:
@@ -189,15 +191,15 @@ def claim(team: Any, pieces: int) -> int:
 
 @njit(nogil=True)
 def claim_private(team: Any, pieces: int) -> int:
-    """Claim a piece as `claim` does, whose results are this thread's own until `finish_first` is true.
+    """Claim a piece as `claim` does; its results stay private to this thread until `finish_first` returns true.
 
-    It may be a piece that another thread has been computing for long: that thread may not be running.
+    It may be a piece that another thread has held for long: that thread may not be running.
     """
     piece = claim(team, pieces)
     team[_UNCOUNTED] = 0
     if piece < pieces and team[_HOLDER] == 0:
         own = (team.ctypes.data - team[_TEAM]) // team.itemsize
-        # claim has counted the piece: the step is still this one.
+        # claim has counted the piece, so the step is still this one.
         team[_HOLDER], team[_HOLDING] = own, team[STEP] << _COUNT_BITS | piece
         _release(team, _HELD, team[_HOLDING])
     return piece
@@ -205,15 +207,15 @@ def claim_private(team: Any, pieces: int) -> int:
 
 @njit(nogil=True)
 def is_needed(team: Any) -> bool:
-    """Whether nobody has finished this thread's private piece; what it has read since it claimed it was stable then."""
+    """Whether nobody has finished this thread's private piece; if so, what it has read since the claim was stable."""
     _fence()
     return _acquire(_rows(team), team[_HOLDER] + _HELD) == team[_HOLDING]
 
 
 @njit(nogil=True)
 def finish_first(team: Any) -> bool:
-    """Whether this thread is the first to finish its private piece: then it must write the results, before it claims
-    another, and if not, it must write nothing."""
+    """Whether this thread is the first to finish its private piece. If so, it must write the results before it claims
+    another; if not, it must write nothing."""
     first = _exchange(_rows(team), team[_HOLDER] + _HELD, team[_HOLDING], 0) == team[_HOLDING]
     team[_UNCOUNTED] = 1 if first else 0
     return first
@@ -221,7 +223,7 @@ def finish_first(team: Any) -> bool:
 
 @njit(nogil=True)
 def _wait(team: Any, rows: Any, step: int, pieces: int) -> int:
-    """Wait until all pieces of a step are finished, and return `pieces`; or the index of one to compute once more."""
+    """Wait until all pieces of a step are finished, and return `pieces`; or the index of one to recompute."""
     began = ticks()
     if team[_PIECES]:
         team[_PACE] = (began - team[_BEGAN]) // team[_PIECES]
@@ -235,7 +237,7 @@ def _wait(team: Any, rows: Any, step: int, pieces: int) -> int:
         if _acquire(rows, STOP):
             raise Interrupted
         polls += 1
-        # A piece that is being computed takes this long at most.
+        # A running thread should have finished its piece by then.
         if polls > PATIENCE and ticks() - began >= 2 * team[_PACE]:
             for holder in range(ROW, rows.size, ROW):
                 held = _acquire(rows, holder + _HELD)
@@ -250,5 +252,5 @@ def _wait(team: Any, rows: Any, step: int, pieces: int) -> int:
 
 @njit(nogil=True)
 def leave(team: Any) -> None:
-    """Tell the team that this member does no more than return: it reads and writes nothing of the function's."""
+    """Tell the team that this member is about to return: it no longer reads or writes any of the function's data."""
     _release(team, INSIDE, 0)

@@ -1,6 +1,6 @@
 """out = weight @ x for many tiles of tokens: weights of fewer than 8 bits are unpacked once for all tiles.
 
-The sums are those of the kernels that unpack for every tile (npqwen/kernels/matmul.py), to the bit.
+The sums are bitwise equal to those of the kernels that unpack for every tile (npqwen/kernels/matmul.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNIT_BYTES = tuple(encoding.unit_bytes for encoding in ENCODINGS)
 PIECE_UNITS = 4
 """Units of a row group that are unpacked at a time for all tiles: 8 KiB."""
 PIECE_TILES = 64
-"""Tiles that they are unpacked for at most."""
+"""Most tiles that they are unpacked for."""
 PIECE_BYTES = CACHE_LINE + PIECE_UNITS * UNPACKED_UNIT + 4 * PIECE_TILES * max(ISA.tiles) * UNIT_ROWS
 """Bytes of an unpacked piece and of the tiles' sums, with room to align them."""
 _UNPACKED_BLOCK = UNPACKED.block_bytes
@@ -44,14 +44,14 @@ _SCALE_BYTES = UNPACKED.scale_bytes
 
 
 def unpacked_bytes(cols: int, chunk_bytes: int) -> int:
-    """Bytes of unpacked chunks of `chunk_bytes` of weights, or of one row group of `cols` columns where that is more;
-    with room to align them."""
+    """Bytes of unpacked chunks of `chunk_bytes` of weights, or of one row group of `cols` columns if that is more; with
+    room to align them."""
     smallest = min(encoding.unit_bytes for encoding in ENCODINGS if encoding.is_integer)
     return CACHE_LINE + max(cols * UNIT_ROWS, chunk_bytes // smallest * UNPACKED_UNIT)
 
 
 def unpack_rows(encoding: Encoding) -> Any:
-    """The kernel that unpacks row groups first to last - 1 of a matrix to `values`: UNPACKED_UNIT bytes a unit."""
+    """The kernel that unpacks row groups first to last - 1 of a matrix to `values`: UNPACKED_UNIT bytes per unit."""
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
     row_scale_bytes, scale_bytes = encoding.row_scale_bytes, encoding.scale_bytes
     prefetched = scale_bytes if ISA.prefetches else unit  # unpacking prefetches what it reads
@@ -122,7 +122,7 @@ def unpacked_rows(tokens: int) -> Any:
 
 
 def pieces_rows(encoding: Encoding, tokens: int) -> Any:
-    """The kernel for tiles of `tokens` tokens by 16 rows that unpacks a piece of a row group, PIECE_UNITS, at a time.
+    """The kernel for tiles of `tokens` tokens by 16 rows that unpacks PIECE_UNITS of a row group, a piece, at a time.
 
     A piece stays in the first-level cache while all tiles are multiplied by it. Arguments are those of all kernels
     (npqwen/kernels/matmul.py); scratch has PIECE_BYTES.
@@ -167,7 +167,7 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
                         ahead = piece_at + count * unit
                         for half in range(2 * count):
                             if tile == first_tile:
-                                # The next piece, while there is something to compute.
+                                # Prefetch the next piece while this one is multiplied.
                                 prefetch(w, ahead, half_unit)
                                 ahead += half_unit
                             sums = dot_block_unpacked(sums, tokens, unpacked, value_at, w, scales_at, packed, x_at)

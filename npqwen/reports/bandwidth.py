@@ -24,7 +24,7 @@ _SUMS = 4
 
 @njit(nogil=True)
 def read(team: Any, member: int, data: Any, out: Any) -> None:
-    """Read float32 `data` (a multiple of 512 bytes) as the matrix kernels do, and add it up so that no load is dropped.
+    """Read float32 `data` (a multiple of 512 bytes) as the matrix kernels do, and sum it, so that no load is dropped.
 
     out: float32, receives 4 vectors of sums per member.
     """

@@ -45,7 +45,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Report:
-    """A model's speed, with one or several numbers of threads, and the machine it was measured on."""
+    """A model's speed, with one or several thread counts, and the machine it was measured on."""
 
     model: str
     bits: int
@@ -55,19 +55,19 @@ class Report:
     weights: int
     """Bytes."""
     threads: list[int]
-    """The numbers of threads that were measured."""
+    """The thread counts that were measured."""
     kernels: str
     processor: str
     version: str
     read_bandwidth: list[float]
-    """Bytes per second with each number of threads: the median of all measurements."""
+    """Bytes per second with each thread count: the median of all measurements."""
     huge_pages: int | None
-    """Bytes of the weights that are mapped by huge pages, which are faster to read; None if the system does not say."""
+    """Bytes of the weights that are mapped by huge pages, which are faster to read; None if unknown."""
     measures: list[Measure]
 
     @classmethod
     def merged(cls, reports: Sequence[Report]) -> Report:
-        """One report of several that differ in their threads only."""
+        """Merge reports that differ only in their thread counts into one."""
         return replace(
             reports[-1],
             threads=[threads for report in reports for threads in report.threads],
@@ -98,7 +98,7 @@ class Report:
 
 
 def bandwidths(threads: list[int], rates: list[float]) -> str:
-    """Read bandwidths, in bytes per second, with these numbers of threads: "10.1 GB/s with 1 thread, ..."."""
+    """Read bandwidths, in bytes per second, with these thread counts, as text: "10.1 GB/s with 1 thread, ..."."""
     return ", ".join(
         f"{rate / 1e9:.1f} GB/s with {count} {'thread' if count == 1 else 'threads'}"
         for count, rate in zip(threads, rates, strict=True)
@@ -155,7 +155,7 @@ def benchmark(
             read = bytes_per_token(model, before + tokens // 2) if test == "decode" else 0
             rates, shares = [], []
             for turn in range(repeat + 1):
-                # The machine's speed drifts: compare with the bandwidth of the same moment.
+                # The machine's speed drifts: compare with the bandwidth measured at the same time.
                 readings.append(memory.measure())
                 cache.truncate(before)
                 start = time.perf_counter()
@@ -196,8 +196,8 @@ def bytes_to_read() -> int:
 def bytes_per_token(model: Model, depth: int) -> int:
     """Bytes that decoding one token at position `depth` reads: every weight it uses once, and the cache.
 
-    Of a mixture of experts it uses the chosen experts, of an untied embedding one row. Recurrent states count twice:
-    they are written, too.
+    Of a mixture of experts it uses the chosen experts. An untied embedding, of which it reads one row, is left out.
+    Recurrent states count twice: they are written, too.
     """
     sizes = ((name, tensor.data.size) for name, tensor in model.weights.tensors.items())
     cache = model.new_cache(1)

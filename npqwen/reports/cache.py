@@ -1,4 +1,4 @@
-"""What `npqwen cache` prints: where the cache is, what lies in it, and how large it is."""
+"""What `npqwen cache` prints: where the cache is, what is in it, and how large it is."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What the cache takes of the disk, in bytes."""
+    """The disk space that the cache takes, in bytes."""
 
     path: Path
     parts: dict[str, int]
-    """By what lies in the cache's directory."""
+    """By the entries of the cache directory."""
     leftovers: list[Leftover]
     """What `npqwen cache prune` would remove."""
     downloads: int
     """Of Qwen3 checkpoints in huggingface_hub's cache."""
     downloaded: list[str]
-    """The models that these are."""
+    """The models of these checkpoints."""
 
     @classmethod
     def of(cls, root: Path, leftovers: Sequence[Leftover], downloads: Sequence[Download]) -> Usage:
@@ -72,7 +72,7 @@ class Usage:
         }
 
     def describe(self) -> str:
-        """The numbers for people."""
+        """The numbers, as text."""
         rows = [(f"  {name}", size(count), _PARTS.get(name, "")) for name, count in self.parts.items()]
         lines = [f"{self.path}: {size(self.total)}\n", columns(rows) if rows else ""]
         if self.leftovers:

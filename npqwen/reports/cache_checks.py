@@ -1,4 +1,4 @@
-"""Is the cache sound: who may write to it, are the compiled kernels and the conversions what was written?"""
+"""Checks of the cache: who may write to it, and whether the compiled kernels and the conversions are intact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LITTLE = 1 << 30
 
 
 def check_downloads(found: list[Download]) -> Iterator[Finding]:
-    """What is wrong with huggingface_hub's cache; found: Qwen3 checkpoints there."""
+    """Problems of huggingface_hub's cache. found: the Qwen3 checkpoints in it."""
     for download in found:
         partial = [path for path in download.path.glob("blobs/*.incomplete") if path.is_file()]
         if partial:
@@ -37,7 +37,7 @@ def check_downloads(found: list[Download]) -> Iterator[Finding]:
 
 
 def check_cache(root: Path) -> Iterator[Finding]:
-    """What is wrong with the cache directory `root`, which need not exist."""
+    """Problems of the cache directory `root`, which need not exist."""
     try:
         yield from _check_place(root)
         if root.is_dir():
@@ -73,7 +73,8 @@ def _check_place(root: Path) -> Iterator[Finding]:
 
 
 def _others_may_replace(directory: Path) -> bool:
-    """Whether it is another user's, or anybody's. A group may write: on many systems it has only this user."""
+    """Whether a user other than this one and root owns it, or it is world-writable. Its group may write: on many
+    systems it has only this user."""
     state = directory.stat()
     if sys.platform == "win32":
         return False
@@ -116,7 +117,7 @@ def _check_conversions(found: list[Conversion]) -> Iterator[Finding]:
 
 
 def _moved_aside(root: Path) -> Iterator[Finding]:
-    """Models that a killed conversion was to replace, and has moved away."""
+    """Models that a killed conversion was to replace, and has moved aside."""
     for old in sorted([*root.glob("hub/*/.*.partial-*/old"), *root.glob("local/*/.*.partial-*/old")]):
         name = old.parent.name[1:].rpartition(".partial-")[0]
         if is_converted(old) and not is_converted(old.parent.with_name(name)):

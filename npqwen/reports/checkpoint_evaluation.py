@@ -1,4 +1,4 @@
-"""What a conversion cost: the converted model's predictions of some tokens, compared with its checkpoint's own.
+"""The error of a conversion: the converted model's predictions of some tokens, compared with its checkpoint's own.
 
 The checkpoint is run in float32, one layer in memory at a time, so that no unquantized conversion is needed.
 """
@@ -39,7 +39,7 @@ def evaluate_conversion(
     """Compare a converted model with the checkpoint directory that it was made from.
 
     ids: token ids (sequences, tokens), at least 2 tokens each; every sequence is run from an empty context, and all its
-    tokens but the first are predicted. text: its name in the record. progress(done, total): called with tokens run.
+    tokens but the first are predicted. text: its name in the record. progress(done, total): called with tokens.
     adapters: those that were merged into the weights.
 
     Raises CheckpointError if the checkpoint cannot be read, or if logits are not finite.

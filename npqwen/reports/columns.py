@@ -1,4 +1,4 @@
-"""Tables for people: aligned columns, and times as one says them."""
+"""Tables as text: aligned columns, and relative times."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from datetime import datetime
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, each as wide as the widest of its column, two blanks between; no blanks at the end."""
+    """Lines of cells, padded to the width of their column and separated by two spaces; no trailing spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def ago(then: float, now: float) -> str:
-    """A time in seconds since the epoch, as seen from another: "5 minutes ago"; a date if it is over a month ago."""
+    """A time relative to another, both in seconds since the epoch: "5 minutes ago"; a date after 30 days or more."""
     seconds = now - then
     if seconds < 60:
         return "just now"

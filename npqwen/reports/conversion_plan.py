@@ -1,4 +1,4 @@
-"""What a conversion would give and take, before anything is downloaded or written: `npqwen convert --dry-run`."""
+"""What a conversion would produce and need, before anything is downloaded or written: `npqwen convert --dry-run`."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile
 
 _BANDWIDTH = 100e6 / 8
-"""Of the download whose time is told: bytes a second of a line of 100 Mbit/s."""
+"""Bytes per second for the estimated time of the download: a line of 100 Mbit/s."""
 
 _FILES = 1e9
-"""Bytes a second that are read, digested and written, if the disk is fast."""
+"""Bytes per second that are read, hashed and written, if the disk is fast."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Of the converted model, such as the attention of all layers."""
+    """A part of the converted model, such as the attention of all layers."""
 
     weights: int
-    """How many, without padding."""
+    """Number of weights, without padding."""
     bytes: int
 
     @property
     def bits_per_weight(self) -> float:
-        """Scales, codebooks and padding included."""
+        """Stored bits per weight, scales, codebooks and padding included."""
         return 8 * self.bytes / self.weights
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion that was not made. Sizes are in bytes."""
+    """A conversion that is planned, but not made. Sizes are in bytes."""
 
     source: str
     """The model's name, as it was given or as the hub has it."""
@@ -72,11 +72,11 @@ class ConversionPlan:
     small_files: int
     """Tokenizer, chat templates and so on."""
     download: int
-    """What is not here yet, of weights and small files."""
+    """Weights and small files that are not on this disk yet."""
     largest_file: int
-    """The largest file of weights of the source."""
+    """The largest weight file of the source."""
     disk: int
-    """What the download and the conversion take at most at a time, together."""
+    """The most disk space that the download and the conversion take together at any time."""
     free: int
     """Free on the disk where the result would lie."""
     context: int
@@ -89,7 +89,7 @@ class ConversionPlan:
     available_memory: int | None
     threads: int
     seconds: float
-    """Of the conversion, estimated from a sample: without download, and if the disk keeps up."""
+    """Estimated time of the conversion, from a sample: without download, and if the disk keeps up."""
 
     @property
     def weights(self) -> int:
@@ -136,11 +136,11 @@ def plan_conversion(
     adapters: Sequence[AdapterFile] = (),
     notice: Callable[[str], None] | None = None,
 ) -> ConversionPlan:
-    """Tell what `npqwen.hub.convert` would do with these arguments, and change nothing.
+    """Plan what `npqwen.hub.convert` would do with these arguments, without changing anything.
 
     Of a model on the hub, config.json and the list of files are read; of one on this disk, the headers of its files.
-    calibrated: whether fits need room, too; their time is not told. adapters: to be merged; their files are read.
-    Raises what the conversion would raise about the checkpoint and the adapters.
+    calibrated: whether fits need disk space, too; their time is not included. adapters: to be merged; their files are
+    read. Raises what the conversion would raise about the checkpoint and the adapters.
     """
     recipe = recipe_of(bits)
     check_adapters(adapters, out, low_disk)
@@ -211,14 +211,14 @@ def plan_conversion(
 
 
 def _kept(source: Source) -> set[str]:
-    """The small files that a conversion has too."""
+    """The small files that a conversion copies."""
     from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
 
     return set(source.matching(*SMALL_FILES)) | {name for name in FOR_PEOPLE if name in source.files}
 
 
 def _check_weights(source: Source, config: Config, bits: int, adapters: Sequence[AdapterFile]) -> None:
-    """Raise CheckpointError for weights that config.json does not describe, as far as it is known without them."""
+    """Raise CheckpointError for weights that contradict config.json, as far as that is known without reading them."""
     recipe = recipe_of(bits)
     if isinstance(source, HubSource):
         nbytes = sum(source.files[name].nbytes for name in source.shards)
@@ -233,7 +233,7 @@ def _check_weights(source: Source, config: Config, bits: int, adapters: Sequence
 
 
 def _time(seconds: float) -> str:
-    """A time in round figures: nobody knows it better."""
+    """A time with one or two significant digits, as estimates are no more exact."""
     for unit, length, limit in (("second", 1, 90), ("minute", 60, 5400), ("hour", 3600, math.inf)):
         if seconds < limit:
             count = max(1, float(f"{seconds / length:.1g}" if seconds < 10 * length else f"{seconds / length:.2g}"))

@@ -42,7 +42,7 @@ class Diagnosis:
     software: dict[str, str]
     threads: int
     cpus: int
-    """That this process may use."""
+    """CPUs that this process may use."""
     kernels: str
     kernels_available: list[str]
     cache: dict[str, Any]
@@ -76,7 +76,7 @@ class Diagnosis:
         }
 
     def describe(self) -> str:
-        """Everything, for people."""
+        """Everything, as text."""
         m, s = self.machine, self.software
         offers, threads = ", ".join(self.kernels_available), _count(self.threads, "thread")
         quota = "" if m["quota"] is None else f", quota of {m['quota']:g} CPUs"
@@ -103,8 +103,8 @@ class Diagnosis:
 
 
 def examine(root: Path = Path("/")) -> Diagnosis:
-    """Examine this machine and the caches, and measure the memory's bandwidth, for a second or two; changes nothing but
-    that a missing kernel is compiled. root: where /proc, /sys and /etc are.
+    """Examine this machine and the caches, and measure the memory bandwidth, which takes a second or two. Nothing is
+    changed, except that a missing kernel is compiled. root: where /proc, /sys and /etc are.
     """
     threads, cpus = machine.default_threads(root), machine.usable_cpus(root)
     contention = Contention(root)
@@ -179,7 +179,7 @@ def _check_machine(facts: dict[str, Any], busy: str | None) -> Iterator[Finding]
 
 
 def _address_space() -> int | None:
-    """The limit of this process's address space in bytes, None without."""
+    """The limit of this process's address space in bytes, None if there is none."""
     if sys.platform == "win32":
         return None
     import resource

@@ -1,8 +1,8 @@
 """How well a model predicts texts, and how far its predictions are from another model's.
 
-A text is run in windows, each from an empty context. Every token that a window adds to the ones before it is predicted
-once; a text's first token, and without overlap every window's first, has no context and is not counted. All logarithms
-are natural. Standard errors are those of a mean over tokens taken as independent.
+A text is run in windows, each from an empty context. Every token that a window adds to the previous windows is
+predicted once; a text's first token, and without overlap every window's first, has no context and is not counted. All
+logarithms are natural. Standard errors are those of a mean over tokens, which are taken as independent.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Logits = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
 WINDOW = 512
-"""Tokens of a window by default."""
+"""Default number of tokens in a window."""
 GREEDY_TOKENS = 16
 """Tokens of a greedy continuation."""
 PROMPT_TOKENS = 64
-"""Tokens of a prompt for greedy continuations, at most."""
+"""Most tokens in a prompt for greedy continuations."""
 LAYER_TOKENS = 4096
-"""Tokens, at most, on which the cost of each layer is measured."""
+"""Most tokens on which the cost of each layer is measured."""
 LAYER_WINDOW = 256
-"""Tokens, at most, of a window for the cost of layers: the base's logits of one window are kept."""
+"""Most tokens in a window for the cost of layers: the base's logits of a whole window are kept in memory."""
 _LOGITS_BYTES = 1 << 26
-"""Bytes of the logits that one pass computes, at most."""
+"""Most bytes of logits that one pass computes."""
 _PASS_TOKENS = 256
 _COMPARED = 1 << 18
 """Logits that are compared at a time: they stay in the processor's cache."""
@@ -59,7 +59,7 @@ class Window:
 def windows(tokens: int, window: int, stride: int) -> Iterator[Window]:
     """The windows of a text; the last may be shorter.
 
-    They begin `stride` tokens apart. A window counts the tokens that follow the end of the one before.
+    They begin `stride` tokens apart. A window counts the tokens after the end of the previous window.
     """
     counted = 1
     for start in range(0, tokens, stride):
@@ -85,17 +85,17 @@ def evaluate(
 ) -> Evaluation:
     """Measure the perplexity of texts, and how far the model's predictions are from those of `against`.
 
-    texts: a text, several, or a mapping from names to texts or to their token ids. Special tokens that a text spells
-    out are read as such.
+    texts: a text, several, or a mapping from names to texts or to their token ids. Special tokens that are spelled out
+    in a text are encoded as special tokens.
     against: the base, usually the unquantized model. Adds to the result KL(base || model), the top-1 agreement, and
     greedy continuations: from the first (at most 64) tokens of `prompts` windows, the base's next 16 tokens are
     compared with the model's most likely token after the same prefix. prompts=0: none.
     window: tokens of a window, 2 or more; default: 512, at most the model's context.
     stride: tokens from one window's start to the next one's, default: `window`. With a smaller one windows overlap, so
     every token but a text's first few has at least window - stride tokens of context.
-    layers: measure, too, what each part of the model costs, on at most 4,096 tokens in windows of at most 256: the KL
+    layers: also measure the cost of each part of the model, on at most 4,096 tokens in windows of at most 256: the KL
     divergence of the base with only that part replaced by the model's. Needs two models of the same dimensions.
-    progress(done, total): called with tokens run.
+    progress(done, total): called with numbers of tokens.
 
     Raises OptionError for impossible options, for a text of fewer than 2 tokens, and for two models of different
     tokenizers.
@@ -170,7 +170,7 @@ def _compare(logits: Logits, targets: Ids, base: Logits | None) -> Values:
     return Values(
         nll,
         base_normalizer - base[rows, targets],
-        np.maximum(difference - base_normalizer + normalizer, 0.0),  # less only by rounding
+        np.maximum(difference - base_normalizer + normalizer, 0.0),  # negative only by rounding
         base.argmax(1) == logits.argmax(1),
     )
 
@@ -207,9 +207,9 @@ class _Runner:
         self._out = np.empty((rows, vocabulary), np.float32)
 
     def logits(self, ids: Ids, first: int) -> Iterator[tuple[slice, Logits]]:
-        """The logits that predict ids[first:]: some of these tokens, as a slice of ids, and a row for each.
+        """The logits that predict ids[first:], some tokens at a time: a slice of ids, and a row for each of its tokens.
 
-        A row is valid until the next ones are computed.
+        The rows are valid until the next ones are computed.
         """
         self.cache.truncate(0)
         if first > 1:
@@ -253,7 +253,7 @@ def _encode(model: LanguageModel, name: str, text: str | Sequence[int]) -> Ids:
 
 
 def _cut(ids: Ids, window: int, stride: int) -> list[tuple[Ids, int]]:
-    """A text's windows, and the index in each of the first token that counts."""
+    """A text's windows, and the index in each of the first token that is counted."""
     return [(ids[w.start : w.end], w.first - w.start) for w in windows(ids.size, window, stride)]
 
 
@@ -296,7 +296,7 @@ def _prompts(chosen: list[Ids], count: int, context: int) -> list[Ids]:
 
 
 def _greedy(model: LanguageModel, base: LanguageModel, prompts: list[Ids], work: _Work) -> Greedy:
-    """Compare the greedy choices of both after prefixes that the base wrote."""
+    """Compare the greedy choices of both after prefixes that the base generated."""
     agreement = np.zeros((len(prompts), GREEDY_TOKENS), np.bool_)
     for ids, agrees in zip(prompts, agreement, strict=True):
         cache = base.new_cache(ids.size + GREEDY_TOKENS)
@@ -327,16 +327,16 @@ def _engines(base: object, model: object) -> tuple[Engine, Engine]:
 
 
 def _short_windows(chosen: list[Ids]) -> list[Ids]:
-    """Evenly spaced windows of together at most 4,096 tokens."""
+    """Evenly spaced windows of at most 4,096 tokens in total."""
     longest = min(LAYER_WINDOW, max(ids.size for ids in chosen))
     return [ids[:longest] for ids in _spaced(chosen, LAYER_TOKENS // longest)]
 
 
 def _layer_costs(base: Engine, model: Engine, replaced: Sequence[Part], chosen: list[Ids], work: _Work) -> LayerCosts:
-    """KL divergences from the base of the base with one part after the other replaced by the model's."""
+    """KL divergences from the base of variants of it, each with one part replaced by the model's."""
     window = max(ids.size for ids in chosen)
     first = _Runner(base, window, work)
-    # One cache serves them all: each begins with an empty one.
+    # They share one cache: each empties it before a window.
     runners = [_Runner(substituted(base, model, part), window, work, first.cache) for part in replaced]
     runners.append(_Runner(model, window, work))
     found: list[list[NDArray[np.float64]]] = [[] for _ in runners]

@@ -14,7 +14,8 @@ from npqwen.reports.machine_report import check_path
 
 
 def check_plot(path: Path) -> Path:
-    """`path` with ~ expanded. Raises OptionError or OutputError if no plot can be drawn there: before measuring."""
+    """`path` with ~ expanded. Raises OptionError or OutputError, before anything is measured, if no plot can be drawn
+    there."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -26,7 +27,7 @@ def check_plot(path: Path) -> Path:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Draw how the values of the tokens are distributed, and the cost of each part if it was measured.
+    """Draw the distribution of the tokens' values, and the cost of each part if it was measured.
 
     Raises OutputError if the file cannot be written.
     """

@@ -19,11 +19,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean."""
+    """A mean and its standard error."""
 
     mean: float
     error: float
-    """Its standard error, the values taken as independent; 0 for a single value."""
+    """The standard error, with the values taken as independent; 0 for a single value."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Values:
     """-log p of the token, in nats."""
     base_nll: Floats | None = None
     kl: Floats | None = None
-    """KL(base || model) of the distributions in which the token is one outcome, in nats."""
+    """KL(base || model) of the distributions that predict the token, in nats."""
     same_top: NDArray[np.bool_] | None = None
     """Whether both have the same most likely token."""
 
@@ -51,7 +51,7 @@ class Divergence:
 
     base_nll: Estimate
     nll_increase: Estimate
-    """Of the model's -log p over the base's, token by token."""
+    """The model's -log p of a token minus the base's."""
     kl: Estimate
     kl_99: float
     """99th percentile."""
@@ -113,7 +113,7 @@ class Greedy:
 
 @dataclass(frozen=True)
 class PartCost:
-    """The KL divergence from the base of the base with one part replaced by the model's."""
+    """The cost of a part: the KL divergence from the base of the base with only this part replaced by the model's."""
 
     part: str
     kl: Estimate
@@ -160,7 +160,7 @@ class Evaluation:
         }
 
     def as_markdown(self) -> str:
-        """Tables for people."""
+        """Tables in Markdown."""
         lines = [
             f"{self.model}{_in_brackets(self.encoding)}: windows of {self.window} tokens, stride {self.stride}",
             "",
@@ -174,7 +174,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def as_record(self) -> EvaluationRecord:
-        """The record for the converted model's config.json. Raises OptionError without a base."""
+        """The record for the converted model's config.json. Raises OptionError if there is no base."""
         divergence = self.total.divergence
         if divergence is None:
             raise OptionError("only a comparison with another model can be stored; give that with --against")

@@ -12,9 +12,9 @@ EXTRAS = {
     "grammar": (("llguidance",), "--schema, response_format and their like"),
     "ray": (("ray",), "clusters (npqwen.ray)"),
 }
-"""Of pyproject.toml's extras those for running models: their packages, and what needs them."""
+"""Those of pyproject.toml's extras that are for running models: their packages, and what needs them."""
 _SLOW = ("ray",)
-"""Packages that take seconds to import: whether they work is not tried."""
+"""Packages that take seconds to import: they are not imported to see whether they work."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Extra:
         return asdict(self) | {"installed": self.is_installed}
 
     def describe(self) -> str:
-        """The extra and its versions, for people."""
+        """The extra and its versions, as text."""
         if self.is_installed:
             return f"{self.name} ({', '.join(f'{name} {number}' for name, number in self.packages.items())})"
         if self.broken:
@@ -47,7 +47,7 @@ class Extra:
 
 
 def extras() -> list[Extra]:
-    """All of `EXTRAS`, as they are installed."""
+    """All of `EXTRAS`, with the state of their installation."""
     found = []
     for name, (packages, purpose) in EXTRAS.items():
         versions = {package: _version(package) for package in packages}

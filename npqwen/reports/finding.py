@@ -25,5 +25,5 @@ class Finding:
         return asdict(self)
 
     def describe(self) -> str:
-        """For people."""
+        """The finding as text."""
         return f"{self.text}\n  -> {self.way_out}\n"

@@ -1,4 +1,4 @@
-"""What Qwen3 models would need and how fast they would write on this machine, before anything is downloaded."""
+"""The memory that Qwen3 models would need on this machine, and their speed, before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CONTEXT = 8192
 """Tokens of context for which memory is counted."""
 BITS = (3, 4, 8)
 SHARE = 0.9
-"""Of the measured bandwidth that decoding is taken to reach: measured are 0.86 to 1.05 (docs/speed.md)."""
+"""Share of the measured bandwidth that decoding is assumed to reach; measured: 0.86 to 1.05 (docs/speed.md)."""
 _DEPTH = 512
 """Tokens in the cache when the speed is estimated."""
 
 Fit = Literal["fits", "partly", "no"]
-"""Whether a model fits the available memory. "partly": a mixture of experts, at most half of which is read from disk
-again and again."""
+"""Whether a model fits the available memory. "partly": a mixture of experts, at most half of whose weights are read
+from disk repeatedly."""
 
 
 def _dense(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -113,7 +113,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         shared_expert_intermediate_size=512,
     ),
 }
-"""The shapes of Qwen's models, by the names that `npqwen chat` takes: what their config.json have of them."""
+"""The shapes of Qwen's models, by the names that `npqwen chat` accepts, from their config.json files."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,14 @@ class Forecast:
     """Memory for everything at `CONTEXT` tokens: weights, keys and values, buffers, Python."""
     fit: Fit
     tokens_per_second: float | None
-    """Of decoding, estimated from the memory's bandwidth; None where that is not what limits it."""
+    """Decoding speed, estimated from the memory bandwidth; None where that is not the limit."""
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return asdict(self)
 
     def cell(self) -> str:
-        """For a table."""
+        """The text of a table's cell."""
         if self.fit == "no":
             return f"{size(self.needed)}, too large"
         if self.fit == "partly":
@@ -180,7 +180,7 @@ def _forecast(
 
 
 def table(found: list[Forecast]) -> str:
-    """Lines with a model each, and what it needs at each of `BITS`."""
+    """A table as text: a row for each model, with its forecast at each of `BITS`."""
     rows = [("MODEL", *(f"--bits {bits}" for bits in BITS))]
     for model in dict.fromkeys(one.model for one in found):
         rows.append((model, *(one.cell() for one in found if one.model == model)))

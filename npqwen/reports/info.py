@@ -37,7 +37,7 @@ PARTS = {
     "output": ("lm_head",),
     "draft layer": (),
 }
-"""Ends of the names of tensors, the last component left out."""
+"""Name suffixes of each part's tensors, without the last component."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Info:
     bits_per_weight: float
     """Stored bits of the matrices, scales and padding included, per weight of the checkpoint."""
     calibration: str | None
-    """The name of the text that the conversion was calibrated with, None if with none."""
+    """The name of the text that the conversion was calibrated with; None without calibration."""
     evaluation: EvaluationRecord | None
     """The result that `npqwen eval --store` stored for this conversion."""
     parts: dict[str, int]
@@ -68,7 +68,7 @@ class Info:
     working: int
     """Buffers of the forward pass, at most."""
     adapters: int
-    """LoRA adapters, all of them."""
+    """All LoRA adapters."""
     available_memory: int | None
     fitting_context: int
     """Tokens of context that fit the available memory together with all weights; 0 if the weights do not fit."""
@@ -100,9 +100,8 @@ def inspect(
 ) -> Info:
     """Inspect a converted directory without loading it.
 
-    context: tokens to count memory for, by default the model's limit. yarn, kv, adapters: as of `npqwen.load`.
-    Raises FormatError or
-    CheckpointError for a directory that cannot be loaded, OptionError for a context beyond the limit.
+    context: tokens to count memory for, by default the model's limit. yarn, kv, adapters: as in `npqwen.load`. Raises
+    FormatError or CheckpointError for a directory that cannot be loaded, OptionError for a context beyond the limit.
     """
 
     config = with_yarn(Config.from_directory(directory), yarn)
@@ -169,9 +168,9 @@ def parameters(c: Config) -> int:
 
 
 def active_parameters(c: Config) -> int:
-    """Number of parameters that one token uses: of a mixture the chosen experts, of an untied embedding one row.
+    """Number of parameters that one token uses: of a mixture of experts, only the chosen experts.
 
-    A draft layer is left out.
+    An untied embedding, of which a token reads one row, and a draft layer are left out.
     """
     used = [tensor for tensor in Layout(c) if not tensor.name.startswith("mtp.")]
     idle = 0
@@ -184,16 +183,17 @@ def active_parameters(c: Config) -> int:
 
 
 def _weights(tensor: Tensor) -> int:
-    """Of a tensor, without padding."""
+    """Number of weights of a tensor, without padding."""
     if isinstance(tensor, Experts):
         return tensor.count * sum(map(_weights, tensor.matrices(0)))
     return sum(map(math.prod, tensor.sources.values()))
 
 
 def active_bytes(c: Config, tensors: Iterable[tuple[str, int]]) -> int:
-    """Bytes of the weights that one token reads. tensors: names and bytes of all of a converted model's.
+    """Bytes of the weights that one token reads. tensors: names and bytes of all tensors of a converted model.
 
-    Of a mixture of experts it reads the chosen experts, of an untied embedding one row; a draft layer is left out.
+    Of a mixture of experts it reads the chosen experts. An untied embedding, of which it reads one row, and a draft
+    layer are left out.
     """
     total = 0.0
     for name, count in tensors:
@@ -247,7 +247,7 @@ def _text(calibration: str) -> str:
 
 
 def evaluation_line(e: EvaluationRecord) -> str:
-    """What was measured, for people."""
+    """The evaluation as a line of text."""
     return (
         f"KL divergence {e.kl_divergence:.7f} ± {e.kl_error:.7f}"
         f"{f' from {e.against}' if e.against else ''}, same top-1 {e.top_1:.2%}; {e.tokens} tokens of {e.text}"
@@ -270,7 +270,7 @@ def _resident(info: Info, resident: int, chosen: float) -> str:
 
 
 def describe(info: Info, name: str | None = None) -> str:
-    """The facts as lines of text, one each. name: what the model is called, if that is not its directory."""
+    """The facts as lines of text, one each. name: the model's name, if it is not its directory."""
     c = info.config
     heads = f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of {c.head_dim}"
     if c.recurrence is not None:

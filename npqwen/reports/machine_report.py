@@ -31,7 +31,7 @@ from npqwen.simd.isa import available
 
 
 def check_path(path: Path) -> Path:
-    """`path` with ~ expanded. Raises OutputError if no report can be written there: before measuring, not after."""
+    """`path` with ~ expanded. Raises OutputError, before anything is measured, if no report can be written there."""
     path = Path(os.path.expanduser(path))
     folder = path.parent
     if os.path.isdir(path):
@@ -110,7 +110,7 @@ def machine_facts(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def software_facts(root: Path = Path("/")) -> dict[str, str]:
-    """The operating system, and versions of what compiles and runs the kernels. root: where /etc is."""
+    """The operating system, and versions of the software that compiles and runs the kernels. root: where /etc is."""
     return {
         "system": _system(root),
         "kernel": platform.release(),

@@ -46,7 +46,7 @@ def as_dict(conversions: Sequence[Conversion], downloads: Sequence[Download]) ->
 
 
 def describe(conversions: Sequence[Conversion], downloads: Sequence[Download]) -> str:
-    """The models, for people."""
+    """The models, as text."""
     found = _conversions(conversions) if conversions else "no model is converted yet; npqwen pull MODEL does that\n"
     return f"{found}\n{_downloads(downloads, conversions)}" if downloads else found
 
@@ -63,7 +63,7 @@ def bits(one: Conversion) -> str:
 
 
 def use(download: Download, conversions: Sequence[Conversion]) -> str:
-    """What a download is good for: "runs in place", "converted" (so it is not needed to run), or "not converted"."""
+    """The use of a download: "runs in place", "converted" (so it is not needed to run), or "not converted"."""
     if download.runs_in_place:
         return "runs in place"
     usable = any(repository_of(one.model) == download.model and one.stale is None for one in conversions)

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Damage:
-    """Something in a model's directory that is not as it was converted."""
+    """Something in a model's directory that differs from what the conversion wrote."""
 
     file: str
     """Its name in the directory."""
@@ -41,17 +41,17 @@ class Verification:
 
     path: Path
     tensors: int
-    """How many were read."""
+    """The number of tensors in the files."""
     bytes: int
     """Of all tensors."""
     has_checksums: bool
-    """False for a model that an earlier npqwen has converted: then its bytes were read, but compared with nothing."""
+    """False for a model that was converted without them: then its bytes are compared with nothing."""
     damage: tuple[Damage, ...]
     """In the order of files and tensors; empty if all is right."""
 
     @property
     def is_right(self) -> bool:
-        """Whether nothing is damaged, as far as it can be known."""
+        """Whether no damage was found."""
         return not self.damage
 
     def describe(self) -> str:
@@ -69,17 +69,17 @@ class Verification:
 def verify(model: str | os.PathLike[str], progress: Progress | None = None) -> Verification:
     """Read all of a converted model, and compare it with the digests that its conversion stored.
 
-    model: the directory. Loading does not do this, for it would read all of the weights. progress(done, total): called
-    with bytes. Checked are every tensor, config.json (but for a stored evaluation), and the tokenizer, chat templates
-    and other small files that programs read; a file that was edited counts as damaged, too. Raises FormatError for a
+    model: the directory. Loading a model does not do this, as it would read all of the weights. progress(done, total):
+    called with bytes. Every tensor is checked, and config.json (except for a stored evaluation), the tokenizer, chat
+    templates and other small files that programs read; an edited file counts as damaged, too. Raises FormatError for a
     directory that is not a converted model of this format version.
     """
     return _verify(Path(os.path.expanduser(model)), progress, read_weights=True)
 
 
 def verify_structure(directory: Path) -> Verification:
-    """What `verify` can find in a converted model without reading its weights: missing, cut-off and edited files, and
-    parts that do not fit together. Raises FormatError, as `verify` does."""
+    """`verify` without reading the weights: it finds missing, truncated and edited files, and parts that do not fit
+    together. Raises FormatError, as `verify` does."""
     return _verify(directory, None, read_weights=False)
 
 
@@ -126,7 +126,7 @@ def _verify(directory: Path, progress: Progress | None, *, read_weights: bool) -
 
 
 def _stored(directory: Path, damage: list[Damage]) -> dict[str, tuple[Path, StoredTensor]]:
-    """Where all tensors lie, by their names."""
+    """The locations of all tensors, by name. Files that cannot be read are added to `damage`."""
     found: dict[str, tuple[Path, StoredTensor]] = {}
     for path in weight_files(directory):
         try:

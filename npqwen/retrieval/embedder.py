@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from npqwen.tokenizer import Tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-"""What Qwen3-Embedding and Qwen3-Reranker are told of a search unless something else is said."""
+"""The default instruction of Qwen3-Embedding and Qwen3-Reranker."""
 LEAST_DIMENSIONS = 32
 """The smallest `dimensions` that Qwen3-Embedding was trained for (Matryoshka representation learning)."""
 _END = "<|endoftext|>"
@@ -28,11 +28,11 @@ class Embedder:
     """Makes token ids of texts, and vectors of their last tokens' states.
 
     A text ends with <|endoftext|>: the post-processor of Qwen's tokenizer.json appends it, and where that is missing,
-    as in copies of the first release, it is appended here. (Without it the vectors are of another token, and wrong.)
+    as in copies of the first release, it is appended here. (Without it, the vectors would be another token's: wrong.)
     """
 
     def __init__(self, files: TaskFiles, tokenizer: Tokenizer, context: int, vocab_size: int, hidden_size: int) -> None:
-        """context: the most tokens of a text. Raises CheckpointError if vectors are made in another way."""
+        """context: the most tokens of a text. Raises CheckpointError if the model makes vectors in another way."""
         files.check_embedding()
         self._files = files
         self._tokenizer = tokenizer
@@ -48,8 +48,8 @@ class Embedder:
         self._before, self._after = before, after
 
     def prompt(self, instruction: str | bool | None) -> str:
-        """What comes before the text. None: nothing, as of documents. A text: the task of a query. True: the model's
-        own task for queries."""
+        """The prompt before a text. instruction: None for documents, whose prompt is empty unless the model has one;
+        for queries, a text that describes the task, or True for the model's own."""
         if instruction is None or instruction is False:
             return self._files.prompt("document") or ""
         if instruction is True:
@@ -61,8 +61,8 @@ class Embedder:
     def ids(
         self, texts: Sequence[str | Sequence[int]], instruction: str | bool | None, truncate: bool, name: str = "texts"
     ) -> list[Ids]:
-        """The token ids of texts, with prompt and ending. truncate: cut what the context has no room for, from the end
-        of a text; else ContextLengthError. name: of the texts, for messages."""
+        """The token ids of texts, with prompt and ending. truncate: cut texts that do not fit the context at their end;
+        otherwise ContextLengthError. name: of the texts, for messages."""
         prompt = self.prompt(instruction)
         room = self._context - len(self._before) - len(self._after)
         found: list[Ids] = []
@@ -83,7 +83,7 @@ class Embedder:
         return check_whole("dimensions", dimensions, min(LEAST_DIMENSIONS, self._hidden_size), self._hidden_size)
 
     def vectors(self, states: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
-        """Vectors of unit length, (texts, dimensions), from states: cut first, then normalized."""
+        """Vectors of unit length, (texts, dimensions), from states (texts, hidden_size): cut, then normalized."""
         cut = states[:, :dimensions].astype(np.float64)
         norms = np.linalg.norm(cut, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
@@ -100,6 +100,6 @@ class Embedder:
         for id in ids:
             if not 0 <= id < self._vocab_size:
                 raise OptionError(f"{name} has token id {id}; the vocabulary is 0 to {self._vocab_size - 1}")
-        if ids[-len(self._after) :] == self._after:  # encoded with the ending
+        if ids[-len(self._after) :] == self._after:  # already has the ending
             ids = ids[: -len(self._after)]
         return self._tokenizer.encode(prompt) + ids if prompt else ids

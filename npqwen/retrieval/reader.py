@@ -1,4 +1,4 @@
-"""Reads texts: which tokens of which go into the next forward pass, and what they share."""
+"""The scheduler that reads texts: which tokens of which texts go into the next forward pass, and what they share."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from npqwen.engine.prefix_page import Ids
 
 _TILE = 16
-"""Tokens by which passes grow and shrink; a pass takes at least so many, however slow it is."""
+"""Step, in tokens, by which passes grow and shrink, and the least room of a pass, however slow it is."""
 _SECONDS_PER_TOKEN = ALONE / 256
-"""Until passes were measured."""
+"""Assumed until passes are measured."""
 _KEPT_PAGES = 2
-"""Pages beyond the common tokens up to which a text's cache is kept for the next one."""
+"""A text's cache is kept for the next text if it has at most this many pages beyond the common tokens."""
 
 
 class Reader:
@@ -39,15 +39,15 @@ class Reader:
 
     Passes are packed with pieces of texts of any length, without padding and without sorting. Texts are scheduled
     earliest deadline first, where the deadline is when the text would be read if its request were alone: a query does
-    not wait for a thousand documents, and they do not starve. States are bit-equal to those of a text read alone.
+    not wait for a thousand documents, and they do not starve. States are bitwise equal to those of a text read alone.
 
     The prefix that all texts of a request share is computed once, by the first text; the others fork its cache. The
     next text reuses the memory of a finished one's cache, which needs no clearing.
     """
 
     def __init__(self, model: Engine, *, parallel: int = PARALLEL, memory: int | None = None) -> None:
-        """parallel: the most texts that have a cache at once. memory: bytes for keys and values, those of the model's
-        pool of prefixes included; None: what is available."""
+        """parallel: the most texts that have a cache at once. memory: bytes for keys and values, including those of the
+        model's pool of prefixes; None: whatever is available."""
         self._model = model
         self._parallel = parallel
         self._memory = memory
@@ -57,7 +57,7 @@ class Reader:
         self._seconds_per_token = _SECONDS_PER_TOKEN
         self._order = itertools.count()
         self.statistics = BatchStatistics()
-        """Texts are prompts here: nothing is generated."""
+        """Texts count as prompts: nothing is generated."""
         self.limit(memory)
 
     @property
@@ -96,20 +96,20 @@ class Reader:
         on_end: Callable[[BaseException | None], None],
         on_read: Callable[[int, int], object] | None = None,
     ) -> Readings:
-        """Let texts join; see `Readings` for the functions, which `step` calls."""
+        """Add texts; see `Readings` for the functions, which `step` calls."""
         readings = Readings(texts, self._model.config.hidden_size, on_end, on_read)
         self.statistics.prompt_tokens += readings.tokens
         self._readings.append(readings)
         return readings
 
     def cancel(self, readings: Readings) -> None:
-        """Have texts leave at the next step. No effect if they have left."""
+        """Remove texts at the next step. No effect if they have ended."""
         readings.cancelled = True
 
     def step(self) -> bool:
         """Run one pass; returns whether there is anything left to run.
 
-        What the model raises in a pass is raised here; all texts are as they were before it.
+        An exception of the model in a pass is raised here, and leaves all texts as they were before the pass.
         """
         for readings in [each for each in self._readings if each.cancelled or each.done == len(each.texts)]:
             self._end(readings, None)
@@ -125,7 +125,7 @@ class Reader:
             self._end(readings, error)
 
     def limit(self, memory: int | None) -> None:
-        """Change the memory for keys and values; prefixes that nobody uses are given up to fit."""
+        """Change the memory limit for keys and values; unused caches and kept prefixes are evicted to meet it."""
         self._memory = memory
         if memory is not None:
             self._prefixes.allow(memory)
@@ -182,7 +182,7 @@ class Reader:
         return min(self._model.chunk, max(_TILE, tokens))
 
     def _begin(self, text: Text) -> bool:
-        """Give a text a cache, with the common tokens if they are computed; whether it could begin."""
+        """Give a text a cache, with the common tokens if they are computed; returns whether it could start."""
         readings = text.readings
         if sum(len(each.running) for each in self._readings) >= self._parallel:
             return False
@@ -199,7 +199,7 @@ class Reader:
         return True
 
     def _cache(self, text: Text) -> KVCache | None:
-        """A cache with the tokens of a text that were computed already; None if it should wait for them."""
+        """A cache with the computed prefix of a text; None if the text should wait for the common tokens."""
         readings = text.readings
         if readings.free:
             return readings.free.pop()
@@ -214,9 +214,9 @@ class Reader:
         return cache
 
     def _has_memory(self, text: Text) -> bool:
-        """Whether the pages of a text fit, after giving up what nobody uses.
+        """Whether the pages of a text fit, after evicting unused caches and kept prefixes.
 
-        Raises OutOfMemoryError if they do not fit though nothing else is being read.
+        Raises OutOfMemoryError if they do not fit even though nothing else is being read.
         """
         if self._memory is None:
             return True
@@ -235,7 +235,7 @@ class Reader:
         return True
 
     def _drop_unused(self) -> bool:
-        """Give up a cache or a prefix that no text uses at present; whether there was one."""
+        """Free an unused cache, or else evict the oldest page of a kept prefix; returns whether there was one."""
         for readings in self._readings:
             if readings.free:
                 readings.free.pop()
@@ -270,7 +270,7 @@ class Reader:
             self._prefixes.keep(readings.texts[0][: readings.common], cache)
 
     def _finish(self, text: Text, state: NDArray[np.float32]) -> None:
-        """Take what a text gave, and keep its cache for the next one."""
+        """Store a text's state, and keep its cache for the next text."""
         readings, cache = text.readings, text.cache
         assert cache is not None
         readings.states[text.index] = state
@@ -281,7 +281,7 @@ class Reader:
             if cache.page_count <= readings.common // PAGE + _KEPT_PAGES:
                 cache.truncate(readings.common)
                 readings.free.append(cache)
-            elif readings.common:  # without the pages behind them
+            elif readings.common:  # without the pages after them
                 readings.free.append(cache.fork(readings.common))
         if readings.on_read is not None:
             readings.on_read(readings.done, len(readings.texts))
@@ -289,7 +289,7 @@ class Reader:
             self._end(readings, None)
 
     def _end(self, readings: Readings, error: BaseException | None) -> None:
-        """Have texts leave, and give back their memory."""
+        """Remove texts, and free their memory."""
         if readings not in self._readings:
             return
         self._readings.remove(readings)

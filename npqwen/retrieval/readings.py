@@ -1,4 +1,4 @@
-"""Texts that one caller wants read: of each, the final hidden state of its last token."""
+"""Texts that one caller wants read, that is, the final hidden state of each text's last token."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Text:
     index: int
     ids: Ids
     ahead: int
-    """Tokens that would be run until it is read, if its readings had the machine for themselves."""
+    """Tokens to run until the text is read, if its readings ran alone."""
     cache: KVCache | None = None
-    """Of the tokens that were run; None until it begins."""
+    """Holds the tokens that were run; None until the text starts."""
 
     @property
     def left(self) -> int:
@@ -37,10 +37,10 @@ class Text:
 
 @dataclass(eq=False)
 class Readings:
-    """Texts that are read together, and what came out.
+    """Texts that are read together, and their states.
 
-    texts: token ids, none of them empty. hidden_size: of the model. on_end: called once, with what ended them early, if
-    something did. on_read: called with the number of texts that are read, and of all, after each.
+    texts: token ids, none of them empty. hidden_size: of the model. on_end: called once, with the exception that ended
+    them early, or None. on_read(done, total): called after each text, with numbers of texts.
     """
 
     texts: Sequence[Ids]
@@ -50,9 +50,9 @@ class Readings:
     states: NDArray[np.float32] = field(init=False)
     """(texts, hidden_size): the final norm's output of each text's last token, once it is read."""
     common: int = field(init=False)
-    """Tokens with which all texts begin, and which are computed once."""
+    """The length of the prefix that all texts share and that is computed once; 0 if there is none."""
     cached: int = 0
-    """Tokens that need not be run, as others have run them."""
+    """Tokens that are not run, as they were in a cache or the pool of prefixes."""
     done: int = 0
     """How many texts are read."""
     cancelled: bool = False
@@ -60,7 +60,7 @@ class Readings:
     waiting: deque[Text] = field(init=False)
     running: list[Text] = field(default_factory=list)
     free: list[KVCache] = field(default_factory=list)
-    """Caches of the first `common` tokens, for texts to come."""
+    """Caches of the first `common` tokens, for later texts."""
     known: bool = False
     """Whether the pool of prefixes has those tokens, too."""
 
@@ -72,7 +72,7 @@ class Readings:
 
     @property
     def begun(self) -> bool:
-        """Whether a text was begun."""
+        """Whether any text has started."""
         return len(self.waiting) < len(self.texts)
 
     @property
@@ -82,7 +82,7 @@ class Readings:
 
 
 def _common(texts: Sequence[Ids]) -> int:
-    """How many tokens all of several texts begin with, if they are worth sharing. The last token is always run."""
+    """The length of several texts' common prefix; 0 if it is too short to share. The last token is always run."""
     if len(texts) < 2:
         return 0
     shared = min(map(len, texts)) - 1

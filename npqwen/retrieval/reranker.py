@@ -30,7 +30,7 @@ class Reranker:
     """Makes prompts of a query and its documents, and scores of their last tokens' states.
 
     The score is the probability of "yes" among "yes" and "no": the logistic function of the difference of their logits,
-    which is the product of the state with the difference of two rows of the output matrix.
+    which is the dot product of the state with the difference of two rows of the output matrix.
     """
 
     def __init__(
@@ -65,8 +65,9 @@ class Reranker:
         self._direction = output_row(yes).astype(np.float64) - output_row(no)
 
     def ids(self, query: str, documents: Sequence[str], instruction: str | None) -> list[Ids]:
-        """The token ids of a prompt for each document. A document is cut where the context ends, and never what comes
-        after it. Names of special tokens in query, instruction and documents are text: none can end its part.
+        """The token ids of a prompt for each document. A document that does not fit the context is cut, but not what
+        follows it. Names of special tokens in query, instruction and documents are encoded as plain text, so that none
+        can end its part.
 
         Raises ContextLengthError if query and instruction leave no room for documents.
         """

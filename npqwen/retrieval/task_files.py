@@ -15,14 +15,14 @@ from npqwen.format.task import LOGIT_SCORE, POOLING, Task, directory_task
 
 _LAST_TOKEN = "lasttoken"
 _FLAG = "pooling_mode_"
-"""Of older files: a flag for each kind of pooling, in place of one key."""
+"""The prefix of keys in older files, which have a flag for each kind of pooling in place of one key."""
 _MODULES = ("Transformer", "Pooling", "Normalize")
 """Modules of sentence-transformers that `Embedder` computes."""
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """The task of a model, and the settings for it. Of a language model there are none.
+    """The task of a model, and the settings for it. A language model has none.
 
     pooling, prompts, logit_score: JSON objects, {} if the file is missing. modules: the types in modules.json.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AdapterWorker:
-    """Starts requests of a `Worker` with an adapter; they share passes with its others."""
+    """Starts requests of a `Worker` with an adapter; they run in batches with its other requests."""
 
     def __init__(self, worker: Worker, adapter: str) -> None:
         self._worker = worker

@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 CLIENT_GONE = 499
-"""The status that logs have of a request whose client went; nobody receives it."""
+"""The status that is logged for a request whose client has disconnected; nobody receives it."""
 
 
 def app(*models: Model | Offer, **settings: Any) -> Starlette:
-    """An ASGI application that serves models; run it with uvicorn, or mount it, also below a prefix.
+    """An ASGI application that serves models; run it with uvicorn, or mount it, with or without a prefix.
 
         application = npqwen.server.app(npqwen.load("Qwen/Qwen3-0.6B"))
 
-    models: loaded ones, which stay the caller's to close, and offers, which are loaded when a request needs them.
-    settings: the fields of `npqwen.server.settings.Settings`, such as api_keys, hosts and origins.
+    models: loaded ones, which the caller closes, and offers, which are loaded on demand. settings: the fields of
+    `npqwen.server.settings.Settings`, such as api_keys, hosts and origins.
 
-    Its lifespan closes what it has loaded; an application that is mounted has none, so its owner awaits
-    `application.state.models.close()`. Raises OptionError for impossible settings.
+    Its lifespan closes the models that it has loaded; a mounted application has no lifespan, so its owner awaits
+    `application.state.models.close()`. Raises OptionError for invalid settings.
     """
     chosen = Settings.of(settings)
     return application(Models(*models, settings=chosen), chosen)
@@ -89,7 +89,7 @@ def _routes(models: Models) -> list[BaseRoute]:
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
-    """From the outside to the inside."""
+    """The middleware, outermost first."""
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.origins,

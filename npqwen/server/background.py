@@ -1,4 +1,4 @@
-"""Slow functions beside an event loop, on threads that do not keep a process from ending."""
+"""Slow functions off the event loop, on threads that do not keep a process from exiting."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Result = TypeVar("Result")
 
 
 async def in_thread(function: Callable[[], Result]) -> Result:
-    """What `function` returns or raises, computed on a daemon thread of its own.
+    """Call `function` on a new daemon thread; returns or raises what it does.
 
-    The event loop's own threads, those of `asyncio.to_thread`, are joined when it ends: whoever stops a server would
-    wait for a model that is being loaded.
+    The event loop's own threads, those of `asyncio.to_thread`, are joined when it ends: stopping a server would wait
+    for a model that is being loaded.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()

@@ -1,4 +1,4 @@
-"""The two files of a batch, in OpenAI's format: a request a line, and an answer a line."""
+"""The two files of a batch, in OpenAI's format: one request, or one answer, per line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 LINE_LIMIT = 32_000_000
-"""Bytes of a line: a request that fills a context of 262,144 tokens has a few."""
+"""Most bytes of a line: a request that fills a context of 262,144 tokens has a few million."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class BatchRequest:
 class BatchInput:
     """A file of requests, checked as a whole before the first is answered.
 
-    custom_ids: of the requests, in order; no two are equal. models: the names of models that they have.
+    custom_ids: the requests' ids, in order; each is unique. models: the names of the models that the requests name, ""
+    for none.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OptionError, with the number of the line, for a file that cannot be read or is not a batch."""
+        """Raises OptionError, with the line's number, for a file that cannot be read or is not a batch."""
         self._path = path
         self._places: dict[str, int] = {}
         self.models: set[str] = set()
@@ -97,15 +98,15 @@ class BatchInput:
 
 
 class BatchOutput:
-    """A file of answers, appended to. What an earlier run has answered stays; a line that it left torn is removed. In
-    the end, a new file without answers is removed.
+    """A file of answers, to append to. Answers of an earlier run are kept; an incomplete last line is removed. On exit,
+    a new file without answers is deleted.
 
     answered: the custom_ids of the answers in the file.
     """
 
     def __init__(self, path: Path, requests: BatchInput) -> None:
-        """Raises OptionError for a file that has anything but answers to these requests, OutputError if it cannot be
-        written."""
+        """Raises OptionError for a file that has anything but answers to these requests or that another process is
+        writing, OutputError if it cannot be written."""
         self._path = path
         self.answered: set[str] = set()
         self._is_new = not path.exists()
@@ -123,7 +124,7 @@ class BatchOutput:
             raise
 
     def _read(self, known: set[str]) -> int:
-        """Note what is answered; returns where the last whole line ends."""
+        """Note which requests are answered; returns the offset at which the last complete line ends."""
         end = 0
         for line in self._file:
             if not line.endswith(b"\n"):
@@ -143,7 +144,7 @@ class BatchOutput:
         return end
 
     def write(self, answer: dict[str, Any]) -> None:
-        """Append one answer; OutputError if the disk is full."""
+        """Append one answer; OutputError if it cannot be written, as when the disk is full."""
         with writing(self._path):
             self._file.write(json_text(answer).encode() + b"\n")
             self._file.flush()

@@ -1,4 +1,4 @@
-"""Answering the requests of a batch: the server's own application is called, without a socket."""
+"""Answers the requests of a batch by calling the server's own application, without a socket."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from npqwen.server.models import Models
 from npqwen.server.settings import Settings
 
 AHEAD = 1024
-"""Where order is kept, at most so many requests are begun after one whose answer is not there yet."""
+"""With ordered output, the most requests that have been started and whose answers are not written yet."""
 
 
 @dataclass
 class BatchCounts:
-    """What a batch came to. failed: requests whose answer is an error. tokens: of all answers."""
+    """Totals of a batch. answered: requests, failed ones included. failed: requests whose answer is an error. tokens:
+    generated tokens of all answers.
+    """
 
     answered: int = 0
     failed: int = 0
@@ -42,12 +44,12 @@ def run(
 ) -> BatchCounts:
     """Answer the requests that the output lacks, and append the answers to it. Closes the models.
 
-    model: answers all requests, whatever model they name. ordered: in the order of the requests; otherwise each answer
-    is written as soon as it is complete. progress(done, total): called with requests.
+    model: answers all requests, whatever model they name. ordered: write answers in the order of the requests;
+    otherwise each as soon as it is complete. progress(done, total): called with numbers of requests.
 
-    Twice as many requests are begun as the model computes at once, so that its passes are always full. A request that
-    fails has an answer that says why. After an interrupt, what was written stays. Raises OutputError if the disk is
-    full, OptionError if the file of requests has changed.
+    Twice as many requests are in progress as the model runs at once, so that its batches are always full. The answer
+    to a request that fails is the error. After an interrupt, answers that were written are kept. Raises OutputError if
+    the output cannot be written, OptionError if the file of requests has changed.
     """
     settings = replace(settings, queue=max(settings.queue, 2 * settings.parallel))
     return asyncio.run(_run(models, settings, requests, output, model, ordered, progress))
@@ -94,7 +96,7 @@ async def _run(
 
 
 class _Written:
-    """Writes answers, in order if there is one."""
+    """Writes answers, in the given order if there is one."""
 
     def __init__(self, output: BatchOutput, order: list[str] | None) -> None:
         self._output = output
@@ -105,13 +107,13 @@ class _Written:
         self._moved = asyncio.Event()
 
     async def near(self, at: int) -> None:
-        """Wait until the answer `at` is not far from the next one to be written."""
+        """Wait until answer `at` is fewer than `AHEAD` places after the next one to be written."""
         while self._order is not None and at >= self._count + AHEAD:
             self._moved.clear()
             await self._moved.wait()
 
     def add(self, answer: dict[str, Any]) -> None:
-        """Write an answer, or keep it until those before it are there."""
+        """Write an answer, or hold it until all earlier ones are written."""
         if self._order is None:
             self._output.write(answer)
             return
@@ -133,7 +135,7 @@ async def _post(app: ASGIApp, request: BatchRequest, model: str | None) -> tuple
     async def receive() -> Message:
         if sent:
             return sent.pop()
-        await asyncio.Event().wait()  # this client does not go
+        await asyncio.Event().wait()  # this client never disconnects
         raise AssertionError
 
     async def send(message: Message) -> None:
@@ -162,7 +164,7 @@ async def _post(app: ASGIApp, request: BatchRequest, model: str | None) -> tuple
 
 
 def _answer(request: BatchRequest, status: int, body: Any) -> dict[str, Any]:
-    """A line of the output, as OpenAI writes it."""
+    """A line of the output, in OpenAI's format."""
     response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
     id = f"batch_req_{secrets.token_hex(12)}"
     return {"id": id, "custom_id": request.custom_id, "response": response, "error": None}

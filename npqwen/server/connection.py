@@ -8,7 +8,7 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEADERS_SECONDS = 60.0
-"""For the headers of a request, from its first byte on, and of a connection's first one, from the connection on."""
+"""Seconds that a request's headers may take from its first byte; a connection's first ones, from the connection."""
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
@@ -31,7 +31,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Begin to measure time if headers are missing, and end if they are complete."""
+        """Start the timeout if headers are incomplete, and stop it if they are complete."""
         cycle = self.cycle  # the newest request that has all of its headers
         if cycle is not None and not cycle.response_complete:
             self._stop()

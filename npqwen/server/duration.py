@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 
 def seconds(text: str) -> float:
-    """Seconds of a duration; a number without a unit is in seconds, a negative one stands for no end.
+    """Seconds of a duration; a number without a unit is in seconds, a negative one means for ever.
 
     Raises OptionError for anything else.
     """

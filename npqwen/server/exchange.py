@@ -1,4 +1,4 @@
-"""What one HTTP request has used: the model that it keeps loaded, and the tokens that it cost."""
+"""What one HTTP request uses: the model that it keeps loaded, and the tokens that it costs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class Exchange:
     model: str | None = None
     """The name of the model that answers it; None if no model was used."""
     prompt_tokens: int = 0
-    """Of the runs that it started."""
+    """Sum over the runs that it started."""
     choices: int = 0
-    """Answers that it wants."""
+    """Number of answers that it requests."""
     usages: list[Usage] = field(default_factory=list)
-    """Of the answers that have ended."""
+    """Those of the answers that have ended."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """Called when the response is complete, or the client is gone."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
-"""The exchange that the running code belongs to, also in tasks that its handler has begun; None outside of one."""
+"""The exchange that the running code belongs to, also in tasks that its handler has started; None outside of one."""
 
 
 class Exchanges:
-    """ASGI middleware: an `Exchange` for every request. Its end is logged, at level INFO."""
+    """ASGI middleware: an `Exchange` for every request, logged at level INFO when it ends."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What went wrong with a request, in terms that every API translates into its own shape of an error."""
+"""Errors of requests, in a form that every API translates into its own."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from npqwen.server.fields import FieldError
 _log = logging.getLogger(__name__)
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-"""The code by which clients know that they must shorten the conversation."""
+"""The code that tells clients to shorten the conversation."""
 
 
 @dataclass(frozen=True)
 class Failure:
     """An error as a client sees it.
 
-    status: the HTTP status, also of an error in the middle of a stream, where it is not sent. code: one word for
-    programs, None if the status says it all. param: the field at fault. retry_after: seconds, for that header.
+    status: the HTTP status, set even for an error in the middle of a stream, where it is not sent. code: an identifier
+    for programs, None if the status suffices. param: the field at fault. retry_after: seconds, for that header.
     """
 
     status: int
@@ -38,12 +38,12 @@ class Failure:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that go with it."""
+        """The response headers that it requires."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure that an exception means. What the client did not cause is logged with its traceback."""
+    """The failure for an exception. Unexpected exceptions are logged with their traceback."""
     if isinstance(error, FieldError):
         return Failure(400, str(error), param=error.param)
     if isinstance(error, ContextLengthError):

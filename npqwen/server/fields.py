@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 class FieldError(OptionError):
-    """A body, or a field of it, that cannot be obeyed. `param`: the field's path, such as "messages[2].content"."""
+    """A body, or a field of it, is invalid or unsupported. `param`: the field's path, such as "messages[2].content"."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -30,33 +30,33 @@ class FieldError(OptionError):
 
 
 class Fields:
-    """A JSON object of a body. Every method returns None for a field that is absent or null.
+    """A JSON object of a body. Every getter returns None for a field that is absent or null.
 
-    Fields that no method was called for are tolerated: clients send what other servers know. `log_unknown` logs them.
+    Fields that are never read are tolerated: clients send fields that only other servers know. `log_unknown` logs them.
     """
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
-        """path: the object's own place in the body, for messages; "" for the body."""
+        """path: the object's path in the body, for error messages; "" for the body itself."""
         self.values = values
         self.path = path
         self._known: set[str] = set()
         self._children: list[Fields] = []
 
     def __contains__(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Whether the field is present and not null."""
         return self.any(name) is not None
 
     def any(self, name: str) -> Any:
-        """The field's value, whatever it is."""
+        """The field's value, of any type."""
         self._known.add(name)
         return self.values.get(name)
 
     def place(self, name: str) -> str:
-        """The field's path, for messages: "stream_options.include_usage"."""
+        """The field's path, for error messages: "stream_options.include_usage"."""
         return f"{self.path}.{name}" if self.path else name
 
     def wrong(self, name: str, must: str) -> NoReturn:
-        """Refuse the field's value. must: what it has to be, completing "it must be"."""
+        """Raise FieldError for the field's value. must: what it has to be; completes "it must be"."""
         place = self.place(name)
         raise FieldError(f"{shortened(place, 200)} is {quoted(self.any(name))}; it must be {must}", place)
 
@@ -73,13 +73,13 @@ class Fields:
         return stop
 
     def refuse(self, name: str, reason: str, *neutral: Any) -> None:
-        """Refuse the field with this reason unless it is absent, null or one of the `neutral` values."""
+        """Raise FieldError with this reason unless the field is absent, null or one of the `neutral` values."""
         value = self.any(name)
         if value is not None and not any(_equal(value, one) for one in neutral):
             raise FieldError(f"{self.place(name)} is not supported: {reason}", self.place(name))
 
     def ignore(self, *names: str) -> None:
-        """Take note of fields that need no obeying, such as a user's name."""
+        """Mark fields as known that have no effect here, such as a user's name."""
         self._known.update(names)
 
     def text(self, name: str) -> str | None:
@@ -153,7 +153,7 @@ class Fields:
         return [self._child(value, f"{place}[{at}]") for at, value in enumerate(values)]
 
     def required(self, name: str, read: Callable[[str], Value | None]) -> Value:
-        """What `read(name)`, one of these methods, returns; FieldError if the field is missing or null."""
+        """The value that `read(name)`, one of the getters, returns; FieldError if the field is missing or null."""
         value = read(name)
         if value is None:
             place = self.place(name)
@@ -161,7 +161,7 @@ class Fields:
         return value
 
     def log_unknown(self) -> None:
-        """Log, at debug level, the names of all fields that nobody has read, here and in the objects within."""
+        """Log, at debug level, the names of all fields that were never read, here and in nested objects."""
         if _log.isEnabledFor(logging.DEBUG) and (unknown := self._unknown()):
             _log.debug("ignored the unknown fields %s", shortened(", ".join(unknown), 500))
 
@@ -176,12 +176,12 @@ class Fields:
 
 
 async def read_fields(request: Request) -> Fields:
-    """The request's body as fields; FieldError unless it is one JSON object. Any Content-Type will do."""
+    """The request's body as fields; FieldError unless it is one JSON object. Any Content-Type is accepted."""
     return parse_fields(await request.body())
 
 
 def parse_fields(data: bytes) -> Fields:
-    """A body as fields; FieldError unless it is one JSON object in UTF-8. Of equal keys the last one counts."""
+    """A body as fields; FieldError unless it is one JSON object in UTF-8. Of duplicate keys, the last one counts."""
     if not data.strip():
         raise FieldError("the body is empty; send a JSON object")
     try:
@@ -194,7 +194,7 @@ def parse_fields(data: bytes) -> Fields:
         raise
     except json.JSONDecodeError as error:
         raise FieldError(f"the body is not valid JSON: {error}") from None
-    except ValueError:  # Python converts whole numbers of thousands of digits only on request
+    except ValueError:  # by default, Python refuses to convert integers of thousands of digits
         raise FieldError("the body is not valid JSON: a number has too many digits") from None
     except RecursionError:
         raise FieldError("the body is nested too deeply") from None

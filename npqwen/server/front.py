@@ -1,4 +1,4 @@
-"""`/`: the page for browsers, and for ollama's clients the sentence by which they know their server."""
+"""`/`: the page for browsers, and for ollama's clients the sentence by which they recognize their server."""
 
 from __future__ import annotations
 

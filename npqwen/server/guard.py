@@ -18,21 +18,21 @@ from npqwen.server.refusal import refusal
 from npqwen.server.settings import Settings, is_address
 
 BODY_SECONDS = 60.0
-"""How long a request's body may take, and one second more for each `BODY_RATE` bytes of it."""
+"""Seconds that a request's body may take, plus one for each `BODY_RATE` bytes of it."""
 BODY_RATE = 10_000
 PUBLIC = ("/", "/health")
-"""Paths that need no key: they tell nothing that is worth one."""
+"""Paths that need no key: they reveal nothing worth protecting."""
 OWNER = "npqwen.owner"
-"""Where a scope has the digest of the request's API key, if the server wants one."""
+"""The scope's entry with the digest of the request's API key; absent if the server requires none."""
 PUBLIC_BELOW = "/page/"
 """The page's files: a browser sends no key when it opens a page. The page itself asks for one."""
 
 
 class Guard:
-    """Refuses what no client of the user's sends: a path with "..", a foreign host or a foreign page.
+    """Refuses requests that no legitimate client sends: with ".." in the path, a foreign Host or a foreign Origin.
 
-    A page of another site that has the name of its server resolved to 127.0.0.1 (DNS rebinding) is of the same origin
-    as this server for a browser; but it sends its own name as the host. Numeric addresses cannot be rebound.
+    A page of another site that resolves its own domain to 127.0.0.1 (DNS rebinding) has the same origin as this server
+    to a browser; but its requests carry that domain in the Host header. Numeric addresses cannot be rebound.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -72,7 +72,7 @@ class Guard:
         return local or "*" in self._hosts or name in self._hosts
 
     def _allows(self, origin: str, host: str) -> bool:
-        """Whether pages of this origin may call: the server's own page, and those of the settings."""
+        """Whether pages of this origin may call the server: its own page, and the settings' origins."""
         origin = origin.lower()
         if "*" in self._origins or origin in self._origins:
             return True
@@ -92,7 +92,7 @@ class Keys:
             return
         headers = Headers(scope=scope)
         given = [key for key in (_bearer(headers.get("authorization", "")), headers.get("x-api-key", "")) if key]
-        # Every pair is compared, in a time that tells nothing about the keys.
+        # Every pair is compared, each in constant time: the timing reveals nothing about the keys.
         matches = [key for one in given for key in self._digests if hmac.compare_digest(_digest(one), key)]
         if matches:
             scope[OWNER] = matches[0]
@@ -104,7 +104,7 @@ class Keys:
 
 
 class BodyLimit:
-    """Refuses requests with a body of more than `limit` bytes, as soon as that is known, and bodies that trickle in."""
+    """Refuses bodies of more than `limit` bytes, as soon as that is known, and bodies that arrive too slowly."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -148,12 +148,12 @@ class BodyLimit:
         except _BodyError as error:
             if begun:
                 raise
-            # The rest of the body is not awaited.
+            # The rest of the body is not read.
             await refusal(scope, error.failure, {"Connection": "close"})(scope, receive, send)
 
 
 class _BodyError(BaseException):
-    """Passes through handlers that answer every Exception with an error of their own."""
+    """A BaseException, because handlers answer every Exception with an error of their own."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
@@ -165,7 +165,7 @@ def _too_slow(read: int) -> Failure:
 
 
 def climbs(path: str) -> bool:
-    """Whether a decoded path has a segment "..", also if that was encoded twice."""
+    """Whether a decoded path has a segment "..", also one that is still percent-encoded once or twice."""
     for _ in range(2):
         if ".." in path.replace("\\", "/").split("/"):
             return True
@@ -179,7 +179,7 @@ def _is_public(scope: Scope) -> bool:
 
 
 def own_path(scope: Scope) -> str:
-    """The path below the one that the app is mounted at."""
+    """The path relative to the one that the app is mounted at, with a leading "/"."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] or "/" if root and path.startswith(root) else path
 

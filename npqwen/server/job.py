@@ -1,4 +1,4 @@
-"""A request as the engine's thread sees it: its sequences, and what their texts become."""
+"""A request as the engine's thread sees it: its sequences, and the events that their texts become."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Job:
         self._arrived = time.monotonic()
 
     def join(self) -> None:
-        """Let the sequences join the batch."""
+        """Add the sequences to the batch."""
         for choice in self.choices:
             self._batch.add(choice.sequence, partial(self._text, choice), partial(self._ended, choice))
         self.choices[0].report = partial(self._send, self.choices[0])
 
     def leave(self) -> None:
-        """Have the sequences leave the batch."""
+        """Remove the sequences from the batch."""
         for choice in self.choices:
             self._batch.cancel(choice.sequence)
 
@@ -89,17 +89,17 @@ class Choice:
         self.answer: Answer | None = None
         self.notices: list[str] = []
         self.report: Callable[[Progress], None] = lambda progress: None
-        """Called as the prompt's tokens are computed."""
+        """Called with the progress of prefill."""
         self._scored = 0
         self._begun = False
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has ended the answer, though the text goes on."""
+        """Whether a stop string has ended the answer, although the sequence has not ended."""
         return self.answer is not None and self.answer.stopped
 
     def progress(self, done: int, total: int) -> None:
-        """Report how much of the prompt is computed; done, total: without the tokens that were cached."""
+        """Report how much of the prompt is computed; done, total: tokens, cached ones excluded."""
         cached = self.sequence.cached
         self.report(Progress(done + cached, total + cached, cached))
 
@@ -125,9 +125,9 @@ class Choice:
 
 
 def prepare_choices(model: Model, request: Request) -> list[Choice]:
-    """Make a request's prompt and its sequences, one for each choice, whose seeds count up.
+    """Make a request's prompt and its sequences, one for each choice, with consecutive seeds.
 
-    Raises OptionError, ContextLengthError and CheckpointError for a request that cannot be obeyed.
+    Raises OptionError, ContextLengthError and CheckpointError for a request that cannot be fulfilled.
     """
     n, seed = check_whole("n", request.n, 1), request.options.get("seed")
     prompt: Prompt
@@ -146,7 +146,7 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
             choice.answer = prepared.answer(choice.sequence.decoding)
             choice.notices = prepared.notices
         choices.append(choice)
-    # Here rather than in the engine's thread: reading files would keep other texts waiting.
+    # Here rather than in the engine's thread: reading files would stall other sequences.
     first = choices[0].sequence
     model.prefixes.fetch(np.array(first.decoding.prompt_ids[:-1], np.int32), first.adapter)
     return choices

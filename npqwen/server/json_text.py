@@ -10,14 +10,14 @@ from typing import Any
 from starlette.responses import Response
 
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-"""Characters that JSON allows in strings, and at which clients split lines: Python's `str.splitlines`, for one."""
+"""Characters that JSON allows in strings, but at which some clients split lines, such as with `str.splitlines`."""
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON on one line, encodable as UTF-8; half a surrogate pair is written as an escape."""
+    """`value` as JSON on one line, encodable as UTF-8; a lone surrogate is escaped."""
     text = _encode(value)
     if text.isascii():
         return text
@@ -32,7 +32,7 @@ def json_text(value: Any) -> str:
 def with_list(head: dict[str, Any], name: str, values: Iterable[Any]) -> str:
     """`head | {name: [*values]}` as JSON. head: not empty.
 
-    A value is encoded at a time: other threads run between them, while one call for all may take seconds.
+    Values are encoded one at a time, so that other threads can run in between: one call for all may take seconds.
     """
     listed = ",".join([json_text(value) for value in values])
     return f"{json_text(head)[:-1]},{json_text(name)}:[{listed}]}}"
@@ -44,14 +44,14 @@ def server_sent(value: Any, event: str | None = None) -> str:
 
 
 class SentText:
-    """Server-sent events that differ in one string: what they have in common is encoded once.
+    """Server-sent events that differ in one string: the rest is encoded once.
 
         sent = SentText(lambda text: {"id": 1, "text": text})
         sent("a")  # server_sent({"id": 1, "text": "a"})
     """
 
     def __init__(self, data: Callable[[str], Any]) -> None:
-        """data(text): the data of the event with this text, in which the text is one string."""
+        """data(text): the event's data, with the text as one of its strings."""
         mark = secrets.token_hex(16)
         self._before, self._after = server_sent(data(mark)).split(json_text(mark))
 

@@ -37,7 +37,7 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port, chosen by the system if it was 0; 0 of a UNIX socket."""
+        """The port, chosen by the system if it was 0; 0 for a UNIX socket."""
         return 0 if self.path is not None else int(self.sockets[0].getsockname()[1])
 
     @property
@@ -47,7 +47,7 @@ class Listener:
 
     @property
     def names(self) -> list[str]:
-        """Host names by which clients find it, beside localhost: the one that was bound, and this machine's."""
+        """Host names besides localhost under which clients reach it: the one that was bound, and this machine's."""
         found = [] if self.path is not None or is_address(self.host) else [self.host]
         if not self.is_local:
             own = socket.gethostname()
@@ -75,7 +75,7 @@ class Listener:
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
-    """What HTTPS needs; None without a certificate. Raises OptionError for files that cannot be used."""
+    """The TLS context for HTTPS; None without certificate and key. Raises OptionError for files that cannot be used."""
     if certificate is None:
         if key is not None:
             raise OptionError("--tls-key needs --tls-cert, the certificate that the key belongs to")
@@ -108,7 +108,7 @@ def _bound(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         for family, address in addresses:
-            # asyncio switches TCP_NODELAY on for sockets that name this protocol; without it, pieces wait for 40 ms
+            # asyncio sets TCP_NODELAY only on sockets created with this protocol; without it, chunks wait for 40 ms
             one = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(one)
             if sys.platform == "win32":
@@ -136,7 +136,7 @@ def _not_bound(error: OSError, host: str, port: int) -> OptionError:
 
 
 def _bound_path(path: str) -> socket.socket:
-    """A UNIX socket that only this user may connect to. One that a dead server left is replaced."""
+    """A UNIX socket that only this user may connect to. A stale one, left by a dead server, is replaced."""
     if sys.platform == "win32" or not hasattr(socket, "AF_UNIX"):
         raise OptionError("--uds needs a system with UNIX sockets; use --host and --port")
     place = Path(path)

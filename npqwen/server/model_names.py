@@ -1,4 +1,4 @@
-"""The names by which clients find a model: its own, shorter ones, other programs', and aliases."""
+"""The names by which clients find a model: its own, shorter ones, ollama's, and aliases."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _OLLAMA = re.compile(
 
 
 class ModelNames:
-    """Finds models by what clients call them. Case does not matter, nor does the tag ":latest".
+    """Finds models by the names that clients use. Case and the tag ":latest" are ignored.
 
     "Qwen3-0.6B" and ollama's "qwen3:0.6b" are Qwen/Qwen3-0.6B unless another model has that name, too. An alias may
-    contain "*" and stands for what is left; exact ones come first. A model with an adapter is found by the adapter's
-    own name, too, unless another model has an adapter of that name.
+    contain "*", which matches any characters; such aliases are tried last. A model with an adapter is also found by the
+    adapter's own name, unless another model has an adapter of that name.
     """
 
     def __init__(
         self, names: Sequence[str], aliases: Mapping[str, str], adapters: Mapping[str, str] | None = None
     ) -> None:
         """names: of the models, the first is the default. adapters: names of models with an adapter -> the adapter's
-        own. Raises OptionError for an alias of something else.
+        own name. Raises OptionError for an alias of an unknown model.
         """
         self._adapters = dict(adapters or {})
         self._names = [*names, *self._adapters]
@@ -41,7 +41,7 @@ class ModelNames:
             self._aliases[_plain(alias)] = found
 
     def find(self, name: str | None) -> str:
-        """The model's own name; None or "" is the first model. Raises ModelNotFoundError."""
+        """The model's own name; for None or "", the first model's. Raises ModelNotFoundError."""
         if not name:
             return self._names[0]
         plain = _plain(name)

@@ -1,4 +1,4 @@
-"""The models that a server offers: found by name, loaded when needed, and let go when idle or in another's way."""
+"""The models that a server offers: found by name, loaded on demand, unloaded when idle or when memory is needed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 PATIENCE = 60.0
-"""Seconds that a request waits for memory which other models' requests take."""
+"""Seconds that a request waits for memory that models in use occupy."""
 LEAST_SHARE = 4
 """Keys and values may take at least the memory divided by this, however large the weights are."""
 POLL = 0.05
-"""Seconds between two looks whether a model that is in the way has become idle."""
+"""Seconds between checks whether a model has become idle, so that it can be unloaded to make room."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 class Models:
     """Finds the worker of a model.
 
-    A model is in use while a request that got it by `worker` is being answered; then it is never let go. All methods
-    belong to the event loop's thread.
+    A model is in use while a request that got it from `worker` is being answered; a model in use is never unloaded.
+    Call all methods in the event loop's thread.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class Models:
         clock: Callable[[], float] = time.monotonic,
         available: Callable[[], int | None] = available_memory,
     ) -> None:
-        """models: loaded models, which stay loaded and are the caller's to close, and offers.
+        """models: loaded models, which stay loaded and which the caller closes, and offers.
 
-        clock: seconds. available: bytes of memory that models may take; read now, unless the settings limit them.
+        clock: returns seconds. available: returns the bytes of memory that models may take, None if unknown; called
+        once, here, unless the settings set a limit.
         """
         self._settings = settings or Settings()
         self._clock = clock
@@ -92,37 +93,37 @@ class Models:
 
     @property
     def states(self) -> list[ModelState]:
-        """What is known of every model."""
+        """The state of every model."""
         return [self._state(slot) for slot in self._slots.values()]
 
     @property
     def offered(self) -> list[ModelState]:
-        """What is known of every model, and of every model with one of its adapters as if it were a model."""
+        """The state of every model, and of every model with one of its adapters as if it were a model."""
         return [self.state(name) for name in self.names]
 
     @property
     def in_use(self) -> int:
-        """How many requests use a model, or wait for one."""
+        """The number of requests that use a model or wait for one."""
         return sum(slot.users for slot in self._slots.values())
 
     def state(self, name: str | None) -> ModelState:
-        """What is known of one model. Raises what `worker` raises for its name."""
+        """The state of one model. Raises what `worker` raises for its name."""
         found = self._names.find(name)
         return replace(self._state(self._slot(found)[0]), name=found)
 
     async def worker(
         self, name: str | None, keep_alive: float | None = None, task: Task | None = "text"
     ) -> Worker | AdapterWorker:
-        """The worker of a model, which is loaded if necessary; None: of the first model for the task.
+        """The worker of the named model, which is loaded if necessary; without a name, of the first model for the task.
 
-        The name may be that of a model with an adapter, which requests then use.
+        If the name is that of a model with an adapter, requests to the worker use the adapter.
 
-        keep_alive: seconds for which the model stays loaded after this request, negative for ever; None: as the
-        settings have it. task: what the request needs; None: any model will do.
+        keep_alive: seconds that the model stays loaded after this request, negative: for ever; None: the settings'
+        value. task: the task that the request needs; None: any.
 
-        Raises ModelNotFoundError for a name that is not on offer, OptionError for a model with another task,
-        QueueFullError if other models take the memory and are in use, OutOfMemoryError, and what loading raises; the
-        next request tries again.
+        Raises ModelNotFoundError for an unknown name, OptionError for a model with another task, QueueFullError if
+        models in use occupy the memory, OutOfMemoryError if the model cannot fit, ClosedError after `close`, and what
+        loading raises; after a failed load, the next request retries.
         """
         slot, adapter = self._find(name, task)
         if self._closed:
@@ -143,11 +144,11 @@ class Models:
         return slot.worker if adapter is None else AdapterWorker(slot.worker, adapter)
 
     def _slot(self, name: str) -> tuple[_Slot, str | None]:
-        """The model of one of `names`, and the adapter."""
+        """The model behind one of `names`, and the adapter's name or None."""
         return self._adapters.get(name) or (self._slots[name], None)
 
     def _find(self, name: str | None, task: Task | None) -> tuple[_Slot, str | None]:
-        """The model of a name and the adapter, checked for the task; without a name, the first one for it."""
+        """The model and adapter for a name, checked to have the task; without a name, the first model for the task."""
         slot, adapter = self._slot(self._names.find(name))
         if task is None:
             return slot, adapter
@@ -157,7 +158,7 @@ class Models:
         return slot, adapter
 
     async def let_go(self, name: str | None) -> bool:
-        """Unload a model now, or as soon as it is idle. Whether it is unloaded when this returns."""
+        """Unload a model now, or as soon as it is idle. Returns whether it is already unloaded."""
         slot, _ = self._slot(self._names.find(name))
         slot.keep_alive = 0.0
         self._touch(slot)
@@ -167,13 +168,13 @@ class Models:
         return slot.worker is None
 
     async def sweep(self) -> float | None:
-        """Let go of the models that have been idle for long enough. Returns seconds until the next may go, if any."""
+        """Unload idle models whose keep-alive time is over. Returns seconds until the next sweep is due, or None."""
         now = self._clock()
         for slot in self._slots.values():
             if slot.can_go() and slot.expires <= now:
                 _log.info("%s was idle and is let go", slot.name)
                 await self._unload(slot)
-        # A model that has expired, but is in use, is looked at again when that use ends, or a second later.
+        # A model that has expired but is in use is checked again when that use ends, or a second later.
         waits = [
             slot.expires - now if slot.expires > now else 1.0
             for slot in self._slots.values()
@@ -182,7 +183,7 @@ class Models:
         return min(waits, default=None)
 
     async def close(self) -> None:
-        """End all workers, and close the models that were loaded here. Later requests raise ClosedError."""
+        """Stop all workers, and close the models that were loaded here. Later requests raise ClosedError."""
         self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -232,7 +233,7 @@ class Models:
             slot.loading = None
 
     async def _make_room(self, slot: _Slot) -> None:
-        """Let go of idle models, the least recently used first, until this one fits; wait for one to become idle."""
+        """Unload idle models, least recently used first, until this one fits; if none is idle, wait for one."""
         need = _needed(slot.offer)
         deadline = self._clock() + PATIENCE
         while self._limit is not None and (taken := self._taken()) + need > self._limit:
@@ -245,7 +246,7 @@ class Models:
                 continue
             if not any(other.can_expire for other in loaded):
                 if self._settings.memory is None:
-                    return  # weights are mapped: what does not fit is read from disk again and again
+                    return  # weights are memory-mapped: pages that do not fit are reread from disk
                 raise OutOfMemoryError(
                     f"{slot.name} needs {size(need)} of memory, but {size(max(0, self._limit - taken))} of the "
                     f"{size(self._limit)} for models are left; start the server with more --memory"
@@ -259,7 +260,7 @@ class Models:
             await asyncio.sleep(min(left, POLL))
 
     def _taken(self) -> int:
-        """Bytes of memory that the loaded models take. Those that are idle can give up their keys and values."""
+        """Bytes of memory that the loaded models take; of idle ones without keys and values, which can be freed."""
         return sum(
             _needed(slot.offer) + (0 if slot.can_go() else slot.worker.statistics.cache_bytes)
             for slot in self._slots.values()
@@ -267,12 +268,12 @@ class Models:
         )
 
     def _share_memory(self) -> None:
-        """Give every loaded model an equal share of the memory beside the weights, for keys and values."""
+        """Limit the keys and values of every loaded model to an equal share of the memory that the weights leave."""
         loaded = [slot for slot in self._slots.values() if slot.worker is not None]
         if self._limit is None or not loaded:
             return
         left = self._limit - sum(_needed(slot.offer) for slot in loaded)
-        # Weights are mapped: if they fill the memory, the system evicts some of them for keys and values.
+        # Weights are memory-mapped: if they fill the memory, the system evicts some pages for keys and values.
         share = max(left, self._limit // LEAST_SHARE) // len(loaded)
         for slot in loaded:
             assert slot.worker is not None
@@ -294,9 +295,9 @@ class Models:
         self._share_memory()
 
     def _sweep_later(self) -> None:
-        """Have `sweep` run when the next model may go."""
+        """Start the task that runs `sweep` whenever a model may have expired, unless it is running."""
         if self._sweeper is None or self._sweeper.done():
-            self._changed = asyncio.Event()  # of the running loop, which tests change
+            self._changed = asyncio.Event()  # bound to the running event loop, which differs between tests
             self._sweeper = asyncio.create_task(self._sweep_on())
 
     async def _sweep_on(self) -> None:
@@ -323,7 +324,7 @@ class _Slot:
     """One model on offer, loaded or not."""
 
     def __init__(self, offer: Offer, worker: Worker | None = None) -> None:
-        """worker: of a model that the caller has loaded; it is never let go."""
+        """worker: of a model that the caller has loaded; it is never unloaded."""
         self.name = offer.name
         self.offer = offer
         self.worker = worker
@@ -332,17 +333,17 @@ class _Slot:
         self.users = 0
         """Requests that use it, or wait for it."""
         self.used = 0.0
-        """When a request last began or ended to use it."""
+        """When a request last began or ended using it, by the clock of `Models`."""
         self.keep_alive = math.inf
         self.earlier = WorkerStatistics()
-        """Sums of its workers that have ended."""
+        """Summed statistics of its workers that have ended."""
 
     @property
     def expires(self) -> float:
         return self.used + self.keep_alive
 
     def can_go(self) -> bool:
-        """Whether it is loaded, and not in use."""
+        """Whether it can be unloaded: it is loaded, may expire, and is not in use."""
         if self.worker is None or not self.can_expire or self.users:
             return False
         statistics = self.worker.statistics
@@ -355,14 +356,14 @@ def _needed(offer: Offer) -> int:
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """Take note of a task's exception: those who wait for it have it, too, or are gone."""
+    """Retrieve a task's exception, so that asyncio does not log it: requests that await the task get it anyway."""
     if not task.cancelled():
         task.exception()
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """What is known of a model at one moment."""
+    """A snapshot of a model's state."""
 
     name: str
     offer: Offer
@@ -370,6 +371,6 @@ class ModelState:
     """None: it is not loaded."""
     loading: bool
     statistics: WorkerStatistics
-    """Sums since the server's start, those of workers that have ended included."""
+    """Sums since the server's start, including workers that have ended."""
     expires_in: float | None
-    """Seconds after which it is let go if it stays idle; None: it is not loaded, or stays."""
+    """Seconds until it is unloaded if it stays idle; None: it is not loaded, or stays loaded."""

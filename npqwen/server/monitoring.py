@@ -16,8 +16,8 @@ from npqwen.server.json_text import JSONReply
 from npqwen.server.models import Models, ModelState
 
 STALLED = 300.0
-"""Seconds without a sign of life from an engine that has work to do, after which it counts as stalled. The longest pass
-takes less: 512 tokens of a large mixture that is read from an SD card."""
+"""Seconds without a heartbeat after which an engine with work to do counts as stalled. The longest pass takes less: 512
+tokens of a large mixture-of-experts model that is read from an SD card."""
 
 
 class _Metric(NamedTuple):
@@ -89,7 +89,7 @@ def routes(models: Models) -> list[Route]:
 
 
 async def health(models: Models, request: Request) -> Response:
-    """Whether requests are answered: 200, or 503 while the first model is loaded or if an engine has stalled."""
+    """Whether requests are answered: 200, or 503 while the first model is being loaded or if an engine has stalled."""
     states = models.states
     if stalled := [state.name for state in states if is_stalled(state)]:
         return JSONReply({"status": "stalled", "models": stalled}, 503)
@@ -100,7 +100,7 @@ async def health(models: Models, request: Request) -> Response:
 
 
 def is_stalled(state: ModelState) -> bool:
-    """Whether a model's engine has died, or has had work for long without doing any."""
+    """Whether a model's engine has died, or has had work but no heartbeat for `STALLED` seconds."""
     if state.worker is None:
         return False
     found = state.statistics
@@ -109,7 +109,7 @@ def is_stalled(state: ModelState) -> bool:
 
 
 async def metrics(models: Models, request: Request) -> Response:
-    """Numbers for Prometheus, in its text format; those of a model are labelled with its name."""
+    """Metrics in Prometheus's text format; those of a model are labelled with its name."""
     return PlainTextResponse("".join(_lines(models.states)), media_type="text/plain; version=0.0.4")
 
 

@@ -1,4 +1,4 @@
-"""A model on offer: what is known of it without loading it, and how it is loaded."""
+"""A model on offer: what is known about it without loading it, and how to load it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Loading(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Offer:
-    """A converted directory that a server loads when a request needs it.
+    """A converted directory that a server loads on demand.
 
-    name: what clients call it. path: the converted directory. load: maps it; any thread may call it. config: its
-    dimensions. context: maximum tokens of a prompt and its answer together. draft: the converted directory of its draft
-    model, which is loaded with it. adapters: its LoRA adapters.
+    name: what clients call it. path: the converted directory. load: loads it by mapping its weights; any thread may
+    call it. config: its dimensions. context: maximum tokens of a prompt and its answer together. draft: the converted
+    directory of its draft model, which is loaded with it. adapters: its LoRA adapters by name.
     """
 
     name: str
@@ -75,8 +75,9 @@ class Offer:
     ) -> Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
-        Raises OptionError for a context that the model does not support, an unknown type of cache, a prefix cache that
-        is too small or a draft model with other tokens, CheckpointError for damaged files and adapters of other models.
+        Raises OptionError for a context that the model does not support, an unknown cache type, a prefix cache that is
+        too small or a draft model with another vocabulary, CheckpointError for damaged files and adapters of other
+        models.
         """
         from npqwen.model import load
 
@@ -102,7 +103,7 @@ class Offer:
 
     @classmethod
     def loaded(cls, model: Model) -> Offer:
-        """The offer of a model that is loaded."""
+        """The offer for a loaded model."""
         adapters = {name: AdapterFile(adapter.directory) for name, adapter in model.adapters.items()}
         offer = cls(model.name, model.path, lambda: model, model.config, model.context, adapters=adapters)
         with suppress(FormatError):  # a stand-in for a model may have no converted directory
@@ -110,7 +111,7 @@ class Offer:
         return offer
 
     def _read_facts(self) -> None:
-        """Read now what is known of the directory: a loaded model may outlive it."""
+        """Read the cached properties now: a loaded model may outlive its directory."""
         self.task, self.quantization, self.weight_bytes, self.loaded_bytes, self.modified, self.digest  # noqa: B018
 
     @cached_property
@@ -125,12 +126,12 @@ class Offer:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of the files of weights."""
+        """Bytes of the weight files."""
         return sum(size for _, size in self._files)
 
     @cached_property
     def loaded_bytes(self) -> int:
-        """Bytes of the weights that are loaded, those of a draft model and of adapters included."""
+        """Bytes of all weights that are loaded, including those of a draft model and of adapters."""
         beside = [file.directory for file in self.adapters.values()] + ([] if self.draft is None else [self.draft])
         return self.weight_bytes + sum(size for directory in beside for _, size in _weight_files(directory))
 
@@ -141,7 +142,7 @@ class Offer:
 
     @cached_property
     def digest(self) -> str:
-        """A hexadecimal SHA-256 of config.json and of the names and sizes of the files of weights."""
+        """A hexadecimal SHA-256 of config.json and of the names and sizes of the weight files."""
         found = hashlib.sha256((self.path / "config.json").read_bytes())
         found.update(repr(self._files).encode())
         return found.hexdigest()
@@ -152,5 +153,5 @@ class Offer:
 
 
 def _weight_files(directory: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the files of weights."""
+    """Names and sizes in bytes of the weight files, sorted."""
     return sorted((file.name, file.stat().st_size) for file in directory.glob("*.safetensors"))

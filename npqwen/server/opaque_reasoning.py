@@ -16,12 +16,12 @@ def pack(reasoning: str) -> str:
 
 
 def placeholder() -> str:
-    """A string that stands where a client expects an opaque one, and holds nothing."""
+    """A string without content, for where a client expects an opaque one."""
     return _PLACEHOLDER
 
 
 def unpack(text: str) -> str | None:
-    """What `pack` was given; None for any other string, such as another server's signature."""
+    """The reasoning that `pack` encoded; None for any other string, such as another server's signature."""
     if not text.startswith(_PREFIX):
         return None
     try:

@@ -8,7 +8,7 @@ from npqwen.server.fields import FieldError, Fields
 
 
 def prompts(fields: Fields, name: str, most: int) -> list[str] | list[list[int]]:
-    """The field `name` as a list of at most `most` prompts. FieldError if it is missing or something else."""
+    """The field `name` as a list of at most `most` prompts. FieldError if it is missing or anything else."""
     prompt = fields.required(name, fields.any)
     if isinstance(prompt, str):
         return [fields.required(name, fields.text)]

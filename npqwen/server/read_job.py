@@ -1,4 +1,4 @@
-"""A request to read texts as the engine's thread sees it."""
+"""A `ReadRequest` as the engine's thread sees it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ReadJob:
         self._readings: Readings | None = None
 
     def join(self) -> None:
-        """Let the texts join the reader."""
+        """Add the texts to the reader."""
         self._readings = self._reader.add(self._texts, self._ended)
 
     def leave(self) -> None:
-        """Have the texts leave."""
+        """Remove the texts from the reader."""
         if self._readings is not None:
             self._reader.cancel(self._readings)
 

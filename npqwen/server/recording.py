@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from npqwen.errors import QueueFullError
 
 BYTES = 1_000_000
-"""Of a stream's newest events, which are kept: about 5,000 pieces of text."""
+"""Most bytes of a stream's newest events that are buffered: about 5,000 pieces of text."""
 COUNT = 64
 """The most streams that are kept at once."""
 SECONDS = 120.0
-"""How long a stream is kept, and its answer computed, without a client. A phone that changes networks needs less."""
+"""How long a stream is kept, and its answer generated, without a client. A phone that changes networks needs less."""
 PACE = 1.0
-"""Seconds between two pieces of a stream without a client: text is joined meanwhile, so that few events hold it."""
+"""Seconds between two pieces of a stream without a client: text is joined meanwhile, so that it takes few events."""
 
 _SEPARATORS = {"text/event-stream": b"\n\n", "application/x-ndjson": b"\n"}
 """What ends an event, by media type."""
@@ -29,7 +29,7 @@ Header = tuple[bytes, bytes]
 
 
 class EventsGoneError(Exception):
-    """The ring buffer has lost events that a client requests. `first`: the oldest one that it has."""
+    """The ring buffer has dropped events that a client requests. `first`: the number of the oldest one that it has."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -37,7 +37,7 @@ class EventsGoneError(Exception):
 
 @dataclass(eq=False)
 class Follower:
-    """A client of a recording. number: of the next event that it gets."""
+    """A client of a recording. number: the number of the next event that it gets."""
 
     number: int
 
@@ -49,7 +49,7 @@ class Recordings:
         self._all: dict[str, Recording] = {}
 
     def open(self) -> Recording:
-        """A new recording. Raises QueueFullError if all that are kept are needed."""
+        """A new recording. If `COUNT` are kept, evicts one that has ended and has no client; else QueueFullError."""
         if len(self._all) >= COUNT:
             idle = next((one for one in self._all.values() if one.ended and not one.followed), None)
             if idle is None:
@@ -67,15 +67,15 @@ class Recordings:
         return recording if hmac.compare_digest(recording.owner or b"", owner or b"") else None
 
     def forget(self, recording: Recording) -> None:
-        """Keep a stream no longer; if it is running, its answer ends."""
+        """Delete a stream; if it is running, its answer is cancelled."""
         self._all.pop(recording.id, None)
         recording.close()
 
 
 class Recording:
-    """One stream: events come in by `add`, and go out to any number of followers.
+    """One stream: `add` appends events, and any number of followers read them.
 
-    Events are numbered from 0. A server-sent one says its number as its id. All methods belong to one event loop.
+    Events are numbered from 0; a server-sent event has its number as its id. Call all methods in one event loop.
     """
 
     def __init__(self, recordings: Recordings) -> None:
@@ -84,9 +84,9 @@ class Recording:
         """The digest of the API key that it was started with."""
         self.headers: list[Header] = []
         self.begun = asyncio.Event()
-        """The response has begun, and it is a stream."""
+        """Set when the response has begun and is a stream."""
         self.gone = asyncio.Event()
-        """Nobody wants the rest."""
+        """Set when no client wants the rest."""
         self.ended = False
         self._recordings = recordings
         self._separator = b""
@@ -123,9 +123,10 @@ class Recording:
         return self.follow(0)
 
     async def add(self, data: bytes, more: bool) -> None:
-        """Take a piece of the body. more: whether it is not the last one.
+        """Append a piece of the body. more: whether more pieces follow.
 
-        Backpressure: returns once the newest follower is at most `BYTES` behind; without a follower, after `PACE`.
+        Backpressure: returns once the newest follower is at most `BYTES` behind; without a follower, after `PACE`
+        seconds or when one joins.
         """
         *events, self._partial = (self._partial + data).split(self._separator)
         if not more and self._partial:
@@ -140,12 +141,12 @@ class Recording:
                 await asyncio.wait_for(self._news.wait(), PACE)
 
     def finish(self) -> None:
-        """There are no more events."""
+        """Mark the stream as complete."""
         self.ended = True
         self._tell()
 
     def follow(self, number: int) -> Follower:
-        """Add a client, which gets the events from `number` on. Raises EventsGoneError if the buffer has lost some."""
+        """Add a client, which gets the events starting at `number`. Raises EventsGoneError if some were dropped."""
         if number < self._first:
             raise EventsGoneError(self._first)
         if self._expiry is not None:
@@ -163,7 +164,7 @@ class Recording:
             self._expiry = asyncio.get_running_loop().call_later(SECONDS, self._recordings.forget, self)
 
     def close(self) -> None:
-        """Called by `Recordings.forget`."""
+        """Cancel the answer and wake the followers. Called by `Recordings.forget`."""
         if self._expiry is not None:
             self._expiry.cancel()
         self.gone.set()
@@ -172,7 +173,7 @@ class Recording:
     async def take(self, follower: Follower) -> bytes | None:
         """Wait for a follower's next events, and return them; None after the last one.
 
-        Raises EventsGoneError if the buffer has lost them.
+        Raises EventsGoneError if some of them have been dropped.
         """
         while follower.number >= self.end and not self.ended and not self.gone.is_set():
             await self._news.wait()

@@ -1,4 +1,4 @@
-"""Errors that no handler of an API writes, such as a wrong key or an unknown path, in that API's shape."""
+"""Error responses that no handler of an API writes, as for a wrong key or an unknown path, in that API's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPENAI = {401: "authentication_error", 403: "permission_error"}
 
 
 def refusal(scope: Scope, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
-    """The response to a request that failed, in the shape of the API that its path belongs to."""
+    """The response to a request that failed, in the format of the API that its path belongs to."""
     body = _body(str(scope["path"]).removeprefix(str(scope.get("root_path", ""))), failure)
     return JSONReply(body, failure.status, {**failure.headers, **(headers or {})})
 

@@ -1,4 +1,4 @@
-"""What a client wants, in the library's own terms: every API's handlers translate a body into one of these."""
+"""Requests in the library's own terms: every API's handlers translate a body into one of these."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ChatRequest:
-    """An answer to a conversation, or n answers.
+    """A request for n answers to a conversation.
 
     messages: as `Model.chat` takes them. options: those of a chat, without functions among the tools. n: how many
-    answers; with a seed, answer i is drawn with seed + i.
+    answers; with a seed, answer i is sampled with seed + i.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, eq=False)
 class TextRequest:
-    """A continuation of raw text or token ids without a chat template, or n of them; see `ChatRequest` for n."""
+    """A request for n continuations of raw text or token ids, without a chat template; see `ChatRequest` for n."""
 
     prompt: Prompt
     options: GenerationOptions = field(default_factory=lambda: GenerationOptions())
@@ -39,9 +39,9 @@ class TextRequest:
 
 @dataclass(frozen=True, eq=False)
 class ReadRequest:
-    """Texts to read: the final hidden states of their last tokens.
+    """A request for the final hidden states of the last tokens of texts.
 
-    texts(model): the token ids of each, made on a thread of its own. It raises what is wrong with them.
+    texts(model): returns the token ids of each text, or raises an error for invalid texts; called on a worker thread.
     """
 
     texts: Callable[[Model], list[Ids]]

@@ -35,8 +35,8 @@ def routes(models: Models) -> list[Route]:
 async def rerank(models: Models, request: Request) -> Response:
     """The documents' indices and scores, the best first, at most top_n of them.
 
-    return_documents: with their texts. instruction: what is searched, in place of the passages that answer a web
-    search.
+    return_documents: include their texts. instruction: the criterion that documents are judged by; by default, whether
+    they are passages that answer a web search query.
     """
     fields = await read_fields(request)
     name = fields.text("model")

@@ -23,23 +23,24 @@ from npqwen.server.refusal import refusal
 from npqwen.server.streaming import STALLED, disconnected
 
 HEADER = "x-resumable"
-"""The request header by which a client asks for a stream that it can resume."""
+"""The request header with which a client requests a resumable stream."""
 
 _log = logging.getLogger(__name__)
 
 
 class Resumable:
-    """ASGI middleware that runs POST requests with `HEADER` apart from their connection, if they are streams.
+    """ASGI middleware that decouples POST requests with `HEADER` from their connection if the response is a stream.
 
-    The response has the stream's id as X-Stream-Id. When its client goes, the application is not told until nobody has
-    come back for `recording.SECONDS`. Until the stream begins, and for other responses, all is as without the header.
+    The response has the stream's id in the header X-Stream-Id. When its client disconnects, the application receives
+    the disconnect only after `recording.SECONDS` without any client. Until the stream begins, and for other responses,
+    `HEADER` has no effect.
     """
 
     def __init__(self, app: ASGIApp, recordings: Recordings) -> None:
         self._app = app
         self._recordings = recordings
         self._running: set[asyncio.Future[None]] = set()
-        """Requests whose connection may be gone: an event loop does not keep its tasks."""
+        """Requests whose connection may be gone; an event loop holds only weak references to its tasks."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         wanted = Headers(scope=scope).get(HEADER) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -68,7 +69,7 @@ class Resumable:
 
 
 class _Recorded:
-    """A request that is being recorded, and the connection on which it came."""
+    """A request that is being recorded, and the connection that it arrived on."""
 
     def __init__(self, recording: Recording, scope: Scope, receive: Receive, send: Send) -> None:
         self._recording = recording
@@ -79,7 +80,7 @@ class _Recorded:
         self._follower: Follower | None = None
 
     async def respond(self, running: asyncio.Future[None]) -> None:
-        """Send the client what `running`, the application's call with `receive` and `send`, responds."""
+        """Send the client the response of `running`, the application called with `receive` and `send`."""
         recording = self._recording
         begun: asyncio.Future[Any] = asyncio.ensure_future(recording.begun.wait())
         gone: asyncio.Future[Any] = asyncio.ensure_future(self._gone())
@@ -97,7 +98,7 @@ class _Recorded:
             await Follow(recording, self._follower)(self._scope, self._client_receive, self._client_send)
 
     async def receive(self) -> Message:
-        """What the application receives: of the client until the body is complete, then only that nobody is left."""
+        """The application's `receive`: the client's messages up to the body's end, then the final disconnect."""
         if not self._body_read.is_set():
             message = await self._client_receive()
             if message["type"] == "http.disconnect" or not message.get("more_body"):
@@ -121,14 +122,14 @@ class _Recorded:
 
 
 def _finish(recording: Recording, running: asyncio.Future[None]) -> None:
-    """The application has returned, or failed without telling the client."""
+    """End the recording when the application has returned or raised; log what it raised."""
     recording.finish()
     if not running.cancelled() and (error := running.exception()) is not None:
         _log.error("a request failed", exc_info=error)
 
 
 class Follow(Response):
-    """A response that sends a recording's events to a follower as they come."""
+    """A response that sends a recording's events to a follower as they arrive."""
 
     def __init__(self, recording: Recording, follower: Follower) -> None:
         self.status_code = 200
@@ -170,9 +171,10 @@ def routes(recordings: Recordings) -> list[Route]:
 
 
 async def resume(recordings: Recordings, request: Request) -> Response:
-    """A stream's events from a number on, those that are kept and those to come; 204 if there are none any more.
+    """A stream's events starting at a number, buffered and future ones; status 204 if there are none left.
 
-    The number is the query's `from`, or the one after the header Last-Event-ID; by default 0, the first event.
+    The number is one more than the header Last-Event-ID or else the query's `from`; by default 0, the first event.
+    Status 404 for an unknown stream, 410 if some of the events have been dropped.
     """
     recording = recordings.find(request.path_params["id"], request.scope.get(OWNER))
     if recording is None:
@@ -181,7 +183,7 @@ async def resume(recordings: Recordings, request: Request) -> Response:
     if number > recording.end:
         _wrong("from", number, whole_range(0, recording.end))
     if number == recording.end and recording.ended:
-        return Response(status_code=204)  # which tells a browser's EventSource not to connect again
+        return Response(status_code=204)  # tells a browser's EventSource not to reconnect
     try:
         return Follow(recording, recording.follow(number))
     except EventsGoneError as error:
@@ -190,7 +192,7 @@ async def resume(recordings: Recordings, request: Request) -> Response:
 
 
 async def end(recordings: Recordings, request: Request) -> Response:
-    """End a stream's answer, if it is running, and forget it."""
+    """Cancel a stream's answer, if it is running, and delete the recording."""
     recording = recordings.find(request.path_params["id"], request.scope.get(OWNER))
     if recording is None:
         return _unknown(request)
@@ -204,7 +206,7 @@ def _unknown(request: Request) -> Response:
 
 
 def _first_wanted(request: Request) -> int:
-    """The number of the first event that a request asks for. Raises FieldError."""
+    """The number of the first requested event. Raises FieldError."""
     last = request.headers.get("last-event-id", "")
     if last:
         return _number("Last-Event-ID", last) + 1

@@ -1,4 +1,4 @@
-"""A request that is being computed, as its handler sees it: events from the engine's thread, read in an event loop."""
+"""A running request as its handler sees it: events from the engine's thread, received in an event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from npqwen.server.exchange import current
 
 @dataclass(frozen=True)
 class Progress:
-    """Of the prompt's `total` tokens, `done` are in the cache; `cached` of them were there before."""
+    """Of the prompt's `total` tokens, `done` are in the cache, including `cached` that were there from the start."""
 
     done: int
     total: int
@@ -27,7 +27,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Scored:
-    """The log-probabilities of the next tokens, before the events of their text; only if they were requested."""
+    """The log-probabilities of the next tokens, sent before the events of their text; only if they were requested."""
 
     tokens: tuple[TokenLogprobs, ...]
 
@@ -41,7 +41,7 @@ class Completed:
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The only event of texts that were read, see `npqwen.retrieval.readings.Readings.states`, and what it cost."""
+    """The only event of a `ReadRequest`: the hidden states, see `npqwen.retrieval.readings.Readings`, and the usage."""
 
     values: NDArray[np.float32]
     usage: Usage
@@ -55,20 +55,20 @@ Take = Callable[[int, RunEvent], object]
 class Run:
     """The events of a request, each with the index of the choice (0 to n - 1) that it belongs to.
 
-    A chat's are those of `ChatStream`, with `Finish` as the last one of each choice; raw text's are `Text`, and
-    `Completed` as the last. `Progress` and `Scored` come in both. Of texts that are read there is one, `States`. Their
-    reader is a function, called as they come: a queue between two tasks would cost more than most events.
+    A chat has those of `ChatStream`, with `Finish` as the last one of each choice; raw text has `Text`, and `Completed`
+    as the last. `Progress` and `Scored` occur in both. A `ReadRequest` has a single event, `States`. Events are passed
+    to a callback as they arrive: a queue between two tasks would cost more than most events.
     """
 
     def __init__(self, choices: int, prompt_tokens: int, cancel: Callable[[Run], None]) -> None:
-        """prompt_tokens: of the prompt, all that the template adds included. cancel: tells the engine's thread."""
+        """prompt_tokens: including those that the template adds. cancel: tells the engine's thread to end the run."""
         self.choices = choices
         self.prompt_tokens = prompt_tokens
         self.cancelled = False
         self._cancel = cancel
         self.loop = asyncio.get_running_loop()
         self._early: list[tuple[int, RunEvent] | BaseException] = []
-        """What came before there was a reader."""
+        """What arrived before `for_each` was called."""
         self._take: Take | None = None
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
@@ -79,7 +79,7 @@ class Run:
             self._exchange.choices += choices
 
     def cancel(self) -> None:
-        """End the request after the pass in progress, also within a prompt. Any thread may call this, repeatedly."""
+        """End the request after the pass in progress, also during prefill. Any thread may call this, repeatedly."""
         if not self.cancelled:
             self.cancelled = True
             self._cancel(self)
@@ -110,7 +110,7 @@ class Run:
                 self._ended.set()
 
     async def for_each(self, take: Take) -> None:
-        """Call take(index, event) for each event as it comes; returns after the last choice's last event, or `cancel`.
+        """Call take(index, event) for each event as it arrives; returns after the last choice's last event or `cancel`.
 
         To be called once. Raises what generation raised, ClosedError if the server is shutting down, and what `take`
         raises.
@@ -122,7 +122,7 @@ class Run:
         try:
             await self._ended.wait()
         finally:
-            self._ended.set()  # whatever comes later has no reader
+            self._ended.set()  # later events have no reader
         if self._error is not None:
             raise self._error
 
@@ -135,7 +135,7 @@ class Run:
         return cast("list[Completion]", await self.results())
 
     async def states(self) -> States:
-        """Wait for texts to be read. Raises ClosedError if the run was cancelled."""
+        """Wait for the hidden states of texts. Raises ClosedError if the run was cancelled."""
         found: list[States] = []
 
         def take(index: int, event: RunEvent) -> None:

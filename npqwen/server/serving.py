@@ -24,11 +24,11 @@ from npqwen.server.models import Models
 from npqwen.server.settings import Settings
 
 PATIENCE = 10.0
-"""Seconds that running answers have after Ctrl-C or SIGTERM."""
+"""Seconds that running answers have left after Ctrl-C or SIGTERM."""
 LAST = 1.0
-"""Seconds that answers have to end with an error, after which they are cancelled."""
+"""Seconds that answers have to end with an error before they are cancelled."""
 IDLE_CONNECTION = 75
-"""Seconds for which a connection without a request stays open: pools of clients expect about a minute."""
+"""Seconds that an idle connection stays open: clients' connection pools expect about a minute."""
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]  # type: ignore[attr-defined,unused-ignore]
 
 
@@ -43,10 +43,11 @@ def run(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; the first model is loaded at once.
 
-    announce: called when clients can connect. tell(line): called with what happens later.
+    announce: called when clients can connect. tell(line): called with later messages for the user.
 
-    Running answers then have `PATIENCE` seconds; a second Ctrl-C ends them at once. Raises KeyboardInterrupt after
-    Ctrl-C, OptionError if the address was taken meanwhile, and what loading the first model raises.
+    After the signal, running answers have `PATIENCE` seconds; a second Ctrl-C ends them at once. Raises
+    KeyboardInterrupt after Ctrl-C, OptionError if the address was taken meanwhile, and what loading the first model
+    raises.
     """
     made = application(models, replace(settings, hosts=(*settings.hosts, *listener.names)))
     config = uvicorn.Config(
@@ -56,7 +57,7 @@ def run(
         access_log=False,
         server_header=False,
         ws="none",
-        lifespan="off",  # models are closed below, also when a second Ctrl-C skips what a lifespan does
+        lifespan="off",  # models are closed below, even if a second Ctrl-C skips the lifespan's shutdown
         timeout_keep_alive=IDLE_CONNECTION,
         timeout_graceful_shutdown=round(PATIENCE) + 2,
     )
@@ -71,7 +72,7 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """Stops at the first signal and does not pass it on: the exit status is for the caller to choose."""
+    """Stops at the first signal and does not raise it again: the caller chooses the exit status."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
@@ -149,7 +150,7 @@ async def _load_first(server: _Server, models: Models) -> None:
 
 
 def log_to_stderr(*, requests: bool) -> None:
-    """Write warnings and errors of the server to stderr. requests: a line for each request, too."""
+    """Write warnings and errors of the server to stderr. requests: also write a line for each request."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for name in ("npqwen", "uvicorn"):

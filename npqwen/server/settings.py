@@ -14,9 +14,9 @@ from npqwen.generation.batch import PARALLEL
 from npqwen.server.worker import QUEUE
 
 BODY_LIMIT = 32_000_000
-"""Default limit of a request's body in bytes: a conversation that fills a context of 262,144 tokens has a few."""
+"""Default limit of a request's body in bytes: one that fills a context of 262,144 tokens has a few million."""
 KEEP_ALIVE = 300.0
-"""Default seconds after which an idle model is let go, if there are several."""
+"""Default seconds after which an idle model is unloaded, if there are several models."""
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s,]+", re.ASCII)
@@ -29,12 +29,12 @@ class Settings:
     api_keys: a request must have one of them, as `Authorization: Bearer KEY` or `x-api-key: KEY`; none: no key needed.
     hosts: names besides localhost under which clients may reach the server; "*" allows any.
     origins: sites whose pages may call the server from a browser, such as "http://localhost:3000"; "*" allows any.
-    body_limit: of a request, in bytes. queue: how many requests may wait for a model. parallel: how many sequences of
-    one run at once.
-    keep_alive: seconds after which an idle model is let go; negative: never; None: `KEEP_ALIVE` if there are several
+    body_limit: most bytes of a request's body. queue: most requests that wait for a model. parallel: most sequences of
+    a model that run at once.
+    keep_alive: seconds after which an idle model is unloaded; negative: never; None: `KEEP_ALIVE` if there are several
     models, never if there is one. memory: bytes that the loaded models, and the keys and values of requests, may take
-    together; None: what is available.
-    aliases: further names of models; a name may contain "*", which stands for any characters.
+    together; None: the available memory.
+    aliases: further names of models; a name may contain "*", which matches any characters.
     """
 
     api_keys: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Responses that follow a run: streams that never fall silent, and the end of a run whose client is gone."""
+"""Responses to runs: streams with keepalives, and cancellation of a run whose client has disconnected."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ KEEPALIVE = 8.0
 STALLED = 120.0
 """Seconds after which a client that accepts no more bytes counts as gone."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Of every stream: no proxy is to hold it back."""
+"""Headers of every stream: they keep proxies from buffering it."""
 
 Result = TypeVar("Result")
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection before its answer was complete; nobody reads what is sent now."""
+    """The client closed the connection before its answer was complete; nobody would read a response."""
 
 
 class Events(Protocol):
     """A run, or several that were joined into one."""
 
     def cancel(self) -> None:
-        """End it."""
+        """Cancel it."""
 
     async def for_each(self, take: Take) -> None:
-        """Call take(index, event) for each event as it comes; returns after the last one, or raises what ended them."""
+        """Call take(index, event) for each event as it arrives; returns after the last one, or raises their error."""
 
 
 class StreamFormat(Protocol):
@@ -44,27 +44,27 @@ class StreamFormat(Protocol):
     media_type: str
 
     def start(self) -> str:
-        """The first event, a real one, which is sent before the prompt is computed."""
+        """The first event, a real one rather than a comment; it is sent before prefill."""
 
     def event(self, index: int, event: RunEvent) -> str:
-        """What an event of choice `index` adds; neighbouring pieces of text may have been joined."""
+        """The text for an event of choice `index`; adjacent pieces of text may have been joined."""
 
     def keepalive(self, progress: Progress | None) -> str:
-        """An event without effect that every client parses, not a comment. progress: the newest there is."""
+        """An event without effect that every client parses, not a comment. progress: the latest, if any."""
 
     def error(self, failure: Failure) -> str:
-        """An error, all that follows it included: `end` is not called."""
+        """An error and the end of the stream: `end` is not called after it."""
 
     def end(self) -> str:
-        """What ends the stream after the run's last event."""
+        """The text that ends the stream after the run's last event."""
 
 
 class StreamedRun(Response):
-    """A response that sends a run's events as they come.
+    """A response that sends a run's events as they arrive.
 
-    Headers and the first event are sent at once, and after `KEEPALIVE` seconds without anything to send, a keepalive.
-    The run is cancelled as soon as the client is gone. What a slow client has not read yet is joined into few events,
-    so it takes no more memory than the answer; a client that accepts nothing for `STALLED` seconds is given up.
+    Headers and the first event are sent at once, and a keepalive after every `KEEPALIVE` seconds of silence. The run is
+    cancelled when the client disconnects. Events that a slow client has not read yet are merged, so that the backlog
+    takes no more memory than the answer; a client that accepts nothing for `STALLED` seconds counts as disconnected.
     """
 
     def __init__(self, run: Events, format: StreamFormat, headers: Mapping[str, str] | None = None) -> None:
@@ -76,9 +76,9 @@ class StreamedRun(Response):
         self._format = format
         self._pending: list[tuple[int, RunEvent]] = []
         self._newest: dict[int, int] = {}
-        """Where in `_pending` the last event of each choice is."""
+        """By choice: the index of its last event in `_pending`."""
         self._ready = asyncio.Event()
-        """There is something to send, or the time for a keepalive has come."""
+        """Set when there is something to send, or a keepalive is due."""
         self._over = False
         """Whether all of the run's events have been read."""
         self._error: BaseException | None = None
@@ -86,7 +86,7 @@ class StreamedRun(Response):
         self._sending_since: float | None = None
         self._silent_since = 0.0
         self._silent = False
-        """Whether nothing was sent for so long that something must be."""
+        """Whether a keepalive is due."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -115,7 +115,7 @@ class StreamedRun(Response):
         self._ready.set()
 
     def _take(self, index: int, event: RunEvent) -> None:
-        """Put an event into `_pending`, joined with the choice's last one if both are text of one kind, or progress."""
+        """Append an event to `_pending`, or merge it into the choice's last one; see `_joined`."""
         self._ready.set()
         if isinstance(event, Progress):
             self._progress = event
@@ -146,7 +146,7 @@ class StreamedRun(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _watch_silence(self) -> None:
-        """Wake the writer once it has been silent for `KEEPALIVE` seconds, and again after as many."""
+        """Wake the writer when it has been silent for `KEEPALIVE` seconds, and every `KEEPALIVE` seconds after that."""
         loop = asyncio.get_running_loop()
         due = self._silent_since + KEEPALIVE
         if due <= loop.time():
@@ -156,7 +156,7 @@ class StreamedRun(Response):
         self._timer = loop.call_at(due, self._watch_silence)
 
     def _next_text(self) -> tuple[str, bool]:
-        """What to send now, and whether it is the last."""
+        """The text to send now, and whether it is the last."""
         pending, self._pending, self._newest = self._pending, [], {}
         try:
             text = "".join([self._format.event(index, event) for index, event in pending])
@@ -176,7 +176,7 @@ class StreamedRun(Response):
 
 
 def _joined(first: RunEvent, second: RunEvent) -> RunEvent | None:
-    """Two neighbouring events as one; None if they stay two."""
+    """Two adjacent events merged into one, if both are text of one kind, or progress; otherwise None."""
     if isinstance(first, Text) and isinstance(second, Text):
         return Text(first.text + second.text)
     if isinstance(first, Reasoning) and isinstance(second, Reasoning):
@@ -187,12 +187,12 @@ def _joined(first: RunEvent, second: RunEvent) -> RunEvent | None:
 
 
 async def until_disconnected(request: Request, results: Awaitable[Result], *runs: Events) -> Result:
-    """Wait for the results of runs for a response that does not stream; its body must have been read.
+    """Wait for the results of runs for a response that is not a stream; the request's body must have been read.
 
         replies = await until_disconnected(request, run.replies(), run)
 
-    If the client goes first, or waiting fails otherwise, all `runs` are cancelled. Raises ClientGoneError then, or what
-    the runs raise.
+    If the client disconnects first, or waiting fails otherwise, all `runs` are cancelled. Raises ClientGoneError in the
+    first case, and what the runs raise.
     """
     waiting = asyncio.ensure_future(results)
     gone = asyncio.create_task(disconnected(request.receive))
@@ -216,7 +216,7 @@ async def disconnected(receive: Receive) -> None:
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks and wait until they have ended; what they raise is not of interest any more."""
+    """Cancel tasks and wait until they have ended; ignore what they raise."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -15,10 +15,10 @@ _PROBE = "a system message in the middle"
 
 
 def placed(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
-    """`messages` with system messages only where the template reads them; they are checked, or texts and calls.
+    """`messages` with system messages only where the template accepts them. messages: checked, or texts and calls only.
 
-    Those at the beginning become one. A later one stays where it is if the template writes such turns. Otherwise its
-    text begins the user's next turn, or is a turn of the user's if none follows.
+    Leading ones are joined into one. Later ones stay in place if the template renders such turns. Otherwise their text
+    is prepended to the next user turn, or becomes a user turn if none follows.
     """
     first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
     beginning = "\n\n".join(_text(message) for message in messages[:first])
@@ -46,7 +46,7 @@ def _text(message: Message) -> str:
 
 
 def _reads_later_system_messages(template: ChatTemplate) -> bool:
-    """Whether a template writes a system message that follows a question. Determined by rendering one."""
+    """Whether a template renders a system message that follows a user's. Determined by rendering one."""
     try:
         return _PROBE in template.render([{"role": "user", "content": "?"}, {"role": "system", "content": _PROBE}])
     except OptionError:

@@ -29,8 +29,9 @@ def routes(models: Models) -> list[Route]:
 async def tokenize(models: Models, request: Request) -> Response:
     """The token ids of a text: {"content": "..."} gives {"tokens": [...]}.
 
-    parse_special, by default true: names of special tokens in the text are those tokens. with_pieces: objects of each
-    token's id and its text, or its bytes if they are not whole characters. add_special: Qwen's tokenizer adds none.
+    parse_special, by default true: names of special tokens in the text become these tokens. with_pieces: the tokens are
+    objects with an id and a piece: its text, or a list of its bytes if they are not whole characters. add_special: has
+    no effect, because Qwen's tokenizer adds no special tokens.
     """
     fields = await read_fields(request)
     text = fields.required("content", fields.text)
@@ -59,7 +60,7 @@ async def detokenize(models: Models, request: Request) -> Response:
 
 
 async def apply_template(models: Models, request: Request) -> Response:
-    """The prompt that a conversation makes: {"messages": [...], "tools": [...]} gives {"prompt": "..."}.
+    """The prompt for a conversation: {"messages": [...], "tools": [...]} gives {"prompt": "..."}.
 
     chat_template_kwargs: variables of the template, enable_thinking among them.
     """

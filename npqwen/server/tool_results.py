@@ -8,9 +8,9 @@ from npqwen.chat.messages import Message
 
 
 def matched(messages: Sequence[Message]) -> list[Message]:
-    """`messages` with the results of one answer's calls in the order of these calls, and with the tools' names.
+    """`messages` with the results of each answer's calls in the order of these calls, and with the tools' names.
 
-    Qwen3's templates write no ids: a result belongs to a call by its place. Results that no call's id matches come
+    Qwen3's templates write no ids: results are matched to calls by position. Results whose id matches no call come
     after the others, in the order given.
     """
     matched: list[Message] = []

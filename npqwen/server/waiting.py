@@ -16,7 +16,7 @@ from npqwen.server.run import Progress
 from npqwen.server.streaming import ClientGoneError, disconnected
 
 COMMENT = ": waiting\n\n"
-"""A comment among server-sent events: every client ignores it, but no proxy takes it for silence."""
+"""A server-sent comment: every client ignores it, but to proxies the connection is not idle."""
 
 
 class Manner(Protocol):
@@ -25,7 +25,7 @@ class Manner(Protocol):
     media_type: str
 
     def keepalive(self, progress: Progress | None) -> str:
-        """A keepalive, which clients ignore. progress: None."""
+        """A keepalive, which clients ignore. progress: always None."""
 
     def error(self, failure: Failure) -> str:
         """An error, as the only event."""
@@ -44,11 +44,11 @@ class CommentManner:
 
 
 async def soon(request: Request, response: Coroutine[Any, Any, Response], manner: Manner) -> Response:
-    """The response to a request for a stream, if it is there within `streaming.KEEPALIVE` seconds.
+    """The response to a request for a stream, if it is ready within `streaming.KEEPALIVE` seconds.
 
-    Otherwise one that begins at once: it sends keepalives, and then the response's body, or an error as an event,
-    as the status is sent already. The request's body must have been read. Raises what `response` raises in time, and
-    ClientGoneError if the client goes first.
+    Otherwise a response that begins at once: it sends keepalives, and then the awaited response's body, or an error as
+    an event, because the status has already been sent. The request's body must have been read. Raises what `response`
+    raises within that time, and ClientGoneError if the client disconnects first.
     """
     making = asyncio.create_task(response)
     gone = asyncio.create_task(disconnected(request.receive))
@@ -67,7 +67,7 @@ async def soon(request: Request, response: Coroutine[Any, Any, Response], manner
 
 
 class _Late(Response):
-    """A response that begins before the one that it is to have."""
+    """A response that begins before the one whose body it sends is ready."""
 
     def __init__(self, making: asyncio.Task[Response], manner: Manner) -> None:
         self.status_code = 200

@@ -1,4 +1,4 @@
-"""A model that serves requests: their prompts are made here, and a thread of its own computes all of them together."""
+"""A model that serves requests: their prompts are prepared here, and a dedicated thread runs them in batches."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     _Item = tuple[Run, tuple[int, RunEvent] | BaseException]
 
 QUEUE = 64
-"""Default limit of requests that wait."""
+"""Default limit of waiting requests."""
 _LONGEST_RETRY = 60
-"""The most seconds after which a client is told to try again."""
+"""Longest Retry-After in seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,16 +41,15 @@ _log = logging.getLogger(__name__)
 class Worker:
     """Runs the requests of one model. All methods but `start` may be called from any thread.
 
-    One thread, the engine's, owns the batch, or the reader of an embedding model or reranker; others talk to it by a
-    queue of functions that it calls between two passes. What a pass has given is handed to the event loop of each
-    request in one call.
+    One thread, the engine's, owns the batch, or the reader of an embedding model or reranker; other threads queue
+    functions that it calls between two passes. The events of a pass are handed to each event loop in one call.
     """
 
     def __init__(
         self, model: Model, *, queue_limit: int = QUEUE, parallel: int = PARALLEL, memory: int | None = None
     ) -> None:
-        """queue_limit: how many requests may wait. parallel: how many sequences run at once. memory: bytes for keys and
-        values; None: what the machine has available beside the weights.
+        """queue_limit: most requests that wait. parallel: most sequences that run at once. memory: bytes for keys and
+        values; None: the machine's available memory less the weights.
         """
         self.model = model
         self._queue_limit = check_whole("queue", queue_limit, 1)
@@ -63,7 +62,7 @@ class Worker:
         """Requests that the engine's thread has not taken over yet."""
         self._requests = 0
         self._seconds = 1.0
-        """Of a request, from its arrival to its end: an average in which newer ones count more."""
+        """A request's seconds from its arrival to its end: an exponential moving average."""
         self._closed = False
         self._idle = True
         self._beat = time.monotonic()
@@ -72,7 +71,7 @@ class Worker:
 
     @property
     def statistics(self) -> WorkerStatistics:
-        """What it has done, and is doing."""
+        """A snapshot of its work, done and in progress."""
         driver, done = self._driver, self._driver.statistics
         return WorkerStatistics(
             waiting=driver.waiting + len(self._starting),
@@ -91,9 +90,9 @@ class Worker:
         )
 
     async def start(self, request: Request | ReadRequest) -> Run:
-        """Check a request, make its prompt or the ids of its texts, and put it into the queue.
+        """Check a request, make the token ids of its prompt or texts, and queue it.
 
-        Raises OptionError and ContextLengthError for requests that cannot be obeyed, or not by this model,
+        Raises OptionError and ContextLengthError for requests that are invalid, or that this model does not support,
         QueueFullError if too many wait, ClosedError after `close`.
         """
         if self._closed:
@@ -118,23 +117,23 @@ class Worker:
         return job.run
 
     def close(self) -> None:
-        """End the engine's thread after the pass in progress; running and waiting requests raise ClosedError."""
+        """Stop the engine's thread after the pass in progress; running and waiting requests raise ClosedError."""
         self._closed = True
         self._calls.put(lambda: None)
         self._thread.join()
 
     def limit(self, memory: int) -> None:
-        """Change the memory for keys and values, in bytes, from the next pass on; at least a page's."""
+        """Change the memory for keys and values, in bytes, starting with the next pass; it is at least one page's."""
         most = max(memory, self.model.new_cache(1).page_bytes)
         self._calls.put(lambda: self._driver.limit(most))
 
     def _prepare(self, request: Request | ReadRequest) -> tuple[Job | ReadJob, int, int]:
-        """A request's job, and how many choices and tokens of its prompt or texts it has."""
+        """A request's job, its number of choices, and the number of tokens of its prompt or texts."""
         if isinstance(request, ReadRequest):
             texts = request.texts(self.model)
-            if texts:  # here rather than in the engine's thread: reading files would keep others waiting
+            if texts:  # here rather than in the engine's thread: reading files would stall other requests
                 self.model.prefixes.fetch(texts[0][:-1])
-            assert isinstance(self._driver, Reader)  # for a language model, making the ids has raised
+            assert isinstance(self._driver, Reader)  # for a language model, `request.texts` has raised
             return ReadJob(texts, self._driver, self._post), 1, sum(map(len, texts))
         check_task(self.model.name, self.model.task, "text")
         assert isinstance(self._driver, Batch)
@@ -168,7 +167,7 @@ class Worker:
         self._deliver()
 
     def _take_calls(self, wait: bool) -> None:
-        """Make the calls that others have put into the queue; wait: for at least one."""
+        """Call the functions that other threads have queued; wait: block until there is at least one."""
         with suppress(queue.Empty):
             if wait:
                 self._idle = True
@@ -179,7 +178,7 @@ class Worker:
                 self._calls.get_nowait()()
 
     def _deliver(self) -> None:
-        """Hand the events of a step to the loops that wait for them."""
+        """Hand the events of a step to the event loops of their runs."""
         for job in [job for job in self._jobs if job.seconds is not None]:
             self._jobs.remove(job)
             self._seconds += ((job.seconds or 0.0) - self._seconds) / 8
@@ -198,7 +197,7 @@ def _receive(items: list[_Item]) -> None:
 
 
 def _memory(model: Model) -> int | None:
-    """Bytes that keys and values may take: what is available beside the weights, at least those of one page."""
+    """Bytes that keys and values may take: the available memory less the weights, at least one page's; or None."""
     available = available_memory()
     if available is None:
         return None

@@ -1,8 +1,8 @@
 """AMX: registers that hold 16 rows of 64 bytes, and an instruction that multiplies two of them (Intel, since 2023).
 
 Registers 0 and 1 hold sums, 16 tokens by 16 rows of weights. 4 and 5 hold the activations of a block of 32 columns, 16
-tokens by 32 int8; 6 and 7 its weights, 8 quads of 4 columns by 16 rows, as the format has them. Two of each, so that a
-block is multiplied while the sums of the one before are scaled.
+tokens by 32 int8; 6 and 7 its weights, 8 quads of 4 columns by 16 rows, as in the file format. Two of each, so that a
+block is multiplied while the sums of the previous one are scaled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SUM_BYTES = UNIT_ROWS * CACHE_LINE
 UNPACKED_BLOCK = UNIT_ROWS * BLOCK_COLUMNS
 """Bytes of a block as int8."""
 _SUMS, _ACTIVATIONS, _WEIGHTS = 0, 4, 6
-"""The first of each two registers."""
+"""The first register of each pair."""
 
 
 @operation
@@ -51,7 +51,7 @@ def configure(b: ir.IRBuilder) -> None:
     rows = [16, 16, 0, 0, 16, 16, QUADS, QUADS]
     widths = [CACHE_LINE, CACHE_LINE, 0, 0, BLOCK_COLUMNS, BLOCK_COLUMNS, CACHE_LINE, CACHE_LINE]
     widths_as_bytes = [byte for width in widths for byte in (width, 0)]
-    # Palette 1; bytes a row from byte 16; rows from byte 48.
+    # Palette 1; bytes per row from byte 16; rows from byte 48.
     values = [1, *[0] * 15, *widths_as_bytes, *[0] * 16, *rows, *[0] * 8]
     shapes = cgutils.global_constant(b, "npqwen_amx_shapes", ir.Constant(ir.ArrayType(I8, 64), values))
     _do(b, "ldtilecfg", b.bitcast(shapes, I8.as_pointer()))
@@ -59,7 +59,7 @@ def configure(b: ir.IRBuilder) -> None:
 
 @operation
 def release(b: ir.IRBuilder) -> None:
-    """Clear the registers' shapes: the system need not save the registers any more."""
+    """Clear the registers' shapes: the system then no longer has to save the registers."""
     _do(b, "tilerelease")
 
 
@@ -101,7 +101,7 @@ def finish_block(
 ) -> Tile:
     """tile + the sums that `start_block` began, times the scales of weights and activations.
 
-    tile: 16 vectors, one a token. w[scales_at:]: the block's int8 scales. x[x_at:]: its activations
+    tile: 16 vectors, one per token. w[scales_at:]: the block's int8 scales. x[x_at:]: its activations
     (npqwen/simd/packed.py). room: uint8, 64-aligned, 2 * SUM_BYTES.
     """
     activations = element(b, x, x_at, I8)

@@ -1,4 +1,4 @@
-"""AArch64: NEON with the dot product, every 64-bit Arm core since 2018, and with products of small matrices."""
+"""AArch64: NEON with the dot product (Cortex-A76, Apple M1, Graviton2, later ones), or products of small matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from npqwen.simd.packed import OCTET, scale_offset, start_offset, values_offset
 
 _BYTES, _WORDS, _LONGS, _FLOATS = vector(I8, 16), vector(I32, 4), vector(I64, 2), vector(F32, 4)
 _BIAS = 3 << 22
-"""As a float32 (1.5 * 2**23), its last bit counts 1: adding a small integer to its bits adds it to its value."""
+"""The last bit of this float32 (1.5 * 2**23) counts 1: adding a small integer to its bits adds it to its value."""
 _BIAS_BITS = 0x4B400000
 
 
@@ -27,8 +27,8 @@ class Neon(NativeHalf):
 
     A core of the Cortex-A76 kind has two vector pipes, and only one of them converts integers, two cycles a vector: so
     sums start from the bits of a float, and one subtraction, on either pipe, makes them floats. Packed activations have
-    such starts, one for each row of a vector. A tile has no more vectors than these because LLVM loads early, and would
-    spill them.
+    such starts, one for each row of a vector. Tiles have no more vectors because LLVM hoists loads, and would spill
+    registers.
     """
 
     name: ClassVar[str] = "neon"
@@ -97,7 +97,7 @@ class Neon(NativeHalf):
     def activation_scale(self, b: ir.IRBuilder, x: ir.Value, token: int, tokens: int) -> ir.Value:
         if tokens < self.lanes:
             return super().activation_scale(b, x, token, tokens)
-        # A multiply-add takes a lane of four tokens' scales.
+        # A multiply-add can take its factor from one lane of four tokens' scales.
         first = token // self.lanes * self.lanes
         scales = b.load(offset(b, x, scale_offset(first, tokens), _FLOATS), align=4)
         return b.shuffle_vector(scales, undefined(_FLOATS), constant(I32, self.lanes, token % self.lanes))
@@ -113,8 +113,8 @@ class NeonI8mm(Neon):
     """`smmla` multiplies 2 rows x 8 columns by 8 columns of 2 tokens: as much as two `sdot`.
 
     Apple's M2, Neoverse V1 and N2, Snapdragon X and newer cores have it. The words of two quads are interleaved, which
-    makes 2 rows x 8 columns (an *octet*) of 4 x 4 twice; for int4 before the nibbles are taken apart. The four sums of
-    an instruction are those of two rows and two tokens: four rows of a token are put together again once a block.
+    turns two quads of 4 x 4 into two *octets* of 2 rows x 8 columns; for int4 before the nibbles are unpacked. The four
+    sums of an instruction are those of two rows and two tokens: a token's four rows are reassembled once per block.
     Likewise, packed activations have each token's start twice.
     """
 
@@ -180,7 +180,7 @@ class NeonI8mm(Neon):
 
 
 def _insert(b: ir.IRBuilder, name: str, into: ir.Value, bits: ir.Value, count: int) -> ir.Value:
-    """`into`, but in each byte the bits that those of `bits` reach, shifted left ("sli") or right ("sri")."""
+    """`into` with the bits of `bits` inserted in each byte, shifted left ("sli") or right ("sri"); other bits stay."""
     return call(b, f"llvm.aarch64.neon.v{name}.v16i8", _BYTES, into, bits, I32(count))
 
 
@@ -190,7 +190,7 @@ def _octets(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> list[ir.Value
 
 
 def _interleave(b: ir.IRBuilder, x: ir.Value, y: ir.Value, kind: ir.VectorType, high: bool) -> ir.Value:
-    """Items of x and y, as vectors of this kind, in turn: from their lower halves (`zip1`) or their higher (`zip2`)."""
+    """Alternating items of x and y, as vectors of this kind: of the lower halves (`zip1`) or the higher (`zip2`)."""
     n = kind.count
     first = n // 2 if high else 0
     order = [item for i in range(first, first + n // 2) for item in (i, n + i)]

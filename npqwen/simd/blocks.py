@@ -1,4 +1,4 @@
-"""Operations on blocks of an array's elements, as long vectors: LLVM cuts them into the processor's registers."""
+"""Operations on blocks of an array's elements, as long vectors, which LLVM splits into the processor's registers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from npqwen.simd.packed import OCTET
 def quantize_block(
     b: ir.IRBuilder, x: Array, at: Int, out: Array, out_at: Int, pitch: Const, start_at: Int, zero_point: Int
 ) -> Float:
-    """Round 32 float32 x[at:] to int8, the largest magnitude to 127: their scale.
+    """Round 32 float32 x[at:] to int8, the largest magnitude to 127; return their scale.
 
-    They go to out[out_at:], every 8 of them `pitch` bytes after the 8 before, and to out[start_at:] the start of their
-    products with weights of that zero point (npqwen/simd/packed.py). out: int8.
+    They go to out[out_at:], each 8 of them `pitch` bytes after the previous 8; out[start_at:] receives the start of
+    their products with weights of that zero point (npqwen/simd/packed.py). out: int8.
     """
     floats, words = vector(F32, BLOCK_COLUMNS), vector(I32, BLOCK_COLUMNS)
     values = b.load(element(b, x, at, floats), align=4)
@@ -82,7 +82,7 @@ def read_block_row(
                     words = b.insert_element(words, word, I32(n))
                 stored = b.sext(b.bitcast(words, vector(I8, BLOCK_COLUMNS)), vector(I32, BLOCK_COLUMNS))
                 values = b.sub(stored, constant(I32, BLOCK_COLUMNS, each.zero_point))
-                # Exact: of at most 15 bits.
+                # Exact: at most 15 bits.
                 scaled = b.fmul(b.sitofp(values, vector(F32, BLOCK_COLUMNS)), splat(b, block_scale, BLOCK_COLUMNS))
                 b.store(b.fmul(scaled, splat(b, row_scale, BLOCK_COLUMNS)), place, align=4)
 
@@ -114,7 +114,7 @@ def hadamard_block(b: ir.IRBuilder, x: Array, at: Int) -> None:
 def softmax_block(
     b: ir.IRBuilder, scores: Array, at: Int, count: Const, visible: Int, row_max: Float
 ) -> tuple[Float, Float]:
-    """Turn `count` scores into weights exp(score - maximum), zero from the `visible`-th on: (maximum, sum of weights).
+    """Turn `count` scores into weights exp(score - maximum), zero from index `visible`: (maximum, sum of weights).
 
     scores: float32, scores[at:] is overwritten. The maximum is that of the visible scores and of `row_max`, the row's
     maximum so far.
@@ -140,15 +140,15 @@ def softmax_rows_int8(
     row_max: Array, row: Int, values: Array, scales_at: Int, pitch: Int, out: Array, out_at: Int,
     maxima: Array, totals: Array, scales: Array,
 ) -> None:  # fmt: skip
-    """Weights exp(score - maximum) times the values' scales, as integers, of a power of two of rows side by side.
+    """Weights exp(score - maximum) times the values' scales, as integers, of `rows` rows, a power of two, side by side.
 
-    scores: float32, 32 for each block at scores[at:], the next row's after them; those from the `visible`-th on get no
-    weight, unless `all_visible`. values: uint8, 32 float32 scales at values[scales_at:], those of the next block
-    `pitch` bytes after them. out: uint8, out[out_at:] receives integers from 0 to 127, each row's largest 127, which
-    times scales[row] are the weights times the values' scales.
+    scores: float32, 32 for each block at scores[at:], followed by those of the next row; in each row, those starting at
+    index `visible` get no weight, unless `all_visible`. values: uint8, 32 float32 scales at values[scales_at:], those
+    of the next block `pitch` bytes further. out: uint8, out[out_at:] receives integers from 0 to 127, each row's
+    largest 127, which times scales[row] are the weights times the values' scales.
 
     maxima[row] becomes the maximum of the row's visible scores and row_max[row], totals[row] the sum of its weights.
-    float32, from `row` on.
+    row_max, maxima, totals and scales are float32, used starting at index `row`.
     """
     count, each = BLOCK_COLUMNS * blocks, range(rows)
     kind, words, row_kind = vector(F32, count), vector(I32, count), vector(F32, rows)
@@ -196,7 +196,7 @@ def softmax_rows_int8(
 def _reduced(b: ir.IRBuilder, pair: Callable[[ir.Value, ir.Value], ir.Value], rows: list[ir.Value]) -> ir.Value:
     """Each row's elements reduced to one, by halves: a vector with an element for each row.
 
-    rows: a power of two of them, up to 16. The order is the same for any number of rows, so that sums are, too.
+    rows: at most 16, a power of two. The order does not depend on the number of rows, so neither do the sums.
     """
 
     def halves(x: ir.Value, y: ir.Value, lanes: list[int], size: int) -> ir.Value:
@@ -251,7 +251,7 @@ def _joined(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 @operation
 def dot(b: ir.IRBuilder, x: Array, y: Array, count: Int) -> Float:
-    """The sum of x[i] * y[i] for `count` float32, added in an order that only `count` decides."""
+    """The sum of x[i] * y[i] for `count` float32, added in an order that depends only on `count`."""
     kind = vector(F32, BLOCK_COLUMNS)
     sums, rest = (cgutils.alloca_once_value(b, start) for start in (constant(F32, BLOCK_COLUMNS, 0.0), F32(0.0)))
     whole = b.mul(b.sdiv(count, I64(BLOCK_COLUMNS)), I64(BLOCK_COLUMNS))

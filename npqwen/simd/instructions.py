@@ -3,7 +3,7 @@
 Weights come in blocks of 16 rows by 32 columns (quant/FORMAT.md). One vector of weights holds `lanes` rows by 4
 neighbouring columns, a *quad*, as bytes; a block's 8 quads cover its 32 columns. A product multiplies each quad by the
 4 activations of its columns and adds up the 32 products of each row in an int32 lane. Blocks are stored in lines of 64
-bytes, in which quads have fields of some bits: `quads` takes them apart for any encoding of integers.
+bytes, in which a quad is one or more bit fields: `quads` unpacks them for any integer encoding.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from npqwen.simd.packed import scale_offset, start_offset, values_offset
 
 _CPU = cpu_target.target_context.codegen().magic_tuple()[1]
 PREFETCH_DISTANCE = 8192 if _CPU.startswith("znver") else 2048
-"""Bytes between weights that are read and those prefetched: further than a processor's own prefetching goes. Measured
-on AMD's Zen 5 and on Intel's Sapphire Rapids (docs/lab.md)."""
+"""Bytes between weights that are read and those prefetched: further ahead than hardware prefetchers reach. Measured on
+AMD's Zen 5 and on Intel's Sapphire Rapids (docs/lab.md)."""
 
 
 @dataclass(frozen=True)
 class _Unpacked(Encoding):
-    """Weights of fewer than 8 bits taken apart: a byte each, the value plus the zero point."""
+    """Unpacked weights of fewer than 8 bits: a byte each, the value plus the zero point."""
 
     @property
     def zero_point(self) -> int:
@@ -42,7 +42,7 @@ UNPACKED = _Unpacked("unpacked", code=-1, planes=(8,))
 Quads = Iterator[tuple[int, list[ir.Value]]]
 """Numbers in a block, 0 to 7, each with the quads of this number of all blocks."""
 Field = tuple[ir.Value, int, int]
-"""Some bits of a quad in a line: the line, their first bit in each byte, how many they are."""
+"""A bit field of a quad in a line: the line, the field's first bit in each byte, its number of bits."""
 
 
 class InstructionSet:
@@ -55,11 +55,11 @@ class InstructionSet:
     """Processor features, as LLVM names them, without which it cannot run."""
     tiles: ClassVar[dict[int, int]] = {1: 2, 4: 1}
     """Widths of register tiles: tokens that a matrix kernel multiplies at once (ascending, at most four), each with the
-    vectors of rows that it multiplies them by; the product, the tile's sums, has to fit the registers."""
+    vectors of rows that it multiplies them by; the product of the two, the tile's sums, has to fit in registers."""
     rows: ClassVar[tuple[int, ...]] = (2, 4, 8)
     """Rows of queries that attention multiplies at once: at most four widths, ascending."""
     accumulators: ClassVar[int] = 8
-    """Vectors of sums that fit the registers beside what is multiplied."""
+    """Vectors of sums that fit in registers besides the operands."""
     matrices: ClassVar[bool] = False
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
     distance: int = PREFETCH_DISTANCE
@@ -67,16 +67,16 @@ class InstructionSet:
     prefetches: ClassVar[bool] = False
     """Whether `line` prefetches, where a line is one vector and one cache line."""
     unpack_from: ClassVar[int] = 32
-    """Tiles of the widest width from which weights are unpacked once for all (npqwen/kernels/unpacked_matmul.py), which
-    nothing is computed beside; 0: never."""
+    """Fewest tiles of the widest width for which weights are unpacked once for all of them
+    (npqwen/kernels/unpacked_matmul.py), in a step that overlaps with no products; 0: never."""
     pieces_width: ClassVar[int] = 0
-    """The width of the tiles, of 16 rows, that more tokens than the middle width are divided into: weights below 8 bits
-    are unpacked once for all of them, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py); others
-    take such tiles where they save padding. 0: none."""
+    """The width of the tiles, of 16 rows, for more tokens than the middle width: weights below 8 bits are unpacked once
+    for all of these tiles, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py); other weights use
+    such tiles where they save padding. 0: none."""
     unpacked_vectors: ClassVar[int] = 1
     """Vectors of rows of a tile of the widest width whose weights are unpacked already."""
     start_bytes: ClassVar[int] = 4
-    """Bytes of what `pack_start` gives."""
+    """Bytes of the result of `pack_start`."""
     pairs: ClassVar[bool] = False
     """Whether `products` of several tokens takes their activations by pairs (npqwen/simd/packed.py)."""
 
@@ -126,7 +126,7 @@ class InstructionSet:
         return splat(b, b.load(offset(b, x, scale_offset(token, tokens), F32), align=4), self.lanes)
 
     def codebook(self, b: ir.IRBuilder, encoding: Encoding, place: ir.Value) -> ir.Value:
-        """What `quads` looks integers up in, <4 * lanes x i8>: the codebook at `place`; zeros if there is none."""
+        """The table in which `quads` looks up integers, <4 * lanes x i8>: the codebook at `place`, or zeros if none."""
         kind = vector(I8, 4 * self.lanes)
         return b.load(b.bitcast(place, kind.as_pointer()), align=1) if encoding.codebook else ir.Constant(kind, None)
 
@@ -154,7 +154,7 @@ class InstructionSet:
             yield n, [self.quad(b, encoding, table, list(parts)) for parts in zip(*planes, strict=True)]
 
     def order(self, encoding: Encoding) -> list[int]:
-        """In which order `quads` reads: line by line of the first plane."""
+        """The order in which `quads` reads: line by line of the first plane."""
         first = encoding.planes[0]
         return [line + first * f for line in range(first) for f in range(QUADS // first)]
 
@@ -164,7 +164,7 @@ class InstructionSet:
         return [quads[n] for n in range(QUADS)]
 
     def quad(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, fields: list[Field]) -> ir.Value:
-        """One quad of `quads`, of which each field holds some bits, the lowest first."""
+        """One quad of `quads`, assembled from its fields, those of the lowest bits first."""
         if encoding.bits == 8:
             return fields[0][0]
         at = 0 if encoding.codebook else encoding.step.bit_length() - 1
@@ -235,7 +235,7 @@ class InstructionSet:
 
 
 def shifted(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
-    """Every byte shifted left by so many bits, or right if they are negative."""
+    """Every byte shifted left by `bits`, or right by -bits if it is negative."""
     count = constant(I8, line.type.count, abs(bits))
     return b.shl(line, count) if bits > 0 else b.lshr(line, count) if bits else line
 

@@ -70,18 +70,18 @@ def has_dot_product(triple: str, cpu: str, features: str) -> bool:
 def has_matrix_product(triple: str, cpu: str, features: str) -> bool:
     """Whether LLVM may use AArch64's `smmla` for this processor.
 
-    It belongs to one extension with `usdot`, which LLVM makes of a sum of products of signed and unsigned bytes.
+    It belongs to the same extension as `usdot`, which LLVM emits for a sum of products of signed and unsigned bytes.
     """
     return "usdot" in _assembly(triple, cpu, features)
 
 
 def _assembly(triple: str, cpu: str, features: str) -> set[str]:
-    """The instructions that LLVM makes of sums of bytes for an AArch64 processor; none for another."""
+    """The instructions that LLVM emits for sums of bytes on an AArch64 processor; none for another."""
     if not triple.startswith(("aarch64", "arm64")):
         return set()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
     lines = machine.emit_assembly(llvm.parse_assembly(_SUM_OF_BYTES)).splitlines()
-    # Apple's assembly language says `udot.4s`.
+    # Apple's assembly syntax has `udot.4s`.
     return {line.split()[0].partition(".")[0] for line in lines if line.strip()}
 
 

@@ -36,11 +36,11 @@ Const = Annotated[int, "constant"]
 
 
 def operation(function: Callable[..., Any] | None = None, *, returns: Callable[..., types.Type] | None = None) -> Any:
-    """Make a function that emits LLVM instructions callable in kernels; the function itself stays as `.emit`.
+    """Make a function that emits LLVM instructions callable in kernels; the function itself is kept as `.emit`.
 
     Its parameters after the builder are annotated with the kinds above, and its result with None, Int, Int32, Float, a
-    tuple of these, or Tile: then it is of the type of its first Tile. Any other type is what `returns` makes of the
-    arguments, constants as int and the others as Numba types.
+    tuple of these, or Tile: the type of its first Tile argument. Any other result type is computed by `returns` from
+    the arguments, constants as int and the others as Numba types.
     """
     if function is None:
         return functools.partial(operation, returns=returns)
@@ -159,7 +159,7 @@ def prefetch_line(b: ir.IRBuilder, place: ir.Value) -> None:
 
 
 def settle(b: ir.IRBuilder, register: str, values: list[ir.Value]) -> list[ir.Value]:
-    """The values, computed before anything is loaded that follows: LLVM schedules loads early, and spills registers.
+    """The values, computed before any later load: LLVM would otherwise hoist loads, and spill registers.
 
     register: the constraint letter of inline assembly for registers of such values.
     """

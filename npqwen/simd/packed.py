@@ -13,7 +13,7 @@ and the blocks of a tile follow each other. Where the instruction set multiplies
 (`InstructionSet.pairs`), the values of two tokens alternate: 8 columns of the first, the same 8 of the second, the next
 8 of the first. For a matrix of floats each column of a tile is `width` float32.
 
-The functions give offsets in bytes, in compiled code as well as where code is generated. start_bytes is that of the
+The functions return offsets in bytes, in compiled code as well as in code generation. start_bytes is that of the
 instruction set.
 """
 
@@ -36,13 +36,13 @@ def block_bytes(width: int, start_bytes: int) -> int:
 
 @register_jitable
 def values_offset(token: int) -> int:
-    """Where the 32 values of a token begin; for pairs, those of two tokens, the first of even number."""
+    """Offset of the 32 values of a token; for pairs, of those of two tokens, `token` being the first, and even."""
     return BLOCK_COLUMNS * token
 
 
 @register_jitable
 def paired_values_offset(token: int) -> int:
-    """Where the first octet of a token begins if values of two tokens alternate; the others follow every 2 * OCTET."""
+    """Offset of a token's first octet if the values of two tokens alternate; the others follow every 2 * OCTET."""
     return 2 * BLOCK_COLUMNS * (token // 2) + OCTET * (token % 2)
 
 

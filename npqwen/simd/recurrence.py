@@ -1,9 +1,9 @@
 """Operations of gated DeltaNet layers: on rows of a recurrent state, and on 16 values at a time around it.
 
 A head's state lies in blocks of 16 value coordinates by all key coordinates: a *row* is one key coordinate's 16 values
-of a block. The tiles of these operations hold, one after another, the rows of one or two neighbouring blocks. No
-operation adds up a number of terms that depends on anything but the layer's shape, nor in another order: a token's
-result is the same to the bit, however tokens are divided into passes.
+of a block. The tiles of these operations hold, one after another, the rows of one or two neighbouring blocks. The
+number and order of the terms that an operation adds up depend on the layer's shape alone: a token's results are bitwise
+equal however tokens are divided into passes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from npqwen.simd.tile import FLOATS, LANES, f32s
 ROW = 16
 """float32 of a row."""
 ROWS_AT_ONCE = 2
-"""Rows of a block whose products are added up in sums of their own."""
+"""Rows of a block that are processed at once, each with its own sums of products."""
 _KIND = vector(F32, ROW)
 _VECTORS = ROW // LANES
 
 
 def _place(b: ir.IRBuilder, array: ir.Value, at: ir.Value, row: int, n: int, pitch: ir.Value) -> ir.Value:
-    """Where vector n of a tile lies, `row` rows from array[at] on; pitch: float32 between blocks."""
+    """Where vector n of a tile lies, `row` rows after array[at]; pitch: float32 between blocks."""
     block, part = divmod(n, _VECTORS)
     return element(b, array, step(b, step(b, at, block, pitch), row * ROW + part * LANES), FLOATS)
 
@@ -54,7 +54,7 @@ def _factor(b: ir.IRBuilder, array: ir.Value, at: ir.Value, row: int) -> ir.Valu
 def _add_products(
     b: ir.IRBuilder, sums: list[ir.Value], row: int, rows: list[ir.Value], key: ir.Value, query: ir.Value
 ) -> None:
-    """Add a row's products with the key and the query to the sums of its number."""
+    """Add a row's products with the key and the query to that row's sums."""
     count = len(rows)
     for which, factor in enumerate((key, query)):
         for n, value in enumerate(rows):
@@ -68,8 +68,8 @@ def dot_rows(
 ) -> Tile:
     """sums + the products of ROWS_AT_ONCE rows state[at:] with as many coordinates of a key and of a query.
 
-    sums: for each of the rows, a tile of products with keys, one of products with queries. pitch: float32 from a block
-    to the next. inputs: float32, the key's coordinates from inputs[key_at] on.
+    sums: for each of the rows, a tile of products with keys, one of products with queries. pitch: float32 from one
+    block to the next. inputs: float32, the key's coordinates at inputs[key_at:], the query's at inputs[query_at:].
     """
     count = len(sums) // (2 * ROWS_AT_ONCE)
     rows = [[b.load(_place(b, state, at, row, n, pitch), align=4) for n in range(count)] for row in range(ROWS_AT_ONCE)]
@@ -95,7 +95,7 @@ def stream_rows(
     b: ir.IRBuilder, deltas: Tile, decay: Float, source: Array, at: Int, target: Array, target_at: Int, pitch: Int,
     inputs: Array, key_at: Int,
 ) -> None:  # fmt: skip
-    """`update_rows` to a target at the beginning of a cache line, past the caches."""
+    """`update_rows` with non-temporal stores, to a target aligned to a cache line."""
     mark = b.module.add_metadata([ir.Constant(I32, 1)])
     for row, values in enumerate(_updated(b, deltas, decay, source, at, pitch, inputs, key_at)):
         for n, value in enumerate(values):
@@ -121,7 +121,7 @@ def _updated(
     b: ir.IRBuilder, deltas: list[ir.Value], decay: ir.Value, source: ir.Value, at: ir.Value, pitch: ir.Value,
     inputs: ir.Value, key_at: ir.Value,
 ) -> Iterator[list[ir.Value]]:  # fmt: skip
-    """The rows that `update_rows` writes, one by one, as registers hold few."""
+    """The rows that `update_rows` writes, one by one, as registers are few."""
     factor = splat(b, decay, LANES)
     for row in range(ROWS_AT_ONCE):
         key = _factor(b, inputs, key_at, row)
@@ -138,11 +138,11 @@ def finish_token(
     b: ir.IRBuilder, sums: Tile, values: Array, at: Int, gates: Array, decay_at: Int, beta_at: Int, product_at: Int,
     out: Array, out_at: Int,
 ) -> Tile:  # fmt: skip
-    """From the sums of `dot_rows` over the state before a token, what the token adds to it per key coordinate.
+    """From the sums of `dot_rows` over the state before a token, the deltas: what the token adds per key coordinate.
 
     deltas = beta * (value - decay * key @ state), and the output, out = query @ new state, is
-    decay * query @ state + (key @ query) * deltas. values: float32, the token's from values[at] on. gates: float32 with
-    decay, beta and key @ query at these places.
+    decay * query @ state + (key @ query) * deltas. values: float32, the token's at values[at:]. gates: float32 with
+    decay, beta and key @ query at these indices.
     """
     count = len(sums) // (2 * ROWS_AT_ONCE)
     decay, beta, product = (
@@ -167,7 +167,7 @@ def copy_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
 
 @operation
 def stream_block(b: ir.IRBuilder, source: Array, target: Array, at: Int) -> None:
-    """`copy_block` to the beginning of a cache line, past the caches."""
+    """`copy_block` with non-temporal stores, to a target aligned to a cache line."""
     stored = b.store(b.load(element(b, source, at, _KIND), align=4), element(b, target, at, _KIND), align=4 * ROW)
     stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
 
@@ -179,7 +179,7 @@ def convolve_block(
 ) -> None:  # fmt: skip
     """out[out_at:] = silu of the causal convolution of 16 channels: the tokens' rows at [at:] times their taps.
 
-    weights: float32, those of the oldest row at weights[at:], each other row's `pitch` after those before.
+    weights: float32, those of the oldest row at weights[at:], those of each next row `pitch` further.
     """
     total = constant(F32, ROW, 0.0)
     for n, row in enumerate((oldest, older, old, newest)):
@@ -215,7 +215,7 @@ def add_up(b: ir.IRBuilder, sums: Tile) -> Float:
 
 @operation
 def compute_gates(b: ir.IRBuilder, gates: Array, write_at: Int, decay_at: Int, rate: Float, bias: Float) -> None:
-    """Of 16 tokens, in place: gates[write_at:] = sigmoid, gates[decay_at:] = e**(-rate * softplus(it + bias))."""
+    """In place, 16 tokens: gates[write_at:] = sigmoid(x), gates[decay_at:] = e**(-rate * softplus(x + bias))."""
     one = constant(F32, ROW, 1.0)
     write = element(b, gates, write_at, _KIND)
     b.store(b.fdiv(one, b.fadd(one, exponential(b, _negated(b, b.load(write, align=4))))), write, align=4)

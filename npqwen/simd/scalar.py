@@ -40,7 +40,7 @@ def round_even(b: ir.IRBuilder, value: Float) -> Float:
 
 @intrinsic
 def memory(_: Any, address: Any, count: Any, dtype: Any) -> Any:
-    """The `count` items at an address as an array: `carray`, of which Numba would compile two functions per dtype."""
+    """The `count` items at an address as an array; for `carray`, Numba would compile two functions per dtype."""
     kind = types.Array(dtype.dtype, 1, "C")
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, values: Any) -> Any:
@@ -57,7 +57,7 @@ def memory(_: Any, address: Any, count: Any, dtype: Any) -> Any:
 def without_refcounts(_: Any, arrays: Any) -> Any:
     """Views of arrays, or of tuples of them, without reference counts: the owner must outlive the call.
 
-    Each slice of a counted array changes an atomic counter, whose cache line all threads would fight over.
+    Each slice of a counted array changes an atomic counter, whose cache line all threads would contend for.
     """
 
     def uncounted(context: Any, b: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:

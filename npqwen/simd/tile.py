@@ -1,9 +1,9 @@
 """Register tiles: accumulators in SIMD registers as one Numba value, and the operations that kernels do on them.
 
-A tile is a tuple of `tokens * rows` float32 vectors; vector `t * rows + r` holds, one a lane, the sums of token t and
-of weight rows `r * LANES` and up. Several tiles, of as many groups of weight rows, can be one tuple, one tile after the
-other: more independent sums hide the latency of multiply-adds. Operations unroll when they are compiled: a kernel is an
-ordinary loop around a few calls, and LLVM keeps the tiles in registers. Offsets into arrays count elements.
+A tile is a tuple of `tokens * rows` float32 vectors; vector `t * rows + r` holds, one per lane, the sums of token t and
+of weight rows `r * LANES` and up. Several tiles, each of its own group of weight rows, can be one tuple, one tile after
+another: more independent sums hide the latency of multiply-adds. Operations unroll when they are compiled: a kernel is
+an ordinary loop around a few calls, and LLVM keeps the tiles in registers. Offsets into arrays count elements.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ LANES = ISA.lanes
 """float32 of a vector."""
 FLOATS = vector(F32, LANES)
 _CACHED = copy(ISA)
-"""For what the caller prefetches, or has in its cache."""
+"""For data that the caller prefetches, or has in its cache."""
 _CACHED.distance = 0
 
 
 class Vector(types.Type):
-    """A register: `LANES` float32, or as many bytes as these."""
+    """A register: `LANES` float32, or 4 * LANES bytes."""
 
     def __init__(self, name: str, kind: ir.VectorType) -> None:
         self.kind = kind
@@ -60,7 +60,7 @@ class Vector(types.Type):
 
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
-    """Passed on and held as an LLVM vector."""
+    """Represented as an LLVM vector."""
 
     def __init__(self, manager: Any, numba_type: Vector) -> None:
         super().__init__(manager, numba_type, numba_type.kind)
@@ -77,7 +77,7 @@ def chains(vectors: int) -> int:
 
 @operation(returns=lambda tokens, rows, together: types.UniTuple(f32s, tokens * rows * together))
 def zeros(b: ir.IRBuilder, tokens: Const, rows: Const, together: Const) -> Tile:
-    """`together` tiles of zeros, of `rows` vectors of rows a token."""
+    """`together` tiles of zeros, of `rows` vectors of rows per token."""
     return [constant(F32, LANES, 0.0)] * (tokens * rows * together)
 
 
@@ -89,7 +89,7 @@ def add(b: ir.IRBuilder, tile: Tile, other: Tile) -> Tile:
 
 @operation
 def load(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> Tile:
-    """The tile that `store` of the same arguments has written; `tile` only tells how many vectors it has."""
+    """The tile that `store` with the same arguments has written; `tile` only determines the number of its vectors."""
     return [b.load(_place(b, out, at, n, rows, stride), align=4) for n in range(len(tile))]
 
 
@@ -112,7 +112,7 @@ def store_add(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, str
 def store_tiles(
     b: ir.IRBuilder, tiles: Tile, together: Const, out: Array, at: Int, pitch: Int, rows: Const, stride: Int
 ) -> None:
-    """`store` each of `together` tiles, `pitch` after the one before."""
+    """`store` each of `together` tiles, `pitch` after the previous one."""
     size = len(tiles) // together
     for n, value in enumerate(tiles):
         b.store(value, _place(b, out, step(b, at, n // size, pitch), n % size, rows, stride), align=4)
@@ -122,7 +122,7 @@ def store_tiles(
 def store_add_tiles(
     b: ir.IRBuilder, tiles: Tile, together: Const, out: Array, at: Int, pitch: Int, rows: Const, stride: Int
 ) -> None:
-    """`store_add` each of `together` tiles, `pitch` after the one before."""
+    """`store_add` each of `together` tiles, `pitch` after the previous one."""
     size = len(tiles) // together
     for n, value in enumerate(tiles):
         place = _place(b, out, step(b, at, n // size, pitch), n % size, rows, stride)
@@ -146,7 +146,7 @@ def dot_block_int(
     b: ir.IRBuilder, tile: Tile, tokens: Const, encoding: Const, codebook: Tile,
     w: Array, at: Int, scales_at: Int, x: Array, x_at: Int,
 ) -> Tile:  # fmt: skip
-    """tile + a block of weights @ the tokens' activations, but for the rows' scales.
+    """tile + a block of weights @ the tokens' activations, without the rows' scales.
 
     encoding: the code of an integer encoding. codebook: from `load_codebook`. w: uint8, the block's weights at w[at:],
     their int8 scales at w[scales_at:], both of the tile's first row. x: uint8, the block's activations at x[x_at:]
@@ -159,7 +159,7 @@ def dot_block_int(
 def dot_block_unpacked(
     b: ir.IRBuilder, tile: Tile, tokens: Const, values: Array, at: Int, w: Array, scales_at: Int, x: Array, x_at: Int
 ) -> Tile:
-    """tile + a block of weights from `unpack_block` @ the tokens' activations, but for the rows' scales.
+    """tile + a block of weights from `unpack_block` @ the tokens' activations, without the rows' scales.
 
     values: uint8, the unpacked block at values[at:]. The rest is as for `dot_block_int`.
     """
@@ -170,10 +170,10 @@ def dot_block_unpacked(
 def dot_block_int8(
     b: ir.IRBuilder, tile: Tile, tokens: Const, w: Array, at: Int, pitch: Int, x: Array, x_at: Int
 ) -> Tile:
-    """tile + blocks of int8 @ the tokens' activations, but for the rows' scales.
+    """tile + blocks of int8 @ the tokens' activations, without the rows' scales.
 
-    w: uint8, the first 16 rows' block at w[at:], as in the encoding INT8 without scales; the next 16 rows' block lies
-    `pitch` bytes after it. x: uint8, the block's activations at x[x_at:] (npqwen/simd/packed.py).
+    w: uint8, the first 16 rows' block at w[at:], as in the encoding INT8 without scales; the next 16 rows' block is
+    `pitch` bytes further. x: uint8, the block's activations at x[x_at:] (npqwen/simd/packed.py).
     """
     rows, lines = len(tile) // tokens, UNIT_ROWS // LANES
     activations = element(b, x, x_at, I8)
@@ -194,13 +194,13 @@ def add_weighted_lines(
 ) -> Tile:  # fmt: skip
     """tile + the weights of `rows` rows @ `blocks` blocks of int8, times the rows' scales.
 
-    values: uint8, a block of 16 coordinates by 32 positions at values[at:], the next `pitch` bytes after it. weights:
-    uint8 from 0 to 127, 32 for each block, a row's `stride` bytes after those of the row before. scales: float32
+    values: uint8, a block of 16 coordinates by 32 positions at values[at:], the next block `pitch` bytes further.
+    weights: uint8 from 0 to 127, 32 for each block, those of the next row `stride` bytes further. scales: float32
     (rows,).
     """
     vectors = len(tile) // rows
     kind = vector(I32, LANES)
-    # Few sums: two chains each, as each addition waits for the one before.
+    # Few sums: two chains each, as each addition waits for the previous one.
     chains_ = 2 if len(tile) <= 4 else 1
     sums = [[constant(I32, LANES, 0)] * chains_ for _ in tile]
     for block in range(blocks):
@@ -253,7 +253,7 @@ def _add_products(
 
 @operation
 def scale_rows(b: ir.IRBuilder, tile: Tile, rows: Const, w: Array, at: Int) -> Tile:
-    """tile * the rows' float32 scales, which begin at the uint8 w[at:]; rows: vectors of rows a token."""
+    """tile * the rows' float32 scales, which begin at the uint8 w[at:]; rows: vectors of rows per token."""
     place = element(b, w, at, I8)
     scales = [b.load(offset(b, place, 4 * LANES * r, FLOATS), align=4) for r in range(rows)]
     return [b.fmul(value, scales[n % rows]) for n, value in enumerate(tile)]
@@ -268,7 +268,7 @@ def multiply_add_column(
     b: ir.IRBuilder, tiles: Tile, tokens: Const, together: Const, dtype: Const,
     w: Array, at: Int, pitch: Int, x: Array, x_at: Int, stride: Int,
 ) -> Tile:  # fmt: skip
-    """Add the outer product of a column of weights with its activations, one a token, to each of `together` tiles.
+    """Add the outer product of a column of weights with its activations, one per token, to each of `together` tiles.
 
     The rows of tile n have the weights w[at + n * pitch:], of the dtype BFLOAT16, FLOAT16 or FLOAT32. The activation of
     token t is x[x_at + t * stride], float32, for all tiles.
@@ -298,7 +298,7 @@ def _load(b: ir.IRBuilder, dtype: int, column: ir.Value, r: int) -> ir.Value:
 
 @operation
 def prefetch(b: ir.IRBuilder, array: Array, at: Int, size: Const) -> None:
-    """Prefetch `size` bytes from array[at] on; they need not be mapped."""
+    """Prefetch `size` bytes starting at array[at]; they need not be mapped."""
     place = element(b, array, at, I8)
     for line in range(0, size, CACHE_LINE):
         prefetch_line(b, offset(b, place, line, I8))
@@ -306,7 +306,7 @@ def prefetch(b: ir.IRBuilder, array: Array, at: Int, size: Const) -> None:
 
 @operation
 def add_stream(b: ir.IRBuilder, tile: Tile, array: Array, at: Int, count: Const) -> Tile:
-    """tile + the `count` float32 array[at:], a vector to each of the tile's in turn; reads ahead by prefetching."""
+    """tile + the `count` float32 array[at:], a vector to each of the tile's in turn, with prefetching."""
     for n in range(count // LANES):
         place = element(b, array, step(b, at, n * LANES), FLOATS)
         if n * LANES * 4 % CACHE_LINE == 0:

@@ -31,14 +31,14 @@ class _Avx(NativeHalf):
 class Avx2(_Avx):
     """`vpmaddubsw` multiplies unsigned by signed bytes and adds pairs in int16, `vpmaddwd` adds those up in int32.
 
-    Both, and multiplications of floats, take turns on two pipes of a Zen 5, which are the limit. So four quads, half a
-    block's, are added up in int16 before they are widened, and so is their start: minus the zero point, 32, times the
-    sum of a lane's activations. Activations are -127 to 127, weights with the zero point 0 to 63, so that
+    On a Zen 5, they share two pipes with multiplications of floats, and these pipes are the limit. So four quads, half
+    a block, are added up in int16 before they are widened, with their start: minus the zero point, 32, times the sum of
+    a lane's activations. Activations are -127 to 127, weights with the zero point 0 to 63, so that
     - `vpmaddubsw` cannot saturate: 2 * 63 * 127 = 16,002 is less than 32,767;
-    - additions may wrap around, but the sum that they end with fits: without the zero point it is at most
-      4 * 2 * 32 * 127 = 32,512. A whole block's would not.
-    They are widened by a multiplication anyway, which multiplies by the block's scale, too. Two tokens by two vectors
-    load least, and fit sixteen registers.
+    - additions may wrap around, but the final sum fits: without the zero point it is at most
+      4 * 2 * 32 * 127 = 32,512. The sum of a whole block would not fit.
+    Widening is a multiplication anyway, so it multiplies by the block's scale, too. Two tokens by two vectors need the
+    fewest loads, and fit sixteen registers.
     """
 
     name: ClassVar[str] = "avx2"
@@ -96,12 +96,12 @@ class Avx2(_Avx):
         self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value],
         factors: Callable[[], list[ir.Value]], x: ir.Value, tokens: int,
     ) -> Iterator[list[ir.Value]]:  # fmt: skip
-        """`products` of weights from 0 to 63 times the blocks' factors: the same <16 x i16> number twice a row.
+        """`products` of weights from 0 to 63 times the blocks' factors, <16 x i16>, the same number twice per row.
 
-        factors: makes them.
+        factors: a function that emits them.
         """
         together = min(tokens, 2)
-        # Kept from the start, they would be registers that a tile of more tokens lacks.
+        # Loaded up front, they would occupy registers that a tile of more tokens lacks.
         scales = factors() if tokens == together else []
         quads = self.quads(b, encoding, table, blocks)
         halves: list[list[list[ir.Value]]] = []
@@ -236,7 +236,7 @@ class Avx512(AvxVnni):
         return super().line(b, block, n)
 
     def quads(self, b: ir.IRBuilder, encoding: Encoding, table: ir.Value, blocks: list[ir.Value]) -> Quads:
-        # All of them before the products: there are registers, and with one token that is a hundredth faster.
+        # All of them before the products: there are enough registers, and with one token that is 1% faster.
         yield from sorted(super().quads(b, encoding, table, blocks), key=lambda quad: quad[0])
 
     def lookup(self, b: ir.IRBuilder, table: ir.Value, indices: ir.Value) -> ir.Value:
@@ -263,7 +263,7 @@ class Avx512Vbmi(Avx512):
 
 
 def _shift_words(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
-    """Bytes shifted left, or right if bits is negative; what leaves one byte of two enters the other."""
+    """Bytes shifted left, or right if bits is negative; bits shifted out of one byte of a pair enter the other."""
     if bits == 0:
         return line
     words = b.bitcast(line, vector(I16, line.type.count // 2))
@@ -272,7 +272,7 @@ def _shift_words(b: ir.IRBuilder, line: ir.Value, bits: int) -> ir.Value:
 
 
 class Amx(Avx512Vbmi):
-    """Tiles of 16 tokens are products of matrices (npqwen/simd/amx.py); fewer tokens take `vpdpbusd`."""
+    """Tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py); narrower tiles use `vpdpbusd`."""
 
     name: ClassVar[str] = "amx"
     features: ClassVar[frozenset[str]] = Avx512Vbmi.features | {"amx-tile", "amx-int8"}
@@ -280,7 +280,7 @@ class Amx(Avx512Vbmi):
 
     @classmethod
     def allowed(cls) -> bool:
-        """Linux lets a process use the registers on request (arch_prctl, since 5.16); no other system is asked."""
+        """Linux lets a process use the registers on request (arch_prctl, since 5.16); elsewhere, returns False."""
         if sys.platform != "linux" or platform.machine() != "x86_64":
             return False
         system_call, arch_prctl, request_permission, tile_data = ctypes.CDLL(None).syscall, 158, 0x1023, 18

@@ -15,7 +15,7 @@ _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}
 
 
 def language(text: str) -> Literal["lark", "gbnf"]:
-    """Which of both a grammar is written in: its first rule has "name ::=" in GBNF, "name:" in Lark.
+    """The language of a grammar: its first rule has "name ::=" in GBNF, "name:" in Lark.
 
     OptionError if it begins with neither.
     """
@@ -41,7 +41,7 @@ def lark_text(text: str) -> str:
 
     try:
         return gbnf_to_lark(_json_escapes(text))
-    except Exception as error:  # it raises bare ones, and RecursionError for deep parentheses
+    except Exception as error:  # it raises bare Exceptions, and RecursionError for deep parentheses
         reason = shortened(str(error), 200) or type(error).__name__
         raise OptionError(f"grammar cannot be read as GBNF: {reason}") from None
 

@@ -1,4 +1,4 @@
-"""JSON values to instances of the types that `npqwen.structure.type_schema` describes."""
+"""Conversion of JSON values to instances of the types that `npqwen.structure.type_schema` describes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Mismatch(ValueError):
 
 
 def instance(kind: Any, value: Any) -> Any:
-    """The instance of a type that a JSON value spells, nested ones included.
+    """The instance of a type that a JSON value encodes, including nested ones.
 
     Raises Mismatch for a value that does not follow the type's schema, and what a class's own checks raise.
     """

@@ -8,7 +8,8 @@ from typing import Any
 from npqwen.errors import OptionError
 
 _MAX_DEPTH = 128
-"""Nesting depth: whatever prints values recurses. Calls written by models have a lower limit (`parameter_value.py`)."""
+"""The greatest nesting depth: printing values recurses. Calls written by models have a lower limit
+(`parameter_value.py`)."""
 
 
 def plain(value: Any, where: str) -> Any:
@@ -16,7 +17,7 @@ def plain(value: Any, where: str) -> Any:
 
     where: names the value in error messages. Raises OptionError for anything that JSON cannot represent.
 
-    Chat templates are programs that come with a model: they are given no objects with methods of their own.
+    Chat templates are programs that come with a model: they must not receive objects with methods of their own.
     """
     return _plain(value, where, _MAX_DEPTH)
 

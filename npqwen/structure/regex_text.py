@@ -1,4 +1,4 @@
-r"""Regular expressions of users for llguidance, whose \d and \w are those of Rust's regex: wider than Python's."""
+r"""Users' regular expressions for llguidance, where \d and \w are those of Rust's regex: wider than Python's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _ASCII_LETTERS = "0-9A-Za-z_"
 
 
 def narrowed_classes(regex: str, *, ascii: bool) -> str:
-    r"""`regex` with \d and \w replaced by what is in those classes wherever they are known.
+    r"""`regex` with \d and \w replaced by explicit character classes.
 
-    \d is 0 to 9, what people mean by it, and \w a letter, a digit or "_" of any script, or with `ascii`, as in the
-    patterns of JSON schemas, which are JavaScript's, of ASCII. Rust's \d has the digits of all scripts, and its \w
-    marks that Python's does not have.
+    \d becomes 0 to 9, which is what people mean by it. \w becomes the letters and digits of any script and "_"; with
+    `ascii`, as in the patterns of JSON schemas, which are JavaScript's, only those of ASCII. Rust's \d matches the
+    digits of all scripts, and its \w also matches marks, which Python's does not.
     """
     inside = False
     parts: list[str] = []

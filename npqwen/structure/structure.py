@@ -1,4 +1,4 @@
-"""What a text must be, from the options `schema`, `regex`, `choice` and `grammar`."""
+"""The structure that a text must have, from the options `schema`, `regex`, `choice` and `grammar`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 OPTIONS = ("schema", "regex", "choice", "grammar")
-"""The options that say what a text must be; at most one of them may be given."""
+"""The options that constrain the structure of a text; at most one of them may be given."""
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as Python's json and Qwen's chat templates write it. With blanks left to the model, few tokens are
-forced, and small models write blanks without end."""
+"""JSON on one line, as Python's json and Qwen's chat templates write it. If whitespace is left to the model, few tokens
+are forced, and small models write endless whitespace."""
 MAX_SIZE = 1 << 20
-"""Characters of a grammar."""
+"""The most characters of a grammar."""
 INSTALL = 'pip install "npqwen[grammar]"'
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What a text must be; checked, but not compiled for a vocabulary.
+    """The structure that a text must have; checked, but not compiled for a vocabulary.
 
     option: the option that it was made from, for messages. grammar: as llguidance takes it. kind: the type of the
-    object that the text spells, if it was made from one. has_value: whether the text spells a JSON value. thinks:
+    object that the text encodes, if it was made from a type. has_value: whether the text is a JSON value. thinks:
     whether the text may begin with `<think>`; None if that depends on the prompt alone.
     """
 
@@ -45,7 +45,7 @@ class Structure:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Structure | None:
-        """What these options, which are checked, make of a text; None if none of them is given."""
+        """The structure that these options, which are checked, require; None if none of them is given."""
         option = next((name for name in OPTIONS if options.get(name) is not None), None)
         if option is None:
             return None
@@ -53,7 +53,7 @@ class Structure:
         return value if isinstance(value, Structure) else _MAKERS[option](value)
 
     def parse(self, text: str) -> Any:
-        """The object that a complete text spells; None if the structure is not one of JSON.
+        """The object that a complete text encodes; None if the structure is not JSON.
 
         Raises what the checks of the caller's own class raise.
         """
@@ -72,7 +72,7 @@ class Structured:
 
     @cached_property
     def parsed(self) -> Any:
-        """The object that the text spells; see `Structure.parse`."""
+        """The object that the text encodes; see `Structure.parse`."""
         return self.structure.parse(self.text)
 
 
@@ -122,14 +122,14 @@ def check_grammar(name: str, value: Any) -> Any:
 
 
 def check_one(options: Mapping[str, Any]) -> None:
-    """OptionError if more than one option says what the text must be."""
+    """OptionError if more than one of `OPTIONS` is given."""
     given = [name for name in OPTIONS if options.get(name) is not None]
     if len(given) > 1:
         raise OptionError(f"{given[0]} and {given[1]} exclude each other; give one of them")
 
 
 def value_schema(value: Any) -> dict[str, Any]:
-    """The JSON schema that the option `schema`, which is checked, stands for, with blanks as in `JSON_STYLE`."""
+    """The JSON schema of a value of the option `schema`, which is checked, with whitespace as in `JSON_STYLE`."""
     if value is True:
         schema: dict[str, Any] = {"type": "object"}
     else:
@@ -138,7 +138,7 @@ def value_schema(value: Any) -> dict[str, Any]:
 
 
 def with_style(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema whose text has the blanks of `JSON_STYLE`, where its own "x-guidance" says nothing else."""
+    """A schema whose text has the whitespace of `JSON_STYLE`, except where its own "x-guidance" sets it."""
     own = schema.get("x-guidance", {})
     return {**schema, "x-guidance": {**JSON_STYLE, **own} if isinstance(own, Mapping) else own}
 
@@ -151,10 +151,10 @@ _TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependent
 
 
 def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
-    r"""A copy that allows less where the schema does not say: no properties but those that are listed, which is what
-    people mean who list them; integers of 18 digits, for models that write digits without end; ASCII for \d and \w.
+    r"""A copy that allows less where the schema leaves it open: only the listed properties, which is what people who
+    list them mean; integers of at most 18 digits, as some models write endless digits; only ASCII for \d and \w.
 
-    A schema that combines others by allOf may have more properties: each of the others would forbid the rest.
+    In a schema with allOf only \d and \w are narrowed: each combined schema would forbid the properties of the others.
     """
     found: list[dict[str, Any]] = []
     copy: dict[str, Any] = _copied(schema, found)
@@ -172,7 +172,7 @@ def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copied(schema: Any, found: list[dict[str, Any]]) -> Any:
-    """A copy of a schema down to its innermost ones, all of which are appended to `found`."""
+    """A copy of a schema and its nested schemas, each of which is appended to `found`."""
     if not isinstance(schema, dict):
         return schema
     copy = dict(schema)
@@ -229,7 +229,7 @@ _MAKERS: Mapping[str, Any] = {
 
 
 def checked(option: str, grammar: str) -> str:
-    """`grammar`, if llguidance can use it; OptionError that says why not otherwise."""
+    """`grammar`, if llguidance can use it; otherwise OptionError with the reason."""
     _check_size(option, grammar)
     if problem := _problem(grammar):
         raise OptionError(f"{option} cannot be used: {problem}")

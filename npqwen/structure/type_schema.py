@@ -37,12 +37,12 @@ def type_schema(kind: Any) -> dict[str, Any]:
 
 
 def is_pydantic(kind: Any) -> bool:
-    """Whether pydantic made this class: a model, or a dataclass of its own kind."""
+    """Whether this is a class of pydantic's: a model, or a pydantic dataclass."""
     return inspect.isclass(kind) and get_origin(kind) is None and hasattr(kind, "__pydantic_validator__")
 
 
 def pydantic_schema(kind: Any) -> dict[str, Any]:
-    """The schema that pydantic makes of its class; OptionError if it cannot."""
+    """The schema that pydantic generates for its class; OptionError if it cannot."""
     from pydantic import TypeAdapter
 
     try:
@@ -56,7 +56,7 @@ _NOT_OF_JSON = {"binary", "password", "path", "file-path", "directory-path", "ba
 
 
 def _checked_by_pydantic(schema: Any) -> Any:
-    """A copy without what only pydantic can check: that items of a set differ, and formats of its own."""
+    """A copy without what only pydantic can check: that a set's items are unique, and formats of its own."""
     if isinstance(schema, list):
         return [_checked_by_pydantic(one) for one in schema]
     if not isinstance(schema, dict):
@@ -77,7 +77,7 @@ def check_literal(kind: Any, values: list[Any], where: str) -> dict[str, Any]:
 
 
 class _Definitions:
-    """The `$defs` of one schema: a class with fields is described once, also where it contains itself."""
+    """The `$defs` of one schema: a class with fields is described once, even if it contains itself."""
 
     def __init__(self) -> None:
         self.schemas: dict[str, Any] = {}

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _KEPT = 16
-"""Compiled grammars that are kept."""
+"""The most compiled grammars that are kept."""
 
 
 class Vocabulary:
-    """Compiles structures to constraints of texts. Any number of threads may call it.
+    """Compiles structures to constraints on texts. Any number of threads may call it.
 
     Making one takes as long as reading a tokenizer: it is kept with the tokenizer by `vocabulary_of`.
     """
@@ -36,7 +36,7 @@ class Vocabulary:
         self._lock = Lock()
 
     def constraint(self, structure: Structure) -> Constraint:
-        """A constraint of one text. OptionError if no text can have this structure, or it is too complex."""
+        """A constraint on one text. OptionError if no text can have this structure, or it is too complex."""
         return Constraint(self.compiled(structure).deep_copy(), self._size, self._eos_ids, structure.option)
 
     def compiled(self, structure: Structure) -> LLMatcher:

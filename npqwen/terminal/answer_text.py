@@ -18,10 +18,10 @@ class AnswerText(Protocol):
         """Write the next piece. Raises BrokenPipeError or OutputError, see `Terminal.write_text`."""
 
     def pause(self) -> None:
-        """Something else will be written to stderr before the text continues."""
+        """Prepare for other output on stderr before the text continues."""
 
     def close(self, *, complete: bool) -> None:
-        """End the text. complete: it has not been interrupted."""
+        """End the text. complete: whether it was not interrupted."""
 
 
 def answer_text(terminal: Terminal, *, markdown: bool = False, exact: bool = False) -> AnswerText:
@@ -37,7 +37,7 @@ def answer_text(terminal: Terminal, *, markdown: bool = False, exact: bool = Fal
 def rendered(text: str, columns: int, styles: bool) -> str:
     """A finished Markdown text as rows of at most `columns`, for a terminal that understands escape sequences.
 
-    styles: whether to use styles of letters.
+    styles: whether to use text styles.
     """
     rows: list[str] = []
     printer = MarkdownText(RowPrinter(rows.append, lambda: columns, redraws=False, styles=styles))
@@ -74,8 +74,8 @@ class ScreenText:
 class PipedText:
     """A text in a file or pipe, which ends with one newline, unless it was interrupted before it began.
 
-    exact: newlines at the end of the text itself are kept, and one is added in any case, so that readers who remove
-    one have the exact text.
+    exact: keep trailing newlines of the text itself, and always add one, so that readers that strip one get the exact
+    text.
     """
 
     def __init__(self, terminal: Terminal, *, exact: bool) -> None:
@@ -83,7 +83,7 @@ class PipedText:
         self._exact = exact
         self._begun = False
         self._newlines = 0
-        """Newlines at the end that are held back."""
+        """The number of trailing newlines that are held back."""
 
     def add(self, text: str) -> None:
         body = text if self._exact else text.rstrip("\n")

@@ -25,7 +25,7 @@ _INCOMPLETE = ", incomplete"
 
 
 class AnswerView:
-    """Shows answers: text (on a terminal, wrapped), reasoning as `mode` says, every other event as a dim line.
+    """Shows answers: text (on a terminal, wrapped), reasoning according to `mode`, calls and new notices as dim lines.
 
     markdown: on a terminal, render the text as Markdown, unless it has a structure, such as JSON.
     """
@@ -64,7 +64,7 @@ class AnswerView:
             text.close(complete=complete)
 
     def announce_end_of_thinking(self) -> None:
-        """Say that the thinking of the present answer is being ended."""
+        """Say that the thinking of the current answer is being ended."""
         if self._reasoning_view is not None:
             self._reasoning_view.announce_end()
 
@@ -76,18 +76,18 @@ class AnswerView:
             text.pause()
             self._terminal.notice(f"calls {event.name} with {arguments}; there are no tools here")
         elif isinstance(event, Notice) and event.text not in self._shown_notices:
-            self._shown_notices.add(event.text)  # A notice about a setting comes with every answer.
+            self._shown_notices.add(event.text)  # A notice about a setting is repeated with every answer.
             text.pause()
             self._terminal.notice(event.text)
 
 
 def guesses(usage: Usage) -> str:
-    """How many of the guessed tokens were right, after the number of a text's tokens; "" if none was guessed."""
+    """How many draft tokens were accepted, to follow the number of generated tokens; "" if there were none."""
     return f" ({usage.accepted_tokens} of {usage.drafted_tokens} guessed right)" if usage.drafted_tokens else ""
 
 
 def statistics(stream: ChatStream, context: str = "") -> str:
-    """One line: why the answer ended, unless the model ended it; speed; tokens; `context`, the part that is used."""
+    """One line: why the answer ended, unless the model ended it; speed; tokens; `context`, the context usage."""
     usage = stream.usage
     parts = [
         f"{usage.decode_rate:.1f} tok/s",

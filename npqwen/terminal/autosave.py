@@ -1,4 +1,4 @@
-"""Conversations in the terminal, saved by themselves, so that the last one can be continued."""
+"""Automatic saving of conversations in the terminal, so that the last one can be continued."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from npqwen.chat.saved_conversation import SavedConversation
 from npqwen.errors import FormatError, OutputError
 
 MAX_FILES = 20
-"""How many conversations are kept."""
+"""Most conversations that are kept."""
 MAX_BYTES = 16_000_000
-"""The size of the largest conversation that is kept."""
+"""Size of the largest conversation that is saved, in bytes."""
 _NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}\.json")
 
 
 class Autosave:
-    """The newest conversations in a directory that only its owner can read, and the file of the present one.
+    """The newest conversations in a directory that only its owner can read, and the file of the current one.
 
     Several terminals may save there at the same time: each has its own file. If two continue the same conversation,
     the second one to save notices, by the file's size and time, that it has changed, and saves to a new file.
@@ -33,11 +33,11 @@ class Autosave:
         self.enabled = True
         """Whether `save` does anything."""
         self._path: Path | None = None
-        """The file of the present conversation."""
+        """The file of the current conversation."""
         self._state: tuple[int, int] | None = None
-        """Its state when it was read or written last."""
+        """Its state when it was last read or written."""
         self._written = b""
-        """The hash of what was written last."""
+        """SHA-256 of the text that was last written."""
 
     def last(self, model: str) -> tuple[tuple[SavedConversation, Path] | None, list[str]]:
         """The newest conversation with this model, else the newest of all, and its file, which `save` then replaces.
@@ -60,7 +60,7 @@ class Autosave:
         return found, errors
 
     def save(self, saved: SavedConversation) -> None:
-        """Replace the file of the present conversation, atomically, if anything has changed. May raise OutputError."""
+        """Replace the file of the current conversation atomically if anything has changed. May raise OutputError."""
         if not self.enabled:
             return
         text = saved.encode()
@@ -86,7 +86,7 @@ class Autosave:
         self._path, self._state, self._written = None, None, b""
 
     def forget(self) -> None:
-        """Remove the file of the present conversation, unless another terminal has continued it."""
+        """Remove the file of the current conversation, unless another terminal has continued it."""
         if self._path is not None and self._state == _state(self._path):
             with contextlib.suppress(OSError):
                 self._path.unlink()
@@ -107,7 +107,7 @@ class Autosave:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """What changes whenever the file is replaced: the time of its last change in nanoseconds, and its size."""
+    """What changes when the file is replaced: modification time in nanoseconds, and size; None if there is no file."""
     try:
         status = path.stat()
     except OSError:

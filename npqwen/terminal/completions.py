@@ -1,4 +1,4 @@
-"""What Tab completes in a conversation in the terminal."""
+"""Tab completion in a conversation in the terminal."""
 
 from __future__ import annotations
 

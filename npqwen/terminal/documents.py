@@ -25,7 +25,7 @@ PAGES = {
     "deploy": "examples/deploy/README.md",
     "format": "quant/FORMAT.md",
 }
-"""Where each page lies in the repository. In an installed npqwen, `documents` has them by their names."""
+"""The path of each page in the repository; an installed npqwen has it as `documents/NAME.md`."""
 _ELSEWHERE = {
     "memory": "models which one fits",
     "formats": "sources",
@@ -37,32 +37,32 @@ _ELSEWHERE = {
     "environment": "terminal environment variables",
     "lora": "sources lora adapters",
 }
-"""Words that people may try -> a topic."""
+"""Words that users may try -> a topic."""
 _HEADING = re.compile(r"^(#+) (.+)$")
 _LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\(([^()\s]*)\)")
 _ITEM = re.compile(r"\s*([-*]|\d+\.) ")
 _BLOCK = re.compile(rf"#|\||>|{_ITEM.pattern}")
-"""The beginning of a line that continues no paragraph."""
+"""The beginning of a line that does not continue a paragraph."""
 _IMAGE = re.compile(r"^!\[.*$\n?", re.M)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: from its heading to the next one that is as high."""
+    """A part of a page: from its heading to the next one of the same level."""
 
     page: str
     heading: str
-    """Without the marks; of a page as a whole, its title."""
+    """Without Markdown's markers; for a whole page, its title."""
     text: str
 
     @property
     def topic(self) -> str:
-        """What to type to see it."""
+        """The argument of `npqwen help` that shows it."""
         return f"{self.page} {self.heading.lower()}"
 
 
 class Documents:
-    """All pages. Raises OptionError for what is not there."""
+    """All pages. Raises OptionError for unknown topics and missing files."""
 
     def __init__(self) -> None:
         package = Path(__file__).parents[1]
@@ -90,9 +90,9 @@ class Documents:
         return found
 
     def find(self, topic: str) -> list[Section]:
-        """The sections that a topic means, such as "server", "sampling", "server speed": one, or all that match.
+        """The sections that match a topic, such as "server", "sampling", "server speed": one, or all that match.
 
-        A page comes first, then a section of exactly this heading, of one that begins so, of one that has the words.
+        In order of priority: a page's name; a section's whole heading; the beginning of a heading; a part of one.
         """
         wanted = _words(topic)
         wanted = _ELSEWHERE.get(wanted, wanted)
@@ -113,7 +113,7 @@ class Documents:
         raise OptionError(f"unknown help topic {quoted(topic)}; {hint}npqwen help lists all topics")
 
     def for_terminal(self, section: Section) -> str:
-        """The Markdown of a section, with commands in place of links to other pages, and without pictures."""
+        """The Markdown of a section, with commands in place of links to other pages, and without images."""
         names = {Path(place).name: name for name, place in PAGES.items()}
 
         def link(found: re.Match[str]) -> str:
@@ -154,7 +154,7 @@ def _sections(page: str, text: str) -> list[Section]:
 
 
 def _unwrapped(text: str) -> str:
-    """Markdown whose paragraphs and list items are a line each: a terminal has another width than the source."""
+    """Markdown with one line per paragraph and list item: the terminal's width differs from the source's."""
     lines: list[str] = []
     inside = joins = False
     for line in text.splitlines():

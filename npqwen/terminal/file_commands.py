@@ -12,7 +12,7 @@ from npqwen.errors import FormatError, OptionError, OutputError, size
 from npqwen.terminal.terminal_chat import TerminalChat
 
 _MAX_CACHE_BYTES = 1 << 30
-"""/save leaves out keys and values of more bytes: reading the messages again is then the better choice."""
+"""Largest cache that /save writes, in bytes: above that, prefilling the messages again is the better choice."""
 _TURNS = 2
 """How many turns of a conversation are shown when it is continued."""
 _QUESTION_LENGTH, _ANSWER_LENGTH = 200, 600
@@ -32,7 +32,7 @@ def save(chat: TerminalChat, arguments: str) -> None:
     with_cache = 0 < chat.conversation.cache_bytes <= _MAX_CACHE_BYTES
     try:
         chat.conversation.save(path, cache=with_cache, **about)  # type: ignore[arg-type]
-    except OutputError:  # there may be room for the messages alone
+    except OutputError:  # there may be disk space for the messages alone
         if not with_cache:
             raise
         with_cache = False

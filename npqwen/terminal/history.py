@@ -11,9 +11,9 @@ from npqwen.atomic_file import new_file
 from npqwen.errors import OutputError
 
 MAX_ENTRIES = 1000
-"""How many entries are kept."""
+"""Most entries that are kept."""
 MAX_LENGTH = 10_000
-"""Longer entries, in characters, are not kept."""
+"""Longest entry that is kept, in characters."""
 
 
 class History:
@@ -26,7 +26,7 @@ class History:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kept = True
-        """Whether the file has been readable, and contains what was added."""
+        """False once reading the file, or appending to it, has failed."""
         self.enabled = True
         """Whether entries are added."""
 

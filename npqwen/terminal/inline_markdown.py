@@ -12,7 +12,7 @@ LIMIT = 300
 """Longest span, in characters: a longer one is shown as written."""
 _MAX_DEPTH = 6
 _HOLD = -1
-"""The text so far does not tell."""
+"""In place of an index: more text is needed to decide."""
 
 _SPECIAL = re.compile(r"[*_~`\[\\$]")
 _RUN = re.compile(r"\*+|_+|~+|`+")
@@ -31,11 +31,11 @@ def spans(text: str, before: str = "", *, final: bool, guess: bool = False) -> t
     """The styled text of the beginning of `text`, as far as it is certain, and how many characters that is.
 
     Markup is removed only if it is complete, so that nothing is lost: `2 * 3`, `*args` and `$x^*$` are left as they
-    are. What follows an opening mark is uncertain until the closing mark, the end of the line or LIMIT. The result
-    for a line does not depend on the pieces that it came in.
+    are. What follows an opening marker is uncertain until the closing marker, the end of the line or LIMIT. The result
+    for a line does not depend on how it was split into pieces.
 
     before: the character before `text`, in the same line. final: the line ends with `text`, and all of it is certain.
-    guess: treat open marks as if they ended with `text`.
+    guess: treat open markers as if they were closed at the end of `text`.
     """
     return _spans(text, before, PLAIN, final, guess, 0)
 
@@ -68,7 +68,7 @@ def _append(runs: list[Run], text: str, style: str) -> None:
 def _element(
     text: str, at: int, before: str, style: str, final: bool, guess: bool, depth: int
 ) -> tuple[list[Run] | None, int]:
-    """What begins at the mark at index `at`: its runs, or None if it is shown as written; and the index after it."""
+    """The runs of the element whose marker is at index `at`, None if it is shown as written; and the index after it."""
     window = text[at : at + LIMIT]
     complete = final or len(window) == LIMIT
     mark = window[0]
@@ -115,10 +115,10 @@ def _link(window: str, at: int, style: str, complete: bool, depth: int) -> tuple
 
 
 def _opaque(text: str, at: int, complete: bool) -> tuple[int, str | None]:
-    """What begins at a backtick, backslash or dollar sign at index `at`, in which nothing else is markup.
+    """Parse the element at a backtick, backslash or dollar sign at index `at`, in which nothing else is markup.
 
-    Returns the index after it, or _HOLD, and what to show for it: code, an escaped character, mathematics. None: it is
-    an ordinary character, or several.
+    Returns the index after it, or _HOLD, and the text to show: code, an escaped character or mathematics; None for
+    ordinary characters.
     """
     if text[at] == "`":
         length = _run_length(text, at)
@@ -133,7 +133,7 @@ def _opaque(text: str, at: int, complete: bool) -> tuple[int, str | None]:
         if code.startswith(" ") and code.endswith(" ") and code.strip():
             code = code[1:-1]
         return close.end(), code
-    if len(text) - at < 3 and not complete:  # too few to tell which it is
+    if len(text) - at < 3 and not complete:  # too few characters to tell which it is
         return _HOLD, None
     start = _MATH_STARTS.match(text, at)
     if start is not None:
@@ -147,7 +147,7 @@ def _opaque(text: str, at: int, complete: bool) -> tuple[int, str | None]:
 
 
 def _find_close(window: str, length: int, complete: bool) -> int:
-    """The index after the mark that closes the one of `length` characters at the beginning; 0 if there is none."""
+    """The index after the marker that closes the initial one of `length` characters; 0 if none does; or _HOLD."""
     mark = window[0]
     opened = [length]
     at = length
@@ -168,7 +168,7 @@ def _find_close(window: str, length: int, complete: bool) -> int:
         left = run
         if _can_close(window[at : at + run], window[at - 1], after):
             while left and opened:
-                if left in opened:  # marks inside that are still open are ordinary characters
+                if left in opened:  # markers inside that are still open are ordinary characters
                     while opened.pop() != left:
                         pass
                     left = 0
@@ -191,9 +191,9 @@ def _run_length(text: str, at: int) -> int:
 
 
 def _can_open(marks: str, before: str, after: str) -> bool:
-    """Whether marks between these characters may open a span: before a word, and not after one.
+    """Whether markers between these characters may open a span: before a word, and not after one.
 
-    Single ones are no markup before closing punctuation either, such as in *.py or (*).
+    Single ones are not markup before closing punctuation either, as in *.py or (*).
     """
     if not after or after.isspace() or after == "/":
         return False
@@ -207,7 +207,7 @@ def _can_open(marks: str, before: str, after: str) -> bool:
 
 
 def _can_close(marks: str, before: str, after: str) -> bool:
-    """Whether marks between these characters may close a span: after a word, single ones also not before one."""
+    """Whether markers between these characters may close a span: after a word, single ones also not before one."""
     if before.isspace() or unicodedata.category(before) in ("Ps", "Pi"):
         return False
     if not after:

@@ -26,7 +26,7 @@ class AnswerInterrupts:
     While the model thinks, the first Ctrl-C ends the thinking, as a thinking budget does: the answer follows.
     Otherwise it raises KeyboardInterrupt, once; later ones are ignored, as they would disturb the cleanup.
 
-    ends_thinking: whether the thinking can be ended. on_end: called as soon as it is about to be.
+    ends_thinking: whether the thinking can be ended. on_end: called when it is about to be ended.
     """
 
     def __init__(self, ends_thinking: bool, on_end: Callable[[], None]) -> None:
@@ -38,7 +38,7 @@ class AnswerInterrupts:
         self._raises = False
 
     def watch(self, text: Watched) -> None:
-        """Watch the answer (the generation option `watch`): a signal's handler must not change a text itself."""
+        """End the thinking if requested. For the generation option `watch`: a signal handler must not change a text."""
         self._text = text
         if not self._requested or not text.thinking.is_open:
             return
@@ -49,7 +49,7 @@ class AnswerInterrupts:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle Ctrl-C within, in the main thread; outside `raising`, it is ignored."""
+        """Handle Ctrl-C in this context, in the main thread; outside `raising`, it is ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -61,7 +61,7 @@ class AnswerInterrupts:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Where Ctrl-C may raise KeyboardInterrupt."""
+        """A context in which Ctrl-C may raise KeyboardInterrupt."""
         self._raises = True
         try:
             yield
@@ -83,7 +83,7 @@ class AnswerInterrupts:
 def restored_terminal() -> Iterator[None]:
     """Restore the terminal's settings before SIGTERM, SIGHUP or SIGQUIT ends the process.
 
-    The process still ends by the signal. Signals that are ignored stay ignored.
+    The signal still terminates the process. Signals that are ignored stay ignored.
     """
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread() or not sys.stdin.isatty():
         yield

@@ -40,7 +40,7 @@ def message_reader(history: History, completions: Completions) -> LineEditor | P
 
 
 class LineEditor:
-    """Reads messages with an editor that knows the keys of a shell.
+    """Reads messages with an editor that has the key bindings of a shell.
 
     Enter sends the message, unless it ends with a backslash or has an open block of three quotes; Alt+Enter always
     adds a line. Pasted lines stay one message. Tab completes.
@@ -57,8 +57,8 @@ class LineEditor:
     ) -> None:
         output = output or create_output(always_prefer_tty=True)
         if isinstance(output, Vt100_Output):
-            # Only full-screen programs and menus need to know where the cursor is. A late answer of the terminal
-            # would be read as keys.
+            # Only full-screen programs and menus need the cursor position. A late reply from the terminal would be
+            # read as key presses.
             output.enable_cpr = False
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
@@ -147,7 +147,7 @@ class LineEditor:
         return max(1, self._session.output.get_size().rows - 2)
 
     def _send(self, buffer: Buffer) -> None:
-        """Send the message. The window shows a part of one that is taller: `read` then writes all of it."""
+        """Send the message. If it is taller than the window, `read` then writes it in full."""
         size = self._session.output.get_size()
         rows = sum(1 + (len(PROMPT) + get_cwidth(line)) // size.columns for line in buffer.text.split("\n"))
         self._session.app.erase_when_done = rows > size.rows
@@ -176,7 +176,7 @@ class PlainReader:
         return message(text)
 
     def is_empty(self) -> bool:
-        """After KeyboardInterrupt: whether no line of the message had been ended."""
+        """After KeyboardInterrupt: whether no line of the message had been completed."""
         return not self._text
 
     def confirm(self, question: str) -> bool:

@@ -11,16 +11,16 @@ from npqwen.terminal.width import width
 from npqwen.terminal.word_wrap import WordWrap
 
 _MIN_WIDTH = 5
-"""Least width of a column whose cells are wrapped."""
+"""Minimum width of a column whose cells are wrapped."""
 _DELIMITERS = re.compile(r"\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*")
 _PIPE = re.compile(r"(?<!\\)\|")
 _BREAK = re.compile(r"<br\s*/?>")
-"""Begins a line inside a cell: the only HTML that tables of models have."""
+"""A line break inside a cell: the only HTML in tables that models write."""
 _BAR: Run = (" │ ", DIM)
 
 
 def is_delimiter_row(line: str) -> bool:
-    """Whether `line` may be the second of a table, such as |---|:-:|."""
+    """Whether `line` may be the second line of a table, such as |---|:-:|."""
     return "|" in line and _DELIMITERS.fullmatch(line) is not None
 
 
@@ -61,7 +61,7 @@ class MarkdownTable:
             yield from self._lines_of(row)
 
     def lines_of(self, line: str) -> Iterator[list[Run]]:
-        """The lines of one more row, in the same layout; a row that does not fit it is one line, not aligned."""
+        """The lines of one more row, in the same layout; a row that does not fit becomes one unaligned line."""
         row = self._row(_split(line))
         if len(row) <= len(self._widths) and all(
             _widest(cell) <= columns for cell, columns in zip(row, self._widths, strict=False)

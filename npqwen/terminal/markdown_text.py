@@ -1,4 +1,4 @@
-"""Markdown made readable on a terminal while it is generated."""
+"""Markdown rendered on a terminal while it is generated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from npqwen.terminal.styles import BOLD, DIM, PLAIN, UNDERLINED, Run, combined
 from npqwen.terminal.width import width
 
 _LONGEST_START = 1000
-"""Characters of a line after which it is text, if its kind is still unknown."""
+"""Characters after which a line of still unknown kind is treated as text."""
 _ROWS_OF_LAYOUT = 50
-"""The widths of a longer table's columns are those of its first rows; the others are printed as they come."""
+"""Lines of a table that determine its column widths; further rows are printed as they arrive."""
 _MAX_QUOTES, _MAX_ITEMS = 8, 8
-"""Marks of quotes and of list items at the beginning of a line."""
+"""Most quote and list markers at the beginning of a line."""
 _RULE_WIDTH = 40
 _QUOTE_BAR: Run = ("│ ", DIM)
 
@@ -36,7 +36,7 @@ _UNDECIDED = re.compile(
 
 
 class MarkdownText:
-    """Prints Markdown with a `RowPrinter`, line by line: no markup extends over lines but the three blocks.
+    """Prints Markdown with a `RowPrinter`, line by line: only the three kinds of block extend over several lines.
 
                     +------------------------------------------+
         line ------>| start: held until its kind is certain    |
@@ -50,36 +50,36 @@ class MarkdownText:
         or the quote's   or a blank       line, laid out
         end, verbatim    line, as it is   in columns
 
-    Headings, emphasis, links and code are styled; bullets, quotes and rules are drawn; wrapped rows hang below the
-    text of their item. Everything else, such as markup that is not complete, is printed as it is written. Without
-    styles (NO_COLOR), marks that would become styles stay.
+    Headings, emphasis, links and code are styled; bullets, quotes and rules are drawn; wrapped rows are indented
+    to the text of their item. Everything else, such as incomplete markup, is printed as it is written. Without styles
+    (NO_COLOR), markers that would become styles stay.
     """
 
     def __init__(self, rows: RowPrinter) -> None:
         self._rows = rows
         self._state: Literal["start", "verbatim", "plain", "inline"] = "start"
-        """What is done with the rest of the line; start: its kind is not known yet."""
+        """How the rest of the line is printed; start: its kind is not known yet."""
         self._line = ""
         """The part of the line that is not printed yet; in the state start, all of it."""
         self._before = ""
-        """The character before it, inside the line."""
+        """The character before `_line`, within the line."""
         self._style = PLAIN
         self._fence = ""
-        """The characters that opened the block of code."""
+        """The characters that opened the code block."""
         self._math_end = ""
-        """What ends the block of mathematics."""
+        """The marker that ends the math block."""
         self._block_quotes = 0
-        """Marks of quotes before the lines of either block."""
+        """The number of quote markers before the lines of the code or math block."""
         self._math_seen = ""
-        """The last characters of its present line."""
+        """The last characters of the math block's current line."""
         self._table: list[str] = []
-        """Lines that may become a table, or have."""
+        """Lines that are, or may become, a table."""
         self._table_prefix: list[Run] = []
         self._table_layout: MarkdownTable | None = None
         """The table, once its first rows are printed."""
 
     def add(self, text: str) -> None:
-        """Append the next piece, without control characters but newlines and tabs."""
+        """Append the next piece, without control characters except newlines and tabs."""
         for number, part in enumerate(text.split("\n")):
             if number:
                 self._end_line()
@@ -99,7 +99,7 @@ class MarkdownText:
         self._rows.close()
 
     def _advance(self, final: bool) -> None:
-        """Print of the line what is certain; all of it if it is `final`."""
+        """Print the part of the line that is certain; all of it if `final`."""
         if self._state == "start" and not self._start(final):
             return
         rows = self._rows
@@ -131,7 +131,7 @@ class MarkdownText:
         self._state, self._line, self._before, self._style, self._math_seen = "start", "", "", PLAIN, ""
 
     def _preview(self) -> list[Run]:
-        """What is held back, as it may be printed later."""
+        """The held-back text, as it may be printed later."""
         line = self._line[: 2 * self._rows.columns]  # more than fits a row
         if self._state == "inline" and self._rows.styles:
             runs = spans(line, self._before, final=True, guess=True)[0]
@@ -143,7 +143,7 @@ class MarkdownText:
     # --- the start of a line ---
 
     def _start(self, final: bool) -> bool:
-        """Recognize the kind of the line, and begin it. Returns whether that is done, and its text may be printed."""
+        """Recognize the kind of the line, and begin it. Returns whether its text may then be printed."""
         line = self._line
         quotes = 0
         most = self._block_quotes if self._fence or self._math_end else _MAX_QUOTES
@@ -154,7 +154,7 @@ class MarkdownText:
             quotes += 1
         prefix = [_QUOTE_BAR] * quotes
         if quotes < self._block_quotes:
-            if not final and not line.strip():  # a mark may follow
+            if not final and not line.strip():  # a marker may follow
                 return False
             self._end_block()
         undecided = not final and len(line) < _LONGEST_START
@@ -180,7 +180,7 @@ class MarkdownText:
             line = line[item.end() :]
 
     def _start_text(self, line: str, prefix: list[Run], hanging: list[Run], final: bool) -> bool:
-        """Begin a line of text, a heading, or one that is a mark of its own."""
+        """Begin a line of text, a heading, a rule, or the first line of a code or math block."""
         heading, fence, math = _HEADING.match(line), _FENCE.fullmatch(line), _MATH.match(line)
         if final and _RULE.fullmatch(line):
             self._begin("", prefix, prefix, "plain")
@@ -196,7 +196,7 @@ class MarkdownText:
             self._math_end = _MATH_ENDS[math[1]]
             self._block_quotes = prefix.count(_QUOTE_BAR)
             self._begin(line, prefix, hanging, "plain")
-            opening = self._line[: len(math[1])]  # which may be the closing mark, too
+            opening = self._line[: len(math[1])]  # which may be the closing marker, too
             self._rows.add([(opening, PLAIN)])
             self._line = self._line[len(opening) :]
             return True
@@ -206,7 +206,7 @@ class MarkdownText:
         return self._begin(line, prefix, hanging, "inline")
 
     def _start_code(self, line: str, prefix: list[Run], undecided: bool) -> bool:
-        """Begin a line of a block of code, which may be its end."""
+        """Begin a line of a code block, which may be its closing fence."""
         closing = re.compile(rf"[ \t]*{re.escape(self._fence[0])}{{{len(self._fence)},}}[ \t]*").fullmatch(line)
         if undecided and not line.strip(" \t" + self._fence[0]):
             return False
@@ -218,7 +218,7 @@ class MarkdownText:
         return True
 
     def _end_block(self) -> None:
-        """End the block of code or mathematics, if there is one."""
+        """End the code or math block, if there is one."""
         self._fence, self._math_end, self._block_quotes = "", "", 0
 
     def _begin(
@@ -230,7 +230,7 @@ class MarkdownText:
         *,
         indent: bool = True,
     ) -> bool:
-        """Begin a line on the terminal; `line` is what remains to be printed of it, its indentation a prefix."""
+        """Begin a line on the terminal; `line` is its unprinted rest, whose indentation joins the prefix."""
         text = line.lstrip(" \t") if indent else line
         blank = [(_blank(line[: len(line) - len(text)]), PLAIN)]
         self._rows.begin(prefix + blank, hanging + blank)
@@ -278,7 +278,7 @@ class MarkdownText:
 
 
 def _blank(text: str) -> str:
-    """As many spaces as `text` takes columns."""
+    """Spaces that take as many columns as `text`."""
     return " " * width(text.expandtabs(4))
 
 

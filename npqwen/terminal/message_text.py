@@ -1,4 +1,4 @@
-"""The syntax of messages of several lines that are typed in a terminal."""
+"""The syntax of multi-line messages that are typed in a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def joined(text: str, line: str) -> str:
 
 
 def message(text: str) -> str:
-    """The message that was typed: "\\n" ends lines, the quotes of a block are removed, invalid UTF-8 is replaced."""
+    """The message that was typed: line endings become "\\n", a block's quotes are removed, invalid UTF-8 replaced."""
     text = _valid(text).replace("\r\n", "\n").replace("\r", "\n")
     block = _block(text)
     if block is None:
@@ -47,5 +47,5 @@ def _block(text: str) -> str | None:
 def _valid(text: str) -> str:
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # surrogates that do not stand for bytes
+    except UnicodeEncodeError:  # surrogates that do not represent bytes
         return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""Text as it is, wrapped for a terminal while it is generated."""
+"""Plain text, wrapped for a terminal while it is generated."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from npqwen.terminal.styles import PLAIN
 
 
 class PlainText:
-    """Prints text with a `RowPrinter`, in one style. Rows into which a line is wrapped are indented as the line is."""
+    """Prints text with a `RowPrinter`, in one style. Wrapped rows are indented like their line."""
 
     def __init__(self, rows: RowPrinter, style: str = PLAIN) -> None:
         self._rows = rows
         self._style = style
         self._indentation = ""
         self._begun = False
-        """Whether there is more of the line than indentation."""
+        """Whether the line has more than indentation so far."""
 
     def add(self, text: str) -> None:
-        """Append the next piece, without control characters but newlines and tabs."""
+        """Append the next piece, without control characters except newlines and tabs."""
         for number, part in enumerate(text.split("\n")):
             if number:
                 self._rows.end()

@@ -25,8 +25,8 @@ class ReasoningView:
     """Shows the reasoning of one answer on stderr.
 
     mode: "fold" shows the last rows while the model thinks and replaces them with one line at the end, "show" leaves
-    all of the reasoning on the screen, wrapped, "hide" shows none. Unless stderr is a terminal, nothing but the text
-    itself is written, in mode "show".
+    all of the reasoning on the screen, wrapped, "hide" shows none. If stderr is not a terminal, only mode "show" writes
+    anything: the unwrapped text, and the line at the end.
 
     hint: what the user can do meanwhile, shown in the line above the reasoning if the window is wide enough.
     """
@@ -73,7 +73,7 @@ class ReasoningView:
             self._redraw(self._drawn[1:])
 
     def close(self, tokens: int, remark: str = "", *, interrupted: bool = False) -> None:
-        """End the reasoning, of `tokens` tokens, and replace what is folded with a line that ends with `remark`."""
+        """End the reasoning, of `tokens` tokens, and replace folded rows with a line that ends with `remark`."""
         if not self.open:
             return
         self.open = False
@@ -127,14 +127,14 @@ class ReasoningView:
         self._drawn = drawn
 
     def _heading(self) -> str:
-        """The line above the reasoning, as long as the window is wide."""
+        """The line above the reasoning, with the hint if the window is wide enough."""
         if self._ending:
             return _ENDING
         heading = f"{_HEADING} ({self._hint})"
         return heading if self._hint and len(heading) < self._terminal.columns else _HEADING
 
     def _cursor_to_top(self) -> str:
-        """Move to the heading. A terminal that has become narrower has wrapped long rows."""
+        """The escape sequence that moves to the heading. A terminal that has become narrower has wrapped long rows."""
         columns = self._terminal.columns
         rows = sum(max(1, -(-width(row) // columns)) for row in self._drawn) - 1
         return f"\x1b[{rows}A" if rows > 0 else ""

@@ -12,11 +12,11 @@ _TAB = "    "
 
 
 class RowPrinter:
-    """Prints lines on a terminal, wrapped between words, to the width that the terminal has at the time.
+    """Prints lines on a terminal, wrapped between words, to the terminal's current width.
 
     What is printed stays, except the end of the last row: a word that may not fit, and text whose style is not known
-    yet, are shown as they come and may be replaced by `draw`. Newlines are printed when text follows, so that the last
-    one is up to `close`.
+    yet, are shown as they arrive and may be replaced by `draw`. Newlines are printed when text follows; `close` prints
+    the last one.
 
     write: writes to the terminal. columns: returns the terminal's width. redraws: whether the terminal can replace
     text; if not, the end of the last row is held back. styles: whether it can show styles.
@@ -31,7 +31,7 @@ class RowPrinter:
         self._redraws = redraws
         self._wrap = WordWrap(columns() - 1)  # a full last column confuses some terminals
         self._newlines = 0
-        """Newlines that are due before further text."""
+        """Newlines to be printed before further text."""
         self._begun = False
         self._settled: list[Cell] = []
         """Characters to be printed by `draw`."""
@@ -40,7 +40,7 @@ class RowPrinter:
         self._shown_width = 0
         """Columns that the last row takes on the screen."""
         self._adopted: list[Cell] = []
-        """Shown characters, the next one last, that stay where they are if the text turns out to have them."""
+        """Shown characters, in reverse order, that stay where they are if the text turns out to contain them."""
 
     @property
     def columns(self) -> int:
@@ -48,7 +48,7 @@ class RowPrinter:
         return self._wrap.columns
 
     def begin(self, prefix: Sequence[Run] = (), hanging: Sequence[Run] = ()) -> None:
-        """Begin a line with `prefix`, and the rows that it is wrapped into, but the first, with `hanging`."""
+        """Begin a line with `prefix`, and the rows into which it is wrapped, except the first, with `hanging`."""
         self._fit()
         self._begun = True
         self._adopted = []
@@ -64,7 +64,7 @@ class RowPrinter:
             self._settled += self._wrap.add(text[adopted:], style)
 
     def add_verbatim(self, text: str, style: str = PLAIN) -> None:
-        """Append text that is not wrapped here: the terminal does it, and text copied from it has no line breaks."""
+        """Append text that is not wrapped here: the terminal wraps it, so that copied text has no line breaks."""
         self._settled += self._wrap.settle() + cells([(text, style if self.styles else PLAIN)])
         self._wrap.column += width(text)
 
@@ -88,13 +88,13 @@ class RowPrinter:
         if replaced and self._shown_width < columns:
             output = f"\x1b[{replaced}D\x1b[K{output}"
         elif replaced and output and not output.startswith("\n"):
-            output = f"\n{output}"  # the window has become narrower, and the row been broken: it is left as it is
+            output = f"\n{output}"  # the narrower window has broken the row: leave it as it is
         self._shown, self._shown_width = shown, row
         if output:
             self._write(output)
 
     def _fitting(self, following: list[Cell], columns: int) -> tuple[list[Cell], int]:
-        """How much of what follows the settled characters may be shown; and where the row then ends."""
+        """The part of `following`, the unsettled characters, that may be shown; and the row's width with it."""
         shown: list[Cell] = []
         row = self._wrap.column
         if not self._redraws or self._newlines:
@@ -133,7 +133,7 @@ class RowPrinter:
             self._adopted = self._shown[len(unsettled) :][::-1]
 
     def _adopt(self, text: str, style: str) -> int:
-        """Settle of the text's beginning what is on the screen already; returns how many characters that are."""
+        """Settle the beginning of the text that is already on the screen; returns its number of characters."""
         count = 0
         while self._adopted and count < len(text) and self._adopted[-1] == (text[count], style):
             self._settled.append(self._adopted.pop())

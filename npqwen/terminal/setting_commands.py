@@ -1,4 +1,4 @@
-"""The slash commands for what answers depend on: /think, /nothink, /system, /set and /show."""
+"""The slash commands that change or show what answers depend on: /think, /nothink, /system, /set and /show."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from npqwen.terminal.terminal_chat import Question, TerminalChat
 
 _NAME_AND_VALUE = re.compile(r"([^\s=]*)\s*=?\s*(.*)", re.DOTALL)
 SWITCHES = ("think", "nothink", "verbose", "quiet", "history", "nohistory")
-"""What `/set` knows beside options, without a value."""
+"""Words that `/set` accepts besides options, without a value."""
 _AT_START = {"num_ctx": "context", "context": "context", "num_thread": "threads", "threads": "threads"}
-"""Options of the command line alone."""
+"""Options that only the command line has -> its flag."""
 SUBJECTS = ("info", "parameters", "system", "template")
-"""What `/show` can show."""
+"""Arguments of `/show`."""
 
 
 def think(chat: TerminalChat, question: str) -> None:
@@ -28,7 +28,7 @@ def think(chat: TerminalChat, question: str) -> None:
 
 
 def nothink(chat: TerminalChat, question: str) -> None:
-    """`/nothink`: answer without thinking from now on, or answer `question` so."""
+    """`/nothink`: answer without thinking from now on, or answer only `question` this way."""
     _set_thinking(chat, False, question)
 
 
@@ -57,7 +57,7 @@ def system(chat: TerminalChat, text: str) -> None:
 
 
 def set_(chat: TerminalChat, arguments: str) -> None:
-    """`/set`: `NAME VALUE`, `NAME=VALUE` or, as ollama has it, `parameter NAME VALUE`, `system TEXT` or a switch."""
+    """`/set`: `NAME VALUE`, `NAME=VALUE` or, as in ollama, `parameter NAME VALUE`, `system TEXT` or a switch."""
     name, value = _name_and_value(arguments)
     if name.lower() in ("parameter", "parameters"):
         name, value = _name_and_value(value)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from npqwen.generation.language_model import LanguageModel
 
 NAMES = tuple(name for name, option in OPTIONS.items() if option.settable)
-"""The options that `/set` knows."""
+"""The options that `/set` accepts."""
 
 
 def option_name(name: str) -> str:
@@ -27,7 +27,7 @@ class Settings:
     """Options for `Conversation.stream`, checked for one model. The model has its own defaults for the others."""
 
     def __init__(self, model: LanguageModel, **options: Any) -> None:
-        """Raises OptionError for impossible options."""
+        """Raises OptionError for invalid options."""
         self._model = model
         self.options = self._checked(options)
 
@@ -39,7 +39,7 @@ class Settings:
     def set(self, name: str, text: str) -> str:
         """Set an option, or remove it if `text` is "default"; returns its name and new value, to be shown.
 
-        An OptionError leaves all of them unchanged.
+        If OptionError is raised, all options stay unchanged.
         """
         option = find_option(option_name(name), NAMES)
         if not text:
@@ -56,7 +56,7 @@ class Settings:
         return f"{option.name} is {_as_text(self.options[option.name])}"
 
     def replace(self, options: Mapping[str, Any]) -> list[str]:
-        """Set just these options of those that `/set` knows; returns what is wrong with those that are left out."""
+        """Replace all options that `/set` accepts with these; returns the error messages of those that are skipped."""
         self.options = {name: value for name, value in self.options.items() if name not in NAMES}
         problems = []
         for name, value in options.items():

@@ -13,9 +13,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def tidied_up() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP interrupt what is done within as Ctrl-C does, so that it removes its temporary files.
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt in this context, like Ctrl-C, so that it removes temporary files.
 
-    Then the process ends by the signal. Signals that are ignored stay ignored.
+    Then the signal terminates the process. Signals that are ignored stay ignored.
     """
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield

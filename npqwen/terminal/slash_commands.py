@@ -25,7 +25,7 @@ _WORDS = {
     "quit": "type /exit or press Ctrl-D to leave",
     "help": "type /help for the list of commands",
 }
-"""What is said to a word that is a whole message."""
+"""The replies to a message that is just one of these words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def answer_to_word(message: str) -> str | None:
 
 
 def is_command(message: str) -> bool:
-    """Whether a message is a command: a slash and a word; in a message of several lines, the word of a known one."""
+    """Whether a message is a command: a slash and a word; in a multi-line message, only a known one."""
     found = _COMMAND.match(message)
     return found is not None and ("\n" not in message.strip() or command_name(found[1]) in COMMANDS)
 
@@ -68,7 +68,7 @@ def run_command(chat: TerminalChat, message: str) -> None:
 
 
 def command_name(word: str) -> str:
-    """The command's own name, for an alias or another spelling; it may be unknown."""
+    """The name in `COMMANDS`, for an alias or another spelling; it may be unknown."""
     name = word.lower().replace("-", "_")
     return _ALIASES.get(name, name)
 

@@ -1,6 +1,6 @@
-"""Styles of letters on a terminal, and text in them.
+"""Text styles on a terminal, and styled text.
 
-A style is the parameters of the escape sequence that sets it (SGR), such as "1;3"; "" is plain text.
+A style is the parameter string of the escape sequence that sets it (SGR), such as "1;3"; "" is plain text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Cell = tuple[str, str]
 
 
 def combined(style: str, more: str) -> str:
-    """The style that has both."""
+    """The style that combines both."""
     return f"{style};{more}" if style and more else style or more
 
 
@@ -28,7 +28,7 @@ def cells(runs: Iterable[Run]) -> list[Cell]:
 
 
 def rendered(letters: Iterable[Cell]) -> str:
-    """What a terminal needs to be sent to show the characters; plain text follows."""
+    """The characters with the escape sequences of their styles, reset at the end."""
     parts = []
     present = PLAIN
     for letter, style in letters:

@@ -29,24 +29,24 @@ _ENABLE_VIRTUAL_TERMINAL_PROCESSING = 0x0004
 class Terminal:
     """Writes a model's text to stdout, and notices, progress bars, statistics and reasoning to stderr.
 
-    Text is UTF-8 whatever the locale, and flushed at once. Text for a terminal contains no control characters but
+    Text is UTF-8 whatever the locale, and flushed immediately. Text for a terminal contains no control characters but
     newline and tab, except the escape sequences that this package writes itself; text for a file or pipe is not
-    changed. Lines are dim (unless NO_COLOR is set), wrapped and overwritten only on a terminal. Where text and lines
-    may meet, because stdout is a pipe, a line begins a row of its own.
+    changed. Lines are dim (unless NO_COLOR is set), wrapped and overwritten only on a terminal. Where a line could end
+    up in a row of text, for example because stdout is a pipe, it begins a new row.
 
-    quiet: leave out notices, progress bars, and everything that is overwritten later. On exit from the context, an
-    unfinished progress bar is removed.
+    quiet: leave out notices, progress bars, and everything that would be overwritten later. On exit from the context,
+    an unfinished progress bar is removed.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         ansi = _understands_ansi(sys.stderr)
         self.quiet = quiet
         self.redraws = ansi and not quiet
-        """Whether text on stderr may be written over later."""
+        """Whether text on stderr may be overwritten later."""
         self.draws_text = _understands_ansi(sys.stdout)
         """Whether stdout is a terminal that understands escape sequences."""
         self.styles_text = self.draws_text and not os.environ.get("NO_COLOR")
-        """Whether text on stdout may have styles of letters."""
+        """Whether text on stdout may be styled."""
         self._dims = ansi and not os.environ.get("NO_COLOR")
         self._line_open = False
         """Whether the last text on stdout did not end with a newline."""
@@ -90,7 +90,7 @@ class Terminal:
     def write_text(self, text: str) -> None:
         """Write `text`, escape sequences included, to stdout.
 
-        Raises BrokenPipeError if the reader has gone, else OutputError.
+        Raises BrokenPipeError if the reader has closed the pipe, OutputError for other failures.
         """
         if not text:
             return
@@ -142,7 +142,7 @@ class Terminal:
             self.write_error("\n")
 
     def dim(self, text: str) -> str:
-        """`text` between the sequences for dim letters, if the terminal has them; no control characters for one."""
+        """`text`, dim if stderr is a terminal that supports it; for any terminal, without control characters."""
         if sys.stderr.isatty():
             text = without_control_characters(text)
         return f"{DIM}{text}{NOT_DIM}" if self._dims and text else text
@@ -170,8 +170,8 @@ class Terminal:
     def _meets_text(self) -> bool:
         """Whether a line on stderr may continue a row of text.
 
-        That is so if both streams are one terminal, file or pipe, in which the text's last row is open; or if another
-        program may show the text on this terminal, and be late.
+        It may if both streams are the same terminal, file or pipe, and the text's last row is open; or if another
+        program may show the text on this terminal with a delay.
         """
         if sys.stdout.isatty():
             return self._line_open and sys.stderr.isatty()
@@ -200,7 +200,7 @@ class Terminal:
         self._progress("verifying", "B", done, total)
 
     def writing_progress(self, done: int, total: int) -> None:
-        """Show progress of a text that is written to be calibrated with, in tokens."""
+        """Show progress of a text that the model writes for calibration or measurement, in tokens."""
         self._progress("writing", " tokens", done, total)
 
     def prompt_progress(self, done: int, total: int) -> None:
@@ -209,7 +209,7 @@ class Terminal:
             self._progress("reading the prompt", " tokens", done, total)
 
     def reading_progress(self, done: int, total: int) -> None:
-        """Show progress of texts that are read for vectors or scores, in texts."""
+        """Show progress of embedding or reranking, in texts."""
         self._progress("reading", " texts", done, total)
 
     def benchmark_progress(self, done: int, total: int) -> None:
@@ -255,7 +255,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def echo_off(self) -> Iterator[None]:
-        """Do not echo keys that are typed meanwhile; they stay in the input for the next prompt."""
+        """Do not echo keys that are typed in this context; they stay in the input for the next prompt."""
         if sys.platform == "win32" or not sys.stdin.isatty() or not _in_foreground(sys.stdin.fileno()):
             yield
             return
@@ -277,7 +277,7 @@ def without_control_characters(text: str) -> str:
     """`text` without C0 and C1 control characters, except newline and tab, and without bidirectional overrides.
 
     Everything that makes a terminal act - cursor movement, colours, titles, the clipboard - begins with a control
-    character, such as ESC. Overrides (U+202D, U+202E) show text in another order than it has.
+    character, such as ESC. Overrides (U+202D, U+202E) display text in a different order.
     """
     return text.translate(_CONTROL_CHARACTERS)
 
@@ -294,9 +294,9 @@ def one_line(message: str) -> str:
 
 
 def wait_for_reader(pipe: int, seconds: float = 0.1) -> None:
-    """Wait until what was written into `pipe` has been read, at most `seconds`, and a moment more.
+    """Wait until what was written to `pipe` has been read, at most `seconds`, and 20 ms more.
 
-    A program that shows it on this terminal, such as tee, can then do so before something else is written there.
+    A program that shows it on this terminal, such as tee, can then do so before anything else is written there.
     """
     if sys.platform == "win32":
         return
@@ -311,7 +311,7 @@ def wait_for_reader(pipe: int, seconds: float = 0.1) -> None:
 
 
 def discard(stream: Any) -> None:
-    """Redirect a stream that cannot be written to the null device: its buffer would fail again at exit."""
+    """Redirect a stream whose writes fail to the null device: flushing its buffer at exit would fail again."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # not a file, as in tests
@@ -330,7 +330,7 @@ def _in_foreground(terminal: int) -> bool:
 
 
 def _size(first: TextIO) -> os.terminal_size:
-    """The size of the terminal that `first` is, or the other standard streams, of which some may be files."""
+    """The size of the terminal behind `first`, else behind another standard stream; any of them may be a file."""
     for stream in (first, sys.stderr, sys.stdout):
         with contextlib.suppress(OSError, ValueError):  # not a terminal, or not a file
             size = os.get_terminal_size(stream.fileno())
@@ -339,7 +339,7 @@ def _size(first: TextIO) -> os.terminal_size:
     import shutil
 
     size = shutil.get_terminal_size()
-    return os.terminal_size((size.columns or 80, size.lines or 24))  # Python 3.10 lets zeros pass
+    return os.terminal_size((size.columns or 80, size.lines or 24))  # Python 3.10 may return zeros
 
 
 def _understands_ansi(stream: TextIO) -> bool:

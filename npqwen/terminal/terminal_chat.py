@@ -59,8 +59,8 @@ class TerminalChat:
     """One conversation with `model`, shown on `terminal`.
 
     view: shows the answers. settings: the generation options. system, thinking: as for a `Conversation`, which is the
-    attribute `conversation`. name: the model's name to show and to save. autosave: where the conversation is saved by
-    itself, None for nowhere. history: the file of what is typed, if there is one.
+    attribute `conversation`. name: the model's name to show and to save. autosave: where the conversation is saved
+    automatically, None for nowhere. history: the file of what is typed, if there is one.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TerminalChat:
         self.used: int | None = None
         """How many tokens of the context are in use, if that is known."""
         self.confirm: Callable[[str], bool] | None = None
-        """Asks the user a question to be answered by yes or no; None if there is nobody to ask."""
+        """Asks the user a yes/no question; None if there is nobody to ask."""
         self.finished = False
         self._autosave_failed = False
 
@@ -145,7 +145,7 @@ class TerminalChat:
         return self.conversation.stream(self.unanswered.text, **options, watch=watch)
 
     def _follow(self, begin: Begin, hint: str = "", *, ends_thinking: bool) -> tuple[ChatStream | None, bool]:
-        """Show an answer; returns its stream, None if it was stopped before it had one, and whether it was stopped.
+        """Show an answer; returns its stream, None if it was stopped before there was one, and whether it was stopped.
 
         Whatever happens, the answer's text is part of the conversation afterwards, and is saved.
         """
@@ -155,7 +155,7 @@ class TerminalChat:
         stream: ChatStream | None = None
         interrupted = False
         with self.terminal.echo_off(), interrupts.handled():
-            self.save_automatically()  # the question, in case the process does not live to the answer
+            self.save_automatically()  # the question, in case the process dies before the answer
             try:
                 with interrupts.raising():
                     stream = begin([interrupts.watch])
@@ -180,7 +180,7 @@ class TerminalChat:
         return self.conversation.saved(model=self.name, options=self.settings.plain, unanswered=unanswered)
 
     def save_automatically(self) -> None:
-        """Save the conversation where `--continue` finds it, or nothing if it is empty. A failure is reported once."""
+        """Save the conversation where `--continue` finds it; remove its file if empty. A failure is reported once."""
         if self.autosave is None:
             return
         saved = self.saved()

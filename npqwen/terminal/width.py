@@ -6,7 +6,7 @@ import unicodedata
 
 
 def width(text: str) -> int:
-    """How many columns `text` takes, at least as many as on a terminal that knows all of Unicode."""
+    """How many columns `text` takes, at least as many as on a terminal that supports all of Unicode."""
     if text.isascii():
         return len(text)
     return sum(letter_width(letter) for letter in text)
@@ -24,7 +24,7 @@ def letter_width(letter: str) -> int:
 
 
 def has_certain_width(letter: str) -> bool:
-    """Whether all terminals agree about the width: so it is with ASCII, European letters, ideographs, kana, hangul."""
+    """Whether all terminals agree on the width, as for ASCII, European letters, ideographs, kana and hangul."""
     if letter.isascii() or "\u00c0" <= letter <= "\u02af" or "\u0370" <= letter <= "\u0481":
         return True
     return unicodedata.east_asian_width(letter) in "WF" and unicodedata.category(letter) in ("Lo", "Po", "Ps", "Pe")

@@ -9,19 +9,19 @@ from npqwen.terminal.styles import CODE, PLAIN, Cell, Run
 from npqwen.terminal.width import letter_width, width
 
 _NO_START = frozenset(("Pe", "Pf", "Po", "Lm", "Mn", "Me", "Cf", "Sk"))
-"""Unicode categories that do not begin a row: closing punctuation, and what belongs to the character before it."""
+"""Unicode categories that do not begin a row: closing punctuation, and what belongs to the previous character."""
 _NO_END = frozenset(("Ps", "Pi"))
-"""Opening punctuation."""
+"""Unicode categories that do not end a row: opening punctuation."""
 _JOINER = "\u200d"
-"""Makes one emoji of two."""
+"""The zero-width joiner, which makes one emoji of two."""
 
 
 class WordWrap:
-    """Wraps text that comes in pieces; the rows do not depend on how it was divided.
+    """Wraps text that arrives in pieces; the rows do not depend on how it was split.
 
     Rows break at spaces, which are dropped there, and beside wide characters (Chinese, Japanese), but not before
     closing or after opening punctuation. Inline code (style CODE) and words that are wider than a row are not broken:
-    the terminal does that, so that text copied from it has them in one piece.
+    the terminal does that, so that copied text has them in one piece.
 
     columns: the width of rows, one less than the terminal's; may be changed at any time.
     hard: break words that are wider than a row, and code.
@@ -36,7 +36,7 @@ class WordWrap:
         self._fresh = True
         """Whether the row has nothing but its prefix."""
         self._gap: list[Cell] = []
-        """Spaces before `_word`, of the width of their number."""
+        """Spaces before `_word`, each one column wide."""
         self._word: list[Cell] = []
         """The last word, which moves to the next row if it becomes too wide."""
         self._word_width = 0
@@ -51,7 +51,7 @@ class WordWrap:
     def begin(self, prefix: Sequence[Run] = (), hanging: Sequence[Run] = ()) -> list[Cell]:
         """Begin a row with `prefix`; rows that follow by wrapping begin with `hanging`. Returns the prefix.
 
-        Of either, what is beyond half the row is left out, first from spaces at its beginning.
+        Either is cut to half the row's width: first leading spaces are removed, then characters at its end.
         """
         self._gap, self._word, self._word_width = [], [], 0
         self._fresh, self._lost = True, False
@@ -103,7 +103,7 @@ class WordWrap:
         return settled
 
     def overflow(self, in_word: bool) -> list[Cell]:
-        """Settle everything, in a row that the terminal has broken somewhere: the next word begins a new one.
+        """Settle everything, in a row that the terminal has broken somewhere: the next word begins a new row.
 
         in_word: what comes next still belongs to the last word.
         """

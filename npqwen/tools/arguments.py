@@ -72,7 +72,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _union(value: Any, options: tuple[Any, ...], where: str) -> Any:
-    """The value as the first option of exactly its type, else as the first it can be coerced to, str last."""
+    """The value coerced to the first option of exactly its type, else to the first one that accepts it, str last."""
     exact = [option for option in options if _is_exactly(value, option)]
     for option in [*exact, *sorted(options, key=lambda option: option is str)]:
         try:

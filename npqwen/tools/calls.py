@@ -1,6 +1,6 @@
 """Parsing of tool calls: JSON as Hermes and Qwen3 write them, or Qwen3-Coder's tags.
 
-The format is recognised from the text. Mistakes of models whose meaning is clear are accepted: a missing closing tag or
+The format is recognized from the text. Mistakes of models whose meaning is clear are accepted: a missing closing tag or
 brace, a number in quotes, an unescaped `&` (the tags are not XML). What cannot be read as a call is returned as text.
 """
 

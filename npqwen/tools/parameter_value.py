@@ -13,12 +13,12 @@ Schemas = Mapping[str, Mapping[str, Any]]
 
 JSON = json.JSONDecoder(strict=False)  # models write unescaped newlines in strings
 _MAX_DEPTH = 100
-"""Nesting depth of arguments; code that reads them recurses."""
+"""Deepest nesting of arguments; the code that reads them is recursive."""
 _NULL = ("null", "None")
 
 
 def parse_value(value: str, schema: Any) -> Any:
-    """The value that a text spells, of the type in its JSON schema; the text itself if it is not of that type."""
+    """A text parsed as a value of the type in its JSON schema; the text itself if it does not have that type."""
     if not isinstance(schema, Mapping):
         return value
     options = schema.get("anyOf") or schema.get("oneOf")
@@ -53,7 +53,7 @@ def parse_value(value: str, schema: Any) -> Any:
 
 
 def stays_text(begun: str, schema: Any) -> bool:
-    """Whether `parse_value` returns every value that begins with `begun` as it is."""
+    """Whether `parse_value` returns every value that begins with `begun` unchanged."""
     if not isinstance(schema, Mapping):
         return True
     options = schema.get("anyOf") or schema.get("oneOf")
@@ -66,7 +66,7 @@ def stays_text(begun: str, schema: Any) -> bool:
 
 
 def json_copy(value: Any) -> Any:
-    """A copy made of JSON types, with lone surrogates, which JSON escapes can spell, replaced.
+    """A copy made of JSON types, with lone surrogates, which JSON escapes can produce, replaced.
 
     Raises ValueError or TypeError for anything else, also for NaN and infinity, and for a value nested too deeply.
     """

@@ -1,4 +1,4 @@
-"""A call while it is written: its name, and the JSON text of its arguments, piece by piece."""
+"""A tool call while it streams: its name, and the JSON text of its arguments, piece by piece."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from npqwen.tools.tagged_call import (
 )
 
 _LONGEST_START = 1000
-"""Characters of a block within which a call's arguments must begin to be read while they are written."""
+"""Characters of a block within which a call's arguments must begin for the call to be read while it streams."""
 _JSON_START = re.compile(
     r'\s*\{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")[ \t\r\n]*,'
     r'[ \t\r\n]*"(?:arguments|parameters)"[ \t\r\n]*:[ \t\r\n]*(?=\{)',
@@ -32,11 +32,11 @@ _TAGGED_START = re.compile(r"\s*<function=([^<>\n]*)>\s*(?=<parameter=[^<>\n]*>|
 class PartialCall:
     """Reads the first call of a block that is still being written.
 
-    A call can be read early if it is the first thing in the block, names a tool on offer (`schemas`) before its
+    A call can be read early if it is the first thing in the block, names an available tool (`schemas`) before its
     arguments, and these have begun: `{"name": "f", "arguments": {`, or `<function=f>` and `<parameter=`. Anything else
     is left to `read_calls`, at the end of the block.
 
-    What the methods return together depends on the text only, not on how often they are called meanwhile.
+    The returned pieces, joined, depend only on the text, not on how it was split.
     """
 
     def __init__(self, schemas: Schemas) -> None:
@@ -63,7 +63,7 @@ class PartialCall:
         return piece
 
     def finish(self, block: str, call: ToolCall) -> str | None:
-        """The last piece of the arguments' text, which completes `call`; None if the block became another call.
+        """The last piece of the arguments' text, which completes `call`; None if the block is another call.
 
         call: the first one that `read_calls` finds in the whole block.
         """
@@ -100,7 +100,7 @@ class PartialCall:
 
 class _Reader(Protocol):
     def read(self, block: str, end: int, *, final: bool) -> str:
-        """The text that `block[:end]` makes certain, after what was returned before. final: the block ends there."""
+        """The certain text of the arguments in `block[:end]`, after what was returned. final: the block ends there."""
 
 
 _IN_STRING = re.compile(r'["\\\x00-\x1f]')
@@ -113,7 +113,7 @@ _LOW_BEGUN = re.compile(r"(?:\\(?:u(?:[dD](?:[c-fC-F][0-9a-fA-F]?)?)?)?)?")
 
 
 class _JSONArguments:
-    """Arguments in JSON: copied as they are, but for what JSON does not allow in strings and models write.
+    """Arguments in JSON: copied, with control characters in strings, lone surrogates and missing brackets corrected.
 
     at: the index of their opening brace.
     """
@@ -121,7 +121,7 @@ class _JSONArguments:
     def __init__(self, at: int) -> None:
         self._at = at
         self._closers: list[str] = []
-        """The brackets that are open, as those that close them."""
+        """The closing brackets of those that are open, the outermost first."""
         self._in_string = False
         self._done = False
 
@@ -145,7 +145,7 @@ class _JSONArguments:
         return "".join(out)
 
     def _mark(self, block: str, at: int, end: int) -> tuple[str, int]:
-        """The text for the character or escape at index `at`, and its length; 0 if that is not certain yet."""
+        """The text for the character or escape at index `at`, and its length in `block`; 0 if not certain yet."""
         letter = block[at]
         if letter == '"':
             self._in_string = not self._in_string
@@ -183,7 +183,7 @@ _VALUE_END = re.compile("|".join(_VALUE_ENDS))
 
 
 class _TaggedArguments:
-    """Arguments in Qwen3-Coder's tags: each becomes a member of an object. Strings are passed on while they come.
+    """Arguments in Qwen3-Coder's tags: each becomes a member of an object. Strings are emitted as they stream.
 
     at: the index after the function's tag. properties: the parameters' schemas.
     """
@@ -195,7 +195,7 @@ class _TaggedArguments:
         self._value: _Value | None = None
         """The value that is being written; otherwise a tag is expected."""
         self._next = "{"
-        """What comes before the next member's name."""
+        """The text before the next member's name."""
         self._done = False
 
     def read(self, block: str, end: int, *, final: bool) -> str:
@@ -223,7 +223,7 @@ class _TaggedArguments:
         return True
 
     def _read_value(self, out: list[str], block: str, end: int, final: bool) -> bool:
-        """Read the value as far as it is certain; returns whether that is to its end."""
+        """Read the value as far as it is certain; returns whether it is complete."""
         assert self._value is not None
         closing = block.find(PARAMETER_END, self._at, end)
         if closing < 0 and not final:
@@ -250,7 +250,7 @@ class _Value:
     def read(self, block: str, end: int) -> str:
         """The JSON text that `block[:end]`, in which the value does not end, makes certain."""
         mark = _VALUE_END.search(block, self._searched, end)
-        if mark is not None:  # what follows may not belong to the value, which only its end shows
+        if mark is not None:  # only the value's end shows whether what follows belongs to it
             end = mark.start()
         else:
             tag = block.rfind("<", max(self._searched, end - len(PARAMETER_END)), end)
@@ -259,7 +259,7 @@ class _Value:
         self._searched = end
         begun = self._passed is not None
         start = self._first(block) if self._passed is None else self._passed
-        text = block[start:end].rstrip()  # blanks before a tag, or before the end of the block, may not be part of it
+        text = block[start:end].rstrip()  # trailing whitespace may not be part of it
         if not text or not (begun or stays_text(text, self._schema)):
             return ""
         self._passed = start + len(text)

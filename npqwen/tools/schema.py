@@ -71,7 +71,10 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """A callable's name: that of the function inside a partial, of the class for an object with `__call__`."""
+    """A callable's name: that of the function inside a partial, of the class for an object with `__call__`.
+
+    Raises OptionError if it is not an identifier.
+    """
     named = without_partial(function)
     name = getattr(named, "__name__", None) or type(named).__name__
     if not name.isidentifier():
@@ -95,7 +98,7 @@ def parameter_hints(function: Callable[..., Any]) -> dict[str, Any]:
 def hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
     """The JSON schema of a type hint; {}, which accepts anything, for a hint that has no JSON counterpart.
 
-    within: the classes with fields around this hint; a class inside itself is not described again.
+    within: the types that enclose this hint; a class with fields inside itself is not expanded again.
     """
     origin, args = get_origin(hint), get_args(hint)
     if args == ((),):  # of tuple[()] in Python 3.10

@@ -20,7 +20,7 @@ FUNCTION_END = "</function>"
 PARAMETER = re.compile(r"<parameter=([^<>\n]*)>")
 PARAMETER_END = "</parameter>"
 MARK = re.compile(r"<(?:parameter|function)=[^<>\n]*>|</function>")
-"""What may follow a value, or the function's tag."""
+"""A tag that may follow a value, or the function's opening tag."""
 _NEXT_LINE = re.compile(r"\n[ \t]*(?=<parameter=[^<>\n]*>|</function>)")
 _NEXT = re.compile(r"<parameter=[^<>\n]*>|</function>")
 
@@ -28,8 +28,8 @@ _NEXT = re.compile(r"<parameter=[^<>\n]*>|</function>")
 class TaggedCall(NamedTuple):
     """A call in a text. arguments: in order; a later one replaces an earlier one of the same name.
 
-    start, end: the indices of its text. closed: whether it is whole even if the text was cut off: it has an end, and so
-    has each value, in which the function's closing tag may stand.
+    start, end: the indices of its text. closed: whether it is complete even if the text was cut off: it has a closing
+    tag, and so has each value (an unclosed one may contain the function's closing tag).
     """
 
     name: str
@@ -55,7 +55,7 @@ def properties(schemas: Schemas, name: str) -> Mapping[str, Any]:
 
 
 def unquoted(name: str) -> str:
-    """A name in a tag, without the blanks and quotes that models put around it."""
+    """A name in a tag, without the spaces, tabs and quotes that models put around it."""
     return name.strip(" \t\"'")
 
 

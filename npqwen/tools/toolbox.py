@@ -23,7 +23,7 @@ class ToolResult:
     """The result of a tool call.
 
     content: the text for the model: a returned string unchanged, any other value as JSON, or {"error": ...}.
-    error: the exception that the function raised, or that kept it from being called; None on success.
+    error: the exception that the function raised, or that prevented the call; None on success.
     """
 
     call: ToolCall
@@ -38,7 +38,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool on offer.
+    """A tool that the model may call.
 
     schema: as chat templates print it. function: None for a tool that only the caller can run.
     """

@@ -22,7 +22,7 @@ class Adapter(StoredAdapter):
     """An adapter's directory, read and checked. Raises CheckpointError, naming what is wrong."""
 
     def apply(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-        """The tensors with the adapter merged. CheckpointError for a matrix that is not there, or of another shape."""
+        """The tensors with the adapter merged. CheckpointError for a matrix that is missing, or of another shape."""
         found = dict(tensors)
         for name, saved in self.saved.items():
             self._check(name, saved.shape, found)

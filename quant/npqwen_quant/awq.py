@@ -1,7 +1,7 @@
 """AWQ checkpoints (AutoAWQ, version "gemm"): integers of 4 bits with a scale and a zero for each group of columns.
 
 A matrix of (rows, columns) is stored transposed. `qweight`: (columns, rows / 8), `qzeros`: (groups, rows / 8), each
-word with the integers of 8 rows in an order of their own; `scales`: (groups, rows).
+word with the integers of 8 rows in the order of _PLACES; `scales`: (groups, rows).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BITS = 4
 _IN_WORD = 8
 _PARTS = {"qweight", "qzeros", "scales"}
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word the integer of each of its 8 rows is."""
+"""The position in a word of the integer of each of its 8 rows."""
 
 
 class AwqTensor(ColumnsTensor):

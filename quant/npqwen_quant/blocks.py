@@ -25,7 +25,7 @@ INFINITY = 0x7F800000
 
 @jit
 def _store(q: U8, scales: I8, planes: Any, offset: int, units: U8) -> None:
-    """Write the units of 16 rows; offset: what is added to a q before it is stored, in a byte."""
+    """Write the units of up to 16 rows. offset: added to each q before it is stored, in two's complement."""
     row_count = q.shape[0]
     size = units.size // (q.shape[1] // UNIT_COLUMNS)
     units[:] = 0
@@ -50,16 +50,16 @@ def _store(q: U8, scales: I8, planes: Any, offset: int, units: U8) -> None:
 def store(fitted: Fit, encoding: Encoding, out: U8, start: int, stride: int) -> None:
     """Write fitted rows as the unit rows out[start], out[start + stride], ...
 
-    out: (unit rows, bytes of one), contiguous.
+    out: (unit rows, bytes per unit row), contiguous.
     """
     q, scales, row_scales = fitted
     units = ceil_div(q.shape[1], UNIT_COLUMNS)
     q = np.pad(q, ((0, 0), (0, units * UNIT_COLUMNS - q.shape[1])))
     scales = np.pad(scales, ((0, 0), (0, units * UNIT_BLOCKS - scales.shape[1])))
     head = encoding.row_scale_bytes
-    # Without a zero point the values are stored, of which the first is the least.
+    # Without a zero point the values are stored; the first is the smallest.
     offset = 0 if encoding.zero_point else encoding.values[0]
-    # No weight becomes infinite by being rounded up.
+    # Rounding up must not make a weight infinite.
     most = np.finfo(np.float32).max * (1 - 2.0**-20) / 127 / max(map(abs, encoding.values))
     row_scales = np.minimum(row_scales, np.float32(most))
     for i in range(ceil_div(len(q), UNIT_ROWS)):
@@ -74,8 +74,8 @@ def store(fitted: Fit, encoding: Encoding, out: U8, start: int, stride: int) -> 
 def quantize(rows: F32, out: U8, start: int, stride: int, encoding: Encoding) -> float:
     """`fit` and `store` rows (n, columns) as the unit rows out[start], out[start + stride], ...
 
-    out: (unit rows, bytes of one), contiguous. Returns the largest magnitude: if it is NaN or infinite, a weight was,
-    and nothing is stored.
+    out: (unit rows, bytes per unit row), contiguous. Returns the largest magnitude: if it is NaN or infinite, so is a
+    weight, and nothing is stored.
     """
     largest = float(np.maximum(rows.max(initial=0), -rows.min(initial=0)))
     if np.isfinite(largest):
@@ -92,7 +92,7 @@ def codebook(encoding: Encoding) -> U8:
 def pack_bf16(bits: npt.NDArray[np.uint16], out: npt.NDArray[np.uint8], start: int, stride: int) -> None:
     """Store bf16 rows (n, columns), given by their bits, in the unit rows out[start], out[start + stride], ...
 
-    out: (unit rows, bytes of one), contiguous.
+    out: (unit rows, bytes per unit row), contiguous.
     """
     n, columns = bits.shape
     unit_rows, units = ceil_div(n, UNIT_ROWS), ceil_div(columns, UNIT_COLUMNS)

@@ -16,7 +16,7 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A quantized matrix in memory. Of its weights, W[row, column] = (q - zero) * scale."""
+    """A quantized matrix in memory: W[row, column] = (q - zero) * scale."""
 
     packed: npt.NDArray[np.uint32]
     """The integers q."""
@@ -40,7 +40,7 @@ class ColumnsTensor(SourceTensor):
 
     @abstractmethod
     def load(self) -> Loaded:
-        """Read all of it. Raises CheckpointError."""
+        """Read the whole matrix. Raises CheckpointError."""
 
     @abstractmethod
     def integers(self, packed: npt.NDArray[np.uint32], first: int, count: int) -> npt.NDArray[np.uint8]:

@@ -1,9 +1,9 @@
-"""Calibration: quantizing with error feedback, layer by layer, resumed where an interrupted one ended.
+"""Calibration: quantizing with error feedback, layer by layer. An interrupted calibration is resumed.
 
-The text's hidden states lie in a file of the conversion's working directory. Half a layer at a time (attention or
-Gated DeltaNet, feed-forward) they are advanced by the unquantized model, which gives the second moments of its
+The text's hidden states are kept in a file of the conversion's working directory. The unquantized model advances them
+by half a layer at a time (attention or Gated DeltaNet, then feed-forward), which yields the second moments of its
 matrices' inputs; the matrices are fitted with these (npqwen_quant.feedback) and the fits are stored as files. A half is
-done when the next hidden states have their name, which they get after the half's fits were synced.
+done when the file of the next hidden states has its name: it is renamed into place after the half's fits are synced.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from npqwen_quant.tensors import SourceTensor
 Progress = Callable[[int, int], object]
 
 _VERSION = 1
-"""Changed with what a working directory's files mean."""
+"""Incremented when the meaning of a working directory's files changes."""
 
 _ROWS = 1 << 14
-"""Rows fitted at a time: an embedding's errors would take as much memory as itself."""
+"""Rows fitted at a time: the errors of a whole embedding would take as much memory as the embedding."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Calibration:
     """The text to calibrate with."""
 
     name: str
-    """Tells one text from another: an interrupted calibration with a text of this name is resumed."""
+    """Identifies the text: an interrupted calibration with a text of the same name is resumed."""
     make: Callable[[Path], npt.NDArray[Any]]
-    """Makes the text: token ids (sequences, tokens). Not called when a calibration is resumed. It can use the directory
-    it is called with for files, which are removed later."""
+    """Returns the text as token ids (sequences, tokens). Not called when a calibration is resumed. It receives a
+    directory for temporary files, which are removed later."""
 
 
 def calibration_key(calibration: Calibration, codebooks: Mapping[str, Codebook]) -> str:
-    """What a calibration depends on, beside the checkpoint."""
+    """Everything that a calibration depends on besides the checkpoint, as JSON."""
     books = {name: book.values.tolist() for name, book in codebooks.items()}
     return json.dumps([_VERSION, calibration.name, books], sort_keys=True)
 
@@ -68,7 +68,7 @@ class Fits:
         return source in self._codebooks
 
     def rows(self, source: str, first: int, count: int, shape: tuple[int, ...]) -> tuple[U8, I8, F32]:
-        """Indices, block scales and row scales of `count` rows from row `first` on of a matrix of this shape."""
+        """Indices, block scales and row scales of `count` rows, starting at row `first`, of a matrix of this shape."""
         row_scales, scales, packed = (
             np.empty((count, width), dtype) for dtype, width in self._arrays(source, shape[1])
         )
@@ -80,7 +80,7 @@ class Fits:
         return np.ascontiguousarray(indices[:, : shape[1]]), scales, row_scales[:, 0]
 
     def store(self, source: str, shape: tuple[int, ...], parts: Iterable[tuple[U8, I8, F32]]) -> None:
-        """Store the fits of a matrix of this shape, given as those of some rows after the other."""
+        """Store the fits of a matrix of this shape, given as the fits of consecutive groups of rows."""
         path = self._path(source)
         first = 0
         with open(path.with_suffix(".partial"), "wb") as file:
@@ -106,7 +106,7 @@ class Fits:
 
     @staticmethod
     def _places(rows: int, first: int, arrays: Iterable[npt.NDArray[Any]]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Where the rows from `first` on of each array begin in the file."""
+        """For each array of rows starting at `first`: its offset in the file, and the array."""
         offset = 0
         for array in arrays:
             row_bytes = array.shape[1] * array.itemsize
@@ -133,10 +133,10 @@ def calibrate(
 ) -> Fits:
     """Fit matrices with error feedback.
 
-    codebooks: of the matrices to be fitted, by the checkpoint's names. directory: for files, those of an interrupted
-    calibration among them. progress: called
-    with the bytes of those matrices, done and in all; may raise to stop. Raises OutputError if the directory cannot be
-    written, CheckpointError for a checkpoint that cannot be read or has weights that are not finite.
+    codebooks: of the matrices to be fitted, by the checkpoint's names. directory: for files; it may hold those of an
+    interrupted calibration, which is resumed. progress(done, total): called with bytes of those matrices; may raise to
+    stop. Raises OutputError if the directory cannot be written, CheckpointError for a checkpoint that cannot be read or
+    has weights that are not finite.
     """
     return _Run(checkpoint, sources, codebooks, calibration, directory, executor, threads, progress).run()
 
@@ -176,7 +176,7 @@ class _Run:
         return self.fits
 
     def _resumed_at(self, halves: int) -> int:
-        """How many halves of layers are done; -1 if there are no hidden states yet."""
+        """The number of half layers that are done; -1 if there are no hidden states yet."""
         done = [half for half in range(halves + 2) if self._hidden(half).exists()]
         return max(done, default=-1)
 
@@ -192,7 +192,7 @@ class _Run:
         self._save(rows[inverse.reshape(ids.shape)], 0)
 
     def _save(self, hidden: F32, half: int) -> None:
-        """Store the hidden states that enter this half of a layer: all before it is done."""
+        """Store the hidden states that enter this half of a layer, which marks all earlier halves as done."""
         for name in self._unsynced:
             self.fits.sync(name)
         self._unsynced.clear()
@@ -273,6 +273,6 @@ def _prefixed(prefix: str, found: Mapping[str, Moments]) -> dict[str, Moments]:
 
 
 def _padded(total: F32) -> F32:
-    """Moments of whole blocks: columns beyond the matrix are always 0."""
+    """The moments, zero-padded to whole blocks: inputs of columns beyond the matrix are always 0."""
     missing = -len(total) % BLOCK_COLUMNS
     return np.pad(total, ((0, missing), (0, missing))) if missing else total

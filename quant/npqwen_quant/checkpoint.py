@@ -28,17 +28,17 @@ from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 _UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
 """Small files that npqwen copies without reading them."""
 _DRAFT = "mtp."
-"""Names of a hybrid's draft layer begin so, in a base model too."""
+"""The prefix of a hybrid's draft layer's names, also in a base model."""
 _PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
-"""Ends of names of what belongs to quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
+"""Name suffixes of the parts of quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
 
 class Checkpoint:
-    """A checkpoint directory of `model.safetensors`, or of shards with an index; or a GGUF file, one of several shards
-    of a model, or a directory of these.
+    """A checkpoint directory with `model.safetensors`, or with shards and an index; or a GGUF file, one of several
+    shards of a model, or a directory of these.
 
-    Tensors go by the names that Qwen3ForCausalLM gives them, those of hybrids by the names of npqwen's layout; files of
-    the bare base model, whose names lack the leading `model.`, are read too.
+    Tensors have the names of Qwen3ForCausalLM, those of hybrids the names of npqwen's layout; files of the bare base
+    model, whose names lack the leading `model.`, are read too.
     """
 
     def __init__(self, directory: Path, *, weights: bool = True, adapters: Sequence[AdapterFile] = ()) -> None:
@@ -55,7 +55,7 @@ class Checkpoint:
         self.has_images = False
         """Whether it is multimodal; then only its text part is read."""
         self.leaves_draft = False
-        """Whether it is a GGUF file of a hybrid with layers that draft further tokens (MTP), and they are not read."""
+        """Whether it is a GGUF file of a hybrid with draft layers (multi-token prediction, MTP) that are not read."""
         self._named_by_mlx = False
         self.format: QuantizedFormat | None = None
         """How the weights are quantized; None if they are not, or in GGUF's own formats."""
@@ -97,7 +97,7 @@ class Checkpoint:
         self.has_images = text is not None
         self.format = format_of(raw, str(directory), self._of_gptq())
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
-        """config.json but for what it says about quantization; of a multimodal checkpoint, about its text part."""
+        """config.json without its entries on quantization; of a multimodal checkpoint, that of its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
         if weights:
             stored = self._read_tensors()
@@ -106,10 +106,10 @@ class Checkpoint:
         refuse_packed(self.tensors, directory)
 
     def learn_from_names(self, names: Collection[str]) -> None:
-        """Have the configuration say whether a hybrid's tensors, of these names, include a draft layer.
+        """Set in the configuration whether a hybrid with tensors of these names has a draft layer.
 
-        Qwen3-Next's config.json does not mention it, and those of further trained models mention one that they lost.
-        Whether MLX stored the tensors is what their names tell until shapes do.
+        Qwen3-Next's config.json does not mention it, and those of fine-tuned models mention one that they lost. The
+        names also tell whether MLX stored the tensors, until shapes do.
         """
         self._named_by_mlx = is_named_by_mlx(names)
         count = int(self.config.recurrence is not None and any(map(_of_draft, names)))
@@ -128,19 +128,22 @@ class Checkpoint:
         self.tensors = adapter.apply(self.tensors)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
-        """Tensors of the checkpoint from all that its files store of them, as in `tensors`."""
+        """Tensors of the checkpoint, as in `tensors`, from all stored tensors that they are made from."""
         named = self._named(stored)
         return in_layout(named, self.config, zero_centred=not self._is_of_mlx(named))
 
     def _named(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
-        """What files store, dequantized, by the names of Qwen3ForCausalLM or its sisters."""
+        """Stored tensors, dequantized, by the names of Qwen3ForCausalLM or its variants."""
         found = {own: tensor for name, tensor in stored.items() if (own := self.own_name(name)) is not None}
         found = unstacked(found, self.config)
         tensors = self.format.dequantized(found) if self.format else found
         return unfused(with_prefix(tensors), self.config)
 
     def _is_of_mlx(self, tensors: Mapping[str, SourceTensor]) -> bool:
-        """Whether MLX stored a hybrid. CheckpointError if only some of its tensors are here, and others tell."""
+        """Whether MLX stored a hybrid: by the shapes, or by names and format if the shapes do not tell.
+
+        CheckpointError if the two differ and only some of the checkpoint's tensors are here.
+        """
         found, expected = is_of_mlx(tensors), isinstance(self.format, Mlx) or self._named_by_mlx
         if found is None or found == expected:
             return expected
@@ -152,8 +155,8 @@ class Checkpoint:
         return found
 
     def own_name(self, name: str) -> str | None:
-        """What a stored tensor would be called in a checkpoint of the text model alone; None for one that is not of
-        it: of images."""
+        """The name that a stored tensor would have in a checkpoint of the text model alone; None if it is not part of
+        the text model, but of the image model."""
         if self.config.recurrence is not None and (of_draft := _of_draft(name)):
             return of_draft
         return text_name(name) if self.has_images else name
@@ -171,7 +174,7 @@ class Checkpoint:
         return checked(name, tensor, shape)
 
     def small_files(self) -> list[SmallFile]:
-        """The tokenizer, chat templates and whatever else belongs to a model beside its weights and config.json."""
+        """The tokenizer, chat templates and all other files of a model besides its weights and config.json."""
         if self._gguf is not None:
             return self._gguf.small_files
         found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
@@ -205,7 +208,7 @@ class Checkpoint:
         return [(str(path), *state) for path, state in self._states.items()]
 
     def _of_gptq(self) -> dict[str, Any] | None:
-        """Its GPTQ_FILE."""
+        """The content of its GPTQ_FILE; None if it has none."""
         path = self.directory / GPTQ_FILE
         if not path.exists():
             return None

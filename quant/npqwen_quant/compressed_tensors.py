@@ -1,6 +1,6 @@
-"""compressed-tensors (llm-compressor, Red Hat): integers or FP8 with scales of a matrix, a row, a group or a block.
+"""compressed-tensors (llm-compressor, Red Hat): integers or FP8 with a scale per matrix, row, group or block.
 
-"pack-quantized": `weight_packed`, a row's integers packed one after the other into words, each stored plus
+"pack-quantized": `weight_packed`, a row's integers packed one after the other into words, each with an offset of
 2^(bits - 1); `weight_shape`; `weight_scale`, (rows, groups); perhaps `weight_zero_point`, packed like the weights but
 along the rows (int8 in older files), and `weight_g_idx`, the group of each column.
 
@@ -27,7 +27,7 @@ _VALUES = (FP8, "I8")
 _PARTS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
 _INTEGER_BITS = range(2, 9)
 _MOST_GROUPS = 100
-"""Of config.json: the blocks of each may be those of any matrix."""
+"""Most groups of config.json: the block sizes of all groups are tried for every matrix."""
 
 F32 = npt.NDArray[np.float32]
 
@@ -36,8 +36,8 @@ class PackedTensor(SourceTensor):
     """A matrix of "pack-quantized"."""
 
     def __init__(self, module: Module, bits: tuple[int, ...]) -> None:
-        """bits: those that matrices of this checkpoint have. Raises CheckpointError for parts that are missing or do
-        not fit together."""
+        """bits: the widths of this checkpoint's integers, one of which the matrix has. Raises CheckpointError for parts
+        that are missing or do not fit together."""
         self._module = module
         self._packed = module.part("weight_packed", WORDS)
         self._scales = module.part("weight_scale", FLOATS)
@@ -93,7 +93,7 @@ class PackedTensor(SourceTensor):
         return values
 
     def _zero_points(self, first: int, count: int) -> npt.NDArray[np.uint8]:
-        """The zeros (count, groups) of some rows: 32 rows take whole words."""
+        """The zero points (count, groups) of some rows; 32 rows take whole words."""
         assert self._zeros is not None
         if self._zeros.stored.dtype == "I8":
             signed: npt.NDArray[np.uint8] = self._zeros.stored_rows(first, count, "i1").view(np.uint8)

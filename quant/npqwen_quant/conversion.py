@@ -36,9 +36,9 @@ from npqwen_quant.tensors import SourceTensor
 from npqwen_quant.writer import Writer
 
 _VERSION = 2
-"""Changed with the order of steps, with recipes, or with what the files of a working directory mean."""
+"""Incremented when the order of steps, the recipes, or the meaning of a working directory's files changes."""
 
-# Each takes some 7 MB, and no disk keeps up with more.
+# Each thread takes some 7 MB, and no disk keeps up with more threads.
 _MAX_THREADS = 64
 
 
@@ -60,21 +60,24 @@ def convert(
 
     bits: the recipe (npqwen.format.recipe); 3, 4 and 8 store small integers with scales, 16 stores bf16.
     force: replace a converted model at `out`, once the new one is complete.
-    threads: how many quantize at a time; by default the CPUs of this process, at most 64.
-    progress: bars on stderr; default: if stderr is a terminal or a notebook's. False shows none, True always shows
-    them. A function (bytes_done, bytes_total) of the checkpoint's tensors takes their place; it may raise to stop.
-    shard_bytes: size of the output's files; all tensors are in one file, if they fit.
-    calibration: a text whose predictions should change the least, by error feedback (npqwen_quant.feedback).
-    calibration_progress: a function (bytes_done, bytes_total) of the matrices, in place of a bar.
+    threads: number of quantizing threads; by default the CPUs available to this process, at most 64.
+    progress: bars on stderr; by default only if stderr is a terminal or a notebook's. False shows none, True always
+    shows them. A function (bytes_done, bytes_total), in bytes of the checkpoint's tensors, replaces them; it may raise
+    to stop the conversion.
+    shard_bytes: maximum size of the output's files, unless a single tensor is larger; all tensors are in one file if
+    they fit.
+    calibration: a text on which the outputs of the matrices should change the least, by error feedback
+    (npqwen_quant.feedback).
+    calibration_progress: a function (bytes_done, bytes_total), in bytes of the matrices, that replaces the bar.
     adapters: LoRA adapters to merge into the weights (npqwen_quant.adapter).
-    notice(line): called with what of the checkpoint is left out, when an interrupted conversion is resumed, and with
-    what stays of an interrupted one.
+    notice(line): called with messages: parts of the checkpoint that are left out, an interrupted conversion that is
+    resumed, work that is kept after an interruption.
 
     `out` appears complete and synced, or not at all. A conversion that was interrupted, even by a power failure, is
-    resumed by the next one to `out` with the same arguments (threads may differ), and the result is the same to the
-    byte; until then, what is done lies in a hidden directory beside `out`, which a conversion with other arguments
-    removes. Raises CheckpointError for a source that cannot be converted or changes on the way, OutputError for an
-    `out` that cannot be written or is being converted by another process, OptionError for impossible options.
+    resumed by the next one to `out` with the same arguments (threads may differ), and the result is byte-identical;
+    until then, partial results are kept in a hidden directory beside `out`, which a conversion with other arguments
+    removes. Raises CheckpointError for a source that cannot be converted or changes during the conversion, OutputError
+    for an `out` that cannot be written or is being converted by another process, OptionError for impossible options.
     """
     bars, own = bars_or(progress)
     source, out = check_path(source), check_path(out)
@@ -137,7 +140,7 @@ def convert(
 
 
 def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
-    """Tell that a GGUF file's draft layers are left out, if they are."""
+    """Send a notice if a GGUF file's draft layers are left out."""
     if checkpoint.leaves_draft and notice:
         notice("the file's draft layers (MTP) are left out: npqwen reads one, which shares the model's vocabulary")
 
@@ -145,9 +148,9 @@ def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
 def conversion_key(
     kind: str, weights: object, recipe: Recipe, shard_bytes: int, calibration: str | None = None
 ) -> str:
-    """What the bytes of a conversion depend on, and the order in which they are written.
+    """Everything that a conversion's bytes and their write order depend on, as JSON.
 
-    weights: identifies the checkpoint's config.json and weights. calibration: identifies the text.
+    weights: identifies the checkpoint's config.json and weights. calibration: identifies the calibration text.
     """
     from importlib.metadata import version
 
@@ -156,7 +159,7 @@ def conversion_key(
 
 
 def output_bytes(files: Mapping[str, OutputFile], small: Iterable[SmallFile]) -> int:
-    """About what a conversion's files take."""
+    """The approximate size in bytes of a conversion's files."""
     weights = sum(len(header(file)) + sum(tensor.nbytes for tensor in file) for file in files.values())
     return weights + sum(file.nbytes for file in small) + (1 << 20)
 
@@ -164,11 +167,11 @@ def output_bytes(files: Mapping[str, OutputFile], small: Iterable[SmallFile]) ->
 def update(
     converted: str | os.PathLike[str], source: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> None:
-    """Write `converted` again as `out`, with the tokenizer, templates and other small files of `source`.
+    """Write a copy of `converted` as `out`, with the tokenizer, templates and other small files of `source`.
 
-    source: a directory of the checkpoint that `converted` was made from, whose weights and config.json are the same as
-    then; the weights may be missing. Files of weights are hard links where the disk has them. A stored evaluation is
-    kept unless the tokenizer changed. Raises as `convert` does.
+    source: a directory of the checkpoint that `converted` was made from, with unchanged weights and config.json; the
+    weights may be missing. Weight files are hard-linked where the file system supports it, else copied. A stored
+    evaluation is kept unless the tokenizer changed. Raises as `convert` does.
     """
     converted, source, out = check_path(converted), check_path(source), check_path(out)
     checkpoint = Checkpoint(source, weights=False)
@@ -184,7 +187,7 @@ def update(
         digests = write_small(output, small)
         if not _equal(converted / TOKENIZER, output.work.output / TOKENIZER):
             quantization = replace(quantization, evaluation=None)
-        # Of a model that has none, they would be those of whatever its weights have become.
+        # A model without checksums gets none: they would certify its weights even if these are damaged.
         _complete(output, checkpoint, quantization, checksums and replace(checksums, files=digests))
 
 
@@ -197,7 +200,7 @@ def _equal(first: Path, second: Path) -> bool:
 
 
 def write_small(output: Output, files: Iterable[SmallFile]) -> dict[str, str]:
-    """Write the small files of a checkpoint; returns the digests of those that programs read."""
+    """Write the small files of a checkpoint, and return the digests of those that programs read, by name."""
     digests = {}
     for file in files:
         data = file.read()
@@ -215,10 +218,10 @@ def complete(
     checksums: Checksums,
     calibration: str | None = None,
 ) -> None:
-    """Write the index and config.json, without which a directory is not a model, and give the output its name.
+    """Write the index and config.json, without which a directory is not a model, and rename the output into place.
 
-    files: their tensors. checksums: those of tensors and small files. calibration: the name of the text. Raises
-    CheckpointError if the checkpoint has changed since it was first read.
+    files: the tensors of each file. checksums: those of tensors and small files. calibration: the name of the
+    calibration text. Raises CheckpointError if the checkpoint has changed since it was first read.
     """
     if len(files) > 1:
         size = sum(tensor.nbytes for file in files.values() for tensor in file)
@@ -231,7 +234,7 @@ def complete(
         for planned in file
         if planned.encoding is not None and not isinstance(planned.tensor, Codebook)
     }
-    # In order: those that an interrupted conversion made may have come in another one.
+    # In the order of the files: a resumed conversion may have computed them in another order.
     ordered = {planned.name: checksums.tensors[planned.name] for file in files.values() for planned in file}
     quantization = Quantization(recipe, encodings, calibration=calibration)
     _complete(output, checkpoint, quantization, replace(checksums, tensors=ordered))
@@ -250,9 +253,9 @@ def _complete(
 
 
 def _codebooks(tensors: Sequence[OutputTensor]) -> dict[str, search.Codebook]:
-    """Codebooks of the matrices that calibration changes, by the checkpoint's names: those of less than 8 bits.
+    """Codebooks of the matrices that calibration changes (those of less than 8 bits), by the checkpoint's names.
 
-    The draft layer's are left out, which change no text.
+    The draft layer's matrices are left out: they do not affect the generated text.
     """
     return {
         part.source: search.Codebook(np.array(planned.encoding.values, np.float32))
@@ -265,7 +268,7 @@ def _codebooks(tensors: Sequence[OutputTensor]) -> dict[str, search.Codebook]:
 
 
 def refuse_impossible_counts(checkpoint: Checkpoint, available: int) -> None:
-    """CheckpointError for more layers or experts than tensors: a plan of them might not fit into memory.
+    """CheckpointError for more layers or experts than tensors: a plan for these might not fit in memory.
 
     available: the number of the checkpoint's tensors.
     """
@@ -282,9 +285,9 @@ def refuse_impossible_counts(checkpoint: Checkpoint, available: int) -> None:
 
 
 def planned_from(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[OutputTensor], dict[str, SourceTensor]]:
-    """The tensors of the converted model, and the checkpoint's that they are made from, by name.
+    """The tensors of the converted model, and the checkpoint's tensors that they are made from, by name.
 
-    Raises CheckpointError for one that is missing, of wrong shape or unknown.
+    Raises CheckpointError for a tensor that is missing, has the wrong shape or is unknown.
     """
     refuse_impossible_counts(checkpoint, len(checkpoint.tensors))
     tensors = plan(checkpoint.config, recipe)
@@ -295,7 +298,7 @@ def planned_from(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[OutputTen
 
 
 def refuse_unknown(name: str, planned: Container[str], path: Path) -> None:
-    """CheckpointError for a tensor that the plan does not need, unless it is known to be of no use."""
+    """CheckpointError for a tensor that the plan does not need, unless it is known to be useless."""
     # A tied lm_head repeats the embedding; old checkpoints saved the rotary frequencies.
     if name not in planned and name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
         raise CheckpointError(

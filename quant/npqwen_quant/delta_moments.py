@@ -1,4 +1,4 @@
-"""A Gated DeltaNet layer of the unquantized model, in float32: what its matrices are multiplied with, and its output.
+"""A Gated DeltaNet layer of the unquantized model, in float32: its output, and the moments of its matrices' inputs.
 
 The recurrence (npqwen/kernels/gated_delta.py has it token by token) is computed in chunks, as matrix products (Yang et
 al. 2025): within a chunk, what tokens write to the state and read from each other is a triangular system.
@@ -16,7 +16,7 @@ from npqwen_quant.moments import Load, Moments, batches, norm, sigmoid, silu
 from npqwen_quant.search import F32
 
 _CHUNK = 64
-"""Tokens at once."""
+"""Tokens of a chunk."""
 _EPS = np.float32(1e-6)
 
 
@@ -44,13 +44,13 @@ def recurrent(config: Config, load: Load, hidden: F32, widest: int) -> dict[str,
         x = norm(batch, before, config)
         inputs.add(x)
         q, k, v = np.split(_convolved(x @ qkv.T, taps), [r.keys, 2 * r.keys], -1)
-        # A key head serves a group of value heads, one after the other.
+        # A key head serves a group of consecutive value heads.
         q, k = (np.repeat(_unit(heads(part, r.linear_num_key_heads)), group, 1) for part in (q, k))
         q /= np.float32(math.sqrt(r.linear_key_head_dim))
         beta = sigmoid(x @ b.T).swapaxes(1, 2)
         log_decay = (-decay * np.logaddexp(0, x @ a.T + bias)).swapaxes(1, 2)
         mixed = delta_rule(q, k, heads(v, r.linear_num_value_heads), beta, log_decay)
-        mixed = norm(mixed.swapaxes(1, 2), factors, config)  # each head by itself
+        mixed = norm(mixed.swapaxes(1, 2), factors, config)  # each head on its own
         mixed = mixed.reshape(*x.shape[:2], r.values) * silu(x @ z.T)
         outputs.add(mixed)
         batch += mixed @ output.T
@@ -71,11 +71,11 @@ def delta_rule(q: F32, k: F32, v: F32, beta: F32, log_decay: F32) -> F32:
         part = slice(start, min(start + _CHUNK, tokens))
         size = part.stop - start
         queries, keys = q[:, :, part], k[:, :, part]
-        # Since the chunk began: float64, as small differences of large sums count.
+        # Sums since the start of the chunk, in float64: small differences of large sums matter.
         total = np.cumsum(log_decay[:, :, part], -1, np.float64)[..., None]
         seen = _exp(np.where(np.tri(size, dtype=np.bool_), total - total.swapaxes(2, 3), -np.inf))
         faded, strength = _exp(total), beta[:, :, part, None]
-        # A token writes the difference to what the state says of its key, with what the chunk's earlier tokens wrote.
+        # A token writes its value minus what the state, with the writes of the chunk's earlier tokens, has at its key.
         earlier = np.tril(strength * (keys @ keys.swapaxes(2, 3)) * seen, -1)
         written = np.linalg.solve(
             earlier + np.eye(size, dtype=np.float32), strength * (v[:, :, part] - faded * (keys @ state))

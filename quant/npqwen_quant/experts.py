@@ -1,4 +1,4 @@
-"""Experts of mixtures that a checkpoint stores in one tensor of three dimensions, taken apart."""
+"""Splitting the tensors of three dimensions in which some checkpoints store all experts of a layer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor
 _STACKED = ".mlp.switch_mlp."
 _FUSED = ".mlp.experts."
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The fused tensors of a layer's experts, and what each has of every expert, one after the other."""
+"""The fused tensors of a layer's experts, and the matrices that each has of every expert, one after the other."""
 _OTHER = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
 _MOST = 1 << 16
-"""Experts of a layer; more are not taken apart, which would take memory."""
+"""Most experts of a layer that are split, to bound memory."""
 _MOST_NAMES = 1 << 21
 
 
 def names_of_singles(names: Iterable[str], config: Config) -> dict[str, tuple[str, ...]]:
-    """By the names of stored tensors, those of what becomes of them: of all experts, where a tensor stacks a layer's.
+    """For each name of a stored tensor, the names of the tensors it becomes: those of all experts if it stacks them.
 
-    If only both fused tensors of a layer tell how they are stored, each has the names of what becomes of both.
-    Raises CheckpointError for more experts than memory might hold the names of.
+    If it takes both fused tensors of a layer to tell how they are stored, each has the names that both become. Raises
+    CheckpointError for so many experts that their names might not fit in memory.
     """
     count = 0 if config.mixture is None else config.mixture.num_experts
     both = tuple(part for parts in _PARTS.values() for part in parts)
@@ -49,7 +49,7 @@ def names_of_singles(names: Iterable[str], config: Config) -> dict[str, tuple[st
 
 
 def unstacked(stored: Mapping[str, PlainTensor], config: Config) -> dict[str, PlainTensor]:
-    """Tensors of MLX, where those of a layer's experts are stacked, under the names of single experts."""
+    """Tensors of MLX, which stacks those of a layer's experts, under the names of single experts."""
     found: dict[str, PlainTensor] = {}
     for name, tensor in stored.items():
         before, stacked, after = name.partition(_STACKED)
@@ -66,8 +66,8 @@ def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, So
     """Tensors of the mixtures of Qwen3-VL and Qwen3.5 under the names of single experts.
 
     Gate and up of all experts are one tensor (experts, 2 * inner, hidden), down is (experts, hidden, inner). Qwen3-VL's
-    are (experts, hidden, 2 * inner) and (experts, inner, hidden): each matrix is transposed. Square ones are stored as
-    the layer's other tensor is, which must be there then.
+    are (experts, hidden, 2 * inner) and (experts, inner, hidden): each matrix is transposed. For square matrices, the
+    shape of the layer's other tensor tells whether they are transposed; then it must be there.
     """
     found: dict[str, SourceTensor] = {}
     recent: Recent[npt.NDArray[Any]] = Recent()
@@ -94,15 +94,16 @@ def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, So
 
 
 def _ambiguous(config: Config) -> bool:
-    """Whether the matrices of one of a layer's fused tensors are square: then its shape does not tell their order."""
+    """Whether the matrices of one of a layer's fused tensors are square: then its shape does not tell whether they are
+    transposed."""
     inner = 0 if config.mixture is None else config.mixture.moe_intermediate_size
     return config.hidden_size in (inner, 2 * inner)
 
 
 def _is_transposed(name: str, tensor: PlainTensor, config: Config) -> bool | None:
-    """Whether the experts' matrices in a fused tensor are; None if they are square. CheckpointError for other shapes.
+    """Whether a fused tensor's matrices are transposed; None if they are square. CheckpointError for other shapes.
 
-    Gate and up together, or down: they cannot both be square.
+    The matrices of gate_up_proj and of down_proj cannot both be square.
     """
     inner, hidden = _check(name, tensor, config), config.hidden_size
     shape = (2 * inner, hidden) if name.endswith("gate_up_proj") else (hidden, inner)
@@ -128,12 +129,12 @@ def _check(name: str, tensor: PlainTensor, config: Config) -> int:
 
 
 class TransposedRows(SourceTensor):
-    """Rows of a matrix that is stored transposed. All of it is in memory meanwhile: see Recent."""
+    """Rows of a matrix that is stored transposed. All of it is kept in memory for a while: see Recent."""
 
     def __init__(
         self, stored: PlainTensor, first: int, count: int, recent: Recent[npt.NDArray[Any]]
     ) -> None:
-        """first, count: the rows, which are columns of what is stored."""
+        """first, count: the rows, which are columns of the stored matrix."""
         self.path = stored.path
         self.shape = count, stored.shape[0]
         self.nbytes = stored.nbytes // stored.shape[1] * count
@@ -150,7 +151,7 @@ class TransposedRows(SourceTensor):
         def load() -> npt.NDArray[Any]:
             return stored.stored_rows(0, stored.shape[0], CONVERTIBLE[stored.stored.dtype])
 
-        # gate and up have one matrix
+        # gate and up share one stored matrix
         matrix = self._recent.get((stored.path, stored.stored.offset), load)
         start = self._first + first
         return np.ascontiguousarray(matrix[:, start : start + count].T)

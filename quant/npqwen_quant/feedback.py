@@ -1,10 +1,10 @@
 """Error feedback: each column's rounding error is compensated by the columns not yet rounded.
 
 This is GPTQ (Frantar et al. 2023). With the second moments H = X^T X of a matrix's inputs X, weights w rounded to q
-change the outputs by |(w - q) X^T|^2 = (w - q) H (w - q)^T. Let the inverse of H be U^T D^-1 U, U upper triangular with
-ones on its diagonal and D diagonal. When column k is rounded with the error e_k, the best that the columns j after it
-can do is to change by -e_k U_kj, after which the outputs have changed by the sum of all e_k^2 D_k. So D is the
-importance of the columns when scales are chosen, which happens as a block's first column is reached.
+cause a squared output error |(w - q) X^T|^2 = (w - q) H (w - q)^T. Let the inverse of H be U^T D^-1 U, U upper
+triangular with ones on its diagonal and D diagonal. When column k is rounded with the error e_k, the optimal update of
+each later column j is -e_k U_kj, and the total squared output error is the sum of all e_k^2 D_k. So D is the importance
+of the columns when scales are chosen, which happens when a block's first column is reached.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from npqwen_quant.search import (
 )
 
 STEP = 128
-"""Columns between two products of all errors so far with F."""
+"""Columns between two products of all errors so far with U (Factor.feedback)."""
 
 WIDEST = 6144
-"""Columns whose moments are factored as a whole. A wider matrix's are divided into equal groups of columns, and errors
-are not carried from one to the next."""
+"""Most columns whose moments are factored as one matrix. The columns of a wider matrix are divided into groups of about
+equal size, and errors are not carried from one group to the next."""
 
 DAMPING = 0.01
-"""Added to the moments' diagonal, relative to it."""
+"""The fraction of the moments' diagonal that is added to it."""
 
 _COMPARED = 256
 """Rows compared with the plain fit at a time."""
 
 _MARGIN = np.float32(1.2)
-"""How much larger than a row's largest scale its block scales can become, as corrections make weights larger."""
+"""Headroom of a row's block scales over its largest plain scale, as a factor: corrections make weights larger."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,30 @@ class Factor:
     feedback: F32
     """U (columns, columns): upper triangular, 1 on the diagonal."""
     importance: F32
-    """D (columns), relative to its largest."""
+    """D (columns), divided by its maximum."""
     largest: float = 1.0
-    """The largest of D."""
+    """The maximum of D."""
 
 
 def factor(moments: F32, damping: float = DAMPING) -> Factor:
     """Factor second moments (columns, columns), symmetric.
 
-    Works for any input: where the moments have no Cholesky decomposition, the diagonal grows until they have, and
-    moments that are not finite give a factor without any feedback. So do columns that were always 0, for themselves.
+    Works for any input: if the moments have no Cholesky decomposition, the damping grows until they have one; moments
+    that are not finite give a factor without feedback. Columns whose inputs are all 0 have no feedback.
     """
     columns = len(moments)
     diagonal = np.diag(moments).astype(np.float64)
     used = diagonal > 0
     if not np.isfinite(moments).all() or not used.any():
         return Factor(np.eye(columns, dtype=np.float32), np.ones(columns, np.float32))
-    # Of correlations the decomposition is as exact for small inputs as for large ones.
+    # The decomposition of correlations is as accurate for small inputs as for large ones.
     scale = np.sqrt(np.where(used, diagonal, diagonal.max()))
     correlations = (moments / scale / scale[:, None]).astype(np.float32)
     upper = None
     while upper is None:
         correlations[np.diag_indices(columns)] = 1 + damping
         with contextlib.suppress(np.linalg.LinAlgError):
-            # Of the columns in reverse: H = L L^T becomes R R^T with an upper triangular R, U's inverse but for D.
+            # With reversed columns, H = L L^T becomes R R^T with an upper triangular R: U's inverse up to D.
             upper = np.linalg.cholesky(correlations[::-1, ::-1])[::-1, ::-1]
         damping = max(10 * damping, 1e-4)
     root = np.diag(upper).copy()
@@ -94,7 +94,7 @@ def factor(moments: F32, damping: float = DAMPING) -> Factor:
 
 
 def _inverse_of_triangular(upper: F32) -> F32:
-    """The inverse of an upper triangular matrix, by products of its parts."""
+    """The inverse of an upper triangular matrix, computed recursively by blocks."""
     n = len(upper)
     if n <= 64:
         inverse: F32 = np.triu(np.linalg.inv(upper))
@@ -118,7 +118,7 @@ def _round_block(
     rounded: F32,
     chosen: F32,
 ) -> None:
-    """chosen[lane]: the multiple of the row's unit that suits the block x[start : start + 32, lane] best."""
+    """chosen[lane]: the best scale of the block x[start : start + 32, lane], as a whole multiple of the row's unit."""
     lanes = x.shape[1]
     block = x[start : start + 32]
     top, best = np.empty(lanes, np.float32), np.zeros(lanes, np.float32)
@@ -150,11 +150,11 @@ def _round_step(
     block_scales: I8,
     indices: U8,
 ) -> None:
-    """Round some neighbouring columns of some rows, with feedback between them.
+    """Round some adjacent columns of some rows, with feedback between them.
 
-    rows: the weights; corrections: what the errors of the columns before take from them, times the rows' factors;
-    feedback and importance: of these columns. Filled are errors, corrected weights less rounded ones, times the rows'
-    factors, block_scales and indices.
+    rows: the weights. corrections: subtracted from the weights for the errors of earlier columns, times the rows'
+    factors. feedback, importance: of these columns. Outputs: errors (corrected minus rounded weights, times the rows'
+    factors), block_scales and indices.
     """
     count, columns = rows.shape
     x = np.zeros((columns, LANES), np.float32)
@@ -191,12 +191,12 @@ def _round_step(
 def fit_with_feedback(
     rows: F32, codebook: F32 | Codebook, factors: list[Factor], executor: Executor | None = None, threads: int = 1
 ) -> tuple[U8, I8, F32]:
-    """As npqwen_quant.fit.fit, but for the least squared error of the products with the calibration's inputs.
+    """Like npqwen_quant.fit.fit, but minimize the squared error of the products with the calibration's inputs.
 
-    In no row are these worse than with the plain fit, which is kept where feedback does not help.
+    That error is in no row larger than with the plain fit, which is kept where feedback does not help.
 
-    rows: float32 (n, columns), finite. factors: of groups of neighbouring columns, which together are all columns, up
-    to a whole block. executor: what runs `threads` groups of rows at a time.
+    rows: float32 (n, columns), finite. factors: of consecutive groups of columns that cover all columns, padded to
+    whole blocks. executor: runs up to `threads` groups of rows at a time; None runs them one after the other.
     """
     book = codebook if isinstance(codebook, Codebook) else Codebook(np.asarray(codebook, np.float32))
     n, columns = rows.shape
@@ -253,7 +253,7 @@ def fit_with_feedback(
     inverses = [_inverses_of_steps(group.feedback) for group in factors]
 
     def keep_plain(row: int) -> None:
-        """Replace those of some rows that have become worse than with the plain fit."""
+        """Restore the plain fit of those among some rows that feedback has made worse."""
         r = slice(row, row + _COMPARED)
         fitted = plain[0][r], plain[1][r], plain[2][r]
         worse = ~(losses[r] <= _plain_losses(padded[r], fitted, book, powers[r], factors, inverses))
@@ -264,7 +264,7 @@ def fit_with_feedback(
 
 
 def _losses(errors: F32, group: Factor) -> npt.NDArray[np.float64]:
-    """How much the errors of a group of columns change the squared outputs of each row."""
+    """The squared output error that the errors of a group of columns cause in each row."""
     losses: npt.NDArray[np.float64] = np.einsum("rc,rc,c->r", errors, errors, group.importance, dtype=np.float64)
     return group.largest * losses
 
@@ -277,7 +277,7 @@ def _plain_losses(
     factors: list[Factor],
     inverses: list[list[F32]],
 ) -> npt.NDArray[np.float64]:
-    """How much a fit without feedback changes the squared outputs of each row, in the same unit as _losses."""
+    """The squared output error of a fit without feedback in each row, in the same unit as _losses."""
     indices, block_scales, row_scales = fitted
     sizes = block_scales * (row_scales * powers)[:, None]
     rounded = book.values[indices].reshape(*block_scales.shape, BLOCK_COLUMNS) * sizes[:, :, None]
@@ -291,7 +291,7 @@ def _plain_losses(
 
 
 def _inverses_of_steps(feedback: F32) -> list[F32]:
-    """The inverses of U's blocks of STEP columns on the diagonal."""
+    """The inverses of U's diagonal blocks of STEP columns."""
     return [
         _inverse_of_triangular(feedback[first : first + STEP, first : first + STEP])
         for first in range(0, len(feedback), STEP)
@@ -299,10 +299,10 @@ def _inverses_of_steps(feedback: F32) -> list[F32]:
 
 
 def _errors_of(left: F32, feedback: F32, inverses: list[F32]) -> F32:
-    """The errors e of columns rounded one after the other, of what is left in the end, weights less rounded ones.
+    """The errors e of columns rounded one after the other, from the final differences, weights minus rounded ones.
 
-    Corrections subtract e_k U_kj from the columns j after k. So what is left is e U, and e follows from the first
-    column on.
+    Corrections subtract e_k U_kj from each column j after k. So the differences are e U, which is solved for e starting
+    at the first column.
     """
     errors = np.empty_like(left)
     for i, inverse in enumerate(inverses):

@@ -54,7 +54,7 @@ def _find_scales(
     largest: F32,
 ) -> None:
     """scales (rows, blocks): the least-squares scales; largest (rows, blocks): the weights of largest magnitude, with
-    their signs. Both times the rows' factors."""
+    their signs. Both are multiplied by the rows' factors."""
     flat, flat_largest = scales.reshape(-1), largest.reshape(-1)
     x, weights = np.zeros((32, LANES), np.float32), np.ones((32, LANES), np.float32)
     top, best = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -89,9 +89,9 @@ def _round_scales(
     block_scales: I8,
     indices: U8,
 ) -> None:
-    """Round the scales to multiples of their rows' units, and the weights to the codebook's values at those.
+    """Round the scales to multiples of their rows' units, and the weights to the codebook's values at these scales.
 
-    errors (rows): the squared errors of the results so far, infinite at first. Only rows that get better are changed.
+    errors (rows): the squared errors of the results so far, infinite at first. Only rows that improve are changed.
     """
     row_blocks = scales.shape[1]
     x, chosen = np.empty((row_blocks, 32), np.float32), np.empty(row_blocks, np.float32)
@@ -118,10 +118,10 @@ def _round_scales(
 
 
 def fit(rows: F32, codebook: F32 | Codebook, importance: F32 | None = None) -> tuple[U8, I8, F32]:
-    """The best scales and indices of some rows of a matrix, each row by itself.
+    """The best scales and indices of some rows of a matrix, each row on its own.
 
-    rows: float32 (n, columns), finite. codebook: ascending integers in float32. importance: what each column's squared
-    error is multiplied with, float32 (columns), positive; all alike by default.
+    rows: float32 (n, columns), finite. codebook: ascending integers in float32. importance: the weight of each column's
+    squared error, float32 (columns), positive; uniform by default.
 
     Returns indices uint8 (n, columns), block scales int8 (n, columns / 32, rounded up), -127 to 127, and row scales
     float32 (n), zero or normal numbers. Blocks with a scale of 0 have the index of the value nearest to 0.
@@ -136,7 +136,7 @@ def fit(rows: F32, codebook: F32 | Codebook, importance: F32 | None = None) -> t
     _find_scales(padded, factors, weights, weighted, *tables, scales, largest)
     block_scales, indices = np.zeros(scales.shape, np.int8), np.zeros(padded.shape, np.uint8)
     row_scales, errors = np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
-    # Plain rounding first, which leaves less in a few odd rows: where it happens to meet int8 scales.
+    # Plain rounding first: it has a smaller error in a few rows, whose plain scales happen to be exact in int8.
     plain = largest / book.values[np.abs(book.values).argmax()]
     for tried, neighbours in ((plain, 0), (scales, 1)):
         units = (np.abs(tried).max(1, initial=0) / np.float32(127)).astype(np.float32)
@@ -161,13 +161,13 @@ def fit(rows: F32, codebook: F32 | Codebook, importance: F32 | None = None) -> t
 
 
 def pad_columns(rows: F32) -> F32:
-    """The rows with zeros up to whole blocks; themselves if none are needed."""
+    """The rows, zero-padded to whole blocks, contiguous; not copied if that changes nothing."""
     missing = pad(rows.shape[1], BLOCK_COLUMNS) - rows.shape[1]
     return np.pad(rows, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(rows)
 
 
 def row_factors(rows: F32) -> F32:
-    """Powers of two that bring the rows' largest magnitudes to about 1, for sums that neither overflow nor vanish."""
+    """Powers of two that scale the rows' largest magnitudes to about 1, so that sums neither overflow nor underflow."""
     largest = np.maximum(rows.max(1, initial=0), -rows.min(1, initial=0))
     exponent = np.clip(np.frexp(largest)[1], -120, 126)
     factors: F32 = np.ldexp(np.float32(1), -exponent).astype(np.float32)
@@ -179,6 +179,6 @@ def _weights(importance: F32 | None, columns: int) -> tuple[bool, F32]:
     if importance is None:
         return False, np.empty(0, np.float32)
     out = np.ones(columns, np.float32)
-    # Relative to the largest, and never so little that a block of unimportant columns has no best scale.
+    # Relative to the largest, with a lower bound so that a block of unimportant columns still has a best scale.
     out[: importance.size] = np.maximum(importance / max(float(importance.max(initial=0)), SMALLEST), 1e-6)
     return True, out

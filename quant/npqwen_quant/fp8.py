@@ -2,7 +2,7 @@
 
 A matrix is `weight`, F8_E4M3, and `weight_scale_inv`, a factor for each block of `weight_block_size` rows and columns;
 blocks at the edges are smaller. Despite the name the weights are multiplied by it. Checkpoints without a block size
-have one factor a matrix.
+have one factor per matrix or per row.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ F32 = npt.NDArray[np.float32]
 
 
 def _e4m3() -> F32:
-    """The values of all bytes: a sign, 4 bits of exponent, 3 of mantissa; no infinity, and NaN where all but the sign
-    are set.
+    """The values of all bytes: a sign, 4 bits of exponent, 3 of mantissa; no infinity, and NaN where all bits but
+    the sign are set.
     """
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
@@ -47,7 +47,7 @@ class ScaledTensor(SourceTensor):
     def __init__(
         self, weight: PlainTensor, scale: PlainTensor, block: tuple[int, int], zero: PlainTensor | None
     ) -> None:
-        """block: its rows and columns. There is one scale for each block, in whatever shape; so with zeros."""
+        """block: its rows and columns. scale and zero have one element for each block, in any shape."""
         self.path = weight.path
         self.shape = weight.shape
         self.nbytes = weight.nbytes + scale.nbytes + (0 if zero is None else zero.nbytes)
@@ -72,7 +72,7 @@ class ScaledTensor(SourceTensor):
         return values
 
     def _wide(self, of_blocks: F32) -> F32:
-        """(rows of blocks, columns) of values of blocks."""
+        """Values of blocks, repeated for every column: (rows of blocks, columns)."""
         return np.repeat(of_blocks.reshape(-1, self._blocks[1]), self._block[1], 1)[:, : self.shape[1]]
 
 
@@ -121,7 +121,7 @@ def check_matrix(name: str, tensor: PlainTensor) -> tuple[int, int]:
 
 
 def block_size(value: Any, key: str, where: str) -> tuple[int, int]:
-    """Rows and columns of a block, as a key of a configuration has them. CheckpointError for anything else."""
+    """Rows and columns of a block, from a configuration's value of this key. CheckpointError for anything else."""
     if (
         not isinstance(value, list)
         or len(value) != 2
@@ -132,7 +132,7 @@ def block_size(value: Any, key: str, where: str) -> tuple[int, int]:
 
 
 def blocks_of(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks a matrix has, down and across."""
+    """The numbers of blocks of a matrix: (down, across)."""
     return ceil_div(shape[0], block[0]), ceil_div(shape[1], block[1])
 
 
@@ -141,7 +141,7 @@ class Fp8:
     """`quantization_config` of an FP8 checkpoint."""
 
     block: tuple[int, int] | None
-    """Rows and columns of a block; None for one scale a matrix."""
+    """Rows and columns of a block; None for one scale per matrix or per row."""
     description = "FP8"
 
     @classmethod

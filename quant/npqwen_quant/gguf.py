@@ -32,10 +32,10 @@ from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 SHARD = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE | re.DOTALL)
-"""The name of one of several files of a model."""
+"""The file name of one of a model's shards."""
 
 OTHER_PARTS = re.compile(r"mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", re.IGNORECASE)
-"""In names of files that lie beside models and are none: projectors of images, matrices of importance, drafts."""
+"""In names of files that lie beside models but are none: image projectors, importance matrices, draft models."""
 
 _SHARDS = 1000
 _NAMES = {
@@ -55,8 +55,8 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
 }
-"""GGUF's names of tensors, those of layers after "blk.N.", and Qwen3ForCausalLM's. llama.cpp's converter stores them as
-they are: it reorders the rows of q and k for LLaMA's interleaved rotary embedding only, not for Qwen's."""
+"""GGUF's tensor names (in layers, the part after "blk.N.") and Qwen3ForCausalLM's. llama.cpp's converter stores the
+tensors unchanged: it reorders the rows of q and k for LLaMA's interleaved rotary embedding only, not for Qwen's."""
 _MOST_EXPERTS = 1 << 12
 _EXPERTS = {
     "ffn_gate_exps": ("gate_proj",),
@@ -64,13 +64,13 @@ _EXPERTS = {
     "ffn_down_exps": ("down_proj",),
     "ffn_gate_up_exps": ("gate_proj", "up_proj"),
 }
-"""Stacks (experts, rows, columns), and whose rows they have for each expert, one after the other."""
+"""Stacked tensors (experts, rows, columns), and the matrices whose rows they hold for each expert, in order."""
 _IN_LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.([\w.]+)", re.ASCII)
 
 
 def gguf_files(path: Path) -> list[Path]:
-    """The GGUF files that a path means: a file, all shards if it is one of several, or the only model of a directory
-    without other weights. Empty if it means none.
+    """The GGUF files that a path names: a file, all shards if it is one of several, or the only model in a directory
+    without other weights. Empty if it names none.
 
     Raises CheckpointError if a shard is missing, or if a directory has several models.
     """
@@ -84,7 +84,7 @@ def gguf_files(path: Path) -> list[Path]:
             for file in path.iterdir()
             if file.suffix.lower() == ".gguf" and not OTHER_PARTS.search(file.name) and file.is_file()
         )
-    except OSError:  # who reads it as a checkpoint says what is wrong
+    except OSError:  # reading it as a checkpoint raises the proper error
         return []
     models = {shards(file)[0]: None for file in found}
     if len(models) > 1:
@@ -94,7 +94,7 @@ def gguf_files(path: Path) -> list[Path]:
 
 
 def shards(path: Path) -> list[Path]:
-    """All files of a model, of which one is given, by its name. CheckpointError if one is missing."""
+    """All files of a model, found by the name of one of them. CheckpointError if one is missing."""
     name = SHARD.fullmatch(path.name)
     if name is None:
         return [path]
@@ -126,7 +126,7 @@ class GgufTensor(SourceTensor):
         self._bytes = PlainTensor(path, StoredTensor("U8", (rows, stored.nbytes // rows), stored.offset, stored.nbytes))
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError for a vector in blocks: ggml has none."""
+        """Raise CheckpointError for a vector in a block format: ggml has none."""
         if len(self.shape) == 1 and self.kind.weights > 1:
             raise CheckpointError(f"{self.path}: {name} is stored as {self.kind.name}, which a vector cannot be")
 
@@ -137,11 +137,11 @@ class GgufTensor(SourceTensor):
 
 
 class GgufModel:
-    """A model in GGUF: what a checkpoint directory would say of it.
+    """A model in GGUF, with the contents of an equivalent checkpoint directory.
 
     files: all of its shards. raw_config: the content of config.json. tensors: by the names of Qwen3ForCausalLM; of a
-    hybrid, as gguf_hybrid.undone takes them. leaves_draft: whether it has draft layers that are not read: several, or
-    one with an embedding or an output matrix of its own.
+    hybrid, as gguf_hybrid.undone expects them. leaves_draft: whether it has draft layers that are not read: several, or
+    one with its own embedding or output matrix.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -162,7 +162,7 @@ class GgufModel:
         if len(files) > 1 and total != len(stored):
             raise CheckpointError(f"{files[0]} and its other shards have {len(stored)} of {total} tensors")
         self.kinds = _kinds(tensor for _, tensor in stored.values())
-        """Names of the formats of the matrices, by the bytes they take, the largest first."""
+        """Names of the matrices' formats, in descending order of the bytes they take."""
         drafts = draft_layers(self.metadata)
         self.is_hybrid = self.metadata.architecture in HYBRIDS
         self._layers = self.metadata.needed(".block_count", int) - drafts
@@ -196,7 +196,7 @@ class GgufModel:
 
     @cached_property
     def small_files(self) -> list[SmallFile]:
-        """The tokenizer, chat templates and defaults of sampling."""
+        """The tokenizer, chat templates and sampling defaults."""
         files = {
             TOKENIZER: self.tokenizer.tokenizer_json(),
             "tokenizer_config.json": _json(self.tokenizer.tokenizer_config()),
@@ -206,7 +206,10 @@ class GgufModel:
         return [SmallFile(name, len(content), partial(bytes, content)) for name, content in files.items()]
 
     def _named(self, name: str, path: Path, stored: StoredGguf) -> Iterator[tuple[str, SourceTensor]]:
-        """A tensor under the name of Qwen3ForCausalLM; a stack of experts as one tensor each. Unknown names stay."""
+        """A tensor under its name in Qwen3ForCausalLM; a stack of experts as one tensor for each matrix of each expert.
+
+        Unknown names are kept.
+        """
         match = _IN_LAYER.fullmatch(name)
         if match is None:
             found = _NAMES.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -229,7 +232,7 @@ class GgufModel:
             yield f"{layer}.{_NAMES[own]}.weight" if own in _NAMES else name, GgufTensor(path, stored)
 
     def _dense_layers(self) -> list[int]:
-        """The layers without experts. More than there are tensors are refused with the tensors' names."""
+        """The layers without experts. A count of layers above that of tensors is refused when tensors are looked up."""
         layers = range(min(self._layers, len(self.tensors)))
         return [layer for layer in layers if f"model.layers.{layer}.mlp.gate.weight" not in self.tensors]
 
@@ -249,7 +252,7 @@ def _experts(
 
 
 def _check_shard(header: GgufHeader, number: int, count: int) -> None:
-    """CheckpointError unless split.no (from 0 on) and split.count in the metadata are those of the name."""
+    """CheckpointError unless split.no (0-based) and split.count in the metadata match the file's name."""
     said, of = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
     if (said, of) != (number, count):
         raise CheckpointError(

@@ -28,7 +28,7 @@ _CLASSES = {
 }
 
 _ENDS = ("<|im_end|>", "<|endoftext|>")
-"""Tokens of Qwen's that end a text, whatever eos_token_id says: generation_config.json has both, a GGUF file one."""
+"""Qwen's end-of-text tokens, whatever eos_token_id says: generation_config.json has both, a GGUF file one."""
 
 _SAMPLING = {
     "temp": ("temperature", 100),
@@ -37,11 +37,11 @@ _SAMPLING = {
     "min_p": ("min_p", 1),
     "penalty_repeat": ("repetition_penalty", 100),
 }
-"""Keys of general.sampling: what generation_config.json calls them, and their largest values."""
+"""Keys of general.sampling, with their names in generation_config.json and their largest values."""
 
 
 class Metadata:
-    """The entries of a file by their names without the architecture, with checks of their types."""
+    """The metadata of a file, looked up by names without the architecture, with type checks."""
 
     def __init__(self, path: Path, entries: Mapping[str, Value]) -> None:
         """CheckpointError for an architecture that cannot be read."""
@@ -59,7 +59,7 @@ class Metadata:
         raise CheckpointError(f"{self.path}: {name} is {quoted(value)}, a value of the wrong type")
 
     def needed(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """`get`; CheckpointError without it."""
+        """`get`; CheckpointError if there is no such entry."""
         value = self.get(key, kind)
         if value is None:
             raise CheckpointError(f"{self.path} does not say {self.architecture}{key}; is it a complete model?")
@@ -80,8 +80,8 @@ def config(
 ) -> dict[str, Any]:
     """The content of config.json.
 
-    vocab_size: rows of the embedding. tied: whether it is the output matrix, too. dense_layers: of a mixture, those
-    without experts. ends: `end_ids`. Raises CheckpointError for what is missing, or a model that differs from Qwen3's.
+    vocab_size: rows of the embedding. tied: whether it is also the output matrix. dense_layers: of a mixture, those
+    without experts. ends: `end_ids`. Raises CheckpointError for missing entries, or a model that differs from Qwen3's.
     """
     mixture, hybrid = metadata.architecture in _MIXTURES, metadata.architecture in HYBRIDS
     layers = metadata.needed(".block_count", int) - draft_layers(metadata)
@@ -137,7 +137,7 @@ def config(
 
 
 def draft_layers(metadata: Metadata) -> int:
-    """How many of a file's layers are its draft's, the last ones."""
+    """The number of a file's draft layers, which are its last layers."""
     found: int = metadata.get(".nextn_predict_layers", int, 0) if metadata.architecture in HYBRIDS else 0
     if found < 0:
         raise CheckpointError(f"{metadata.path}: {metadata.architecture}.nextn_predict_layers is {found}")
@@ -145,7 +145,7 @@ def draft_layers(metadata: Metadata) -> int:
 
 
 def _of_hybrid(metadata: Metadata, layers: int, head_dim: int) -> dict[str, Any]:
-    """What config.json of a hybrid has beyond that of other models. layers: without those of the draft."""
+    """The entries of a hybrid's config.json that other models' lack. layers: their number without draft layers."""
     rotated = metadata.get(".rope.dimension_count", int, head_dim)
     heads = metadata.needed(".ssm.time_step_rank", int)
     inner = metadata.needed(".ssm.inner_size", int)
@@ -165,7 +165,7 @@ def _of_hybrid(metadata: Metadata, layers: int, head_dim: int) -> dict[str, Any]
     recurrent = metadata.get(".attention.recurrent_layers", list)
     if recurrent is None:
         found["full_attention_interval"] = metadata.get(".full_attention_interval", int, 4)
-    else:  # too few are refused with config.json
+    else:  # too few are refused when config.json is checked
         found["layer_types"] = ["linear_attention" if one else "full_attention" for one in recurrent[:layers]]
     if metadata.architecture in _MIXTURES:
         shared = metadata.get(".expert_shared_feed_forward_length", int)
@@ -176,7 +176,7 @@ def _of_hybrid(metadata: Metadata, layers: int, head_dim: int) -> dict[str, Any]
 
 
 def _scaling(metadata: Metadata) -> dict[str, Any] | None:
-    """`rope_scaling`. A kind that is not known is refused with config.json."""
+    """`rope_scaling`. An unknown kind is refused when config.json is checked."""
     kind = metadata.get(".rope.scaling.type", str, "none")
     factor = metadata.get(".rope.scaling.factor", float, metadata.get(".rope.scale_linear", float, 0.0))
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
@@ -195,7 +195,7 @@ def _scaling(metadata: Metadata) -> dict[str, Any] | None:
 
 
 def end_ids(metadata: Metadata, tokens: Sequence[str]) -> list[int]:
-    """The ids that end a text: the file's own, then those of Qwen's tokens that do, as in llama.cpp."""
+    """The ids of end-of-text tokens: the file's own, then those of Qwen's (_ENDS), as in llama.cpp."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     own = [metadata.get(f"tokenizer.ggml.{key}", int) for key in keys]
     known = [tokens.index(token) for token in _ENDS if token in tokens]
@@ -203,9 +203,9 @@ def end_ids(metadata: Metadata, tokens: Sequence[str]) -> list[int]:
 
 
 def generation_config(metadata: Metadata, ends: Sequence[int]) -> dict[str, Any] | None:
-    """The content of generation_config.json; None for a file that says nothing of sampling.
+    """The content of generation_config.json; None for a file without sampling parameters.
 
-    Then the defaults of the family hold, as for a checkpoint without this file.
+    Then the model family's defaults apply, as for a checkpoint without generation_config.json.
     """
     found = {}
     for key, (name, most) in _SAMPLING.items():

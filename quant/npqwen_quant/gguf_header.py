@@ -1,13 +1,13 @@
 """The header of a GGUF file: its metadata, and where its tensors lie.
 
-This parser is our own. The package `gguf` makes a NumPy array of every string: a vocabulary of 151,936 tokens took
-33 s and 490 MB (0.15 s and 30 MB here), it reads through a mapping, so that a file cut short while it is read kills the
-process (SIGBUS), and it needs requests and PyYAML. What ggml refuses is refused here.
+The package `gguf` is not used: it makes a NumPy array of every string (a vocabulary of 151,936 tokens took 33 s and
+490 MB; 0.15 s and 30 MB here), it reads through a memory mapping, so that a file truncated while it is read kills the
+process (SIGBUS), and it depends on requests and PyYAML. Files that ggml rejects are rejected here, too.
 
 Layout (ggml/docs/gguf.md), little-endian: "GGUF", version u32, tensors u64, entries u64; an entry is a key, a type u32
-and a value; a tensor is a name, dimensions u32, as many sizes u64 (the rows' length first), a type u32 and an offset
-u64 from the data's start, which is the header's end rounded up to the alignment. A string is a length u64 and bytes; an
-array is a type u32, a length u64 and values.
+and a value; a tensor is a name, the number of dimensions u32, that many sizes u64 (row length first), a type u32 and an
+offset u64 from the data's start, which is the header's end rounded up to the alignment. A string is a length u64 and
+bytes; an array is a type u32, a length u64 and values.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ARCHITECTURE = "general.architecture"
 _POINTER = b"version https://git-lfs"
 _VERSIONS = (2, 3)
 _LONGEST = 1 << 26
-"""Bytes of a header at most. Those of Qwen3 have 6 MB."""
+"""Most bytes of a header. Those of Qwen3 have 6 MB."""
 _ITEMS = 1 << 20
-"""Values in all arrays of a header at most: Qwen3's vocabulary has 455,259, tokens, their types and merges."""
+"""Most values in all arrays of a header together. Qwen3's has 455,259: tokens, their types and merges."""
 _ENTRIES, _TENSORS = 1 << 16, 1 << 16
-"""Of a file at most. Qwen3-235B-A22B has some 1,100 tensors."""
+"""Most metadata entries and most tensors of a file. Qwen3-235B-A22B has some 1,100 tensors."""
 _DIMENSIONS = 4
 _BYTES = 1 << 18
-"""What is read of a header at a time."""
+"""Bytes of a header that are read at a time."""
 
 _SCALARS = {
     0: "<u1",
@@ -53,7 +53,7 @@ _SCALARS = {
     11: "<i8",
     12: "<f8",
 }
-"""NumPy's names of the types of values."""
+"""NumPy dtypes of values, by GGUF's type numbers."""
 _STRING, _ARRAY = 8, 9
 
 Value = str | int | float | bool | list[str] | list[int] | list[float] | list[bool]
@@ -61,7 +61,7 @@ Value = str | int | float | bool | list[str] | list[int] | list[float] | list[bo
 
 @dataclass(frozen=True)
 class StoredGguf:
-    """Where a tensor lies: `nbytes` bytes at `offset` from the file's beginning. shape: rows' length last."""
+    """Where a tensor lies: `nbytes` bytes at `offset` from the file's beginning. shape: row length last."""
 
     kind: GgmlType
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ class StoredGguf:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What one file says."""
+    """The metadata and the tensors of one file."""
 
     path: Path
     metadata: dict[str, Value]
@@ -79,11 +79,11 @@ class GgufHeader:
 
 
 class _Damaged(ValueError):
-    """What is wrong with a file, as a clause."""
+    """A damaged file. The message is a clause that says what is wrong."""
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a regular file begins as GGUF files do. Those of ollama's cache have no suffix."""
+    """Whether this is a regular file that begins with GGUF's magic number. Files in ollama's cache have no suffix."""
     try:
         with open_regular(path) as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -94,8 +94,8 @@ def is_gguf(path: Path) -> bool:
 def read_header(path: Path) -> GgufHeader:
     """Read the header of a file.
 
-    All tensors lie in the file and none overlaps another. Raises CheckpointError for a file that cannot be read, is
-    damaged or truncated, or has a tensor of a type that cannot be read.
+    All tensors of the result lie within the file and do not overlap. Raises CheckpointError for a file that cannot be
+    read, is damaged or truncated, or has a tensor of an unsupported type.
     """
     try:
         with open_regular(path) as file:
@@ -127,9 +127,9 @@ def read_architecture(path: Path) -> str | None:
 
 
 class _Reader:
-    """Reads a header from the beginning, never more than it says and the file has.
+    """Reads a header from the beginning.
 
-    Every count is only how often something is read: nothing is allocated by it.
+    Counts in the file are not trusted: memory is allocated only for data that is there.
     """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -180,7 +180,7 @@ class _Reader:
             yield key, self._value(key, self._number("<I"))
 
     def tensors(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Of the tensors by name: shape, number of the type, and offset in the data."""
+        """The shape, type number, and offset in the data of each tensor, by name."""
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._string()
@@ -240,7 +240,7 @@ class _Reader:
         return part
 
     def _fill(self, count: int) -> None:
-        """Have at least `count` bytes from here on."""
+        """Buffer at least `count` bytes, starting at the current position."""
         if self.position + count > min(self.file_bytes, _LONGEST):
             raise _Damaged(
                 f"its header has more than {_LONGEST >> 20} MB" if count <= self.file_bytes - self.position
@@ -265,7 +265,7 @@ def _located(
     metadata: dict[str, Value],
     reader: _Reader,
 ) -> dict[str, StoredGguf]:
-    """The tensors, checked to lie in the file, apart from each other."""
+    """The tensors, checked to lie within the file without overlap."""
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise _Damaged(f"general.alignment is {quoted(alignment)}, not a power of two")

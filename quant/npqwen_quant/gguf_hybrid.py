@@ -1,12 +1,12 @@
-"""Hybrids in GGUF (architectures qwen3next, qwen35, qwen35moe): what llama.cpp's converter did to them, undone.
+"""Hybrids in GGUF (architectures qwen3next, qwen35, qwen35moe): undoing the changes of llama.cpp's converter.
 
-- Norms, but for the one within a Gated DeltaNet layer, are factors already: 1 + the checkpoint's weight.
+- Norms, except for the one within a Gated DeltaNet layer, are factors already: 1 + the checkpoint's weight.
 - ssm_a is -exp(A_log).
-- Qwen3-Next's grouped projections are taken apart (attn_qkv and attn_gate) but for those of b and a, ssm_ba. Old files
-  have them as they are, ssm_in.
-- The value heads of Qwen3.5, here grouped by key head as in checkpoints, take turns: the first of each key head, then
-  the second of each, and so on. So it is with all that has a row, a channel, a column or an element for each.
-- The draft layer (nextn) is numbered as a further one, of attention; without a final norm, it has the model's.
+- Qwen3-Next's grouped projections are split (attn_qkv and attn_gate), except for those of b and a (ssm_ba). Old files
+  have them unsplit (ssm_in).
+- The value heads of Qwen3.5, which checkpoints and npqwen group by key head, are interleaved: the first of each key
+  head, then the second of each, and so on. The same holds for all rows, channels, columns and elements of value heads.
+- The draft layer (nextn) is numbered as an additional attention layer; if it has no final norm, it uses the model's.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ NAMES = {
     "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
     "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
 }
-"""What GGUF calls the tensors of a hybrid's layer that other models lack, and checkpoints do."""
+"""Names in GGUF, and in checkpoints, of the tensors of a hybrid's layer that other models lack."""
 
 
 DRAFT = "mtp.layers.0"
-"""What the draft layer is called in checkpoints."""
+"""The draft layer's name in checkpoints."""
 DRAFT_NAMES = {
     "nextn.eh_proj.weight": "mtp.fc.weight",
     "nextn.enorm.weight": "mtp.pre_fc_norm_embedding.weight",
     "nextn.hnorm.weight": "mtp.pre_fc_norm_hidden.weight",
     "nextn.shared_head_norm.weight": "mtp.norm.weight",
 }
-"""What GGUF calls the tensors around the draft layer, and checkpoints do."""
+"""Names in GGUF, and in checkpoints, of the tensors around the draft layer."""
 OWN_VOCABULARY = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
-"""Of a draft layer that does not share the model's embedding or output matrix; no Qwen model has one."""
+"""Tensors of a draft layer that does not share the model's embedding or output matrix; no Qwen model has one."""
 
 
 def undone(tensors: Mapping[str, SourceTensor], config: Config, architecture: str) -> dict[str, SourceTensor]:
-    """The tensors of npqwen's layout from those of a file, by NAMES.
+    """The tensors of npqwen's layout, from those of a file under their names in checkpoints (see NAMES).
 
-    Raises CheckpointError for shapes that the metadata does not have.
+    Raises CheckpointError for shapes that contradict the metadata.
     """
     recurrence = config.recurrence
     if recurrence is None:

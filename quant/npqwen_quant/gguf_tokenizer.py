@@ -1,9 +1,9 @@
 """tokenizer.json and tokenizer_config.json of a model, from the metadata of its GGUF file.
 
 A GGUF file has the tokens, their types and the merges; the rest of Qwen's tokenizer.json (normalizer, pre-tokenizer,
-decoder) is what `tokenizer.ggml.pre` stands for. Texts get the ids of the original tokenizer, and templates render as
-there. Of what a GGUF file does not say, Qwen's own tokenizers are assumed: spaces beside added tokens are kept, and a
-template sees `bos_token` only if texts are to begin with it.
+decoder) follows from `tokenizer.ggml.pre`. Texts get the same ids as with the original tokenizer, and templates render
+the same. Whatever a GGUF file does not specify is as in Qwen's own tokenizers: spaces beside added tokens are kept, and
+a template sees `bos_token` only if texts are to begin with it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _QWEN35 = (  # marks that combine with letters belong to words
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PATTERNS = {"qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "qwen35": _QWEN35}
-"""Of Qwen's pre-tokenizers, by values of `tokenizer.ggml.pre`."""
+"""The patterns of Qwen's pre-tokenizers, by values of `tokenizer.ggml.pre`."""
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-"""Types of tokens. Rows of the embedding without a token are of the fourth, named [PADn]."""
+"""Types of tokens. Rows of the embedding without a token are _UNUSED, named [PADn]."""
 
 _TEXT = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
-"""Added tokens that are part of the text. llama.cpp's converter takes them for control tokens because of their looks
-(`does_token_look_special`), so that a GGUF file does not tell."""
+"""Added tokens that are not special. llama.cpp's converter marks them as control tokens because of their looks
+(`does_token_look_special`), so that their type in a GGUF file does not tell."""
 
 _TEMPLATE = "tokenizer.chat_template"
 
 
 class GgufTokenizer:
-    """The tokenizer of a file: `tokens`, by id, and the files that are made of it."""
+    """The tokenizer of a file: `tokens`, by id, and the tokenizer files made from it."""
 
     def __init__(self, metadata: Metadata, vocab_size: int) -> None:
         """vocab_size: rows of the embedding. CheckpointError for a tokenizer that is not Qwen's, or is damaged."""

@@ -1,9 +1,9 @@
-"""The formats of tensors in GGUF files, and their dequantization, equal to ggml's to the bit.
+"""The formats of tensors in GGUF files, and their dequantization, bitwise equal to ggml's.
 
-A row is a number of blocks, each of 32 or 256 weights. A weight is `scale * q`, or `scale * q - minimum`. The formats
-with 256 weights have smaller groups in them, whose scales are small integers times the block's float16 `d`. Layouts and
-formulas are those of ggml/src/ggml-common.h and dequantize_row_* in ggml-quants.c. float32 holds all products of a
-scale and a quantized value exactly, so that neither their order nor a fused multiply-add makes a difference.
+A row is a number of blocks, each of 32 or 256 weights. A weight is `scale * q`, or `scale * q - minimum`. Blocks of 256
+weights are divided into groups, whose scales are small integers times the block's float16 `d`. Layouts and formulas are
+those of ggml/src/ggml-common.h and dequantize_row_* in ggml-quants.c. float32 represents all products of a scale and a
+quantized value exactly, so that neither evaluation order nor a fused multiply-add makes a difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
 _PART = 1 << 18
-"""Weights dequantized at a time: it bounds the memory of intermediate results."""
+"""Weights dequantized at a time, to bound the memory of intermediate results."""
 
 _NONLINEAR = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
@@ -30,8 +30,8 @@ _NONLINEAR = np.array(
 class GgmlType:
     """A format.
 
-    weights, nbytes: of a block. floats: of a format that is not quantized, NumPy's name of its numbers ("<u2" for the
-    bits of bf16). dequantize: from blocks (n, nbytes) to their weights (n, weights).
+    weights, nbytes: of a block. floats: the NumPy dtype of a format that is not quantized ("<u2" for the bits of bf16).
+    dequantize: maps blocks (n, nbytes) to their weights (n, weights).
     """
 
     name: str
@@ -56,18 +56,18 @@ class GgmlType:
 
 
 def _half(blocks: U8, at: int) -> F32:
-    """The float16 at a place of each block: (n, 1)."""
+    """The float16 at byte offset `at` of each block, as float32 (n, 1)."""
     half: npt.NDArray[np.float16] = blocks[:, at : at + 2].copy().view("<f2")
     return half.astype(np.float32)
 
 
 def _nibbles(packed: U8, group: int) -> U8:
-    """The halves of bytes (n, bytes): of every `group` bytes first the low ones, then the high ones (n, 2 * bytes)."""
+    """The nibbles of bytes (n, bytes): of every `group` bytes first the low ones, then the high ones (n, 2 * bytes)."""
     return _bits(packed, group, 4)
 
 
 def _bits(packed: U8, group: int, width: int) -> U8:
-    """Fields of `width` bits of bytes (n, bytes): of every `group` bytes first the lowest fields, then the next."""
+    """The bit fields of `width` bits of bytes (n, bytes): of every `group` bytes first the lowest, then the next."""
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     fields: U8 = packed.reshape(len(packed), -1, 1, group) >> shifts & np.uint8((1 << width) - 1)
     return fields.reshape(len(packed), -1)
@@ -89,7 +89,7 @@ def _q4_1(blocks: U8) -> F32:
 
 
 def _fifth(blocks: U8, at: int) -> U8:
-    """Weights of 5 bits: 4 bytes of highest bits, one a weight, and then 16 of the others."""
+    """5-bit weights: 4 bytes with the highest bit of each weight, then 16 bytes with the low nibbles."""
     high = np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little")
     out: U8 = _nibbles(blocks[:, at + 4 :], 16) | high << np.uint8(4)
     return out
@@ -134,7 +134,8 @@ def _q3_k(blocks: U8) -> F32:
 
 
 def _scales_and_minimums(packed: U8) -> tuple[U8, U8]:
-    """Eight scales and eight minimums of 6 bits in 12 bytes: 4 + 4 of them, then the low bits of the others' 4 + 4."""
+    """Eight 6-bit scales and eight 6-bit minimums from 12 bytes: 4 bytes with a scale each, 4 with a minimum each, and
+    4 with the low nibbles of the other 4 + 4, whose high 2 bits are those of the first 8 bytes."""
     low, high, both = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([low & 63, (both & 15) | (low >> 6) << 4], 1)
     minimums = np.concatenate([high & 63, both >> 4 | (high >> 6) << 4], 1)
@@ -142,7 +143,7 @@ def _scales_and_minimums(packed: U8) -> tuple[U8, U8]:
 
 
 def _with_minimums(blocks: U8, values: U8) -> F32:
-    """Weights of Q4_K and Q5_K: d, dmin, scales and minimums are at the same places."""
+    """Weights of Q4_K and Q5_K: d, dmin, scales and minimums are at the same offsets."""
     scales, minimums = _scales_and_minimums(blocks[:, 4:16])
     scale = (_half(blocks, 0) * scales)[:, :, None]
     minimum = (_half(blocks, 2) * minimums)[:, :, None]
@@ -190,7 +191,7 @@ TYPES = {
     20: GgmlType("IQ4_NL", 32, 18, None, _iq4_nl),
     23: GgmlType("IQ4_XS", 256, 136, None, _iq4_xs),
 }
-"""By the numbers that files have."""
+"""The formats that are read, by ggml's type numbers."""
 
 _OTHERS = {
     4: "Q4_2",
@@ -222,6 +223,6 @@ _OTHERS = {
 
 
 def type_name(number: int) -> str:
-    """What ggml calls a type."""
+    """ggml's name of a type."""
     found = TYPES.get(number)
     return found.name if found is not None else _OTHERS.get(number, f"type {number}")

@@ -66,7 +66,7 @@ class GptqTensor(ColumnsTensor):
         self.nbytes = sum(part.nbytes for kind, part in module.parts.items() if kind in _PARTS)
 
     def _bits_of(self, usual: int) -> int:
-        """The bits of an integer, of which the zeros' shape tells: some modules may have others than most."""
+        """The bits of an integer, by the shape of the zeros: some modules may differ from the configuration."""
         rows, words = self._packed.shape[1], self._zeros.shape[1]
         for bits in (usual, *BITS):
             if packed_words(rows, bits) == words:

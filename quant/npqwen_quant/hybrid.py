@@ -1,12 +1,12 @@
-"""Checkpoints of hybrids (Qwen3-Next, Qwen3.5): their tensors in the forms that npqwen's layout has.
+"""Checkpoints of hybrids (Qwen3-Next, Qwen3.5): their tensors, converted to the forms of npqwen's layout.
 
-- Norms are zero-centred, factors are 1 + weight, but for the one within a Gated DeltaNet layer.
+- Norms are zero-centred (the factors are 1 + weight), except for the one within a Gated DeltaNet layer.
 - The draft layer (mtp.*) is an attention layer with three further norms and a matrix (hidden, 2 * hidden), whose first
   half is multiplied with the token's embedding.
-- q_proj and, in Qwen3-Next, the projections of a Gated DeltaNet layer are taken apart: see
+- q_proj and, in Qwen3-Next, the projections of a Gated DeltaNet layer are split: see
   npqwen/format/split_matrices.py.
 - The convolution is (channels, 1, taps); decay = exp(A_log).
-- MLX stores the convolution as (channels, taps, 1), and then the norms as factors.
+- MLX stores the convolution as (channels, taps, 1), and the norms as factors.
 
 Source: Qwen3NextForCausalLM and Qwen3_5ForCausalLM of transformers.
 """
@@ -27,7 +27,7 @@ from npqwen_quant.tensors import SourceTensor, widen
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
 _OTHER_NORMS = ("model.norm", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
 _MOST_ROWS = 1 << 20
-"""Of a gathered matrix: more are not listed, which would take memory."""
+"""Most rows of a matrix, to bound the memory of row indices."""
 
 class Gathered(SourceTensor):
     """Some rows of a matrix, or elements of a vector."""
@@ -52,10 +52,10 @@ class Gathered(SourceTensor):
 
 
 class Changed(SourceTensor):
-    """A vector, read as a whole and changed."""
+    """A vector that is computed from the whole of a stored tensor."""
 
     def __init__(self, stored: SourceTensor, length: int | None = None) -> None:
-        """length: of what it becomes; by default that of what is stored."""
+        """length: of the vector; by default, it has the shape of the stored tensor."""
         self.path = stored.path
         self.shape = stored.shape if length is None else (length,)
         self.nbytes = stored.nbytes
@@ -71,7 +71,7 @@ class Changed(SourceTensor):
         return np.ascontiguousarray(self.changed(whole)[first : first + count])
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """What becomes of the stored values: a vector."""
+        """The vector, from the stored values."""
         flat: npt.NDArray[np.float32] = whole.reshape(-1)
         return flat
 
@@ -85,7 +85,7 @@ class _OnePlus(Changed):
 
 
 class _Taps(Changed):
-    """A convolution (channels, taps), in two or three dimensions, with the taps of all channels one after the other."""
+    """A convolution (channels, taps), stored in two or three dimensions, flattened as (taps, channels)."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         flat: npt.NDArray[np.float32] = whole.reshape(-1, CONVOLUTION).T.reshape(-1)
@@ -96,12 +96,13 @@ class _Decay(Changed):
     """exp(A_log)."""
 
     def changed(self, whole: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        with np.errstate(over="ignore"):  # what is infinite then is refused by who reads it
-            return np.exp(whole.astype(np.float64)).astype(np.float32)  # in float32, processors differ
+        with np.errstate(over="ignore"):  # the caller refuses infinity
+            return np.exp(whole.astype(np.float64)).astype(np.float32)  # float32 results differ between processors
 
 
 def names_in_layout(name: str, config: Config) -> tuple[str, ...]:
-    """The names in npqwen's layout of what becomes of a stored tensor, or of its part: "….weight", "….scales"."""
+    """The names in npqwen's layout of the tensors that a stored tensor, or a part of it ("….weight", "….scales"),
+    becomes."""
     if config.recurrence is None:
         return (name,)
     if name.endswith(".linear_attn.A_log"):
@@ -111,7 +112,7 @@ def names_in_layout(name: str, config: Config) -> tuple[str, ...]:
 
 
 def is_of_mlx(tensors: Mapping[str, SourceTensor]) -> bool | None:
-    """Whether MLX stored a hybrid's tensors; None if these do not tell."""
+    """Whether MLX stored a hybrid's tensors; None if their shapes do not tell."""
     shapes = (tensor.shape for name, tensor in tensors.items() if name.endswith(".linear_attn.conv1d.weight"))
     return next((shape[1:] == (CONVOLUTION, 1) for shape in shapes), None)
 
@@ -126,9 +127,9 @@ def in_layout(
 ) -> dict[str, SourceTensor]:
     """Tensors of a hybrid's checkpoint, perhaps only some, by the names of npqwen's layout.
 
-    zero_centred: whether norms are; else they are factors already.
+    zero_centred: whether norms are zero-centred; otherwise they are factors already.
 
-    Raises CheckpointError for shapes that config.json does not have.
+    Raises CheckpointError for shapes that contradict config.json.
     """
     recurrence = config.recurrence
     if recurrence is None:
@@ -154,7 +155,7 @@ def in_layout(
 
 
 def _recurrent(part: str, tensor: SourceTensor, r: Recurrence) -> dict[str, SourceTensor]:
-    """What becomes of a tensor of a Gated DeltaNet layer that stays whole, by names without the layer."""
+    """The converted form of a Gated DeltaNet layer's tensor that is not split, by its name without the layer."""
     if part == "conv1d.weight":
         check_shape(part, tensor, (r.channels, 1, CONVOLUTION), (r.channels, CONVOLUTION, 1), (r.channels, CONVOLUTION))
         return {part: _Taps(tensor, r.channels * CONVOLUTION)}

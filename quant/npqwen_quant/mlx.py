@@ -64,7 +64,7 @@ class Mlx:
     bits: int
     group_size: int
     layers: Mapping[str, tuple[int, int]]
-    """Bits and group size of layers that have others than most."""
+    """Bits and group size of layers that override the defaults."""
 
     @property
     def description(self) -> str:

@@ -1,8 +1,8 @@
-"""Half a layer at a time of the unquantized model, in float32: what matrices are multiplied with, and what comes out.
+"""The unquantized model, half a layer at a time, in float32: its outputs, and the moments of its matrices' inputs.
 
 Hidden states of the calibration text (sequences, tokens, hidden_size) go through a layer's attention or feed-forward,
-batch by batch, and the second moments of every matrix's inputs are summed up on the way. Gated DeltaNet layers, which
-hybrids have in place of attention, are in delta_moments.py.
+batch by batch, while the second moments of every matrix's inputs are accumulated. Gated DeltaNet layers, which hybrids
+have in place of attention, are in delta_moments.py.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _BATCH = 2048
 
 
 NONE = 0
-"""As the widest group of columns: no moments are summed up, only the hidden states advance."""
+"""A value of `widest` with which no moments are accumulated: only the hidden states advance."""
 
 
 class Moments:
-    """A sum of x^T x over inputs x, in groups of columns if there are many. widest: columns of a group, at most."""
+    """A sum of x^T x over inputs x, in groups of columns if there are many. widest: the most columns of a group."""
 
     def __init__(self, columns: int, widest: int) -> None:
         self.count = 0
@@ -42,7 +42,7 @@ class Moments:
         self.sums = [np.zeros((stop - start, stop - start), np.float32) for start, stop in self.bounds]
 
     def add(self, x: F32) -> None:
-        """x: (..., columns)."""
+        """Add inputs x (..., columns)."""
         flat = x.reshape(-1, x.shape[-1])
         for (start, stop), total in zip(self.bounds, self.sums, strict=True):
             part = np.ascontiguousarray(flat[:, start:stop])
@@ -66,7 +66,7 @@ def batches(hidden: F32) -> Iterator[F32]:
 
 def silu(x: F32) -> F32:
     """x * sigmoid(x)."""
-    with np.errstate(over="ignore"):  # exp of a large negative number's magnitude: the quotient is 0
+    with np.errstate(over="ignore"):  # for a large negative x, exp(-x) is infinite and the quotient is 0
         activated: F32 = x / (1 + np.exp(-x))
     return activated
 
@@ -136,7 +136,7 @@ def feed_forward(config: Config, load: Load, hidden: F32, widest: int) -> dict[s
 
 
 def last(config: Config, load: Load, hidden: F32, widest: int) -> Moments:
-    """The moments of the output matrix's inputs. load: by the checkpoint's names."""
+    """The moments of the output matrix's inputs. load: reads a tensor by its full name."""
     weight, inputs = load("model.norm.weight"), Moments(config.hidden_size, widest)
     for batch in batches(hidden):
         inputs.add(norm(batch, weight, config))
@@ -146,9 +146,9 @@ def last(config: Config, load: Load, hidden: F32, widest: int) -> Moments:
 def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Iterator[dict[str, Moments]]:
     """Add a mixture's output to the hidden states, in place.
 
-    Yields the moments of the shared expert, if there is one, and of every other expert, by the names of its matrices:
-    those of the tokens that reached it and, with the weight of _PRIOR tokens, of all its layer's. Nothing if no moments
-    are summed up.
+    Yields the moments of the shared expert, if there is one, and of every other expert, by the names of its matrices.
+    They are those of the tokens routed to it plus, with the weight of _PRIOR tokens, those of all tokens of the layer.
+    Yields nothing if no moments are accumulated.
     """
     mixture = config.mixture
     assert mixture is not None
@@ -168,7 +168,7 @@ def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Iterator[di
         every.add(x[start : start + _BATCH])
 
     def run(expert: int, with_output: bool) -> tuple[F32, F32]:
-        """The inputs that reached the expert, and its activations."""
+        """The inputs routed to the expert, and its activations."""
         tokens, place = np.nonzero(chosen == expert)
         gate, up = (load(f"mlp.experts.{expert}.{part}_proj.weight") for part in ("gate", "up"))
         reached = x[tokens]
@@ -197,7 +197,7 @@ def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Iterator[di
 
 
 def _shared_expert(load: Load, x: F32, out: F32, inner: Moments) -> Moments:
-    """Add the output of the expert that every token reaches, through its gate. Returns the moments of down_proj."""
+    """Add the gated output of the shared expert, which every token uses, to `out`. Returns the moments of down_proj."""
     gate, up, down = (load(name) for name in _names("mlp.shared_expert."))
     open_by = load("mlp.shared_expert_gate.weight")
     for start in range(0, len(x), _BATCH):
@@ -213,7 +213,7 @@ def _names(prefix: str) -> list[str]:
 
 
 _PRIOR = 256
-"""Tokens that the moments of all tokens of a layer count for, beside those that reached an expert."""
+"""Weight, in tokens, of the moments of all tokens of a layer when they are added to those of an expert's tokens."""
 
 
 def _with_prior(every: Moments) -> Moments:

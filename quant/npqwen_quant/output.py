@@ -21,13 +21,13 @@ Notice = Callable[[str], object]
 class Output:
     """The directory `path`, written in a working directory beside it and renamed once it is complete.
 
-    A context manager. After an exception or a kill, the working directory stays if it saves the next conversion with
+    A context manager. After an exception or a kill, the working directory is kept if it saves the next conversion with
     the same key some work; a CheckpointError removes it. Remains of conversions with other keys to the same place are
-    removed, unless their processes live.
+    removed, unless their processes are still running.
     """
 
     def __init__(self, path: Path, key: str, *, force: bool, notice: Notice | None = None) -> None:
-        """key: what the result depends on. notice: called with a line that says what stays after an exception.
+        """key: what the result depends on. notice: called with a line that says what is kept after an exception.
 
         Raises OutputError if `path` exists; with `force`, only if it holds anything but a converted model.
         """
@@ -77,7 +77,7 @@ class Output:
             self._leave(keep)
 
     def check_room(self, nbytes: int) -> None:
-        """Raise OutputError if the disk has no room for what is missing of `nbytes`, which the conversion takes."""
+        """Raise OutputError if the disk has no room for the rest of the conversion, which takes `nbytes` in all."""
         with writing(self.path):
             missing = nbytes - self.work.allocated()
             free = shutil.disk_usage(self.path.parent).free
@@ -87,9 +87,9 @@ class Output:
             raise OutputError(f"{self.path} would take {size(missing)}{more}, but only {size(free)} is free there")
 
     def begin(self, names: Collection[str]) -> None:
-        """Begin to write the output, or go on where an interrupted conversion ended.
+        """Start to write the output, or resume an interrupted conversion.
 
-        names: of the files that the journal is about. Others, from before an interruption, are removed, as are the
+        names: of the files that the journal covers. Other files of an interrupted conversion are removed, as are the
         remains of conversions with other keys.
         """
         with writing(self.path):
@@ -116,7 +116,7 @@ class Output:
                 sync_directory(path.parent)
 
     def link(self, file: Path, name: str) -> None:
-        """Put a file of the same disk into the directory without copying it; copied where there are no hard links."""
+        """Hard-link a file into the directory; copy it where hard links are not possible."""
         with writing(self.path):
             place = self.work.output / name
             try:
@@ -127,15 +127,15 @@ class Output:
                     os.fsync(copy.fileno())
 
     def complete(self) -> None:
-        """Give the directory its name; every file in it has been synced."""
+        """Rename the directory into place; every file in it must have been synced."""
         with writing(self.path):
             sync_directory(self.work.output)
             self._check()
             journal = self.work.load()
             for place in (self.work.source, self.work.calibration):
                 shutil.rmtree(place, ignore_errors=True)
-            # A kill between the two steps below costs the work: else the next conversion might complete what lies
-            # there, which after an exchange is the old model.
+            # A kill between the two steps below loses the work: otherwise the next conversion might complete the
+            # directory's contents, which after an exchange are the old model.
             self.work.forget()
             try:
                 self._take_name()

@@ -56,7 +56,7 @@ def bytes_read(step: Step, sources: Mapping[str, SourceTensor]) -> int:
 
 
 def _rows(matrix: Matrix, step: Step) -> Iterator[tuple[Part, int, int, int]]:
-    """What a step takes of each part: its first row, how many, and the unit row among the step's where they begin."""
+    """The rows of each part that a step covers: the part, first row, row count, and the step's unit row for them."""
     for part in matrix.parts:
         start = max(0, ceil_div(step.first - part.start, part.stride))
         stop = min(part.unit_rows, ceil_div(step.last - part.start, part.stride))
@@ -88,7 +88,7 @@ def _pack_vector(vector: Vector, sources: Mapping[str, SourceTensor]) -> Packed:
 def _pack_rows(
     matrix: Matrix, encoding: Encoding, step: Step, sources: Mapping[str, SourceTensor], fits: Fits | None
 ) -> Packed:
-    """The unit rows of a step: uint8 (unit rows, bytes of one)."""
+    """The unit rows of a step: uint8 (unit rows, bytes per unit row)."""
     out = np.empty((step.last - step.first, matrix.shape(encoding)[1]), np.uint8)
     for part, row, count, place in _rows(matrix, step):
         if fits is not None and part.source in fits:
@@ -136,6 +136,6 @@ def _narrow(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
         return stored
     values = stored.astype(np.float32, copy=False).view(np.uint32)
     rounded = (values + 0x7FFF + ((values >> 16) & 1)) >> 16
-    # Rounding may carry a NaN's last bits beyond its exponent.
+    # Rounding could carry from a NaN's mantissa beyond its exponent.
     rounded[(values & 0x7FFFFFFF) > blocks.INFINITY] = 0x7FC0
     return rounded.astype(np.uint16)

@@ -23,7 +23,7 @@ class UnreadableError(Exception):
 
 
 class Module:
-    """The tensors that a layer consists of: `name` and a dot before the last part of their names."""
+    """The tensors that a layer consists of. Their full names are `name`, a dot and the name of a part."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,18 +35,18 @@ class Module:
         return self.name_of("weight")
 
     def name_of(self, kind: str) -> str:
-        """The whole name of a part."""
+        """The full name of a part."""
         return f"{self.name}.{kind}" if self.name else kind
 
     def others(self, *kinds: str) -> dict[str, PlainTensor]:
-        """The tensors that are not of these parts, by their whole names."""
+        """All parts but these, by their full names."""
         return {self.name_of(kind): part for kind, part in self.parts.items() if kind not in kinds}
 
     def __contains__(self, part: str) -> bool:
         return part in self.parts
 
     def part(self, kind: str, dtypes: Container[str], dimensions: Iterable[int] = (2,)) -> PlainTensor:
-        """The tensor of this last part; CheckpointError if it is missing, or of another dtype or no such shape."""
+        """The tensor of a part; CheckpointError if it is missing or empty, or of another dtype or dimensionality."""
         tensor = self.parts.get(kind)
         if tensor is None:
             other = next(iter(self.parts.values()))
@@ -82,13 +82,13 @@ def modules(stored: Mapping[str, PlainTensor]) -> Iterable[Module]:
 
 
 def check_group_size(size: Any, where: str) -> None:
-    """Raise CheckpointError for a number of columns that share a scale, if it is neither positive nor -1, for all."""
+    """Raise CheckpointError unless the number of columns that share a scale is positive, or -1 for all columns."""
     if type(size) is not int or not (size == -1 or 0 < size < 1 << 31):
         raise CheckpointError(f"{where}: group_size is {quoted(size)}, not the number of columns of a group")
 
 
 def unpack(words: npt.NDArray[Any], bits: int, count: int) -> U8:
-    """Integers of 2 to 8 bits, packed one after the other from the lowest bit of the first word on, also across words.
+    """Integers of 2 to 8 bits, packed one after the other starting at the first word's lowest bit, also across words.
 
     words: (..., n), of 32 bits, little-endian. Returns (..., count).
     """
@@ -98,7 +98,7 @@ def unpack(words: npt.NDArray[Any], bits: int, count: int) -> U8:
     missing = -data.shape[-1] % bits
     if missing:
         data = np.concatenate([data, np.zeros((*data.shape[:-1], missing), np.uint8)], -1)
-    # Eight integers lie in as many bytes as an integer has bits.
+    # Eight integers take `bits` bytes.
     groups = data.reshape(*data.shape[:-1], -1, bits)
     out = np.empty((*groups.shape[:-1], 8), np.uint8)
     mask = np.uint8((1 << bits) - 1)

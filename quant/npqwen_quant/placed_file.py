@@ -1,4 +1,4 @@
-"""A file that is written at given places, in large aligned pieces."""
+"""A file that is written at given offsets, in large aligned pieces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WRITE_BYTES = 1 << 21
 
 
 class PlacedFile:
-    """A file that is created unless it exists. Neighbours are written together, up to borders of WRITE_BYTES.
+    """A file that is created unless it exists. Adjacent writes are combined, up to multiples of WRITE_BYTES.
 
     Its methods raise OSError.
     """
@@ -22,7 +22,7 @@ class PlacedFile:
         self._file = open(path, "r+b", buffering=0, opener=_create)  # noqa: SIM115
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes at a place, now or with later ones."""
+        """Write bytes at an offset. They may stay buffered until later writes, or until `flush`."""
         rest = data.cast("B")
         if offset != self._start + len(self._buffer):
             self.flush()
@@ -35,7 +35,7 @@ class PlacedFile:
             rest = rest[room:]
 
     def flush(self) -> None:
-        """Hand all bytes to the system."""
+        """Pass all buffered bytes to the system."""
         with memoryview(self._buffer) as rest:
             self._file.seek(self._start)
             done = 0

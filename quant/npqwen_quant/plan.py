@@ -60,7 +60,7 @@ def plan(config: Config, recipe: Recipe) -> list[OutputTensor]:
 
 
 def planned(config: Config, recipe: Recipe) -> Iterator[OutputTensor]:
-    """`plan`, one tensor after the other: a hostile config.json may have more than memory holds."""
+    """`plan` as an iterator: a hostile config.json may describe more tensors than fit in memory."""
     for tensor in Layout(config):
         encoding = None if isinstance(tensor, Vector) else recipe.encoding(tensor.name, config)
         if encoding is not None and encoding.codebook:

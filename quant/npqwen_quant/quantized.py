@@ -17,9 +17,9 @@ QuantizedFormat = Awq | CompressedTensors | Fp8 | Gptq | Mlx
 """A format that can be dequantized: its `description`, and `dequantized`, from stored tensors to float32 ones."""
 
 KEYS = ("quantization_config", "compression_config", "quantization")
-"""Of config.json; the last is MLX's."""
+"""Keys of config.json that describe a quantization; the last is MLX's."""
 GPTQ_FILE = "quantize_config.json"
-"""Where old GPTQ checkpoints say what others say in config.json."""
+"""The file in which old GPTQ checkpoints have what others have in config.json."""
 
 ADVICE = "convert the unquantized checkpoint, in BF16, F16 or F32"
 

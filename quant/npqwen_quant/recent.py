@@ -1,4 +1,4 @@
-"""Matrices that were just used, kept in memory while other threads use other rows of them."""
+"""A cache of recently used matrices, for threads that use different rows of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Generic, Protocol, TypeVar
 
 _MOST = 3
-"""What a step of a conversion works on: gate, up and the beginning of the next matrix."""
+"""Matrices that are always kept: those that concurrent steps use, gate, up and the beginning of the next matrix."""
 _BYTES = 1 << 27
 
 
@@ -20,14 +20,14 @@ Kept = TypeVar("Kept", bound=Sized)
 
 
 class Recent(Generic[Kept]):
-    """The last three matrices, or 128 MB of them if these are more. Threads share it."""
+    """The last three matrices, or more if these fit in 128 MB. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: dict[Hashable, Kept] = {}
 
     def get(self, key: Hashable, load: Callable[[], Kept]) -> Kept:
-        """What belongs to a key, loaded if it is not there."""
+        """The matrix of a key, loaded if it is not in the cache."""
         with self._lock:
             found = self._kept.pop(key, None)
             if found is None:

@@ -1,13 +1,13 @@
 """The search for scales of codebook encodings, for the least squared error.
 
 A weight is stored as `row scale * block scale * codebook[index]`: an index of a few bits, an int8 block scale for 32
-columns of a row and a float32 row scale. For given indices the best scale follows in closed form, so what is searched
-for is the indices: each block's largest weight is scaled to several targets around both ends of the codebook, which
-gives the scale's sign too. Then the block scales are rounded to int8, each to the neighbour that leaves the least error
-with the indices rounded anew.
+columns of a row and a float32 row scale. For given indices the best scale has a closed form, so the search is for the
+indices: each block's largest weight is scaled to several targets around both ends of the codebook, which also
+determines the scale's sign. Then the block scales are rounded to int8, each to the neighbour with the least error after
+rounding the indices again.
 
-Everything works on some blocks at a time, transposed: lane l of an array (32, lanes) is a block, and LLVM vectorizes
-over lanes.
+All functions process several blocks at a time, transposed: lane l of an array (32, lanes) is a block, and LLVM
+vectorizes over lanes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 
 LANES = 64
-"""Blocks at a time: their weights and sums stay in a core's first cache."""
+"""Blocks processed at a time: their weights and sums stay in a core's L1 cache."""
 
 _TABLE = 512
-"""Entries of the tables by which a weight in the codebook's unit is rounded: of the intervals [i / 2, i / 2 + 1 / 2)
-from -128 on. Midpoints between integers are multiples of 1/2, so that an interval has one nearest value."""
+"""Entries of the rounding tables for weights in the codebook's unit: one for each interval [i / 2, i / 2 + 1 / 2),
+starting at -128. Midpoints between integers are multiples of 1/2, so that an interval has one nearest value."""
 
 _SPREADS = {8: (0.72, 1.3), 32: (0.8, 1.2), 64: (0.85, 1.08), 256: (0.9, 1.003)}
 """Targets for blocks' largest weights, relative to the codebook's ends, by the codebook's size."""
 
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""Row scales below float32's normal numbers are not used: such rows become zero."""
+"""The smallest row scale that is used: rows that need a subnormal scale become zero."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -50,7 +50,7 @@ _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__fi
 
 
 class _Cache(CodeCache):
-    """Machine code on disk, which a change of any module here makes useless: functions call those of others."""
+    """Machine code on disk, invalidated by a change of any module of this package: functions call other modules'."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
@@ -58,8 +58,8 @@ class _Cache(CodeCache):
 
 
 def jit(function: _Function) -> _Function:
-    """Compile a function when it is first called, or take the machine code from disk."""
-    # "nnan" and "ninf" would break comparisons with the NaN that blocks of zeros give.
+    """Compile a function when it is first called, or load its machine code from disk."""
+    # "nnan" and "ninf" would break comparisons with the NaN that blocks of zeros produce.
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
     compiled: Any = njit(**options)(function)
     with contextlib.suppress(RuntimeError):  # no directory for the cache is writable
@@ -69,7 +69,7 @@ def jit(function: _Function) -> _Function:
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """A codebook of 2**n ascending int8 values, and what the search needs of it."""
+    """A codebook of 2**n ascending int8 values, and the tables that the search derives from it."""
 
     values: F32
 
@@ -94,10 +94,10 @@ class Codebook:
 
     @cached_property
     def curve(self) -> F32:
-        """Polynomials that approximate the codebook, which round much faster than a table: see search.
+        """Polynomials that approximate the codebook; rounding with them is much faster than with a table: see search.
 
-        Centre m of the indices and of the values z; coefficients a, b of y = (x - z) * (a + b * |x - z|), near the
-        index less m for a value x; and p0 to p3 of the value p(i) of index m + i.
+        The centres m of the indices and z of the values; coefficients a, b of y = (x - z) * (a + b * |x - z|), which
+        approximates (index - m) for a value x; and p0 to p3 of p(i), which approximates the value of index m + i.
         """
         count = self.values.size
         middle = (count - 1) / 2
@@ -105,7 +105,7 @@ class Codebook:
         forward = np.polynomial.polynomial.polyfit(index, self.values, 3) if count > 4 else np.zeros(4)
         if count <= 4:
             forward[:2] = np.polynomial.polynomial.polyfit(index, self.values, 1)
-        # Between two values the index is decided: fitted there.
+        # Fitted at the midpoints between values, where the rounded index changes.
         x, y = (self.values[1:] + self.values[:-1]) / 2, (index[1:] + index[:-1]) / 2
         centre = np.interp(0, y, x) if count > 2 else x[0]
         x = x - centre
@@ -116,8 +116,8 @@ class Codebook:
     def targets(self) -> F32:
         """Values that a block's largest weight is scaled to, one for each candidate: float32 (4 groups, 6).
 
-        Beyond the codebook it is clipped, from which a block with few large weights gains; the more so, the fewer the
-        values. The best of each group is tried with exact rounding.
+        Targets beyond the codebook's ends clip it, which helps blocks with few large weights; the more so, the smaller
+        the codebook. The best of each group is tried with exact rounding.
         """
         low, high = next(spread for count, spread in _SPREADS.items() if self.values.size <= count)
         return (self.values[[0, -1], None] * np.linspace(low, high, 12)).reshape(4, -1).astype(np.float32)
@@ -135,9 +135,9 @@ def find_largest(x: F32, largest: F32) -> None:
 
 @jit
 def search(x: F32, weights: F32, weighted: bool, largest: F32, targets: F32, curve: F32, scale: F32) -> None:
-    """scale[lane]: the least-squares scale for the codebook's values at the best target, about.
+    """scale[lane]: approximately the least-squares scale for the codebook's values at the best target.
 
-    Values v want the scale (x·v)/(v·v), which leaves of the squared error x·x all but (x·v)²/(v·v). They are
+    For values v, the best scale is (x·v)/(v·v), which reduces the squared error x·x by (x·v)²/(v·v). The values are
     approximated by the curve.
     """
     lanes = x.shape[1]
@@ -145,7 +145,7 @@ def search(x: F32, weights: F32, weighted: bool, largest: F32, targets: F32, cur
     xv, vv = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
     half, centre, a, b = curve[0], curve[1], curve[2], curve[3]
     p0, p1, p2, p3 = curve[4], curve[5], curve[6], curve[7]
-    fraction = half - np.floor(half)  # indices are integers from the first on, so half-integers from the middle on
+    fraction = half - np.floor(half)  # indices are integers, and half-integers when counted from the middle
     scale[:] = 0
     for target in targets:
         xv[:] = 0
@@ -182,7 +182,7 @@ def interval(x: Any) -> Any:
 
 @jit
 def refine(x: F32, weights: F32, rounded: F32, tried: F32, best: F32, scale: F32) -> None:
-    """Where the codebook's values nearest at the scale `tried` are better than the best so far, take their scale."""
+    """Where rounding at the scale `tried` gives better values than the best so far, take their least-squares scale."""
     for lane in range(x.shape[1]):
         inverse = np.float32(1) / tried[lane] if tried[lane] != 0 else np.float32(0)
         xv = vv = np.float32(0)

@@ -1,9 +1,9 @@
-"""Converting a checkpoint whose files of weights are fetched one at a time, and removed as they are converted.
+"""Converting a checkpoint whose weight files are fetched one at a time and removed once they are converted.
 
-The steps of a conversion are done shard by shard (npqwen_quant.writer): every tensor's bytes go to their final places
-in the output's files. A matrix that is made from tensors of two shards (q and k, gate and up) is written in parts. What
-belongs to one tensor of the checkpoint (such as FP8 weights and their scales) may lie in two shards, too: then the
-first shard's share is kept in a file of its own, until the other one is there.
+The steps of a conversion are done shard by shard (npqwen_quant.writer): every tensor's bytes go to their final offsets
+in the output's files. A matrix that is made from tensors of two shards (q and k, gate and up) is written in parts. The
+parts of one checkpoint tensor (such as FP8 weights and their scales) may lie in two shards, too: then the first shard's
+part is kept in a separate file until the other shard is fetched.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ from npqwen_quant.writer import Writer
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of weights of a checkpoint that are not on this disk."""
+    """The weight files of a checkpoint that is not on this disk."""
 
     key: str
     """Identifies their content: a conversion is resumed only with shards of the same key."""
     files: Mapping[str, int]
     """Bytes of each file, by its name."""
     fetch: Callable[[str, Path], Path]
-    """Puts the file of a name into a directory, and returns where it is. A file that lies there is complete and is not
-    fetched again. One that is returned from elsewhere is only read; the others are removed after use."""
+    """fetch(name, directory): fetch the named file into the directory and return its path. A file that is already there
+    is complete and is not fetched again. A returned path outside the directory is only read; files inside it are
+    removed after use."""
 
 
 def convert_shards(
@@ -68,12 +69,12 @@ def convert_shards(
     shard_bytes: int = 4_000_000_000,
     notice: Notice | None = None,
 ) -> None:
-    """Convert a checkpoint shard by shard: the result equals that of `npqwen_quant.convert` to the byte.
+    """Convert a checkpoint shard by shard: the result is byte-identical to that of `npqwen_quant.convert`.
 
-    source: a directory of all the checkpoint's files but the weights. The disk of `out` holds one shard and the
-    converted model at a time. A conversion that was interrupted, even by a power failure, is resumed by the next one
-    with the same arguments; a shard that was fetched is not fetched again. The other parameters, and what is raised,
-    are those of `convert`.
+    source: a directory with all of the checkpoint's files except the weights. The disk of `out` needs room for one
+    shard and the converted model. A conversion that was interrupted, even by a power failure, is resumed by the next
+    one with the same arguments; a shard that was fetched is not fetched again. Other parameters and exceptions are
+    those of `convert`.
     """
     source, out = check_path(source), check_path(out)
     recipe = recipe_of(bits)
@@ -105,24 +106,24 @@ def convert_shards(
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a shard stores."""
+    """A tensor that a shard stores."""
 
     name: str
-    """In the file."""
+    """Its name in the file."""
     shard: str
     own: str
     """Its name in Qwen3ForCausalLM, or what that would be if the weights were not quantized."""
     made: tuple[str, ...]
-    """The names in npqwen's layout of what is made of it; or what these would be."""
+    """The names in npqwen's layout of the tensors made from it, or what these would be without quantization."""
 
     @property
     def modules(self) -> set[str]:
-        """What the parts of a tensor have in common: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
+        """The prefixes that the parts of a tensor share: "q_proj" of "q_proj.weight" and "q_proj.weight_scale_inv"."""
         return {_module(name) for name in self.made}
 
     @property
     def module(self) -> str:
-        """One of them: all are complete with the same shard."""
+        """One of `modules`: the same shard completes all of them."""
         return _module(self.made[0])
 
 
@@ -131,7 +132,7 @@ def _module(name: str) -> str:
 
 
 def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:
-    """All that the shards store of the model."""
+    """All of the model's tensors that the shards store."""
     index = checkpoint.directory / INDEX
     if index.exists():
         weight_map = read_index(index)
@@ -170,19 +171,19 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
 
 @dataclass
 class _Share:
-    """What is done when a shard is there."""
+    """The work that is done once a shard is fetched."""
 
     pieces: list[Piece] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
-    """Those of its tensors that pieces of later shards need."""
+    """The shard's tensors that pieces of later shards need."""
     needed_by: str = ""
     """The last shard whose pieces need them."""
 
 
 def _shares(parts: Iterable[Piece], stored: Iterable[_Stored], due: Mapping[str, str]) -> dict[str, _Share]:
-    """The shares of the shards, by their names, and that of "": what comes from no tensor.
+    """The shares of the shards, by name; that of "" has the pieces that are made from no tensor.
 
-    due: of each module, the last shard that stores something of it: then parts of matrices can be made from it.
+    due: for each module, the last shard that stores a part of it: then the module's pieces can be made.
     """
     shares = {shard: _Share() for shard in ("", *sorted({one.shard for one in stored}))}
     for one in stored:
@@ -199,7 +200,7 @@ def _shares(parts: Iterable[Piece], stored: Iterable[_Stored], due: Mapping[str,
 
 
 def _due(piece: Piece, due: Mapping[str, str]) -> set[str]:
-    """The shards with which the tensors of a piece are complete."""
+    """The shards that complete the tensors of a piece; {""} if it is made from none."""
     return {due[_module(name)] for name in piece.sources} or {""}
 
 
@@ -253,7 +254,7 @@ class _Run:
                 raise
 
     def _one(self, pool: ThreadPoolExecutor, shard: str, share: _Share, todo: Iterator[Step]) -> None:
-        """Fetch a shard, and do its share."""
+        """Fetch a shard and convert its share."""
         sources = self._sources(shard, share) if shard else {}
         self._report(self._done, self._total)
         at, end = self._done, self._done + self._shards.files.get(shard, 0)
@@ -263,7 +264,7 @@ class _Run:
         self._writer.sync()
 
     def _sources(self, shard: str, share: _Share) -> dict[str, SourceTensor]:
-        """The tensors of the model that a shard completes, checked; what later ones need of it is kept."""
+        """The model's tensors that a shard completes, checked. Those of its tensors that later shards need are kept."""
         stored = read_tensors(self._shards.fetch(shard, self._work.source))
         for one in self._stored:
             if one.shard == shard and one.name not in stored:
@@ -286,7 +287,7 @@ class _Run:
         return self._work.path / f"kept-{shard}"
 
     def _keep(self, shard: str, tensors: Mapping[str, PlainTensor]) -> None:
-        """Store tensors of a shard, which is removed, for a later one."""
+        """Store tensors of a shard for a later one, as the shard will be removed."""
         entries = [(name, tensor.stored.dtype, tensor.shape) for name, tensor in tensors.items()]
         with new_file(self._kept(shard)) as file:
             file.write(make_header(entries, {}))
@@ -295,8 +296,8 @@ class _Run:
                     file.write(piece)
 
     def _remove(self, shard: str, shares: Mapping[str, _Share]) -> None:
-        """Remove a shard that is done, and what was kept for it."""
-        if not shard or len(self._shards.files) == 1:  # the only file names the tensors; it goes in the end
+        """Remove a converted shard, and the tensors that were kept for it."""
+        if not shard or len(self._shards.files) == 1:  # the only file names the tensors, so it is removed at the end
             return
         (self._work.source / shard).unlink(missing_ok=True)
         for name, share in shares.items():

@@ -1,4 +1,4 @@
-"""Files of a checkpoint beside its weights and config.json, of which a conversion has a copy."""
+"""Files of a checkpoint besides its weights and config.json, which a conversion copies."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SmallFile:
-    """A file that the conversion of a checkpoint has too: of its tokenizer, say.
+    """A file that a conversion copies, such as the tokenizer's.
 
-    name: its path in the directory, with "/". nbytes: of its content. read: gives the content; CheckpointError if it
+    name: its path in the directory, with "/". nbytes: of its content. read: returns the content; CheckpointError if it
     cannot be read.
     """
 

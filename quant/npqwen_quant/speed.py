@@ -15,15 +15,15 @@ from npqwen_quant import blocks
 from npqwen_quant.tensors import widen
 
 SECONDS = 0.2
-"""For each encoding."""
+"""Seconds of measurement for each encoding."""
 
 _ROWS, _COLUMNS = 16 * UNIT_ROWS, 1024
 
 
 def weights_per_second(encodings: Iterable[Encoding], threads: int, seconds: float = SECONDS) -> dict[str, float]:
-    """How many weights a second are quantized in each encoding, by its name, on so many threads.
+    """The number of weights that `threads` threads quantize per second in each encoding, by its name.
 
-    The sample is of normal weights in bf16, as checkpoints store them. Reading and writing files is left out.
+    The sample has normally distributed weights in bf16, as checkpoints store them. File input and output is left out.
     """
     values = np.random.default_rng(0).standard_normal((_ROWS, _COLUMNS), np.float32)
     sample: npt.NDArray[np.uint16] = (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -1,7 +1,7 @@
 """The steps in which a converted model is written: which bytes of which file, made from what.
 
-Their order and number depend on nothing but the model and where its weights lie: not on the threads. So a number of
-steps tells an interrupted conversion where to go on (npqwen_quant.writer).
+Their order and number depend only on the model and on where its weights lie, not on the number of threads. So the
+number of completed steps tells where to resume an interrupted conversion (npqwen_quant.writer).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from npqwen_quant import blocks
 from npqwen_quant.plan import OutputTensor
 
 WEIGHTS = 1 << 20
-"""Of a step, about: in float32 they fill a core's cache."""
+"""Weights of a step, approximately: in float32 they fill a core's cache."""
 
 OutputFile = list[OutputTensor]
 
@@ -36,15 +36,15 @@ class Piece:
     """Bytes of an output file that are made from the same tensors of the checkpoint."""
 
     tensor: str
-    """The output tensor to which it belongs; "" for the beginning of a file."""
+    """The output tensor to which it belongs; "" for a file's header."""
     file: str
     offset: int
     content: bytes | Vector | Matrix
-    """bytes: what comes from no tensor of the checkpoint."""
+    """bytes if it is not made from a tensor of the checkpoint."""
     encoding: Encoding | None = None
     """Of a matrix."""
     stride: int = 0
-    """Bytes from one unit row of a matrix to the next; 0 if they lie one after the other."""
+    """Bytes from one unit row of a matrix to the next; 0 if they are contiguous."""
 
     @property
     def sources(self) -> Collection[str]:
@@ -52,7 +52,7 @@ class Piece:
         return () if isinstance(self.content, bytes) else self.content.sources
 
     def divided(self) -> list[Piece]:
-        """A piece for each of the checkpoint's tensors, of a matrix that is made from several; else this one."""
+        """If this is a matrix made from several of the checkpoint's tensors, a piece for each; otherwise this piece."""
         if not isinstance(self.content, Matrix) or len(self.content.parts) == 1:
             return [self]
         assert self.encoding is not None
@@ -80,12 +80,12 @@ class Step:
 
     @property
     def offset(self) -> int:
-        """Where its bytes begin in the file."""
+        """The offset of its bytes in the file."""
         return self.piece.offset + self.first * self._row_bytes
 
     @property
     def nbytes(self) -> int:
-        """How many there are."""
+        """The number of its bytes."""
         content = self.piece.content
         if isinstance(content, bytes):
             return len(content)
@@ -110,7 +110,7 @@ def header(tensors: Iterable[OutputTensor]) -> bytes:
 
 
 def deal(tensors: Sequence[OutputTensor], shard_bytes: int) -> dict[str, OutputFile]:
-    """Deal the tensors out, in order, to files of at most `shard_bytes`, or of one tensor; by the files' names."""
+    """Distribute the tensors, in order, over files of at most `shard_bytes`, or of one tensor; by the files' names."""
     files: list[OutputFile] = [[]]
     size = 0
     for tensor in tensors:
@@ -136,7 +136,7 @@ def places(files: Mapping[str, OutputFile]) -> dict[str, Place]:
 
 
 def pieces(files: Mapping[str, OutputFile]) -> Iterator[Piece]:
-    """All that the files consist of, in order."""
+    """All pieces of the files, in order."""
     for name, file in files.items():
         head = header(file)
         yield Piece("", name, 0, head)

@@ -16,13 +16,13 @@ from npqwen.format.files import open_regular
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
-"""NumPy's names of the dtypes that can be converted. BF16 is read as its bits, which NumPy has no type for."""
+"""The dtypes that can be converted, with NumPy dtypes to read them. BF16, which NumPy lacks, is read as its bits."""
 
 
 class SourceTensor(ABC):
     """A tensor of a checkpoint, read by rows, however it is stored.
 
-    path: the file that messages name. shape: of the weights. nbytes: what all of it takes in the files.
+    path: the file that messages name. shape: of the weights. nbytes: of all of it in the files.
     """
 
     path: Path
@@ -31,8 +31,8 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
-        """Read `count` rows (elements of a vector) from row `first` on, into a new array of float32, float16 or uint16,
-        the bits of bf16.
+        """Read `count` rows (elements of a vector), starting at row `first`, into a new array of float32, float16 or
+        uint16 (the bits of bf16).
 
         Raises CheckpointError if the file cannot be read or is too short. The values may be NaN or infinity.
         """
@@ -49,7 +49,7 @@ class SourceTensor(ABC):
 
 
 class PlainTensor(SourceTensor):
-    """A tensor that a safetensors file stores as it is."""
+    """A tensor, read as a safetensors file stores it."""
 
     def __init__(self, path: Path, stored: StoredTensor) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class PlainTensor(SourceTensor):
         return self.stored_rows(first, count, CONVERTIBLE[self.stored.dtype])
 
     def entry(self, index: int) -> PlainTensor:
-        """The tensor of one dimension less at this index of the first one."""
+        """The tensor at this index of the first dimension, with one dimension less."""
         one = self.rows(index, 1)
         return PlainTensor(self.path, replace(one.stored, shape=self.shape[1:]))
 
@@ -82,7 +82,7 @@ class PlainTensor(SourceTensor):
         return PlainTensor(self.path, replace(self.stored, shape=shape, offset=offset, nbytes=count * size))
 
     def stored_rows(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
-        """`read`, of any dtype: NumPy's `dtype` is of the stored one's size."""
+        """`read` for any stored dtype. dtype: a NumPy dtype of the same size as the stored one."""
         row_shape = self.shape[1:]
         size = math.prod(row_shape)
         return self.elements(first * size, count * size, dtype).reshape(count, *row_shape)

@@ -1,13 +1,13 @@
-"""The working directory of a conversion: what has been done so far, for the next one to resume.
+"""The working directory of a conversion: partial results, from which an interrupted conversion is resumed.
 
-It lies beside the output, hidden, and is named after what the result depends on:
+It lies beside the output, hidden, and its name has a hash of what the result depends on:
 
     .NAME.partial-KEY/
         lock          locked by the process that works here
-        journal.json  what of the output has been synced; replaced atomically
-        output/       the model's files, until the directory gets the output's name
+        journal.json  which parts of the output have been synced; replaced atomically
+        output/       the model's files, until the directory is renamed to the output's name
         source/       weights that were downloaded for the conversion (npqwen_quant.sharded)
-        calibration/  what a calibration has done so far (npqwen_quant.calibration)
+        calibration/  the results of a calibration so far (npqwen_quant.calibration)
         old/          the model to be replaced, where names cannot be exchanged in one step
 """
 
@@ -32,17 +32,17 @@ from npqwen.errors import OutputError
 from npqwen.file_lock import try_lock
 
 KIND = "partial"
-"""In the names of working directories."""
+"""Part of the names of working directories."""
 
 _REMOVED = "removed"
 _DIGITS = 12
 
 _PATIENCE = 0.3
-"""Seconds to wait for a lock: another process may hold it for a moment, to remove what is abandoned."""
+"""Seconds to wait for a lock: another process may hold it briefly, to remove an abandoned directory."""
 
 
 class BusyError(OutputError):
-    """Another process makes the same conversion. `lock`: the file that it holds locked."""
+    """Another process is running the same conversion. `lock`: the file that it holds locked."""
 
     def __init__(self, message: str, lock: Path) -> None:
         super().__init__(message)
@@ -62,12 +62,12 @@ class BusyError(OutputError):
 
 @dataclass
 class Journal:
-    """What of a conversion has been synced to the disk."""
+    """The parts of a conversion that have been synced to the disk."""
 
     steps: int = 0
-    """How many steps (npqwen_quant.steps), in their order."""
+    """The number of steps (npqwen_quant.steps), in their order."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Of the tensors that are complete, by name (npqwen.format.checksums)."""
+    """Digests of the complete tensors, by name (npqwen.format.checksums)."""
 
 
 class WorkingDirectory:
@@ -85,10 +85,10 @@ class WorkingDirectory:
 
     @classmethod
     def open(cls, out: Path, key: str) -> WorkingDirectory:
-        """Lock the working directory of a conversion, which is created unless an interrupted one has left it.
+        """Lock the working directory of a conversion; create it unless an interrupted conversion has left it.
 
-        key: what the result depends on. Raises BusyError if another process has locked it. Where the file system has no
-        locks, the directory is a new one: two processes must not share it.
+        key: what the result depends on. Raises BusyError if another process has locked it. On a file system without
+        locks, always create a new directory: two processes must not share one.
         """
         with writing(out):
             found = cls(out, _path(out, key))
@@ -133,12 +133,12 @@ class WorkingDirectory:
             time.sleep(0.01)
 
     def lock_abandoned(self) -> bool:
-        """Lock the directory, if no process works there."""
+        """Lock the directory if no process works there. Return whether it is locked."""
         try:
             file = open(self.path / "lock", "r+b")  # noqa: SIM115
         except OSError:  # not there yet, or another user's
             return False
-        with contextlib.suppress(OSError):  # no locks here: nobody knows
+        with contextlib.suppress(OSError):  # no locks on this file system: whether a process works there is unknown
             if try_lock(file) and self._is_lock(file):
                 self._lock = file
                 return True
@@ -153,7 +153,7 @@ class WorkingDirectory:
             return False
 
     def unlock(self) -> None:
-        """Let other processes work there."""
+        """Release the lock, so that other processes can work there."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -167,7 +167,7 @@ class WorkingDirectory:
             return Journal()
 
     def store(self, journal: Journal) -> None:
-        """Replace the journal, after all that it tells of has been synced."""
+        """Replace the journal atomically. Everything that it records must have been synced."""
         partial = self.path / "journal.partial"
         with writing(self.out):
             with open(partial, "wb") as file:
@@ -178,7 +178,7 @@ class WorkingDirectory:
             sync_directory(self.path)
 
     def forget(self) -> None:
-        """Remove the journal: from now on, what is in `output` is not to be completed any more."""
+        """Remove the journal, so that no conversion resumes from the contents of `output`."""
         self._journal.unlink(missing_ok=True)
         sync_directory(self.path)
 
@@ -188,7 +188,7 @@ class WorkingDirectory:
         return self._journal.exists() or any(path.stat().st_size for path in files)
 
     def allocated(self) -> int:
-        """Bytes of the disk that its files take."""
+        """Bytes that its files occupy on the disk."""
         return sum(_allocated(path) for path in self.path.rglob("*"))
 
     def move_aside(self) -> None:
@@ -196,12 +196,13 @@ class WorkingDirectory:
         self.out.rename(self._old)
 
     def put_back(self) -> None:
-        """Put a model back that was moved aside, unless another one has taken its place."""
+        """Move a model back that was moved aside, unless another one has taken its place."""
         if self._old.is_dir() and not os.path.lexists(self.out):
             self._old.rename(self.out)
 
     def remove(self) -> None:
-        """Remove the directory: under its name it is whole or gone. What the system does not remove stays, hidden."""
+        """Remove the directory, renamed first: under its name it is whole or gone. Files that the system refuses to
+        delete stay, hidden."""
         with contextlib.suppress(OSError):
             self.put_back()
         if sys.platform == "win32":  # does not rename a directory that has an open file
@@ -215,7 +216,7 @@ class WorkingDirectory:
 
 
 def others(out: Path, own: Path | None = None) -> Iterator[WorkingDirectory]:
-    """The working directories of conversions to the same place in which no process works; each is locked meanwhile."""
+    """The abandoned working directories of conversions to the same place; each is locked while the caller has it."""
     for path in _siblings(out, KIND):
         found = WorkingDirectory(out, path)
         if path != own and found.lock_abandoned():
@@ -226,7 +227,7 @@ def others(out: Path, own: Path | None = None) -> Iterator[WorkingDirectory]:
 
 
 def held_bytes(out: Path) -> int:
-    """Bytes of the disk that interrupted conversions to this place hold: the next one resumes or removes them."""
+    """Bytes that interrupted conversions to this place occupy on the disk: the next one resumes or removes them."""
     return sum(work.allocated() for work in others(Path(os.path.realpath(out))))
 
 
@@ -252,5 +253,5 @@ def _allocated(path: Path) -> int:
         state = path.lstat()
     except OSError:  # removed meanwhile
         return 0
-    # Not st_size, where the system tells: files that are written at several places have holes.
+    # st_blocks, where the system has it: files that are written at several offsets are sparse.
     return getattr(state, "st_blocks", -(-state.st_size // 512)) * 512

@@ -1,7 +1,7 @@
 """Writes the steps of a conversion into the files of its output, and keeps the journal of what has been synced.
 
-Files are synced in the background, so that quantizing goes on meanwhile. After a kill or a power failure, the steps in
-the journal are on the disk, and all that came after them is written again.
+Files are synced in the background, while quantizing continues. After a kill or a power failure, the steps in the
+journal are on the disk, and all later steps are written again.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from npqwen_quant.steps import Place, Step
 from npqwen_quant.working import Journal, WorkingDirectory
 
 SYNC_BYTES = 256 << 20
-"""Bytes written after which the files are synced: what a kill may cost."""
+"""Bytes written between two syncs: the work that a kill may lose."""
 SYNC_SECONDS = 20.0
-"""Seconds after which they are synced at the latest."""
+"""Most seconds between two syncs."""
 
 
 class Writer:
     """Writes steps, in order, into the files of a working directory. A context manager.
 
-    places: of the output's tensors. resumed_at: how many steps an interrupted conversion has done. at: how many steps
-    are skipped or written now. digests: of the tensors that are complete, by name.
+    places: of the output's tensors. resumed_at: the number of steps that an interrupted conversion has done. at: the
+    number of steps skipped or written so far. digests: of the tensors that are complete, by name.
     """
 
     def __init__(self, work: WorkingDirectory, places: Mapping[str, Place]) -> None:
@@ -60,7 +60,7 @@ class Writer:
             self._file.close()
 
     def skip(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Take the next steps that are in the journal from an iterator of steps, and yield them."""
+        """Consume and yield the next steps of the iterator that are in the journal."""
         for step in islice(steps, max(0, self.resumed_at - self.at)):
             self.at += 1
             if step.piece.tensor:
@@ -68,7 +68,7 @@ class Writer:
             yield step
 
     def write(self, steps: Iterable[tuple[Step, Packed]]) -> Iterator[int]:
-        """Write the next steps; yields for each the bytes of the checkpoint that were read for it."""
+        """Write the next steps, and yield for each the number of the checkpoint's bytes that were read for it."""
         for step, (data, read) in steps:
             with writing(self._work.out):
                 self._put(step, data)
@@ -111,7 +111,7 @@ class Writer:
         return self._file
 
     def _add(self, step: Step, data: npt.NDArray[Any]) -> None:
-        """Count the bytes of a tensor, and add them to its digest as long as they come in order."""
+        """Count the bytes of a tensor, and add them to its digest as long as they arrive in order."""
         name = step.piece.tensor
         if not name:
             return

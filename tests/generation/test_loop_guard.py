@@ -11,7 +11,8 @@ import pytest
 from test_thinking_budget import SENTENCE, TURN, Drawn, Taking
 
 from npqwen.errors import OptionError
-from npqwen.generation.loop_guard import LoopGuard, Repetition
+from npqwen.generation.loop_guard import LoopGuard
+from npqwen.generation.repetition import Repetition
 from npqwen.generation.stream import Stream
 from npqwen.tokenizer import Tokenizer
 

@@ -141,12 +141,18 @@ def test_a_server_that_is_gone_is_named(chromium: ChromiumPage, api: FakeApi) ->
     chromium.until_text(ANSWER, "Hello.")
 
 
-def test_a_call_that_was_cut_off_is_not_sent_back(page: Page, api: FakeApi) -> None:
-    api.answer(text("So"), call(0, "call_1", "weather", '{"ci'), end("length"))
+@pytest.mark.parametrize("arguments", ['{"ci', "null", "[]"])
+def test_a_call_that_was_cut_off_is_not_sent_back(page: Page, api: FakeApi, arguments: str) -> None:
+    api.answer(text("So"), call(0, "call_1", "weather", arguments), end("length"))
     ask_and_wait(page, "Hi")
     assert "limit of tokens" in page.text(".error.mild")
     ask_and_wait(page, "Go on")
     assert "tool_calls" not in api.requests[-1].body["messages"][1]
+
+
+def test_times_are_rounded_before_they_are_divided_into_minutes(page: Page) -> None:
+    times = page.evaluate("import('./page/dom.js').then(({seconds}) => [420, 12_340, 119_700, 185_000].map(seconds))")
+    assert times == ["0.42 s", "12.3 s", "2 min 0 s", "3 min 5 s"]
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\r", "\n"])

@@ -15,18 +15,18 @@ from npqwen.server.tool_results import matched
 _log = logging.getLogger(__name__)
 
 _BILLING = "x-anthropic-billing-header"
-"""How a block begins that is different in every request of Claude Code: no two prompts would have a common prefix."""
+"""How a block begins that differs in every request of Claude Code: with it, no two prompts would share a prefix."""
 
 _ROLES = ("user", "assistant", "system")
 _UNSEEN = ("redacted_thinking", "fallback", "container_upload", "tool_reference")
-"""Blocks that only Anthropic's own servers can read. Blocks of their tools' calls and results are dropped, too."""
+"""Types of blocks that only Anthropic's servers can read; dropped, like calls and results of their own tools."""
 
 
 def read_messages(body: Fields) -> list[Message]:
-    """The system message, if there is one, and the conversation; results have the order of their calls.
+    """The system message, if there is one, and the conversation; tool results are in the order of their calls.
 
-    A block of the system message that Claude Code changes with every request is dropped. Raises FieldError for what
-    the model cannot read, images among it, and for a conversation that ends with the assistant.
+    A block of the system message that Claude Code changes with every request is dropped. Raises FieldError for content
+    that the model cannot read, such as images, and for a conversation that ends with the assistant.
     """
     messages: list[Message] = []
     system = _text(body, "system", "\n\n")
@@ -44,7 +44,7 @@ def read_messages(body: Fields) -> list[Message]:
 
 
 def _turn(fields: Fields) -> list[Message]:
-    """A message of the API as those that templates know: results of tools are messages of their own."""
+    """A message of the API as messages for chat templates, in which each tool result is a separate message."""
     role = fields.required("role", lambda name: fields.one_of(name, _ROLES))
     fields.required("content", fields.any)
     if role == "system":
@@ -114,7 +114,7 @@ def _kind(block: Fields) -> str:
 
 
 def _readable(block: Fields, kind: str) -> list[str]:
-    """The text of a block, none for one that the model need not see. Raises FieldError for other kinds."""
+    """The texts of a block; none for a block that the model need not see. Raises FieldError for other kinds."""
     if kind == "text":
         return [block.required("text", block.text)]
     if kind == "document" and (source := block.object("source")) is not None and source.any("type") == "text":

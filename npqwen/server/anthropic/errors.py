@@ -1,4 +1,4 @@
-"""Errors in Anthropic's shape, and handlers that answer with them."""
+"""Errors in Anthropic's format, and handlers that answer with them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ def error_body(failure: Failure, id: str) -> dict[str, Any]:
 
 
 def new_request_id() -> str:
-    """An id by which a client can speak of a request."""
+    """A new id with which a client can refer to a request."""
     return f"req_{secrets.token_hex(12)}"
 
 
 def answering_errors(
     handler: Callable[[Request, str], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """A handler that answers with an error, in Anthropic's shape, whatever `handler` raises.
+    """Wrap `handler` so that exceptions become error responses in Anthropic's format.
 
-    handler(request, id): id is the request's, which the response has as a header.
+    handler(request, id): id is the request's, which the response has in the header request-id. Disconnects and
+    HTTPException propagate.
     """
 
     async def answer(request: Request) -> Response:

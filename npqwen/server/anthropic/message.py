@@ -1,4 +1,4 @@
-"""An answer as the Messages API describes it: the finished message, and the events that lead to it."""
+"""An answer in the format of the Messages API: the finished message, and the stream of its events."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_to
 
 
 class Message:
-    """Takes a run's events, and gives those of the API.
+    """Converts a run's events into those of the API.
 
         message_start (content_block_start content_block_delta* content_block_stop)* message_delta message_stop
 
-    Blocks come one after another, in the order in which the model writes: thinking, text, calls of tools. `body` is
-    the message so far; after the last event it is what a client gets that does not stream.
+    Blocks follow one another in the order in which the model writes them: thinking, text, tool calls. `body` is the
+    message so far; after the last event it is the reply to a client that does not stream.
     """
 
     def __init__(self, model: str, prompt_tokens: int, *, omit_thinking: bool = False) -> None:
@@ -32,7 +32,7 @@ class Message:
         self._call: str | None = None
         """The id of the call whose block is open."""
         self._broken = 0
-        """Blocks that the events had, and `body` has not."""
+        """Number of blocks that were sent as events, but are not in `body`."""
         self._pieces: list[str] = []
         """The text of the open block."""
         self._open = ""
@@ -58,7 +58,7 @@ class Message:
         return {"type": "message_start", "message": {**self.body, "content": [], "usage": dict(self.body["usage"])}}
 
     def push(self, event: RunEvent) -> list[Json]:
-        """The events that an event of the run becomes."""
+        """The API's events for an event of the run."""
         if isinstance(event, Reasoning):
             opened = self._begin({"type": "thinking", "thinking": "", "signature": ""})
             self._pieces.append(event.text)
@@ -78,7 +78,7 @@ class Message:
         return self._finish(event.reply) if isinstance(event, Finish) else []
 
     def _begin(self, block: Json) -> list[Json]:
-        """Open a block, unless one of its type, which text can still be added to, is open."""
+        """Open a block, unless one of its type that text can be appended to is open."""
         if self._open == block["type"] != "tool_use":
             return []
         closed = self._end()
@@ -92,7 +92,7 @@ class Message:
         return opened
 
     def _whole_call(self, call: ToolCall) -> list[Json]:
-        """The end of a call's block; all of it, if the call was not announced by its start."""
+        """End a call's block; if the call has not been announced by a CallStart, write the whole block."""
         events: list[Json] = []
         if self._call != call.id:
             events = self._begin_call(call.id, call.name)
@@ -101,9 +101,9 @@ class Message:
         return events + self._end()
 
     def _broken_call(self) -> list[Json]:
-        """The end of the open call's block; `body` does not have it, as nobody should run it.
+        """End the block of an unfinished call, and remove it from `body`, because nobody should run it.
 
-        Indices in events count it: a client that streams has seen it.
+        Indices in events still count it: a client that streams has seen it.
         """
         events = self._end()
         self.body["content"].pop()

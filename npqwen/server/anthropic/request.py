@@ -21,7 +21,7 @@ _FORMATS = ("json_schema",)
 
 @dataclass(frozen=True)
 class MessagesRequest:
-    """What a body wants. omit_thinking: thinking is returned without its text. stream: events, not one message."""
+    """A parsed body. omit_thinking: return thinking without its text. stream: send events, not one message."""
 
     chat: ChatRequest
     omit_thinking: bool
@@ -29,10 +29,10 @@ class MessagesRequest:
 
 
 def read_request(body: Fields, model: Model) -> MessagesRequest:
-    """What a body of /v1/messages or of /v1/messages/count_tokens wants of a model.
+    """Parse a body of /v1/messages or of /v1/messages/count_tokens for a model.
 
     Unlike in Anthropic's own API, max_tokens may be absent: the answer then ends when it is complete or the context is
-    full. Raises FieldError for what cannot be obeyed, and OptionError for options that contradict each other.
+    full. Raises FieldError for invalid or unsupported fields, and OptionError for options that contradict each other.
     """
     tools = read_tools(body)
     thinking = body.object("thinking")
@@ -68,7 +68,7 @@ def _stop_sequences(body: Fields) -> list[str] | None:
 
 
 def _schema(body: Fields) -> Any:
-    """The JSON schema of the answer, from either of the places where the API has had it."""
+    """The JSON schema of the answer, from either of the two fields that the API has used for it."""
     config = body.object("output_config")
     owner, name = (config, "format") if config is not None and "format" in config else (body, "output_format")
     format = owner.object(name)
@@ -96,8 +96,8 @@ def _tool_choice(body: Fields, tools: list[str]) -> dict[str, Any]:
 def _thinking(body: Fields, thinking: Fields | None, model: Model, tools: bool) -> dict[str, Any]:
     """Whether and how long the model thinks: as in Anthropic's API, not at all unless that is requested.
 
-    "adaptive" leaves it to the model, within the budget that output_config.effort stands for. A model that never
-    thinks stays within any budget.
+    "adaptive" leaves it to the model, within the budget of output_config.effort. For a model that never thinks, any
+    budget is valid.
     """
     config = body.object("output_config")
     effort = None if config is None else config.one_of("effort", tuple(EFFORTS))

@@ -75,7 +75,7 @@ async def _finished(run: Run, message: Message) -> dict[str, Any]:
 
 
 class _Pings:
-    """Pings as signs of life, and an error as an event; see `Manner`."""
+    """Pings as keepalives, and an error as an event; see `Manner`."""
 
     media_type = "text/event-stream"
 
@@ -121,7 +121,7 @@ def _sent(event: dict[str, Any]) -> str:
 
 
 def _too_long(error: ContextLengthError, tokens: int, context: int) -> ContextLengthError:
-    """The error in the words from which Claude Code knows that it must shorten the conversation."""
+    """The error in the wording that makes Claude Code shorten the conversation."""
     if tokens < context:
         return error
     return ContextLengthError(f"prompt is too long: {tokens} tokens > {context - 1} maximum")

@@ -1,4 +1,4 @@
-"""ollama's API, for the clients that know nothing else."""
+"""ollama's API, for clients that know no other."""
 
 from npqwen.server.ollama.routes import routes
 

@@ -1,4 +1,4 @@
-"""Answers in ollama's shape, in one piece and as lines of JSON."""
+"""Answers in ollama's format, in one piece and as lines of JSON."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Head:
     """What all objects of an answer have in common.
 
     name: what the client called the model. special_ids: tokens whose log-probabilities are left out. loaded: when the
-    model was there, None before that; started and loaded are values of `time.perf_counter`.
+    model was loaded, None before that; started and loaded are values of `time.perf_counter`.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Head:
         return {"model": self.name, "created_at": now, **self.part(text, thinking, calls), "done": False, **more}
 
     def end(self, reason: str, usage: Usage | None) -> dict[str, Any]:
-        """The last object's own fields: why it ended, and what it cost, in tokens and nanoseconds."""
+        """The fields of the last object only: why the answer ended, and its usage in tokens and nanoseconds."""
         now = time.perf_counter()
         found: dict[str, Any] = {"done": True, "done_reason": reason}
         if usage is not None:
@@ -89,7 +89,7 @@ def whole(head: Head, result: Reply | Completion) -> dict[str, Any]:
 
 
 class Lines:
-    """The stream's format: a JSON object on each line. The last one is done; those of keepalives are empty parts."""
+    """The stream's format: a JSON object on each line. The last one has "done": true; keepalives are empty parts."""
 
     media_type = "application/x-ndjson"
 
@@ -142,7 +142,7 @@ def _token(token: Logprob) -> dict[str, Any]:
 
 
 def _reason(result: Reply | Completion) -> str:
-    """Calls end an answer like a full stop; one that the loop guard ended is incomplete."""
+    """The done_reason. Tool calls count as a normal end; an answer that the loop guard ended is incomplete."""
     return {"tool_calls": "stop", "loop": "length"}.get(result.finish_reason, result.finish_reason)
 
 

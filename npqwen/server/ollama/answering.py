@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 async def answer(
     request: Request, models: Models, head: Head, body: Body, wanted: Callable[[Model], ChatRequest | TextRequest]
 ) -> Response:
-    """Run a request, and answer as the body wants it. wanted(model): the request for this model."""
+    """Run a request, and answer in one piece or as a stream, as the body sets. wanted(model): the model's request."""
     if body.stream:
         return await soon(request, _stream(models, head, body, wanted), Lines(head))
     run = await _run(models, head, body, wanted)
@@ -55,7 +55,7 @@ async def _run(models: Models, head: Head, body: Body, wanted: Callable[[Model],
 
 
 async def load_or_let_go(models: Models, head: Head, body: Body) -> Response:
-    """The response to a request without a prompt: the model is loaded, or let go if keep_alive is 0."""
+    """The response to a request without a prompt: the model is loaded, or unloaded if keep_alive is 0."""
     if body.keep_alive == 0:
         await models.let_go(body.model)
         return JSONReply(head.object(**head.end("unload", None)))
@@ -66,7 +66,7 @@ async def load_or_let_go(models: Models, head: Head, body: Body) -> Response:
 async def _within_context(
     model: Model, wanted: ChatRequest | TextRequest, context: int | None
 ) -> ChatRequest | TextRequest:
-    """The request, with max_tokens so that prompt and answer have at most `context` tokens. Nothing is ever cut off.
+    """The request, with max_tokens so that prompt and answer have at most `context` tokens. No prompt is truncated.
 
     Raises ContextLengthError if the prompt leaves no room for an answer.
     """

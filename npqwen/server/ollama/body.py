@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 TOP_LOGPROBS = 20
-"""The greatest `top_logprobs`, as in ollama."""
+"""The largest `top_logprobs`, as in ollama."""
 _LEVELS = tuple(EFFORTS)
 
 
@@ -28,7 +28,7 @@ class Body:
     """A checked body.
 
     generation: options of the library that are not in `options`: structure and log-probabilities. keep_alive: seconds,
-    negative for ever; None: as the server has it.
+    negative: for ever; None: the server's default.
     """
 
     model: str | None
@@ -39,7 +39,7 @@ class Body:
     stream: bool
 
     def chat_request(self, model: Model, messages: list[Message], tools: dict[str, Any]) -> ChatRequest:
-        """A request for an answer to messages. tools: options of the chat about tools. OptionError if impossible."""
+        """A request for an answer to messages. tools: options of the chat about tools. OptionError if unsupported."""
         options = {
             **self.options.generation,
             **self.generation,
@@ -50,7 +50,7 @@ class Body:
 
 
 def read_body(fields: Fields) -> Body:
-    """The fields that both have; FieldError for what cannot be obeyed."""
+    """The fields that both have in common; FieldError for invalid or unsupported ones."""
     return Body(
         fields.text("model") or fields.text("name"),
         read_options(fields),
@@ -100,7 +100,7 @@ def _reasoning(fields: Fields) -> ReasoningFields:
 
 
 def keep_alive(fields: Fields) -> float | None:
-    """`keep_alive`: seconds, or a duration such as "5m"; negative for ever."""
+    """`keep_alive`: seconds, or a duration such as "5m"; negative: for ever."""
     value = fields.any("keep_alive")
     if isinstance(value, str):
         try:

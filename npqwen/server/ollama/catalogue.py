@@ -1,4 +1,4 @@
-"""GET /api/tags, /api/ps and /api/version, and POST /api/show: what there is."""
+"""GET /api/tags, /api/ps and /api/version, and POST /api/show: the models, and the version of the API."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from npqwen.server.offer import Offer
 
 VERSION = "0.13.0"
-"""The version of ollama whose API this is: clients refuse old ones."""
+"""The version of ollama whose API this is: clients reject old ones."""
 _FOR_EVER = timedelta(days=36_500)
-"""After which a model expires that stays loaded."""
+"""Reported time until the expiry of a model that stays loaded."""
 
 
 async def version(request: Request) -> Response:
-    """The version of ollama that clients may count on."""
+    """The version of ollama whose API clients may rely on."""
     return JSONReply({"version": VERSION})
 
 
@@ -45,7 +45,7 @@ async def running(models: Models, request: Request) -> Response:
 
 
 async def show(models: Models, request: Request) -> Response:
-    """What one model is, and what it can do. It is not loaded for that."""
+    """One model's properties and capabilities. It is not loaded for this."""
     fields = await read_fields(request)
     state = models.state(fields.text("model") or fields.text("name"))
     fields.ignore("verbose")
@@ -72,7 +72,7 @@ def _running(state: ModelState, now: datetime) -> dict[str, Any]:
 
 
 def _family(config: Config) -> str:
-    """As ollama and GGUF call it, such as qwen35moe."""
+    """The architecture's name in ollama and GGUF, such as qwen35moe."""
     return config.model_type.removesuffix("_text").replace("_", "")
 
 
@@ -126,7 +126,7 @@ def _described(state: ModelState) -> dict[str, Any]:
 
 
 def _capabilities(state: ModelState) -> tuple[list[str], str]:
-    """What the model can do, in ollama's words, and its chat template."""
+    """The model's capabilities, by ollama's names, and its chat template."""
     if state.offer.task != "text":
         return ["embedding"] if state.offer.task == "embedding" else [], ""
     try:
@@ -134,7 +134,7 @@ def _capabilities(state: ModelState) -> tuple[list[str], str]:
         template = ChatTemplate.from_directory(state.offer.path) if worker is None else worker.model.chat_template
         source = template.source()
         thinks = template.thinking() != "never"
-    except NpqwenError:  # a base model; chats say what is wrong with a damaged one
+    except NpqwenError:  # a base model, or a damaged one: chats raise the error
         return ["completion"], ""
     return ["completion", *(["tools"] if "tools" in source else []), *(["thinking"] if thinks else [])], source
 

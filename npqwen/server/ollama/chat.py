@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 async def chat(models: Models, request: Request) -> Response:
-    """Answer a conversation; without messages, load the model or let go of it."""
+    """Answer a conversation; without messages, load or unload the model."""
     fields = await read_fields(request)
     body = read_body(fields)
     messages = read_messages(fields)

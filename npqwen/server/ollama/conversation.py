@@ -14,7 +14,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_messages(fields: Fields) -> list[Message]:
-    """The field `messages`, perhaps empty; FieldError that names the message and the problem."""
+    """The field `messages`, possibly empty; a FieldError names the message and the problem."""
     return [_message(message) for message in fields.objects("messages") or []]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 async def embed(models: Models, request: Request) -> Response:
-    """Vectors of texts. Texts that are too long are cut, unless truncate is false. No input loads the model."""
+    """Vectors of texts. Texts that are too long are cut, unless truncate is false. Empty input only loads the model."""
     started = time.perf_counter()
     fields = await read_fields(request)
     given = fields.any("input")

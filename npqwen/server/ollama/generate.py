@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 async def generate(models: Models, request: Request) -> Response:
-    """Answer a prompt, or continue it as raw text; without one, load the model or let go of it."""
+    """Answer a prompt, or continue it as raw text; without one, load or unload the model."""
     fields = await read_fields(request)
     body = read_body(fields)
     prompt = _prompt(fields)
@@ -35,7 +35,7 @@ async def generate(models: Models, request: Request) -> Response:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """suffix: the text that is to follow the answer. raw: without the chat template."""
+    """suffix: the text after the answer. raw: without the chat template."""
 
     text: str
     system: str
@@ -57,7 +57,7 @@ def _prompt(fields: Fields) -> _Prompt:
 
 
 def _request(model: Model, body: Body, prompt: _Prompt) -> ChatRequest | TextRequest:
-    """The request; raw text also for a model without a chat template. FieldError for what it cannot obey."""
+    """The request; for raw text also if the model has no chat template. FieldError for unsupported fields."""
     if not prompt.raw and model.chat_template.names:
         system = [{"role": "system", "content": prompt.system}] if prompt.system else []
         return body.chat_request(model, [*system, {"role": "user", "content": prompt.text}], {})

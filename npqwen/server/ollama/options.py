@@ -20,7 +20,7 @@ _NUMBERS = {
 }
 """ollama's name -> the option's, and the range."""
 _PENALTIES = {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
-"""With the values that change nothing."""
+"""Penalties, with the values that change nothing."""
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mirostat": (0,),
     "tfs_z": (1,),
@@ -35,8 +35,8 @@ _WITHOUT_EFFECT = (
     "f16_kv", "low_vram", "main_gpu", "mirostat_eta", "mirostat_tau", "num_batch", "num_gpu", "num_keep", "numa",
     "use_mlock", "use_mmap",
 )  # fmt: skip
-"""About graphics cards, memory and batches, which have no effect on the text; and num_keep, the start of a prompt that
-survives when the rest is cut, which never happens here."""
+"""Options about GPUs, memory and batches, which have no effect on the text; and num_keep, the tokens at the start of a
+prompt that are kept when it is truncated, which never happens here."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Options:
     """Checked options.
 
     generation: the library's. context: the most tokens of prompt and answer together (`num_ctx`); None: the model's.
-    threads: the number that is demanded (`num_thread`); None: any.
+    threads: the required number of threads (`num_thread`); None: any.
     """
 
     generation: dict[str, Any]
@@ -52,7 +52,7 @@ class Options:
     threads: int | None
 
     def check(self, model: Model) -> None:
-        """FieldError for what this model cannot obey."""
+        """Raise FieldError for options that this model does not support."""
         if self.context is not None and self.context > model.context:
             raise FieldError(
                 f"options.num_ctx is {self.context}, but this server's limit is {model.context} tokens; send less, or "
@@ -68,7 +68,7 @@ class Options:
 
 
 def read_options(body: Fields) -> Options:
-    """The field `options` of a body; FieldError for values that cannot be obeyed. Unknown options are tolerated."""
+    """The field `options` of a body; FieldError for invalid or unsupported values. Unknown options are tolerated."""
     fields = body.object("options")
     if fields is None:
         return Options({}, None, None)
@@ -94,7 +94,7 @@ def read_options(body: Fields) -> Options:
 
 
 def _check_window(fields: Fields) -> None:
-    """Refuse a window of the penalties, unless there are none: here they see the whole text."""
+    """Refuse a window for penalties, unless none is set: here, penalties cover the whole text."""
     window = fields.whole("repeat_last_n", -1)
     penalties = any(name in fields and fields.any(name) != neutral for name, neutral in _PENALTIES.items())
     if window not in (None, -1) and penalties:

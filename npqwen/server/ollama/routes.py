@@ -1,4 +1,4 @@
-"""The routes of ollama's API, and what it has that this server does not."""
+"""The routes of ollama's API, including those that this server does not support."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def routes(models: Models) -> list[Route]:
 
 
 async def _pull(models: Models, request: Request) -> Response:
-    """Success for a model that is on offer: many scripts pull theirs before they use it."""
+    """Report success for a model that is served: many scripts pull theirs before they use it."""
     fields = await read_fields(request)
     name = fields.text("model") or fields.required("name", fields.text)
     try:

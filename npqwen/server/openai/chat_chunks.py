@@ -40,7 +40,7 @@ class ChatChunks:
     ) -> None:
         """head: see `answer_head`. special_ids: tokens whose log-probabilities are left out.
 
-        include_usage: end with a chunk of the usage. return_progress: report how much of the prompt is read.
+        include_usage: end with a chunk of the usage. return_progress: report the progress of prefill.
         """
         self._head = {**head, "object": "chat.completion.chunk"}
         self._choices = [_Choice(index, shown, special_ids) for index in range(choices)]
@@ -48,7 +48,7 @@ class ChatChunks:
         self._return_progress = return_progress
         self._started = time.monotonic()
         self._texts: dict[tuple[int, str], SentText] = {}
-        """By choice and field: a chunk whose delta is this text and nothing else."""
+        """By choice and field: chunks whose delta is only this field, a text."""
 
     def start(self) -> str:
         delta = {"role": "assistant", "content": "", "refusal": None}
@@ -148,7 +148,7 @@ class _Choice:
         return [self.delta({"content": opening + text})]
 
     def _closed(self) -> str:
-        """What ends reasoning in the content, if it is open."""
+        """The text that closes reasoning in the content; "" if none is open."""
         closing = CLOSE if self._inline else ""
         self._inline = False
         return closing

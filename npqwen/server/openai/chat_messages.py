@@ -1,4 +1,4 @@
-"""Messages as OpenAI's clients send them, made into the library's."""
+"""Converts messages of OpenAI's clients into the library's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 
 def chat_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The field `messages`; FieldError that names the message and the problem."""
+    """The field `messages`, converted; a FieldError names the message and the problem."""
     messages = fields.required("messages", fields.objects)
     if not messages:
         raise FieldError("messages is empty; send at least one message", "messages")

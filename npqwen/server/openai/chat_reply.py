@@ -1,4 +1,4 @@
-"""A chat completion in one piece."""
+"""A chat completion in one piece, not as a stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from npqwen.server.openai.reasoning_fields import Shown
 from npqwen.server.openai.usage import finish_reason_of, timings_of, usage_of
 
 OPEN, CLOSE = "<think>\n", "\n</think>\n\n"
-"""What stands around reasoning within the content."""
+"""The text around reasoning within the content."""
 
 
 def chat_reply(
@@ -52,7 +52,7 @@ def _choice(index: int, reply: Reply, shown: Shown, special_ids: frozenset[int])
 
 
 def _calls(reply: Reply) -> list[dict[str, Any]]:
-    """The calls in the order in which the answer began them, those included that were cut off: as a stream has them."""
+    """The calls in the order in which the answer began them, including unfinished ones, as in a stream."""
     calls = [(call.id, call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in reply.tool_calls]
     for unfinished in sorted(reply.unfinished_calls, key=lambda call: call.index):
         calls.insert(unfinished.index, (unfinished.id, unfinished.name, unfinished.arguments))

@@ -1,4 +1,4 @@
-"""The body of a chat completion, made into the library's request and how its answer is presented."""
+"""Converts the body of a chat completion into the library's request and the presentation of its answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 TOP_LOGPROBS = 20
-"""The greatest `top_logprobs`, as in OpenAI's own service."""
+"""The largest `top_logprobs`, as in OpenAI's own service."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -37,7 +37,7 @@ class ChatBody:
     """A checked body.
 
     messages, options: as the library takes them, before the model is known. include_usage, return_progress: events
-    that a stream sends beside the answer's.
+    that a stream sends in addition to the answer's.
     """
 
     model: str | None
@@ -55,14 +55,14 @@ class ChatBody:
         return self.reasoning.shown
 
     def request(self, model: Model) -> ChatRequest:
-        """The request for this model; OptionError for what it cannot obey."""
+        """The request for this model; OptionError for fields that it does not support."""
         options = self.options | self.reasoning.options(model, "tools" in self.options)
         messages = placed(self.messages, model.chat_template)
         return ChatRequest(messages, cast(ChatOptions, options), self.n)
 
 
 def chat_body(fields: Fields) -> ChatBody:
-    """Read a body; FieldError for what cannot be obeyed. Fields that nobody knows are tolerated."""
+    """Read a body; FieldError for invalid or unsupported fields. Unknown fields are tolerated."""
     for name, neutral in _UNSUPPORTED.items():
         fields.refuse(name, "this server does not have it", *neutral)
     options = generation_options(fields) | tool_options(fields)

@@ -23,7 +23,7 @@ def completion_reply(
 ) -> dict[str, Any]:
     """The response's body.
 
-    completions: those of all prompts, in order. echoes: what the text of each prompt's choices begins with.
+    completions: those of all prompts, in order. echoes: by prompt, the text that its choices begin with.
     special_ids: tokens whose log-probabilities are left out.
     """
     n = len(completions) // len(echoes)
@@ -50,7 +50,7 @@ class CompletionChunks:
         scored: bool,
         include_usage: bool,
     ) -> None:
-        """n: choices of each prompt. scored: whether chunks have log-probabilities. For the rest: `completion_reply`.
+        """n: choices of each prompt. scored: whether chunks have log-probabilities. Others: see `completion_reply`.
 
         include_usage: end with a chunk of the usage.
         """
@@ -61,12 +61,12 @@ class CompletionChunks:
         self._with_scores = scored
         self._include_usage = include_usage
         self._scored: dict[int, list[TokenLogprobs]] = {}
-        """Log-probabilities that wait for a choice's next chunk."""
+        """By choice: log-probabilities that wait for its next chunk."""
         self._offsets: dict[int, int] = {}
-        """Characters of the tokens whose log-probabilities were sent."""
+        """By choice: number of characters of the tokens whose log-probabilities were sent."""
         self._completed: dict[int, Completion] = {}
         self._texts: dict[int, SentText] = {}
-        """Of each choice: a chunk with nothing but text."""
+        """By choice: chunks with text only."""
 
     def start(self) -> str:
         choices = enumerate(echo for echo in self._echoes for _ in range(self._n))

@@ -1,4 +1,4 @@
-"""The body of a completion, made into the library's requests, one for each prompt."""
+"""Converts the body of a completion into the library's requests, one for each prompt."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 1024
 """The most prompts of one request."""
 TOP_LOGPROBS = 20
-"""The greatest `logprobs`; OpenAI's own service allows 5."""
+"""The largest `logprobs`; OpenAI's own service allows 5."""
 
 _PREFIX, _SUFFIX, _MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 _AFTER_MIDDLE = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", _PREFIX, _SUFFIX, _MIDDLE)
-"""Tokens that a model writes after the middle in place of eos."""
+"""Tokens that a model writes after the middle instead of eos."""
 
 
 @dataclass(frozen=True)
 class CompletionBody:
     """A checked body.
 
-    prompts: texts or token ids. suffix: what follows the text that is to be generated. echo: begin with the prompt.
+    prompts: texts or token ids. suffix: the text that follows the generated one. echo: begin with the prompt.
     """
 
     model: str | None
@@ -43,7 +43,7 @@ class CompletionBody:
     include_usage: bool
 
     def requests(self, tokenizer: Tokenizer) -> list[TextRequest]:
-        """A request for each prompt; FieldError if the model cannot fill in what is before a suffix."""
+        """A request for each prompt; FieldError for a suffix if the model has no fill-in-the-middle tokens."""
         options = self.options
         several: list[Prompt] = list(self.prompts)
         if self.suffix is not None:
@@ -55,7 +55,7 @@ class CompletionBody:
         return [TextRequest(prompt, cast(GenerationOptions, options), self.n) for prompt in several]
 
     def echoes(self, tokenizer: Tokenizer) -> list[str]:
-        """What the text of each prompt's choices begins with."""
+        """By prompt, the text that its choices begin with: the prompt if `echo` is set, otherwise ""."""
         if not self.echo:
             return [""] * len(self.prompts)
         try:
@@ -67,7 +67,7 @@ class CompletionBody:
 
 
 def completion_body(fields: Fields) -> CompletionBody:
-    """Read a body; FieldError for what cannot be obeyed. Fields that nobody knows are tolerated."""
+    """Read a body; FieldError for invalid or unsupported fields. Unknown fields are tolerated."""
     n = choices(fields)
     fields.refuse("best_of", "all answers are returned; send n", 1, n)
     options = generation_options(fields)

@@ -29,8 +29,8 @@ MAX_TEXTS = 2048
 async def embeddings(models: Models, request: Request) -> Response:
     """Vectors of texts or token ids, as numbers or as base64 of little-endian float32.
 
-    Beside OpenAI's fields: instruction, which makes queries of the texts; truncate: true cuts texts that are too long,
-    which are refused otherwise.
+    Fields besides OpenAI's: instruction, which turns the texts into queries; truncate, with which texts that are too
+    long are truncated instead of refused.
     """
     fields = await read_fields(request)
     texts = prompts(fields, "input", MAX_TEXTS)

@@ -10,7 +10,7 @@ from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
 
 MAX_CHOICES = 16
-"""The greatest `n`."""
+"""The largest `n`."""
 _SEEDS = 2**63
 
 _NUMBERS = {
@@ -43,7 +43,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "xtc_probability": (0,),
 }
-"""What other servers' clients send to change the text, with the values that change nothing."""
+"""Fields of other servers that change the text, with the values that change nothing."""
 
 _UNREAD = (
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -59,11 +59,11 @@ _STRUCTURES = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-"""llama.cpp's and vLLM's names for options that determine the text's structure."""
+"""llama.cpp's and vLLM's names for options that constrain the text's structure."""
 
 
 def generation_options(fields: Fields) -> dict[str, Any]:
-    """The options of generation that a body sets; FieldError for what cannot be obeyed."""
+    """The generation options that a body sets; FieldError for invalid or unsupported fields."""
     options: dict[str, Any] = {}
     for name, (low, high) in _NUMBERS.items():
         options[name] = fields.number(name, low, high)
@@ -90,7 +90,7 @@ def generation_options(fields: Fields) -> dict[str, Any]:
 
 
 def choices(fields: Fields) -> int:
-    """How many answers: `n`."""
+    """The number of answers: `n`."""
     return fields.whole("n", 1, MAX_CHOICES) or 1
 
 
@@ -118,7 +118,7 @@ def _biases(fields: Fields) -> dict[int, float] | None:
 
 
 def _structure(fields: Fields) -> dict[str, Any]:
-    """The options schema, regex, choice or grammar, of which at most one may be set."""
+    """One of the options schema, regex, choice and grammar, or none; FieldError if several are set."""
     found: dict[str, Any] = {}
 
     def add(name: str, option: str, value: Any) -> None:
@@ -140,7 +140,7 @@ def _structure(fields: Fields) -> dict[str, Any]:
     if format is not None:
         kind = format.required("type", lambda name: format.one_of(name, ("text", "json_object", "json_schema")))
         if kind == "json_object":
-            # llama.cpp takes a schema here
+            # llama.cpp accepts a schema here
             add("response_format", "schema", format.any("schema") if "schema" in format else {"type": "object"})
         elif kind == "json_schema":
             inner = format.required("json_schema", format.object)

@@ -1,4 +1,4 @@
-"""Log-probabilities in the shapes of chat completions and of completions."""
+"""Log-probabilities in the formats of chat completions and of completions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAST = -9999.0
 
 
 def chat_logprobs(tokens: Iterable[TokenLogprobs]) -> dict[str, Any]:
-    """Of a chat completion's choice, or of one of its chunks."""
+    """Log-probabilities of a chat completion's choice, or of one of its chunks."""
     content = [{**_token(token), "top_logprobs": [_token(one) for one in token.top]} for token in tokens]
     return {"content": content, "refusal": None}
 
@@ -22,7 +22,7 @@ def _token(token: Logprob) -> dict[str, Any]:
 
 
 def text_logprobs(tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
-    """Of a completion's choice, or of one of its chunks. offset: characters of the choice's text before the tokens."""
+    """Those of a completion's choice, or of one of its chunks. offset: characters of its text before the tokens."""
     offsets = []
     for token in tokens:
         offsets.append(offset)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 async def list_models(models: Models, request: Request) -> Response:
     """All models on offer, loaded or not.
 
-    Codex reads `models` in place of `data`. What it requires of an entry differs from version to version, and one that
-    it cannot read makes it refuse the whole list; it does accept an empty one.
+    Codex reads `models` instead of `data`. The fields that it requires of an entry differ between its versions, and it
+    rejects the whole list if it cannot read one entry; it accepts an empty list.
     """
     return JSONReply({"object": "list", "data": [_model(state) for state in models.offered], "models": []})
 
@@ -28,7 +28,7 @@ async def retrieve_model(models: Models, request: Request) -> Response:
 
 
 def _model(state: ModelState) -> dict[str, Any]:
-    """A model's entry. Other servers, and so clients, have three names for the length of the context."""
+    """A model's entry. Other servers, and therefore clients, use three names for the length of the context."""
     context = state.offer.context
     return {
         "id": state.name,

@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from npqwen.server.worker import Worker
 
 AT_ONCE = 16
-"""How many prompts of one request wait for the worker, or are computed, at a time."""
+"""Most prompts of one request that wait for the worker, or run, at once."""
 
 
 class PromptsRun:
     """The events of several prompts, each of n choices: choice j of prompt i is choice i n + j here.
 
     Prompts are started in order, a few at a time, so that one request does not fill the worker's queue. If one fails,
-    the others are cancelled, and `for_each` raises what it raised.
+    the others are cancelled, and `for_each` raises its error.
     """
 
     def __init__(self, worker: Worker | AdapterWorker, requests: Sequence[TextRequest]) -> None:
         self._worker = worker
         self._requests = requests
         self._prompts = iter(range(len(requests)))
-        """The prompts that were not started yet."""
+        """Indices of the prompts that have not been started yet."""
         self._runs: dict[int, Run] = {}
-        """The runs that were started, by prompt."""
+        """The runs that have been started, by prompt."""
         self._cancelled = False
 
     @classmethod
     async def start(cls, worker: Worker | AdapterWorker, requests: Sequence[TextRequest]) -> PromptsRun:
-        """Start the first prompts. Raises what `Worker.start` raises for them; then none is running."""
+        """Start the first prompts. Raises what `Worker.start` raises for them; then those started are cancelled."""
         run = cls(worker, requests)
         try:
             for _ in range(min(AT_ONCE, len(requests))):
@@ -55,7 +55,7 @@ class PromptsRun:
             run.cancel()
 
     async def for_each(self, take: Take) -> None:
-        """Call take(index, event) for each event as it comes; see `Run.for_each`."""
+        """Call take(index, event) for each event as it arrives; see `Run.for_each`."""
         readers = [asyncio.create_task(self._read(prompt, take)) for prompt in self._runs]
         try:
             await asyncio.gather(*readers)
@@ -81,7 +81,7 @@ class PromptsRun:
         return [found[index] for index in sorted(found)]
 
     async def _read(self, prompt: int | None, take: Take) -> None:
-        """Pass on the events of a prompt and, when it has ended, of the next one that was not started yet."""
+        """Forward the events of a prompt and, when it has ended, start and forward the next, until none is left."""
         while prompt is not None:
             first = prompt * self._requests[prompt].n
             await self._runs[prompt].for_each(partial(_numbered, take, first))
@@ -92,11 +92,11 @@ class PromptsRun:
         prompt = None if self._cancelled else next(self._prompts, None)
         if prompt is not None:
             self._runs[prompt] = await self._worker.start(self._requests[prompt])
-            if self._cancelled:  # meanwhile
+            if self._cancelled:  # while it was being started
                 self._runs[prompt].cancel()
         return prompt
 
 
 def _numbered(take: Take, first: int, index: int, event: RunEvent) -> None:
-    """Pass on an event of a prompt whose first choice has the number `first`."""
+    """Forward an event of a prompt whose first choice has the number `first`."""
     take(first + index, event)

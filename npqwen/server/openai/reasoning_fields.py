@@ -1,4 +1,4 @@
-"""How clients say whether and how long a model thinks, and whether they want to see it: every dialect of it."""
+"""The fields, of all dialects, for whether and how long a model thinks, and whether its reasoning is shown."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EFFORTS: dict[str, int | None] = {
     "xhigh": None,
     "max": None,
 }
-"""Budgets of thinking in tokens for each `reasoning_effort`; 0: it does not think, None: no limit."""
+"""Thinking budgets in tokens for each `reasoning_effort`; 0: no thinking, None: no limit."""
 
 GRADES = {"low": "low", "medium": "medium", "high": "xhigh", "xhigh": "xhigh", "max": "xhigh"}
-"""For each effort with thinking, the `reasoning_effort` of templates that have this variable (Qwen3.8)."""
+"""For each effort with thinking, the value of the variable `reasoning_effort` of templates that have it (Qwen3.8)."""
 
 Shown = Literal["apart", "inline", "hidden"]
 """Where reasoning is shown: as `reasoning_content`, in the content between <think> tags, or nowhere."""
@@ -32,10 +32,10 @@ Shown = Literal["apart", "inline", "hidden"]
 
 @dataclass(frozen=True)
 class ReasoningFields:
-    """What a body says about reasoning; None where it says nothing.
+    """A body's fields about reasoning; None where the body sets none.
 
-    thinking: whether to think. budget: the most tokens of it. effort: one of `EFFORTS`. template_options: variables of
-    the chat template.
+    thinking: whether to think. budget: most tokens of thinking. effort: one of `EFFORTS`. template_options: variables
+    of the chat template.
     """
 
     thinking: bool | None
@@ -45,11 +45,11 @@ class ReasoningFields:
     template_options: dict[str, Any]
 
     def options(self, model: Model, tools: bool) -> dict[str, Any]:
-        """The options of a chat with this model that obey the fields. tools: whether there are any.
+        """The options of a chat with this model that implement the fields. tools: whether the chat has any.
 
-        A model that always thinks is told not to by a budget of 0. An effort is the template's, if it knows any;
-        otherwise it limits thinking, and demands none, so that models that never think obey it, too. Raises OptionError
-        if the model never thinks, but is told to.
+        For a model that always thinks, thinking is turned off by a budget of 0. An effort is passed to the template if
+        it has a variable for it; otherwise it sets a budget, but does not turn thinking on, so that it is valid for
+        models that never think, too. Raises OptionError if thinking is requested of a model that never thinks.
         """
         template, template_options = self.template_options.get("template"), self.template_options
         mode = model.chat_template.mode(template if isinstance(template, str) else None, tools)
@@ -77,9 +77,9 @@ class ReasoningFields:
 
 
 def reasoning_fields(fields: Fields) -> ReasoningFields:
-    """The fields about reasoning in a body; FieldError for wrong values.
+    """The fields about reasoning in a body; FieldError for invalid values.
 
-    Of fields that say the same thing, the more direct one wins: `thinking_budget` over `reasoning.max_tokens`, and a
+    Of fields with the same meaning, the more direct one wins: `thinking_budget` over `reasoning.max_tokens`, and a
     budget over an effort.
     """
     flags = [fields.flag("enable_thinking")]
@@ -119,7 +119,7 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
 
 
 def _budget(fields: Fields, name: str) -> int | None:
-    """A budget of thinking in tokens; None if the field is absent or -1, which means no limit."""
+    """A thinking budget in tokens; None if the field is absent or -1, which means no limit."""
     budget = fields.whole(name, -1)
     return None if budget == -1 else budget
 

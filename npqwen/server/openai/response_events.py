@@ -1,4 +1,4 @@
-"""An answer as the Responses API describes it: the finished response, and the events that lead to it."""
+"""An answer in the format of the Responses API: the finished response, and the stream of its events."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Json = dict[str, Any]
 
 
 class Answer:
-    """Takes a run's events, and gives those of the API, which are numbered.
+    """Converts a run's events into those of the API, which are numbered.
 
         response.created response.in_progress
         (response.output_item.added ... response.output_item.done)*
         response.completed | response.incomplete | response.failed
 
-    Items come one after another, in the order in which the model writes: reasoning, a message, calls of tools. `body`
-    is the response so far; after the last event it is what a client gets that does not stream.
+    Items follow one another in the order in which the model writes them: reasoning, a message, tool calls. `body` is
+    the response so far; after the last event it is the reply to a client that does not stream.
     """
 
     def __init__(self, model: str, echo: Json, tools: ClientTools, *, summary: bool = False) -> None:
-        """echo: fields of the response that repeat the request's. summary: reasoning comes as its own summary."""
+        """echo: fields of the response that repeat the request's. summary: send reasoning as its own summary."""
         self.finished = False
         self._tools = tools
         self._summary = summary
@@ -59,12 +59,12 @@ class Answer:
         return self.keepalive()
 
     def keepalive(self) -> list[Json]:
-        """An event that says nothing new."""
+        """An event without new information."""
         self._add_response("response.in_progress")
         return self._taken()
 
     def push(self, event: RunEvent) -> list[Json]:
-        """The events that an event of the run becomes."""
+        """The API's events for an event of the run."""
         if isinstance(event, Reasoning):
             self._add_reasoning(event.text)
         elif isinstance(event, Text):
@@ -153,7 +153,7 @@ class Answer:
             self._add_to_item("response.function_call_arguments.delta", delta=text)
 
     def _whole_call(self, call: ToolCall) -> None:
-        """The end of a call's item; all of it, if the call was not announced by its start."""
+        """End a call's item; if the call has not been announced by a CallStart, write the whole item."""
         if self._item is None or self._item.get("call_id") != call.id:
             self._begin_call(call.id, call.name)
             self._add_arguments(json_text(call.arguments))
@@ -197,7 +197,7 @@ class Answer:
             self._add_to_item("response.reasoning_text.done", content_index=0, text=text)
             self._add_to_item("response.content_part.done", content_index=0, part=part)
             item["content"] = [part]
-        item["encrypted_content"] = pack(text)  # Codex sends back nothing else of its reasoning
+        item["encrypted_content"] = pack(text)  # the only part of reasoning that Codex sends back
 
     def _finish(self, reply: Reply) -> None:
         whole = reply.finish_reason in ("stop", "tool_calls")

@@ -21,10 +21,10 @@ _UNREADABLE = ("input_image", "input_file", "input_audio")
 
 
 def read_messages(body: Fields, items: list[Fields] | None) -> list[Message]:
-    """The instructions as system message, and the input. items: the input's, None if it is a text.
+    """The instructions as a system message, and the input's messages. items: the input's, None if it is a text.
 
-    What belongs to one answer (reasoning, text, calls) becomes one message. Items that only OpenAI's servers know are
-    skipped. Raises FieldError for what the model cannot read, images among it.
+    The parts of one answer (reasoning, text, calls) become one message. Items that only OpenAI's servers know are
+    skipped. Raises FieldError for content that the model cannot read, such as images.
     """
     messages: list[Message] = []
     if instructions := body.text("instructions"):
@@ -78,14 +78,14 @@ def _add_message(messages: list[Message], item: Fields) -> None:
 
 
 def _answer(messages: list[Message]) -> Message:
-    """The answer at the end of the messages, to which something may be added; a new one if there is none."""
+    """The assistant's message at the end of `messages`, to be extended; appends a new one if there is none."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
 
 
 def _reasoning(item: Fields) -> str:
-    """The reasoning of an item: its text, what this server hid in it, or at least its summary."""
+    """The reasoning of an item: its text, or what this server packed into it, or else its summary."""
     return _text(item, "content") or unpack(item.text("encrypted_content") or "") or _text(item, "summary")
 
 
@@ -94,9 +94,9 @@ def _call_id(item: Fields) -> str:
 
 
 def _arguments(item: Fields, tool: ClientTool) -> Any:
-    """A call's arguments: the text itself if it is a JSON object, as its tokens are in the cache.
+    """A call's arguments: the text itself if it is a JSON object, so that its tokens match those in the cache.
 
-    Other text, as of a call that was cut off, becomes the value of an argument, so that the conversation can continue.
+    Other text, as of an unfinished call, becomes the value of an argument, so that the conversation can continue.
     """
     if tool.custom:
         return tool.arguments(item.text("input") or "")
@@ -109,7 +109,7 @@ def _arguments(item: Fields, tool: ClientTool) -> Any:
 
 
 def _text(fields: Fields, name: str) -> str:
-    """Text, or parts that have texts, as one string; "" if it is absent."""
+    """A text, or the texts of parts, joined by newlines; "" if the field is absent."""
     value = fields.any(name)
     if value is None:
         return ""

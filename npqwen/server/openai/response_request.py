@@ -34,10 +34,10 @@ _ECHOED = ("instructions", "max_output_tokens", "metadata", "parallel_tool_calls
 
 @dataclass(frozen=True)
 class ResponsesRequest:
-    """What a body wants.
+    """A parsed body.
 
-    tools: those on offer. summary: reasoning is returned as its own summary, which clients show, not as raw text.
-    echo: the fields that a response repeats. stream: events, not one response.
+    tools: those that the model may call. summary: return reasoning as its own summary, which clients show, not as raw
+    text. echo: the fields that a response repeats. stream: send events, not one response.
     """
 
     chat: ChatRequest
@@ -48,9 +48,9 @@ class ResponsesRequest:
 
 
 def read_request(body: Fields, model: Model) -> ResponsesRequest:
-    """What a body of /v1/responses or of /v1/responses/input_tokens wants of a model.
+    """Parse a body of /v1/responses or of /v1/responses/input_tokens for a model.
 
-    Raises FieldError for what cannot be obeyed, and OptionError for options that contradict each other.
+    Raises FieldError for invalid or unsupported fields, and OptionError for options that contradict each other.
     """
     body.refuse("previous_response_id", _SEND_ALL)
     body.refuse("conversation", _SEND_ALL)

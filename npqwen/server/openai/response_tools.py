@@ -1,4 +1,4 @@
-"""The tools of a body of the Responses API, and what its clients call them."""
+"""The tools of a body of the Responses API, and their names for the client and for the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npqwen.server.fields import FieldError, Fields
 _log = logging.getLogger(__name__)
 
 _INPUT = "input"
-"""The only argument of a custom tool, which in the API takes text instead of JSON."""
+"""The name of a custom tool's only argument; in the API, such a tool takes text instead of JSON."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ClientTool:
         return self.name if not self.namespace else f"{self.namespace.rstrip('_')}__{self.name.lstrip('_')}"
 
     def arguments(self, text: str) -> dict[str, Any]:
-        """A custom tool's input as the arguments of the call that the model wrote."""
+        """A custom tool's input as the arguments of the model's call."""
         return {_INPUT: text}
 
     def text(self, arguments: dict[str, Any]) -> str:
@@ -41,17 +41,17 @@ class ClientTool:
 
 @dataclass
 class ClientTools:
-    """The tools on offer: the client's names by the model's, and the schemas that the model reads."""
+    """The tools that the model may call: the client's tools by the model's names, and the schemas that it reads."""
 
     by_name: dict[str, ClientTool] = field(default_factory=dict)
     schemas: list[dict[str, Any]] = field(default_factory=list)
 
     def called(self, name: str) -> ClientTool:
-        """The tool that the model calls by this name, which need not be on offer."""
+        """The tool that the model calls by this name; for an unknown name, a function of that name."""
         return self.by_name.get(name) or ClientTool(name)
 
     def only(self, names: Iterable[str]) -> ClientTools:
-        """Those that the model calls by these names."""
+        """The tools that the model calls by these names; unknown names are ignored."""
         kept = {name: self.by_name[name] for name in names if name in self.by_name}
         return ClientTools(kept, [schema for schema in self.schemas if schema["function"]["name"] in kept])
 

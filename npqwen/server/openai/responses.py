@@ -46,13 +46,13 @@ async def _stream(models: Models, body: Fields, name: str | None) -> Response:
     try:
         run = await worker.start(wanted.chat)
     except ContextLengthError as error:
-        # Codex shortens the conversation if a stream says so, but not for the status 400
+        # Codex shortens the conversation if a stream ends with this error, but not on status 400
         return Response(_sent(answer.start() + answer.fail(failure_of(error))), media_type=_Events.media_type)
     return StreamedRun(run, _Events(answer))
 
 
 def _only_error(name: str, failure: Failure) -> str:
-    """A stream that failed before it knew its tools."""
+    """The text of a stream that fails before its run has started."""
     answer = Answer(name, {}, ClientTools())
     return _sent(answer.start() + answer.fail(failure))
 
@@ -89,7 +89,7 @@ class _Events:
         return _sent(self._answer.push(event))
 
     def keepalive(self, progress: Progress | None) -> str:
-        return _sent(self._answer.keepalive())  # Codex does not count comments as signs of life
+        return _sent(self._answer.keepalive())  # Codex does not count comments as activity
 
     def error(self, failure: Failure) -> str:
         return _sent(self._answer.fail(failure))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def routes(models: Models) -> list[Route]:
-    """All routes of the API over these models. The application makes responses of the errors that handlers raise."""
+    """All routes of the API over these models. The application turns errors that handlers raise into responses."""
     endpoints: list[tuple[str, str, Handler]] = [
         ("/chat/completions", "POST", partial(chat_completions, models)),
         ("/completions", "POST", partial(completions, models)),

@@ -11,9 +11,9 @@ _MODES = ("auto", "none", "required")
 
 
 def tool_options(fields: Fields) -> dict[str, Any]:
-    """The options of a chat that these fields set; FieldError for what cannot be obeyed.
+    """The options of a chat that these fields set; FieldError for invalid or unsupported values.
 
-    Tools of other types than functions are left out: they run in OpenAI's service, and agents send them anyway.
+    Tools that are not functions are dropped: they run in OpenAI's service, but agents send them anyway.
     """
     fields.refuse("functions", "send tools", [])
     fields.refuse("function_call", "send tool_choice", "none")
@@ -50,7 +50,7 @@ def _tool(fields: Fields) -> dict[str, Any] | None:
 
 
 def _choice(choice: Fields, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """The mode or the tool's name that an object chooses, and the tools that are left."""
+    """The mode or the tool's name that an object selects, and the tools that remain allowed."""
     kind = choice.required("type", lambda name: choice.one_of(name, ("function", "allowed_tools")))
     if kind == "function":
         return _known(_name(choice), tools, choice.path), tools

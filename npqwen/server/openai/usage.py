@@ -1,4 +1,4 @@
-"""What an answer cost, and why it ended, in OpenAI's terms."""
+"""The usage and the finish reason of an answer, in OpenAI's terms."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def timings_of(usage: Usage) -> dict[str, Any]:
 
 
 def finish_reason_of(reason: ChatFinishReason) -> str:
-    """OpenAI's word for why an answer ended. One that the loop guard ended is incomplete, like one that is too long."""
+    """OpenAI's finish reason. An answer that the loop guard ended is incomplete, like one that reached the limit."""
     return "length" if reason == "loop" else reason

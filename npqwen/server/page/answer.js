@@ -1,11 +1,11 @@
-// An answer as it comes: applies the chunks of a stream to a message of conversations.js.
+// An answer as it streams: applies the chunks of a stream to a message of conversations.js.
 
 import { chunks, request, ServerError } from "./stream.js";
 
-const MOST_RETURNS = 3; // to a stream whose connection breaks again and again before anything comes
+const MOST_RETURNS = 3; // consecutive attempts to resume a stream without receiving an event
 const PAUSE = 1000; // milliseconds before each
-// Firefox and Safari cut connections before they say that the page is closed: milliseconds to wait for their word when
-// a connection breaks, after "beforeunload" (which also comes before a download) and without (Safari on iOS has none).
+// Firefox and Safari close connections before they fire "pagehide": milliseconds to wait for that event when a
+// connection breaks, after "beforeunload" (which also precedes a download) and without it (Safari on iOS has none).
 const LEAVING = { announced: 10000, unannounced: 300 };
 
 export function emptyAnswer(model) {
@@ -17,11 +17,11 @@ export function emptyAnswer(model) {
 
 export class Answer {
   // conversation, message: what the answer belongs to. onchange(urgent) is called whenever the
-  // message has changed; urgent: by what a page that comes back needs.
+  // message has changed; urgent: save at once, because resuming after a reload depends on it.
   constructor(conversation, message, onchange) {
     this.conversation = conversation;
     this.message = message;
-    this.progress = null; // {done, total, cached}: tokens of the prompt that are read
+    this.progress = null; // of prefill: {done, total, cached} in tokens, or null
     this.pieces = 0; // chunks with text so far: about one token each
     this.left = false;
     this.patience = LEAVING.unannounced;
@@ -30,20 +30,20 @@ export class Answer {
     this.onchange = onchange;
   }
 
-  // The server is told, too: it would keep a stream for a page that comes back.
+  // Also ends the stream on the server, which would keep it for a page that reconnects.
   stop() {
     this.controller.abort();
     const { stream } = this.message;
     if (stream) request(streamPath(stream), { key: this.key, method: "DELETE" }).catch(() => {});
   }
 
-  // The page is being closed: what breaks from now on is no error of the server's; or, unless `surely`, it may be.
+  // The page is being closed or, unless `surely`, may be: a connection that breaks then is no error of the server's.
   leave(surely) {
     if (surely) this.left = true;
     else this.patience = LEAVING.announced;
   }
 
-  // Runs until the answer is over, however it ends; never throws.
+  // Runs until the answer ends, for whatever reason; never throws.
   async run(body, key) {
     this.key = key;
     this.started = performance.now();
@@ -77,13 +77,13 @@ export class Answer {
     await this.finish(() => response);
   }
 
-  // Asks for the rest of the stream.
+  // Requests the rest of the stream.
   rest() {
     const { stream } = this.message;
     return request(`${streamPath(stream)}?from=${stream.next}`, { key: this.key, signal: this.controller.signal });
   }
 
-  // Reads the response that open() gives, and of a stream that breaks off, the rest.
+  // Reads the response that open() returns; if the stream's connection breaks, reconnects for the rest.
   async finish(open) {
     const { message } = this;
     try {
@@ -110,7 +110,7 @@ export class Answer {
       }
     }
     message.stream = null;
-    // A part of a call is of no use, and no server would take it back.
+    // An incomplete call is useless, and no server would accept it in a request.
     if (message.finish !== "tool_calls") message.calls = message.calls.filter((call) => isObject(call.arguments));
   }
 
@@ -166,7 +166,8 @@ function streamPath({ id }) {
 
 function isObject(text) {
   try {
-    return typeof JSON.parse(text) === "object";
+    const value = JSON.parse(text);
+    return typeof value === "object" && value !== null && !Array.isArray(value);
   } catch {
     return false;
   }
@@ -181,9 +182,9 @@ function usageOf(usage) {
   };
 }
 
-const SHORTEST = 50; // milliseconds; what comes in less says nothing about speed
+const SHORTEST = 50; // milliseconds; shorter times are too short to measure speed
 
-// Tokens a second after the first one, or null if that cannot be told.
+// Tokens per second after the first one, or null if it cannot be measured.
 export function speed(tokens, { first, last }) {
   return tokens > 1 && last - first > SHORTEST ? ((tokens - 1) / (last - first)) * 1000 : null;
 }

@@ -1,4 +1,4 @@
-// The page: what the parts show, and what happens when the reader does something.
+// The page: what its parts show, and how it handles the user's actions.
 
 import { Answer, emptyAnswer } from "./answer.js";
 import * as conversations from "./conversations.js";
@@ -9,8 +9,8 @@ import { Sidebar } from "./sidebar.js";
 import { alone, remember, remembered, Storage } from "./storage.js";
 import { models, ServerError } from "./stream.js";
 
-const MOST_RETRIES = 5; // by itself, of a request that the server was too busy for
-const NEAR_END = 48; // pixels from the end of the conversation that count as being there
+const MOST_RETRIES = 5; // automatic ones, of a request that the server was too busy for
+const NEAR_END = 48; // pixels from the end of the conversation within which the view counts as at the end
 
 const $ = (id) => document.getElementById(id);
 const transcript = $("transcript");
@@ -20,7 +20,7 @@ const narrow = matchMedia("(max-width: 48rem)");
 const storage = new Storage(otherTab);
 const all = new Map(); // conversations by id; one without messages is not saved
 const answers = new Map(); // running Answers by the conversation's id
-const waits = new Map(); // {left, attempt, timer} of answers that are tried again by themselves, by the message's id
+const waits = new Map(); // {left, attempt, timer} of answers that are retried automatically, by the message's id
 let current = conversations.newConversation(defaults());
 let views = []; // of the messages on the screen
 let offered = []; // models
@@ -81,7 +81,7 @@ function send() {
   ask();
 }
 
-// Has the model answer the last message on the screen; or tries an answer again that failed before its first word.
+// Has the model answer the last message on the screen, or retries an answer that failed before its first word.
 async function ask(failed = null, attempt = 0) {
   const conversation = current;
   const path = conversations.path(conversation).filter((message) => message !== failed);
@@ -106,7 +106,7 @@ async function ask(failed = null, attempt = 0) {
   if (conversation === current) draw();
 }
 
-// Shows and saves an answer as it comes; run(answer) waits for its end. Returns the ServerError that ended it, if any.
+// Shows and saves an answer as it streams, until run(answer) ends. Returns the ServerError that ended it, if any.
 async function follow(conversation, message, run) {
   const answer = new Answer(conversation, message, (urgent) => {
     if (urgent) storage.put(conversation).catch(() => {});
@@ -125,7 +125,7 @@ async function follow(conversation, message, run) {
   return answer.error;
 }
 
-// Continues answers that were streaming when a page was closed: this page, or another tab that has continued them.
+// Continues answers that were streaming when this page, or another tab that continued them, was closed.
 function resumeAll() {
   for (const { id, messages } of all.values())
     for (const message of messages)
@@ -372,11 +372,11 @@ function setTheme(theme) {
   try {
     localStorage.setItem("npqwen.theme", theme);
   } catch {
-    // it holds until the page is closed
+    // the theme lasts until the page is closed
   }
 }
 
-// What the reader does
+// The user's actions
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -437,7 +437,7 @@ addEventListener("hashchange", () => {
   const wanted = all.get(location.hash.slice(1));
   if (wanted && wanted !== current) open(wanted);
 });
-// Safari forgets what is saved as late as "pagehide".
+// Safari loses what is saved as late as "pagehide".
 for (const event of ["beforeunload", "pagehide"])
   addEventListener(event, () => {
     for (const answer of answers.values()) {
@@ -456,7 +456,7 @@ async function start() {
   } catch {
     notice("This browser does not let the page save conversations: they last until it is closed.");
   }
-  // Where this tab was, unless a new conversation has begun meanwhile.
+  // Reopens this tab's conversation, unless a new one has begun meanwhile.
   const last = all.get(place);
   if (last && !current.messages.length) open(last);
   draw();

@@ -1,11 +1,11 @@
 // Conversations as data: trees of messages, of which one path is shown. Editing and retrying add branches.
 //
 // A conversation is {id, title, created, updated, settings, messages, head}; messages lists all of them in the order
-// of their making, head is the id of the last one shown. A message is {id, parent, role, content, created}, and of role
-//   assistant: reasoning, calls: [{id, name, arguments}], finish: why it ended, or null while it comes; error, model,
-//     usage: {prompt, cached, completion, reasoning} in tokens, speed: tokens a second as the server measured it, or
-//     null, times: {first, thought, last} in ms since the request, stream: while it comes, {id, next} of the server's
-//     stream and the next event wanted, or null
+// of creation, head is the id of the last one shown. A message is {id, parent, role, content, created}, and by role
+//   assistant: reasoning, calls: [{id, name, arguments}], finish: why it ended, or null while it streams; error, model,
+//     usage: {prompt, cached, completion, reasoning} in tokens, speed: tokens per second as the server measured it, or
+//     null, times: {first, thought, last} in ms since the request, stream: while it streams, {id, next}, the server's
+//     id of the stream and the number of the next event, or null
 //   tool: call, the id of the call that it answers
 
 const TITLE = 60; // characters
@@ -47,14 +47,14 @@ export function versions(conversation, message) {
   return conversation.messages.filter((other) => other.parent === message.parent && other.role === message.role);
 }
 
-// Shows a version of a message, with the newest of what follows it.
+// Shows a version of a message, and the newest of the messages below it.
 export function select(conversation, message) {
   let last = message;
   for (let next = last; next; next = conversation.messages.findLast((other) => other.parent === last.id)) last = next;
   conversation.head = last.id;
 }
 
-// The path up to a message, as the API takes it. Answers that failed before their first word are left out.
+// The messages of a path in the API's format. Answers that failed before their first word are left out.
 export function request(conversation, messages) {
   const { system } = conversation.settings;
   const sent = system?.trim() ? [{ role: "system", content: system }] : [];
@@ -81,8 +81,8 @@ export function exported(conversations) {
   return JSON.stringify({ format: "npqwen conversations", version: 1, conversations }, null, 1);
 }
 
-// The conversations of an exported file, with new ids so that they replace none. Throws an Error with a message for
-// people if it is something else.
+// The conversations of an exported file, with new ids, so that they replace no others. Throws an Error with a message
+// for the user if the file is anything else.
 export function imported(text) {
   let file;
   try {

@@ -1,4 +1,4 @@
-// Elements are made of names, properties and text; no string ever becomes HTML.
+// Elements are built from names, properties and text; no string is ever parsed as HTML.
 
 // element("p", {class: "note", onclick: f}, "text", child): properties that start with "on" are listeners, true is an
 // empty attribute, and null, undefined or false leave an attribute out.
@@ -32,13 +32,13 @@ export function iconButton(name, label, onclick, properties = {}) {
     icon(name));
 }
 
-// Copies text, and shows so on the button for a moment.
+// Copies text, and briefly shows on the button whether that succeeded.
 export async function copy(text, button) {
   let copied = true;
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    copied = copyBySelection(text); // no clipboard outside of localhost and https
+    copied = copyBySelection(text); // no clipboard API outside of localhost and https
   }
   const label = button.getAttribute("aria-label");
   button.classList.add(copied ? "done" : "failed");
@@ -71,5 +71,6 @@ export function number(value) {
 export function seconds(milliseconds) {
   const value = milliseconds / 1000;
   if (value < 60) return `${value.toFixed(value < 10 ? 2 : 1)} s`;
-  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  const whole = Math.round(value);
+  return `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }

@@ -1,5 +1,5 @@
-// Colors for code, roughly: comments, strings, numbers, keywords, tags. Unknown languages have none but strings' and
-// numbers'. A token is {kind, text}; their texts joined are the code.
+// Approximate syntax highlighting: comments, strings, numbers, keywords, tags; in unknown languages only strings and
+// numbers. A token is {kind, text}; the concatenated texts of all tokens are the code.
 
 const C = "as async await auto bool boolean break byte case catch char class const continue default def defer delete do " +
   "double dyn else enum export extends extern final finally float fn for foreach from func function go goto if impl " +
@@ -16,7 +16,7 @@ const SQL = "add all alter and any as asc begin between by case cascade check co
   "left like limit not null offset on or order outer over partition primary references returning right rollback select " +
   "set table then union unique update using values view when where with";
 
-// A string may be incomplete: it ends with its line, or the text.
+// An unterminated string ends with its line or the text.
 const STRINGS = String.raw`"(?:[^"\\\n]|\\.|\\(?![^]))*"?|'(?:[^'\\\n]|\\.|\\(?![^]))*'?`;
 const TRIPLE = String.raw`"""[^]*?(?:"""|(?![^]))|'''[^]*?(?:'''|(?![^]))`;
 const NUMBER = String.raw`\b\d[\w.]*`;
@@ -66,7 +66,7 @@ function kindOf({ comment, string, tag, number, word }, keywords) {
   return tag !== undefined ? "tag" : number !== undefined ? "number" : null;
 }
 
-// The tokens of code from an index on, where one begins. What follows the text can change its last token only.
+// The tokens of code starting at index `from`, where a token begins. Text appended later can only change the last one.
 export function tokens(text, language, from = 0) {
   const { keywords, pattern } = LANGUAGES.find(({ names }) => names.includes(language.toLowerCase())) ?? OTHER;
   if (!pattern) return text.length > from ? [{ kind: null, text: text.slice(from) }] : [];

@@ -17,9 +17,9 @@ const ENTITIES = {
 };
 const LINK_SCHEMES = ["http:", "https:", "mailto:"];
 const MOST_DEEP = 16; // levels of emphasis; deeper ones stay text
-const MOST_OPEN = 64; // how many delimiters back a closing one looks for its partner
+const MOST_OPEN = 64; // how many delimiters back the opener of a closing one is searched for
 
-// The URL if it is one that a link may lead to, or null. Relative ones would lead into this server.
+// The URL if a link may lead to it, or null. Relative URLs would lead to this server.
 export function safeHref(href) {
   try {
     const url = new URL(href);
@@ -29,7 +29,7 @@ export function safeHref(href) {
   }
 }
 
-// open: more text is to come, so that markup which is not closed yet is taken as closed at the end.
+// open: more text will follow; markup that is not closed yet is treated as closed at the end.
 export function parseInline(text, open = false) {
   return emphasise(new Scanner(text, open).tokens(), open);
 }
@@ -41,7 +41,7 @@ class Scanner {
     this.at = 0;
     this.out = [];
     this.brackets = []; // indices in out of "[" that may begin a link
-    this.missing = new Set(); // closing delimiters that do not come any more
+    this.missing = new Set(); // closing delimiters that do not occur in the rest
   }
 
   tokens() {
@@ -72,7 +72,7 @@ class Scanner {
     return pattern.exec(this.text);
   }
 
-  // Reads what begins here; false if it is only text.
+  // Parses the construct that begins here; false if it is only text.
   special(mark) {
     switch (mark[0]) {
       case "\\": return this.backslash();
@@ -148,7 +148,7 @@ class Scanner {
     return true;
   }
 
-  // A run of * or _ or ~; whether it may open or close follows CommonMark's rules of flanking.
+  // A run of * or _ or ~; whether it may open or close follows CommonMark's flanking rules.
   delimiters(mark) {
     let end = this.at;
     while (this.text[end] === mark) end++;
@@ -232,7 +232,7 @@ class Scanner {
     });
   }
 
-  // Line breaks of a model are meant.
+  // A model's line breaks are intended.
   line() {
     const last = this.out.length - 1;
     if (typeof this.out[last] === "string") this.out[last] = this.out[last].trimEnd();
@@ -297,7 +297,7 @@ function partner(out, openers, token, left) {
   return -1;
 }
 
-// Delimiters without a partner are text; neighbouring texts become one.
+// Unpaired delimiters become text; adjacent texts are merged.
 function plain(nodes) {
   const out = [];
   for (const node of nodes) {

@@ -1,11 +1,11 @@
-// Markdown blocks: text -> tree. No HTML: what looks like it stays text.
+// Markdown blocks: text -> tree. HTML is not supported: it stays text.
 //
 // A block is {type, ...} with
 //   paragraph, heading (level): inline, a list of nodes as in inline.js
 //   code: language, text          math: text          rule
 //   quote: children               list: ordered, start, loose, items: [{checked (true, false, null), children}]
 //   table: alignments ("left", "center", "right", null), header and rows: lists of cells, a cell is inline nodes
-// Those at the top also have from and to, the characters of the text that they were made of.
+// Top-level blocks also have from and to, the range of their characters in the text.
 
 import { parseInline } from "./inline.js";
 
@@ -15,14 +15,14 @@ const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}>/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)(.*)|)$/;
 const UNDERLINE = /^ {0,3}(=+|-{2,})[ \t]*$/;
-// The second line of a table, without spaces around it.
+// The second line of a table, trimmed.
 const DELIMITER_ROW = /^(?:\|\s*)?:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
-// A last line of which one cannot tell yet what it will be, without spaces around it.
+// A last line, trimmed, whose type of block cannot be determined yet.
 const UNDECIDED = /^(?:[-*+]|\d{1,3}[.)]|#{1,6}|>|`{1,2}|~{1,2}|[-=*_]{2,}|\|[\s:|-]*|\\|\$)?$/;
-const MOST_DEEP = 24; // quotes and lists inside each other; what is deeper stays text
+const MOST_DEEP = 24; // levels of nested quotes and lists; deeper ones stay text
 const LONGEST_FORMULA = 100; // lines
 
-// open: more text is to come; unfinished markup at the end is shown as what it probably becomes.
+// open: more text will follow; unfinished markup at the end is parsed as what it probably becomes.
 export function parse(text, open = false) {
   const lines = text.split("\n");
   const starts = [];
@@ -268,7 +268,7 @@ class Blocks {
   }
 }
 
-// What ends the code that a line begins, or null.
+// The pattern of the line that closes the code fence which this line opens, or null.
 function closing(line) {
   const found = FENCE.exec(line);
   return found && new RegExp(`^ {0,3}${found[1][0]}{${found[1].length},}[ \\t]*$`);

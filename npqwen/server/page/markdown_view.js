@@ -1,4 +1,4 @@
-// Markdown on the screen, also while it comes: only the blocks that changed are made anew.
+// Markdown on the screen, also while it streams: only changed blocks are rendered again.
 
 import { copy, element, icon } from "./dom.js";
 import { tokens } from "./highlight.js";
@@ -7,12 +7,12 @@ import { parse } from "./markdown.js";
 export class MarkdownView {
   constructor() {
     this.element = element("div", { class: "markdown" });
-    this.blocks = []; // {from, key, node} of what is on the screen
+    this.blocks = []; // {from, key, block, node} of each block on the screen
   }
 
-  // Shows text, which begins with the one shown before. open: more is to come.
+  // Shows text, of which the text shown so far is a prefix. open: more text will follow.
   update(text, open) {
-    // All but the last two blocks are final: what follows cannot change them.
+    // All but the last two blocks are final: text that follows cannot change them.
     const kept = Math.max(0, this.blocks.length - 2);
     const from = kept ? this.blocks[kept].from : 0;
     const rest = text.slice(from);
@@ -32,7 +32,7 @@ export class MarkdownView {
     for (const { node } of this.blocks.splice(kept + found.length)) node.remove();
   }
 
-  // Code grows in place, so that a selection and the position of a scrollbar in it stay.
+  // Code grows in place, so that its selection and scroll position are kept.
   extend({ block, node }, next) {
     if (block.type !== "code" || next.type !== "code" || block.language !== next.language) return false;
     if (!next.text.startsWith(block.text)) return false;
@@ -44,7 +44,7 @@ export class MarkdownView {
   }
 }
 
-// Appends code from an index on.
+// Appends code starting at index `from`.
 function fillCode(code, { text, language }, from = 0) {
   for (const token of tokens(text, language, from))
     code.append(token.kind ? element("span", { class: `code-${token.kind}` }, token.text) : token.text);

@@ -11,8 +11,9 @@ const ENDINGS = {
   stopped: "Stopped.",
 };
 
-// actions, of all views: edit(message, text), retry(message), proceed(message), wait(message) to not retry, select(message),
-// results(message, texts) of its calls, useKey(key, message); and versions(message), needsKey(message).
+// actions, for all views: edit(message, text), retry(message), proceed(message), wait(message) to cancel an automatic
+// retry, select(message), results(message, texts) of its calls, useKey(key, message); and versions(message),
+// needsKey(message).
 export function messageView(message, actions) {
   const Kind = { user: UserView, tool: ResultView, assistant: AnswerView }[message.role];
   return new Kind(message, actions);
@@ -108,7 +109,7 @@ class AnswerView extends MessageView {
     this.preview = element("span", { class: "preview" });
     const summary = element("summary", { onclick: () => (this.toggled = true) }, icon("right"), this.label, this.preview);
     this.thinking = element("details", { class: "fold thinking", hidden: true }, summary, this.thought.element);
-    this.toggled = false; // the reader has opened or closed the thought
+    this.toggled = false; // the user has opened or closed the reasoning
     this.calls = element("div", { class: "calls" });
     this.status = element("div", { class: "status" });
     this.bar = element("progress", { "aria-label": "Prompt read" });
@@ -117,11 +118,11 @@ class AnswerView extends MessageView {
     this.error = element("div", { class: "error", role: "alert", hidden: true });
     this.footer = element("footer");
     this.element.append(this.thinking, this.text.element, this.calls, this.status, this.error, this.footer);
-    this.shown = null; // what the parts that are made as a whole were made of
+    this.shown = null; // the state that the error and the footer were last rendered from
   }
 
-  // answer: the running Answer, or null. waiting: seconds until it is tried again, or null. showThinking: open the
-  // thought while it comes. last: it is the last message.
+  // answer: the running Answer, or null. waiting: seconds until it is retried, or null. showThinking: show reasoning
+  // while it streams. last: it is the last message.
   update({ answer = null, waiting = null, showThinking = false, last = true } = {}) {
     const { message } = this;
     const running = answer !== null;
@@ -184,7 +185,7 @@ class AnswerView extends MessageView {
     if (asking) this.calls.append(this.resultForm());
   }
 
-  // The reader is the one who runs tools here.
+  // Here, the user runs the tools.
   resultForm() {
     const { calls } = this.message;
     const areas = calls.map((call) =>
@@ -225,7 +226,7 @@ class AnswerView extends MessageView {
     this.footer.replaceChildren(this.versions() ?? "");
     if (!running) {
       if (message.content) this.footer.append(this.copyButton(() => message.content));
-      // A failure has a button for that of its own.
+      // An error has its own button to retry.
       if (!message.error || !last)
         this.footer.append(iconButton("retry", "Answer again", () => this.actions.retry(message)));
     } else this.footer.append(element("span", { class: "dot" }));
@@ -235,7 +236,7 @@ class AnswerView extends MessageView {
 
   updateSpeed({ pieces }) {
     const { first, last } = this.message.times;
-    // The first pieces say little.
+    // The first chunks say little about the speed.
     this.speed.textContent =
       last - first > 500 ? `about ${speed(pieces, this.message.times).toFixed(1)} tokens/s` : "";
   }
@@ -273,6 +274,6 @@ function pretty(json) {
   try {
     return JSON.stringify(JSON.parse(json), null, 2);
   } catch {
-    return json; // still coming
+    return json; // incomplete while it streams
   }
 }

@@ -1,4 +1,4 @@
-// The settings of a conversation: a form, what is kept of it, and what the API gets.
+// The settings of a conversation: the form, the stored values, and the request fields that they become.
 
 import { remember, remembered } from "./storage.js";
 
@@ -8,7 +8,7 @@ export function defaults() {
   return remembered("defaults", {});
 }
 
-// The fields of a request that these settings mean. Throws an Error with a message for people.
+// The request fields for these settings. Throws an Error with a message for the user.
 export function requestFields(settings) {
   const fields = {};
   for (const name of NUMBERS) if (settings[name] !== undefined) fields[name] = settings[name];
@@ -26,7 +26,7 @@ function tools(text) {
   } catch (error) {
     throw new Error(`Settings: the tools are not valid JSON (${error.message})`);
   }
-  // A bare function is as good as {"type": "function", "function": ...}.
+  // A bare function is accepted instead of {"type": "function", "function": ...}.
   return [found].flat().map((tool) => (tool?.function ? tool : { type: "function", function: tool }));
 }
 
@@ -59,7 +59,7 @@ export class SettingsDialog {
       onchange({});
     });
     dialog.addEventListener("click", (event) => {
-      if (event.target === dialog) dialog.close(); // beside the form
+      if (event.target === dialog) dialog.close(); // outside the form
     });
   }
 
@@ -78,7 +78,7 @@ export class SettingsDialog {
     for (const field of this.fields()) field.value = settings[field.name] ?? "";
   }
 
-  // What is valid among the fields; an empty field is the model's default.
+  // The values of valid fields; an empty field means the model's default.
   read() {
     const settings = {};
     for (const field of this.fields()) {

@@ -12,7 +12,7 @@ export class Sidebar {
     search.addEventListener("input", () => this.draw());
   }
 
-  // conversations: newest first. running: ids of those whose answer is coming.
+  // conversations: newest first. running: ids of those with an answer in progress.
   update(conversations, current, running) {
     Object.assign(this, { conversations, current, running });
     if (!this.renaming) this.draw();

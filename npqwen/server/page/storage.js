@@ -1,10 +1,10 @@
-// What the browser keeps: conversations in IndexedDB, settings and the API key in localStorage. Servers below different
-// paths of one host are kept apart.
+// Browser storage: conversations in IndexedDB, settings and the API key in localStorage. Servers below different paths
+// of one host have separate storage.
 
 const NAME = `npqwen ${new URL(".", document.baseURI).pathname}`;
 const STORE = "conversations";
 
-// A value of localStorage, or the fallback if there is none or storage is switched off.
+// A value of localStorage, or the fallback if there is none or storage is disabled.
 export function remembered(name, fallback) {
   try {
     return JSON.parse(localStorage.getItem(`${NAME} ${name}`)) ?? fallback;
@@ -17,17 +17,18 @@ export function remember(name, value) {
   try {
     localStorage.setItem(`${NAME} ${name}`, JSON.stringify(value));
   } catch {
-    // switched off or full: it holds until the page is closed
+    // disabled or full: the value lasts until the page is closed
   }
 }
 
-// Does work() when no other tab does anything of this name. Browsers know locks only on localhost and with HTTPS.
+// Runs work() while holding the lock of this name, shared by all tabs. Browsers have locks only on localhost and with
+// HTTPS; without them, work() runs at once.
 export function alone(name, work) {
   return navigator.locks ? navigator.locks.request(`${NAME} ${name}`, work) : work();
 }
 
-// All conversations of this browser, and of other tabs as they change. What is saved before the database is open, waits
-// for it; where the browser allows none, all() throws and nothing is saved.
+// All conversations of this browser, with notifications of changes by other tabs. Saving waits until the database is
+// open; if the browser allows none, all() and get() throw, and nothing is saved.
 export class Storage {
   // onchange(id): another tab has changed or deleted the conversation.
   constructor(onchange) {
@@ -54,7 +55,7 @@ export class Storage {
     await this.write(conversation.id, (store) => store.put(conversation));
   }
 
-  // Saves soon, and at most a few times a second: for answers that come.
+  // Saves soon, and at most a few times a second: for answers in progress.
   putSoon(conversation) {
     if (this.timers.has(conversation.id)) return;
     this.timers.set(conversation.id, setTimeout(() => this.put(conversation).catch(() => {}), 300));
@@ -84,7 +85,7 @@ export class Storage {
   }
 }
 
-// Throws where the browser allows no database, in some as a rejection, in others as an exception.
+// Rejects if the browser allows no database: in some, opening fails with an event, in others with an exception.
 async function openDatabase() {
   const opening = indexedDB.open(NAME, 1);
   opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id" });

@@ -1,7 +1,7 @@
 // Requests to this server's OpenAI API.
 
-// What went wrong, in one line. status: of HTTP, or 0. retryAfter: seconds that the server wants us to wait, or null.
-// lost: the connection, not the answer, is at fault.
+// An error, described in one line. status: the HTTP status, or 0. retryAfter: seconds to wait before a retry, as the
+// server requests, or null. lost: the connection failed, not the answer.
 export class ServerError extends Error {
   constructor(message, { status = 0, retryAfter = null, lost = false } = {}) {
     super(message);
@@ -11,8 +11,8 @@ export class ServerError extends Error {
   }
 }
 
-// Sends a request; path is relative to the page. resumable: whether the stream can be resumed.
-// Returns the response if it is a success, or throws a ServerError. A cancelled request throws AbortError.
+// Sends a request; path is relative to the page. resumable: request a resumable stream. Returns the response if it is
+// successful, or throws a ServerError. A cancelled request throws AbortError.
 export async function request(path, { key = "", body, signal, resumable = false, method } = {}) {
   const headers = {};
   if (resumable) headers["X-Resumable"] = "true";
@@ -26,7 +26,7 @@ export async function request(path, { key = "", body, signal, resumable = false,
       body: body === undefined ? undefined : JSON.stringify(body),
       signal,
       cache: "no-store",
-      keepalive: method === "DELETE", // also if the page is being closed
+      keepalive: method === "DELETE", // sent even if the page is being closed
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -52,7 +52,7 @@ async function reason(response) {
   return `The server answered ${response.status} ${response.statusText}`.trim();
 }
 
-// The ids of the models on offer, and what is known of each: [{id, context}], context in tokens or null.
+// The models on offer: [{id, context}], context in tokens or null.
 export async function models(key) {
   const response = await request("v1/models", { key });
   const { data } = await response.json();
