@@ -120,7 +120,7 @@ def test_a_silent_stdin_is_told_and_what_comes_later_is_not_lost(text: str) -> N
             f"waiting for text on stdin, which is appended to the question; to ask without it, add < {os.devnull}\n"
         )
         assert process.poll() is None
-        out, err = process.communicate(text, timeout=60)
+        out, err = process.communicate(text, timeout=300)
     assert (process.returncode, out) == (0, "Yes.\n")
     message = f"What is a river?\\n\\n{text}" if text else "What is a river?"
     assert f"user\\n{message}<|im_end|>" in err
@@ -131,7 +131,7 @@ def test_waiting_for_a_question_is_told_too() -> None:
         assert process.stderr is not None
         end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
         assert process.stderr.readline() == f"waiting for the question on stdin; {end} on an empty line ends it\n"
-        out, err = process.communicate("Well?", timeout=60)
+        out, err = process.communicate("Well?", timeout=300)
     assert (process.returncode, out) == (0, "Yes.\n")
     assert "user\\nWell?<|im_end|>" in err
 
@@ -139,7 +139,7 @@ def test_waiting_for_a_question_is_told_too() -> None:
 @pytest.mark.parametrize(("arguments", "patience"), [(["-q"], 0.0), ([], 60.0)])
 def test_stdin_that_is_quiet_or_has_text_needs_no_notice(arguments: list[str], patience: float) -> None:
     with asking("What?", *arguments, patience=patience) as process:
-        out, err = process.communicate("more", timeout=60)
+        out, err = process.communicate("more", timeout=300)
     assert (process.returncode, out) == (0, "Yes.\n")
     assert "waiting" not in err
 
@@ -219,7 +219,7 @@ def test_a_job_in_the_background_leaves_the_terminal_alone(when: str) -> None:
     try:
         command = [sys.executable, "-c", BACKGROUND, when]
         done = subprocess.run(
-            command, stdin=slave, capture_output=True, encoding="utf-8", start_new_session=True, timeout=60
+            command, stdin=slave, capture_output=True, encoding="utf-8", start_new_session=True, timeout=300
         )
     finally:
         os.close(slave)
@@ -236,5 +236,5 @@ try:
 finally:
     assert "prompt_toolkit" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tiny(4))], input=b"x", capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(tiny(4))], input=b"x", capture_output=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -339,7 +339,7 @@ def test_the_user_is_asked_before_a_file_is_overwritten(terminal: Start, tmp_pat
 
 def test_a_context_is_not_taken_for_a_question() -> None:
     command = [sys.executable, "-m", "npqwen", "chat", "none", "-c", "4096"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "npqwen: error: -c continues the last conversation; for a context of 4096 tokens, write --context 4096\n"

@@ -42,7 +42,7 @@ def test_a_signal_ends_a_conversion_in_order(tmp_path: Path, name: str, length: 
         assert process.stdout is not None
         assert process.stdout.readline() == "half\n"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == (130 if name == "SIGINT" else -number)
     left = [path.name for path in tmp_path.iterdir() if path.name not in ("in", "cache")]
     told = "the next conversion with the same arguments resumes it" in errors

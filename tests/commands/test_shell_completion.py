@@ -122,7 +122,7 @@ def test_completing_is_quick() -> None:
         "print(len(ShellComplete(cli, {}, 'npqwen', 'X').get_completions(['chat'], ''))); "
         "print({'numba', 'numpy', 'huggingface_hub.hf_api', 'prompt_toolkit', 'starlette'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
@@ -146,7 +146,7 @@ def shell(name: str, *words: str) -> str:
     path = shutil.which(name)
     if path is None or sys.platform == "win32":
         pytest.skip(f"there is no {name}")
-    done = subprocess.run([path, *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([path, *words], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 

@@ -93,7 +93,7 @@ def test_the_threads_end_with_the_team() -> None:
     assert len(workers) == 5
     team.close()
     for worker in workers:
-        worker.join(timeout=10)
+        worker.join(timeout=60)
     assert not any(worker.is_alive() for worker in workers)
 
 
@@ -109,7 +109,7 @@ def test_threads_that_the_system_refuses_are_an_error(monkeypatch: pytest.Monkey
     with pytest.raises(OutOfMemoryError, match=r"start 2 threads of 5; use fewer \(--threads\)"):
         Team(5)
     for worker in set(threading.enumerate()) - before:
-        worker.join(timeout=10)
+        worker.join(timeout=60)
     assert set(threading.enumerate()) <= before
 
 

@@ -153,7 +153,7 @@ def test_the_result_of_a_faster_process_is_used(checkpoint: Path, monkeypatch: p
 def test_two_processes_at_once(checkpoint: Path, cache: Path) -> None:
     script = f"from npqwen import hub; print(hub.resolve({str(checkpoint)!r}))"
     both = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    outputs = {process.communicate(timeout=60)[0].strip() for process in both}
+    outputs = {process.communicate(timeout=300)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     (place,) = outputs
     assert sorted(path.name for path in Path(place).parent.iterdir()) == [Path(place).name]

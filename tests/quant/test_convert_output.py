@@ -375,7 +375,7 @@ except OutputError as error:
     print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert "out cannot be written: File too large" in done.stdout
     assert os.listdir(tmp_path) == ["in"]

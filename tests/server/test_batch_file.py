@@ -110,7 +110,7 @@ def test_a_batch_that_was_ended_is_resumed(model: Path, tmp_path: Path, number: 
             assert child.poll() is None, child.communicate()
             time.sleep(0.01)
         os.kill(child.pid, number)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=300)
     assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else cli.INTERRUPTED)
     assert "Traceback" not in err
     kept = out.read_bytes()

@@ -162,7 +162,7 @@ TESTS = Path(__file__).parents[1]
 def shell(script: str, answer: str, *arguments: str) -> str:
     """What the script writes to stdout; in it, "$@" is npqwen with a model that answers so."""
     program = [sys.executable, "-c", CHILD, str(TESTS), str(TESTS.parent), answer, *arguments]
-    done = subprocess.run(["sh", "-c", script, "sh", *program], capture_output=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(["sh", "-c", script, "sh", *program], capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -191,7 +191,7 @@ def test_text_that_another_program_shows_late_is_not_glued_to_statistics(tmp_pat
         over = tmp_path / "over"
         script = f'{{ "$@" < /dev/null; : > {over}; }} | {{ until [ -e {over} ]; do sleep 0.1; done; cat >&2; }}'
         program = [sys.executable, "-c", CHILD, str(TESTS), str(TESTS.parent), "Yes.", "chat", "m", "q"]
-        subprocess.run(["sh", "-c", script, "sh", *program], stdout=slave, stderr=slave, timeout=60, check=True)
+        subprocess.run(["sh", "-c", script, "sh", *program], stdout=slave, stderr=slave, timeout=300, check=True)
         written = os.read(master, 10_000).decode().replace("\r", "")
     finally:
         os.close(slave)

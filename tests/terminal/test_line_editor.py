@@ -187,7 +187,7 @@ def test_a_message_taller_than_the_window_is_written_whole_once_it_is_sent(colum
 
 def test_a_tall_message_shows_no_control_characters_and_is_moved_through_by_pages() -> None:
     shown = written(pasted("\n".join(["a\x1b[31mb\tc"] * 20)) + "\r", 8, 40)
-    assert "31m" not in shown.replace("?[31m", "")
+    assert "\x1b[31m" not in shown
     with create_pipe_input() as pipe:
         pipe.send_text(pasted("\n".join(map(str, range(30)))) + "\x1b[5~\x1b[5~!\x1b[6~?\r")
         output = Vt100_Output(io.StringIO(), lambda: Size(12, 40), term="xterm")
