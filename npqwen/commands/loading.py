@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from npqwen.commands.compile_helper import CompileHelper
 from npqwen.commands.completion import words
 from npqwen.commands.options import Decorated, argument_text
 from npqwen.errors import OptionError, size
@@ -81,7 +82,6 @@ class Loading:
             "draft": draft,
             "adapters": self.named_adapters(),
             "notice": terminal.notice,
-            "on_compile": terminal.compilation_progress,
         }
 
 
@@ -258,7 +258,8 @@ def open_model(
     from npqwen.hub.names import model_name
     from npqwen.model import load
 
-    loaded = load(path, name=model_name(model), **options)
+    helper = CompileHelper(path, loading.kv, terminal.compilation_progress)
+    loaded = load(path, name=model_name(model), on_compile=helper, **options)
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         terminal.notice(
@@ -283,7 +284,10 @@ def offers(models: Sequence[str], names: Sequence[str], loading: Loading, termin
         raise OptionError("--adapter needs a single MODEL, as an adapter belongs to one; serve others by themselves")
     options = loading.options(terminal)
     paths = [resolve(model, loading.bits, terminal, low_disk=loading.low_disk) for model in models]
-    return [Offer.of(path, name, **options) for path, name in zip(paths, names, strict=True)]
+    return [
+        Offer.of(path, name, on_compile=CompileHelper(path, loading.kv, terminal.compilation_progress), **options)
+        for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def check_server() -> None:

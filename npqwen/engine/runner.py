@@ -78,15 +78,16 @@ class Runner:
     def compile(self, piece: Piece) -> None:
         """Load the kernels from disk, or compile them. piece: a token with an empty cache; it is not run."""
         model, cache = self.weights.model[0], piece.cache
+        cache.begin(1)
+        output = Output(np.zeros(1, np.int64), False, self.buffers.logits(1))
+        # First, as it takes longest: another process may compile the other kernels meanwhile.
+        self.compile_function(forward, self._arguments([piece], self.weights.layers, True, output))
         model["matmul_kernels"] = matmul_kernels(self.weights.encodings)
         model["attention_kernels"] = attention_kernels(cache.page_dtype)
         model["append_kernels"] = append_kernels(cache.page_dtype)
         model["cache_is_int8"] = cache.page_dtype == np.uint8
         if cache.recurrent is not None:
             model["gated_delta_kernel"] = gated_delta_kernel()
-        cache.begin(1)
-        output = Output(np.zeros(1, np.int64), False, self.buffers.logits(1))
-        self.compile_function(forward, self._arguments([piece], self.weights.layers, True, output))
 
     def compile_function(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """Load or compile a function of the team for arguments like these; see `run`."""
