@@ -5,9 +5,9 @@
 
 MODEL is a converted directory, int4 or int8. Prints a Markdown table with
 
-* the matrix kernel's multiply-adds per second on one thread, beside those of its dot products alone with all operands
-  in registers (no loads of weights, no unpacking, no scales); with AMX, beside its matrix products alone, and beside
-  these with the scaling of their sums, for which AMX leaves only one of two vector ports;
+* the matrix kernel's multiply-adds per second on one thread, beside those of its dot products alone (one block in the
+  first-level cache, no unpacking, no scales); with AMX, beside its matrix products alone, and beside these with the
+  scaling of their sums, for which AMX leaves only one of two vector ports;
 * the share of a decoding step on one thread outside the compiled forward pass: arguments, waking the thread, logits,
   sampling, text;
 * the seconds to load a model when every kernel must be compiled, and when all are in the cache.
@@ -42,10 +42,11 @@ from npqwen.generation.stream import Stream
 from npqwen.hardware.machine import processor
 from npqwen.kernels.matmul import local_floats, matmul, matmul_kernels, scratch_floats
 from npqwen.kernels.matrix import MATRIX
-from npqwen.kernels.packing import WIDEST, packed_bytes
+from npqwen.kernels.packing import WIDEST, packed_bytes, tile_width
 from npqwen.kernels.pieces import new_state
 from npqwen.model import Model, load
 from npqwen.simd.amx import configure, finish_block, release, start_block
+from npqwen.simd.instructions import UNPACKED
 from npqwen.simd.isa import ISA
 from npqwen.simd.llvm import F32, I8, I32, I64, Array, Const, Float, Int, Tile, element, operation, vector
 from npqwen.simd.tile import FLOATS, LANES, zeros
@@ -56,12 +57,15 @@ load(Path(sys.argv[1])).close(); print(time.perf_counter() - s)"
 
 @operation
 def dots(b: ir.IRBuilder, sums: Tile, encoding: Const, w: Array, x: Array, at: Int) -> Tile:
-    """sums (a tuple of vectors) + a block at w @ the activations at x[at:], for each of the sums.  encoding: a code."""
+    """sums, a vector for each token, + the block of weights at w @ the tokens' activations at x[at:].
+
+    encoding: a code; below 8 bits, the weights are unpacked. The sums are int32 in vectors of float32.
+    """
     kind, block = ENCODINGS[encoding], element(b, w, I64(0), I8)
-    products = ISA.products(b, kind, ISA.codebook(b, kind, block), block, element(b, x, at, I8), len(sums))
+    products = ISA.products(b, UNPACKED if kind.bits < 8 else kind, None, [block], element(b, x, at, I8), len(sums))
     return [
         b.bitcast(b.add(b.bitcast(total, vector(I32, LANES)), product), FLOATS)
-        for total, product in zip(sums, products, strict=True)
+        for total, (product,) in zip(sums, products, strict=True)
     ]
 
 
@@ -122,7 +126,7 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
     units = rng.integers(0, 255, (rows // 16, encoding.row_bytes(cols // UNIT_COLUMNS)), np.uint8)
     units[:, : encoding.row_scale_bytes].view(np.float32)[:] = 1e-4
     codebook = np.resize(np.arange(0, 64, 4, dtype=np.uint8), CODEBOOK_BYTES)
-    matrix = np.zeros(1, MATRIX)
+    matrix, width = np.zeros(1, MATRIX), tile_width(tokens, encoding.code)
     matrix[0] = units.ctypes.data, codebook.ctypes.data, encoding.code, rows, cols
     state = new_state(1)
     kernels, out = matmul_kernels([encoding.code]), np.zeros((tokens, rows), np.float32)
@@ -130,7 +134,7 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
     scratch, local = np.zeros(scratch_floats(cols), np.float32), np.zeros(local_floats(tokens, 1), np.float32)
 
     def product() -> None:
-        matmul(state[1], kernels, matrix[0], x, tokens, WIDEST, out, 0, scratch, local)
+        matmul(state[1], kernels, matrix[0], x, tokens, width, out, 0, scratch, local)
 
     if ISA.matrices:
         loops = {"products of matrices alone": matrices_only(False), "these with scaling": matrices_only(True)}
@@ -161,12 +165,12 @@ def outside(model: Model, tokens: int, repeat: int) -> tuple[float, float]:
     endless = replace(model.generation_config, eos_ids=frozenset())
     pairs = []
     with (
-        mock.patch.multiple(model, generation_config=endless),
+        mock.patch.object(model, "_generation_config", endless),
         mock.patch.object(model._runner.team, "run", lambda _, *args, **options: run(timed, *args, **options)),
     ):
         for _ in range(repeat + 1):
             inside.clear()
-            stream = Stream(model, prompt, max_tokens=tokens)
+            stream = Stream(model, prompt, max_tokens=tokens, speculation=False)
             for _ in stream:
                 pass
             steps = len(inside) - 1  # the first is the prompt's
@@ -195,7 +199,8 @@ def main() -> None:
         encoding = RECIPES[model.bits].matrices
         if not encoding.is_integer:
             parser.error(f"a model of {model.bits} bits has no integer products; give a quantized one")
-        rows, cols = model.config.intermediate_size // 16 * 32, -(-model.config.hidden_size // 64) * 64
+        rows = model.config.intermediate_size // UNIT_ROWS * 2 * UNIT_ROWS
+        cols = -(-model.config.hidden_size // UNIT_COLUMNS) * UNIT_COLUMNS
         made, most = arithmetic(encoding, rows, cols, 256, options.repeat)
         step, bare = outside(model, 64, options.repeat)
     cold, warm = loading(options.model)
