@@ -13,13 +13,14 @@ measured by its processor time: other programs do not count then, but for the me
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from gated_delta_calls import LAYER, Layer, Shape, Tokens
 from llvmlite import ir
 from numba import njit
 
@@ -30,6 +31,9 @@ from npqwen.kernels.gated_delta import gated_delta, scratch_floats
 from npqwen.kernels.pieces import claim, leave, new_state
 from npqwen.simd.llvm import I8, I32, Array, Int, Tile, element, fma, operation, prefetch_line, step
 from npqwen.simd.tile import FLOATS, LANES, load, store, zeros
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gated_delta_calls import LAYER, Layer, Shape, Tokens
 
 SHAPES = {
     "0.8B": (Shape(16, 16, 128, 128), 18),
