@@ -17,8 +17,9 @@ _PROGRAM = "import sys; sys.path[:] = {path!r}; from npqwen.engine.compile_entri
 class CompileHelper:
     """Follows the compilation of a model's kernels as `on_compile`, and has another process compile some of them.
 
-    It starts with the first kernel that is not in the cache, if there is a second CPU, and ends when the model is
-    loaded, or with this process. Nothing depends on it: what it does not compile, this process does.
+    It starts with the first kernel that is not in the cache, if kernels can be stored there and there is a second CPU,
+    and ends when the model is loaded, or with this process. Nothing depends on it: what it does not compile, this
+    process does.
     """
 
     def __init__(self, path: Path, kv: str | None, report: Callable[[int, int], None]) -> None:
@@ -37,7 +38,9 @@ class CompileHelper:
         self._report(done, total)
 
     def _start(self) -> None:
-        if usable_cpus() < 2 or not sys.executable:
+        from npqwen.kernels.compiled import is_writable  # loaded by now: it imports Numba
+
+        if usable_cpus() < 2 or not sys.executable or not is_writable():
             return
         program = [sys.executable, "-c", _PROGRAM.format(path=sys.path), *self._arguments]
         with contextlib.suppress(OSError):

@@ -18,6 +18,7 @@ import pickle
 import platform
 import stat
 import sys
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -112,6 +113,12 @@ def _is_usable(directory: Path) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def is_writable() -> bool:
+    """Whether compiled kernels can be stored in the kernel directory, which exists, for other processes."""
+    directory = kernel_directory()
+    return directory.is_dir() and _is_usable(directory) and os.access(directory, os.W_OK)
 
 
 class _Files(caching.IndexDataCacheFile):
@@ -335,23 +342,47 @@ def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
         on_compile(FUNCTIONS, FUNCTIONS)
 
 
+class _Interrupt(event.Listener):
+    """A Ctrl-C that arrived in a callback from LLVM, where Python only prints it: raised before the next compiler pass
+    of the same thread."""
+
+    def __init__(self) -> None:
+        self.is_pending = False
+        self._thread = threading.get_ident()
+
+    def on_start(self, event: Any) -> None:
+        if self.is_pending and threading.get_ident() == self._thread:
+            raise KeyboardInterrupt
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
 @contextmanager
 def _raising_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end if Ctrl-C arrived in a callback from LLVM, where Python only prints it."""
-    before, interrupts = sys.unraisablehook, []
+    """Raise KeyboardInterrupt if Ctrl-C arrives in a callback from LLVM: between two passes, at the latest at the end.
+
+    What the interrupted callback broke may raise something else first, which is replaced.
+    """
+    before, interrupt = sys.unraisablehook, _Interrupt()
 
     def hook(ignored: sys.UnraisableHookArgs, /) -> None:
         if issubclass(ignored.exc_type, KeyboardInterrupt):
-            interrupts.append(True)
+            interrupt.is_pending = True
         else:
             before(ignored)
 
     sys.unraisablehook = hook
     try:
-        yield
+        with event.install_listener("numba:run_pass", interrupt):
+            yield
+    except Exception:
+        if interrupt.is_pending:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         sys.unraisablehook = before
-    if interrupts:
+    if interrupt.is_pending:
         raise KeyboardInterrupt
 
 

@@ -80,18 +80,26 @@ def test_it_ends_with_its_parent(
     assert not list(tmp_path.glob("kernels/*/append*.nbc"))
 
 
-def test_it_needs_a_second_cpu_and_is_not_needed(
-    tiny: Callable[[int], Path], started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("npqwen.commands.compile_helper.usable_cpus", lambda: 1),
+        ("npqwen.kernels.compiled.kernel_directory", lambda: Path("/nowhere/kernels")),
+        ("sys.executable", "/nowhere/python"),
+        ("sys.executable", ""),
+    ],
+)
+def test_a_command_does_without_it(
+    tiny: Callable[[int], Path],
+    started: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: Any,
 ) -> None:
-    monkeypatch.setattr("npqwen.commands.compile_helper.usable_cpus", lambda: 1)
     reported: list[int] = []
     helper = CompileHelper(tiny(16), None, lambda done, _: reported.append(done))
-    helper(0, STEPS)
-    helper(STEPS, STEPS)
-    monkeypatch.setattr("npqwen.commands.compile_helper.usable_cpus", lambda: 2)
-    monkeypatch.setattr("sys.executable", "/nowhere/python")
-    helper = CompileHelper(tiny(16), None, lambda done, _: reported.append(done))
+    monkeypatch.setattr(name, value)
     helper(0, STEPS)
     helper(STEPS, STEPS)
     assert not started
-    assert reported == [0, STEPS, 0, STEPS]
+    assert reported == [0, STEPS]

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from numba.core import event
 from numba.core.registry import CPUDispatcher
 
 import npqwen
@@ -234,6 +235,30 @@ def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
             address_of(kernel)
         assert sys.unraisablehook is hook
     assert [found.exc_type for found in ignored] == ([] if error is KeyboardInterrupt else [error])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_ctrl_c_in_a_callback_ends_the_compilation_soon(broken: bool) -> None:
+    """Before the next pass of the compiler, or as the callback's victim fails."""
+    passes: list[int] = []
+
+    @ctypes.CFUNCTYPE(None)
+    def callback() -> None:
+        raise KeyboardInterrupt
+
+    def compile() -> None:
+        for number in range(3):
+            with event.trigger_event("numba:run_pass"):
+                passes.append(number)
+                if number == 1:
+                    callback()
+                    if broken:
+                        raise RuntimeError("the library is not finalized")
+
+    kernel = SimpleNamespace(address=None, compile=compile, __wrapped__=None)
+    with mock.patch("npqwen.kernels.compiled.KernelCache"), pytest.raises(KeyboardInterrupt):
+        address_of(kernel)
+    assert passes == [0, 1]
 
 
 def test_all_compiled_sources_tell_one_cache_from_another() -> None:
