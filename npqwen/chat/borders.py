@@ -111,7 +111,7 @@ class Borders:
 def unused_character(plain: str, values: Any) -> str:
     """A character that occurs neither in `plain`, the rendered text, nor in the JSON `values` it was rendered from.
 
-    Nor does `plain` contain the character's JSON or Python escape. Raises OptionError if there is no such character.
+    Nor does `plain` contain the character's JSON or Python escape. Raises OptionError if no character qualifies.
     """
     used = set(plain).union(json.dumps(values, ensure_ascii=False))
     for character in map(chr, chain(*_CANDIDATES)):

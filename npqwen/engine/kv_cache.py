@@ -269,7 +269,7 @@ class KVCache:
         """An independent cache with the first `length` tokens (default: all). It allocates at most one page.
 
         Full pages are shared, and copied by whichever of the two writes to one after a `truncate`. Raises OptionError
-        unless `reusable` allows that length, OutOfMemoryError if there is no memory for a page.
+        unless `reusable` allows that length, OutOfMemoryError if a page cannot be allocated.
         """
         with self.in_use:
             length = self.length if length is None else length

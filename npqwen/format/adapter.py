@@ -98,7 +98,7 @@ class Factors:
 class StoredAdapter:
     """An adapter's directory, read and checked except for the values of its tensors.
 
-    Raises ModelNotFoundError if there is no directory, CheckpointError, naming the problem, if it is unusable.
+    Raises ModelNotFoundError if the directory does not exist, CheckpointError, naming the problem, if it is unusable.
     """
 
     def __init__(self, file: AdapterFile) -> None:

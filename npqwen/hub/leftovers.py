@@ -102,7 +102,7 @@ def _is_free(lock: Path | None) -> bool:
 
 @contextlib.contextmanager
 def _held(lock: Path | None) -> Iterator[bool]:
-    """Hold a lock; yields whether it was acquired: True if there is no lock, so that no process is involved."""
+    """Hold a lock; yields whether it was acquired: True for None, which locks nothing."""
     from npqwen.file_lock import try_lock
 
     with contextlib.ExitStack() as stack:

@@ -174,7 +174,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def as_record(self) -> EvaluationRecord:
-        """The record for the converted model's config.json. Raises OptionError if there is no base."""
+        """The record for the converted model's config.json. Raises OptionError without a base."""
         divergence = self.total.divergence
         if divergence is None:
             raise OptionError("only a comparison with another model can be stored; give that with --against")

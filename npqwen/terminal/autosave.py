@@ -107,7 +107,7 @@ class Autosave:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """What changes when the file is replaced: modification time in nanoseconds, and size; None if there is no file."""
+    """What changes when the file is replaced: modification time in nanoseconds, and size; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

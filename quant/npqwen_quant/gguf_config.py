@@ -59,7 +59,7 @@ class Metadata:
         raise CheckpointError(f"{self.path}: {name} is {quoted(value)}, a value of the wrong type")
 
     def needed(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """`get`; CheckpointError if there is no such entry."""
+        """`get`; CheckpointError if the entry is missing."""
         value = self.get(key, kind)
         if value is None:
             raise CheckpointError(f"{self.path} does not say {self.architecture}{key}; is it a complete model?")
