@@ -15,11 +15,11 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from npqwen.format.encodings import UNIT_ROWS, Encoding
-from npqwen.simd import amx, recurrence, tile
+from npqwen.simd import amx, amx_bf16, recurrence, tile
 from npqwen.simd.instructions import PREFETCH_DISTANCE, UNPACKED, InstructionSet
 from npqwen.simd.llvm import F32, I8, I16, I64, undefined, vector
 from npqwen.simd.packed import block_bytes
-from npqwen.simd.x86 import Amx
+from npqwen.simd.x86 import Amx, AmxBf16
 
 CORTEX_A72 = "aarch64-unknown-linux-gnu", "cortex-a72"
 CORTEX_A76 = "aarch64-unknown-linux-gnu", "cortex-a76"
@@ -95,6 +95,35 @@ def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
 
     with mock.patch.multiple(amx, ISA=Amx(), LANES=16):
         return _loop(Amx(), target, 16, 2 * block, 2 * x_block, I8, I8, body)
+
+
+def prompt_loop(target: tuple[str, str]) -> list[str]:
+    """A loop over blocks of two row groups of unpacked weights by 32 tokens, in bf16."""
+
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, _: ir.Value
+    ) -> list[ir.Value]:
+        amx_bf16.multiply_blocks.emit(b, 2, w, at, I64(1 << 16), x, x_at)
+        return sums
+
+    return _loop(AmxBf16(), target, 0, amx_bf16.REGISTER_BYTES, 2 * amx_bf16.REGISTER_BYTES, I8, I8, body)
+
+
+def bfloats_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
+    """A loop that unpacks the blocks of a matrix to bf16."""
+    isa = AmxBf16()
+
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, table: ir.Value
+    ) -> list[ir.Value]:
+        amx_bf16.unpack_bfloats.emit(b, encoding.code, [table], w, at, b.add(at, I64(1 << 20)), x, x_at)
+        return sums
+
+    with mock.patch.multiple(amx_bf16, ISA=isa):
+        return _loop(
+            isa, target, 0, encoding.block_bytes, amx_bf16.REGISTER_BYTES, I8, I8, body,
+            lambda b, x: isa.codebook(b, encoding, x),
+        )  # fmt: skip
 
 
 def floating_loop(

@@ -13,7 +13,8 @@ from npqwen.format.layout import pad
 from npqwen.kernels import attention, gated_delta, low_rank, matmul
 from npqwen.kernels.experts import most_segments, most_slots
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
-from npqwen.kernels.packing import WIDTHS, packed_bytes, tile_width
+from npqwen.kernels.packing import WIDEST, packed_bytes, tile_width
+from npqwen.kernels.prompt_matmul import PROMPT_WIDTH
 from npqwen.simd.llvm import CACHE_LINE
 
 
@@ -43,13 +44,14 @@ class Buffers:
         inner = int(layers["down_proj"]["cols"][~sparse].max(initial=UNIT_COLUMNS))
         inner = max(inner, int(layers["shared_down_proj"]["cols"].max()))
         expert_inner = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLUMNS))
-        tokens = pad(tokens, WIDTHS[-1])
+        widest = max(WIDEST, PROMPT_WIDTH)
+        tokens = pad(tokens, widest)
         of_draft = int(draft["fc"]["cols"].max(initial=0))
         slots = 0
         self.experts: ExpertActivations | None = None
         if config.mixture is not None:
             experts, chosen = config.mixture.num_experts, config.mixture.num_experts_per_tok
-            slots = pad(most_slots(tokens, experts, chosen), WIDTHS[-1])
+            slots = pad(most_slots(tokens, experts, chosen), widest)
             self.experts = ExpertActivations(
                 normed=_floats(tokens, hidden),
                 scores=_floats(tokens, pad(experts, UNIT_ROWS)),
@@ -115,7 +117,7 @@ class Buffers:
 
     def padded_rows(self, rows: int) -> int:
         """`rows`, padded to whole tiles of tokens."""
-        return pad(rows, tile_width.py_func(rows, self._output_encoding)) if rows else 0
+        return pad(rows, tile_width.py_func(rows, self._output_encoding, False)) if rows else 0
 
 
 def _floats(rows: int, columns: int) -> NDArray[np.float32]:

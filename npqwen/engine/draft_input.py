@@ -29,7 +29,7 @@ def draft_input(
     team, activations, workspace = without_refcounts((team, activations, workspace))
     scratch, local = workspace.scratch[member], workspace.local[member]
     _pack_inputs(team, model, draft, norm, ids, states, scratch, activations.packed)
-    width = tile_width(ids.size, draft.fc.encoding)
+    width = tile_width(ids.size, draft.fc.encoding, False)
     kernels = model.matmul_kernels
     matmul(team, kernels, draft.fc, activations.packed, ids.size, width, activations.hidden, OVERWRITE, scratch, local)
     leave(team)
@@ -41,7 +41,7 @@ def _pack_inputs(
 ) -> None:
     """packed = normed embeddings and states, concatenated, padded to whole tiles."""
     count, size, columns, encoding = ids.size, model.hidden_size, draft.fc.cols, draft.fc.encoding
-    width = tile_width(count, encoding)
+    width = tile_width(count, encoding, False)
     line, row = scratch[:columns], scratch[columns : columns + model.embed_tokens.cols]
     of_embedding = memory(draft.pre_fc_norm_embedding, size, np.float32)
     of_state = memory(draft.pre_fc_norm_hidden, size, np.float32)

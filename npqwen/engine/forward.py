@@ -88,11 +88,11 @@ def forward(
         else:
             recurrent_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
-            dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
+            dense_feed_forward(team, model, layer, tokens, activations, adapters, scratch, local)
         elif layer.expert_bytes == 0:
-            dense_feed_forward(team, model, layer, tokens.rows, activations, adapters, scratch, local)
+            dense_feed_forward(team, model, layer, tokens, activations, adapters, scratch, local)
         else:
-            sparse_feed_forward(team, model, layer, tokens.ids.size, activations, experts, adapters, scratch, local)
+            sparse_feed_forward(team, model, layer, tokens, activations, experts, adapters, scratch, local)
     if output.tokens.size:
         if output.normed:
             final_norm(team, model, activations.hidden, output)
@@ -113,16 +113,15 @@ def attention_block(
     hidden, packed, _, queries, attended, partials = activations
     count = tokens.ids.size
     weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    kept = rows_read(adapters, layer.number, ATTENTION_INPUT)
-    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, scratch, packed, kept)
+    kept, width = rows_read(adapters, layer.number, ATTENTION_INPUT), tile_width(count, encoding, tokens.prompt)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, width, scratch, packed, kept)
     shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, layer.qk_proj.cols)
     project_heads(team, model, layer, tokens, packed, adapters, local, scratch, queries)
     size = model.num_attention_heads * model.head_dim
     if recurrent is not None:
-        gates, width = recurrent.projected, tile_width(count, encoding)  # that of `norm_and_pack`
         adapted_matmul(
-            team, model.matmul_kernels, layer.q_gate, packed, count, width, gates, OVERWRITE, scratch, local, adapters,
-            layer.number, Q_GATE,
+            team, model.matmul_kernels, layer.q_gate, packed, count, width, recurrent.projected, OVERWRITE, scratch,
+            local, adapters, layer.number, Q_GATE,
         )  # fmt: skip
     attention(
         team, model.attention_kernels, queries, sequences, model.cache_is_int8, layer.kv_index,
@@ -130,9 +129,9 @@ def attention_block(
     )  # fmt: skip
     if recurrent is not None:
         apply_gates(team, recurrent.projected, count, size, attended)
-    pack_all(team, attended, count, size, layer.o_proj, packed)
+    width = tile_width(count, layer.o_proj.encoding, tokens.prompt)
+    pack_all(team, attended, count, size, layer.o_proj, width, packed)
     shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
-    width = tile_width(count, layer.o_proj.encoding)
     adapted_matmul(
         team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, ACCUMULATE, scratch, local, adapters,
         layer.number, O_PROJ,
@@ -150,22 +149,24 @@ def recurrent_block(
     count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
     values = model.linear_num_value_heads * model.linear_value_head_dim
     matrix, kept = layer.in_proj_ba, rows_read(adapters, layer.number, ATTENTION_INPUT)
-    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, kept)
+    width = tile_width(count, matrix.encoding, tokens.prompt)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, width, scratch, packed, kept)
     shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, matrix.cols)
     adapted_pair(
-        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), gates, OVERWRITE, scratch, local,
-        adapters, layer.number, IN_PROJ_B, IN_PROJ_A, matrix.rows // UNIT_ROWS // 2,
+        team, kernels, matrix, packed, count, width, gates, OVERWRITE, scratch, local, adapters, layer.number,
+        IN_PROJ_B, IN_PROJ_A, matrix.rows // UNIT_ROWS // 2,
     )  # fmt: skip
     matrix = layer.in_proj
-    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, scratch, packed, hidden[:0])
+    width = tile_width(count, matrix.encoding, tokens.prompt)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, width, scratch, packed, hidden[:0])
     adapted_pair(
-        team, kernels, matrix, packed, count, tile_width(count, matrix.encoding), projected, OVERWRITE, scratch, local,
-        adapters, layer.number, IN_PROJ_QKV, IN_PROJ_Z, (matrix.rows - values) // UNIT_ROWS,
+        team, kernels, matrix, packed, count, width, projected, OVERWRITE, scratch, local, adapters, layer.number,
+        IN_PROJ_QKV, IN_PROJ_Z, (matrix.rows - values) // UNIT_ROWS,
     )  # fmt: skip
     gated_delta(team, model, layer, sequences, projected, gates, scratch, attended)
-    pack_all(team, attended, count, values, layer.o_proj, packed)
+    width = tile_width(count, layer.o_proj.encoding, tokens.prompt)
+    pack_all(team, attended, count, values, layer.o_proj, width, packed)
     shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
-    width = tile_width(count, layer.o_proj.encoding)
     adapted_matmul(
         team, kernels, layer.o_proj, packed, count, width, hidden, ACCUMULATE, scratch, local, adapters, layer.number,
         O_PROJ,
@@ -174,22 +175,22 @@ def recurrent_block(
 
 @_inline
 def dense_feed_forward(
-    team: Any, model: Any, layer: Any, rows: Any, activations: Any, adapters: Any, scratch: Any, local: Any
+    team: Any, model: Any, layer: Any, tokens: Any, activations: Any, adapters: Any, scratch: Any, local: Any
 ) -> None:
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
     hidden, packed, gated, _, _, _ = activations
-    count = rows.size
+    count = tokens.ids.size
     weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
+    width = tile_width(count, encoding, tokens.prompt)
     kept = rows_read(adapters, layer.number, MLP_INPUT)
-    norm_and_pack(team, hidden, rows, weight, model, encoding, scratch, packed, kept)
+    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, width, scratch, packed, kept)
     shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed, layer.gate_up_proj.cols)
     kept = rows_read(adapters, layer.number, GATED)
     project_gated(
-        team, model, layer.gate_up_proj, layer.down_proj, packed, count, adapters, layer.number, kept, local, scratch,
-        gated,
+        team, model, layer.gate_up_proj, layer.down_proj, packed, count, width, adapters, layer.number, kept, local,
+        scratch, gated,
     )  # fmt: skip
     shrink(team, adapters, layer.number, GATED, adapters.gated, layer.down_proj.cols)
-    width = tile_width(count, encoding)  # that of `project_gated`, which has packed
     adapted_matmul(
         team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, ACCUMULATE, scratch, local, adapters,
         layer.number, DOWN_PROJ,
@@ -198,7 +199,7 @@ def dense_feed_forward(
 
 @step
 def sparse_feed_forward(
-    team: Any, model: Any, layer: Any, count: int, activations: Any, experts: Any, adapters: Any, scratch: Any,
+    team: Any, model: Any, layer: Any, tokens: Any, activations: Any, experts: Any, adapters: Any, scratch: Any,
     local: Any,
 ) -> None:  # fmt: skip
     """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden.
@@ -209,8 +210,8 @@ def sparse_feed_forward(
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
     norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
-    width = tile_width(count, layer.router.encoding)
-    encoding = layer.gate_up_proj.encoding
+    count, encoding = tokens.ids.size, layer.gate_up_proj.encoding
+    width = tile_width(count, layer.router.encoding, tokens.prompt)
     kernels, policy = model.matmul_kernels, model.prefetch
     while True:
         t = claim(team, whole_tiles(count, width))
@@ -231,13 +232,14 @@ def sparse_feed_forward(
         route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
     if layer.shared_expert_gate != 0:
         gate_up, down = layer.shared_gate_up_proj, layer.shared_down_proj
-        pack_all(team, normed, count, model.hidden_size, gate_up, packed)
+        width = tile_width(count, gate_up.encoding, tokens.prompt)
+        pack_all(team, normed, count, model.hidden_size, gate_up, width, packed)
         kept = rows_read(adapters, layer.number, GATED)
         project_gated(
-            team, model, gate_up, down, packed, count, adapters, layer.number, kept, local, scratch, activations.gated
-        )
+            team, model, gate_up, down, packed, count, width, adapters, layer.number, kept, local, scratch,
+            activations.gated,
+        )  # fmt: skip
         shrink(team, adapters, layer.number, GATED, adapters.gated, down.cols)
-        width = tile_width(count, gate_up.encoding)  # that of `project_gated`, which has packed
         adapted_matmul(
             team, kernels, down, activations.gated, count, width, results, OVERWRITE, scratch, local, adapters,
             layer.number, DOWN_PROJ,
@@ -245,7 +247,7 @@ def sparse_feed_forward(
         shrink(team, adapters, layer.number, SHARED_GATE_INPUT, normed, layer.router.cols)
         add_shared(team, model, layer, adapters, normed, results, count, hidden)
     while claim(team, 1) == 0:
-        shared_count[0] = arrange(chosen[:count], encoding, counts, slots, segments)
+        shared_count[0] = arrange(chosen[:count], encoding, tokens.prompt, counts, slots, segments)
     segment_count = shared_count[0]
     # Always a step, so that all passes have the same steps: a late thread may see the policy of a later pass.
     prefetch_first_matrices(team, policy, layer, segments, segment_count, scratch)
@@ -267,10 +269,10 @@ def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch
     """output.values, output.further = lm_head @ final norm of output.tokens; output.maxima = block maxima of values."""
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
-    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, scratch, packed, hidden[:0])
+    width = tile_width(rows, matrix.encoding, False)
+    norm_and_pack(team, hidden, output.tokens, model.norm, model, matrix.encoding, width, scratch, packed, hidden[:0])
     multiply_output(team, model, packed, output, scratch, local)
     if output.groups.size:
-        width = tile_width(rows, matrix.encoding)
         multiply_groups(
             team, model.matmul_kernels, matrix, output.groups, packed, rows, width, output.further, scratch, local
         )

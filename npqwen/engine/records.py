@@ -99,6 +99,8 @@ class Tokens(NamedTuple):
     """Whether the pass begins with the embedding; otherwise with `Activations.hidden`, the output of earlier layers."""
     positions: Ints
     """(tokens,), in their own sequences."""
+    prompt: bool
+    """Whether all of the pass is long parts of prompts, which may be multiplied in bf16 (kernels/prompt_matmul.py)."""
     pages: Ints
     """(tokens,): `SEQUENCE.pages` of their own sequences."""
     cos: Floats

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from npqwen.engine.weights import Weights
     from npqwen.format.config import Config
 
+PROMPT_TOKENS = 64
+"""Fewest tokens of a piece that counts as a long part of a prompt; a pass of such pieces may be computed in bf16."""
 SHORT_PASS = 4
 """Most tokens of a pass that the main thread, if it is the caller, helps compute: Ctrl-C waits until the pass ends."""
 _NO_STATES = (0,) * 6
@@ -182,6 +184,8 @@ class Runner:
             records[i] = first, ids.size, cache.length, cache.page_table, *of_states
             first += ids.size
         rows = self._rows[:first]
+        # Vectors of texts do not depend, to the bit, on what they are packed with, nor do verified draft tokens.
+        is_prompt = not output.normed and all(piece.ids.size >= PROMPT_TOKENS > piece.guesses for piece in pieces)
         if len(pieces) == 1:
             ids, start = pieces[0].ids, pieces[0].cache.length
             positions, pages = rows + start, np.full(first, records["pages"][0])
@@ -195,7 +199,7 @@ class Runner:
         return (
             (self.weights.model if model is None else model)[0],
             layers,
-            Tokens(ids, rows, embed, positions, pages, cos, sin),
+            Tokens(ids, rows, embed, positions, is_prompt, pages, cos, sin),
             records,
             buffers.activations,
             buffers.experts,

@@ -48,16 +48,17 @@ def embed(team: Any, embed_tokens: Any, ids: Any, hidden: Any) -> None:
 
 @step
 def norm_and_pack(
-    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, scratch: Any, packed: Any, kept: Any
-) -> None:
+    team: Any, hidden: Any, rows: Any, weight: int, model: Any, encoding: int, width: int, scratch: Any, packed: Any,
+    kept: Any,
+) -> None:  # fmt: skip
     """packed = RMSNorm of hidden[rows], padded to whole tiles, as input of a matrix with an encoding.
 
-    rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code.
-    scratch: this thread's float32, at least a row of hidden. packed: uint8, see npqwen/kernels/packing.py. kept:
-    float32 (tokens, columns of hidden), receives the normed rows as well, unless it has no rows.
+    rows: int64. weight: address of the norm's float32 (hidden_size,). model: the MODEL record. encoding: a code. width:
+    of the tiles. scratch: this thread's float32, at least a row of hidden. packed: uint8, see
+    npqwen/kernels/packing.py. kept: float32 (tokens, columns of hidden), receives the normed rows as well, unless it
+    has no rows.
     """
     count = rows.size
-    width = tile_width(count, encoding)
     cols = hidden.shape[1]
     normed = scratch[:cols]
     weights = memory(weight, model.hidden_size, np.float32)
@@ -76,9 +77,9 @@ def norm_and_pack(
 
 
 @step
-def pack_all(team: Any, x: Any, count: int, size: int, matrix: Any, packed: Any) -> None:
-    """packed = `size` elements of each of the first `count` rows of x, padded to whole tiles, as input of a matrix."""
-    width = tile_width(count, matrix.encoding)
+def pack_all(team: Any, x: Any, count: int, size: int, matrix: Any, width: int, packed: Any) -> None:
+    """packed = `size` elements of each of the first `count` rows of x, as input of a matrix, padded to whole tiles of
+    `width` tokens."""
     while True:
         t = claim(team, whole_tiles(count, width))
         if t == whole_tiles(count, width):
@@ -98,7 +99,7 @@ def project_heads(
     Each thread processes the heads that it has computed itself, in `local`, while they are in its CPU cache.
     """
     count, dim = tokens.ids.size, model.head_dim
-    width = tile_width(count, layer.qk_proj.encoding)
+    width = tile_width(count, layer.qk_proj.encoding, tokens.prompt)
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     first_key = 2 * layer.kv_index * kv_heads  # the page's heads: for each layer the keys', then the values'
     q_norm, k_norm = memory(layer.q_norm, dim, np.float32), memory(layer.k_norm, dim, np.float32)
@@ -161,16 +162,15 @@ def apply_gates(team: Any, gates: Any, count: int, size: int, x: Any) -> None:
 
 @step
 def project_gated(
-    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, adapters: Any, number: int, kept: Any,
-    local: Any, scratch: Any, gated: Any,
+    team: Any, model: Any, matrix: Any, down_proj: Any, packed: Any, count: int, width: int, adapters: Any, number: int,
+    kept: Any, local: Any, scratch: Any, gated: Any,
 ) -> None:  # fmt: skip
     """gated = silu(gate_proj @ x) * (up_proj @ x), packed for down_proj; x is `packed`. matrix: gate_up_proj.
 
-    adapters: what they add to both products is included. number: the layer's index. kept: float32, receives the rows
-    that are packed as well, unless it has no rows. Each thread processes the rows that it has computed itself, in
-    `local`, while they are in its CPU cache.
+    width: of the tiles of both. adapters: what they add to both products is included. number: the layer's index. kept:
+    float32, receives the rows that are packed as well, unless it has no rows. Each thread processes the rows that it
+    has computed itself, in `local`, while they are in its CPU cache.
     """
-    width = tile_width(count, matrix.encoding)
     groups = matrix.rows // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, np.int64(GROUPS_PER_BLOCK))
     pieces = (groups + chunk - 1) // chunk
@@ -223,7 +223,7 @@ def multiply_output(team: Any, model: Any, packed: Any, output: Any, scratch: An
     Each thread finds the maxima of the logits that it has computed itself, in `local`, while they are in its CPU cache.
     """
     matrix, count, maxima = model.lm_head, output.tokens.size, output.maxima
-    width = tile_width(count, matrix.encoding)
+    width = tile_width(count, matrix.encoding, False)
     groups = min(matrix.rows, output.values.shape[1]) // UNIT_ROWS
     chunk = local_chunk(team, matrix, groups, count, width, local, MAXIMA_BLOCK // UNIT_ROWS if maxima.size else 1)
     pieces = (groups + chunk - 1) // chunk

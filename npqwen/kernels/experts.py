@@ -26,10 +26,13 @@ from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
 from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
+from npqwen.kernels.prompt_matmul import PROMPT_WIDTH
 from npqwen.simd.scalar import exp, multiply_add
 
 EXPERT, SLOT, COUNT, WIDTH = 0, 1, 2, 3
 """Columns of a segment: its expert, its first slot, the number of its tokens, the width of its tiles."""
+_PROMPT_TOKENS = PROMPT_WIDTH - PROMPT_WIDTH // 4
+"""Fewest tokens of an expert for which padding to a tile for prompts costs less than the narrower tiles."""
 MATRICES_AHEAD = 16
 """How many matrices ahead of its use a matrix is prefetched from disk: all those of one token, if it has 8 experts."""
 
@@ -41,7 +44,7 @@ def most_segments(tokens: int, experts: int, chosen: int) -> int:
 
 def most_slots(tokens: int, experts: int, chosen: int) -> int:
     """The most slots that this many tokens take, padding to whole tiles included."""
-    return tokens * chosen + min(experts, tokens * chosen) * (WIDEST - 1)
+    return tokens * chosen + min(experts, tokens * chosen) * (max(WIDEST, PROMPT_WIDTH) - 1)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -83,11 +86,12 @@ def route(scores: Any, normalize: bool, experts: Any, weights: Any) -> None:
 
 
 @njit(nogil=True)
-def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any) -> int:
+def arrange(experts: Any, encoding: int, prompt: bool, counts: Any, slots: Any, segments: Any) -> int:
     """Assign a slot to every choice of an expert, those of one expert side by side; return the number of segments.
 
-    experts: int64 (tokens, chosen). encoding: the code of their matrices' encoding. counts: scratch, int64 (experts,).
-    slots: like experts. segments: int64 (n, 4).
+    experts: int64 (tokens, chosen). encoding: the code of their matrices' encoding. prompt: whether the tokens are
+    those of a long part of a prompt; experts with at least _PROMPT_TOKENS of them then use PROMPT_WIDTH. counts:
+    scratch, int64 (experts,). slots: like experts. segments: int64 (n, 4).
     """
     counts[:] = 0
     for t in range(experts.shape[0]):
@@ -97,8 +101,8 @@ def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any)
     for e in range(counts.size):
         left, first = counts[e], slot
         while left > 0:
-            width, count = tile_width(left, encoding), left
-            if left >= WIDEST and PIECES_WIDTH == 0:
+            width, count = tile_width(left, encoding, prompt and counts[e] >= _PROMPT_TOKENS), left
+            if width <= WIDEST <= left and PIECES_WIDTH == 0:
                 width, count = WIDEST, left // WIDEST * WIDEST
             segments[segment_count, EXPERT], segments[segment_count, SLOT] = e, slot
             segments[segment_count, COUNT], segments[segment_count, WIDTH] = count, width
@@ -115,11 +119,18 @@ def arrange(experts: Any, encoding: int, counts: Any, slots: Any, segments: Any)
 
 
 @njit(nogil=True)
+def _slot_bytes(encoding: int, columns: int) -> int:
+    """Bytes from one slot to the next, for weights of an encoding (a code): segments differ in the width of tiles."""
+    size = packed_row_bytes(encoding, columns, WIDEST)
+    return max(size, packed_row_bytes(encoding, columns, PROMPT_WIDTH)) if PROMPT_WIDTH else size
+
+
+@njit(nogil=True)
 def pack_choices(
     team: Any, normed: Any, slots: Any, segments: Any, segment_count: int, encoding: int, packed: Any
 ) -> None:
     """packed = normed (tokens, cols): each token in all of its slots, and padding; a lone token once, for all slots."""
-    size = packed_row_bytes(encoding, normed.shape[1])
+    size = _slot_bytes(encoding, normed.shape[1])
     tokens = slots.shape[0]
     if tokens == 1:
         while claim(team, 1) == 0:
@@ -215,8 +226,8 @@ def project_gated_slots(
     are in its cache.
     """
     matrix, down = layer.gate_up_proj, layer.down_proj
-    size = 0 if tokens == 1 else packed_row_bytes(matrix.encoding, matrix.cols)
-    gated_size = packed_row_bytes(down.encoding, down.cols)
+    size = 0 if tokens == 1 else _slot_bytes(matrix.encoding, matrix.cols)
+    gated_size = _slot_bytes(down.encoding, down.cols)
     most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
     while True:
         s, first, last = claim_segment_rows(team, matrix, segment_count, GROUPS_PER_BLOCK, most)
@@ -235,7 +246,7 @@ def project_gated_slots(
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
-            x_at = np.int64(x.ctypes.data) + (slot + start) * size
+            x_at = np.int64(x.ctypes.data) + slot * size + start * packed_row_bytes(matrix.encoding, matrix.cols, width)
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
             real = min(batch, count - start)
             for matrix_of, at in ((EXPERT_GATE, FIRST), (EXPERT_UP, SECOND)):
@@ -257,7 +268,7 @@ def multiply_slots(
 ) -> None:  # fmt: skip
     """out[slot] = down_proj of the slot's expert @ gated[slot], for all segments; out: float32 (slots, >= rows)."""
     matrix = layer.down_proj
-    size = packed_row_bytes(matrix.encoding, matrix.cols)
+    size = _slot_bytes(matrix.encoding, matrix.cols)
     most = local.size // (whole_tiles(tokens, WIDEST) * UNIT_ROWS)
     while True:
         s, first, last = claim_segment_rows(team, matrix, segment_count, 1, most)
@@ -276,7 +287,8 @@ def multiply_slots(
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
-            x_at = np.int64(gated.ctypes.data) + (slot + start) * size
+            x_at = np.int64(gated.ctypes.data) + slot * size
+            x_at += start * packed_row_bytes(matrix.encoding, matrix.cols, width)
             run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
             real = min(batch, count - start)
             add_to_slots(

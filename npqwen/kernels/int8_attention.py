@@ -13,13 +13,17 @@ import numpy as np
 from numba import njit
 
 from npqwen.format.encodings import BLOCK_COLUMNS, INT8, UNIT_ROWS
+from npqwen.kernels.amx_attention import add_weighted_values_amx, compute_scores_amx
+from npqwen.kernels.amx_matmul import AMX_ROOM_BYTES
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.entry import entry
 from npqwen.kernels.int8_page import INT8_TILE, SCALES_BYTES, int8_tile_bytes, padded_dim, rotate_coordinates
 from npqwen.kernels.online_softmax import SCORE_BLOCK, add_block, results
 from npqwen.kernels.packing import pack_part
+from npqwen.simd.amx import configure, release
 from npqwen.simd.blocks import softmax_rows_int8
 from npqwen.simd.isa import ISA
+from npqwen.simd.llvm import CACHE_LINE
 from npqwen.simd.packed import block_bytes
 from npqwen.simd.scalar import memory
 from npqwen.simd.tile import LANES, add_weighted_lines, dot_block_int8, prefetch, scale_rows, store, store_add, zeros
@@ -28,8 +32,10 @@ BLOCKS = SCORE_BLOCK // INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
 _START_BYTES = ISA.start_bytes
 _CODE = np.int64(INT8.code)
-WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3
-"""float32 that hold a row's weights of SCORE_BLOCK positions as bytes, their scale, maximum and sum."""
+_ROOM_BYTES = AMX_ROOM_BYTES if ISA.matrices else 0
+WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3 + (_ROOM_BYTES + CACHE_LINE) // 4 // UNIT_ROWS
+"""float32 that hold a row's weights of SCORE_BLOCK positions as bytes, their scale, maximum and sum; and each row's
+share of the sums of AMX."""
 
 
 @njit(nogil=True, error_model="numpy")
@@ -61,9 +67,9 @@ def pack_queries(
 @njit(inline="always")
 def _compute_scores(
     rows: int, vectors: int, queries: Any, keys: Any, at: int, following: Any, following_at: int, count: int,
-    padded: int, scores: Any,
+    padded: int, scores: Any, room: Any,
 ) -> None:  # fmt: skip
-    """scores[row, position] = queries[row] @ keys[position]; prefetches the following keys."""
+    """scores[row, position] = queries[row] @ keys[position]; prefetches the following keys. room is not used."""
     for position in range(0, count, INT8_TILE):
         tile = at + position * (padded + 4)
         prefetch(following, following_at + position * (padded + 4), SCALES_BYTES)
@@ -102,9 +108,9 @@ def _softmax(
 @njit(inline="always")
 def _add_weighted_values(
     rows: int, vectors: int, weights: Any, scales: Any, values: Any, at: int, following: Any, following_at: int,
-    dim: int, padded: int, accumulator: Any,
+    dim: int, padded: int, accumulator: Any, room: Any,
 ) -> None:  # fmt: skip
-    """accumulator[row] += scales[row] * weights[row] @ values; prefetches the following values."""
+    """accumulator[row] += scales[row] * weights[row] @ values; prefetches the following values. room is not used."""
     for position in range(0, SCORE_BLOCK, INT8_TILE):
         prefetch(following, following_at + position * (padded + 4), SCALES_BYTES)
     for column in range(0, dim, vectors * LANES):
@@ -118,6 +124,11 @@ def _add_weighted_values(
         store_add(sums, accumulator, column, vectors, dim)
 
 
+@njit(inline="always")
+def _nothing() -> None:
+    """What replaces the beginning and the end of the use of AMX's registers elsewhere."""
+
+
 def int8_attention(rows: int) -> Any:
     """The kernel for tiles of `rows` rows of queries."""
     # Scores: a vector holds positions. Weighted sums: it holds coordinates, whose number is a multiple of 16.
@@ -125,6 +136,11 @@ def int8_attention(rows: int) -> Any:
     # Where a row's scores fill few registers, its steps wait for each other, unless interleaved with other rows'.
     together = min(rows, 8) if LANES == UNIT_ROWS else 1
     value_vectors = max(1, min(UNIT_ROWS // LANES, ISA.accumulators // (2 * rows)))
+    begin, compute_scores, add_weighted_values, end = (
+        (configure, compute_scores_amx, add_weighted_values_amx, release)
+        if ISA.matrices and rows == UNIT_ROWS
+        else (_nothing, _compute_scores, _add_weighted_values, _nothing)
+    )
 
     @entry(rows, "int8", error_model="numpy")
     def attend(
@@ -135,8 +151,8 @@ def int8_attention(rows: int) -> Any:
 
         queries_at, pages_at, scratch_at: addresses of the packed queries, see `pack_queries`, of the pages' addresses,
         int64, and of scratch, float32. key_index, value_index: see `store_key`, `store_value`. start: the first token's
-        position. Scratch receives scores, weights, and the rows' scales, maxima and sums; results_at, float32, the
-        accumulator (rows, head_dim), row_max (rows,) and denominator (rows,).
+        position. Scratch receives scores, weights, the rows' scales, maxima and sums, and AMX's sums; results_at,
+        float32, the accumulator (rows, head_dim), row_max (rows,) and denominator (rows,).
         """
         padded = padded_dim(dim)
         queries = memory(queries_at, padded // BLOCK_COLUMNS * block_bytes(rows, _START_BYTES), np.uint8)
@@ -145,8 +161,11 @@ def int8_attention(rows: int) -> Any:
         weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, rows * SCORE_BLOCK, np.uint8)
         of_rows = memory(scratch_at + 5 * rows * SCORE_BLOCK, 3 * rows, np.float32)
         scales, maxima, totals = of_rows[:rows], of_rows[rows : 2 * rows], of_rows[2 * rows :]
+        after = scratch_at + 5 * rows * SCORE_BLOCK + 12 * rows
+        room = memory((after + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE, _ROOM_BYTES, np.uint8)
         accumulator, row_max, denominator = results(results_at, rows, dim)
         size = PAGE // INT8_TILE * int8_tile_bytes(dim)
+        begin()
         for block in range(low, high, SCORE_BLOCK):
             count = (min(SCORE_BLOCK, high - block) + INT8_TILE - 1) // INT8_TILE * INT8_TILE
             page = pages[block // PAGE]
@@ -157,8 +176,8 @@ def int8_attention(rows: int) -> Any:
             page, following_at = pages[following // PAGE], following % PAGE * (padded + 4)
             next_keys = memory(page + size * key_index, size, np.uint8)
             next_values = memory(page + size * value_index, size, np.uint8)
-            _compute_scores(
-                rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores
+            compute_scores(
+                rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores, room
             )
             if start + first_row // group + 1 - block >= SCORE_BLOCK:
                 for row in range(0, rows, together):
@@ -173,8 +192,10 @@ def int8_attention(rows: int) -> Any:
                         1, False, scores, row, visible, dim, values, at, padded, weights, scales, maxima, totals,
                         row_max, denominator, accumulator,
                     )  # fmt: skip
-            _add_weighted_values(
-                rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded, accumulator
-            )
+            add_weighted_values(
+                rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded, accumulator,
+                room,
+            )  # fmt: skip
+        end()
 
     return attend

@@ -10,6 +10,7 @@ from numba import njit
 from npqwen.format.encodings import BLOCK_COLUMNS, ENCODINGS, UNIT_ROWS
 from npqwen.kernels.matrix import IS_INTEGER
 from npqwen.kernels.norm import swiglu
+from npqwen.kernels.prompt_matmul import PROMPT_WIDTH
 from npqwen.simd.blocks import quantize_block
 from npqwen.simd.isa import ISA
 from npqwen.simd.packed import (
@@ -20,7 +21,7 @@ from npqwen.simd.packed import (
     start_offset,
     values_offset,
 )
-from npqwen.simd.scalar import memory
+from npqwen.simd.scalar import float_bits, memory
 
 WIDTHS = tuple(sorted(ISA.tiles))
 """Numbers of tokens that a tile can have."""
@@ -42,11 +43,14 @@ _PAIR_PITCH = 2 * OCTET
 
 
 @njit(nogil=True)
-def tile_width(tokens: int, encoding: int) -> int:
-    """The best tile width to multiply this many tokens with: one of WIDTHS.
+def tile_width(tokens: int, encoding: int, prompt: bool) -> int:
+    """The best tile width to multiply this many tokens with: one of WIDTHS, or PROMPT_WIDTH.
 
     encoding: the code of the weights' encoding. Encodings that take the same packed activations have the same widths.
+    prompt: whether the tokens are those of a long part of a prompt.
     """
+    if PROMPT_WIDTH and prompt and IS_INTEGER[encoding]:
+        return PROMPT_WIDTH
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
@@ -70,9 +74,13 @@ def packed_bytes(tokens: int, columns: int) -> int:
 
 
 @njit(nogil=True)
-def packed_row_bytes(encoding: int, columns: int) -> int:
-    """Bytes of one token for weights of an encoding (a code); columns is a multiple of 128."""
-    return columns // BLOCK_COLUMNS * block_bytes(1, _START_BYTES) if IS_INTEGER[encoding] else columns * 4
+def packed_row_bytes(encoding: int, columns: int, width: int) -> int:
+    """Bytes of one token for weights of an encoding (a code), in tiles of a width; columns is a multiple of 128."""
+    if not IS_INTEGER[encoding]:
+        return columns * 4
+    if PROMPT_WIDTH and width == PROMPT_WIDTH:
+        return columns * 2
+    return columns // BLOCK_COLUMNS * block_bytes(1, _START_BYTES)
 
 
 @njit(nogil=True)
@@ -98,6 +106,11 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
         for i in range(x.size):
             floats[at + i * width] = x[i]
         return
+    if PROMPT_WIDTH and width == PROMPT_WIDTH:
+        for block in range(x.size // BLOCK_COLUMNS):
+            at = (tile * columns + first + block * BLOCK_COLUMNS) * width + lane * BLOCK_COLUMNS
+            _round_block(x, block * BLOCK_COLUMNS, memory(start + 2 * at, BLOCK_COLUMNS, np.uint16))
+        return
     values, zero_point = memory(start, size, np.int8), ZERO_POINT[encoding]
     for block in range(x.size // BLOCK_COLUMNS):
         at = (tile * (columns // BLOCK_COLUMNS) + first // BLOCK_COLUMNS + block) * block_bytes(width, _START_BYTES)
@@ -109,6 +122,16 @@ def pack_part(x: Any, first: int, columns: int, token: int, width: int, encoding
             values_at = at + values_offset(lane)
             scale = quantize_block(x, block * BLOCK_COLUMNS, values, values_at, OCTET, start_at, zero_point)
         floats[(at + scale_offset(lane, width)) // 4] = scale
+
+
+@njit(nogil=True)
+def _round_block(x: Any, at: int, out: Any) -> None:
+    """out = 32 float32 x[at:] as bf16, ties to even; NaN stays NaN. out: uint16."""
+    for i in range(BLOCK_COLUMNS):
+        bits = float_bits(x[at + i])
+        rounded = bits + np.int32(0x7FFF) + (bits >> np.int32(16) & np.int32(1))
+        is_nan = bits & np.int32(0x7FFFFFFF) > np.int32(0x7F800000)
+        out[i] = np.uint16((bits | np.int32(0x400000) if is_nan else rounded) >> np.int32(16))
 
 
 @njit(nogil=True)

@@ -49,25 +49,29 @@ _SUMS, _ACTIVATIONS, _WEIGHTS = 0, 4, 6
 def configure(b: ir.IRBuilder) -> None:
     """Give this thread's registers their shapes; called before any other, with `release` at the end."""
     rows = [16, 16, 0, 0, 16, 16, QUADS, QUADS]
-    widths = [CACHE_LINE, CACHE_LINE, 0, 0, BLOCK_COLUMNS, BLOCK_COLUMNS, CACHE_LINE, CACHE_LINE]
+    shape(b, rows, [CACHE_LINE, CACHE_LINE, 0, 0, BLOCK_COLUMNS, BLOCK_COLUMNS, CACHE_LINE, CACHE_LINE])
+
+
+def shape(b: ir.IRBuilder, rows: list[int], widths: list[int]) -> None:
+    """Give the eight registers their numbers of rows, and of bytes in a row."""
     widths_as_bytes = [byte for width in widths for byte in (width, 0)]
     # Palette 1; bytes per row from byte 16; rows from byte 48.
     values = [1, *[0] * 15, *widths_as_bytes, *[0] * 16, *rows, *[0] * 8]
     shapes = cgutils.global_constant(b, "npqwen_amx_shapes", ir.Constant(ir.ArrayType(I8, 64), values))
-    _do(b, "ldtilecfg", b.bitcast(shapes, I8.as_pointer()))
+    do(b, "ldtilecfg", b.bitcast(shapes, I8.as_pointer()))
 
 
 @operation
 def release(b: ir.IRBuilder) -> None:
     """Clear the registers' shapes: the system then no longer has to save the registers."""
-    _do(b, "tilerelease")
+    do(b, "tilerelease")
 
 
 @operation(returns=lambda encoding, codebook: types.UniTuple(bytes_, 1))
 def load_signed_codebook(b: ir.IRBuilder, encoding: Const, codebook: Array) -> Tile:
     """A matrix's codebook without the zero point, for `unpack_signed`. Not read if the encoding has none."""
     table = ISA.codebook(b, ENCODINGS[encoding], codebook)
-    return [b.sub(table, constant(I8, CACHE_LINE, ENCODINGS[encoding].zero_point))]
+    return [b.sub(table, constant(I8, table.type.count, ENCODINGS[encoding].zero_point))]
 
 
 @operation
@@ -89,10 +93,10 @@ def unpack_signed(
 def start_block(b: ir.IRBuilder, n: Const, w: Array, at: Int, x: Array, x_at: Int) -> None:
     """Multiply a block of int8 weights, uint8 w[at:], by 16 tokens' activations x[x_at:]; n: 0 or 1, the registers."""
     weights, activations = element(b, w, at, I8), element(b, x, x_at, I8)
-    _do(b, "tilezero", I8(_SUMS + n))
-    _do(b, "tileloadd64", I8(_ACTIVATIONS + n), activations, I64(BLOCK_COLUMNS))
-    _do(b, "tileloadd64", I8(_WEIGHTS + n), weights, I64(CACHE_LINE))
-    _do(b, "tdpbssd", I8(_SUMS + n), I8(_ACTIVATIONS + n), I8(_WEIGHTS + n))
+    do(b, "tilezero", I8(_SUMS + n))
+    do(b, "tileloadd64", I8(_ACTIVATIONS + n), activations, I64(BLOCK_COLUMNS))
+    do(b, "tileloadd64", I8(_WEIGHTS + n), weights, I64(CACHE_LINE))
+    do(b, "tdpbssd", I8(_SUMS + n), I8(_ACTIVATIONS + n), I8(_WEIGHTS + n))
 
 
 @operation
@@ -106,7 +110,7 @@ def finish_block(
     """
     activations = element(b, x, x_at, I8)
     sums = offset(b, room, n * SUM_BYTES, I8)
-    _do(b, "tilestored64", I8(_SUMS + n), sums, I64(CACHE_LINE))
+    do(b, "tilestored64", I8(_SUMS + n), sums, I64(CACHE_LINE))
     scale = ISA.block_scales(b, element(b, w, scales_at, I8))
     for t in range(UNIT_ROWS):
         x_scale = b.load(offset(b, activations, scale_offset(t, UNIT_ROWS), F32), align=4)
@@ -117,5 +121,6 @@ def finish_block(
     return tile
 
 
-def _do(b: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+def do(b: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+    """Emit an AMX instruction by its LLVM name."""
     call(b, f"llvm.x86.{name}", VOID, *args)

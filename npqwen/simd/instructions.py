@@ -62,6 +62,9 @@ class InstructionSet:
     """Vectors of sums that fit in registers besides the operands."""
     matrices: ClassVar[bool] = False
     """Whether tiles of 16 tokens are multiplied as matrices (npqwen/simd/amx.py)."""
+    prompt_width: ClassVar[int] = 0
+    """The width of the tiles in passes over long parts of prompts, multiplied in bf16 (npqwen/simd/amx_bf16.py).
+    0: they are multiplied like all others."""
     distance: int = PREFETCH_DISTANCE
     """Bytes by which `line` prefetches ahead, if it does; 0: not at all."""
     prefetches: ClassVar[bool] = False
@@ -222,6 +225,16 @@ class InstructionSet:
     def to_float(self, b: ir.IRBuilder, sums: ir.Value) -> ir.Value:
         """Sums of `products`, as <lanes x float>."""
         return b.sitofp(sums, vector(F32, self.lanes))
+
+    def bfloat_pairs(self, b: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> ir.Value:
+        """Two vectors of finite float32, rounded to bf16 with ties to even, as <lanes x i32>: `even` in the low halves.
+        """
+        words, half, one = vector(I32, self.lanes), constant(I32, self.lanes, 16), constant(I32, self.lanes, 1)
+        low, high = (
+            b.add(b.add(bits, constant(I32, self.lanes, 0x7FFF)), b.and_(b.lshr(bits, half), one))
+            for bits in (b.bitcast(even, words), b.bitcast(odd, words))
+        )
+        return b.or_(b.lshr(low, half), b.and_(high, constant(I32, self.lanes, 0xFFFF0000)))
 
     def from_half(self, b: ir.IRBuilder, half: ir.Value) -> ir.Value:
         """<n x i16> holding finite float16 as <n x float>."""

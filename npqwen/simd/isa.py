@@ -10,10 +10,10 @@ from numba.core.registry import cpu_target
 from npqwen.errors import OptionError
 from npqwen.simd.arm import Neon, NeonI8mm
 from npqwen.simd.instructions import InstructionSet
-from npqwen.simd.x86 import Amx, Avx2, Avx512, Avx512Vbmi, AvxVnni
+from npqwen.simd.x86 import Amx, AmxBf16, Avx2, Avx512, Avx512Vbmi, AvxVnni
 
 BEST_FIRST: tuple[type[InstructionSet], ...] = (
-    Amx, Avx512Vbmi, Avx512, AvxVnni, Avx2, NeonI8mm, Neon, InstructionSet,
+    AmxBf16, Amx, Avx512Vbmi, Avx512, AvxVnni, Avx2, NeonI8mm, Neon, InstructionSet,
 )  # fmt: skip
 
 

@@ -285,3 +285,17 @@ class Amx(Avx512Vbmi):
             return False
         system_call, arch_prctl, request_permission, tile_data = ctypes.CDLL(None).syscall, 158, 0x1023, 18
         return bool(system_call(arch_prctl, request_permission, tile_data) == 0)
+
+
+class AmxBf16(Amx):
+    """Long parts of prompts are multiplied in bf16 (npqwen/simd/amx_bf16.py), which gives other last bits."""
+
+    name: ClassVar[str] = "amxbf16"
+    features: ClassVar[frozenset[str]] = Amx.features | {"amx-bf16", "avx512bf16"}
+    prompt_width: ClassVar[int] = 32
+
+    def bfloat_pairs(self, b: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> ir.Value:
+        # The second operand's elements come first. From LLVM 16 on, the result is <32 x bfloat>, and converted.
+        halves = call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(I16, 32), odd, even)
+        alternating = ir.Constant(vector(I32, 32), [n // 2 + n % 2 * 16 for n in range(32)])
+        return b.bitcast(b.shuffle_vector(halves, halves, alternating), vector(I32, 16))

@@ -126,7 +126,7 @@ def arithmetic(encoding: Encoding, rows: int, cols: int, tokens: int, repeat: in
     units = rng.integers(0, 255, (rows // 16, encoding.row_bytes(cols // UNIT_COLUMNS)), np.uint8)
     units[:, : encoding.row_scale_bytes].view(np.float32)[:] = 1e-4
     codebook = np.resize(np.arange(0, 64, 4, dtype=np.uint8), CODEBOOK_BYTES)
-    matrix, width = np.zeros(1, MATRIX), tile_width(tokens, encoding.code)
+    matrix, width = np.zeros(1, MATRIX), tile_width(tokens, encoding.code, False)
     matrix[0] = units.ctypes.data, codebook.ctypes.data, encoding.code, rows, cols
     state = new_state(1)
     kernels, out = matmul_kernels([encoding.code]), np.zeros((tokens, rows), np.float32)

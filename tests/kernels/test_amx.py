@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from assembly import SAPPHIRE_RAPIDS, amx_loop, mnemonics, spills
+from assembly import SAPPHIRE_RAPIDS, amx_loop, bfloats_loop, mnemonics, prompt_loop, spills
 from converted import random_units
 from numba import njit
 from numba.core.registry import cpu_target
@@ -21,7 +21,7 @@ from npqwen.kernels.packing import pack, packed_bytes
 from npqwen.kernels.unpacked_matmul import unpacked_bytes
 from npqwen.simd import isa
 from npqwen.simd.isa import ISA
-from npqwen.simd.x86 import Amx, Avx512Vbmi
+from npqwen.simd.x86 import Amx, AmxBf16, Avx512Vbmi
 
 INTEGERS = pytest.mark.parametrize(
     "encoding", [encoding for encoding in ENCODINGS if encoding.is_integer], ids=lambda encoding: encoding.name
@@ -97,13 +97,31 @@ def test_inner_loop(encoding: Encoding) -> None:
     assert len(loop) < 130
 
 
+def test_inner_loop_in_bf16() -> None:
+    """Four products for four loads: the loads take half of the products' time."""
+    names = mnemonics(prompt_loop(SAPPHIRE_RAPIDS))  # unrolled
+    products = names.count("tdpbf16ps")
+    assert products >= 4
+    assert names.count("tileloadd") == products
+    assert len(names) <= 3 * products
+
+
+@INTEGERS
+def test_unpacking_to_bf16(encoding: Encoding) -> None:
+    """32 weights a conversion; an instruction for every 2 to 3 weights, as all tokens of a pass share them."""
+    loop = bfloats_loop(SAPPHIRE_RAPIDS, encoding)
+    assert mnemonics(loop).count("vcvtne2ps2bf16") == 16
+    assert len(spills(loop)) == 0
+    assert len(loop) < 250, loop
+
+
 def test_without_permission_amx_is_not_available() -> None:
     """The next best instruction set is chosen if the operating system refuses the tile registers."""
-    listed = ",".join("+" + feature for feature in Amx.features)
+    listed = ",".join("+" + feature for feature in AmxBf16.features)
     codegen = mock.Mock(magic_tuple=lambda: ("x86_64-unknown-linux-gnu", "sapphirerapids", listed))
     with mock.patch.object(cpu_target.target_context, "codegen", return_value=codegen):
         with mock.patch.object(Amx, "allowed", return_value=True):
-            assert isa.available()[0] is Amx
+            assert isa.available()[0] is AmxBf16
         with mock.patch.object(Amx, "allowed", return_value=False):
             assert isa.available()[0] is Avx512Vbmi
 

@@ -307,7 +307,7 @@ def test_every_choice_has_a_slot_of_its_own_in_a_segment_of_its_expert(
     choice = np.array([rng.permutation(count)[:chosen] for _ in range(tokens)])
     slots = np.full_like(choice, -1)
     segments = np.zeros((experts.most_segments(tokens, count, chosen), 4), np.int64)
-    segment_count = experts.arrange(choice, encoding.code, np.empty(count, np.int64), slots, segments)
+    segment_count = experts.arrange(choice, encoding.code, False, np.empty(count, np.int64), slots, segments)
     assert segment_count <= len(segments)
     assert len(set(slots.ravel().tolist())) == tokens * chosen
     end = 0

@@ -15,9 +15,13 @@ import pytest
 
 from npqwen.errors import OptionError
 from npqwen.simd.isa import ISA, available, choose
+from npqwen.simd.x86 import AmxBf16
 
 ROOT = Path(__file__).parents[1]
+EMULATED = "emulated_amx"
 OTHERS = [isa.name for isa in available() if isa.name != ISA.name]
+if AmxBf16 not in available():
+    OTHERS.append(EMULATED)
 KERNELS = ["kernels/test_kernels.py", "kernels/test_attention.py", "kernels/test_gated_delta.py"]
 LOGITS = [
     "engine/test_parity.py::test_logits_of_transformers",
@@ -25,6 +29,14 @@ LOGITS = [
     "engine/test_parity.py::test_prompts_of_the_quantized_oracle",
 ]
 """For the sets of the oldest processors and of all; between them only kernels differ."""
+OF_PROMPTS = ["kernels/test_prompt_matmul.py", "engine/test_long_prompts.py"]
+TESTS = {
+    "avx2": [*KERNELS, *LOGITS],
+    "portable": [*KERNELS, *LOGITS],
+    AmxBf16.name: [*KERNELS, *LOGITS, *OF_PROMPTS],
+    EMULATED: OF_PROMPTS,
+}
+"""By instruction set; KERNELS for the others."""
 
 
 Runs = dict[str, tuple["subprocess.Popen[bytes]", Path]]
@@ -38,10 +50,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for name in OTHERS:
         out = tmp_path_factory.mktemp(name)
         cache = out / "cache" if kept is None else kept.mkdir(f"npqwen-{name}")
-        tests = [*KERNELS, *LOGITS] if name in ("avx2", "portable") else KERNELS
-        command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *TESTS.get(name, KERNELS)]
+        environment = {**os.environ, "NPQWEN_ISA": name}
+        if name == EMULATED:
+            command += ["-p", name]
+            environment["NPQWEN_ISA"] = ISA.name
+            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(out / "log", "wb") as log:
-            environment = {**os.environ, "NPQWEN_ISA": name}
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         started[name] = process, out / "log"
     yield started

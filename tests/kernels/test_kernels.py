@@ -112,7 +112,7 @@ def check_matmul(units: Units, x: np.ndarray, members: int, accumulate: bool, ex
     weights = guarded(units)
     record = matrix(weights)
     encoding = ENCODINGS[record["encoding"]]
-    width = run(tile_width, tokens, encoding.code)
+    width = run(tile_width, tokens, encoding.code, False)
     whole = -(-tokens // width) * width
     before = np.random.default_rng(1).standard_normal((whole + 1, rows + extra)).astype(np.float32)
     out = before.copy()
@@ -161,7 +161,7 @@ def test_a_tokens_results_do_not_depend_on_the_tokens_beside_it(encoding: Encodi
     scratch, local = np.zeros(scratch_floats(384), np.float32), np.zeros(local_floats(64, 1), np.float32)
     results = []
     for count in sorted({1, 2, 3, 4, 5, 6, 8, 16, 33, len(x)}):
-        width = run(tile_width, count, encoding.code)
+        width = run(tile_width, count, encoding.code, False)
         out = np.zeros((len(x) + 32, 144), np.float32)
         for first in range(0, len(x), count):
             part = packed(x[first : first + count], encoding, width)
@@ -188,7 +188,7 @@ def test_results_of_a_claim_fit_the_buffer(encoding: Encoding, multiple: int) ->
     for rows, cols, tokens, members in itertools.product([16, 208, 6144], [128, 5120], [1, 5, 256], [1, 3]):
         record = np.zeros(1, MATRIX)[0]
         record["encoding"], record["rows"], record["cols"] = encoding.code, rows, cols
-        width = run(tile_width, tokens, encoding.code)
+        width = run(tile_width, tokens, encoding.code, False)
         whole = -(-tokens // width) * width
         state, local = new_state(members), np.zeros(local_floats(whole, multiple), np.float32)
         chunk = run(local_chunk, state[1], record, rows // 16, tokens, width, local, multiple)
@@ -273,12 +273,12 @@ def test_pack(encoding: Encoding, width: int) -> None:
 def test_encodings_that_take_the_same_packed_activations_have_the_same_widths() -> None:
     for tokens, one, other in itertools.product(range(1, 70), ENCODINGS, ENCODINGS):
         if (one.is_integer, one.zero_point) == (other.is_integer, other.zero_point):
-            assert run(tile_width, tokens, one.code) == run(tile_width, tokens, other.code)
+            assert run(tile_width, tokens, one.code, False) == run(tile_width, tokens, other.code, False)
 
 
 def test_packed_activations_fit_their_buffer() -> None:
     for tokens, encoding in itertools.product(range(1, 70), ENCODINGS):
-        width = run(tile_width, tokens, encoding.code)
+        width = run(tile_width, tokens, encoding.code, False)
         assert width in WIDTHS
         assert len(packed(np.zeros((tokens, 128), np.float32), encoding, width)) <= packed_bytes(tokens, 128)
 
