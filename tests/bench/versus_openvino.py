@@ -87,7 +87,10 @@ CONVERSIONS = {
     "onnxruntime int4 b128": ["-p", "int4", "--extra_options", "block_size=128", "accuracy_level=4"],
     "onnxruntime int8 b32": ["-p", "int8", "--extra_options", "block_size=32", "accuracy_level=4"],
 }
-"""Options of a peer's converter for each kind of weights. Accuracy level 4 multiplies in int8."""
+"""Options of a peer's converter for each kind of weights. Accuracy level 4 multiplies in int8.
+
+ONNX Runtime's scales are f32, and with int8 weights its embedding, from which rows are read, is f32 beside the head.
+"""
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 VARIANTS = {
     4: [
