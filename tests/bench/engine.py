@@ -18,7 +18,8 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -271,11 +272,20 @@ ENGINES: dict[str, Callable[..., Engine]] = {"npqwen": Npqwen, "llama": Llama}
 
 
 def serve(kind: str, path: Path, threads: int, context: int, flash: str, mapped: bool) -> None:
-    """Answer requests {"measure": name, ...its arguments} with their seconds until the input ends."""
+    """Load an engine and answer requests for its measures."""
     start = time.perf_counter()
     engine = ENGINES[kind](path, threads, context, flash, mapped)
     ids = stream(engine.vocabulary(), context)
-    answer: dict[str, Any] = {"about": engine.about(), "load_seconds": time.perf_counter() - start}
+    about = {"about": engine.about(), "load_seconds": time.perf_counter() - start}
+    answer_requests(about, {name: partial(measure, engine, ids) for name, measure in MEASURES.items()})
+
+
+def answer_requests(about: dict[str, Any], measures: Mapping[str, Callable[..., Seconds]]) -> None:
+    """Print `about`, then answer requests {"measure": name, ...its arguments} with their seconds until the input ends.
+
+    The measure "memory" is this process's peak.
+    """
+    answer = about
     while True:
         print(json.dumps(answer), flush=True)
         line = sys.stdin.readline()
@@ -286,7 +296,7 @@ def serve(kind: str, path: Path, threads: int, context: int, flash: str, mapped:
         if measure == "memory":
             answer = {"bytes": peak_memory()}
         else:
-            wall, cpu = MEASURES[measure](engine, ids, **request)
+            wall, cpu = measures[measure](**request)
             answer = {"seconds": wall, "cpu_seconds": cpu}
 
 

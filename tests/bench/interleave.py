@@ -1,4 +1,5 @@
-"""Benchmarks of several contenders that take turns: what versus_llama.py, versus_commit.py and page_cache.py share.
+"""Benchmarks of several contenders that take turns: what versus_llama.py, versus_openvino.py, versus_commit.py and
+page_cache.py share.
 
 Each contender is loaded in a process of its own (engine.py) and sleeps on its pipe while another is measured, so that a
 machine whose speed drifts slows all of them alike.
@@ -12,7 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,27 +26,11 @@ Measure = tuple[str, int, dict[str, Any], dict[str, Any]]
 """A row's name, its tokens, the request to an engine, and a smaller request to warm up with."""
 
 
-class Child:
-    """An engine in its own process. Requests and answers are JSON lines."""
+class Worker:
+    """A process that measures on request. Requests and answers are JSON lines."""
 
-    def __init__(
-        self,
-        kind: str,
-        model: Path,
-        threads: int,
-        context: int,
-        flash: str = "on",
-        mapped: bool = False,
-        launcher: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """kind: "npqwen" or "llama". mapped: keep llama.cpp from copying weights. launcher: a command prefix.
-
-        environment: variables to set in addition to this process's.
-        """
-        command = [*launcher, sys.executable, str(ENGINE), "serve", kind, str(model)]
-        command += ["--threads", str(threads), "--context", str(context), "--flash", flash]
-        command += ["--mapped"] if mapped else []
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """name: for messages. environment: variables to set in addition to this process's."""
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -52,7 +38,7 @@ class Child:
             encoding="utf-8",
             env=None if environment is None else {**os.environ, **environment},
         )
-        self._name = kind
+        self._name = name
         self.pid = self._process.pid
         self.about = self._answer()
 
@@ -80,7 +66,60 @@ class Child:
         self._process.wait()
 
 
-def take_turns(children: Mapping[str, Child], request: Mapping[str, Any], rounds: int) -> Iterator[tuple[str, Any]]:
+class Child(Worker):
+    """An engine of engine.py in its own process."""
+
+    def __init__(
+        self,
+        kind: str,
+        model: Path,
+        threads: int,
+        context: int,
+        flash: str = "on",
+        mapped: bool = False,
+        launcher: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """kind: "npqwen" or "llama". mapped: keep llama.cpp from copying weights. launcher: a command prefix.
+
+        environment: variables to set in addition to this process's.
+        """
+        command = [*launcher, sys.executable, str(ENGINE), "serve", kind, str(model)]
+        command += ["--threads", str(threads), "--context", str(context), "--flash", flash]
+        super().__init__(kind, command + (["--mapped"] if mapped else []), environment)
+
+
+@dataclass
+class Result:
+    """One row: a measure and each contender's seconds in every round."""
+
+    bits: int
+    threads: int
+    name: str
+    tokens: int
+    seconds: dict[str, list[float]]
+    cpu_seconds: dict[str, list[float]]
+
+    def fastest(self, rivals: Iterable[str]) -> str:
+        """The contender with the best median."""
+        return min(rivals, key=lambda name: median(self.seconds[name]))
+
+    def cpu_share(self, contender: str) -> float:
+        """Part of its threads' time that the contender had a CPU."""
+        return cpu_share(self.seconds[contender], self.cpu_seconds[contender], self.threads)
+
+    def ratio(self, rival: str) -> float:
+        """npqwen's median speed over the rival's."""
+        return median(self.seconds[rival]) / median(self.seconds["npqwen"])
+
+
+def new_result(bits: int, threads: int, name: str, tokens: int, contenders: Iterable[str]) -> Result:
+    """A row without rounds."""
+    names = list(contenders)
+    return Result(bits, threads, name, tokens, {key: [] for key in names}, {key: [] for key in names})
+
+
+def take_turns(children: Mapping[str, Worker], request: Mapping[str, Any], rounds: int) -> Iterator[tuple[str, Any]]:
     """Every child's answer in every round, by name. Every second round runs backwards."""
     for number in range(rounds):
         for name in list(children)[:: -1 if number % 2 else 1]:
@@ -140,13 +179,14 @@ def seconds_cell(seconds: Sequence[float]) -> str:
     return f"{median(seconds):.4g} ({min(seconds):.4g}-{max(seconds):.4g}) s"
 
 
-def add_measure_options(parser: argparse.ArgumentParser) -> None:
-    """The command line's options for `measures`."""
+def add_measure_options(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+    """The command line's options for `measures`. batch: also the one for short passes."""
     parser.add_argument("--threads", type=counts, default=[os.cpu_count() or 1])
     parser.add_argument("--prefill", type=counts, default=[512], help="prompt lengths")
     parser.add_argument("--decode", type=int, default=64, help="tokens to decode; 0 for none")
     parser.add_argument("--depth", type=counts, default=[0], help="tokens already in the cache")
-    parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
+    if batch:
+        parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of every measurement")
     parser.add_argument("--restarts", type=int, default=1, help="how often to repeat everything with new processes")
 

@@ -25,11 +25,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -37,11 +36,12 @@ from interleave import (
     ENGINE,
     SETTLE_SECONDS,
     Child,
+    Result,
     add_measure_options,
     context_for,
     counts,
-    cpu_share,
     measures,
+    new_result,
     progress,
     put_out_of_memory,
     seconds_cell,
@@ -55,31 +55,6 @@ from npqwen.hardware.machine import available_memory, processor
 ROOT = Path(__file__).resolve().parents[2]
 # Bits -> llama.cpp's format with as many bits and the same block size.
 FORMATS = {4: "q4_0", 8: "q8_0", 16: "bf16"}
-
-
-@dataclass
-class Result:
-    """One row: a measure and each contender's seconds in every round."""
-
-    bits: int
-    threads: int
-    name: str
-    tokens: int
-    seconds: dict[str, list[float]]
-    cpu_seconds: dict[str, list[float]]
-
-    def fastest_llama(self) -> str:
-        """The llama.cpp contender with the best median."""
-        rivals = [name for name in self.seconds if name != "npqwen"]
-        return min(rivals, key=lambda name: median(self.seconds[name]))
-
-    def cpu_share(self, contender: str) -> float:
-        """Part of its threads' time that the contender had a CPU."""
-        return cpu_share(self.seconds[contender], self.cpu_seconds[contender], self.threads)
-
-    def ratio(self) -> float:
-        """npqwen's median speed over llama.cpp's."""
-        return median(self.seconds[self.fastest_llama()]) / median(self.seconds["npqwen"])
 
 
 def prepare(checkpoint: Path, work: Path, bits: int, pure: bool, llama_only: bool) -> tuple[Path, Path]:
@@ -161,12 +136,6 @@ def run(options: argparse.Namespace) -> tuple[list[Result], dict[str, Any]]:
     return results, about | {"peak memory, bytes": memory}
 
 
-def new_result(bits: int, threads: int, name: str, tokens: int, contenders: Iterable[str]) -> Result:
-    """A row without rounds."""
-    names = list(contenders)
-    return Result(bits, threads, name, tokens, {key: [] for key in names}, {key: [] for key in names})
-
-
 def start_to_first_token(ours: Path, theirs: Path, bits: int, threads: int, options: argparse.Namespace) -> Result:
     """Seconds from the start of a process to its first token, with its files in the page cache."""
     models = {"llama.cpp": ("llama", theirs)}
@@ -194,8 +163,8 @@ def cell(result: Result, contender: str) -> str:
 
 def text_row(result: Result) -> str:
     """A Markdown table row."""
-    rival = result.fastest_llama()
-    ratio = f"{result.ratio():.2f}" if "npqwen" in result.seconds else "-"
+    rival = result.fastest(name for name in result.seconds if name != "npqwen")
+    ratio = f"{result.ratio(rival):.2f}" if "npqwen" in result.seconds else "-"
     flash = rival.rpartition(" ")[2] if "flash" in rival else ""
     shares = "/".join(f"{result.cpu_share(name):.2f}" for name in ("npqwen", rival) if result.cpu_seconds.get(name))
     weights = RECIPES[result.bits].name
