@@ -6,18 +6,18 @@
 The two need PyTorch to convert a checkpoint, and a Python environment of their own, whose interpreter is --python:
 
     python -m venv build/genai
-    build/genai/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
     build/genai/bin/pip install openvino-genai optimum-intel nncf onnxruntime-genai onnx onnx_ir
     build/genai/bin/pip uninstall -y torchvision
 
-nncf brings torchvision, which is not needed, and prevents the conversion where it does not fit torch. Used with
-openvino-genai 2026.4, optimum-intel 2.2, nncf 3.4, torch 2.13 and onnxruntime-genai 0.18.
+The build of torch for CPUs is enough. torchvision is not needed, and prevents the conversion where it does not fit
+torch. Used with openvino-genai 2026.4, optimum-intel 2.2, nncf 3.4, torch 2.13 and onnxruntime-genai 0.18.
 
 All three convert the checkpoint unless the work directory already has it. Their engines, a process for each, take turns
 at every measurement (interleave.py) after one that does not count. OpenVINO and ONNX Runtime run in several variants,
-of which the fastest is their result: for OpenVINO its default precision, which is bf16 on processors with AMX, and f32
-with activations quantized in larger groups than by default; for ONNX Runtime two sizes of blocks. What is measured is
-described in genai_engine.py. Prints a Markdown table: medians and ranges in tokens per second.
+of which the fastest is their result: for OpenVINO its default precision, which is bf16 on processors with AMX, also
+with a float16 cache, and f32 with activations quantized in larger groups than by default; for ONNX Runtime two sizes of
+blocks. What is measured is described in genai_engine.py. Prints a Markdown table: medians and ranges in tokens per
+second.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ VARIANTS = {
     4: [
         Variant("openvino", "openvino int4 g64"),
         Variant("openvino", "openvino int4 g64", F32 | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}, "f32 dq64"),
+        Variant("openvino", "openvino int4 g64", {"KV_CACHE_PRECISION": "f16"}, "f16 cache"),
         Variant("onnxruntime", "onnxruntime int4 b32"),
         Variant("onnxruntime", "onnxruntime int4 b128"),
     ],
@@ -103,6 +104,7 @@ VARIANTS = {
         Variant("openvino", "openvino int8"),
         # The largest group: activations have one scale a token.
         Variant("openvino", "openvino int8", F32 | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(2**64 - 1)}, "f32 dq row"),
+        Variant("openvino", "openvino int8", {"KV_CACHE_PRECISION": "f16"}, "f16 cache"),
         Variant("onnxruntime", "onnxruntime int8 b32"),
     ],
 }

@@ -34,7 +34,7 @@ TESTS = {
     "avx2": [*KERNELS, *LOGITS],
     "portable": [*KERNELS, *LOGITS],
     AmxBf16.name: [*KERNELS, *LOGITS, *OF_PROMPTS],
-    EMULATED: OF_PROMPTS,
+    EMULATED: [*OF_PROMPTS, "kernels/test_amx.py::test_results_are_those_without_amx_to_the_bit"],
 }
 """By instruction set; KERNELS for the others."""
 
