@@ -74,6 +74,21 @@ def unpacked_loop(isa: InstructionSet, target: tuple[str, str]) -> list[str]:
     return _loop(isa, target, tokens * isa.unpacked_vectors, 2 * block, 2 * x_block, I8, I8, body)
 
 
+def unpacking_loop(isa: InstructionSet, target: tuple[str, str], encoding: Encoding) -> list[str]:
+    """A loop that unpacks the blocks of a matrix to bytes."""
+
+    def body(
+        b: ir.IRBuilder, sums: list[ir.Value], w: ir.Value, x: ir.Value, at: ir.Value, x_at: ir.Value, table: ir.Value
+    ) -> list[ir.Value]:
+        tile.unpack_block.emit(b, encoding.code, [table], w, at, x, x_at)
+        return sums
+
+    return _loop(
+        isa, target, 0, encoding.block_bytes, UNPACKED.block_bytes, I8, I8, body,
+        lambda b, x: isa.codebook(b, encoding, x),
+    )  # fmt: skip
+
+
 def amx_loop(target: tuple[str, str], encoding: Encoding) -> list[str]:
     """A loop over two blocks of a matrix, of int8 as mapped or of others as unpacked, by 16 tokens."""
     in_place = encoding.block_bytes == amx.UNPACKED_BLOCK

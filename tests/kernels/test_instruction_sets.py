@@ -28,15 +28,15 @@ LOGITS = [
     "engine/test_parity.py::test_tokens_of_the_quantized_oracle",
     "engine/test_parity.py::test_prompts_of_the_quantized_oracle",
 ]
-"""For the sets of the oldest processors and of all; between them only kernels differ."""
 OF_PROMPTS = ["kernels/test_prompt_matmul.py", "engine/test_long_prompts.py"]
+OF_AMX = ["kernels/test_amx.py::test_results_are_those_without_amx_to_the_bit"]
 TESTS = {
     "avx2": [*KERNELS, *LOGITS],
-    "portable": [*KERNELS, *LOGITS],
     AmxBf16.name: [*KERNELS, *LOGITS, *OF_PROMPTS],
-    EMULATED: [*OF_PROMPTS, "kernels/test_amx.py::test_results_are_those_without_amx_to_the_bit"],
+    EMULATED: [*OF_PROMPTS, *OF_AMX, "-k", "not int3 and not int4 and not int6"],
 }
-"""By instruction set; KERNELS for the others."""
+"""By instruction set; KERNELS for the others, between which only these differ. The emulation runs whole models with the
+portable operations."""
 
 
 Runs = dict[str, tuple["subprocess.Popen[bytes]", Path]]
