@@ -32,6 +32,8 @@ BLOCKS = SCORE_BLOCK // INT8_TILE
 _BLOCK_BYTES = UNIT_ROWS * BLOCK_COLUMNS
 _START_BYTES = ISA.start_bytes
 _CODE = np.int64(INT8.code)
+_AMX_ROWS = UNIT_ROWS if ISA.matrices else 0
+"""The number of rows whose products AMX computes; 0: none."""
 _ROOM_BYTES = AMX_ROOM_BYTES if ISA.matrices else 0
 WEIGHT_FLOATS = SCORE_BLOCK // 4 + 3 + (_ROOM_BYTES + CACHE_LINE) // 4 // UNIT_ROWS
 """float32 that hold a row's weights of SCORE_BLOCK positions as bytes, their scale, maximum and sum; and each row's
@@ -67,9 +69,9 @@ def pack_queries(
 @njit(inline="always")
 def _compute_scores(
     rows: int, vectors: int, queries: Any, keys: Any, at: int, following: Any, following_at: int, count: int,
-    padded: int, scores: Any, room: Any,
+    padded: int, scores: Any,
 ) -> None:  # fmt: skip
-    """scores[row, position] = queries[row] @ keys[position]; prefetches the following keys. room is not used."""
+    """scores[row, position] = queries[row] @ keys[position]; prefetches the following keys."""
     for position in range(0, count, INT8_TILE):
         tile = at + position * (padded + 4)
         prefetch(following, following_at + position * (padded + 4), SCALES_BYTES)
@@ -108,9 +110,9 @@ def _softmax(
 @njit(inline="always")
 def _add_weighted_values(
     rows: int, vectors: int, weights: Any, scales: Any, values: Any, at: int, following: Any, following_at: int,
-    dim: int, padded: int, accumulator: Any, room: Any,
+    dim: int, padded: int, accumulator: Any,
 ) -> None:  # fmt: skip
-    """accumulator[row] += scales[row] * weights[row] @ values; prefetches the following values. room is not used."""
+    """accumulator[row] += scales[row] * weights[row] @ values; prefetches the following values."""
     for position in range(0, SCORE_BLOCK, INT8_TILE):
         prefetch(following, following_at + position * (padded + 4), SCALES_BYTES)
     for column in range(0, dim, vectors * LANES):
@@ -124,11 +126,6 @@ def _add_weighted_values(
         store_add(sums, accumulator, column, vectors, dim)
 
 
-@njit(inline="always")
-def _nothing() -> None:
-    """What replaces the beginning and the end of the use of AMX's registers elsewhere."""
-
-
 def int8_attention(rows: int) -> Any:
     """The kernel for tiles of `rows` rows of queries."""
     # Scores: a vector holds positions. Weighted sums: it holds coordinates, whose number is a multiple of 16.
@@ -136,11 +133,6 @@ def int8_attention(rows: int) -> Any:
     # Where a row's scores fill few registers, its steps wait for each other, unless interleaved with other rows'.
     together = min(rows, 8) if LANES == UNIT_ROWS else 1
     value_vectors = max(1, min(UNIT_ROWS // LANES, ISA.accumulators // (2 * rows)))
-    begin, compute_scores, add_weighted_values, end = (
-        (configure, compute_scores_amx, add_weighted_values_amx, release)
-        if ISA.matrices and rows == UNIT_ROWS
-        else (_nothing, _compute_scores, _add_weighted_values, _nothing)
-    )
 
     @entry(rows, "int8", error_model="numpy")
     def attend(
@@ -165,7 +157,8 @@ def int8_attention(rows: int) -> Any:
         room = memory((after + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE, _ROOM_BYTES, np.uint8)
         accumulator, row_max, denominator = results(results_at, rows, dim)
         size = PAGE // INT8_TILE * int8_tile_bytes(dim)
-        begin()
+        if rows == _AMX_ROWS:  # Numba compiles one branch only: both numbers are constants
+            configure()
         for block in range(low, high, SCORE_BLOCK):
             count = (min(SCORE_BLOCK, high - block) + INT8_TILE - 1) // INT8_TILE * INT8_TILE
             page = pages[block // PAGE]
@@ -176,9 +169,14 @@ def int8_attention(rows: int) -> Any:
             page, following_at = pages[following // PAGE], following % PAGE * (padded + 4)
             next_keys = memory(page + size * key_index, size, np.uint8)
             next_values = memory(page + size * value_index, size, np.uint8)
-            compute_scores(
-                rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores, room
-            )
+            if rows == _AMX_ROWS:
+                compute_scores_amx(
+                    rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores, room
+                )
+            else:
+                _compute_scores(
+                    rows, score_vectors, queries, keys, at, next_keys, following_at, count, padded, scores
+                )
             if start + first_row // group + 1 - block >= SCORE_BLOCK:
                 for row in range(0, rows, together):
                     _softmax(
@@ -192,10 +190,17 @@ def int8_attention(rows: int) -> Any:
                         1, False, scores, row, visible, dim, values, at, padded, weights, scales, maxima, totals,
                         row_max, denominator, accumulator,
                     )  # fmt: skip
-            add_weighted_values(
-                rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded, accumulator,
-                room,
-            )  # fmt: skip
-        end()
+            if rows == _AMX_ROWS:
+                add_weighted_values_amx(
+                    rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded,
+                    accumulator, room,
+                )  # fmt: skip
+            else:
+                _add_weighted_values(
+                    rows, value_vectors, weights, scales, values, at, next_values, following_at, dim, padded,
+                    accumulator,
+                )  # fmt: skip
+        if rows == _AMX_ROWS:
+            release()
 
     return attend
