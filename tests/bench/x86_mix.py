@@ -68,14 +68,15 @@ def independent(loop: list[str]) -> list[str]:
     return kept
 
 
-def instructions(encoding: Encoding, tokens: int, target: tuple[str, str]) -> list[str]:
-    """The instructions for 16 rows by 64 columns by this many tokens, without dependencies."""
+def instructions(encoding: Encoding, tokens: int, target: tuple[str, str]) -> list[tuple[list[str], int]]:
+    """The loops for 16 rows by 64 columns by this many tokens, without dependencies, and how many turns of each."""
+    vectors = UNIT_ROWS // LANES
     if tokens in ISA.tiles:
-        vectors = ISA.tiles[tokens]
-        return independent(integer_loop(ISA, target, encoding, tokens, vectors)) * (UNIT_ROWS // LANES // vectors)
-    once = 2 * independent(unpacking_loop(ISA, target, encoding))
-    tile = independent(unpacked_loop(ISA, target)) * (UNIT_ROWS // LANES // ISA.unpacked_vectors)
-    return once + tile * -(-tokens // PIECES_WIDTH)
+        of_tile = ISA.tiles[tokens]
+        return [(independent(integer_loop(ISA, target, encoding, tokens, of_tile)), vectors // of_tile)]
+    tiles = -(-tokens // PIECES_WIDTH) * (vectors // ISA.unpacked_vectors)
+    once = independent(unpacking_loop(ISA, target, encoding))
+    return [(once, 2), (independent(unpacked_loop(ISA, target)), tiles)]
 
 
 def runner(lines: list[str]) -> Callable[[], None]:
@@ -161,11 +162,13 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|")
     for name in options.encodings:
         for tokens in options.tokens:
-            loop = instructions(BY_NAME[name], tokens, (triple, cpu))
-            alone, (whole, units) = runner(loop), kernel(BY_NAME[name], tokens)
-            pairs = [(seconds(alone, 2) / TURNS, seconds(whole, 10) / units) for _ in range(options.rounds)]
-            one, other = (1e9 * median(column) for column in zip(*pairs, strict=True))
-            print(f"| {name} | {tokens} | {len(loop)} | {one:.1f} | {other:.1f} | {one / other:.0%} |", flush=True)
+            loops = instructions(BY_NAME[name], tokens, (triple, cpu))
+            alone, (whole, units) = [runner(loop) for loop, _ in loops], kernel(BY_NAME[name], tokens)
+            rounds = [[seconds(whole, 10) / units, *(seconds(run, 2) for run in alone)] for _ in range(options.rounds)]
+            made, *parts = (1e9 * median(column) for column in zip(*rounds, strict=True))
+            most = sum(part * turns / TURNS for part, (_, turns) in zip(parts, loops, strict=True))
+            count = sum(len(loop) * turns for loop, turns in loops)
+            print(f"| {name} | {tokens} | {count} | {most:.1f} | {made:.1f} | {most / made:.0%} |", flush=True)
 
 
 if __name__ == "__main__":
