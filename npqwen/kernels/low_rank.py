@@ -112,7 +112,6 @@ def _chain(tokens: int, w: Any, at: int, first: int, count: int, x: Any, stride:
 
 def _shrink_rows(tokens: int) -> Any:
     """The kernel that computes A @ x for tiles of `tokens` tokens."""
-    part = _part_of_one if tokens == 1 else _part
 
     @entry(tokens)
     def shrink_rows(
@@ -125,7 +124,10 @@ def _shrink_rows(tokens: int) -> Any:
         for n in range(first, last):
             for group in range(groups):
                 at = (n * groups + group) * size * UNIT_ROWS
-                sums = part(tokens, w, at, size * n, size, activations, x_stride)
+                if tokens == 1:  # Numba compiles one branch only
+                    sums = _part_of_one(tokens, w, at, size * n, size, activations, x_stride)
+                else:
+                    sums = _part(tokens, w, at, size * n, size, activations, x_stride)
                 if n > first:
                     sums = add(load(sums, results, group * UNIT_ROWS, _VECTORS, out_stride), sums)
                 store(sums, results, group * UNIT_ROWS, _VECTORS, out_stride)

@@ -17,11 +17,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from numba import njit
 from numba.core import event
 from numba.core.registry import CPUDispatcher
 
 import npqwen
 from npqwen.kernels.compiled import _SOURCES, FUNCTIONS, address_of, kernel_directory
+from npqwen.kernels.entry import entry
 from npqwen.model import load
 
 # A small kernel that shares the package's helpers, compiled as models' are.
@@ -45,8 +47,9 @@ LOAD = """
 import sys
 from pathlib import Path
 from npqwen.model import load
-calls = []
-with load(Path(sys.argv[1]), threads=1, on_compile=lambda done, total: calls.append((done, total))) as model:
+calls, adapters = [], {name: f"{path}/{name}" for path, name in zip(sys.argv[2::2], sys.argv[3::2])}
+report = lambda *state: calls.append(state)
+with load(Path(sys.argv[1]), threads=1, adapters=adapters, on_compile=report) as model:
     model.logits([1, 2, 3])
 print(calls)
 """
@@ -113,6 +116,25 @@ def test_a_second_process_loads_a_model_without_compiling(tiny: Callable[[int], 
     with load(tiny(4), threads=1):
         pass
     assert finish(start(LOAD, tiny(4))) == ["[]"]
+
+
+def test_adapters_kernels_are_loaded_too(tiny: Callable[[int], Path], kernels: Path) -> None:
+    adapter, stored = Path(__file__).parents[1] / "data" / "adapters", []
+    for _ in range(2):
+        finish(start(LOAD, tiny(4), adapter, "linear"))
+        stored.append(sorted(path.name for path in kernels.glob("low_rank.*")))
+    assert stored[0]
+    assert stored[1] == stored[0]
+
+
+def test_a_kernel_that_could_not_be_found_again_is_refused() -> None:
+    """Numba looks a kernel up by a pickle of its closure, and a function's pickle differs in every process."""
+    helper = njit(lambda: None)
+    with pytest.raises(TypeError, match=r"chooses holds .*; choose it inside, by a constant"):
+
+        @entry()
+        def chooses() -> None:
+            helper()
 
 
 def test_compiled_code_computes_the_same_when_it_is_loaded_again(tiny: Callable[[int], Path], tmp_path: Path) -> None:
