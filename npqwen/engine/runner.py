@@ -185,7 +185,9 @@ class Runner:
             first += ids.size
         rows = self._rows[:first]
         # Vectors of texts do not depend, to the bit, on what they are packed with, nor do verified draft tokens.
-        is_prompt = not output.normed and all(piece.ids.size >= PROMPT_TOKENS > piece.guesses for piece in pieces)
+        is_prompt = not output.normed and all(
+            piece.ids.size >= PROMPT_TOKENS and piece.guesses == 0 for piece in pieces
+        )
         if len(pieces) == 1:
             ids, start = pieces[0].ids, pieces[0].cache.length
             positions, pages = rows + start, np.full(first, records["pages"][0])

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.ccallback import CFunc
 from numba.core.dispatcher import Dispatcher
-from numba.extending import intrinsic
+from numba.extending import _Intrinsic, intrinsic
 
 from npqwen.simd.llvm import I8, I64
 
@@ -25,14 +25,14 @@ def entry(*constants: object, **options: Any) -> Callable[[Callable[..., None]],
 
     constants: distinguish it from other kernels with the same code, and become part of its name. The linker identifies
     functions by name, types and a number that starts at 1 in every process: without the constants it could call one
-    kernel in place of another that a different process compiled. TypeError if the kernel's closure holds a compiled
-    function: Numba pickles closures to find a stored kernel, and such a pickle is another one in every process.
+    kernel in place of another that a different process compiled. TypeError if the kernel's closure holds a function of
+    Numba's: it pickles closures to find a stored kernel, and such a pickle is another one in every process.
     `npqwen.kernels.compiled.address_of` compiles it, or loads its machine code.
     """
 
     def decorate(function: Callable[..., None]) -> Any:
         for cell in function.__closure__ or ():
-            if isinstance(cell.cell_contents, Dispatcher):
+            if isinstance(cell.cell_contents, (Dispatcher, _Intrinsic)):
                 raise TypeError(f"{function.__name__} holds {cell.cell_contents}; choose it inside, by a constant")
         function.__qualname__ = "_".join(map(str, (function.__name__, *constants)))
         signature = types.void(*[types.int64] * len(inspect.signature(function).parameters))

@@ -10,15 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from npqwen.hardware.machine import processor
+
+ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Path(__file__).with_name("engine.py")
 SETTLE_SECONDS = 0.25
 """Pause before each measurement: LLVM's OpenMP (llama.cpp) lets idle threads spin for 0.2 s."""
@@ -189,6 +193,50 @@ def add_measure_options(parser: argparse.ArgumentParser, *, batch: bool = True) 
         parser.add_argument("--batch", type=counts, default=[], help="tokens in one short pass, such as 1,2,4,8")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of every measurement")
     parser.add_argument("--restarts", type=int, default=1, help="how often to repeat everything with new processes")
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser, bits: Sequence[int]) -> None:
+    """The command line's options for benchmarks that convert a checkpoint for several engines; bits: the default."""
+    parser.add_argument("checkpoint", type=Path, help="a Hugging Face Qwen3 checkpoint directory")
+    parser.add_argument("--work", type=Path, help="directory of the converted models (build/bench/NAME)")
+    parser.add_argument("--bits", type=counts, default=list(bits))
+    parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, bits: Collection[int]
+) -> argparse.Namespace:
+    """The options of `add_checkpoint_options` and `add_measure_options`, checked; bits: those that there are."""
+    options = parser.parse_args(arguments)
+    if not options.checkpoint.is_dir():
+        parser.error(f"{options.checkpoint} is not a directory")
+    if set(options.bits) - set(bits):
+        parser.error(f"--bits takes {', '.join(map(str, bits))}")
+    if min([options.repeat, options.restarts, *options.threads]) < 1:
+        parser.error("--repeat, --restarts and --threads start at 1")
+    if options.work is None:
+        options.work = ROOT / "build" / "bench" / options.checkpoint.resolve().name
+    return options
+
+
+def machine_lines(checkpoint: Path, about: Mapping[str, Any]) -> list[str]:
+    """The first lines of a report: the model, the machine and the engines."""
+    return [
+        f"Model: {checkpoint.name}. CPU: {processor()}, {os.cpu_count()} logical cores. "
+        f"{platform.system()}, Python {platform.python_version()}.",
+        *(f"{key}: {value}. " for key, value in about.items() if isinstance(value, str)),
+    ]
+
+
+def write_rounds(path: Path, checkpoint: Path, about: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """Write all rounds of a benchmark as JSON."""
+    record = {
+        "checkpoint": checkpoint.name,
+        "cpu": processor(),
+        "about": about,
+        "results": [asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def progress(line: str) -> None:

@@ -19,15 +19,11 @@ which instructions it uses.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +33,24 @@ from interleave import (
     SETTLE_SECONDS,
     Child,
     Result,
+    add_checkpoint_options,
     add_measure_options,
     context_for,
-    counts,
+    machine_lines,
     measures,
     new_result,
+    parsed,
     progress,
     put_out_of_memory,
     seconds_cell,
     speed_cell,
     take_turns,
+    write_rounds,
 )
 
 from npqwen.format.recipe import RECIPES
-from npqwen.hardware.machine import available_memory, processor
+from npqwen.hardware.machine import available_memory
 
-ROOT = Path(__file__).resolve().parents[2]
 # Bits -> llama.cpp's format with as many bits and the same block size.
 FORMATS = {4: "q4_0", 8: "q8_0", 16: "bf16"}
 
@@ -184,9 +182,7 @@ def text_row(result: Result) -> str:
 def report(results: Sequence[Result], about: dict[str, Any], options: argparse.Namespace) -> str:
     """The report in Markdown: the machine, the engines and the table."""
     lines = [
-        f"Model: {options.checkpoint.name}. CPU: {processor()}, {os.cpu_count()} logical cores. "
-        f"{platform.system()}, Python {platform.python_version()}.",
-        *(f"{key}: {value}. " for key, value in about.items() if isinstance(value, str)),
+        *machine_lines(options.checkpoint, about),
         f"Median (range) of {options.restarts * options.repeat} rounds in tokens/s. "
         "The ratio is of medians: above 1, npqwen is faster. A CPU share (npqwen/llama.cpp) well below 1 means that "
         "other programs were running.",
@@ -200,32 +196,17 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="a Hugging Face Qwen3 checkpoint directory")
-    parser.add_argument("--work", type=Path, help="directory of the converted models (build/bench/NAME)")
-    parser.add_argument("--bits", type=counts, default=[4])
+    add_checkpoint_options(parser, [4])
     add_measure_options(parser)
     parser.add_argument("--start", action="store_true", help="also time a process's start to its first token")
     parser.add_argument("--flash", choices=("all", "on", "off", "q8_0"), default="all", help="llama.cpp's attention")
     parser.add_argument("--pure", action="store_true", help="quantize llama.cpp's embedding like the other matrices")
     parser.add_argument("--llama-only", action="store_true")
-    parser.add_argument("--json", type=Path, help="write every round's seconds to this file")
-    options = parser.parse_args(arguments)
-    if set(options.bits) - set(FORMATS):
-        parser.error(f"--bits takes {', '.join(map(str, FORMATS))}")
-    if min([options.repeat, options.restarts, *options.threads]) < 1:
-        parser.error("--repeat, --restarts and --threads start at 1")
-    if options.work is None:
-        options.work = ROOT / "build" / "bench" / options.checkpoint.resolve().name
+    options = parsed(parser, arguments, FORMATS)
     results, about = run(options)
     print(report(results, about, options))
     if options.json:
-        record = {
-            "checkpoint": options.checkpoint.name,
-            "cpu": processor(),
-            "about": about,
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_rounds(options.json, options.checkpoint, about, results)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +38,22 @@ from interleave import (
     Child,
     Result,
     Worker,
+    add_checkpoint_options,
     add_measure_options,
     context_for,
-    counts,
+    machine_lines,
     measures,
     new_result,
+    parsed,
     progress,
     put_out_of_memory,
     speed_cell,
     take_turns,
+    write_rounds,
 )
 
 from npqwen.format.recipe import RECIPES
-from npqwen.hardware.machine import processor
 
-ROOT = Path(__file__).resolve().parents[2]
 GENAI_ENGINE = Path(__file__).with_name("genai_engine.py")
 PEERS = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 """Engines of genai_engine.py, and their names in the report."""
@@ -235,9 +235,7 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
         columns += [name, "variant", "ratio"]
     columns.append("CPU share")
     lines = [
-        f"Model: {options.checkpoint.name}. CPU: {processor()}, {os.cpu_count()} logical cores. "
-        f"{platform.system()}, Python {platform.python_version()}.",
-        *(f"{key}: {value}. " for key, value in about.items() if isinstance(value, str)),
+        *machine_lines(options.checkpoint, about),
         "Megabytes of files: "
         + "; ".join(f"{name}: {count / 1e6:.0f}" for name, count in about["bytes of files"].items())
         + ".",
@@ -254,33 +252,20 @@ def report(results: Sequence[Result], about: dict[str, Any], options: argparse.N
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="a Hugging Face Qwen3 checkpoint directory")
+    add_checkpoint_options(parser, [4, 8])
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the peers' interpreter (this one)")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS), help=",".join(PEERS))
-    parser.add_argument("--work", type=Path, help="directory of the converted models (build/bench/NAME)")
-    parser.add_argument("--bits", type=counts, default=[4, 8])
     add_measure_options(parser, batch=False)
     parser.set_defaults(prefill=[512, 4096], depth=[0, 4096])
-    parser.add_argument("--json", type=Path, help="write every round's seconds, of all variants, to this file")
-    options = parser.parse_args(arguments)
-    if set(options.bits) - set(VARIANTS):
-        parser.error(f"--bits takes {', '.join(map(str, VARIANTS))}")
+    options = parsed(parser, arguments, VARIANTS)
     if not options.peers or set(options.peers) - set(PEERS):
         parser.error(f"--peers takes {', '.join(PEERS)}")
-    if min([options.repeat, options.restarts, *options.threads]) < 1:
-        parser.error("--repeat, --restarts and --threads start at 1")
-    if options.work is None:
-        options.work = ROOT / "build" / "bench" / options.checkpoint.resolve().name
+    if not options.python.is_file():
+        parser.error(f"--python {options.python} is not a file; see the first lines of this script")
     results, about = run(options)
     print(report(results, about, options))
     if options.json:
-        record = {
-            "checkpoint": options.checkpoint.name,
-            "cpu": processor(),
-            "about": about,
-            "results": [asdict(result) for result in results],
-        }
-        options.json.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_rounds(options.json, options.checkpoint, about, results)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,17 @@ def seconds(work: Callable[[], None], times: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--encodings", type=lambda text: text.split(","), default=["int4", "int5", "int8"])
+    parser.add_argument("--encodings", type=lambda text: text.split(","), default=["int4", "int5"])
     parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=41)
     options = parser.parse_args()
     if LANES != 8 or not ISA.name.startswith("avx"):
         parser.error(f"only kernels of 256-bit vectors on x86-64 can be taken apart; these are {ISA.name}")
+    allowed = [name for name, encoding in BY_NAME.items() if encoding.is_integer and encoding.bits < 8]
+    if set(options.encodings) - set(allowed):
+        parser.error(f"--encodings takes {', '.join(allowed)}")
+    if not options.tokens or min(options.tokens) < 1:
+        parser.error("--tokens start at 1")
     triple, cpu, _ = cpu_target.target_context.codegen().magic_tuple()
     print(f"{cpu}, {ISA.name} kernels\n")
     print("| encoding | tokens | instructions | alone, ns | in the kernel, ns | share |")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 from unittest import mock
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from assembly import SAPPHIRE_RAPIDS, amx_loop, bfloats_loop, mnemonics, prompt_loop, spills
 from converted import random_units
+from llvmlite import ir
 from numba import njit
 from numba.core.registry import cpu_target
 
@@ -20,7 +23,9 @@ from npqwen.kernels.matmul import CHUNK_BYTES, _integer_rows, _rows
 from npqwen.kernels.packing import pack, packed_bytes
 from npqwen.kernels.unpacked_matmul import unpacked_bytes
 from npqwen.simd import isa
+from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.isa import ISA
+from npqwen.simd.llvm import F32, I32, VOID, vector
 from npqwen.simd.x86 import Amx, AmxBf16, Avx512Vbmi
 
 INTEGERS = pytest.mark.parametrize(
@@ -113,6 +118,57 @@ def test_unpacking_to_bf16(encoding: Encoding) -> None:
     assert mnemonics(loop).count("vcvtne2ps2bf16") == 16
     assert len(spills(loop)) == 0
     assert len(loop) < 250, loop
+
+
+@pytest.mark.skipif(not llvm.get_host_cpu_features().get("avx512bf16"), reason="this processor cannot convert to bf16")
+def test_the_instruction_that_rounds_to_bf16() -> None:
+    """AMX's processors have it, and so have others: it gives the bits of the portable operation."""
+    rng = np.random.default_rng(0)
+    even, odd = (rng.standard_normal((64, 16)).astype(np.float32) for _ in range(2))
+    even[0], odd[1] = TIES, -TIES
+    assert np.array_equal(pairs(AmxBf16(), even, odd), pairs(Portable16(), even, odd))
+
+
+TIES = np.resize(np.array([0x3F808000, 0x3F818000, 0x3F80FFFF, 0], np.uint32), 16).view(np.float32)
+"""Between two bf16, the first two exactly: of these, the even one is taken."""
+
+
+class Portable16(InstructionSet):
+    """The portable operations on vectors of 16 lanes."""
+
+    lanes = 16
+
+
+def pairs(isa: InstructionSet, even: np.ndarray, odd: np.ndarray) -> np.ndarray:
+    """`bfloat_pairs` of rows of 16 float32, compiled for this processor: uint32."""
+    module, kind = ir.Module(), vector(F32, 16)
+    function = ir.Function(module, ir.FunctionType(VOID, [kind.as_pointer()] * 2 + [vector(I32, 16).as_pointer()]), "f")
+    b = ir.IRBuilder(function.append_basic_block())
+    low, high, out = function.args
+    b.store(isa.bfloat_pairs(b, b.load(low, align=4), b.load(high, align=4)), out, align=4)
+    b.ret_void()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, 2)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("f"))
+    found = np.empty(even.shape, np.uint32)
+    for x, y, z in zip(even, odd, found, strict=True):
+        call(x.ctypes.data, y.ctypes.data, z.ctypes.data)
+    return found
+
+
+def test_the_portable_rounding_to_bf16() -> None:
+    rng = np.random.default_rng(0)
+    even, odd = (rng.standard_normal((64, 16)).astype(np.float32) for _ in range(2))
+    found = pairs(Portable16(), even, odd)
+    for halves, x in ((found & 0xFFFF, even), (found >> 16, odd)):
+        rounded = (halves << 16).view(np.float32)
+        assert (np.abs(rounded - x) <= np.abs(x) * 2.0**-8).all()
+    found = pairs(Portable16(), TIES[None], TIES[None])[0]
+    assert [hex(word) for word in found[:4]] == ["0x3f803f80", "0x3f823f82", "0x3f813f81", "0x0"]
 
 
 def test_without_permission_amx_is_not_available() -> None:

@@ -25,6 +25,7 @@ import npqwen
 from npqwen.kernels.compiled import _SOURCES, FUNCTIONS, address_of, kernel_directory
 from npqwen.kernels.entry import entry
 from npqwen.model import load
+from npqwen.simd.amx import release
 
 # A small kernel that shares the package's helpers, compiled as models' are.
 SMALL = """
@@ -127,9 +128,9 @@ def test_adapters_kernels_are_loaded_too(tiny: Callable[[int], Path], kernels: P
     assert stored[1] == stored[0]
 
 
-def test_a_kernel_that_could_not_be_found_again_is_refused() -> None:
+@pytest.mark.parametrize("helper", [njit(lambda: None), release], ids=["function", "operation"])
+def test_a_kernel_that_could_not_be_found_again_is_refused(helper: Any) -> None:
     """Numba looks a kernel up by a pickle of its closure, and a function's pickle differs in every process."""
-    helper = njit(lambda: None)
     with pytest.raises(TypeError, match=r"chooses holds .*; choose it inside, by a constant"):
 
         @entry()
