@@ -172,7 +172,10 @@ class Adapter:
             """values: (groups of 16 rows, columns, 16)."""
             nonlocal end
             start, end = end, end + pad(2 * values.size, CACHE_LINE)
-            self._memory[start : start + 2 * values.size].view(np.uint16)[:] = _bf16(values).ravel()
+            halves = _bf16(values).ravel()
+            if (halves & 0x7FFF == 0x7F80).any():
+                raise CheckpointError(f"{self.directory} has values beyond the range of bf16; the adapter is broken")
+            self._memory[start : start + 2 * values.size].view(np.uint16)[:] = halves
             return self._memory.ctypes.data + start
 
         stacked = np.zeros((pad(_ranks(each.targets), UNIT_ROWS), each.columns), np.float32)

@@ -117,7 +117,8 @@ class DraftLayer:
         lowest = out.shape[1] - UNIT_ROWS * groups.size
         if not 0 < lowest <= rows:
             raise OptionError(f"out has {out.shape[1]} columns for {groups.size} groups of {UNIT_ROWS} ids and others")
-        return Output(np.array([tokens - 1]), False, out[:, :lowest], np.ascontiguousarray(groups), out[:, lowest:])
+        last = np.array([tokens - 1], np.int64)
+        return Output(last, False, out[:, :lowest], np.ascontiguousarray(groups), out[:, lowest:])
 
     def _input_arguments(self, norm: int, ids: NDArray[np.int64], states: NDArray[np.float32]) -> tuple[Any, ...]:
         """The arguments of `draft_input` after the member's row and number."""

@@ -23,8 +23,8 @@ from npqwen.engine.fingerprint import fingerprint
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.pass_times import PassTimes
 from npqwen.engine.piece import Piece, by_piece, caches_in_use, check_pieces, last_tokens, reserve
-from npqwen.engine.prefix_files import PrefixFiles
-from npqwen.engine.prefix_pool import new_pool
+from npqwen.engine.prefix_files import DEFAULT_SIZE, PrefixFiles
+from npqwen.engine.prefix_pool import check_prefix_options, new_pool
 from npqwen.engine.prefixes import Prefixes
 from npqwen.engine.records import Output
 from npqwen.engine.recurrent_states import states_bytes
@@ -74,7 +74,7 @@ class Engine:
         if threads is not None:
             check_threads(threads)
         chosen = None if kv is None else check_cache_type(kv)
-        files = check_adapters(adapters)
+        adapter_files = check_adapters(adapters)
         self._path = path
         self._config = with_yarn(Config.from_directory(path), yarn)
         self._context = context_length(self.config, context)
@@ -96,25 +96,20 @@ class Engine:
         self._runner = Runner(
             self.config,
             weights,
-            Adapters(files, self.config),
+            Adapters(adapter_files, self.config),
             threads=self.threads,
             chunk=self.chunk,
             context=self.context,
             from_disk=exceeds_memory,
         )
-        self._prefixes = Prefixes(0)
-        page, states = self.new_cache(1).page_bytes, states_bytes(self.config)
-        Budget(self.weight_bytes, self._runner.nbytes, page, available, states).check(context)
-        self._prefixes = new_pool(
-            prefix_cache,
-            prefix_cache_size,
-            prefix_memory,
-            available=None if available is None else available - self.weight_bytes,
-            files=lambda directory, most: PrefixFiles(directory, most, self.new_cache(1), self.fingerprint),
-            recurrent=self.config.recurrence is not None,
-            busy=self._runner.is_busy,
-            notice=notice,
-        )
+        besides = None if available is None else available - self.weight_bytes
+        self._prefixes = new_pool(prefix_memory, besides, self.config.recurrence is not None, notice)
+        cache, states = self.new_cache(1), states_bytes(self.config)
+        Budget(self.weight_bytes, self._runner.nbytes, cache.page_bytes, available, states).check(context)
+        check_prefix_options(prefix_cache, prefix_cache_size, prefix_memory, cache.page_bytes)
+        if prefix_cache is not None:
+            files = PrefixFiles(prefix_cache, prefix_cache_size or DEFAULT_SIZE, cache, self.fingerprint)
+            self._prefixes.open(files, self._runner.is_busy)
         self._draft_layer: DraftLayer | None = None
         if len(weights.draft):
             reclaim = self.prefixes.drop_oldest
@@ -276,6 +271,7 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the config and samples of the weights; see `npqwen.engine.fingerprint`."""
+        self.weights.check_whole()
         return fingerprint(self.config, self.weights)
 
     def forward_pieces(
@@ -331,6 +327,7 @@ class Engine:
         with self._runner.turn():  # nobody unmaps the weights meanwhile
             if not self.weights.tensors:
                 raise ClosedError("the model is closed; load it again")
+            self.weights.check_whole()
             read_row(matrix, int(id), row)
         return row[: self.config.hidden_size]
 

@@ -159,8 +159,8 @@ class KVCache:
 
     def missing_bytes(self, tokens: int) -> int:
         """Bytes that a pass of `tokens` more tokens allocates."""
-        pages = max(0, ceil_div(self.length + tokens, PAGE) - self.page_count)
-        return pages * self.page_bytes + (0 if self.recurrent is None else self.recurrent.missing_bytes)
+        state = 0 if self.recurrent is None else self.recurrent.missing_bytes
+        return len(self._new_pages(tokens)) * self.page_bytes + state
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens, in pages that no fork shares, and for the state after them.
@@ -176,12 +176,7 @@ class KVCache:
                 )
             if self.recurrent is not None and self.recurrent.missing_bytes:
                 self.recurrent.add_spare(self.new_state())
-            held, end = self._held, ceil_div(need, PAGE)
-            written = [
-                i
-                for i in range(self.length // PAGE, end)
-                if i >= len(held.arrays) or max(0, self.length - i * PAGE) < self._shared.get(i, 0)
-            ]
+            held, written = self._held, self._new_pages(tokens)
             if not written:
                 return
             self._check_memory(len(written), need)
@@ -197,6 +192,15 @@ class KVCache:
             self._held = _Pages(arrays, addresses)
             for i in written:
                 self._shared.pop(i, None)
+
+    def _new_pages(self, tokens: int) -> list[int]:
+        """The indices of the pages that `tokens` more tokens need and that are missing, or shared and to be copied."""
+        pages = range(self.length // PAGE, ceil_div(self.length + tokens, PAGE))
+        return [
+            i
+            for i in pages
+            if i >= len(self._held.arrays) or max(0, self.length - i * PAGE) < self._shared.get(i, 0)
+        ]
 
     def reusable(self, length: int) -> int:
         """How many of the first `length` tokens `truncate` and `fork` can keep.
@@ -349,8 +353,11 @@ class KVCache:
         target[:, :, :, :tiles] = source[:, :, :, :tiles]
 
     def _check_length(self, length: int) -> None:
-        if self.reusable(length) != length:
+        reusable = self.reusable(length)
+        if length > self.length:
             raise OptionError(f"length is {length}; the cache has {self.length} tokens")
+        if reusable != length:
+            raise OptionError(f"length is {length}; this hybrid's last checkpoint before it is at {reusable}")
 
     def new_page(self) -> NDArray[Any]:
         """A new page of zeros, not added to this cache. Raises OutOfMemoryError if memory is too short."""

@@ -14,6 +14,7 @@ recently used first; times within a prefix decrease from page to page, so that i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -41,6 +42,8 @@ DEFAULT_SIZE = 10 * 10**9
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{32}\.safetensors", re.ASCII)
 _OFFSETS = re.compile(r"[0-9]{1,3}(,[0-9]{1,3}){0,255}", re.ASCII)
 _CHECKSUM = re.compile(r"[0-9a-f]{8}", re.ASCII)
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
+"""Errors of the system that say nothing about a file."""
 
 
 class _Damaged(Exception):
@@ -96,9 +99,11 @@ class PrefixFiles:
         self.root = root_key(FORMAT, VERSION, fingerprint, self._dtype, cache.page_shape)
         self._sample = cache.new_page()
         self._damaged: dict[str, str] = {}
-        """Names of files that could not be used, and why, since the last `take_damaged`."""
+        """Names of files that were removed, and why, since the last `take_damaged`."""
+        self._unreadable: dict[str, str] = {}
+        """Names of files that could not be read, and why, since the last `take_damaged`."""
         self._refused: set[str] = set()
-        """Names of files that could not be removed either."""
+        """Names of files that could not be read or removed."""
         remove_abandoned(directory)
 
     def read(self, parent: bytes, ids: Ids, depth: int) -> PrefixPage | None:
@@ -136,7 +141,7 @@ class PrefixFiles:
         if not path.exists() or page.is_outdated:
             part = page_part(page.array, len(page.ids), self._tile)
             # A page's owner may still append to it, so the checksum is computed from a copy.
-            data = part if page.is_full else np.ascontiguousarray(part)
+            data = part if page.is_full else part.copy()
             flat = data.reshape(-1).view(np.uint8)
             ids = page.ids.astype("<i4")
             checksum = zlib.crc32(flat.data, zlib.crc32(ids.data))
@@ -161,8 +166,11 @@ class PrefixFiles:
                 (self.directory / _name(page.parent, page.ids, page.replaces)).unlink()
 
     def take_damaged(self) -> str | None:
-        """A line about the files found damaged since the last call; None if there were none."""
+        """A line about the files found damaged or unreadable since the last call; None if there were none."""
         if not self._damaged:
+            unreadable, self._unreadable = self._unreadable, {}
+            for name, reason in unreadable.items():
+                return f"cannot read {self.directory / name} of the prefix cache: {reason}"
             return None
         damaged, self._damaged = self._damaged, {}
         name, reason = next(iter(damaged.items()))
@@ -176,10 +184,11 @@ class PrefixFiles:
         try:
             with open_regular(self.directory / name) as file:
                 return self._checked(file, name, parent, depth)
-        except FileNotFoundError:
+        except _Damaged as error:
+            self._drop(name, str(error))
             return None
-        except (_Damaged, OSError) as error:
-            self._drop(name, error)
+        except OSError as error:
+            self._refuse(name, error)
             return None
 
     def _checked(self, file: BinaryIO, name: str, parent: bytes, depth: int) -> PrefixPage:
@@ -243,21 +252,27 @@ class PrefixFiles:
         try:
             with open_regular(self.directory / name) as file:
                 return self._head(file)[1]
-        except FileNotFoundError:
+        except _Damaged as error:
+            self._drop(name, str(error))
             return none
-        except (_Damaged, OSError) as error:
-            self._drop(name, error)
+        except OSError as error:
+            self._refuse(name, error)
             return none
 
-    def _drop(self, name: str, error: Exception) -> None:
+    def _drop(self, name: str, reason: str) -> None:
         """Remove a file that cannot be used, and record why."""
-        reason = str(error) if isinstance(error, _Damaged) else str(getattr(error, "strerror", None) or error)
         self._damaged[name] = reason
         try:
             (self.directory / name).unlink()
         except FileNotFoundError:
             pass
         except OSError:
+            self._refused.add(name)
+
+    def _refuse(self, name: str, error: OSError) -> None:
+        """Leave a file alone that cannot be read, from now on unless it is gone or the reason is a passing one."""
+        if not isinstance(error, FileNotFoundError) and error.errno not in _PASSING:
+            self._unreadable[name] = error.strerror or str(error)
             self._refused.add(name)
 
     def _offsets(self, header: Header, count: int) -> list[int]:
@@ -289,12 +304,12 @@ class PrefixFiles:
         The directory is listed each time, as other processes write to it, too: while several do, it may exceed the
         limit by one page per process.
         """
-        oldest = sorted(self._files(), reverse=True)
-        total = sum(found.size for found in oldest)
+        newest_first = sorted(self._files(), reverse=True)
+        total = sum(found.size for found in newest_first)
         while total + needed > self.limit:
-            if not oldest or oldest[-1].used >= used:
+            if not newest_first or newest_first[-1].used >= used:
                 return False
-            found = oldest.pop()
+            found = newest_first.pop()
             path = self.directory / found.name
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime_ns != found.used:

@@ -77,26 +77,30 @@ class Prefixes:
         *,
         recurrent: bool = False,
         adjustable: bool = False,
-        files: PrefixFiles | None = None,
-        busy: Callable[[], bool] = lambda: False,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         """limit: bytes in memory; 0 keeps nothing. recurrent: whether the model is a hybrid. adjustable: whether
-        `allow` changes the limit. files: the files that pages are read from and written to. busy: returns whether a
-        pass is running. notice: called in a caller's thread with lines about files that were damaged or could not be
-        written; by default they become a PrefixCacheWarning.
+        `allow` changes the limit. notice: called in a caller's thread with lines about files that were damaged or could
+        not be written; by default they become a PrefixCacheWarning.
         """
         self._limit = limit
         self._recurrent = recurrent
         self._adjustable = adjustable
-        self._files = files
-        self._root = b"" if files is None else files.root
-        self._writer = None if files is None else PrefixWriter(files, busy)
+        self._files: PrefixFiles | None = None
+        self._root = b""
+        self._writer: PrefixWriter | None = None
         self._notice = notice
         self._lock = threading.Lock()
         self._pages: OrderedDict[bytes, PrefixPage] = OrderedDict()
         self._branches: dict[tuple[bytes, bytes], list[PrefixPage]] = {}
         self._nbytes = 0
+
+    def open(self, files: PrefixFiles, busy: Callable[[], bool] = lambda: False) -> None:
+        """Read pages from these files, and write pages to them; once, before any other method is called.
+
+        busy: returns whether a pass is running; pages are written between passes.
+        """
+        self._files, self._root, self._writer = files, files.root, PrefixWriter(files, busy)
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ class Rope:
         dim = config.rotary_dim
         half = dim // 2
         self.scale = np.float32(1.0)
-        frequency = 1.0 / config.rope_theta ** (np.arange(half, dtype=np.float32) * np.float32(2 / dim))
+        frequency = 1.0 / config.rope_theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
         yarn = config.yarn
         if yarn is not None:
             low, high = (

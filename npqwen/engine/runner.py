@@ -68,7 +68,7 @@ class Runner:
         """Measured durations of passes of few tokens on this machine."""
         self._from_disk = from_disk
         self._rope = Rope(config)
-        self._rows = np.arange(chunk)
+        self._rows = np.arange(chunk, dtype=np.int64)  # int32 on Windows with NumPy 1
         self._turns: dict[int, threading.Lock] = {}
 
     def with_weights(self, weights: Weights) -> Self:
@@ -101,7 +101,7 @@ class Runner:
 
     def is_busy(self) -> bool:
         """Whether a pass runs."""
-        return any(turn.locked() for turn in self._turns.values())
+        return self.turn().locked()
 
     def run(self, function: Callable[..., None], tokens: int, *arguments: Any, keep: object = None) -> None:
         """Run function(row, member, *arguments) on the team, for this many tokens; see `Team.run`.

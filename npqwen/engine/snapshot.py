@@ -144,6 +144,8 @@ def _read(
     positions = [int(name[6:]) for name in header.tensors if _STATE.fullmatch(name)]
     if len(positions) > _STATES or (positions[-1:] != [count] if cache.recurrent and count else positions):
         raise damaged
+    if positions != sorted(set(positions)) or 0 in positions:
+        raise damaged
     expected = _header(cache, count, pending, positions, fingerprint, adapter)
     file.seek(0)
     if file.read(len(expected)) != expected:

@@ -125,9 +125,7 @@ class Batch:
 
     def cancel(self, sequence: Sequence) -> None:
         """Remove a sequence at the next step. Any thread may call this; no effect if it has ended."""
-        for entry in [*self._waiting, *self._running]:
-            if entry.sequence is sequence:
-                entry.cancelled = True
+        sequence.cancelled = True
 
     def step(self) -> bool:
         """Run one pass; returns whether there is anything left to run.
@@ -167,9 +165,9 @@ class Batch:
         self._pages_changed = False
 
     def _drop_cancelled(self) -> None:
-        for entry in [entry for entry in self._running if entry.cancelled]:
+        for entry in [entry for entry in self._running if entry.sequence.cancelled]:
             self._end(entry)
-        gone = [entry for entry in self._waiting if entry.cancelled]
+        gone = [entry for entry in self._waiting if entry.sequence.cancelled]
         for entry in gone:
             self._waiting.remove(entry)
             entry.on_end(None)
@@ -402,7 +400,7 @@ class Batch:
                 sequence.progress(sequence.length - sequence.cached, len(entry.prompt) - sequence.cached)
             while logits is not None or not sequence.left:
                 entry.on_text(sequence.accept(logits, None if logits is None else maxima))
-                if decoding.finished or entry.cancelled:
+                if decoding.finished or entry.sequence.cancelled:
                     break
                 sequence.next_step()
                 logits = None
@@ -412,14 +410,15 @@ class Batch:
         self.statistics.generated_tokens += len(decoding.ids) - before
         self.statistics.drafted_tokens += sequence.drafted - drafted
         self.statistics.accepted_tokens += sequence.accepted - accepted
-        if decoding.finished or entry.cancelled:
+        if decoding.finished or entry.sequence.cancelled:
             self._end(entry)
 
     def _end(self, entry: Entry, error: BaseException | None = None, keep: bool = True) -> None:
         """Remove a running sequence, and keep its cache as a prefix for others."""
         self._pages_changed = True
         self._running.remove(entry)
-        if keep and entry.sequence.cache is not None and not (entry.lent and entry.cancelled):  # it may have changed
+        may_have_changed = entry.lent and entry.sequence.cancelled
+        if keep and entry.sequence.cache is not None and not may_have_changed:
             self._prefixes.keep(entry.computed(), entry.cache)
         entry.release()
         self._memory.trim(self._caches())

@@ -33,7 +33,6 @@ class Entry:
     prompt: Ids
     lent: bool
     """Whether its cache belongs to a caller who uses it afterwards."""
-    cancelled: bool = False
 
     @property
     def cache(self) -> KVCache:

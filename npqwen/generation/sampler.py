@@ -249,7 +249,7 @@ def greatest(values: NDArray[np.float32], k: int, maxima: NDArray[np.float32] | 
     maxima: see `npqwen.kernels.greatest.block_maxima`; without them, all values are read.
     """
     if k >= len(values):
-        return np.arange(len(values))
+        return np.arange(len(values), dtype=np.intp)
     if k > MANY:
         kth = np.partition(values, len(values) - k)[len(values) - k]
         return np.flatnonzero(~(values < kth))
@@ -277,4 +277,4 @@ def _nucleus(p: NDArray[np.float64], mass: float, logits: NDArray[np.float32]) -
         if p[ids].sum() >= mass:
             return ids
         k *= 8
-    return np.arange(len(p))
+    return np.arange(len(p), dtype=np.intp)

@@ -91,6 +91,8 @@ class Sequence:
             limit = min(limit, cache.limit - len(prompt))
         self._tokenizer = model.tokenizer
         self.decoding = Decoding(model, prompt, given, option_watches(given), limit=limit)
+        self.cancelled = False
+        """Whether its driver is to end it; any thread may set this."""
         self.progress = given.get("progress")
         """progress(done, total): to be called as the prompt's tokens are run."""
         self.room = len(prompt) + limit

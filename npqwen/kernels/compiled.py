@@ -362,8 +362,12 @@ class _Interrupt(event.Listener):
 def _raising_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt if Ctrl-C arrives in a callback from LLVM: between two passes, at the latest at the end.
 
-    What the interrupted callback broke may raise something else first, which is replaced.
+    What the interrupted callback broke may raise something else first, which is replaced. Ctrl-C reaches the main
+    thread only; elsewhere this does nothing.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before, interrupt = sys.unraisablehook, _Interrupt()
 
     def hook(ignored: sys.UnraisableHookArgs, /) -> None:

@@ -163,7 +163,7 @@ class Reader:
                 if begins and not self._begin(text):
                     continue
                 assert text.cache is not None
-                count = min(text.left, room)
+                count = text.cache.span(min(text.left, room))
                 text.cache.reserve(count)
             except OutOfMemoryError as error:
                 self._end(readings, error)
@@ -204,13 +204,19 @@ class Reader:
         if readings.free:
             return readings.free.pop()
         if readings.common and readings.running:
-            caches = (other.cache for other in readings.running)
-            holder = next((one for one in caches if one is not None and one.length >= readings.common), None)
-            return None if holder is None else holder.fork(readings.common)
+            caches = [other.cache for other in readings.running if other.cache is not None]
+            holder = next((one for one in caches if one.reusable(readings.common) == readings.common), None)
+            if holder is not None:
+                return holder.fork(readings.common)
+            if any(one.length < readings.common for one in caches):
+                return None
         cache = self._model.new_cache(max(map(len, readings.texts)))
         found = self._prefixes.find(text.ids[: readings.common or -1])
         if found.length:
             found.give(cache)
+        if readings.common:  # at a checkpoint, where a hybrid's other texts branch off
+            cache.mark([readings.common])
+            readings.common = cache.expected(readings.common)
         return cache
 
     def _has_memory(self, text: Text) -> bool:
@@ -277,7 +283,7 @@ class Reader:
         readings.running.remove(text)
         text.cache = None
         readings.done += 1
-        if readings.waiting:
+        if readings.waiting and cache.reusable(readings.common) == readings.common:
             if cache.page_count <= readings.common // PAGE + _KEPT_PAGES:
                 cache.truncate(readings.common)
                 readings.free.append(cache)

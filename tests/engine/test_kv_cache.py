@@ -130,6 +130,18 @@ def test_a_fork_outlives_the_original(model: Model) -> None:
     assert np.array_equal(model.forward([3], fork), expected)
 
 
+def test_the_copy_of_a_shared_page_counts_as_memory(model: Model) -> None:
+    cache = model_cache(model, IDS[:300])
+    cache.share(300)
+    cache.truncate(290)  # its positions up to 300 belong to others
+    assert cache.missing_bytes(5) == cache.page_bytes
+    before = {array.ctypes.data for array in cache.held_arrays}
+    cache.reserve(5)
+    assert len({array.ctypes.data for array in cache.held_arrays} - before) == 1
+    assert cache.missing_bytes(5) == 0
+    assert cache.missing_bytes(300) == cache.page_bytes
+
+
 def test_impossible_forks(model: Model) -> None:
     cache = model_cache(model, IDS[:10])
     with pytest.raises(OptionError, match="length is 11; the cache has 10 tokens"):

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,10 +33,18 @@ TEXT = text(1, 2 * PAGE + 100)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 
-def opened(directory: Path, *, limit: int = 1000 * BYTES, fingerprint: str = "model", **options: Any) -> Prefixes:
+def opened(
+    directory: Path,
+    *,
+    limit: int = 1000 * BYTES,
+    fingerprint: str = "model",
+    busy: Callable[[], bool] = lambda: False,
+    notice: Callable[[str], None] | None = None,
+) -> Prefixes:
     """A pool with nothing in memory, as a new process has it."""
-    files = PrefixFiles(directory, limit, new_cache(), fingerprint)
-    return Prefixes(100 * BYTES, files=files, **options)
+    pool = Prefixes(100 * BYTES, notice=notice)
+    pool.open(PrefixFiles(directory, limit, new_cache(), fingerprint), busy)
+    return pool
 
 
 def store(directory: Path, *texts: Ids, **options: Any) -> None:
@@ -389,24 +398,36 @@ def test_when_memory_is_short_pages_that_wait_are_given_up_last(tmp_path: Path) 
     pool.close()
 
 
+@pytest.mark.parametrize("length", [100, 230], ids=["some of the tiles", "all of them"])
 def test_an_owner_that_appends_while_a_page_is_written_spoils_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = text(1, 200)
-    cache = computed(ids[:100])
+    ids = text(1, 250)
+    cache = computed(ids[:length])
     pool = opened(tmp_path)
     make_room = PrefixFiles._make_room
 
     def append(self: PrefixFiles, needed: int, used: int) -> bool:
         from prefix_pages import run
 
-        run(cache, ids[100:])  # after the checksum, before the data
+        run(cache, ids[length:])  # after the checksum, before the data
         return make_room(self, needed, used)
 
     monkeypatch.setattr(PrefixFiles, "_make_room", append)
-    pool.keep(ids[:100], cache)
+    pool.keep(ids[:length], cache)
     pool.close()
-    assert found(opened(tmp_path), ids) == 100
+    assert found(opened(tmp_path), ids) == length
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
+    store(tmp_path, TEXT)
+    before = names(tmp_path)
+    pool = opened(tmp_path)
+    for target in ("open_regular", "read_header"):
+        with mock.patch.object(prefix_files, target, side_effect=OSError(errno.EMFILE, "Too many open files")):
+            assert found(pool, TEXT) == 0
+    assert names(tmp_path) == before
+    assert found(pool, TEXT[:-1]) == len(TEXT) - 1
 
 
 KILLED = """
@@ -468,7 +489,8 @@ rng, place = random.Random(int(sys.argv[2])), Path(sys.argv[1])
 cache = new_cache()
 for _ in range(12):
     files = PrefixFiles(place, 20 * cache.page_bytes, cache, "model")
-    pool = Prefixes(30 * cache.page_bytes, files=files)
+    pool = Prefixes(30 * cache.page_bytes)
+    pool.open(files)
     for _ in range(8):
         ids = np.concatenate([text(rng.randrange(3), rng.randrange(1, 700)), text(rng.randrange(20), 200)])
         cache = new_cache()

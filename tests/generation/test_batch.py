@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -344,3 +346,21 @@ def test_pages_are_counted_once(dense: Model) -> None:
     fork = cache.fork(512)
     assert held_bytes([cache, fork]) == cache.nbytes == 3 * cache.page_bytes
     assert held_bytes([cache, cache.fork(600)]) == 4 * cache.page_bytes
+
+
+def test_a_text_that_is_cancelled_while_it_begins_ends(dense: Model) -> None:
+    batch = Batch(dense)
+    text = Text(batch, dense, "One", max_tokens=20)
+    has_memory = batch._has_memory
+
+    def cancel(*arguments: Any) -> bool:  # as another thread may
+        batch._waiting, waiting = deque(), batch._waiting
+        batch.cancel(text.sequence)
+        batch._waiting = waiting
+        return has_memory(*arguments)
+
+    with mock.patch.object(batch, "_has_memory", cancel):
+        batch.step()
+    batch.step()
+    assert text.ends == [None]
+    assert not batch.step()

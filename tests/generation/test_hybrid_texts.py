@@ -11,6 +11,8 @@ import pytest
 
 import npqwen
 from npqwen.engine.prefix_page import SHARED
+from npqwen.errors import FormatError
+from npqwen.format.safetensors import make_header, read_header
 from npqwen.generation.message_borders import message_borders
 from npqwen.model import Model
 
@@ -141,6 +143,24 @@ def test_a_saved_session_goes_back_to_the_last_message(path: Path, plain: Model,
         found = loaded.stream(prompt, max_tokens=10, temperature=0).completion()
         assert len(prompt) - found.usage.cached_tokens < 80
         assert found.ids == plain.generate(prompt, max_tokens=10, temperature=0).ids
+
+
+@pytest.mark.parametrize("position", [0, 301, 9_999_999_999])
+def test_a_saved_state_at_no_position_of_the_text_is_refused(path: Path, tmp_path: Path, position: int) -> None:
+    saved = tmp_path / "session"
+    with npqwen.load(path, threads=1) as model:
+        session = npqwen.Session(model)
+        session.prefill(list(range(300)))
+        session.save(saved)
+        with open(saved, "rb") as file:
+            header = read_header(file)
+            data = file.read()
+        tensors = [(name, each.dtype, each.shape) for name, each in header.tensors.items()]
+        assert [name for name, *_ in tensors if name.startswith("state.")] == ["state.256", "state.288", "state.300"]
+        tensors = [(name.replace("256", str(position)), *rest) for name, *rest in tensors]  # type: ignore[misc]
+        saved.write_bytes(make_header(tensors, header.metadata) + data)
+        with pytest.raises(FormatError, match="truncated or not a saved session"):
+            npqwen.Session.load(model, saved)
 
 
 def test_borders_are_few_and_the_nearest_are_among_them(plain: Model) -> None:

@@ -195,6 +195,20 @@ def test_options_of_the_pool(path: Path, tmp_path: Path) -> None:
         assert model.generate(WORDS * 20, max_tokens=1).usage.cached_tokens == 0
 
 
+def test_pages_in_memory_make_room_for_pages_of_files(
+    tiny: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(tiny(4), threads=1, prefix_cache=tmp_path) as model:
+        model.generate(WORDS * 20, max_tokens=1)
+    with load(tiny(4), threads=1, prefix_cache=tmp_path) as model:
+        model.generate("Another text. " * 40, max_tokens=1)
+        assert model.prefixes.nbytes
+        scarce = lambda: None if not model.prefixes.nbytes else 0  # noqa: E731
+        monkeypatch.setattr("npqwen.engine.kv_cache.available_memory", scarce)
+        ids = np.array(model.tokenizer.encode(WORDS * 20), np.int32)
+        assert model.prefixes.fetch(ids).length > len(ids) // 2
+
+
 def test_a_model_that_recites_finds_prefixes_too() -> None:
     model = recite("One two three")
     assert model.prefixes.nbytes == 0

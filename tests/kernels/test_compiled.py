@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from numba.core import event
 from numba.core.registry import CPUDispatcher
 
 import npqwen
-from npqwen.kernels.compiled import _SOURCES, FUNCTIONS, address_of, kernel_directory
+from npqwen.kernels.compiled import _SOURCES, FUNCTIONS, _raising_interrupts, address_of, kernel_directory
 from npqwen.kernels.entry import entry
 from npqwen.model import load
 from npqwen.simd.amx import release
@@ -258,6 +259,23 @@ def test_ctrl_c_in_a_callback_is_heard(error: type[BaseException]) -> None:
             address_of(kernel)
         assert sys.unraisablehook is hook
     assert [found.exc_type for found in ignored] == ([] if error is KeyboardInterrupt else [error])
+
+
+def test_threads_that_compile_leave_the_hook_of_ctrl_c_as_it_was() -> None:
+    hook, compiling, done = sys.unraisablehook, threading.Event(), threading.Event()
+
+    def compile_elsewhere() -> None:
+        with _raising_interrupts():
+            compiling.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=compile_elsewhere)
+    thread.start()
+    compiling.wait(60)
+    with _raising_interrupts():
+        done.set()
+        thread.join()
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -214,3 +215,14 @@ def test_random_texts_together_are_those_alone(model: npqwen.Model) -> None:
         reader = Reader(model, parallel=int(random.integers(1, 9)), memory=memory)
         for ids, state in zip(given, reader.read(given), strict=True):
             np.testing.assert_array_equal(state, alone(model, ids))
+
+
+@pytest.mark.parametrize("common", [5, 40, 100, 300, 700])
+def test_texts_of_a_hybrid_branch_off_at_a_checkpoint(hybrid: Callable[[str, int], Path], common: int) -> None:
+    with npqwen.load(hybrid("qwen35", 8), threads=1) as model:
+        given = texts(common + 30, common + 1, common + 200, common + 9, common=common)
+        given = [ids % model.config.vocab_size for ids in given]
+        reader = Reader(model)
+        for ids, state in zip(given, reader.read(given), strict=True):
+            np.testing.assert_allclose(state, alone(model, ids), atol=1e-5)
+        assert (reader.statistics.cached_tokens > 0) == (common >= 40)
