@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
 from npqwen.checks import check_path, check_progress
-from npqwen.engine.cache_type import CacheType
 from npqwen.engine.engine import Engine
 from npqwen.errors import NpqwenError, OptionError, quoted
 from npqwen.format.task import Task, check_task
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from npqwen.chat.chat_template import ChatTemplate
     from npqwen.chat.conversation import Conversation
     from npqwen.chat.events import Reply
-    from npqwen.format.adapter import AdapterFile
+    from npqwen.engine.engine_options import EngineOptions
     from npqwen.generation.decoding import Prompt, Prompts
     from npqwen.generation.options import GenerationOptions
     from npqwen.generation.score import ContinuationScore
@@ -73,18 +72,9 @@ class Model(Engine):
         self,
         path: Path,
         *,
-        threads: int | None = None,
-        context: int | None = None,
-        yarn: float | None = None,
-        kv: CacheType | None = None,
-        adapters: Mapping[str, Any] | None = None,
-        prefix_cache: Path | None = None,
-        prefix_cache_size: int | None = None,
-        prefix_memory: int | None = None,
-        notice: Callable[[str], None] | None = None,
-        on_compile: Callable[[int, int], None] | None = None,
         name: str | None = None,
         draft: Path | Model | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
         """Map the converted directory `path`; see `load`."""
         self._name = name or path.name
@@ -96,34 +86,14 @@ class Model(Engine):
             # Read now, since the directory may be removed while the model runs; an error matters only in chats.
             self._template_files = reader.submit(TemplateFiles.from_directory, path)
             task_files = reader.submit(TaskFiles.from_directory, path, self._name)
-            super().__init__(
-                path,
-                threads=threads,
-                context=context,
-                yarn=yarn,
-                kv=kv,
-                adapters=adapters,
-                prefix_cache=prefix_cache,
-                prefix_cache_size=prefix_cache_size,
-                prefix_memory=prefix_memory,
-                notice=notice,
-                on_compile=on_compile,
-            )
+            super().__init__(path, **options)
             try:
                 self._tokenizer = tokenizer.result()
                 self._task_files = task_files.result()
                 self._generation_config = GenerationConfig.from_directory(path)
                 if draft is not None and not isinstance(draft, Model):
-                    draft = self._loaded_draft = Model(
-                        draft,
-                        threads=threads,
-                        kv=kv,
-                        prefix_cache=prefix_cache,
-                        prefix_cache_size=prefix_cache_size,
-                        prefix_memory=prefix_memory,
-                        notice=notice,
-                        on_compile=on_compile,
-                    )
+                    own: EngineOptions = {**options, "context": None, "yarn": None, "adapters": None}
+                    draft = self._loaded_draft = Model(draft, **own)
                 self._draft = draft
                 self._drafting = Drafting(
                     self.passes,
@@ -457,29 +427,16 @@ class Model(Engine):
 
 
 def load(
-    path: Path,
+    path: str | os.PathLike[str],
     *,
-    threads: int | None = None,
-    context: int | None = None,
-    yarn: float | None = None,
-    kv: CacheType | None = None,
-    adapters: Mapping[str, str | os.PathLike[str] | AdapterFile] | None = None,
-    prefix_cache: str | os.PathLike[str] | None = None,
-    prefix_cache_size: int | None = None,
-    prefix_memory: int | None = None,
-    notice: Callable[[str], None] | None = None,
-    on_compile: Callable[[int, int], None] | None = None,
     name: str | None = None,
     draft: str | os.PathLike[str] | Model | None = None,
+    **options: Unpack[EngineOptions],
 ) -> Model:
     """Map a converted directory, silently.
 
-    threads: default, this machine's performance cores. context: maximum tokens of a sequence, default the model's
-    own. yarn, kv, adapters, prefix_cache, prefix_cache_size, prefix_memory: see `npqwen.load`. notice(line): called
-    when files of the prefix cache are damaged or cannot be written; default: a PrefixCacheWarning. on_compile(done,
-    total): called while kernels are compiled, on the first use on a machine. name: of the model, default the
-    directory's. draft: a converted directory, loaded with the same threads, kv, prefix cache and callbacks and closed
-    with the model, or a loaded model; see `npqwen.load`.
+    name: of the model, default the directory's. draft: a converted directory, loaded with the same threads, kv, prefix
+    cache and callbacks and closed with the model, or a loaded model. options: see `npqwen.load`.
 
     Raises CheckpointError or FormatError for a directory that holds no converted model, OptionError for impossible
     options, OutputError for a prefix cache that cannot be written, OutOfMemoryError if memory cannot hold the buffers
@@ -487,16 +444,7 @@ def load(
     """
     return Model(
         Path(path),
-        threads=threads,
-        context=context,
-        yarn=yarn,
-        kv=kv,
-        adapters=adapters,
-        prefix_cache=None if prefix_cache is None else check_path(prefix_cache),
-        prefix_cache_size=prefix_cache_size,
-        prefix_memory=prefix_memory,
-        notice=notice,
-        on_compile=on_compile,
         name=name,
         draft=draft if draft is None or isinstance(draft, Model) else check_path(draft),
+        **options,
     )

@@ -64,7 +64,7 @@ class Tokenizer:
         try:
             tokenizer = _Tokenizer.from_buffer(data)
         except BaseException as error:
-            if not _is_the_librarys(error):
+            if not _is_library_error(error):
                 raise
             raise CheckpointError(f"{path} cannot be read: {shortened(str(error), 200)}") from None
         kinds = type(tokenizer.model).__name__, type(tokenizer.decoder).__name__
@@ -115,7 +115,7 @@ class Tokenizer:
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except BaseException as error:
-            if not _is_the_librarys(error):
+            if not _is_library_error(error):
                 raise
             raise OptionError(f"the text cannot be tokenized: {shortened(str(error), 200)}") from None
         return ids
@@ -217,8 +217,8 @@ def _longest_blank(text: str) -> int:
     return longest
 
 
-def _is_the_librarys(error: BaseException) -> bool:
-    """Whether the tokenizers library raised it: a bare Exception, or a Rust panic, which is a BaseException."""
+def _is_library_error(error: BaseException) -> bool:
+    """Whether it is an Exception, or a Rust panic of the tokenizers library, which is a BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -58,7 +58,7 @@ def integer_loop(
 
 def unpacked_loop(isa: InstructionSet, target: tuple[str, str]) -> list[str]:
     """The instructions of a loop over two blocks of unpacked weights by tiles of the widest width."""
-    tokens = isa.pieces_width or max(isa.tiles)
+    tokens = isa.panels_width or max(isa.tiles)
     block, x_block = UNPACKED.block_bytes, block_bytes(tokens, isa.start_bytes)
 
     def body(

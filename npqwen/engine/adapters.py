@@ -121,7 +121,7 @@ class Adapters(Mapping[str, Adapter]):
             expert_expands=expert_expands,
             expert_most_groups=expert_most,
             tiles=np.zeros((0, 3), np.int64),
-            of_token=np.zeros(0, np.int64),
+            token_adapters=np.zeros(0, np.int64),
             normed=np.zeros((tokens, hidden.shape[1]), np.float32),
             gated=np.zeros((tokens, inner), np.float32),
             reduced=np.zeros((tokens, PARTS, UNIT_ROWS * int(most.max(initial=0))), np.float32),
@@ -151,10 +151,10 @@ class Adapters(Mapping[str, Adapter]):
                     own.append([first, first + count])
             first += count
         tiles = [tile for number, own in sorted(runs.items()) for run in own for tile in _tiles(number, *run)]
-        of_token = np.full(first, -1, np.int64)
+        token_adapters = np.full(first, -1, np.int64)
         for number, token, count in tiles:
-            of_token[token : token + count] = number
-        return self._pass._replace(tiles=np.array(tiles, np.int64), of_token=of_token)
+            token_adapters[token : token + count] = number
+        return self._pass._replace(tiles=np.array(tiles, np.int64), token_adapters=token_adapters)
 
 
 def _tiles(number: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:

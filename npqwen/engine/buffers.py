@@ -46,7 +46,7 @@ class Buffers:
         expert_inner = int(layers["down_proj"]["cols"][sparse].max(initial=UNIT_COLUMNS))
         widest = max(WIDEST, PROMPT_WIDTH)
         tokens = pad(tokens, widest)
-        of_draft = int(draft["fc"]["cols"].max(initial=0))
+        draft_columns = int(draft["fc"]["cols"].max(initial=0))
         slots = 0
         self.experts: ExpertActivations | None = None
         if config.mixture is not None:
@@ -72,7 +72,7 @@ class Buffers:
             )
         self.activations = Activations(
             hidden=_floats(tokens, hidden),
-            packed=_bytes(packed_bytes(max(tokens, slots), max(hidden, attended, of_draft))),
+            packed=_bytes(packed_bytes(max(tokens, slots), max(hidden, attended, draft_columns))),
             gated=_bytes(packed_bytes(tokens, inner)),
             queries=_floats(tokens, heads * dim),
             attended=_floats(tokens, attended),
@@ -80,7 +80,7 @@ class Buffers:
         )
         multiple = max(dim // UNIT_ROWS, GROUPS_PER_BLOCK)
         # Besides the input of a draft layer's matrix, a thread holds an embedding.
-        columns = max(hidden, attended, inner, expert_inner, of_draft + hidden if of_draft else 0)
+        columns = max(hidden, attended, inner, expert_inner, draft_columns + hidden if draft_columns else 0)
         scratch = max(
             attention.scratch_floats(dim),
             matmul.scratch_floats(columns),

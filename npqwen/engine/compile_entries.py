@@ -21,7 +21,10 @@ from npqwen.kernels.matmul import matmul_kernels
 
 
 def compile_entries(path: Path, kv: str | None) -> None:
-    """Compile those that the converted directory `path` needs, with a KV cache of this type; None: the default."""
+    """Compile the kernels that the model in the converted directory `path` calls by address.
+
+    kv: the KV cache's type; None: the default.
+    """
     quantization = Quantization.from_directory(path)
     page_dtype = PAGE_DTYPES[quantization.recipe.cache_type if kv is None else check_cache_type(kv)]
     matmul_kernels({encoding.code for encoding in quantization.encodings.values()})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen.checks import check_progress, check_whole
+from npqwen.checks import check_path, check_progress, check_whole
 from npqwen.engine.adapters import Adapters, check_adapters
 from npqwen.engine.arrays import checked_ids, logits_array, results_array
 from npqwen.engine.budget import Budget
@@ -40,6 +40,8 @@ from npqwen.kernels.matrix import read_row
 from npqwen.kernels.paging import prefetch_policy
 
 if TYPE_CHECKING:
+    import os
+
     from typing_extensions import Self
 
 CHUNK = 256
@@ -64,7 +66,7 @@ class Engine:
         yarn: float | None = None,
         kv: CacheType | None = None,
         adapters: Mapping[str, Any] | None = None,
-        prefix_cache: Path | None = None,
+        prefix_cache: str | os.PathLike[str] | None = None,
         prefix_cache_size: int | None = None,
         prefix_memory: int | None = None,
         notice: Callable[[str], None] | None = None,
@@ -86,9 +88,6 @@ class Engine:
         weights.check_codebooks()
         self._kv = chosen or weights.cache_type
         self._weight_bytes = weights.nbytes
-        is_recurrent = [self.config.is_recurrent(layer) for layer in range(self.config.num_hidden_layers)]
-        weights.layers["kv_index"] = np.cumsum(np.logical_not(is_recurrent)) - 1
-        weights.layers["state_index"] = np.cumsum(is_recurrent) - 1
         weights.model[0]["prefetch"] = prefetch_policy(weights.paths, exceeds_memory)
         self._threads = default_threads() if threads is None else int(threads)
         self._origin = object()
@@ -104,11 +103,12 @@ class Engine:
         )
         besides = None if available is None else available - self.weight_bytes
         self._prefixes = new_pool(prefix_memory, besides, self.config.recurrence is not None, notice)
+        directory = None if prefix_cache is None else check_path(prefix_cache)
         cache, states = self.new_cache(1), states_bytes(self.config)
         Budget(self.weight_bytes, self._runner.nbytes, cache.page_bytes, available, states).check(context)
-        check_prefix_options(prefix_cache, prefix_cache_size, prefix_memory, cache.page_bytes)
-        if prefix_cache is not None:
-            files = PrefixFiles(prefix_cache, prefix_cache_size or DEFAULT_SIZE, cache, self.fingerprint)
+        check_prefix_options(directory, prefix_cache_size, prefix_memory, cache.page_bytes)
+        if directory is not None:
+            files = PrefixFiles(directory, prefix_cache_size or DEFAULT_SIZE, cache, self.fingerprint)
             self._prefixes.open(files, self._runner.is_busy)
         self._draft_layer: DraftLayer | None = None
         if len(weights.draft):

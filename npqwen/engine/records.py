@@ -171,7 +171,7 @@ class Adapted(NamedTuple):
     tiles: Ints
     """(tiles, 3): number of the adapter, first token, number of tokens. Tiles of one adapter are adjacent; tokens
     without an adapter are in none."""
-    of_token: Ints
+    token_adapters: Ints
     """(tokens,): number of the adapter, or -1; empty if no token has one."""
     normed: Floats
     """(tokens, hidden), the input of attention or feed-forward."""

@@ -56,7 +56,7 @@ class Runner:
         from_disk: bool,
     ) -> None:
         """chunk: the most tokens of a pass. context: the most of a sequence. from_disk: whether memory is too small for
-        the weights, so that every pass takes long."""
+        the weights, so every pass is slow."""
         self.config, self.weights, self.adapters = config, weights, adapters
         self.team = Team(threads)
         # A runner that is not closed ends its threads when it is garbage-collected; at exit they are daemons.
@@ -180,8 +180,8 @@ class Runner:
         first = 0
         for i, piece in enumerate(pieces):
             ids, cache = piece.ids, piece.cache
-            of_states = _NO_STATES if cache.recurrent is None else cache.recurrent.fields
-            records[i] = first, ids.size, cache.length, cache.page_table, *of_states
+            state_fields = _NO_STATES if cache.recurrent is None else cache.recurrent.fields
+            records[i] = first, ids.size, cache.length, cache.page_table, *state_fields
             first += ids.size
         rows = self._rows[:first]
         # Vectors of texts do not depend, to the bit, on what they are packed with, nor do verified draft tokens.

@@ -75,7 +75,7 @@ class Team:
                 for go in self._go:
                     _release(go)
                 raise OutOfMemoryError(
-                    f"this system lets npqwen start {member} threads of {self.threads}; use fewer (--threads)"
+                    f"the system refused thread {member + 1} of {self.threads}; use fewer (--threads)"
                 ) from None
 
     def row(self, member: int) -> Any:

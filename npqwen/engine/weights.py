@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import mmap
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +39,82 @@ class MappedTensor:
     path: Path
 
 
-class Weights:
+class _Records:
+    """The records that kernels read, filled from a layout.
+
+    model, layers: arrays of MODEL (one) and LAYER. draft, draft_layers: arrays of DRAFT and LAYER records, one each if
+    the model has a draft layer, else empty.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        c = layout.config
+        self.model, self.layers = np.zeros(1, MODEL), np.zeros(c.num_hidden_layers, LAYER)
+        self.draft, self.draft_layers = (np.zeros(c.mtp_num_hidden_layers, record) for record in (DRAFT, LAYER))
+        model = self.model[0]
+        for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
+            model[key] = getattr(c, key)
+        if c.mixture is not None:
+            model["norm_topk_prob"] = c.mixture.norm_topk_prob
+        if c.recurrence is not None:
+            for key in RECURRENCE:
+                model[key] = getattr(c.recurrence, key)
+        model["embed_tokens"] = self._matrix(layout.embed_tokens)
+        model["norm"] = self._vector(layout.norm)
+        model["lm_head"] = self._matrix(layout.lm_head or layout.embed_tokens)
+        is_recurrent = [c.is_recurrent(i) for i in range(c.num_hidden_layers)]
+        self.layers["number"] = np.arange(c.num_hidden_layers)
+        self.layers["kv_index"] = np.cumsum(np.logical_not(is_recurrent)) - 1
+        self.layers["state_index"] = np.cumsum(is_recurrent) - 1
+        for i in range(c.num_hidden_layers):
+            self._fill(self.layers[i], layout.layer(i))
+        for i in range(c.mtp_num_hidden_layers):
+            self._fill(self.draft[i], layout.draft())
+            self._fill(self.draft_layers[i], layout.draft_layer())
+
+    def _fill(self, record: np.void, tensors: Mapping[str, Tensor]) -> None:
+        """Fill a record whose fields are the tensors' roles."""
+        for role, tensor in tensors.items():
+            if isinstance(tensor, Vector):
+                record[role] = self._vector(tensor)
+            elif isinstance(tensor, Matrix):
+                record[role] = self._matrix(tensor)
+            else:  # the first expert's matrices, and the stride from each expert to the next
+                address, codebook, encoding = self._units(tensor)
+                gate_up, down = tensor.matrices(0)
+                record["gate_up_proj"] = _record(address, codebook, encoding, gate_up)
+                record["down_proj"] = _record(address + math.prod(gate_up.shape(encoding)), codebook, encoding, down)
+                record["expert_bytes"] = tensor.shape(encoding)[1]
+
+    def _matrix(self, matrix: Matrix) -> _Record:
+        return _record(*self._units(matrix), matrix)
+
+    @abstractmethod
+    def _vector(self, vector: Vector) -> int:
+        """The address of a vector."""
+
+    @abstractmethod
+    def _units(self, matrix: Matrix | Experts) -> tuple[int, int, Encoding]:
+        """The address of a tensor of units, that of its codebook or 0, and its encoding."""
+
+
+class PlannedWeights(_Records):
+    """The records of a model that is not converted yet: shapes and encodings, but no addresses."""
+
+    def __init__(self, config: Config, recipe: Recipe) -> None:
+        self._encoding = partial(recipe.encoding, config=config)
+        super().__init__(Layout(config))
+
+    def _vector(self, vector: Vector) -> int:
+        return 0
+
+    def _units(self, matrix: Matrix | Experts) -> tuple[int, int, Encoding]:
+        return 0, 0, self._encoding(matrix.name)
+
+
+class Weights(_Records):
     """A model's weights, mapped read-only from its files for as long as this object lives.
 
-    model, layers: the records that kernels read, arrays of MODEL (one) and LAYER. draft, draft_layers: arrays of DRAFT
-    and LAYER records, one each if the model has a draft layer, else empty.
+    model, layers, draft, draft_layers: the records that kernels read.
     """
 
     def __init__(self, directory: Path, config: Config) -> None:
@@ -57,12 +130,14 @@ class Weights:
         layout = Layout(config)
         # Records of more layers than the files have may be too large to allocate.
         self._find(layout.layer(config.num_hidden_layers - 1)["input_layernorm"].name)
-        self.model = np.zeros(1, MODEL)
-        self.layers = np.zeros(config.num_hidden_layers, LAYER)
-        self.layers["number"] = np.arange(config.num_hidden_layers)
-        self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
-        self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
-        self._fill(layout)
+        super().__init__(layout)
+        known = {tensor.name for tensor in layout}
+        for name in self.quantization.encodings:
+            if name not in known:
+                raise FormatError(
+                    f"{directory / 'config.json'} gives tensor {shortened(name)} an encoding, but its other keys "
+                    f"describe a model without that tensor; {AGAIN}"
+                )
 
     @property
     def bits(self) -> int:
@@ -144,41 +219,8 @@ class Weights:
             end = stored.offset + stored.nbytes
             self.tensors[name] = MappedTensor(stored.dtype, stored.shape, data[stored.offset : end], path)
 
-    def _fill(self, layout: Layout) -> None:
-        """Fill the kernels' records; FormatError for encodings of tensors that the config does not imply."""
-        c, model = layout.config, self.model[0]
-        for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"):
-            model[key] = getattr(c, key)
-        if c.mixture is not None:
-            model["norm_topk_prob"] = c.mixture.norm_topk_prob
-        if c.recurrence is not None:
-            for key in RECURRENCE:
-                model[key] = getattr(c.recurrence, key)
-        model["embed_tokens"] = self._matrix(layout.embed_tokens)
-        model["norm"] = self._vector(layout.norm)
-        model["lm_head"] = self._matrix(layout.lm_head or layout.embed_tokens)
-        for i in range(c.num_hidden_layers):
-            self._fill_record(self.layers[i], layout.layer(i))
-        for i in range(c.mtp_num_hidden_layers):
-            self._fill_record(self.draft[i], layout.draft())
-            self._fill_record(self.draft_layers[i], layout.draft_layer())
-        known = {tensor.name for tensor in layout}
-        for name in self.quantization.encodings:
-            if name not in known:
-                raise FormatError(
-                    f"{self.directory / 'config.json'} gives tensor {shortened(name)} an encoding, but its other keys "
-                    f"describe a model without that tensor; {AGAIN}"
-                )
-
-    def _fill_record(self, record: np.void, tensors: Mapping[str, Tensor]) -> None:
-        """Fill a record whose fields are the tensors' roles."""
-        for role, tensor in tensors.items():
-            if isinstance(tensor, Vector):
-                record[role] = self._vector(tensor)
-            elif isinstance(tensor, Matrix):
-                record[role] = self._matrix(tensor)
-            else:
-                self._experts(record, tensor)
+    def _fill(self, record: np.void, tensors: Mapping[str, Tensor]) -> None:
+        super()._fill(record, tensors)
         self._check_same_packing(tensors)
 
     def _check_same_packing(self, tensors: Mapping[str, Tensor]) -> None:
@@ -221,50 +263,6 @@ class Weights:
         tensor = self._find(codebook.name)
         _check(tensor, codebook.name, "U8", codebook.shape, f" for {encoding.name}")
         return tensor.data.ctypes.data
-
-    def _matrix(self, matrix: Matrix) -> _Record:
-        return _record(*self._units(matrix), matrix)
-
-    def _experts(self, layer: np.void, experts: Experts) -> None:
-        """Fill in the first expert's matrices, and the stride from each expert to the next."""
-        address, codebook, encoding = self._units(experts)
-        gate_up, down = experts.matrices(0)
-        layer["gate_up_proj"] = _record(address, codebook, encoding, gate_up)
-        layer["down_proj"] = _record(address + math.prod(gate_up.shape(encoding)), codebook, encoding, down)
-        layer["expert_bytes"] = experts.shape(encoding)[1]
-
-
-class PlannedWeights:
-    """The records of a model that is not converted yet: shapes and encodings, but no addresses."""
-
-    def __init__(self, config: Config, recipe: Recipe) -> None:
-        def record(name: str, matrix: Matrix) -> _Record:
-            return _record(0, 0, recipe.encoding(name, config), matrix)
-
-        def fill(target: np.void, tensors: Mapping[str, Tensor]) -> None:
-            for role, part in tensors.items():
-                if isinstance(part, Matrix):
-                    target[role] = record(part.name, part)
-                elif isinstance(part, Experts):
-                    gate_up, down = part.matrices(0)
-                    target["gate_up_proj"] = record(part.name, gate_up)
-                    target["down_proj"] = record(part.name, down)
-                    target["expert_bytes"] = 1
-
-        self.model, self.layers = np.zeros(1, MODEL), np.zeros(config.num_hidden_layers, LAYER)
-        self.draft = np.zeros(config.mtp_num_hidden_layers, DRAFT)
-        self.draft_layers = np.zeros(config.mtp_num_hidden_layers, LAYER)
-        layout = Layout(config)
-        if config.recurrence is not None:
-            for key in RECURRENCE:
-                self.model[0][key] = getattr(config.recurrence, key)
-        for role, tensor in (("embed_tokens", layout.embed_tokens), ("lm_head", layout.lm_head or layout.embed_tokens)):
-            self.model[0][role] = record(tensor.name, tensor)
-        for i in range(config.num_hidden_layers):
-            fill(self.layers[i], layout.layer(i))
-        for i in range(config.mtp_num_hidden_layers):
-            fill(self.draft[i], layout.draft())
-            fill(self.draft_layers[i], layout.draft_layer())
 
 
 def _record(address: int, codebook: int, encoding: Encoding, matrix: Matrix) -> _Record:

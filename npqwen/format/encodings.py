@@ -2,7 +2,7 @@
 
 A matrix is stored in *units* of 16 rows x 128 columns, each of four *blocks* of 32 columns. In encodings of integers
 each row of a block has an int8 scale and each row of the matrix a float32 scale: a weight is row scale x block scale x
-a small integer, its *value*. All code that depends on how a matrix is stored asks its `Encoding`; which encoding a
+a small integer, its *value*. All code that depends on how a matrix is stored reads it from its `Encoding`; which encoding a
 conversion chooses for which matrix is up to its recipe (npqwen.format.recipe).
 """
 
@@ -27,8 +27,8 @@ CODEBOOK_BYTES = 64
 ZERO_POINT = 32
 """Added to the values of encodings of fewer than 8 bits, which makes them unsigned integers below 64.
 
-Sums of two products with int8 then fit int16 (63 * 127 * 2 * 2 < 32768), which AVX2 needs, and as these encodings have
-the same zero point, matrices of different ones can be multiplied by the same packed activations.
+AVX2's `vpmaddubsw` then cannot saturate (2 * 63 * 127 < 32768; see `Avx2`), and as these encodings have the same zero
+point, matrices of different ones can be multiplied by the same packed activations.
 """
 
 

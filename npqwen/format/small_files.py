@@ -22,5 +22,5 @@ SMALL_FILES = (
 )
 """Patterns of paths in the checkpoint's directory: the tokenizer, chat templates, sampling defaults, and what
 sentence-transformers needs of an embedding model or reranker."""
-FOR_PEOPLE = ("LICENSE", "README.md")
-"""Files that a program does not read."""
+DOCUMENTS = ("LICENSE", "README.md")
+"""Copied too, but not in the checksums: users may edit them. The card's `pipeline_tag` is read (task.py)."""

@@ -12,7 +12,7 @@ from npqwen.generation.sampler import Sampler
 from npqwen.generation.sampling import Sampling
 
 TURN = "<|im_start|>user\n"
-"""The beginning of a user's turn in Qwen's chat templates: after it a model asks itself, and then answers."""
+"""The beginning of a user's turn in Qwen's chat templates: after it a model writes a question, then its answer."""
 
 BEGINNINGS = (
     *("The", "A", "In", "I", "What", "How", "1.", "#", "def ", "import", "<", "{", '"', "\n", "Q:", "$"),

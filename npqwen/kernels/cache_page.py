@@ -22,11 +22,6 @@ POSITION_TILE = 16
 """Positions of a tile of keys."""
 
 
-def page_items(layers: int, kv_heads: int, head_dim: int) -> int:
-    """Elements of a page of the cache."""
-    return layers * 2 * kv_heads * PAGE * head_dim
-
-
 def _stored(value, cache_dtype):  # type: ignore[no-untyped-def]  # Numba requires the same signature below
     """A float32 as the cache holds it: itself, or the bits of a float16."""
     raise NotImplementedError("compiled code only")

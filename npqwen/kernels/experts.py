@@ -23,7 +23,7 @@ from npqwen.kernels.low_rank_experts import (
 )
 from npqwen.kernels.matmul import CHUNK_BYTES, OVERWRITE, run_kernel, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
-from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
+from npqwen.kernels.packing import PANELS_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
 from npqwen.kernels.pieces import MEMBERS, claim, claim_private, finish_first, is_needed
 from npqwen.kernels.prompt_matmul import PROMPT_WIDTH
@@ -102,7 +102,7 @@ def arrange(experts: Any, encoding: int, prompt: bool, counts: Any, slots: Any, 
         left, first = counts[e], slot
         while left > 0:
             width, count = tile_width(left, encoding, prompt and counts[e] >= _PROMPT_TOKENS), left
-            if width <= WIDEST <= left and PIECES_WIDTH == 0:
+            if width <= WIDEST <= left and PANELS_WIDTH == 0:
                 width, count = WIDEST, left // WIDEST * WIDEST
             segments[segment_count, EXPERT], segments[segment_count, SLOT] = e, slot
             segments[segment_count, COUNT], segments[segment_count, WIDTH] = count, width

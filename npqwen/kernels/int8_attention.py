@@ -151,8 +151,8 @@ def int8_attention(rows: int) -> Any:
         pages = memory(pages_at, (high + PAGE - 1) // PAGE, np.int64)
         scores = memory(scratch_at, rows * SCORE_BLOCK, np.float32)
         weights = memory(scratch_at + 4 * rows * SCORE_BLOCK, rows * SCORE_BLOCK, np.uint8)
-        of_rows = memory(scratch_at + 5 * rows * SCORE_BLOCK, 3 * rows, np.float32)
-        scales, maxima, totals = of_rows[:rows], of_rows[rows : 2 * rows], of_rows[2 * rows :]
+        row_scratch = memory(scratch_at + 5 * rows * SCORE_BLOCK, 3 * rows, np.float32)
+        scales, maxima, totals = row_scratch[:rows], row_scratch[rows : 2 * rows], row_scratch[2 * rows :]
         after = scratch_at + 5 * rows * SCORE_BLOCK + 12 * rows
         room = memory((after + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE, _ROOM_BYTES, np.uint8)
         accumulator, row_max, denominator = results(results_at, rows, dim)

@@ -329,9 +329,9 @@ def low_rank_scalar(team: Any, adapters: Any, layer: int, matrix: int, token: in
     """What a token's adapter adds to the token's product with a single-row matrix; call `shrink` on its input first."""
     total = np.float32(0.0)
     tiles, reduced = adapters.tiles, adapters.reduced
-    if tiles.shape[0] == 0 or adapters.of_token[token] < 0:
+    if tiles.shape[0] == 0 or adapters.token_adapters[token] < 0:
         return total
-    address, rank, at = adapters.expands[adapters.of_token[token], layer, matrix]
+    address, rank, at = adapters.expands[adapters.token_adapters[token], layer, matrix]
     b = memory(address, rank * UNIT_ROWS, np.uint16)
     parts = parts_of(team, tiles.shape[0])
     for k in range(rank):

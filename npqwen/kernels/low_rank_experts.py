@@ -40,7 +40,7 @@ def shrink_slots(team: Any, adapters: Any, layer: int, what: int, chosen: Any, s
         if choice == chosen.size:
             return
         token, n = choice // several, choice % several
-        adapter, expert, slot = adapters.of_token[token], chosen[token, n], slots[token, n]
+        adapter, expert, slot = adapters.token_adapters[token], chosen[token, n], slots[token, n]
         if what == EXPERT_INPUT:
             adapters.slot_adapters[slot] = adapter
         if adapter < 0:

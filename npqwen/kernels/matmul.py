@@ -19,12 +19,12 @@ from npqwen.kernels.amx_matmul import AMX_ROOM_BYTES, amx_rows
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.entry import entry, run_at
 from npqwen.kernels.matrix import IS_INTEGER, group_bytes
-from npqwen.kernels.packing import PIECES_WIDTH, WIDEST, WIDTHS, whole_tiles
+from npqwen.kernels.packing import PANELS_WIDTH, WIDEST, WIDTHS, whole_tiles
 from npqwen.kernels.pieces import MEMBERS, claim_private, finish_first
 from npqwen.kernels.prompt_matmul import PROMPT_WIDTH, prompt_bytes, prompt_rows
 from npqwen.kernels.unpacked_matmul import (
-    PIECE_BYTES,
-    pieces_rows,
+    PANEL_BYTES,
+    panel_rows,
     run_unpacked,
     unpack_rows,
     unpacked_bytes,
@@ -204,14 +204,14 @@ UNPACKERS = {
 }
 """Kernels that unpack, by the code of the encoding."""
 PIECES = {
-    encoding.code: pieces_rows(encoding, PIECES_WIDTH)
+    encoding.code: panel_rows(encoding, PANELS_WIDTH)
     for encoding in ENCODINGS
-    if PIECES_WIDTH and encoding.is_integer and encoding.bits < 8
+    if PANELS_WIDTH and encoding.is_integer and encoding.bits < 8
 }
-"""Kernels that unpack pieces for tiles of PIECES_WIDTH tokens, by the code of the encoding."""
+"""Kernels that unpack panels for tiles of PANELS_WIDTH tokens, by the code of the encoding."""
 MULTIPLIER = unpacked_rows(WIDEST)
 """The kernel for unpacked weights and the widest tiles."""
-OF_PROMPTS = {encoding.code: prompt_rows(encoding) for encoding in ENCODINGS if PROMPT_WIDTH and encoding.is_integer}
+PROMPT_KERNELS = {encoding.code: prompt_rows(encoding) for encoding in ENCODINGS if PROMPT_WIDTH and encoding.is_integer}
 """Kernels for tiles of PROMPT_WIDTH tokens, by the code of the encoding."""
 _SHARED, _PIECES, _PROMPTS = len(ENCODINGS), WIDEST + 1, WIDEST + 2
 KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 3)
@@ -222,7 +222,7 @@ def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
     """Addresses of the kernels of some encodings (codes), compiled or loaded: [code, width], 0 where there is none.
 
     [code, 0] is that of an encoding's kernel of UNPACKERS, [code, WIDEST + 1] that of PIECES, [code, WIDEST + 2] that
-    of OF_PROMPTS, and [len(ENCODINGS), WIDEST] that of MULTIPLIER.
+    of PROMPT_KERNELS, and [len(ENCODINGS), WIDEST] that of MULTIPLIER.
     """
     addresses = np.zeros(KERNEL_TABLE, np.int64)
     for code in encodings:
@@ -230,8 +230,8 @@ def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
             addresses[code, width] = address_of(kernel)
         if code in PIECES:
             addresses[code, _PIECES] = address_of(PIECES[code])
-        if code in OF_PROMPTS:
-            addresses[code, _PROMPTS] = address_of(OF_PROMPTS[code])
+        if code in PROMPT_KERNELS:
+            addresses[code, _PROMPTS] = address_of(PROMPT_KERNELS[code])
         if code in UNPACKERS:
             addresses[code, 0], addresses[_SHARED, WIDEST] = address_of(UNPACKERS[code]), address_of(MULTIPLIER)
     return addresses
@@ -240,7 +240,7 @@ def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
 def scratch_floats(cols: int, multiple: int = 1) -> int:
     """float32 that a thread may need for a matrix of `cols` columns, claiming at least `multiple` row groups."""
     room = AMX_ROOM_BYTES if _MATRICES else 0
-    unpacked = max(unpacked_bytes(multiple * cols, CHUNK_BYTES), PIECE_BYTES) + room
+    unpacked = max(unpacked_bytes(multiple * cols, CHUNK_BYTES), PANEL_BYTES) + room
     return max(unpacked, prompt_bytes(multiple * cols, CHUNK_BYTES)) // 4
 
 
@@ -287,7 +287,7 @@ def run_kernel(
         )  # fmt: skip
         return
     kernel = kernels[matrix.encoding, _PROMPTS if width == PROMPT_WIDTH else width]
-    if kernels[matrix.encoding, _PIECES] and width == PIECES_WIDTH and tiles > 1:
+    if kernels[matrix.encoding, _PIECES] and width == PANELS_WIDTH and tiles > 1:
         kernel = kernels[matrix.encoding, _PIECES]
     run_at(
         kernel,

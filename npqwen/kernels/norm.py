@@ -22,7 +22,7 @@ def rms_norm(x: Any, weight: Any, eps: np.float32, out: Any) -> None:
 
 @njit(nogil=True, error_model="numpy")
 def rotate(x: Any, cos: Any, sin: Any) -> None:
-    """Rotary position embedding in place: pairs (i, i + head_dim/2) are rotated by their angle (Su et al. 2021)."""
+    """Rotary position embedding in place: pairs (i, i + cos.size) are rotated by their angle (Su et al. 2021)."""
     half = cos.size
     for i in range(half):
         a, b = x[i], x[i + half]

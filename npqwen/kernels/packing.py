@@ -26,8 +26,8 @@ from npqwen.simd.scalar import float_bits, memory
 WIDTHS = tuple(sorted(ISA.tiles))
 """Numbers of tokens that a tile can have."""
 WIDEST = WIDTHS[-1]
-PIECES_WIDTH = ISA.pieces_width
-"""The width of tiles whose weights are unpacked by pieces; 0: there are none."""
+PANELS_WIDTH = ISA.panels_width
+"""The width of tiles whose weights are unpacked by panels; 0: there are none."""
 ZERO_POINT = tuple(ISA.zero_point(encoding) for encoding in ENCODINGS)
 """The zero points that the kernels add to weights, by the code of their encoding."""
 _MIDDLE = 4
@@ -54,8 +54,8 @@ def tile_width(tokens: int, encoding: int, prompt: bool) -> int:
     for width in WIDTHS:
         if width >= tokens and width <= _MIDDLE:
             return width
-    if PIECES_WIDTH and (_IS_UNPACKED[encoding] or (0 < tokens % _MIDDLE <= PIECES_WIDTH and tokens < _MANY)):
-        return PIECES_WIDTH
+    if PANELS_WIDTH and (_IS_UNPACKED[encoding] or (0 < tokens % _MIDDLE <= PANELS_WIDTH and tokens < _MANY)):
+        return PANELS_WIDTH
     return _MIDDLE if tokens <= _FEW else WIDEST
 
 

@@ -32,12 +32,12 @@ from npqwen.simd.tile import (
 
 UNPACKED_UNIT = UNIT_BLOCKS * UNPACKED.block_bytes
 _UNIT_BYTES = tuple(encoding.unit_bytes for encoding in ENCODINGS)
-PIECE_UNITS = 4
+PANEL_UNITS = 4
 """Units of a row group that are unpacked at a time for all tiles: 8 KiB."""
-PIECE_TILES = 64
+PANEL_TILES = 64
 """Most tiles that they are unpacked for."""
-PIECE_BYTES = CACHE_LINE + PIECE_UNITS * UNPACKED_UNIT + 4 * PIECE_TILES * max(ISA.tiles) * UNIT_ROWS
-"""Bytes of an unpacked piece and of the tiles' sums, with room to align them."""
+PANEL_BYTES = CACHE_LINE + PANEL_UNITS * UNPACKED_UNIT + 4 * PANEL_TILES * max(ISA.tiles) * UNIT_ROWS
+"""Bytes of an unpacked panel and of the tiles' sums, with room to align them."""
 _UNPACKED_BLOCK = UNPACKED.block_bytes
 _ROW_SCALE_BYTES = UNPACKED.row_scale_bytes
 _SCALE_BYTES = UNPACKED.scale_bytes
@@ -121,11 +121,11 @@ def unpacked_rows(tokens: int) -> Any:
     return unpacked_rows
 
 
-def pieces_rows(encoding: Encoding, tokens: int) -> Any:
-    """The kernel for tiles of `tokens` tokens by 16 rows that unpacks PIECE_UNITS of a row group, a piece, at a time.
+def panel_rows(encoding: Encoding, tokens: int) -> Any:
+    """The kernel for tiles of `tokens` tokens by 16 rows that unpacks PANEL_UNITS of a row group, a panel, at a time.
 
-    A piece stays in the first-level cache while all tiles are multiplied by it. Arguments are those of all kernels
-    (npqwen/kernels/matmul.py); scratch has PIECE_BYTES.
+    A panel stays in the first-level cache while all tiles are multiplied by it. Arguments are those of all kernels
+    (npqwen/kernels/matmul.py); scratch has PANEL_BYTES.
     """
     vectors = UNIT_ROWS // LANES
     code, unit, block_size = encoding.code, encoding.unit_bytes, encoding.block_bytes
@@ -133,7 +133,7 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
     x_block, tile_floats = block_bytes(tokens, ISA.start_bytes), tokens * UNIT_ROWS
 
     @entry(encoding.name, tokens)
-    def pieces_rows(
+    def panel_rows(
         address: int, codebook: int, units: int, first: int, last: int, x: int, tiles: int, out: int, stride: int,
         accumulate: int, scratch: int,
     ) -> None:  # fmt: skip
@@ -143,31 +143,31 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
         packed = memory(x, tiles * units * UNIT_BLOCKS * x_block, np.uint8)
         results = memory(out, tiles * tokens * stride, np.float32)
         values = (scratch + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
-        unpacked = memory(values, PIECE_UNITS * UNPACKED_UNIT, np.uint8)
-        partial = memory(values + PIECE_UNITS * UNPACKED_UNIT, PIECE_TILES * tile_floats, np.float32)
+        unpacked = memory(values, PANEL_UNITS * UNPACKED_UNIT, np.uint8)
+        partial = memory(values + PANEL_UNITS * UNPACKED_UNIT, PANEL_TILES * tile_floats, np.float32)
         for group in range(first, last):
-            for first_tile in range(0, tiles, PIECE_TILES):
-                for start in range(0, units, PIECE_UNITS):
-                    count = min(PIECE_UNITS, units - start)
-                    piece_at = group * group_bytes + _ROW_SCALE_BYTES + start * unit
-                    block_at, value_at = piece_at, 0
+            for first_tile in range(0, tiles, PANEL_TILES):
+                for start in range(0, units, PANEL_UNITS):
+                    count = min(PANEL_UNITS, units - start)
+                    panel_at = group * group_bytes + _ROW_SCALE_BYTES + start * unit
+                    block_at, value_at = panel_at, 0
                     for _ in range(count):
                         block_at += _SCALE_BYTES
                         for _ in range(UNIT_BLOCKS):
                             unpack_block(code, table, w, block_at, unpacked, value_at)
                             block_at += block_size
                             value_at += _UNPACKED_BLOCK
-                    for tile in range(first_tile, min(first_tile + PIECE_TILES, tiles)):
+                    for tile in range(first_tile, min(first_tile + PANEL_TILES, tiles)):
                         sums = zeros(tokens, vectors, 1)
                         partial_at = (tile - first_tile) * tile_floats
                         if start > 0:
                             sums = load(sums, partial, partial_at, vectors, UNIT_ROWS)
-                        value_at, scales_at = 0, piece_at
+                        value_at, scales_at = 0, panel_at
                         x_at = (tile * units + start) * UNIT_BLOCKS * x_block
-                        ahead = piece_at + count * unit
+                        ahead = panel_at + count * unit
                         for half in range(2 * count):
                             if tile == first_tile:
-                                # Prefetch the next piece while this one is multiplied.
+                                # Prefetch the next panel while this one is multiplied.
                                 prefetch(w, ahead, half_unit)
                                 ahead += half_unit
                             sums = dot_block_unpacked(sums, tokens, unpacked, value_at, w, scales_at, packed, x_at)
@@ -190,7 +190,7 @@ def pieces_rows(encoding: Encoding, tokens: int) -> Any:
                             else:
                                 store(sums, results, place, vectors, stride)
 
-    return pieces_rows
+    return panel_rows
 
 
 @njit(nogil=True)

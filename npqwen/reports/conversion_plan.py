@@ -212,9 +212,9 @@ def plan_conversion(
 
 def _kept(source: Source) -> set[str]:
     """The small files that a conversion copies."""
-    from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
+    from npqwen.format.small_files import DOCUMENTS, SMALL_FILES
 
-    return set(source.matching(*SMALL_FILES)) | {name for name in FOR_PEOPLE if name in source.files}
+    return set(source.matching(*SMALL_FILES)) | {name for name in DOCUMENTS if name in source.files}
 
 
 def _check_weights(source: Source, config: Config, bits: int, adapters: Sequence[AdapterFile]) -> None:

@@ -162,8 +162,8 @@ def softmax_rows_int8(
             return vectors
         return [b.select(seen, v, constant(F32, count, otherwise)) for v in vectors]
 
-    def spread(of_rows: ir.Value) -> list[ir.Value]:
-        return [b.shuffle_vector(of_rows, of_rows, constant(I32, count, n)) for n in each]
+    def spread(by_row: ir.Value) -> list[ir.Value]:
+        return [b.shuffle_vector(by_row, by_row, constant(I32, count, n)) for n in each]
 
     def greater(x: ir.Value, y: ir.Value) -> ir.Value:
         return b.select(b.fcmp_ordered(">", x, y), x, y)

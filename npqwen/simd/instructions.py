@@ -72,7 +72,7 @@ class InstructionSet:
     unpack_from: ClassVar[int] = 32
     """Fewest tiles of the widest width for which weights are unpacked once for all of them
     (npqwen/kernels/unpacked_matmul.py), in a step that overlaps with no products; 0: never."""
-    pieces_width: ClassVar[int] = 0
+    panels_width: ClassVar[int] = 0
     """The width of the tiles, of 16 rows, for more tokens than the middle width: weights below 8 bits are unpacked once
     for all of these tiles, a few units of a row group at a time (npqwen/kernels/unpacked_matmul.py); other weights use
     such tiles where they save padding. 0: none."""

@@ -20,7 +20,7 @@ BEST_FIRST: tuple[type[InstructionSet], ...] = (
 def available() -> list[type[InstructionSet]]:
     """The instruction sets that Numba can compile for here, best first.
 
-    Asks Numba, not the processor: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can narrow it.
+    Queries Numba's target, not CPUID: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES can narrow it.
     """
     triple, cpu, listed = cpu_target.target_context.codegen().magic_tuple()
     features = {f[1:] for f in listed.split(",") if f.startswith("+")}

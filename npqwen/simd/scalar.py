@@ -102,10 +102,3 @@ def half(x: np.float32) -> np.uint16:
     # In float32, adding 0.5 rounds the low bits to those of the subnormal float16.
     subnormal = float_bits(bits_float(magnitude) + np.float32(0.5)) - np.int32(0x3F000000)
     return np.uint16(sign | (subnormal if magnitude < np.int32(0x38800000) else normal))
-
-
-@njit(nogil=True)
-def unhalf(h: np.uint16) -> np.float32:
-    """The value of a finite float16, given its bits."""
-    magnitude = bits_float((np.int32(h) & np.int32(0x7FFF)) << np.int32(13)) * np.float32(2.0**112)
-    return -magnitude if h & np.uint16(0x8000) else magnitude

@@ -88,9 +88,9 @@ def add(b: ir.IRBuilder, tile: Tile, other: Tile) -> Tile:
 
 
 @operation
-def load(b: ir.IRBuilder, tile: Tile, out: Array, at: Int, rows: Const, stride: Int) -> Tile:
+def load(b: ir.IRBuilder, tile: Tile, array: Array, at: Int, rows: Const, stride: Int) -> Tile:
     """The tile that `store` with the same arguments has written; `tile` only determines the number of its vectors."""
-    return [b.load(_place(b, out, at, n, rows, stride), align=4) for n in range(len(tile))]
+    return [b.load(_place(b, array, at, n, rows, stride), align=4) for n in range(len(tile))]
 
 
 @operation

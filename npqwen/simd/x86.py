@@ -45,7 +45,7 @@ class Avx2(_Avx):
     features: ClassVar[frozenset[str]] = frozenset({"avx2", "fma", "f16c"})
     tiles: ClassVar[dict[int, int]] = {1: 2, 2: 2, 4: 2}
     unpack_from: ClassVar[int] = 0
-    pieces_width: ClassVar[int] = 2
+    panels_width: ClassVar[int] = 2
     unpacked_vectors: ClassVar[int] = 2
     start_bytes: ClassVar[int] = 8
     _ones: ClassVar[ir.Constant] = constant(I16, 16, 1)

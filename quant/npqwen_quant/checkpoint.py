@@ -13,7 +13,7 @@ from npqwen.format.config import Config, read_json
 from npqwen.format.files import read_small
 from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, read_index
-from npqwen.format.small_files import FOR_PEOPLE, SMALL_FILES
+from npqwen.format.small_files import DOCUMENTS, SMALL_FILES
 from npqwen.format.text_part import text_name, text_part
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
@@ -25,7 +25,7 @@ from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
-_UNREAD = (*FOR_PEOPLE, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
+_UNREAD = (*DOCUMENTS, "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
 """Small files that npqwen copies without reading them."""
 _DRAFT = "mtp."
 """The prefix of a hybrid's draft layer's names, also in a base model."""
@@ -177,7 +177,7 @@ class Checkpoint:
         """The tokenizer, chat templates and all other files of a model besides its weights and config.json."""
         if self._gguf is not None:
             return self._gguf.small_files
-        found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *FOR_PEOPLE))
+        found = (sorted(self.directory.glob(pattern)) for pattern in (*SMALL_FILES, *DOCUMENTS))
         paths = (path for paths in found for path in paths if path.is_file())
         return [self._small_file(path) for path in paths if path.name not in _UNREAD or self._is_own(path)]
 

@@ -20,7 +20,7 @@ from npqwen.format.layout import Codebook
 from npqwen.format.quantization import FORMAT_VERSION, Quantization
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.format.safetensors import INDEX
-from npqwen.format.small_files import FOR_PEOPLE, TOKENIZER
+from npqwen.format.small_files import DOCUMENTS, TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
@@ -205,7 +205,7 @@ def write_small(output: Output, files: Iterable[SmallFile]) -> dict[str, str]:
     for file in files:
         data = file.read()
         output.create(file.name, data)
-        if file.name not in FOR_PEOPLE:
+        if file.name not in DOCUMENTS:
             digests[file.name] = bytes_digest(data)
     return digests
 

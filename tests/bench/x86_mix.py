@@ -36,7 +36,7 @@ from assembly import integer_loop, unpacked_loop, unpacking_loop
 from npqwen.format.encodings import BY_NAME, CODEBOOK_BYTES, UNIT_COLUMNS, UNIT_ROWS, Encoding
 from npqwen.kernels.compiled import address_of
 from npqwen.kernels.matmul import KERNELS, PIECES, scratch_floats
-from npqwen.kernels.packing import PIECES_WIDTH, packed_bytes
+from npqwen.kernels.packing import PANELS_WIDTH, packed_bytes
 from npqwen.simd.isa import ISA
 from npqwen.simd.tile import LANES
 
@@ -74,7 +74,7 @@ def instructions(encoding: Encoding, tokens: int, target: tuple[str, str]) -> li
     if tokens in ISA.tiles:
         of_tile = ISA.tiles[tokens]
         return [(independent(integer_loop(ISA, target, encoding, tokens, of_tile)), vectors // of_tile)]
-    tiles = -(-tokens // PIECES_WIDTH) * (vectors // ISA.unpacked_vectors)
+    tiles = -(-tokens // PANELS_WIDTH) * (vectors // ISA.unpacked_vectors)
     once = independent(unpacking_loop(ISA, target, encoding))
     return [(once, 2), (independent(unpacked_loop(ISA, target)), tiles)]
 
@@ -123,9 +123,9 @@ def kernel(encoding: Encoding, tokens: int) -> tuple[Callable[[], None], int]:
     rows[:, : encoding.row_scale_bytes].view(np.float32)[:] = 1e-4
     codebook = np.resize(np.arange(0, 64, 4, dtype=np.uint8), CODEBOOK_BYTES)
     whole = tokens in ISA.tiles
-    tiles = 1 if whole else -(-tokens // PIECES_WIDTH)
+    tiles = 1 if whole else -(-tokens // PANELS_WIDTH)
     x = np.zeros(packed_bytes(tokens, COLUMNS), np.uint8)
-    out = np.zeros((max(tokens, tiles * PIECES_WIDTH), groups * UNIT_ROWS), np.float32)
+    out = np.zeros((max(tokens, tiles * PANELS_WIDTH), groups * UNIT_ROWS), np.float32)
     scratch = np.zeros(4 * scratch_floats(COLUMNS), np.uint8)
     address = address_of(KERNELS[encoding.code][tokens] if whole else PIECES[encoding.code])
     call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 11)(address)

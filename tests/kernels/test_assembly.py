@@ -106,7 +106,7 @@ def test_neon_matrix_products(encoding: Encoding, tokens: int, target: tuple[str
 def test_unpacked_weights(isa: InstructionSet, target: tuple[str, str], most: int) -> None:
     """Many tiles save a tenth or more of each one's instructions: none of those that unpack."""
     loop = unpacked_loop(isa, target)
-    tokens = isa.pieces_width or max(isa.tiles)
+    tokens = isa.panels_width or max(isa.tiles)
     assert len(loop) < 0.9 * len(integer_loop(isa, target, INT4, tokens, isa.unpacked_vectors))
     assert not {"ushr", "sri", "and", "vpsrlw", "vpand"} & set(mnemonics(loop))
     # AVX2 doubles the scales of two blocks.

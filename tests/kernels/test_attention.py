@@ -18,7 +18,7 @@ from npqwen.kernels.attention import (
     is_divided,
     scratch_floats,
 )
-from npqwen.kernels.cache_page import PAGE, page_items
+from npqwen.kernels.cache_page import PAGE
 
 
 class Cache:
@@ -36,7 +36,7 @@ class Cache:
         values = self.values.reshape(pages, PAGE, layers, kv_heads, dim).transpose(0, 2, 3, 1, 4)
         flat = [part.reshape(pages, layers, 1, kv_heads, -1) for part in (keys, values)]
         whole = np.ascontiguousarray(np.concatenate(flat, axis=2)).reshape(pages, -1)
-        assert whole.shape[1] == page_items(layers, kv_heads, dim)
+        assert whole.shape[1] == layers * 2 * kv_heads * PAGE * dim
         # Separate allocations, like the cache's pages.
         self.pages = [np.array(page) for page in whole]
         self.addresses = np.array([page.ctypes.data for page in self.pages])

@@ -49,7 +49,7 @@ def no_adapters() -> Adapted:
     """The adapters of a pass without any."""
     dimensions = {"kernels": 2, "shrinks": 4, "expands": 4, "most_groups": 2}
     dimensions |= {"expert_shrinks": 5, "expert_expands": 5, "expert_most_groups": 2}
-    dimensions |= {"tiles": 2, "of_token": 1, "normed": 2, "gated": 2, "reduced": 3}
+    dimensions |= {"tiles": 2, "token_adapters": 1, "normed": 2, "gated": 2, "reduced": 3}
     dimensions |= {"slot_adapters": 1, "slot_gated": 2, "slot_reduced": 3}
     floats = {"normed", "gated", "reduced", "slot_gated", "slot_reduced"}
     return Adapted(
