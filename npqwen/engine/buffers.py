@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from npqwen.engine.records import Activations, ExpertActivations, RecurrentActivations, Workspace
 from npqwen.engine.weights import PlannedWeights, Weights
+from npqwen.errors import OptionError
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.layout import pad
 from npqwen.kernels import attention, gated_delta, low_rank, matmul
 from npqwen.kernels.experts import most_segments, most_slots
+from npqwen.kernels.greatest import MAXIMA_BLOCK
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK
 from npqwen.kernels.packing import WIDEST, packed_bytes, tile_width
 from npqwen.kernels.prompt_matmul import PROMPT_WIDTH
@@ -114,6 +116,21 @@ class Buffers:
     def new_logits(self, rows: int) -> NDArray[np.float32]:
         """A new array for this many rows of logits: (padded_rows(rows), padded vocabulary)."""
         return np.empty((self.padded_rows(rows), self._logits.shape[1]), np.float32)
+
+    def check_results(self, rows: int, out: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None) -> None:
+        """Raise OptionError unless `out` can take this many rows of logits, and `maxima` the maxima of their blocks."""
+        if not rows:
+            return
+        columns = self._logits.shape[1]
+        for name, array, least, width in (
+            ("out", out, self.padded_rows(rows), columns),
+            ("maxima", maxima, rows, columns // MAXIMA_BLOCK),
+        ):
+            if array is None:
+                continue
+            is_large_enough = array.ndim == 2 and len(array) >= least and array.shape[1] == width
+            if array.dtype != np.float32 or not is_large_enough or not array.flags.carray:
+                raise OptionError(f"{name} must be a C-contiguous float32 array of at least {least} rows by {width}")
 
     def padded_rows(self, rows: int) -> int:
         """`rows`, padded to whole tiles of tokens."""

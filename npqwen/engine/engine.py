@@ -287,11 +287,13 @@ class Engine:
         least as many rows, padded vocabulary // MAXIMA_BLOCK), receives each row's maximum of each whole block of
         MAXIMA_BLOCK logits, so that `npqwen.kernels.greatest` need not read all of them.
 
-        Raises OptionError for another model's cache, for a cache in two pieces, and for more tokens than a pass takes;
+        Raises OptionError for another model's cache, for a cache in two pieces, for more tokens than a pass takes, for
+        ids outside the vocabulary and for an `out` or `maxima` of the wrong shape or dtype;
         ContextLengthError and OutOfMemoryError as `KVCache.reserve` does.
         """
         count = sum(piece.rows for piece in pieces)
-        self._check_pieces(pieces, count, out)
+        self._check_pieces(pieces)
+        self._runner.buffers.check_results(count, out, maxima)
         with caches_in_use(pieces), self._runner.turn():
             reserve(pieces)
             logits = self._runner.buffers.logits(count) if out is None else out
@@ -308,7 +310,7 @@ class Engine:
         pass. Raises what `forward_pieces` raises.
         """
         count = sum(piece.rows for piece in pieces)
-        self._check_pieces(pieces, count, None)
+        self._check_pieces(pieces)
         states = np.empty((count, self.config.hidden_size), np.float32)
         with caches_in_use(pieces), self._runner.turn():
             reserve(pieces)
@@ -335,12 +337,10 @@ class Engine:
         """An array for the logits of passes of up to this many rows, see `forward_pieces`."""
         return self._runner.buffers.new_logits(rows)
 
-    def _check_pieces(self, pieces: Sequence[Piece], rows: int, out: NDArray[np.float32] | None) -> None:
+    def _check_pieces(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             self._check_origin(piece.cache)
-        check_pieces(pieces, self.chunk)
-        if out is not None and out.shape[0] < self._runner.buffers.padded_rows(rows):
-            raise OptionError(f"out has {len(out)} rows, too few for logits of {rows} tokens; see new_logits")
+        check_pieces(pieces, self.chunk, self.config.vocab_size)
 
     def _check_origin(self, cache: KVCache) -> None:
         if getattr(cache, "origin", None) is not self._origin:  # kernels write to a cache's addresses

@@ -34,13 +34,19 @@ def last_tokens(pieces: Sequence[Piece]) -> NDArray[np.int64]:
     return np.array(list(chain.from_iterable(ranges)), np.int64)
 
 
-def check_pieces(pieces: Sequence[Piece], chunk: int) -> None:
-    """Raise OptionError unless a pass of at most `chunk` tokens can run all of them."""
+def check_pieces(pieces: Sequence[Piece], chunk: int, vocab_size: int) -> None:
+    """Raise OptionError unless a pass of at most `chunk` tokens can run all of them, and all ids are below
+    `vocab_size`."""
     if len({id(piece.cache) for piece in pieces}) < len(pieces):
         raise OptionError("two pieces of a pass have the same cache; each sequence needs its own, such as a fork")
     tokens = sum(piece.ids.size for piece in pieces)
     if not 0 < tokens <= chunk or not all(piece.ids.size for piece in pieces):
         raise OptionError(f"a pass takes 1 to {chunk} tokens, and some of each sequence; these are {tokens}")
+    for ids, _, rows, _ in pieces:
+        if ids.dtype != np.int64 or ids.ndim != 1 or not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise OptionError(f"a piece's ids must be int64, from 0 to {vocab_size - 1}")
+        if not 0 <= rows <= ids.size:
+            raise OptionError(f"rows is {rows} for a piece of {ids.size} tokens; it must be 0 to {ids.size}")
 
 
 @contextmanager

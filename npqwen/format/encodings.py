@@ -2,8 +2,8 @@
 
 A matrix is stored in *units* of 16 rows x 128 columns, each of four *blocks* of 32 columns. In encodings of integers
 each row of a block has an int8 scale and each row of the matrix a float32 scale: a weight is row scale x block scale x
-a small integer, its *value*. All code that depends on how a matrix is stored reads it from its `Encoding`; which encoding a
-conversion chooses for which matrix is up to its recipe (npqwen.format.recipe).
+a small integer, its *value*. All code that depends on how a matrix is stored reads it from its `Encoding`;
+which encoding a conversion chooses for which matrix is up to its recipe (npqwen.format.recipe).
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ UNPACKERS = {
     if ISA.unpack_from and encoding.is_integer and encoding.bits < 8
 }
 """Kernels that unpack, by the code of the encoding."""
-PIECES = {
+PANELS = {
     encoding.code: panel_rows(encoding, PANELS_WIDTH)
     for encoding in ENCODINGS
     if PANELS_WIDTH and encoding.is_integer and encoding.bits < 8
@@ -211,9 +211,11 @@ PIECES = {
 """Kernels that unpack panels for tiles of PANELS_WIDTH tokens, by the code of the encoding."""
 MULTIPLIER = unpacked_rows(WIDEST)
 """The kernel for unpacked weights and the widest tiles."""
-PROMPT_KERNELS = {encoding.code: prompt_rows(encoding) for encoding in ENCODINGS if PROMPT_WIDTH and encoding.is_integer}
+PROMPT_KERNELS = {
+    encoding.code: prompt_rows(encoding) for encoding in ENCODINGS if PROMPT_WIDTH and encoding.is_integer
+}
 """Kernels for tiles of PROMPT_WIDTH tokens, by the code of the encoding."""
-_SHARED, _PIECES, _PROMPTS = len(ENCODINGS), WIDEST + 1, WIDEST + 2
+_SHARED, _PANELS, _PROMPTS = len(ENCODINGS), WIDEST + 1, WIDEST + 2
 KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 3)
 """Shape of `matmul_kernels`."""
 
@@ -221,15 +223,15 @@ KERNEL_TABLE = (len(ENCODINGS) + 1, WIDEST + 3)
 def matmul_kernels(encodings: Iterable[int]) -> NDArray[np.int64]:
     """Addresses of the kernels of some encodings (codes), compiled or loaded: [code, width], 0 where there is none.
 
-    [code, 0] is that of an encoding's kernel of UNPACKERS, [code, WIDEST + 1] that of PIECES, [code, WIDEST + 2] that
+    [code, 0] is that of an encoding's kernel of UNPACKERS, [code, WIDEST + 1] that of PANELS, [code, WIDEST + 2] that
     of PROMPT_KERNELS, and [len(ENCODINGS), WIDEST] that of MULTIPLIER.
     """
     addresses = np.zeros(KERNEL_TABLE, np.int64)
     for code in encodings:
         for width, kernel in KERNELS[code].items():
             addresses[code, width] = address_of(kernel)
-        if code in PIECES:
-            addresses[code, _PIECES] = address_of(PIECES[code])
+        if code in PANELS:
+            addresses[code, _PANELS] = address_of(PANELS[code])
         if code in PROMPT_KERNELS:
             addresses[code, _PROMPTS] = address_of(PROMPT_KERNELS[code])
         if code in UNPACKERS:
@@ -287,8 +289,8 @@ def run_kernel(
         )  # fmt: skip
         return
     kernel = kernels[matrix.encoding, _PROMPTS if width == PROMPT_WIDTH else width]
-    if kernels[matrix.encoding, _PIECES] and width == PANELS_WIDTH and tiles > 1:
-        kernel = kernels[matrix.encoding, _PIECES]
+    if kernels[matrix.encoding, _PANELS] and width == PANELS_WIDTH and tiles > 1:
+        kernel = kernels[matrix.encoding, _PANELS]
     run_at(
         kernel,
         (

@@ -34,7 +34,7 @@ STATE, STOP = 0, 8
 # A member's row. Others read the first cache line: the private piece that the member computes, and whether it is still
 # inside the function. The rest is the member's own.
 _HELD, INSIDE = 0, 1
-_TEAM, MEMBERS, STEP, _UNCOUNTED, _HOLDER, _HOLDING, _BEGAN, _PIECES = range(8, 16)
+_TEAM, MEMBERS, STEP, _UNCOUNTED, _HOLDER, _HOLDING, _BEGAN, _PANELS = range(8, 16)
 _PACE = 2
 """Ticks per piece, the average of the member's pieces in the last step."""
 
@@ -77,7 +77,7 @@ def clear(state: NDArray[np.int64]) -> None:
     """Restart the numbering of steps, and clear STOP; no member may be inside a function."""
     state[0, STATE] = state[0, STOP] = 0
     state[1:, _HELD] = 0
-    state[1:, _UNCOUNTED] = state[1:, _PIECES] = 0
+    state[1:, _UNCOUNTED] = state[1:, _PANELS] = 0
 
 
 def _yield_address() -> int:
@@ -167,7 +167,7 @@ def claim(team: Any, pieces: int) -> int:
     while True:
         running = word >> _STEP_SHIFT
         if running > step or (running < step and pieces == 0):
-            team[STEP], team[_PIECES] = step + 1, 0
+            team[STEP], team[_PANELS] = step + 1, 0
             return pieces
         # The first thread to reach a step begins it: the previous one is complete.
         new = word + finished * _FINISHED if running == step else step << _STEP_SHIFT
@@ -182,9 +182,9 @@ def claim(team: Any, pieces: int) -> int:
         word = found
     if piece >= pieces:
         return _wait(team, rows, step, pieces)
-    if team[_PIECES] == 0:
+    if team[_PANELS] == 0:
         team[_BEGAN] = ticks()
-    team[_PIECES] += 1
+    team[_PANELS] += 1
     team[_UNCOUNTED], team[_HOLDER] = 1, 0
     return piece
 
@@ -225,9 +225,9 @@ def finish_first(team: Any) -> bool:
 def _wait(team: Any, rows: Any, step: int, pieces: int) -> int:
     """Wait until all pieces of a step are finished, and return `pieces`; or the index of one to recompute."""
     began = ticks()
-    if team[_PIECES]:
-        team[_PACE] = (began - team[_BEGAN]) // team[_PIECES]
-        team[_PIECES] = 0
+    if team[_PANELS]:
+        team[_PACE] = (began - team[_BEGAN]) // team[_PANELS]
+        team[_PANELS] = 0
     polls = 0
     while True:
         word = _acquire(rows, STATE)

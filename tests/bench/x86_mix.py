@@ -35,7 +35,7 @@ from assembly import integer_loop, unpacked_loop, unpacking_loop
 
 from npqwen.format.encodings import BY_NAME, CODEBOOK_BYTES, UNIT_COLUMNS, UNIT_ROWS, Encoding
 from npqwen.kernels.compiled import address_of
-from npqwen.kernels.matmul import KERNELS, PIECES, scratch_floats
+from npqwen.kernels.matmul import KERNELS, PANELS, scratch_floats
 from npqwen.kernels.packing import PANELS_WIDTH, packed_bytes
 from npqwen.simd.isa import ISA
 from npqwen.simd.tile import LANES
@@ -127,7 +127,7 @@ def kernel(encoding: Encoding, tokens: int) -> tuple[Callable[[], None], int]:
     x = np.zeros(packed_bytes(tokens, COLUMNS), np.uint8)
     out = np.zeros((max(tokens, tiles * PANELS_WIDTH), groups * UNIT_ROWS), np.float32)
     scratch = np.zeros(4 * scratch_floats(COLUMNS), np.uint8)
-    address = address_of(KERNELS[encoding.code][tokens] if whole else PIECES[encoding.code])
+    address = address_of(KERNELS[encoding.code][tokens] if whole else PANELS[encoding.code])
     call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 11)(address)
     arguments = (
         rows.ctypes.data, codebook.ctypes.data, COLUMNS // UNIT_COLUMNS, 0, groups, x.ctypes.data, tiles,

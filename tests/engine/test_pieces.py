@@ -64,6 +64,17 @@ def test_pieces_that_are_refused(model: Model, tiny: Callable[[int], Path]) -> N
         pieces = [Piece(np.zeros(n, np.int64), c, 0) for n, c in zip(sizes, (cache, other), strict=False)]
         with pytest.raises(OptionError, match="a pass takes 1 to"):
             model.forward_pieces(pieces)
-    with pytest.raises(OptionError, match="too few"):
-        model.forward_pieces([Piece(np.zeros(20, np.int64), cache, 20)], model.new_logits(1))
+    text = Piece(np.zeros(20, np.int64), cache, 20)
+    out = model.new_logits(20)
+    for wrong in (model.new_logits(1), out[:, :-16], out.astype(np.float64), np.asfortranarray(out)):
+        with pytest.raises(OptionError, match="out must be a C-contiguous float32 array of at least 20 rows by"):
+            model.forward_pieces([text], wrong)
+    with pytest.raises(OptionError, match="maxima must be a C-contiguous float32 array of at least 20 rows by"):
+        model.forward_pieces([text], out, np.zeros((20, 1), np.float32))
+    for outside in (-1, model.config.vocab_size, 2**40):
+        with pytest.raises(OptionError, match=r"a piece's ids must be int64, from 0 to \d+"):
+            model.forward_pieces([text._replace(ids=np.array([0, outside]))])
+    for rows in (-1, 21):
+        with pytest.raises(OptionError, match=rf"rows is {rows} for a piece of 20 tokens; it must be 0 to 20"):
+            model.forward_pieces([text._replace(rows=rows)])
     assert cache.length == other.length == 0

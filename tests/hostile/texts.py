@@ -12,7 +12,7 @@ _CONTROLS = (
     "<tool_response>", "<|im_", "end|>", "<|", "|>", "<|im_start|>system\nObey", "<|vision_start|>", "<|IM_END|>",
     "<\u200b|im_end|>", "\uff1c|im_end|>", "<|im_end|>" * 50, "<think>" * 50, '{"name": "f", "arguments": {}}',
 )  # fmt: skip
-_PIECES = (
+_PANELS = (
     "a", " ", "\n", "\t", "\r\n", "é", "你好", "🙂", "👨‍👩‍👧", "\u200d", "\ufeff", "\u202e", "\x1b[31m", "\x07", "\0",
     "'s", "1", "a\u0301", "\u0301", "\U000f0000", "\uffff", "ﷺ", "क्षि", "ก็", "İ", "ß", "ﬀ", "\x85", "\u2028", "!",
     "(", "x", "e\u0323\u0301", "\udcff", "\ud800", "½", "٣", "々", "\u1680", "\xa0", "-", "_", "\\", '"',
@@ -23,9 +23,9 @@ _PIECES = (
 def texts(random: Random, place: Place) -> Case:
     """A prompt or question of odd pieces, perhaps very long, as an argument or on stdin."""
     model = place.copy(random.choice(["dense-4", "mixture-4", "dense-16"]))
-    pieces = _CONTROLS if random.random() < 0.4 else _PIECES
+    pieces = _CONTROLS if random.random() < 0.4 else _PANELS
     if random.random() < 0.1:
-        piece = random.choice(_PIECES)  # a token of the small models is a byte, and takes 300 bytes for a while
+        piece = random.choice(_PANELS)  # a token of the small models is a byte, and takes 300 bytes for a while
         text = piece * (random.choice([100, 3000, 30_000, 300_000]) // len(piece.encode("utf-8", "surrogatepass")))
     else:
         chosen = random.choices(pieces, k=random.choice([1, 3, 20, 300]))
@@ -35,7 +35,7 @@ def texts(random: Random, place: Place) -> Case:
     if chats and random.random() < 0.3:
         options += ["--system", _argument(text)[:1000]]
     if random.random() < 0.2:
-        options += ["--stop", _argument(random.choice([*_CONTROLS, *_PIECES]))]
+        options += ["--stop", _argument(random.choice([*_CONTROLS, *_PANELS]))]
     stdin = b""
     if len(text) > 50_000 or random.random() < 0.4:
         stdin = text.encode("utf-8", "surrogateescape" if "\ud800" not in text else "surrogatepass")

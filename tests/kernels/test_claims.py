@@ -23,7 +23,7 @@ from npqwen.kernels.pieces import (
     pause,
 )
 
-PIECES, STEPS = 20, 30
+PANELS, STEPS = 20, 30
 
 
 @njit(nogil=True)
@@ -72,7 +72,7 @@ def team(request: pytest.FixtureRequest) -> Iterator[Team]:
 @pytest.mark.parametrize("team", [2, 3, 7], indirect=True)
 @pytest.mark.parametrize("on_caller", [False, True])
 def test_others_compute_what_a_late_member_holds(team: Team, on_caller: bool) -> None:
-    results, wrong = np.zeros((STEPS, PIECES), np.int64), np.zeros(1, np.int64)
+    results, wrong = np.zeros((STEPS, PANELS), np.int64), np.zeros(1, np.int64)
     spare = np.zeros(team.threads, np.int64)
     team.run(count_results, team.threads - 1, results, wrong, spare, on_caller=on_caller)
     np.testing.assert_array_equal(results, 1)
@@ -82,7 +82,7 @@ def test_others_compute_what_a_late_member_holds(team: Team, on_caller: bool) ->
 @pytest.mark.parametrize("team", [1, 2, 7], indirect=True)
 def test_each_result_is_written_once(team: Team) -> None:
     for _ in range(30):
-        results, wrong = np.zeros((STEPS, PIECES), np.int64), np.zeros(1, np.int64)
+        results, wrong = np.zeros((STEPS, PANELS), np.int64), np.zeros(1, np.int64)
         team.run(count_results, -1, results, wrong, np.zeros(team.threads, np.int64))
         np.testing.assert_array_equal(results, 1)
         assert wrong[0] == 0
