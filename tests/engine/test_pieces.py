@@ -65,7 +65,7 @@ def test_pieces_that_are_refused(model: Model, tiny: Callable[[int], Path]) -> N
         with pytest.raises(OptionError, match="a pass takes 1 to"):
             model.forward_pieces(pieces)
     text = Piece(np.zeros(20, np.int64), cache, 20)
-    out = model.new_logits(20)
+    out = np.zeros_like(model.new_logits(20))
     for wrong in (model.new_logits(1), out[:, :-16], out.astype(np.float64), np.asfortranarray(out)):
         with pytest.raises(OptionError, match="out must be a C-contiguous float32 array of at least 20 rows by"):
             model.forward_pieces([text], wrong)
