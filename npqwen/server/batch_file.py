@@ -13,6 +13,7 @@ from npqwen.atomic_file import writing
 from npqwen.checks import choice
 from npqwen.errors import OptionError, quoted, shortened
 from npqwen.file_lock import try_lock
+from npqwen.server.fields import FieldError, parse_fields
 from npqwen.server.json_text import json_text
 
 if TYPE_CHECKING:
@@ -77,11 +78,9 @@ class BatchInput:
         if len(line) > LINE_LIMIT:
             raise self._error(number, f"is longer than {LINE_LIMIT} bytes")
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            raise self._error(number, "is not JSON") from None
-        if not isinstance(found, dict):
-            raise self._error(number, 'is not an object like {"custom_id": ..., "method": "POST", "url": ...}')
+            found = parse_fields(line.strip()).values
+        except FieldError as error:
+            raise self._error(number, str(error).removeprefix("the body ")) from None
         custom_id, url, body = found.get("custom_id"), found.get("url"), found.get("body")
         if not isinstance(custom_id, str) or not custom_id:
             raise self._error(number, "has no custom_id, a text that names the request")

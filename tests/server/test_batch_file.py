@@ -130,8 +130,11 @@ LINE = json.dumps(request(0))
     [
         ("", "has no requests"),
         ("\n \n", "has no requests"),
-        (f"{LINE}\n{{", "line 2 is not JSON"),
-        ("[]", "line 1 is not an object"),
+        (f"{LINE}\n{{", "line 2 is not valid JSON"),
+        (f"{LINE}\n{LINE.replace('40', 'NaN')}", "line 2 is not valid JSON: it has NaN"),
+        (LINE.replace("40", "-Infinity"), "line 1 is not valid JSON: it has -Infinity"),
+        (LINE.replace("40", "1e999"), "line 1 has the number 1e999, which is too large"),
+        ("[]", "line 1 is []; it must be a JSON object"),
         (f"{LINE}\n\n{LINE}\n", "line 3 has the custom_id 'request 0' once more"),
         ('{"url": "/v1/completions", "body": {}}', "line 1 has no custom_id"),
         (LINE.replace("POST", "GET"), "line 1 has the method 'GET'"),
@@ -139,7 +142,7 @@ LINE = json.dumps(request(0))
         (LINE.replace('"body"', '"text"'), "line 1 has no body"),
         (LINE.replace('"model": "any", ', ""), "name no model; name it with --model"),
         (LINE, "'any' is neither a directory nor a hub id"),
-        ("[" * 100_000, "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_batch_is_refused_before_anything_is_written(
