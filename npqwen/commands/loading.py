@@ -13,7 +13,7 @@ import click
 from npqwen.commands.compile_helper import CompileHelper
 from npqwen.commands.completion import words
 from npqwen.commands.options import Decorated, argument_text
-from npqwen.errors import OptionError, size
+from npqwen.errors import OptionError, shortened, size
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
@@ -166,10 +166,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).lower(), re.ASCII)
-        count = round(float(found[1]) * _BYTES[found[2]]) if found else 0
-        if count < 1:
-            self.fail(f"{value!r} is not a size such as 8GB or 500MB", param, ctx)
-        return count
+        amount = float(found[1]) * _BYTES[found[2]] if found else 0
+        if not 1 <= amount < 2**63:
+            self.fail(f"{shortened(str(value))!r} is not a size such as 8GB or 500MB", param, ctx)
+        return round(amount)
 
 
 def _directory(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
