@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +11,6 @@ from npqwen.commands.loading import Loading, model_options, open_model
 from npqwen.commands.options import Command, argument_text
 from npqwen.commands.records import json_lines, read_records
 from npqwen.terminal.terminal import Terminal
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(cls=Command)
