@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from npqwen.chat.messages import joined
 from npqwen.checks import choice, near_names
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, counted
 from npqwen.terminal.answer_view import guesses
-from npqwen.terminal.file_commands import count, load, save
+from npqwen.terminal.file_commands import load, save
 from npqwen.terminal.setting_commands import nothink, set_, show, system, think
 from npqwen.terminal.terminal_chat import TerminalChat
 
@@ -158,9 +158,9 @@ def _stats(chat: TerminalChat, arguments: str) -> None:
     dropped = chat.conversation.dropped
     hidden = f", the oldest {dropped} no longer shown to the model" if dropped else ""
     lines = [
-        f"model         {chat.name}, {model.bits} bits per weight, {count(model.threads, 'thread')}",
+        f"model         {chat.name}, {model.bits} bits per weight, {counted(model.threads, 'thread')}",
         f"thinking      {thinking}",
-        f"conversation  {count(len(chat.conversation.messages), 'message')}{hidden}",
+        f"conversation  {counted(len(chat.conversation.messages), 'message')}{hidden}",
     ]
     if context := chat.context_usage():
         size = f"{chat.conversation.cache_bytes / 1e6:.1f} MB"
