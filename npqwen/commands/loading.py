@@ -125,7 +125,7 @@ yarn_option = click.option(
     type=float,
     metavar="FACTOR",
     help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse; "
-    "default: as in config.json, mostly off.",
+    "default: as in config.json, usually off.",
 )
 
 
@@ -190,13 +190,13 @@ def prefix_cache_options(command: Decorated) -> Decorated:
     command = click.option(
         "--prefix-cache-size",
         type=Size(),
-        help="Disk space that --prefix-cache may take; default: 10GB.",
+        help="Disk space that --prefix-cache may use; default: 10GB.",
     )(command)
     return click.option(
         "--prefix-cache",
         metavar="DIRECTORY",
         callback=_directory,
-        help="Keep what is computed of prompts here, so that later runs do not compute it again; "
+        help="Keep what is computed for prompts in this directory, so that later runs do not compute it again; "
         "default: only in memory.",
     )(command)
 
@@ -204,8 +204,8 @@ def prefix_cache_options(command: Decorated) -> Decorated:
 draft_option = click.option(
     "--draft",
     metavar="MODEL",
-    help="A smaller model with the same tokens that guesses the next ones, where that is faster; the text stays the "
-    "same; default: none.",
+    help="A smaller model with the same tokenizer that drafts the next tokens, where that is faster; the text stays "
+    "the same; default: none.",
 )
 
 
@@ -263,7 +263,7 @@ def open_model(
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         terminal.notice(
-            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
+            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory is available: "
             "the rest will be read from disk again and again"
         )
     crowded = too_many_threads(loaded.threads) or contention.hint(loaded.threads)

@@ -111,7 +111,7 @@ def _check_conversions(found: list[Conversion]) -> Iterator[Finding]:
             unsigned.append(f"{one.model} ({one.bits} bits)")
     if unsigned:
         yield Finding.note(
-            f"without checksums, since an earlier npqwen has converted {'them' if len(unsigned) > 1 else 'it'}: "
+            f"without checksums, since an earlier version of npqwen converted {'them' if len(unsigned) > 1 else 'it'}: "
             f"{', '.join(unsigned)}",
             "npqwen convert MODEL --bits N --force writes them, so that npqwen verify can find damage",
         )

@@ -147,7 +147,7 @@ def plan_conversion(
     found = find_source(source, revision, notice)
     if isinstance(found, HubSource) and found.gguf:
         raise OptionError(
-            f"{found.label} is a GGUF file, which tells its sizes only when it is here: download it "
+            f"{found.label} is a GGUF file, whose sizes are known only from the file itself: download it "
             f"(npqwen pull {found.label}), or use --dry-run with the original checkpoint"
         )
     place = place_of(found, recipe) if out is None else Path(os.path.expanduser(out))

@@ -158,12 +158,12 @@ def _check_machine(facts: dict[str, Any], busy: str | None) -> Iterator[Finding]
     memory, swap, used = facts["memory_available"], facts["swap"], facts["swap_used"]
     if memory is not None and memory < 1 << 30:
         yield Finding(
-            f"only {size(memory)} of memory are available, too little for Qwen3-0.6B at --bits 4",
+            f"only {size(memory)} of memory is available, too little for Qwen3-0.6B at --bits 4",
             "close other programs, or raise the limit of this container or unit",
         )
     if swap and 2 * used > swap:
         yield Finding.note(
-            f"{size(used)} of {size(swap)} of swap space are in use: this machine is short of memory",
+            f"{size(used)} of {size(swap)} of swap space is in use: this machine is short of memory",
             "close other programs; weights that are mapped from files need no swap space",
         )
     if busy is not None:
@@ -193,7 +193,7 @@ def _check_kernels() -> Iterator[Finding]:
     if best == _PORTABLE:
         yield Finding.note(
             "there are no kernels for this processor: portable ones run instead, several times slower",
-            "take a small model with --bits 8, which is the fastest here; npqwen bench MODEL measures it",
+            "use a small model with --bits 8, which is the fastest here; npqwen bench MODEL measures it",
         )
     elif best != ISA.name:
         yield Finding.note(f"NPQWEN_ISA={os.environ.get('NPQWEN_ISA')} replaces {best}, the best kernels", "unset it")

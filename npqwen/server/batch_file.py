@@ -53,13 +53,13 @@ class BatchInput:
                     if line.strip():
                         request = self._parsed(line, number)
                         if request.custom_id in self._places:
-                            raise self._error(number, f"has the custom_id {quoted(request.custom_id)} once more")
+                            raise self._error(number, f"repeats the custom_id {quoted(request.custom_id)}")
                         self._places[request.custom_id] = file.tell() - len(line)
                         self.models.add(str(request.body.get("model") or ""))
         except OSError as error:
             raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
         if not self._places:
-            raise OptionError(f"{path} has no requests; write one a line, as JSON")
+            raise OptionError(f"{path} has no requests; write one per line, as JSON")
         self.custom_ids = list(self._places)
 
     def read(self, custom_id: str) -> BatchRequest:

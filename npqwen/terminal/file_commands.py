@@ -68,7 +68,7 @@ def show_last_turns(chat: TerminalChat) -> None:
     ]
     users = [at for at, message in enumerate(messages) if message["role"] == "user"]
     first = users[-_TURNS] if len(users) > _TURNS else 0
-    lines = [f"... {counted(first, 'message')} before"] if first else []
+    lines = [f"... {counted(first, 'earlier message')}"] if first else []
     for message in messages[first:]:
         if message["role"] == "user":
             lines += ["", "> " + _shortened(message["content"], _QUESTION_LENGTH)]

@@ -187,7 +187,7 @@ COMMANDS = {
     "think": Command("[QUESTION]", "think before answering, or before this answer only", think),
     "nothink": Command("[QUESTION]", "answer without thinking, or this question only", nothink),
     "thought": Command("[fold|show|hide]", "show the last reasoning, or choose how to show it", _thought),
-    "markdown": Command("[on|off]", "render the Markdown of answers, or do not", _markdown),
+    "markdown": Command("[on|off]", "render the Markdown of answers, or not", _markdown),
     "system": Command("[TEXT|-]", "show, set or (-) remove the system message", system),
     "set": Command("[NAME VALUE]", "set an option; quiet, verbose: statistics", set_),
     "show": Command("[SUBJECT]", "show info, parameters, system or template", show),

@@ -140,7 +140,7 @@ LINE = json.dumps(request(0))
         (LINE.replace("40", "-Infinity"), "line 1 is not valid JSON: it has -Infinity"),
         (LINE.replace("40", "1e999"), "line 1 has the number 1e999, which is too large"),
         ("[]", "line 1 is []; it must be a JSON object"),
-        (f"{LINE}\n\n{LINE}\n", "line 3 has the custom_id 'request 0' once more"),
+        (f"{LINE}\n\n{LINE}\n", "line 3 repeats the custom_id 'request 0'"),
         ('{"url": "/v1/completions", "body": {}}', "line 1 has no custom_id"),
         (LINE.replace("POST", "GET"), "line 1 has the method 'GET'"),
         (LINE.replace("/v1/chat", "/v2/chat"), "line 1 has the url '/v2/chat/completions'"),
