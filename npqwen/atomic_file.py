@@ -17,6 +17,13 @@ from typing import BinaryIO
 
 from npqwen.errors import OutputError
 
+PARTIAL = "partial"
+"""The kind of a hidden sibling that is not complete yet."""
+REMOVED = "removed"
+"""The kind of a hidden sibling whose removal has begun."""
+HEX_DIGITS = 12
+"""How many a hidden sibling's name ends with."""
+
 _ABANDONED = 3600
 """Seconds without a write after which a temporary file counts as left behind by a killed process."""
 
@@ -38,7 +45,7 @@ def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterato
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, target.name)
-        partial = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
+        partial = hidden_sibling(target, PARTIAL)
         try:
             with open(partial, "wb", opener=_open_private if private else None) as file:
                 if target.exists():
@@ -65,6 +72,14 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{path} does not fit: no room is left on the disk") from error
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def hidden_sibling(path: Path, kind: str, digits: str | None = None) -> Path:
+    """The path of a file or directory beside `path` that is never mistaken for a complete one: `.NAME.KIND-HEX`.
+
+    kind: PARTIAL or REMOVED. digits: hexadecimal, of which the first HEX_DIGITS are used; None for random ones.
+    """
+    return path.with_name(f".{path.name}.{kind}-{(digits or uuid.uuid4().hex)[:HEX_DIGITS]}")
 
 
 def sync_directory(path: Path) -> None:
@@ -100,7 +115,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 def remove_abandoned(directory: Path, name: str = "") -> None:
     """Remove temporary files that killed processes left in `directory`: those of one file, or of all."""
-    for entry in directory.glob(f".{glob.escape(name) if name else '*'}.partial-*"):
+    for entry in directory.glob(f".{glob.escape(name) if name else '*'}.{PARTIAL}-*"):
         with contextlib.suppress(OSError):
             if time.time() - entry.stat().st_mtime > _ABANDONED:
                 entry.unlink()

@@ -92,3 +92,9 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def counted(count: float, noun: str) -> str:
+    """A number of things for people: "1 message", "2 messages", "2.5 hours". noun: one whose plural ends in s."""
+    number = f"{count:g}" if isinstance(count, float) else str(count)
+    return f"{number} {noun}{'' if count == 1 else 's'}"

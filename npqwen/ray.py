@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import npqwen
-from npqwen.errors import NpqwenError, OptionError
+from npqwen.errors import NpqwenError, OptionError, quoted
 
 try:
     import ray
@@ -72,8 +72,7 @@ class Generator:
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with the answers' columns added; all prompts are computed together."""
-        prompts = [_plain(prompt) for prompt in batch[self._column]]
-        rows = [self._row(prompt) for prompt in self._answers(prompts)]
+        rows = [self._row(answer) for answer in self._answers(list(batch[self._column]))]
         names = ("text", "reasoning", "finish_reason", "prompt_tokens", "generated_tokens", "error")
         return batch | {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
@@ -81,7 +80,7 @@ class Generator:
         """Replies or completions, or the errors of prompts that cannot be answered."""
         run = self._model.chat_batch if self._chat else self._model.generate
         try:
-            return list(run(prompts, **self._options))
+            return list(run([_plain(prompt) for prompt in prompts], **self._options))
         except NpqwenError as error:
             if len(prompts) == 1:
                 return [error]
@@ -129,9 +128,11 @@ def assigned_cpus() -> int | None:
 
 
 def _plain(prompt: Any) -> Any:
-    """A text, or a list of messages without the keys that Arrow fills with None."""
+    """A text, or a list of messages without the keys that Arrow fills with None. Raises OptionError for others."""
     if isinstance(prompt, str):
         return prompt
+    if not isinstance(prompt, Sequence | np.ndarray) or not all(isinstance(message, Mapping) for message in prompt):
+        raise OptionError(f"the prompt is {quoted(prompt)}; give text or messages")
     return [{key: value for key, value in message.items() if value is not None} for message in prompt]
 
 

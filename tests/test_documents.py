@@ -135,7 +135,7 @@ def values(option: Option) -> str:
 def places(option: Option) -> str:
     """Where an option cannot be set."""
     if not option.flag:
-        return " Python only."
+        return " With `/set`, but not as a flag." if option.settable else " Python only."
     return "" if option.settable else " Not with `/set`."
 
 

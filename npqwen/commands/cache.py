@@ -24,10 +24,10 @@ class _Group(Command, click.Group):
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 @click.pass_context
 def cache(ctx: click.Context, as_json: bool) -> None:
-    """Show where the cache is, what lies in it, and how large it is.
+    """Show where the cache is, what it contains, and how large it is.
 
     It holds conversions, compiled kernels, and conversations with their history. NPQWEN_CACHE names another directory
-    for it. Downloads lie in huggingface_hub's own cache (HF_HOME).
+    for it. Downloads are in huggingface_hub's own cache (HF_HOME).
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -68,7 +68,7 @@ def prune(dry_run: bool, yes: bool) -> None:
         raise click.exceptions.Exit(1)
     kept = [one for one in found if not remove_leftover(one)]
     for one in kept:
-        terminal.lines(f"{one.path} is kept: it has come into use")
+        terminal.lines(f"{one.path} is kept: it is in use again")
     terminal.lines(f"removed {len(found) - len(kept)} of {len(found)}" if kept else f"{total} freed")
 
 

@@ -66,7 +66,7 @@ class OwnText:
 
             writer = place / "writer"
             terminal.notice(
-                f"the model writes a text to be calibrated with; first it is converted to {_WRITER_BITS} bits"
+                f"the model writes the text for the calibration; first it is converted to {_WRITER_BITS} bits"
             )
             convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
             with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:

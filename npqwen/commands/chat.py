@@ -27,7 +27,7 @@ from npqwen.commands.options import (
     keyboard_notice,
     stdin_text,
 )
-from npqwen.errors import OptionError, SamplingWarning
+from npqwen.errors import OptionError, SamplingWarning, counted
 from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
 
@@ -180,9 +180,7 @@ def _continue(chat: TerminalChat, autosave: Autosave) -> bool:
 
 
 def _tell_continued(chat: TerminalChat) -> None:
-    from npqwen.terminal.file_commands import count
-
-    chat.terminal.notice(f"continuing the last conversation: {count(len(chat.conversation.messages), 'message')}")
+    chat.terminal.notice(f"continuing the last conversation: {counted(len(chat.conversation.messages), 'message')}")
 
 
 def converse(chat: TerminalChat, *, keep_history: bool = True, continued: bool = False) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--calibrate",
     metavar="self|FILE|DIRECTORY",
-    help="Lose less by error feedback (GPTQ), for a text: one that the model writes itself, or files. Takes minutes.",
+    help="Lose less by error feedback (GPTQ) on a text: one that the model writes itself, or files. Takes minutes.",
 )
 @click.option(
     "--evaluate",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only tell sizes, memory, download, disk space and time; downloads no weights and writes nothing.",
+    help="Only report sizes, memory, download, disk space and time; downloads no weights and writes nothing.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="No notices and no progress bars.")
 def convert(

@@ -18,8 +18,8 @@ def doctor(as_json: bool) -> None:
     """Examine this machine: what it has, which models run how fast, and whether the caches are sound.
 
     The speeds are estimated from the memory's bandwidth, which is measured. Of compiled kernels every byte
-    is checked, of converted models all but the weights, which npqwen verify reads. Nothing is changed. Exit status 1: a
-    problem was found, which is told with the way out.
+    is checked, of converted models all but the weights, which npqwen verify reads. Nothing is changed. Exit status 1:
+    problems were found; each is listed with a remedy.
     """
     from npqwen.reports.doctor import examine
 

@@ -30,7 +30,7 @@ _BLOCK = 256
 @click.argument("model")
 @click.argument("file", default="-")
 @click.option("--query", is_flag=True, help="The texts are queries: the model's own instruction comes before them.")
-@click.option("--instruction", metavar="TEXT", help="The texts are queries, and this says what they search.")
+@click.option("--instruction", metavar="TEXT", help="The texts are queries, and this says what they search for.")
 @click.option("--dimensions", type=int, metavar="N", help="Length of the vectors, at least 32; default: the model's.")
 @click.option("--no-truncate", is_flag=True, help="Refuse texts that are longer than the context; default: cut them.")
 @click.option("--jsonl", "as_json", is_flag=True, help="Lines of FILE are JSON: strings, or objects with a text.")
@@ -78,7 +78,7 @@ def embed(
                     for record, vector in zip(records[at : at + _BLOCK], vectors(at), strict=True):
                         write({**record.fields, "embedding": vector.tolist()})
         seconds = time.perf_counter() - started
-        terminal.notice(f"{len(records)} texts in {seconds:.2f} s, {len(records) / max(seconds, 1e-9):.1f} a second")
+        terminal.notice(f"{len(records)} texts in {seconds:.2f} s, {len(records) / max(seconds, 1e-9):.1f} per second")
 
 
 def _vectors(

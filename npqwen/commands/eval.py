@@ -36,7 +36,7 @@ UNQUANTIZED = 16
 @click.command(cls=Command)
 @click.argument("model")
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
-@click.option("--against", metavar="MODEL", help="Compare with this model: a checkpoint or hub id is taken in bf16.")
+@click.option("--against", metavar="MODEL", help="Compare with this model: a checkpoint or hub id is run in bf16.")
 @click.option("--window", type=int, metavar="N", help="Tokens of a window; default: 512.")
 @click.option(
     "--stride",
@@ -146,7 +146,7 @@ def _read_text(name: str, label: str) -> str:
     if len(data) > TEXT_BYTES:
         raise OptionError(f"{label} is larger than {TEXT_BYTES // 1_000_000} MB; evaluate a part of it")
     if b"\0" in data:
-        raise OptionError(f"{label} is not text: it holds NUL bytes")
+        raise OptionError(f"{label} is not text: it contains NUL bytes")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

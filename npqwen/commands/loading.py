@@ -13,7 +13,7 @@ import click
 from npqwen.commands.compile_helper import CompileHelper
 from npqwen.commands.completion import words
 from npqwen.commands.options import Decorated, argument_text
-from npqwen.errors import OptionError, size
+from npqwen.errors import OptionError, shortened, size
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
@@ -125,7 +125,7 @@ yarn_option = click.option(
     type=float,
     metavar="FACTOR",
     help="Extend the context by YaRN, to 1 to 4 times the tokens trained on; short texts get a little worse; "
-    "default: as in config.json, mostly off.",
+    "default: as in config.json, usually off.",
 )
 
 
@@ -166,10 +166,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, int):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", str(value).lower(), re.ASCII)
-        count = round(float(found[1]) * _BYTES[found[2]]) if found else 0
-        if count < 1:
-            self.fail(f"{value!r} is not a size such as 8GB or 500MB", param, ctx)
-        return count
+        amount = float(found[1]) * _BYTES[found[2]] if found else 0
+        if not 1 <= amount < 2**63:
+            self.fail(f"{shortened(str(value))!r} is not a size such as 8GB or 500MB", param, ctx)
+        return round(amount)
 
 
 def _directory(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path | None:
@@ -190,13 +190,13 @@ def prefix_cache_options(command: Decorated) -> Decorated:
     command = click.option(
         "--prefix-cache-size",
         type=Size(),
-        help="Disk space that --prefix-cache may take; default: 10GB.",
+        help="Disk space that --prefix-cache may use; default: 10GB.",
     )(command)
     return click.option(
         "--prefix-cache",
         metavar="DIRECTORY",
         callback=_directory,
-        help="Keep what is computed of prompts here, so that later runs do not compute it again; "
+        help="Keep what is computed for prompts in this directory, so that later runs do not compute it again; "
         "default: only in memory.",
     )(command)
 
@@ -204,8 +204,8 @@ def prefix_cache_options(command: Decorated) -> Decorated:
 draft_option = click.option(
     "--draft",
     metavar="MODEL",
-    help="A smaller model with the same tokens that guesses the next ones, where that is faster; the text stays the "
-    "same; default: none.",
+    help="A smaller model with the same tokenizer that drafts the next tokens, where that is faster; the text stays "
+    "the same; default: none.",
 )
 
 
@@ -263,7 +263,7 @@ def open_model(
     available = available_memory()
     if available is not None and loaded.weight_bytes > available:
         terminal.notice(
-            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory are available: "
+            f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory is available: "
             "the rest will be read from disk again and again"
         )
     crowded = too_many_threads(loaded.threads) or contention.hint(loaded.threads)

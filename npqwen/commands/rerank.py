@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,16 +12,13 @@ from npqwen.commands.options import Command, argument_text
 from npqwen.commands.records import json_lines, read_records
 from npqwen.terminal.terminal import Terminal
 
-if TYPE_CHECKING:
-    pass
-
 
 @click.command(cls=Command)
 @click.argument("model")
 @click.argument("query")
 @click.argument("file", default="-")
 @click.option("--top", type=click.IntRange(1), metavar="N", help="Write only the N best; default: all.")
-@click.option("--instruction", metavar="TEXT", help="What is searched; default: passages that answer a web search.")
+@click.option("--instruction", metavar="TEXT", help="What is searched for; default: passages that answer a web search.")
 @click.option("--jsonl", "as_json", is_flag=True, help="Lines of FILE are JSON: strings, or objects with a text.")
 @click.option("--output", "-o", metavar="FILE", help="Write there instead of stdout.")
 @model_options
@@ -58,5 +54,5 @@ def rerank(
             for index in ranking.order[:top]:
                 write({**records[index].fields, "index": index, "score": float(ranking.scores[index])})
         terminal.notice(
-            f"{len(records)} documents in {seconds:.2f} s, {len(records) / max(seconds, 1e-9):.1f} a second"
+            f"{len(records)} documents in {seconds:.2f} s, {len(records) / max(seconds, 1e-9):.1f} per second"
         )

@@ -9,7 +9,7 @@ import click
 from npqwen.checks import check_whole
 from npqwen.commands.confirm import confirm, yes_option
 from npqwen.commands.options import Command
-from npqwen.errors import OptionError, size
+from npqwen.errors import OptionError, counted, size
 from npqwen.format.recipe import CHOICES
 from npqwen.terminal.terminal import Terminal
 
@@ -91,9 +91,6 @@ def _announce(
 
 
 def _count(conversions: dict[str, Conversion], downloads: dict[str, Download]) -> str:
-    parts = []
-    for count, noun in ((len(conversions), "conversion"), (len(downloads), "download")):
-        if count:
-            parts.append(f"{count} {noun}{'' if count == 1 else 's'}")
-    return " and ".join(parts)
+    found = ((len(conversions), "conversion"), (len(downloads), "download"))
+    return " and ".join(counted(count, noun) for count, noun in found if count)
 

@@ -67,7 +67,7 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--uds", metavar="PATH", help="Listen on a UNIX socket instead.")
 @click.option("--api-key", "api_keys", multiple=True, metavar="KEY", help="Require this key; may be repeated.")
-@click.option("--api-key-file", metavar="FILE", help="Require one of the keys in FILE, one a line.")
+@click.option("--api-key-file", metavar="FILE", help="Require one of the keys in FILE, one per line.")
 @click.option("--tls-cert", metavar="FILE", help="Certificate for HTTPS, in PEM format.")
 @click.option("--tls-key", metavar="FILE", help="The certificate's private key.")
 @click.option(
@@ -88,10 +88,10 @@ class Alias(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option(
     "--keep-alive", default=None, type=Duration(),
-    help="Let go of a model that was idle for this long; -1: never; default: 5m, a single model never.",
+    help="Unload a model that has been idle for this long; -1: never; default: 5m, a single model never.",
 )  # fmt: skip
 @click.option(
-    "--memory", default=None, type=Size(), help="Memory that loaded models may take together; default: what is free."
+    "--memory", default=None, type=Size(), help="Memory that loaded models may use together; default: what is free."
 )
 @click.option("--log", is_flag=True, help="Write one line for each request to stderr.")
 @draft_option
@@ -182,5 +182,5 @@ def _keys_in(file: str | None) -> Sequence[str]:
         raise OptionError(f"--api-key-file {quoted(file)} cannot be read: {reason}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
-        raise OptionError(f"--api-key-file {quoted(file)} has no key; write one a line")
+        raise OptionError(f"--api-key-file {quoted(file)} has no key; write one per line")
     return keys

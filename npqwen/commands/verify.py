@@ -17,10 +17,11 @@ from npqwen.terminal.terminal import Terminal
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
 def verify(models: tuple[str, ...], quiet: bool) -> None:
-    """Read all of MODEL, and tell whether it is still what was converted.
+    """Read all of MODEL, and check that it is still what was converted.
 
     MODEL is a converted directory, or a name in npqwen list, which stands for all of its conversions. Every tensor is
-    compared with the checksum that its conversion stored. Damage is told by file and tensor; the exit status is 2 then.
+    compared with the checksum that its conversion stored. Damaged tensors are reported by file and name, with exit
+    status 2.
     """
     from npqwen.reports.verification import verify as verified
 

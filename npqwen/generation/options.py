@@ -151,7 +151,7 @@ class GenerationOptions(TypedDict, total=False):
     choice: Annotated[
         Iterable[str] | None,
         Option(
-            "Generate this text or another that is given so; may be repeated.",
+            "Generate exactly one of the given texts; repeat the flag for each.",
             str,
             metavar="TEXT",
             repeated=True,
@@ -163,7 +163,7 @@ class GenerationOptions(TypedDict, total=False):
     grammar: Annotated[
         "str | Structure | None",
         Option(
-            "Generate a text of this grammar, in llguidance's Lark or llama.cpp's GBNF.",
+            "Generate a text that follows this grammar, in llguidance's Lark or llama.cpp's GBNF.",
             str,
             metavar="FILE",
             validate=check_grammar,

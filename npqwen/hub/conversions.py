@@ -168,7 +168,7 @@ def check_adapters(adapters: Sequence[AdapterFile], out: object, low_disk: bool)
     if adapters and low_disk:
         raise OptionError("adapters are merged into the whole checkpoint; use them without low_disk (--low-disk)")
     if adapters and out is None:
-        raise OptionError("a model with adapters does not go into the cache; name the directory OUT for it")
+        raise OptionError("a model with merged adapters is not kept in the cache; give a directory OUT for it")
 
 
 def find_source(model: str | os.PathLike[str], revision: str | None = None, notice: Notice | None = None) -> Source:

@@ -93,7 +93,6 @@ def _complete(model: str, files: list[str], label: str) -> list[str]:
 
     last = SHARD.fullmatch(files[-1])
     if last is not None and len(files) != int(last["count"]):
-        raise CheckpointError(
-            f"{label}: of {shortened(PurePosixPath(model).name)} there are {len(files)} of {int(last['count'])} shards"
-        )
+        name = shortened(PurePosixPath(model).name)
+        raise CheckpointError(f"{label} has only {len(files)} of the {int(last['count'])} shards of {name}")
     return files

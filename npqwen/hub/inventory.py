@@ -52,7 +52,7 @@ def staleness(path: Path) -> str | None:
         return f"of format version {name['version']}; this npqwen reads {FORMAT_VERSION}"
     known = record.read(path)
     if known is None:
-        return "an earlier npqwen made it" if name is not None and name["files"] is None else None
+        return "an earlier version of npqwen made it" if name is not None and name["files"] is None else None
     if known.replaced:
         return "a newer conversion has replaced it"
     if path.parent.parent.name == "local" and not Path(known.model).exists() and Path(known.model).parent.is_dir():

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from npqwen.atomic_file import PARTIAL, REMOVED
 from npqwen.format.quantization import is_converted
 from npqwen.hub.inventory import conversions, staleness
-from npqwen.hub.removal import REMOVED, remove
+from npqwen.hub.removal import remove
 
-_HIDDEN = re.compile(
-    rf"\.(?P<name>.+)\.(?P<kind>partial|{REMOVED})-[0-9a-f]+", re.ASCII
-)
+_HIDDEN = re.compile(rf"\.(?P<name>.+)\.(?P<kind>{PARTIAL}|{REMOVED})-[0-9a-f]+", re.ASCII)
 _REASONS = {
-    "partial": "an interrupted conversion, which could be resumed",
+    PARTIAL: "an interrupted conversion, which could be resumed",
     REMOVED: "an interrupted removal",
 }
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import uuid
 from pathlib import Path
 
-from npqwen.atomic_file import sync_directory
+from npqwen.atomic_file import REMOVED, hidden_sibling, sync_directory
 from npqwen.errors import OutputError
-
-REMOVED = "removed"
-"""Part of the names of directories whose removal has begun: `.NAME.removed-HEX`, hidden, so never a conversion."""
 
 
 def remove(directory: Path) -> None:
@@ -20,7 +16,7 @@ def remove(directory: Path) -> None:
     Processes that have mapped its files keep them until they end; Windows refuses the renaming then. Raises OutputError
     if the directory cannot be removed; one that is gone already is no error.
     """
-    aside = directory.with_name(f".{directory.name}.{REMOVED}-{uuid.uuid4().hex[:12]}")
+    aside = hidden_sibling(directory, REMOVED)
     try:
         directory.rename(aside)
         sync_directory(directory.parent)

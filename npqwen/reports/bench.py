@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from npqwen import __version__
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, counted
 from npqwen.hardware.machine import available_memory, processor
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.paging import huge_page_bytes
@@ -100,7 +100,7 @@ class Report:
 def bandwidths(threads: list[int], rates: list[float]) -> str:
     """Read bandwidths, in bytes per second, with these thread counts, as text: "10.1 GB/s with 1 thread, ..."."""
     return ", ".join(
-        f"{rate / 1e9:.1f} GB/s with {count} {'thread' if count == 1 else 'threads'}"
+        f"{rate / 1e9:.1f} GB/s with {counted(count, 'thread')}"
         for count, rate in zip(threads, rates, strict=True)
     )
 

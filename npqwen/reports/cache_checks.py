@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from npqwen.atomic_file import PARTIAL
 from npqwen.errors import CheckpointError, FormatError, shortened, size
 from npqwen.format.quantization import is_converted
 from npqwen.hub.disk_usage import freed_bytes
@@ -110,7 +111,7 @@ def _check_conversions(found: list[Conversion]) -> Iterator[Finding]:
             unsigned.append(f"{one.model} ({one.bits} bits)")
     if unsigned:
         yield Finding.note(
-            f"without checksums, since an earlier npqwen has converted {'them' if len(unsigned) > 1 else 'it'}: "
+            f"without checksums, since an earlier version of npqwen converted {'them' if len(unsigned) > 1 else 'it'}: "
             f"{', '.join(unsigned)}",
             "npqwen convert MODEL --bits N --force writes them, so that npqwen verify can find damage",
         )
@@ -118,8 +119,8 @@ def _check_conversions(found: list[Conversion]) -> Iterator[Finding]:
 
 def _moved_aside(root: Path) -> Iterator[Finding]:
     """Models that a killed conversion was to replace, and has moved aside."""
-    for old in sorted([*root.glob("hub/*/.*.partial-*/old"), *root.glob("local/*/.*.partial-*/old")]):
-        name = old.parent.name[1:].rpartition(".partial-")[0]
+    for old in sorted([path for place in ("hub", "local") for path in root.glob(f"{place}/*/.*.{PARTIAL}-*/old")]):
+        name = old.parent.name[1:].rpartition(f".{PARTIAL}-")[0]
         if is_converted(old) and not is_converted(old.parent.with_name(name)):
             yield Finding(
                 f"a conversion that was killed has moved the earlier one to {old}",

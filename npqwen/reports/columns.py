@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+from npqwen.errors import counted
+
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Lines of cells, padded to the width of their column and separated by two spaces; no trailing spaces."""
@@ -21,5 +23,5 @@ def ago(then: float, now: float) -> str:
     for name, length, limit in (("minute", 60, 60), ("hour", 3600, 24), ("day", 86400, 30)):
         count = int(seconds // length)
         if count < limit:
-            return f"{count} {name}{'' if count == 1 else 's'} ago"
+            return f"{counted(count, name)} ago"
     return datetime.fromtimestamp(then).astimezone().date().isoformat()

@@ -14,7 +14,7 @@ from npqwen.engine.budget import Budget
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import states_bytes
-from npqwen.errors import CheckpointError, OptionError, size
+from npqwen.errors import CheckpointError, OptionError, counted, size
 from npqwen.format.config import Config
 from npqwen.format.encodings import BY_NAME
 from npqwen.format.layout import Codebook
@@ -147,7 +147,7 @@ def plan_conversion(
     found = find_source(source, revision, notice)
     if isinstance(found, HubSource) and found.gguf:
         raise OptionError(
-            f"{found.label} is a GGUF file, which tells its sizes only when it is here: download it "
+            f"{found.label} is a GGUF file, whose sizes are known only from the file itself: download it "
             f"(npqwen pull {found.label}), or use --dry-run with the original checkpoint"
         )
     place = place_of(found, recipe) if out is None else Path(os.path.expanduser(out))
@@ -237,5 +237,5 @@ def _time(seconds: float) -> str:
     for unit, length, limit in (("second", 1, 90), ("minute", 60, 5400), ("hour", 3600, math.inf)):
         if seconds < limit:
             count = max(1, float(f"{seconds / length:.1g}" if seconds < 10 * length else f"{seconds / length:.2g}"))
-            return f"about {count:g} {unit}{'' if count == 1 else 's'}"
+            return f"about {counted(count, unit)}"
     raise AssertionError

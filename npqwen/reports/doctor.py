@@ -11,7 +11,7 @@ from typing import Any
 
 from npqwen import __version__
 from npqwen.cache_directory import cache_directory
-from npqwen.errors import size
+from npqwen.errors import counted, size
 from npqwen.hardware import cgroup, machine
 from npqwen.hardware.contention import Contention
 from npqwen.hub.disk_usage import bytes_of
@@ -78,7 +78,7 @@ class Diagnosis:
     def describe(self) -> str:
         """Everything, as text."""
         m, s = self.machine, self.software
-        offers, threads = ", ".join(self.kernels_available), _count(self.threads, "thread")
+        offers, threads = ", ".join(self.kernels_available), counted(self.threads, "thread")
         quota = "" if m["quota"] is None else f", quota of {m['quota']:g} CPUs"
         lines = [
             ("npqwen", f"{__version__}, {Path(__file__).parents[1]}"),
@@ -97,7 +97,7 @@ class Diagnosis:
     def _findings(self) -> str:
         problems = [one for one in self.findings if one.is_problem]
         notes = [one for one in self.findings if not one.is_problem]
-        text = f"{_count(len(problems), 'problem')}:\n" if problems else "No problems.\n"
+        text = f"{counted(len(problems), 'problem')}:\n" if problems else "No problems.\n"
         text += "".join(f"* {one.describe()}" for one in problems)
         return text + ("\nGood to know:\n" + "".join(f"* {one.describe()}" for one in notes) if notes else "")
 
@@ -158,12 +158,12 @@ def _check_machine(facts: dict[str, Any], busy: str | None) -> Iterator[Finding]
     memory, swap, used = facts["memory_available"], facts["swap"], facts["swap_used"]
     if memory is not None and memory < 1 << 30:
         yield Finding(
-            f"only {size(memory)} of memory are available, too little for Qwen3-0.6B at --bits 4",
+            f"only {size(memory)} of memory is available, too little for Qwen3-0.6B at --bits 4",
             "close other programs, or raise the limit of this container or unit",
         )
     if swap and 2 * used > swap:
         yield Finding.note(
-            f"{size(used)} of {size(swap)} of swap space are in use: this machine is short of memory",
+            f"{size(used)} of {size(swap)} of swap space is in use: this machine is short of memory",
             "close other programs; weights that are mapped from files need no swap space",
         )
     if busy is not None:
@@ -193,7 +193,7 @@ def _check_kernels() -> Iterator[Finding]:
     if best == _PORTABLE:
         yield Finding.note(
             "there are no kernels for this processor: portable ones run instead, several times slower",
-            "take a small model with --bits 8, which is the fastest here; npqwen bench MODEL measures it",
+            "use a small model with --bits 8, which is the fastest here; npqwen bench MODEL measures it",
         )
     elif best != ISA.name:
         yield Finding.note(f"NPQWEN_ISA={os.environ.get('NPQWEN_ISA')} replaces {best}, the best kernels", "unset it")
@@ -220,8 +220,8 @@ def _memory(m: dict[str, Any]) -> str:
 
 
 def _cache(c: dict[str, Any]) -> str:
-    kept = f"{_count(c['conversions'], 'conversion')}, {size(c['conversion_bytes'])}"
-    fetched = f"; {_count(c['downloads'], 'download')}, {size(c['download_bytes'])}" if c["downloads"] else ""
+    kept = f"{counted(c['conversions'], 'conversion')}, {size(c['conversion_bytes'])}"
+    fetched = f"; {counted(c['downloads'], 'download')}, {size(c['download_bytes'])}" if c["downloads"] else ""
     return f"{c['path']}: {kept}; kernels, {size(c['kernel_bytes'])}{fetched}; {size(c['free'])} free"
 
 
@@ -229,7 +229,3 @@ def _models(found: list[Forecast]) -> str:
     speed = f"decoding at {SHARE:.0%} of the bandwidth" if any(one.tokens_per_second for one in found) else ""
     how = f", and tokens/s, estimated:\n{speed}; npqwen bench MODEL measures it" if speed else ""
     return f"{table(found)}\nMemory for {CONTEXT:,} tokens of context{how}.\n"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -9,7 +9,7 @@ from typing import Any
 
 EXTRAS = {
     "server": (("starlette", "uvicorn"), "npqwen serve and batch"),
-    "grammar": (("llguidance",), "--schema, response_format and their like"),
+    "grammar": (("llguidance",), "--schema, response_format and similar options"),
     "ray": (("ray",), "clusters (npqwen.ray)"),
 }
 """Those of pyproject.toml's extras that are for running models: their packages, and what needs them."""

@@ -11,14 +11,14 @@ class Finding:
     """A problem, or something to know; and what to do about it."""
 
     text: str
-    way_out: str
+    remedy: str
     is_problem: bool = True
     """False: everything works nevertheless."""
 
     @classmethod
-    def note(cls, text: str, way_out: str) -> Finding:
+    def note(cls, text: str, remedy: str) -> Finding:
         """A finding that is worth knowing and needs no action: `is_problem` is False."""
-        return cls(text, way_out, is_problem=False)
+        return cls(text, remedy, is_problem=False)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -26,4 +26,4 @@ class Finding:
 
     def describe(self) -> str:
         """The finding as text."""
-        return f"{self.text}\n  -> {self.way_out}\n"
+        return f"{self.text}\n  -> {self.remedy}\n"

@@ -47,7 +47,7 @@ def as_dict(conversions: Sequence[Conversion], downloads: Sequence[Download]) ->
 
 def describe(conversions: Sequence[Conversion], downloads: Sequence[Download]) -> str:
     """The models, as text."""
-    found = _conversions(conversions) if conversions else "no model is converted yet; npqwen pull MODEL does that\n"
+    found = _conversions(conversions) if conversions else "no model is converted yet; npqwen pull MODEL converts one\n"
     return f"{found}\n{_downloads(downloads, conversions)}" if downloads else found
 
 
@@ -85,7 +85,7 @@ def _downloads(found: Sequence[Download], conversions: Sequence[Conversion]) -> 
     rows = [("DOWNLOAD", "SIZE", "LAST USED", "")]
     rows += [(one.model, size(one.bytes), ago(one.last_used, now), use(one, conversions)) for one in found]
     return (
-        f"{columns(rows)}\nDownloads lie in huggingface_hub's cache, which other programs may share. A model that is "
+        f"{columns(rows)}\nDownloads are in huggingface_hub's cache, which other programs may share. A model that is "
         "converted runs\nwithout its download: npqwen rm --download MODEL removes it, and keeps the conversion.\n"
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npqwen.engine.weights import Weights, weight_files
-from npqwen.errors import CheckpointError, FormatError, shortened, size
+from npqwen.errors import CheckpointError, FormatError, counted, shortened, size
 from npqwen.format.checksums import NAME as CHECKSUMS
 from npqwen.format.checksums import Checksums, Digest, bytes_digest, config_digest, pieces
 from npqwen.format.config import Config, read_json
@@ -58,8 +58,7 @@ class Verification:
         """A line about the model, and one for each damage."""
         amount = f"{self.tensors} tensors, {size(self.bytes)}"
         if self.damage:
-            count = len(self.damage)
-            lines = [f"{self.path}: damaged in {count} place{'' if count == 1 else 's'}"]
+            lines = [f"{self.path}: damaged in {counted(len(self.damage), 'place')}"]
             return "\n".join([*lines, *(f"  {damage}" for damage in self.damage)])
         if not self.has_checksums:
             return f"{self.path}: readable and complete, {amount}; it has no checksums, as it was converted without"

@@ -13,6 +13,7 @@ from npqwen.atomic_file import writing
 from npqwen.checks import choice
 from npqwen.errors import OptionError, quoted, shortened
 from npqwen.file_lock import try_lock
+from npqwen.server.fields import FieldError, parse_fields
 from npqwen.server.json_text import json_text
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ class BatchInput:
                     if line.strip():
                         request = self._parsed(line, number)
                         if request.custom_id in self._places:
-                            raise self._error(number, f"has the custom_id {quoted(request.custom_id)} once more")
+                            raise self._error(number, f"repeats the custom_id {quoted(request.custom_id)}")
                         self._places[request.custom_id] = file.tell() - len(line)
                         self.models.add(str(request.body.get("model") or ""))
         except OSError as error:
             raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
         if not self._places:
-            raise OptionError(f"{path} has no requests; write one a line, as JSON")
+            raise OptionError(f"{path} has no requests; write one per line, as JSON")
         self.custom_ids = list(self._places)
 
     def read(self, custom_id: str) -> BatchRequest:
@@ -77,11 +78,9 @@ class BatchInput:
         if len(line) > LINE_LIMIT:
             raise self._error(number, f"is longer than {LINE_LIMIT} bytes")
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            raise self._error(number, "is not JSON") from None
-        if not isinstance(found, dict):
-            raise self._error(number, 'is not an object like {"custom_id": ..., "method": "POST", "url": ...}')
+            found = parse_fields(line.strip()).values
+        except FieldError as error:
+            raise self._error(number, str(error).removeprefix("the body ")) from None
         custom_id, url, body = found.get("custom_id"), found.get("url"), found.get("body")
         if not isinstance(custom_id, str) or not custom_id:
             raise self._error(number, "has no custom_id, a text that names the request")

@@ -10,6 +10,7 @@ from collections import abc
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
+from npqwen.errors import shortened
 from npqwen.structure.hints import field_hints, is_named_tuple
 from npqwen.structure.type_schema import ARRAYS, SCALARS, fields, is_pydantic
 
@@ -82,8 +83,11 @@ def _choice(choices: dict[Any, Any], value: Any) -> Any:
 
 def _scalar(kind: type[Any], value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, float) and value == int(value):
+        try:
+            return float(value)
+        except OverflowError:
+            raise Mismatch(f"{shortened(str(value))} is too large for a float") from None
+    if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     return _of(kind, value)
 

@@ -74,7 +74,7 @@ class AnswerView:
         elif isinstance(event, ToolCall):
             arguments = json.dumps(event.arguments, ensure_ascii=False)
             text.pause()
-            self._terminal.notice(f"calls {event.name} with {arguments}; there are no tools here")
+            self._terminal.notice(f"calls {event.name} with {arguments}; no tools are available")
         elif isinstance(event, Notice) and event.text not in self._shown_notices:
             self._shown_notices.add(event.text)  # A notice about a setting is repeated with every answer.
             text.pause()

@@ -8,7 +8,7 @@ from pathlib import Path
 from npqwen.chat.conversation import cache_file
 from npqwen.chat.messages import joined
 from npqwen.chat.saved_conversation import SavedConversation
-from npqwen.errors import FormatError, OptionError, OutputError, size
+from npqwen.errors import FormatError, OptionError, OutputError, counted, size
 from npqwen.terminal.terminal_chat import TerminalChat
 
 _MAX_CACHE_BYTES = 1 << 30
@@ -40,7 +40,7 @@ def save(chat: TerminalChat, arguments: str) -> None:
     chat.file = str(path)
     written = sum(file.stat().st_size for file in (path, cache_file(path)) if os.path.exists(file))
     without = "" if with_cache or not chat.conversation.cache_bytes else ", without the cache"
-    chat.terminal.notice(f"saved {path}: {count(len(saved.messages), 'message')}, {size(written)}{without}")
+    chat.terminal.notice(f"saved {path}: {counted(len(saved.messages), 'message')}, {size(written)}{without}")
 
 
 def load(chat: TerminalChat, arguments: str) -> None:
@@ -54,7 +54,7 @@ def load(chat: TerminalChat, arguments: str) -> None:
     if chat.autosave is not None:
         chat.autosave.begin()
     chat.file = str(path)
-    loaded = f"loaded {path}: {count(len(chat.conversation.messages), 'message')}"
+    loaded = f"loaded {path}: {counted(len(chat.conversation.messages), 'message')}"
     chat.terminal.notice("; ".join(filter(None, (loaded, chat.context_usage()))))
     show_last_turns(chat)
 
@@ -68,7 +68,7 @@ def show_last_turns(chat: TerminalChat) -> None:
     ]
     users = [at for at, message in enumerate(messages) if message["role"] == "user"]
     first = users[-_TURNS] if len(users) > _TURNS else 0
-    lines = [f"... {count(first, 'message')} before"] if first else []
+    lines = [f"... {counted(first, 'earlier message')}"] if first else []
     for message in messages[first:]:
         if message["role"] == "user":
             lines += ["", "> " + _shortened(message["content"], _QUESTION_LENGTH)]
@@ -98,12 +98,7 @@ def _may_replace(chat: TerminalChat, path: Path) -> bool:
         there = SavedConversation.read(path)
     except FormatError:
         raise OutputError(f"{path} exists and is not a saved conversation; choose another name") from None
-    about = f"{path} exists: a conversation of {count(len(there.messages), 'message')}"
+    about = f"{path} exists: a conversation of {counted(len(there.messages), 'message')}"
     if chat.confirm is None:
         raise OutputError(f"{about}; choose another name")
     return chat.confirm(f"{about}. Overwrite it?")
-
-
-def count(number: int, noun: str) -> str:
-    """The number and the noun in its singular or plural."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -56,16 +56,24 @@ class Settings:
         return f"{option.name} is {_as_text(self.options[option.name])}"
 
     def replace(self, options: Mapping[str, Any]) -> list[str]:
-        """Replace all options that `/set` accepts with these; returns the error messages of those that are skipped."""
+        """Replace all options that `/set` accepts with these; returns the error messages of those that are skipped.
+
+        An option may depend on any other, whatever their order.
+        """
         self.options = {name: value for name, value in self.options.items() if name not in NAMES}
-        problems = []
-        for name, value in options.items():
-            try:
-                find_option(name, NAMES)
-                self.options = self._checked({**self.options, name: value})
-            except OptionError as error:
-                problems.append(str(error))
-        return problems
+        left = dict(options)
+        while left:
+            problems = {}
+            for name, value in left.items():
+                try:
+                    find_option(name, NAMES)
+                    self.options = self._checked({**self.options, name: value})
+                except OptionError as error:
+                    problems[name] = str(error)
+            if len(problems) == len(left):
+                return [*problems.values()]
+            left = {name: left[name] for name in problems}  # they may fit now, with what has been added
+        return []
 
     def update(self, options: Mapping[str, Any]) -> None:
         """Set these options in addition; those that are None stay as they are. Raises OptionError."""

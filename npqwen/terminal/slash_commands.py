@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from npqwen.chat.messages import joined
 from npqwen.checks import choice, near_names
-from npqwen.errors import OptionError
+from npqwen.errors import OptionError, counted
 from npqwen.terminal.answer_view import guesses
-from npqwen.terminal.file_commands import count, load, save
+from npqwen.terminal.file_commands import load, save
 from npqwen.terminal.setting_commands import nothink, set_, show, system, think
 from npqwen.terminal.terminal_chat import TerminalChat
 
@@ -158,9 +158,9 @@ def _stats(chat: TerminalChat, arguments: str) -> None:
     dropped = chat.conversation.dropped
     hidden = f", the oldest {dropped} no longer shown to the model" if dropped else ""
     lines = [
-        f"model         {chat.name}, {model.bits} bits per weight, {count(model.threads, 'thread')}",
+        f"model         {chat.name}, {model.bits} bits per weight, {counted(model.threads, 'thread')}",
         f"thinking      {thinking}",
-        f"conversation  {count(len(chat.conversation.messages), 'message')}{hidden}",
+        f"conversation  {counted(len(chat.conversation.messages), 'message')}{hidden}",
     ]
     if context := chat.context_usage():
         size = f"{chat.conversation.cache_bytes / 1e6:.1f} MB"
@@ -187,7 +187,7 @@ COMMANDS = {
     "think": Command("[QUESTION]", "think before answering, or before this answer only", think),
     "nothink": Command("[QUESTION]", "answer without thinking, or this question only", nothink),
     "thought": Command("[fold|show|hide]", "show the last reasoning, or choose how to show it", _thought),
-    "markdown": Command("[on|off]", "render the Markdown of answers, or do not", _markdown),
+    "markdown": Command("[on|off]", "render the Markdown of answers, or not", _markdown),
     "system": Command("[TEXT|-]", "show, set or (-) remove the system message", system),
     "set": Command("[NAME VALUE]", "set an option; quiet, verbose: statistics", set_),
     "show": Command("[SUBJECT]", "show info, parameters, system or template", show),

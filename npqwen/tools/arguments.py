@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import types
 from collections import abc, deque
 from collections.abc import Callable, Collection, Mapping
@@ -106,7 +105,7 @@ def _boolean(value: Any, where: str) -> bool:
 
 def _integer(value: Any, where: str) -> int:
     number = _parse_number(value)
-    whole = number is not None and math.isfinite(number) and number == int(number)
+    whole = isinstance(number, int) or (number is not None and number.is_integer())
     return int(_require(whole, number, value, "a whole number", where))
 
 

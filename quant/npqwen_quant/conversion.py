@@ -309,7 +309,7 @@ def refuse_unknown(name: str, planned: Container[str], path: Path) -> None:
 
 def refuse_nesting(source: Path, out: Path) -> None:
     if out == source or source in out.parents:
-        raise OutputError(f"{out} lies in the checkpoint's own directory {source}; choose another place")
+        raise OutputError(f"{out} is inside the checkpoint's own directory {source}; choose another place")
     if out in source.parents:
         raise OutputError(f"{out} contains the checkpoint {source}; choose another place")
 

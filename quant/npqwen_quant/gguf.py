@@ -101,7 +101,7 @@ def shards(path: Path) -> list[Path]:
     count = int(name["count"])
     if not 0 < int(name["number"]) <= count <= _SHARDS:
         raise CheckpointError(
-            f"{path} is named as shard {int(name['number'])} of {count}, which cannot be; shards are named "
+            f"{path} is named as shard {int(name['number'])} of {count}, which is impossible; shards are named "
             "MODEL-00001-of-00003.gguf and so on"
         )
     found = [
@@ -128,7 +128,7 @@ class GgufTensor(SourceTensor):
     def check(self, name: str) -> None:
         """Raise CheckpointError for a vector in a block format: ggml has none."""
         if len(self.shape) == 1 and self.kind.weights > 1:
-            raise CheckpointError(f"{self.path}: {name} is stored as {self.kind.name}, which a vector cannot be")
+            raise CheckpointError(f"{self.path}: the vector {name} is stored as {self.kind.name}, which is impossible")
 
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
         """See SourceTensor."""
@@ -243,7 +243,7 @@ def _experts(
     """The matrices of a stack of experts."""
     count, rows, columns = stored.shape
     if count > _MOST_EXPERTS or rows % len(parts):
-        raise CheckpointError(f"{path}: {name} has {count} experts of {rows} rows; that cannot be")
+        raise CheckpointError(f"{path}: {name} has {count} experts of {rows} rows, which is impossible")
     shape, nbytes = (rows // len(parts), columns), stored.nbytes // count // len(parts)
     for expert in range(count):
         for i, part in enumerate(parts):
@@ -256,8 +256,8 @@ def _check_shard(header: GgufHeader, number: int, count: int) -> None:
     said, of = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
     if (said, of) != (number, count):
         raise CheckpointError(
-            f"{header.path} says that it is shard {quoted(said)} (from 0 on) of {quoted(of)}, but by its name it is "
-            f"{number} of {count}; shards are named MODEL-00001-of-00003.gguf and so on"
+            f"{header.path} says that it is shard {quoted(said)} (counted from 0) of {quoted(of)}, but by its name it "
+            f"is {number} of {count}; shards are named MODEL-00001-of-00003.gguf and so on"
         )
 
 

@@ -62,7 +62,7 @@ class Metadata:
         """`get`; CheckpointError if the entry is missing."""
         value = self.get(key, kind)
         if value is None:
-            raise CheckpointError(f"{self.path} does not say {self.architecture}{key}; is it a complete model?")
+            raise CheckpointError(f"{self.path} does not give {self.architecture}{key}; is it a complete model?")
         return value
 
 

@@ -154,15 +154,15 @@ class _Reader:
         if found.startswith(_POINTER):
             raise CheckpointError(f"{self._path} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
         if found[: len(MAGIC)] != MAGIC:
-            raise CheckpointError(f"{self._path} is no GGUF file: it does not begin with {MAGIC.decode()}")
+            raise CheckpointError(f"{self._path} is not a GGUF file: it does not begin with {MAGIC.decode()}")
         self._at = len(MAGIC)
         version = self._number("<I")
         if version & 0xFFFF == 0 and version:
             raise CheckpointError(f"{self._path} is big-endian, which npqwen does not read; use the little-endian file")
         if version not in _VERSIONS:
             raise CheckpointError(
-                f"{self._path} has GGUF version {version}, and npqwen reads {' and '.join(map(str, _VERSIONS))}; make "
-                "it again with a present llama.cpp"
+                f"{self._path} has GGUF version {version}, and npqwen reads {' and '.join(map(str, _VERSIONS))}; "
+                "recreate it with a current llama.cpp"
             )
         tensors, entries = self._number("<Q"), self._number("<Q")
         if tensors > _TENSORS or entries > _ENTRIES:
@@ -175,7 +175,7 @@ class _Reader:
         for _ in range(count):
             key = self._string()
             if key in seen:
-                raise _Damaged(f"{quoted(key)} is there twice")
+                raise _Damaged(f"{quoted(key)} appears twice")
             seen.add(key)
             yield key, self._value(key, self._number("<I"))
 
@@ -185,7 +185,7 @@ class _Reader:
         for _ in range(count):
             name = self._string()
             if name in found:
-                raise _Damaged(f"tensor {shortened(name)} is there twice")
+                raise _Damaged(f"tensor {shortened(name)} appears twice")
             dimensions = self._number("<I")
             if not 0 < dimensions <= _DIMENSIONS:
                 raise _Damaged(f"tensor {shortened(name)} has {dimensions} dimensions")
@@ -279,7 +279,10 @@ def _located(
                 f"{', '.join(one.name for one in TYPES.values())}"
             )
         if shape[-1] % kind.weights:
-            raise _Damaged(f"the rows of {shortened(name)}, of {shape[-1]} weights, are no whole blocks of {kind.name}")
+            raise _Damaged(
+                f"the rows of {shortened(name)}, of {shape[-1]} weights, are not a multiple of the block size of "
+                f"{kind.name}"
+            )
         nbytes = math.prod(shape) // kind.weights * kind.nbytes
         if offset % alignment:
             raise _Damaged(f"tensor {shortened(name)} is not aligned to {alignment} bytes")

@@ -51,8 +51,8 @@ class GgufTokenizer:
         self._merges: list[str] = self._list("merges", str)
         if not self.tokens or len(self._types) != len(self.tokens):
             raise CheckpointError(
-                f"{metadata.path} has {len(self.tokens)} tokens and {len(self._types)} types of them; "
-                "a model needs as many, and some"
+                f"{metadata.path} has {len(self.tokens)} tokens and {len(self._types)} token types; "
+                "there must be a type for each token, and at least one token"
             )
         if len(self.tokens) > vocab_size:
             raise CheckpointError(f"{metadata.path} has {len(self.tokens)} tokens, but an embedding of {vocab_size}")
@@ -152,7 +152,7 @@ class GgufTokenizer:
     def _list(self, name: str, kind: type) -> list[Any]:
         found: list[Any] = self._metadata.get(f"tokenizer.ggml.{name}", list, [])
         if found and type(found[0]) is not kind:
-            raise self._wrong(f"{name} that are not of the type they should be")
+            raise self._wrong(f"{name} of the wrong type")
         return found
 
     def _wrong(self, what: str) -> CheckpointError:

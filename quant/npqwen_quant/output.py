@@ -70,7 +70,7 @@ class Output:
         try:
             if keep and self._notice is not None:
                 self._notice(
-                    f"{size(self.work.allocated())} of the work stays in {self.work.path}; the next conversion with "
+                    f"{size(self.work.allocated())} of the work is kept in {self.work.path}; the next conversion with "
                     "the same arguments resumes it"
                 )
         finally:

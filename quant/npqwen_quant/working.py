@@ -27,15 +27,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from npqwen.atomic_file import sync_directory, writing
+from npqwen.atomic_file import HEX_DIGITS, PARTIAL, REMOVED, hidden_sibling, sync_directory, writing
 from npqwen.errors import OutputError
 from npqwen.file_lock import try_lock
-
-KIND = "partial"
-"""Part of the names of working directories."""
-
-_REMOVED = "removed"
-_DIGITS = 12
 
 _PATIENCE = 0.3
 """Seconds to wait for a lock: another process may hold it briefly, to remove an abandoned directory."""
@@ -207,7 +201,7 @@ class WorkingDirectory:
             self.put_back()
         if sys.platform == "win32":  # does not rename a directory that has an open file
             self.unlock()
-        aside = self.path.with_name(f".{self.out.name}.{_REMOVED}-{uuid.uuid4().hex[:_DIGITS]}")
+        aside = hidden_sibling(self.out, REMOVED)
         try:
             self.path.rename(aside)
         except OSError:
@@ -217,7 +211,7 @@ class WorkingDirectory:
 
 def others(out: Path, own: Path | None = None) -> Iterator[WorkingDirectory]:
     """The abandoned working directories of conversions to the same place; each is locked while the caller has it."""
-    for path in _siblings(out, KIND):
+    for path in _siblings(out, PARTIAL):
         found = WorkingDirectory(out, path)
         if path != own and found.lock_abandoned():
             try:
@@ -233,19 +227,19 @@ def held_bytes(out: Path) -> int:
 
 def remove_removed(out: Path) -> None:
     """Remove what is left of working directories whose removal was interrupted."""
-    for path in _siblings(out, _REMOVED):
+    for path in _siblings(out, REMOVED):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _siblings(out: Path, kind: str) -> list[Path]:
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}-[0-9a-f]{{{_DIGITS}}}")
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.{kind}-[0-9a-f]{{{HEX_DIGITS}}}")
     if not out.parent.is_dir():
         return []
     return [path for path in sorted(out.parent.iterdir()) if pattern.fullmatch(path.name)]
 
 
 def _path(out: Path, key: str) -> Path:
-    return out.with_name(f".{out.name}.{KIND}-{hashlib.sha256(key.encode()).hexdigest()[:_DIGITS]}")
+    return hidden_sibling(out, PARTIAL, hashlib.sha256(key.encode()).hexdigest())
 
 
 def _allocated(path: Path) -> int:

@@ -79,7 +79,7 @@ def test_with_its_own_text(tmp_path: Path) -> None:
     for out in ("first", "second"):
         result = run(TINY, tmp_path / out, "--calibrate", "self")
         assert result.exit_code == 0, result.output
-        assert "writes a text" in result.stderr
+        assert "writes the text" in result.stderr
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
     shown = describe(inspect(tmp_path / "first"))
     assert "with the model's own text" in shown

@@ -432,11 +432,11 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
         "models--Qwen--Qwen3-0.6B is huggingface_hub's cache of a model; give its id, Qwen/Qwen3-0.6B",
     ),
     (write_local, ["convert", ".", "."], "choose another place"),
-    (write_local, ["convert", ".", "./out"], "lies in the checkpoint's own directory"),
+    (write_local, ["convert", ".", "./out"], "is inside the checkpoint's own directory"),
     (
         in_directory("in", write_local),
         ["convert", "in", "in/../in"],
-        "lies in the checkpoint's own directory",
+        "is inside the checkpoint's own directory",
     ),
     (
         write_beside_other_files,

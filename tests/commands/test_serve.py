@@ -265,6 +265,8 @@ def test_a_port_that_is_taken_is_one_line(run: Run, model: Path) -> None:
         (["--alias", "gpt=other"], "stands for 'other', which is not served"),
         (["--keep-alive", "soon"], "'soon' is not a time"),
         (["--memory", "lots"], "'lots' is not a size"),
+        (["--memory", "0.4B"], "'0.4B' is not a size"),
+        (["--memory", "9" * 310], "9...' is not a size"),
         (["--queue", "0"], "queue is 0; it must be a whole number, 1 or more"),
         (["--parallel", "0"], "parallel is 0"),
         (["--context", "1000000"], "at most 2,048"),

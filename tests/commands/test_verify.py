@@ -1,4 +1,4 @@
-"""`npqwen verify`: names, directories, exit status and the way out."""
+"""`npqwen verify`: names, directories, exit status and the remedy."""
 
 from __future__ import annotations
 

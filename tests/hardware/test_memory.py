@@ -88,7 +88,7 @@ def test_weights_larger_than_memory_are_announced(
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", str(tiny(4)), "A", "--max-tokens", "1"])
     assert stopped.value.code == 0
-    assert "1.0 MB of memory are available" in capsys.readouterr().err
+    assert "1.0 MB of memory is available" in capsys.readouterr().err
 
 
 def test_a_context_that_memory_cannot_hold_is_refused_when_loading(

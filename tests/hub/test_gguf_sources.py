@@ -175,7 +175,7 @@ def test_all_shards_are_downloaded(fake_hub: FakeHub, tmp_path: Path) -> None:
     hub.resolve("org/big:small-00001-of-00003.gguf")
     assert sorted(fake_hub.downloads) == sorted(files)
     fake_hub.publish("org/cut", extra=dict(list(files.items())[:2]))
-    with pytest.raises(CheckpointError, match="of small there are 2 of 3 shards"):
+    with pytest.raises(CheckpointError, match="has only 2 of the 3 shards of small"):
         hub.resolve("org/cut")
 
 

@@ -67,7 +67,7 @@ def test_conversions_are_told_by_their_records(cache: Path, tmp_path: Path) -> N
         ("hub/org--name/0123456789ab-01234567-int4-v2", "org/name", True, "a newer conversion has replaced it"),
         ("hub/org--name/0123456789ab-01234567-int4-v1", "org/name", False, "of format version 1; this npqwen reads"),
         ("hub/org--name/0123456789ab-01234567-int4-v99", "org/name", False, None),  # a newer npqwen's
-        ("hub/org--name/0123456789ab-int4-v2", None, False, "an earlier npqwen made it"),
+        ("hub/org--name/0123456789ab-int4-v2", None, False, "an earlier version of npqwen made it"),
         ("hub/org--name/0123456789ab-01234567-int4-v2", None, False, None),
         ("local/gone/0123456789ab-01234567-int4-v2", "TMP/gone", False, "its checkpoint is gone"),
         ("local/gone/0123456789ab-01234567-int4-v2", "TMP/unmounted/gone", False, None),

@@ -59,7 +59,7 @@ def test_pull_downloads_converts_and_writes_the_path(run: Run, fake_hub: FakeHub
 
 
 def test_list_for_people_and_for_programs(run: Run, checkpoint: Path, cache: Path, tmp_path: Path) -> None:
-    assert run("list") == (0, "no model is converted yet; npqwen pull MODEL does that\n", "")
+    assert run("list") == (0, "no model is converted yet; npqwen pull MODEL converts one\n", "")
     place = Path(run("pull", ID)[1].strip())
     run("pull", checkpoint, "--bits", "8")
     hours = time.time() - 3 * 3600 - 5
@@ -149,7 +149,7 @@ def test_rm_of_both_and_of_several(run: Run, checkpoint: Path, tmp_path: Path) -
     run("pull", checkpoint)
     _, _, err = run("rm", ID, checkpoint, "--all", "--yes")
     assert err.splitlines()[-1] == "removed 2 conversions and 1 download"
-    assert run("list")[1] == "no model is converted yet; npqwen pull MODEL does that\n"
+    assert run("list")[1] == "no model is converted yet; npqwen pull MODEL converts one\n"
     assert checkpoint.exists()
 
 

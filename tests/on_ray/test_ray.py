@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ray = pytest.importorskip("ray", reason="these tests need an environment with npqwen[ray]")
@@ -63,6 +64,20 @@ def test_a_dataset_is_answered_by_actors(model: Path, expected: list[str]) -> No
     assert "context" in found[-1]["error"]
     assert all(row["error"] == "" and row["finish_reason"] == "stop" for row in found[:-1])
     assert all(row["prompt_tokens"] > 5 < row["generated_tokens"] for row in found[:-1])
+
+
+def test_a_prompt_that_is_none_is_an_error_of_its_row(model: Path, expected: list[str]) -> None:
+    answer = on_ray.Generator(str(model), threads=1, thinking=False, seed=1)
+    prompts = np.array([QUESTIONS[0], None, 3.0, [QUESTIONS[1]], QUESTIONS[2]], dtype=object)
+    found = answer({"prompt": prompts})
+    assert found["text"].tolist() == [expected[0], "", "", "", expected[2]]
+    assert found["error"].tolist() == [
+        "",
+        "the prompt is None; give text or messages",
+        "the prompt is 3.0; give text or messages",
+        f"the prompt is {[QUESTIONS[1]]}; give text or messages",
+        "",
+    ]
 
 
 def test_messages_and_raw_text(model: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 def test_shards_that_were_renamed(tmp_path: Path) -> None:
     first, second, _ = write_shards(tmp_path)
-    with pytest.raises(CheckpointError, match=r"alone.gguf says that it is shard 1 \(from 0 on\) of 3, but"):
+    with pytest.raises(CheckpointError, match=r"alone.gguf says that it is shard 1 \(counted from 0\) of 3, but"):
         Checkpoint(second.rename(tmp_path / "alone.gguf"))
     (tmp_path / "alone.gguf").write_bytes(first.read_bytes())
     (tmp_path / "alone.gguf").rename(second)
@@ -229,7 +229,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "no architecture": ({"general__architecture": None}, "names no architecture"),
     "a number for the architecture": ({"general__architecture": 3}, "has the architecture 3"),
     "a list for the architecture": ({"general__architecture": [1, 2]}, r"has the architecture \[1, 2\]"),
-    "no layers": ({"qwen3__block_count": None}, "does not say qwen3.block_count"),
+    "no layers": ({"qwen3__block_count": None}, "does not give qwen3.block_count"),
     "text for layers": ({"qwen3__block_count": "1"}, "qwen3.block_count is '1', a value of the wrong type"),
     "0 layers": ({"qwen3__block_count": 0}, "num_hidden_layers is 0"),
     "too many layers": ({"qwen3__block_count": 2**31}, "too few for the layers"),
@@ -251,9 +251,9 @@ ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "a hot temperature": ({"general__sampling__temp": float("inf")}, "general.sampling.temp is inf"),
     "another tokenizer": ({"tokenizer__ggml__model": "llama"}, "the tokenizer 'llama' with 'qwen2'; Qwen3's is 'gpt2'"),
     "another pre-tokenizer": ({"tokenizer__ggml__pre": "gpt-4o"}, "the tokenizer 'gpt2' with 'gpt-4o'"),
-    "no tokens": ({"tokenizer__ggml__tokens": None}, "has 0 tokens and 110 types"),
-    "no types": ({"tokenizer__ggml__token_type": None}, "has 110 tokens and 0 types"),
-    "numbers for tokens": ({"tokenizer__ggml__tokens": [1] * VOCABULARY}, "tokens that are not of the type"),
+    "no tokens": ({"tokenizer__ggml__tokens": None}, "has 0 tokens and 110 token types"),
+    "no types": ({"tokenizer__ggml__token_type": None}, "has 110 tokens and 0 token types"),
+    "numbers for tokens": ({"tokenizer__ggml__tokens": [1] * VOCABULARY}, "tokens of the wrong type"),
     "more tokens than rows": (
         {"tokenizer__ggml__tokens": ["x"] * 111, "tokenizer__ggml__token_type": [5] * 111},
         "has 111 tokens, but an embedding of 110",
@@ -308,7 +308,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "a vector in blocks": (
         lambda t: t.update({"output_norm.weight": ("Q8_0", (256,), bytes(8 * 34))}),
-        "model.norm.weight is stored as Q8_0, which a vector cannot be",
+        "the vector model.norm.weight is stored as Q8_0, which is impossible",
     ),
     "a transposed matrix": (
         lambda t: t.update({"blk.0.attn_k.weight": ("F32", (256, 64), bytes(65536))}),

@@ -214,7 +214,7 @@ def entry(key: str, value: Any) -> Callable[[dict[str, Any], Tensors], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (entry("ssm.state_size", []), "does not say qwen35.ssm.state_size"),
+        (entry("ssm.state_size", []), "does not give qwen35.ssm.state_size"),
         (entry("ssm.time_step_rank", 3), "ssm.inner_size 128 is not that of 3 heads"),
         (entry("ssm.time_step_rank", 0), "ssm.inner_size 128 is not that of 0 heads"),
         (entry("ssm.group_count", 3), "linear_num_value_heads 4 is not a multiple of linear_num_key_heads 3"),

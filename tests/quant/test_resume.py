@@ -276,7 +276,7 @@ def test_ctrl_c_leaves_what_the_next_conversion_resumes_and_says_so(tmp_path: Pa
         convert(source, tmp_path / "out", progress=stop_at(0.6), threads=2, notice=notices.append)
     (work,) = tmp_path.glob(".out.*")
     (said,) = notices
-    assert said.endswith(f" of the work stays in {work}; the next conversion with the same arguments resumes it")
+    assert said.endswith(f" of the work is kept in {work}; the next conversion with the same arguments resumes it")
     notices.clear()
     convert(
         source,

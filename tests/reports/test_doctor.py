@@ -132,7 +132,7 @@ def test_a_sound_machine_has_no_problem(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_problem_is_the_exit_status_and_has_a_way_out(run: Run, conversion: Path) -> None:
+def test_a_problem_is_the_exit_status_and_has_a_remedy(run: Run, conversion: Path) -> None:
     assert "No problems." in run("doctor")[0]
     (conversion / "tokenizer.json").write_text("{}")
     out, _ = run("doctor", status=1)
@@ -153,8 +153,8 @@ def test_numbers_of_a_small_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not seen.is_well
     text = seen.describe()
     assert "Raspberry Pi 5 Model B" in text
-    assert "only 512 MB of memory are available" in text
-    assert "92.2 kB of 102 kB of swap space are in use" in text or "92 kB of 102 kB" in text
+    assert "only 512 MB of memory is available" in text
+    assert "92.2 kB of 102 kB of swap space is in use" in text or "92 kB of 102 kB" in text
     assert all(one.fit == "no" for one in seen.models)
 
 
@@ -217,7 +217,7 @@ def test_damage_to_a_conversion(cache: Path, conversion: Path) -> None:
     finding = only(found(cache))
     assert finding.is_problem
     assert str(weights.parent) in finding.text
-    assert finding.way_out == "npqwen convert org/name --bits 4 --force"
+    assert finding.remedy == "npqwen convert org/name --bits 4 --force"
     weights.unlink()
     assert "is missing" in only(found(cache)).text
 
@@ -242,7 +242,7 @@ def test_what_killed_conversions_left(cache: Path) -> None:
     aside = only(found(cache))
     assert aside.is_problem
     assert str(left / "old") in aside.text
-    assert "puts it back" in aside.way_out
+    assert "puts it back" in aside.remedy
 
 
 @posix
@@ -252,7 +252,7 @@ def test_a_cache_that_others_may_write_to(cache: Path) -> None:
     finding = only(found(cache))
     assert finding.is_problem
     assert "others may write to it" in finding.text
-    assert finding.way_out.startswith("chmod o-w ")
+    assert finding.remedy.startswith("chmod o-w ")
     cache.chmod(0o775)  # as with the umask 002 of many systems
     assert found(cache) == []
 
@@ -311,7 +311,7 @@ def test_kernels_that_others_could_have_written(cache: Path, compiled: Path) -> 
     compiled.chmod(0o777)
     finding = only(found(cache))
     assert f"the kernels in {compiled} are not used" in finding.text
-    assert finding.way_out.startswith("rm -r ")
+    assert finding.remedy.startswith("rm -r ")
 
 
 @pytest.mark.usefixtures("no_hub")

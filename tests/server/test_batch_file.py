@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,12 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import npqwen
+from npqwen import file_lock
 from npqwen.commands import cli
+from npqwen.errors import OptionError
+from npqwen.server.batch_file import BatchInput, BatchOutput
 
 Run = Callable[..., tuple[str, str]]
 
@@ -130,16 +135,19 @@ LINE = json.dumps(request(0))
     [
         ("", "has no requests"),
         ("\n \n", "has no requests"),
-        (f"{LINE}\n{{", "line 2 is not JSON"),
-        ("[]", "line 1 is not an object"),
-        (f"{LINE}\n\n{LINE}\n", "line 3 has the custom_id 'request 0' once more"),
+        (f"{LINE}\n{{", "line 2 is not valid JSON"),
+        (f"{LINE}\n{LINE.replace('40', 'NaN')}", "line 2 is not valid JSON: it has NaN"),
+        (LINE.replace("40", "-Infinity"), "line 1 is not valid JSON: it has -Infinity"),
+        (LINE.replace("40", "1e999"), "line 1 has the number 1e999, which is too large"),
+        ("[]", "line 1 is []; it must be a JSON object"),
+        (f"{LINE}\n\n{LINE}\n", "line 3 repeats the custom_id 'request 0'"),
         ('{"url": "/v1/completions", "body": {}}', "line 1 has no custom_id"),
         (LINE.replace("POST", "GET"), "line 1 has the method 'GET'"),
         (LINE.replace("/v1/chat", "/v2/chat"), "line 1 has the url '/v2/chat/completions'"),
         (LINE.replace('"body"', '"text"'), "line 1 has no body"),
         (LINE.replace('"model": "any", ', ""), "name no model; name it with --model"),
         (LINE, "'any' is neither a directory nor a hub id"),
-        ("[" * 100_000, "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 is nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_batch_is_refused_before_anything_is_written(
@@ -169,6 +177,37 @@ def test_files_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> Non
     assert "cannot be read" in run("batch", tmp_path / "none", tmp_path / "out", status=2)[1]
     assert "Is a directory" in run("batch", given, tmp_path, "--model", model, status=2)[1]
     assert "parallel is 0" in run("batch", given, tmp_path / "out", "--parallel", 0, "--model", model, status=2)[1]
+
+
+class WindowsLocks:
+    """`msvcrt` for one file: locks of one byte each, at the descriptor's position."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+
+    def locking(self, descriptor: int, mode: int, count: int) -> None:
+        assert (mode, count) == (self.LK_NBLCK, 1)
+        place = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if place in self.places:
+            raise OSError(errno.EACCES, "Permission denied")
+        self.places.append(place)
+
+
+def test_two_batches_do_not_write_one_file_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks = WindowsLocks()
+    monkeypatch.setattr(file_lock, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(file_lock, "msvcrt", locks, raising=False)
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0), request(1)])), tmp_path / "out.jsonl"
+    with BatchOutput(out, requests) as output:
+        output.write({"custom_id": "request 0"})
+        with pytest.raises(OptionError, match="is being written by another process"):
+            BatchOutput(out, requests)
+        output.write({"custom_id": "request 1"})
+    (place,) = locks.places
+    assert place > 10**9  # nothing that another process reads
+    assert [one["custom_id"] for one in answers(out)] == ["request 0", "request 1"]
 
 
 def test_a_chat_batch_gives_what_chats_give(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Any, Literal, NamedTuple, NewType, Optional, TypedDict, Union
@@ -134,6 +135,8 @@ def test_hints_can_be_schemas_themselves(kind: Any, value: Any, expected: Any) -
     [
         (int, "1"),
         (int, True),
+        (int, math.inf),
+        pytest.param(float, 10**400, id="400 digits"),
         (Leaf, {"name": "a", "more": 1}),
         (Leaf, {}),
         (Pair, [1]),
@@ -144,6 +147,10 @@ def test_hints_can_be_schemas_themselves(kind: Any, value: Any, expected: Any) -
 def test_values_of_another_type_are_no_instances(kind: Any, value: Any) -> None:
     with pytest.raises(Mismatch):
         instance(kind, value)
+
+
+def test_a_number_that_is_no_int_may_be_a_float() -> None:
+    assert instance(int | float, math.inf) == math.inf
 
 
 @dataclasses.dataclass

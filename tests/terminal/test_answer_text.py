@@ -84,7 +84,7 @@ def test_a_notice_does_not_touch_the_text_of_a_pipe(capsys: pytest.CaptureFixtur
 def test_a_notice_on_the_terminal_is_between_the_parts_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = on_screen(monkeypatch)
     handle(chat_with(Reciter(f"**Be**fore\n{CALL}\nafter")), "q")
-    assert screen.rows()[:3] == ["Before", "calls f with {}; there are no tools here", "after"]
+    assert screen.rows()[:3] == ["Before", "calls f with {}; no tools are available", "after"]
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_the_last_turns_are_shown_when_a_conversation_is_loaded(tmp_path: Path, 
     chat = chat_with(Reciter(*answers), thinking=False)
     say(chat, *(f"question {number}" for number in range(4)), f"/save {path}")
     shown = say(chat_with(Reciter()), f"/load {path}")
-    assert "... 4 messages before" in shown
+    assert "... 4 earlier messages" in shown
     assert "question 1" not in shown
     assert "> question 2\nanswer 2 word" in shown
     assert shown.count("word") < 300

@@ -12,6 +12,7 @@ from reciter import Reciter
 
 import npqwen
 from npqwen.errors import OptionError
+from npqwen.generation.sampling import Sampling
 from npqwen.model import Model
 from npqwen.terminal.repl import handle
 from npqwen.terminal.settings import Settings
@@ -189,3 +190,12 @@ def test_a_saved_setting_that_is_impossible_is_left_out_and_named() -> None:
         ["unknown", "option", "'logit_bias';"],
     ]
     assert settings.options == {"top_k": 5, "logit_bias": {3: 1.0}}
+
+
+@pytest.mark.parametrize("more", [{}, {"tempo": 1}])
+def test_saved_settings_may_depend_on_each_other_in_any_order(more: dict[str, object]) -> None:
+    saved = {**more, "top_k": 20, "temperature": 0.7}
+    for options in (saved, dict(reversed(saved.items()))):
+        settings = Settings(Reciter(sampling=Sampling(temperature=0)))
+        assert len(settings.replace(options)) == len(more)
+        assert settings.options == {"top_k": 20, "temperature": 0.7}
