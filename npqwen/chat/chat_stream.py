@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from npqwen.chat.begun_answer import BegunAnswer
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions, ChatSettings
 from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, Reply
@@ -57,7 +58,8 @@ class ChatStream(AsyncSteps[Event]):
         """
         self._session = session
         self._batch = batch
-        self.past = list(messages)
+        self._begun = BegunAnswer.of(messages)
+        self.past = list(messages) if self._begun is None else list(messages[:-1])
         self._settings = settings
         self._prompts = prompts
         self._on_end = on_end
@@ -70,7 +72,7 @@ class ChatStream(AsyncSteps[Event]):
         self._results: list[ToolResult] = []
         self._notices: list[str] = []
         self._usages: list[Usage] = []
-        self._prepared = prepare(model, settings, self.past, prompts)
+        self._prepared = prepare(model, settings, messages, prompts)
         self._pending_notices = list(self._prepared.notices)
         if GREEDY in self._pending_notices:
             warnings.warn(GREEDY, SamplingWarning, stacklevel=user_stacklevel())
@@ -206,8 +208,13 @@ class ChatStream(AsyncSteps[Event]):
                     return
                 raise OptionError("the session was used for another answer, which ended this one; fork it first")
             yield from self._answer.finish()
-        self.messages.append(self._answer.message())
+        self.messages.append(self._message())
         self._answering = False
+
+    def _message(self, *, calls: bool = True) -> Message:
+        """The current step's message, with the beginning of the answer that it continues."""
+        message = self._answer.message(calls=calls)
+        return message if self._begun is None or self.messages else self._begun.whole(message)
 
     def _can_run(self) -> bool:
         """Whether all calls can be handled here: tools without a function can be run only by the caller."""
@@ -242,7 +249,7 @@ class ChatStream(AsyncSteps[Event]):
         """After an early end, keep complete steps and partial text; drop calls that lack results."""
         if self._answering:
             if self.text.strip():
-                self.messages.append(self._answer.message(calls=False))
+                self.messages.append(self._message(calls=False))
             return
         calls = next(
             (at for at in range(len(self.messages) - 1, -1, -1) if self.messages[at]["role"] == "assistant"), 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import cast
 
 from npqwen.chat.answer import Answer, Decoded
+from npqwen.chat.begun_answer import BegunAnswer
 from npqwen.chat.call_structure import calls_structure, find_tools
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatSettings
@@ -56,11 +57,14 @@ class PreparedAnswer:
 def prepare(
     model: ChatModel, settings: ChatSettings, messages: Sequence[Message], prompts: Prompts | None = None
 ) -> PreparedAnswer:
-    """Prepare an answer to `messages`, which are checked.
+    """Prepare an answer to `messages`, which are checked, or the rest of the answer that they end with.
 
     prompts: makes the prompt; default: all messages as the model's template renders them. Raises what
     `ChatTemplate.render` and `check_prompt_ids` raise: OptionError, ContextLengthError.
     """
+    begun = BegunAnswer.of(messages)
+    if begun:
+        settings = replace(settings, thinking=begun.is_thinking)
     options, notices = _with_defaults(model, settings, messages)
     offered = (settings.tools or {}).values()
     special_ids, token_id = model.tokenizer.special_ids, model.tokenizer.token_id

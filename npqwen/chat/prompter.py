@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from npqwen.chat.begun_answer import BegunAnswer
 from npqwen.chat.borders import Borders, Names, split, unused_character, without_needless_cuts
 from npqwen.chat.chat_model import ChatModel
+from npqwen.chat.chat_template import opens_thinking
 from npqwen.chat.messages import Message
 from npqwen.tools.toolbox import Tool
 
@@ -38,22 +40,39 @@ class Prompter:
         self._forbidden = {"user": special, "assistant": special, "tool": self._all}
 
     def ids(self, messages: list[Message]) -> list[int]:
-        """The ids of the prompt for an answer to `messages`. Raises what `ChatTemplate.render` raises."""
+        """The ids of the prompt for an answer to `messages`, or for the rest of the answer that they end with.
+
+        Raises what `ChatTemplate.render` raises.
+        """
         return [id for piece in self._pieces(messages) for id in self._model.tokenizer.encode(piece)]
 
     def _pieces(self, messages: list[Message]) -> list[str]:
         """The rendered prompt, cut within each control token's name that the template did not write itself."""
-        plain = self._model.chat_template.prepare(messages, self._schemas, self._thinking, True, **self._options)
-        text = plain.text()
+        begun, template, thinking = BegunAnswer.of(messages), self._model.chat_template, self._thinking
+        if begun is not None:
+            messages = messages[:-1]
+        if begun:
+            kind = template.thinking(self._options.get("template"), self._schemas is not None)
+            thinking = bool(begun.reasoning) if kind == "switch" else None
+            if kind == "never":
+                begun = begun._replace(reasoning="")
+        plain = template.prepare(messages, self._schemas, thinking, True, **self._options)
+        opening = plain.text()
+        is_open = opens_thinking(opening)
+        text = opening + begun.rendered(is_open) if begun else opening
         borders = Borders(unused_character(text, [plain.messages, plain.tools, plain.variables]))
         marked = replace(
             plain,
             messages=[self._with_borders(message, borders) for message in plain.messages],
             tools=borders.within(plain.tools, self._all),
         )
+        marked_text = marked.text()
+        if begun:
+            names = self._forbidden["assistant"]
+            marked_text += begun.rendered(is_open, lambda said: str(borders.within(said, names)))
         if not borders.any:
             return [text]
-        parts = split(marked.text(), borders.character)
+        parts = split(marked_text, borders.character)
         if self._all.found(parts) == self._all.found([text]):
             return [text]
         return without_needless_cuts(parts, self._all)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ def test_pieces_that_are_refused(model: Model, tiny: Callable[[int], Path]) -> N
             model.forward_pieces(pieces)
     text = Piece(np.zeros(20, np.int64), cache, 20)
     out = np.zeros_like(model.new_logits(20))
+    wrong: Any
     for wrong in (model.new_logits(1), out[:, :-16], out.astype(np.float64), np.asfortranarray(out)):
         with pytest.raises(OptionError, match="out must be a C-contiguous float32 array of at least 20 rows by"):
             model.forward_pieces([text], wrong)
