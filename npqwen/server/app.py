@@ -60,7 +60,7 @@ def application(models: Models, settings: Settings) -> Starlette:
     recordings = Recordings()
     made = Starlette(
         routes=[*_routes(models), *resuming.routes(recordings)],
-        middleware=[Middleware(Resumable, recordings), *_middleware(settings)],
+        middleware=_middleware(settings, recordings),
         exception_handlers={
             HTTPException: _refuse,
             NpqwenError: _fail,
@@ -88,7 +88,7 @@ def _routes(models: Models) -> list[BaseRoute]:
     ]
 
 
-def _middleware(settings: Settings) -> list[Middleware]:
+def _middleware(settings: Settings, recordings: Recordings) -> list[Middleware]:
     """The middleware, outermost first."""
     cors = Middleware(
         CORSMiddleware,
@@ -102,6 +102,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         Middleware(Guard, settings),
         *([cors] if settings.origins else []),
         Middleware(Keys, settings),
+        Middleware(Resumable, recordings),
         Middleware(BodyLimit, settings.body_limit),
     ]
 
