@@ -39,7 +39,7 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     options: dict[str, Any] = {
         "tools": tools,
         "max_tokens": body.whole("max_tokens", 1),
-        "stop": _stop_sequences(body),
+        "stop": [string for string in body.stops("stop_sequences") or () if string] or None,
         "temperature": body.number("temperature", 0, 100),
         "top_p": body.number("top_p", 0, 1),
         "top_k": body.whole("top_k", 0),
@@ -58,13 +58,6 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     )
     body.log_unknown()
     return request
-
-
-def _stop_sequences(body: Fields) -> list[str] | None:
-    stop = body.items("stop_sequences")
-    if stop is not None and not all(isinstance(string, str) and string for string in stop):
-        body.wrong("stop_sequences", "a list of strings")
-    return stop or None
 
 
 def _schema(body: Fields) -> Any:
