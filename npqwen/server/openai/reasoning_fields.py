@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import OptionError
 from npqwen.generation.thinking import CLOSE
-from npqwen.server.fields import Fields
+from npqwen.server.fields import FieldError, Fields
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -25,6 +25,9 @@ EFFORTS: dict[str, int | None] = {
 
 GRADES = {"low": "low", "medium": "medium", "high": "xhigh", "xhigh": "xhigh", "max": "xhigh"}
 """For each effort with thinking, the value of the variable `reasoning_effort` of templates that have it (Qwen3.8)."""
+
+_NOT_VARIABLES = ("add_generation_prompt", "messages", "self", "tools")
+"""Names that are no variables of a chat template, or have a field of their own."""
 
 Shown = Literal["apart", "inline", "hidden"]
 """Where reasoning is shown: as `reasoning_content`, in the content between <think> tags, or nowhere."""
@@ -91,6 +94,10 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
     template_options: dict[str, Any] = {}
     if kwargs is not None:
         switches = ("enable_thinking", "thinking")
+        for name in _NOT_VARIABLES:
+            if name in kwargs:
+                place = kwargs.place(name)
+                raise FieldError(f"{place} is not a variable that may be set; leave it out", place)
         flags += [kwargs.flag(name) for name in switches]
         template_options = {
             name: kwargs.any(name) for name in kwargs.values if name not in switches and name in kwargs
