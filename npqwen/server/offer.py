@@ -16,7 +16,7 @@ from npqwen.engine.cache_type import check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefix_files import check_size
-from npqwen.errors import FormatError
+from npqwen.errors import FormatError, OptionError
 from npqwen.format.adapter import AdapterFile, StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.layout import Layout
@@ -76,8 +76,8 @@ class Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
         Raises OptionError for a context that the model does not support, an unknown cache type, a prefix cache that is
-        too small or a draft model with another vocabulary, CheckpointError for damaged files and adapters of other
-        models.
+        too small, a draft model with another vocabulary or adapters for a model that does not write text,
+        CheckpointError for damaged files and adapters of other models.
         """
         from npqwen.model import load
 
@@ -87,6 +87,8 @@ class Offer:
             return load(path, threads=threads, context=context, yarn=yarn, name=name, **options)
 
         adapters = check_adapters(options.get("adapters"))
+        if adapters and directory_task(path, name) != "text":
+            raise OptionError(f"{name} is not a language model, and only these use adapters; leave --adapter out")
         for file in adapters.values():
             check(StoredAdapter(file), Layout(config))
         offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"), adapters)
