@@ -110,7 +110,7 @@ def _middleware(settings: Settings, recordings: Recordings) -> list[Middleware]:
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = shortened(own_path(request.scope))
-    problem = {404: f"there is no {path} here", 405: f"{path} does not take {request.method}"}
+    problem = {404: f"no such endpoint: {path}", 405: f"{path} does not support {request.method}"}
     failure = Failure(error.status_code, problem.get(error.status_code, error.detail))
     return refusal(request.scope, failure, error.headers)
 

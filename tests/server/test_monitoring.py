@@ -92,7 +92,7 @@ def test_health_says_when_the_first_model_is_being_loaded(tiny: Callable[[int], 
         gate.set()
         await loading
         assert (await exchange(served, "GET", "/health")).status == 200
-        await models.let_go("m")  # it is loaded by the next request
+        await models.unload("m")  # it is loaded by the next request
         assert (await exchange(served, "GET", "/health")).status == 200
         await models.close()
 

@@ -28,7 +28,7 @@ class Body:
     """A checked body.
 
     generation: options of the library that are not in `options`: structure and log-probabilities. keep_alive: seconds,
-    negative: for ever; None: the server's default.
+    negative: forever; None: the server's default.
     """
 
     model: str | None
@@ -100,7 +100,7 @@ def _reasoning(fields: Fields) -> ReasoningFields:
 
 
 def keep_alive(fields: Fields) -> float | None:
-    """`keep_alive`: seconds, or a duration such as "5m"; negative: for ever."""
+    """`keep_alive`: seconds, or a duration such as "5m"; negative: forever."""
     value = fields.any("keep_alive")
     if isinstance(value, str):
         try:
