@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.anthropic.conversation import read_messages, read_tools
 from npqwen.server.fields import FieldError, Fields
-from npqwen.server.openai.reasoning_fields import EFFORTS, ReasoningFields
+from npqwen.server.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
 
@@ -106,7 +106,8 @@ def _thinking(body: Fields, thinking: Fields | None, model: Model, tools: bool) 
         wants = False
     if can == "never":
         return {}
-    return ReasoningFields(wants, budget, effort if kind == "adaptive" else None, "apart", {}).options(model, tools)
+    fields = ReasoningFields(thinking=wants, budget=budget, effort=effort if kind == "adaptive" else None)
+    return fields.options(model, tools)
 
 
 _KINDS = ("enabled", "disabled", "adaptive")

@@ -12,7 +12,7 @@ from npqwen.server.ollama.answer import Head, chat_part
 from npqwen.server.ollama.answering import answer, load_or_unload
 from npqwen.server.ollama.body import read_body
 from npqwen.server.ollama.conversation import read_messages
-from npqwen.server.openai.tool_fields import tool_options
+from npqwen.server.tool_fields import tool_options
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models

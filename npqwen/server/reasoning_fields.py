@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import OptionError
@@ -41,11 +41,11 @@ class ReasoningFields:
     of the chat template.
     """
 
-    thinking: bool | None
-    budget: int | None
-    effort: str | None
-    shown: Shown
-    template_options: dict[str, Any]
+    thinking: bool | None = None
+    budget: int | None = None
+    effort: str | None = None
+    shown: Shown = "apart"
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     def options(self, model: Model, tools: bool) -> dict[str, Any]:
         """The options of a chat with this model that implement the fields. tools: whether the chat has any.
@@ -115,13 +115,12 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
         flags.append({"enabled": True, "disabled": False}.get(kind))
         budgets.append(_budget(thinking, "budget_tokens"))
     format = fields.one_of("reasoning_format", ("none", "deepseek", "auto"))
-    effort = next((effort for effort in efforts if effort is not None), None)
     return ReasoningFields(
-        next((flag for flag in flags if flag is not None), None),
-        next((budget for budget in budgets if budget is not None), None),
-        effort,
-        "hidden" if hidden else "inline" if format == "none" else "apart",
-        template_options,
+        thinking=next((flag for flag in flags if flag is not None), None),
+        budget=next((budget for budget in budgets if budget is not None), None),
+        effort=next((effort for effort in efforts if effort is not None), None),
+        shown="hidden" if hidden else "inline" if format == "none" else "apart",
+        template_options=template_options,
     )
 
 
