@@ -18,11 +18,11 @@ from npqwen.errors import NpqwenError, shortened
 from npqwen.server import anthropic, front, monitoring, ollama, openai, rerank, resuming, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
-from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
+from npqwen.server.guard import BodyLimit, Guard, Keys
 from npqwen.server.models import Models
 from npqwen.server.offer import Offer
 from npqwen.server.recording import Recordings
-from npqwen.server.refusal import refusal
+from npqwen.server.refusal import own_path, refusal
 from npqwen.server.resuming import Resumable
 from npqwen.server.settings import Settings
 from npqwen.server.streaming import ClientGoneError

@@ -9,6 +9,7 @@ from npqwen.chat.chat_options import ChatOptions
 from npqwen.errors import OptionError
 from npqwen.server.duration import seconds
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.ollama.options import Options, read_options
 from npqwen.server.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from npqwen.chat.messages import Message
     from npqwen.model import Model
 
-TOP_LOGPROBS = 20
-"""The largest `top_logprobs`, as in ollama."""
 _LEVELS = tuple(EFFORTS)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.openai.chat_messages import chat_messages
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
 from npqwen.server.reasoning_fields import ReasoningFields, Shown, reasoning_fields
@@ -16,9 +17,6 @@ from npqwen.server.tool_fields import tool_options
 
 if TYPE_CHECKING:
     from npqwen.model import Model
-
-TOP_LOGPROBS = 20
-"""The largest `top_logprobs`, as in OpenAI's own service."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),

@@ -9,6 +9,7 @@ from npqwen.errors import OptionError
 from npqwen.generation.options import GenerationOptions
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.fill_in_middle import middle_request
+from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
 from npqwen.server.prompt_field import prompts
 from npqwen.server.requests import TextRequest
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS = 1024
 """The most prompts of one request."""
-TOP_LOGPROBS = 20
-"""The largest `logprobs`; OpenAI's own service allows 5."""
 
 
 @dataclass(frozen=True)
