@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ class Shelf:
             self.models[name] = made.load()
             return self.models[name]
 
-        return Offer(name, self.path, load, made.config, made.context)
+        return replace(made, load=load)
 
     def offers(self, *names: str) -> list[Offer]:
         return [self.offer(name) for name in names]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -80,7 +81,7 @@ def test_health_says_when_the_first_model_is_being_loaded(tiny: Callable[[int], 
         gate.wait(30)
         return made.load()
 
-    models = Models(Offer("m", made.path, load, made.config, made.context))
+    models = Models(replace(made, load=load))
     served = application(models, Settings())
 
     async def main() -> None:
