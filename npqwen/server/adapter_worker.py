@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from npqwen.errors import OptionError
 from npqwen.server.requests import ReadRequest, Request
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class AdapterWorker:
         return self._worker.statistics
 
     async def start(self, request: Request | ReadRequest) -> Run:
-        """See Worker."""
-        if not isinstance(request, ReadRequest):
-            options: Any = {**request.options, "adapter": self.adapter}
-            request = replace(request, options=options)
-        return await self._worker.start(request)
+        """See Worker. Raises OptionError for a ReadRequest: vectors and scores are computed without adapters."""
+        if isinstance(request, ReadRequest):
+            name = self.model.name
+            raise OptionError(f"the model {name} computes vectors and scores without adapters; request {name} instead")
+        options: Any = {**request.options, "adapter": self.adapter}
+        return await self._worker.start(replace(request, options=options))

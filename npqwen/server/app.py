@@ -18,11 +18,11 @@ from npqwen.errors import NpqwenError, shortened
 from npqwen.server import anthropic, front, monitoring, ollama, openai, rerank, resuming, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
-from npqwen.server.guard import BodyLimit, Guard, Keys, own_path
+from npqwen.server.guard import BodyLimit, Guard, Keys
 from npqwen.server.models import Models
 from npqwen.server.offer import Offer
 from npqwen.server.recording import Recordings
-from npqwen.server.refusal import refusal
+from npqwen.server.refusal import own_path, refusal
 from npqwen.server.resuming import Resumable
 from npqwen.server.settings import Settings
 from npqwen.server.streaming import ClientGoneError
@@ -60,7 +60,7 @@ def application(models: Models, settings: Settings) -> Starlette:
     recordings = Recordings()
     made = Starlette(
         routes=[*_routes(models), *resuming.routes(recordings)],
-        middleware=[Middleware(Resumable, recordings), *_middleware(settings)],
+        middleware=_middleware(settings, recordings),
         exception_handlers={
             HTTPException: _refuse,
             NpqwenError: _fail,
@@ -88,7 +88,7 @@ def _routes(models: Models) -> list[BaseRoute]:
     ]
 
 
-def _middleware(settings: Settings) -> list[Middleware]:
+def _middleware(settings: Settings, recordings: Recordings) -> list[Middleware]:
     """The middleware, outermost first."""
     cors = Middleware(
         CORSMiddleware,
@@ -102,6 +102,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         Middleware(Guard, settings),
         *([cors] if settings.origins else []),
         Middleware(Keys, settings),
+        Middleware(Resumable, recordings),
         Middleware(BodyLimit, settings.body_limit),
     ]
 
@@ -109,7 +110,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = shortened(own_path(request.scope))
-    problem = {404: f"there is no {path} here", 405: f"{path} does not take {request.method}"}
+    problem = {404: f"no such endpoint: {path}", 405: f"{path} does not support {request.method}"}
     failure = Failure(error.status_code, problem.get(error.status_code, error.detail))
     return refusal(request.scope, failure, error.headers)
 

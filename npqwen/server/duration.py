@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 
 def seconds(text: str) -> float:
-    """Seconds of a duration; a number without a unit is in seconds, a negative one means for ever.
+    """Seconds of a duration; a number without a unit is in seconds, a negative one means forever.
 
     Raises OptionError for anything else.
     """
@@ -24,7 +24,7 @@ def seconds(text: str) -> float:
     elif rest and re.fullmatch(rf"(?:{_PART.pattern})+", rest, re.ASCII):
         found = sum(float(count) * _UNITS[unit] for count, unit in _PART.findall(rest))
     else:
-        raise OptionError(f"{quoted(text)} is not a time such as 5m, 90s or 1h30m; -1: for ever")
+        raise OptionError(f"{quoted(text)} is not a time such as 5m, 90s or 1h30m; -1: forever")
     if found > 1e9:
-        raise OptionError(f"{quoted(text)} is more than 30 years; -1: for ever")
+        raise OptionError(f"{quoted(text)} is more than 30 years; -1: forever")
     return sign * found

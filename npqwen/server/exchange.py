@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,7 +31,9 @@ class Exchange:
     usages: list[Usage] = field(default_factory=list)
     """Those of the answers that have ended."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
-    """Called when the response is complete, or the client is gone."""
+    """Called at its end."""
+    rest: asyncio.Future[Any] | None = None
+    """What may go on when the connection is closed: the exchange ends with it. None: it ends with the connection."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -56,16 +60,22 @@ class Exchanges:
             status = message.get("status", status)
             await send(message)
 
-        try:
-            await self._app(scope, receive, noted)
-        finally:
-            current.reset(token)
+        def end() -> None:
             for release in exchange.at_end:
                 release()
             if _log.isEnabledFor(logging.INFO):
                 seconds = time.perf_counter() - started
                 path = shortened(scope["path"])
                 _log.info("%s %s %d%s, %.2f s", scope["method"], path, status, _work(exchange), seconds)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            current.reset(token)
+            if exchange.rest is None or exchange.rest.done():
+                end()
+            else:
+                exchange.rest.add_done_callback(lambda _: end())
 
 
 def _work(exchange: Exchange) -> str:

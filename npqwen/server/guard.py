@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.errors import quoted, shortened, size
 from npqwen.server.failure import Failure
-from npqwen.server.refusal import refusal
+from npqwen.server.refusal import own_path, refusal
 from npqwen.server.settings import Settings, is_address
 
 BODY_SECONDS = 60.0
@@ -176,12 +176,6 @@ def climbs(path: str) -> bool:
 def _is_public(scope: Scope) -> bool:
     path = own_path(scope)
     return path in PUBLIC or path.startswith(PUBLIC_BELOW)
-
-
-def own_path(scope: Scope) -> str:
-    """The path relative to the one that the app is mounted at, with a leading "/"."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] or "/" if root and path.startswith(root) else path
 
 
 def _without_port(host: str) -> str:

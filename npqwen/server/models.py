@@ -118,7 +118,7 @@ class Models:
 
         If the name is that of a model with an adapter, requests to the worker use the adapter.
 
-        keep_alive: seconds that the model stays loaded after this request, negative: for ever; None: the settings'
+        keep_alive: seconds that the model stays loaded after this request, negative: forever; None: the settings'
         value. task: the task that the request needs; None: any.
 
         Raises ModelNotFoundError for an unknown name, OptionError for a model with another task, QueueFullError if
@@ -157,12 +157,12 @@ class Models:
         check_task(slot.name, slot.offer.task, task)
         return slot, adapter
 
-    async def let_go(self, name: str | None) -> bool:
+    async def unload(self, name: str | None) -> bool:
         """Unload a model now, or as soon as it is idle. Returns whether it is already unloaded."""
         slot, _ = self._slot(self._names.find(name))
         slot.keep_alive = 0.0
         self._touch(slot)
-        if slot.can_go():
+        if slot.can_unload():
             await self._unload(slot)
         self._sweep_later()
         return slot.worker is None
@@ -171,9 +171,9 @@ class Models:
         """Unload idle models whose keep-alive time is over. Returns seconds until the next sweep is due, or None."""
         now = self._clock()
         for slot in self._slots.values():
-            if slot.can_go() and slot.expires <= now:
-                _log.info("%s was idle and is let go", slot.name)
+            if slot.can_unload() and slot.expires <= now:
                 await self._unload(slot)
+                _log.info("unloaded %s: idle", slot.name)
         # A model that has expired but is in use is checked again when that use ends, or a second later.
         waits = [
             slot.expires - now if slot.expires > now else 1.0
@@ -238,11 +238,11 @@ class Models:
         deadline = self._clock() + PATIENCE
         while self._limit is not None and (taken := self._taken()) + need > self._limit:
             loaded = [other for other in self._slots.values() if other.worker is not None]
-            idle = [other for other in loaded if other.can_go()]
+            idle = [other for other in loaded if other.can_unload()]
             if idle:
                 oldest = min(idle, key=lambda other: other.used)
-                _log.info("%s is let go: %s needs its memory", oldest.name, slot.name)
                 await self._unload(oldest)
+                _log.info("unloaded %s to make room for %s", oldest.name, slot.name)
                 continue
             if not any(other.can_expire for other in loaded):
                 if self._settings.memory is None:
@@ -262,7 +262,7 @@ class Models:
     def _taken(self) -> int:
         """Bytes of memory that the loaded models take; of idle ones without keys and values, which can be freed."""
         return sum(
-            _needed(slot.offer) + (0 if slot.can_go() else slot.worker.statistics.cache_bytes)
+            _needed(slot.offer) + (0 if slot.can_unload() else slot.worker.statistics.cache_bytes)
             for slot in self._slots.values()
             if slot.worker is not None
         )
@@ -342,7 +342,7 @@ class _Slot:
     def expires(self) -> float:
         return self.used + self.keep_alive
 
-    def can_go(self) -> bool:
+    def can_unload(self) -> bool:
         """Whether it can be unloaded: it is loaded, may expire, and is not in use."""
         if self.worker is None or not self.can_expire or self.users:
             return False

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,11 +14,12 @@ from npqwen.engine.cache_type import check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefix_files import check_size
-from npqwen.errors import FormatError
+from npqwen.errors import OptionError
 from npqwen.format.adapter import AdapterFile, StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.layout import Layout
 from npqwen.format.quantization import Quantization
+from npqwen.format.recipe import Recipe, recipe_of
 from npqwen.format.task import Task, directory_task
 from npqwen.generation.draft_model import check_tokens
 from npqwen.tokenizer import Tokenizer
@@ -50,8 +49,11 @@ class Offer:
     """A converted directory that a server loads on demand.
 
     name: what clients call it. path: the converted directory. load: loads it by mapping its weights; any thread may
-    call it. config: its dimensions. context: maximum tokens of a prompt and its answer together. draft: the converted
-    directory of its draft model, which is loaded with it. adapters: its LoRA adapters by name.
+    call it. config: its dimensions. context: maximum tokens of a prompt and its answer together. task: what it was
+    trained for. recipe: how its weights are stored. weight_bytes: of its weight files. loaded_bytes: of all weights
+    that are loaded, including those of a draft model and of adapters. modified: when it was converted, in seconds since
+    the epoch. digest: a hexadecimal SHA-256 of config.json and of the names and sizes of the weight files. draft: the
+    converted directory of its draft model, which is loaded with it. adapters: its LoRA adapters by name.
     """
 
     name: str
@@ -59,8 +61,14 @@ class Offer:
     load: Callable[[], Model]
     config: Config
     context: int
-    draft: Path | None = None
-    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
+    task: Task
+    recipe: Recipe
+    weight_bytes: int
+    loaded_bytes: int
+    modified: float
+    digest: str
+    draft: Path | None
+    adapters: Mapping[str, AdapterFile]
 
     @classmethod
     def of(
@@ -76,8 +84,8 @@ class Offer:
         """A converted directory that is loaded with these options, which are those of `npqwen.load`.
 
         Raises OptionError for a context that the model does not support, an unknown cache type, a prefix cache that is
-        too small or a draft model with another vocabulary, CheckpointError for damaged files and adapters of other
-        models.
+        too small, a draft model with another vocabulary or adapters for a model that does not write text,
+        CheckpointError for damaged files and adapters of other models.
         """
         from npqwen.model import load
 
@@ -87,15 +95,28 @@ class Offer:
             return load(path, threads=threads, context=context, yarn=yarn, name=name, **options)
 
         adapters = check_adapters(options.get("adapters"))
+        task, draft = directory_task(path, name), options.get("draft")
+        if adapters and task != "text":
+            raise OptionError(f"{name} is not a language model, and only these use adapters; leave --adapter out")
         for file in adapters.values():
             check(StoredAdapter(file), Layout(config))
-        offer = cls(name, path, load_it, config, context_length(config, context), options.get("draft"), adapters)
-        offer._read_facts()
-        if offer.draft is not None:
-            tokenizers = Tokenizer.from_directory(offer.draft), Tokenizer.from_directory(path)
-            check_tokens(offer.draft.name, tokenizers[0], name, tokenizers[1])
+        recipe = Quantization.from_directory(path).recipe
+        offer = cls._stored(
+            path,
+            name=name,
+            load=load_it,
+            config=config,
+            context=context_length(config, context),
+            task=task,
+            recipe=recipe,
+            draft=draft,
+            adapters=adapters,
+        )
+        if draft is not None:
+            tokenizers = Tokenizer.from_directory(draft), Tokenizer.from_directory(path)
+            check_tokens(draft.name, tokenizers[0], name, tokenizers[1])
         kv = options.get("kv")
-        kv = offer.quantization.recipe.cache_type if kv is None else check_cache_type(kv)
+        kv = recipe.cache_type if kv is None else check_cache_type(kv)
         most = options.get("prefix_cache_size")
         if most is not None:
             check_size(most, KVCache(config, 1, kv).page_bytes)
@@ -103,53 +124,54 @@ class Offer:
 
     @classmethod
     def loaded(cls, model: Model) -> Offer:
-        """The offer for a loaded model."""
-        adapters = {name: AdapterFile(adapter.directory) for name, adapter in model.adapters.items()}
-        offer = cls(model.name, model.path, lambda: model, model.config, model.context, adapters=adapters)
-        with suppress(FormatError):  # a stand-in for a model may have no converted directory
-            offer._read_facts()
-        return offer
+        """The offer for a loaded model, whose directory may be deleted after this."""
+        return cls._stored(
+            model.path,
+            name=model.name,
+            load=lambda: model,
+            config=model.config,
+            context=model.context,
+            task=model.task,
+            recipe=recipe_of(model.bits),
+            draft=None,
+            adapters={name: AdapterFile(adapter.directory) for name, adapter in model.adapters.items()},
+        )
 
-    def _read_facts(self) -> None:
-        """Read the cached properties now: a loaded model may outlive its directory."""
-        self.task, self.quantization, self.weight_bytes, self.loaded_bytes, self.modified, self.digest  # noqa: B018
-
-    @cached_property
-    def task(self) -> Task:
-        """What the model was trained for."""
-        return directory_task(self.path, self.name)
-
-    @cached_property
-    def quantization(self) -> Quantization:
-        """How the weights are stored."""
-        return Quantization.from_directory(self.path)
-
-    @cached_property
-    def weight_bytes(self) -> int:
-        """Bytes of the weight files."""
-        return sum(size for _, size in self._files)
-
-    @cached_property
-    def loaded_bytes(self) -> int:
-        """Bytes of all weights that are loaded, including those of a draft model and of adapters."""
-        beside = [file.directory for file in self.adapters.values()] + ([] if self.draft is None else [self.draft])
-        return self.weight_bytes + sum(size for directory in beside for _, size in _weight_files(directory))
-
-    @cached_property
-    def modified(self) -> float:
-        """When it was converted, in seconds since the epoch."""
-        return (self.path / "config.json").stat().st_mtime
-
-    @cached_property
-    def digest(self) -> str:
-        """A hexadecimal SHA-256 of config.json and of the names and sizes of the weight files."""
-        found = hashlib.sha256((self.path / "config.json").read_bytes())
-        found.update(repr(self._files).encode())
-        return found.hexdigest()
-
-    @cached_property
-    def _files(self) -> list[tuple[str, int]]:
-        return _weight_files(self.path)
+    @classmethod
+    def _stored(
+        cls,
+        path: Path,
+        *,
+        name: str,
+        load: Callable[[], Model],
+        config: Config,
+        context: int,
+        task: Task,
+        recipe: Recipe,
+        draft: Path | None,
+        adapters: Mapping[str, AdapterFile],
+    ) -> Offer:
+        """An offer with the sizes, the time and the digest of the files in a directory."""
+        files = _weight_files(path)
+        weight_bytes = sum(size for _, size in files)
+        beside = [file.directory for file in adapters.values()] + ([] if draft is None else [draft])
+        digest = hashlib.sha256((path / "config.json").read_bytes())
+        digest.update(repr(files).encode())
+        return cls(
+            name=name,
+            path=path,
+            load=load,
+            config=config,
+            context=context,
+            task=task,
+            recipe=recipe,
+            weight_bytes=weight_bytes,
+            loaded_bytes=weight_bytes + sum(size for directory in beside for _, size in _weight_files(directory)),
+            modified=(path / "config.json").stat().st_mtime,
+            digest=digest.hexdigest(),
+            draft=draft,
+            adapters=adapters,
+        )
 
 
 def _weight_files(directory: Path) -> list[tuple[str, int]]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from npqwen.server.fields import FieldError, Fields
 
+MAX_TEXTS = 2048
+"""The most texts whose vectors one request may ask for, as in OpenAI's own service."""
+
 
 def prompts(fields: Fields, name: str, most: int) -> list[str] | list[list[int]]:
     """The field `name` as a list of at most `most` prompts. FieldError if it is missing or anything else."""

@@ -7,10 +7,10 @@ import hmac
 import secrets
 from collections import deque
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from npqwen.errors import QueueFullError
+from npqwen.server.patience import within
 
 BYTES = 1_000_000
 """Most bytes of a stream's newest events that are buffered: about 5,000 pieces of text."""
@@ -137,8 +137,7 @@ class Recording:
             self.finish()
         self._tell()
         if not self._followers and not self.ended:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), PACE)
+            await within(PACE, self._news.wait())
 
     def finish(self) -> None:
         """Mark the stream as complete."""

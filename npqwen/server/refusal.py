@@ -11,21 +11,23 @@ from starlette.types import Scope
 from npqwen.server.anthropic import errors as anthropic
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import JSONReply
-
-_OPENAI = {401: "authentication_error", 403: "permission_error"}
+from npqwen.server.openai import errors as openai
 
 
 def refusal(scope: Scope, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
     """The response to a request that failed, in the format of the API that its path belongs to."""
-    body = _body(str(scope["path"]).removeprefix(str(scope.get("root_path", ""))), failure)
-    return JSONReply(body, failure.status, {**failure.headers, **(headers or {})})
+    return JSONReply(_body(own_path(scope), failure), failure.status, {**failure.headers, **(headers or {})})
 
 
 def _body(path: str, failure: Failure) -> dict[str, Any]:
-    status = failure.status
     if path.startswith("/api/"):
         return {"error": failure.message}
     if path.startswith("/v1/messages"):
         return anthropic.error_body(failure, anthropic.new_request_id())
-    kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
+    return openai.error_body(failure)
+
+
+def own_path(scope: Scope) -> str:
+    """The path relative to the one that the app is mounted at, with a leading "/"."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] or "/" if root and path.startswith(root) else path

@@ -15,9 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.checks import whole_range
 from npqwen.errors import QueueFullError, quoted
+from npqwen.server.exchange import current
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.fields import FieldError
 from npqwen.server.guard import OWNER
+from npqwen.server.patience import within
 from npqwen.server.recording import EventsGoneError, Follower, Recording, Recordings
 from npqwen.server.refusal import refusal
 from npqwen.server.streaming import STALLED, disconnected
@@ -58,6 +60,8 @@ class Resumable:
             return
         recorded = _Recorded(recording, scope, receive, send)
         running = asyncio.ensure_future(self._app(scope, recorded.receive, recorded.send))
+        if (exchange := current.get()) is not None:
+            exchange.rest = running
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         try:
@@ -156,8 +160,9 @@ class Follow(Response):
         try:
             while (events := await self._recording.take(self._follower)) is not None:
                 message = {"type": "http.response.body", "body": events, "more_body": True}
-                await asyncio.wait_for(send(message), STALLED)
-        except (EventsGoneError, asyncio.TimeoutError):
+                if not await within(STALLED, send(message)):
+                    return
+        except EventsGoneError:
             return  # a client that is too slow: its connection is closed in the middle of the answer
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

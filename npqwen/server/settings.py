@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,7 +50,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("api_keys", "hosts", "origins"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+            strings = isinstance(value, Collection) and all(isinstance(one, str) for one in value)
+            if isinstance(value, str) or not strings:
                 raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of strings")
             object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "origins", tuple(origin.lower().rstrip("/") for origin in self.origins))
@@ -71,6 +72,8 @@ class Settings:
             check_whole("memory", self.memory, 1)
         if self.keep_alive is not None:
             check_number("keep_alive", self.keep_alive, -1e9, 1e9)
+        if not isinstance(self.aliases, Mapping):
+            raise OptionError(f"aliases is {quoted(self.aliases)}; it must be a dictionary of names of models")
         for alias, model in self.aliases.items():
             if not isinstance(alias, str) or not isinstance(model, str) or not alias or not model:
                 raise OptionError(f"aliases has {quoted(alias)}: {quoted(model)}; both must be names of models")

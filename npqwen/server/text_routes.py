@@ -9,11 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from npqwen.chat.chat_options import ChatSettings
 from npqwen.checks import whole_range
 from npqwen.errors import quoted
 from npqwen.server.background import in_thread
-from npqwen.server.fields import FieldError, read_fields
+from npqwen.server.fields import FieldError, Fields, read_fields
 from npqwen.server.json_text import JSONReply
+from npqwen.server.openai.chat_request import chat_body
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,22 +62,31 @@ async def detokenize(models: Models, request: Request) -> Response:
 
 
 async def apply_template(models: Models, request: Request) -> Response:
-    """The prompt for a conversation: {"messages": [...], "tools": [...]} gives {"prompt": "..."}.
+    """The prompt that a chat completion with the same body has: {"messages": [...]} gives {"prompt": "..."}.
 
-    chat_template_kwargs: variables of the template, enable_thinking among them.
+    add_generation_prompt, also within chat_template_kwargs, by default true: end with the opening of an answer.
     """
     fields = await read_fields(request)
-    messages = fields.required("messages", fields.items)
-    tools = fields.items("tools")
-    variables = fields.object("chat_template_kwargs")
-    options = {} if variables is None else dict(variables.values)
-    thinking = options.pop("enable_thinking", None)
-    worker = await models.worker(fields.text("model"), task=None)
-    model = worker.model
-    prompt = await in_thread(
-        lambda: model.chat_template.prepare(messages, tools or None, thinking, True, **options).text()
-    )
-    return JSONReply({"prompt": prompt})
+    opened = _opened(fields)
+    body = chat_body(fields)
+    model = (await models.worker(body.model, task=None)).model
+
+    def prompt() -> str:
+        chat = body.request(model)
+        settings = ChatSettings.of(chat.options)
+        tools = None if settings.tools is None else list(settings.tools.values())
+        return model.chat_template.render(chat.messages, tools, settings.thinking, opened, **settings.template_options)
+
+    return JSONReply({"prompt": await in_thread(prompt)})
+
+
+def _opened(fields: Fields) -> bool:
+    """The flag add_generation_prompt; it is removed from the body, because chat completions do not have it."""
+    opened = True
+    for place in (fields, fields.object("chat_template_kwargs")):
+        if place is not None and place.flag("add_generation_prompt") is not None:
+            opened = place.values.pop("add_generation_prompt")
+    return opened
 
 
 def _piece(data: bytes) -> str | list[int]:

@@ -10,8 +10,8 @@ from npqwen.chat.messages import Message
 def matched(messages: Sequence[Message]) -> list[Message]:
     """`messages` with the results of each answer's calls in the order of these calls, and with the tools' names.
 
-    Qwen3's templates write no ids: results are matched to calls by position. Results whose id matches no call come
-    after the others, in the order given.
+    Qwen3's templates write no ids: results are matched to calls by position. Results without an id, or with one that
+    matches no call, come after the others, in the order given.
     """
     matched: list[Message] = []
     calls: list[Message] = []
@@ -29,11 +29,7 @@ def matched(messages: Sequence[Message]) -> list[Message]:
 
 
 def _in_order(results: list[Message], calls: list[Message]) -> list[Message]:
-    places = {call["id"]: at for at, call in enumerate(calls)}
-    results = sorted(results, key=lambda result: places.get(result["tool_call_id"], len(calls)))
-    return [
-        {**result, "name": calls[places[result["tool_call_id"]]]["function"]["name"]}
-        if result["tool_call_id"] in places
-        else result
-        for result in results
-    ]
+    places = {call["id"]: at for at, call in enumerate(calls) if call.get("id")}
+    found = [(places.get(result.get("tool_call_id")), result) for result in results]
+    found.sort(key=lambda one: len(calls) if one[0] is None else one[0])
+    return [result if at is None else {**result, "name": calls[at]["function"]["name"]} for at, result in found]

@@ -64,6 +64,8 @@ class Worker:
         self._seconds = 1.0
         """A request's seconds from its arrival to its end: an exponential moving average."""
         self._closed = False
+        self._closing = threading.Lock()
+        """Held while `_closed` is set, and while a request is queued because it is not."""
         self._idle = True
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"npqwen-engine-{model.name}", daemon=True)
@@ -107,18 +109,20 @@ class Worker:
         self._starting.add(request)
         try:
             job, choices, prompt_tokens = await asyncio.to_thread(self._prepare, request)
-            if self._closed:
-                raise ClosedError("the server is shutting down")
+            job.run = Run(choices, prompt_tokens, lambda run: self._calls.put(job.leave))
+            with self._closing:
+                if self._closed:
+                    raise ClosedError("the server is shutting down")
+                self._calls.put(lambda: self._join(job, request))
         except BaseException:
             self._starting.discard(request)
             raise
-        job.run = Run(choices, prompt_tokens, lambda run: self._calls.put(job.leave))
-        self._calls.put(lambda: self._join(job, request))
         return job.run
 
     def close(self) -> None:
         """Stop the engine's thread after the pass in progress; running and waiting requests raise ClosedError."""
-        self._closed = True
+        with self._closing:
+            self._closed = True
         self._calls.put(lambda: None)
         self._thread.join()
 
@@ -155,6 +159,7 @@ class Worker:
             try:
                 self._take_calls(wait=not busy)
                 if self._closed:
+                    self._take_calls(wait=False)  # requests that were queued just before `close` are ended, too
                     break
                 self._beat = time.monotonic()
                 busy = driver.step()

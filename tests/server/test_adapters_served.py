@@ -11,9 +11,12 @@ import httpx
 import ollama
 import openai
 import pytest
+from asgi import post
 from checkpoints import TINY
 from lora import change_tensors, write_adapter
+from npqwen_quant import convert
 from reference import read_safetensors
+from retrieval_checkpoints import embedding_checkpoint
 from serving import served
 
 import npqwen
@@ -152,6 +155,20 @@ def test_an_offer_with_an_adapter_of_another_model_is_refused_at_once(
     change_tensors(wrong, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": None})
     with pytest.raises(npqwen.CheckpointError, match="only one of the two factors"):
         Offer.of(tiny(16), "m", adapters={"wrong": wrong})
+
+
+def test_vectors_and_scores_are_not_computed_as_if_there_were_no_adapter(
+    tmp_path: Path, adapters: dict[str, Path]
+) -> None:
+    convert(embedding_checkpoint(tmp_path / "embedding"), tmp_path / "vectors", bits=16)
+    with pytest.raises(npqwen.OptionError, match="vectors is not a language model, and only these use adapters"):
+        Offer.of(tmp_path / "vectors", "vectors", adapters=adapters)
+    with load(tmp_path / "vectors", threads=1, adapters=adapters) as model:
+        served = app(model)
+        reply = post(served, "/v1/embeddings", {"model": "vectors:one", "input": "Hi"})
+        assert reply.status == 400
+        assert reply.json["error"]["message"].endswith("without adapters; request vectors instead")
+        assert post(served, "/v1/embeddings", {"model": "vectors", "input": "Hi"}).status == 200
 
 
 def test_names_of_adapters() -> None:

@@ -90,6 +90,10 @@ def test_keys_are_compared_in_constant_time(locked: Starlette, monkeypatch: pyte
         {"api_keys": [""]},
         {"api_keys": "sk-1"},
         {"api_keys": ["ä"]},
+        {"api_keys": None},
+        {"api_keys": b"sk-1"},
+        {"hosts": 5},
+        {"hosts": [None]},
         {"hosts": ["http://x"]},
         {"hosts": ["a b"]},
         {"origins": ["example.com"]},
@@ -99,6 +103,8 @@ def test_keys_are_compared_in_constant_time(locked: Starlette, monkeypatch: pyte
         {"memory": -1},
         {"keep_alive": "5m"},
         {"aliases": {"gpt": "no-such-model"}},
+        {"aliases": None},
+        {"aliases": ["gpt=tiny-qwen3-16"]},
         {"api_key": ["sk-1"]},
     ],
 )
@@ -258,11 +264,11 @@ def test_errors_have_the_shape_of_the_api_that_was_called(locked: Starlette) -> 
 
 
 def test_unknown_paths_and_methods(open_app: Starlette) -> None:
-    assert call(open_app, "GET", "/nowhere").json["error"]["message"] == "there is no /nowhere here"
-    assert call(open_app, "GET", "/api/nowhere").json == {"error": "there is no /api/nowhere here"}
+    assert call(open_app, "GET", "/nowhere").json["error"]["message"] == "no such endpoint: /nowhere"
+    assert call(open_app, "GET", "/api/nowhere").json == {"error": "no such endpoint: /api/nowhere"}
     wrong = call(open_app, "GET", "/api/chat")
     assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
-    assert wrong.json == {"error": "/api/chat does not take GET"}
+    assert wrong.json == {"error": "/api/chat does not support GET"}
 
 
 def test_mounted_below_a_prefix_everything_holds(tiny_model: npqwen.Model) -> None:

@@ -247,6 +247,7 @@ def test_calls_are_blocks_with_an_input() -> None:
         ("one two three four", {"max_tokens": 2}, "max_tokens", None),
         ("one STOP two", {"stop_sequences": ["never", "STOP"]}, "stop_sequence", "STOP"),
         ("one two", {"stop_sequences": ["STOP"]}, "end_turn", None),
+        ("one two", {"stop_sequences": [""]}, "end_turn", None),
         (CALL, {"tools": [TOOL]}, "tool_use", None),
     ],
 )
@@ -360,7 +361,8 @@ def test_unknown_fields_are_tolerated() -> None:
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number"),
         ({"max_tokens": "many"}, "max_tokens is 'many'"),
         ({"temperature": -1}, "temperature is -1"),
-        ({"stop_sequences": [3]}, "stop_sequences is [3]; it must be a list of strings"),
+        ({"stop_sequences": [3]}, "stop_sequences is [3]; it must be text or a list of texts"),
+        ({"stop_sequences": ["x"] * 65}, "stop_sequences has 65 texts; at most 64 are possible"),
         ({"system": 7}, "system is 7; it must be text or a list of blocks"),
         ({"tools": [{"name": "look"}]}, "tools[0].input_schema is missing"),
         ({"tools": [TOOL, TOOL]}, "two tools are named look"),

@@ -1,4 +1,4 @@
-"""Several models: loaded when needed, once, within the memory budget; let go when idle, never while in use."""
+"""Several models: loaded when needed, once, within the memory budget; unloaded when idle, never while in use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ class Shelf:
             self.models[name] = made.load()
             return self.models[name]
 
-        return Offer(name, self.path, load, made.config, made.context)
+        return replace(made, load=load)
 
     def offers(self, *names: str) -> list[Offer]:
         return [self.offer(name) for name in names]
@@ -182,7 +183,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again_by_the_next_request(shelf:
     running(one, body)
 
 
-def test_the_least_recently_used_model_is_let_go_for_another(shelf: Shelf) -> None:
+def test_the_least_recently_used_model_is_unloaded_for_another(shelf: Shelf) -> None:
     clock = Clock()
     several = models(shelf, "a", "b", "c", clock=clock, memory=shelf.room(2))
 
@@ -200,7 +201,7 @@ def test_the_least_recently_used_model_is_let_go_for_another(shelf: Shelf) -> No
     running(several, body)
 
 
-def test_a_model_in_use_is_not_let_go_and_the_request_waits_for_it(shelf: Shelf) -> None:
+def test_a_model_in_use_is_not_unloaded_and_the_request_waits_for_it(shelf: Shelf) -> None:
     several = models(shelf, "a", "b", memory=shelf.room(1))
 
     async def body() -> None:
@@ -280,7 +281,7 @@ def test_without_a_limit_one_model_may_exceed_the_available_memory(shelf: Shelf)
     running(several, body)
 
 
-def test_an_idle_model_is_let_go_after_a_while(shelf: Shelf) -> None:
+def test_an_idle_model_is_unloaded_after_a_while(shelf: Shelf) -> None:
     clock = Clock()
     several = models(shelf, "a", "b", clock=clock)
 
@@ -334,18 +335,18 @@ def test_a_single_model_stays_unless_it_is_told_otherwise(shelf: Shelf) -> None:
         assert await one.sweep() is None
         await one.worker("a")  # the next request without a time has the server's own
         assert await one.sweep() is None
-        assert await one.let_go("a")
+        assert await one.unload("a")
         assert loaded(one) == []
 
     running(one, body)
 
 
-def test_what_is_let_go_while_in_use_goes_after_that(shelf: Shelf) -> None:
+def test_unloading_a_model_in_use_waits_for_the_end_of_that(shelf: Shelf) -> None:
     one = models(shelf, "a")
 
     async def body() -> None:
         async with in_use(one, "a"):
-            assert not await one.let_go("a")
+            assert not await one.unload("a")
             assert loaded(one) == ["a"]
         await one.sweep()
         assert loaded(one) == []
@@ -358,7 +359,7 @@ def test_a_model_that_the_caller_loaded_stays_and_is_not_closed(tiny: Callable[[
         both = Models(own, shelf.offer("b"), settings=Settings(memory=shelf.room(1)), clock=Clock())
 
         async def body() -> None:
-            assert not await both.let_go(own.name)
+            assert not await both.unload(own.name)
             with pytest.raises(OutOfMemoryError):
                 await both.worker("b")
 
@@ -408,7 +409,7 @@ def test_sums_of_work_survive_their_model(shelf: Shelf) -> None:
         for _ in range(2):
             worker = await one.worker("a")
             await (await worker.start(TextRequest("Once", {"max_tokens": 3}))).completions()
-            while not await one.let_go("a"):  # the engine's thread may not have noted the end yet
+            while not await one.unload("a"):  # the engine's thread may not have noted the end yet
                 await asyncio.sleep(0.001)
         assert shelf.loads == ["a", "a"]
         assert one.states[0].statistics.generated_tokens == 6

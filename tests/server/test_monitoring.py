@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,6 +27,7 @@ from npqwen.server.settings import Settings
 from npqwen.server.statistics import WorkerStatistics
 from npqwen.server.worker import Worker
 
+HI = [{"role": "user", "content": "Hi"}]
 LINE = re.compile(r'([a-z_]+)(?:\{model="((?:[^"\\]|\\.)*)"\})? (\S+)')
 
 
@@ -78,7 +81,7 @@ def test_health_says_when_the_first_model_is_being_loaded(tiny: Callable[[int], 
         gate.wait(30)
         return made.load()
 
-    models = Models(Offer("m", made.path, load, made.config, made.context))
+    models = Models(replace(made, load=load))
     served = application(models, Settings())
 
     async def main() -> None:
@@ -90,7 +93,7 @@ def test_health_says_when_the_first_model_is_being_loaded(tiny: Callable[[int], 
         gate.set()
         await loading
         assert (await exchange(served, "GET", "/health")).status == 200
-        await models.let_go("m")  # it is loaded by the next request
+        await models.unload("m")  # it is loaded by the next request
         assert (await exchange(served, "GET", "/health")).status == 200
         await models.close()
 
@@ -154,10 +157,28 @@ def test_the_text_routes_do_as_llama_server(tiny_model: npqwen.Model) -> None:
         piece["piece"].encode() if isinstance(piece["piece"], str) else bytes(piece["piece"]) for piece in pieces
     )
     assert joined.decode() == text
-    messages = [{"role": "user", "content": "Hi"}]
-    assert post(served, "/apply-template", {"messages": messages}).json == {"prompt": tiny_model.render(messages)}
-    body = {"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
-    assert post(served, "/apply-template", body).json == {"prompt": tiny_model.render(messages, thinking=False)}
+    assert post(served, "/apply-template", {"messages": HI}).json == {"prompt": tiny_model.render(HI)}
+    body = {"messages": HI, "chat_template_kwargs": {"enable_thinking": False}}
+    assert post(served, "/apply-template", body).json == {"prompt": tiny_model.render(HI, thinking=False)}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"add_generation_prompt": False}, {"chat_template_kwargs": {"add_generation_prompt": False}}]
+)
+def test_a_prompt_may_end_with_the_last_message(fields: dict[str, Any], tiny_model: npqwen.Model) -> None:
+    reply = post(app(tiny_model), "/apply-template", {"messages": HI, **fields})
+    assert reply.json == {"prompt": tiny_model.render(HI, add_generation_prompt=False)}
+
+
+def test_the_prompt_is_the_one_of_a_chat(tiny_model: npqwen.Model) -> None:
+    """Of fields and messages that the template does not read as they are."""
+    messages = [{"role": "developer", "content": "Be brief."}, *HI, {"role": "system", "content": "Be kind."}]
+    body = {"messages": messages, "reasoning_effort": "none", "max_tokens": 1}
+    served = app(tiny_model)
+    prompt = post(served, "/apply-template", body).json["prompt"]
+    usage = post(served, "/v1/chat/completions", body).json["usage"]
+    assert usage["prompt_tokens"] == len(tiny_model.tokenizer.encode(prompt))
+    assert "Be brief." in prompt
 
 
 @pytest.mark.parametrize(
@@ -173,7 +194,13 @@ def test_the_text_routes_do_as_llama_server(tiny_model: npqwen.Model) -> None:
         ("/detokenize", {"tokens": [True]}, r"tokens[0] is True"),
         ("/apply-template", {"messages": []}, "empty"),
         ("/apply-template", {"messages": [{"role": "x", "content": ""}]}, "role"),
-        ("/apply-template", {"messages": [{"role": "user", "content": "x"}], "tools": [1]}, "tools"),
+        ("/apply-template", {"messages": HI, "tools": [1]}, "tools"),
+        ("/apply-template", {"messages": HI, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs.messages"),
+        ("/apply-template", {"messages": HI, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ("/apply-template", {"messages": HI, "chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs.thinking"),
+        ("/apply-template", {"messages": HI, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
+        ("/apply-template", {"messages": HI, "add_generation_prompt": 1}, "add_generation_prompt is 1"),
+        ("/v1/chat/completions", {"messages": HI, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
     ],
 )
 def test_wrong_bodies_of_text_routes(path: str, body: object, problem: str, tiny_model: npqwen.Model) -> None:

@@ -17,6 +17,8 @@ from npqwen.chat.events import Text
 from npqwen.errors import ClosedError, QueueFullError
 from npqwen.server import streaming
 from npqwen.server.app import application
+from npqwen.server.fields import Fields
+from npqwen.server.ollama.conversation import read_messages
 from npqwen.server.settings import Settings
 
 SUM: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -127,6 +129,14 @@ def test_tools_are_called_and_their_results_read(client: ollama.Client, tiny_mod
     past = [*WEATHER, *reply.messages, {"role": "tool", "content": result["content"]}]
     assert last.message.content == tiny_model.chat(past, tools=[TOOL], thinking=False, seed=1).text
     assert "21" in (last.message.content or "")
+
+
+@pytest.mark.parametrize(("ids", "order"), [(("a", "b"), ["sun", "rain"]), ((None, None), ["rain", "sun"])])
+def test_results_are_in_the_order_of_their_calls_if_calls_have_ids(ids: tuple[Any, Any], order: list[str]) -> None:
+    calls = [{"id": id, "function": {"name": "look", "arguments": {}}} for id in ids]
+    results = [{"role": "tool", "tool_call_id": id, "content": text} for id, text in (("b", "rain"), ("a", "sun"))]
+    messages = [*WEATHER, {"role": "assistant", "tool_calls": calls}, *results]
+    assert [message["content"] for message in read_messages(Fields({"messages": messages}))[2:]] == order
 
 
 def test_python_functions_become_tools(client: ollama.Client, tiny_model: npqwen.Model) -> None:

@@ -66,7 +66,7 @@ def test_a_suffix_is_filled_in_before(client: ollama.Client, tiny_model: npqwen.
     assert answer.prompt_eval_count == len(tiny_model.tokenizer.encode(prompt))
 
 
-def test_without_a_prompt_the_model_is_loaded_or_let_go(tiny: Callable[[int], Path]) -> None:
+def test_without_a_prompt_the_model_is_loaded_or_unloaded(tiny: Callable[[int], Path]) -> None:
     offers = [Offer.of(tiny(4), name, threads=1) for name in ("a", "b")]
     with served(app(*offers)) as url, ollama.Client(host=url) as client:
         assert client.ps().models == []

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 import npqwen
-from npqwen.server.openai.reasoning_fields import EFFORTS
+from npqwen.server.reasoning_fields import EFFORTS
 
 SUM: list[Any] = [{"role": "user", "content": "What is 17 + 25?"}]
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}

@@ -76,6 +76,19 @@ def test_a_model_that_never_thinks_is_not_made_to() -> None:
         request(NEVER, enable_thinking=True)
 
 
+def test_results_of_parallel_calls_are_in_the_order_of_the_calls() -> None:
+    def call(id: str, city: str) -> dict[str, Any]:
+        return {"id": id, "type": "function", "function": {"name": f"look_at_{city}", "arguments": "{}"}}
+
+    calls = {"role": "assistant", "tool_calls": [call("a", "paris"), call("b", "oslo")]}
+    results = [{"role": "tool", "tool_call_id": id, "content": text} for id, text in (("b", "rain"), ("a", "sun"))]
+    found = request(messages=[*HELLO, calls, *results]).messages[2:]
+    assert [(one["content"], one["name"]) for one in found] == [("sun", "look_at_paris"), ("rain", "look_at_oslo")]
+    unnamed = [{"role": "tool", "content": "fog"}, {"role": "tool", "content": "snow"}]
+    found = request(messages=[*HELLO, calls, unnamed[0], results[1], unnamed[1]]).messages[2:]
+    assert [one["content"] for one in found] == ["sun", "fog", "snow"]
+
+
 def test_every_field_of_sampling_becomes_an_option() -> None:
     made = request(
         temperature=1, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=1, frequency_penalty=-1, repeat_penalty=1.1,

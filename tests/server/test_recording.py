@@ -112,3 +112,22 @@ def test_only_streams_are_recorded_and_only_their_own_headers() -> None:
         assert one.headers == [HEADERS[0], (b"x-stream-id", one.id.encode())]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_an_answer_is_cancelled_while_it_is_paced(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However close to a change that ends the pause."""
+    monkeypatch.setattr(recording, "PACE", 10.0)
+
+    async def test(one: Recording, follower: Follower) -> None:
+        one.leave(follower)
+        adding = asyncio.create_task(one.add(b"a\n", True))
+        await asyncio.sleep(0.01)
+        one.close()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if adding.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await adding
+
+    run(test)

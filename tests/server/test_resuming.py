@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -226,6 +228,49 @@ def test_the_header_is_true_or_false(tiny_model: npqwen.Model, value: str, statu
     assert reply.status == status
     if status == 400:
         assert reply.json["error"]["message"] == "the header X-Resumable is 'yes'; it must be true or false"
+
+
+def test_pages_of_other_origins_may_resume(tiny_model: npqwen.Model) -> None:
+    page = {"Origin": "http://localhost:3000"}
+    with served(app(tiny_model, origins=[page["Origin"]])) as url:
+        with begun(url, body=HELLO | SOME, headers=page) as (id, lines):
+            list(lines)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=HELLO, headers=RESUMABLE | page) as response:
+            assert response.headers["access-control-allow-origin"] == page["Origin"]
+            assert "x-stream-id" in response.headers["access-control-expose-headers"]
+            assert "Origin" in response.headers["vary"]
+        assert again(url, id, headers=page).headers["access-control-allow-origin"] == page["Origin"]
+        wrong = httpx.post(f"{url}/v1/chat/completions", json=HELLO, headers={"X-Resumable": "yes", **page})
+        assert (wrong.status_code, wrong.headers["access-control-allow-origin"]) == (400, page["Origin"])
+
+
+@pytest.mark.parametrize("value", ["true", "yes"])
+def test_who_may_not_call_the_server_learns_nothing_of_its_streams(
+    value: str, tiny_model: npqwen.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "COUNT", 0)
+    locked = app(tiny_model, api_keys=["mine"])
+    assert post(locked, "/v1/chat/completions", HELLO, {"X-Resumable": value}).status == 401
+    foreign = {"X-Resumable": value, "Host": "evil.example", "x-api-key": "mine"}
+    assert post(locked, "/v1/chat/completions", HELLO, foreign).status == 403
+
+
+def test_a_model_is_in_use_until_a_stream_without_a_client_ends(
+    tiny_model: npqwen.Model, runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recording, "SECONDS", 0.5)
+    application = app(tiny_model)
+    with served(application) as url, caplog.at_level(logging.INFO, "npqwen.server.exchange"):
+        with begun(url, body=HELLO | ENDLESS) as (_, lines):
+            next(lines)
+        time.sleep(0.1)
+        assert application.state.models.in_use == 1
+        assert not caplog.records
+        wait_until(lambda: not application.state.models.in_use)
+        assert runs.newest.cancelled
+        wait_until(lambda: caplog.records)
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("POST /v1/chat/completions 200 tiny-qwen3-16: ")
 
 
 def test_unknown_and_foreign_streams_are_the_same_error(tiny_model: npqwen.Model) -> None:

@@ -249,6 +249,46 @@ def test_closing_ends_all_requests() -> None:
     assert not any(thread.name == "npqwen-engine-m" for thread in threading.enumerate())
 
 
+def test_a_request_that_meets_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late: when it has just been checked that the worker is open, or the engine has just looked for calls."""
+
+    async def started(worker: Worker) -> None:
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for((await worker.start(TextRequest("a"))).completions(), 10)
+
+    def closes(*args: Any) -> Run:
+        worker.close()
+        return Run(*args)
+
+    worker = Worker(Reciter("yes"))  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr("npqwen.server.worker.Run", closes)
+        run(started(worker))
+
+    worker = Worker(Reciter("yes"))  # type: ignore[arg-type]
+    looked, go, take = threading.Event(), threading.Event(), worker._take_calls
+
+    def pauses(wait: bool) -> None:
+        take(wait)
+        looked.set()
+        assert go.wait(10)
+
+    async def body() -> None:
+        begun = await worker.start(TextRequest("a"))
+        closing = threading.Thread(target=worker.close)
+        closing.start()
+        await asyncio.to_thread(wait_until, lambda: worker._closed)
+        go.set()
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(begun.completions(), 10)
+        await asyncio.to_thread(closing.join)
+
+    monkeypatch.setattr(worker, "_take_calls", pauses)
+    while not looked.wait(0.01):
+        worker.limit(0)  # wakes the engine
+    run(body())
+
+
 def test_the_heartbeat_is_the_engines() -> None:
     model = Held("yes")
     with working(model) as worker:

@@ -6,7 +6,6 @@ import secrets
 from typing import Any
 
 from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text, UnfinishedCall
-from npqwen.server.json_text import json_text
 from npqwen.server.opaque_reasoning import pack, placeholder
 from npqwen.server.run import RunEvent
 from npqwen.tools.calls import ToolCall
@@ -29,8 +28,6 @@ class Message:
         """omit_thinking: thinking blocks have no text; the client gets it in their signature, to send it back."""
         self.finished = False
         self._omit_thinking = omit_thinking
-        self._call: str | None = None
-        """The id of the call whose block is open."""
         self._broken = 0
         """Number of blocks that were sent as events, but are not in `body`."""
         self._pieces: list[str] = []
@@ -68,11 +65,12 @@ class Message:
             self._pieces.append(event.text)
             return [*opened, self._delta("text_delta", "text", event.text)]
         if isinstance(event, CallStart):
-            return self._begin_call(event.id, event.name)
+            return self._begin({"type": "tool_use", "id": event.id, "name": event.name, "input": {}})
         if isinstance(event, CallArguments):
             return [self._delta("input_json_delta", "partial_json", event.text)]
         if isinstance(event, ToolCall):
-            return self._whole_call(event)
+            self.body["content"][-1]["input"] = event.arguments
+            return self._end()
         if isinstance(event, UnfinishedCall):
             return self._broken_call()
         return self._finish(event.reply) if isinstance(event, Finish) else []
@@ -85,20 +83,6 @@ class Message:
         self._open = block["type"]
         self.body["content"].append(block)
         return [*closed, {"type": "content_block_start", "index": self._index, "content_block": dict(block)}]
-
-    def _begin_call(self, id: str, name: str) -> list[Json]:
-        opened = self._begin({"type": "tool_use", "id": id, "name": name, "input": {}})
-        self._call = id
-        return opened
-
-    def _whole_call(self, call: ToolCall) -> list[Json]:
-        """End a call's block; if the call has not been announced by a CallStart, write the whole block."""
-        events: list[Json] = []
-        if self._call != call.id:
-            events = self._begin_call(call.id, call.name)
-            events.append(self._delta("input_json_delta", "partial_json", json_text(call.arguments)))
-        self.body["content"][-1]["input"] = call.arguments
-        return events + self._end()
 
     def _broken_call(self) -> list[Json]:
         """End the block of an unfinished call, and remove it from `body`, because nobody should run it.
@@ -122,7 +106,7 @@ class Message:
             block["thinking"] = "" if self._omit_thinking else text
             block["signature"] = pack(text) if self._omit_thinking else placeholder()
             events.append(self._delta("signature_delta", "signature", block["signature"]))
-        self._open, self._call, self._pieces = "", None, []
+        self._open, self._pieces = "", []
         return [*events, {"type": "content_block_stop", "index": self._index}]
 
     def _delta(self, kind: str, key: str, text: str) -> Json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.anthropic.conversation import read_messages, read_tools
 from npqwen.server.fields import FieldError, Fields
-from npqwen.server.openai.reasoning_fields import EFFORTS, ReasoningFields
+from npqwen.server.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
 
@@ -39,7 +39,7 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     options: dict[str, Any] = {
         "tools": tools,
         "max_tokens": body.whole("max_tokens", 1),
-        "stop": _stop_sequences(body),
+        "stop": [string for string in body.stops("stop_sequences") or () if string] or None,
         "temperature": body.number("temperature", 0, 100),
         "top_p": body.number("top_p", 0, 1),
         "top_k": body.whole("top_k", 0),
@@ -58,13 +58,6 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     )
     body.log_unknown()
     return request
-
-
-def _stop_sequences(body: Fields) -> list[str] | None:
-    stop = body.items("stop_sequences")
-    if stop is not None and not all(isinstance(string, str) and string for string in stop):
-        body.wrong("stop_sequences", "a list of strings")
-    return stop or None
 
 
 def _schema(body: Fields) -> Any:
@@ -113,7 +106,8 @@ def _thinking(body: Fields, thinking: Fields | None, model: Model, tools: bool) 
         wants = False
     if can == "never":
         return {}
-    return ReasoningFields(wants, budget, effort if kind == "adaptive" else None, "apart", {}).options(model, tools)
+    fields = ReasoningFields(thinking=wants, budget=budget, effort=effort if kind == "adaptive" else None)
+    return fields.options(model, tools)
 
 
 _KINDS = ("enabled", "disabled", "adaptive")

@@ -9,14 +9,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from npqwen.chat.events import Finish, Reasoning, Reply, Text
-from npqwen.generation.completion import Completion, Logprob, TokenLogprobs, Usage
+from npqwen.generation.completion import Completion, TokenLogprobs, Usage
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import json_text
+from npqwen.server.logprobs import scored_tokens, without_end
 from npqwen.server.run import Completed, Progress, RunEvent, Scored
 from npqwen.tools.calls import ToolCall
-
-LEAST = -9999.0
-"""The log-probability of a token that cannot occur; JSON has no infinity."""
 
 Part = Callable[[str, str, Sequence[ToolCall]], dict[str, Any]]
 """part(text, thinking, calls): a part of an answer, or all of it, as an endpoint presents it."""
@@ -73,11 +71,8 @@ class Head:
 
     def logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """The field of log-probabilities; none without tokens."""
-        shown = [{**_token(one), "top_logprobs": [_token(top) for top in one.top]} for one in self._of_text(tokens)]
+        shown = scored_tokens(without_end(tokens, self.special_ids))
         return {"logprobs": shown} if shown else {}
-
-    def _of_text(self, tokens: Sequence[TokenLogprobs]) -> list[TokenLogprobs]:
-        return [token for token in tokens if token.id not in self.special_ids]
 
 
 def whole(head: Head, result: Reply | Completion) -> dict[str, Any]:
@@ -135,10 +130,6 @@ class Lines:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def _token(token: Logprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": max(token.logprob, LEAST), "bytes": list(token.bytes)}
 
 
 def _reason(result: Reply | Completion) -> str:

@@ -54,10 +54,10 @@ async def _run(models: Models, head: Head, body: Body, wanted: Callable[[Model],
     return await worker.start(await _within_context(worker.model, wanted(worker.model), body.options.context))
 
 
-async def load_or_let_go(models: Models, head: Head, body: Body) -> Response:
+async def load_or_unload(models: Models, head: Head, body: Body) -> Response:
     """The response to a request without a prompt: the model is loaded, or unloaded if keep_alive is 0."""
     if body.keep_alive == 0:
-        await models.let_go(body.model)
+        await models.unload(body.model)
         return JSONReply(head.object(**head.end("unload", None)))
     await models.worker(body.model, body.keep_alive)
     return JSONReply(head.object(**head.end("load", None)))

@@ -9,8 +9,9 @@ from npqwen.chat.chat_options import ChatOptions
 from npqwen.errors import OptionError
 from npqwen.server.duration import seconds
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.ollama.options import Options, read_options
-from npqwen.server.openai.reasoning_fields import EFFORTS, ReasoningFields
+from npqwen.server.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from npqwen.chat.messages import Message
     from npqwen.model import Model
 
-TOP_LOGPROBS = 20
-"""The largest `top_logprobs`, as in ollama."""
 _LEVELS = tuple(EFFORTS)
 
 
@@ -28,7 +27,7 @@ class Body:
     """A checked body.
 
     generation: options of the library that are not in `options`: structure and log-probabilities. keep_alive: seconds,
-    negative: for ever; None: the server's default.
+    negative: forever; None: the server's default.
     """
 
     model: str | None
@@ -52,12 +51,12 @@ class Body:
 def read_body(fields: Fields) -> Body:
     """The fields that both have in common; FieldError for invalid or unsupported ones."""
     return Body(
-        fields.text("model") or fields.text("name"),
-        read_options(fields),
-        _structure(fields) | _logprobs(fields),
-        _reasoning(fields),
-        keep_alive(fields),
-        fields.flag("stream") is not False,
+        model=fields.text("model") or fields.text("name"),
+        options=read_options(fields),
+        generation=_structure(fields) | _logprobs(fields),
+        reasoning=_reasoning(fields),
+        keep_alive=keep_alive(fields),
+        stream=fields.flag("stream") is not False,
     )
 
 
@@ -93,14 +92,14 @@ def _reasoning(fields: Fields) -> ReasoningFields:
     """`think`: true, false, or a level, which limits the thinking."""
     think = fields.any("think")
     if think is None or isinstance(think, bool):
-        return ReasoningFields(think, None, None, "apart", {})
+        return ReasoningFields(thinking=think)
     if think not in _LEVELS:
         fields.wrong("think", f"true, false or one of {', '.join(_LEVELS)}")
-    return ReasoningFields(EFFORTS[think] != 0, None, think, "apart", {})
+    return ReasoningFields(thinking=EFFORTS[think] != 0, effort=think)
 
 
 def keep_alive(fields: Fields) -> float | None:
-    """`keep_alive`: seconds, or a duration such as "5m"; negative: for ever."""
+    """`keep_alive`: seconds, or a duration such as "5m"; negative: forever."""
     value = fields.any("keep_alive")
     if isinstance(value, str):
         try:

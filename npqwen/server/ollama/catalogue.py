@@ -85,7 +85,7 @@ def _details(offer: Offer) -> dict[str, Any]:
         "family": family,
         "families": [family],
         "parameter_size": f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M",
-        "quantization_level": offer.quantization.recipe.name,
+        "quantization_level": offer.recipe.name,
     }
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from npqwen.server.fields import Fields
 from npqwen.server.ollama.body import refuse_images
+from npqwen.server.tool_results import matched
 
 if TYPE_CHECKING:
     from npqwen.chat.messages import Message
@@ -14,8 +15,11 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_messages(fields: Fields) -> list[Message]:
-    """The field `messages`, possibly empty; a FieldError names the message and the problem."""
-    return [_message(message) for message in fields.objects("messages") or []]
+    """The field `messages`, possibly empty; results of tools are in the order of their calls if both have ids.
+
+    A FieldError names the message and the problem.
+    """
+    return matched([_message(message) for message in fields.objects("messages") or []])
 
 
 def _message(fields: Fields) -> Message:
@@ -40,4 +44,6 @@ def _call(fields: Fields) -> dict[str, Any]:
     arguments = function.any("arguments")
     if not isinstance(arguments, dict | str | None):
         function.wrong("arguments", "an object")
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    id = fields.text("id")
+    return call if id is None else {"id": id, **call}

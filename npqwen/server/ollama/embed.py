@@ -12,8 +12,7 @@ from npqwen.server.background import in_thread
 from npqwen.server.fields import Fields, read_fields
 from npqwen.server.json_text import JSONReply, with_list
 from npqwen.server.ollama.body import keep_alive
-from npqwen.server.openai.embeddings import MAX_TEXTS
-from npqwen.server.prompt_field import prompts
+from npqwen.server.prompt_field import MAX_TEXTS, prompts
 from npqwen.server.requests import ReadRequest
 from npqwen.server.streaming import until_disconnected
 

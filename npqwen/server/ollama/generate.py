@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from npqwen.generation.options import GenerationOptions
 from npqwen.server.fields import FieldError, Fields, read_fields
+from npqwen.server.fill_in_middle import middle_request
 from npqwen.server.ollama.answer import Head, text_part
-from npqwen.server.ollama.answering import answer, load_or_let_go
+from npqwen.server.ollama.answering import answer, load_or_unload
 from npqwen.server.ollama.body import Body, read_body, refuse_images
-from npqwen.server.openai.completion_request import CompletionBody
 from npqwen.server.requests import ChatRequest, TextRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ async def generate(models: Models, request: Request) -> Response:
     fields.log_unknown()
     head = Head(body.model or models.names[0], text_part)
     if not prompt.text and prompt.suffix is None:
-        return await load_or_let_go(models, head, body)
+        return await load_or_unload(models, head, body)
     return await answer(request, models, head, body, lambda model: _request(model, body, prompt))
 
 
@@ -68,5 +68,4 @@ def _request(model: Model, body: Body, prompt: _Prompt) -> ChatRequest | TextReq
     options = cast(GenerationOptions, {**body.options.generation, **body.generation})
     if prompt.suffix is None:
         return TextRequest(prompt.text, options)
-    completion = CompletionBody(None, [prompt.text], prompt.suffix, dict(options), 1, False, False, False)
-    return completion.requests(model.tokenizer)[0]
+    return middle_request(prompt.text, prompt.suffix, options, model.tokenizer)

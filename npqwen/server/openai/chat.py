@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,6 +19,7 @@ from npqwen.server.waiting import CommentManner, soon
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
+    from npqwen.server.run import Run
 
 
 async def chat_completions(models: Models, request: Request) -> Response:
@@ -26,22 +27,20 @@ async def chat_completions(models: Models, request: Request) -> Response:
     body = chat_body(await read_fields(request))
     if body.stream:
         return await soon(request, _stream(models, body), CommentManner(error_event))
-    worker = await models.worker(body.model)
-    run = await worker.start(body.request(worker.model))
-    head = answer_head(worker.model, body.model, "chatcmpl")
+    run, head, special_ids = await _begin(models, body)
     replies = await until_disconnected(request, run.replies(), run)
-    return JSONReply(chat_reply(head, replies, body.shown, worker.model.tokenizer.special_ids))
+    return JSONReply(chat_reply(head, replies, body.shown, special_ids))
 
 
 async def _stream(models: Models, body: ChatBody) -> StreamedRun:
+    run, head, special_ids = await _begin(models, body)
+    usage, progress = body.include_usage, body.return_progress
+    chunks = ChatChunks(head, body.n, body.shown, special_ids, include_usage=usage, return_progress=progress)
+    return StreamedRun(run, chunks)
+
+
+async def _begin(models: Models, body: ChatBody) -> tuple[Run, dict[str, Any], frozenset[int]]:
+    """Start the run; returns it, the answer's head, and tokens whose log-probabilities are left out."""
     worker = await models.worker(body.model)
     run = await worker.start(body.request(worker.model))
-    chunks = ChatChunks(
-        answer_head(worker.model, body.model, "chatcmpl"),
-        body.n,
-        body.shown,
-        worker.model.tokenizer.special_ids,
-        include_usage=body.include_usage,
-        return_progress=body.return_progress,
-    )
-    return StreamedRun(run, chunks)
+    return run, answer_head(worker.model, body.model, "chatcmpl"), worker.model.tokenizer.special_ids

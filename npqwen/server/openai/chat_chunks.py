@@ -9,11 +9,12 @@ from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Repl
 from npqwen.generation.completion import TokenLogprobs
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import SentText, server_sent
+from npqwen.server.logprobs import without_end
 from npqwen.server.openai.chat_reply import CLOSE, OPEN, replies_usage
 from npqwen.server.openai.errors import error_event
-from npqwen.server.openai.logprobs import chat_logprobs, without_end
-from npqwen.server.openai.reasoning_fields import Shown
+from npqwen.server.openai.logprobs import chat_logprobs
 from npqwen.server.openai.usage import finish_reason_of, timings_of
+from npqwen.server.reasoning_fields import Shown
 from npqwen.server.run import Progress, RunEvent, Scored
 
 DONE = "data: [DONE]\n\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.tool_results import matched
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _KEPT = ("reasoning_content", "reasoning", "thinking")
@@ -14,11 +15,14 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 
 def chat_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The field `messages`, converted; a FieldError names the message and the problem."""
+    """The field `messages`, converted; results of tools are in the order of their calls.
+
+    A FieldError names the message and the problem.
+    """
     messages = fields.required("messages", fields.objects)
     if not messages:
         raise FieldError("messages is empty; send at least one message", "messages")
-    return [_message(message) for message in messages]
+    return matched([_message(message) for message in messages])
 
 
 def _message(fields: Fields) -> dict[str, Any]:

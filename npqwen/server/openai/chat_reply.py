@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from npqwen.chat.events import Reply
-from npqwen.server.openai.logprobs import chat_logprobs, without_end
-from npqwen.server.openai.reasoning_fields import Shown
+from npqwen.server.logprobs import without_end
+from npqwen.server.openai.logprobs import chat_logprobs
 from npqwen.server.openai.usage import finish_reason_of, timings_of, usage_of
+from npqwen.server.reasoning_fields import Shown
 
 OPEN, CLOSE = "<think>\n", "\n</think>\n\n"
 """The text around reasoning within the content."""

@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.openai.chat_messages import chat_messages
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
-from npqwen.server.openai.reasoning_fields import ReasoningFields, Shown, reasoning_fields
-from npqwen.server.openai.tool_fields import tool_options
+from npqwen.server.reasoning_fields import ReasoningFields, Shown, reasoning_fields
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
+from npqwen.server.tool_fields import tool_options
 
 if TYPE_CHECKING:
     from npqwen.model import Model
-
-TOP_LOGPROBS = 20
-"""The largest `top_logprobs`, as in OpenAI's own service."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -74,14 +72,14 @@ def chat_body(fields: Fields) -> ChatBody:
             raise FieldError("top_logprobs needs logprobs: true", "top_logprobs")
         options["top_logprobs"] = top
     body = ChatBody(
-        fields.text("model"),
-        chat_messages(fields),
-        options,
-        reasoning_fields(fields),
-        choices(fields),
-        fields.flag("stream") or False,
-        include_usage(fields),
-        fields.flag("return_progress") or False,
+        model=fields.text("model"),
+        messages=chat_messages(fields),
+        options=options,
+        reasoning=reasoning_fields(fields),
+        n=choices(fields),
+        stream=fields.flag("stream") or False,
+        include_usage=include_usage(fields),
+        return_progress=fields.flag("return_progress") or False,
     )
     fields.log_unknown()
     return body

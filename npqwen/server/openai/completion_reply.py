@@ -9,9 +9,10 @@ from npqwen.chat.events import Text
 from npqwen.generation.completion import Completion, TokenLogprobs
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import SentText, server_sent
+from npqwen.server.logprobs import without_end
 from npqwen.server.openai.chat_chunks import DONE
 from npqwen.server.openai.errors import error_event
-from npqwen.server.openai.logprobs import text_logprobs, without_end
+from npqwen.server.openai.logprobs import text_logprobs
 from npqwen.server.openai.usage import finish_reason_of, timings_of, total_usage, usage_of
 from npqwen.server.run import Completed, Progress, RunEvent, Scored
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from npqwen.errors import OptionError
-from npqwen.generation.decoding import Prompt
 from npqwen.generation.options import GenerationOptions
 from npqwen.server.fields import FieldError, Fields
+from npqwen.server.fill_in_middle import middle_request
+from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
 from npqwen.server.prompt_field import prompts
 from npqwen.server.requests import TextRequest
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS = 1024
 """The most prompts of one request."""
-TOP_LOGPROBS = 20
-"""The largest `logprobs`; OpenAI's own service allows 5."""
-
-_PREFIX, _SUFFIX, _MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
-_AFTER_MIDDLE = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", _PREFIX, _SUFFIX, _MIDDLE)
-"""Tokens that a model writes after the middle instead of eos."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,11 @@ class CompletionBody:
 
     def requests(self, tokenizer: Tokenizer) -> list[TextRequest]:
         """A request for each prompt; FieldError for a suffix if the model has no fill-in-the-middle tokens."""
-        options = self.options
-        several: list[Prompt] = list(self.prompts)
-        if self.suffix is not None:
-            if any(tokenizer.token_id(token) is None for token in (_PREFIX, _SUFFIX, _MIDDLE)):
-                raise FieldError("this model has no fill-in-the-middle tokens; send no suffix", "suffix")
-            stops = [token for token in _AFTER_MIDDLE if tokenizer.token_id(token) is not None]
-            options = options | {"stop": [*options.get("stop", []), *stops]}
-            several = [f"{_PREFIX}{prompt}{_SUFFIX}{self.suffix}{_MIDDLE}" for prompt in self.prompts]
-        return [TextRequest(prompt, cast(GenerationOptions, options), self.n) for prompt in several]
+        options = cast(GenerationOptions, self.options)
+        if self.suffix is None:
+            return [TextRequest(prompt, options, self.n) for prompt in self.prompts]
+        texts = cast(list[str], self.prompts)
+        return [middle_request(text, self.suffix, options, tokenizer, self.n) for text in texts]
 
     def echoes(self, tokenizer: Tokenizer) -> list[str]:
         """By prompt, the text that its choices begin with: the prompt if `echo` is set, otherwise ""."""
@@ -84,14 +75,14 @@ def completion_body(fields: Fields) -> CompletionBody:
     if suffix is not None and not all(isinstance(prompt, str) for prompt in given):
         raise FieldError("suffix needs a prompt of text, not of token ids", "suffix")
     body = CompletionBody(
-        fields.text("model"),
-        given,
-        suffix or None,
-        options,
-        n,
-        echo,
-        fields.flag("stream") or False,
-        include_usage(fields),
+        model=fields.text("model"),
+        prompts=given,
+        suffix=suffix or None,
+        options=options,
+        n=n,
+        echo=echo,
+        stream=fields.flag("stream") or False,
+        include_usage=include_usage(fields),
     )
     fields.log_unknown()
     return body

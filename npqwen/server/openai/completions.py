@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,26 +26,24 @@ async def completions(models: Models, request: Request) -> Response:
     body = completion_body(await read_fields(request))
     if body.stream:
         return await soon(request, _stream(models, body), CommentManner(error_event))
-    worker = await models.worker(body.model)
-    tokenizer = worker.model.tokenizer
-    requests, echoes = body.requests(tokenizer), body.echoes(tokenizer)
-    run = await PromptsRun.start(worker, requests)
-    head = answer_head(worker.model, body.model, "cmpl")
+    run, head, echoes, special_ids = await _begin(models, body)
     results = await until_disconnected(request, run.completions(), run)
-    return JSONReply(completion_reply(head, results, echoes, tokenizer.special_ids))
+    return JSONReply(completion_reply(head, results, echoes, special_ids))
 
 
 async def _stream(models: Models, body: CompletionBody) -> StreamedRun:
+    run, head, echoes, special_ids = await _begin(models, body)
+    scored, usage = "logprobs" in body.options, body.include_usage
+    chunks = CompletionChunks(head, body.n, echoes, special_ids, scored=scored, include_usage=usage)
+    return StreamedRun(run, chunks)
+
+
+async def _begin(models: Models, body: CompletionBody) -> tuple[PromptsRun, dict[str, Any], list[str], frozenset[int]]:
+    """Start the prompts; returns their run, the answer's head, what each prompt's texts begin with, and tokens whose
+    log-probabilities are left out.
+    """
     worker = await models.worker(body.model)
     tokenizer = worker.model.tokenizer
     requests, echoes = body.requests(tokenizer), body.echoes(tokenizer)
     run = await PromptsRun.start(worker, requests)
-    chunks = CompletionChunks(
-        answer_head(worker.model, body.model, "cmpl"),
-        body.n,
-        echoes,
-        tokenizer.special_ids,
-        scored="logprobs" in body.options,
-        include_usage=body.include_usage,
-    )
-    return StreamedRun(run, chunks)
+    return run, answer_head(worker.model, body.model, "cmpl"), echoes, tokenizer.special_ids

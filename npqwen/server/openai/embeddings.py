@@ -12,7 +12,7 @@ from starlette.responses import Response
 from npqwen.server.background import in_thread
 from npqwen.server.fields import read_fields
 from npqwen.server.json_text import JSONReply, with_list
-from npqwen.server.prompt_field import prompts
+from npqwen.server.prompt_field import MAX_TEXTS, prompts
 from npqwen.server.requests import ReadRequest
 from npqwen.server.streaming import until_disconnected
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from npqwen.server.models import Models
-
-MAX_TEXTS = 2048
-"""The most texts of one request, as in OpenAI's own service."""
 
 
 async def embeddings(models: Models, request: Request) -> Response:

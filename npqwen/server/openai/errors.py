@@ -7,10 +7,12 @@ from typing import Any
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import server_sent
 
+_TYPES = {401: "authentication_error", 403: "permission_error"}
+
 
 def error_body(failure: Failure) -> dict[str, Any]:
-    """An error as an event in the middle of a stream. As a response, `npqwen.server.refusal` writes it."""
-    kind = "server_error" if failure.status >= 500 else "invalid_request_error"
+    """The body of an error, which is also an event in the middle of a stream."""
+    kind = _TYPES.get(failure.status, "server_error" if failure.status >= 500 else "invalid_request_error")
     return {"error": {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}}
 
 

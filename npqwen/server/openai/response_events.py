@@ -8,7 +8,6 @@ from typing import Any
 
 from npqwen.chat.events import CallArguments, CallStart, Finish, Reasoning, Reply, Text, UnfinishedCall
 from npqwen.server.failure import CONTEXT_LENGTH_EXCEEDED, Failure
-from npqwen.server.json_text import json_text
 from npqwen.server.opaque_reasoning import pack
 from npqwen.server.openai.response_tools import ClientTools
 from npqwen.server.run import RunEvent
@@ -74,7 +73,7 @@ class Answer:
         elif isinstance(event, CallArguments):
             self._add_arguments(event.text)
         elif isinstance(event, ToolCall):
-            self._whole_call(event)
+            self._end_call(event)
         elif isinstance(event, UnfinishedCall):
             self._end("incomplete")
         elif isinstance(event, Finish):
@@ -152,11 +151,7 @@ class Answer:
         if self._is("function_call"):
             self._add_to_item("response.function_call_arguments.delta", delta=text)
 
-    def _whole_call(self, call: ToolCall) -> None:
-        """End a call's item; if the call has not been announced by a CallStart, write the whole item."""
-        if self._item is None or self._item.get("call_id") != call.id:
-            self._begin_call(call.id, call.name)
-            self._add_arguments(json_text(call.arguments))
+    def _end_call(self, call: ToolCall) -> None:
         if self._is("custom_tool_call"):
             self._pieces = [self._tools.called(call.name).text(call.arguments)]
             self._add_to_item("response.custom_tool_call_input.delta", delta=self._pieces[0])

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.fields import FieldError, Fields
-from npqwen.server.openai.reasoning_fields import reasoning_fields
 from npqwen.server.openai.response_items import read_messages
 from npqwen.server.openai.response_tools import ClientTools, read_tool_choice, read_tools
+from npqwen.server.reasoning_fields import reasoning_fields
 from npqwen.server.requests import ChatRequest
 from npqwen.server.system_turns import placed
 

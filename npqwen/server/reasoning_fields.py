@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from npqwen.errors import OptionError
 from npqwen.generation.thinking import CLOSE
-from npqwen.server.fields import Fields
+from npqwen.server.fields import FieldError, Fields
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -26,6 +26,9 @@ EFFORTS: dict[str, int | None] = {
 GRADES = {"low": "low", "medium": "medium", "high": "xhigh", "xhigh": "xhigh", "max": "xhigh"}
 """For each effort with thinking, the value of the variable `reasoning_effort` of templates that have it (Qwen3.8)."""
 
+_NOT_VARIABLES = ("add_generation_prompt", "messages", "self", "tools")
+"""Names that are no variables of a chat template, or have a field of their own."""
+
 Shown = Literal["apart", "inline", "hidden"]
 """Where reasoning is shown: as `reasoning_content`, in the content between <think> tags, or nowhere."""
 
@@ -38,11 +41,11 @@ class ReasoningFields:
     of the chat template.
     """
 
-    thinking: bool | None
-    budget: int | None
-    effort: str | None
-    shown: Shown
-    template_options: dict[str, Any]
+    thinking: bool | None = None
+    budget: int | None = None
+    effort: str | None = None
+    shown: Shown = "apart"
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     def options(self, model: Model, tools: bool) -> dict[str, Any]:
         """The options of a chat with this model that implement the fields. tools: whether the chat has any.
@@ -91,6 +94,10 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
     template_options: dict[str, Any] = {}
     if kwargs is not None:
         switches = ("enable_thinking", "thinking")
+        for name in _NOT_VARIABLES:
+            if name in kwargs:
+                place = kwargs.place(name)
+                raise FieldError(f"{place} is not a variable that may be set; leave it out", place)
         flags += [kwargs.flag(name) for name in switches]
         template_options = {
             name: kwargs.any(name) for name in kwargs.values if name not in switches and name in kwargs
@@ -108,13 +115,12 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
         flags.append({"enabled": True, "disabled": False}.get(kind))
         budgets.append(_budget(thinking, "budget_tokens"))
     format = fields.one_of("reasoning_format", ("none", "deepseek", "auto"))
-    effort = next((effort for effort in efforts if effort is not None), None)
     return ReasoningFields(
-        next((flag for flag in flags if flag is not None), None),
-        next((budget for budget in budgets if budget is not None), None),
-        effort,
-        "hidden" if hidden else "inline" if format == "none" else "apart",
-        template_options,
+        thinking=next((flag for flag in flags if flag is not None), None),
+        budget=next((budget for budget in budgets if budget is not None), None),
+        effort=next((effort for effort in efforts if effort is not None), None),
+        shown="hidden" if hidden else "inline" if format == "none" else "apart",
+        template_options=template_options,
     )
 
 
