@@ -57,6 +57,10 @@ class ThreadsWarning(UserWarning):
     """More threads than CPUs that this process may use, which is slower than as many threads as CPUs."""
 
 
+class KernelCacheWarning(UserWarning):
+    """Compiled kernels cannot be kept, so every process compiles them again, which takes about a minute."""
+
+
 class PrefixCacheWarning(UserWarning):
     """Files of a prefix cache that were damaged, or cannot be written. Answers are not affected."""
 

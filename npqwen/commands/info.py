@@ -13,14 +13,17 @@ from npqwen.commands.loading import (
     bits_option,
     kv_option,
     low_disk_option,
-    resolve,
     yarn_option,
 )
 from npqwen.commands.options import Command
+from npqwen.errors import OptionError
+from npqwen.format.recipe import DEFAULT_BITS
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
     from npqwen.engine.cache_type import CacheType
+    from npqwen.reports.conversion_plan import ConversionPlan
+    from npqwen.reports.info import Info
 
 
 @click.command(cls=Command)
@@ -46,12 +49,36 @@ def info(
 ) -> None:
     """Describe MODEL: shapes, bits per weight, bytes of each part, memory needed, and the kernels that will run.
 
-    Like the other commands, this downloads and converts the model first if necessary.
+    Of a model that is not converted yet, the sizes and the memory, as `npqwen convert --dry-run` shows them: no weights
+    are downloaded, and nothing is converted.
     """
+    from npqwen import hub
     from npqwen.hub.names import model_name
-    from npqwen.reports.info import describe, inspect
 
     with Terminal() as terminal:
-        path = resolve(model, bits, terminal, low_disk=low_disk)
-        found = inspect(path, context, yarn, kv, Loading(adapters=adapters).named_adapters())
-        terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else describe(found, model_name(model))) + "\n")
+        path = hub.find_converted(model, bits, notice=terminal.notice)
+        if path is not None:
+            from npqwen.reports.info import describe, inspect
+
+            found = inspect(path, context, yarn, kv, Loading(adapters=adapters).named_adapters())
+            terminal.text((_json(found) if as_json else describe(found, model_name(model))) + "\n")
+            return
+        if adapters:
+            raise OptionError(f"{model} is not converted yet; adapters are counted after npqwen pull {model}")
+        from npqwen.reports.conversion_plan import plan_conversion
+
+        planned = plan_conversion(
+            model,
+            bits=DEFAULT_BITS if bits is None else bits,
+            low_disk=low_disk,
+            context=context,
+            yarn=yarn,
+            kv=kv,
+            notice=terminal.notice,
+        )
+        terminal.notice(f"{model} is not converted yet; this is what a conversion will give and need")
+        terminal.text((_json(planned) if as_json else planned.describe()) + "\n")
+
+
+def _json(found: Info | ConversionPlan) -> str:
+    return json.dumps(found.as_dict(), indent=2)

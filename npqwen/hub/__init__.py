@@ -1,5 +1,5 @@
 """From MODEL, as users name it, to a converted directory: used in place, or downloaded and converted once."""
 
-from npqwen.hub.conversions import convert, resolve
+from npqwen.hub.conversions import convert, find_converted, resolve
 
-__all__ = ["convert", "resolve"]
+__all__ = ["convert", "find_converted", "resolve"]

@@ -63,42 +63,63 @@ def resolve(
     other bits, or a model that cannot serve the purpose; OutputError if it does not fit on the disk; and whatever
     `npqwen_quant.convert` raises.
     """
-    recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
     tell = notice or _ignore
+    found, source = _find(model, bits, revision, tell)
+    if found is not None:
+        check_purpose(source, purpose)
+        return found
+    transfer = Transfer(source, tell, download_bars, progress)
+    if (directory := transfer.converted_already()) is not None:
+        check_purpose(LocalSource(directory, source.label), purpose)
+        tell(f"using {directory}")
+        return _with_bits(directory, bits)
+    check(source, purpose)
+    recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
+    target = place_of(source, recipe)
+    _convert_once(transfer, target, recipe, low_disk, tell)
+    record.used(target, source.model, source.revision, source.commit)
+    return target
+
+
+def find_converted(
+    model: str | os.PathLike[str], bits: int | None = None, *, notice: Notice | None = None
+) -> Path | None:
+    """The converted directory that `resolve` would return without a download or a conversion; None if there is none.
+
+    Raises what `resolve` raises before these.
+    """
+    return _find(model, bits, None, notice or _ignore)[0]
+
+
+def _find(
+    model: str | os.PathLike[str], bits: int | None, revision: str | None, tell: Notice
+) -> tuple[Path | None, Source]:
+    """A converted directory on this disk, or None; and the source that it has, or has to be made of."""
+    recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
     directory = _directory(model)
     if directory is not None:
         _refuse_revision(directory, revision)
         if is_converted(directory):
-            check_purpose(LocalSource(directory), purpose)
-            return _with_bits(directory, bits)
+            return _with_bits(directory, bits), LocalSource(directory)
         source: Source = local_source(directory)
     else:
         name = with_revision(model, revision)
         found, problem = look_up(name)
-        if found is None:
-            if (kept := _newest_conversion(name, recipe)) is not None:
-                tell(f"{problem}; using {kept}")
-                check_purpose(LocalSource(kept, str(name)), purpose)
-                record.touch(kept)
-                return kept
+        if found is not None:
+            source = found
+        elif (kept := _newest_conversion(name, recipe)) is not None:
+            tell(f"{problem}; using {kept}")
+            record.touch(kept)
+            return kept, LocalSource(kept, str(name))
+        else:
             source = downloaded(name, problem)
             tell(f"{problem}; using the copy downloaded before")
-        else:
-            source = found
-    transfer = Transfer(source, tell, download_bars, progress)
     target = place_of(source, recipe)
-    if is_converted(target):
-        check_purpose(source, purpose)
-        tell(f"using {target}")
-    elif (directory := transfer.converted_already()) is not None:
-        check_purpose(LocalSource(directory, source.label), purpose)
-        tell(f"using {directory}")
-        return _with_bits(directory, bits)
-    else:
-        check(source, purpose)
-        _convert_once(transfer, target, recipe, low_disk, tell)
+    if not is_converted(target):
+        return None, source
+    tell(f"using {target}")
     record.used(target, source.model, source.revision, source.commit)
-    return target
+    return target, source
 
 
 def convert(

@@ -33,6 +33,7 @@ from numba.core import caching, event
 from numba.core.registry import cpu_target
 
 from npqwen.cache_directory import cache_directory
+from npqwen.errors import KernelCacheWarning, user_stacklevel
 from npqwen.format.files import open_regular
 from npqwen.kernels.compile_lock import WAITING, CompileLock
 
@@ -105,14 +106,26 @@ def _is_usable(directory: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError:
+        _warn_of_unwritable(directory)
         return False
     warnings.warn(
         f"{directory} belongs to another user or others may write to it: kernels are compiled anew and not kept; "
         "remove it, or name another directory in NPQWEN_CACHE",
-        RuntimeWarning,
-        stacklevel=2,
+        KernelCacheWarning,
+        stacklevel=user_stacklevel(),
     )
     return False
+
+
+@cache
+def _warn_of_unwritable(directory: Path) -> None:
+    """Warn, once in a process, that kernels cannot be stored in their directory."""
+    warnings.warn(
+        f"{directory} cannot be written: kernels are compiled at every start, which takes about a minute; name a "
+        "directory that can be written in NPQWEN_CACHE",
+        KernelCacheWarning,
+        stacklevel=user_stacklevel(),
+    )
 
 
 def is_writable() -> bool:
@@ -290,7 +303,10 @@ class KernelCache(CodeCache):
         try:
             self._impl.locator.ensure_cache_path()
         except OSError:
+            _warn_of_unwritable(kernel_directory())
             return None
+        if not is_writable():
+            _warn_of_unwritable(kernel_directory())
         self.close()
         types = hashlib.sha256(str(sig).encode()).hexdigest()[:20]
         self._lock = CompileLock(kernel_directory() / f"{self._impl.filename_base}.{types}{_LOCK}")

@@ -6,12 +6,13 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npqwen.engine.budget import Budget
-from npqwen.engine.cache_type import CacheType
+from npqwen.engine.cache_type import CacheType, check_cache_type
+from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import states_bytes
 from npqwen.errors import CheckpointError, OptionError, counted, size
@@ -80,10 +81,10 @@ class ConversionPlan:
     free: int
     """Free on the disk where the result would lie."""
     context: int
-    """The model's limit, in tokens."""
+    """Tokens of a sequence that memory is counted for."""
     kv: CacheType
     cache: int
-    """Keys and values of a full context."""
+    """Keys and values of that context."""
     cache_token: int
     """Keys and values of a token."""
     available_memory: int | None
@@ -100,6 +101,11 @@ class ConversionPlan:
     def bits_per_weight(self) -> float:
         """Of all tensors."""
         return 8 * self.weights / sum(part.weights for part in self.parts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        sizes = {"weights": self.weights, "bits_per_weight": self.bits_per_weight}
+        return asdict(self) | {"place": str(self.place)} | sizes
 
     def describe(self) -> str:
         """The facts as lines of text."""
@@ -134,13 +140,17 @@ def plan_conversion(
     low_disk: bool = False,
     calibrated: bool = False,
     adapters: Sequence[AdapterFile] = (),
+    context: int | None = None,
+    yarn: float | None = None,
+    kv: CacheType | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> ConversionPlan:
     """Plan what `npqwen.hub.convert` would do with these arguments, without changing anything.
 
     Of a model on the hub, config.json and the list of files are read; of one on this disk, the headers of its files.
     calibrated: whether fits need disk space, too; their time is not included. adapters: to be merged; their files are
-    read. Raises what the conversion would raise about the checkpoint and the adapters.
+    read. context, yarn, kv: of the model that would be loaded, see `npqwen.load`; context defaults to the model's
+    limit. Raises what the conversion would raise about the checkpoint and the adapters, and OptionError.
     """
     recipe = recipe_of(bits)
     check_adapters(adapters, out, low_disk)
@@ -184,9 +194,9 @@ def plan_conversion(
     weights = sum(part.bytes for part in parts.values())
     download = found.missing(found.wanted) if isinstance(found, HubSource) else 0
     fetched = min(download, largest) if low_disk else download
-    kv = recipe.cache_type
+    kv = recipe.cache_type if kv is None else check_cache_type(kv)
     page = KVCache(config, 1, kv).page_bytes
-    context = config.longest_context
+    context = context_length(with_yarn(config, yarn), context)
     available = machine.available_memory()
     return ConversionPlan(
         source=found.label,

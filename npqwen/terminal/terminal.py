@@ -230,7 +230,7 @@ class Terminal:
             self._progress("compiling kernels (once)", "", done, total)
         elif self._task != "compiling":
             self._task = "compiling"
-            self.notice(f"compiling {total} kernels (once for this machine)")
+            self.notice("compiling kernels (once on this machine for each kind of model and cache)")
 
     def _progress(self, task: str, unit: str, done: int, total: int) -> None:
         if not self.shows_bars:

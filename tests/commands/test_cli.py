@@ -66,7 +66,7 @@ def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(run: Run) -> None
     assert (done.status, done.out) == (0, f"{ANSWER}\n")
     converting, compiling, statistics = done.err.splitlines()
     assert converting.startswith(f"converting {TINY} to int4, once, into ")
-    assert compiling == "compiling 3 kernels (once for this machine)"
+    assert compiling == "compiling kernels (once on this machine for each kind of model and cache)"
     assert statistics.startswith("prompt: 20 tokens in ")
     assert "text: 37 tokens" in statistics
     assert statistics.endswith("; the text ended")
@@ -246,7 +246,7 @@ def test_an_error_takes_an_unfinished_bar_away(run: Run, monkeypatch: pytest.Mon
         raise NpqwenError("no room")
 
     monkeypatch.setattr("npqwen.terminal.terminal.Terminal.shows_bars", True)
-    for name, command in (("convert", ["convert", "x"]), ("resolve", ["info", "x"]), ("resolve", ["bench", "x"])):
+    for name, command in (("convert", ["convert", "x"]), ("resolve", ["pull", "x"]), ("resolve", ["bench", "x"])):
         monkeypatch.setattr(f"npqwen.hub.{name}", fail)
         done = run(*command)
         assert "converting: " in done.err

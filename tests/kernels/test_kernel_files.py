@@ -14,6 +14,8 @@ import pytest
 from fresh_kernels import COMPILED, add_one, load
 from npqwen_quant.search import jit
 
+from npqwen.errors import KernelCacheWarning
+
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -97,7 +99,7 @@ def test_code_that_others_could_have_written_is_not_run(directory: Path, which: 
     else:
         path.chmod(path.stat().st_mode | {"group": 0o020, "others": 0o002}[how])
     if which == "directory":
-        with pytest.warns(RuntimeWarning, match=f"{directory} belongs to another user or others may write to it"):
+        with pytest.warns(KernelCacheWarning, match=f"{directory} belongs to another user or others may write to it"):
             assert load(directory) == COMPILED
     else:
         assert load(directory) == COMPILED

@@ -125,14 +125,22 @@ def test_info_for_people(run: Run, tiny: Callable[[int], Path]) -> None:
     assert all(len(line) < 200 for line in out.splitlines())
 
 
-def test_info_of_a_checkpoint_converts_it_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_of_a_checkpoint_converts_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from checkpoints import write_checkpoint
 
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
     write_checkpoint(tmp_path / "checkpoint", tokenizer=True)
-    out, err = run("info", tmp_path / "checkpoint", "--bits", "8", "--json")
-    assert json.loads(out)["bits"] == 8
-    assert err.startswith(f"converting {tmp_path / 'checkpoint'} to int8")
+    options = ["--bits", "8", "--context", "100", "--kv", "f16"]
+    out, err = run("info", tmp_path / "checkpoint", *options, "--json")
+    planned = json.loads(out)
+    assert err == f"{tmp_path / 'checkpoint'} is not converted yet; this is what a conversion will give and need\n"
+    assert not (tmp_path / "cache" / "models").exists()
+    shown, _ = run("info", tmp_path / "checkpoint", *options)
+    assert "\n  cache " in shown
+    run("pull", tmp_path / "checkpoint", "--bits", "8")
+    found = json.loads(run("info", tmp_path / "checkpoint", *options, "--json")[0])
+    for name in ("bits", "weights", "context", "kv", "cache"):
+        assert planned[name] == found[name]
 
 
 @pytest.mark.parametrize("options", [["--context", "0"], ["--context", "99999"], ["--bits", "8"], ["--nonsense"]])
