@@ -14,8 +14,8 @@ from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, R
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.prepared_answer import GREEDY, Prompts, prepare
 from npqwen.checks import check_whole
-from npqwen.errors import OptionError, SamplingWarning, quoted, user_stacklevel
-from npqwen.generation.async_iteration import AsyncSteps
+from npqwen.errors import ContextLengthError, OptionError, SamplingWarning, quoted, user_stacklevel
+from npqwen.generation.async_iteration import AsyncSteps, awaited
 from npqwen.generation.batch import Batch
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session, check_session
@@ -142,6 +142,10 @@ class ChatStream(AsyncSteps[Event]):
         if self.reply is None:
             raise OptionError("the answer was closed before its end; its text so far is in .text")
         return self.reply
+
+    def __await__(self) -> Generator[Any, None, Reply]:
+        """`await` generates the rest in threads, as `async for` does; the reply."""
+        return awaited(self, self.run).__await__()
 
     def end_thinking(self) -> None:
         """Make the model stop thinking and answer, in Qwen's own words; OptionError if it is not thinking."""
@@ -317,7 +321,12 @@ def chat_batch(
     settings = ChatSettings.of(options)
     # In a batch, generation runs ahead of the readers, and only they detect the answer's stop strings.
     batch = Batch(model) if len(conversations) > 1 and not settings.generation.get("stop") else None
-    streams = [_answer(model, messages, Session(model), settings, batch) for messages in conversations]
+    streams = []
+    for at, messages in enumerate(conversations):
+        try:
+            streams.append(_answer(model, messages, Session(model), settings, batch))
+        except (OptionError, ContextLengthError) as error:
+            raise type(error)(f"conversations[{at}]: {error}") from None
     return [stream.run() for stream in streams]
 
 

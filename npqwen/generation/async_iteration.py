@@ -1,4 +1,4 @@
-"""`async for` over an iterator whose steps take a while to compute.
+"""`async for` and `await` of an iterator whose steps take a while to compute.
 
 asyncio takes 10 ms to import, so it is imported only when it is used.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Item = TypeVar("Item", covariant=True)
+Whole = TypeVar("Whole")
 _END: Any = object()
 
 
@@ -65,6 +66,13 @@ class AsyncSteps(Iterator[Item]):
         if item is _END:
             raise StopAsyncIteration
         return item
+
+
+async def awaited(steps: AsyncSteps[Any], result: Callable[[], Whole]) -> Whole:
+    """Run all steps in threads; then what `result` returns, for which nothing is left to compute."""
+    async for _ in steps:
+        pass
+    return result()
 
 
 async def _wait(future: asyncio.Future[Any]) -> None:

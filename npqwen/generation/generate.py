@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, overload
 
 from npqwen.checks import check_whole
 from npqwen.errors import OptionError, quoted
@@ -98,7 +100,9 @@ def generate(
     given = check_options(options)  # iterators among them can be read only once
     check_session(session, model)
     alone = _is_one(prompt)
-    ids = [check_prompt_ids(model, each) for each in ([prompt] if alone else prompt)]  # type: ignore[arg-type]
+    prompts: Iterable[Any] = [prompt] if alone else prompt
+    names = ("the prompt" if alone else f"prompts[{at}]" for at in itertools.count())
+    ids = [check_prompt_ids(model, each, name=name) for each, name in zip(prompts, names, strict=False)]
     done = _all(model, ids, samples, session, given)
     texts = [each[0] for each in done] if n is None else done
     return texts[0] if alone else texts

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.engine.piece import Piece
 from npqwen.errors import OptionError, OutOfMemoryError
-from npqwen.generation.async_iteration import AsyncSteps
+from npqwen.generation.async_iteration import AsyncSteps, awaited
 from npqwen.generation.completion import Completion, FinishReason, TokenLogprobs, Usage
 from npqwen.generation.decoding import Prompt
 from npqwen.generation.language_model import LanguageModel
@@ -196,6 +196,10 @@ class Stream(AsyncSteps[str]):
         for _ in self:
             pass
         return self._sequence.completion()
+
+    def __await__(self) -> Generator[Any, None, Completion]:
+        """`await` generates the rest in threads, as `async for` does; the whole text."""
+        return awaited(self, self.completion).__await__()
 
     def _generate(self) -> Generator[str, None, None]:
         sequence, decoding, cache = self._sequence, self._decoding, self.cache

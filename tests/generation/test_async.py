@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from reciter import recite
 
+from npqwen.chat.events import Reply
 from npqwen.errors import OptionError
 from npqwen.generation.async_iteration import AsyncSteps
+from npqwen.generation.completion import Completion
 from npqwen.generation.generate import stream
 from npqwen.generation.session import Session
 from npqwen.generation.stream import Stream
@@ -56,6 +58,21 @@ def test_many_at_once_give_what_each_gives_alone_and_the_loop_goes_round(model: 
     texts, ticks = asyncio.run(main())
     assert texts == alone
     assert ticks > 50
+
+
+def test_awaiting_gives_the_whole(model: Model) -> None:
+    prompt, question = SUM.format(17, 25), [{"role": "user", "content": "17 + 25?"}]
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 30}
+
+    async def main() -> tuple[Completion, Reply]:
+        return (
+            await model.stream(prompt, **options),
+            await model.stream_chat(question, thinking=False, **options),
+        )
+
+    text, reply = asyncio.run(main())
+    assert text.text == model.generate(prompt, **options).text
+    assert reply.text == model.chat(question, thinking=False, **options).text
 
 
 class Gate:

@@ -306,14 +306,14 @@ def test_samples_of_a_list_of_prompts(model: ReferenceModel) -> None:
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
-        (["1", ""], OptionError, "the prompt is empty"),
-        (["1", None], OptionError, "the prompt is None; give text or token ids"),
+        (["1", ""], OptionError, r"prompts\[1\] is empty"),
+        (["1", None], OptionError, r"prompts\[1\] is None; give text or token ids"),
         (["1", "a b " * 2000], ContextLengthError, "leave no room"),
         (5, OptionError, "the prompt is 5; give text, token ids, or a list of prompts"),
         ({"1": 2}, OptionError, "the prompt is {'1': 2}; give text, token ids, or a list of prompts"),
         (iter("ab"), OptionError, "give text, token ids, or a list of prompts"),
         ([1, "a"], OptionError, "the prompt has 'a'; each token id must be a whole number"),
-        ([[1], [0.5]], OptionError, r"the prompt has 0\.5; each token id must be a whole number"),
+        ([[1], [0.5]], OptionError, r"prompts\[1\] has 0\.5; each token id must be a whole number"),
         (["1", [4128]], OptionError, "token id 4128"),
     ],
     ids=lambda value: str(value)[:30],
