@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,10 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 LINE_LIMIT = 32_000_000
 """Most bytes of a line: a request that fills a context of 262,144 tokens has a few million."""
 
+_FIRST = b'{"id":"batch_req_'
+_BEGINNING = re.compile(_FIRST + rb'[0-9a-f]+","custom_id":("(?:[^"\\]|\\.)*"),')
+"""The beginning of an answer as `BatchOutput` writes it; the group is the custom_id, as JSON."""
+
 
 @dataclass(frozen=True)
 class BatchRequest:
@@ -36,13 +41,13 @@ class BatchRequest:
 class BatchInput:
     """A file of requests, checked as a whole before the first is answered.
 
-    custom_ids: the requests' ids, in order; each is unique. models: the names of the models that the requests name, ""
-    for none.
+    path: the file. custom_ids: the requests' ids, in order; each is unique. models: the names of the models that the
+    requests name, "" for none.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises OptionError, with the line's number, for a file that cannot be read or is not a batch."""
-        self._path = path
+        self.path = path
         self._places: dict[str, int] = {}
         self.models: set[str] = set()
         number = 0
@@ -65,13 +70,13 @@ class BatchInput:
     def read(self, custom_id: str) -> BatchRequest:
         """The request of this id. Raises OptionError if the file has changed."""
         try:
-            with open(self._path, "rb") as file:
+            with open(self.path, "rb") as file:
                 file.seek(self._places[custom_id])
                 found = self._parsed(file.readline(LINE_LIMIT + 1), 0)
         except (OSError, OptionError):
             found = None
         if found is None or found.custom_id != custom_id:
-            raise OptionError(f"{self._path} changed while its requests were answered; do not write to it meanwhile")
+            raise OptionError(f"{self.path} changed while its requests were answered; do not write to it meanwhile")
         return found
 
     def _parsed(self, line: bytes, number: int) -> BatchRequest:
@@ -93,23 +98,25 @@ class BatchInput:
         return BatchRequest(custom_id, url, body)
 
     def _error(self, number: int, problem: str) -> OptionError:
-        return OptionError(f"{self._path}, line {number} {problem}")
+        return OptionError(f"{self.path}, line {number} {problem}")
 
 
 class BatchOutput:
-    """A file of answers, to append to. Answers of an earlier run are kept; an incomplete last line is removed. On exit,
-    a new file without answers is deleted.
+    """A file of answers, to append to. Answers of an earlier run are kept. The file does not change before the first
+    answer is written; an incomplete last line is removed then. On exit, a new file without answers is deleted.
 
     answered: the custom_ids of the answers in the file.
     """
 
     def __init__(self, path: Path, requests: BatchInput) -> None:
-        """Raises OptionError for a file that has anything but answers to these requests or that another process is
-        writing, OutputError if it cannot be written."""
+        """Raises OptionError for the file of requests itself, and for a file that has anything but answers to these
+        requests or that another process is writing; OutputError if it cannot be written."""
         self._path = path
         self.answered: set[str] = set()
-        self._is_new = not path.exists()
         with writing(path):
+            self._is_new = not path.exists()
+            if not self._is_new and path.samefile(requests.path):
+                raise OptionError(f"INPUT and OUTPUT are the same file, {path}; choose another file for the answers")
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
         try:
@@ -117,36 +124,44 @@ class BatchOutput:
                 if not try_lock(self._file):
                     raise OptionError(f"{path} is being written by another process; wait until it ends")
                 self._file.seek(0)
-                self._file.truncate(self._read(set(requests.custom_ids)))
+                self._end: int | None = self._read(set(requests.custom_ids))
         except BaseException:
             self._file.close()
             raise
 
     def _read(self, known: set[str]) -> int:
-        """Note which requests are answered; returns the offset at which the last complete line ends."""
+        """Note which requests are answered; returns the offset after the last answer."""
         end = 0
         for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                custom_id = json.loads(line)["custom_id"]
-            except (ValueError, LookupError, TypeError, RecursionError):
-                custom_id = None
-            if custom_id not in known:
+            custom_id = _answered(line)
+            if custom_id in known:
+                self.answered.add(custom_id)
+            elif line.endswith(b"\n") or not _was_cut(line, known, alone=not end):
                 found = shortened(line.decode(errors="replace").strip())
                 raise OptionError(
                     f"{self._path} exists, and this line of it answers none of these requests: {found}; choose "
                     "another file"
                 )
-            self.answered.add(custom_id)
+            else:
+                break
             end += len(line)
         return end
 
     def write(self, answer: dict[str, Any]) -> None:
         """Append one answer; OutputError if it cannot be written, as when the disk is full."""
         with writing(self._path):
+            if self._end is not None:
+                self._mend(self._end)
+                self._end = None
             self._file.write(json_text(answer).encode() + b"\n")
             self._file.flush()
+
+    def _mend(self, end: int) -> None:
+        """Let the file end with a whole line, at offset `end`."""
+        self._file.truncate(end)
+        self._file.seek(max(0, end - 1))
+        if self._file.read(1) not in (b"", b"\n"):  # a last answer without a newline
+            self._file.write(b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -158,6 +173,32 @@ class BatchOutput:
             with self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                empty = not self._file.tell()
+                empty = not self._file.seek(0, os.SEEK_END)
             if empty and self._is_new:  # nothing was answered: an unknown model, say
                 self._path.unlink()
+
+
+def _answered(line: bytes) -> str | None:
+    """The custom_id of an answer; None if the line is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not (isinstance(found.get("response"), dict) or found.get("error")):
+        return None
+    custom_id = found.get("custom_id")
+    return custom_id if isinstance(custom_id, str) else None
+
+
+def _was_cut(line: bytes, known: set[str], *, alone: bool) -> bool:
+    """Whether a last line without a newline is the beginning of an answer that `BatchOutput.write` did not complete.
+
+    known: the custom_ids of the requests. alone: no answers precede it; then the line itself must have one of these.
+    """
+    found = _BEGINNING.match(line)
+    if found is None:
+        return not alone and (line.startswith(_FIRST) or _FIRST.startswith(line))
+    try:
+        return json.loads(found[1]) in known
+    except ValueError:
+        return False

@@ -36,6 +36,10 @@ def request(i: int, url: str = "/v1/chat/completions", **body: Any) -> dict[str,
     }
 
 
+def answer(i: int, status: int = 200) -> dict[str, Any]:
+    return {"id": "1", "custom_id": f"request {i}", "response": {"status_code": status, "body": {}}, "error": None}
+
+
 def write(path: Path, requests: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(one) + "\n" for one in requests), encoding="utf-8")
     return path
@@ -161,7 +165,19 @@ def test_a_file_that_is_no_batch_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("found", ['{"custom_id": "another"}\n', "A letter to a friend\n"])
+@pytest.mark.parametrize(
+    "found",
+    [
+        '{"custom_id": "another", "response": {"status_code": 200}}\n',
+        f"{LINE}\n",
+        LINE,
+        "A letter to a friend\n",
+        "A letter to a friend",
+        '{"a": 1}',
+        '{"id":"batch_req_',
+        '{"id":"batch_req_0f","custom_id":"another","response":{"status_',
+    ],
+)
 def test_a_file_that_is_not_of_these_requests_is_not_touched(
     run: Run, model: Path, tmp_path: Path, found: str
 ) -> None:
@@ -170,6 +186,46 @@ def test_a_file_that_is_not_of_these_requests_is_not_touched(
     _, err = run("batch", given, out, "--model", model, status=2)
     assert "answers none of these requests" in err
     assert out.read_text() == found
+
+
+@pytest.mark.parametrize("begins", ["{", '{"id":"batch_', '{"id":"batch_req_0f","custom_id":"request 0","resp'])
+def test_a_file_does_not_change_before_there_is_an_answer(run: Run, tmp_path: Path, begins: str) -> None:
+    given, out = write(tmp_path / "in.jsonl", [request(0), request(1)]), tmp_path / "out.jsonl"
+    found = json.dumps(answer(1)) + "\n" + begins
+    out.write_text(found)
+    assert "neither a directory nor a hub id" in run("batch", given, out, "--model", "none", status=2)[1]
+    assert out.read_text() == found
+    with BatchOutput(out, BatchInput(given)) as output:
+        output.write(answer(0))
+    assert answers(out) == [answer(1), answer(0)]
+
+
+def test_the_first_answer_may_be_incomplete(tmp_path: Path) -> None:
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0)])), tmp_path / "out.jsonl"
+    out.write_text('{"id":"batch_req_0f","custom_id":"request 0","resp')
+    with BatchOutput(out, requests) as output:
+        assert not output.answered
+        output.write(answer(0))
+    assert answers(out) == [answer(0)]
+
+
+def test_the_last_answer_may_lack_its_newline(tmp_path: Path) -> None:
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0), request(1)])), tmp_path / "out.jsonl"
+    out.write_text(json.dumps(answer(0)))
+    with BatchOutput(out, requests) as output:
+        assert output.answered == {"request 0"}
+        output.write(answer(1))
+    assert answers(out) == [answer(0), answer(1)]
+
+
+def test_answers_do_not_replace_requests(run: Run, model: Path, tmp_path: Path) -> None:
+    given, link = write(tmp_path / "in.jsonl", [request(0), request(1)]), tmp_path / "link.jsonl"
+    link.hardlink_to(given)
+    before = given.read_bytes()
+    for out in (given, link):
+        _, err = run("batch", given, out, "--model", model, status=2)
+        assert "INPUT and OUTPUT are the same file" in err
+        assert given.read_bytes() == before
 
 
 def test_files_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> None:
@@ -201,10 +257,10 @@ def test_two_batches_do_not_write_one_file_on_windows(tmp_path: Path, monkeypatc
     monkeypatch.setattr(file_lock, "msvcrt", locks, raising=False)
     requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0), request(1)])), tmp_path / "out.jsonl"
     with BatchOutput(out, requests) as output:
-        output.write({"custom_id": "request 0"})
+        output.write(answer(0))
         with pytest.raises(OptionError, match="is being written by another process"):
             BatchOutput(out, requests)
-        output.write({"custom_id": "request 1"})
+        output.write(answer(1))
     (place,) = locks.places
     assert place > 10**9  # nothing that another process reads
     assert [one["custom_id"] for one in answers(out)] == ["request 0", "request 1"]
