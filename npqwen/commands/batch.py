@@ -45,8 +45,8 @@ def batch(
     """Answer the requests of INPUT, a file in OpenAI's batch format, and write the answers to OUTPUT.
 
     INPUT has one JSON object a line: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body":
-    {"model": ..., "messages": [...]}}. Run again after an interruption, the command answers what OUTPUT lacks. Exit
-    status 1: the answers of some requests are errors.
+    {"model": ..., "messages": [...]}}. Run again, after an interruption or errors, the command answers what OUTPUT
+    lacks, and tries again what failed. Exit status 1: the answers of some requests are errors.
     """
     check_server()
     from npqwen.hub.names import model_name

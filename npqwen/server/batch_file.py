@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from npqwen.atomic_file import writing
+from npqwen.atomic_file import new_file, writing
 from npqwen.checks import choice
 from npqwen.errors import OptionError, quoted, shortened
 from npqwen.file_lock import try_lock
@@ -103,9 +104,10 @@ class BatchInput:
 
 class BatchOutput:
     """A file of answers, to append to. Answers of an earlier run are kept. The file does not change before the first
-    answer is written; an incomplete last line is removed then. On exit, a new file without answers is deleted.
+    answer is written; an incomplete last line is removed then. On exit, an answer takes the place of an earlier one to
+    the same request, and a new file without answers is deleted.
 
-    answered: the custom_ids of the answers in the file.
+    answered: the custom_ids of the requests that need no other answer: theirs is not an error.
     """
 
     def __init__(self, path: Path, requests: BatchInput) -> None:
@@ -113,6 +115,8 @@ class BatchOutput:
         requests or that another process is writing; OutputError if it cannot be written."""
         self._path = path
         self.answered: set[str] = set()
+        self._places: dict[str, tuple[int, int]] = {}  # offset and length of each request's last answer
+        self._repeats = self._changed = False
         with writing(path):
             self._is_new = not path.exists()
             if not self._is_new and path.samefile(requests.path):
@@ -121,10 +125,10 @@ class BatchOutput:
             self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
         try:
             with writing(path):
-                if not try_lock(self._file):
+                if not (try_lock(self._file) and os.path.samestat(os.fstat(self._file.fileno()), path.stat())):
                     raise OptionError(f"{path} is being written by another process; wait until it ends")
                 self._file.seek(0)
-                self._end: int | None = self._read(set(requests.custom_ids))
+                self._end = self._read(set(requests.custom_ids))
         except BaseException:
             self._file.close()
             raise
@@ -133,9 +137,10 @@ class BatchOutput:
         """Note which requests are answered; returns the offset after the last answer."""
         end = 0
         for line in self._file:
-            custom_id = _answered(line)
+            custom_id, failed = _answered(line)
             if custom_id in known:
-                self.answered.add(custom_id)
+                self._note(custom_id, end, len(line))
+                (self.answered.discard if failed else self.answered.add)(custom_id)
             elif line.endswith(b"\n") or not _was_cut(line, known, alone=not end):
                 found = shortened(line.decode(errors="replace").strip())
                 raise OptionError(
@@ -150,18 +155,33 @@ class BatchOutput:
     def write(self, answer: dict[str, Any]) -> None:
         """Append one answer; OutputError if it cannot be written, as when the disk is full."""
         with writing(self._path):
-            if self._end is not None:
-                self._mend(self._end)
-                self._end = None
-            self._file.write(json_text(answer).encode() + b"\n")
+            if not self._changed:
+                self._changed = True
+                self._mend()
+            line = json_text(answer).encode() + b"\n"
+            self._file.write(line)
             self._file.flush()
+            self._note(answer["custom_id"], self._end, len(line))
+            self._end += len(line)
 
-    def _mend(self, end: int) -> None:
-        """Let the file end with a whole line, at offset `end`."""
-        self._file.truncate(end)
-        self._file.seek(max(0, end - 1))
-        if self._file.read(1) not in (b"", b"\n"):  # a last answer without a newline
+    def _note(self, custom_id: str, offset: int, length: int) -> None:
+        self._repeats |= custom_id in self._places
+        self._places[custom_id] = offset, length
+
+    def _mend(self) -> None:
+        """Let the file end after the newline of its last answer."""
+        self._file.truncate(self._end)
+        self._file.seek(max(0, self._end - 1))
+        if self._file.read(1) not in (b"", b"\n"):
             self._file.write(b"\n")
+            self._end += 1
+
+    def _drop_replaced(self) -> None:
+        """Rewrite the file with the last answer to each request, in the place of its first one."""
+        with new_file(self._path) as new, open(self._path, "rb") as old:
+            for offset, length in self._places.values():
+                old.seek(offset)
+                new.write(old.read(length).rstrip(b"\n") + b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -174,20 +194,28 @@ class BatchOutput:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 empty = not self._file.seek(0, os.SEEK_END)
+                if sys.platform == "win32":
+                    self._file.close()  # an open file cannot be replaced there
+                if self._repeats:
+                    self._drop_replaced()
             if empty and self._is_new:  # nothing was answered: an unknown model, say
                 self._path.unlink()
 
 
-def _answered(line: bytes) -> str | None:
-    """The custom_id of an answer; None if the line is none."""
+def _answered(line: bytes) -> tuple[str | None, bool]:
+    """The custom_id of an answer, None if the line is none; and whether the answer is an error."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not (isinstance(found.get("response"), dict) or found.get("error")):
-        return None
-    custom_id = found.get("custom_id")
-    return custom_id if isinstance(custom_id, str) else None
+        return None, False
+    if not isinstance(found, dict) or not isinstance(found.get("custom_id"), str):
+        return None, False
+    response, error = found.get("response"), found.get("error")
+    if error:
+        return found["custom_id"], True
+    if not isinstance(response, dict):
+        return None, False
+    return found["custom_id"], response.get("status_code", 200) != 200
 
 
 def _was_cut(line: bytes, known: set[str], *, alone: bool) -> bool:

@@ -109,6 +109,38 @@ def test_what_is_answered_is_not_answered_again(run: Run, model: Path, tmp_path:
     assert part.read_bytes() == before
 
 
+def test_a_request_that_failed_is_answered_again(run: Run, model: Path, tmp_path: Path) -> None:
+    given, out = write(tmp_path / "in.jsonl", [request(0, max_tokens=2), request(1)]), tmp_path / "out.jsonl"
+    failing = write(tmp_path / "failing.jsonl", [request(0, max_tokens=2, top_p=7), request(1)])
+    run("batch", failing, out, "--model", model, status=1)
+    kept = out.read_bytes().splitlines()
+    _, err = run("batch", failing, out, "--model", model, status=1)
+    assert "1 of 2 are answered already" in err
+    assert "1 answered" in err
+    assert [one["response"]["status_code"] for one in answers(out)] == [400, 200]
+    run("batch", given, out, "--model", model)
+    assert [(one["custom_id"], one["response"]["status_code"]) for one in answers(out)] == [
+        ("request 0", 200),
+        ("request 1", 200),
+    ]
+    assert out.read_bytes().splitlines()[1] == kept[1]
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.jsonl"]
+
+
+def test_the_last_of_several_answers_counts(tmp_path: Path) -> None:
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(i) for i in range(3)])), tmp_path / "out.jsonl"
+    refused = {"id": "1", "custom_id": "request 2", "response": None, "error": {"code": "batch_expired"}}
+    lines = [answer(1, 500), answer(0), refused, answer(0, 429), answer(1)]
+    out.write_text("\n".join(json.dumps(one) for one in lines))  # a kill before answers took the places of errors
+    with BatchOutput(out, requests) as output:
+        assert output.answered == {"request 1"}
+    assert answers(out) == [answer(1), answer(0, 429), refused]
+    with BatchOutput(out, requests) as output:
+        output.write(answer(2))
+        output.write(answer(0))
+    assert answers(out) == [answer(1), answer(0), answer(2)]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_batch_that_was_ended_is_resumed(model: Path, tmp_path: Path, number: signal.Signals, run: Run) -> None:
