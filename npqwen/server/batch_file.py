@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from npqwen.atomic_file import new_file, writing
 from npqwen.checks import choice
@@ -42,13 +42,15 @@ class BatchRequest:
 class BatchInput:
     """A file of requests, checked as a whole before the first is answered.
 
-    path: the file. custom_ids: the requests' ids, in order; each is unique. models: the names of the models that the
-    requests name, "" for none.
+    path: the file. name: of the file in messages. custom_ids: the requests' ids, in order; each is unique. models: the
+    names of the models that the requests name, "" for none.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises OptionError, with the line's number, for a file that cannot be read or is not a batch."""
-        self.path = path
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        """name: by default, the path. Raises OptionError, with the line's number, for a file that cannot be read or is
+        not a batch.
+        """
+        self.path, self.name = path, name or str(path)
         self._places: dict[str, int] = {}
         self.models: set[str] = set()
         number = 0
@@ -63,9 +65,9 @@ class BatchInput:
                         self._places[request.custom_id] = file.tell() - len(line)
                         self.models.add(str(request.body.get("model") or ""))
         except OSError as error:
-            raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise OptionError(f"{self.name} cannot be read: {error.strerror or error}") from None
         if not self._places:
-            raise OptionError(f"{path} has no requests; write one per line, as JSON")
+            raise OptionError(f"{self.name} has no requests; write one per line, as JSON")
         self.custom_ids = list(self._places)
 
     def read(self, custom_id: str) -> BatchRequest:
@@ -77,7 +79,7 @@ class BatchInput:
         except (OSError, OptionError):
             found = None
         if found is None or found.custom_id != custom_id:
-            raise OptionError(f"{self.path} changed while its requests were answered; do not write to it meanwhile")
+            raise OptionError(f"{self.name} changed while its requests were answered; do not write to it meanwhile")
         return found
 
     def _parsed(self, line: bytes, number: int) -> BatchRequest:
@@ -99,7 +101,16 @@ class BatchInput:
         return BatchRequest(custom_id, url, body)
 
     def _error(self, number: int, problem: str) -> OptionError:
-        return OptionError(f"{self.path}, line {number} {problem}")
+        return OptionError(f"{self.name}, line {number} {problem}")
+
+
+class Answers(Protocol):
+    """What answers are written to. answered: the custom_ids of requests that need no answer."""
+
+    answered: set[str]
+
+    def write(self, answer: dict[str, Any]) -> None:
+        """Append one answer."""
 
 
 class BatchOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -56,6 +57,10 @@ def texts(path: Path) -> dict[str, str]:
         (choice,) = one["response"]["body"]["choices"]
         found[one["custom_id"]] = choice["message"]["content"] if "message" in choice else choice["text"]
     return found
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 @pytest.fixture
@@ -139,6 +144,22 @@ def test_the_last_of_several_answers_counts(tmp_path: Path) -> None:
         output.write(answer(2))
         output.write(answer(0))
     assert answers(out) == [answer(1), answer(0), answer(2)]
+
+
+def test_requests_come_from_stdin_and_answers_go_to_stdout(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = write(tmp_path / "in.jsonl", [request(0), request(1, top_p=7)])
+    run("batch", given, "out.jsonl", "--model", model, status=1)
+    stdin(monkeypatch, given.read_bytes())
+    out, _ = run("batch", "-", "-", "--model", model, status=1)
+    said = [json.loads(line)["response"] for line in out.splitlines()]
+    assert [one["status_code"] for one in said] == [200, 400]
+    assert said[0]["body"]["choices"] == answers(Path("out.jsonl"))[0]["response"]["body"]["choices"]
+    stdin(monkeypatch, b"{}\n")
+    assert "stdin, line 1 has no custom_id" in run("batch", "-", "-", "--model", model, status=2)[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
