@@ -471,6 +471,26 @@ def test_directories_files_and_options(
         assert not list((place.parent / "cache").rglob("config.json"))
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["chat", "", "Hello"],
+        ["info", ""],
+        ["convert", ""],
+        ["convert", "", "--dry-run"],
+        ["verify", ""],
+        ["rm", "", "--yes"],
+        ["eval", str(TINY), "file.txt", "--against", ""],
+    ],
+)
+def test_an_empty_model_is_not_the_current_directory(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str]
+) -> None:
+    monkeypatch.chdir(checkpoint)
+    Path("file.txt").write_text("a text", encoding="utf-8")
+    assert "the name of the model is empty; give a directory, a GGUF file or a hub id like Qwen/" in run(*typed)
+
+
 def test_binary_stdin(run: Run) -> None:
     assert run("chat", str(TINY), "-", stdin=b"\x89PNG\xff") == "the prompt on stdin is not UTF-8 (at byte 0)"
     assert run("generate", str(TINY), "-", stdin=b"ab\xff").startswith("the prompt on stdin is not UTF-8 (at byte 2)")
