@@ -441,7 +441,7 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (
         write_beside_other_files,
         ["convert", "in", "out"],
-        "exists already; choose another place, or replace it with --force",
+        "exists already and is not a converted model, so it is not replaced; choose another place, or remove it ",
     ),
     (write_local, ["generate", ".", "x", "--bits", "5"], "bits is 5; it can be 3, 4, 8 or 16"),
     (write_local, ["generate", ".", "x", "--temprature", "1"], "No such option '--temprature'"),
