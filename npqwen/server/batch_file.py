@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from npqwen.atomic_file import new_file, writing
+from npqwen.atomic_file import check_parent, new_file, writing
 from npqwen.checks import choice
 from npqwen.errors import OptionError, quoted, shortened
 from npqwen.file_lock import try_lock
@@ -132,7 +132,7 @@ class BatchOutput:
             self._is_new = not path.exists()
             if not self._is_new and path.samefile(requests.path):
                 raise OptionError(f"INPUT and OUTPUT are the same file, {path}; choose another file for the answers")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_parent(path)
             self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
         try:
             with writing(path):
