@@ -32,10 +32,9 @@ _ABANDONED = 3600
 def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[BinaryIO]:
     """Yields a temporary file, which replaces `path` on leaving; after an exception it is removed instead.
 
-    The directory is created if it is missing. A symbolic link is followed, and the permissions of a replaced file are
-    kept. private: only the owner can read a new file. sync: wait until the file is on the disk; without it, a file may
-    be damaged after a power failure. Raises OutputError if `path` is a directory or a device, and for every OSError
-    within.
+    A symbolic link is followed, and the permissions of a replaced file are kept. private: only the owner can read a new
+    file. sync: wait until the file is on the disk; without it, a file may be damaged after a power failure. Raises
+    OutputError if `path` is a directory or a device or its directory is missing, and for every OSError within.
     """
     with writing(path):
         if path.is_dir():
@@ -43,7 +42,7 @@ def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterato
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is not a regular file; give the name of a file")
         target = Path(os.path.realpath(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        check_parent(target if path.is_symlink() else path)
         remove_abandoned(target.parent, target.name)
         partial = hidden_sibling(target, PARTIAL)
         try:
@@ -61,6 +60,12 @@ def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterato
             raise
         if sync:
             sync_directory(target.parent)
+
+
+def check_parent(path: Path) -> None:
+    """Raise OutputError if there is no directory for a file of this path, whose name may be mistyped."""
+    if not os.path.lexists(path.parent):
+        raise OutputError(f"there is no directory {path.parent}; make it first, or choose another")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="links, permissions a
 
 def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
+    path.parent.mkdir()
     with new_file(path) as file:
         file.write(b"one")
         assert not path.exists()
@@ -59,11 +60,13 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     for path, message in [
         (tmp_path, "is a directory; give the name of a file"),
         (tmp_path / "file" / "x", "x cannot be written"),
+        (tmp_path / "mistyped" / "x", "there is no directory .*mistyped; make it first, or choose another"),
         (tmp_path / ("x" * 300), "cannot be written"),
         (Path(os.devnull), "is not a regular file|cannot be written"),
     ]:
         with pytest.raises(OutputError, match=message), new_file(path):
             pytest.fail("opened")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @posix

@@ -110,7 +110,7 @@ def options_page() -> str:
         "",
         "How a text is generated: the same options in `model.stream`, `generate`, `chat` and `conversation`, as flags",
         "of `npqwen generate` and `npqwen chat`, and with `/set` in a conversation in the terminal. An option that is",
-        "left out is the checkpoint's own. (`python tests/test_documents.py` makes this page of the definitions.)",
+        "left out is the checkpoint's own.",
         "",
         "| option | values | |",
         "|---|---|---|",

@@ -50,9 +50,10 @@ class Window:
             ids = self._encode(shown(messages, dropped))
         if len(ids) >= self._context:
             what = "turn" if messages[-1]["role"] == "tool" else "message"
+            takes = "with the system message it takes" if _system(messages) else "it takes"
             raise ContextLengthError(
-                f"this {what} is too long: with the system message it takes {len(ids):,} tokens, and the context is "
-                f"{self._context:,}; shorten it, or load the model with a longer context"
+                f"this {what} is too long: {takes} {len(ids):,} tokens, and the context is {self._context:,}; "
+                "shorten it, or load the model with a longer context (--context, --yarn)"
             )
         return ids, dropped
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,11 +20,16 @@ from npqwen.commands.loading import (
     offers,
     prefix_cache_options,
 )
-from npqwen.commands.options import Command, argument_text
+from npqwen.commands.options import Command, argument_text, keyboard_notice, stdin_text
 from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
 
+if TYPE_CHECKING:
+    from npqwen.server.batch_file import Answers, BatchInput
+
 SOME_FAILED = 1
+STANDARD = "-"
+"""As INPUT stdin, as OUTPUT stdout."""
 
 
 @click.command(cls=Command)
@@ -45,44 +54,84 @@ def batch(
     """Answer the requests of INPUT, a file in OpenAI's batch format, and write the answers to OUTPUT.
 
     INPUT has one JSON object a line: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body":
-    {"model": ..., "messages": [...]}}. Run again after an interruption, the command answers what OUTPUT lacks. Exit
-    status 1: the answers of some requests are errors.
+    {"model": ..., "messages": [...]}}. Run again, after an interruption or errors, the command answers what OUTPUT
+    lacks, and tries again what failed. INPUT may be - for stdin, OUTPUT - for stdout. Exit status 1: the answers of
+    some requests are errors.
     """
     check_server()
     from npqwen.hub.names import model_name
     from npqwen.server import batch_run
-    from npqwen.server.batch_file import BatchInput, BatchOutput
     from npqwen.server.models import Models
     from npqwen.server.settings import Settings
 
     settings = Settings() if parallel is None else Settings(parallel=parallel)
-    given = BatchInput(Path(requests))
-    names = sorted(given.models) if model is None else [argument_text(model)]
-    if "" in names:
-        raise OptionError(f"{requests} has requests that name no model; name it with --model")
-    if loading.adapters and model is None:
-        raise OptionError("--adapter needs --model MODEL, the model that it belongs to")
-    with Terminal(quiet=quiet) as terminal, BatchOutput(Path(answers), given) as output:
-        if output.answered:
-            terminal.notice(f"{len(output.answered)} of {len(given.custom_ids)} are answered already")
-        called = names if model is None else [model_name(names[0])]
-        served = Models(*offers(names, called, loading, terminal), settings=settings)
-        answering = None if model is None else called[0]
-        if loading.first_adapter is not None:
-            answering = f"{answering}:{loading.first_adapter}"
-        start = time.perf_counter()
-        counts = batch_run.run(
-            served,
-            settings,
-            given,
-            output,
-            model=answering,
-            ordered=not any_order,
-            progress=terminal.batch_progress,
-        )
-        seconds = time.perf_counter() - start
-        failed = f", {counts.failed} of them with an error" if counts.failed else ""
-        rate = f"; {counts.tokens / seconds:.1f} generated tokens/s" if counts.tokens else ""
-        terminal.notice(f"{counts.answered} answered in {seconds:.1f} s{failed}{rate}")
+    with Terminal(quiet=quiet) as terminal, _read(requests, terminal) as given:
+        names = sorted(given.models) if model is None else [argument_text(model)]
+        if "" in names:
+            raise OptionError(f"{given.name} has requests that name no model; name it with --model")
+        if loading.adapters and model is None:
+            raise OptionError("--adapter needs --model MODEL, the model that it belongs to")
+        with _written(answers, given, terminal) as output:
+            if output.answered:
+                terminal.notice(f"{len(output.answered)} of {len(given.custom_ids)} are answered already")
+            called = names if model is None else [model_name(names[0])]
+            served = Models(*offers(names, called, loading, terminal), settings=settings)
+            answering = None if model is None else called[0]
+            if loading.first_adapter is not None:
+                answering = f"{answering}:{loading.first_adapter}"
+            start = time.perf_counter()
+            counts = batch_run.run(
+                served,
+                settings,
+                given,
+                output,
+                model=answering,
+                ordered=not any_order,
+                progress=terminal.batch_progress,
+            )
+            seconds = time.perf_counter() - start
+            failed = f", {counts.failed} of them with an error" if counts.failed else ""
+            rate = f"; {counts.tokens / seconds:.1f} generated tokens/s" if counts.tokens else ""
+            terminal.notice(f"{counts.answered} answered in {seconds:.1f} s{failed}{rate}")
     if counts.failed:
         raise click.exceptions.Exit(SOME_FAILED)
+
+
+@contextlib.contextmanager
+def _read(requests: str, terminal: Terminal) -> Iterator[BatchInput]:
+    """INPUT. Requests from stdin are kept in a temporary file, as each is read again when it is answered."""
+    from npqwen.server.batch_file import BatchInput
+
+    if requests != STANDARD:
+        yield BatchInput(Path(requests))
+        return
+    text = stdin_text(terminal, keyboard_notice("the requests"))
+    with tempfile.TemporaryDirectory(prefix="npqwen-") as directory:
+        path = Path(directory, "requests.jsonl")
+        path.write_bytes(text.encode())
+        yield BatchInput(path, "stdin")
+
+
+@contextlib.contextmanager
+def _written(answers: str, given: BatchInput, terminal: Terminal) -> Iterator[Answers]:
+    """OUTPUT."""
+    from npqwen.server.batch_file import BatchOutput
+
+    if answers == STANDARD:
+        yield _Stdout(terminal)
+        return
+    with BatchOutput(Path(answers), given) as output:
+        yield output
+
+
+class _Stdout:
+    """Answers that are written to stdout."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.answered: set[str] = set()
+        self._terminal = terminal
+
+    def write(self, answer: dict[str, Any]) -> None:
+        from npqwen.server.json_text import json_text
+
+        self._terminal.text(f"{json_text(answer)}\n")

@@ -11,10 +11,10 @@ import click
 
 from npqwen.commands.loading import low_disk_option
 from npqwen.commands.options import Command, argument_text
-from npqwen.errors import OptionError
+from npqwen.errors import NpqwenError, OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.signals import tidied_up
-from npqwen.terminal.terminal import Terminal
+from npqwen.terminal.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile
@@ -124,12 +124,18 @@ def convert(
 def _measurement(
     text: OwnText | FileText, calibrated: bool, adapters: Sequence[AdapterFile], terminal: Terminal
 ) -> Callable[[Path, Path], None]:
-    """A function that measures a conversion on a text and stores the result.
+    """A function that measures a conversion on a text and stores the result. If that fails, it says why.
 
     calibrated: the model was calibrated with the same text. adapters: those that were merged.
     """
 
     def measure(source: Path, converted: Path) -> None:
+        try:
+            measure_and_store(source, converted)
+        except NpqwenError as error:  # the conversion itself is complete
+            terminal.lines(f"converted, but not measured: {one_line(str(error))}", dim=True)
+
+    def measure_and_store(source: Path, converted: Path) -> None:
         from npqwen.format.quantization import store_evaluation
         from npqwen.model import load
         from npqwen.reports.checkpoint_evaluation import evaluate_conversion

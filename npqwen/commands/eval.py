@@ -166,7 +166,10 @@ def _resolve_both(
 ) -> tuple[Path, Path | None]:
     """The converted directories of both models, converted first if necessary."""
     from npqwen.format.quantization import is_converted
+    from npqwen.hub.names import check_given
 
+    if against is not None:
+        check_given(against)
     path = resolve(model, bits, terminal, low_disk=low_disk)
     if against is None:
         return path, None

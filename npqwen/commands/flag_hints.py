@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from npqwen.checks import choice, near_names
+from npqwen.errors import shortened
 from npqwen.generation.options import ELSEWHERE
 
 _ELSEWHERE = {
@@ -32,6 +35,8 @@ _ARGUMENTS = {
 
 _PROMPTS = ("prompt", "question")
 """Arguments that are text for the model; it may come from stdin, too."""
+_MESSAGES = "chat"
+"""The command that has the options of messages, which `generate` lacks."""
 
 
 def hint(ctx: click.Context, flag: str) -> str:
@@ -42,19 +47,38 @@ def hint(ctx: click.Context, flag: str) -> str:
     """
     usage = " ".join([ctx.command_path, *ctx.command.collect_usage_pieces(ctx)[1:]])
     arguments = {parameter.name for parameter in ctx.command.params if isinstance(parameter, click.Argument)}
-    takes_text = any(name in arguments for name in _PROMPTS)
+    has_text = takes_text(ctx.command) is not None
     meant = _ARGUMENTS.get(flag.strip("-").replace("-", "_"))
-    if (meant == "model" and meant in arguments) or (meant == "prompt" and takes_text):
+    if (meant == "model" and meant in arguments) or (meant == "prompt" and has_text):
         return f"it is an argument without a flag: {usage}"
-    if meant == "file" and takes_text:
+    if meant == "file" and has_text:
         return f"the text of a file is read from stdin: {usage.replace('PROMPT', '-')} < FILE"
     if meant == "revision" and arguments & {"model", "source"}:
         return "a revision is written after the model's name: Qwen/Qwen3-0.6B@main"
     flags = _long_flags(ctx)
     if flag == "--verbose" and "quiet" in flags:
         return "statistics are shown unless --quiet is given"
+    if ctx.command.name == "generate" and _meant(flag) not in flags and _meant(flag) in _flags_of(_MESSAGES, ctx):
+        return f"it is an option of npqwen {_MESSAGES}"
     near = [flags[name] for name in near_names(flag, flags, _ELSEWHERE)]
     return f"did you mean {choice(list(dict.fromkeys(near)))}?" if near else ""
+
+
+def takes_text(command: click.Command) -> str | None:
+    """The name of the command's argument that is text for the model; None if it has none."""
+    names = [parameter.name for parameter in command.params if isinstance(parameter, click.Argument)]
+    return next((name for name in names if name in _PROMPTS), None)
+
+
+def unquoted(ctx: click.Context, name: str, more: list[str]) -> str:
+    """The error of a command line whose text for the model has several words and no quotes.
+
+    name: of the argument. more: what follows its first word.
+    """
+    words = " ".join([ctx.params[name], *more])
+    before = [ctx.params[one.name or ""] for one in ctx.command.params if isinstance(one, click.Argument)]
+    line = shlex.join([*before[:-1], shortened(words)])
+    return f"the {name} has several words, so put it in quotes: {ctx.command_path} {line}"
 
 
 def value_hint(error: click.BadParameter) -> str:
@@ -62,6 +86,19 @@ def value_hint(error: click.BadParameter) -> str:
     if error.ctx is None or error.param is None or "-s" not in error.param.opts:
         return ""
     return "the system message is --system" if "system" in _long_flags(error.ctx) else ""
+
+
+def _meant(flag: str) -> str:
+    """The name here of a flag, without dashes and with "_"."""
+    name = flag.strip("-").lower().replace("-", "_")
+    return _ELSEWHERE.get(name, name)
+
+
+def _flags_of(command: str, ctx: click.Context) -> dict[str, str]:
+    """`_long_flags` of another command."""
+    root = ctx.find_root()
+    found = root.command.get_command(root, command) if isinstance(root.command, click.Group) else None
+    return {} if found is None else _long_flags(click.Context(found, parent=root))
 
 
 def _options(ctx: click.Context) -> list[click.Option]:

@@ -27,12 +27,14 @@ def _topics(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> 
 @click.argument("topic", nargs=-1, shell_complete=_topics)
 @click.pass_context
 def help(ctx: click.Context, topic: tuple[str, ...]) -> None:
-    """Show the documentation of TOPIC: a page, a section, or a command. Without TOPIC, list them.
+    """Show the documentation of TOPIC: a page, a section, an option, a command, or words of the text. Without TOPIC,
+    list the pages and sections.
 
     \b
     npqwen help server
     npqwen help sampling
     npqwen help memory
+    npqwen help temperature
     npqwen help chat
 
     On a terminal, long texts are shown by $PAGER; in a file or pipe, they are Markdown.

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from npqwen.engine.cache_type import CacheType
+    from npqwen.hardware.contention import Contention
     from npqwen.hub.support import Purpose
     from npqwen.model import Model
     from npqwen.server.offer import Offer
 
+_LONG = 10
+"""Seconds of processor time of a command that is worth a remark on what delayed it."""
+_TOLD = f"{__name__}.told"
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -266,10 +270,27 @@ def open_model(
             f"the weights are {size(loaded.weight_bytes)}, but only {size(available)} of memory is available: "
             "the rest will be read from disk again and again"
         )
-    crowded = too_many_threads(loaded.threads) or contention.hint(loaded.threads)
+    crowded = too_many_threads(loaded.threads)
     if crowded is not None:
         terminal.notice(crowded)
+    else:
+        _tell_later(contention, loaded.threads, terminal)
     return loaded
+
+
+def _tell_later(contention: Contention, threads: int, terminal: Terminal) -> None:
+    """When the command ends, tell once whether other programs delayed it, if it was a long one."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None or _TOLD in ctx.meta:
+        return
+    ctx.meta[_TOLD] = True
+
+    def tell() -> None:
+        found = contention.hint(threads, _LONG)
+        if found is not None:
+            terminal.notice(found)
+
+    ctx.call_on_close(tell)
 
 
 def offers(models: Sequence[str], names: Sequence[str], loading: Loading, terminal: Terminal) -> list[Offer]:

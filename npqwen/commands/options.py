@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from npqwen.commands.completion import completed
+from npqwen.commands.flag_hints import hint, takes_text, unquoted, value_hint
 from npqwen.errors import OptionError, quoted
 from npqwen.generation.option import Option
 from npqwen.generation.options import OPTIONS, GenerationOptions
@@ -25,8 +26,8 @@ PATIENCE = 1.0
 class Command(click.Command):
     """A command whose --help, or -h, is written like all text, so that an error such as a full disk is one line.
 
-    An unknown option, or a value meant for another one, is rejected with a suggestion. Models and files have shell
-    completion.
+    An unknown option, a value meant for another one, or text without quotes is rejected with a suggestion. Models and
+    files have shell completion.
     """
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
@@ -42,17 +43,18 @@ class Command(click.Command):
         return option
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        text = takes_text(self)
+        ctx.allow_extra_args = ctx.allow_extra_args or text is not None
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
+            if rest and text is not None and not ctx.resilient_parsing:
+                raise click.UsageError(unquoted(ctx, text, rest), ctx)
+            return rest
         except click.NoSuchOption as error:
-            from npqwen.commands.flag_hints import hint
-
             instead = hint(ctx, error.option_name)
             problem = f"No such option '{error.option_name}'"
             raise click.UsageError(f"{problem}; {instead}" if instead else problem, ctx) from None
         except click.BadParameter as error:
-            from npqwen.commands.flag_hints import value_hint
-
             instead = value_hint(error)
             if not instead:
                 raise

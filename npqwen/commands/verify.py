@@ -46,8 +46,10 @@ def _converted(model: str) -> dict[Path, str]:
     from npqwen.format.quantization import is_converted
     from npqwen.hub.downloads import downloads
     from npqwen.hub.inventory import conversions
+    from npqwen.hub.names import check_given
     from npqwen.hub.selection import select
 
+    check_given(model)
     path = Path(os.path.expanduser(model))
     if is_converted(path):
         return {path: f"convert its checkpoint again (npqwen convert CHECKPOINT {shlex.quote(model)} --force)"}

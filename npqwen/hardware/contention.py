@@ -36,6 +36,7 @@ class Contention:
         self._root = root
         self._cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
         self._start = time.monotonic()
+        self._own = _own()
         self._before = self._others()
 
     def busy(self) -> float | None:
@@ -46,10 +47,13 @@ class Contention:
             return None
         return max(0.0, now - self._before) / seconds
 
-    def hint(self, threads: int) -> str | None:
-        """What to try if others leave too few CPUs for this many threads; None if they do not, or nothing helps."""
+    def hint(self, threads: int, computed: float = 0) -> str | None:
+        """What to try if others leave too few CPUs for this many threads; None if they do not, or nothing helps.
+
+        computed: fewest seconds of processor time, of all threads, that this process must have used since then.
+        """
         busy = self.busy()
-        if busy is None or os.getloadavg()[0] < _LOAD:
+        if busy is None or _own() - self._own < computed or os.getloadavg()[0] < _LOAD:
             return None
         left = len(self._cpus) - busy
         better = max(1, round(left))
@@ -73,3 +77,9 @@ class Contention:
         own = os.times()
         niced = os.nice(0) > 0  # then this process's own user time is counted separately, too
         return sum(used) / os.sysconf("SC_CLK_TCK") - own.system - (0 if niced else own.user)
+
+
+def _own() -> float:
+    """Seconds of processor time that this process has used."""
+    times = os.times()
+    return times.user + times.system

@@ -20,7 +20,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, Outp
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub import record
-from npqwen.hub.names import MAIN, HubName, conversions_folder, with_revision
+from npqwen.hub.names import MAIN, HubName, check_given, conversions_folder, with_revision
 from npqwen.hub.repository import look_up
 from npqwen.hub.snapshot import downloaded
 from npqwen.hub.source import LocalSource, Source, local_source
@@ -233,6 +233,7 @@ def _refuse_revision(directory: Path, revision: str | None) -> None:
 def _directory(model: str | os.PathLike[str]) -> Path | None:
     """The directory or GGUF file of this name; None if it can only be on the hub."""
     path = Path(os.path.expanduser(check_path(model)))
+    check_given(model)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -60,6 +60,14 @@ def conversions_folder(repository: str) -> Path:
     return Path("hub", repository_of(repository).replace("/", "--"))
 
 
+def check_given(model: str | os.PathLike[str]) -> None:
+    """Raise ModelNotFoundError for an empty name, which as a path would be the current directory."""
+    if not os.fspath(model):
+        raise ModelNotFoundError(
+            "the name of the model is empty; give a directory, a GGUF file or a hub id like Qwen/Qwen3-0.6B"
+        )
+
+
 def parse(model: str | os.PathLike[str]) -> HubName:
     """The repository on the hub that a name means: "owner/name", "owner/name@revision", "Qwen3-0.6B" without the owner
     Qwen, or the URL of a page of the hub.
@@ -67,6 +75,7 @@ def parse(model: str | os.PathLike[str]) -> HubName:
     Of GGUF files, "owner/name:Q4_K_M" names a quantization, "owner/name:model.gguf" a file. Raises ModelNotFoundError
     for anything else.
     """
+    check_given(model)
     text = os.fspath(model)
     name, revision = _from_url(text) if _is_url(text) else _split(text)
     name, colon, tag = name.partition(":")

@@ -10,7 +10,7 @@ from npqwen.checks import choice, near_names
 from npqwen.errors import ModelNotFoundError, NpqwenError, quoted
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
-from npqwen.hub.names import parse, repository_of
+from npqwen.hub.names import check_given, parse, repository_of
 
 
 def select(
@@ -21,6 +21,7 @@ def select(
     model: its id, with or without the owner and in any case; "id@revision"; the path of its checkpoint; or the path of
     one conversion. Raises ModelNotFoundError, with similar names, if there are none.
     """
+    check_given(model)
     by_path = [one for one in conversions if _same_path(model, one.path) or _same_path(model, Path(one.model))]
     if by_path:
         return by_path, []

@@ -15,6 +15,7 @@ from npqwen.format.config import Config, read_json
 from npqwen.format.files import open_regular, read_small
 from npqwen.format.quantization import Quantization
 from npqwen.format.safetensors import HeaderError, StoredTensor, read_header
+from npqwen.hub.names import check_given
 
 Progress = Callable[[int, int], object]
 
@@ -71,8 +72,9 @@ def verify(model: str | os.PathLike[str], progress: Progress | None = None) -> V
     model: the directory. Loading a model does not do this, as it would read all of the weights. progress(done, total):
     called with bytes. Every tensor is checked, and config.json (except for a stored evaluation), the tokenizer, chat
     templates and other small files that programs read; an edited file counts as damaged, too. Raises FormatError for a
-    directory that is not a converted model of this format version.
+    directory that is not a converted model of this format version, ModelNotFoundError for an empty path.
     """
+    check_given(model)
     return _verify(Path(os.path.expanduser(model)), progress, read_weights=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from npqwen.server.app import application
-from npqwen.server.batch_file import BatchInput, BatchOutput, BatchRequest
+from npqwen.server.batch_file import Answers, BatchInput, BatchRequest
 from npqwen.server.json_text import json_text
 from npqwen.server.models import Models
 from npqwen.server.settings import Settings
@@ -36,7 +36,7 @@ def run(
     models: Models,
     settings: Settings,
     requests: BatchInput,
-    output: BatchOutput,
+    output: Answers,
     *,
     model: str | None = None,
     ordered: bool = True,
@@ -59,7 +59,7 @@ async def _run(
     models: Models,
     settings: Settings,
     requests: BatchInput,
-    output: BatchOutput,
+    output: Answers,
     model: str | None,
     ordered: bool,
     progress: Callable[[int, int], None] | None,
@@ -98,7 +98,7 @@ async def _run(
 class _Written:
     """Writes answers, in the given order if there is one."""
 
-    def __init__(self, output: BatchOutput, order: list[str] | None) -> None:
+    def __init__(self, output: Answers, order: list[str] | None) -> None:
         self._output = output
         self._order: Iterator[str] | None = None if order is None else iter(order)
         self._next = None if self._order is None else next(self._order, None)

@@ -43,12 +43,14 @@ _LINK = re.compile(r"(?<!!)\[([^\[\]]+)\]\(([^()\s]*)\)")
 _ITEM = re.compile(r"\s*([-*]|\d+\.) ")
 _BLOCK = re.compile(rf"#|\||>|{_ITEM.pattern}")
 """The beginning of a line that does not continue a paragraph."""
+_TABLE = re.compile(r"^(\|.*\n\|[-|]+\n)((?:\|.*\n)+)", re.M)
+_NAME = re.compile(r"\| `(\w+)`")
 _IMAGE = re.compile(r"^!\[.*$\n?", re.M)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: from its heading to the next one of the same level."""
+    """A part of a page: from its heading to the next one of the same level, or an option's row of a table."""
 
     page: str
     heading: str
@@ -89,17 +91,30 @@ class Documents:
             found[name] = _sections(name, text)
         return found
 
+    @cached_property
+    def _below(self) -> list[Section]:
+        """The sections of all pages."""
+        return [section for sections in self.sections.values() for section in sections[1:]]
+
+    @cached_property
+    def _parts(self) -> list[Section]:
+        """What is shown by itself, but not listed: options, and sections of the third level."""
+        pages = [sections[0] for sections in self.sections.values()]
+        subsections = [part for page in pages for part in _sections(page.page, page.text, level=3)[1:]]
+        return [*_options(self.page("options")), *subsections]
+
     def find(self, topic: str) -> list[Section]:
         """The sections that match a topic, such as "server", "sampling", "server speed": one, or all that match.
 
-        In order of priority: a page's name; a section's whole heading; the beginning of a heading; a part of one.
+        In order of priority: a page's name; a section's whole heading, or an option's name; the beginning of one; a
+        part of one; all words, or their beginnings, anywhere in a section.
         """
         wanted = _words(topic)
         wanted = _ELSEWHERE.get(wanted, wanted)
         by_page = {_words(name): name for name in self._places}
         if wanted in by_page:
             return [self.page(by_page[wanted])]
-        below = [section for sections in self.sections.values() for section in sections[1:]]
+        below = [*self._below, *self._parts]
         for matches in (
             lambda own, full: wanted in (own, full),
             lambda own, full: own.startswith(wanted) or full.startswith(wanted),
@@ -108,6 +123,8 @@ class Documents:
             found = [one for one in below if matches(_words(one.heading), _words(one.topic))]
             if found:
                 return found
+        if found := [one for one in self._below if _contains(one.text, wanted)]:
+            return found
         near = near_names(wanted, [*by_page, *(_words(one.heading) for one in below)], _ELSEWHERE)
         hint = f"did you mean {choice(near)}? " if near else ""
         raise OptionError(f"unknown help topic {quoted(topic)}; {hint}npqwen help lists all topics")
@@ -134,8 +151,8 @@ class Documents:
         return "\n".join([*lines, "", "`npqwen help COMMAND` shows a command's options."]) + "\n"
 
 
-def _sections(page: str, text: str) -> list[Section]:
-    """The page as a whole, and its sections of the second level."""
+def _sections(page: str, text: str, level: int = 2) -> list[Section]:
+    """The page as a whole, and its sections of a level."""
     starts: list[tuple[int, str]] = []
     title, inside, at = page, False, 0
     for line in text.splitlines(keepends=True):
@@ -143,14 +160,31 @@ def _sections(page: str, text: str) -> list[Section]:
         heading = None if inside else _HEADING.match(line.rstrip("\n"))
         if heading is not None and len(heading[1]) == 1:
             title = heading[2]
-        elif heading is not None and len(heading[1]) == 2:
-            starts.append((at, heading[2].replace("`", "")))
+        elif heading is not None and len(heading[1]) <= level:
+            starts.append((at, heading[2].replace("`", "") if len(heading[1]) == level else ""))
         at += len(line)
     found = [Section(page, title, text)]
     for i, (start, name) in enumerate(starts):
         end = starts[i + 1][0] if i + 1 < len(starts) else len(text)
-        found.append(Section(page, name, text[start:end]))
+        if name:
+            found.append(Section(page, name, text[start:end]))
     return found
+
+
+def _options(page: Section) -> list[Section]:
+    """The rows of a page's tables of options, each as a table of its own."""
+    found = []
+    for header, rows in _TABLE.findall(page.text):
+        for row in rows.splitlines(keepends=True):
+            if name := _NAME.match(row):
+                found.append(Section(page.page, name[1], header + row))
+    return found
+
+
+def _contains(text: str, wanted: str) -> bool:
+    """Whether each of some words begins one of the text."""
+    there = f" {_words(text)}"
+    return bool(wanted) and all(f" {word}" in there for word in wanted.split())
 
 
 def _unwrapped(text: str) -> str:
@@ -170,4 +204,4 @@ def _unwrapped(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from npqwen.atomic_file import check_parent
 from npqwen.chat.conversation import cache_file
 from npqwen.chat.messages import joined
 from npqwen.chat.saved_conversation import SavedConversation
@@ -22,8 +23,7 @@ _QUESTION_LENGTH, _ANSWER_LENGTH = 200, 600
 def save(chat: TerminalChat, arguments: str) -> None:
     """`/save`: write the conversation, its settings and, unless it is very large, its cache to a file."""
     path = _path(chat, arguments, "/save")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"there is no directory {path.parent}; make it first, or choose another")
+    check_parent(path)
     if os.path.exists(path) and str(path) != chat.file and not _may_replace(chat, path):
         chat.terminal.notice("not saved")
         return

@@ -171,13 +171,13 @@ class Output:
             raise OutputError(f"{self.path} is the current directory; name a directory inside it, or leave it first")
         if not any(self.path.iterdir()):
             return
-        if not self._force:
-            raise OutputError(f"{self.path} exists already; choose another place, or replace it with --force")
         if not is_converted(self.path):
             raise OutputError(
                 f"{self.path} exists already and is not a converted model, so it is not replaced; "
                 "choose another place, or remove it yourself"
             )
+        if not self._force:
+            raise OutputError(f"{self.path} exists already; choose another place, or replace it with --force")
 
     def _move_aside(self) -> None:
         """Rename the directory to be replaced, which Windows refuses while a program has mapped a file in it."""

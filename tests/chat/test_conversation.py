@@ -328,6 +328,13 @@ def test_the_window_leaves_room_and_drops_no_more_than_necessary(max_tokens: int
     assert Window(encode, 4000, max_tokens).fit(messages, 0)[1] == 0
 
 
+@pytest.mark.parametrize(("system", "takes"), [(None, "too long: it takes"), ("Be brief.", "with the system message")])
+def test_a_message_that_is_too_long(system: str | None, takes: str) -> None:
+    talk = Reciter("Yes.", context=64).conversation(system)
+    with pytest.raises(ContextLengthError, match=rf"{takes} .*is 64; .*longer context \(--context, --yarn\)"):
+        talk.send("word " * 100)
+
+
 def test_thinking_is_refused_at_once_by_a_model_without_the_switch() -> None:
     talk = Reciter(template="thinking-2507").conversation()
     with pytest.raises(OptionError, match="always thinks"):

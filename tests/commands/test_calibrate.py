@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,10 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(own_text, "write_own_text", write)
     monkeypatch.setattr(calibration, "TOKENS", 16)
+    monkeypatch.setattr(calibration, "LEAST_TOKENS", 32)
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_with_a_file_or_a_directory(tmp_path: Path) -> None:
     texts = tmp_path / "texts" / "more"
     texts.mkdir(parents=True)
@@ -108,6 +111,7 @@ def test_what_the_model_wrote_lowers_the_divergence_on_other_text(
         assert found[out] < min(0.8 * found[tiny(bits)], limit)
 
 
+@pytest.mark.usefixtures("short_texts")
 def test_in_the_cache_it_replaces_the_plain_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPQWEN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text(TEXT)
@@ -163,11 +167,40 @@ def test_a_part_of_the_files_is_held_out_and_measured_on(tmp_path: Path) -> None
         assert ids.tolist() == divided(model.tokenizer.encode(TEXT))[1].tolist()
 
 
-def test_a_text_too_short_to_hold_a_part_out_is_said_to_be(tmp_path: Path) -> None:
+def test_a_text_too_short_to_hold_a_part_out_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "LEAST_TOKENS", 32)
     (tmp_path / "a.txt").write_text(TEXT)
     result = run(TINY, tmp_path / "out", "--calibrate", tmp_path / "a.txt")
     assert result.exit_code == 0, result.output
     assert "nothing is measured: the text is too short" in result.stderr
+    assert evaluation(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("text", ["\n", TEXT])
+def test_a_text_that_does_harm_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    result = run(TINY, tmp_path / "out", "--calibrate", tmp_path / "a.txt")
+    assert result.exit_code != 0
+    assert re.match(r"a.txt has \d+ tokens?, and a calibration needs at least 1,024", str(result.exception))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_short_text_is_remarked_upon(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "a.txt").write_text(TEXT * 12)
+    FileText(str(tmp_path / "a.txt"), said.append).calibration(TINY)
+    (tmp_path / "b.txt").write_text(TEXT * 80)
+    FileText(str(tmp_path / "b.txt"), said.append).calibration(TINY)
+    assert len(said) == 1
+    assert re.match(r"a.txt has only \d,\d+ tokens: calibration with 10,000 or more, or with self, is better", said[0])
+
+
+def test_a_failed_measurement_leaves_a_conversion(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n")
+    result = run(TINY, tmp_path / "out", "--evaluate", tmp_path / "a.txt", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "out")
+    assert "converted, but not measured: a.txt is too short to measure on" in result.stderr
     assert evaluation(tmp_path / "out") is None
 
 

@@ -65,6 +65,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         ("chat m x --pres 0", "did you mean --presence-penalty?"),
         ("chat m x --top 9", "did you mean --top-k or --top-p?"),
         ("chat m x --temprature 1", "did you mean --temperature?"),
+        # options of another command
+        ("generate m x --system y", "it is an option of npqwen chat; see npqwen generate --help"),
+        ("generate m x --system-prompt y", "it is an option of npqwen chat;"),
+        ("generate m x --think", "it is an option of npqwen chat;"),
+        ("generate m x --no-think", "it is an option of npqwen chat;"),
+        # text without quotes
+        ("chat m 17 + 25", "the question has several words, so put it in quotes: npqwen chat m '17 + 25'; see npqwen"),
+        ("chat m --no-think 17 + 25 -q", "so put it in quotes: npqwen chat m '17 + 25';"),
+        ("generate m Once upon a time", "the prompt has several words, so put it in quotes: npqwen generate m 'Once "),
+        ("info m x", "Got unexpected extra argument (x); see npqwen info --help"),
         # nothing near, and nothing that this command has
         ("chat m x --zzz", "No such option '--zzz'; see npqwen chat --help"),
         ("info m --n-predict 5", "No such option '--n-predict'; see npqwen info --help"),

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.commands.cli import COMMANDS
 from npqwen.errors import OptionError
+from npqwen.generation.options import OPTIONS
 from npqwen.terminal import documents
 from npqwen.terminal.answer_text import rendered
 from npqwen.terminal.documents import PAGES, Documents, Section
@@ -78,6 +80,38 @@ def test_other_words_lead_to_topics() -> None:
 def test_several_matches_are_listed(run: Run) -> None:
     out, _ = run("help", "conversations")
     assert "2 sections match:\n\nnpqwen help terminal conversations\nnpqwen help python conversations\n" in out
+
+
+@pytest.mark.parametrize("topic", ["temperature", "--temperature", "options temperature"])
+def test_an_option_is_a_topic(topic: str, run: Run) -> None:
+    out, _ = run("help", "--", topic)
+    header, rule, row = out.splitlines()
+    assert (header, rule) == ("| option | values | |", "|---|---|---|")
+    assert row.startswith("| `temperature` | a number from 0 to 100 | Divide the logits")
+    assert f"\n{row}\n" in (ROOT / PAGES["options"]).read_text(encoding="utf-8")
+
+
+def test_all_options_are_found() -> None:
+    pages = Documents()
+    for name in (*OPTIONS, *CHAT_OPTIONS):
+        assert pages.find(f"options {name}")[0].text.splitlines()[2].startswith(f"| `{name}` |")
+        assert f"options {name}" in [one.topic for one in pages.find(name)]
+
+
+def test_a_section_of_the_third_level_is_a_topic(run: Run) -> None:
+    out, _ = run("help", "continuing the last conversation")
+    assert out.startswith("### Continuing the last conversation\n")
+    assert out.count("\n#") == 0
+    assert out in Documents().page("terminal").text
+    (section,) = Documents().find("server errors")
+    assert section.text.startswith("### Errors\n")
+
+
+def test_words_of_the_text_are_found(run: Run) -> None:
+    found = Documents().find("npqwen_isa long prom")
+    assert "terminal environment variables" in [one.topic for one in found]
+    out, _ = run("help", "huge", "pages")
+    assert re.match(r"\d+ sections match:\n\n(npqwen help [^\n]+\n)+$", out)
 
 
 def test_a_command_is_a_topic_too(run: Run) -> None:

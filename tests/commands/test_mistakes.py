@@ -441,7 +441,7 @@ LOCAL: list[tuple[Callable[[Path], object], list[str], str]] = [
     (
         write_beside_other_files,
         ["convert", "in", "out"],
-        "exists already; choose another place, or replace it with --force",
+        "exists already and is not a converted model, so it is not replaced; choose another place, or remove it ",
     ),
     (write_local, ["generate", ".", "x", "--bits", "5"], "bits is 5; it can be 3, 4, 8 or 16"),
     (write_local, ["generate", ".", "x", "--temprature", "1"], "No such option '--temprature'"),
@@ -469,6 +469,26 @@ def test_directories_files_and_options(
     assert sorted(path for path in place.rglob("*")) == before
     if "threads" not in words:  # which are checked when a model is loaded
         assert not list((place.parent / "cache").rglob("config.json"))
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["chat", "", "Hello"],
+        ["info", ""],
+        ["convert", ""],
+        ["convert", "", "--dry-run"],
+        ["verify", ""],
+        ["rm", "", "--yes"],
+        ["eval", str(TINY), "file.txt", "--against", ""],
+    ],
+)
+def test_an_empty_model_is_not_the_current_directory(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str]
+) -> None:
+    monkeypatch.chdir(checkpoint)
+    Path("file.txt").write_text("a text", encoding="utf-8")
+    assert "the name of the model is empty; give a directory, a GGUF file or a hub id like Qwen/" in run(*typed)
 
 
 def test_binary_stdin(run: Run) -> None:

@@ -49,7 +49,7 @@ def saved(model: Model, tmp_path: Path) -> Path:
 def test_a_loaded_session_continues_like_the_saved_one(
     tiny: Callable[[int], Path], tmp_path: Path, bits: int, length: int
 ) -> None:
-    path = tmp_path / "a" / "session"
+    path = tmp_path / "session"
     with load(tiny(bits), threads=2) as model:
         session = Session(model)
         session.prefill(IDS)  # forgotten again, all but some

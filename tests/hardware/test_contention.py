@@ -115,6 +115,37 @@ def test_a_program_that_has_just_begun_is_no_reason(
 
 
 @linux
+def test_a_short_command_is_no_reason(
+    tmp_path: Path, two_cpus: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed = Contention(stat(tmp_path, (0, 0, 0), (0, 0, 0)))
+    for seconds, told in ((9, False), (11, True)):
+        monkeypatch.setattr(os, "times", lambda seconds=seconds: os.times_result((1.0 + seconds, 1.0, 0, 0, 0)))
+        stat(tmp_path, (seconds, 0, 0), (seconds, 0, 0))
+        two_cpus(seconds)
+        assert (observed.hint(2, 10) is not None) == told
+
+
+@linux
+@pytest.mark.parametrize(("least", "told"), [(0, 1), (1000, 0)])
+def test_a_command_tells_once_when_it_ends(
+    tiny: Callable[[int], Path],
+    tmp_path: Path,
+    run: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    least: float,
+    told: int,
+) -> None:
+    (tmp_path / "text").write_text("river (noun): a large natural stream of water. ", encoding="utf-8")
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr(Contention, "busy", lambda self: len(os.sched_getaffinity(0)) - 1.0)
+    monkeypatch.setattr("npqwen.commands.loading._LONG", least)
+    _, err = run("eval", tiny(4), tmp_path / "text", "--against", tiny(8), "--threads", 2)
+    assert err.count("other programs keep") == told
+    assert not told or err.splitlines()[-1].startswith("other programs keep")
+
+
+@linux
 def test_a_system_without_these_files(tmp_path: Path, two_cpus: Callable[[float], None]) -> None:
     observed = Contention(tmp_path)
     two_cpus(2.0)

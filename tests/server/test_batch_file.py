@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -36,6 +37,10 @@ def request(i: int, url: str = "/v1/chat/completions", **body: Any) -> dict[str,
     }
 
 
+def answer(i: int, status: int = 200) -> dict[str, Any]:
+    return {"id": "1", "custom_id": f"request {i}", "response": {"status_code": status, "body": {}}, "error": None}
+
+
 def write(path: Path, requests: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(one) + "\n" for one in requests), encoding="utf-8")
     return path
@@ -52,6 +57,10 @@ def texts(path: Path) -> dict[str, str]:
         (choice,) = one["response"]["body"]["choices"]
         found[one["custom_id"]] = choice["message"]["content"] if "message" in choice else choice["text"]
     return found
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 @pytest.fixture
@@ -103,6 +112,54 @@ def test_what_is_answered_is_not_answered_again(run: Run, model: Path, tmp_path:
     before = part.read_bytes()
     run("batch", given, part, "--model", model)
     assert part.read_bytes() == before
+
+
+def test_a_request_that_failed_is_answered_again(run: Run, model: Path, tmp_path: Path) -> None:
+    given, out = write(tmp_path / "in.jsonl", [request(0, max_tokens=2), request(1)]), tmp_path / "out.jsonl"
+    failing = write(tmp_path / "failing.jsonl", [request(0, max_tokens=2, top_p=7), request(1)])
+    run("batch", failing, out, "--model", model, status=1)
+    kept = out.read_bytes().splitlines()
+    _, err = run("batch", failing, out, "--model", model, status=1)
+    assert "1 of 2 are answered already" in err
+    assert "1 answered" in err
+    assert [one["response"]["status_code"] for one in answers(out)] == [400, 200]
+    run("batch", given, out, "--model", model)
+    assert [(one["custom_id"], one["response"]["status_code"]) for one in answers(out)] == [
+        ("request 0", 200),
+        ("request 1", 200),
+    ]
+    assert out.read_bytes().splitlines()[1] == kept[1]
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.jsonl"]
+
+
+def test_the_last_of_several_answers_counts(tmp_path: Path) -> None:
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(i) for i in range(3)])), tmp_path / "out.jsonl"
+    refused = {"id": "1", "custom_id": "request 2", "response": None, "error": {"code": "batch_expired"}}
+    lines = [answer(1, 500), answer(0), refused, answer(0, 429), answer(1)]
+    out.write_text("\n".join(json.dumps(one) for one in lines))  # a kill before answers took the places of errors
+    with BatchOutput(out, requests) as output:
+        assert output.answered == {"request 1"}
+    assert answers(out) == [answer(1), answer(0, 429), refused]
+    with BatchOutput(out, requests) as output:
+        output.write(answer(2))
+        output.write(answer(0))
+    assert answers(out) == [answer(1), answer(0), answer(2)]
+
+
+def test_requests_come_from_stdin_and_answers_go_to_stdout(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = write(tmp_path / "in.jsonl", [request(0), request(1, top_p=7)])
+    run("batch", given, "out.jsonl", "--model", model, status=1)
+    stdin(monkeypatch, given.read_bytes())
+    out, _ = run("batch", "-", "-", "--model", model, status=1)
+    said = [json.loads(line)["response"] for line in out.splitlines()]
+    assert [one["status_code"] for one in said] == [200, 400]
+    assert said[0]["body"]["choices"] == answers(Path("out.jsonl"))[0]["response"]["body"]["choices"]
+    stdin(monkeypatch, b"{}\n")
+    assert "stdin, line 1 has no custom_id" in run("batch", "-", "-", "--model", model, status=2)[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -161,7 +218,19 @@ def test_a_file_that_is_no_batch_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("found", ['{"custom_id": "another"}\n', "A letter to a friend\n"])
+@pytest.mark.parametrize(
+    "found",
+    [
+        '{"custom_id": "another", "response": {"status_code": 200}}\n',
+        f"{LINE}\n",
+        LINE,
+        "A letter to a friend\n",
+        "A letter to a friend",
+        '{"a": 1}',
+        '{"id":"batch_req_',
+        '{"id":"batch_req_0f","custom_id":"another","response":{"status_',
+    ],
+)
 def test_a_file_that_is_not_of_these_requests_is_not_touched(
     run: Run, model: Path, tmp_path: Path, found: str
 ) -> None:
@@ -172,9 +241,52 @@ def test_a_file_that_is_not_of_these_requests_is_not_touched(
     assert out.read_text() == found
 
 
+@pytest.mark.parametrize("begins", ["{", '{"id":"batch_', '{"id":"batch_req_0f","custom_id":"request 0","resp'])
+def test_a_file_does_not_change_before_there_is_an_answer(run: Run, tmp_path: Path, begins: str) -> None:
+    given, out = write(tmp_path / "in.jsonl", [request(0), request(1)]), tmp_path / "out.jsonl"
+    found = json.dumps(answer(1)) + "\n" + begins
+    out.write_text(found)
+    assert "neither a directory nor a hub id" in run("batch", given, out, "--model", "none", status=2)[1]
+    assert out.read_text() == found
+    with BatchOutput(out, BatchInput(given)) as output:
+        output.write(answer(0))
+    assert answers(out) == [answer(1), answer(0)]
+
+
+def test_the_first_answer_may_be_incomplete(tmp_path: Path) -> None:
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0)])), tmp_path / "out.jsonl"
+    out.write_text('{"id":"batch_req_0f","custom_id":"request 0","resp')
+    with BatchOutput(out, requests) as output:
+        assert not output.answered
+        output.write(answer(0))
+    assert answers(out) == [answer(0)]
+
+
+def test_the_last_answer_may_lack_its_newline(tmp_path: Path) -> None:
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0), request(1)])), tmp_path / "out.jsonl"
+    out.write_text(json.dumps(answer(0)))
+    with BatchOutput(out, requests) as output:
+        assert output.answered == {"request 0"}
+        output.write(answer(1))
+    assert answers(out) == [answer(0), answer(1)]
+
+
+def test_answers_do_not_replace_requests(run: Run, model: Path, tmp_path: Path) -> None:
+    given, link = write(tmp_path / "in.jsonl", [request(0), request(1)]), tmp_path / "link.jsonl"
+    link.hardlink_to(given)
+    before = given.read_bytes()
+    for out in (given, link):
+        _, err = run("batch", given, out, "--model", model, status=2)
+        assert "INPUT and OUTPUT are the same file" in err
+        assert given.read_bytes() == before
+
+
 def test_files_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> None:
-    given = write(tmp_path / "in.jsonl", [request(0)])
+    given, of = write(tmp_path / "in.jsonl", [request(0)]), ("--model", model)
     assert "cannot be read" in run("batch", tmp_path / "none", tmp_path / "out", status=2)[1]
+    missing = tmp_path / "missing"
+    assert f"there is no directory {missing}; make it first" in run("batch", given, missing / "out", *of, status=2)[1]
+    assert not missing.exists()
     assert "Is a directory" in run("batch", given, tmp_path, "--model", model, status=2)[1]
     assert "parallel is 0" in run("batch", given, tmp_path / "out", "--parallel", 0, "--model", model, status=2)[1]
 
@@ -201,10 +313,10 @@ def test_two_batches_do_not_write_one_file_on_windows(tmp_path: Path, monkeypatc
     monkeypatch.setattr(file_lock, "msvcrt", locks, raising=False)
     requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0), request(1)])), tmp_path / "out.jsonl"
     with BatchOutput(out, requests) as output:
-        output.write({"custom_id": "request 0"})
+        output.write(answer(0))
         with pytest.raises(OptionError, match="is being written by another process"):
             BatchOutput(out, requests)
-        output.write({"custom_id": "request 1"})
+        output.write(answer(1))
     (place,) = locks.places
     assert place > 10**9  # nothing that another process reads
     assert [one["custom_id"] for one in answers(out)] == ["request 0", "request 1"]

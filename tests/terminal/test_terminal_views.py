@@ -24,7 +24,7 @@ def test_an_error_is_a_line_and_the_conversation_goes_on(capsys: pytest.CaptureF
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1
-    assert output.err.startswith("error: this message is too long: with the system message it takes ")
+    assert output.err.startswith("error: this message is too long: it takes ")
     handle(chat, "q")
     assert capsys.readouterr().out == "Yes.\n"
 
