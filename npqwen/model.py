@@ -19,7 +19,7 @@ from npqwen.errors import NpqwenError, OptionError, quoted
 from npqwen.format.task import Task, check_task
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
-from npqwen.generation.draft_layer import LayerGuesses
+from npqwen.generation.draft_layer import LayerStatistics
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
@@ -98,7 +98,7 @@ class Model(Engine):
                 self._drafting = Drafting(
                     self.passes,
                     None if draft is None else DraftModel(draft, self),
-                    LayerGuesses(self) if self.draft_layer is not None else None,
+                    LayerStatistics(self) if self.draft_layer is not None else None,
                 )
             except NpqwenError:
                 self.close()

@@ -9,7 +9,7 @@ from kernel_calls import together
 from numpy.typing import NDArray
 
 from npqwen.kernels.attention import SEQUENCE
-from npqwen.kernels.gated_delta import MOST_GUESSES, gated_delta, gated_delta_kernel, scratch_floats
+from npqwen.kernels.gated_delta import MAX_DRAFT_TOKENS, gated_delta, gated_delta_kernel, scratch_floats
 
 MODEL = np.dtype(
     [
@@ -119,7 +119,7 @@ class State:
         size = LAYERS * shape.state_floats
         raw = np.full(size + 32, STALE, np.float32)
         values = raw[-raw.ctypes.data // 4 % 16 + offset :][:size].reshape(LAYERS, shape.state_floats)
-        return cls(values, 0, np.full((LAYERS, MOST_GUESSES, shape.pending_floats), STALE, np.float32))
+        return cls(values, 0, np.full((LAYERS, MAX_DRAFT_TOKENS, shape.pending_floats), STALE, np.float32))
 
     def accepting(self, pending: int) -> State:
         """This state, with the first few of its pending tokens."""
@@ -144,7 +144,7 @@ def run_pass(
         projected[mine, : shape.channels + rows] = tokens.projected
         gates[mine, : shape.heads] = tokens.b
         gates[mine, shape.padded : shape.padded + shape.heads] = tokens.a
-        record["first"], record["tokens"], record["guesses"], record["pending"] = (
+        record["first"], record["tokens"], record["draft_tokens"], record["pending"] = (
             *(first, len(tokens), guesses, state.pending),
         )
         record["state"], record["next_state"] = state.values.ctypes.data, after.values.ctypes.data

@@ -72,7 +72,7 @@ def generate(
 
 
 def _statistics(stream: Stream) -> str:
-    from npqwen.terminal.answer_view import guesses
+    from npqwen.terminal.answer_view import draft_tokens
 
     usage = stream.usage
     if stream.stop_string is not None:
@@ -86,6 +86,6 @@ def _statistics(stream: Stream) -> str:
     cached = f", {usage.cached_tokens} of them cached," if usage.cached_tokens else ""
     return (
         f"prompt: {usage.prompt_tokens} tokens{cached} in {usage.prefill_seconds:.2f} s, "
-        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens{guesses(usage)}, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens{draft_tokens(usage)}, "
         f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
     )

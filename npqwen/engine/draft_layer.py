@@ -1,4 +1,4 @@
-"""The draft layer of a checkpoint (multi-token prediction), which guesses the token after the next."""
+"""The draft layer of a checkpoint (multi-token prediction), which drafts the token after the next."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class DraftLayer:
         normed: bool = False,
         chained: bool = False,
     ) -> NDArray[np.float32]:
-        """Guess the token after `ids`, whose keys and values are appended to the cache.
+        """Draft the token after `ids`, whose keys and values are appended to the cache.
 
         ids: consecutive tokens of a text, at most those of a pass, that follow those in the cache. states: float32
         (tokens, hidden_size), for each of them the hidden state of the *previous* token: the model's last layer's, see

@@ -175,7 +175,7 @@ class Engine:
 
     @property
     def draft_layer(self) -> DraftLayer | None:
-        """The checkpoint's draft layer, which guesses tokens (multi-token prediction); None if it has none."""
+        """The checkpoint's draft layer, which drafts tokens (multi-token prediction); None if it has none."""
         return self._draft_layer
 
     @property

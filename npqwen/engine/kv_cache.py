@@ -237,13 +237,15 @@ class KVCache:
         """How many of the next `tokens` tokens one pass may run: at least 1, if there are any."""
         return tokens if self.recurrent is None else self.recurrent.span(self.length, tokens)
 
-    def begin(self, tokens: int, guesses: int = 0) -> None:
-        """Prepare a pass of `tokens` tokens, for which there is room. guesses: how many of the last ones are draft
-        tokens, which `retract` may remove."""
+    def begin(self, tokens: int, draft_tokens: int = 0) -> None:
+        """Prepare a pass of `tokens` tokens, for which there is room.
+
+        draft_tokens: how many of the last ones are drafts, which `retract` may remove.
+        """
         if self.recurrent is not None:
             if self.recurrent.missing_bytes:
                 self.recurrent.add_spare(self.new_state())
-            self.recurrent.begin(self.length, tokens, guesses)
+            self.recurrent.begin(self.length, tokens, draft_tokens)
 
     def advance(self, tokens: int) -> None:
         """Append the tokens of a completed pass."""

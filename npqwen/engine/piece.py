@@ -23,7 +23,7 @@ class Piece(NamedTuple):
     """With room for them, see `KVCache.reserve`; the tokens are appended to it."""
     rows: int
     """For how many of the last tokens logits are computed."""
-    guesses: int = 0
+    draft_tokens: int = 0
     """How many of the last tokens are draft tokens, which `KVCache.retract` may remove afterwards."""
 
 

@@ -2,7 +2,7 @@
 
 A state includes all tokens up to its position. A pass reads the newest one and writes another, so an interrupted pass
 changes nothing, and keeping a state (as a *checkpoint*, to which the sequence can be truncated, or as the start of a
-fork) costs no copy. Draft tokens (guesses) do not enter the state: their inputs are kept, and the next pass replays
+fork) costs no copy. Draft tokens do not enter the state: their inputs are kept, and the next pass replays
 the accepted ones (npqwen/kernels/gated_delta.py).
 """
 
@@ -19,7 +19,7 @@ from npqwen.errors import OptionError
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.format.layout import pad
-from npqwen.kernels.gated_delta import MOST_GUESSES
+from npqwen.kernels.gated_delta import MAX_DRAFT_TOKENS
 
 CHECKPOINT_BYTES = 256 << 20
 """Most bytes of the checkpoints that a cache keeps, within the bounds of FEWEST and MOST."""
@@ -78,7 +78,7 @@ class State(NamedTuple):
     array: NDArray[np.float32]
     """(layers, elements of a layer's state)."""
     rows: NDArray[np.float32] | None = None
-    """(layers, MOST_GUESSES, inputs of a token), of the draft tokens after it."""
+    """(layers, MAX_DRAFT_TOKENS, inputs of a token), of the draft tokens after it."""
 
 
 class RecurrentStates:
@@ -92,7 +92,7 @@ class RecurrentStates:
         self._next: State | None = None
         """The state that the running pass writes."""
         self.fields: tuple[int, ...] = ()
-        """The fields of SEQUENCE starting at `guesses`, for the running pass."""
+        """The fields of SEQUENCE starting at `draft_tokens`, for the running pass."""
         self._spare: list[NDArray[np.float32]] = []
         self.checkpoints: list[State] = []
         """In order of position, none after the newest state's."""
@@ -172,22 +172,22 @@ class RecurrentStates:
         """Add an array (layers, elements of a layer's state) for the next state to be written to."""
         self._spare.append(array)
 
-    def begin(self, length: int, tokens: int, guesses: int) -> None:
+    def begin(self, length: int, tokens: int, draft_tokens: int) -> None:
         """Prepare a pass of `tokens` tokens that follow the first `length`; `missing_bytes` must be 0.
 
-        guesses: how many of the last tokens are draft tokens, which `KVCache.retract` may remove. Raises OptionError
-        for more than MOST_GUESSES.
+        draft_tokens: how many of the last tokens are drafts, which `KVCache.retract` may remove. Raises OptionError for
+        more than MAX_DRAFT_TOKENS.
         """
-        if guesses > MOST_GUESSES:
-            raise OptionError(f"a pass of a hybrid model takes at most {MOST_GUESSES} guessed tokens, not {guesses}")
+        if draft_tokens > MAX_DRAFT_TOKENS:
+            raise OptionError(f"a hybrid's pass takes at most {MAX_DRAFT_TOKENS} draft tokens, not {draft_tokens}")
         state, rows = self._state, None
-        if guesses:
-            rows = np.empty((self.shape.layers, MOST_GUESSES, self.shape.inputs), np.float32)
+        if draft_tokens:
+            rows = np.empty((self.shape.layers, MAX_DRAFT_TOKENS, self.shape.inputs), np.float32)
         # Not the array of a pass that was interrupted: a late thread may still write to it.
         array = self._spare.pop()
-        self._next = State(length + tokens - guesses, array, rows)
+        self._next = State(length + tokens - draft_tokens, array, rows)
         self.fields = (
-            guesses,
+            draft_tokens,
             length - state.position,
             state.array.ctypes.data,
             array.ctypes.data,

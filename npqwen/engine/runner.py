@@ -38,7 +38,7 @@ PROMPT_TOKENS = 64
 SHORT_PASS = 4
 """Most tokens of a pass that the main thread, if it is the caller, helps compute: Ctrl-C waits until the pass ends."""
 _NO_STATES = (0,) * 6
-"""The fields of SEQUENCE starting at `guesses`, without recurrent layers."""
+"""The fields of SEQUENCE starting at `draft_tokens`, without recurrent layers."""
 
 
 class Runner:
@@ -133,7 +133,7 @@ class Runner:
     def run_pieces(self, pieces: Sequence[Piece], output: Output) -> None:
         """Run pieces through all layers, append them to their caches, and add their hidden states to `KVCache.tail`."""
         for piece in pieces:
-            piece.cache.begin(piece.ids.size, piece.guesses)
+            piece.cache.begin(piece.ids.size, piece.draft_tokens)
         start = time.perf_counter()
         self.forward(pieces, self.weights.layers, True, output)
         tokens = sum(piece.ids.size for piece in pieces)
@@ -186,7 +186,7 @@ class Runner:
         rows = self._rows[:first]
         # Vectors of texts do not depend, to the bit, on what they are packed with, nor do verified draft tokens.
         is_prompt = not output.normed and all(
-            piece.ids.size >= PROMPT_TOKENS and piece.guesses == 0 for piece in pieces
+            piece.ids.size >= PROMPT_TOKENS and piece.draft_tokens == 0 for piece in pieces
         )
         if len(pieces) == 1:
             ids, start = pieces[0].ids, pieces[0].cache.length

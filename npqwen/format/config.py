@@ -102,7 +102,7 @@ class Config:
     recurrence: Recurrence | None = None
     """None unless the model is a hybrid, whose attention layers also have an output gate."""
     mtp_num_hidden_layers: int = 0
-    """1 if the model has a draft layer (multi-token prediction), which guesses the token after the next."""
+    """1 if the model has a draft layer (multi-token prediction), which drafts the token after the next."""
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer is a Gated DeltaNet layer in place of attention."""

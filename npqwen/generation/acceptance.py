@@ -1,11 +1,11 @@
-"""How often guessed tokens turn out to be right."""
+"""How often draft tokens are accepted."""
 
 from __future__ import annotations
 
 _WEIGHT = 1.0
 """The weight of the prior, in tokens."""
 _RECOVERS = 0.98
-"""The weight of earlier evidence after a guess that was too uncertain to be run."""
+"""The weight of earlier evidence after a draft token that was too uncertain to be run."""
 
 
 class Acceptance:

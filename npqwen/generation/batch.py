@@ -283,20 +283,20 @@ class Batch:
                 chosen[at] = entry, size + count
                 tokens += count
         # Draft models and layers have appended to their own caches.
-        while self._guessing() and self._memory.lacks(self._caches(), 0):
+        while self._drafting() and self._memory.lacks(self._caches(), 0):
             if not self._memory.drop_prefix():
-                self._stop_guessing()
+                self._stop_drafting()
 
-    def _guessing(self) -> list[Entry]:
+    def _drafting(self) -> list[Entry]:
         """The running sequences for which a draft model or layer has a cache."""
         return [entry for entry in self._running if len(entry.sequence.caches) > 1]
 
-    def _stop_guessing(self) -> bool:
+    def _stop_drafting(self) -> bool:
         """Stop drafting by models and layers, and free their caches; returns whether there were any."""
-        guessing = self._guessing()
-        for entry in guessing:
-            entry.sequence.stop_guessing()
-        return bool(guessing)
+        drafting = self._drafting()
+        for entry in drafting:
+            entry.sequence.stop_drafting()
+        return bool(drafting)
 
     def _reserve(self, chosen: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
         """Allocate the pages that the pass will write; returns the sequences for which there is memory."""
@@ -334,7 +334,7 @@ class Batch:
     def _make_room(self, entry: Entry, error: OutOfMemoryError) -> None:
         """Evict an old prefix, else stop drafting, else preempt the youngest sequence; if only one is running, end
         `entry` with the error."""
-        if self._memory.drop_prefix() or self._stop_guessing():
+        if self._memory.drop_prefix() or self._stop_drafting():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
         if len(self._running) == 1:

@@ -1,11 +1,11 @@
-"""Guesses of a text's next tokens by the checkpoint's own draft layer (multi-token prediction).
+"""Drafts of a text's next tokens by the checkpoint's own draft layer (multi-token prediction).
 
 The layer takes the hidden state of a token and the next token, and returns a hidden state from which the output matrix
-computes the logits of the token after that. Further guesses take the layer's own state in place of the model's.
+computes the logits of the token after that. Further draft tokens take the layer's own state in place of the model's.
 
 Checkpoints do not say whether the layer was trained on states before or after the final norm, and implementations
-differ. So both are tried, and the kind whose guesses are accepted more often is kept. A wrong choice costs speed only:
-guesses do not change texts.
+differ. So both are tried, and the kind whose drafts are accepted more often is kept. A wrong choice costs speed only:
+drafts do not change texts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from npqwen.engine.hidden_tail import KEPT, HiddenTail
 from npqwen.errors import NpqwenError
+from npqwen.generation.draft_statistics import DraftStatistics, DraftToken
 from npqwen.generation.draft_vocabulary import DraftVocabulary
-from npqwen.generation.guesses import Guess, Guesses
 
 if TYPE_CHECKING:
     from npqwen.engine.draft_layer import DraftLayer
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from npqwen.tokenizer import Tokenizer
 
 _TRIED = 32
-"""Guesses with each kind of state before one kind is chosen."""
+"""Draft tokens with each kind of state before one kind is chosen."""
 _TURN = 8
-"""Until then, the kind of state alternates after this many guesses."""
+"""Until then, the kind of state alternates after this many draft tokens."""
 _CATCHING_UP = 32
-"""The most tokens that one pass catches up on together with the first guess."""
+"""The most tokens that one pass catches up on together with the first draft token."""
 
 
 class DraftingModel(Protocol):
@@ -52,34 +52,34 @@ class DraftingModel(Protocol):
         """The checkpoint's draft layer."""
 
 
-class LayerGuesses:
-    """Statistics of the guesses of a model's draft layer, over all texts."""
+class LayerStatistics:
+    """Statistics of the draft tokens of a model's draft layer, over all texts."""
 
     def __init__(self, model: DraftingModel) -> None:
         """model: one that has a draft layer."""
         assert model.draft_layer is not None
         self.layer, self.config, self.added_ids = model.draft_layer, model.config, model.tokenizer.added_ids
-        self.guesses = Guesses(self.layer.share), Guesses(self.layer.share)
+        self.by_state = DraftStatistics(self.layer.share), DraftStatistics(self.layer.share)
         """From states before the final norm, and after it."""
 
     @property
     def normed(self) -> bool:
-        """Whether the next guess is made from states after the final norm."""
-        before, after = self.guesses
-        tries = [one.decided + one.passed_over for one in self.guesses]
+        """Whether the next draft token is made from states after the final norm."""
+        before, after = self.by_state
+        tries = [one.decided + one.passed_over for one in self.by_state]
         if min(tries) < _TRIED:
             return tries[0] // _TURN > tries[1] // _TURN
         return after.accepted * (before.decided + 1) > before.accepted * (after.decided + 1)
 
 
 class LayerDrafter:
-    """The draft layer's view of one text: its own KV cache, which lags behind while nothing is guessed.
+    """The draft layer's view of one text: its own KV cache, which lags behind while nothing is drafted.
 
-    Each token in the cache was run with the state of the previous one. When guessing starts, the first is at most
+    Each token in the cache was run with the state of the previous one. When drafting starts, the first is at most
     `KEPT` tokens before the latest: of earlier ones the layer knows only what the states contain.
     """
 
-    def __init__(self, layer: LayerGuesses, ids: Sequence[int]) -> None:
+    def __init__(self, layer: LayerStatistics, ids: Sequence[int]) -> None:
         """ids: the prompt's."""
         self._layer = layer
         self._ids = list(ids)
@@ -87,22 +87,22 @@ class LayerDrafter:
         self._tail = HiddenTail(layer.config.hidden_size)
         self._cache: KVCache | None = None
         self._first = self._held = 0
-        """Positions in the text: the cache holds the tokens from `_first` + 1 to `_held`, then perhaps guesses."""
+        """Positions in the text: the cache holds the tokens from `_first` + 1 to `_held`, then perhaps draft tokens."""
         self._normed = False
         self._own = np.empty(0, np.float32)
-        """The layer's state that gave the last guess."""
+        """The layer's state that gave the last draft token."""
         self._vocabulary = DraftVocabulary(layer.config.vocab_size, layer.added_ids)
         self._failed = False
 
     @property
     def cache(self) -> KVCache | None:
-        """Its keys and values; None while nothing is guessed."""
+        """Its keys and values; None while nothing is drafted."""
         return self._cache
 
     @property
-    def guesses(self) -> Guesses:
-        """The statistics of guesses from the kind of state that is used next."""
-        return self._layer.guesses[self._layer.normed]
+    def statistics(self) -> DraftStatistics:
+        """The statistics of draft tokens from the kind of state that is used next."""
+        return self._layer.by_state[self._layer.normed]
 
     def follow(self, cache: KVCache) -> None:
         """Collect the hidden states of the text's passes, which use this KV cache from now on."""
@@ -121,7 +121,7 @@ class LayerDrafter:
         self._ids.extend(ids)
 
     def catch_up(self) -> bool:
-        """Catch up with the text, except for a few tokens that `guess` runs; returns whether guessing can start."""
+        """Catch up with the text, except for a few tokens that `next` runs; returns whether drafting can start."""
         text, tail, last = self._text, self._tail, len(self._ids) - 1
         # If several certain tokens are still to be run, their states are not known yet.
         if self._failed or text is None or text.length != last or not tail.first < last <= tail.end:
@@ -133,7 +133,7 @@ class LayerDrafter:
                 self._cache = self._layer.layer.new_cache()
                 self._normed, self._first, self._held = normed, begin, begin
             self._held = min(self._held, last - 1)  # the last token is always run: its logits are not kept
-            self._cache.truncate(self._held - self._first)  # discards guesses
+            self._cache.truncate(self._held - self._first)  # discards draft tokens
             self._vocabulary.follow(self._ids)
             if last - self._held > _CATCHING_UP:
                 self._run(last - 1)
@@ -143,25 +143,25 @@ class LayerDrafter:
             return False
         return True
 
-    def guess(self, guesses: list[int]) -> Guess | None:
-        """The likeliest token after the text and `guesses`; None if there is not enough memory."""
-        known, start, last = self.guesses, time.perf_counter(), len(self._ids) - 1
-        alone = bool(guesses) or last - self._held == 1
+    def next(self, drafted: list[int]) -> DraftToken | None:
+        """The likeliest token after the text and the tokens `drafted`; None if there is not enough memory."""
+        known, start, last = self.statistics, time.perf_counter(), len(self._ids) - 1
+        alone = bool(drafted) or last - self._held == 1
         try:
-            if not guesses:
+            if not drafted:
                 self._run(last)
             else:
-                self._run_layer(guesses[-1:], self._own[None], chained=True)
+                self._run_layer(drafted[-1:], self._own[None], chained=True)
         except NpqwenError:
             return None
         place = self._vocabulary.best()
-        guess = known.guess(place, self._vocabulary.logits[0])
+        token = known.token(place, self._vocabulary.logits[0])
         if alone:
             known.measured(time.perf_counter() - start)
-        return guess._replace(id=self._vocabulary.id(place))
+        return token._replace(id=self._vocabulary.id(place))
 
     def close(self) -> None:
-        """Free the layer's cache; later guesses start a new one."""
+        """Free the layer's cache; later draft tokens start a new one."""
         self._cache = None
 
     def _run(self, end: int) -> None:

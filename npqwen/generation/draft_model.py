@@ -1,4 +1,4 @@
-"""Guesses of a text's next tokens by a smaller model with the same tokens."""
+"""Drafts of a text's next tokens by a smaller model with the same tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import NpqwenError, OptionError
-from npqwen.generation.guesses import RECENT, Guess, Guesses, enough_ids
+from npqwen.generation.draft_statistics import RECENT, DraftStatistics, DraftToken, enough_ids
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
@@ -22,11 +22,11 @@ _ADDED = 128
 _PARTS = (1 / 4, 1 / 2)
 """Fractions of the vocabulary that may be enough, see `enough_ids`."""
 _CATCHING_UP = 32
-"""The most tokens that one pass catches up on together with the first guess."""
+"""The most tokens that one pass catches up on together with the first draft token."""
 
 
-class DraftModel(Guesses):
-    """A smaller model that drafts for a larger one, and statistics of its guesses over all texts."""
+class DraftModel(DraftStatistics):
+    """A smaller model that drafts for a larger one, and statistics of its draft tokens over all texts."""
 
     def __init__(self, model: TokenModel, target: TokenModel) -> None:
         """Raises OptionError unless both have the same tokens."""
@@ -50,7 +50,7 @@ def _alike(a: dict[str, int], b: dict[str, int]) -> bool:
 
 
 class ModelDrafter:
-    """The draft model's view of one text: its own KV cache, which lags behind while nothing is guessed."""
+    """The draft model's view of one text: its own KV cache, which lags behind while nothing is drafted."""
 
     def __init__(self, draft: DraftModel, ids: Sequence[int]) -> None:
         """ids: the prompt's."""
@@ -58,7 +58,7 @@ class ModelDrafter:
         self._ids = list(ids)
         self._cache: KVCache | None = None
         self._held: list[int] = []
-        """The ids in the cache: the text's, then perhaps guesses."""
+        """The ids in the cache: the text's, then perhaps draft tokens."""
         self._agreed = 0
         """How many of them are known to be the text's."""
         self._logits: NDArray[np.float32] = np.empty((1, draft.model.config.vocab_size), np.float32)
@@ -68,12 +68,12 @@ class ModelDrafter:
 
     @property
     def cache(self) -> KVCache | None:
-        """Its keys and values; None while nothing is guessed."""
+        """Its keys and values; None while nothing is drafted."""
         return self._cache
 
     @property
-    def guesses(self) -> Guesses:
-        """The statistics of the draft model's guesses."""
+    def statistics(self) -> DraftStatistics:
+        """The statistics of the draft model's draft tokens."""
         return self.draft
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -81,8 +81,10 @@ class ModelDrafter:
         self._ids.extend(ids)
 
     def catch_up(self) -> bool:
-        """Catch up with the text by at most one chunk, except for a few tokens that `guess` runs; returns whether
-        guessing can start."""
+        """Catch up with the text by at most one chunk, except for a few tokens that `next` runs.
+
+        Returns whether drafting can start.
+        """
         if self._failed:
             return False
         model = self.draft.model
@@ -91,7 +93,7 @@ class ModelDrafter:
                 self._cache = model.new_cache()
                 known = model.prefixes.extend(np.array(self._ids[:-1], np.int32), self._cache)
                 self._held, self._agreed = self._ids[:known], known
-            self._forget_wrong_guesses(self._cache)
+            self._forget_rejected(self._cache)
             if len(self._ids) >= self._viewed + RECENT // 8 or not self._viewed:
                 self._choose_vocabulary()
             missing = self._ids[len(self._held) : -1][: model.chunk]
@@ -103,25 +105,25 @@ class ModelDrafter:
             return False
         return len(self._ids) - len(self._held) <= _CATCHING_UP + 1
 
-    def guess(self, guesses: list[int]) -> Guess | None:
-        """The likeliest token after the text and `guesses`; None if the memory or the context is too small."""
+    def next(self, drafted: list[int]) -> DraftToken | None:
+        """The likeliest token after the text and the tokens `drafted`; None if memory or context is too small."""
         start = time.perf_counter()
         known = len(self._held)
-        missing = self._ids[known:] + guesses[max(0, known - len(self._ids)) :]
+        missing = self._ids[known:] + drafted[max(0, known - len(self._ids)) :]
         try:
             self._run(missing)
         except NpqwenError:
             return None
-        guess = self.draft.best(self._logits[0, : self.draft.vocab_size])
+        token = self.draft.best(self._logits[0, : self.draft.vocab_size])
         if len(missing) == 1:
             self.draft.measured(time.perf_counter() - start)
-        return guess
+        return token
 
     def close(self) -> None:
         """Keep the cache's tokens as a prefix for later texts, and free it."""
         cache, self._cache = self._cache, None
         if cache is not None:
-            self._forget_wrong_guesses(cache)
+            self._forget_rejected(cache)
             self.draft.model.prefixes.keep(np.array(self._held, np.int32), cache)
         self._held, self._agreed = [], 0
 
@@ -139,11 +141,11 @@ class ModelDrafter:
         if size != self._logits.shape[1]:
             self._logits = np.empty((1, size), np.float32)
 
-    def _forget_wrong_guesses(self, cache: KVCache) -> None:
+    def _forget_rejected(self, cache: KVCache) -> None:
         same, end = self._agreed, min(len(self._held), len(self._ids))
         while same < end and self._held[same] == self._ids[same]:
             same += 1
-        # The last token is run again even if it was guessed: its logits are not kept.
+        # The last token is run again even if it was drafted: its logits are not kept.
         same = min(same, len(self._ids) - 1)
         same = cache.reusable(same)
         cache.truncate(same)

@@ -1,4 +1,4 @@
-"""The part of the vocabulary that a text's guesses are chosen from."""
+"""The part of the vocabulary that a text's draft tokens are chosen from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.generation.guesses import ENOUGH, RECENT
+from npqwen.generation.draft_statistics import ENOUGH, RECENT
 
 LATEST = 4096
-"""The ids of this many latest tokens can be guessed, as far as there is room."""
+"""The ids of this many latest tokens can be drafted, as far as there is room."""
 MOST_GROUPS = 256
 """The most groups of UNIT_ROWS ids beside the lowest ids."""
 _PARTS = (1 / 8, 1 / 4, 1 / 2)
@@ -21,7 +21,7 @@ _PARTS = (1 / 8, 1 / 4, 1 / 2)
 class DraftVocabulary:
     """The lowest ids, which are the most frequent tokens, and beyond them the ids of the text's latest tokens.
 
-    The whole output matrix would be most of a guess's work. Its rows are computed in groups of UNIT_ROWS.
+    The whole output matrix would be most of the work of drafting a token. Its rows are computed in groups of UNIT_ROWS.
     """
 
     def __init__(self, vocab_size: int, added: Collection[int]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npqwen.engine.pass_times import PassTimes
-    from npqwen.generation.draft_layer import LayerGuesses
+    from npqwen.generation.draft_layer import LayerStatistics
     from npqwen.generation.draft_model import DraftModel
 
 ANSWERS = 4096
@@ -18,7 +18,7 @@ class Drafting:
     """The cost of passes, a draft model or else the model's own draft layer, and the latest texts."""
 
     def __init__(
-        self, passes: PassTimes | None = None, model: DraftModel | None = None, layer: LayerGuesses | None = None
+        self, passes: PassTimes | None = None, model: DraftModel | None = None, layer: LayerStatistics | None = None
     ) -> None:
         """passes: None if the cost of passes of few tokens is not measured."""
         self.passes = passes

@@ -275,7 +275,7 @@ class GenerationOptions(TypedDict, total=False):
     speculation: Annotated[
         bool | None,
         Option(
-            "Guess next tokens from the text so far and run them in one pass; the text stays the same; "
+            "Draft the next tokens from the text so far and verify them in one pass; the text stays the same; "
             "default: where it is faster.",
             bool,
             elsewhere=("speculative", "spec_type", "prompt_lookup_num_tokens", "num_draft_tokens", "draft_max"),

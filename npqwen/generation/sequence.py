@@ -134,8 +134,8 @@ class Sequence:
     @property
     def caches(self) -> list[KVCache]:
         """The text's cache, and that of its draft model or layer, as far as they exist."""
-        guessing = None if self._speculation is None else self._speculation.cache
-        return [cache for cache in (self.cache, guessing) if cache is not None]
+        drafter_cache = None if self._speculation is None else self._speculation.cache
+        return [cache for cache in (self.cache, drafter_cache) if cache is not None]
 
     @property
     def length(self) -> int:
@@ -199,7 +199,7 @@ class Sequence:
         assert cache is not None
         assert self._ahead_logits is not None
         pairs = zip(self.todo(), self._ahead, strict=False)
-        same = next((i for i, (id, guess) in enumerate(pairs) if id != guess), min(left, len(self._ahead)))
+        same = next((i for i, (id, drafted) in enumerate(pairs) if id != drafted), min(left, len(self._ahead)))
         taken = same if same == left else max(0, min(same, left - rows))
         cache.restore(taken)
         self.accepted += taken
@@ -248,7 +248,7 @@ class Sequence:
             assert self.cache is not None
             self.cache.truncate(known)
 
-    def stop_guessing(self) -> None:
+    def stop_drafting(self) -> None:
         """Stop drafting by a model or layer, and free its cache, for lack of memory."""
         if self._speculation is not None:
             self._speculation.stop_model()

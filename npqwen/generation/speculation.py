@@ -12,8 +12,8 @@ from npqwen.generation.drafter import TextDrafter
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
+    from npqwen.generation.draft_statistics import DraftStatistics
     from npqwen.generation.drafting import Drafting
-    from npqwen.generation.guesses import Guesses
 
 PASS = 15
 """The most tokens of a pass with drafts: up to 15 tokens, logits are bitwise equal to those of passes of one token."""
@@ -49,7 +49,7 @@ class Speculation:
         """Of drafts from the text itself, by their certainty."""
         self._proposed: list[Acceptance] = []
         """For each token of the last proposal, the statistics that its outcome is counted in."""
-        self._guesses: Guesses | None = None
+        self._statistics: DraftStatistics | None = None
         """The statistics of the model or layer that made the last proposal; None if none did."""
 
     def follow(self, cache: KVCache) -> None:
@@ -63,7 +63,7 @@ class Speculation:
         ids: the text's. certain: how many tokens the pass runs anyway. alone: whether all of those are this text's.
         """
         self._extend(ids)
-        self._proposed, self._guesses = [], None
+        self._proposed, self._statistics = [], None
         most = min(most, PASS - certain)
         if self._model is not None and not alone:
             self._model.close()
@@ -74,8 +74,8 @@ class Speculation:
         if draft is not None:
             acceptance = self._of_text.setdefault(draft.certainty, Acceptance(_BELIEFS[draft.certainty]))
             length, speed = self._best_length(acceptance.rate, len(draft.ids), certain, 0.0)
-        if self._model is not None and alone and (guesses := self._guess(self._model, most, certain, speed)):
-            return guesses
+        if self._model is not None and alone and (drafted := self._draft(self._model, most, certain, speed)):
+            return drafted
         if draft is None:
             return []
         if not length:
@@ -101,8 +101,8 @@ class Speculation:
         decided = self._proposed[: accepted + rejected]
         for kind in dict.fromkeys(decided):
             kind.add(decided[:accepted].count(kind), decided.count(kind))
-        if decided and self._guesses is not None:
-            self._guesses.add(accepted, len(decided))
+        if decided and self._statistics is not None:
+            self._statistics.add(accepted, len(decided))
 
     def close(self, ids: Sequence[int]) -> None:
         """End with the text, whose ids these are; keep its tokens, and a draft model's keys and values, for others."""
@@ -117,41 +117,41 @@ class Speculation:
         if self._model is not None:
             self._model.extend(new)
 
-    def _guess(self, model: ModelDrafter | LayerDrafter, most: int, certain: int, speed: float) -> list[int]:
+    def _draft(self, model: ModelDrafter | LayerDrafter, most: int, certain: int, speed: float) -> list[int]:
         """The draft of a model or layer; empty if it does not promise more than `speed`, see `_speed`."""
-        guesses, cost = model.guesses, model.guesses.cost(self._drafting.passes)
-        overall = guesses.overall
+        statistics, cost = model.statistics, model.statistics.cost(self._drafting.passes)
+        overall = statistics.overall
         length, promised = self._best_length(overall.rate, most, certain, cost)
         if not length or (promised <= speed and not self._always):
-            guesses.pass_over(length > 0)
+            statistics.pass_over(length > 0)
             return []
         if not model.catch_up():
             return []
         ids: list[int] = []
         kinds: list[Acceptance] = []
         tokens, chance = [1.0], 1.0
-        while len(ids) < most and (guess := model.guess(ids)) is not None:
-            ids.append(guess.id)
-            kinds.append(guess.acceptance)
-            chance *= guess.acceptance.rate
+        while len(ids) < most and (token := model.next(ids)) is not None:
+            ids.append(token.id)
+            kinds.append(token.acceptance)
+            chance *= token.acceptance.rate
             tokens.append(tokens[-1] + chance)
             count = len(ids)
             another = self._speed(tokens[-1] + chance * overall.rate, certain, count + 1, cost * (count + 1))
             if another <= self._speed(tokens[-1], certain, count, cost * count):
                 break
-        # The cost of all guesses is spent; those that are too uncertain are still not worth running.
+        # The cost of all draft tokens is spent; those that are too uncertain are still not worth running.
         spent = cost * len(ids)
         speeds = [self._speed(tokens[length], certain, length, spent) for length in range(len(tokens))]
         best = max(range(self._always and len(ids) > 0, len(speeds)), key=speeds.__getitem__)
         for kind in set(kinds[best:]):
             kind.fade()
-        self._proposed, self._guesses = kinds[:best], guesses
+        self._proposed, self._statistics = kinds[:best], statistics
         return ids[:best]
 
     def _best_length(self, rate: float, most: int, certain: int, cost: float) -> tuple[int, float]:
-        """How many guesses promise the highest speed if each is accepted at this rate, and that speed; 0 if none pays.
+        """How many draft tokens promise the highest speed if each is accepted at this rate, and that speed; 0: none.
 
-        cost: seconds that each guess takes.
+        cost: seconds that each draft token takes.
         """
         best, highest = (1, 0.0) if self._always else (0, MARGIN)
         tokens, chance = 1.0, 1.0
@@ -163,15 +163,15 @@ class Speculation:
                 best, highest = length, speed
         return best, highest
 
-    def _speed(self, tokens: float, certain: int, guessed: int, spent: float) -> float:
+    def _speed(self, tokens: float, certain: int, drafted: int, spent: float) -> float:
         """Tokens per second, relative to passes without drafts.
 
-        tokens: the mean number of tokens from a pass with `guessed` draft tokens. spent: seconds of drafting.
+        tokens: the mean number of tokens from a pass with `drafted` draft tokens. spent: seconds of drafting.
         """
         passes = self._drafting.passes
-        if passes is None or certain + guessed > PASS:
+        if passes is None or certain + drafted > PASS:
             return tokens if passes is None else 0.0
-        return tokens * passes.seconds[certain] / (passes.seconds[certain + guessed] + spent)
+        return tokens * passes.seconds[certain] / (passes.seconds[certain + drafted] + spent)
 
 
 def speculation_for(wanted: bool | None, drafting: Drafting, prompt: Sequence[int]) -> Speculation | None:

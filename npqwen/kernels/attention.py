@@ -40,7 +40,7 @@ SEQUENCE = np.dtype(
         ("tokens", np.int64),
         ("start", np.int64),
         ("pages", np.int64),
-        ("guesses", np.int64),
+        ("draft_tokens", np.int64),
         ("pending", np.int64),
         ("state", np.int64),
         ("next_state", np.int64),

@@ -6,7 +6,7 @@ For each value head, with the key and query of its key head, a token does
 
 where queries, keys and values are outputs of a causal convolution over four tokens. S, (key_head_dim, value_head_dim),
 and the last three inputs of the convolution are all that is kept of a sequence, so it cannot be rolled back to an
-earlier token. Therefore a pass may leave its last tokens, guesses (draft tokens), out of the state that it writes, and
+earlier token. Therefore a pass may leave its last tokens, draft tokens, out of the state that it writes, and
 keep their inputs: if they are accepted, the next pass recomputes them as *pending* tokens before its own.
 
 Tokens are computed one after another, always in the same order of additions. So a token's result depends, bitwise, on
@@ -14,8 +14,8 @@ its own sequence alone: not on how tokens are divided into passes, nor on the ot
 
 A sequence's state is float32 (recurrent layers, heads * value_head_dim * key_head_dim + 3 * channels): a layer's S as
 (heads, value_head_dim / 16, key_head_dim, 16), then three rows of the convolution's inputs, oldest first. Its pending
-rows are float32 (recurrent layers, MOST_GUESSES, channels + 2 * heads rounded up to 16): the convolution's inputs, the
-gates b, padding, the gates a, padding. Channels are those of queries, then keys, then values.
+rows are float32 (recurrent layers, MAX_DRAFT_TOKENS, channels + 2 * heads rounded up to 16): the convolution's inputs,
+the gates b, padding, the gates a, padding. Channels are those of queries, then keys, then values.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from npqwen.simd.tile import prefetch, zeros
 
 TAPS = 4
 """Tokens that the convolution reads: the token itself and the three before it."""
-MOST_GUESSES = 16
-"""Most guesses in a pass, and most pending tokens in the next."""
+MAX_DRAFT_TOKENS = 16
+"""Most draft tokens in a pass, and most pending tokens in the next."""
 _FEW = 8
 """Most tokens for which memory is the limit: blocks go one by one, so that reads and writes alternate more often."""
 _AHEAD = 2
@@ -127,7 +127,7 @@ def _gated_norm(x: Any, weight: Any, eps: Any, gate: Any, out: Any) -> None:
 @entry(error_model="numpy")
 def _head(
     head: int, key_heads: int, heads: int, key_dim: int, dim: int, eps_bits: int, layer: int, weights_at: int,
-    rates_at: int, biases_at: int, norm_at: int, tokens: int, guesses: int, pending: int, state_at: int,
+    rates_at: int, biases_at: int, norm_at: int, tokens: int, draft_tokens: int, pending: int, state_at: int,
     next_state_at: int, pending_at: int, next_pending_at: int, x_at: int, x_bytes: int, gates_at: int, gates_bytes: int,
     scratch_at: int, out_at: int, out_bytes: int,
 ) -> None:  # fmt: skip
@@ -143,8 +143,8 @@ def _head(
     head_bytes, row_bytes, pending_bytes = 4 * key_dim * dim, 4 * channels, 4 * (channels + 2 * padded)
     layer_bytes = heads * head_bytes + (TAPS - 1) * row_bytes
     state_at, next_state_at = state_at + layer * layer_bytes, next_state_at + layer * layer_bytes
-    pending_at += layer * MOST_GUESSES * pending_bytes
-    next_pending_at += layer * MOST_GUESSES * pending_bytes
+    pending_at += layer * MAX_DRAFT_TOKENS * pending_bytes
+    next_pending_at += layer * MAX_DRAFT_TOKENS * pending_bytes
     history_at = state_at + heads * head_bytes
     query_channel, key_channel = key_head * key_dim, (key_heads + key_head) * key_dim
     value_channel = 2 * key_heads * key_dim + head * dim
@@ -163,14 +163,14 @@ def _head(
     shares = memory(shares_at, GROUP * 3, np.float32)
 
     total = pending + tokens
-    kept = total - guesses
+    kept = total - draft_tokens
     before_at, after_at = state_at + head * head_bytes, next_state_at + head * head_bytes
     streams = after_at % CACHE_LINE == 0
     if kept == 0:
         copy(before_at, after_at, key_dim * dim, streams)
     first = 0
     while first < total:
-        # All guesses are in the last group.
+        # All draft tokens are in the last group.
         count = total - first
         if count > GROUP:
             count = min(GROUP, kept - first)
@@ -240,7 +240,7 @@ def _head(
             )  # fmt: skip
         first += count
 
-    for n in range(TAPS - 1 + guesses):
+    for n in range(TAPS - 1 + draft_tokens):
         t = kept - (TAPS - 1) + n
         row_at = _row_address(t, pending, history_at, row_bytes, pending_at, pending_bytes, x_at, x_bytes)
         copy_at = next_state_at + heads * head_bytes + n * row_bytes
@@ -269,8 +269,8 @@ def gated_delta(
     All members of the team call it, and share the sequences and value heads.
     model: MODEL, with gated_delta_kernel. layer: LAYER; its state_index is its index among the layers of a state.
     sequences: SEQUENCE records: `pending` tokens, whose inputs are in pending_rows, come between `state` and the pass's
-    tokens; next_state is the state after all tokens but the last `guesses`, at most MOST_GUESSES, whose inputs go to
-    next_pending_rows. Inputs and outputs must not overlap. projected: float32 (tokens, >= channels + heads *
+    tokens; next_state is the state after all tokens but the last `draft_tokens`, at most MAX_DRAFT_TOKENS, whose inputs
+    go to next_pending_rows. Inputs and outputs must not overlap. projected: float32 (tokens, >= channels + heads *
     value_head_dim), the channels, then the gate of the norm. gates: float32 (tokens, >= 2 * padded_heads(heads)), b,
     then a. scratch: this thread's float32, see `scratch_floats`. out: float32 (tokens, >= heads * value_head_dim).
     """
@@ -287,7 +287,7 @@ def gated_delta(
             (
                 piece % heads, model.linear_num_key_heads, heads, model.linear_key_head_dim,
                 model.linear_value_head_dim, np.int64(float_bits(model.rms_norm_eps)), layer.state_index, layer.conv1d,
-                layer.decay, layer.dt_bias, layer.linear_norm, sequence.tokens, sequence.guesses, sequence.pending,
+                layer.decay, layer.dt_bias, layer.linear_norm, sequence.tokens, sequence.draft_tokens, sequence.pending,
                 sequence.state, sequence.next_state, sequence.pending_rows, sequence.next_pending_rows,
                 projected.ctypes.data + first * projected.strides[0], projected.strides[0],
                 gates.ctypes.data + first * gates.strides[0], gates.strides[0], scratch.ctypes.data,

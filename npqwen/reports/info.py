@@ -288,7 +288,7 @@ def describe(info: Info, name: str | None = None) -> str:
         ("layers", f"{c.num_hidden_layers} of width {c.hidden_size}, feed-forward {c.intermediate_size}"),
         ("attention", heads),
         *_recurrence(c),
-        *([("draft layer", "one, which guesses further tokens")] if c.mtp_num_hidden_layers else []),
+        *([("draft layer", "one, which drafts further tokens")] if c.mtp_num_hidden_layers else []),
         *([("mixture", experts)] if mixture is not None else []),
         ("vocabulary", f"{c.vocab_size}, embedding {'tied' if c.tie_word_embeddings else 'not tied'}"),
         ("positions", f"up to {_longest(c)}, rope_theta {c.rope_theta:g}"),

@@ -43,13 +43,13 @@ _METRICS = (
     _Metric(
         "drafted_tokens_total",
         "counter",
-        "Tokens that were guessed and verified in one pass with others.",
+        "Tokens that were drafted and verified in one pass with others.",
         lambda m: m.statistics.drafted_tokens,
     ),
     _Metric(
         "drafted_tokens_accepted_total",
         "counter",
-        "Guessed tokens that became part of a text.",
+        "Draft tokens that were accepted.",
         lambda m: m.statistics.accepted_tokens,
     ),
     _Metric("prefill_seconds_total", "counter", "Time spent on prompts.", lambda m: m.statistics.prefill_seconds),

@@ -81,9 +81,9 @@ class AnswerView:
             self._terminal.notice(event.text)
 
 
-def guesses(usage: Usage) -> str:
+def draft_tokens(usage: Usage) -> str:
     """How many draft tokens were accepted, to follow the number of generated tokens; "" if there were none."""
-    return f" ({usage.accepted_tokens} of {usage.drafted_tokens} guessed right)" if usage.drafted_tokens else ""
+    return f" ({usage.accepted_tokens} of {usage.drafted_tokens} draft tokens accepted)" if usage.drafted_tokens else ""
 
 
 def statistics(stream: ChatStream, context: str = "") -> str:
@@ -91,7 +91,7 @@ def statistics(stream: ChatStream, context: str = "") -> str:
     usage = stream.usage
     parts = [
         f"{usage.decode_rate:.1f} tok/s",
-        f"{usage.generated_tokens} tokens{guesses(usage)}",
+        f"{usage.generated_tokens} tokens{draft_tokens(usage)}",
         f"first token after {usage.first_token_seconds:.2f} s",
     ]
     reply = stream.reply

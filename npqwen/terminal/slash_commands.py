@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from npqwen.chat.messages import joined
 from npqwen.checks import choice, near_names
 from npqwen.errors import OptionError, counted
-from npqwen.terminal.answer_view import guesses
+from npqwen.terminal.answer_view import draft_tokens
 from npqwen.terminal.file_commands import load, save
 from npqwen.terminal.setting_commands import nothink, set_, show, system, think
 from npqwen.terminal.terminal_chat import TerminalChat
@@ -170,7 +170,8 @@ def _stats(chat: TerminalChat, arguments: str) -> None:
         lines += [
             f"last answer   prompt: {last.cached_tokens:,} tokens cached, "
             f"{new:,} read at {last.prefill_rate:,.0f} tok/s",
-            f"              text: {last.generated_tokens:,} tokens{guesses(last)} at {last.decode_rate:.1f} tok/s, "
+            f"              text: {last.generated_tokens:,} tokens{draft_tokens(last)} "
+            f"at {last.decode_rate:.1f} tok/s, "
             f"first token after {last.first_token_seconds:.2f} s",
             f"all answers   {totals.answers}: {totals.prompt_tokens - totals.cached_tokens:,} tokens read, "
             f"{totals.generated_tokens:,} generated, {totals.seconds:.1f} s",

@@ -25,7 +25,7 @@ from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.piece import Piece
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.generation.draft_layer import LayerGuesses
+from npqwen.generation.draft_layer import LayerStatistics
 from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.stream import Stream
@@ -68,7 +68,7 @@ def rate(
     script: list[int],
     speculation: bool | None,
     draft: DraftModel | None = None,
-    layer: LayerGuesses | None = None,
+    layer: LayerStatistics | None = None,
 ) -> tuple[float, int, int]:
     """Tokens per second after the first; guessed and accepted tokens."""
     start = len(prompt)
@@ -181,7 +181,7 @@ def measure_draft(model: Model, draft: Model | None, acceptance: float, rounds: 
     layer = None
     if draft is None:
         drafting: Any = SimpleNamespace(draft_layer=scripted, config=model.config, tokenizer=model.tokenizer)
-        layer = LayerGuesses(drafting)
+        layer = LayerStatistics(drafting)
     ratios, promises, rates = [], [], (0.0, 0.0)
     drafted = accepted = 0
     for _ in range(rounds):

@@ -13,7 +13,7 @@ from hybrids import HYBRIDS, golden
 from npqwen.engine.piece import Piece
 from npqwen.errors import OptionError
 from npqwen.generation.speculation import PASS
-from npqwen.kernels.gated_delta import MOST_GUESSES
+from npqwen.kernels.gated_delta import MAX_DRAFT_TOKENS
 from npqwen.model import Model, load
 
 TOLERANCE = 1e-3
@@ -97,7 +97,7 @@ def test_it_cannot_go_back_to_other_places(model: Model) -> None:
 
 @pytest.mark.parametrize("guesses", [1, 3, 8, PASS - 1])
 def test_a_guess_that_is_wrong_leaves_no_trace(model: Model, guesses: int) -> None:
-    assert PASS <= MOST_GUESSES
+    assert PASS <= MAX_DRAFT_TOKENS
     ids, _, _ = golden("qwen35")
     whole = model.logits(ids)
     for right in range(guesses + 1):

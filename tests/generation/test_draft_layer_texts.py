@@ -15,7 +15,7 @@ from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.pass_times import PassTimes
 from npqwen.errors import OutOfMemoryError
 from npqwen.generation.batch import Batch
-from npqwen.generation.draft_layer import LayerDrafter, LayerGuesses
+from npqwen.generation.draft_layer import LayerDrafter, LayerStatistics
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
 from npqwen.generation.speculation import PASS, Speculation
@@ -39,7 +39,7 @@ def model(hybrid: Callable[[str, int], Path]) -> Iterator[Model]:
 @pytest.fixture
 def forgetful(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The model, whose texts do not know earlier ones, so that only the draft layer guesses."""
-    monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerGuesses(model)))
+    monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerStatistics(model)))
     monkeypatch.setattr(Drafting, "remember", lambda self, ids: None)
     return model
 
@@ -60,7 +60,7 @@ def test_texts_are_the_same_and_most_guesses_are_right(forgetful: Model) -> None
     assert accepted > drafted / 2
     layer = forgetful.drafting.layer
     assert layer is not None
-    assert min(one.decided for one in layer.guesses) > 0  # both kinds of states were tried
+    assert min(one.decided for one in layer.by_state) > 0  # both kinds of states were tried
 
 
 def test_logprobs_of_accepted_guesses_are_those_of_the_text_alone(forgetful: Model) -> None:
@@ -73,8 +73,8 @@ def test_logprobs_of_accepted_guesses_are_those_of_the_text_alone(forgetful: Mod
 def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
     ids = TRAINED["ids"].tolist()
     for name, normed in (("before", False), ("after", True)):
-        layer = LayerGuesses(model)
-        for one, tried in zip(layer.guesses, ((0, 40), (40, 40)) if normed else ((40, 40), (0, 40)), strict=True):
+        layer = LayerStatistics(model)
+        for one, tried in zip(layer.by_state, ((0, 40), (40, 40)) if normed else ((40, 40), (0, 40)), strict=True):
             one.add(*tried)
         assert layer.normed == normed
         cache, drafter = model.new_cache(), LayerDrafter(layer, ids)
@@ -86,7 +86,7 @@ def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
             assert drafter.catch_up()
             found: list[int] = []
             while len(found) < most:
-                guess = drafter.guess(found)
+                guess = drafter.next(found)
                 assert guess is not None
                 found.append(guess.id)
             return found
@@ -110,11 +110,11 @@ def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
 
 def test_a_long_prompt_is_seen_by_its_end(model: Model) -> None:
     ids = np.tile(TRAINED["ids"], 10)[:1000].tolist()
-    drafter, cache = LayerDrafter(LayerGuesses(model), ids), model.new_cache()
+    drafter, cache = LayerDrafter(LayerStatistics(model), ids), model.new_cache()
     drafter.follow(cache)
     model.forward(ids[:-1], cache)
     assert drafter.catch_up()
-    assert drafter.guess([]) is not None
+    assert drafter.next([]) is not None
     assert drafter._cache is not None
     assert drafter._cache.length == KEPT
     # After long silence it begins anew.
@@ -123,7 +123,7 @@ def test_a_long_prompt_is_seen_by_its_end(model: Model) -> None:
     for id in [ids[-1], *more[:-1]]:
         model.forward([id], cache)
     assert drafter.catch_up()
-    assert drafter.guess([]) is not None
+    assert drafter.next([]) is not None
     assert drafter._cache.length == KEPT
 
 
@@ -181,10 +181,10 @@ def test_without_memory_for_the_layers_cache_texts_go_on(forgetful: Model, monke
 
 
 def test_the_kind_of_states_is_decided_by_acceptance(model: Model) -> None:
-    layer = LayerGuesses(model)
-    before, after = layer.guesses
+    layer = LayerStatistics(model)
+    before, after = layer.by_state
     kinds = []
-    while min(one.decided + one.passed_over for one in layer.guesses) < 32:
+    while min(one.decided + one.passed_over for one in layer.by_state) < 32:
         kinds.append(layer.normed)
         if layer.normed:
             after.add(2, 3)
@@ -206,8 +206,8 @@ def test_it_is_run_only_where_its_guesses_pay(
     times = PassTimes(sparse=False)
     times.add(1, 1.0)
     times.add(16, 1.5)
-    layer = LayerGuesses(model)
-    for one in layer.guesses:
+    layer = LayerStatistics(model)
+    for one in layer.by_state:
         monkeypatch.setattr(one, "cost", lambda passes: cost)
     ids = TRAINED["ids"].tolist()
     speculation, cache = Speculation(Drafting(times, layer=layer), ids), model.new_cache()
@@ -216,7 +216,7 @@ def test_it_is_run_only_where_its_guesses_pay(
     monkeypatch.setattr(speculation._text, "propose", lambda most: None)
     assert bool(speculation.propose([], PASS, 1)) == pays
     assert speculation.propose([], PASS, 2, alone=False) == []
-    assert sum(one.passed_over for one in layer.guesses) == (not pays)
+    assert sum(one.passed_over for one in layer.by_state) == (not pays)
     speculation.close([])
     assert cache.tail is None
 
@@ -228,6 +228,6 @@ def test_a_draft_model_that_is_given_goes_first(hybrid: Callable[[str, int], Pat
         assert found.ids == generate(model, QUESTIONS[0], speculation=False, max_tokens=20, temperature=0).ids
         layer = model.drafting.layer
         assert layer is not None
-        assert not any(one.decided for one in layer.guesses)
+        assert not any(one.decided for one in layer.by_state)
         assert model.drafting.model is not None
         assert model.drafting.model.decided

@@ -57,14 +57,14 @@ def test_it_guesses_what_the_draft_model_would_say(pair: Model) -> None:
     assert drafter.catch_up()
     guesses: list[int] = []
     for _ in range(5):
-        guess = drafter.guess(guesses)
+        guess = drafter.next(guesses)
         assert guess is not None
         guesses.append(guess.id)
     assert guesses == expected
     other = next(id for id in range(300, 400) if id != expected[2])
     drafter.extend([*expected[:2], other])  # the third was wrong
     assert drafter.catch_up()
-    guess = drafter.guess([])
+    guess = drafter.next([])
     assert guess is not None
     assert [guess.id] == greedy(pair.draft, [*ids, *expected[:2], other], 1)
 
@@ -76,7 +76,7 @@ def test_it_computes_as_much_of_the_vocabulary_as_the_text_needs(pair: Model) ->
     for ids, expected in (([300, id] * 40, most) for id, most in parts.items()):
         drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
         assert drafter.catch_up()
-        guess = drafter.guess([])
+        guess = drafter.next([])
         assert guess is not None
         assert guess.id == pair.draft.logits(ids)[-1][:expected].argmax()
 
@@ -87,7 +87,7 @@ def test_its_cache_catches_up_chunk_by_chunk(pair: Model) -> None:
     pair.draft.prefixes.clear()
     drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
     assert [drafter.catch_up() for _ in range(4)] == [False, False, True, True]
-    guess = drafter.guess([])
+    guess = drafter.next([])
     assert guess is not None
     assert [guess.id] == greedy(pair.draft, ids, 1)
     drafter.close()

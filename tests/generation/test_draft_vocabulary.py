@@ -13,7 +13,7 @@ import npqwen
 from npqwen.engine.draft_layer import DraftLayer
 from npqwen.errors import OptionError
 from npqwen.generation import draft_vocabulary
-from npqwen.generation.draft_layer import LayerGuesses
+from npqwen.generation.draft_layer import LayerStatistics
 from npqwen.generation.draft_vocabulary import LATEST, MOST_GROUPS, DraftVocabulary
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
@@ -141,7 +141,7 @@ def test_ids_of_the_prompt_are_guessed_beyond_the_lowest_ones(model: Model, monk
     accepted = []
     for most in (0, MOST_GROUPS):
         monkeypatch.setattr(draft_vocabulary, "MOST_GROUPS", most)
-        monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerGuesses(model)))
+        monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerStatistics(model)))
         monkeypatch.setattr("npqwen.generation.drafter.TextDrafter.propose", lambda self, most: None)
         found = generate(model, prompt, speculation=True, **options)
         assert found.ids == want

@@ -13,7 +13,7 @@ from lora import write_adapter
 
 import npqwen
 from npqwen.generation.batch import Batch
-from npqwen.generation.draft_layer import LayerGuesses
+from npqwen.generation.draft_layer import LayerStatistics
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.session import Session
 from npqwen.generation.stream import Stream
@@ -122,7 +122,7 @@ def test_a_session_goes_back_to_states_of_its_adapter_only(
 def test_guesses_of_the_draft_layer_change_no_text(
     model: Model, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerGuesses(model)))
+    monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerStatistics(model)))
     monkeypatch.setattr(Drafting, "remember", lambda self, ids: None)
     prompt = "<|im_start|>user\nWhat is 1 + 24?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     drafted = accepted = 0

@@ -1,4 +1,4 @@
-"""Statistics of a drafter's guesses, over all texts: how many were accepted, and what they cost."""
+"""Statistics of a drafter's draft tokens, over all texts: how many were accepted, and what they cost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from npqwen.engine.pass_times import PassTimes
 
 _CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
-"""The boundaries of the kinds of guesses, by the drafter's own probability of a guess."""
+"""The boundaries of the kinds of draft tokens, by the drafter's own probability of them."""
 _BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)
 """The prior acceptance rate of each kind."""
 _OVERALL = 0.7
-"""The prior acceptance rate of all guesses."""
+"""The prior acceptance rate of all draft tokens."""
 _FADES = 0.985
 """The weight of earlier evidence after a draft: higher than for drafts from the text, as a model's vary less."""
 _WEIGHT = 1 / 8
@@ -31,29 +31,29 @@ ENOUGH = 0.97
 """The share of the `RECENT` latest tokens that must be in a part of the vocabulary."""
 
 
-class Guess(NamedTuple):
-    """A guessed token."""
+class DraftToken(NamedTuple):
+    """A token that was drafted."""
 
     id: int
     acceptance: Acceptance
-    """The statistics of guesses of a similar probability by the drafter."""
+    """The statistics of draft tokens of a similar probability by the drafter."""
 
 
-class Guesses:
-    """Statistics of the guesses of one drafter."""
+class DraftStatistics:
+    """Statistics of the draft tokens of one drafter."""
 
     def __init__(self, ratio: float) -> None:
-        """ratio: the assumed cost of a guess, in passes of one token of the target."""
+        """ratio: the assumed cost of a draft token, in passes of one token of the target."""
         self.overall = Acceptance(_OVERALL, _FADES)
-        """The acceptance of the next guess, before its probability is known."""
+        """The acceptance of the next draft token, before its probability is known."""
         self._kinds = [Acceptance(belief, _FADES) for belief in _BELIEFS]
         self._ratio = min(1.0, ratio)
         self._seconds: float | None = None
         self.accepted = self.decided = self.passed_over = 0
-        """Guesses that were accepted; guesses that were accepted or rejected; passes in which guessing did not pay."""
+        """Tokens that were accepted; tokens that were accepted or rejected; passes in which drafting did not pay."""
 
     def cost(self, passes: PassTimes | None) -> float:
-        """The cost of a guess, in the unit of the target's `passes`; from the models' sizes until it is measured."""
+        """The cost of a token, in the unit of the target's `passes`; from the models' sizes until it is measured."""
         if passes is None:
             return 0.0
         if self._seconds is None or not passes.measured:
@@ -61,20 +61,20 @@ class Guesses:
         return self._seconds
 
     def measured(self, seconds: float) -> None:
-        """Update the average with the seconds of a guess; more than twice the average counts as twice the average."""
+        """Update the average with the seconds of a token; more than twice the average counts as twice the average."""
         if self._seconds is None:
             self._seconds = seconds
         else:
             self._seconds += (min(seconds, 2 * self._seconds) - self._seconds) * _WEIGHT
 
-    def best(self, logits: NDArray[np.float32]) -> Guess:
-        """A guess of the likeliest token, given logits (ids,)."""
-        return self.guess(int(logits.argmax()), logits)
+    def best(self, logits: NDArray[np.float32]) -> DraftToken:
+        """The likeliest token, given logits (ids,)."""
+        return self.token(int(logits.argmax()), logits)
 
-    def guess(self, id: int, logits: NDArray[np.float32]) -> Guess:
-        """A guess of the token `id`, given logits (ids,), of which its own is the greatest."""
+    def token(self, id: int, logits: NDArray[np.float32]) -> DraftToken:
+        """The token `id`, given logits (ids,), of which its own is the greatest."""
         probability = 1 / float(np.exp(logits - logits[id]).sum())
-        return Guess(id, self._kinds[int(np.searchsorted(_CONFIDENCES, probability))])
+        return DraftToken(id, self._kinds[int(np.searchsorted(_CONFIDENCES, probability))])
 
     def add(self, accepted: int, decided: int) -> None:
         """Count a draft. accepted: its accepted tokens. decided: those and the rejected one, if there was one."""
@@ -83,7 +83,7 @@ class Guesses:
         self.decided += decided
 
     def pass_over(self, pays: bool) -> None:
-        """Count a pass without guesses. pays: whether guessing would have been better than nothing."""
+        """Count a pass without draft tokens. pays: whether drafting would have been better than nothing."""
         self.overall.fade()
         self.passed_over += not pays
 
