@@ -279,7 +279,6 @@ def test_an_effort_is_a_budget(scripted: tuple[ScriptedModels, openai.OpenAI]) -
         {"min_tokens": 5},
         {"ignore_eos": True},
         {"stop_token_ids": [5]},
-        {"continue_final_message": True},
         {"echo": True},
     ],
 )

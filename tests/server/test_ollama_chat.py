@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+import scripted
 from asgi import post
+from reciter import Reciter
 from serving import ScriptedModels, served, wait_until
 
 import npqwen
@@ -279,6 +281,15 @@ def test_what_cannot_be_obeyed_is_refused(body: dict[str, Any], problem: str, ht
     assert reply.status_code == 400
     assert list(reply.json()) == ["error"]
     assert problem in reply.json()["error"]
+
+
+def test_an_answer_that_the_messages_end_with_is_continued() -> None:
+    body = {"messages": [*SUM, {"role": "assistant", "content": "17 + 25"}], "stream": False}
+    model = Reciter(" is 42.", " is 42.")
+    assert scripted.post(model, "/api/chat", body)["message"] == {"role": "assistant", "content": " is 42."}
+    lines = scripted.ask(model, "/api/chat", {**body, "stream": True}).text.splitlines()
+    assert "".join(json.loads(line)["message"]["content"] for line in lines) == " is 42."
+    assert all(prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n17 + 25") for prompt in model.prompts)
 
 
 def test_too_many_requests_are_told_when_to_try_again(tiny_model: npqwen.Model) -> None:

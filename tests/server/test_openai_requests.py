@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reciter import Reciter
+from scripted import ask, post
 
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.errors import OptionError
@@ -165,3 +167,42 @@ def test_a_fill_in_the_middle_ends_before_tokens_that_begin_something_else() -> 
     assert isinstance(stop, list)
     assert stop[0] == "x"
     assert {"<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"} < set(stop)
+
+
+BEGUN: Any = [*HELLO, {"role": "assistant", "content": "The sum is"}]
+
+
+@pytest.mark.parametrize("fields", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+def test_an_answer_that_the_messages_end_with_is_continued(fields: Any) -> None:
+    body = {"messages": BEGUN, **fields}
+    model: Any = Reciter(" 42.", " 42.")
+    got = post(model, "/v1/chat/completions", body)
+    assert got["choices"][0]["message"]["content"] == " 42."
+    events = ask(model, "/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == " 42."
+    shown = post(Reciter(), "/apply-template", body)["prompt"]
+    assert model.prompts == [shown, shown]
+    assert shown.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nThe sum is")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]},
+    ],
+)
+def test_only_an_answer_without_calls_can_be_continued(last: Any) -> None:
+    for name, wrong in (("continue_final_message", True), ("add_generation_prompt", False)):
+        with pytest.raises(FieldError, match="there is nothing to continue") as error:
+            chat_body(Fields({"messages": [*HELLO, last], name: wrong}))
+        assert error.value.param == name
+        chat_body(Fields({"messages": [*HELLO, last], name: not wrong}))
+
+
+def test_no_new_message_can_follow_an_answer_that_has_begun() -> None:
+    for name, wrong in (("continue_final_message", False), ("add_generation_prompt", True)):
+        with pytest.raises(FieldError, match="the assistant's, which is always continued") as error:
+            chat_body(Fields({"messages": BEGUN, name: wrong}))
+        assert error.value.param == name
