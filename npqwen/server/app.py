@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import anthropic, front, monitoring, ollama, openai, rerank, resuming, text_routes
+from npqwen.server import anthropic, front, model_list, monitoring, ollama, openai, rerank, resuming, text_routes
 from npqwen.server.exchange import Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys
@@ -79,6 +79,7 @@ def application(models: Models, settings: Settings) -> Starlette:
 def _routes(models: Models) -> list[BaseRoute]:
     return [
         *front.routes(),
+        *model_list.routes(models),
         *openai.routes(models),
         *anthropic.routes(models),
         *ollama.routes(models),
