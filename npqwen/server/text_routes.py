@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.messages import checked
 from npqwen.checks import whole_range
 from npqwen.errors import quoted
@@ -75,7 +74,7 @@ async def apply_template(models: Models, request: Request) -> Response:
 
     def prompt() -> str:
         chat = body.request(model)
-        settings = ChatSettings.of(chat.options)
+        settings = chat.settings()
         if opened:
             ids = settings.prompter(model).ids(checked(chat.messages))
             return model.tokenizer.decode(ids, special=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.requests import Request
 from starlette.responses import Response
 
-from npqwen.chat.chat_options import ChatOptions, ChatSettings
+from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import checked
 from npqwen.errors import ContextLengthError
 from npqwen.generation.decoding import check_prompt_ids
@@ -88,4 +88,4 @@ async def _within_context(
 def _prompt_tokens(model: Model, wanted: ChatRequest | TextRequest) -> int:
     if isinstance(wanted, TextRequest):
         return len(check_prompt_ids(model, wanted.prompt))
-    return len(ChatSettings.of(wanted.options).prompter(model).ids(checked(wanted.messages)))
+    return len(wanted.settings().prompter(model).ids(checked(wanted.messages)))

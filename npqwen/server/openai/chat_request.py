@@ -34,13 +34,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class ChatBody:
     """A checked body.
 
-    messages, options: as the library takes them, before the model is known. include_usage, return_progress: events
-    that a stream sends in addition to the answer's.
+    messages, options: as the library takes them, before the model is known. places: see `ChatRequest.fields`.
+    include_usage, return_progress: events that a stream sends in addition to the answer's.
     """
 
     model: str | None
     messages: list[dict[str, Any]]
     options: dict[str, Any]
+    places: dict[str, str]
     reasoning: ReasoningFields
     n: int
     stream: bool
@@ -56,14 +57,15 @@ class ChatBody:
         """The request for this model; OptionError for fields that it does not support."""
         options = self.options | self.reasoning.options(model, "tools" in self.options)
         messages = placed(self.messages, model.chat_template)
-        return ChatRequest(messages, cast(ChatOptions, options), self.n)
+        return ChatRequest(messages, cast(ChatOptions, options), self.n, self.places)
 
 
 def chat_body(fields: Fields) -> ChatBody:
     """Read a body; FieldError for invalid or unsupported fields. Unknown fields are tolerated."""
     for name, neutral in _UNSUPPORTED.items():
         fields.refuse(name, "this server does not have it", *neutral)
-    options = generation_options(fields) | tool_options(fields)
+    options, places = generation_options(fields)
+    options |= tool_options(fields)
     if fields.flag("logprobs"):
         options["logprobs"] = True
     top = fields.whole("top_logprobs", 0, TOP_LOGPROBS)
@@ -77,6 +79,7 @@ def chat_body(fields: Fields) -> ChatBody:
         model=fields.text("model"),
         messages=messages,
         options=options,
+        places=places,
         reasoning=reasoning_fields(fields),
         n=choices(fields),
         stream=fields.flag("stream") or False,
