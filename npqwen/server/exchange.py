@@ -30,6 +30,8 @@ class Exchange:
     """Number of answers that it requests."""
     usages: list[Usage] = field(default_factory=list)
     """Those of the answers that have ended."""
+    ignored: list[str] = field(default_factory=list)
+    """Fields of its body that the server does not know, and so ignored."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """Called at its end."""
     rest: asyncio.Future[Any] | None = None
@@ -65,8 +67,8 @@ class Exchanges:
                 release()
             if _log.isEnabledFor(logging.INFO):
                 seconds = time.perf_counter() - started
-                path = shortened(scope["path"])
-                _log.info("%s %s %d%s, %.2f s", scope["method"], path, status, _work(exchange), seconds)
+                path, work, ignored = shortened(scope["path"]), _work(exchange), _ignored(exchange)
+                _log.info("%s %s %d%s, %.2f s%s", scope["method"], path, status, work, seconds, ignored)
 
         try:
             await self._app(scope, receive, noted)
@@ -87,3 +89,8 @@ def _work(exchange: Exchange) -> str:
     generated = sum(usage.generated_tokens for usage in exchange.usages)
     ended = "" if len(exchange.usages) == exchange.choices else ", ended early"
     return f"{model}: {exchange.prompt_tokens} prompt tokens, {cached} cached; {generated} generated{ended}"
+
+
+def _ignored(exchange: Exchange) -> str:
+    """The ignored fields of a request, for the log."""
+    return f", ignored {shortened(', '.join(exchange.ignored), 200)}" if exchange.ignored else ""
