@@ -177,7 +177,7 @@ def test_several_models_by_name_with_keys_aliases_and_a_log(
             loaded = [one["name"] for one in client.get("/api/ps").json()["models"]]
             assert loaded == names
             assert client.post("/v1/completions", json={**body, "model": "gemma"}).status_code == 404
-        work = r"\d+ prompt tokens, 0 cached; 3 generated, \d+\.\d\d s$"
+        work = r"\d+ prompt tokens, 0 cached; 3 generated, \d+\.\d\d s, req_\w+$"
         server.line(rf"POST /v1/completions 200 {tiny(8).name}: {work}")
         assert server.end(signal.SIGTERM) == 0
     assert not any("sk-" in line for line in server.said)

@@ -115,5 +115,5 @@ def test_unknown_fields_are_in_the_line_of_the_log(caplog: pytest.LogCaptureFixt
         call(Exchanges(application), "POST", "/x", None, body)
         call(Exchanges(application), "POST", "/x", None, b'{"n": 1}')
     first, second = (record.message for record in caplog.records)
-    assert re.fullmatch(r"POST /x 200, \d\.\d\d s, ignored odd , inner\.deep", first)
-    assert re.fullmatch(r"POST /x 200, \d\.\d\d s", second)
+    assert re.fullmatch(r"POST /x 200, \d\.\d\d s, ignored odd , inner\.deep, req_\w+", first)
+    assert re.fullmatch(r"POST /x 200, \d\.\d\d s, req_\w+", second)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import ScriptedModels, scripted_server
+from serving import ScriptedModels, scripted_server, wait_until
 
 import npqwen
 from npqwen.chat.events import Text
@@ -102,6 +104,23 @@ def test_a_wrong_field_is_named(http: httpx.Client, body: Any, param: str | None
     assert error["param"] == param
 
 
+def test_every_response_has_the_id_that_the_log_has(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    bodies = [{"messages": HELLO, "max_tokens": 1}, {"messages": HELLO, "max_tokens": 1, "stream": True}, {}]
+    ids = []
+    with caplog.at_level(logging.INFO, "npqwen.server.exchange"):
+        for body in bodies:
+            for given in ("", "abc-1", "a b", "x" * 129):
+                ids.append(http.post(CHAT, json=body, headers={"X-Request-Id": given}).headers["x-request-id"])
+                assert ids[-1] == given if given == "abc-1" else re.fullmatch(r"req_[0-9a-f]{24}", ids[-1])
+        wait_until(lambda: {*ids} <= {record.message.rpartition(" s, ")[2] for record in caplog.records})
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
+        assert (client.models.list()._request_id or "").startswith("req_")
+        with pytest.raises(openai.NotFoundError) as error:
+            client.models.retrieve("gpt-4")
+        assert error.value.request_id is not None
+
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": NaN}', 100_000 * b"[", b'"a"'])
 def test_what_is_no_json_object_is_refused(http: httpx.Client, path: str, body: bytes) -> None:
@@ -188,6 +207,7 @@ def test_errors_of_the_server_have_their_status(
         assert error_of(response)["code"] == code
         assert "secret" not in response.text
         assert response.headers.get("Retry-After") == retry
+        assert response.headers["x-request-id"].startswith("req_")
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
