@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -34,13 +35,15 @@ async def list_models(models: Models, request: Request) -> Response:
 
 
 async def retrieve_model(models: Models, request: Request) -> Response:
-    """One model; ModelNotFoundError, which Anthropic's clients get in their API's format, if it is not on offer."""
-    name = request.path_params["name"]
+    """One model, by the name that the client calls it.
+
+    ModelNotFoundError, which Anthropic's clients get in their API's format, if it is not on offer.
+    """
+    form = anthropic if ANTHROPIC in request.headers else openai
 
     async def reply(request: Request, id: str) -> Response:
-        return JSONReply(anthropic.described(models.state(name)))
+        name = request.path_params["name"]
+        state = models.state(name)
+        return JSONReply(form.described(replace(state, name=name or state.name)))
 
-    if ANTHROPIC in request.headers:
-        return await answering_errors(reply)(request)
-    found: dict[str, Any] = openai.described(models.state(name))
-    return JSONReply(found)
+    return await (answering_errors(reply)(request) if form is anthropic else reply(request, ""))

@@ -98,8 +98,10 @@ class Models:
 
     @property
     def offered(self) -> list[ModelState]:
-        """The state of every model, and of every model with one of its adapters as if it were a model."""
-        return [self.state(name) for name in self.names]
+        """The state of every model; and, as if each were a model, of those with adapters and of aliases without "*"."""
+        return [self.state(name) for name in self.names] + [
+            replace(self.state(alias), name=alias) for alias in self._names.aliases
+        ]
 
     @property
     def in_use(self) -> int:

@@ -15,11 +15,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from asgi import call
 from serving import ScriptedModels, scripted_server, wait_until
 
 import npqwen
 from npqwen.chat.events import Text
 from npqwen.errors import ClosedError, OutOfMemoryError, QueueFullError
+from npqwen.server import app
 from npqwen.server.requests import Request
 from npqwen.server.run import Run
 from npqwen.server.worker import Worker
@@ -148,6 +150,18 @@ def test_models_are_listed_with_their_context(http: httpx.Client, tiny_model: np
     assert (model["id"], model["object"], model["context_length"]) == (tiny_model.name, "model", tiny_model.context)
     assert http.get(f"/v1/models/{tiny_model.name}").json() == model
     assert listed["models"] == []
+
+
+def test_aliases_are_listed_and_a_model_has_the_id_by_which_it_is_requested(tiny_model: npqwen.Model) -> None:
+    served = app(tiny_model, aliases={"gpt-4o": tiny_model.name, "claude-*": tiny_model.name})
+    listed = call(served, "GET", "/v1/models").json["data"]
+    assert [model["id"] for model in listed] == [tiny_model.name, "gpt-4o"]
+    assert listed[1] == {**listed[0], "id": "gpt-4o"}
+    tags = call(served, "GET", "/api/tags").json["models"]
+    assert [(tag["name"], tag["model"]) for tag in tags] == [(name, name) for name in (tiny_model.name, "gpt-4o")]
+    for name in ("gpt-4o", "claude-5", "Tiny-Qwen3-16:latest"):
+        assert call(served, "GET", f"/v1/models/{name}").json == {**listed[0], "id": name}
+        assert call(served, "GET", f"/v1/models/{name}", {"anthropic-version": "2023-06-01"}).json["id"] == name
 
 
 def test_every_route_is_there_without_v1_too(http: httpx.Client) -> None:
