@@ -68,9 +68,10 @@ async def _within_context(
 ) -> ChatRequest | TextRequest:
     """The request, with max_tokens so that prompt and answer have at most `context` tokens. No prompt is truncated.
 
-    Raises ContextLengthError if the prompt leaves no room for an answer.
+    A context beyond the model's has no effect: many clients send a fixed one. Raises ContextLengthError if the prompt
+    leaves no room for an answer.
     """
-    if context is None:
+    if context is None or context >= model.context:
         return wanted
     tokens = await in_thread(lambda: _prompt_tokens(model, wanted))
     if tokens >= context:
