@@ -81,6 +81,7 @@ class Models:
             found = available()
             self._limit = None if found is None else max(0, found - RESERVED)
         self._share_memory()
+        self._requests = 0
         self._loading = asyncio.Lock()
         self._changed = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
@@ -105,8 +106,8 @@ class Models:
 
     @property
     def in_use(self) -> int:
-        """The number of requests that use a model or wait for one."""
-        return sum(slot.users for slot in self._slots.values())
+        """The number of HTTP requests that use a model or wait for one."""
+        return self._requests
 
     def state(self, name: str | None) -> ModelState:
         """The state of one model. Raises what `worker` raises for its name."""
@@ -202,11 +203,14 @@ class Models:
         exchange = current.get()
         if exchange is None:
             return
+        first = exchange.model is None
         exchange.model = slot.name
         slot.users += 1
+        self._requests += first
 
         def release() -> None:
             slot.users -= 1
+            self._requests -= first
             self._touch(slot)
 
         exchange.at_end.append(release)
