@@ -190,6 +190,9 @@ def test_other_machines_are_let_in_with_a_warning(model: Path) -> None:
         assert url.startswith("http://127.0.0.1:")  # an address that works here
         server.line("warning: everybody who can reach this machine may use the model; --api-key")
         port = url.rpartition(":")[2]
+        (other,) = (line for line in server.said if line.startswith("for other machines: http://"))
+        assert other.endswith(f":{port}")
+        assert "127.0.0.1" not in other
         assert httpx.get(f"{url}/health", headers={"Host": f"{socket.gethostname()}:{port}"}).status_code != 403
         assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 403
 
