@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from npqwen.format.task import Task
     from npqwen.server.models import ModelState
+
+_CAPABILITIES: dict[Task, str] = {"text": "completion", "embedding": "embedding", "reranking": "reranking"}
+"""What a model with a task can do. /api/show says in addition whether it calls tools and thinks."""
 
 
 def listed(states: Sequence[ModelState]) -> dict[str, Any]:
@@ -19,7 +23,11 @@ def listed(states: Sequence[ModelState]) -> dict[str, Any]:
 
 
 def described(state: ModelState) -> dict[str, Any]:
-    """A model's entry. Other servers, and therefore clients, use three names for the length of the context."""
+    """A model's entry. Other servers, and therefore clients, use three names for the length of the context.
+
+    OpenAI's own entries do not tell what a model is for; `capabilities` does, in the words of llama.cpp's and ollama's
+    servers.
+    """
     context = state.offer.context
     return {
         "id": state.name,
@@ -29,4 +37,5 @@ def described(state: ModelState) -> dict[str, Any]:
         "context_length": context,
         "max_model_len": context,
         "meta": {"n_ctx": context},
+        "capabilities": [_CAPABILITIES[state.offer.task]],
     }
