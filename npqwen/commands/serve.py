@@ -158,6 +158,8 @@ def serve(
 def _announce(terminal: Terminal, names: list[str], listener: Listener, settings: Settings, tls: bool) -> None:
     url = listener.url(tls)
     terminal.lines(f"npqwen serves {', '.join(names)} on {url} (Ctrl-C stops)")
+    if (network_url := listener.network_url(tls)) is not None:
+        terminal.lines(f"for other machines: {network_url}")
     if listener.path is None:
         for what, path in (("page", "/"), ("OpenAI", "/v1"), ("Anthropic", ""), ("ollama", "")):
             if not terminal.quiet:

@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from npqwen.errors import NpqwenError, shortened
-from npqwen.server import anthropic, front, monitoring, ollama, openai, rerank, resuming, text_routes
-from npqwen.server.exchange import Exchanges
+from npqwen.server import anthropic, front, model_list, monitoring, ollama, openai, rerank, resuming, text_routes
+from npqwen.server.exchange import HEADER, SCOPE_ID, Exchanges
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.guard import BodyLimit, Guard, Keys
 from npqwen.server.models import Models
@@ -79,6 +79,7 @@ def application(models: Models, settings: Settings) -> Starlette:
 def _routes(models: Models) -> list[BaseRoute]:
     return [
         *front.routes(),
+        *model_list.routes(models),
         *openai.routes(models),
         *anthropic.routes(models),
         *ollama.routes(models),
@@ -95,7 +96,7 @@ def _middleware(settings: Settings, recordings: Recordings) -> list[Middleware]:
         allow_origins=settings.origins,
         allow_methods=("GET", "POST", "DELETE", "HEAD"),
         allow_headers=("*",),
-        expose_headers=("retry-after", "x-stream-id"),
+        expose_headers=("retry-after", HEADER, "x-stream-id"),
     )
     return [
         Middleware(Exchanges),
@@ -125,4 +126,5 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     """The server logs the traceback."""
-    return refusal(request.scope, Failure(500, "internal error; the server's log has the details", "internal_error"))
+    failure = Failure(500, "internal error; the server's log has the details", "internal_error")
+    return refusal(request.scope, failure, {HEADER: request.scope[SCOPE_ID]})

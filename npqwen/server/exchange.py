@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import secrets
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.errors import shortened
@@ -18,10 +21,23 @@ from npqwen.generation.completion import Usage
 _log = logging.getLogger(__name__)
 
 
+HEADER = "x-request-id"
+"""The header with a request's id: of the response, and of a request whose client has chosen one."""
+SCOPE_ID = "npqwen.request_id"
+"""The scope's entry with the request's id, for the handler of errors, which runs after the exchange has ended."""
+_SANE_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+
+
+def _new_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
 @dataclass
 class Exchange:
     """One HTTP request and its response."""
 
+    id: str = field(default_factory=_new_id)
+    """By which a client and the log refer to it."""
     model: str | None = None
     """The name of the model that answers it; None if no model was used."""
     prompt_tokens: int = 0
@@ -30,10 +46,18 @@ class Exchange:
     """Number of answers that it requests."""
     usages: list[Usage] = field(default_factory=list)
     """Those of the answers that have ended."""
+    ignored: list[str] = field(default_factory=list)
+    """Fields of its body that the server does not know, and so ignored."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """Called at its end."""
     rest: asyncio.Future[Any] | None = None
     """What may go on when the connection is closed: the exchange ends with it. None: it ends with the connection."""
+
+
+def request_id() -> str:
+    """The id of the current HTTP request; a new one outside of a request."""
+    exchange = current.get()
+    return _new_id() if exchange is None else exchange.id
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -41,7 +65,11 @@ current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 class Exchanges:
-    """ASGI middleware: an `Exchange` for every request, logged at level INFO when it ends."""
+    """ASGI middleware: an `Exchange` for every request, logged at level INFO when it ends.
+
+    Its id is the one in the request's `HEADER` if that has at most 128 letters, digits and characters of ids; the
+    response has it in the same header.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -50,14 +78,19 @@ class Exchanges:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange()
+        given = Headers(scope=scope).get(HEADER, "")
+        exchange = Exchange(given) if _SANE_ID.fullmatch(given) else Exchange()
+        scope[SCOPE_ID] = exchange.id
         token = current.set(exchange)
         started = time.perf_counter()
         status = 0
 
         async def noted(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = (HEADER.encode(), exchange.id.encode())
+                message = {**message, "headers": [*message.get("headers", ()), own]}
             await send(message)
 
         def end() -> None:
@@ -65,8 +98,9 @@ class Exchanges:
                 release()
             if _log.isEnabledFor(logging.INFO):
                 seconds = time.perf_counter() - started
-                path = shortened(scope["path"])
-                _log.info("%s %s %d%s, %.2f s", scope["method"], path, status, _work(exchange), seconds)
+                path, work, ignored = shortened(scope["path"]), _work(exchange), _ignored(exchange)
+                method, id = scope["method"], exchange.id
+                _log.info("%s %s %d%s, %.2f s%s, %s", method, path, status, work, seconds, ignored, id)
 
         try:
             await self._app(scope, receive, noted)
@@ -87,3 +121,8 @@ def _work(exchange: Exchange) -> str:
     generated = sum(usage.generated_tokens for usage in exchange.usages)
     ended = "" if len(exchange.usages) == exchange.choices else ", ended early"
     return f"{model}: {exchange.prompt_tokens} prompt tokens, {cached} cached; {generated} generated{ended}"
+
+
+def _ignored(exchange: Exchange) -> str:
+    """The ignored fields of a request, for the log."""
+    return f", ignored {shortened(', '.join(exchange.ignored), 200)}" if exchange.ignored else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -12,11 +11,10 @@ from starlette.requests import Request
 
 from npqwen.checks import is_number, number_range, whole_range
 from npqwen.errors import OptionError, quoted, shortened
+from npqwen.server.exchange import current
 
 MAX_STOPS = 64
 """The most stop strings; each is searched for in every piece of text."""
-
-_log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -32,7 +30,8 @@ class FieldError(OptionError):
 class Fields:
     """A JSON object of a body. Every getter returns None for a field that is absent or null.
 
-    Fields that are never read are tolerated: clients send fields that only other servers know. `log_unknown` logs them.
+    Fields that are never read are tolerated: clients send fields that only other servers know. `log_unknown` reports
+    them.
     """
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
@@ -161,9 +160,13 @@ class Fields:
         return value
 
     def log_unknown(self) -> None:
-        """Log, at debug level, the names of all fields that were never read, here and in nested objects."""
-        if _log.isEnabledFor(logging.DEBUG) and (unknown := self._unknown()):
-            _log.debug("ignored the unknown fields %s", shortened(", ".join(unknown), 500))
+        """Have the log's line for the current HTTP request name all fields that were never read, nested ones included.
+
+        To be called once all fields have been read. Does nothing outside of a request.
+        """
+        exchange = current.get()
+        if exchange is not None:
+            exchange.ignored = self._unknown()
 
     def _unknown(self) -> list[str]:
         own = [self.place(name) for name in self.values if name not in self._known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from npqwen.generation.options import GenerationOptions
@@ -17,14 +18,20 @@ _AFTER_MIDDLE = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", _PREFIX, _SUFFI
 
 
 def middle_request(
-    prompt: str, suffix: str, options: GenerationOptions, tokenizer: Tokenizer, n: int = 1
+    prompt: str,
+    suffix: str,
+    options: GenerationOptions,
+    tokenizer: Tokenizer,
+    n: int = 1,
+    fields: Mapping[str, str] | None = None,
 ) -> TextRequest:
     """A request for n texts between `prompt` and `suffix`. options: `stop`, if it is set, is a list.
 
+    fields: see `TextRequest`.
     Raises FieldError if the model has no fill-in-the-middle tokens.
     """
     if any(tokenizer.token_id(token) is None for token in (_PREFIX, _SUFFIX, _MIDDLE)):
         raise FieldError("this model has no fill-in-the-middle tokens; send no suffix", "suffix")
     stops = [token for token in _AFTER_MIDDLE if tokenizer.token_id(token) is not None]
     stopped: GenerationOptions = {**options, "stop": [*(options.get("stop") or []), *stops]}
-    return TextRequest(f"{_PREFIX}{prompt}{_SUFFIX}{suffix}{_MIDDLE}", stopped, n)
+    return TextRequest(f"{_PREFIX}{prompt}{_SUFFIX}{suffix}{_MIDDLE}", stopped, n, fields or {})

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from npqwen.chat.answer import Answer
-from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.events import Finish, Notice, Text
 from npqwen.chat.messages import checked
 from npqwen.chat.prepared_answer import prepare
@@ -132,10 +131,10 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
     n, seed = check_whole("n", request.n, 1), request.options.get("seed")
     prompt: Prompt
     if isinstance(request, ChatRequest):
-        prepared = prepare(model, ChatSettings.of(request.options), checked(request.messages))
+        prepared = prepare(model, request.settings(), checked(request.messages))
         prompt, given = prepared.prompt_ids, dict(prepared.options)
     else:
-        prepared, prompt, given = None, request.prompt, dict(request.options)
+        prepared, prompt, given = None, request.prompt, dict(request.checked_options())
     choices: list[Choice] = []
     for index in range(n):
         choice = Choice(index)

@@ -58,7 +58,15 @@ class Listener:
         """Its address for clients on this machine."""
         if self.path is not None:
             return f"unix:{self.path}"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return self._url({"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), tls)
+
+    def network_url(self, tls: bool) -> str | None:
+        """Its address for other machines if it listens on all addresses of this one; None if `url` is the only one."""
+        if self.path is not None or self.host not in ("", "0.0.0.0", "::"):
+            return None
+        return self._url(_network_address(self.sockets[0].family) or socket.gethostname(), tls)
+
+    def _url(self, host: str, tls: bool) -> str:
         return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def __enter__(self) -> Self:
@@ -72,6 +80,18 @@ class Listener:
         if self.path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
+
+
+def _network_address(family: int) -> str | None:
+    """The address that this machine has on its network; None without one. family: of the address."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as one:
+            # An address of no machine (RFC 5737, 3849). Connecting sends nothing: it only looks up the route.
+            one.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
+            address = str(one.getsockname()[0])
+    except OSError:
+        return None
+    return None if address.startswith(_LOOPBACK) else address
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:

@@ -32,6 +32,10 @@ class ModelNames:
         self._adapters = dict(adapters or {})
         self._names = [*names, *self._adapters]
         self._aliases: dict[str, str] = {}
+        own = {_plain(name) for name in self._names}
+        exact = {_plain(alias): alias for alias in aliases if "*" not in alias and _plain(alias) not in own}
+        self.aliases = list(exact.values())
+        """The aliases that are names, not patterns, as they were given. Case alone makes no further name."""
         for alias, model in aliases.items():
             found = self._among_names(model)
             if found is None:
@@ -70,10 +74,8 @@ class ModelNames:
         return next((model for alias, model in patterns.items() if fnmatchcase(plain, alias)), None)
 
     def _listed(self) -> str:
-        exact = [alias for alias in self._aliases if "*" not in alias]
-        if len(self._names) + len(exact) == 1:
-            return f"there is only {self._names[0]}"
-        return f"there are {', '.join([*self._names, *exact])}"
+        listed = [*self._names, *self.aliases]
+        return f"there is only {listed[0]}" if len(listed) == 1 else f"there are {', '.join(listed)}"
 
 
 def _plain(name: str) -> str:

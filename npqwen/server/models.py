@@ -81,6 +81,7 @@ class Models:
             found = available()
             self._limit = None if found is None else max(0, found - RESERVED)
         self._share_memory()
+        self._requests = 0
         self._loading = asyncio.Lock()
         self._changed = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
@@ -98,13 +99,15 @@ class Models:
 
     @property
     def offered(self) -> list[ModelState]:
-        """The state of every model, and of every model with one of its adapters as if it were a model."""
-        return [self.state(name) for name in self.names]
+        """The state of every model; and, as if each were a model, of those with adapters and of aliases without "*"."""
+        return [self.state(name) for name in self.names] + [
+            replace(self.state(alias), name=alias) for alias in self._names.aliases
+        ]
 
     @property
     def in_use(self) -> int:
-        """The number of requests that use a model or wait for one."""
-        return sum(slot.users for slot in self._slots.values())
+        """The number of HTTP requests that use a model or wait for one."""
+        return self._requests
 
     def state(self, name: str | None) -> ModelState:
         """The state of one model. Raises what `worker` raises for its name."""
@@ -200,11 +203,14 @@ class Models:
         exchange = current.get()
         if exchange is None:
             return
+        first = exchange.model is None
         exchange.model = slot.name
         slot.users += 1
+        self._requests += first
 
         def release() -> None:
             slot.users -= 1
+            self._requests -= first
             self._touch(slot)
 
         exchange.at_end.append(release)

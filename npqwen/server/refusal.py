@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from npqwen.server.anthropic import errors as anthropic
+from npqwen.server.exchange import request_id
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import JSONReply
 from npqwen.server.openai import errors as openai
@@ -23,7 +24,7 @@ def _body(path: str, failure: Failure) -> dict[str, Any]:
     if path.startswith("/api/"):
         return {"error": failure.message}
     if path.startswith("/v1/messages"):
-        return anthropic.error_body(failure, anthropic.new_request_id())
+        return anthropic.error_body(failure, request_id())
     return openai.error_body(failure)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from npqwen.chat.begun_answer import BegunAnswer
 from npqwen.chat.messages import Message, joined
 from npqwen.errors import OptionError
 
@@ -18,7 +19,7 @@ def placed(messages: Sequence[Message], template: ChatTemplate) -> list[Message]
     """`messages` with system messages only where the template accepts them. messages: checked, or texts and calls only.
 
     Leading ones are joined into one. Later ones stay in place if the template renders such turns. Otherwise their text
-    is prepended to the next user turn, or becomes a user turn if none follows.
+    is prepended to the next user turn, or becomes a user turn if none follows, before an answer that has begun.
     """
     first = next((at for at, message in enumerate(messages) if message["role"] != "system"), len(messages))
     beginning = "\n\n".join(_text(message) for message in messages[:first])
@@ -36,7 +37,8 @@ def placed(messages: Sequence[Message], template: ChatTemplate) -> list[Message]
         else:
             placed.append(message)
     if waiting:
-        placed.append({"role": "user", "content": "\n\n".join(waiting)})
+        at = len(placed) if BegunAnswer.of(rest) is None else len(placed) - 1
+        placed.insert(at, {"role": "user", "content": "\n\n".join(waiting)})
     return placed
 
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.chat.chat_options import ChatSettings
+from npqwen.chat.messages import checked
 from npqwen.checks import whole_range
 from npqwen.errors import quoted
 from npqwen.server.background import in_thread
@@ -64,7 +64,8 @@ async def detokenize(models: Models, request: Request) -> Response:
 async def apply_template(models: Models, request: Request) -> Response:
     """The prompt that a chat completion with the same body has: {"messages": [...]} gives {"prompt": "..."}.
 
-    add_generation_prompt, also within chat_template_kwargs, by default true: end with the opening of an answer.
+    add_generation_prompt, also within chat_template_kwargs, by default true: end with the opening of an answer, or with
+    what the assistant has said if that is the last message.
     """
     fields = await read_fields(request)
     opened = _opened(fields)
@@ -73,19 +74,27 @@ async def apply_template(models: Models, request: Request) -> Response:
 
     def prompt() -> str:
         chat = body.request(model)
-        settings = ChatSettings.of(chat.options)
+        settings = chat.settings()
+        if opened:
+            ids = settings.prompter(model).ids(checked(chat.messages))
+            return model.tokenizer.decode(ids, special=True)
         tools = None if settings.tools is None else list(settings.tools.values())
-        return model.chat_template.render(chat.messages, tools, settings.thinking, opened, **settings.template_options)
+        return model.chat_template.render(chat.messages, tools, settings.thinking, False, **settings.template_options)
 
     return JSONReply({"prompt": await in_thread(prompt)})
 
 
 def _opened(fields: Fields) -> bool:
-    """The flag add_generation_prompt; it is removed from the body, because chat completions do not have it."""
+    """Whether the prompt is one for an answer.
+
+    Where add_generation_prompt has a meaning that chat completions do not know, it is removed from the body.
+    """
+    kwargs = fields.object("chat_template_kwargs")
     opened = True
-    for place in (fields, fields.object("chat_template_kwargs")):
-        if place is not None and place.flag("add_generation_prompt") is not None:
-            opened = place.values.pop("add_generation_prompt")
+    if kwargs is not None and kwargs.flag("add_generation_prompt") is not None:
+        opened = kwargs.values.pop("add_generation_prompt")
+    if fields.flag("add_generation_prompt") is False and fields.flag("continue_final_message") is not True:
+        opened = fields.values.pop("add_generation_prompt")
     return opened
 
 

@@ -14,10 +14,10 @@ _GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.D
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
-def language(text: str) -> Literal["lark", "gbnf"]:
+def language(text: str, option: str = "grammar") -> Literal["lark", "gbnf"]:
     """The language of a grammar: its first rule has "name ::=" in GBNF, "name:" in Lark.
 
-    OptionError if it begins with neither.
+    option: its name in messages. OptionError if it begins with neither.
     """
     at = 0
     while (skipped := _SKIPPED.match(text, at)) is not None:
@@ -27,15 +27,15 @@ def language(text: str) -> Literal["lark", "gbnf"]:
     rule = _RULE.match(text, at)
     if rule is None:
         raise OptionError(
-            f"grammar begins with {shortened(text[at:], 40)!r}; it must be a Lark grammar, whose rules are "
+            f"{option} begins with {shortened(text[at:], 40)!r}; it must be a Lark grammar, whose rules are "
             "'start: ...', or GBNF, whose rules are 'root ::= ...'"
         )
     return "gbnf" if rule[2] == "::=" else "lark"
 
 
-def lark_text(text: str) -> str:
-    """The grammar in Lark. OptionError for GBNF that cannot be read."""
-    if language(text) == "lark":
+def lark_text(text: str, option: str = "grammar") -> str:
+    """The grammar in Lark. option: its name in messages. OptionError for GBNF that cannot be read."""
+    if language(text, option) == "lark":
         return text
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -43,7 +43,7 @@ def lark_text(text: str) -> str:
         return gbnf_to_lark(_json_escapes(text))
     except Exception as error:  # it raises bare Exceptions, and RecursionError for deep parentheses
         reason = shortened(str(error), 200) or type(error).__name__
-        raise OptionError(f"grammar cannot be read as GBNF: {reason}") from None
+        raise OptionError(f"{option} cannot be read as GBNF: {reason}") from None
 
 
 def literal(text: str) -> str:

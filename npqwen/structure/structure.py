@@ -87,7 +87,7 @@ def check_schema(name: str, value: Any) -> Any:
             f"{name} is {quoted(value)}; it must be a dictionary with a JSON schema, a class such as a dataclass or a "
             "pydantic model, or True for any JSON object"
         )
-    _schema_structure(value)
+    _schema_structure(value, name)
     return value
 
 
@@ -96,7 +96,7 @@ def check_regex(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise OptionError(f"{name} is {quoted(value)}; it must be a string, a regular expression")
     regex: str = plain(value, name)
-    _regex_structure(regex)
+    _regex_structure(regex, name)
     return regex
 
 
@@ -106,7 +106,7 @@ def check_choice(name: str, value: Any) -> list[str]:
     if not choices or not all(isinstance(choice, str) and choice for choice in choices):
         raise OptionError(f"{name} is {quoted(value)}; it must be a sequence of strings that are not empty")
     choices = [plain(choice, name) for choice in dict.fromkeys(choices)]
-    _choice_structure(choices)
+    _choice_structure(choices, name)
     return choices
 
 
@@ -117,7 +117,7 @@ def check_grammar(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise OptionError(f"{name} is {quoted(value)}; it must be a string, a Lark or GBNF grammar")
     value = plain(value, name)
-    _grammar_structure(value)
+    _grammar_structure(value, name)
     return value
 
 
@@ -187,32 +187,32 @@ def _copied(schema: Any, found: list[dict[str, Any]]) -> Any:
     return copy
 
 
-def _schema_structure(value: Any) -> Structure:
+def _schema_structure(value: Any, name: str = "schema") -> Structure:
     schema = value_schema(value)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
-        raise OptionError("schema has a number that JSON does not have, or is nested too deeply") from None
+        raise OptionError(f"{name} has a number that JSON does not have, or is nested too deeply") from None
     kind = None if value is True or isinstance(value, dict) else value
     grammar = '{"grammars": [{"json_schema": ' + text + "}]}"
-    return Structure("schema", checked("schema", grammar), kind, has_value=True)
+    return Structure("schema", checked(name, grammar), kind, has_value=True)
 
 
-def _regex_structure(value: str) -> Structure:
+def _regex_structure(value: str, name: str = "regex") -> Structure:
     if not value:
-        raise OptionError("regex is empty; give a regular expression")
-    _check_size("regex", value)
+        raise OptionError(f"{name} is empty; give a regular expression")
+    _check_size(name, value)
     grammar = _matcher_class().grammar_from_regex(narrowed_classes(value, ascii=False))
-    return Structure("regex", checked("regex", grammar))
+    return Structure("regex", checked(name, grammar))
 
 
-def _choice_structure(value: list[str]) -> Structure:
-    return Structure("choice", checked("choice", lark_grammar("start: " + " | ".join(map(literal, value)))))
+def _choice_structure(value: list[str], name: str = "choice") -> Structure:
+    return Structure("choice", checked(name, lark_grammar("start: " + " | ".join(map(literal, value)))))
 
 
-def _grammar_structure(value: str) -> Structure:
-    _check_size("grammar", value)
-    return Structure("grammar", checked("grammar", lark_grammar(lark_text(value))))
+def _grammar_structure(value: str, name: str = "grammar") -> Structure:
+    _check_size(name, value)
+    return Structure("grammar", checked(name, lark_grammar(lark_text(value, name))))
 
 
 def lark_grammar(lark: str) -> str:
@@ -229,7 +229,7 @@ _MAKERS: Mapping[str, Any] = {
 
 
 def checked(option: str, grammar: str) -> str:
-    """`grammar`, if llguidance can use it; otherwise OptionError with the reason."""
+    """`grammar`, if llguidance can use it; otherwise OptionError with the reason. option: its name in the message."""
     _check_size(option, grammar)
     if problem := _problem(grammar):
         raise OptionError(f"{option} cannot be used: {problem}")

@@ -177,7 +177,7 @@ def test_several_models_by_name_with_keys_aliases_and_a_log(
             loaded = [one["name"] for one in client.get("/api/ps").json()["models"]]
             assert loaded == names
             assert client.post("/v1/completions", json={**body, "model": "gemma"}).status_code == 404
-        work = r"\d+ prompt tokens, 0 cached; 3 generated, \d+\.\d\d s$"
+        work = r"\d+ prompt tokens, 0 cached; 3 generated, \d+\.\d\d s, req_\w+$"
         server.line(rf"POST /v1/completions 200 {tiny(8).name}: {work}")
         assert server.end(signal.SIGTERM) == 0
     assert not any("sk-" in line for line in server.said)
@@ -190,6 +190,9 @@ def test_other_machines_are_let_in_with_a_warning(model: Path) -> None:
         assert url.startswith("http://127.0.0.1:")  # an address that works here
         server.line("warning: everybody who can reach this machine may use the model; --api-key")
         port = url.rpartition(":")[2]
+        (other,) = (line for line in server.said if line.startswith("for other machines: http://"))
+        assert other.endswith(f":{port}")
+        assert "127.0.0.1" not in other
         assert httpx.get(f"{url}/health", headers={"Host": f"{socket.gethostname()}:{port}"}).status_code != 403
         assert httpx.get(f"{url}/health", headers={"Host": "evil.example"}).status_code == 403
 

@@ -92,7 +92,7 @@ def test_the_models_name_chooses_the_adapter(
 
 def test_all_apis_know_them(url: str, model: Model, expected: dict[str | None, str]) -> None:
     listed = httpx.get(f"{url}/v1/models").json()["data"]
-    assert [each["id"] for each in listed] == ["tiny", "tiny:one", "tiny:two"]
+    assert [each["id"] for each in listed] == ["tiny", "tiny:one", "tiny:two", "gpt-sql"]
     assert httpx.get(f"{url}/v1/models/tiny:two").json()["id"] == "tiny:two"
     assert httpx.get(f"{url}/v1/models/tiny:three").status_code == 404
     text = model.generate("A part", temperature=0, max_tokens=8, adapter="two").text
@@ -102,7 +102,7 @@ def test_all_apis_know_them(url: str, model: Model, expected: dict[str | None, s
         said = client.responses.create(model="tiny:two", input="What is 17 + 25?", temperature=0, max_output_tokens=10)
         assert said.model == "tiny:two"
     with ollama.Client(host=url) as tags:
-        assert [each.model for each in tags.list().models] == ["tiny", "tiny:one", "tiny:two"]
+        assert [each.model for each in tags.list().models] == ["tiny", "tiny:one", "tiny:two", "gpt-sql"]
         options = {"temperature": 0, "num_predict": 10}
         reply = tags.chat("tiny:one", messages=QUESTION, think=False, options=options)
         assert reply.message.content == expected["one"]

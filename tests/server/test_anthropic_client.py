@@ -221,3 +221,18 @@ def test_calls_can_be_ruled_out() -> None:
             model="m", max_tokens=100, messages=SUM, tools=[WEATHER], tool_choice={"type": "none"}
         )
     assert [block.type for block in message.content] == ["text"]
+
+
+def test_the_models_are_listed(client: anthropic.Anthropic, tiny_model: npqwen.Model) -> None:
+    page = client.models.list()
+    (model,) = page.data
+    assert (page.has_more, page.first_id, page.last_id) == (False, tiny_model.name, tiny_model.name)
+    assert [each.id for each in client.models.list()] == [tiny_model.name]
+    assert (model.type, model.id, model.display_name) == ("model", tiny_model.name, tiny_model.name)
+    assert model.created_at.timestamp() == int((tiny_model.path / "config.json").stat().st_mtime)
+    assert model.max_input_tokens == tiny_model.context
+    assert client.models.retrieve(tiny_model.name) == model
+    with pytest.raises(anthropic.NotFoundError, match="there is only") as error:
+        client.models.retrieve("gpt-4")
+    assert isinstance(error.value.body, dict)
+    assert error.value.body["error"]["type"] == "not_found_error"

@@ -168,12 +168,11 @@ def test_a_call_is_streamed_while_it_is_written(scripted: tuple[ScriptedModels, 
 
 def test_unknown_fields_are_tolerated_and_logged(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
     fields = {"context_management": {"edits": []}, "output_config": {"effort": "high"}, "store": True, "user": "me"}
-    with caplog.at_level(logging.DEBUG, "npqwen.server.fields"):
+    with caplog.at_level(logging.INFO, "npqwen.server.exchange"):
         answer = client.chat.completions.create(model="", messages=SUM, max_tokens=2, extra_body=fields)
+        ignored = " s, ignored context_management, output_config, req_"
+        wait_until(lambda: any(ignored in record.message for record in caplog.records))
     assert answer.choices
-    assert [record.message for record in caplog.records if record.name == "npqwen.server.fields"] == [
-        "ignored the unknown fields context_management, output_config"
-    ]
 
 
 # 16, 17: tool calls leak into the content of a stream
@@ -279,7 +278,6 @@ def test_an_effort_is_a_budget(scripted: tuple[ScriptedModels, openai.OpenAI]) -
         {"min_tokens": 5},
         {"ignore_eos": True},
         {"stop_token_ids": [5]},
-        {"continue_final_message": True},
         {"echo": True},
     ],
 )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from asgi import call
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from npqwen.server.fields import FieldError, Fields, parse_fields
+from npqwen.server.exchange import Exchanges
+from npqwen.server.fields import FieldError, Fields, parse_fields, read_fields
 
 
 def refusal(call: Callable[[], object]) -> tuple[str, str | None]:
@@ -95,14 +101,19 @@ def test_a_refused_field_may_have_its_neutral_value() -> None:
     assert "best_of is not supported" in refusal(lambda: fields.refuse("best_of", "one is enough", True))[0]
 
 
-def test_unknown_fields_are_logged_in_one_line_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
-    fields = parse_fields(b'{"n": 1, "odd\\n": 2, "inner": {"deep": 1}, "user": "me"}')
-    fields.whole("n", 1)
-    fields.object("inner")
-    fields.ignore("user")
-    with caplog.at_level(logging.INFO, "npqwen.server.fields"):
+def test_unknown_fields_are_in_the_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        fields = await read_fields(Request(scope, receive))
+        fields.whole("n", 1)
+        fields.object("inner")
+        fields.ignore("user")
         fields.log_unknown()
-    assert not caplog.records
-    with caplog.at_level(logging.DEBUG, "npqwen.server.fields"):
-        fields.log_unknown()
-    assert [record.message for record in caplog.records] == ["ignored the unknown fields odd , inner.deep"]
+        await Response()(scope, receive, send)
+
+    body = b'{"n": 1, "odd\\n": 2, "inner": {"deep": 1}, "user": "me"}'
+    with caplog.at_level(logging.INFO, "npqwen.server.exchange"):
+        call(Exchanges(application), "POST", "/x", None, body)
+        call(Exchanges(application), "POST", "/x", None, b'{"n": 1}')
+    first, second = (record.message for record in caplog.records)
+    assert re.fullmatch(r"POST /x 200, \d\.\d\d s, ignored odd , inner\.deep, req_\w+", first)
+    assert re.fullmatch(r"POST /x 200, \d\.\d\d s, req_\w+", second)

@@ -342,6 +342,33 @@ def test_unknown_fields_are_tolerated() -> None:
     assert got["content"][0]["text"] == "Yes."
 
 
+@pytest.mark.parametrize("content", ["The sum is", [{"type": "text", "text": "The sum is"}]])
+def test_an_answer_that_the_messages_end_with_is_continued(content: Any) -> None:
+    begun = {"role": "assistant", "content": content}
+    assert prompt(messages=[USER, begun]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nThe sum is")
+    got = answer(" 42.", USER, begun)
+    assert [(block["type"], block["text"]) for block in got["content"]] == [("text", " 42.")]
+    assert streamed(" 42.", messages=[USER, begun]).message["content"] == got["content"]
+    model = Reciter()
+    counted = post(model, "/v1/messages/count_tokens", body(USER, begun))
+    usage = got["usage"]
+    assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+def test_thinking_that_the_messages_end_with_is_continued() -> None:
+    begun = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Tens first,", "signature": ""}]}
+    got = answer(" then ones.\n</think>\n\n42.", USER, begun, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert [block.get("thinking", block.get("text")) for block in got["content"]] == [" then ones.", "42."]
+
+
+def test_a_late_system_message_precedes_an_answer_that_has_begun() -> None:
+    messages = [USER, {"role": "system", "content": "The file is open."}, {"role": "assistant", "content": "So"}]
+    for template in ("hybrid", "instruct-2507", "features"):
+        text = prompt(template, messages=messages)
+        assert text.count("The file is open.") == 1
+        assert text.endswith("So")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -349,10 +376,6 @@ def test_unknown_fields_are_tolerated() -> None:
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             "messages[0].role is 'tool'; it must be one of user, assistant, system",
-        ),
-        (
-            {"messages": [USER, {"role": "assistant", "content": "Yes, and"}]},
-            "messages[1] is the assistant's, and an answer cannot be continued",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "video"}]}]},

@@ -60,6 +60,11 @@ def test_aliases_exact_before_patterns() -> None:
     assert [everything.find(name) for name in ("b", "n", "anything")] == ["n", "n", "m"]
 
 
+def test_the_aliases_that_are_names_are_listed_once() -> None:
+    aliases = {"gpt-4o": "m", "GPT-4o": "m", "gpt-*": "m", "M": "m", "m:sql": "m", "b": "m"}
+    assert ModelNames(["m"], aliases, {"m:sql": "sql"}).aliases == ["GPT-4o", "b"]
+
+
 def test_an_alias_of_nothing_is_refused() -> None:
     with pytest.raises(OptionError, match="stands for 'x', which is not served"):
         ModelNames(HUB, {"a": "x"})

@@ -113,7 +113,7 @@ async def in_use(models: Models, name: str, keep_alive: float | None = None) -> 
     async def nothing(*_: object) -> Any:
         raise AssertionError
 
-    scope: Scope = {"type": "http", "method": "POST", "path": "/"}
+    scope: Scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     task = asyncio.create_task(Exchanges(handler)(scope, nothing, nothing))
     waiting = asyncio.create_task(there.wait())
     await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,6 +228,31 @@ def test_a_request_that_waits_too_long_for_memory_is_told_to_try_later(shelf: Sh
                 await several.worker("b")
             assert error.value.retry_after > 0
         await several.worker("b")
+
+    running(several, body)
+
+
+def test_each_request_counts_once_as_using_a_model_and_loading_one_ahead_does_not(shelf: Shelf) -> None:
+    several = models(shelf, "a", "b")
+
+    async def asked() -> None:
+        async with in_use(several, "a"):
+            assert several.in_use == 1
+
+    async def body() -> None:
+        shelf.gate.clear()
+        loading = asyncio.create_task(several.worker("a"))
+        await asyncio.sleep(0.1)
+        assert shelf.loads == ["a"]
+        assert several.in_use == 0
+        asking = asyncio.create_task(asked())
+        await asyncio.sleep(0.1)
+        assert several.in_use == 1
+        shelf.gate.set()
+        await asyncio.gather(loading, asking)
+        assert several.in_use == 0
+        async with in_use(several, "a"), in_use(several, "b"):
+            assert several.in_use == 2
 
     running(several, body)
 

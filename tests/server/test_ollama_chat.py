@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+import scripted
 from asgi import post
+from reciter import Reciter
 from serving import ScriptedModels, served, wait_until
 
 import npqwen
@@ -189,13 +191,16 @@ def test_a_prompt_is_never_cut_to_num_ctx(client: ollama.Client, tiny_model: npq
         )
         last = list(answer)[-1] if stream else answer
         assert (last.prompt_eval_count, last.eval_count, last.done_reason) == (tokens, 3, "length")
-    with pytest.raises(ollama.ResponseError, match="this server's limit is 2048 tokens") as error:
-        client.chat(tiny_model.name, SUM, options={"num_ctx": 1_000_000})
-    assert error.value.status_code == 400
+
+
+def test_a_num_ctx_beyond_the_servers_has_no_effect(client: ollama.Client, tiny_model: npqwen.Model) -> None:
+    large = options(num_ctx=1_000_000)
+    assert client.chat(tiny_model.name, SUM, options=large).message.content == "17 + 25 = 42"
     long: list[Any] = [{"role": "user", "content": "word " * 3000}]
-    with pytest.raises(ollama.ResponseError, match=r"2,?048") as error:
-        client.chat(tiny_model.name, long)
-    assert error.value.status_code == 400
+    for given in ({}, large):
+        with pytest.raises(ollama.ResponseError, match=r"2,?048") as error:
+            client.chat(tiny_model.name, long, options=given)
+        assert error.value.status_code == 400
 
 
 def test_system_messages_may_be_anywhere(client: ollama.Client, tiny_model: npqwen.Model) -> None:
@@ -279,6 +284,15 @@ def test_what_cannot_be_obeyed_is_refused(body: dict[str, Any], problem: str, ht
     assert reply.status_code == 400
     assert list(reply.json()) == ["error"]
     assert problem in reply.json()["error"]
+
+
+def test_an_answer_that_the_messages_end_with_is_continued() -> None:
+    body = {"messages": [*SUM, {"role": "assistant", "content": "17 + 25"}], "stream": False}
+    model = Reciter(" is 42.", " is 42.")
+    assert scripted.post(model, "/api/chat", body)["message"] == {"role": "assistant", "content": " is 42."}
+    lines = scripted.ask(model, "/api/chat", {**body, "stream": True}).text.splitlines()
+    assert "".join(json.loads(line)["message"]["content"] for line in lines) == " is 42."
+    assert all(prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n17 + 25") for prompt in model.prompts)
 
 
 def test_too_many_requests_are_told_when_to_try_again(tiny_model: npqwen.Model) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,11 +15,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import ScriptedModels, scripted_server
+from asgi import call
+from serving import ScriptedModels, scripted_server, wait_until
 
 import npqwen
 from npqwen.chat.events import Text
 from npqwen.errors import ClosedError, OutOfMemoryError, QueueFullError
+from npqwen.server import app
 from npqwen.server.requests import Request
 from npqwen.server.run import Run
 from npqwen.server.worker import Worker
@@ -76,7 +80,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": HELLO, "n": 2.5}, "n", "a whole number from 1 to 16"),
         ({"messages": HELLO, "stop": 5}, "stop", "text or a list of texts"),
         ({"messages": HELLO, "stop": 99 * ["a"]}, "stop", "at most 64"),
-        ({"messages": HELLO, "stop": [""]}, None, "stop has ''"),
+        ({"messages": HELLO, "stop": [""]}, "stop", "stop has ''"),
         ({"messages": HELLO, "logit_bias": {"a": 1}}, "logit_bias", "must be a token id"),
         ({"messages": HELLO, "logit_bias": {"1": 101}}, "logit_bias.1", "a number from -100 to 100"),
         ({"messages": HELLO, "logit_bias": {"99999": 1}}, None, "logit_bias has token id 99999"),
@@ -86,10 +90,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": HELLO, "stream_options": True}, "stream_options", "an object"),
         ({"messages": HELLO, "seed": 2**70}, "seed", "a whole number"),
         ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type", "one of text, json_object"),
-        ({"messages": HELLO, "guided_regex": "("}, None, "regex"),
-        ({"messages": HELLO, "guided_choice": []}, None, "choice"),
-        ({"messages": HELLO, "grammar": "hello"}, None, "grammar"),
-        ({"messages": HELLO, "json_schema": {"type": "colour"}}, None, "schema"),
+        ({"messages": HELLO, "guided_regex": "("}, "guided_regex", "guided_regex cannot be used"),
+        ({"messages": HELLO, "guided_choice": []}, "guided_choice", "guided_choice is []"),
+        ({"messages": HELLO, "grammar": "hello"}, "grammar", "grammar begins"),
+        ({"messages": HELLO, "json_schema": {"type": "colour"}}, "json_schema", "json_schema cannot be used"),
         ({"messages": HELLO, "reasoning_effort": "huge"}, "reasoning_effort", "one of none, minimal, low"),
         ({"messages": HELLO, "chat_template_kwargs": {"colour": 1}}, None, "'colour'"),
     ],
@@ -100,6 +104,23 @@ def test_a_wrong_field_is_named(http: httpx.Client, body: Any, param: str | None
     error = error_of(response)
     assert words in error["message"]
     assert error["param"] == param
+
+
+def test_every_response_has_the_id_that_the_log_has(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    bodies = [{"messages": HELLO, "max_tokens": 1}, {"messages": HELLO, "max_tokens": 1, "stream": True}, {}]
+    ids = []
+    with caplog.at_level(logging.INFO, "npqwen.server.exchange"):
+        for body in bodies:
+            for given in ("", "abc-1", "a b", "x" * 129):
+                ids.append(http.post(CHAT, json=body, headers={"X-Request-Id": given}).headers["x-request-id"])
+                assert ids[-1] == given if given == "abc-1" else re.fullmatch(r"req_[0-9a-f]{24}", ids[-1])
+        wait_until(lambda: {*ids} <= {record.message.rpartition(" s, ")[2] for record in caplog.records})
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
+        assert (client.models.list()._request_id or "").startswith("req_")
+        with pytest.raises(openai.NotFoundError) as error:
+            client.models.retrieve("gpt-4")
+        assert error.value.request_id is not None
+
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -129,6 +150,18 @@ def test_models_are_listed_with_their_context(http: httpx.Client, tiny_model: np
     assert (model["id"], model["object"], model["context_length"]) == (tiny_model.name, "model", tiny_model.context)
     assert http.get(f"/v1/models/{tiny_model.name}").json() == model
     assert listed["models"] == []
+
+
+def test_aliases_are_listed_and_a_model_has_the_id_by_which_it_is_requested(tiny_model: npqwen.Model) -> None:
+    served = app(tiny_model, aliases={"gpt-4o": tiny_model.name, "claude-*": tiny_model.name})
+    listed = call(served, "GET", "/v1/models").json["data"]
+    assert [model["id"] for model in listed] == [tiny_model.name, "gpt-4o"]
+    assert listed[1] == {**listed[0], "id": "gpt-4o"}
+    tags = call(served, "GET", "/api/tags").json["models"]
+    assert [(tag["name"], tag["model"]) for tag in tags] == [(name, name) for name in (tiny_model.name, "gpt-4o")]
+    for name in ("gpt-4o", "claude-5", "Tiny-Qwen3-16:latest"):
+        assert call(served, "GET", f"/v1/models/{name}").json == {**listed[0], "id": name}
+        assert call(served, "GET", f"/v1/models/{name}", {"anthropic-version": "2023-06-01"}).json["id"] == name
 
 
 def test_every_route_is_there_without_v1_too(http: httpx.Client) -> None:
@@ -188,6 +221,7 @@ def test_errors_of_the_server_have_their_status(
         assert error_of(response)["code"] == code
         assert "secret" not in response.text
         assert response.headers.get("Retry-After") == retry
+        assert response.headers["x-request-id"].startswith("req_")
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])

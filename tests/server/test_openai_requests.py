@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reciter import Reciter
+from scripted import ask, post
 
 from npqwen.chat.chat_template import ChatTemplate
 from npqwen.errors import OptionError
@@ -15,6 +18,7 @@ from npqwen.server.openai.chat_request import chat_body
 from npqwen.server.openai.completion_request import completion_body
 from npqwen.server.requests import ChatRequest
 
+STRUCTURED = pytest.mark.skipif(find_spec("llguidance") is None, reason="structured output needs llguidance")
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 SWITCH, ALWAYS, NEVER = "hybrid", "thinking-2507", "instruct-2507"
 
@@ -165,3 +169,87 @@ def test_a_fill_in_the_middle_ends_before_tokens_that_begin_something_else() -> 
     assert isinstance(stop, list)
     assert stop[0] == "x"
     assert {"<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"} < set(stop)
+
+
+BEGUN: Any = [*HELLO, {"role": "assistant", "content": "The sum is"}]
+
+
+@pytest.mark.parametrize("fields", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+def test_an_answer_that_the_messages_end_with_is_continued(fields: Any) -> None:
+    body = {"messages": BEGUN, **fields}
+    model: Any = Reciter(" 42.", " 42.")
+    got = post(model, "/v1/chat/completions", body)
+    assert got["choices"][0]["message"]["content"] == " 42."
+    events = ask(model, "/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content", "") for delta in deltas) == " 42."
+    shown = post(Reciter(), "/apply-template", body)["prompt"]
+    assert model.prompts == [shown, shown]
+    assert shown.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nThe sum is")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]},
+    ],
+)
+def test_only_an_answer_without_calls_can_be_continued(last: Any) -> None:
+    for name, wrong in (("continue_final_message", True), ("add_generation_prompt", False)):
+        with pytest.raises(FieldError, match="there is nothing to continue") as error:
+            chat_body(Fields({"messages": [*HELLO, last], name: wrong}))
+        assert error.value.param == name
+        chat_body(Fields({"messages": [*HELLO, last], name: not wrong}))
+
+
+def test_no_new_message_can_follow_an_answer_that_has_begun() -> None:
+    for name, wrong in (("continue_final_message", False), ("add_generation_prompt", True)):
+        with pytest.raises(FieldError, match="the assistant's, which is always continued") as error:
+            chat_body(Fields({"messages": BEGUN, name: wrong}))
+        assert error.value.param == name
+
+
+@STRUCTURED
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"stop": [""]}, "stop", ""),
+        ({"guided_regex": "("}, "guided_regex", "cannot be used"),
+        ({"guided_regex": ""}, "guided_regex", "is empty"),
+        ({"guided_choice": []}, "guided_choice", "is []; it must be a sequence"),
+        ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice", "is [1]"),
+        ({"grammar": "root ::= foo"}, "grammar", "cannot be read"),
+        ({"guided_grammar": "nothing"}, "guided_grammar", "begins with 'nothing'"),
+        ({"guided_json": {"type": "nothing"}}, "guided_json", "cannot be used"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}}},
+            "response_format.json_schema.schema",
+            "cannot be used",
+        ),
+    ],
+)
+def test_an_error_about_structure_names_the_field(fields: Any, param: str, words: str) -> None:
+    for path, body in (("chat/completions", {"messages": HELLO}), ("completions", {"prompt": "Hello"})):
+        error = post(Reciter(), f"/v1/{path}", {**body, **fields}, 400)["error"]
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param} {words}")
+
+
+@STRUCTURED
+def test_an_error_about_a_schema_names_the_field_of_every_api() -> None:
+    schema = {"type": "nothing"}
+    format = {"type": "json_schema", "name": "a", "schema": schema}
+    bodies: list[tuple[str, Any, str]] = [
+        ("/v1/responses", {"input": "Hello", "text": {"format": format}}, "text.format.schema"),
+        ("/v1/messages", {"messages": HELLO, "output_config": {"format": format}}, "output_config.format.schema"),
+        ("/v1/messages", {"messages": HELLO, "output_format": format}, "output_format.schema"),
+        ("/api/chat", {"messages": HELLO, "format": schema}, "format"),
+        ("/api/chat", {"messages": HELLO, "format": schema, "options": {"num_ctx": 99}}, "format"),
+        ("/api/generate", {"prompt": "Hello", "raw": True, "format": schema}, "format"),
+        ("/api/generate", {"prompt": "Hello", "suffix": "!", "format": schema}, "format"),
+    ]
+    for path, body, field in bodies:
+        error = post(Reciter(), path, body, 400)["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert message.startswith(f"{field} cannot be used: "), path

@@ -82,6 +82,15 @@ def test_instructions_and_developer_messages_become_one_system_message() -> None
     assert prompt(messages, instructions="Be brief.").startswith(wanted)
 
 
+def test_an_answer_that_the_input_ends_with_is_continued() -> None:
+    given = [{"role": "user", "content": "17 + 25?"}, {"role": "assistant", "content": "The sum is"}]
+    assert prompt(given).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nThe sum is")
+    got = post(Reciter(" 42."), "/v1/responses", body(given))
+    assert [part["text"] for item in got["output"] for part in item["content"]] == [" 42."]
+    counted = post(Reciter(), "/v1/responses/input_tokens", body(given))
+    assert counted["input_tokens"] == got["usage"]["input_tokens"]
+
+
 def test_reasoning_text_and_calls_of_one_answer_are_read_as_one() -> None:
     reasoning = answer("<think>\nWhere?\n</think>\n\nHere.")["output"][0]
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "Where?"}]

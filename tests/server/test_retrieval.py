@@ -218,6 +218,14 @@ def test_the_ollama_package_gets_vectors(url: str, embedder: npqwen.Model) -> No
         assert client.show("vectors").capabilities == ["embedding"]
 
 
+def test_the_list_of_models_tells_them_from_language_models(url: str) -> None:
+    listed = httpx.get(f"{url}/v1/models").json()["data"]
+    found = {model["id"]: model["capabilities"] for model in listed}
+    assert (found["vectors"], found["judge"]) == (["embedding"], ["reranking"])
+    assert {*found} - {"vectors", "judge"}
+    assert all(found[name] == ["completion"] for name in {*found} - {"vectors", "judge"})
+
+
 def test_ollama_s_names_of_them(tiny_model: npqwen.Model, embedder: npqwen.Model) -> None:
     offer = Offer.of(embedder.path, "Qwen/Qwen3-Embedding-0.6B", threads=1)
     with served(app(tiny_model, offer)) as url, ollama.Client(host=url) as client:

@@ -26,7 +26,7 @@ def read_messages(body: Fields) -> list[Message]:
     """The system message, if there is one, and the conversation; tool results are in the order of their calls.
 
     A block of the system message that Claude Code changes with every request is dropped. Raises FieldError for content
-    that the model cannot read, such as images, and for a conversation that ends with the assistant.
+    that the model cannot read, such as images.
     """
     messages: list[Message] = []
     system = _text(body, "system", "\n\n")
@@ -37,9 +37,6 @@ def read_messages(body: Fields) -> list[Message]:
         body.wrong("messages", "a list of at least one message")
     for fields in given:
         messages += _turn(fields)
-    if messages[-1]["role"] == "assistant":
-        place = f"messages[{len(given) - 1}]"
-        raise FieldError(f"{place} is the assistant's, and an answer cannot be continued; end with the user's", place)
     return matched(messages)
 
 

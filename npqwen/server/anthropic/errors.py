@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from npqwen.server.exchange import request_id
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.json_text import JSONReply
 from npqwen.server.streaming import ClientGoneError
@@ -30,11 +30,6 @@ def error_body(failure: Failure, id: str) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": failure.message}, "request_id": id}
 
 
-def new_request_id() -> str:
-    """A new id with which a client can refer to a request."""
-    return f"req_{secrets.token_hex(12)}"
-
-
 def answering_errors(
     handler: Callable[[Request, str], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -45,7 +40,7 @@ def answering_errors(
     """
 
     async def answer(request: Request) -> Response:
-        id = new_request_id()
+        id = request_id()
         try:
             response = await handler(request, id)
         except (ClientDisconnect, ClientGoneError, HTTPException):

@@ -36,6 +36,7 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     """
     tools = read_tools(body)
     thinking = body.object("thinking")
+    format = _format(body)
     options: dict[str, Any] = {
         "tools": tools,
         "max_tokens": body.whole("max_tokens", 1),
@@ -43,7 +44,7 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
         "temperature": body.number("temperature", 0, 100),
         "top_p": body.number("top_p", 0, 1),
         "top_k": body.whole("top_k", 0),
-        "schema": _schema(body),
+        "schema": None if format is None else format.any("schema"),
         **_tool_choice(body, [tool["function"]["name"] for tool in tools or []]),
         **_thinking(body, thinking, model, tools is not None),
     }
@@ -52,6 +53,7 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
         ChatRequest(
             placed(read_messages(body), model.chat_template),
             cast(ChatOptions, {name: value for name, value in options.items() if value is not None}),
+            fields={} if format is None else {"schema": format.place("schema")},
         ),
         thinking is not None and thinking.one_of("display", ("summarized", "omitted", "full")) == "omitted",
         bool(body.flag("stream")),
@@ -60,8 +62,8 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     return request
 
 
-def _schema(body: Fields) -> Any:
-    """The JSON schema of the answer, from either of the two fields that the API has used for it."""
+def _format(body: Fields) -> Fields | None:
+    """The field with the answer's JSON schema: either of the two that the API has used for it."""
     config = body.object("output_config")
     owner, name = (config, "format") if config is not None and "format" in config else (body, "output_format")
     format = owner.object(name)
@@ -69,7 +71,7 @@ def _schema(body: Fields) -> Any:
         return None
     format.required("type", lambda field: format.one_of(field, _FORMATS))
     format.required("schema", format.object)
-    return format.any("schema")
+    return format
 
 
 def _tool_choice(body: Fields, tools: list[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.messages import checked
 from npqwen.errors import ClosedError, ContextLengthError
 from npqwen.server.anthropic.errors import answering_errors, error_body
@@ -128,5 +127,4 @@ def _too_long(error: ContextLengthError, tokens: int, context: int) -> ContextLe
 
 
 def _prompt_tokens(model: Model, request: ChatRequest) -> int:
-    settings = ChatSettings.of(request.options)
-    return len(settings.prompter(model).ids(checked(request.messages)))
+    return len(request.settings().prompter(model).ids(checked(request.messages)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.requests import Request
 from starlette.responses import Response
 
-from npqwen.chat.chat_options import ChatOptions, ChatSettings
+from npqwen.chat.chat_options import ChatOptions
 from npqwen.chat.messages import checked
 from npqwen.errors import ContextLengthError
 from npqwen.generation.decoding import check_prompt_ids
@@ -68,9 +68,10 @@ async def _within_context(
 ) -> ChatRequest | TextRequest:
     """The request, with max_tokens so that prompt and answer have at most `context` tokens. No prompt is truncated.
 
-    Raises ContextLengthError if the prompt leaves no room for an answer.
+    A context beyond the model's has no effect: many clients send a fixed one. Raises ContextLengthError if the prompt
+    leaves no room for an answer.
     """
-    if context is None:
+    if context is None or context >= model.context:
         return wanted
     tokens = await in_thread(lambda: _prompt_tokens(model, wanted))
     if tokens >= context:
@@ -88,4 +89,4 @@ async def _within_context(
 def _prompt_tokens(model: Model, wanted: ChatRequest | TextRequest) -> int:
     if isinstance(wanted, TextRequest):
         return len(check_prompt_ids(model, wanted.prompt))
-    return len(ChatSettings.of(wanted.options).prompter(model).ids(checked(wanted.messages)))
+    return len(wanted.settings().prompter(model).ids(checked(wanted.messages)))

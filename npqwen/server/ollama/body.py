@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from npqwen.chat.messages import Message
     from npqwen.model import Model
 
+STRUCTURE_FIELD = {"schema": "format"}
+"""The option that `format` becomes -> the field, for error messages."""
 _LEVELS = tuple(EFFORTS)
 
 
@@ -45,7 +47,7 @@ class Body:
             **self.reasoning.options(model, "tools" in tools),
             **tools,
         }
-        return ChatRequest(placed(messages, model.chat_template), cast(ChatOptions, options))
+        return ChatRequest(placed(messages, model.chat_template), cast(ChatOptions, options), fields=STRUCTURE_FIELD)
 
 
 def read_body(fields: Fields) -> Body:

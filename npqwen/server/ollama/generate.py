@@ -13,7 +13,7 @@ from npqwen.server.fields import FieldError, Fields, read_fields
 from npqwen.server.fill_in_middle import middle_request
 from npqwen.server.ollama.answer import Head, text_part
 from npqwen.server.ollama.answering import answer, load_or_unload
-from npqwen.server.ollama.body import Body, read_body, refuse_images
+from npqwen.server.ollama.body import STRUCTURE_FIELD, Body, read_body, refuse_images
 from npqwen.server.requests import ChatRequest, TextRequest
 
 if TYPE_CHECKING:
@@ -67,5 +67,5 @@ def _request(model: Model, body: Body, prompt: _Prompt) -> ChatRequest | TextReq
         raise FieldError("this model has no chat template, and so no system message; leave system out", "system")
     options = cast(GenerationOptions, {**body.options.generation, **body.generation})
     if prompt.suffix is None:
-        return TextRequest(prompt.text, options)
-    return middle_request(prompt.text, prompt.suffix, options, model.tokenizer)
+        return TextRequest(prompt.text, options, fields=STRUCTURE_FIELD)
+    return middle_request(prompt.text, prompt.suffix, options, model.tokenizer, fields=STRUCTURE_FIELD)

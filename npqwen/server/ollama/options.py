@@ -43,8 +43,8 @@ prompt that are kept when it is truncated, which never happens here."""
 class Options:
     """Checked options.
 
-    generation: the library's. context: the most tokens of prompt and answer together (`num_ctx`); None: the model's.
-    threads: the required number of threads (`num_thread`); None: any.
+    generation: the library's. context: the most tokens of prompt and answer together (`num_ctx`), if that is less than
+    the model's; None: the model's. threads: the required number of threads (`num_thread`); None: any.
     """
 
     generation: dict[str, Any]
@@ -53,12 +53,6 @@ class Options:
 
     def check(self, model: Model) -> None:
         """Raise FieldError for options that this model does not support."""
-        if self.context is not None and self.context > model.context:
-            raise FieldError(
-                f"options.num_ctx is {self.context}, but this server's limit is {model.context} tokens; send less, or "
-                "leave it out",
-                "options.num_ctx",
-            )
         if self.threads is not None and self.threads != model.threads:
             raise FieldError(
                 f"options.num_thread is {self.threads}, but the server was started with {model.threads} threads; leave "

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, completions, responses, and the list of models."""
+"""OpenAI's API: chat completions, completions, responses, embeddings, and the form of the list of models."""
 
 from npqwen.server.openai.routes import routes
 

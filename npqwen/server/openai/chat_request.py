@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from npqwen.chat.begun_answer import BegunAnswer
 from npqwen.chat.chat_options import ChatOptions
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.logprobs import TOP_LOGPROBS
@@ -19,10 +21,8 @@ if TYPE_CHECKING:
     from npqwen.model import Model
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
     "audio": (),
     "best_of": (1,),
-    "continue_final_message": (False,),
     "echo": (False,),
     "modalities": (["text"],),
     "verbosity": ("medium",),
@@ -34,13 +34,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class ChatBody:
     """A checked body.
 
-    messages, options: as the library takes them, before the model is known. include_usage, return_progress: events
-    that a stream sends in addition to the answer's.
+    messages, options: as the library takes them, before the model is known. places: see `ChatRequest.fields`.
+    include_usage, return_progress: events that a stream sends in addition to the answer's.
     """
 
     model: str | None
     messages: list[dict[str, Any]]
     options: dict[str, Any]
+    places: dict[str, str]
     reasoning: ReasoningFields
     n: int
     stream: bool
@@ -56,14 +57,15 @@ class ChatBody:
         """The request for this model; OptionError for fields that it does not support."""
         options = self.options | self.reasoning.options(model, "tools" in self.options)
         messages = placed(self.messages, model.chat_template)
-        return ChatRequest(messages, cast(ChatOptions, options), self.n)
+        return ChatRequest(messages, cast(ChatOptions, options), self.n, self.places)
 
 
 def chat_body(fields: Fields) -> ChatBody:
     """Read a body; FieldError for invalid or unsupported fields. Unknown fields are tolerated."""
     for name, neutral in _UNSUPPORTED.items():
         fields.refuse(name, "this server does not have it", *neutral)
-    options = generation_options(fields) | tool_options(fields)
+    options, places = generation_options(fields)
+    options |= tool_options(fields)
     if fields.flag("logprobs"):
         options["logprobs"] = True
     top = fields.whole("top_logprobs", 0, TOP_LOGPROBS)
@@ -71,10 +73,13 @@ def chat_body(fields: Fields) -> ChatBody:
         if "logprobs" not in options:
             raise FieldError("top_logprobs needs logprobs: true", "top_logprobs")
         options["top_logprobs"] = top
+    messages = chat_messages(fields)
+    _check_ending(fields, messages)
     body = ChatBody(
         model=fields.text("model"),
-        messages=chat_messages(fields),
+        messages=messages,
         options=options,
+        places=places,
         reasoning=reasoning_fields(fields),
         n=choices(fields),
         stream=fields.flag("stream") or False,
@@ -83,3 +88,26 @@ def chat_body(fields: Fields) -> ChatBody:
     )
     fields.log_unknown()
     return body
+
+
+def _check_ending(fields: Fields, messages: list[dict[str, Any]]) -> None:
+    """Check vLLM's two fields for whether the answer continues the last message: the messages alone decide that.
+
+    FieldError if a field demands to continue a message that is not the assistant's or has calls, or to begin a new
+    message after an answer that has begun.
+    """
+    begun = BegunAnswer.of(messages)
+    for name, continues in (("continue_final_message", True), ("add_generation_prompt", False)):
+        flag = fields.flag(name)
+        if flag is continues and begun is None:
+            raise FieldError(
+                f"{name} is {json.dumps(flag)}, but the last message is not an assistant's without calls; there is "
+                "nothing to continue",
+                name,
+            )
+        if flag is (not continues) and begun:
+            raise FieldError(
+                f"{name} is {json.dumps(flag)}, but the last message is the assistant's, which is always continued; "
+                "end with the user's",
+                name,
+            )

@@ -25,13 +25,15 @@ MAX_PROMPTS = 1024
 class CompletionBody:
     """A checked body.
 
-    prompts: texts or token ids. suffix: the text that follows the generated one. echo: begin with the prompt.
+    prompts: texts or token ids. suffix: the text that follows the generated one. places: see
+    `TextRequest.fields`. echo: begin with the prompt.
     """
 
     model: str | None
     prompts: list[str] | list[list[int]]
     suffix: str | None
     options: dict[str, Any]
+    places: dict[str, str]
     n: int
     echo: bool
     stream: bool
@@ -41,9 +43,9 @@ class CompletionBody:
         """A request for each prompt; FieldError for a suffix if the model has no fill-in-the-middle tokens."""
         options = cast(GenerationOptions, self.options)
         if self.suffix is None:
-            return [TextRequest(prompt, options, self.n) for prompt in self.prompts]
+            return [TextRequest(prompt, options, self.n, self.places) for prompt in self.prompts]
         texts = cast(list[str], self.prompts)
-        return [middle_request(text, self.suffix, options, tokenizer, self.n) for text in texts]
+        return [middle_request(text, self.suffix, options, tokenizer, self.n, self.places) for text in texts]
 
     def echoes(self, tokenizer: Tokenizer) -> list[str]:
         """By prompt, the text that its choices begin with: the prompt if `echo` is set, otherwise ""."""
@@ -61,7 +63,7 @@ def completion_body(fields: Fields) -> CompletionBody:
     """Read a body; FieldError for invalid or unsupported fields. Unknown fields are tolerated."""
     n = choices(fields)
     fields.refuse("best_of", "all answers are returned; send n", 1, n)
-    options = generation_options(fields)
+    options, places = generation_options(fields)
     logprobs = fields.whole("logprobs", 0, TOP_LOGPROBS) if not isinstance(fields.any("logprobs"), bool) else None
     if fields.any("logprobs") is True:
         fields.wrong("logprobs", f"a whole number from 0 to {TOP_LOGPROBS}")
@@ -79,6 +81,7 @@ def completion_body(fields: Fields) -> CompletionBody:
         prompts=given,
         suffix=suffix or None,
         options=options,
+        places=places,
         n=n,
         echo=echo,
         stream=fields.flag("stream") or False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from npqwen.checks import is_number
 from npqwen.errors import quoted
@@ -62,8 +62,11 @@ _STRUCTURES = {
 """llama.cpp's and vLLM's names for options that constrain the text's structure."""
 
 
-def generation_options(fields: Fields) -> dict[str, Any]:
-    """The generation options that a body sets; FieldError for invalid or unsupported fields."""
+def generation_options(fields: Fields) -> tuple[dict[str, Any], dict[str, str]]:
+    """The generation options that a body sets, and the fields of those about the text's structure, by option.
+
+    FieldError for invalid or unsupported fields.
+    """
     options: dict[str, Any] = {}
     for name, (low, high) in _NUMBERS.items():
         options[name] = fields.number(name, low, high)
@@ -82,11 +85,14 @@ def generation_options(fields: Fields) -> dict[str, Any]:
     options["seed"] = None if seed is None or seed == -1 else seed % (2 * _SEEDS)
     options["stop"] = fields.stops("stop")
     options["logit_bias"] = _biases(fields)
-    options.update(_structure(fields))
+    structure = _structure(fields)
+    if structure is not None:
+        options[structure.option] = structure.value
     for name, neutral in _UNSUPPORTED.items():
         fields.refuse(name, "this server does not have it", *neutral)
     fields.ignore(*_UNREAD)
-    return {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    return given, {} if structure is None else {structure.option: structure.field}
 
 
 def choices(fields: Fields) -> int:
@@ -117,16 +123,24 @@ def _biases(fields: Fields) -> dict[int, float] | None:
     return biases
 
 
-def _structure(fields: Fields) -> dict[str, Any]:
-    """One of the options schema, regex, choice and grammar, or none; FieldError if several are set."""
-    found: dict[str, Any] = {}
+class _Structure(NamedTuple):
+    """One of the options schema, regex, choice and grammar, its value, and the field that it comes from."""
+
+    option: str
+    value: Any
+    field: str
+
+
+def _structure(fields: Fields) -> _Structure | None:
+    """The structure that a body requires, or None; FieldError if it requires several."""
+    found: list[_Structure] = []
 
     def add(name: str, option: str, value: Any) -> None:
         if found:
             raise FieldError(f"{name} excludes the other fields for the text's structure; send one", name)
         if option == "schema":
             value = _schema(value, name)
-        found[option] = value
+        found.append(_Structure(option, value, name))
 
     for name, option in _STRUCTURES.items():
         if name in fields:
@@ -146,7 +160,7 @@ def _structure(fields: Fields) -> dict[str, Any]:
             inner = format.required("json_schema", format.object)
             inner.ignore("name", "description", "strict")
             add("response_format.json_schema.schema", "schema", inner.required("schema", inner.any))
-    return found
+    return found[0] if found else None
 
 
 def _schema(value: Any, name: str) -> Any:

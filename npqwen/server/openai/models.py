@@ -1,34 +1,33 @@
-"""GET /v1/models and /v1/models/{name}."""
+"""The models on offer, in OpenAI's format."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from npqwen.server.json_text import JSONReply
-
 if TYPE_CHECKING:
-    from npqwen.server.models import Models, ModelState
+    from npqwen.format.task import Task
+    from npqwen.server.models import ModelState
+
+_CAPABILITIES: dict[Task, str] = {"text": "completion", "embedding": "embedding", "reranking": "reranking"}
+"""What a model with a task can do. /api/show says in addition whether it calls tools and thinks."""
 
 
-async def list_models(models: Models, request: Request) -> Response:
-    """All models on offer, loaded or not.
+def listed(states: Sequence[ModelState]) -> dict[str, Any]:
+    """The body of a list of models.
 
     Codex reads `models` instead of `data`. The fields that it requires of an entry differ between its versions, and it
     rejects the whole list if it cannot read one entry; it accepts an empty list.
     """
-    return JSONReply({"object": "list", "data": [_model(state) for state in models.offered], "models": []})
+    return {"object": "list", "data": [described(state) for state in states], "models": []}
 
 
-async def retrieve_model(models: Models, request: Request) -> Response:
-    """One model; ModelNotFoundError if it is not on offer."""
-    return JSONReply(_model(models.state(request.path_params["name"])))
+def described(state: ModelState) -> dict[str, Any]:
+    """A model's entry. Other servers, and therefore clients, use three names for the length of the context.
 
-
-def _model(state: ModelState) -> dict[str, Any]:
-    """A model's entry. Other servers, and therefore clients, use three names for the length of the context."""
+    OpenAI's own entries do not tell what a model is for; `capabilities` does, in the words of llama.cpp's and ollama's
+    servers.
+    """
     context = state.offer.context
     return {
         "id": state.name,
@@ -38,4 +37,5 @@ def _model(state: ModelState) -> dict[str, Any]:
         "context_length": context,
         "max_model_len": context,
         "meta": {"n_ctx": context},
+        "capabilities": [_CAPABILITIES[state.offer.task]],
     }

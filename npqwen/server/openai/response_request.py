@@ -78,6 +78,7 @@ def read_request(body: Fields, model: Model) -> ResponsesRequest:
         ChatRequest(
             placed(read_messages(body, items), model.chat_template),
             cast(ChatOptions, {name: value for name, value in options.items() if value is not None}),
+            fields={"schema": "text.format.schema"},
         ),
         tools,
         _wants_summary(body),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from npqwen.chat.chat_options import ChatSettings
 from npqwen.chat.messages import checked
 from npqwen.errors import ClosedError, ContextLengthError
 from npqwen.server.failure import Failure, failure_of
@@ -69,8 +68,7 @@ async def count_input_tokens(models: Models, request: Request) -> Response:
     body = await read_fields(request)
     model = (await models.worker(body.text("model"))).model
     chat = read_request(body, model).chat
-    prompter = ChatSettings.of(chat.options).prompter(model)
-    ids = await asyncio.to_thread(prompter.ids, checked(chat.messages))
+    ids = await asyncio.to_thread(lambda: chat.settings().prompter(model).ids(checked(chat.messages)))
     return JSONReply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's API, each with and without /v1."""
+"""The routes of OpenAI's API but /v1/models, each with and without /v1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from starlette.routing import Route
 from npqwen.server.openai.chat import chat_completions
 from npqwen.server.openai.completions import completions
 from npqwen.server.openai.embeddings import embeddings
-from npqwen.server.openai.models import list_models, retrieve_model
 from npqwen.server.openai.responses import count_input_tokens, create_response
 
 if TYPE_CHECKING:
@@ -24,17 +23,13 @@ if TYPE_CHECKING:
 
 def routes(models: Models) -> list[Route]:
     """All routes of the API over these models. The application turns errors that handlers raise into responses."""
-    endpoints: list[tuple[str, str, Handler]] = [
-        ("/chat/completions", "POST", partial(chat_completions, models)),
-        ("/completions", "POST", partial(completions, models)),
-        ("/responses", "POST", partial(create_response, models)),
-        ("/responses/input_tokens", "POST", partial(count_input_tokens, models)),
-        ("/embeddings", "POST", partial(embeddings, models)),
-        ("/models", "GET", partial(list_models, models)),
-        ("/models/{name:path}", "GET", partial(retrieve_model, models)),
-    ]
+    endpoints: dict[str, Handler] = {
+        "/chat/completions": partial(chat_completions, models),
+        "/completions": partial(completions, models),
+        "/responses": partial(create_response, models),
+        "/responses/input_tokens": partial(count_input_tokens, models),
+        "/embeddings": partial(embeddings, models),
+    }
     return [
-        Route(prefix + path, handler, methods=[method])
-        for path, method, handler in endpoints
-        for prefix in ("/v1", "")
+        Route(prefix + path, handler, methods=["POST"]) for path, handler in endpoints.items() for prefix in ("/v1", "")
     ]

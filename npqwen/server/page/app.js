@@ -45,8 +45,7 @@ const actions = {
   },
   retry,
   proceed(message) {
-    conversations.append(current, message.id, { role: "user", content: "Continue where you stopped." });
-    ask();
+    if (!answers.has(current.id)) ask(message);
   },
   wait(message) {
     forgetWait(message.id);
@@ -81,13 +80,15 @@ function send() {
   ask();
 }
 
-// Has the model answer the last message on the screen, or retries an answer that failed before its first word.
-async function ask(failed = null, attempt = 0) {
+// Has the model answer the last message on the screen. unfinished: the answer there, to which the model adds the rest.
+async function ask(unfinished = null, attempt = 0) {
   const conversation = current;
-  const path = conversations.path(conversation).filter((message) => message !== failed);
+  const path = conversations.path(conversation);
   const model = modelOf(conversation);
-  const message = failed ?? conversations.append(conversation, conversation.head, emptyAnswer(model));
-  Object.assign(message, emptyAnswer(model), { status: 0 });
+  const message = unfinished ?? conversations.append(conversation, conversation.head, emptyAnswer(model));
+  const { content, reasoning, times } = message;
+  Object.assign(message, emptyAnswer(model), { content, reasoning, status: 0 });
+  if (times.thought) message.times.thought = times.thought;
   all.set(conversation.id, conversation);
   conversation.updated = Date.now();
   let body;

@@ -209,7 +209,7 @@ class AnswerView extends MessageView {
     const retry = element("button", { type: "button", onclick: () => this.actions.retry(message) },
       waiting === null ? "Retry" : "Retry now");
     const row = element("div", { class: "row" }, retry);
-    if (message.content)
+    if (message.content && !message.calls.length)
       row.append(element("button", { type: "button", onclick: () => this.actions.proceed(message) }, "Continue"));
     if (waiting !== null)
       row.append(
