@@ -11,6 +11,7 @@ from npqwen.chat.borders import Borders, Names, split, unused_character, without
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_template import opens_thinking
 from npqwen.chat.messages import Message
+from npqwen.errors import OptionError
 from npqwen.tools.toolbox import Tool
 
 
@@ -51,6 +52,8 @@ class Prompter:
         begun, template, thinking = BegunAnswer.of(messages), self._model.chat_template, self._thinking
         if begun is not None:
             messages = messages[:-1]
+            if not messages:
+                raise OptionError("the only message is the assistant's; begin the conversation with a user's message")
         if begun:
             kind = template.thinking(self._options.get("template"), self._schemas is not None)
             thinking = bool(begun.reasoning) if kind == "switch" else None

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from reciter import TOKENIZER, Reciter
 
+from npqwen.errors import OptionError
+
 (IM_START,) = TOKENIZER.encode("<|im_start|>")
 QUESTION = {"role": "user", "content": "17 + 25?"}
 THOUGHT = "Tens first, then ones."
@@ -84,3 +86,8 @@ def test_after_calls_without_results_there_is_a_new_message() -> None:
     model = Reciter("42.")
     model.chat([QUESTION, said])
     assert model.prompts[0] == model.chat_template.render([QUESTION, said])
+
+
+def test_alone_it_has_no_question() -> None:
+    with pytest.raises(OptionError, match="the only message is the assistant's; begin the conversation with a user's"):
+        Reciter("42.").chat([{"role": "assistant", "content": "It is"}])
