@@ -102,7 +102,7 @@ def test_thinking_is_saved_and_the_cache_is_optional(model: Model, tmp_path: Pat
     talk = model.conversation(**GREEDY)
     talk.thinking = False
     assert talk.send("What is 17 + 25?").reasoning == ""
-    path = tmp_path / "new" / "talk.json"
+    path = tmp_path / "talk.json"
     talk.save(path)
     cache = path.with_name("talk.json.npqwen-cache")
     assert cache.stat().st_size > talk.cache_bytes > 0

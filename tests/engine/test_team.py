@@ -106,7 +106,7 @@ def test_threads_that_the_system_refuses_are_an_error(monkeypatch: pytest.Monkey
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    with pytest.raises(OutOfMemoryError, match=r"start 2 threads of 5; use fewer \(--threads\)"):
+    with pytest.raises(OutOfMemoryError, match=r"the system refused thread 3 of 5; use fewer \(--threads\)"):
         Team(5)
     for worker in set(threading.enumerate()) - before:
         worker.join(timeout=60)
