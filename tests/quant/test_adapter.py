@@ -123,7 +123,7 @@ def test_a_dry_run_counts_what_adapters_change(run: Run, tmp_path: Path) -> None
     nbytes = sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
     assert f"{nbytes / 1e6:.1f} MB" in told("embedding")
     assert "is not a directory" in run("convert", TINY, "m", "--dry-run", "--adapter", "none", status=2)[1]
-    assert "give a directory OUT for it" in run("convert", TINY, "--dry-run", "--adapter", ADAPTERS / "linear", status=2)[1]
+    assert "a directory OUT for it" in run("convert", TINY, "--dry-run", "--adapter", ADAPTERS / "linear", status=2)[1]
 
 
 def test_scales_of_the_command_line(tmp_path: Path) -> None:
