@@ -202,7 +202,7 @@ def load(
     common prefix do not compute it again in a later run. Any number of processes and models may share it.
     prefix_cache_size: the most bytes that its files take, default 10 GB; the least recently used are removed.
     prefix_memory: the most bytes of prefixes kept in memory, with or without a directory; default: a quarter of what is
-    available beside the weights, at most 4 GiB; 0: none.
+    available beside the weights, at most 4 GiB; 0: none. A draft model named by `draft` may keep as much again.
     draft: a draft model for speculative decoding: a smaller one with the same tokens, such as "Qwen/Qwen3-0.6B" for
     "Qwen/Qwen3-8B", or a loaded one. One pass of this model verifies several of its draft tokens, where that is faster
     (see the option `speculation`). Texts stay the same.
