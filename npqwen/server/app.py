@@ -100,11 +100,11 @@ def _middleware(settings: Settings, recordings: Recordings) -> list[Middleware]:
     )
     return [
         Middleware(Exchanges),
-        Middleware(Guard, settings),
+        Middleware(Guard, settings=settings),
         *([cors] if settings.origins else []),
-        Middleware(Keys, settings),
-        Middleware(Resumable, recordings),
-        Middleware(BodyLimit, settings.body_limit),
+        Middleware(Keys, settings=settings),
+        Middleware(Resumable, recordings=recordings),
+        Middleware(BodyLimit, limit=settings.body_limit),
     ]
 
 
