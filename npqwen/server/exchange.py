@@ -104,6 +104,9 @@ class Exchanges:
 
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            status = status or 500  # which Starlette's own middleware, around this one, answers
+            raise
         finally:
             current.reset(token)
             if exchange.rest is None or exchange.rest.done():
