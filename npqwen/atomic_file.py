@@ -63,9 +63,9 @@ def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterato
 
 
 def check_parent(path: Path) -> None:
-    """Raise OutputError if there is no directory for a file of this path, whose name may be mistyped."""
+    """Raise OutputError unless the parent directory of `path` exists: it is not created, as it may be misspelled."""
     if not os.path.lexists(path.parent):
-        raise OutputError(f"there is no directory {path.parent}; make it first, or choose another")
+        raise OutputError(f"the directory {path.parent} does not exist; create it, or choose another")
 
 
 @contextlib.contextmanager

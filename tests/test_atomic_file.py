@@ -60,7 +60,7 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
     for path, message in [
         (tmp_path, "is a directory; give the name of a file"),
         (tmp_path / "file" / "x", "x cannot be written"),
-        (tmp_path / "mistyped" / "x", "there is no directory .*mistyped; make it first, or choose another"),
+        (tmp_path / "misspelled" / "x", "the directory .*misspelled does not exist; create it, or choose another"),
         (tmp_path / ("x" * 300), "cannot be written"),
         (Path(os.devnull), "is not a regular file|cannot be written"),
     ]:

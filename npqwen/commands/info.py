@@ -56,7 +56,7 @@ def info(
     from npqwen.hub.names import model_name
 
     with Terminal() as terminal:
-        path = hub.find_converted(model, bits, notice=terminal.notice)
+        path = hub.find_converted(model, bits, notice=terminal.notice, download_bars=terminal.shows_bars)
         if path is not None:
             from npqwen.reports.info import describe, inspect
 
@@ -74,7 +74,6 @@ def info(
             context=context,
             yarn=yarn,
             kv=kv,
-            notice=terminal.notice,
         )
         terminal.notice(f"{model} is not converted yet; this is what a conversion will give and need")
         terminal.text((_json(planned) if as_json else planned.describe()) + "\n")

@@ -64,37 +64,38 @@ def resolve(
     `npqwen_quant.convert` raises.
     """
     tell = notice or _ignore
-    found, source = _find(model, bits, revision, tell)
+    found, source = _find(model, bits, revision, tell, download_bars)
     if found is not None:
         check_purpose(source, purpose)
         return found
-    transfer = Transfer(source, tell, download_bars, progress)
-    if (directory := transfer.converted_already()) is not None:
-        check_purpose(LocalSource(directory, source.label), purpose)
-        tell(f"using {directory}")
-        return _with_bits(directory, bits)
     check(source, purpose)
     recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
     target = place_of(source, recipe)
-    _convert_once(transfer, target, recipe, low_disk, tell)
+    _convert_once(Transfer(source, tell, download_bars, progress), target, recipe, low_disk, tell)
     record.used(target, source.model, source.revision, source.commit)
     return target
 
 
 def find_converted(
-    model: str | os.PathLike[str], bits: int | None = None, *, notice: Notice | None = None
+    model: str | os.PathLike[str],
+    bits: int | None = None,
+    *,
+    notice: Notice | None = None,
+    download_bars: bool = False,
 ) -> Path | None:
-    """The converted directory that `resolve` would return without a download or a conversion; None if there is none.
+    """The converted directory that `resolve` would return without a conversion; None if one would be necessary.
 
-    Raises what `resolve` raises before these.
+    Only a model that is on the hub as a converted one is downloaded. The parameters and errors are those of `resolve`.
     """
-    return _find(model, bits, None, notice or _ignore)[0]
+    return _find(model, bits, None, notice or _ignore, download_bars)[0]
 
 
 def _find(
-    model: str | os.PathLike[str], bits: int | None, revision: str | None, tell: Notice
+    model: str | os.PathLike[str], bits: int | None, revision: str | None, tell: Notice, download_bars: bool
 ) -> tuple[Path | None, Source]:
-    """A converted directory on this disk, or None; and the source that it has, or has to be made of."""
+    """The converted directory, downloaded if it is on the hub, and its source; None and the source to convert if there
+    is none.
+    """
     recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
     directory = _directory(model)
     if directory is not None:
@@ -115,11 +116,15 @@ def _find(
             source = downloaded(name, problem)
             tell(f"{problem}; using the copy downloaded before")
     target = place_of(source, recipe)
-    if not is_converted(target):
+    if is_converted(target):
+        tell(f"using {target}")
+        record.used(target, source.model, source.revision, source.commit)
+        return target, source
+    directory = Transfer(source, tell, download_bars, None).converted_already()
+    if directory is None:
         return None, source
-    tell(f"using {target}")
-    record.used(target, source.model, source.revision, source.commit)
-    return target, source
+    tell(f"using {directory}")
+    return _with_bits(directory, bits), LocalSource(directory, source.label)
 
 
 def convert(

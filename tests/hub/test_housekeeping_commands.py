@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import FakeHub
+from fake_hub import Connection, FakeHub
+from npqwen_quant import convert
 
 from npqwen.commands import cli
 from npqwen.reports.columns import ago, columns
@@ -41,6 +42,30 @@ def run(fake_hub: FakeHub, checkpoint: Path, capsys: pytest.CaptureFixture[str])
 def rows(text: str) -> list[list[str]]:
     """The cells of a table, which two blanks or more separate."""
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+
+
+def test_info_downloads_a_converted_model_but_no_checkpoint(
+    run: Run, fake_hub: FakeHub, checkpoint: Path, tmp_path: Path
+) -> None:
+    status, out, err = run("info", ID)
+    assert (status, err) == (0, f"{ID} is not converted yet; this is what a conversion will give and need\n")
+    assert out.startswith(f"model           {ID}")
+    assert "model.safetensors" not in fake_hub.downloads
+    convert(checkpoint, tmp_path / "ready", bits=8)
+    fake_hub.publish("org/ready", tmp_path / "ready")
+    status, out, _ = run("info", "org/ready", "--json")
+    assert (status, json.loads(out)["bits"]) == (0, 8)
+
+
+def test_info_says_once_that_the_hub_is_out_of_reach(run: Run, connection: Connection) -> None:
+    run("pull", ID, "--bits", "8")
+    connection.error = OSError("no route to host")
+    status, _, err = run("info", ID, "--bits", "4")
+    assert status == 0
+    assert err.splitlines() == [
+        "the hub cannot be reached (no route to host); using the copy downloaded before",
+        f"{ID} is not converted yet; this is what a conversion will give and need",
+    ]
 
 
 def test_pull_downloads_converts_and_writes_the_path(run: Run, fake_hub: FakeHub, cache: Path) -> None:

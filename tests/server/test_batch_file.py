@@ -285,7 +285,8 @@ def test_files_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> Non
     given, of = write(tmp_path / "in.jsonl", [request(0)]), ("--model", model)
     assert "cannot be read" in run("batch", tmp_path / "none", tmp_path / "out", status=2)[1]
     missing = tmp_path / "missing"
-    assert f"there is no directory {missing}; make it first" in run("batch", given, missing / "out", *of, status=2)[1]
+    refused = run("batch", given, missing / "out", *of, status=2)[1]
+    assert f"the directory {missing} does not exist; create it" in refused
     assert not missing.exists()
     assert "Is a directory" in run("batch", given, tmp_path, "--model", model, status=2)[1]
     assert "parallel is 0" in run("batch", given, tmp_path / "out", "--parallel", 0, "--model", model, status=2)[1]

@@ -153,7 +153,7 @@ def test_another_conversations_file_is_overwritten_only_if_the_user_says_so(tmp_
 def test_a_directory_is_not_made_silently(tmp_path: Path, say: Say) -> None:
     path = tmp_path / "none" / "talk.json"
     chat = chat_with(Reciter())
-    assert f"there is no directory {path.parent}; make it first" in say(chat, f"/save {path}")
+    assert f"the directory {path.parent} does not exist; create it" in say(chat, f"/save {path}")
     assert list(tmp_path.iterdir()) == []
 
 
