@@ -16,8 +16,8 @@ export function emptyAnswer(model) {
 }
 
 export class Answer {
-  // conversation, message: what the answer belongs to. onchange(urgent) is called whenever the
-  // message has changed; urgent: save at once, because resuming after a reload depends on it.
+  // conversation, message: what the answer belongs to. onchange(urgent) is called whenever the message has changed;
+  // urgent: save at once, and return a promise of that, because resuming after a reload depends on it.
   constructor(conversation, message, onchange) {
     this.conversation = conversation;
     this.message = message;
@@ -53,7 +53,7 @@ export class Answer {
       const id = response.headers.get("X-Stream-Id");
       if (id) {
         this.message.stream = { id, next: 0 };
-        this.onchange(true);
+        await this.onchange(true);
       }
       return response;
     });

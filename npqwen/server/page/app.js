@@ -110,9 +110,9 @@ async function ask(unfinished = null, attempt = 0) {
 // Shows and saves an answer as it streams, until run(answer) ends. Returns the ServerError that ended it, if any.
 async function follow(conversation, message, run) {
   const answer = new Answer(conversation, message, (urgent) => {
-    if (urgent) storage.put(conversation).catch(() => {});
-    else storage.putSoon(conversation);
     if (conversation === current) drawSoon();
+    if (urgent) return storage.put(conversation).catch(() => {});
+    storage.putSoon(conversation);
   });
   answers.set(conversation.id, answer);
   draw();
