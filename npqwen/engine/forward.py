@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from numba import njit
 
 from npqwen.engine.steps import (
     add_shared,
     apply_gates,
+    choose_experts,
     embed,
     final_norm,
     multiply_output,
@@ -17,7 +17,6 @@ from npqwen.engine.steps import (
     pack_all,
     project_gated,
     project_heads,
-    step,
 )
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.attention import attention
@@ -28,7 +27,6 @@ from npqwen.kernels.experts import (
     pack_choices,
     prefetch_first_matrices,
     project_gated_slots,
-    route,
 )
 from npqwen.kernels.gated_delta import gated_delta
 from npqwen.kernels.low_rank import (
@@ -52,13 +50,25 @@ from npqwen.kernels.low_rank import (
 )
 from npqwen.kernels.low_rank_experts import EXPERT_GATED, EXPERT_INPUT, gated_rows_read, shrink_slots
 from npqwen.kernels.matmul import ACCUMULATE, OVERWRITE, multiply_groups
-from npqwen.kernels.norm import rms_norm
-from npqwen.kernels.packing import pack, tile_width, whole_tiles
+from npqwen.kernels.packing import tile_width
 from npqwen.kernels.pieces import claim, leave
-from npqwen.simd.scalar import memory, without_refcounts
+from npqwen.simd.scalar import without_refcounts
 
 _inline = njit(nogil=True, inline="always")
 """Compiles a function only as a part of its caller."""
+
+
+class _Pass(NamedTuple):
+    """What the blocks of a pass use, their argument `run`: the records of these names, and the thread's own arrays."""
+
+    team: Any
+    model: Any
+    tokens: Any
+    sequences: Any
+    activations: Any
+    adapters: Any
+    scratch: Any
+    local: Any
 
 
 @njit(nogil=True)
@@ -77,173 +87,99 @@ def forward(
     activations, adapters = without_refcounts((activations, adapters))
     output, workspace = without_refcounts((output, workspace))
     scratch, local = workspace.scratch[member], workspace.local[member]
+    run = _Pass(team, model, tokens, sequences, activations, adapters, scratch, local)
     if tokens.embed:
         embed(team, model.embed_tokens, tokens.ids, activations.hidden)
     for i in range(layers.size):
         layer = layers[i]
         if recurrent is None:  # noqa: SIM114  Numba compiles only this branch then
-            attention_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
+            attention_block(run, layer, recurrent)
         elif layer.in_proj.address == 0:
-            attention_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
+            attention_block(run, layer, recurrent)
         else:
-            recurrent_block(team, model, layer, tokens, sequences, activations, recurrent, adapters, scratch, local)
+            recurrent_block(run, layer, recurrent)
         if experts is None:  # noqa: SIM114  Numba compiles only this branch then
-            dense_feed_forward(team, model, layer, tokens, activations, adapters, scratch, local)
+            dense_feed_forward(run, layer)
         elif layer.expert_bytes == 0:
-            dense_feed_forward(team, model, layer, tokens, activations, adapters, scratch, local)
+            dense_feed_forward(run, layer)
         else:
-            sparse_feed_forward(team, model, layer, tokens, activations, experts, adapters, scratch, local)
+            sparse_feed_forward(run, layer, experts)
     if output.tokens.size:
         if output.normed:
             final_norm(team, model, activations.hidden, output)
         else:
-            project_logits(team, model, activations, output, scratch, local)
+            project_logits(run, output)
     leave(team)
 
 
 @_inline
-def attention_block(
-    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, adapters: Any,
-    scratch: Any, local: Any,
-) -> None:  # fmt: skip
+def attention_block(run: Any, layer: Any, recurrent: Any) -> None:
     """hidden += o_proj @ attention of the normed hidden; appends the tokens' keys and values to their caches.
 
     In hybrids, attention's output is multiplied by sigmoid(q_gate @ the normed hidden) (Qiu et al. 2025).
     """
-    hidden, packed, _, queries, attended, partials = activations
-    count = tokens.ids.size
-    weight, encoding = layer.input_layernorm, layer.qk_proj.encoding
-    kept, width = rows_read(adapters, layer.number, ATTENTION_INPUT), tile_width(count, encoding, tokens.prompt)
-    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, width, scratch, packed, kept)
-    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, layer.qk_proj.cols)
-    project_heads(team, model, layer, tokens, packed, adapters, local, scratch, queries)
+    team, model, tokens, sequences, activations, adapters, scratch, local = run
+    packed, queries, attended = activations.packed, activations.queries, activations.attended
     size = model.num_attention_heads * model.head_dim
+    width = norm_input(run, layer, layer.input_layernorm, layer.qk_proj, ATTENTION_INPUT)
+    project_heads(team, model, layer, tokens, packed, adapters, local, scratch, queries)
     if recurrent is not None:
-        adapted_matmul(
-            team, model.matmul_kernels, layer.q_gate, packed, count, width, recurrent.projected, OVERWRITE, scratch,
-            local, adapters, layer.number, Q_GATE,
-        )  # fmt: skip
+        project(run, layer, layer.q_gate, packed, width, recurrent.projected, OVERWRITE, Q_GATE)
     attention(
         team, model.attention_kernels, queries, sequences, model.cache_is_int8, layer.kv_index,
-        model.num_attention_heads, model.num_key_value_heads, model.head_dim, partials, scratch, attended,
+        model.num_attention_heads, model.num_key_value_heads, model.head_dim, activations.partials, scratch, attended,
     )  # fmt: skip
     if recurrent is not None:
-        apply_gates(team, recurrent.projected, count, size, attended)
-    width = tile_width(count, layer.o_proj.encoding, tokens.prompt)
-    pack_all(team, attended, count, size, layer.o_proj, width, packed)
-    shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
-    adapted_matmul(
-        team, model.matmul_kernels, layer.o_proj, packed, count, width, hidden, ACCUMULATE, scratch, local, adapters,
-        layer.number, O_PROJ,
-    )  # fmt: skip
+        apply_gates(team, recurrent.projected, tokens.ids.size, size, attended)
+    width = pack_attended(run, layer, size)
+    project(run, layer, layer.o_proj, packed, width, activations.hidden, ACCUMULATE, O_PROJ)
 
 
 @_inline
-def recurrent_block(
-    team: Any, model: Any, layer: Any, tokens: Any, sequences: Any, activations: Any, recurrent: Any, adapters: Any,
-    scratch: Any, local: Any,
-) -> None:  # fmt: skip
+def recurrent_block(run: Any, layer: Any, recurrent: Any) -> None:
     """hidden += o_proj @ the gated delta rule of the normed hidden (Yang et al. 2024), which advances the states."""
-    hidden, packed, _, _, attended, _ = activations
+    hidden, packed, attended = run.activations.hidden, run.activations.packed, run.activations.attended
     projected, gates = recurrent
-    count, kernels, weight = tokens.ids.size, model.matmul_kernels, layer.input_layernorm
-    values = model.linear_num_value_heads * model.linear_value_head_dim
-    matrix, kept = layer.in_proj_ba, rows_read(adapters, layer.number, ATTENTION_INPUT)
-    width = tile_width(count, matrix.encoding, tokens.prompt)
-    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, width, scratch, packed, kept)
-    shrink(team, adapters, layer.number, ATTENTION_INPUT, adapters.normed, matrix.cols)
-    adapted_pair(
-        team, kernels, matrix, packed, count, width, gates, OVERWRITE, scratch, local, adapters, layer.number,
-        IN_PROJ_B, IN_PROJ_A, matrix.rows // UNIT_ROWS // 2,
-    )  # fmt: skip
-    matrix = layer.in_proj
-    width = tile_width(count, matrix.encoding, tokens.prompt)
-    norm_and_pack(team, hidden, tokens.rows, weight, model, matrix.encoding, width, scratch, packed, hidden[:0])
-    adapted_pair(
-        team, kernels, matrix, packed, count, width, projected, OVERWRITE, scratch, local, adapters, layer.number,
-        IN_PROJ_QKV, IN_PROJ_Z, (matrix.rows - values) // UNIT_ROWS,
-    )  # fmt: skip
-    gated_delta(team, model, layer, sequences, projected, gates, scratch, attended)
-    width = tile_width(count, layer.o_proj.encoding, tokens.prompt)
-    pack_all(team, attended, count, values, layer.o_proj, width, packed)
-    shrink(team, adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
-    adapted_matmul(
-        team, kernels, layer.o_proj, packed, count, width, hidden, ACCUMULATE, scratch, local, adapters, layer.number,
-        O_PROJ,
-    )  # fmt: skip
+    values = run.model.linear_num_value_heads * run.model.linear_value_head_dim
+    ba, qkvz = layer.in_proj_ba, layer.in_proj
+    width = norm_input(run, layer, layer.input_layernorm, ba, ATTENTION_INPUT)
+    project_pair(run, layer, ba, packed, width, gates, IN_PROJ_B, IN_PROJ_A, ba.rows // 2)
+    width = norm_rows(run, layer.input_layernorm, qkvz, hidden[:0])
+    project_pair(run, layer, qkvz, packed, width, projected, IN_PROJ_QKV, IN_PROJ_Z, qkvz.rows - values)
+    gated_delta(run.team, run.model, layer, run.sequences, projected, gates, run.scratch, attended)
+    width = pack_attended(run, layer, values)
+    project(run, layer, layer.o_proj, packed, width, hidden, ACCUMULATE, O_PROJ)
 
 
 @_inline
-def dense_feed_forward(
-    team: Any, model: Any, layer: Any, tokens: Any, activations: Any, adapters: Any, scratch: Any, local: Any
-) -> None:
+def dense_feed_forward(run: Any, layer: Any) -> None:
     """hidden += down_proj @ (silu(gate_proj @ x) * (up_proj @ x)), x the normed hidden (Shazeer 2020)."""
-    hidden, packed, gated, _, _, _ = activations
-    count = tokens.ids.size
-    weight, encoding = layer.post_attention_layernorm, layer.gate_up_proj.encoding
-    width = tile_width(count, encoding, tokens.prompt)
-    kept = rows_read(adapters, layer.number, MLP_INPUT)
-    norm_and_pack(team, hidden, tokens.rows, weight, model, encoding, width, scratch, packed, kept)
-    shrink(team, adapters, layer.number, MLP_INPUT, adapters.normed, layer.gate_up_proj.cols)
-    kept = rows_read(adapters, layer.number, GATED)
-    project_gated(
-        team, model, layer.gate_up_proj, layer.down_proj, packed, count, width, adapters, layer.number, kept, local,
-        scratch, gated,
-    )  # fmt: skip
-    shrink(team, adapters, layer.number, GATED, adapters.gated, layer.down_proj.cols)
-    adapted_matmul(
-        team, model.matmul_kernels, layer.down_proj, gated, count, width, hidden, ACCUMULATE, scratch, local, adapters,
-        layer.number, DOWN_PROJ,
-    )  # fmt: skip
+    activations = run.activations
+    width = norm_input(run, layer, layer.post_attention_layernorm, layer.gate_up_proj, MLP_INPUT)
+    compute_gated(run, layer, layer.gate_up_proj, layer.down_proj, width)
+    project(run, layer, layer.down_proj, activations.gated, width, activations.hidden, ACCUMULATE, DOWN_PROJ)
 
 
-@step
-def sparse_feed_forward(
-    team: Any, model: Any, layer: Any, tokens: Any, activations: Any, experts: Any, adapters: Any, scratch: Any,
-    local: Any,
-) -> None:  # fmt: skip
+@_inline
+def sparse_feed_forward(run: Any, layer: Any, experts: Any) -> None:
     """hidden += the weighted sum of the chosen experts' feed-forwards of the normed hidden.
 
     In hybrids, plus that of a shared expert, which sees every token, times sigmoid(shared_expert_gate @ x), x the
     normed hidden.
     """
+    team, model, tokens, _, activations, adapters, scratch, local = run
     hidden, packed = activations.hidden, activations.packed
     normed, scores, chosen, weights, counts, slots, segments, shared_count, gated, results = without_refcounts(experts)
-    norm = memory(layer.post_attention_layernorm, model.hidden_size, np.float32)
     count, encoding = tokens.ids.size, layer.gate_up_proj.encoding
-    width = tile_width(count, layer.router.encoding, tokens.prompt)
     kernels, policy = model.matmul_kernels, model.prefetch
-    while True:
-        t = claim(team, whole_tiles(count, width))
-        if t == whole_tiles(count, width):
-            break
-        if t < count:
-            rms_norm(hidden[t], norm, model.rms_norm_eps, normed[t])
-        pack(normed[t], t, width, layer.router.encoding, packed)
+    width = norm_rows(run, layer.post_attention_layernorm, layer.router, normed)
     shrink(team, adapters, layer.number, MLP_INPUT, normed, layer.router.cols)
-    adapted_matmul(
-        team, kernels, layer.router, packed, count, width, scores, OVERWRITE, scratch, local, adapters, layer.number,
-        ROUTER,
-    )  # fmt: skip
-    while True:
-        t = claim(team, count)
-        if t == count:
-            break
-        route(scores[t, : counts.size], model.norm_topk_prob, chosen[t], weights[t])
+    project(run, layer, layer.router, packed, width, scores, OVERWRITE, ROUTER)
+    choose_experts(team, model, scores, counts.size, chosen[:count], weights)
     if layer.shared_expert_gate != 0:
-        gate_up, down = layer.shared_gate_up_proj, layer.shared_down_proj
-        width = tile_width(count, gate_up.encoding, tokens.prompt)
-        pack_all(team, normed, count, model.hidden_size, gate_up, width, packed)
-        kept = rows_read(adapters, layer.number, GATED)
-        project_gated(
-            team, model, gate_up, down, packed, count, width, adapters, layer.number, kept, local, scratch,
-            activations.gated,
-        )  # fmt: skip
-        shrink(team, adapters, layer.number, GATED, adapters.gated, down.cols)
-        adapted_matmul(
-            team, kernels, down, activations.gated, count, width, results, OVERWRITE, scratch, local, adapters,
-            layer.number, DOWN_PROJ,
-        )  # fmt: skip
+        width = pack_rows(run, normed, model.hidden_size, layer.shared_gate_up_proj)
+        compute_gated(run, layer, layer.shared_gate_up_proj, layer.shared_down_proj, width)
+        project(run, layer, layer.shared_down_proj, activations.gated, width, results, OVERWRITE, DOWN_PROJ)
         shrink(team, adapters, layer.number, SHARED_GATE_INPUT, normed, layer.router.cols)
         add_shared(team, model, layer, adapters, normed, results, count, hidden)
     while claim(team, 1) == 0:
@@ -265,8 +201,9 @@ def sparse_feed_forward(
 
 
 @_inline
-def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch: Any, local: Any) -> None:
+def project_logits(run: Any, output: Any) -> None:
     """output.values, output.further = lm_head @ final norm of output.tokens; output.maxima = block maxima of values."""
+    team, model, _, _, activations, _, scratch, local = run
     hidden, packed = activations.hidden, activations.packed
     rows, matrix = output.tokens.size, model.lm_head
     width = tile_width(rows, matrix.encoding, False)
@@ -276,3 +213,81 @@ def project_logits(team: Any, model: Any, activations: Any, output: Any, scratch
         multiply_groups(
             team, model.matmul_kernels, matrix, output.groups, packed, rows, width, output.further, scratch, local
         )
+
+
+# The parts that blocks share. `width` is that of the tiles in which activations are packed.
+
+
+@_inline
+def norm_input(run: Any, layer: Any, weight: int, matrix: Any, what: int) -> Any:
+    """activations.packed = RMSNorm of hidden, as input of a matrix. Returns the tiles' width.
+
+    weight: the norm's address. what: which input of the layer it is for adapters, ATTENTION_INPUT or MLP_INPUT.
+    """
+    width = norm_rows(run, weight, matrix, rows_read(run.adapters, layer.number, what))
+    shrink(run.team, run.adapters, layer.number, what, run.adapters.normed, matrix.cols)
+    return width
+
+
+@_inline
+def norm_rows(run: Any, weight: int, matrix: Any, kept: Any) -> Any:
+    """`norm_and_pack` of all tokens' rows of hidden as input of a matrix. Returns the tiles' width."""
+    tokens, activations = run.tokens, run.activations
+    width = tile_width(tokens.ids.size, matrix.encoding, tokens.prompt)
+    norm_and_pack(
+        run.team, activations.hidden, tokens.rows, weight, run.model, matrix.encoding, width, run.scratch,
+        activations.packed, kept,
+    )  # fmt: skip
+    return width
+
+
+@_inline
+def pack_rows(run: Any, x: Any, size: int, matrix: Any) -> Any:
+    """activations.packed = the first `size` columns of x, a row for each token, as input of a matrix. Returns the
+    tiles' width."""
+    count = run.tokens.ids.size
+    width = tile_width(count, matrix.encoding, run.tokens.prompt)
+    pack_all(run.team, x, count, size, matrix, width, run.activations.packed)
+    return width
+
+
+@_inline
+def pack_attended(run: Any, layer: Any, size: int) -> Any:
+    """activations.packed = the first `size` columns of activations.attended, as input of o_proj. Returns the tiles'
+    width."""
+    attended = run.activations.attended
+    width = pack_rows(run, attended, size, layer.o_proj)
+    shrink(run.team, run.adapters, layer.number, ATTENDED, attended, layer.o_proj.cols)
+    return width
+
+
+@_inline
+def compute_gated(run: Any, layer: Any, gate_up: Any, down: Any, width: int) -> None:
+    """activations.gated = silu(gate_proj @ x) * (up_proj @ x), as input of down_proj, x being activations.packed."""
+    adapters, activations = run.adapters, run.activations
+    kept = rows_read(adapters, layer.number, GATED)
+    project_gated(
+        run.team, run.model, gate_up, down, activations.packed, run.tokens.ids.size, width, adapters, layer.number,
+        kept, run.local, run.scratch, activations.gated,
+    )  # fmt: skip
+    shrink(run.team, adapters, layer.number, GATED, adapters.gated, down.cols)
+
+
+@_inline
+def project(run: Any, layer: Any, matrix: Any, x: Any, width: int, out: Any, accumulate: int, role: int) -> None:
+    """out = matrix @ x, or += if accumulate; x is packed. role: which matrix of the layer it is for adapters."""
+    adapted_matmul(
+        run.team, run.model.matmul_kernels, matrix, x, run.tokens.ids.size, width, out, accumulate, run.scratch,
+        run.local, run.adapters, layer.number, role,
+    )  # fmt: skip
+
+
+@_inline
+def project_pair(
+    run: Any, layer: Any, matrix: Any, x: Any, width: int, out: Any, role: int, other: int, split: int
+) -> None:
+    """`project` of two matrices that are stored as one; the `other` begins at row `split`."""
+    adapted_pair(
+        run.team, run.model.matmul_kernels, matrix, x, run.tokens.ids.size, width, out, OVERWRITE, run.scratch,
+        run.local, run.adapters, layer.number, role, other, split // UNIT_ROWS,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from numba import njit
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels.append import APPEND_KEY, APPEND_VALUE
 from npqwen.kernels.entry import run_at
+from npqwen.kernels.experts import route
 from npqwen.kernels.greatest import MAXIMA_BLOCK, block_maxima
 from npqwen.kernels.low_rank import (
     ALONE,
@@ -186,6 +187,16 @@ def project_gated(
             continue
         padded = whole_tiles(count, width)
         pack_gated(local, matrix, first, last, np.int64(0), padded, width, down_proj, scratch, gated, kept)
+
+
+@step
+def choose_experts(team: Any, model: Any, scores: Any, experts: int, chosen: Any, weights: Any) -> None:
+    """chosen, weights = the experts of each token and their weights, by its scores of the model's `experts` experts."""
+    while True:
+        t = claim(team, chosen.shape[0])
+        if t == chosen.shape[0]:
+            return
+        route(scores[t, :experts], model.norm_topk_prob, chosen[t], weights[t])
 
 
 @step
