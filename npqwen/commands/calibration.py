@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 
 from npqwen.commands.eval import read_texts
 from npqwen.errors import OptionError, counted
+from npqwen.format.small_files import TOKENIZER
 from npqwen.terminal.terminal import Terminal
 
 if TYPE_CHECKING:
     from npqwen_quant.calibration import Calibration
 
     from npqwen.model import Model
+    from npqwen.tokenizer import Tokenizer
 
 Ids = NDArray[Any]
 
@@ -59,7 +62,7 @@ class OwnText:
         self._terminal = terminal
 
     def calibration(self, source: Path) -> Calibration:
-        """The calibration of a checkpoint directory, with text that its 8-bit conversion writes."""
+        """The calibration of a checkpoint directory or a GGUF file, with text that its 8-bit conversion writes."""
         from npqwen_quant.calibration import Calibration
 
         terminal = self._terminal
@@ -108,15 +111,13 @@ class FileText:
         self._digest = hashlib.sha256(repr(list(texts.values())).encode()).hexdigest()[:12]
 
     def calibration(self, source: Path) -> Calibration:
-        """The calibration of a checkpoint directory, with sequences spread over the text.
+        """The calibration of a checkpoint directory or a GGUF file, with sequences spread over the text.
 
         Raises OptionError if the text is too short for the result to be better than without it.
         """
         from npqwen_quant.calibration import Calibration
 
-        from npqwen.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.from_directory(source)
+        tokenizer = _tokenizer(source)
         # The beginning of a long text tells that it is long enough; all of it may take minutes.
         count = len(tokenizer.encode(self._text[: 20 * ENOUGH_TOKENS]))
         if count < LEAST_TOKENS:
@@ -173,7 +174,23 @@ def divided(ids: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return every[~chosen], every[chosen]
 
 
+def _tokenizer(source: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory or of GGUF."""
+    from npqwen_quant.gguf import GgufModel, gguf_files
+
+    from npqwen.tokenizer import Tokenizer
+
+    files = gguf_files(source)
+    if not files:
+        return Tokenizer.from_directory(source)
+    with tempfile.TemporaryDirectory(prefix="npqwen-") as place:
+        Path(place, TOKENIZER).write_bytes(GgufModel(files).tokenizer.tokenizer_json())
+        return Tokenizer.from_directory(Path(place))
+
+
 def _files(argument: str) -> tuple[str, ...]:
+    if not argument:  # as a path, it would be the current directory
+        raise OptionError("the name of the text is empty; give a file, a directory or self")
     directory = Path(os.path.expanduser(argument))
     if not os.path.isdir(directory):  # False for names that are too long, too
         return (argument,)

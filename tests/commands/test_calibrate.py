@@ -124,7 +124,10 @@ def test_in_the_cache_it_replaces_the_plain_conversion(tmp_path: Path, monkeypat
     assert weights(plain) != before
 
 
-@pytest.mark.parametrize(("argument", "message"), [("missing.txt", "cannot be read"), (".", "no .txt and no .md file")])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("missing.txt", "cannot be read"), (".", "no .txt and no .md file"), ("", "the name of the text is empty")],
+)
 def test_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(TINY, tmp_path / "out", "--calibrate", argument)

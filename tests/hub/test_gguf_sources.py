@@ -15,6 +15,7 @@ from gguf_files import config, encode, metadata, quantized, write, write_shards
 import npqwen
 from npqwen import hub
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError
+from npqwen.format.quantization import Quantization
 from npqwen.hub import record
 from npqwen.hub.gguf_files import choose
 from npqwen.hub.inventory import conversions as inventory
@@ -97,6 +98,12 @@ def test_a_conversion_is_measured_against_the_file(small: Path, tmp_path: Path, 
     _, err = run("convert", small, tmp_path / "out", "--evaluate", tmp_path / "text.txt", "--bits", "8")
     assert "KL divergence 0.0" in err
     assert "from the checkpoint" in err
+
+
+def test_a_conversion_is_calibrated_with_a_file(small: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "text.txt").write_text("ab b a " * 1000)
+    run("convert", small, tmp_path / "out", "--calibrate", tmp_path / "text.txt", "--no-evaluate")
+    assert Quantization.from_directory(tmp_path / "out").calibration is not None
 
 
 def test_a_model_that_cannot_chat(tmp_path: Path) -> None:
