@@ -135,8 +135,8 @@ def calibrate(
 
     codebooks: of the matrices to be fitted, by the checkpoint's names. directory: for files; it may hold those of an
     interrupted calibration, which is resumed. progress(done, total): called with bytes of those matrices; may raise to
-    stop. Raises OutputError if the directory cannot be written, CheckpointError for a checkpoint that cannot be read or
-    has weights that are not finite.
+    stop. Raises OutputError if the directory cannot be written; CheckpointError for a checkpoint that cannot be read,
+    has weights that are not finite, or overflows float32 on the text, and for token ids without an embedding.
     """
     return _Run(checkpoint, sources, codebooks, calibration, directory, executor, threads, progress).run()
 
@@ -170,7 +170,8 @@ class _Run:
                 at = 0
             for half in range(halves + 1):
                 if half >= at:
-                    self._half(half, halves)
+                    with np.errstate(over="ignore", invalid="ignore"):  # _save refuses what overflows
+                        self._half(half, halves)
                 else:
                     self._count(self._names(half, halves))
         return self.fits
@@ -186,13 +187,11 @@ class _Run:
 
     def _begin(self) -> None:
         ids = np.asarray(self.calibration.make(self.directory))
-        name = "model.embed_tokens.weight"
-        table, inverse = np.unique(ids, return_inverse=True)
-        rows = np.concatenate([self.sources[name].floats(int(token), 1) for token in table])
-        self._save(rows[inverse.reshape(ids.shape)], 0)
+        self._save(moments.embedded(self.sources["model.embed_tokens.weight"], ids), 0)
 
     def _save(self, hidden: F32, half: int) -> None:
         """Store the hidden states that enter this half of a layer, which marks all earlier halves as done."""
+        moments.check_states(hidden, self.checkpoint.directory)
         for name in self._unsynced:
             self.fits.sync(name)
         self._unsynced.clear()

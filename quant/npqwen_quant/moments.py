@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from npqwen.engine.rope import Rope
+from npqwen.errors import CheckpointError
 from npqwen.format.config import Config
 from npqwen_quant.search import F32
+from npqwen_quant.tensors import SourceTensor
 
 Load = Callable[[str], F32]
 """Reads a tensor of the checkpoint, by its name without the layer's prefix."""
@@ -22,6 +27,8 @@ Load = Callable[[str], F32]
 _BATCH = 2048
 """Tokens at a time: enough for fast products."""
 
+_LARGEST = 1e18
+"""Bound of hidden states: float32 holds their squares, and the sums of these."""
 
 NONE = 0
 """A value of `widest` with which no moments are accumulated: only the hidden states advance."""
@@ -48,6 +55,28 @@ class Moments:
             part = np.ascontiguousarray(flat[:, start:stop])
             total += part.T @ part
         self.count += len(flat)
+
+
+def embedded(embedding: SourceTensor, ids: npt.NDArray[Any]) -> F32:
+    """The rows of the embedding (..., hidden_size) of token ids (...).
+
+    Raises CheckpointError for an id without a row, or for weights that cannot be read or are not finite.
+    """
+    table, inverse = np.unique(ids, return_inverse=True)
+    for token in (table[0], table[-1]):
+        if not 0 <= token < embedding.shape[0]:
+            raise CheckpointError(
+                f"{embedding.path} has {embedding.shape[0]} embeddings, but the text has token id {token}; is its "
+                "tokenizer.json another model's?"
+            )
+    rows = np.concatenate([embedding.floats(int(token), 1) for token in table])
+    return rows[inverse.reshape(ids.shape)]
+
+
+def check_states(hidden: F32, checkpoint: Path) -> None:
+    """CheckpointError for hidden states that overflow float32 in the next norm, or are NaN."""
+    if not max(float(hidden.max(initial=0)), -float(hidden.min(initial=0))) < _LARGEST:
+        raise CheckpointError(f"{checkpoint} computes hidden states that overflow float32; is it broken?")
 
 
 def norm(x: F32, weight: F32, config: Config) -> F32:

@@ -25,24 +25,24 @@ def final_states(
     """The normed hidden states after the last layer (sequences, tokens, hidden_size) of token ids (sequences, tokens).
 
     progress(done, total): called with layers; may raise to stop. Raises CheckpointError for a checkpoint that cannot be
-    read or has weights that are not finite.
+    read, has weights that are not finite, or overflows float32, and for token ids without an embedding.
     """
     config = checkpoint.config
-    table, inverse = np.unique(ids, return_inverse=True)
-    hidden: F32 = np.concatenate([_rows(checkpoint, EMBEDDING, int(token), 1) for token in table])
-    hidden = hidden[inverse.reshape(ids.shape)]
+    hidden = moments.embedded(checkpoint.tensors[EMBEDDING], ids)
     for layer in range(config.num_hidden_layers):
 
         def load(name: str, prefix: str = f"model.layers.{layer}.") -> F32:
             return _whole(checkpoint, prefix + name)
 
-        mixer = recurrent if config.is_recurrent(layer) else moments.attention
-        mixer(config, load, hidden, moments.NONE)
-        if config.is_sparse(layer):
-            for _ in moments.mixture(config, load, hidden, moments.NONE):
-                pass
-        else:
-            moments.feed_forward(config, load, hidden, moments.NONE)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mixer = recurrent if config.is_recurrent(layer) else moments.attention
+            mixer(config, load, hidden, moments.NONE)
+            if config.is_sparse(layer):
+                for _ in moments.mixture(config, load, hidden, moments.NONE):
+                    pass
+            else:
+                moments.feed_forward(config, load, hidden, moments.NONE)
+        moments.check_states(hidden, checkpoint.directory)
         if progress:
             progress(layer + 1, config.num_hidden_layers)
     return moments.norm(hidden, _whole(checkpoint, "model.norm.weight"), config)

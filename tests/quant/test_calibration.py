@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import MIXTURE, make_config, shapes, write_checkpoint
+from checkpoints import MIXTURE, make_config, random_tensors, shapes, write_checkpoint
 from npqwen_quant import convert, moments
 from npqwen_quant.calibration import Calibration, Fits, Progress, calibrate, calibration_key
 from npqwen_quant.checkpoint import Checkpoint
@@ -175,6 +175,23 @@ def test_broken_weights_are_reported(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", tensors=tensors)
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         run(tmp_path / "source", tmp_path / "out", Calibration("text", text))
+    assert leftovers(tmp_path) == []
+
+
+def test_states_that_overflow_are_reported(tmp_path: Path) -> None:
+    tensors = random_tensors(make_config())
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * np.float32(1e30)
+    write_checkpoint(tmp_path / "source", tensors=tensors, dtype="F32")
+    with pytest.raises(CheckpointError, match=r"source computes hidden states that overflow float32"):
+        run(tmp_path / "source", tmp_path / "out", Calibration("text", text))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("token", [203, -1])
+def test_a_token_without_an_embedding_is_reported(tmp_path: Path, token: int) -> None:
+    write_checkpoint(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=rf"has 203 embeddings, but the text has token id {token};"):
+        run(tmp_path / "source", tmp_path / "out", Calibration("text", lambda place: np.full((2, 5), token)))
     assert leftovers(tmp_path) == []
 
 

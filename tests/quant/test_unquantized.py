@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import MIXTURE, make_config, write_checkpoint
+from checkpoints import MIXTURE, make_config, random_tensors, write_checkpoint
 from npqwen_quant import unquantized
 from npqwen_quant.checkpoint import Checkpoint
 from reference import ReferenceModel
@@ -41,4 +41,12 @@ def test_broken_weights_are_reported(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.inf
     write_checkpoint(tmp_path, tensors=tensors)
     with pytest.raises(CheckpointError, match="NaN or infinity"):
+        unquantized.final_states(Checkpoint(tmp_path), np.zeros((1, 3), np.int64))
+
+
+def test_states_that_overflow_are_reported(tmp_path: Path) -> None:
+    tensors = random_tensors(make_config())
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * np.float32(1e30)
+    write_checkpoint(tmp_path, tensors=tensors, dtype="F32")
+    with pytest.raises(CheckpointError, match="computes hidden states that overflow float32"):
         unquantized.final_states(Checkpoint(tmp_path), np.zeros((1, 3), np.int64))
