@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from npqwen.errors import CheckpointError, quoted, shortened
-from npqwen.format.files import LARGEST_JSON, read_json_text, read_small
+from npqwen.format.files import LARGEST_JSON, VALUES, read_json_text, read_small
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 FAMILY = "Qwen3, Qwen3-Next and Qwen3.5 to 3.8"
@@ -206,10 +206,13 @@ class Config:
         return cls.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError if it is missing, damaged, or not an object."""
+def read_json(path: Path, largest: int = LARGEST_JSON, values: int = VALUES) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError if it is missing, damaged, or not an object.
+
+    largest: the most bytes that the file may have. values: the most values.
+    """
     try:
-        raw = read_json_text(read_small(path, LARGEST_JSON))
+        raw = read_json_text(read_small(path, largest), values)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a complete model directory?") from None
     except OSError as error:

@@ -19,9 +19,9 @@ _POINTER_BYTES = 1024
 SMALL = 50_000_000
 """Bytes up to which a file is read whole: far above any tokenizer. Qwen3's has 11 MB."""
 LARGEST_JSON = 16_000_000
-"""Bytes up to which JSON is read. The index of Qwen3-235B-A22B in FP8 has 8 MB."""
+"""Bytes up to which JSON is read, unless it is an index."""
 VALUES = 300_000
-"""Most values of JSON, unless it is a header: 3 bytes may become an object of 64. That index has 75,000."""
+"""Most values of JSON, unless it is a header or an index: 3 bytes may become an object of 64."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -64,10 +64,8 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
 def read_json_text(data: bytes, values: int = VALUES) -> Any:
     """The value of JSON in UTF-8; ValueError or RecursionError if it is not JSON, or would take too much memory.
 
-    values: the most values that it may have.
+    data: of a bounded size. values: the most values that it may have.
     """
-    if len(data) > LARGEST_JSON:
-        raise ValueError(f"it is larger than {LARGEST_JSON / 1e6:.0f} MB")
     if sum(map(data.count, (b",", b"[", b"{"))) > values:
         raise ValueError(f"it has more than {values:,} values")
     return json.loads(data.decode("utf-8"))

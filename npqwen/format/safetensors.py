@@ -26,6 +26,10 @@ ALIGNMENT = 64
 INDEX = "model.safetensors.index.json"
 """The file that names the shard of every tensor."""
 
+_INDEX_BYTES, _INDEX_VALUES = 64_000_000, 600_000
+"""Bytes and values up to which an index is read. That of Qwen3-Next-80B-A3B, whose 73,728 matrices of experts have four
+parts each in GPTQ and with compressed-tensors, has 29 MB and 300,000 values."""
+
 DTYPE_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -136,7 +140,7 @@ def read_index(path: Path) -> dict[str, str]:
 
     Raises CheckpointError for a damaged index, or one that names anything but a file of its own directory.
     """
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, _INDEX_BYTES, _INDEX_VALUES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
     for file in weight_map.values():

@@ -13,7 +13,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from npqwen.format.safetensors import DTYPE_BYTES, HeaderError, make_header, read_header
+from npqwen.errors import CheckpointError
+from npqwen.format.safetensors import DTYPE_BYTES, INDEX, HeaderError, make_header, read_header, read_index
 
 
 def accepts(path: Path) -> bool:
@@ -96,3 +97,26 @@ def test_headers_that_would_take_much_memory_are_not_parsed(tmp_path: Path, text
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text)
     with open(tmp_path / "x", "rb", buffering=0) as file, pytest.raises(HeaderError, match=r"too large|would be"):
         read_header(file)
+
+
+def test_the_index_of_a_large_quantized_mixture(tmp_path: Path) -> None:
+    """Every matrix of every expert of Qwen3-Next-80B-A3B in four parts."""
+    expected = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.{part}": f"model-{layer:05d}-of-00048.safetensors"
+        for layer in range(48)
+        for expert in range(512)
+        for matrix in ("gate", "up", "down")
+        for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    }
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": expected}, indent=2))
+    assert read_index(tmp_path / INDEX) == expected
+
+
+def test_an_index_that_would_take_much_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text('{"weight_map": [' + "0," * 600_000 + "0]}")
+    with pytest.raises(CheckpointError, match="it has more than 600,000 values"):
+        read_index(tmp_path / INDEX)
+    with open(tmp_path / INDEX, "wb") as file:
+        file.truncate(64_000_001)
+    with pytest.raises(CheckpointError, match="it is larger than 64 MB"):
+        read_index(tmp_path / INDEX)
