@@ -81,13 +81,13 @@ class Awq:
         """where: the checkpoint, for messages. CheckpointError for an impossible value or another layout."""
         bits = config.get("bits", config.get("w_bit"))
         size = config.get("group_size", config.get("q_group_size", -1))
-        version = config.get("version", "gemm")
+        version = config.get("version") or config.get("format") or "gemm"  # the latter in transformers 5
         if type(bits) is not int:
             raise CheckpointError(f"{where}: AWQ's bits are {quoted(bits)}, not a number")
         if bits != _BITS:
             raise UnreadableError(f"AWQ, {bits} bits")
-        if config.get("backend", "autoawq") != "autoawq":
-            raise UnreadableError(f"AWQ, {config['backend']}")
+        if config.get("backend") == "llm-awq":  # other backends are kernels for the same layout
+            version = "llm-awq"
         if not isinstance(version, str) or version.lower() != "gemm":
             raise UnreadableError(f"AWQ, {version}")
         check_group_size(size, where)

@@ -118,7 +118,7 @@ class Gptq:
     def from_config(cls, config: Mapping[str, Any], where: str) -> Gptq:
         """where: the checkpoint, for messages. CheckpointError for an impossible value or another layout."""
         bits, size = config.get("bits"), config.get("group_size", -1)
-        layout = config.get("checkpoint_format") or "gptq"
+        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
         if config.get("is_marlin_format"):
             layout = "marlin"
         if type(bits) is not int:

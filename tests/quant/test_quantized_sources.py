@@ -206,6 +206,19 @@ def test_gptq_that_describes_itself_in_a_file_of_its_own(tmp_path: Path) -> None
     assert found.description == "GPTQ, 4 bits"
 
 
+@pytest.mark.parametrize(
+    ("entry", "quantizer"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 16, "format": "gptq_v2"}, partial(gptq, version=2)),
+        ({"quant_method": "awq", "bits": 4, "group_size": 16, "format": "gemm", "backend": "auto"}, awq),
+    ],
+)
+def test_keys_of_newer_libraries(tmp_path: Path, entry: dict[str, Any], quantizer: Quantizer) -> None:
+    """transformers 5 and GPTQModel name the layout in "format", and transformers 5 names a kernel in "backend"."""
+    config, tensors = small()
+    check_tensors(tmp_path, write_quantized(tmp_path, config | {"quantization_config": entry}, tensors, quantizer))
+
+
 def test_threads_read_one_matrix_at_once(tmp_path: Path) -> None:
     config, tensors = small()
     meant = write(tmp_path, "gptq 4 bits, v1", config, tensors)
