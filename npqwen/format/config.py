@@ -342,6 +342,8 @@ def _yarn(scaling: Any, raw: Mapping[str, Any], where: str) -> Yarn | None:
         return None
     if kind != "yarn":
         raise CheckpointError(f"{where}: rope type {quoted(kind)} is not supported, only 'default' and 'yarn'")
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        raise CheckpointError(f"{where}: YaRN's mscale is set, which no Qwen3 model has")
     original = _count(
         scaling,
         "original_max_position_embeddings",

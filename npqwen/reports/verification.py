@@ -32,7 +32,8 @@ class Damage:
     """A clause."""
 
     def __str__(self) -> str:
-        name = f"{self.file}: {shortened(self.tensor)}" if self.tensor else self.file
+        file = shortened(self.file)
+        name = f"{file}: {shortened(self.tensor)}" if self.tensor else file
         return f"{name} {self.problem}"
 
 

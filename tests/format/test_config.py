@@ -53,6 +53,7 @@ def test_yarn_needs_a_rope_theta_of_more_than_1(theta: float) -> None:
         ({"rope_scaling": YARN | {"beta_fast": 5e-324}}, "beta_fast is 5e-324, not"),
         ({"rope_scaling": YARN | {"factor": 1e9}}, r"YaRN's factor 1e\+09 makes a context of more than 2147483648"),
         ({"rope_scaling": YARN | {"factor": 1e300}}, r"factor is 1e\+300, not a positive number in range"),
+        ({"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "YaRN's mscale is set"),
         ({"hidden_size": 2**31 + 1}, "hidden_size is 2147483649, not a whole number in range"),
         ({"vocab_size": "9" * 10**6}, r"vocab_size is '9{79}\.\.\., not a positive number"),
         ({"model_type": ["x" * 10**6]}, r"model_type \['x{78}\.\.\. is not supported"),

@@ -140,6 +140,17 @@ def test_damaged_files(model: Path, hurt: Callable[[Path], None], files: list[st
     assert found.has_checksums == (hurt is not checksums)
 
 
+def test_names_of_files_cannot_look_like_lines_of_the_report(model: Path) -> None:
+    content = json.loads((model / NAME).read_text())
+    content["files"]["\x1b[2K\nx: all right" + "x" * 1000] = "0"
+    (model / NAME).write_text(json.dumps(content))
+    lines = verify(model).describe().splitlines()
+    assert lines[0] == f"{model}: damaged in 1 place"
+    assert lines[1].startswith("  [2K x: all rightxxx")
+    assert len(lines) == 2
+    assert max(map(len, lines[1:])) < 200
+
+
 def test_what_may_change(model: Path) -> None:
     """A stored evaluation, and files for people."""
     record = EvaluationRecord("text", 5, 5, 5, "bf16", 2.0, 0.1, 0.01, 0.9)
