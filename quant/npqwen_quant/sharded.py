@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from npqwen.atomic_file import new_file, writing
@@ -41,6 +41,8 @@ from npqwen_quant.steps import Piece, Step, deal, pieces, places, steps
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 from npqwen_quant.working import WorkingDirectory
 from npqwen_quant.writer import Writer
+
+_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def convert_shards(
     threads = default_threads() if threads is None else check_whole("threads", threads, 1)
     shard_bytes = check_whole("shard_bytes", shard_bytes, 1)
     checkpoint = Checkpoint(source, weights=False)
+    if _SINGLE in shards.files:  # read as in a directory: whatever an index says
+        shards = replace(shards, files={_SINGLE: shards.files[_SINGLE]})
     key = conversion_key("shards", shards.key, recipe, shard_bytes)
     with Output(out, key, force=force, notice=notice) as output:
         place = output.work.source
@@ -134,7 +138,7 @@ def _module(name: str) -> str:
 def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:
     """All of the model's tensors that the shards store."""
     index = checkpoint.directory / INDEX
-    if index.exists():
+    if index.exists() and _SINGLE not in shards.files:
         weight_map = read_index(index)
     else:
         if len(shards.files) != 1:

@@ -96,6 +96,17 @@ def test_any_order_of_tensors(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
+def test_a_single_file_beside_an_old_index_and_its_shards(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", tensors=random_tensors(make_config(), seed=1), shards=2)
+    write_checkpoint(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "in" / "model.safetensors")
+    convert(tmp_path / "in", tmp_path / "want")
+    remote = Remote(tmp_path / "in")
+    convert_shards(tmp_path / "in", tmp_path / "out", remote.shards)
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+    assert remote.fetched == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_names_of_a_bare_base_model(tmp_path: Path, shards: int) -> None:
     tensors = {name.removeprefix("model."): values for name, values in random_tensors(make_config()).items()}
