@@ -1,4 +1,4 @@
-"""Whether npqwen can run a checkpoint, by its config.json and list of files, before anything is downloaded."""
+"""Whether npqwen can run a checkpoint, by its config.json, index and list of files, before weights are downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
 from npqwen.format.config import FAMILY, MODEL_TYPES, Config, read_json
 from npqwen.format.files import is_lfs_pointer
-from npqwen.format.safetensors import INDEX
+from npqwen.format.safetensors import INDEX, read_index
 from npqwen.format.task import check_task
 from npqwen.hub.names import advice
 from npqwen.hub.repository import HubSource
@@ -60,6 +60,8 @@ def check(source: Source, purpose: Purpose) -> None:
             f"{source.label} has no tokenizer.json, which npqwen needs; add it from the model that this one was made "
             "from, or save it with transformers' fast tokenizer"
         )
+    if INDEX in source.files and "model.safetensors" not in source.files:
+        _refuse_missing_shards(source)
     check_purpose(source, purpose)
 
 
@@ -133,6 +135,14 @@ def _refuse_other_files(source: Source) -> None:
             )
     if "config.json" in names:
         raise CheckpointError(f"{label} has neither model.safetensors nor an index of shards; is it complete?")
+
+
+def _refuse_missing_shards(source: Source) -> None:
+    missing = sorted(set(read_index(source.small_file(INDEX)).values()) - set(source.files))
+    if missing:
+        raise CheckpointError(
+            f"{source.label} has no {shortened(missing[0])}, a shard that its {INDEX} names; is it complete?"
+        )
 
 
 def _is_download_cache(label: str) -> bool:

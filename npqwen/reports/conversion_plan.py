@@ -147,7 +147,8 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Plan what `npqwen.hub.convert` would do with these arguments, without changing anything.
 
-    Of a model on the hub, config.json and the list of files are read; of one on this disk, the headers of its files.
+    Of a model on the hub, config.json, the index of shards and the list of files are read; of one on this disk, the
+    headers of its files.
     calibrated: whether fits need disk space, too; their time is not included. adapters: to be merged; their files are
     read. context, yarn, kv: of the model that would be loaded, see `npqwen.load`; context defaults to the model's
     limit. Raises what the conversion would raise about the checkpoint and the adapters, and OptionError.

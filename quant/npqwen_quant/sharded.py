@@ -90,7 +90,7 @@ def convert_shards(
         place = output.work.source
         with writing(place):
             place.mkdir(exist_ok=True)
-        largest = max(shards.files.values())
+        largest = max(shards.files.values(), default=0)
         output.check_room(largest)
         stored = _stored(checkpoint, shards, place)
         refuse_impossible_counts(checkpoint, sum(len(one.made) for one in stored))
@@ -138,13 +138,12 @@ def _module(name: str) -> str:
 def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:
     """All of the model's tensors that the shards store."""
     index = checkpoint.directory / INDEX
-    if index.exists() and _SINGLE not in shards.files:
+    if _SINGLE in shards.files:
+        weight_map = dict.fromkeys(read_tensors(shards.fetch(_SINGLE, place)), _SINGLE)
+    elif index.exists():
         weight_map = read_index(index)
     else:
-        if len(shards.files) != 1:
-            raise CheckpointError(f"{checkpoint.directory} has no {INDEX}, which would name the shard of every tensor")
-        (only,) = shards.files
-        weight_map = dict.fromkeys(read_tensors(shards.fetch(only, place)), only)
+        raise CheckpointError(f"{checkpoint.directory} has no {INDEX}, which would name the shard of every tensor")
     if checkpoint.format is None:
         refuse_packed(weight_map, checkpoint.directory)
     missing = sorted(set(weight_map.values()) - set(shards.files))

@@ -255,6 +255,19 @@ def test_a_repository_of_a_converted_model_is_used_in_place(
         hub.convert("org/name")
 
 
+@pytest.mark.parametrize("low_disk", [False, True])
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_repository_that_lacks_a_shard(fake_hub: FakeHub, tmp_path: Path, low_disk: bool, left: int) -> None:
+    write_checkpoint(tmp_path / "in", shards=2, tokenizer=True)
+    shards = sorted((tmp_path / "in").glob("*.safetensors"))
+    for shard in shards[left:]:
+        shard.unlink()
+    fake_hub.publish("org/name", tmp_path / "in")
+    with pytest.raises(CheckpointError, match=f"org/name has no {shards[left].name}, a shard that"):
+        hub.resolve("org/name", low_disk=low_disk)
+    assert not [name for name in fake_hub.downloads if name.endswith(".safetensors")]
+
+
 def test_a_full_disk_during_the_download(fake_hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **options: Any) -> str:
         raise OSError(28, "No space left on device")

@@ -81,7 +81,7 @@ def test_a_model_on_the_hub(fake_hub: FakeHub, cache: Path, tmp_path: Path) -> N
     before = state(tmp_path)
     plan = plan_conversion("org/name", bits=8)
     assert state(tmp_path) == before
-    assert fake_hub.downloads == ["config.json"]
+    assert fake_hub.downloads == ["config.json", "model.safetensors.index.json"]
     assert plan.parts == local.parts
     assert (plan.download, plan.largest_file) == (total, largest)
     assert plan.disk == total + plan.weights + plan.small_files
