@@ -65,12 +65,13 @@ class OwnText:
         """The calibration of a checkpoint directory or a GGUF file, with text that its 8-bit conversion writes."""
         from npqwen_quant.calibration import Calibration
 
+        from npqwen.generation import own_text
+
         terminal = self._terminal
 
         def write(place: Path) -> Ids:
             from npqwen_quant import convert
 
-            from npqwen.generation.own_text import write_own_text
             from npqwen.model import Model
 
             writer = place / "writer"
@@ -79,11 +80,11 @@ class OwnText:
             )
             convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
             with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:
-                ids = write_own_text(model, progress=terminal.writing_progress)
+                ids = own_text.write_own_text(model, progress=terminal.writing_progress)
             shutil.rmtree(writer, ignore_errors=True)  # calibration needs its disk space
             return ids
 
-        return Calibration(OWN, write)
+        return Calibration(OWN, write, own_text.SEQUENCES * own_text.TOKENS)
 
     def to_measure(self, model: Model, calibrated: bool) -> tuple[str, Ids]:
         """The name and the token ids (sequences, tokens) of text to measure a converted model on, which it writes.
@@ -134,7 +135,7 @@ class FileText:
         def cut(place: Path) -> Ids:
             return divided(tokenizer.encode(self._text))[0]
 
-        return Calibration(self._digest, cut)
+        return Calibration(self._digest, cut, min(SEQUENCES * TOKENS, len(self._text.encode())))
 
     def to_measure(self, model: Model, calibrated: bool) -> tuple[str, Ids]:
         """The name and the token ids (sequences, tokens) of text to measure a converted model on.

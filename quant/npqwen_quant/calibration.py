@@ -49,6 +49,13 @@ class Calibration:
     make: Callable[[Path], npt.NDArray[Any]]
     """Returns the text as token ids (sequences, tokens). Not called when a calibration is resumed. It receives a
     directory for temporary files, which are removed later."""
+    tokens: int = 0
+    """Most tokens of the text: their hidden states need disk space."""
+
+
+def states_bytes(calibration: Calibration, hidden_size: int) -> int:
+    """Bytes of the hidden states on the disk: those before and after a half of a layer, for a moment."""
+    return 2 * 4 * calibration.tokens * hidden_size
 
 
 def calibration_key(calibration: Calibration, codebooks: Mapping[str, Codebook]) -> str:

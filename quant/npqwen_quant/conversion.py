@@ -25,7 +25,7 @@ from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
 from npqwen_quant.adapter import AdapterFile
-from npqwen_quant.calibration import Calibration, calibrate, calibration_key
+from npqwen_quant.calibration import Calibration, calibrate, calibration_key, states_bytes
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import bytes_read, packed
@@ -100,7 +100,8 @@ def convert(
     small = checkpoint.small_files()
     nbytes = output_bytes(files, small)
     if calibration is not None:
-        nbytes *= 2  # fits take as much as the output, and are removed after it is written
+        # Fits take as much as the output, and are removed after it is written.
+        nbytes = 2 * nbytes + states_bytes(calibration, checkpoint.config.hidden_size)
     with output, bars, ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
         try:
             output.check_room(nbytes)

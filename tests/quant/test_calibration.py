@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from npqwen_quant.search import Codebook
 from quantized import QuantizedReference
 from reference import ReferenceModel, qwen3_in_numpy
 
-from npqwen.errors import CheckpointError, OptionError
+from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen.format.config import Config
 
 CODEBOOK = Codebook(np.array([-27, -21, -16, -12, -9, -6, -3, -1, 2, 5, 8, 11, 14, 18, 22, 29], np.float32))
@@ -235,6 +236,18 @@ def test_a_calibrated_conversion_is_nearer_to_the_checkpoint(tmp_path: Path, cha
         for row in ids:
             error[name] += float(((converted.logits(row) - exact.logits(row)) ** 2).sum())
     assert error["calibrated"] < 0.8 * error["plain"]
+
+
+def test_hidden_states_need_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    write_checkpoint(tmp_path / "source", config)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    convert(tmp_path / "source", tmp_path / "short", 4, calibration=Calibration("text", text, 1000))
+    tokens = 100_000_000 // (2 * 4 * config["hidden_size"])
+    with pytest.raises(OutputError, match=r"would take 10\d MB, but only 10.0 MB is free"):
+        convert(tmp_path / "source", tmp_path / "long", 4, calibration=Calibration("text", text, tokens))
+    assert leftovers(tmp_path) == []
 
 
 def test_only_few_bits_are_calibrated(tmp_path: Path) -> None:
