@@ -20,7 +20,10 @@ from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor, widen
 
 FP8 = "F8_E4M3"
 _SCALES = ("weight_scale_inv", "weight_scale")
-OF_ACTIVATIONS = {"input_scale", "input_zero_point", "activation_scale", "q_scale", "k_scale", "v_scale"}
+OF_ACTIVATIONS = {
+    *("input_scale", "input_zero_point", "activation_scale"),
+    *("q_scale", "k_scale", "v_scale", "output_scale", "prob_output_scale"),  # of a quantized KV cache
+}
 """Names of scales that weights do not need."""
 _LARGEST_BLOCK = 1 << 20
 
