@@ -30,13 +30,16 @@ class Download:
 
 
 def downloads() -> list[Download]:
-    """The downloaded checkpoints of supported families, and converted models, by name."""
+    """The downloaded checkpoints of supported families, and converted models, by name.
+
+    None if huggingface_hub cannot read its cache, as when a part of it is another user's: `damaged_downloads` tells.
+    """
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]
 
     try:
         found = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
+    except (CacheNotFound, OSError):
         return []
     chosen = []
     for repository in found:
@@ -56,7 +59,7 @@ def downloads() -> list[Download]:
 
 
 def damaged_downloads() -> list[str]:
-    """huggingface_hub's warnings about repositories in its cache, a sentence each."""
+    """huggingface_hub's warnings about repositories in its cache, a sentence each. OSError if it cannot read it."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]
 

@@ -48,14 +48,19 @@ def stale_conversions(root: Path) -> list[Leftover]:
 
 
 def interrupted_work(root: Path) -> list[Leftover]:
-    """The remains of interrupted conversions and removals, without those of running processes.
+    """The remains of interrupted conversions and removals, without those of running processes. Folders that cannot be
+    read are left out.
 
     Those of a killed conversion that hold the model it was to replace, with nothing in its place, are left out: the
     next conversion moves the model back.
     """
     found = []
     for folder in sorted([*root.glob("hub/*"), *root.glob("local/*")]):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        except OSError:  # another user's
+            continue
+        for path in paths:
             name = _HIDDEN.fullmatch(path.name)
             if name is None or (is_converted(path / "old") and not is_converted(folder / name["name"])):
                 continue

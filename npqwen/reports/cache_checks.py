@@ -32,7 +32,12 @@ def check_downloads(found: list[Download]) -> Iterator[Finding]:
         if partial:
             amount = size(sum(path.stat().st_size for path in partial))
             yield Finding.note(f"the download of {download.model} is incomplete ({amount})", "npqwen pull continues it")
-    for warning in damaged_downloads():
+    try:
+        warnings = damaged_downloads()
+    except OSError as error:
+        yield Finding(f"downloads cannot be read: {error.filename}: {error.strerror}", "check who owns it")
+        return
+    for warning in warnings:
         problem = f"a download is damaged: {shortened(warning, 300)}"
         yield Finding.note(problem, "remove its directory; it is downloaded again when it is needed")
 
@@ -65,6 +70,9 @@ def _check_place(root: Path) -> Iterator[Finding]:
             f"{root} belongs to another user, or others may write to it, and could replace models and programs in it",
             f"chmod o-w {shlex.quote(str(root))}, or name another directory in NPQWEN_CACHE",
         )
+    for folder in sorted([*root.glob("hub/*"), *root.glob("local/*")]):
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            yield Finding(f"{folder} cannot be read", "check who owns it")
     free = free_bytes(root)
     if free < _LITTLE:
         yield Finding(

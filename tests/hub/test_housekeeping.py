@@ -24,6 +24,7 @@ from npqwen.hub.inventory import conversions
 from npqwen.hub.leftovers import Leftover, interrupted_work, leftovers, other_kernels, remove_leftover
 from npqwen.hub.selection import select
 from npqwen.kernels.compiled import kernel_directory, usable_directories
+from npqwen.reports.cache_checks import check_cache, check_downloads
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -192,6 +193,28 @@ def test_a_conversion_that_comes_into_use_meanwhile_is_kept(cache: Path) -> None
     (path / "npqwen-source.json").write_text(json.dumps(conversion_record | {"replaced": False}))
     assert not remove_leftover(found)
     assert path.exists()
+
+
+def test_what_belongs_to_another_user_is_left_out(
+    cache: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.convert(checkpoint)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere/snapshots")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refuse)
+        assert interrupted_work(cache) == []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", refuse)
+    assert downloads() == []
+    found = [finding.text for finding in check_downloads([])]
+    assert found == ["downloads cannot be read: /somewhere/snapshots: Permission denied"]
+    assert not [finding for finding in check_cache(cache) if "cannot be read" in finding.text]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).parent.name != "local")
+    found = [finding.text for finding in check_cache(cache) if "cannot be read" in finding.text]
+    assert found == [f"{cache / 'local' / checkpoint.name} cannot be read"]
 
 
 def test_an_empty_cache_and_none(cache: Path) -> None:
