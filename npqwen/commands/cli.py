@@ -119,9 +119,22 @@ def _run(args: list[str] | None) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return READER_GONE
+    except FileNotFoundError:
+        if _has_current_directory():
+            raise
+        return _fail("the current directory does not exist any more; change to another one")
     except click.exceptions.Abort:
         return INTERRUPTED
     return status if isinstance(status, int) else 0
+
+
+def _has_current_directory() -> bool:
+    """False if it was removed: then relative paths cannot be made absolute."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _fail(message: str) -> int:

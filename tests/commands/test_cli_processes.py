@@ -170,6 +170,17 @@ def test_a_path_that_is_no_utf8_is_written_as_it_is(monkeypatch: pytest.MonkeyPa
     assert out.getvalue() == b"out\xff/\xc3\xa9\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="does not remove a current directory")
+def test_a_current_directory_that_was_removed_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"import os; os.rmdir({str(gone)!r}); from npqwen.commands.cli import main"
+    script += f"; main(['convert', {str(TINY)!r}, 'out'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=gone, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "npqwen: error: the current directory does not exist any more; change to another one\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes them")
 @pytest.mark.parametrize(
     ("closed", "command", "status"),
