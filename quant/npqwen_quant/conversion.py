@@ -24,7 +24,7 @@ from npqwen.format.small_files import DOCUMENTS, TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
 from npqwen_quant import search
-from npqwen_quant.adapter import AdapterFile
+from npqwen_quant.adapter import EMBEDDING, OUTPUT, AdapterFile
 from npqwen_quant.calibration import Calibration, calibrate, calibration_key, states_bytes
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.output import Notice, Output
@@ -32,7 +32,7 @@ from npqwen_quant.packing import bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
-from npqwen_quant.tensors import SourceTensor
+from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor, widen
 from npqwen_quant.writer import Writer
 
 _VERSION = 2
@@ -91,6 +91,7 @@ def convert(
         raise OptionError(f"calibration makes no difference to {bits} bits; use it with fewer")
     refuse_nesting(Path(os.path.realpath(source)), Path(os.path.realpath(out)))
     tell_of_draft(checkpoint, notice)
+    _tell_of_output(checkpoint, notice)
     files = deal(tensors, shard_bytes)
     states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
     text = None if calibration is None else calibration_key(calibration, codebooks)
@@ -144,6 +145,27 @@ def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
     """Send a notice if a GGUF file's draft layers are left out."""
     if checkpoint.leaves_draft and notice:
         notice("the file's draft layers (MTP) are left out: npqwen reads one, which shares the model's vocabulary")
+
+
+def _tell_of_output(checkpoint: Checkpoint, notice: Notice | None) -> None:
+    """Send a notice if an output matrix is left out that differs from the embedding, although config.json ties them.
+
+    Some rows are compared, of matrices that are not quantized: fine-tuning changes all of them.
+    """
+    output, embedding = (checkpoint.tensors.get(name) for name in (OUTPUT, EMBEDDING))
+    if notice is None or not checkpoint.config.tie_word_embeddings:
+        return
+    if not isinstance(output, PlainTensor) or not isinstance(embedding, PlainTensor):
+        return
+    if output.shape != embedding.shape or output.stored.dtype not in CONVERTIBLE:
+        return
+    for row in np.linspace(0, output.shape[0] - 1, 16).astype(int):
+        if not np.array_equal(widen(output.read(row, 1)), widen(embedding.read(row, 1))):
+            notice(
+                f"{OUTPUT} is left out, as config.json ties the output to the embedding, but the two differ; "
+                "transformers 5 uses it: if that is meant, set tie_word_embeddings in config.json to false"
+            )
+            return
 
 
 def conversion_key(

@@ -241,8 +241,15 @@ def test_harmless_extra_tensors_are_left_out(tmp_path: Path) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(16, np.float32),
     }
     write_checkpoint(tmp_path / "in", make_config(), tensors | extra)
-    convert(tmp_path / "in", tmp_path / "out", 16)
+    notices: list[str] = []
+    convert(tmp_path / "in", tmp_path / "out", 16, notice=notices.append)
     check(tmp_path / "out", tensors, 2, 16, exact=True)
+    assert notices == []
+    write_checkpoint(tmp_path / "other", make_config(), tensors | {"lm_head.weight": 2 * extra["lm_head.weight"]})
+    convert(tmp_path / "other", tmp_path / "tied", 16, notice=notices.append)
+    check(tmp_path / "tied", tensors, 2, 16, exact=True)
+    assert len(notices) == 1
+    assert notices[0].startswith("lm_head.weight is left out, as config.json ties the output to the embedding, but the")
 
 
 def test_bf16_rounds_to_even(tmp_path: Path) -> None:
