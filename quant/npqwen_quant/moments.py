@@ -27,7 +27,7 @@ Load = Callable[[str], F32]
 _BATCH = 2048
 """Tokens at a time: enough for fast products."""
 
-_LARGEST = 1e18
+_LARGEST = 1e17
 """Bound of hidden states: float32 holds their squares, and the sums of these."""
 
 NONE = 0
