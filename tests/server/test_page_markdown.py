@@ -35,6 +35,7 @@ CASES = {
     "***\n---\n_ _ _": "<hr><hr><hr>",
     "> # Foo\n> bar\n\n> baz": "<blockquote><h2>Foo</h2><p>bar</p></blockquote><blockquote><p>baz</p></blockquote>",
     "> > deep": "<blockquote><blockquote><p>deep</p></blockquote></blockquote>",
+    "-\ttab\n-\tother": "<ul><li>tab</li><li>other</li></ul>",
     "- foo\n- bar\n+ baz": "<ul><li>foo</li><li>bar</li></ul><ul><li>baz</li></ul>",
     "3. three\n4. four": '<ol start="3"><li>three</li><li>four</li></ol>',
     "- foo\n  - bar\n    - baz": "<ul><li>foo<ul><li>bar<ul><li>baz</li></ul></li></ul></li></ul>",
@@ -74,7 +75,12 @@ CODE = {
     "1. a\n   ```\n   - b\n   ```\n2. c": [["", "- b"]],
     "    indented\n\n      more\n\ntext": [["", "indented\n\n  more"]],
     "> ```\n> quoted\n> ```": [["", "quoted"]],
-    "```c++\n\tx\n```": [["c++", "    x"]],
+    "```c++\n\tx\n```": [["c++", "\tx"]],
+    "```make\nall: a\n\tcc a\n\t\t-o b\n  \tx\n```": [["make", "all: a\n\tcc a\n\t\t-o b\n  \tx"]],
+    "1. a\n\t```go\n\tif x {\n\t\ty()\n\t}\n\t```": [["go", "if x {\n\ty()\n}"]],
+    "- a\n  ```make\n  all:\n  \tcc\n  ```": [["make", "all:\n\tcc"]],
+    "> ```make\n> all:\n> \tcc\n> ```": [["make", "all:\n\tcc"]],
+    "\tall:\n\t\tcc": [["", "all:\n\tcc"]],
 }
 SHOWN = """(async (text) => {
     const {MarkdownView} = await import("./page/markdown_view.js");

@@ -13,7 +13,7 @@ const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})[ \t]*(.*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}>/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)(.*)|)$/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:([ \t]+)(.*)|)$/;
 const UNDERLINE = /^ {0,3}(=+|-{2,})[ \t]*$/;
 // The second line of a table, trimmed.
 const DELIMITER_ROW = /^(?:\|\s*)?:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
@@ -32,7 +32,7 @@ export function parse(text, open = false) {
     at += line.length + 1;
   }
   if (open && UNDECIDED.test(lines.at(-1).trim())) lines.pop();
-  const found = new Blocks(lines.map(expanded), open, 0).all();
+  const found = new Blocks(lines.map(withoutReturn), open, 0).all();
   for (const block of found) {
     block.from = starts[block.from];
     block.to = block.to < starts.length ? starts[block.to] : text.length;
@@ -40,9 +40,21 @@ export function parse(text, open = false) {
   return found;
 }
 
+function withoutReturn(line) {
+  return line.endsWith("\r") ? line.slice(0, -1) : line;
+}
+
+// The line with its indentation as spaces, four for a tab: how blocks are recognized. Code keeps its tabs.
 function expanded(line) {
-  const clean = line.endsWith("\r") ? line.slice(0, -1) : line;
-  return clean.replace(/^[ \t]+/, (space) => space.replaceAll("\t", "    "));
+  return line.replace(/^[ \t]+/, (space) => space.replaceAll("\t", "    "));
+}
+
+// The line without its first `columns` columns, as far as they are indentation.
+function dedented(line, columns) {
+  let at = 0;
+  let left = columns;
+  for (; left > 0 && (line[at] === " " || line[at] === "\t"); at++) left -= line[at] === "\t" ? 4 : 1;
+  return " ".repeat(Math.max(0, -left)) + line.slice(at);
 }
 
 function indentation(line) {
@@ -55,7 +67,8 @@ function isBlank(line) {
 
 class Blocks {
   constructor(lines, open, depth) {
-    this.lines = lines;
+    this.written = lines;
+    this.lines = lines.map(expanded);
     this.open = open;
     this.depth = depth;
     this.at = 0;
@@ -112,10 +125,8 @@ class Blocks {
     const close = new RegExp(`^ {0,3}${mark[0]}{${mark.length},}[ \\t]*$`);
     const body = [];
     this.at++;
-    while (this.at < this.lines.length && !close.test(this.lines[this.at])) {
-      const one = this.lines[this.at++];
-      body.push(one.slice(Math.min(indent, indentation(one))));
-    }
+    while (this.at < this.lines.length && !close.test(this.lines[this.at]))
+      body.push(dedented(this.written[this.at++], indent));
     this.at++; // The closing line; without one, the code ends with the text.
     return { type: "code", language: /^[^\s{]*/.exec(info)[0], text: body.join("\n") };
   }
@@ -145,7 +156,7 @@ class Blocks {
   quote() {
     const lines = [];
     while (this.at < this.lines.length && QUOTE.test(this.lines[this.at]))
-      lines.push(this.lines[this.at++].replace(/^ {0,3}> ?/, ""));
+      lines.push(this.written[this.at++].replace(/^ {0,3}>[ \t]?/, ""));
     return { type: "quote", children: this.inner(lines) };
   }
 
@@ -196,7 +207,7 @@ class Blocks {
         (!blanks && !fence && !this.begins(line) && !ITEM.test(line));
       if (!belongs) break;
       for (; blanks; blanks--) lines.push("");
-      const own = line.slice(Math.min(indent, content));
+      const own = dedented(this.written[this.at], content);
       lines.push(own);
       fence = fence ? (fence.test(own) ? null : fence) : closing(own);
     }
@@ -209,11 +220,9 @@ class Blocks {
     let end = this.at;
     for (; this.at < this.lines.length; this.at++) {
       const line = this.lines[this.at];
-      if (isBlank(line)) lines.push(line.slice(4));
-      else if (indentation(line) >= 4) {
-        lines.push(line.slice(4));
-        end = this.at + 1;
-      } else break;
+      if (!isBlank(line) && indentation(line) < 4) break;
+      lines.push(dedented(this.written[this.at], 4));
+      if (!isBlank(line)) end = this.at + 1;
     }
     lines.length -= this.at - end;
     this.at = end;
