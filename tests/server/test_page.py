@@ -223,6 +223,25 @@ def test_tool_calls_are_shown_and_get_results(page: Page, api: FakeApi) -> None:
     assert page.count(".results") == 0
 
 
+def test_an_answer_that_streams_leaves_the_messages_above_it_alone(page: Page, api: FakeApi) -> None:
+    api.answer(call(0, "call_1", "time", "{}"), end("tool_calls"))
+    ask_and_wait(page, "Time?")
+    page.fill(".results textarea", "noon")
+    api.answer(text("It is "), HOLD, text("noon."), HOLD, end())
+    page.click(".results button")
+    page.until_text(ANSWER, "It is")
+    page.click(".tool summary")
+    page.evaluate("document.querySelector('.user [aria-label=Copy]').focus()")
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('.bubble'))")
+    api.release()
+    page.until_text(ANSWER, "noon.")
+    assert page.text(".tool pre") == "noon"
+    assert page.evaluate("document.activeElement.ariaLabel") == "Copy"
+    assert page.evaluate("getSelection().toString()") == "Time?"
+    api.release()
+    idle(page)
+
+
 def test_settings_are_sent_and_belong_to_the_conversation(page: Page, api: FakeApi) -> None:
     page.click("#open-settings")
     values = {"temperature": "0.5", "top_p": "0.9", "top_k": "30", "min_p": "0.1", "max_tokens": "99", "seed": "7"}

@@ -93,6 +93,9 @@ def test_a_reader_need_not_wait(page: Page, api: FakeApi) -> None:
     api.answer(busy)
     ask(page, "Hi")
     page.until_text(".error", "Trying again in 300 s")
+    page.evaluate("document.querySelector('.error button:last-child').focus()")
+    page.until_text(".error", "Trying again in 299 s")
+    assert page.text(":focus") == "Cancel"
     page.click(".error button:last-child")
     assert "Trying" not in page.text(".error")
     page.click(".error button")

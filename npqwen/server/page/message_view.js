@@ -24,6 +24,20 @@ class MessageView {
     this.message = message;
     this.actions = actions;
     this.element = element("article", { class: `message ${message.role}`, "aria-label": label });
+    this.shown = null; // the state that was last rendered
+  }
+
+  // Whether the state differs from the one that was last rendered. Views are updated for every piece of an answer:
+  // what has not changed must keep its elements, and with them focus, selection and open details.
+  changed(...state) {
+    const now = JSON.stringify(state);
+    const differs = now !== this.shown;
+    this.shown = now;
+    return differs;
+  }
+
+  versionIds() {
+    return this.actions.versions(this.message).map(({ id }) => id);
   }
 
   // "‹ 2/3 ›"
@@ -50,7 +64,7 @@ class UserView extends MessageView {
   }
 
   update() {
-    if (this.editing) return;
+    if (this.editing || !this.changed(this.versionIds())) return;
     const edit = iconButton("edit", "Edit", () => this.edit());
     const footer = element("footer", {}, this.versions(), this.copyButton(() => this.message.content), edit);
     this.element.replaceChildren(element("div", { class: "bubble" }, this.message.content), footer);
@@ -61,6 +75,7 @@ class UserView extends MessageView {
     area.value = this.message.content;
     const end = () => {
       this.editing = false;
+      this.shown = null;
       this.update();
       document.getElementById("input").focus();
     };
@@ -91,13 +106,12 @@ class UserView extends MessageView {
 class ResultView extends MessageView {
   constructor(message, actions) {
     super(message, actions, "Result of a tool");
+    this.element.append(
+      element("details", { class: "fold" }, element("summary", {}, icon("right"), "Result"),
+        element("pre", { tabindex: "0" }, message.content)));
   }
 
-  update() {
-    this.element.replaceChildren(
-      element("details", { class: "fold" }, element("summary", {}, icon("right"), "Result"),
-        element("pre", { tabindex: "0" }, this.message.content)));
-  }
+  update() {}
 }
 
 class AnswerView extends MessageView {
@@ -117,8 +131,8 @@ class AnswerView extends MessageView {
     this.status.append(this.statusText, this.bar);
     this.error = element("div", { class: "error", role: "alert", hidden: true });
     this.footer = element("footer");
+    this.countdown = element("span", { class: "hint", "aria-live": "off" });
     this.element.append(this.thinking, this.text.element, this.calls, this.status, this.error, this.footer);
-    this.shown = null; // the state that the error and the footer were last rendered from
   }
 
   // answer: the running Answer, or null. waiting: seconds until it is retried, or null. showThinking: show reasoning
@@ -131,13 +145,12 @@ class AnswerView extends MessageView {
     this.updateThought(running, showThinking);
     this.updateStatus(answer);
     this.updateCalls(running, last);
-    const state = JSON.stringify([running, message.finish, message.error, waiting, last,
-      this.actions.versions(message).map(({ id }) => id), message.usage]);
-    if (this.shown !== state) {
-      this.shown = state;
-      this.updateError(running, waiting, answer, last);
+    const waits = waiting !== null;
+    if (this.changed(running, message.finish, message.error, waits, last, this.versionIds(), message.usage)) {
+      this.updateError(running, waits, last);
       this.updateFooter(running, last);
     }
+    if (waits) this.countdown.textContent = `Trying again in ${waiting} s`;
     if (running) this.updateSpeed(answer);
   }
 
@@ -198,7 +211,7 @@ class AnswerView extends MessageView {
       element("div", { class: "row" }, element("button", { class: "primary" }, "Send results")));
   }
 
-  updateError(running, waiting, answer, last) {
+  updateError(running, waits, last) {
     const { message } = this;
     const { finish, error } = message;
     const wantsKey = this.actions.needsKey(message);
@@ -207,13 +220,13 @@ class AnswerView extends MessageView {
     if (this.error.hidden) return;
     this.error.classList.toggle("mild", !error);
     const retry = element("button", { type: "button", onclick: () => this.actions.retry(message) },
-      waiting === null ? "Retry" : "Retry now");
+      waits ? "Retry now" : "Retry");
     const row = element("div", { class: "row" }, retry);
     if (message.content && !message.calls.length)
       row.append(element("button", { type: "button", onclick: () => this.actions.proceed(message) }, "Continue"));
-    if (waiting !== null)
+    if (waits)
       row.append(
-        element("span", { class: "hint" }, `Trying again in ${waiting} s`),
+        this.countdown,
         element("button", { type: "button", onclick: () => this.actions.wait(message) }, "Cancel"));
     const key = wantsKey ? keyForm((value) => this.actions.useKey(value, message)) : null;
     this.error.replaceChildren(element("p", {}, text), ...(last ? [key ?? row] : []));
