@@ -456,6 +456,37 @@ def test_keys_do_what_they_promise(page: Page, api: FakeApi) -> None:
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+@pytest.mark.parametrize("fields", ["isComposing: true", "keyCode: 229"])  # the second one is Safari's
+def test_keys_of_an_input_method_only_choose_text(page: Page, api: FakeApi, fields: str) -> None:
+    def compose(key: str) -> None:
+        event = f"new KeyboardEvent('keydown', {{key: '{key}', bubbles: true, cancelable: true, {fields}}})"
+        page.evaluate(f"document.activeElement.dispatchEvent({event})")
+
+    ask_and_wait(page, "Hi")
+    page.type("にほん")
+    compose("Enter")
+    assert page.evaluate("document.activeElement.value") == "にほん"
+    page.fill("#input", "")
+    page.press("ArrowUp")
+    for key in ("Enter", "Escape"):
+        compose(key)
+        assert page.count(".edit textarea:focus") == 1
+    page.press("Escape")
+    page.click("[aria-label^=Rename]")
+    for key in ("Enter", "Escape"):
+        compose(key)
+        assert page.count("#list input:focus") == 1
+    page.press("Escape")
+    api.answer(text("A long "), HOLD, text("story"), end())
+    ask(page, "Tell")
+    page.until_text(ANSWER, "A long")
+    compose("Escape")
+    api.release()
+    idle(page)
+    assert page.text(ANSWER) == "A long story"
+    assert len(api.requests) == 2
+
+
 @pytest.mark.parametrize("mounted", [False, True])
 def test_the_page_works_below_a_prefix(api: FakeApi, browser: Browser, mounted: bool) -> None:
     page = browser.open(api.url + ("inner" if mounted else ""))

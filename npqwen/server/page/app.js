@@ -2,7 +2,7 @@
 
 import { Answer, emptyAnswer } from "./answer.js";
 import * as conversations from "./conversations.js";
-import { element, number } from "./dom.js";
+import { element, isComposing, number } from "./dom.js";
 import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -414,7 +414,7 @@ new ResizeObserver(() => {
 }).observe(transcript);
 input.addEventListener("input", grow);
 input.addEventListener("keydown", (event) => {
-  if (event.isComposing) return;
+  if (isComposing(event)) return;
   if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
     send();
@@ -426,6 +426,7 @@ input.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
+  if (isComposing(event)) return;
   if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "k") {
     event.preventDefault();
     newChat();

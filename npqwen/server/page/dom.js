@@ -32,6 +32,12 @@ export function iconButton(name, label, onclick, properties = {}) {
     icon(name));
 }
 
+// Whether a key belongs to an input method, such as one for Japanese: it chooses text there, and does nothing else.
+// When Enter ends the composition, Safari tells so by the key code only.
+export function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 // Copies text, and briefly shows on the button whether that succeeded.
 export async function copy(text, button) {
   let copied = true;

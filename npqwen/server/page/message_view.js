@@ -1,7 +1,7 @@
 // One message on the screen.
 
 import { speed } from "./answer.js";
-import { copy, element, icon, iconButton, number, seconds } from "./dom.js";
+import { copy, element, icon, iconButton, isComposing, number, seconds } from "./dom.js";
 import { MarkdownView } from "./markdown_view.js";
 
 export const WRONG_KEY = "The server does not accept this API key.";
@@ -85,10 +85,11 @@ class UserView extends MessageView {
       this.actions.edit(this.message, area.value);
     };
     area.addEventListener("keydown", (event) => {
+      if (isComposing(event)) return;
       if (event.key === "Escape") {
         event.stopPropagation();
         end();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      } else if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
         send();
       }

@@ -1,6 +1,6 @@
 // The list of conversations.
 
-import { element, icon, iconButton } from "./dom.js";
+import { element, icon, iconButton, isComposing } from "./dom.js";
 
 export class Sidebar {
   // actions: open(id), rename(id, title), remove(id), save(id)
@@ -50,7 +50,7 @@ export class Sidebar {
     this.renaming = id;
     input.addEventListener("blur", () => end(true));
     input.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" && event.key !== "Escape") return;
+      if (isComposing(event) || (event.key !== "Enter" && event.key !== "Escape")) return;
       event.preventDefault();
       event.stopPropagation();
       end(event.key === "Enter");
