@@ -456,6 +456,25 @@ def test_keys_do_what_they_promise(page: Page, api: FakeApi) -> None:
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+def test_languages_that_run_from_right_to_left_do(page: Page, api: FakeApi) -> None:
+    def directions(*selectors: str) -> list[str]:
+        return [page.evaluate(f"getComputedStyle(document.querySelector('{one}')).direction") for one in selectors]
+
+    page.type("שלום, world")
+    assert directions("#input") == ["rtl"]
+    page.press("Enter")
+    page.until_text(ANSWER, "Hello.")
+    idle(page)
+    assert directions(".bubble", "#list span", f"{ANSWER} p", ".assistant footer") == ["rtl", "rtl", "ltr", "ltr"]
+    answer = "`x` שלום\n\n- `y` שלום\n\n> שלום\n\n| שלום |\n|--|\n| 1 |\n\n```\nשלום\n```\n\n$$ש$$"
+    api.answer(thought("שלום"), text(answer), end())
+    ask_and_wait(page, "English")
+    last = [f".assistant:last-child > .markdown {one}" for one in ("p", "ul", "blockquote", "table")]
+    assert directions(*last, ".thinking p") == ["rtl"] * 5
+    assert directions(f"{ANSWER} figure", "p code", "li code", "div.math") == ["ltr"] * 4
+    assert page.evaluate(f"getComputedStyle(document.querySelector('{last[1]}')).paddingRight") == "28px"
+
+
 @pytest.mark.parametrize("fields", ["isComposing: true", "keyCode: 229"])  # the second one is Safari's
 def test_keys_of_an_input_method_only_choose_text(page: Page, api: FakeApi, fields: str) -> None:
     def compose(key: str) -> None:

@@ -24,6 +24,7 @@ export class MarkdownView {
       const entry = { from: from + block.from, key, block, node: old?.node };
       if (old?.key !== key && !(old && this.extend(old, block))) {
         entry.node = render(block);
+        entry.node.dir ||= "auto"; // of the language that the block begins with
         if (old) old.node.replaceWith(entry.node);
         else this.element.append(entry.node);
       }
@@ -57,7 +58,7 @@ export function render(block) {
     case "code":
       return codeBlock(block);
     case "math":
-      return element("div", { class: "math" }, block.text);
+      return element("div", { class: "math", dir: "ltr" }, block.text);
     case "rule":
       return element("hr");
     case "quote":
@@ -78,7 +79,7 @@ function codeBlock(block) {
   fillCode(code, block);
   button.addEventListener("click", () => copy(code.textContent, button));
   const head = element("figcaption", {}, element("span", {}, block.language || "text"), button);
-  return element("figure", { class: "code" }, head, element("pre", { tabindex: "0" }, code));
+  return element("figure", { class: "code", dir: "ltr" }, head, element("pre", { tabindex: "0" }, code));
 }
 
 function list({ ordered, start, loose, items }) {
@@ -115,9 +116,9 @@ function inline(node) {
     case "break":
       return element("br");
     case "code":
-      return element("code", {}, node.text);
+      return element("code", { dir: "ltr" }, node.text);
     case "math":
-      return element("span", { class: "math" }, node.text);
+      return element("span", { class: "math", dir: "ltr" }, node.text);
     case "link":
       if (!node.href) return filled(element("span", { class: "no-link" }), node.children);
       return filled(

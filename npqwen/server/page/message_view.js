@@ -67,11 +67,11 @@ class UserView extends MessageView {
     if (this.editing || !this.changed(this.versionIds())) return;
     const edit = iconButton("edit", "Edit", () => this.edit());
     const footer = element("footer", {}, this.versions(), this.copyButton(() => this.message.content), edit);
-    this.element.replaceChildren(element("div", { class: "bubble" }, this.message.content), footer);
+    this.element.replaceChildren(element("div", { class: "bubble", dir: "auto" }, this.message.content), footer);
   }
 
   edit() {
-    const area = element("textarea", { "aria-label": "Edit the message", rows: "3" });
+    const area = element("textarea", { "aria-label": "Edit the message", rows: "3", dir: "auto" });
     area.value = this.message.content;
     const end = () => {
       this.editing = false;
@@ -109,7 +109,7 @@ class ResultView extends MessageView {
     super(message, actions, "Result of a tool");
     this.element.append(
       element("details", { class: "fold" }, element("summary", {}, icon("right"), "Result"),
-        element("pre", { tabindex: "0" }, message.content)));
+        element("pre", { tabindex: "0", dir: "auto" }, message.content)));
   }
 
   update() {}
@@ -121,7 +121,7 @@ class AnswerView extends MessageView {
     this.thought = new MarkdownView();
     this.text = new MarkdownView();
     this.label = element("span", { class: "label" });
-    this.preview = element("span", { class: "preview" });
+    this.preview = element("span", { class: "preview", dir: "auto" });
     const summary = element("summary", { onclick: () => (this.toggled = true) }, icon("right"), this.label, this.preview);
     this.thinking = element("details", { class: "fold thinking", hidden: true }, summary, this.thought.element);
     this.toggled = false; // the user has opened or closed the reasoning
@@ -203,7 +203,7 @@ class AnswerView extends MessageView {
   resultForm() {
     const { calls } = this.message;
     const areas = calls.map((call) =>
-      element("label", {}, `Result of ${call.name}`, element("textarea", { rows: "2", required: true })));
+      element("label", {}, `Result of ${call.name}`, element("textarea", { rows: "2", required: true, dir: "auto" })));
     const send = (event) => {
       event.preventDefault();
       this.actions.results(this.message, areas.map((label) => label.querySelector("textarea").value));

@@ -30,7 +30,7 @@ export class Sidebar {
     const open = element("button",
       { type: "button", class: "open", title: name, "aria-current": id === this.current ? "page" : null,
         onclick: () => this.actions.open(id) },
-      element("span", {}, name));
+      element("span", { dir: "auto" }, name));
     if (this.running.has(id)) open.append(element("span", { class: "dot", title: "Answering" }));
     const item = element("li", {}, open,
       iconButton("edit", `Rename ${name}`, () => this.rename(item, id, title), { title: "Rename" }),
@@ -40,7 +40,7 @@ export class Sidebar {
   }
 
   rename(item, id, title) {
-    const input = element("input", { "aria-label": "Title", value: title, maxlength: "200" });
+    const input = element("input", { "aria-label": "Title", dir: "auto", value: title, maxlength: "200" });
     const end = (save) => {
       if (this.renaming !== id) return;
       this.renaming = null;
