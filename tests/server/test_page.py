@@ -436,6 +436,29 @@ def test_two_tabs_show_the_same_conversations(page: Page, api: FakeApi, browser:
     assert second.problems == []
 
 
+def test_what_another_tab_adds_disturbs_no_reader(page: Page, api: FakeApi, browser: Browser) -> None:
+    api.answer(text("A long text. " * 500), end())
+    ask_and_wait(page, "First")
+    second = browser.open_beside(page, page.evaluate("location.href"))
+    second.until_text(ANSWER, "A long text.")
+    second.evaluate("document.getElementById('transcript').scrollTop = 0")
+    second.click(".user [aria-label=Edit]")
+    second.fill(".edit textarea", "Changed")
+    api.answer(text("Mo"), HOLD, text("re."), end())
+    ask(page, "Second")
+    second.until_text(ANSWER, "Mo")
+    api.release()
+    second.until_text(ANSWER, "More.")
+    assert second.evaluate("document.activeElement.value") == "Changed"
+    assert second.evaluate("document.getElementById('transcript').scrollTop") < 100
+    second.press("Enter")
+    second.until_text(ANSWER, "Hello.")
+    assert shown(second) == ["Changed", "Hello."]
+    second.click(".user [aria-label='Previous version']")
+    assert shown(second)[-2:] == ["Second", "More."]
+    assert second.problems == []
+
+
 def test_keys_do_what_they_promise(page: Page, api: FakeApi) -> None:
     page.type("one")
     page.press("Enter", SHIFT)

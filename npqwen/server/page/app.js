@@ -210,11 +210,15 @@ async function remove(id) {
 
 async function otherTab(id) {
   if (answers.has(id)) return;
-  const conversation = await storage.get(id);
-  if (conversation) all.set(id, conversation);
-  else all.delete(id);
-  if (current.id === id) open(conversation ?? conversations.newConversation(defaults()));
-  else drawSidebar();
+  const saved = await storage.get(id);
+  const known = all.get(id);
+  if (answers.has(id)) return;
+  if (!saved) all.delete(id);
+  else if (known) conversations.adopt(known, saved);
+  else all.set(id, saved);
+  if (current.id !== id) drawSidebar();
+  else if (saved) draw();
+  else newChat();
 }
 
 function download(chosen) {

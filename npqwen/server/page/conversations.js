@@ -19,6 +19,14 @@ export function newConversation(settings) {
   return { id: newId(), title: "", created: now, updated: now, settings: { ...settings }, messages: [], head: null };
 }
 
+// Changes a conversation to what another tab has saved. The messages that it had stay the same objects, as views refer
+// to them.
+export function adopt(conversation, saved) {
+  const known = new Map(conversation.messages.map((message) => [message.id, message]));
+  const messages = saved.messages.map((message) => Object.assign(known.get(message.id) ?? message, message));
+  Object.assign(conversation, saved, { messages });
+}
+
 // Adds a message below the parent, and shows it.
 export function append(conversation, parent, fields) {
   const message = { id: newId(), parent, created: Date.now(), ...fields };
