@@ -330,6 +330,11 @@ def test_conversations_are_renamed_searched_and_deleted(page: Page, api: FakeApi
     assert titles(page) == ["Plums", "Quinces"]
 
 
+def test_a_title_ends_with_a_whole_character(page: Page, api: FakeApi) -> None:
+    ask_and_wait(page, "x" * 59 + "🎲" + "y" * 9)
+    assert titles(page) == ["x" * 59 + "🎲…"]
+
+
 def test_conversations_are_exported_and_imported(page: Page, api: FakeApi, browser: Browser, tmp_path: Path) -> None:
     api.answer(thought("Hm"), text("<b>Yes</b>"), end())
     api.answer(text("No"), end())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser import Browser, Page
+from browser import CONTROL, Browser, Page
 from chromium import ChromiumPage
 from fake_api import DROP, HOLD, FakeApi, Refusal, call, end, failure, text, thought
 from test_page import ANSWER, ask, ask_and_wait, idle, messages, shown
@@ -283,6 +283,25 @@ def test_phones_get_all_of_it_without_scrolling_sideways(api: FakeApi, browser: 
     assert page.evaluate("document.getElementById('settings').getBoundingClientRect().width") <= 360
     assert page.evaluate("((s) => s.scrollWidth - s.clientWidth)(document.getElementById('settings'))") == 0
     assert page.evaluate(overflow) == 0
+    assert page.problems == []
+    page.close()
+
+
+def test_the_menu_tells_whether_the_conversations_are_there(api: FakeApi, browser: Browser) -> None:
+    page = browser.open(api.url, 360, 640, touch=True)
+    expanded = "document.getElementById('menu').ariaExpanded"
+    page.until(f"{expanded} === 'false'")
+    page.click("#menu")
+    page.until(f"{expanded} === 'true'")
+    page.until("document.getElementById('sidebar').getBoundingClientRect().x === 0")
+    page.click("#new")
+    page.until(f"{expanded} === 'false'")
+    page.resize(1280, 800)
+    page.until(f"{expanded} === 'true'")
+    page.click("#menu")
+    page.press("k", CONTROL)
+    page.until("document.activeElement.id === 'input'")
+    assert page.evaluate(expanded) == "false"
     assert page.problems == []
     page.close()
 

@@ -362,12 +362,17 @@ function grow() {
 
 function closeSidebar() {
   document.body.classList.remove("with-sidebar");
-  $("menu").setAttribute("aria-expanded", !narrow.matches);
+  tellMenu();
 }
 
 function toggleSidebar() {
-  const name = narrow.matches ? "with-sidebar" : "without-sidebar";
-  const there = document.body.classList.toggle(name) === narrow.matches;
+  document.body.classList.toggle(narrow.matches ? "with-sidebar" : "without-sidebar");
+  tellMenu();
+}
+
+function tellMenu() {
+  const { classList } = document.body;
+  const there = narrow.matches ? classList.contains("with-sidebar") : !classList.contains("without-sidebar");
   $("menu").setAttribute("aria-expanded", there);
 }
 
@@ -390,6 +395,7 @@ $("composer").addEventListener("submit", (event) => {
 $("stop").addEventListener("click", stop);
 $("new").addEventListener("click", newChat);
 $("menu").addEventListener("click", toggleSidebar);
+narrow.addEventListener("change", tellMenu);
 $("shade").addEventListener("click", closeSidebar);
 $("open-settings").addEventListener("click", () => settings.open(current.settings, key));
 $("export").addEventListener("click", () => download([...all.values()]));
@@ -454,6 +460,7 @@ for (const event of ["beforeunload", "pagehide"])
 
 async function start() {
   const place = location.hash.slice(1);
+  tellMenu();
   draw();
   const loading = loadModels();
   try {

@@ -37,9 +37,10 @@ export function append(conversation, parent, fields) {
   return message;
 }
 
-export function titleOf(text) {
+function titleOf(text) {
   const line = text.trim().split("\n", 1)[0].replace(/\s+/g, " ");
-  return line.length > TITLE ? `${line.slice(0, TITLE).trimEnd()}…` : line;
+  const start = Array.from(line.slice(0, 2 * TITLE)).slice(0, TITLE).join("");
+  return start.length < line.length ? `${start.trimEnd()}…` : line;
 }
 
 // The messages that are shown, first to last.
