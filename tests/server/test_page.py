@@ -488,14 +488,14 @@ def test_languages_that_run_from_right_to_left_do(page: Page, api: FakeApi) -> N
     def directions(*selectors: str) -> list[str]:
         return [page.evaluate(f"getComputedStyle(document.querySelector('{one}')).direction") for one in selectors]
 
-    page.type("שלום, world")
+    page.type("אבגד, world")
     assert directions("#input") == ["rtl"]
     page.press("Enter")
     page.until_text(ANSWER, "Hello.")
     idle(page)
     assert directions(".bubble", "#list span", f"{ANSWER} p", ".assistant footer") == ["rtl", "rtl", "ltr", "ltr"]
-    answer = "`x` שלום\n\n- `y` שלום\n\n> שלום\n\n| שלום |\n|--|\n| 1 |\n\n```\nשלום\n```\n\n$$ש$$"
-    api.answer(thought("שלום"), text(answer), end())
+    answer = "`x` אבגד\n\n- `y` אבגד\n\n> אבגד\n\n| אבגד |\n|--|\n| 1 |\n\n```\nאבגד\n```\n\n$$א$$"
+    api.answer(thought("אבגד"), text(answer), end())
     ask_and_wait(page, "English")
     last = [f".assistant:last-child > .markdown {one}" for one in ("p", "ul", "blockquote", "table")]
     assert directions(*last, ".thinking p") == ["rtl"] * 5

@@ -87,7 +87,8 @@ SHOWN = """(async (text) => {
     const view = new MarkdownView();
     view.update(text, false);
     for (const one of view.element.querySelectorAll("*")) {
-        for (const name of ["tabindex", "aria-label", "dir", "disabled", "rel", "target", "title"]) one.removeAttribute(name);
+        for (const name of ["tabindex", "aria-label", "dir", "disabled", "rel", "target", "title"])
+            one.removeAttribute(name);
         if (["math", "table"].includes(one.className)) one.removeAttribute("class");
     }
     return view.element.innerHTML;
