@@ -83,7 +83,10 @@ def show_last_turns(chat: TerminalChat) -> None:
 
 def _shortened(text: str, length: int) -> str:
     text = text.strip()
-    return text if len(text) <= length else text[:length].rpartition(" ")[0].rstrip() + " ..."
+    if len(text) <= length:
+        return text
+    space = text.rfind(" ", length // 2, length + 1)
+    return text[: space if space > 0 else length].rstrip() + " ..."  # Chinese has no spaces
 
 
 def _path(chat: TerminalChat, arguments: str, command: str) -> Path:

@@ -170,6 +170,16 @@ def test_the_last_turns_are_shown_when_a_conversation_is_loaded(tmp_path: Path, 
     assert shown.endswith("word ...\n")
 
 
+@pytest.mark.parametrize(("text", "start"), [("长" * 300, "长" * 200), ("OK " + "长" * 300, "OK " + "长" * 197)])
+def test_turns_without_spaces_are_shortened_to_their_beginning(
+    text: str, start: str, tmp_path: Path, say: Say
+) -> None:
+    chat = chat_with(Reciter("好。"))
+    say(chat, text, f"/save {tmp_path / 'talk.json'}")
+    shown = say(chat_with(Reciter()), f"/load {tmp_path / 'talk.json'}")
+    assert f"> {start} ..." in "".join(shown.split("\n"))
+
+
 def test_a_question_without_an_answer_is_saved_too(tmp_path: Path, say: Say) -> None:
     path = tmp_path / "talk.json"
     chat = chat_with(Reciter("a"))
