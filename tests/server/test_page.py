@@ -271,6 +271,40 @@ def test_settings_are_sent_and_belong_to_the_conversation(page: Page, api: FakeA
     assert api.requests[-1].body["top_k"] == 30
 
 
+def test_tools_that_are_not_valid_yet_are_kept_and_named(page: Page, api: FakeApi) -> None:
+    page.click("#open-settings")
+    page.click("dialog summary")
+    page.fill("[name=tools]", '[{"name": "weather"')
+    page.press("Escape")
+    ask(page, "Weather?")
+    page.until_text(".error", "the tools are not valid JSON")
+    assert api.requests == []
+    page.click("#open-settings")
+    assert page.evaluate("document.querySelector('[name=tools]').value") == '[{"name": "weather"'
+
+
+def test_the_arguments_of_a_call_are_shown_as_the_model_wrote_them(page: Page, api: FakeApi) -> None:
+    api.answer(call(0, "call_1", "f", '{"text": "a  b", ', '"ids": [1]}'), end("tool_calls"))
+    api.answer(call(0, "call_2", "f", '{"id": 12345678901234567890}'), end("tool_calls"))
+    ask_and_wait(page, "One")
+    assert page.text(".call pre") == '{\n  "text": "a  b",\n  "ids": [\n    1\n  ]\n}'
+    ask_and_wait(page, "Two")
+    assert page.text(".call pre") == '{"id": 12345678901234567890}'
+
+
+def test_escape_clears_the_search_before_it_stops_an_answer(page: Page, api: FakeApi) -> None:
+    api.answer(text("A long "), HOLD, text("story"), end())
+    ask(page, "Tell")
+    page.until_text(ANSWER, "A long")
+    page.fill("#search", "nothing")
+    assert titles(page) == []
+    page.press("Escape")
+    assert titles(page) == ["Tell"]
+    api.release()
+    page.until_text(ANSWER, "A long story")
+    idle(page)
+
+
 def test_a_setting_out_of_range_is_not_sent(page: Page, api: FakeApi) -> None:
     page.click("#open-settings")
     page.fill("[name=top_p]", "1.5")
@@ -304,6 +338,18 @@ def test_models_are_chosen_by_conversation(page: Page, api: FakeApi) -> None:
     page.click("#new")
     ask_and_wait(page, "Hi")
     assert api.requests[-1].body["model"] == "tiny-qwen3"
+
+
+def test_models_for_embeddings_are_not_offered(page: Page, api: FakeApi) -> None:
+    api.models.insert(0, {"id": "vectors", "object": "model", "capabilities": ["embedding"]})
+    api.models.append({"id": "other", "object": "model", "capabilities": ["completion"]})
+    page.reload()
+    page.until("document.querySelectorAll('#model option').length === 2")
+    ask_and_wait(page, "Hi")
+    assert api.requests[-1].body["model"] == "tiny-qwen3"
+    del api.models[1:]
+    page.reload()
+    page.until_text("#notice", "no model that answers")
 
 
 def test_conversations_are_renamed_searched_and_deleted(page: Page, api: FakeApi) -> None:

@@ -255,7 +255,7 @@ function changeSettings(values) {
 async function loadModels() {
   try {
     offered = await models(key);
-    notice("");
+    notice(offered.length ? "" : "This server has no model that answers.");
   } catch (error) {
     offered = [];
     const wantsKey = error instanceof ServerError && error.status === 401;

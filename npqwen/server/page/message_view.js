@@ -284,10 +284,14 @@ export function keyForm(onkey) {
     element("button", { class: "primary" }, "Use this key"));
 }
 
+// JSON with line breaks and indentation. Incomplete JSON stays as it is, and so do numbers with more digits than
+// JavaScript keeps.
 function pretty(json) {
   try {
-    return JSON.stringify(JSON.parse(json), null, 2);
+    const value = JSON.parse(json);
+    const same = JSON.stringify(value) === json.replace(/("(?:[^"\\]|\\.)*")|\s+/g, "$1");
+    return same ? JSON.stringify(value, null, 2) : json;
   } catch {
-    return json; // incomplete while it streams
+    return json;
   }
 }

@@ -78,11 +78,11 @@ export class SettingsDialog {
     for (const field of this.fields()) field.value = settings[field.name] ?? "";
   }
 
-  // The values of valid fields; an empty field means the model's default.
+  // The values of valid fields, and tools as they are written; an empty field means the model's default.
   read() {
     const settings = {};
     for (const field of this.fields()) {
-      if (field.value === "" || !field.checkValidity()) continue;
+      if (field.value === "" || (field.name !== "tools" && !field.checkValidity())) continue;
       settings[field.name] = field.type === "number" ? field.valueAsNumber : field.value;
     }
     return settings;

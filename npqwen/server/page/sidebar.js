@@ -10,6 +10,12 @@ export class Sidebar {
     this.actions = actions;
     this.renaming = null; // the id whose title is being edited
     search.addEventListener("input", () => this.draw());
+    search.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !search.value) return;
+      event.stopPropagation();
+      search.value = "";
+      this.draw();
+    });
   }
 
   // conversations: newest first. running: ids of those with an answer in progress.

@@ -52,11 +52,12 @@ async function reason(response) {
   return `The server answered ${response.status} ${response.statusText}`.trim();
 }
 
-// The models on offer: [{id, context}], context in tokens or null.
+// The models on offer that converse, not those for embeddings: [{id, context}], context in tokens or null.
 export async function models(key) {
   const response = await request("v1/models", { key });
   const { data } = await response.json();
-  return data.map((model) => ({ id: String(model.id), context: contextOf(model) }));
+  const conversing = data.filter(({ capabilities }) => capabilities?.includes("completion") ?? true);
+  return conversing.map((model) => ({ id: String(model.id), context: contextOf(model) }));
 }
 
 function contextOf(model) {
