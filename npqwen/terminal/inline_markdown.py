@@ -23,6 +23,8 @@ _STYLES = {
 _URL = r"[^\s()]*(?:\([^\s()]*\)[^\s()]*)*"
 _LINK = re.compile(rf"\[([^\[\]]+)\]\((?!\))({_URL})(?:\s+\"[^\"]*\")?\)")
 _LINK_BEGUN = re.compile(rf"\[[^\[\]]*(?:\](?:\({_URL}(?:\([^\s()]*|\s+(?:\"[^\"]*\"?)?)?)?)?")
+_ESCAPABLE = frozenset("*_~`#$")
+"""What a backslash makes an ordinary character; before any other, as in \\alpha, it is one itself."""
 _MATH_ENDS = {"$$": re.compile(r"\$\$"), "$": re.compile(r"(?<=\S)\$(?!\d)"), "\\(": re.compile(r"\\\)")}
 _MATH_STARTS = re.compile(r"\$\$|\$(?![\s\d])|\\\(")
 
@@ -141,7 +143,7 @@ def _opaque(text: str, at: int, complete: bool) -> tuple[int, str | None]:
         if close is not None and (close.end() < len(text) or complete):
             return close.end(), text[at : close.end()]
         return (at + len(start[0]), None) if complete else (_HOLD, None)
-    if text[at] == "\\" and text[at + 1 : at + 2] in ("*", "`"):
+    if text[at] == "\\" and text[at + 1 : at + 2] in _ESCAPABLE:
         return at + 2, text[at + 1]
     return at + 1, None
 

@@ -77,6 +77,7 @@ def letters(screen: pyte.Screen, attribute: str) -> str:
         ("# A *b* `c`", "A b c", "bold", "A b c"),
         ("#### A", "A", "bold", "A"),
         (r"\*not\* but *so*", "*not* but so", "italics", "so"),
+        (r"\_not\_ \~\~ \# \$5 but *a\_b and \$c*", "_not_ ~~ # $5 but a_b and $c", "italics", "a_b and $c"),
         ("**N**umber", "Number", "bold", "N"),
         ("1. **src/**: sources", "1. src/: sources", "bold", "src/"),
         ("- **`x`** and **?** and **-5 %**", "• x and ? and -5 %", "bold", "x?-5 %"),
