@@ -32,13 +32,13 @@ def parse_value(value: str, schema: Any) -> Any:
     text = value.strip()
     if _is_nullable(schema, kinds) and text in _NULL:
         return None
-    choices = schema.get("enum")
-    if isinstance(choices, list) and value not in choices:
+    choices = _choices(schema)
+    if choices is not None and value not in choices:
         return next((choice for choice in choices if text in (choice, str(choice), json.dumps(choice))), value)
     if "string" in kinds:
         return value
     literal = _literal(text)
-    if not kinds and "enum" not in schema and literal is not _NOTHING:
+    if not kinds and choices is None and literal is not _NOTHING:
         return literal
     if "boolean" in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -62,7 +62,7 @@ def stays_text(begun: str, schema: Any) -> bool:
     kinds = _kinds(schema)
     if _is_nullable(schema, kinds) and any(word.startswith(begun.strip()) for word in _NULL):
         return False
-    return ("string" in kinds or kinds == ["null"]) and not isinstance(schema.get("enum"), list)
+    return ("string" in kinds or kinds == ["null"]) and _choices(schema) is None
 
 
 def json_copy(value: Any) -> Any:
@@ -78,6 +78,12 @@ def json_copy(value: Any) -> Any:
 def _kinds(schema: Mapping[str, Any]) -> list[Any]:
     kinds = schema.get("type")
     return [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Any] | None:
+    """The values that a schema allows, if it lists them."""
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return choices if isinstance(choices, list) else None
 
 
 def _is_nullable(schema: Mapping[str, Any], kinds: list[Any]) -> bool:

@@ -22,6 +22,8 @@ PARAMETER_END = "</parameter>"
 MARK = re.compile(r"<(?:parameter|function)=[^<>\n]*>|</function>")
 """A tag that may follow a value, or the function's opening tag."""
 _NEXT_LINE = re.compile(r"\n[ \t]*(?=<parameter=[^<>\n]*>|</function>)")
+_MAX_REFERENCES = 8
+"""Longest chain of references that is followed; one may be a circle."""
 _NEXT = re.compile(r"<parameter=[^<>\n]*>|</function>")
 
 
@@ -49,9 +51,43 @@ def tagged_calls(text: str, schemas: Schemas) -> Iterator[TaggedCall]:
 
 
 def properties(schemas: Schemas, name: str) -> Mapping[str, Any]:
-    """The schemas of a tool's parameters, by name."""
-    found = schemas.get(name, {}).get("properties")
-    return found if isinstance(found, Mapping) else {}
+    """The schemas of a tool's parameters, by name; where one, or an option of one, is a reference, what it names."""
+    root = schemas.get(name, {})
+    found = root.get("properties")
+    if not isinstance(found, Mapping):
+        return {}
+    resolved = {}
+    for key, value in found.items():
+        schema = _definition(value, root)
+        for kind in ("anyOf", "oneOf"):
+            if isinstance(schema, Mapping) and isinstance(schema.get(kind), list):
+                schema = {**schema, kind: [_definition(option, root) for option in schema[kind]]}
+        resolved[key] = schema
+    return resolved
+
+
+def _definition(schema: Any, root: Mapping[str, Any]) -> Any:
+    """What a schema refers to, such as "#/$defs/Unit", with what else it says; {} if there is no such part of `root`.
+
+    A schema that refers to nothing is returned unchanged.
+    """
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping):
+            break
+        rest, named = dict(schema), schema
+        parts = schema.get("allOf")
+        if isinstance(parts, list) and len(parts) == 1:  # a reference with a default, as older pydantic writes it
+            del rest["allOf"]
+            named = parts[0]
+        elif isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
+            del rest["$ref"]
+            named = root
+            for key in reference[2:].split("/"):
+                named = named.get(key, {}) if isinstance(named, Mapping) else {}
+        else:
+            break
+        schema = {**named, **rest} if isinstance(named, Mapping) else rest
+    return schema
 
 
 def unquoted(name: str) -> str:

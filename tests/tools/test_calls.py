@@ -50,6 +50,8 @@ from npqwen.tools.parameter_value import parse_value, stays_text
         ("b", {"enum": ["a", "b"]}, "b"),
         ("None", {"enum": ["a", None]}, None),
         ("c", {"enum": ["a", "b"]}, "c"),
+        ("5", {"const": "5"}, "5"),
+        ("5", {"const": 5}, 5),
         ("5", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, 5),
         ("x", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "x"),
         ("5", {}, 5),
@@ -75,6 +77,7 @@ def test_a_value_that_is_certain_to_be_text_is_what_it_spells() -> None:
         {"anyOf": [{"type": "string"}, {"type": "integer"}]},
         {"type": "string", "enum": ["null", "b"]},
         {"enum": [1, 2]},
+        {"type": "string", "const": "5"},
         {"type": ["string", "integer"]},
         {"type": "null"},
         {"type": "integer"},
@@ -113,6 +116,33 @@ def test_tagged_values_of_a_tool_are_typed_and_those_of_others_are_text() -> Non
     assert read_calls(block.format("f"), schemas) == ([ToolCall("f", {"days": 3, "other": "4"})], "")
     for name in ("g", "broken"):
         assert read_calls(block.format(name), schemas) == ([ToolCall(name, {"days": "3", "other": "4"})], "")
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"$ref": "#/$defs/Version", "default": "1.0"}, "2.0"),
+        ({"allOf": [{"$ref": "#/$defs/Version"}]}, "2.0"),
+        ({"anyOf": [{"$ref": "#/$defs/Version"}, {"type": "null"}]}, "2.0"),
+        ({"$ref": "#/$defs/Other"}, "2.0"),
+        ({"$ref": "#/$defs/Factor"}, 2.0),
+        ({"$ref": "#/$defs/None"}, 2.0),
+        ({"$ref": "#/$defs/Circle"}, 2.0),
+        ({"$ref": 3}, 2.0),
+        ({"allOf": [3]}, 2.0),
+    ],
+)
+def test_a_value_gets_the_type_that_its_schema_refers_to(schema: dict[str, Any], expected: Any) -> None:
+    parts = {
+        "Version": {"enum": ["1.0", "2.0"], "type": "string"},
+        "Other": {"$ref": "#/$defs/Version"},
+        "Factor": {"type": "number"},
+        "Circle": {"$ref": "#/$defs/Circle"},
+    }
+    block = "<function=f>\n<parameter=a>\n2.0\n</parameter>\n</function>"
+    found, _ = read_calls(block, {"f": {"properties": {"a": schema}, "$defs": parts}})
+    assert found == [ToolCall("f", {"a": expected})]
+    assert type(found[0].arguments["a"]) is type(expected)
 
 
 @pytest.mark.parametrize("levels", [101, 700, 5_000, 100_000])
