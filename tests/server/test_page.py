@@ -510,6 +510,40 @@ def test_what_another_tab_adds_disturbs_no_reader(page: Page, api: FakeApi, brow
     assert second.problems == []
 
 
+def test_the_keyboard_stays_where_it_was(page: Page, api: FakeApi) -> None:
+    def focused() -> str:
+        return str(page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.title"))
+
+    for _ in range(2):
+        ask_and_wait(page, "Apples")
+        page.click(".assistant [aria-label='Answer again']")
+        idle(page)
+        page.press("k", CONTROL)
+    page.click("#list li:nth-child(2) .open")
+    page.evaluate("document.querySelector('.assistant [aria-label=\"Previous version\"]').focus()")
+    page.press("Enter")
+    assert page.text(".assistant .versions") == "1/2"
+    assert focused() == "Next version", "as there is no previous one"
+    page.press("Enter")
+    assert page.text(".assistant .versions") == "2/2"
+    page.evaluate("document.querySelector('#list li:last-child [title=Rename]').focus()")
+    page.press("Enter")
+    page.fill("#list input", "Pears")
+    page.press("Enter")
+    assert focused() == "Pears"
+    page.evaluate("document.querySelector('#list li:last-child [title=Delete]').focus()")
+    page.press("Enter")
+    page.press("Escape")
+    assert focused() == "Pears"
+    api.answer(text("One"), HOLD, text(" two"), end())
+    ask(page, "Count")
+    page.until_text(ANSWER, "One")
+    page.evaluate("document.querySelector('#list li:last-child .open').focus()")
+    api.release()
+    idle(page)
+    assert focused() == "Apples"
+
+
 def test_keys_do_what_they_promise(page: Page, api: FakeApi) -> None:
     page.type("one")
     page.press("Enter", SHIFT)

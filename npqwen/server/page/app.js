@@ -51,10 +51,13 @@ const actions = {
     forgetWait(message.id);
     draw();
   },
-  select(message) {
+  select(message, label) {
     conversations.select(current, message);
     save(current);
     draw();
+    const { element } = views.find((view) => view.message === message);
+    const button = ".versions button:enabled";
+    (element.querySelector(`${button}[aria-label="${label}"]`) ?? element.querySelector(button)).focus();
   },
   results(message, texts) {
     message.calls.forEach(({ id }, i) =>

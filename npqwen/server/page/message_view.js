@@ -12,8 +12,8 @@ const ENDINGS = {
 };
 
 // actions, for all views: edit(message, text), retry(message), proceed(message), wait(message) to cancel an automatic
-// retry, select(message), results(message, texts) of its calls, useKey(key, message); and versions(message),
-// needsKey(message).
+// retry, select(message, label) by the button with that label, results(message, texts) of its calls, useKey(key,
+// message); and versions(message), needsKey(message).
 export function messageView(message, actions) {
   const Kind = { user: UserView, tool: ResultView, assistant: AnswerView }[message.role];
   return new Kind(message, actions);
@@ -46,7 +46,7 @@ class MessageView {
     if (all.length < 2) return null;
     const at = all.indexOf(this.message);
     const step = (to, name, label) =>
-      iconButton(name, label, () => this.actions.select(all[to]), { disabled: !all[to] });
+      iconButton(name, label, () => this.actions.select(all[to], label), { disabled: !all[to] });
     return element("span", { class: "versions" },
       step(at - 1, "left", "Previous version"), `${at + 1}/${all.length}`, step(at + 1, "right", "Next version"));
   }

@@ -27,7 +27,10 @@ export class Sidebar {
   draw() {
     const wanted = this.search.value.trim().toLowerCase();
     const found = this.conversations.filter((conversation) => matches(conversation, wanted));
+    const focused = this.list.querySelector("li:focus-within")?.dataset.id;
     this.list.replaceChildren(...found.map((conversation) => this.entry(conversation)));
+    // The keyboard goes on where it was.
+    if (focused) (this.list.querySelector(`[data-id="${focused}"] .open`) ?? this.list.querySelector(".open"))?.focus();
     if (!found.length && wanted) this.list.append(element("li", { class: "hint" }, "Nothing found"));
   }
 
@@ -38,7 +41,7 @@ export class Sidebar {
         onclick: () => this.actions.open(id) },
       element("span", { dir: "auto" }, name));
     if (this.running.has(id)) open.append(element("span", { class: "dot", title: "Answering" }));
-    const item = element("li", {}, open,
+    const item = element("li", { "data-id": id }, open,
       iconButton("edit", `Rename ${name}`, () => this.rename(item, id, title), { title: "Rename" }),
       iconButton("download", `Export ${name}`, () => this.actions.save(id), { title: "Export" }),
       iconButton("trash", `Delete ${name}`, () => this.confirm(item, id, name), { title: "Delete" }));
