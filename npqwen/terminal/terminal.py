@@ -6,8 +6,10 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -255,7 +257,10 @@ class Terminal:
 
     @contextlib.contextmanager
     def echo_off(self) -> Iterator[None]:
-        """Do not echo keys that are typed in this context; they stay in the input for the next prompt."""
+        """Do not echo keys that are typed in this context; they stay in the input for the next prompt.
+
+        A shell that stops the process, for Ctrl-Z, switches the echo on. When the process continues, it is off again.
+        """
         if sys.platform == "win32" or not sys.stdin.isatty() or not _in_foreground(sys.stdin.fileno()):
             yield
             return
@@ -265,10 +270,19 @@ class Terminal:
         before = termios.tcgetattr(stdin)
         silent = termios.tcgetattr(stdin)
         silent[3] &= ~termios.ECHO
+
+        def silence(*arguments: object) -> None:
+            if _in_foreground(stdin):
+                termios.tcsetattr(stdin, termios.TCSADRAIN, silent)
+
+        handles = threading.current_thread() is threading.main_thread()
+        continued = signal.signal(signal.SIGCONT, silence) if handles else None
         try:
-            termios.tcsetattr(stdin, termios.TCSADRAIN, silent)
+            silence()
             yield
         finally:
+            if handles:
+                signal.signal(signal.SIGCONT, continued)
             if _in_foreground(stdin):
                 termios.tcsetattr(stdin, termios.TCSADRAIN, before)
 

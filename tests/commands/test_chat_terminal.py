@@ -113,6 +113,26 @@ def test_a_signal_leaves_the_terminal_as_it_was(
     assert chat.settings() == before
 
 
+def test_keys_are_not_echoed_after_a_shell_stopped_and_continued_the_answer(terminal: Start) -> None:
+    import termios
+
+    chat = terminal()
+    chat.prompt()
+    chat.send("Define river.\n")
+    chat.until("thinking...")
+    chat.process.send_signal(signal.SIGSTOP)
+    settings = chat.settings()
+    assert not settings[3] & termios.ECHO
+    settings[3] |= termios.ECHO
+    termios.tcsetattr(chat.slave, termios.TCSANOW, settings)
+    chat.process.send_signal(signal.SIGCONT)
+    end = time.monotonic() + 30
+    while chat.settings()[3] & termios.ECHO:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    chat.prompt()
+
+
 # --- Ctrl-C ---
 
 
