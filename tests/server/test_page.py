@@ -147,6 +147,26 @@ def test_an_edited_question_makes_a_branch(page: Page, api: FakeApi) -> None:
     assert shown(page) == ["3+3?", "Six."]
 
 
+def test_a_question_that_is_edited_during_the_answer_gets_another_one(page: Page, api: FakeApi) -> None:
+    api.answer(text("Fo"), HOLD, text("ur."), end())
+    api.answer(text("Si"), HOLD, text("x."), end())
+    ask(page, "2+2?")
+    page.until_text(ANSWER, "Fo")
+    page.click("[aria-label=Edit]")
+    page.fill(".edit textarea", "3+3?")
+    page.press("Enter")
+    page.until_text(ANSWER, "Si")
+    wait_until(partial(was_cancelled, api.requests[0]))
+    assert page.evaluate("document.getElementById('stop').hidden") is False
+    page.press("Escape")
+    idle(page)
+    wait_until(partial(was_cancelled, api.requests[1]))
+    assert shown(page) == ["3+3?", "Si"]
+    page.click(".user [aria-label='Previous version']")
+    assert shown(page) == ["2+2?", "Fo"]
+    assert "Stopped." in page.text(".error.mild")
+
+
 def test_an_answer_is_given_again(page: Page, api: FakeApi) -> None:
     for word in ("Heads.", "More.", "Tails."):
         api.answer(text(word), end())
@@ -349,7 +369,7 @@ def test_models_for_embeddings_are_not_offered(page: Page, api: FakeApi) -> None
     assert api.requests[-1].body["model"] == "tiny-qwen3"
     del api.models[1:]
     page.reload()
-    page.until_text("#notice", "no model that answers")
+    page.until_text("#notice", "no model for conversations")
 
 
 def test_conversations_are_renamed_searched_and_deleted(page: Page, api: FakeApi) -> None:

@@ -40,6 +40,7 @@ const sidebar = new Sidebar($("list"), $("search"), {
 });
 const actions = {
   edit(message, text) {
+    stop(); // an answer to what was there before
     conversations.append(current, message.parent, { role: "user", content: text });
     ask();
   },
@@ -60,6 +61,7 @@ const actions = {
     (element.querySelector(`${button}[aria-label="${label}"]`) ?? element.querySelector(button)).focus();
   },
   results(message, texts) {
+    if (answers.has(current.id)) return;
     message.calls.forEach(({ id }, i) =>
       conversations.append(current, i ? current.head : message.id, { role: "tool", call: id, content: texts[i] }));
     ask();
@@ -121,7 +123,7 @@ async function follow(conversation, message, run) {
   draw();
   await save(conversation);
   await run(answer);
-  answers.delete(conversation.id);
+  if (answers.get(conversation.id) === answer) answers.delete(conversation.id);
   message.status = answer.error?.status ?? 0;
   await save(conversation);
   if (conversation === current) draw();
@@ -258,7 +260,7 @@ function changeSettings(values) {
 async function loadModels() {
   try {
     offered = await models(key);
-    notice(offered.length ? "" : "This server has no model that answers.");
+    notice(offered.length ? "" : "This server has no model for conversations.");
   } catch (error) {
     offered = [];
     const wantsKey = error instanceof ServerError && error.status === 401;
