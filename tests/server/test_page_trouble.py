@@ -148,7 +148,7 @@ def test_a_server_that_is_gone_is_named(chromium: ChromiumPage, api: FakeApi) ->
 def test_a_call_that_was_cut_off_is_not_sent_back(page: Page, api: FakeApi, arguments: str) -> None:
     api.answer(text("So"), call(0, "call_1", "weather", arguments), end("length"))
     ask_and_wait(page, "Hi")
-    assert "limit of tokens" in page.text(".error.mild")
+    assert "token limit" in page.text(".error.mild")
     ask_and_wait(page, "Go on")
     assert "tool_calls" not in api.requests[-1].body["messages"][1]
 

@@ -6,7 +6,7 @@ import { MarkdownView } from "./markdown_view.js";
 
 export const WRONG_KEY = "The server does not accept this API key.";
 const ENDINGS = {
-  length: "Stopped at the limit of tokens.",
+  length: "Stopped at the token limit.",
   loop: "Stopped, because the text kept repeating itself.",
   stopped: "Stopped.",
 };
