@@ -507,6 +507,33 @@ def test_two_tabs_show_the_same_conversations(page: Page, api: FakeApi, browser:
     assert second.problems == []
 
 
+def test_two_tabs_that_ask_at_once_lose_nothing(page: Page, api: FakeApi, browser: Browser) -> None:
+    ask_and_wait(page, "First")
+    second = browser.open_beside(page, page.evaluate("location.href"))
+    second.until_text(ANSWER, "Hello.")
+    api.answer(text("One"), HOLD, text(" one"), HOLD, end())
+    api.answer(text("Two"), HOLD, text(" two"), HOLD, end())
+    ask(page, "In one")
+    second.until_text(ANSWER, "One")
+    second.click("article:nth-of-type(1) [aria-label=Edit]")
+    second.fill(".edit textarea", "In two")
+    second.press("Enter")
+    second.until_text(ANSWER, "Two")
+    for _ in range(4):
+        api.release()
+        page.evaluate("new Promise((resolve) => setTimeout(resolve, 700))")
+    for one in (page, second):
+        idle(one)
+        one.reload()
+        one.until("document.querySelectorAll('.user .versions').length")
+        if shown(one)[0] == "First":
+            one.click("article:nth-of-type(1) [aria-label='Next version']")
+        assert shown(one) == ["In two", "Two two"]
+        one.click("article:nth-of-type(1) [aria-label='Previous version']")
+        assert shown(one) == ["First", "Hello.", "In one", "One one"]
+        assert one.problems == []
+
+
 def test_what_another_tab_adds_disturbs_no_reader(page: Page, api: FakeApi, browser: Browser) -> None:
     api.answer(text("A long text. " * 500), end())
     ask_and_wait(page, "First")

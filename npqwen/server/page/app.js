@@ -214,13 +214,13 @@ async function remove(id) {
 }
 
 async function otherTab(id) {
-  if (answers.has(id)) return;
   const saved = await storage.get(id);
   const known = all.get(id);
-  if (answers.has(id)) return;
+  const running = answers.get(id)?.message;
+  if (!saved && running) return; // which saves the conversation again
   if (!saved) all.delete(id);
-  else if (known) conversations.adopt(known, saved);
-  else all.set(id, saved);
+  else if (!known) all.set(id, saved);
+  else if (conversations.adopt(known, saved, running)) storage.putSoon(known);
   if (current.id !== id) drawSidebar();
   else if (saved) draw();
   else newChat();

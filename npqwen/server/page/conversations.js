@@ -19,12 +19,27 @@ export function newConversation(settings) {
   return { id: newId(), title: "", created: now, updated: now, settings: { ...settings }, messages: [], head: null };
 }
 
-// Changes a conversation to what another tab has saved. The messages that it had stay the same objects, as views refer
-// to them.
-export function adopt(conversation, saved) {
-  const known = new Map(conversation.messages.map((message) => [message.id, message]));
-  const messages = saved.messages.map((message) => Object.assign(known.get(message.id) ?? message, message));
-  Object.assign(conversation, saved, { messages });
+// Changes a conversation to what another tab has saved. What that tab did not know stays: messages of this one, and
+// answers with more text here. So does the path on the screen while an answer, `running`, comes here. Messages stay the
+// same objects, as views refer to them. Returns whether the conversation now has something that is not saved.
+export function adopt(conversation, saved, running) {
+  const head = running ? conversation.head : saved.head;
+  const own = new Map(conversation.messages.map((message) => [message.id, message]));
+  let newer = false;
+  const messages = saved.messages.map((message) => {
+    const known = own.get(message.id);
+    own.delete(message.id);
+    if (!known) return message;
+    if (known !== running && lengthOf(known) <= lengthOf(message)) return Object.assign(known, message);
+    newer = true;
+    return known;
+  });
+  Object.assign(conversation, saved, { messages: [...messages, ...own.values()], head });
+  return newer || own.size > 0;
+}
+
+function lengthOf({ content, reasoning = "" }) {
+  return content.length + reasoning.length;
 }
 
 // Adds a message below the parent, and shows it.
