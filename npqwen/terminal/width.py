@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
+_VISIBLE = frozenset("\u00ad\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+"""Format characters that terminals show: the soft hyphen, and signs of Arabic, Syriac and Kaithi around numbers."""
+
 
 def width(text: str) -> int:
     """How many columns `text` takes, at least as many as on a terminal that supports all of Unicode."""
@@ -18,7 +21,7 @@ def letter_width(letter: str) -> int:
         return 1
     if letter == "\ufe0f":  # turns a narrow sign into an emoji, which is wide
         return 1
-    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):
+    if letter not in _VISIBLE and unicodedata.category(letter) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 

@@ -64,7 +64,10 @@ def test_a_quiet_console_draws_no_thought(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("text", "columns"),
-    [("abc", 3), ("思考", 4), ("e\u0301", 1), ("\u26a0", 1), ("\u26a0\ufe0f", 2), ("1\ufe0f\u20e3", 2)],
+    [
+        *(("abc", 3), ("思考", 4), ("e\u0301", 1), ("\u26a0", 1), ("\u26a0\ufe0f", 2), ("1\ufe0f\u20e3", 2)),
+        *(("Donau\u00addampf", 11), ("\u06dd\u0661", 2), ("\u0645\u06cc\u200c\u062e", 3)),
+    ],
 )
 def test_columns_that_a_text_takes(text: str, columns: int) -> None:
     assert width(text) == columns
