@@ -41,7 +41,6 @@ class Mode(NamedTuple):
     """Whether it has a variable reasoning_effort, as templates since Qwen3.8 do."""
 
 
-
 _SET_HERE = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking", *SPECIAL)
 _QUESTION: Message = {"role": "user", "content": "?"}
 

@@ -100,7 +100,6 @@ class LineEditor:
         except (EOFError, KeyboardInterrupt):
             return False
 
-
     def _key_bindings(self) -> KeyBindings:
         bindings = KeyBindings()
         editing = has_focus(DEFAULT_BUFFER)  # and not searching the history

@@ -37,11 +37,18 @@ def is_yes(text: str) -> bool:
 
 
 def _block(text: str) -> str | None:
-    """The text after the three quotes that open a block; None if the message opens none."""
+    """The text after the three quotes that open a block; None if the message opens none.
+
+    Quotes that are closed in the first of several lines open none: pasted Python begins with its docstring.
+    """
     start = text.lstrip()
     if start.startswith("/"):
         start = start.partition(" ")[2].lstrip()
-    return start.removeprefix(QUOTES) if start.startswith(QUOTES) else None
+    if not start.startswith(QUOTES):
+        return None
+    block = start.removeprefix(QUOTES)
+    first, _, rest = block.partition("\n")
+    return None if QUOTES in first and rest.strip() else block
 
 
 def _valid(text: str) -> str:

@@ -76,6 +76,10 @@ def test_messages_of_several_lines_without_an_editor(
         (pasted("one\r\ntwo\rthree\\\n") + "\r", "one\ntwo\nthree\\\n"),
         (pasted("def f():\n\treturn 1") + "\r", "def f():\n\treturn 1"),
         ("see " + pasted("a\nb") + " there\r", "see a\nb there"),
+        (pasted('"""A module."""\n\nimport os') + "\r", '"""A module."""\n\nimport os'),
+        (pasted('"""A module."""\n\n"""') + "\r", '"""A module."""\n\n"""'),
+        (pasted('"""one"""\n') + "\r", "one"),
+        (pasted('"""\n"""A docstring."""\nimport os\n"""') + "\r", '"""A docstring."""\nimport os'),
         (f"\x1b[200~/exit\n\x1b[201~{CTRL_D}", "/exit\n"),
         ("a\nb\r", "a"),  # some terminals send line feeds for Enter
         ('"""one\rtwo\x1b[Dx\x1b[F"""\r', "one\ntwxo"),
