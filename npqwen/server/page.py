@@ -17,6 +17,7 @@ _INDEX = "index.html"
 _FILES = (
     "answer.js",
     "app.js",
+    "context_meter.js",
     "conversations.js",
     "dom.js",
     "highlight.js",
@@ -24,7 +25,9 @@ _FILES = (
     "inline.js",
     "markdown.js",
     "markdown_view.js",
+    "menu.js",
     "message_view.js",
+    "retries.js",
     "settings.js",
     "sidebar.js",
     "storage.js",

@@ -1,26 +1,27 @@
 // The page: what its parts show, and how it handles the user's actions.
 
 import { Answer, emptyAnswer } from "./answer.js";
+import { drawContext } from "./context_meter.js";
 import * as conversations from "./conversations.js";
-import { element, isComposing, number } from "./dom.js";
+import { element, isComposing } from "./dom.js";
+import { Menu } from "./menu.js";
 import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
+import { Retries } from "./retries.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { alone, remember, remembered, Storage } from "./storage.js";
 import { models, ServerError } from "./stream.js";
 
-const MOST_RETRIES = 5; // automatic ones, of a request that the server was too busy for
 const NEAR_END = 48; // pixels from the end of the conversation within which the view counts as at the end
 
 const $ = (id) => document.getElementById(id);
 const transcript = $("transcript");
 const input = $("input");
-const narrow = matchMedia("(max-width: 48rem)");
 
 const storage = new Storage(otherTab);
 const all = new Map(); // conversations by id; one without messages is not saved
 const answers = new Map(); // running Answers by the conversation's id
-const waits = new Map(); // {left, attempt, timer} of answers that are retried automatically, by the message's id
+const retries = new Retries(drawSoon); // of answers, by the message's id
 let current = conversations.newConversation(defaults());
 let views = []; // of the messages on the screen
 let offered = []; // models
@@ -28,6 +29,7 @@ let key = remembered("key", "");
 let atEnd = true;
 let frame = 0;
 
+const menu = new Menu($("menu"), $("shade"));
 const settings = new SettingsDialog($("settings"), { onchange: changeSettings, onkey: useKey });
 const sidebar = new Sidebar($("list"), $("search"), {
   open: (id) => open(all.get(id)),
@@ -49,7 +51,7 @@ const actions = {
     if (!answers.has(current.id)) ask(message);
   },
   wait(message) {
-    forgetWait(message.id);
+    retries.forget(message.id);
     draw();
   },
   select(message, label) {
@@ -108,7 +110,11 @@ async function ask(unfinished = null, attempt = 0) {
   }
   atEnd = true;
   const error = await follow(conversation, message, (answer) => alone(message.id, () => answer.run(body, key)));
-  if (error?.retryAfter && attempt < MOST_RETRIES) waitAndRetry(conversation, message, error, attempt + 1);
+  if (error?.retryAfter)
+    retries.start(message.id, error.retryAfter, attempt, (next) => {
+      const shown = conversation === current && conversation.head === message.id;
+      if (shown && !answers.has(conversation.id)) ask(message, next);
+    });
   if (conversation === current) draw();
 }
 
@@ -145,7 +151,7 @@ async function resume(id, messageId) {
 }
 
 function retry(message) {
-  forgetWait(message.id);
+  retries.forget(message.id);
   if (answers.has(current.id)) return;
   const begun = message.content || message.reasoning || message.calls.length;
   const last = message.id === current.head;
@@ -156,25 +162,6 @@ function retry(message) {
   }
 }
 
-function waitAndRetry(conversation, message, { retryAfter }, attempt) {
-  const wait = { left: retryAfter, attempt };
-  wait.timer = setInterval(() => {
-    wait.left--;
-    if (wait.left <= 0) {
-      forgetWait(message.id);
-      if (conversation === current && conversation.head === message.id && !answers.has(conversation.id))
-        ask(message, attempt);
-    }
-    drawSoon();
-  }, 1000);
-  waits.set(message.id, wait);
-}
-
-function forgetWait(id) {
-  clearInterval(waits.get(id)?.timer);
-  waits.delete(id);
-}
-
 function stop() {
   answers.get(current.id)?.stop();
 }
@@ -183,7 +170,7 @@ function stop() {
 
 function open(conversation) {
   current = conversation;
-  closeSidebar();
+  menu.close();
   views = [];
   transcript.replaceChildren();
   atEnd = true;
@@ -304,7 +291,7 @@ function draw() {
   views.forEach((view, i) =>
     view.update({
       answer: answer?.message === view.message ? answer : null,
-      waiting: waits.get(view.message.id)?.left ?? null,
+      waiting: retries.left(view.message.id),
       showThinking: settings.showThinking,
       last: i === views.length - 1,
     }));
@@ -312,7 +299,7 @@ function draw() {
   $("send").hidden = answer !== null;
   $("stop").hidden = answer === null;
   if (atEnd) transcript.scrollTop = transcript.scrollHeight;
-  drawContext(path);
+  drawUsed();
   drawSidebar();
   drawModels();
 }
@@ -338,22 +325,12 @@ function drawModels() {
   select.value = modelOf(current);
   select.disabled = select.hidden = offered.length === 0;
   $("welcome-model").textContent = modelOf(current);
-  drawContext(conversations.path(current));
+  drawUsed();
 }
 
-function drawContext(path) {
-  const used = path.findLast((message) => message.usage)?.usage;
-  const tokens = used ? used.prompt + used.completion : 0;
+function drawUsed() {
   const context = offered.find(({ id }) => id === modelOf(current))?.context ?? null;
-  const meter = $("context");
-  meter.hidden = !tokens;
-  const share = context ? Math.min(1, tokens / context) : 0;
-  meter.querySelector(".text").textContent =
-    context ? `${number(tokens)} of ${number(context)} tokens of context` : `${number(tokens)} tokens of context`;
-  const bar = meter.querySelector(".bar");
-  bar.hidden = !context;
-  bar.firstElementChild.style.width = `${share * 100}%`;
-  bar.classList.toggle("nearly-full", share > 0.9);
+  drawContext($("context"), conversations.path(current), context);
 }
 
 function notice(text, ...more) {
@@ -363,22 +340,6 @@ function notice(text, ...more) {
 function grow() {
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
-}
-
-function closeSidebar() {
-  document.body.classList.remove("with-sidebar");
-  tellMenu();
-}
-
-function toggleSidebar() {
-  document.body.classList.toggle(narrow.matches ? "with-sidebar" : "without-sidebar");
-  tellMenu();
-}
-
-function tellMenu() {
-  const { classList } = document.body;
-  const there = narrow.matches ? classList.contains("with-sidebar") : !classList.contains("without-sidebar");
-  $("menu").setAttribute("aria-expanded", there);
 }
 
 function setTheme(theme) {
@@ -399,9 +360,6 @@ $("composer").addEventListener("submit", (event) => {
 });
 $("stop").addEventListener("click", stop);
 $("new").addEventListener("click", newChat);
-$("menu").addEventListener("click", toggleSidebar);
-narrow.addEventListener("change", tellMenu);
-$("shade").addEventListener("click", closeSidebar);
 $("open-settings").addEventListener("click", () => settings.open(current.settings, key));
 $("export").addEventListener("click", () => download([...all.values()]));
 $("import").addEventListener("click", () => $("file").click());
@@ -446,7 +404,7 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     newChat();
   } else if (event.key === "Escape" && !$("settings").open) {
-    if (document.body.classList.contains("with-sidebar")) closeSidebar();
+    if (menu.covers) menu.close();
     else stop();
   }
 });
@@ -465,7 +423,6 @@ for (const event of ["beforeunload", "pagehide"])
 
 async function start() {
   const place = location.hash.slice(1);
-  tellMenu();
   draw();
   const loading = loadModels();
   try {
