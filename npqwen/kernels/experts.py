@@ -21,7 +21,7 @@ from npqwen.kernels.low_rank_experts import (
     EXPERT_UP,
     add_to_slots,
 )
-from npqwen.kernels.matmul import CHUNK_BYTES, OVERWRITE, run_kernel, write_rows
+from npqwen.kernels.matmul import CHUNK_BYTES, OVERWRITE, multiply_rows_at, write_rows
 from npqwen.kernels.matrix import GROUPS_PER_BLOCK, group_bytes
 from npqwen.kernels.packing import PANELS_WIDTH, WIDEST, pack, pack_gated, packed_row_bytes, tile_width, whole_tiles
 from npqwen.kernels.paging import PREFETCH_NEVER, prefetch_pages
@@ -240,14 +240,12 @@ def project_gated_slots(
             continue
         address = matrix.address + expert * layer.expert_bytes
         rows = UNIT_ROWS * (last - first)
-        # Kernels count rows from the matrix's first.
-        origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
         # One batch, unless a segment has more tokens than the pass: no data may cause writes past the end of `local`.
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
             x_at = np.int64(x.ctypes.data) + slot * size + start * packed_row_bytes(matrix.encoding, matrix.cols, width)
-            run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            multiply_rows_at(kernels, matrix, address, x_at, batch // width, width, first, last, scratch, local)
             real = min(batch, count - start)
             for matrix_of, at in ((EXPERT_GATE, FIRST), (EXPERT_UP, SECOND)):
                 add_to_slots(
@@ -281,15 +279,13 @@ def multiply_slots(
             continue
         address = matrix.address + expert * layer.expert_bytes
         rows = UNIT_ROWS * (last - first)
-        # Kernels count rows from the matrix's first.
-        origin = local.ctypes.data - local.itemsize * UNIT_ROWS * first
         # One batch, as in `project_gated_slots`.
         fitting = local.size // rows // width * width
         for start in range(0, whole_tiles(count, width), fitting):
             batch = min(fitting, whole_tiles(count, width) - start)
             x_at = np.int64(gated.ctypes.data) + slot * size
             x_at += start * packed_row_bytes(matrix.encoding, matrix.cols, width)
-            run_kernel(kernels, matrix, address, width, batch // width, x_at, first, last, origin, rows, 0, scratch)
+            multiply_rows_at(kernels, matrix, address, x_at, batch // width, width, first, last, scratch, local)
             real = min(batch, count - start)
             add_to_slots(
                 adapters, layer.number, EXPERT_DOWN, expert, slot + start, real, local, first, last, FIRST, ALONE,

@@ -310,11 +310,19 @@ def multiply_local_rows(
     out: float32, flat, (tokens rounded up to whole tiles) x 16 * (last - first).
     """
     tiles = whole_tiles(tokens, width) // width
+    multiply_rows_at(kernels, matrix, matrix.address, np.int64(x.ctypes.data), tiles, width, first, last, scratch, out)
+
+
+@njit(nogil=True)
+def multiply_rows_at(
+    kernels: Any, matrix: Any, address: int, x_at: int, tiles: int, width: int, first: int, last: int, scratch: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """`multiply_local_rows` of a matrix like `matrix` at an address, and of `tiles` tiles of activations at x_at."""
     # Kernels count rows from the matrix's first.
     origin = out.ctypes.data - out.itemsize * UNIT_ROWS * first
     stride = UNIT_ROWS * (last - first)
-    x_at = np.int64(x.ctypes.data)
-    run_kernel(kernels, matrix, matrix.address, width, tiles, x_at, first, last, origin, stride, 0, scratch)
+    run_kernel(kernels, matrix, address, width, tiles, x_at, first, last, origin, stride, 0, scratch)
 
 
 @njit(nogil=True)
