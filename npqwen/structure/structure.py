@@ -154,14 +154,15 @@ def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
     r"""A copy that allows less where the schema leaves it open: only the listed properties, which is what people who
     list them mean; integers of at most 18 digits, as some models write endless digits; only ASCII for \d and \w.
 
-    In a schema with allOf only \d and \w are narrowed: each combined schema would forbid the properties of the others.
+    Where several schemas describe the properties of one object, as with allOf, only \d and \w are narrowed: each schema
+    would forbid the properties of the others.
     """
     found: list[dict[str, Any]] = []
     copy: dict[str, Any] = _copied(schema, found)
     for one in found:
         if isinstance(one.get("pattern"), str):
             one["pattern"] = narrowed_classes(one["pattern"], ascii=True)
-    if any("allOf" in one for one in found):
+    if any(map(_is_combined, found)):
         return copy
     for one in found:
         if "properties" in one and not one.keys() & {"patternProperties", "unevaluatedProperties"}:
@@ -169,6 +170,22 @@ def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
         if one.get("type") == "integer" and not one.keys() & _BOUNDS:
             one.update(minimum=-_GREATEST, maximum=_GREATEST)
     return copy
+
+
+def _is_combined(schema: dict[str, Any]) -> bool:
+    """Whether the properties of the objects of a schema come from more than one of its parts."""
+    parts = [_has_properties(schema.get(key)) for key in ("anyOf", "oneOf")]
+    return "allOf" in schema or sum([*parts, "properties" in schema, "$ref" in schema]) > 1
+
+
+def _has_properties(schema: Any) -> bool:
+    """Whether a schema, or one of a list of schemas, may describe the properties of an object."""
+    if isinstance(schema, list):
+        return any(map(_has_properties, schema))
+    return isinstance(schema, dict) and (
+        not schema.keys().isdisjoint(("properties", "$ref", "allOf"))
+        or any(_has_properties(schema.get(key)) for key in ("anyOf", "oneOf"))
+    )
 
 
 def _copied(schema: Any, found: list[dict[str, Any]]) -> Any:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from reciter import TOKENIZER, recite
 
@@ -164,6 +165,55 @@ def test_objects_have_the_listed_properties_only_unless_the_schema_says_otherwis
     both = {"allOf": [item, {"properties": {"b": {}}}]}
     assert narrowed(both) == both
     assert "additionalProperties" not in item
+
+
+def accepts(schema: dict[str, Any], text: str) -> bool:
+    """Whether a text that has the structure of a schema can be this one."""
+    structure = Structure.of(check_options({"schema": schema}))
+    assert structure is not None
+    constraint = vocabulary_of(TOKENIZER, 4128, {4098}).constraint(structure)
+    for id in TOKENIZER.encode(text):
+        if not constraint.allowed()[id // 32] >> np.uint32(id % 32) & 1:
+            return False
+        constraint.push(id)
+    return constraint.complete
+
+
+A, B = ({"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]} for name in "ab")
+KIND: dict[str, Any] = {"type": "object", "properties": {"kind": {"enum": ["x", "y"]}}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**KIND, "anyOf": [A, B]},
+        {**KIND, "anyOf": [B, {"anyOf": [A, {"type": "object", "required": ["kind"]}]}]},
+        {**KIND, "$ref": "#/$defs/a", "$defs": {"a": A}},
+        {"anyOf": [KIND], "oneOf": [A, B], "x-guidance": {"coerce_one_of": True}},
+        {
+            "type": "object",
+            "properties": {"kind": {"type": "string"}, "a": {"type": "integer"}},
+            "anyOf": [{"properties": {"kind": {"const": "x"}}, "required": ["a"]}, {"required": ["b"]}],
+        },
+    ],
+)
+def test_schemas_of_one_object_do_not_forbid_each_others_properties(schema: dict[str, Any]) -> None:
+    assert accepts(schema, '{"kind": "x", "a": 1}')
+    assert not accepts(schema, '{"kind": 1, "a": 1}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [A, B]},
+        {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": A}},
+        {"$ref": "#/$defs/a", "$defs": {"a": A}, "description": "an a"},
+        {**A, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+    ],
+)
+def test_one_of_several_schemas_has_the_listed_properties_only(schema: dict[str, Any]) -> None:
+    assert accepts(schema, '{"a": 1}')
+    assert not accepts(schema, '{"a": 1, "c": 2}')
 
 
 def test_integers_have_at_most_18_digits_unless_the_schema_says_otherwise() -> None:
