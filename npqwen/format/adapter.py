@@ -45,6 +45,9 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA",
 }
 """Config keys of unsupported features, and their names in messages."""
+_SUBTRACTING = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of init_lora_weights with which training began by changing the model's own weights: usually, the product
+of the first factors was subtracted. Factors that PEFT has converted to those of plain LoRA have another value."""
 _LARGEST = 1e30
 """Largest magnitude of lora_alpha, below the range of float32."""
 _LONGEST_NAME = 250
@@ -158,6 +161,11 @@ class StoredAdapter:
         for key, what in _UNSUPPORTED.items():
             if self._config.get(key):
                 raise CheckpointError(f"{self.directory} uses {what}, which is not supported; {_ADVICE}")
+        start = self._config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_SUBTRACTING):
+            raise CheckpointError(
+                f"{self.directory} is for weights that the initialization {quoted(start)} has changed; {_ADVICE}"
+            )
         if self._config.get("bias", "none") != "none":
             raise CheckpointError(f"{self.directory} trains biases, which no Qwen3 model has; {_ADVICE}")
 

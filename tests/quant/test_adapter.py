@@ -142,6 +142,11 @@ def test_scales_of_the_command_line(tmp_path: Path) -> None:
         ({"use_dora": True}, "uses DoRA, which is not supported; merge it in PEFT"),
         ({"trainable_token_indices": [1]}, "uses trained tokens"),
         ({"bias": "all"}, "trains biases"),
+        ({"init_lora_weights": "pissa"}, "weights that the initialization 'pissa' has changed; merge it in PEFT"),
+        ({"init_lora_weights": "pissa_niter_16"}, "weights that the initialization 'pissa_niter_16' has changed"),
+        ({"init_lora_weights": "OLoRA"}, "is for weights that the initialization 'OLoRA' has changed"),
+        ({"init_lora_weights": "corda"}, "is for weights that the initialization 'corda' has changed"),
+        ({"init_lora_weights": "loftq"}, "is for weights that the initialization 'loftq' has changed"),
         ({"lora_alpha": "much"}, "has a lora_alpha of 'much'"),
         ({"lora_alpha": 10**400}, "which is impossible"),
         ({"lora_alpha": -1e308}, "has a lora_alpha of -1e+308, which is impossible"),
@@ -160,6 +165,13 @@ def test_what_is_not_merged_is_refused_by_name(adapter: Path, values: dict[str, 
     with pytest.raises(npqwen.CheckpointError) as error:
         Checkpoint(TINY, adapters=[AdapterFile(adapter)])
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", None])
+def test_where_training_of_the_factors_alone_began_does_not_matter(adapter: Path, start: Any) -> None:
+    merged = weights(Q_PROJ, AdapterFile(adapter))
+    change(adapter, init_lora_weights=start)
+    assert np.array_equal(weights(Q_PROJ, AdapterFile(adapter)), merged)
 
 
 A, B = (f"base_model.model.{Q_PROJ[:-7]}.lora_{factor}.weight" for factor in "AB")
