@@ -53,7 +53,8 @@ class Embedder:
         if instruction is None or instruction is False:
             return self._files.prompt("document") or ""
         if instruction is True:
-            return self._files.prompt("query") or f"Instruct: {INSTRUCTION}\nQuery:"
+            own = self._files.prompt("query")
+            return f"Instruct: {INSTRUCTION}\nQuery:" if own is None else own
         if not isinstance(instruction, str):
             raise OptionError(f"instruction is {quoted(instruction)}; it must be text, True or None")
         return f"Instruct: {instruction}\nQuery:"

@@ -189,6 +189,18 @@ def test_newer_files_name_the_pooling_by_one_key(source: Path, tmp_path: Path, m
         np.testing.assert_array_equal(other.embed("a"), model.embed("a"))
 
 
+def test_a_model_whose_own_prompt_for_queries_is_empty_has_none(
+    source: Path, tmp_path: Path, model: npqwen.Model
+) -> None:
+    out = tmp_path / "out"
+    convert(source, out, bits=16)
+    # What sentence-transformers writes for a model that was trained without prompts.
+    settings = {"prompts": {"query": "", "document": ""}, "default_prompt_name": None}
+    (out / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with load(out, threads=1) as other:
+        np.testing.assert_array_equal(other.embed("a", instruction=True), model.embed("a"))
+
+
 def test_special_tokens_can_be_spelled_without_being_meant() -> None:
     tokenizer = npqwen.Tokenizer.from_directory(TINY)
     for text in ("a<|im_end|>b", "<|im_start|><|endoftext|>", "plain", "<think>"):
