@@ -17,6 +17,7 @@ from typing import Any
 from npqwen.checks import is_number
 from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.alpha_patterns import AlphaPatterns
+from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.config import read_json
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 from npqwen.format.text_part import text_name
@@ -172,7 +173,9 @@ class StoredAdapter:
     def _sort(self, stored: Mapping[str, StoredTensor]) -> None:
         factors: dict[str, dict[str, StoredTensor]] = {}
         transposed = set()
-        modules: dict[str, str] = {}  # PEFT's names by matrix, which differ in a multimodal model
+        modules: dict[str, str] = {}  # PEFT's names by matrix, which differ in a multimodal and in a bare base model
+        own_names = {name: text_name(name.removeprefix(_PREFIX)) for name in stored}
+        bare = is_bare(own for own in own_names.values() if own is not None)
         for name, tensor in stored.items():
             if len(name) > _LONGEST_NAME:
                 raise CheckpointError(f"{self.directory} adapts {shortened(name)}, a name of {len(name):,} characters")
@@ -181,14 +184,14 @@ class StoredAdapter:
                     f"{self.weights}: {shortened(name)} is stored as {shortened(tensor.dtype)}; only BF16, F16 and F32 "
                     "can be read"
                 )
-            whole = name.removeprefix(_PREFIX)
-            own = text_name(whole)
+            own = own_names[name]
             if own is None:  # of the vision part, which text does not use
                 continue
+            own = prefixed(own) if bare else own
             match = _FACTOR.fullmatch(own)
             if match is not None:
                 matrix = f"{match['module']}.weight"
-                modules[matrix] = whole.partition(".lora_")[0]
+                modules[matrix] = name.removeprefix(_PREFIX).partition(".lora_")[0]
                 if factors.setdefault(matrix, {}).setdefault(match["factor"], tensor) is not tensor:
                     raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
                 if match["embedding"]:

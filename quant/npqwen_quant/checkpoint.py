@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from npqwen.errors import CheckpointError, ModelNotFoundError, shortened
+from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.config import Config, read_json
 from npqwen.format.files import read_small
 from npqwen.format.quantization import is_converted
@@ -276,16 +277,6 @@ def refuse_packed(tensors: Iterable[str], directory: Path) -> None:
                 f"{directory} is quantized already: it has a tensor {shortened(name)}, but its config.json does not "
                 "say in which format; convert the unquantized checkpoint, in BF16, F16 or F32"
             )
-
-
-def is_bare(names: Iterable[str]) -> bool:
-    """Whether these are a base model's names, without the leading `model.`."""
-    return not any(name.startswith("model.") for name in names)
-
-
-def prefixed(name: str) -> str:
-    """The name in Qwen3ForCausalLM of a bare base model's tensor."""
-    return name if name == "lm_head.weight" or name.startswith(_DRAFT) else "model." + name
 
 
 def with_prefix(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:

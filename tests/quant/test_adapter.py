@@ -16,6 +16,7 @@ from npqwen_quant import convert
 from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.unquantized import final_states, logits
+from retrieval_checkpoints import embedding_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import npqwen
@@ -75,6 +76,21 @@ def test_several_adapters_add_up_and_each_has_a_strength() -> None:
     np.testing.assert_allclose(weights(Q_PROJ, one, two), plain - 1.5 * product, rtol=1e-5, atol=1e-6)
     other = Q_PROJ.replace("1", "0")  # a layer without factors
     assert np.array_equal(weights(other, one), weights(other))
+
+
+def test_an_adapter_of_a_base_model_without_head_is_merged_by_its_shorter_names(adapter: Path, tmp_path: Path) -> None:
+    change(adapter, alpha_pattern={"layers.1.self_attn.q_proj": 7})
+    merged = weights(Q_PROJ, AdapterFile(adapter))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    short = {name.replace("base_model.model.model.", "base_model.model."): one for name, one in tensors.items()}
+    save_file(short, adapter / "adapter_model.safetensors")
+    assert np.array_equal(weights(Q_PROJ, AdapterFile(adapter)), merged)
+    embedding = Checkpoint(embedding_checkpoint(tmp_path / "embedding"), adapters=[AdapterFile(adapter)])
+    assert np.array_equal(embedding.tensors[Q_PROJ].floats(0, len(merged)), merged)
+    output = {f"base_model.model.lm_head.lora_{factor}.weight": np.ones(shape, np.float32)
+              for factor, shape in (("A", (2, 256)), ("B", (4128, 2)))}  # fmt: skip
+    save_file(output, adapter / "adapter_model.safetensors")
+    assert np.abs(weights("lm_head.weight", AdapterFile(adapter)) - weights("model.embed_tokens.weight")).min() > 1
 
 
 def test_rows_do_not_depend_on_how_many_are_read_at_once() -> None:
