@@ -10,7 +10,10 @@ from npqwen.errors import OptionError, shortened
 
 _RULE = re.compile(r"[ \t]*[?!]?([A-Za-z_][\w-]*)(?:\.-?\d+|\[[^\]\n]*\]|\{[^}\n]*\})?\s*(::=|:)")
 _SKIPPED = re.compile(r"\s+|#[^\n]*|//[^\n]*")
-_GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
+_GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|\.', re.DOTALL)
+_CLASS_PARTS = re.compile(r"\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\(-)|\\.|([&~])", re.DOTALL)
+_ANY = "[\\x00-\U0010ffff]"
+"""A class of all characters, as "." is in GBNF; llguidance's does not match a newline."""
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
@@ -40,7 +43,7 @@ def lark_text(text: str, option: str = "grammar") -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
-        return gbnf_to_lark(_json_escapes(text))
+        return gbnf_to_lark(_plain_gbnf(text))
     except Exception as error:  # it raises bare Exceptions, and RecursionError for deep parentheses
         reason = shortened(str(error), 200) or type(error).__name__
         raise OptionError(f"{option} cannot be read as GBNF: {reason}") from None
@@ -51,15 +54,28 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _json_escapes(text: str) -> str:
-    r"""GBNF with the escapes \xHH, \uHHHH and \UHHHHHHHH of its strings replaced; llguidance misreads them."""
+def _plain_gbnf(text: str) -> str:
+    r"""GBNF without what llguidance misreads or refuses and llama.cpp reads: escapes by numbers, "." for a newline, and
+    characters in classes that mean something else in regular expressions.
+
+    Escapes become characters, in classes \xHH for ASCII.
+    """
 
     def replaced(found: re.Match[str]) -> str:
         part = found[0]
-        return _ESCAPE.sub(unescaped, part) if part[0] == '"' else part
+        if part[0] == "[":
+            return _CLASS_PARTS.sub(in_class, part)
+        return _ANY if part == "." else _ESCAPE.sub(unescaped, part) if part[0] == '"' else part
 
     def unescaped(escape: re.Match[str]) -> str:
         code = escape[1] or escape[2] or escape[3]
         return escape[0] if code is None else literal(chr(int(code, 16)))[1:-1]
+
+    def in_class(found: re.Match[str]) -> str:
+        code, character = found[1] or found[2], found[3] or found[4]
+        if not code and not character:
+            return found[0]
+        number = int(code, 16) if code else ord(character)
+        return chr(number) if number > 127 else rf"\x{number:02x}"
 
     return _GBNF_PARTS.sub(replaced, text)
