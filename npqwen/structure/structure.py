@@ -165,11 +165,19 @@ def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
     if any(map(_is_combined, found)):
         return copy
     for one in found:
-        if "properties" in one and not one.keys() & {"patternProperties", "unevaluatedProperties"}:
+        if _lists_all(one):
             one.setdefault("additionalProperties", False)
         if one.get("type") == "integer" and not one.keys() & _BOUNDS:
             one.update(minimum=-_GREATEST, maximum=_GREATEST)
     return copy
+
+
+def _lists_all(schema: dict[str, Any]) -> bool:
+    """Whether a schema lists properties, and neither describes nor requires others."""
+    listed, required = schema.get("properties"), schema.get("required")
+    if not isinstance(listed, dict) or schema.keys() & {"patternProperties", "unevaluatedProperties"}:
+        return False
+    return not isinstance(required, list) or all(name in listed for name in required if isinstance(name, str))
 
 
 def _is_combined(schema: dict[str, Any]) -> bool:

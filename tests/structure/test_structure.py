@@ -216,6 +216,12 @@ def test_one_of_several_schemas_has_the_listed_properties_only(schema: dict[str,
     assert not accepts('{"a": 1, "c": 2}', schema=schema)
 
 
+def test_a_property_that_is_required_but_not_listed_may_be_anything() -> None:
+    schema = {**KIND, "required": ["kind", "b"]}
+    assert accepts('{"kind": "x", "b": [1]}', schema=schema)
+    assert not accepts('{"kind": "x"}', schema=schema)
+
+
 def test_integers_have_at_most_18_digits_unless_the_schema_says_otherwise() -> None:
     done = generate(recite("1" * 50), "x", schema={"type": "integer"})
     assert done.text == "1" * 18
