@@ -95,4 +95,4 @@ class Reranker:
         logits = states.astype(np.float64) @ self._direction
         if not np.isfinite(logits).all():
             raise FormatError("the model computed an impossible score, a sign of damaged weights; convert it again")
-        return np.asarray(0.5 * (1 + np.tanh(logits / 2)))
+        return np.asarray(np.exp(-np.logaddexp(0, -logits)))  # exact for the least scores, too: they are ranked

@@ -14,6 +14,7 @@ from retrieval_checkpoints import DEFINITIONS, INSTRUCTION, NO, QUERIES, YES, re
 import npqwen
 from npqwen.errors import CheckpointError, ClosedError, ContextLengthError, OptionError
 from npqwen.model import load
+from npqwen.retrieval.ranking import Ranking
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "retrieval.npz")["scores"]
 
@@ -53,6 +54,17 @@ def test_a_score_is_the_probability_of_yes_among_yes_and_no(model: npqwen.Model)
     logits = model.logits(ids)[-1].astype(np.float64)
     expected = 1 / (1 + np.exp(logits[NO] - logits[YES]))
     assert model.rerank("a river", ["water"]).scores[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_least_scores_are_exact_and_have_an_order(model: npqwen.Model) -> None:
+    direction = model.output_row(YES).astype(np.float64) - model.output_row(NO)
+    differences = np.array([-80.0, -40.0, -50.0, -30.0, 0.0, 30.0, 800.0])
+    states = (differences[:, None] * direction / (direction @ direction)).astype(np.float32)
+    exact = states.astype(np.float64) @ direction
+    scores = model.reranker.scores(states)
+    np.testing.assert_allclose(scores[:4], np.exp(exact[:4]), rtol=1e-12)
+    assert Ranking.of(scores[:5]).order == (4, 3, 1, 2, 0)
+    np.testing.assert_allclose(scores[4:], [0.5, 1 - np.exp(-exact[5]), 1], rtol=1e-15)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
