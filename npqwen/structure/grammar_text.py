@@ -55,10 +55,10 @@ def literal(text: str) -> str:
 
 
 def _plain_gbnf(text: str) -> str:
-    r"""GBNF without what llguidance misreads or refuses and llama.cpp reads: escapes by numbers, "." for a newline, and
-    characters in classes that mean something else in regular expressions.
+    r"""A GBNF grammar, rewritten where llguidance's converter differs from llama.cpp.
 
-    Escapes become characters, in classes \xHH for ASCII.
+    Escapes by numbers become characters; in classes, those of ASCII, and what is literal there but not in regular
+    expressions, become \xHH. "." becomes a class that has the newline, too.
     """
 
     def replaced(found: re.Match[str]) -> str:
