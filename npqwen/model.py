@@ -316,9 +316,13 @@ class Model(Engine):
         check_task(self.name, self.task, "reranking")
         return Reranker(self._task_files, self.tokenizer, self.context, self.config.vocab_size, self.output_row)
 
-    @cached_property
+    @property
     def chat_template(self) -> ChatTemplate:
         """The checkpoint's chat templates. A base model has none; then `render` and the chats raise OptionError."""
+        return self._chat_template
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
         from npqwen.chat.chat_template import ChatTemplate
 
         files = self._template_files.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import npqwen
+from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.generation.options import OPTIONS
 
@@ -42,6 +44,14 @@ def test_help_shows_what_a_model_is() -> None:
     for name in ("bits", "config", "context", "kv", "name", "path", "threads", "tokenizer", "weight_bytes"):
         assert isinstance(inspect.getattr_static(npqwen.Model, name), property), name
         assert f" {name}\n" in text, name
+
+
+def test_every_type_checker_sees_that_a_model_has_what_sessions_and_conversations_need() -> None:
+    """To Pyright, a cached_property is not a property: `Session(model)` would be an error in an editor."""
+    for protocol in ChatModel.__mro__:
+        for name, member in vars(protocol).items():
+            if isinstance(member, property):
+                assert not isinstance(inspect.getattr_static(npqwen.Model, name, None), cached_property), name
 
 
 def test_help_and_completion_at_a_prompt_show_all_options() -> None:

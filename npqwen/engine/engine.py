@@ -268,9 +268,13 @@ class Engine:
                 state[start:end] = found[i]
         return states[0] if several is None else states
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of the config and samples of the weights; see `npqwen.engine.fingerprint`."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         self.weights.check_whole()
         return fingerprint(self.config, self.weights)
 
