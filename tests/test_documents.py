@@ -22,6 +22,8 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "tests").rglob("README.md")),
     *sorted((ROOT / "examples").rglob("README.md")),
+    *sorted((ROOT / "plugins").rglob("README.md")),
+    ROOT / "quant" / "FORMAT.md",
 ]
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
