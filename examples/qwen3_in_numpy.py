@@ -62,8 +62,7 @@ def read_weights(checkpoint: Path) -> dict[str, Array]:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x divided by the root mean square of its last axis, times `weight`."""
-    normed: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
-    return normed
+    return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight, np.float32)
 
 
 def softmax(x: Array) -> Array:

@@ -154,7 +154,7 @@ class Adapter:
         for i in range(layout.config.num_hidden_layers):
             tensors = layout.layer(i)
             for what, matrices in _LAYER:
-                known = [(number, part, tensors[role]) for number, role, part in matrices if role in tensors]
+                known = [(int(number), part, tensors[role]) for number, role, part in matrices if role in tensors]
                 yield from _adapted(targets, self.shrinks[i, what], self.expands[i], known)
             experts = tensors.get("experts")
             if isinstance(experts, Experts) and self.expert_shrinks.size:
@@ -162,7 +162,7 @@ class Adapter:
                     both = experts.matrices(expert)
                     shrinks, expands = self.expert_shrinks[i, expert], self.expert_expands[i, expert]
                     for what, parts in _EXPERT:
-                        chosen = [(number, part, both[which]) for number, which, part in parts]
+                        chosen = [(int(number), part, both[which]) for number, which, part in parts]
                         yield from _adapted(targets, shrinks[what], expands, chosen)
 
     def _fill(self, each: _Input, end: int, read: Callable[[StoredTensor], Floats]) -> int:

@@ -9,13 +9,13 @@ from numba import njit
 
 
 @njit(nogil=True, error_model="numpy")
-def mask(values: Any, bits: Any, out: Any) -> int:
+def mask(values: Any, bits: Any, out: Any) -> Any:
     """out = the values whose bit is set, minus infinity for the others; returns how many are set.
 
     values, out: float32, of the same size, possibly the same array. bits: uint32, at least one for each value: that of
     value i is bit i % 32 of word i // 32.
     """
-    count = 0
+    count: Any = 0
     whole = values.size // 32
     for n in range(whole):
         word = bits[n]

@@ -179,7 +179,7 @@ def _softmax(logits: Logits) -> tuple[Logits, NDArray[np.float64]]:
     """exp(logits - their maximum), and the logarithm of the sum of exp(logits), of each row."""
     largest = logits.max(1, keepdims=True)
     weights: Logits = np.exp(logits - largest)
-    return weights, largest[:, 0] + np.log(weights.sum(1, dtype=np.float64))
+    return weights, np.asarray(largest[:, 0] + np.log(weights.sum(1, dtype=np.float64)), np.float64)
 
 
 class _Work:

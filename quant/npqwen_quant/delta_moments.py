@@ -101,5 +101,4 @@ def _convolved(x: F32, taps: F32) -> F32:
 
 def _unit(x: F32) -> F32:
     """Scaled to length 1 over the last axis."""
-    scaled: F32 = x / np.sqrt((x * x).sum(-1, keepdims=True) + _EPS)
-    return scaled
+    return np.asarray(x / np.sqrt((x * x).sum(-1, keepdims=True) + _EPS), np.float32)

@@ -81,7 +81,8 @@ def check_states(hidden: F32, checkpoint: Path) -> None:
 
 def norm(x: F32, weight: F32, config: Config) -> F32:
     """RMS norm over the last axis."""
-    normed: F32 = x / np.sqrt((x * x).mean(-1, keepdims=True, dtype=np.float32) + np.float32(config.rms_norm_eps))
+    mean_square = (x * x).mean(-1, keepdims=True, dtype=np.float32)
+    normed = np.asarray(x / np.sqrt(mean_square + np.float32(config.rms_norm_eps)), np.float32)
     normed *= weight
     return normed
 
@@ -103,8 +104,7 @@ def silu(x: F32) -> F32:
 def sigmoid(x: F32) -> F32:
     """1 / (1 + exp(-x))."""
     with np.errstate(over="ignore"):  # as in silu
-        gates: F32 = np.float32(1) / (1 + np.exp(-x))
-    return gates
+        return np.asarray(np.float32(1) / (1 + np.exp(-x)), np.float32)
 
 
 def attention(config: Config, load: Load, hidden: F32, widest: int) -> dict[str, Moments]:
@@ -201,7 +201,7 @@ def mixture(config: Config, load: Load, hidden: F32, widest: int) -> Iterator[di
         tokens, place = np.nonzero(chosen == expert)
         gate, up = (load(f"mlp.experts.{expert}.{part}_proj.weight") for part in ("gate", "up"))
         reached = x[tokens]
-        activated = silu(reached @ gate.T) * (reached @ up.T)
+        activated = np.asarray(silu(reached @ gate.T) * (reached @ up.T), np.float32)
         if with_output:
             down = load(f"mlp.experts.{expert}.down_proj.weight")
             out[tokens] += share[tokens, place][:, None] * (activated @ down.T)

@@ -52,7 +52,6 @@ def test_it_is_said_and_measured_against_the_source(
     assert kept["against"] == "the checkpoint"
     # The same divergence, from the weights that the source means.
     exact = ReferenceModel(Config.from_directory(source), meant)
-    divergences = []
     with npqwen.load(out, threads=1) as model:
         ids = np.array(model.tokenizer.encode(text.read_text())[: kept["tokens"] + 1])
         p, q = (logits - np.log(np.exp(logits).sum(1, keepdims=True)) for logits in (

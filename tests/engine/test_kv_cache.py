@@ -151,7 +151,8 @@ def test_impossible_forks(model: Model) -> None:
         for call in (cache.fork, cache.truncate, cache.reserve, cache.reusable):
             with pytest.raises(OptionError, match=r"is .*; it must be a whole number, 0 or more"):
                 call(length)
-    assert (cache.length, cache.fork(np.int64(3)).length) == (10, 3)
+    of_numpy: Any = np.int64(3)
+    assert (cache.length, cache.fork(of_numpy).length) == (10, 3)
 
 
 def test_any_prefix_can_be_reused(model: Model) -> None:

@@ -43,7 +43,7 @@ def test_more_threads_than_processors_finish(threads: int, on_caller: bool) -> N
     try:
         for again in range(3):
             team.run(count_pieces, 20, counts, wrong, on_caller=on_caller)
-            assert (counts.sum(), wrong.sum()) == (2000, 0), again
+            assert (int(counts.sum()), int(wrong.sum())) == (2000, 0), again
             counts[:] = 0
     finally:
         team.close()
@@ -127,10 +127,10 @@ def test_ctrl_c_while_the_calling_thread_computes() -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             team.run(counted, 20, counts, wrong, on_caller=True)
-        assert (counts.sum(), wrong.sum()) == (2000, 0)
+        assert (int(counts.sum()), int(wrong.sum())) == (2000, 0)
         counts[:] = 0
         team.run(counted, 20, counts, wrong, on_caller=True)
-        assert (counts.sum(), wrong.sum()) == (2000, 0)
+        assert (int(counts.sum()), int(wrong.sum())) == (2000, 0)
     finally:
         team.close()
 
@@ -172,5 +172,5 @@ def test_an_interrupt_the_moment_the_work_is_done_does_not_hang(monkeypatch: pyt
     assert [type(end) for end in ends] == [KeyboardInterrupt]
     counts, wrong = np.zeros((2, 2), np.int64)
     team.run(count_pieces, 20, counts, wrong)
-    assert (counts.sum(), wrong.sum()) == (2000, 0)
+    assert (int(counts.sum()), int(wrong.sum())) == (2000, 0)
     team.close()

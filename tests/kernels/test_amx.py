@@ -75,7 +75,7 @@ def test_results_are_those_without_amx_to_the_bit(
         _run(address_of(kernel), args)
         assert np.all(scratch[-64:] == 77)
         results.append(out)
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
     assert not np.array_equal(results[0][:, : 16 * groups], before[:, : 16 * groups])
     assert np.array_equal(results[0][:, 16 * groups :], before[:, 16 * groups :])
 

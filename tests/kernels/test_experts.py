@@ -332,7 +332,7 @@ def test_conversion_streams_expert_by_expert(tmp_path: Path, shards: int) -> Non
     """Converting a layer of 200 MB of experts takes a fraction of that memory, in one file or many shards."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 256, "num_hidden_layers": 1}
     config = make_config(**(MOE | sizes))
-    value = {1: np.float32(1.0), 2: np.uint16(0x3C12)}
+    value: dict[int, Any] = {1: np.float32(1.0), 2: np.uint16(0x3C12)}
     write_checkpoint(
         tmp_path / "in",
         config,

@@ -24,6 +24,6 @@ def test_a_request_that_fails_unexpectedly_is_logged_with_its_status(
         return None
 
     scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
-    with caplog.at_level(logging.INFO), pytest.raises(ZeroDivisionError):
+    with caplog.at_level(logging.INFO, logger="npqwen"), pytest.raises(ZeroDivisionError):
         asyncio.run(Exchanges(fail)(scope, nothing, nothing))
     assert f"GET /x {status}, " in caplog.text
