@@ -9,7 +9,7 @@ import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
 import { Retries } from "./retries.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { alone, remember, remembered, Storage } from "./storage.js";
+import { alone, remember, remembered, rememberLast, Storage, takeLast } from "./storage.js";
 import { models, ServerError } from "./stream.js";
 
 const NEAR_END = 48; // pixels from the end of the conversation within which the view counts as at the end
@@ -412,12 +412,11 @@ addEventListener("hashchange", () => {
   const wanted = all.get(location.hash.slice(1));
   if (wanted && wanted !== current) open(wanted);
 });
-// Safari loses what is saved as late as "pagehide".
-for (const event of ["beforeunload", "pagehide"])
+for (const event of ["beforeunload", "pagehide"]) // Safari on iOS has only the latter
   addEventListener(event, () => {
     for (const answer of answers.values()) {
       answer.leave(event === "pagehide");
-      storage.put(answer.conversation).catch(() => {});
+      rememberLast(answer.conversation, answer.message);
     }
   });
 
@@ -428,6 +427,10 @@ async function start() {
   try {
     for (const conversation of await storage.all())
       if (!all.has(conversation.id)) all.set(conversation.id, conversation);
+    for (const { conversation: id, message } of takeLast()) {
+      const conversation = all.get(id);
+      if (conversation && conversations.restore(conversation, message)) save(conversation);
+    }
   } catch {
     notice("This browser does not let the page save conversations: they last until it is closed.");
   }

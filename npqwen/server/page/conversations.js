@@ -38,6 +38,14 @@ export function adopt(conversation, saved, running) {
   return newer || own.size > 0;
 }
 
+// Replaces a message of the conversation with another copy of it if that has more text. Returns whether it has.
+export function restore(conversation, message) {
+  const known = conversation.messages.find(({ id }) => id === message.id);
+  const more = known !== undefined && lengthOf(message) > lengthOf(known);
+  if (more) Object.assign(known, message);
+  return more;
+}
+
 function lengthOf({ content, reasoning = "" }) {
   return content.length + reasoning.length;
 }

@@ -21,6 +21,19 @@ export function remember(name, value) {
   }
 }
 
+// Saves an answer in progress while the page is being closed, at once: Safari and, now and then, Chromium lose
+// transactions of the database that begin as late as that.
+export function rememberLast(conversation, message) {
+  remember("last", { ...remembered("last", {}), [message.id]: { conversation: conversation.id, message } });
+}
+
+// Returns what rememberLast has saved, as [{conversation, message}] with the conversation's id, and forgets it.
+export function takeLast() {
+  const last = Object.values(remembered("last", {}));
+  remember("last", {});
+  return last;
+}
+
 // Runs work() while holding the lock of this name, shared by all tabs. Browsers have locks only on localhost and with
 // HTTPS; without them, work() runs at once.
 export function alone(name, work) {
