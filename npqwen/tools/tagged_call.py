@@ -67,9 +67,9 @@ def properties(schemas: Schemas, name: str) -> Mapping[str, Any]:
 
 
 def _definition(schema: Any, root: Mapping[str, Any]) -> Any:
-    """What a schema refers to, such as "#/$defs/Unit", with what else it says; {} if there is no such part of `root`.
+    """Resolve a schema's reference into `root`, such as "#/$defs/Unit"; keywords beside the reference override.
 
-    A schema that refers to nothing is returned unchanged.
+    Returns {} if `root` has no such part, and a schema without a reference unchanged.
     """
     for _ in range(_MAX_REFERENCES):
         if not isinstance(schema, Mapping):
